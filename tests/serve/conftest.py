@@ -1,4 +1,4 @@
-"""A server on loopback with a tiny random model, and what asks it."""
+"""Servers on loopback with a tiny random model or a speaking one, and their clients."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def client(url: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def speaking_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Of a model that says what `speaking.py` has it say."""
+    """The service of a model that says what `speaking.py` scripts."""
     model = write_speaking_model(tmp_path_factory.mktemp("speaking") / "model")
     with (
         speaking(),

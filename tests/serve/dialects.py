@@ -1,4 +1,4 @@
-"""The same question in each dialect's own spelling."""
+"""The same question in each API dialect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS: dict[str, Any] = {
 
 
 def greedy(dialect: str, said: str, max_tokens: int) -> dict[str, Any]:
-    """A body that asks for the likeliest answer to `said`."""
+    """A body that asks for the greedy answer to `said`."""
     given: dict[str, Any] = {"temperature": 0, MAX_TOKENS[dialect]: max_tokens}
     if dialect == "completions":
         given["prompt"] = said

@@ -1,8 +1,7 @@
-"""A small server with the surface that the page, `top` and `connect` read, and no model behind it.
+"""A fake server without a model, with the routes that the page, `top` and `connect` read.
 
-What it answers depends on the last message: `think` reasons first, `slow` goes on until it is stopped, `fail` breaks
-off, `busy` and `too long` are refused, `markdown` answers with every construct. Everything that was asked of it is kept
-for the test.
+Its answer depends on the last message: `think` reasons first, `slow` continues until it is stopped, `fail` breaks off,
+`busy` and `too long` are refused, `markdown` answers with every construct. It records every request for the test.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def f(x):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`key`, `shows_heat`, `expert_slots` and `token_s` may be changed while it runs."""
+    """The fake server; `key`, `shows_heat`, `expert_slots` and `token_s` may be changed while it runs."""
 
     daemon_threads = True
 
@@ -79,11 +78,11 @@ class FakeServer(ThreadingHTTPServer):
 
     @property
     def conversations(self) -> list[list[dict[str, str]]]:
-        """The messages of each chat completion."""
+        """The messages of each chat completion request."""
         return [body["messages"] for path, body in self.requests if path == "/v1/chat/completions"]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is what some tests are about."""
+        """Print nothing: some tests disconnect on purpose."""
 
     def state(self) -> dict[str, Any]:
         experts = 128
@@ -154,7 +153,7 @@ def fake_server() -> Iterator[FakeServer]:
 
 @contextmanager
 def stranger(answer: bytes) -> Iterator[str]:
-    """A program that gives one answer to whoever connects; its address."""
+    """Run a program that sends `answer` to every client, and yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def handle(self) -> None:
@@ -175,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeServer
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing: what pytest shows should be the test's."""
+        """Log nothing, so that pytest shows only the test's own output."""
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]

@@ -1,10 +1,10 @@
-"""Transcripts of each dialect: a request, and all that came back, from a real engine whose model speaks a script.
+"""Record transcripts of each dialect: a request and its whole answer, from a real engine whose model speaks a script.
 
-    CASES  ->  a server of its own, one after the other  ->  ids numbered, times zero  ->  transcripts/NAME.json
+    CASES  ->  a fresh server, one after the other  ->  ids numbered, times zero  ->  transcripts/NAME.json
 
-    python -m tests.serve.record    writes them anew, unless one breaks a rule of `wire_rules.py`
+    python -m tests.serve.record    writes them again, unless one breaks a rule of `wire_rules.py`
 
-Elsewhere: replaying is `test_transcripts.py`; what the model says is `speaking.py`.
+Elsewhere: replaying is `test_transcripts.py`; the scripts are in `speaking.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Transcript = dict[str, Any]
 
 
 def _asked(dialect: str, said: str, **more: Any) -> dict[str, Any]:
-    """A body; names that all dialects share are spelled as this one does."""
+    """A request body; options that all dialects share are spelled in this dialect's way."""
     given = {"model": "tiny"} | greedy(dialect, said, more.pop("max_tokens", 200))
     if more.pop("tools", False):
         given["tools"] = TOOLS[dialect]
@@ -52,7 +52,7 @@ def _asked(dialect: str, said: str, **more: Any) -> dict[str, Any]:
 
 
 def _second_turn(dialect: str) -> dict[str, Any]:
-    """What a client sends when it has run the tools."""
+    """The request that a client sends after running the tools."""
     calls = (("call_a", '{"city": "Oslo"}'), ("call_b", '{"city": "Rome", "days": 2}'))
     asked = _asked(dialect, "#weather", tools=True)
     if dialect == "chat":
@@ -135,10 +135,10 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     for dialect in ("chat", "responses", "messages"):
         for name, asked in {
             "interleaved": _asked(dialect, "#interleaved"),
-            "cut_call": _asked(
-                dialect, "#thoughtful", tools=True, max_tokens=125
-            ),  # in the second one's arguments
-            "cut_name": _asked(dialect, "#weather", tools=True, max_tokens=16),  # before a name is known
+            # Cut in the arguments of the second call.
+            "cut_call": _asked(dialect, "#thoughtful", tools=True, max_tokens=125),
+            # Cut before the name of a call is known.
+            "cut_name": _asked(dialect, "#weather", tools=True, max_tokens=16),
         }.items():
             yield f"{dialect}_{name}", asked
             yield f"{dialect}_{name}_stream", asked | {"stream": True}
@@ -149,7 +149,7 @@ CASES = dict(_cases())
 
 
 def record(client: httpx.Client, name: str) -> Transcript:
-    """Ask, and write down the answer."""
+    """Send the request, and record the answer."""
     request = {"method": "POST", "path": PATHS[name.partition("_")[0]], "body": CASES[name]}
     answer = client.request(request["method"], request["path"], json=request["body"])
     headers = {header: answer.headers[header] for header in HEADERS if header in answer.headers}
@@ -162,7 +162,7 @@ def record(client: httpx.Client, name: str) -> Transcript:
 
 
 def read_events(text: str) -> Iterator[dict[str, Any]]:
-    """Events of a stream, strictly: each has at most a name, one line of data, and an empty line."""
+    """Parse the events of a stream strictly: each has at most a name, one line of data, and an empty line."""
     assert text.endswith("\n\n")
     for block in text[:-2].split("\n\n"):
         lines = block.split("\n")
@@ -176,7 +176,7 @@ def read_events(text: str) -> Iterator[dict[str, Any]]:
 
 
 class _Normal:
-    """Numbers ids in the order in which they come, and sets times to zero."""
+    """Numbers ids in order of appearance, and sets times to zero."""
 
     def __init__(self) -> None:
         self._ids: dict[str, str] = {}
@@ -196,7 +196,7 @@ class _Normal:
 
 
 def _written(transcript: Transcript) -> str:
-    """JSON with a line for each part, and for each event."""
+    """JSON with one line for each part and one for each event."""
     parts = []
     for key, part in transcript.items():
         if key == "events":
@@ -214,7 +214,7 @@ def load(name: str) -> Transcript:
 
 @contextmanager
 def own_server() -> Iterator[httpx.Client]:
-    """A server that nobody has asked yet, so that what is found computed is always the same."""
+    """Run a fresh server, so that prefix-cache hits are always the same."""
     from argosy.engine.engine import Engine
     from argosy.guard.keys import KeyRing
     from argosy.serve.app import make_app

@@ -1,6 +1,6 @@
-"""A check for schemathesis: data that the document allows is refused for one of the reasons that the guide gives.
+"""A check for schemathesis: if data that the document allows is refused, then for a reason that the guide gives.
 
-`docs/guides/serving.md`, "What the document cannot say", has these reasons in words.
+`docs/guides/serving.md`, "What the document cannot say", gives these reasons in words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from schemathesis.checks import CheckContext
 from schemathesis.core.failures import Failure
 
 REASONS = (
-    # One place of the body names another.
+    # One part of the body refers to another.
     r"message \d+: tool_call_id '.*' matches no call in an earlier message",
     r"tool_choice names '.*', which is not among the tools",
     r"tool_choice requires a tool call, and there are no tools",
@@ -24,14 +24,14 @@ REASONS = (
     r"min_tokens must be at most max_tokens",
     r"ignore_eos cannot be used with a grammar",
     r"repeat_penalty and repetition_penalty are two names for one setting, and their values differ",
-    # The last message.
+    # Requirements on the last message.
     r"the last (message|item) ",
     r"the only message is an empty one from the assistant",
     r"(continue_final_message|add_generation_prompt): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
     r"the answer cannot be a tool call and have a form",
     r"the answer continues the assistant's last message, so it cannot have a required form",
-    # The model that is served, and what is in memory.
+    # Limits of the served model, and of the responses in memory.
     r"This model's maximum context length is \d+ tokens",
     r"prompt is too long: \d+ tokens",
     r"input length and `min_tokens` exceed context limit",
@@ -42,7 +42,7 @@ REASONS = (
     r"tools: .* would run at Anthropic",
     r"this model's chat template does not read the variable",
     r"Previous response with id '.*' not found",
-    # Text in a language of its own.
+    # Text in another language: JSON, expressions, grammars.
     r"(guided_json|structured_outputs\.json): (the text is not JSON|expected the JSON text of an object)",
     r"the (grammar|expression|schema) |line \d+ of the grammar",
 )

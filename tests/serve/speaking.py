@@ -1,15 +1,15 @@
-"""A real model that says what a test wants: everything is real but a push on the logits of the next scripted token.
+"""A speaking model: a real model that answers by script. Only the logits of the next scripted token are raised.
 
-    "#weather" in the conversation  ->  SCRIPTS["#weather"]  ->  its tokens, one by one, as far as a grammar lets them
+    "#weather" in the conversation  ->  SCRIPTS["#weather"]  ->  its tokens, one by one, as far as a grammar allows
 
-The key that stands last in the conversation counts. Without one the model babbles, as random weights do. Grammars,
-sampling, stop strings, parsing, scheduling and HTTP see nothing of it. As a program it is `argosy` with this model,
-made for as many positions as `--context` says:
+The last key in the conversation counts. Without a key the model babbles, because its weights are random. Grammars,
+sampling, stop strings, parsing, scheduling and HTTP do not know about the script. Run as a program, this module is
+`argosy` with such a model, made for as many positions as `--context` says:
 
     python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
 
-The variable SPEAKING_SCRIPTS may name a JSON file of further scripts. A script that is a list holds one answer for each
-turn after its key: a call, for example, and then the answer to its result.
+The variable SPEAKING_SCRIPTS may name a JSON file with more scripts. A script that is a list holds one answer for each
+turn after its key: for example a call, and then the answer to its result.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ SCRIPTS: dict[str, Script] = {
     "#weather": f"Let me look.\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
     "#interleaved": "First.\n<think>\nHm.\n</think>\n\nSecond.\n<think>\nHm again.\n</think>\n\nThird.",
     "#thoughtful": f"<think>\nTwo cities.\n</think>\n\n{call('get_weather', OSLO)}\n{call('get_weather', ROME)}",
-    "#wrong": call("get_weather", '{"town": "Oslo"}'),  # a tool whose parameter has another name
+    "#wrong": call("get_weather", '{"town": "Oslo"}'),  # the tool has no parameter of this name
     "#reply": call("Reply", '{"answer": 42}'),
     "#json": '{"answer": 42}',
     "#sunny": "It is sunny in both.",
     "#quote": 'He said "é🙂" and left.',
     "#long": "word " * 400,
     "#empty": "",
-    "#fail": "It is",  # and then the answer cannot be finished
+    "#fail": "It is",  # then the answer fails
 }
 
 WEATHER: dict[str, Any] = {
@@ -89,20 +89,20 @@ def _last_key(text: str, scripts: Mapping[str, Script]) -> str | None:
 
 
 def _answer(text: str, scripts: Mapping[str, Script]) -> tuple[str | None, str]:
-    """The last key in `text`, and what is to be said now."""
+    """The last key in `text`, and the answer that is due."""
     key = _last_key(text, scripts)
     if key is None:
         return None, ""
     script = scripts[key]
     if isinstance(script, str):
         return key, script
-    # The prompt ends with a turn of the assistant that is still empty.
+    # The prompt ends with an assistant turn that is still empty.
     num_said = text.count("<|im_start|>assistant", text.rindex(key)) - 1
     return key, script[min(num_said, len(script) - 1)]
 
 
 def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
-    """While this is entered, engines of this process speak; `more` are scripts beside SCRIPTS."""
+    """While this is entered, engines in this process answer by script; `more` adds scripts to SCRIPTS."""
     tokenizer, stack, scripts = FAMILY.tokenizer, ExitStack(), {**SCRIPTS, **(more or {})}
 
     class ScriptedState(SamplerState):
@@ -116,7 +116,7 @@ def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
     class ScriptedSampler(Sampler):
         def sample(self, logits: Any, params: Any, state: Any, constraint: Any = None) -> Any:
             if state.step < len(state.script):
-                # Greedy needs a small push, so that log-probabilities are some; chance needs a large one.
+                # A small push suffices for greedy and keeps log-probabilities below zero; sampling needs more.
                 logits = logits.copy()
                 logits[state.script[state.step]] = logits.max() + (30.0 if params.temperature > 0 else 2.0)
             elif state.fails:

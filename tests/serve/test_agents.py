@@ -1,4 +1,4 @@
-"""What agents need of a server: a turn to be continued, tools for every model, and to be told what it can do."""
+"""What agents need from a server: continued turns, tools for every model, and a list of its capabilities."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def said_by(answer: httpx.Response, dialect: str) -> str:
 
 
 @pytest.mark.parametrize("dialect", ["chat", "messages"])
-def test_a_last_turn_of_the_assistant_is_continued_and_not_repeated(
-    speaker: httpx.Client, dialect: str
-) -> None:
+def test_a_final_assistant_turn_is_continued_and_not_repeated(speaker: httpx.Client, dialect: str) -> None:
     body = {"messages": [ASKED, BEGUN], "max_tokens": 40, "temperature": 0}
     assert said_by(speaker.post(PATHS[dialect], json=body), dialect) == SAID
     events = speaker.post(PATHS[dialect], json=body | {"stream": True}).text
@@ -35,7 +33,7 @@ def test_a_last_turn_of_the_assistant_is_continued_and_not_repeated(
     assert said_by(later, dialect) == SAID
 
 
-def test_a_turn_is_continued_behind_what_it_thought(speaker: httpx.Client) -> None:
+def test_a_turn_is_continued_after_its_thoughts(speaker: httpx.Client) -> None:
     thought = BEGUN | {"reasoning_content": "Hm."}
     prompt = speaker.post("/apply-template", json={"messages": [ASKED, thought]}).json()["prompt"]
     assert prompt.endswith("<|im_start|>assistant\n<think>\nHm.\n</think>\n\nWell: it")
@@ -55,7 +53,7 @@ def test_tokens_of_a_continued_turn_are_counted(speaker: httpx.Client) -> None:
     assert count(ASKED, {"role": "assistant", "content": ""}) == count(ASKED)
 
 
-def test_white_space_at_the_end_is_refused_as_anthropic_does_and_taken_as_llama_cpp_does(
+def test_trailing_whitespace_is_refused_as_by_anthropic_and_accepted_as_by_llama_cpp(
     speaker: httpx.Client,
 ) -> None:
     for content in ("Well: ", [{"type": "text", "text": "Well:"}, {"type": "text", "text": "\n"}]):
@@ -87,7 +85,7 @@ def test_white_space_at_the_end_is_refused_as_anthropic_does_and_taken_as_llama_
         ),
     ],
 )
-def test_what_cannot_go_with_a_continued_turn_is_refused_by_name(
+def test_an_option_that_contradicts_a_continued_turn_is_refused_by_name(
     speaker: httpx.Client, dialect: str, more: dict[str, Any], word: str
 ) -> None:
     body = {"messages": [ASKED, BEGUN], "max_tokens": 40} | more
@@ -97,7 +95,7 @@ def test_what_cannot_go_with_a_continued_turn_is_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["continue_final_message", "add_generation_prompt"])
-def test_what_vllms_clients_say_of_the_last_turn_has_to_be_so(speaker: httpx.Client, name: str) -> None:
+def test_vllms_flags_about_the_last_turn_must_match_it(speaker: httpx.Client, name: str) -> None:
     continuing = name == "continue_final_message"
     for messages, value, status in (
         ([ASKED, BEGUN], continuing, 200), ([ASKED], not continuing, 200), ([ASKED], continuing, 400),
@@ -106,7 +104,7 @@ def test_what_vllms_clients_say_of_the_last_turn_has_to_be_so(speaker: httpx.Cli
         assert speaker.post(PATHS["chat"], json=body).status_code == status, (messages, value)
 
 
-def test_a_response_has_no_turn_to_be_continued(speaker: httpx.Client) -> None:
+def test_the_responses_api_continues_no_turn(speaker: httpx.Client) -> None:
     refused = speaker.post("/v1/responses", json={"input": [ASKED, BEGUN]})
     assert refused.status_code == 400
     assert "nothing to answer" in refused.text
@@ -116,7 +114,7 @@ def test_a_response_has_no_turn_to_be_continued(speaker: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
-def test_a_model_whose_template_knows_no_tools_takes_them(client: httpx.Client, dialect: str) -> None:
+def test_a_model_accepts_tools_even_if_its_template_has_none(client: httpx.Client, dialect: str) -> None:
     given: dict[str, Any] = {"tools": TOOLS[dialect], MAX_TOKENS[dialect]: 4, "temperature": 0}
     given |= {"input": "Hi"} if dialect == "responses" else {"messages": [{"role": "user", "content": "Hi"}]}
     short = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -127,12 +125,12 @@ def test_a_model_whose_template_knows_no_tools_takes_them(client: httpx.Client, 
     }
     answer = client.post(PATHS[dialect], json=given | {"tools": tools[dialect]})
     told = answer.json().get("error", {}) or {}
-    # The tiny model's context is smaller than the prompt: what is refused is its length, and nothing else.
+    # The tiny model's context is smaller than the prompt, so only its length may be refused.
     assert answer.status_code == 200 or "tokens" in told["message"], answer.text
     assert "does not support tools" not in answer.text
 
 
-def test_models_say_how_they_are_told_of_tools(client: httpx.Client, speaker: httpx.Client) -> None:
+def test_models_report_how_tools_reach_them(client: httpx.Client, speaker: httpx.Client) -> None:
     for who, tools in ((client, "generic"), (speaker, "native")):
         (entry,) = who.get("/v1/models").json()["data"]
         assert entry["capabilities"] == {"tools": tools}

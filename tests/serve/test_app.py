@@ -1,4 +1,4 @@
-"""The routes that are no dialect: what is served, whether it can be, and the page's icon."""
+"""Routes outside the dialects: model names, health and readiness, and the page's icon."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ TOLD = (
 )
 
 
-def test_every_route_whose_body_has_a_model_is_tried_here() -> None:
+def test_every_route_whose_body_names_a_model_is_tested_here() -> None:
     named = {r.policy.path for r in ROUTES if "model" in getattr(r.body, "model_fields", ())}
     assert named == BODIES.keys()
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_a_model_that_is_not_served_is_not_found_and_the_one_that_is_or_none_is(
+def test_an_unknown_model_is_not_found_and_the_served_model_or_no_name_is_accepted(
     client: httpx.Client, path: str
 ) -> None:
     answer = client.post(path, json=BODIES[path] | {"model": "gpt-4o"})
@@ -63,20 +63,20 @@ def lenient(service: Service) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_with_any_model_every_name_is_the_model_that_is_served(lenient: str, path: str) -> None:
+def test_with_any_model_every_name_means_the_served_model(lenient: str, path: str) -> None:
     answer = httpx.post(lenient + path, json=BODIES[path] | {"model": "claude-opus-4-5"})
     assert answer.status_code == 200
     assert answer.json().get("model", "tiny") == "tiny"
     assert httpx.get(f"{lenient}/v1/models/claude-opus-4-5").json()["id"] == "tiny"
 
 
-def test_the_icon_is_where_browsers_look_for_it(client: httpx.Client) -> None:
+def test_the_icon_is_at_the_path_that_browsers_request(client: httpx.Client) -> None:
     icon = client.get("/favicon.ico")
     assert icon.headers["content-type"].startswith("image/svg+xml")
     assert icon.content == client.get("/page/icon.svg").content
 
 
-def test_curl_without_a_content_type_hears_what_to_send(client: httpx.Client) -> None:
+def test_curl_without_a_content_type_is_told_which_header_to_send(client: httpx.Client) -> None:
     form = {"content-type": "application/x-www-form-urlencoded"}
     for headers in (form, {}):
         answer = client.post("/tokenize", content=b'{"content": "a"}', headers=headers)
@@ -84,7 +84,7 @@ def test_curl_without_a_content_type_hears_what_to_send(client: httpx.Client) ->
         assert "-H 'content-type: application/json'" in answer.json()["error"]["message"]
 
 
-def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(
+def test_a_server_with_a_failed_engine_is_neither_ready_nor_healthy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_chat_model(tmp_path / "model")
@@ -93,7 +93,7 @@ def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(
             assert [httpx.get(url + path).status_code for path in ("/health", "/ready")] == [200, 200]
             monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
             monkeypatch.setattr(type(engine), "is_writing", property(lambda _: 1 / 0))
-            service.loop.revoke("nobody")  # a round begins
+            service.loop.revoke("nobody")  # starts a round of the engine's loop
             until = time.monotonic() + 20
             while httpx.get(f"{url}/health").status_code == 200:
                 assert time.monotonic() < until

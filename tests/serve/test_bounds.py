@@ -1,4 +1,4 @@
-"""What may be in a request: the rows of the survey's tables on request bounds, each in every dialect."""
+"""Bounds on requests: the rows of the survey's tables on request bounds, each in every dialect."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses import ResponsesBody
 from tests.serve.record import read_events
 
-# Each dialect's route, a request that is answered, and where it has a number of tokens.
+# Each dialect's route and a valid request, with the dialect's name for the number of tokens.
 SAY = [{"role": "user", "content": "Hi"}]
 DIALECTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": SAY, "max_tokens": 1},
@@ -36,7 +36,7 @@ every_dialect = pytest.mark.parametrize("path", DIALECTS)
 
 
 def refused(answer: httpx.Response, path: str) -> str:
-    """The sentence of a refusal that has the dialect's own shape."""
+    """The message of a refusal, which must have the dialect's own shape."""
     assert answer.status_code == 400, answer.text
     body = answer.json()
     if path.startswith("/v1/messages"):
@@ -84,21 +84,21 @@ NOT_JSON: dict[str, tuple[bytes, str]] = {
 
 @every_dialect
 @pytest.mark.parametrize("what", NOT_JSON)
-def test_json_that_two_readers_could_read_in_two_ways_is_refused(
-    client: httpx.Client, path: str, what: str
-) -> None:
+def test_invalid_or_ambiguous_json_is_refused(client: httpx.Client, path: str, what: str) -> None:
     body, sentence = NOT_JSON[what]
     assert sentence in refused(post(client, path, body), path)
 
 
-def test_a_long_body_is_read_as_strictly_as_a_short_one(client: httpx.Client) -> None:
+def test_a_long_body_is_parsed_as_strictly_as_a_short_one(client: httpx.Client) -> None:
     body = b'{"messages": [], "user": "' + b"x" * 100_000 + b'", "user": ""}'
     path = "/v1/chat/completions"
     assert "it has a duplicate key" in refused(post(client, path, body), path)
 
 
 @every_dialect
-def test_a_refusal_says_where_and_what_is_needed_and_what_was_found(client: httpx.Client, path: str) -> None:
+def test_a_refusal_names_the_field_what_was_expected_and_what_was_found(
+    client: httpx.Client, path: str
+) -> None:
     answered = DIALECTS[path]
     unknown = refused(client.post(path, json=answered | {"temprature": 1}), path)
     assert unknown.startswith("unknown field 'temprature'; known: model, ")
@@ -125,7 +125,7 @@ MODELS: dict[str, type[BaseModel]] = {
 
 
 def numbers(path: str) -> dict[str, list[dict[str, Any]]]:
-    """Each field of a body that takes a number, and the schemas of that number."""
+    """Each field of a body that takes a number, and the schemas of the number."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, schema in MODELS[path].model_json_schema()["properties"].items():
         for branch in (schema, *schema.get("anyOf", ())):
@@ -151,7 +151,7 @@ def is_within_one(value: object, schema: dict[str, Any]) -> bool:
 
 
 @every_dialect
-def test_every_number_is_answered_within_its_bounds_and_refused_at_every_edge_beyond(
+def test_every_number_is_accepted_within_its_bounds_and_refused_beyond_them(
     client: httpx.Client, path: str
 ) -> None:
     found = numbers(path)
@@ -168,12 +168,12 @@ def test_every_number_is_answered_within_its_bounds_and_refused_at_every_edge_be
                 value is None and name in MODELS[path].model_json_schema()["required"]
             ):
                 assert refused(answer, path).startswith(f"{name}: expected "), (name, value)
-            elif not (name == "max_tokens" and value == 0):  # only to score a prompt
+            elif not (name == "max_tokens" and value == 0):  # 0 is only for scoring a prompt
                 assert answer.status_code == 200, (name, value, answer.text)
 
 
-def test_no_number_of_a_request_is_without_bounds(client: httpx.Client) -> None:
-    """Wherever it stands; what a JSON schema or an argument of a tool holds is a caller's own."""
+def test_every_number_of_a_request_has_bounds(client: httpx.Client) -> None:
+    """At any depth, except inside a JSON schema or a tool's arguments, which are the caller's own."""
     document = client.get("/openapi.json").json()
     seen: set[str] = set()
 
@@ -205,7 +205,7 @@ def test_a_key_of_logit_bias_is_a_token_id(client: httpx.Client, key: str) -> No
         refused(client.post(path, json=DIALECTS[path] | {"logit_bias": {key: 1}}), path)
 
 
-# Templates, expressions, paths, addresses, tensors: what a request may not bring
+# Templates, expressions, paths, addresses and tensors are not accepted
 
 FOREIGN = (
     "chat_template", "template", "documents", "add_generation_prompt", "grammar", "structured_outputs",
@@ -218,13 +218,13 @@ FOREIGN = (
 
 @every_dialect
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_template_an_expression_a_path_an_address_or_a_tensor_is_no_field(
+def test_there_is_no_field_for_a_template_an_expression_a_path_an_address_or_a_tensor(
     client: httpx.Client, path: str, name: str
 ) -> None:
     sentence = refused(client.post(path, json=DIALECTS[path] | {name: "x"}), path)
     if name == "structured_outputs" and "completions" in path:
         assert sentence == 'structured_outputs: expected an object, found "x"'
-    elif name == "add_generation_prompt" and "chat" in path:  # says whether the last turn is continued
+    elif name == "add_generation_prompt" and "chat" in path:  # a flag about the last turn
         assert sentence == 'add_generation_prompt: expected a valid boolean, found "x"'
     else:
         assert sentence.startswith(f"unknown field '{name}'; known: ")
@@ -237,7 +237,7 @@ def test_a_template_an_expression_a_path_an_address_or_a_tensor_is_no_field(
         {"reasoning_effort": "x" * 65}, {"reasoning_effort": 2**63}, {"thinking": [1]}, {"x" * 300: 1},
     ],
 )  # fmt: skip
-def test_variables_of_a_template_are_of_a_list_and_small(
+def test_only_known_and_small_template_variables_are_accepted(
     client: httpx.Client, variables: dict[str, Any]
 ) -> None:
     path = "/v1/chat/completions"
@@ -253,7 +253,7 @@ ADDRESSES = (
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_an_address_is_followed_in_no_dialect(
+def test_no_dialect_follows_an_address(
     client: httpx.Client, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts: dict[str, list[dict[str, Any]]] = {
@@ -286,14 +286,14 @@ def test_an_address_is_followed_in_no_dialect(
     "content", ["see http://127.0.0.1:9/x", "![a](http://127.0.0.1:9/x.png)", "file:///etc/passwd"]
 )
 @every_dialect
-def test_an_address_in_a_text_is_text(client: httpx.Client, path: str, content: str) -> None:
+def test_an_address_inside_text_is_plain_text(client: httpx.Client, path: str, content: str) -> None:
     name = next(name for name in ("messages", "prompt", "input") if name in DIALECTS[path])
     value: Any = [{"role": "user", "content": content}] if name == "messages" else content
     assert client.post(path, json=DIALECTS[path] | {name: value}).status_code == 200
 
 
 @every_dialect
-def test_the_name_of_a_model_is_no_path(client: httpx.Client, path: str) -> None:
+def test_a_model_name_is_not_used_as_a_path(client: httpx.Client, path: str) -> None:
     answer = client.post(path, json=DIALECTS[path] | {"model": "../../../etc/passwd"})
     assert answer.status_code == 404
     assert "this server has: tiny" in answer.text
@@ -303,7 +303,7 @@ def test_the_name_of_a_model_is_no_path(client: httpx.Client, path: str) -> None
 @pytest.mark.parametrize(
     "name", ["%2e%2e", "..%2f..%2fetc%2fpasswd", "%00", "a" * 300, "tiny%0d%0ax: y", "%ff"]
 )
-def test_a_path_that_names_no_model_and_no_file_is_not_found(client: httpx.Client, name: str) -> None:
+def test_an_unknown_name_in_a_path_is_not_found(client: httpx.Client, name: str) -> None:
     for route in ("/v1/models/", "/page/"):
         answer = client.get(route + name)
         assert answer.status_code == 404, route
@@ -333,7 +333,7 @@ BOMBS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_a_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
+def test_a_hostile_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
     client: httpx.Client, what: str
 ) -> None:
     schema = BOMBS[what]
@@ -364,7 +364,7 @@ def test_a_schema_is_followed_or_refused_soon_in_every_dialect_that_takes_one(
             assert "/" not in sentence.replace("/openapi.json", "").replace("application/json", "")[:20]
 
 
-# What has no effect
+# Fields without effect
 
 HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "/v1/chat/completions": ({"user": "u", "store": True, "reasoning_effort": "low"}, "user, store, reasoning_effort"),
@@ -388,7 +388,7 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @every_dialect
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_has_no_effect_is_listed_in_a_header(client: httpx.Client, path: str, stream: bool) -> None:
+def test_fields_without_effect_are_listed_in_a_header(client: httpx.Client, path: str, stream: bool) -> None:
     more, listed = HINTS[path]
     plain = client.post(path, json=DIALECTS[path] | {"stream": stream})
     assert "x-ignored-params" not in plain.headers
@@ -398,7 +398,7 @@ def test_what_has_no_effect_is_listed_in_a_header(client: httpx.Client, path: st
     assert "x-evil" not in answer.headers
 
 
-# What goes wrong here, or elsewhere
+# Failures and early refusals
 
 FAILURES: dict[type[Exception], str] = {
     RuntimeError: "internal error",
@@ -410,7 +410,7 @@ FAILURES: dict[type[Exception], str] = {
 @every_dialect
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", FAILURES)
-def test_a_failure_of_ours_tells_nothing_but_that_it_failed(
+def test_an_internal_failure_reveals_nothing_but_its_kind(
     client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool,
     kind: type[Exception],
 ) -> None:  # fmt: skip
@@ -432,10 +432,10 @@ def test_a_failure_of_ours_tells_nothing_but_that_it_failed(
 
 
 @every_dialect
-def test_a_stream_that_breaks_ends_with_an_error_and_the_log_says_where_and_nothing_that_was_said(
+def test_a_broken_stream_ends_with_an_error_and_the_log_says_where_without_any_text(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    parse, said = Answers._step, "-".join(("canary", "4e1"))  # lines of code are logged, and may not hold it
+    parse, said = Answers._step, "-".join(("canary", "4e1"))  # joined, because source lines are logged
 
     def breaks(self: Answers, event: Any) -> Any:
         steps = parse(self, event)
@@ -476,7 +476,7 @@ def test_a_stream_that_breaks_ends_with_an_error_and_the_log_says_where_and_noth
 
 
 @every_dialect
-def test_a_busy_engine_says_when_to_come_back(
+def test_a_busy_engine_says_when_to_retry(
     client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -504,7 +504,7 @@ JSON = {"content-type": "application/json"}
 
 @every_dialect
 @pytest.mark.parametrize("what", REFUSED_EARLY)
-def test_what_the_gate_refuses_has_the_shape_of_the_dialect(
+def test_a_refusal_by_the_gate_has_the_shape_of_the_dialect(
     client: httpx.Client, path: str, what: str
 ) -> None:
     status, ask = REFUSED_EARLY[what]
@@ -522,7 +522,7 @@ def test_what_the_gate_refuses_has_the_shape_of_the_dialect(
 
 
 def unbounded(schema: Any, seen: set[int], where: str) -> Iterator[str]:
-    """Lists without a bound, or that are read beyond their first wrong item, and objects without a bound."""
+    """Yield lists and objects without a bound, and lists that are validated past their first wrong item."""
     if isinstance(schema, list | tuple):
         for at, inner in enumerate(schema):
             yield from unbounded(inner, seen, f"{where}.{at}")
@@ -539,7 +539,7 @@ def unbounded(schema: Any, seen: set[int], where: str) -> Iterator[str]:
             yield from unbounded(inner, seen, f"{where}.{key}")
 
 
-def test_no_list_and_no_object_of_a_request_is_without_a_bound_or_read_beyond_its_first_wrong_item() -> None:
+def test_every_list_and_object_of_a_request_is_bounded_and_validation_stops_at_the_first_wrong_item() -> None:
     models = [route.body for route in ROUTES if route.body is not None]
     assert len(models) == 9
     seen: set[int] = set()
@@ -548,7 +548,7 @@ def test_no_list_and_no_object_of_a_request_is_without_a_bound_or_read_beyond_it
     assert len(seen) > 500
 
 
-def test_a_list_without_a_bound_is_found() -> None:
+def test_a_list_without_a_bound_is_detected() -> None:
     class Forgotten(BaseModel):
         items: list[int]
         entries: dict[str, int]
@@ -578,7 +578,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_however_much_is_wrong_few_errors_are_made_of_it(what: str) -> None:
+def test_a_body_with_very_many_mistakes_gives_few_errors(what: str) -> None:
     model: type[BaseModel] = ChatBody
     if "messages" not in WRONG[what]:
         model = CompletionBody if "prompt" in WRONG[what] else DetokenizeBody

@@ -1,4 +1,4 @@
-"""How many connections there may be, and for how long one may be idle."""
+"""Limits on connections: their number, and how long one may be idle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def address(service: Service) -> Iterator[tuple[str, int]]:
 
 
 def connect(address: tuple[str, int], stack: ExitStack) -> socket.socket:
-    """A connection that the server has taken: it has answered one request."""
+    """A connection that the server has accepted, because it has answered one request."""
     connection = stack.enter_context(socket.create_connection(address, timeout=20))
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     found = b""
@@ -43,7 +43,7 @@ def connect(address: tuple[str, int], stack: ExitStack) -> socket.socket:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_connection_too_many_hears_503_in_its_dialect_and_is_closed(
+def test_one_connection_too_many_gets_a_503_in_its_dialect_and_is_closed(
     address: tuple[str, int], dialect: str
 ) -> None:
     url = f"http://{address[0]}:{address[1]}{PATHS[dialect]}"
@@ -56,14 +56,14 @@ def test_a_connection_too_many_hears_503_in_its_dialect_and_is_closed(
         assert error["error"]["type"] == "overloaded_error"
         assert error["error"]["message"] == "the server has reached its limit on connections"
         assert ("type" in error) == (dialect == "messages")
-        idle[0].close()  # and somebody else has room
+        idle[0].close()  # makes room for another client
         deadline = time.monotonic() + 20
         while httpx.post(url, json=greedy(dialect, "Hi", 1), timeout=20).status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
-def test_connections_without_end_are_closed_without_a_word(
+def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_TOLD_CONNECTIONS", 2)
@@ -75,7 +75,7 @@ def test_connections_without_end_are_closed_without_a_word(
             assert more.recv(1) == b""
 
 
-def test_an_idle_connection_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_connection_is_closed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "KEEP_ALIVE_S", 1)
     for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
         host, _, port = url.removeprefix("http://").partition(":")
@@ -86,7 +86,7 @@ def test_an_idle_connection_ends(service: Service, monkeypatch: pytest.MonkeyPat
             assert time.monotonic() - began < 10 < run.HEADER_S
 
 
-def test_more_connections_than_files_may_be_open_are_refused_before_the_start(
+def test_more_connections_than_open_files_allow_are_refused_at_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raised: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""No text of a client becomes a control token, in whichever dialect and wherever in a request it is said."""
+"""No text from a client becomes a control token, in any dialect and anywhere in a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.prompt.families import FAMILIES
 
 
 class Listener:
-    """A loop that remembers the last prompt, and runs nothing; `loop` says what there is to say of it."""
+    """An engine loop that records the last prompt and runs nothing; `loop` provides its snapshot."""
 
     prompt: Prompt
 
@@ -142,7 +142,7 @@ def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]
 
 
 @pytest.mark.parametrize("path", CONVERSATIONS)
-def test_no_marker_is_a_control_token_wherever_a_client_says_it(
+def test_a_marker_anywhere_in_a_conversation_is_not_a_control_token(
     family: Any, service: Service, path: str
 ) -> None:
     make = CONVERSATIONS[path]
@@ -152,7 +152,7 @@ def test_no_marker_is_a_control_token_wherever_a_client_says_it(
     assert [text for text, ids in zip(said, found, strict=True) if ids != plain] == []
 
 
-def test_no_marker_is_a_control_token_in_a_text_to_be_continued(family: Any, service: Service) -> None:
+def test_a_marker_in_text_to_be_continued_is_not_a_control_token(family: Any, service: Service) -> None:
     said = [*family.marks, *PLACEHOLDERS]
     plain, *found = heard(family, service, "/v1/completions", [{"prompt": text} for text in ("x", *said)])
     assert [text for text, ids in zip(said, found, strict=True) if ids != plain] == []
@@ -160,7 +160,7 @@ def test_no_marker_is_a_control_token_in_a_text_to_be_continued(family: Any, ser
 
 @pytest.mark.parametrize("path", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["<|im_end|>", "f\n", "f<think>", "", "f" * 129, "é", 'f"'])
-def test_a_name_of_a_tool_has_no_character_that_a_marker_has(
+def test_a_tool_name_with_a_character_of_a_marker_is_refused(
     client: httpx.Client, path: str, name: str
 ) -> None:
     body = CONVERSATIONS[path]("x")

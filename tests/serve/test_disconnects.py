@@ -1,9 +1,9 @@
 """Five hundred clients that vanish, each in its own way and at its own moment, leave nothing behind.
 
-Every dialect, streamed or not, cut off inside the request, before the answer or inside it, by a close or a reset;
-beginnings are shared, experts come from the drive. A client's requests are done when neither the engine nor the limits
-know of it any more; from its hanging up to that passes a step, or a moment, also where 1500 tokens come as fast as a
-tiny model makes them.
+The clients use every dialect, streamed or not. They disconnect inside the request, before the answer or inside it, by a
+close or a reset. Their prompts share prefixes, and experts come from the drive. A request is released when neither the
+engine nor the limits know of its tenant any more: at most a step or RELEASE_S after the client hangs up, even while
+1500 tokens come as fast as a tiny model makes them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
 CONTEXT_TOKENS, MOST_TOKENS = 2048, 1500
 RELEASE_S = 0.25  # or one step, whichever is longer
 SHARED = "What all of these begin with, and some more of it. " * 3
-GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # no token ends it
+GOES_ON = {"logit_bias": {"2": -100, "0": -100}}  # forbids the tokens that end an answer
 ASK = {"prompt": SHARED, "max_tokens": 12, "temperature": 0}
 
 
@@ -58,7 +58,7 @@ def wait_for(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 class Server:
-    """A server in a thread of this process, so that all it holds can be looked at."""
+    """A server in a thread of this process, so that the test can inspect everything it holds."""
 
     def __init__(self, engine: Engine, keys: KeyFile) -> None:
         self.engine, self.limits = engine, Limits()
@@ -96,7 +96,7 @@ class Server:
         self.prompts.close()
 
     def knows(self, tenant: str) -> bool:
-        """Whether anything of a tenant is under way."""
+        """Whether any request of a tenant is under way."""
         return tenant in self.limits._running or any(
             one.tenant == tenant for one in list(self.engine._sequences)
         )
@@ -130,7 +130,7 @@ def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
 
 
 def body_of(rng: random.Random) -> tuple[str, bytes]:
-    """A path, and something to ask there."""
+    """A path, and a random body for it."""
     text = SHARED[: rng.randrange(1, len(SHARED))] + str(rng.random())
     tokens, stream = rng.randrange(1, MOST_TOKENS), rng.random() < 0.6
     common: dict[str, Any] = {"temperature": rng.choice([0, 1]), "stream": stream}
@@ -149,7 +149,7 @@ def body_of(rng: random.Random) -> tuple[str, bytes]:
 
 
 def ask_and_vanish(port: int, secret: str, rng: random.Random) -> None:
-    """One request, and the end of its connection at a random moment."""
+    """Send one request, and end its connection at a random moment."""
     path, body = body_of(rng)
     head = (
         f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {secret}\r\n"
@@ -177,7 +177,7 @@ def ask_and_vanish(port: int, secret: str, rng: random.Random) -> None:
 
 
 def seconds_to_release(server: Server, tenant: str) -> float:
-    """Until nothing of a tenant, whose client vanished just now, is known; what it sent may still be on its way."""
+    """Seconds until nothing is known of a tenant whose client just vanished; its request may still be arriving."""
     began = last_seen = time.perf_counter()
     while (now := time.perf_counter()) - last_seen < 0.03:
         assert now - began < 20
@@ -195,7 +195,7 @@ def leased_slots(experts: ExpertCache) -> set[tuple[int, int]]:
 
 
 def held(server: Server) -> dict[str, Any]:
-    """All that requests take, by name."""
+    """All resources that requests hold, by name."""
     facts, runner = server.engine.facts(), server.engine._model.experts
     assert isinstance(runner, CachedRunner)
     experts = runner.cache
@@ -220,7 +220,7 @@ def is_socket(descriptor: str) -> bool:
 
 
 def num_children() -> int:
-    """Processes that this one has started, each a renderer of chat templates."""
+    """The number of child processes, each a renderer of chat templates."""
     tasks = Path("/proc/self/task").iterdir()
     return sum(len((task / "children").read_text().split()) for task in tasks)
 
@@ -258,7 +258,7 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
     taken = sorted(seconds for one in running for seconds in one.result())
     wait_for(lambda: held(server) == before)
     assert before["KV blocks"] == before["queued reads"] == before["leased slots"] == before["sequences"] == 0
-    # They were really answered, how far depends on the machine.
+    # The clients got real answers; how many tokens depends on the machine.
     assert server.engine.facts().totals.new_tokens > 2 * NUM_DISCONNECTS
     assert most_children <= num_before
     assert answer() == expected
@@ -270,7 +270,7 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
     assert p99 <= max(RELEASE_S, server.longest_step_s)
 
 
-def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_beside_them() -> None:
+def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks() -> None:
     num_tokens, token_s, remember_s = 3000, 0.0001, 0.3
     wake_ups, gaps, remembered = [], [0.0], []
 
@@ -326,7 +326,7 @@ def test_an_answer_that_lies_ready_lets_others_have_a_turn_and_is_remembered_bes
         other.cancel()
         assert num_wake_ups == 1
         assert isinstance(steps[-1], Ended)
-        assert remembered == [list(range(num_tokens))]  # before the end is told
+        assert remembered == [list(range(num_tokens))]  # before the end is reported
         return steps
 
     steps = asyncio.run(ask())

@@ -1,4 +1,4 @@
-"""Who comes in, and what is refused before any route runs."""
+"""Admission: who may send requests, and which requests are refused before any route runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def keyed(service: Service, keys: KeyFile) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(
     "route", [route for route in ROUTES if route.policy.scope], ids=lambda r: r.policy.path
 )
-def test_every_route_with_a_scope_refuses_who_has_no_key(keyed: tuple[str, str], route: object) -> None:
+def test_every_route_with_a_scope_refuses_a_request_without_a_valid_key(
+    keyed: tuple[str, str], route: object
+) -> None:
     policy = route.policy  # type: ignore[attr-defined]
     for headers in (
         {},
@@ -51,7 +53,9 @@ def test_every_route_with_a_scope_refuses_who_has_no_key(keyed: tuple[str, str],
         assert answer.status_code == 401
 
 
-def test_a_key_has_its_scope_its_rate_and_an_end(keyed: tuple[str, str], keys: KeyFile) -> None:
+def test_a_key_is_limited_by_its_scope_its_rate_and_its_revocation(
+    keyed: tuple[str, str], keys: KeyFile
+) -> None:
     url, secret = keyed
     headers = {"Authorization": f"Bearer {secret}"}
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
@@ -64,7 +68,9 @@ def test_a_key_has_its_scope_its_rate_and_an_end(keyed: tuple[str, str], keys: K
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
 
 
-def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str], keys: KeyFile) -> None:
+def test_tokens_generated_before_a_client_hangs_up_count_against_its_quota(
+    keyed: tuple[str, str], keys: KeyFile
+) -> None:
     url, _ = keyed
     _, secret = keys.add("quota", tokens_per_day=12)
     time.sleep(1.1)
@@ -76,7 +82,7 @@ def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str],
         for _ in range(12):
             next(lines)
     until = time.monotonic() + 10
-    small = {"content": "a"}  # counts as a request, and takes no tokens
+    small = {"content": "a"}  # counts as a request, and uses no tokens
     while (again := httpx.post(f"{url}/tokenize", json=small, headers=headers)).status_code == 200:
         assert time.monotonic() < until
     assert again.status_code == 429
@@ -92,18 +98,18 @@ def test_who_hangs_up_has_used_the_tokens_that_were_made(keyed: tuple[str, str],
         ({"Content-Type": "text/plain"}, 415),
     ],
 )
-def test_what_a_page_elsewhere_could_send_is_refused(
+def test_requests_that_a_foreign_page_could_send_are_refused(
     client: httpx.Client, headers: dict[str, str], status: int
 ) -> None:
     assert client.post("/tokenize", json={"content": "a"}, headers=headers).status_code == status
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
-def test_a_path_that_is_not_in_the_table_is_not_there(client: httpx.Client, path: str) -> None:
+def test_a_path_that_is_not_in_the_table_is_not_found(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
-def test_a_method_that_a_path_does_not_take_is_answered_with_those_that_it_takes(
+def test_a_wrong_method_is_answered_with_the_allowed_ones(
     client: httpx.Client,
 ) -> None:
     answer = client.request("TRACE", "/tokenize")
@@ -111,7 +117,7 @@ def test_a_method_that_a_path_does_not_take_is_answered_with_those_that_it_takes
     assert answer.json()["error"]["message"] == "this path accepts POST"
 
 
-def test_no_keys_means_this_machine_only() -> None:
+def test_without_keys_only_this_machine_may_connect() -> None:
     require_keys("127.0.0.1", None)
     require_keys("::1", None)
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.com"):
@@ -119,7 +125,7 @@ def test_no_keys_means_this_machine_only() -> None:
             require_keys(host, None)
 
 
-def test_a_file_of_keys_that_others_can_read_is_refused(tmp_path: Path) -> None:
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     file = KeyFile(tmp_path / "keys.json")
     file.add("one")
     assert file.path.stat().st_mode & 0o777 == 0o600
@@ -128,7 +134,7 @@ def test_a_file_of_keys_that_others_can_read_is_refused(tmp_path: Path) -> None:
         file.read()
 
 
-def test_nothing_that_anyone_says_is_logged(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_text_from_a_client_is_logged(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         assert client.post("/v1/chat/completions", json=ASK).status_code == 200
         client.post("/v1/chat/completions", json=ASK | {"canary-71d": 1})
@@ -138,7 +144,7 @@ def test_nothing_that_anyone_says_is_logged(client: httpx.Client, caplog: pytest
     assert "POST /v1/chat/completions 200" in caplog.text
 
 
-def test_the_state_has_what_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
+def test_the_state_has_the_facts_that_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
     state = client.get("/v1/engine/state").json()
     assert state.keys() == {"model", "memory", "speed", "experts", "queue", "kv", "heat", "privacy"}
     experts = state["experts"]
@@ -152,7 +158,7 @@ def test_the_state_has_what_the_page_reads_and_metrics_name_no_expert(client: ht
 
 
 def raw(url: str, *parts: bytes) -> bytes:
-    """What the server answers, until it closes the connection."""
+    """Send the parts; return everything the server sends until it closes the connection."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         for part in parts:
@@ -164,12 +170,12 @@ def raw(url: str, *parts: bytes) -> bytes:
         return answer
 
 
-def test_a_body_that_is_too_large_is_refused_by_its_announced_length(url: str) -> None:
+def test_too_large_a_body_is_refused_by_its_announced_length(url: str) -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 99999999\r\n\r\n").startswith(b"HTTP/1.1 413")
 
 
-def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
+def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.3)
@@ -179,12 +185,12 @@ def test_a_client_that_does_not_finish_its_head_or_its_body_is_cut_off(
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
 
 
-def test_bodies_of_all_requests_together_are_bounded_and_room_comes_back(service: Service) -> None:
+def test_all_bodies_together_are_bounded_and_their_memory_is_released(service: Service) -> None:
     gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
     gate.bodies = Pool(12_000)
     size = {"content": "a" * 900}
 
-    def wait_until_free() -> None:  # a request lets go of its body after its client has heard the end
+    def wait_until_free() -> None:  # a request frees its body only after its client has received the end
         until = time.monotonic() + 10
         while gate.bodies.num_bytes:
             assert time.monotonic() < until

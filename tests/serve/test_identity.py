@@ -1,6 +1,6 @@
-"""A request's tokens are its own: others beside it, a beginning found computed and a restart change none, over HTTP.
+"""Over HTTP, concurrent requests, prefix-cache hits and restarts change no token of a request.
 
-Compared are whole choices with their log-probabilities, greedy and sampled by a seed; experts come from the drive.
+The tests compare whole choices with log-probabilities, greedy and sampled with a seed; experts come from the drive.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def served(model: Path, **options: Any) -> Iterator[tuple[Engine, httpx.Client]]
 
 
 def ask(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[list[Any], int]:
-    """The choices, and how many tokens of the prompt were found computed."""
+    """The choices, and the number of prompt tokens found in the prefix cache."""
     logprobs = {"logprobs": True, "top_logprobs": 3} if "messages" in body else {"logprobs": 3}
     answer = client.post(path, json=body | GOES_ON | logprobs).raise_for_status().json()
     assert all(one["finish_reason"] == "length" and one["logprobs"] for one in answer["choices"])
@@ -60,7 +60,7 @@ def ask(client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[list[Any
 
 @pytest.fixture(scope="module")
 def alone(model: Path) -> list[list[Any]]:
-    """Of each request, by a server that has no other and finds nothing."""
+    """The choices of each request on a server without other requests and without prefix reuse."""
     with served(model, prefix_reuse=False) as (_, client):
         answers = [ask(client, *one) for one in ASKS]
     assert not any(num_cached for _, num_cached in answers)
@@ -76,14 +76,14 @@ def test_prefix_hits_and_a_restart_change_no_token(
                 answers = []
                 for one in ASKS:
                     answers.append(ask(client, *one))
-                    while engine.is_writing:  # what leaves memory before it is written is in no file
+                    while engine.is_writing:  # a block evicted before it is written is in no file
                         time.sleep(0.005)
                 assert [choices for choices, _ in answers] == alone
                 if is_restarted or is_again:
                     assert min(num_cached for _, num_cached in answers) >= 16
 
 
-def test_what_else_runs_changes_no_token(model: Path, alone: list[list[Any]]) -> None:
+def test_concurrent_requests_change_no_token(model: Path, alone: list[list[Any]]) -> None:
     is_over = threading.Event()
 
     def others(number: int) -> int:

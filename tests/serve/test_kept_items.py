@@ -1,4 +1,4 @@
-"""Items of responses that clients name instead of sending them again."""
+"""Stored items of responses, which clients refer to instead of sending them again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keep(kept: KeptItems, tenant: str, number: int, previous: int | None = None,
     kept.keep(tenant, f"resp_{number}", earlier, asked, [message(number, text)])
 
 
-def test_a_conversation_comes_back_in_its_order() -> None:
+def test_a_stored_conversation_keeps_its_order() -> None:
     kept = KeptItems()
     keep(kept, "a", 1)
     keep(kept, "a", 2, previous=1)
@@ -39,7 +39,7 @@ def test_a_conversation_comes_back_in_its_order() -> None:
     assert kept.item("a", "msg_1") == message(1)
 
 
-def test_nobody_else_finds_an_item_and_a_tenant_that_is_gone_leaves_none() -> None:
+def test_another_tenant_finds_no_item_and_a_removed_tenant_leaves_none() -> None:
     kept = KeptItems()
     keep(kept, "a", 1)
     with pytest.raises(Refused, match="Item with id 'msg_1' not found"):
@@ -49,11 +49,11 @@ def test_nobody_else_finds_an_item_and_a_tenant_that_is_gone_leaves_none() -> No
     kept.forget("a")
     with pytest.raises(Refused):
         kept.item("a", "msg_1")
-    keep(kept, "a", 2)  # an answer that had ended just before
+    keep(kept, "a", 2)  # an answer that ended just before
     assert kept.nbytes == 0
 
 
-def test_an_items_id_is_no_responses_id() -> None:
+def test_an_items_id_is_not_a_responses_id() -> None:
     kept = KeptItems()
     keep(kept, "a", 1)
     with pytest.raises(Refused):
@@ -62,7 +62,7 @@ def test_an_items_id_is_no_responses_id() -> None:
         kept.conversation("a", "msg_1")
 
 
-def test_the_budget_holds_and_what_was_asked_for_last_stays() -> None:
+def test_the_budget_holds_and_recently_used_items_stay() -> None:
     kept = KeptItems(max_bytes=100_000)
     keep(kept, "a", 0, text="x" * 5_000)
     keep(kept, "a", 1, previous=0)
@@ -75,7 +75,7 @@ def test_the_budget_holds_and_what_was_asked_for_last_stays() -> None:
     assert kept.item("a", "msg_59")
 
 
-def test_a_tenant_that_keeps_much_pushes_out_its_own() -> None:
+def test_a_tenant_that_stores_a_lot_evicts_only_its_own_items() -> None:
     kept = KeptItems(max_bytes=100_000)
     keep(kept, "small", 1)
     for number in range(60):
@@ -83,7 +83,7 @@ def test_a_tenant_that_keeps_much_pushes_out_its_own() -> None:
     assert kept.item("small", "msg_1")
 
 
-def test_without_room_nothing_is_kept() -> None:
+def test_without_a_budget_nothing_is_kept() -> None:
     kept = KeptItems(max_bytes=0)
     assert not kept.can_keep
     keep(kept, "a", 1)
@@ -121,10 +121,8 @@ def results(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_items_that_are_named_are_as_good_as_those_that_are_sent(
-    speaker: httpx.Client, streamed: bool
-) -> None:
-    """As @ai-sdk/openai does it, whose default is to store: thoughts and calls by their ids, then the results."""
+def test_item_references_work_like_the_items_themselves(speaker: httpx.Client, streamed: bool) -> None:
+    """Like @ai-sdk/openai, which stores by default: thoughts and calls by their ids, then the results."""
     asked = GREEDY | {"input": "#thoughtful", "tools": TOOLS["responses"]}
     if streamed:
         text = speaker.post("/v1/responses", json=asked | {"stream": True}).text
@@ -139,15 +137,16 @@ def test_items_that_are_named_are_as_good_as_those_that_are_sent(
     assert count(speaker, by_name) == count(speaker, whole)
     said = ask(speaker, by_name, tools=TOOLS["responses"])
     assert said["output"][0]["content"][0]["text"] == "It is sunny in both."
+    # The type may be omitted.
     untyped = [
         question,
         *({"id": item["id"]} for item in first["output"]),
         *answers,
-    ]  # the type may be left out
+    ]
     assert count(speaker, untyped) == count(speaker, whole)
 
 
-def test_a_response_goes_on_from_the_one_before_it(speaker: httpx.Client) -> None:
+def test_a_response_continues_from_the_previous_one(speaker: httpx.Client) -> None:
     first = ask(speaker, "#thoughtful", tools=TOOLS["responses"])
     answers = results(first["output"])
     second = ask(speaker, answers, previous_response_id=first["id"], tools=TOOLS["responses"])
@@ -160,13 +159,13 @@ def test_a_response_goes_on_from_the_one_before_it(speaker: httpx.Client) -> Non
     )
 
 
-def test_instructions_are_those_of_the_request_alone(speaker: httpx.Client) -> None:
+def test_instructions_of_an_earlier_request_do_not_carry_over(speaker: httpx.Client) -> None:
     first = ask(speaker, "#plain", instructions="Be brief. " * 20)
     whole = [{"role": "user", "content": "#plain"}, *first["output"], {"role": "user", "content": "Why?"}]
     assert count(speaker, "Why?", previous_response_id=first["id"]) == count(speaker, whole)
 
 
-def test_what_is_not_to_be_stored_is_not_found_again_and_the_answer_says_what_to_do(
+def test_a_response_that_is_not_stored_is_not_found_and_the_error_says_what_to_do(
     speaker: httpx.Client,
 ) -> None:
     first = ask(speaker, "#plain", store=False)
@@ -184,7 +183,7 @@ def test_what_is_not_to_be_stored_is_not_found_again_and_the_answer_says_what_to
     assert error["message"].startswith(f"Previous response with id '{first['id']}' not found.")
 
 
-def test_a_server_without_room_says_that_it_stores_nothing(
+def test_a_server_without_a_budget_reports_that_it_stores_nothing(
     speaker: httpx.Client, speaking_service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speaking_service, "kept", KeptItems(max_bytes=0))
@@ -199,7 +198,7 @@ def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_serv
     assert speaking_service.kept.nbytes == before
 
 
-def test_a_conversation_has_no_more_items_than_one_that_is_sent(
+def test_a_stored_conversation_has_the_same_limit_on_items_as_a_sent_one(
     speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("argosy.serve.openai_responses.MAX_ITEMS", 4)
@@ -224,7 +223,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Servi
             yield url, service, secrets
 
 
-def test_another_key_finds_nothing_and_a_revoked_one_leaves_nothing(
+def test_another_key_finds_nothing_and_a_revoked_key_leaves_nothing(
     keyed: tuple[str, Service, dict[str, str]],
 ) -> None:
     url, service, secrets = keyed

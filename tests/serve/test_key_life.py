@@ -1,4 +1,4 @@
-"""What a key has used counts however an answer ends, and of a key that is revoked nothing stays."""
+"""The life of a key: tokens count against it however an answer ends, and a revoked key leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Server:
 
     @property
     def tokens_run(self) -> int:
-        """Of prompts that were taken and of answers, as the engine has counted them; it is idle."""
+        """Prompt and answer tokens that the engine has counted, read once it is idle."""
         wait_for(lambda: not self.engine.has_work)
         totals = self.engine.facts().totals
         return totals.prompt_tokens + totals.new_tokens
@@ -92,7 +92,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def hang_up(url: str, path: str, body: dict[str, Any], headers: dict[str, str], *, lines: int) -> None:
-    """Ask, and close the connection after so many lines of the answer."""
+    """Send a request, and close the connection after `lines` lines of the answer."""
     with httpx.stream("POST", url + path, json=body, headers=headers, timeout=30) as answer:
         for _, _line in zip(range(lines), answer.iter_lines(), strict=False):
             pass
@@ -101,7 +101,7 @@ def hang_up(url: str, path: str, body: dict[str, Any], headers: dict[str, str], 
 def hang_up_unread(
     url: str, path: str, body: dict[str, Any], headers: dict[str, str], seconds: float
 ) -> None:
-    """Ask, and close the connection before anything of the answer was read."""
+    """Send a request, and close the connection without reading the answer."""
     request = httpx.Request("POST", url + path, json=body, headers=headers)
     head = f"POST {path} HTTP/1.1\r\n" + "".join(
         f"{name}: {value}\r\n" for name, value in request.headers.items()
@@ -115,7 +115,7 @@ def hang_up_unread(
 @pytest.mark.parametrize(
     "how", ["ended", "streamed", "hung up in a stream", "hung up before an answer", "failed"]
 )
-def test_what_an_answer_took_counts_however_it_ends(
+def test_the_tokens_of_an_answer_count_however_it_ends(
     server: Server, monkeypatch: pytest.MonkeyPatch, path: str, how: str
 ) -> None:
     key_id, headers = server.add(f"{path} {how}")
@@ -149,18 +149,19 @@ def test_what_an_answer_took_counts_however_it_ends(
         assert httpx.post(server.url + path, json=body, headers=headers).status_code in (200, 500)
         monkeypatch.undo()
     wait_for(lambda: server.limits._running == {})
-    run = server.tokens_run - before  # the step in which it hung up has ended, but may not yet be told of
+    # The step in which the client hung up has ended, but may not be counted yet.
+    run = server.tokens_run - before
     wait_for(lambda: server.tokens_of(key_id) == run > 0)
 
 
-def test_the_day_s_tokens_end_though_no_answer_was_heard_to_its_end(server: Server) -> None:
+def test_answers_abandoned_early_use_up_the_days_tokens(server: Server) -> None:
     _, headers = server.add("greedy", tokens_per_day=60)
     for _ in range(2):
         hang_up(server.url, "/v1/completions", ASK | {"stream": True}, headers, lines=2)
     assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=headers).status_code == 429
 
 
-def test_places_of_those_who_hung_up_are_free_again(server: Server) -> None:
+def test_a_client_that_hung_up_frees_its_concurrent_request(server: Server) -> None:
     _, headers = server.add("narrow", concurrent_requests=1)
     for seconds in (0.0, 0.02, 0.05):
         hang_up_unread(server.url, "/v1/completions", ASK, headers, seconds)
@@ -168,7 +169,7 @@ def test_places_of_those_who_hung_up_are_free_again(server: Server) -> None:
     assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=headers).status_code == 200
 
 
-def test_of_a_key_that_is_revoked_nothing_stays_and_of_others_all_does(server: Server) -> None:
+def test_a_revoked_key_leaves_nothing_and_other_keys_lose_nothing(server: Server) -> None:
     stays, others_headers = server.add("stays")
     gone, headers = server.add("gone")
     chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 30, "temperature": 0}
@@ -198,7 +199,7 @@ def test_of_a_key_that_is_revoked_nothing_stays_and_of_others_all_does(server: S
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
-        server.engine._lock.acquire()  # nothing runs until the key is gone
+        server.engine._lock.acquire()  # no step runs until the key is revoked
         server.keys.revoke("gone")
         wait_for(lambda: gone in server.service.loop._revoked)  # type: ignore[attr-defined]
         server.engine._lock.release()

@@ -1,4 +1,4 @@
-"""Lines of the log reach who reads them, and nobody waits for who does not."""
+"""Log lines reach their reader, and the server never waits for a reader that does not read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read_all(descriptor: int) -> str:
         return file.read()
 
 
-def test_lines_are_written_in_their_order_and_those_that_wait_at_the_end_too() -> None:
+def test_lines_are_written_in_order_including_those_queued_at_the_end() -> None:
     reader, writer = os.pipe()
     log = LogWriter(writer)
     for number in range(100):
@@ -31,7 +31,7 @@ def test_lines_are_written_in_their_order_and_those_that_wait_at_the_end_too() -
     assert re.findall(r"line (\d+)", read_all(reader)) == [str(number) for number in range(100)]
 
 
-def test_nobody_waits_for_a_pipe_that_is_not_read_and_what_was_dropped_is_told() -> None:
+def test_logging_never_waits_for_an_unread_pipe_and_dropped_lines_are_counted() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -57,7 +57,7 @@ def test_nobody_waits_for_a_pipe_that_is_not_read_and_what_was_dropped_is_told()
     assert numbers == [str(number) for number in range(len(numbers))]
 
 
-def test_a_log_whose_reader_is_gone_fails_nobody() -> None:
+def test_logging_to_a_closed_pipe_raises_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     log = LogWriter(writer, most_lines=2)

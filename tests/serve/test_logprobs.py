@@ -1,4 +1,4 @@
-"""Tokens of log-probabilities have their real bytes, and together they are the text that was answered."""
+"""The tokens in log-probabilities have their true bytes, and together they spell the answer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[Callable[[], str], dict[str, object]]] = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server whose model has that kind of tokenizer, and says what chance has it say."""
+    """A client of a server whose random model has this kind of tokenizer."""
     text, config = KINDS[request.param]
     model = tmp_path_factory.mktemp("logprobs") / request.param
     write_model(model, qwen3_moe(vocab_size=640, max_position_embeddings=512), seed=3)
@@ -46,7 +46,7 @@ SAMPLED = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
 
 
 def bytes_of(token: str) -> bytes:
-    """Of a token as Completions spells it."""
+    """The bytes of a token as Completions spells it."""
     if not token.startswith("bytes:"):
         return token.encode()
     return token.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
@@ -69,8 +69,8 @@ def test_bytes_of_all_tokens_are_the_bytes_of_the_completion(
     ends = [*scores["text_offset"][1:], len(choice["text"])]
     written = b""
     for token, at, end in zip(scores["tokens"], scores["text_offset"], ends, strict=True):
-        assert len(written.decode(errors="ignore")) <= at  # what is no character is one in the text
-        if end > at or not token.startswith("<"):  # a special token that is left out has no place
+        assert len(written.decode(errors="ignore")) <= at  # invalid bytes become one character of the text
+        if end > at or not token.startswith("<"):  # a hidden special token takes no text
             written += bytes_of(token)
     assert written.decode(errors="replace") == choice["text"]
     assert scores["text_offset"][0] == 0
@@ -78,7 +78,7 @@ def test_bytes_of_all_tokens_are_the_bytes_of_the_completion(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_bytes_of_all_tokens_are_the_bytes_of_the_chat(asked: httpx.Client, seed: int) -> None:
-    """Less the space that SentencePiece puts before a text: an answer in a chat is one of its own."""
+    """Except for the space that SentencePiece puts before a text: in a chat, an answer is a text of its own."""
     body = {"messages": [{"role": "user", "content": "How are you"}], "logprobs": True, "top_logprobs": 3}
     choice = choice_of(asked, "/v1/chat/completions", seed=seed, **body)
     tokens = choice["logprobs"]["content"]
@@ -92,8 +92,8 @@ def test_bytes_of_all_tokens_are_the_bytes_of_the_chat(asked: httpx.Client, seed
             assert one["token"].encode() == bytes(one["bytes"]) or not is_text or not one["bytes"]
 
 
-def test_a_completion_goes_on_with_its_prompt_space_included(asked: httpx.Client) -> None:
-    """Scored in one piece, or given and then continued: the text has the same spaces at the same places."""
+def test_a_completion_keeps_the_space_between_prompt_and_answer(asked: httpx.Client) -> None:
+    """With echo, each token's slice of the text equals the token, across the end of the prompt as well."""
     more = {"prompt": "The quick brown", "echo": True, "logprobs": 0, "seed": 7}
     choice = choice_of(asked, "/v1/completions", **more)
     text, scores = choice["text"], choice["logprobs"]
@@ -104,7 +104,7 @@ def test_a_completion_goes_on_with_its_prompt_space_included(asked: httpx.Client
             assert text[at:after] == token
 
 
-def test_streamed_tokens_and_their_places_are_those_of_the_whole_answer(asked: httpx.Client) -> None:
+def test_streamed_tokens_and_offsets_equal_those_of_the_whole_answer(asked: httpx.Client) -> None:
     body = SAMPLED | {"prompt": "How are you", "logprobs": 2, "seed": 5}
     whole = asked.post("/v1/completions", json=body).json()["choices"][0]
     events = list(read_events(asked.post("/v1/completions", json=body | {"stream": True}).text))
@@ -114,7 +114,7 @@ def test_streamed_tokens_and_their_places_are_those_of_the_whole_answer(asked: h
         assert [value for choice in choices for value in (choice["logprobs"] or {name: []})[name]] == values
 
 
-def test_a_part_of_a_character_is_spelled_by_its_bytes() -> None:
+def test_a_partial_character_is_spelled_by_its_bytes() -> None:
     for tokenizer in (BYTE_LEVEL, LLAMA):
         spell = Speller(tokenizer, keep_special=False)
         *_, last = tokenizer.encode("🦑")
@@ -123,7 +123,7 @@ def test_a_part_of_a_character_is_spelled_by_its_bytes() -> None:
         assert spell.marked_text_of(last) == "bytes:\\x91"
 
 
-def test_a_special_token_adds_bytes_only_where_the_text_shows_it() -> None:
+def test_a_special_token_adds_bytes_only_if_the_text_shows_it() -> None:
     special = BYTE_LEVEL.control_id("<|im_start|>")
     assert special is not None
     for keep_special in (False, True):
@@ -132,14 +132,14 @@ def test_a_special_token_adds_bytes_only_where_the_text_shows_it() -> None:
         assert spell.bytes_of(special) == (b"<|im_start|>" if keep_special else b"")
 
 
-def test_every_token_of_sentencepiece_keeps_its_space() -> None:
+def test_every_sentencepiece_token_keeps_its_space() -> None:
     for tokenizer in (LLAMA, UNIGRAM):
         spell = Speller(tokenizer, keep_special=False)
         ids = tokenizer.encode("you and you")
         assert "".join(map(spell.text_of, ids)) == " you and you"
 
 
-def test_a_tokenizer_without_bytes_of_single_tokens_spells_them_as_they_stand_alone() -> None:
+def test_a_tokenizer_without_bytes_per_token_decodes_each_token_alone() -> None:
     spell = Speller(WORD_PIECE, keep_special=False)
     assert [spell.text_of(token_id) for token_id in WORD_PIECE.encode("hello world")] == ["hello", "world"]
     assert Speller(None, keep_special=False).text_of(7) == "token_id:7"

@@ -1,4 +1,4 @@
-"""The document of all routes, and a server held against it with data that it allows and data that it does not."""
+"""The OpenAPI document, and a server checked against it with valid and invalid data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.serve.conftest import start
 
 
 class ShortLoop:
-    """The engine, whose answers are cut: what is tested is what is around them."""
+    """The engine's loop with answers cut to two tokens, because these tests are about the API."""
 
     def __init__(self, loop: Any) -> None:
         self._loop = loop
@@ -59,7 +59,7 @@ class ShortLoop:
 
 @pytest.fixture(scope="module")
 def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A server that wants keys, and one that opens everything."""
+    """A server that requires keys, and a key that opens everything."""
     keys = KeyFile(tmp_path_factory.mktemp("keys") / "keys.json")
     _, secret = keys.add("all", scopes=("infer", "metrics", "admin"))
     short = Service(ShortLoop(service.loop), service.prompts, service.tokenizer, service.model)
@@ -71,18 +71,19 @@ def route_of(path: str) -> Route:
     return next(route for route in ROUTES if route.policy.path == path)
 
 
-def test_the_document_has_every_route_of_the_table_and_nothing_else(client: httpx.Client) -> None:
+def test_the_document_has_exactly_the_routes_of_the_table(client: httpx.Client) -> None:
     found = client.get("/openapi.json").json()
     operations = {(method.upper(), path) for path, item in found["paths"].items() for method in item}
     assert operations == {(route.policy.method, route.policy.path) for route in ROUTES}
-    assert not [name for name in found["components"]["schemas"] if "__" in name]  # two of the same name
+    # "__" would mark two schemas of one name.
+    assert not [name for name in found["components"]["schemas"] if "__" in name]
     for route in ROUTES:
         operation = found["paths"][route.policy.path][route.policy.method.lower()]
         assert ("security" in operation) == (route.policy.scope is not None)
         assert ("requestBody" in operation) == (route.policy.method == "POST")
 
 
-def test_numbers_of_the_document_are_those_that_are_checked(client: httpx.Client) -> None:
+def test_bounds_in_the_document_are_the_enforced_ones(client: httpx.Client) -> None:
     body = client.get("/openapi.json").json()["components"]["schemas"]["ChatBody"]["properties"]
     assert body["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": MAX_ANSWERS}
     assert body["seed"]["anyOf"][0] == {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63}
@@ -129,13 +130,13 @@ def test_the_document_says_which_fields_exclude_or_need_each_other(
         ("/detokenize", {"tokens": [1.0]}),
     ],
 )
-def test_an_integer_may_be_written_with_a_fraction_of_zero(
+def test_an_integer_may_be_written_with_a_zero_fraction(
     client: httpx.Client, path: str, body: dict[str, Any]
 ) -> None:
     assert client.post(path, json=body).status_code == 200
 
 
-def test_null_beside_the_name_of_an_item_says_nothing(client: httpx.Client) -> None:
+def test_null_beside_an_items_id_is_ignored(client: httpx.Client) -> None:
     answer = client.post("/v1/responses/input_tokens", json={"input": [{"id": "a", "status": None}]})
     assert answer.json()["error"]["message"].startswith("Item with id 'a' not found.")
 
@@ -152,9 +153,7 @@ def test_null_beside_the_name_of_an_item_says_nothing(client: httpx.Client) -> N
         ("/v1/messages", {"messages": SAY, "max_tokens": 3}),
     ],
 )
-def test_answers_and_events_are_what_the_document_says(
-    client: httpx.Client, path: str, body: dict[str, Any]
-) -> None:
+def test_answers_and_events_match_the_document(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
     more = {} if "max_output_tokens" in body else {"max_tokens": 3}
     if "completions" in path:
         more |= {"stream_options": {"include_usage": True}}
@@ -172,7 +171,7 @@ def test_answers_and_events_are_what_the_document_says(
 
 
 @pytest.mark.parametrize("name", record.CASES)
-def test_a_transcript_is_what_the_document_says(name: str) -> None:
+def test_every_transcript_matches_the_document(name: str) -> None:
     transcript = record.load(name)
     route = route_of(transcript["request"]["path"])
     if transcript["status"] != 200:
@@ -187,14 +186,14 @@ def test_a_transcript_is_what_the_document_says(name: str) -> None:
             assert route.has_done
 
 
-# How many requests schemathesis sends at least: SCHEMATHESIS_CASES=10000 for a long run.
+# The least number of requests that schemathesis sends; set SCHEMATHESIS_CASES=10000 for a long run.
 NUM_CASES = int(os.environ.get("SCHEMATHESIS_CASES", "1500"))
-MAX_EXAMPLES = 15  # of an operation, in a round
+MAX_EXAMPLES = 15  # per operation and round
 FOLDER = Path(__file__).parent
 
 
 def statuses(url: str, secret: str) -> Counter[tuple[str, str]]:
-    """How many requests of each route had each status."""
+    """The number of requests by route and status."""
     answered: Counter[tuple[str, str]] = Counter()
     metrics = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {secret}"}).text
     for path, status, number in re.findall(r'requests_total\{route="(.+?)",status="(\d+)"\} (\d+)', metrics):
@@ -203,12 +202,12 @@ def statuses(url: str, secret: str) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.timeout(600 + NUM_CASES // 2)
-def test_no_request_has_an_answer_that_is_not_in_the_document(
+def test_every_answer_to_schemathesis_is_in_the_document(
     keyed: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every field at its edges and beyond them, and data at random: schemathesis knows only the document.
+    """Schemathesis, which knows only the document, tries every field at and beyond its edges, and random data.
 
-    All of its checks run, and one of ours: allowed data is refused only for the reasons that the guide gives.
+    All of its checks run, and one of ours: allowed data is refused only for reasons that the guide gives.
     """
     url, secret = keyed
     monkeypatch.setattr("argosy.serve.app._STATE_S", 0.01)
@@ -230,7 +229,7 @@ def test_no_request_has_an_answer_that_is_not_in_the_document(
             break
     assert not [key for key in answered if key[1][0] == "5"]
     for route in ROUTES:
-        if route.policy.path == "/page/{name}":  # its names are no part of the document
+        if route.policy.path == "/page/{name}":  # the document does not list the names
             continue
         assert answered[route.policy.path, "200"], f"nothing but refusals at {route.policy.path}"
         if route.policy.method == "POST":

@@ -1,4 +1,4 @@
-"""Completions and Messages over a real socket, and with the official client."""
+"""Completions, Messages and Responses over a real socket, and with the official clients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_echo_scores_a_prompt_as_the_engine_does(
     assert choices[0]["text"].startswith("The quick brown fox")
 
 
-def test_a_tokenizer_is_spoken_to_as_llama_cpp_and_vllm_have_it(
+def test_the_tokenizer_routes_accept_the_fields_of_llama_cpp_and_vllm(
     client: httpx.Client, service: Service
 ) -> None:
     text = "The quick brown fox"
@@ -80,9 +80,9 @@ def test_a_streamed_message_opens_and_closes_its_blocks_in_turn(client: httpx.Cl
     assert whole["stop_reason"] == "max_tokens"
 
 
-def test_the_official_client_is_answered_and_counts_tokens(url: str) -> None:
+def test_the_official_client_gets_answers_and_token_counts(url: str) -> None:
     asked = {name: value for name, value in MESSAGE.items() if name != "temperature"}
-    asked["extra_body"] = {"temperature": 0}  # which the client no longer knows of
+    asked["extra_body"] = {"temperature": 0}  # the client no longer has this argument
     with anthropic.Anthropic(base_url=url, api_key="none") as client:
         whole = client.messages.create(**asked)
         with client.messages.stream(**asked) as stream:
@@ -104,7 +104,7 @@ def test_the_billing_line_of_claude_code_does_not_reach_the_prompt(client: httpx
     assert count("x-anthropic-billing-header: cc_version=1; cch=af31\nBe brief.") == count("Be brief.")
 
 
-def test_events_of_a_response_are_numbered_and_end_in_the_whole(client: httpx.Client) -> None:
+def test_events_of_a_response_are_numbered_and_the_last_has_the_whole(client: httpx.Client) -> None:
     ask = {"input": "How are you?", "max_output_tokens": 8, "temperature": 0}
     text = client.post("/v1/responses", json=ask | {"stream": True}).text
     events = [json.loads(part.partition("data: ")[2]) for part in text.strip().split("\n\n")]

@@ -1,6 +1,6 @@
 """The page in a real browser: headless Chromium, under the page's own content policy.
 
-A small server that says what a test wants stands behind it; at the end the real one, with a tiny model.
+Most tests use a fake server that answers as a test wants; the last use the real server with a tiny model.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PATIENCE_S = 20
 
 
 class Browser:
-    """What a person does with the page, and what they see."""
+    """The page as a person uses it: what they do, and what they see."""
 
-    server: FakeServer  # behind all tests but those of the real one
+    server: FakeServer  # set except in the tests of the real server
 
     def __init__(self, driver: webdriver.Chrome, url: str) -> None:
         self.driver = driver
@@ -85,11 +85,11 @@ class Browser:
 
     @property
     def focus(self) -> str:
-        """The id, or what the focused element says."""
+        """The id of the focused element, or its text."""
         return self.script("const at = document.activeElement; return at.id || at.textContent")  # type: ignore[no-any-return]
 
     def complaints(self) -> list[str]:
-        """What the console has that is no expected answer of the server."""
+        """Messages in the browser's console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
 
 
@@ -113,7 +113,7 @@ def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
     with fake_server() as server:
         browser = Browser(driver, server.url)
         browser.server = server
-        browser.complaints()  # of the test before
+        browser.complaints()  # clears the messages of the test before
         yield browser
         driver.get("about:blank")
 
@@ -121,7 +121,7 @@ def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
 # A conversation
 
 
-def test_a_conversation_streams_and_carries_what_was_said(browser: Browser) -> None:
+def test_a_conversation_streams_and_sends_its_earlier_turns(browser: Browser) -> None:
     browser.open()
     browser.say("hello there")
     browser.wait_for_the_answer()
@@ -155,7 +155,7 @@ def test_the_bar_shows_how_much_of_the_prompt_has_been_read(browser: Browser) ->
     assert not browser.one(".turn.assistant .progress").is_displayed()
 
 
-def test_stop_ends_the_request_and_keeps_what_came(browser: Browser) -> None:
+def test_stop_ends_the_request_and_keeps_the_text_so_far(browser: Browser) -> None:
     browser.open()
     browser.say("slow")
     browser.until(lambda: "word 9" in browser.answer)
@@ -173,7 +173,7 @@ def test_stop_ends_the_request_and_keeps_what_came(browser: Browser) -> None:
     assert browser.complaints() == []
 
 
-def test_regenerate_asks_the_same_again_without_the_old_answer(browser: Browser) -> None:
+def test_regenerate_sends_the_same_request_without_the_old_answer(browser: Browser) -> None:
     browser.open()
     browser.say("one")
     browser.wait_for_the_answer()
@@ -183,7 +183,7 @@ def test_regenerate_asks_the_same_again_without_the_old_answer(browser: Browser)
     assert len(browser.all(".turn")) == 2
 
 
-def test_the_last_message_can_be_edited_and_only_the_last(browser: Browser) -> None:
+def test_only_the_last_message_can_be_edited(browser: Browser) -> None:
     browser.open()
     for text in ("first", "secnod"):
         browser.say(text)
@@ -203,7 +203,7 @@ def test_the_last_message_can_be_edited_and_only_the_last(browser: Browser) -> N
     assert [message["content"] for message in browser.server.conversations[2]][::2] == ["first", "second"]
 
 
-def test_reasoning_is_folded_and_does_not_go_back_to_the_model(browser: Browser) -> None:
+def test_reasoning_is_folded_and_not_sent_back_to_the_model(browser: Browser) -> None:
     browser.open()
     browser.say("think")
     browser.wait_for_the_answer()
@@ -217,7 +217,7 @@ def test_reasoning_is_folded_and_does_not_go_back_to_the_model(browser: Browser)
     assert "Let me think" not in str(browser.server.conversations[1])
 
 
-def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -> None:
+def test_a_models_text_is_shown_and_never_becomes_html(browser: Browser) -> None:
     browser.open()
     browser.say("markdown")
     browser.wait_for_the_answer()
@@ -232,7 +232,7 @@ def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -
     assert "[trap](javascript:alert(1))" in browser.answer
     assert "snake_case_name" in browser.answer
     assert "quoted <script>alert(1)</script>" in browser.answer
-    assert browser.complaints() == []  # a request for a picture, or a script, would be one
+    assert browser.complaints() == []  # a request for a picture or a script would be in the console
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_what_a_model_says_is_shown_and_never_becomes_markup(browser: Browser) -
         ("busy", "failed", "all places are taken; try again in 7 s"),
     ],
 )
-def test_a_failed_answer_says_why_and_can_be_tried_again(
+def test_a_failed_answer_shows_its_reason_and_can_be_retried(
     browser: Browser, text: str, state: str, sentence: str
 ) -> None:
     browser.open()
@@ -254,11 +254,11 @@ def test_a_failed_answer_says_why_and_can_be_tried_again(
     assert browser.server.conversations[0] == browser.server.conversations[1]
 
 
-def test_the_hint_of_an_error_has_a_line_of_its_own(browser: Browser) -> None:
+def test_the_hint_of_an_error_is_on_its_own_line(browser: Browser) -> None:
     browser.open()
     browser.say("too long")
     browser.wait_for_the_answer("failed")
-    shown = browser.one(".turn.assistant .note").text  # as it is drawn
+    shown = browser.one(".turn.assistant .note").text  # as rendered, with its line breaks
     assert shown == "the prompt has 9 tokens, and 4 fit\nhint: leave something out"
 
 
@@ -275,7 +275,7 @@ def test_the_page_stays_at_the_end_when_an_answer_fails(browser: Browser) -> Non
     browser.until(lambda: browser.script(below) < 2)
 
 
-def test_a_failed_answer_does_not_go_back_and_two_questions_in_a_row_go_as_one(browser: Browser) -> None:
+def test_a_failed_answer_is_not_sent_back_and_two_questions_in_a_row_are_joined(browser: Browser) -> None:
     browser.open()
     browser.say("think, fail")
     browser.wait_for_the_answer("failed")
@@ -284,7 +284,7 @@ def test_a_failed_answer_does_not_go_back_and_two_questions_in_a_row_go_as_one(b
     assert browser.server.conversations[1] == [{"role": "user", "content": "think, fail\n\nhello"}]
 
 
-def test_a_new_chat_forgets_and_can_be_undone(browser: Browser) -> None:
+def test_a_new_chat_forgets_the_conversation_and_can_be_undone(browser: Browser) -> None:
     browser.open()
     browser.say("one")
     browser.wait_for_the_answer()
@@ -299,7 +299,7 @@ def test_a_new_chat_forgets_and_can_be_undone(browser: Browser) -> None:
     assert not browser.one("#notice").is_displayed()
 
 
-def test_a_new_chat_stops_the_answer_that_runs(browser: Browser) -> None:
+def test_a_new_chat_stops_the_running_answer(browser: Browser) -> None:
     browser.open()
     browser.say("slow")
     browser.until(lambda: "word 2" in browser.answer)
@@ -316,7 +316,7 @@ HOSTILE = (
 )  # fmt: skip
 
 
-def test_hostile_markdown_takes_time_by_its_length(browser: Browser) -> None:
+def test_hostile_markdown_takes_linear_time(browser: Browser) -> None:
     browser.open()
     took_ms = browser.driver.execute_async_script(  # type: ignore[no-untyped-call]
         "const [pieces, done] = arguments;"
@@ -328,11 +328,11 @@ def test_hostile_markdown_takes_time_by_its_length(browser: Browser) -> None:
         "})));",
         HOSTILE,
     )
-    # 92 ms at most were seen; 2.7 s for '_a ' when the end of each mark was looked for again.
+    # At most 92 ms were measured; '_a ' took 2.7 s when the end of each mark was searched for again.
     assert {piece: took for piece, took in zip(HOSTILE, took_ms, strict=True) if took > 1000} == {}
 
 
-def test_nothing_moves_for_those_who_want_no_motion(browser: Browser) -> None:
+def test_nothing_moves_when_reduced_motion_is_preferred(browser: Browser) -> None:
     wish = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)  # type: ignore[no-untyped-call]
     try:
@@ -388,7 +388,7 @@ def highlighted(browser: Browser, samples: list[tuple[str, str]]) -> list[dict[s
     return browser.driver.execute_async_script(HIGHLIGHT, samples)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def test_comments_strings_numbers_and_keywords_of_code_have_their_colours(browser: Browser) -> None:
+def test_comments_strings_numbers_and_keywords_are_highlighted(browser: Browser) -> None:
     browser.open()
     found = highlighted(browser, [(language, text) for language, (text, _) in CODE.items()])
     for (language, (_, expected)), one in zip(CODE.items(), found, strict=True):
@@ -405,7 +405,7 @@ UNENDING = (
 )  # fmt: skip
 
 
-def test_code_of_any_length_keeps_its_text_and_takes_a_bounded_number_of_nodes(browser: Browser) -> None:
+def test_long_code_keeps_its_text_and_takes_a_bounded_number_of_nodes(browser: Browser) -> None:
     browser.open()
     languages = ("python", "js", "rust", "go", "sql", "lua", "html", "yaml", "css", "c#")
     samples = [(language, piece * (60_000 // len(piece))) for piece in UNENDING for language in languages]
@@ -419,7 +419,7 @@ def test_code_of_any_length_keeps_its_text_and_takes_a_bounded_number_of_nodes(b
 # The engine
 
 
-def test_the_memory_bar_follows_the_engine_and_says_it_in_words(browser: Browser) -> None:
+def test_the_memory_bar_follows_the_engine_and_has_a_text_alternative(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#memory-total"))
     assert browser.text("#memory-total").startswith("limit 12.0 GiB, peak so far 10.1 GiB")
@@ -441,14 +441,14 @@ def test_the_memory_bar_follows_the_engine_and_says_it_in_words(browser: Browser
 
 
 def drawn(browser: Browser) -> list[str]:
-    """How full each part is drawn, and where the peak is."""
+    """The drawn widths of the parts, and the position of the peak."""
     return browser.script(  # type: ignore[no-any-return]
         "const all = (name) => [...document.querySelectorAll(`#memory-bar ${name}`)];"
         "return [all('.fill').map((node) => node.style.width).join(), all('.peak')[0].style.left]"
     )
 
 
-def test_what_is_left_over_of_the_memory_has_its_reason(browser: Browser) -> None:
+def test_unused_memory_is_shown_with_its_reason(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#memory-total"))
     reason = "#memory-legend li:last-child .remark"
@@ -457,7 +457,7 @@ def test_what_is_left_over_of_the_memory_has_its_reason(browser: Browser) -> Non
     browser.until(lambda: browser.text(reason) == "every expert is in memory")
 
 
-def test_a_value_of_the_panel_stands_beside_its_label(browser: Browser) -> None:
+def test_each_value_of_the_panel_is_beside_its_label(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#resident"))
     rows = browser.script(
@@ -466,10 +466,10 @@ def test_a_value_of_the_panel_stands_beside_its_label(browser: Browser) -> None:
     )
     assert len(rows) == 4
     for label, value in rows:
-        assert value[1:] == label[1:], value[0]  # both on one line, and on the same one
+        assert value[1:] == label[1:], value[0]  # each takes one line, and it is the same line
 
 
-def test_the_heat_map_changes_with_use_and_has_the_same_in_words(browser: Browser) -> None:
+def test_the_heat_map_changes_with_use_and_has_a_text_alternative(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.one("#heat").is_displayed())
     picture = "return document.getElementById('heat-map').toDataURL()"
@@ -503,7 +503,7 @@ def test_the_ledger_of_the_last_answer_is_shown(browser: Browser) -> None:
     assert "40 prompt, 3 new" in browser.text("#answer-facts")
 
 
-def test_the_privacy_state_is_one_line(browser: Browser) -> None:
+def test_the_privacy_state_is_shown(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#privacy"))
     assert browser.text("#privacy").startswith("Prompts and answers are not logged. Routing traces are off.")
@@ -514,7 +514,7 @@ def test_the_privacy_state_is_one_line(browser: Browser) -> None:
 
 @pytest.fixture
 def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
-    """The page of the real server: a tiny model, a third of its experts in memory at most."""
+    """The page of the real server, with a tiny model and room for only a few of its experts."""
     model = write_chat_model(tmp_path / "model", context_tokens=4096)
     with (
         Engine.open(model, memory="1GiB", threads=1, expert_slots=EXPERT_SLOTS, max_sequences=2) as engine,
@@ -522,7 +522,7 @@ def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
         contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
     ):
         browser = Browser(driver, url)
-        browser.complaints()  # of the test before
+        browser.complaints()  # clears the messages of the test before
         yield browser
         driver.get("about:blank")
 
@@ -530,11 +530,11 @@ def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
 EXPERT_SLOTS, NUM_EXPERTS = 4, 18
 
 
-def test_a_conversation_with_the_real_server_moves_its_memory_and_its_heat_map(real: Browser) -> None:
+def test_a_conversation_with_the_real_server_changes_its_memory_bar_and_heat_map(real: Browser) -> None:
     real.open()
     real.until(lambda: real.text("#memory-total"))
     assert real.text("#resident") == f"0 of {NUM_EXPERTS}, room for {EXPERT_SLOTS}"
-    assert not real.one("#heat").is_displayed()  # what a few tokens chose would tell which they were
+    assert not real.one("#heat").is_displayed()  # the experts of a few tokens would reveal those tokens
     real.one("#open-settings").click()
     real.one("#max-tokens").send_keys("100", Keys.ENTER)
     empty = drawn(real)
@@ -551,14 +551,14 @@ def test_a_conversation_with_the_real_server_moves_its_memory_and_its_heat_map(r
 
 
 def talk(browser: Browser, text: str, *, until: Callable[[], object]) -> None:
-    """Say it, wait for the answer, and say it again until something has become so."""
+    """Send `text` and wait for the answer, again and again until the condition holds."""
     for _ in range(20):
         turns = len(browser.all(".turn"))
         browser.say(text)
         browser.until(lambda turns=turns: len(browser.all(".turn")) == turns + 2)
         browser.wait_for_the_answer()
         browser.until(lambda: browser.one("#send").is_displayed())
-        time.sleep(0.6)  # the state comes twice a second
+        time.sleep(0.6)  # the page gets the state twice a second
         if until():
             return
     raise AssertionError("twenty answers have changed nothing")
@@ -567,7 +567,7 @@ def talk(browser: Browser, text: str, *, until: Callable[[], object]) -> None:
 # Keys, keyboard, addresses
 
 
-def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Browser) -> None:
+def test_the_page_asks_for_a_key_keeps_it_in_the_tab_and_sends_it(browser: Browser) -> None:
     browser.server.key = "sk-right"
     browser.driver.get(browser.server.url)
     browser.until(lambda: browser.text("#notice-text") == "This server needs an API key.")
@@ -581,14 +581,14 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Browser) -> None:
     assert browser.script("return [localStorage.length, document.cookie]") == [0, ""]
 
 
-def test_a_page_that_needs_a_key_does_not_say_that_it_is_connecting(browser: Browser) -> None:
+def test_a_page_that_needs_a_key_does_not_show_that_it_is_connecting(browser: Browser) -> None:
     browser.server.key = "sk-right"
     browser.driver.get(browser.server.url)
     browser.until(lambda: browser.text("#connection") == "key needed")
     assert "connecting" not in browser.one(".top").text
 
 
-def test_an_empty_message_field_has_no_scrollbar_and_a_long_one_has(browser: Browser) -> None:
+def test_only_a_long_message_has_a_scrollbar(browser: Browser) -> None:
     browser.open()
     state = (
         "const at = document.getElementById('prompt');"
@@ -602,7 +602,7 @@ def test_an_empty_message_field_has_no_scrollbar_and_a_long_one_has(browser: Bro
     assert browser.script(state) == [True, "auto"]
 
 
-def test_the_tab_key_goes_from_the_message_to_send_while_there_is_nothing_to_send(browser: Browser) -> None:
+def test_the_tab_key_reaches_the_send_button_even_without_a_message(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.one("#heat").is_displayed())
     browser.press(Keys.TAB)
@@ -644,14 +644,14 @@ def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> Non
     assert browser.complaints() == []
 
 
-def test_an_address_asks_nothing_of_the_model(browser: Browser) -> None:
+def test_an_address_cannot_send_a_prompt(browser: Browser) -> None:
     browser.open("/?q=hello&prompt=hello#hello")
     browser.until(lambda: browser.text("#memory-total"))
     assert browser.one("#prompt").get_attribute("value") == ""
     assert browser.server.conversations == []
 
 
-def test_the_page_asks_only_its_own_server(browser: Browser) -> None:
+def test_the_page_requests_only_its_own_server(browser: Browser) -> None:
     browser.open()
     browser.say("markdown")
     browser.wait_for_the_answer()
@@ -662,7 +662,7 @@ def test_the_page_asks_only_its_own_server(browser: Browser) -> None:
 
 @contextmanager
 def seen_on(browser: Browser, width: int, height: int, *, scheme: str = "light") -> Iterator[None]:
-    """A screen of another size, and a theme; a narrow one is a phone's."""
+    """Emulate a screen of this size with a color scheme; a narrow screen is a phone."""
     driver = browser.driver
     is_phone = width < 600
     size = {"width": width, "height": height, "deviceScaleFactor": 2 if is_phone else 1, "mobile": is_phone}
@@ -677,7 +677,7 @@ def seen_on(browser: Browser, width: int, height: int, *, scheme: str = "light")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str) -> None:
+def test_the_page_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str) -> None:
     with seen_on(browser, 360, 740, scheme=scheme):
         browser.open()
         browser.say("markdown")
@@ -691,7 +691,7 @@ def test_it_is_readable_on_a_phone_in_both_themes(browser: Browser, scheme: str)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_code_and_a_send_button_that_waits_are_readable_in_both_themes(browser: Browser, scheme: str) -> None:
+def test_code_and_an_idle_send_button_are_readable_in_both_themes(browser: Browser, scheme: str) -> None:
     with seen_on(browser, 1280, 900, scheme=scheme):
         browser.open()
         browser.say("markdown")
@@ -715,7 +715,9 @@ def test_code_and_a_send_button_that_waits_are_readable_in_both_themes(browser: 
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_on_a_phone_the_header_is_one_row_and_no_placeholder_is_cut(browser: Browser, width: int) -> None:
+def test_on_a_phone_the_header_is_one_row_and_no_placeholder_is_truncated(
+    browser: Browser, width: int
+) -> None:
     with seen_on(browser, width, 740):
         for key, state in ((None, "connected"), ("sk-right", "key needed")):
             browser.server.key = key
@@ -725,7 +727,7 @@ def test_on_a_phone_the_header_is_one_row_and_no_placeholder_is_cut(browser: Bro
             assert browser.script("return document.documentElement.scrollWidth <= window.innerWidth")
         buttons = browser.all(".top nav button")
         assert [button.accessible_name for button in buttons] == ["New chat", "Settings", "Engine"]
-        assert all(min(button.size.values()) >= 36 for button in buttons)  # a thumb finds them
+        assert all(min(button.size.values()) >= 36 for button in buttons)  # large enough for a thumb
         browser.one("#open-settings").click()
         assert browser.script(CUT_PLACEHOLDERS) == []
 
@@ -740,7 +742,7 @@ return [...document.querySelectorAll('[placeholder]')].filter((field) => field.c
 }).map((field) => field.id);
 """
 
-# Every text that is shown has 4.5 times the contrast of what is behind it (WCAG 2.2, 1.4.3), and none is faded.
+# Every visible text has a contrast of at least 4.5 with its background (WCAG 2.2, 1.4.3), and none is faded.
 CONTRAST = """
 const light = (color) => {
   const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255).map(

@@ -1,4 +1,4 @@
-"""What the page's files may hold: little, nothing inline or from elsewhere, nothing that turns text into markup."""
+"""The page's files are small, have nothing inline or from another host, and never turn text into HTML."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class _Elements(HTMLParser):
 INDEX = _Elements((PAGE / "index.html").read_text(encoding="utf-8"))
 
 
-def test_the_page_is_under_400_kb_with_no_file_that_a_browser_need_not_have() -> None:
+def test_the_page_is_under_400_kb_and_has_only_files_for_the_browser() -> None:
     assert {path.suffix for path in FILES} == {".html", ".js", ".css", ".svg"}
     assert sum(path.stat().st_size for path in FILES) < LIMIT_BYTES
 
 
-def test_nothing_is_inline_so_that_default_src_self_is_enough() -> None:
+def test_nothing_is_inline_so_default_src_self_is_enough() -> None:
     handlers = [
         (tag, name) for tag, attributes in INDEX.found for name in attributes if name.startswith("on")
     ]
@@ -73,7 +73,7 @@ def test_a_script_imports_only_its_neighbours_and_names_no_other_host(path: Path
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_never_makes_markup_of_text_and_stores_nothing_but_the_key_of_the_tab(path: Path) -> None:
+def test_a_script_never_turns_text_into_html_and_stores_only_the_key_of_the_tab(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     forbidden = (
         "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|createContextualFragment|srcdoc|eval(|"

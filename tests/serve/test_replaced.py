@@ -1,4 +1,4 @@
-"""A block that the model cannot take is a note where it is history, and refused by name where it is new."""
+"""A block that the model cannot read becomes a note in the history, and is refused by name in a new turn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text(dialect: str, said: str) -> dict[str, Any]:
 
 
 def read_tool(dialect: str, found: list[dict[str, Any]], more: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation in which a tool has read `found`; `more` is what the user says beside it."""
+    """A conversation in which a tool has read `found`; `more` are parts that the user adds."""
     asked = {"role": "user", "content": "Read it."}
     if dialect == "chat":
         function = {"name": "get_weather", "arguments": "{}"}
@@ -64,7 +64,7 @@ def post(
 
 @pytest.mark.parametrize("dialect", CHATTING)
 @pytest.mark.parametrize("has_question", [False, True])
-def test_an_image_that_a_tool_read_is_a_note_and_the_session_goes_on(
+def test_an_image_read_by_a_tool_becomes_a_note_and_the_session_continues(
     speaker: httpx.Client, dialect: str, has_question: bool
 ) -> None:
     more = [text(dialect, "And now? #plain")] if has_question else []
@@ -76,7 +76,7 @@ def test_an_image_that_a_tool_read_is_a_note_and_the_session_goes_on(
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_an_image_of_an_earlier_turn_is_a_note_and_a_new_one_is_refused_by_name(
+def test_an_image_in_an_earlier_turn_becomes_a_note_and_a_new_one_is_refused_by_name(
     speaker: httpx.Client, dialect: str
 ) -> None:
     with_image = {"role": "user", "content": [text(dialect, "What is it?"), image(dialect)]}
@@ -100,7 +100,7 @@ def counted(speaker: httpx.Client, content: Any) -> int:
     return int(answer.json()["input_tokens"])
 
 
-def test_a_text_document_is_text_with_its_title(speaker: httpx.Client) -> None:
+def test_a_text_document_becomes_text_with_its_title(speaker: httpx.Client) -> None:
     source = {"type": "text", "media_type": "text/plain", "data": "Rain falls."}
     told = {
         "title": ("<title>Weather</title>\n", {"title": "Weather"}),
@@ -114,7 +114,7 @@ def test_a_text_document_is_text_with_its_title(speaker: httpx.Client) -> None:
             assert counted(speaker, [block, text("messages", "What falls?")]) == counted(speaker, expected)
 
 
-def test_a_document_that_is_no_text_is_a_note_in_a_tools_result_and_refused_where_it_is_new(
+def test_a_document_without_text_becomes_a_note_in_a_tool_result_and_is_refused_in_a_new_turn(
     speaker: httpx.Client,
 ) -> None:
     for source in (
@@ -129,7 +129,7 @@ def test_a_document_that_is_no_text_is_a_note_in_a_tools_result_and_refused_wher
         assert "'document'" in refused.json()["error"]["message"]
 
 
-def test_what_tools_of_anthropic_found_in_an_earlier_turn_is_a_note(speaker: httpx.Client) -> None:
+def test_results_of_anthropics_tools_in_an_earlier_turn_become_notes(speaker: httpx.Client) -> None:
     used = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "x"}}
     found = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []}
     said = {"role": "assistant", "content": [used, found, text("messages", "Found.")]}
@@ -142,7 +142,7 @@ def test_what_tools_of_anthropic_found_in_an_earlier_turn_is_a_note(speaker: htt
 SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 
 
-def test_a_server_tool_beside_others_is_left_out_and_alone_refused_by_name(speaker: httpx.Client) -> None:
+def test_a_server_tool_is_ignored_beside_other_tools_and_refused_by_name_alone(speaker: httpx.Client) -> None:
     asked = [{"role": "user", "content": "#plain"}]
     answer = post(speaker, "messages", asked, tools=[*TOOLS["messages"], SEARCH])
     assert answer.status_code == 200, answer.text
@@ -158,7 +158,7 @@ def test_a_server_tool_beside_others_is_left_out_and_alone_refused_by_name(speak
     assert "only Anthropic's models know the parameters of bash_20250124" in refused.text
 
 
-def test_no_ops_of_anthropics_clients_are_accepted_and_named(speaker: httpx.Client) -> None:
+def test_idle_fields_of_anthropics_clients_are_accepted_and_named(speaker: httpx.Client) -> None:
     cached = {"cache_control": {"type": "ephemeral"}}
     nulls = dict.fromkeys(
         ["system", "tools", "tool_choice", "thinking", "metadata", "stop_sequences", "temperature", "top_k",
@@ -200,7 +200,9 @@ def test_no_ops_of_anthropics_clients_are_accepted_and_named(speaker: httpx.Clie
         }]}]},
     ],
 )  # fmt: skip
-def test_what_would_change_the_answer_is_refused_by_name(speaker: httpx.Client, more: dict[str, Any]) -> None:
+def test_a_field_that_would_change_the_answer_is_refused_by_name(
+    speaker: httpx.Client, more: dict[str, Any]
+) -> None:
     answer = post(speaker, "messages", [{"role": "user", "content": "#plain"}], **more)
     assert answer.status_code == 400
     names = {"something_new", "mcp_servers", "citations.enabled"}

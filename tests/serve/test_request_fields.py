@@ -1,4 +1,4 @@
-"""Every field that a request may have is taken, and does what it says, in each dialect that has it."""
+"""Every field that a request may have is accepted and takes effect, in each dialect that has it."""
 
 from __future__ import annotations
 
@@ -59,34 +59,36 @@ def calls_of(dialect: str, answer: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def first_id(speaker: httpx.Client, service: Service, dialect: str) -> int:
-    """The token with which the greedy answer begins."""
+    """The first token of the greedy answer."""
     assert service.tokenizer is not None
     return service.tokenizer.encode(says(speaker, dialect))[0]
 
 
-# How tokens are chosen
+# Sampling
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_the_number_of_tokens_is_bounded_by_what_was_asked(speaker: httpx.Client, dialect: str) -> None:
+def test_an_answer_has_at_most_the_requested_number_of_tokens(speaker: httpx.Client, dialect: str) -> None:
     usage = ask(speaker, dialect, "#long", **{MAX_TOKENS[dialect]: 3})["usage"]
     assert usage.get("completion_tokens", usage.get("output_tokens")) == 3
 
 
-def test_of_two_names_for_that_number_the_newer_one_counts(speaker: httpx.Client) -> None:
+def test_max_completion_tokens_overrides_max_tokens(speaker: httpx.Client) -> None:
     usage = ask(speaker, "chat", "#long", max_tokens=9, max_completion_tokens=4)["usage"]
     assert usage["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_seed_gives_its_answer_and_another_seed_another(speaker: httpx.Client, dialect: str) -> None:
+def test_a_seed_repeats_its_answer_and_another_seed_gives_another(
+    speaker: httpx.Client, dialect: str
+) -> None:
     first, again, other = (says(speaker, dialect, temperature=1, seed=seed) for seed in (5, 5, 6))
     assert first == again != other
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
-def test_a_narrow_choice_is_the_greedy_one(
+def test_sampling_from_one_candidate_is_greedy(
     speaker: httpx.Client, dialect: str, narrow: dict[str, float]
 ) -> None:
     greedy = says(speaker, dialect)
@@ -110,7 +112,7 @@ def test_penalties_and_biases_change_the_greedy_answer(
 @pytest.mark.parametrize(
     ("dialect", "name"), [("chat", "stop"), ("completions", "stop"), ("messages", "stop_sequences")]
 )
-def test_a_stop_string_ends_the_text_and_is_not_part_of_it(
+def test_a_stop_string_ends_the_text_and_is_excluded_from_it(
     speaker: httpx.Client, dialect: str, name: str
 ) -> None:
     answer = ask(speaker, dialect, "#plain", **{name: ["thank", "zzz"]})
@@ -123,14 +125,14 @@ def test_a_stop_string_ends_the_text_and_is_not_part_of_it(
 
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])
-def test_n_answers_come_with_numbers_of_their_own(speaker: httpx.Client, dialect: str) -> None:
+def test_n_answers_have_indices_of_their_own(speaker: httpx.Client, dialect: str) -> None:
     choices = ask(speaker, dialect, n=3, temperature=1, seed=4)["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     assert len({json.dumps(choice.get("message", choice.get("text"))) for choice in choices}) == 3
     assert speaker.post(PATHS[dialect], json=body(dialect, n=9)).status_code == 400
 
 
-def test_best_of_is_n_or_refused(speaker: httpx.Client) -> None:
+def test_best_of_must_equal_n(speaker: httpx.Client) -> None:
     assert len(ask(speaker, "completions", n=2, best_of=2)["choices"]) == 2
     assert speaker.post("/v1/completions", json=body("completions", n=1, best_of=2)).status_code == 400
 
@@ -138,14 +140,14 @@ def test_best_of_is_n_or_refused(speaker: httpx.Client) -> None:
 # Log-probabilities
 
 
-def test_log_probabilities_are_given_in_each_dialects_form(speaker: httpx.Client) -> None:
+def test_log_probabilities_have_each_dialects_form(speaker: httpx.Client) -> None:
     chat = ask(speaker, "chat", "#plain", logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
     more = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     (item,) = ask(speaker, "responses", "#plain", **more)["output"]
     part = item["content"][0]
     (plain,) = ask(speaker, "responses", "#plain")["output"]
     assert plain["content"][0]["logprobs"] == []
-    ended = chat.pop()  # of the token that ends the turn, which is no text
+    ended = chat.pop()  # the token that ends the turn, which has no text
     assert ended["token"] == "<|im_end|>"
     assert part["logprobs"] == chat
     assert "".join(each["token"] for each in chat) == "It is well, thank you."
@@ -155,13 +157,13 @@ def test_log_probabilities_are_given_in_each_dialects_form(speaker: httpx.Client
     assert found["text_offset"][:2] == [0, len(found["tokens"][0])]
 
 
-def test_an_impossible_token_has_a_log_probability_that_json_can_say(speaker: httpx.Client) -> None:
+def test_an_impossible_token_has_a_finite_log_probability(speaker: httpx.Client) -> None:
     scores = ask(speaker, "completions", "a b", echo=True, logprobs=1, max_tokens=0)["choices"][0]["logprobs"]
     assert scores["token_logprobs"][0] is None
     assert all(score > -10_000 for score in scores["token_logprobs"][1:])
 
 
-def test_streamed_log_probabilities_of_a_completion_say_where_their_text_is(speaker: httpx.Client) -> None:
+def test_streamed_log_probabilities_of_a_completion_have_text_offsets(speaker: httpx.Client) -> None:
     text = speaker.post("/v1/completions", json=body("completions", "#plain", logprobs=1, stream=True)).text
     chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
     scored = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["logprobs"]]
@@ -171,13 +173,13 @@ def test_streamed_log_probabilities_of_a_completion_say_where_their_text_is(spea
         assert said[at : at + len(token)] == token
 
 
-def test_the_prompts_scores_are_not_streamed_and_the_answer_says_so(speaker: httpx.Client) -> None:
+def test_streaming_the_scores_of_a_prompt_is_refused(speaker: httpx.Client) -> None:
     answer = speaker.post("/v1/completions", json=body("completions", echo=True, logprobs=1, stream=True))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "echo"
 
 
-# Form, tools, thoughts
+# Schemas, tools, thoughts
 
 
 def form(dialect: str) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def form(dialect: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_a_schema_is_followed_where_the_model_would_say_something_else(
+def test_a_schema_is_followed_even_if_the_model_prefers_other_text(
     speaker: httpx.Client, dialect: str
 ) -> None:
     more = {MAX_TOKENS[dialect]: 400}
@@ -200,7 +202,7 @@ def test_a_schema_is_followed_where_the_model_would_say_something_else(
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses"])
-def test_any_object_is_a_form_too(speaker: httpx.Client, dialect: str) -> None:
+def test_an_answer_may_be_constrained_to_any_json_object(speaker: httpx.Client, dialect: str) -> None:
     kind = {"type": "json_object"}
     more = {"response_format": kind} if dialect == "chat" else {"text": {"format": kind}}
     assert json.loads(says(speaker, dialect, "#json", max_output_tokens=99, **more) if dialect == "responses" else
@@ -239,7 +241,7 @@ CALLS = [("get_weather", {"city": "Oslo"}), ("get_weather", {"city": "Rome", "da
         ("#weather", one, CALLS[:1]), ("#thoughtful", one, CALLS[:1]), ("#json", NONE, []),
     ],
 )  # fmt: skip
-def test_tools_are_called_as_the_choice_has_it(
+def test_tools_are_called_according_to_the_tool_choice(
     speaker: httpx.Client, dialect: str, said: str, choice: Choice, expected: list[Any]
 ) -> None:
     more = {MAX_TOKENS[dialect]: 200, "tools": TOOLS[dialect]}
@@ -247,7 +249,7 @@ def test_tools_are_called_as_the_choice_has_it(
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_tools_that_must_not_be_called_are_not_told_to_the_model(speaker: httpx.Client, dialect: str) -> None:
+def test_tools_that_must_not_be_called_are_not_in_the_prompt(speaker: httpx.Client, dialect: str) -> None:
     def num_prompt(**more: Any) -> int:
         usage = ask(speaker, dialect, **more)["usage"]
         cached = usage.get("cache_read_input_tokens", 0)
@@ -259,14 +261,14 @@ def test_tools_that_must_not_be_called_are_not_told_to_the_model(speaker: httpx.
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_a_call_of_a_tool_nobody_offered_is_no_call(speaker: httpx.Client, dialect: str) -> None:
+def test_a_call_of_a_tool_that_was_not_offered_is_text(speaker: httpx.Client, dialect: str) -> None:
     answer = ask(speaker, dialect, "#weather", **{MAX_TOKENS[dialect]: 200})
     assert calls_of(dialect, answer) == []
     assert "get_weather" in text_of(dialect, answer)
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses"])
-def test_of_allowed_tools_the_prompt_tells_all_and_the_answer_calls_those(
+def test_with_allowed_tools_the_prompt_has_all_tools_and_the_answer_calls_only_allowed_ones(
     speaker: httpx.Client, dialect: str
 ) -> None:
     other = {"name": "clock", "description": "The time", "parameters": {"type": "object", "properties": {}}}
@@ -299,7 +301,7 @@ def test_of_allowed_tools_the_prompt_tells_all_and_the_answer_calls_those(
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_a_tool_that_is_not_there_cannot_be_chosen(speaker: httpx.Client, dialect: str) -> None:
+def test_a_tool_that_was_not_offered_cannot_be_chosen(speaker: httpx.Client, dialect: str) -> None:
     assert speaker.post(PATHS[dialect], json=body(dialect, **named(dialect))).status_code == 400
     assert speaker.post(PATHS[dialect], json=body(dialect, **MUST(dialect))).status_code == 400
 
@@ -313,7 +315,7 @@ def test_with_tools_and_a_schema_an_answer_is_a_call_or_follows_the_schema(
     assert json.loads(says(speaker, dialect, "#json", **more)) == {"answer": 42}
 
 
-def test_an_argument_off_the_schema_cannot_be_written(speaker: httpx.Client) -> None:
+def test_an_argument_outside_the_schema_cannot_be_generated(speaker: httpx.Client) -> None:
     cities = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
     tools = [{"type": "function", "function": WEATHER | {"parameters": cities}}]
     answer = ask(speaker, "chat", "#wrong", tools=tools, max_tokens=300, parallel_tool_calls=False)
@@ -321,7 +323,7 @@ def test_an_argument_off_the_schema_cannot_be_written(speaker: httpx.Client) -> 
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_a_strict_tool_that_may_be_called_is_held_to_its_schema_or_refused(
+def test_an_optional_strict_tool_follows_its_schema_or_is_refused(
     speaker: httpx.Client, dialect: str
 ) -> None:
     def asked(city: dict[str, Any], *, strict: bool) -> dict[str, Any]:
@@ -344,10 +346,10 @@ def test_a_strict_tool_that_may_be_called_is_held_to_its_schema_or_refused(
 
 
 @pytest.mark.parametrize("said", ["How are you?", "#plain", "#think"])
-def test_tools_that_may_be_called_and_are_not_change_no_token(
+def test_optional_tools_that_are_not_called_change_no_token(
     speaker: httpx.Client, speaking_service: Service, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
-    """The grammar waits for a mark, so nothing is masked before."""
+    """The grammar waits for a mark and masks nothing before it."""
     more: dict[str, Any] = {"tools": TOOLS["chat"], "temperature": 1, "seed": 11, "max_tokens": 60}
     held = ask(speaker, "chat", said, **more)["choices"]
     monkeypatch.setattr(speaking_service.prompts, "grammar", lambda *_, **__: None)
@@ -355,7 +357,7 @@ def test_tools_that_may_be_called_and_are_not_change_no_token(
 
 
 @pytest.mark.parametrize("dialect", CHATTING)
-def test_thoughts_are_asked_for_and_counted(speaker: httpx.Client, dialect: str) -> None:
+def test_thoughts_are_switched_on_and_off_and_counted(speaker: httpx.Client, dialect: str) -> None:
     off = {"chat": {"reasoning_effort": "none"}, "responses": {"reasoning": {"effort": "none"}},
            "messages": {"thinking": {"type": "disabled"}}}[dialect]  # fmt: skip
     on = {"chat": {"reasoning_effort": "high"}, "responses": {"reasoning": {"effort": "high"}},
@@ -375,22 +377,21 @@ def test_thoughts_are_asked_for_and_counted(speaker: httpx.Client, dialect: str)
     assert 0 < thought < new
     assert usage("#plain", **on) == usage("#plain")
     assert usage("#plain")[2] == 0
-    assert usage("#plain", **off)[0] > usage("#plain", **on)[0]  # the template closes the thoughts
+    # The template adds a closed block of thoughts.
+    assert usage("#plain", **off)[0] > usage("#plain", **on)[0]
 
 
-def test_a_variable_of_the_template_is_set_by_name(speaker: httpx.Client) -> None:
+def test_a_template_variable_is_set_by_name(speaker: httpx.Client) -> None:
     plain = ask(speaker, "chat")["usage"]["prompt_tokens"]
     more = {"chat_template_kwargs": {"enable_thinking": False}}
     assert ask(speaker, "chat", **more)["usage"]["prompt_tokens"] > plain
 
 
-# Usage, progress, what has no effect
+# Usage, progress, fields without effect
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_tokens_that_were_found_computed_are_counted_in_each_dialects_field(
-    speaker: httpx.Client, dialect: str
-) -> None:
+def test_cached_tokens_are_counted_in_each_dialects_field(speaker: httpx.Client, dialect: str) -> None:
     said = f"A beginning that {dialect} alone has, and that is long enough for several blocks. " * 3
     first, second = (ask(speaker, dialect, said)["usage"] for _ in range(2))
     if dialect == "messages":
@@ -404,7 +405,7 @@ def test_tokens_that_were_found_computed_are_counted_in_each_dialects_field(
 
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])
-def test_progress_and_timings_are_told_where_they_are_asked_for(speaker: httpx.Client, dialect: str) -> None:
+def test_progress_and_timings_are_sent_on_request(speaker: httpx.Client, dialect: str) -> None:
     def chunks(**more: Any) -> list[dict[str, Any]]:
         text = speaker.post(PATHS[dialect], json=body(dialect, stream=True, **more)).text
         return [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
@@ -440,14 +441,14 @@ IGNORED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_what_is_taken_without_effect_is_named_in_a_header(speaker: httpx.Client, dialect: str) -> None:
+def test_fields_without_effect_are_named_in_a_header(speaker: httpx.Client, dialect: str) -> None:
     answer = speaker.post(PATHS[dialect], json=body(dialect) | IGNORED[dialect])
     assert answer.status_code == 200, answer.text
     assert set(answer.headers["x-ignored-params"].split(", ")) == set(IGNORED[dialect])
     assert "x-ignored-params" not in speaker.post(PATHS[dialect], json=body(dialect)).headers
 
 
-def test_parts_that_have_no_effect_are_named_too(speaker: httpx.Client) -> None:
+def test_parts_without_effect_are_also_named(speaker: httpx.Client) -> None:
     more = {
         "include": ["reasoning.encrypted_content", "message.output_text.logprobs"], "text": {"verbosity": "low"},
         "reasoning": {"summary": "auto"}, "tools": [*TOOLS["responses"], {"type": "web_search"}],
@@ -463,16 +464,16 @@ def test_parts_that_have_no_effect_are_named_too(speaker: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_field_nobody_knows_is_refused_by_its_name(speaker: httpx.Client, dialect: str) -> None:
+def test_an_unknown_field_is_refused_by_name(speaker: httpx.Client, dialect: str) -> None:
     answer = speaker.post(PATHS[dialect], json=body(dialect, frobnicate=1))
     assert answer.status_code == 400
     assert "frobnicate" in answer.json()["error"]["message"]
 
 
-# What a conversation may hold
+# Conversations
 
 
-def test_thoughts_of_earlier_turns_are_taken_under_both_names(speaker: httpx.Client) -> None:
+def test_thoughts_of_earlier_turns_are_accepted_under_both_names(speaker: httpx.Client) -> None:
     def prompt(name: str) -> str:
         call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
         messages = [
@@ -485,7 +486,7 @@ def test_thoughts_of_earlier_turns_are_taken_under_both_names(speaker: httpx.Cli
     assert "I thought" in prompt("reasoning")
 
 
-def test_copies_that_openais_client_makes_of_a_turn_are_taken(speaker: httpx.Client) -> None:
+def test_fields_that_openais_client_adds_to_a_turn_are_accepted(speaker: httpx.Client) -> None:
     function = {"name": "get_weather", "arguments": "{}"}
     plain: dict[str, Any] = {
         "role": "assistant",
@@ -510,7 +511,7 @@ def test_copies_that_openais_client_makes_of_a_turn_are_taken(speaker: httpx.Cli
     assert prompt(copied) == prompt(plain)
 
 
-def test_a_response_takes_back_all_items_that_a_response_gives(speaker: httpx.Client) -> None:
+def test_responses_accepts_back_all_items_that_it_returns(speaker: httpx.Client) -> None:
     more = {"tools": TOOLS["responses"], "max_output_tokens": 200}
     first = ask(speaker, "responses", "#thoughtful", **more)
     assert [item["type"] for item in first["output"]] == ["reasoning", "function_call", "function_call"]
@@ -526,7 +527,7 @@ def test_a_response_takes_back_all_items_that_a_response_gives(speaker: httpx.Cl
     ask(speaker, "responses", **more | {"input": [conversation[0], summary, *conversation[2:]]})
 
 
-def test_messages_takes_back_all_blocks_that_it_gives(speaker: httpx.Client) -> None:
+def test_messages_accepts_back_all_blocks_that_it_returns(speaker: httpx.Client) -> None:
     more = {"tools": TOOLS["messages"], "max_tokens": 200}
     first = ask(speaker, "messages", "#thoughtful", **more)
     assert [block["type"] for block in first["content"]] == ["thinking", "tool_use", "tool_use"]
@@ -542,10 +543,10 @@ def test_messages_takes_back_all_blocks_that_it_gives(speaker: httpx.Client) -> 
     assert says(speaker, "messages", **more | {"messages": conversation}) == "It is sunny in both."
 
 
-def test_a_turn_that_is_left_does_not_race_the_next_one(
+def test_an_abandoned_turn_does_not_race_the_next_one(
     speaker: httpx.Client, speaking_service: Service
 ) -> None:
-    """The same conversation, asked again while its answer is given up: before, during and behind that."""
+    """Send the same conversation again before, while and after its first answer is abandoned."""
     asked = body("chat", "#long", max_tokens=100)
     whole = ask(speaker, "chat", **asked)["choices"]
     with ThreadPoolExecutor(1) as other:

@@ -1,4 +1,4 @@
-"""A new dialect: the least that it needs, and everything that `respond` gives it."""
+"""A new dialect: the minimum that it must define, and everything that `respond` provides."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def plainly(speaking_service: Service, monkeypatch: pytest.MonkeyPatch) -> Itera
             yield client
 
 
-def test_a_new_dialect_streams_what_its_whole_answer_says(plainly: httpx.Client) -> None:
+def test_a_new_dialect_streams_the_text_of_its_whole_answer(plainly: httpx.Client) -> None:
     asked = {"ask": "#plain", "temperature": 0, "mood": "cheerful"}
     whole = plainly.post("/plain", json=asked)
     assert whole.json() == {"text": "It is well, thank you.", "num_tokens": whole.json()["num_tokens"]}
@@ -93,7 +93,7 @@ def test_a_new_dialect_streams_what_its_whole_answer_says(plainly: httpx.Client)
         assert answer.headers["x-ignored-params"] == "mood"
 
 
-def test_a_new_dialect_refuses_and_fails_as_the_others_do(plainly: httpx.Client) -> None:
+def test_a_new_dialect_refuses_and_fails_like_the_others(plainly: httpx.Client) -> None:
     refused = plainly.post("/plain", json={"ask": "#plain", "frobnicate": 1})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "frobnicate")
     too_long = plainly.post("/plain", json={"ask": "Ω" * 5000, "stream": True})
@@ -107,7 +107,7 @@ def test_a_new_dialect_refuses_and_fails_as_the_others_do(plainly: httpx.Client)
     assert last["data"] == json.loads(failed.text)
 
 
-def test_a_refused_prompt_ends_the_prompts_before_it(
+def test_a_refused_prompt_cancels_the_prompts_before_it(
     speaker: httpx.Client, speaking_service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, ended = speaking_service.loop, list[object]()

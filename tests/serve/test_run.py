@@ -1,4 +1,4 @@
-"""`argosy serve` as a process of its own."""
+"""`argosy serve` in its own process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a server that is ready, and its process."""
+    """Run a server; yield its address and process once it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,7 +61,7 @@ def served(model: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[s
 
 
 def until_refused(url: str) -> None:
-    """Wait until a server that was told to end takes no connection."""
+    """Wait until a server that is shutting down refuses connections."""
     with suppress(httpx.TransportError):
         for _ in range(600):
             httpx.get(f"{url}/health")
@@ -69,7 +69,7 @@ def until_refused(url: str) -> None:
 
 
 def end(process: subprocess.Popen[str]) -> str:
-    """What a process logged until it ended."""
+    """Wait for a process to end, and return its log."""
     timer = threading.Timer(30, process.kill)
     timer.start()
     log = process.communicate()[1]
@@ -77,7 +77,7 @@ def end(process: subprocess.Popen[str]) -> str:
     return log
 
 
-def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(model: Path) -> None:
+def test_a_served_model_answers_and_sigterm_lets_a_stream_finish(model: Path) -> None:
     with served(model) as (url, process):
         state = httpx.get(f"{url}/v1/engine/state").json()
         assert state["queue"]["max_sequences"] == 3
@@ -99,18 +99,18 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_end_first(model: Path)
         assert "canary" not in log
 
 
-def test_a_server_whose_log_nobody_reads_answers_and_ends(model: Path) -> None:
+def test_a_server_with_an_unread_log_answers_and_ends(model: Path) -> None:
     with served(model) as (url, process):
         assert process.stderr is not None
         size = fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
         with httpx.Client(timeout=20) as client:
-            for _ in range(size // 40):  # a line has more
+            for _ in range(size // 40):  # a log line has more than 40 bytes
                 assert client.get(f"{url}/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 
 
-def test_conversations_are_rendered_by_the_process_that_came_with_the_engine(
+def test_conversations_are_rendered_by_the_engines_own_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse() -> None:
@@ -125,9 +125,7 @@ def test_conversations_are_rendered_by_the_process_that_came_with_the_engine(
         assert engine.prompts.build([{"role": "user", "content": "hi"}]).token_ids
 
 
-def test_a_restart_gives_no_quota_again_and_a_revoked_key_ends_and_leaves_no_file(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_restart_restores_no_quota_and_a_revoked_key_leaves_no_file(model: Path, tmp_path: Path) -> None:
     keys = KeyFile(tmp_path / "keys.json")
     headers = {}
     for name in ("spent", "revoked", "revoked meanwhile"):
@@ -164,14 +162,14 @@ def test_a_restart_gives_no_quota_again_and_a_revoked_key_ends_and_leaves_no_fil
         wait_for(1)
 
 
-# ── its address ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the address ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def argosy(*options: object) -> list[str]:
     return [sys.executable, "-m", "argosy", "serve", *map(str, options)]
 
 
-def test_a_port_in_use_is_told_before_the_model_is_looked_for(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_before_the_model_is_opened(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -186,8 +184,8 @@ def test_a_port_in_use_is_told_before_the_model_is_looked_for(tmp_path: Path) ->
     )
 
 
-def test_another_server_that_listens_first_is_told_of_too(model: Path, tmp_path: Path) -> None:
-    """Two that start at once may both bind; one of them listens."""
+def test_another_server_that_listens_first_is_also_reported(model: Path, tmp_path: Path) -> None:
+    """Two servers that start at once may both bind, but only one of them can listen."""
     with bind("127.0.0.1", 0) as mine:
         port = mine[0].getsockname()[1]
         process = subprocess.Popen(
@@ -204,12 +202,12 @@ def test_another_server_that_listens_first_is_told_of_too(model: Path, tmp_path:
     ("host", "fault"),
     [("192.0.2.1", "192.0.2.1 is not an address of this machine"), ("nowhere.invalid", "is not an address")],
 )
-def test_an_address_of_others_is_told_of(host: str, fault: str) -> None:
+def test_an_address_that_is_not_this_machines_is_an_error(host: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault), bind(host, 0):
         pass
 
 
-def test_sockets_are_bound_at_once_and_listen_when_they_are_told_to() -> None:
+def test_sockets_are_bound_at_once_and_listen_later() -> None:
     with bind("localhost", 0) as sockets:
         ports = {one.getsockname()[1] for one in sockets}
         assert len(ports) == 1
@@ -220,7 +218,7 @@ def test_sockets_are_bound_at_once_and_listen_when_they_are_told_to() -> None:
         socket.create_connection(("127.0.0.1", *ports), timeout=5).close()
 
 
-def test_who_reads_that_it_serves_is_answered_at_that_address(model: Path) -> None:
+def test_the_server_answers_as_soon_as_it_prints_its_address(model: Path) -> None:
     command = argosy(model, "--memory", "1GiB", "--port", 0, "--name", "a/b")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -234,12 +232,12 @@ def test_who_reads_that_it_serves_is_answered_at_that_address(model: Path) -> No
         process.communicate()
 
 
-# ── its end ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the shutdown ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("pause_s", [0.0, 0.003, 0.05])
-def test_signals_at_any_time_from_the_first_to_the_last_moment_end_it_with_0(
+def test_signals_at_any_moment_of_the_shutdown_end_the_server_with_0(
     model: Path, number: signal.Signals, pause_s: float
 ) -> None:
     with served(model) as (_, process):
@@ -251,7 +249,7 @@ def test_signals_at_any_time_from_the_first_to_the_last_moment_end_it_with_0(
         assert process.returncode == 0
 
 
-def test_a_second_signal_ends_every_stream_with_an_event_that_says_so(tmp_path: Path) -> None:
+def test_a_second_signal_ends_every_stream_with_an_error_event(tmp_path: Path) -> None:
     model = write_chat_model(tmp_path / "model", context_tokens=64_000)
     asks = {"prompt": "on", "max_tokens": 15_000, "stream": True, "logit_bias": {"2": -100, "0": -100}}
     with served(model) as (url, process), ExitStack() as stack:
@@ -262,7 +260,7 @@ def test_a_second_signal_ends_every_stream_with_an_event_that_says_so(tmp_path: 
         lines = [answer.iter_lines() for answer in answers]
         for one in lines:
             next(one)
-        # A client that reads nothing of its answer is not waited for.
+        # The server does not wait for this client, which reads nothing of its answer.
         host, _, port = url.removeprefix("http://").partition(":")
         unread = stack.enter_context(socket.create_connection((host, int(port))))
         body = json.dumps(asks | {"n": 2, "logprobs": 5}).encode()
@@ -271,20 +269,20 @@ def test_a_second_signal_ends_every_stream_with_an_event_that_says_so(tmp_path: 
             b"content-length: %d\r\n\r\n%s" % (len(body), body)
         )
         process.send_signal(signal.SIGTERM)
-        until_refused(url)  # two signals that nobody has heard yet are one
+        until_refused(url)  # two pending signals would arrive as one
         process.send_signal(signal.SIGTERM)
         ends = [[line for line in one if line][-1] for one in lines]
         assert ['"error":{' in end for end in ends] == [True] * 3, ends
         assert process.wait(20) == 0
 
 
-# ── its files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── open files ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_when_no_more_files_may_be_open_connections_wait_and_the_log_says_it_once(model: Path) -> None:
+def test_at_the_limit_on_open_files_connections_wait_and_the_log_says_it_once(model: Path) -> None:
     with served(model) as (url, process), ExitStack() as stack:
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        assert soft == hard  # raised as far as it goes
+        assert soft == hard  # the server raises its limit as far as it can
         num_open = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (num_open, hard))
         host, _, port = url.removeprefix("http://").partition(":")
@@ -293,7 +291,7 @@ def test_when_no_more_files_may_be_open_connections_wait_and_the_log_says_it_onc
         ]
         for connection in waiting:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        time.sleep(2.5)  # two more tries, a second apart
+        time.sleep(2.5)  # the server tries twice more, a second apart
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (hard, hard))
         for connection in waiting:
             assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")

@@ -1,4 +1,4 @@
-"""Clients that take their time: each is held to a bound, and nobody waits for it."""
+"""Slow clients: each has a time limit, and no other client waits for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from argosy.serve.core import Service
 
 SAY = [{"role": "user", "content": "How are you?"}]
-# Every dialect's longest stream: with eight answers, or as many tokens as there is room for.
+# Every dialect's longest stream: eight answers, or as many tokens as fit the context.
 STREAMS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": SAY, "n": 8, "logit_bias": {"2": -100, "0": -100}},
     "/v1/completions": {
@@ -32,7 +32,7 @@ every_dialect = pytest.mark.parametrize("path", STREAMS)
 
 @contextmanager
 def asked(url: str, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
-    """A connection that has asked, and takes as little as it can."""
+    """A connection that has sent a request, with as small a receive buffer as possible."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -45,7 +45,7 @@ def asked(url: str, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
 
 
 def rest(connection: socket.socket) -> bytes:
-    """What still comes until the server ends the connection."""
+    """Everything that still arrives until the server closes the connection."""
     found = b""
     try:
         while part := connection.recv(1 << 16):
@@ -66,7 +66,7 @@ def wait_until_free(service: Service) -> None:
 
 
 @every_dialect
-def test_who_does_not_read_a_stream_is_cut_off_and_holds_nobody_up(
+def test_a_client_that_does_not_read_a_stream_is_cut_off_and_delays_nobody(
     url: str, client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.5)
@@ -79,17 +79,17 @@ def test_who_does_not_read_a_stream_is_cut_off_and_holds_nobody_up(
         time.sleep(1.2)
         found = rest(connection)
     assert found.startswith(b"HTTP/1.1 200")
-    assert not found.endswith(b"0\r\n\r\n")  # it was cut off
+    assert not found.endswith(b"0\r\n\r\n")  # the stream was cut off
 
 
 @every_dialect
-def test_what_waits_for_a_slow_reader_is_bounded_and_its_answer_ends(
+def test_events_queued_for_a_slow_reader_are_bounded_and_its_answer_ends(
     url: str, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr("argosy.serve.core.MOST_UNREAD", 20)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
     with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
-        time.sleep(0.3)  # it reads nothing while the answer is made
+        time.sleep(0.3)  # the client reads nothing while the answer is generated
         wait_until_free(service)
         found = rest_of_stream(connection)
     assert "the client read the answer too slowly: more than 20 events waited" in found
@@ -104,10 +104,12 @@ def rest_of_stream(connection: socket.socket) -> str:
     return found.decode()
 
 
-def test_who_does_not_read_a_whole_answer_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_a_whole_answer_is_cut_off(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
     with asked(url, "/detokenize", {"tokens": [40] * 400_000}) as connection:
-        found = connection.recv(1)  # the answer is there, however long it took
+        found = connection.recv(1)  # waits for the answer, however long it takes
         time.sleep(1.5)
         found += rest(connection)
     head, _, body = found.partition(b"\r\n\r\n")
@@ -116,7 +118,9 @@ def test_who_does_not_read_a_whole_answer_is_cut_off(url: str, monkeypatch: pyte
     assert len(body) < length
 
 
-def test_who_reads_slowly_and_steadily_is_not_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_slowly_but_steadily_is_not_cut_off(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.2)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
     with asked(url, "/detokenize", {"tokens": [40] * 200_000}) as connection:
@@ -135,7 +139,7 @@ def test_who_reads_slowly_and_steadily_is_not_cut_off(url: str, monkeypatch: pyt
 
 
 def trickle(url: str, data: bytes, seconds: float) -> bytes:
-    """Send byte after byte until the server has enough of it; what it says."""
+    """Send byte after byte until the server hangs up; return its answer."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         deadline = time.monotonic() + seconds
@@ -149,13 +153,13 @@ def trickle(url: str, data: bytes, seconds: float) -> bytes:
         return rest(connection)
 
 
-def test_a_head_that_trickles_in_is_cut_off_in_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trickling_head_has_a_total_time_limit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.4)
     assert trickle(url, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 1000, 5) == b""
 
 
 @every_dialect
-def test_a_body_that_trickles_in_is_refused_in_all(
+def test_a_trickling_body_has_a_total_time_limit(
     url: str, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr("argosy.serve.gate.BODY_S", 0.4)
@@ -173,7 +177,7 @@ def test_a_body_that_trickles_in_is_refused_in_all(
             except TimeoutError:
                 continue
         connection.settimeout(10)
-        while not found.partition(b"\r\n\r\n")[2]:  # the head may come by itself
+        while not found.partition(b"\r\n\r\n")[2]:  # the head may arrive alone
             found += connection.recv(1 << 16)
     assert found.startswith(b"HTTP/1.1 408")
     error = json.loads(found.partition(b"\r\n\r\n")[2])

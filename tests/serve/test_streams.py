@@ -1,4 +1,4 @@
-"""Streams end what they began, also when nobody is there to hear the first event, or to read the last."""
+"""Streams close what they opened, even if the client is gone before the first event or never reads the last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def _gone() -> dict[str, Any]:
 
 
 async def _nowhere(_: Any) -> None:
-    await asyncio.sleep(3600)  # a client that reads nothing
+    await asyncio.sleep(3600)  # the client reads nothing
 
 
 def test_a_stream_whose_client_is_gone_before_the_first_event_is_closed() -> None:
@@ -54,7 +54,7 @@ def test_a_whole_answer_whose_client_is_gone_is_closed() -> None:
 
 
 def sent_by(stream: EventStream) -> list[bytes]:
-    """Bodies of the messages, until the stream has ended."""
+    """The bodies of the messages that a stream sends until it ends."""
     bodies: list[bytes] = []
 
     async def send(message: Any) -> None:
@@ -67,7 +67,7 @@ def sent_by(stream: EventStream) -> list[bytes]:
     return bodies
 
 
-def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_speaks_does_not(
+def test_a_stream_sends_keep_alives_only_while_it_has_no_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("argosy.serve.streams.KEEP_ALIVE_S", 0.3)
@@ -85,7 +85,7 @@ def test_a_stream_that_waits_says_that_it_is_alive_and_one_that_speaks_does_not(
     assert sent[-2:] == [b"late", b""]
 
 
-def test_a_client_that_takes_nothing_of_its_answer_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
     size, heard, has_heard = 64 << 20, list[str](), threading.Event()
 
@@ -110,8 +110,8 @@ def test_a_client_that_takes_nothing_of_its_answer_is_hung_up_on(monkeypatch: py
 
 
 @pytest.mark.parametrize("num_turns", range(12))
-def test_a_client_that_goes_while_events_come_one_after_the_other_ends_the_stream(num_turns: int) -> None:
-    """Whenever it goes, told in turns of the loop: a cancellation must not get lost with the end of a write."""
+def test_a_client_that_leaves_during_a_burst_of_events_ends_the_stream(num_turns: int) -> None:
+    """The client leaves some turns of the event loop later: the end of a write must not lose the cancellation."""
     closed: list[bool] = []
     num_sent = asyncio.run(asyncio.wait_for(_leave(num_turns, lambda: closed.append(True)), 20))
     assert num_sent < 50
@@ -119,7 +119,7 @@ def test_a_client_that_goes_while_events_come_one_after_the_other_ends_the_strea
 
 
 async def _leave(num_turns: int, close: Callable[[], None]) -> int:
-    """How many events were sent to a client that went so many turns of the loop after the tenth."""
+    """The number of events sent to a client that leaves `num_turns` turns of the event loop after the tenth event."""
     gone, count = asyncio.Event(), 0
 
     async def parts() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""`structured_outputs`: an answer has the form that was asked for, by a key that may; what is too much is refused."""
+"""`structured_outputs`: answers follow the constraint, some constraints need a scope, excessive ones are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def said(path: str, choice: dict[str, Any]) -> str:
 
 
 def body_of(service: Service, path: str, form: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The model is random: it is kept from thinking, for which its context has no room."""
+    """A request that forbids thinking, because the random model's thoughts would fill its context."""
     assert service.tokenizer is not None
     asked: dict[str, Any] = (
         {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
@@ -68,7 +68,7 @@ def refusal(answer: httpx.Response, status: int = 400) -> str:
         r"(?:(?P<word>[A-Z][a-z]{1,3}) ?){2}",
     ],
 )  # fmt: skip
-def test_every_answer_matches_the_expression_as_a_whole(
+def test_every_answer_fully_matches_the_expression(
     client: httpx.Client, service: Service, path: str, regex: str
 ) -> None:
     found = texts(client, service, path, {"regex": regex}, n=3)
@@ -78,7 +78,9 @@ def test_every_answer_matches_the_expression_as_a_whole(
 
 
 @each_path
-def test_every_answer_is_of_the_grammars_language(client: httpx.Client, service: Service, path: str) -> None:
+def test_every_answer_is_in_the_language_of_the_grammar(
+    client: httpx.Client, service: Service, path: str
+) -> None:
     for seed in range(3):
         for text in texts(client, service, path, {"grammar": SUM}, seed=seed, n=2, logit_bias=None):
             assert re.fullmatch(r"[0-9+()-]+", text)
@@ -104,7 +106,7 @@ def test_an_answer_is_one_of_the_choices_or_json_of_the_schema(
 
 @each_path
 @pytest.mark.parametrize("form", [{"regex": "[a-f]{3}( [a-f]{3}){5}"}, {"grammar": SUM}])
-def test_a_stream_says_what_the_whole_answer_says(
+def test_a_stream_has_the_text_of_the_whole_answer(
     client: httpx.Client, service: Service, path: str, form: dict[str, str]
 ) -> None:
     whole = texts(client, service, path, form, n=2)
@@ -118,14 +120,14 @@ def test_a_stream_says_what_the_whole_answer_says(
 
 
 @each_path
-def test_a_stop_ends_an_answer_before_its_form_does(
+def test_a_stop_string_ends_an_answer_before_its_constraint_does(
     client: httpx.Client, service: Service, path: str
 ) -> None:
     found = texts(client, service, path, {"regex": "[ab]{3}x[ab]{3}"}, stop="x")
     assert re.fullmatch("[ab]{3}", found[0])
 
 
-def test_thoughts_come_before_the_form_and_are_no_part_of_it(speaker: httpx.Client) -> None:
+def test_thoughts_come_before_the_constrained_text_and_are_not_constrained(speaker: httpx.Client) -> None:
     for script, form in (
         ("#think", {"regex": r"It is [a-z]{2,8}\."}),
         ("#think", {"choice": ["It is so.", "No."]}),
@@ -139,7 +141,7 @@ def test_thoughts_come_before_the_form_and_are_no_part_of_it(speaker: httpx.Clie
         assert re.fullmatch(str(expected), message["content"]), message
 
 
-def test_beside_tools_an_answer_is_a_call_or_has_the_form(speaker: httpx.Client) -> None:
+def test_with_tools_an_answer_is_a_call_or_follows_the_constraint(speaker: httpx.Client) -> None:
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
     for form in (
         {"regex": r"It is [a-z]{2,8}\."},
@@ -153,7 +155,7 @@ def test_beside_tools_an_answer_is_a_call_or_has_the_form(speaker: httpx.Client)
             assert calls or re.fullmatch("It ?is ?[a-z]{2,8} ?[.]", message["content"]), message
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── scopes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @each_path
-def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
+def test_only_expressions_and_grammars_need_the_scope(
     keyed: tuple[str, KeyFile], service: Service, path: str
 ) -> None:
     url, keys = keyed
@@ -192,7 +194,7 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
     assert "grammar" in SCOPES
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @each_path
@@ -219,13 +221,13 @@ def test_an_expression_and_a_grammar_need_the_scope_and_the_others_do_not(
         ({"json": {"$ref": "file:///etc/passwd"}}, "a reference in a schema must be a path like"),
     ],
 )  # fmt: skip
-def test_what_is_no_form_is_refused_by_name(
+def test_an_invalid_constraint_is_refused_by_name(
     client: httpx.Client, service: Service, path: str, form: dict[str, Any], sentence: str
 ) -> None:
     assert sentence in refusal(client.post(path, json=body_of(service, path, form)))
 
 
-def test_an_answer_has_one_form(client: httpx.Client, service: Service) -> None:
+def test_an_answer_has_only_one_constraint(client: httpx.Client, service: Service) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     named = {"type": "function", "function": {"name": "f"}}
     for more, sentence in (
@@ -266,15 +268,14 @@ LADEN: dict[str, dict[str, Any]] = {
 
 @each_path
 @pytest.mark.parametrize("what", LADEN)
-def test_a_bomb_is_followed_or_refused_soon_and_others_are_answered_behind_it(
+def test_a_hostile_constraint_is_followed_or_refused_soon_and_the_next_request_is_answered(
     client: httpx.Client, service: Service, path: str, what: str
 ) -> None:
     began = time.monotonic()
     answer = client.post(path, json=body_of(service, path, LADEN[what], max_tokens=8))
     assert time.monotonic() - began < 10
-    while (
-        answer.status_code == 503 and time.monotonic() - began < 10
-    ):  # the grammar of the last is given up soon
+    # The grammar of the previous request is abandoned soon.
+    while answer.status_code == 503 and time.monotonic() - began < 10:
         time.sleep(0.1)
         answer = client.post(path, json=body_of(service, path, LADEN[what], max_tokens=8))
     if answer.status_code != 200 or what.removeprefix("grammar: ") in REFUSED:
@@ -284,7 +285,9 @@ def test_a_bomb_is_followed_or_refused_soon_and_others_are_answered_behind_it(
     assert client.post(path, json=body_of(service, path, {"regex": "[a-c]{4}"})).status_code == 200
 
 
-def test_a_schema_that_is_a_long_chain_is_refused_where_no_scope_is_needed(client: httpx.Client) -> None:
+def test_too_long_a_chain_of_references_is_refused_in_fields_without_a_scope_too(
+    client: httpx.Client,
+) -> None:
     schema = {"schema": chain(2500)}
     say = [{"role": "user", "content": "Hi"}]
     asked: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Two tool calls in one answer, as each dialect streams them: the mistakes that broke clients elsewhere."""
+"""Two tool calls in one answer, streamed in each dialect without the mistakes that broke clients of other servers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"), tokenizer=None, ke
 
 
 class FakeAnswers:
-    """An answer of `events`."""
+    """Answers made of `events`."""
 
     num_prompt_tokens, num_new_tokens, num_cached_tokens, num_reasoning_tokens = 5, 2, 3, 1
     results = (RESULT,)
@@ -70,7 +70,7 @@ def exchange(kind: Any, body: Any, events: Sequence[SaidEvent] = EVENTS) -> Exch
 
 
 def sent(exchange: Exchange[Any, Any], kind: Any) -> list[dict[str, Any]]:
-    """The events of a stream, each of which must be as documented."""
+    """The events of a stream, each checked against its documented type."""
     documented = TypeAdapter[Any](kind)
 
     async def read() -> list[bytes]:
@@ -84,7 +84,7 @@ def sent(exchange: Exchange[Any, Any], kind: Any) -> list[dict[str, Any]]:
 
 
 def whole(exchange: Exchange[Any, Any], kind: Any) -> dict[str, Any]:
-    """The whole answer, which must be as documented."""
+    """The whole answer, checked against its documented type."""
     made: dict[str, Any] = json.loads(json.dumps(asyncio.run(folded(exchange))))
     TypeAdapter[Any](kind).validate_python(made, strict=True)
     return made
@@ -100,7 +100,7 @@ def test_chat_sends_id_and_name_before_arguments_and_keeps_the_index() -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
+def test_messages_sends_one_block_for_each_call_and_drops_no_argument() -> None:
     events = sent(exchange(MessagesExchange, MESSAGES), MessagesEvent)
     starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
     assert starts == ["thinking", "text", "tool_use", "tool_use"]
@@ -112,7 +112,7 @@ def test_messages_has_one_block_for_each_call_and_drops_no_argument() -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
-def test_responses_sends_both_the_deltas_and_the_whole_of_arguments() -> None:
+def test_responses_sends_arguments_both_as_deltas_and_whole() -> None:
     body = ResponsesBody.model_validate({"input": "x"})
     events = sent(exchange(ResponsesExchange, body), ResponsesEvent)
     done = [e["arguments"] for e in events if e["type"] == "response.function_call_arguments.done"]

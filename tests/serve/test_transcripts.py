@@ -1,4 +1,4 @@
-"""What every dialect answers, byte for byte but for ids and times; and that no transcript breaks a rule of the wire."""
+"""Every dialect answers as recorded, except for ids and times, and no transcript breaks a wire rule."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KEPT = {path.stem: load(path.stem) for path in sorted(FOLDER.glob("*.json"))}
 
 @pytest.fixture(scope="module")
 def replayed() -> dict[str, Transcript]:
-    """All of them, in the order in which they were recorded: what is found computed depends on it."""
+    """All cases, replayed in the order of recording, because prefix-cache hits depend on it."""
     with record.own_server() as client:
         return {name: record.record(client, name) for name in CASES}
 
 
 def same(ours: Any, kept: Any) -> bool:
-    """Equal; numbers that logits go into may differ in their last digits between instruction sets."""
+    """Whether both are equal; numbers computed from logits may differ slightly between instruction sets."""
     if isinstance(kept, dict):
         return (
             isinstance(ours, dict)
@@ -39,14 +39,14 @@ def same(ours: Any, kept: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_transcript_is_answered_as_it_was(name: str, replayed: dict[str, Transcript]) -> None:
+def test_a_transcript_is_answered_as_recorded(name: str, replayed: dict[str, Transcript]) -> None:
     ours, kept = replayed[name], KEPT[name]
     assert same(ours, kept), (
         f"{json.dumps(ours)[:4000]}\n{json.dumps(kept)[:4000]}\nif this is meant: python -m tests.serve.record"
     )
 
 
-def test_every_case_has_its_transcript_and_every_transcript_its_case() -> None:
+def test_every_case_has_a_transcript_and_every_transcript_a_case() -> None:
     assert sorted(KEPT) == sorted(CASES)
 
 
@@ -64,7 +64,7 @@ Edit = Callable[[Transcript], None]
 
 
 def event(transcript: Transcript, kind: str, at: int = 0) -> dict[str, Any]:
-    """Data of the event of that type."""
+    """The data of one event of this type."""
     found: dict[str, Any] = [data for data in data_of(transcript) if data.get("type") == kind][at]
     return found
 
@@ -76,13 +76,13 @@ def choice(transcript: Transcript, at: int) -> dict[str, Any]:
 
 
 def calls(transcript: Transcript) -> list[dict[str, Any]]:
-    """Chunks' parts of calls."""
+    """The parts of tool calls in the chunks."""
     chunks = (data["choices"] for data in data_of(transcript) if data["choices"])
     return [part for (one,) in chunks for part in one["delta"].get("tool_calls", ())]
 
 
 def without(kind: str) -> Edit:
-    """No such event any more."""
+    """Remove the events of this type."""
 
     def edit(transcript: Transcript) -> None:
         transcript["events"] = [
@@ -93,7 +93,7 @@ def without(kind: str) -> Edit:
 
 
 def put(path: str, value: Any) -> Edit:
-    """Another value in a body."""
+    """Put another value into a body."""
 
     def edit(transcript: Transcript) -> None:
         *steps, last = path.split(".")
@@ -233,5 +233,5 @@ def test_a_transcript_that_breaks_the_rule_is_refused(rule: str, name: str, edit
         RULES[rule].check(broken, KEPT.get(name.removesuffix("_stream")))
 
 
-def test_every_rule_has_been_seen_to_refuse() -> None:
+def test_every_rule_refuses_some_broken_transcript() -> None:
     assert {rule for rule, _, _ in BREAKS} == set(RULES)

@@ -1,4 +1,4 @@
-"""What clients and tools send beside the fields of a dialect: it does what it says, is named as idle, or is refused."""
+"""Fields that clients and tools send beyond those of a dialect: each takes effect, is named as idle, or is refused."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ OPTIONAL = [
 
 
 @pytest.mark.parametrize(("dialect", "name"), OPTIONAL)
-def test_null_is_taken_for_every_field_that_may_be_left_out(dialect: str, name: str) -> None:
+def test_null_is_accepted_for_every_optional_field(dialect: str, name: str) -> None:
     model = BODIES[PATHS[dialect]]
     plain = model.model_validate(body(dialect))
     given = body(dialect)
     given[name] = None
-    if given.keys() == body(dialect).keys():  # one that the plain body has, too
+    if given.keys() == body(dialect).keys():  # a field that the plain body also has
         assert getattr(model.model_validate(given), name) is None
     else:
         assert model.model_validate(given) == plain
@@ -77,7 +77,7 @@ def test_null_is_taken_for_every_field_that_may_be_left_out(dialect: str, name: 
 
 
 def models_in(kind: Any, found: set[type[BaseModel]]) -> set[type[BaseModel]]:
-    """All models that a type is made of."""
+    """All models that a type contains."""
     if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in found:
         found.add(kind)
         for field in kind.model_fields.values():
@@ -87,7 +87,7 @@ def models_in(kind: Any, found: set[type[BaseModel]]) -> set[type[BaseModel]]:
     return found
 
 
-def test_no_part_of_a_body_has_a_rule_of_its_own_for_null() -> None:
+def test_no_part_of_a_body_treats_null_specially() -> None:
     parts = {model for kind in BODIES.values() for model in models_in(kind, set())}
     assert len(parts) > 40
     for model in parts:
@@ -99,7 +99,7 @@ def test_no_part_of_a_body_has_a_rule_of_its_own_for_null() -> None:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_null_for_what_is_needed_is_refused_by_its_name(speaker: httpx.Client, dialect: str) -> None:
+def test_null_for_a_required_field_is_refused_by_name(speaker: httpx.Client, dialect: str) -> None:
     name = {"completions": "prompt", "responses": "input"}.get(dialect, "messages")
     answer = speaker.post(PATHS[dialect], json=body(dialect, **{name: None}))
     assert answer.status_code == 400
@@ -107,7 +107,7 @@ def test_null_for_what_is_needed_is_refused_by_its_name(speaker: httpx.Client, d
     assert "found null" in answer.json()["error"]["message"]
 
 
-def test_null_inside_a_message_is_as_if_it_were_not_there(speaker: httpx.Client) -> None:
+def test_null_inside_a_message_is_ignored(speaker: httpx.Client) -> None:
     plain = {"role": "user", "content": [{"type": "text", "text": "#plain"}]}
     nulls = {
         "role": "user",
@@ -133,7 +133,9 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("dialect", OPENAI)
-def test_every_idle_field_is_taken_changes_nothing_and_is_named(speaker: httpx.Client, dialect: str) -> None:
+def test_every_idle_field_is_accepted_changes_nothing_and_is_named(
+    speaker: httpx.Client, dialect: str
+) -> None:
     assert VALUES.keys() == ForOpenAI.model_fields.keys()
     plain, answer = ask(speaker, dialect), ask(speaker, dialect, **VALUES)
     assert text_of(dialect, answer) == text_of(dialect, plain)
@@ -141,8 +143,8 @@ def test_every_idle_field_is_taken_changes_nothing_and_is_named(speaker: httpx.C
     assert ignored(plain) == set()
 
 
-def test_notes_on_messages_parts_calls_and_tools_are_taken_and_named(speaker: httpx.Client) -> None:
-    """As LiteLLM and OpenRouter's clients send them back."""
+def test_idle_fields_of_messages_parts_calls_and_tools_are_accepted_and_named(speaker: httpx.Client) -> None:
+    """LiteLLM and OpenRouter's clients send such fields back."""
     note = {"cache_control": {"type": "ephemeral"}}
     fields = {"provider_specific_fields": {"a": 1}}
     call = {
@@ -173,7 +175,7 @@ def test_notes_on_messages_parts_calls_and_tools_are_taken_and_named(speaker: ht
 @pytest.mark.parametrize(
     "name", ["logits_processors", "bad_words", "use_beam_search", "suffix", "best_of", "grammar"]
 )
-def test_what_would_change_the_answer_and_is_not_there_is_refused_by_its_name(
+def test_an_unsupported_field_that_would_change_the_answer_is_refused_by_name(
     speaker: httpx.Client, name: str
 ) -> None:
     answer = speaker.post(PATHS["chat"], json=body("chat", **{name: 1}))
@@ -182,11 +184,13 @@ def test_what_would_change_the_answer_and_is_not_there_is_refused_by_its_name(
     assert "hint: " in answer.json()["error"]["message"]
 
 
-# ── fields that do something ────────────────────────────────────────────────────────────────────────────────────────
+# ── fields with an effect ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_answer_may_have_to_go_on(speaker: httpx.Client, speaking_service: Service, dialect: str) -> None:
+def test_ignore_eos_min_tokens_and_stop_token_ids_change_where_an_answer_ends(
+    speaker: httpx.Client, speaking_service: Service, dialect: str
+) -> None:
     limit = {MAX_TOKENS[dialect]: 40}
     assert num_new(ask(speaker, dialect, "#plain", **limit)) < 40
     assert num_new(ask(speaker, dialect, "#plain", ignore_eos=True, **limit)) == 40
@@ -199,7 +203,7 @@ def test_an_answer_may_have_to_go_on(speaker: httpx.Client, speaking_service: Se
 
 
 @pytest.mark.parametrize("dialect", OPENAI)
-def test_special_tokens_are_shown_where_they_are_asked_for(
+def test_special_tokens_are_shown_on_request(
     speaker: httpx.Client, speaking_service: Service, dialect: str
 ) -> None:
     assert speaking_service.tokenizer is not None
@@ -210,7 +214,7 @@ def test_special_tokens_are_shown_where_they_are_asked_for(
 
 
 @pytest.mark.parametrize("dialect", OPENAI)
-def test_minus_one_is_no_limit_and_any_seed(speaker: httpx.Client, dialect: str) -> None:
+def test_minus_one_means_no_limit_and_a_random_seed(speaker: httpx.Client, dialect: str) -> None:
     name = MAX_TOKENS[dialect]
     answer = ask(speaker, dialect, "#long", **{name: -1, "seed": -1})
     assert num_new(answer) > 300
@@ -243,7 +247,7 @@ GUIDED = [
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])
 @pytest.mark.parametrize(("name", "value"), GUIDED)
-def test_a_form_may_be_asked_for_by_its_older_name(
+def test_a_constraint_may_be_given_by_its_older_name(
     speaker: httpx.Client, dialect: str, name: str, value: Any
 ) -> None:
     answer = ask(speaker, dialect, "#json", max_tokens=40, **{name: value})
@@ -258,14 +262,14 @@ def test_a_form_may_be_asked_for_by_its_older_name(
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])
 @pytest.mark.parametrize("value", ["{", "[1]", '{"a": 1, "a": 2}'])
-def test_a_schema_as_text_is_read_strictly(speaker: httpx.Client, dialect: str, value: str) -> None:
+def test_a_schema_as_text_is_parsed_strictly(speaker: httpx.Client, dialect: str, value: str) -> None:
     refused = speaker.post(PATHS[dialect], json=body(dialect, guided_json=value))
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "guided_json"
 
 
 @pytest.mark.parametrize("dialect", ["chat", "completions"])
-def test_usage_comes_with_every_chunk_where_it_is_asked_for(speaker: httpx.Client, dialect: str) -> None:
+def test_usage_comes_with_every_chunk_on_request(speaker: httpx.Client, dialect: str) -> None:
     def usages(options: dict[str, bool]) -> tuple[httpx.Response, list[Any]]:
         answer = ask(speaker, dialect, "#plain", stream=True, stream_options=options)
         data = [event["data"] for event in read_events(answer.text)]
@@ -275,7 +279,7 @@ def test_usage_comes_with_every_chunk_where_it_is_asked_for(speaker: httpx.Clien
     assert all(found)
     counts = [usage["completion_tokens"] for usage in found]
     assert counts == sorted(counts)
-    assert counts[-1] > len(set(counts)) - 1 > counts[-1] / 2  # a chunk may bring the text of two tokens
+    assert counts[-1] > len(set(counts)) - 1 > counts[-1] / 2  # a chunk may have the text of two tokens
     assert len({usage["prompt_tokens"] for usage in found}) == 1
     answer, found = usages({"continuous_usage_stats": True})
     assert not any(found)
@@ -289,7 +293,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_thinking_is_switched_off_as_other_servers_have_it(
+def test_thinking_is_switched_off_by_the_fields_of_other_servers(
     speaker: httpx.Client, switch: dict[str, Any]
 ) -> None:
     expected = ask(speaker, "chat", reasoning_effort="none").json()["usage"]["prompt_tokens"]
@@ -301,7 +305,7 @@ def test_thinking_is_switched_off_as_other_servers_have_it(
         assert ignored(ask(speaker, "completions", **switch)) == switch.keys()
 
 
-def test_a_switch_that_the_template_does_not_know_is_named(client: httpx.Client) -> None:
+def test_a_switch_unknown_to_the_template_is_named(client: httpx.Client) -> None:
     answer = client.post("/v1/chat/completions", json=body("chat", enable_thinking=False, max_tokens=2))
     assert ignored(answer) == {"enable_thinking"}
     answer = client.post(
@@ -314,7 +318,7 @@ def test_a_switch_that_the_template_does_not_know_is_named(client: httpx.Client)
 
 @pytest.mark.parametrize("hidden", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_thoughts_are_left_out_of_a_chat_where_that_is_asked_for(
+def test_thoughts_are_omitted_from_a_chat_on_request(
     speaker: httpx.Client, hidden: dict[str, Any], stream: bool
 ) -> None:
     shown = ask(speaker, "chat", "#think", max_tokens=60, stream=stream)
@@ -329,7 +333,7 @@ def test_thoughts_are_left_out_of_a_chat_where_that_is_asked_for(
         }
 
 
-def test_thoughts_are_left_out_of_a_response_where_that_is_asked_for(speaker: httpx.Client) -> None:
+def test_thoughts_are_omitted_from_a_response_on_request(speaker: httpx.Client) -> None:
     more = {"max_output_tokens": 60}
     assert [item["type"] for item in ask(speaker, "responses", "#think", **more).json()["output"]] == [
         "reasoning",
@@ -339,10 +343,10 @@ def test_thoughts_are_left_out_of_a_response_where_that_is_asked_for(speaker: ht
     assert [item["type"] for item in answer.json()["output"]] == ["message"]
 
 
-# ── functions, as they were before tools ────────────────────────────────────────────────────────────────────────────
+# ── functions, the older form of tools ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_function_is_called_as_it_was_before_there_were_tools(speaker: httpx.Client) -> None:
+def test_a_function_is_called_in_the_older_form(speaker: httpx.Client) -> None:
     more: dict[str, Any] = {"functions": [WEATHER], "max_tokens": 200}
     choice = ask(speaker, "chat", "#weather", **more).json()["choices"][0]
     assert choice["finish_reason"] == "function_call"
@@ -367,7 +371,7 @@ def test_a_function_is_called_as_it_was_before_there_were_tools(speaker: httpx.C
     assert answer.json()["choices"][0]["finish_reason"] == "stop"
 
 
-def test_functions_are_chosen_as_tools_are_and_not_together_with_them(speaker: httpx.Client) -> None:
+def test_functions_are_chosen_like_tools_and_cannot_be_combined_with_them(speaker: httpx.Client) -> None:
     more: dict[str, Any] = {"functions": [WEATHER], "max_tokens": 200}
     choice = ask(speaker, "chat", "#thoughtful", function_call={"name": "get_weather"}, **more).json()[
         "choices"
@@ -381,7 +385,7 @@ def test_functions_are_chosen_as_tools_are_and_not_together_with_them(speaker: h
         assert "older form" in refused.json()["error"]["message"]
 
 
-# ── what does not fit ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── beyond the context length ───────────────────────────────────────────────────────────────────────────────────────
 
 OVERFLOW = {
     "openai": r"This model's maximum context length is (?P<limit>\d+) tokens\. However, you requested (?P<all>\d+)"
@@ -391,7 +395,7 @@ OVERFLOW = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_prompt_that_is_too_long_is_refused_in_words_that_clients_know(
+def test_too_long_a_prompt_is_refused_in_words_that_clients_recognize(
     speaker: httpx.Client, dialect: str
 ) -> None:
     said = "Ω" * 5000
@@ -413,9 +417,7 @@ def test_a_prompt_that_is_too_long_is_refused_in_words_that_clients_know(
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_answer_that_must_be_longer_than_there_is_room_is_refused_with_the_sum(
-    speaker: httpx.Client, dialect: str
-) -> None:
+def test_too_large_min_tokens_are_refused_with_the_sum(speaker: httpx.Client, dialect: str) -> None:
     more = {"min_tokens": CONTEXT_TOKENS, MAX_TOKENS[dialect]: CONTEXT_TOKENS}
     answer = speaker.post(PATHS[dialect], json=body(dialect, **more))
     assert answer.status_code == 400
@@ -434,8 +436,8 @@ def test_an_answer_that_must_be_longer_than_there_is_room_is_refused_with_the_su
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic"])
-def test_a_bound_is_as_good_as_a_count_for_the_words(dialect: Any) -> None:
-    """A prompt may be refused before it is counted to its end."""
+def test_a_lower_bound_on_the_tokens_gives_the_same_words(dialect: Any) -> None:
+    """A prompt may be refused before all its tokens are counted."""
     early = PromptTooLong("at least so much", needed=70_001, available=65_536, hint="shorten it")
     _, told = error_body(early, dialect, "req_1")
     found = re.match(OVERFLOW[dialect], told["error"]["message"])
@@ -444,7 +446,7 @@ def test_a_bound_is_as_good_as_a_count_for_the_words(dialect: Any) -> None:
     assert told["error"]["message"].endswith("\nhint: shorten it")
 
 
-def test_a_stream_of_a_response_tells_it_as_codex_hears_it(speaker: httpx.Client) -> None:
+def test_a_response_stream_reports_too_long_a_prompt_as_codex_expects_it(speaker: httpx.Client) -> None:
     answer = speaker.post(PATHS["responses"], json=body("responses", "Ω" * 5000, stream=True))
     assert answer.status_code == 200
     events = [event["data"] for event in read_events(answer.text)]
@@ -458,11 +460,11 @@ def test_a_stream_of_a_response_tells_it_as_codex_hears_it(speaker: httpx.Client
     assert re.match(OVERFLOW["openai"], error["message"])
 
 
-# ── a cut answer ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── truncated answers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("said", ["#long", "#think"])
-def test_an_item_that_was_cut_off_is_incomplete_as_its_response_is(speaker: httpx.Client, said: str) -> None:
+def test_a_truncated_item_is_incomplete_like_its_response(speaker: httpx.Client, said: str) -> None:
     more = {"max_output_tokens": 5}
     whole = ask(speaker, "responses", said, **more).json()
     assert (whole["status"], whole["output"][-1]["status"]) == ("incomplete", "incomplete")
@@ -474,7 +476,7 @@ def test_an_item_that_was_cut_off_is_incomplete_as_its_response_is(speaker: http
     assert events[-1]["response"]["output"][-1]["status"] == "incomplete"
 
 
-def test_items_before_the_one_that_was_cut_off_are_complete(speaker: httpx.Client) -> None:
+def test_items_before_a_truncated_one_are_complete(speaker: httpx.Client) -> None:
     num_thought = (
         ask(speaker, "responses", "#think", max_output_tokens=60).json()["usage"]["output_tokens"] - 3
     )

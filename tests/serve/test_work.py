@@ -1,4 +1,4 @@
-"""Work before the engine is shared fairly: proven by the order in which jobs run, not by how long they take."""
+"""Work before the engine is shared fairly; the tests check the order in which jobs run, not their duration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from argosy.serve.work import WorkQueue
 
 
 class Jobs:
-    """Jobs that end when they are told to, and the order in which they began."""
+    """Jobs that end only when the test lets them, and the order in which they began."""
 
     def __init__(self) -> None:
         self.began: list[str] = []
@@ -36,7 +36,7 @@ class Jobs:
         return run
 
     def let_end(self, num_jobs: int) -> None:
-        """The first `num_jobs` that began may end."""
+        """Let the first `num_jobs` that began end."""
         with self._changed:
             self._may_end = num_jobs
             self._changed.notify_all()
@@ -69,7 +69,7 @@ def test_a_tenant_waits_for_one_job_per_thread_however_many_another_has_queued()
     run(test)
 
 
-def test_tenants_take_turns_and_each_ones_jobs_keep_their_order() -> None:
+def test_tenants_take_turns_and_the_jobs_of_each_keep_their_order() -> None:
     async def test() -> None:
         queue, jobs = WorkQueue(num_threads=1), Jobs()
         asked = [("a", 4), ("b", 2), ("c", 1)]
@@ -85,11 +85,11 @@ def test_tenants_take_turns_and_each_ones_jobs_keep_their_order() -> None:
     run(test)
 
 
-def test_after_a_large_job_its_thread_rests_the_longer_the_longer_it_took_and_longest_for_nothing(
+def test_a_thread_rests_after_a_large_job_in_proportion_to_its_time_and_longer_after_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rests: list[float] = []
-    now = iter([0.0, 0.25, 10.0, 10.25, 20.0, 30.0])  # as each of three jobs begins and ends
+    now = iter([0.0, 0.25, 10.0, 10.25, 20.0, 30.0])  # the beginning and end of three jobs
     monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=rests.append))
 
     async def test() -> None:
@@ -105,7 +105,7 @@ def test_after_a_large_job_its_thread_rests_the_longer_the_longer_it_took_and_lo
     run(test)
 
 
-def test_small_jobs_rest_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_rest_after_small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: float) -> None:
         raise AssertionError("it rests")
 
@@ -118,7 +118,7 @@ def test_small_jobs_rest_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
-def test_a_tenant_with_a_full_queue_is_told_when_to_come_back_and_others_are_let_in() -> None:
+def test_a_tenant_with_a_full_queue_is_told_when_to_retry_and_others_are_admitted() -> None:
     async def test() -> None:
         queue, jobs = WorkQueue(num_threads=1, max_waiting=2), Jobs()
         waiting = [asyncio.ensure_future(queue.run("a", jobs.job("runs")))]
@@ -138,7 +138,7 @@ def test_a_tenant_with_a_full_queue_is_told_when_to_come_back_and_others_are_let
     run(test)
 
 
-def test_a_job_whose_client_is_gone_is_not_run_and_leaves_its_place() -> None:
+def test_a_job_whose_client_is_gone_is_not_run_and_frees_its_place() -> None:
     async def test() -> None:
         queue, jobs = WorkQueue(num_threads=1, max_waiting=1), Jobs()
         first = asyncio.ensure_future(queue.run("a", jobs.job("first")))
@@ -155,7 +155,7 @@ def test_a_job_whose_client_is_gone_is_not_run_and_leaves_its_place() -> None:
     run(test)
 
 
-def test_what_a_job_raises_comes_to_its_caller_and_the_thread_goes_on() -> None:
+def test_an_exception_in_a_job_reaches_its_caller_and_the_thread_continues() -> None:
     async def test() -> None:
         for queue in (WorkQueue(num_threads=1), WorkQueue(num_threads=1, is_large=True)):
             with pytest.raises(ZeroDivisionError):
@@ -165,7 +165,7 @@ def test_what_a_job_raises_comes_to_its_caller_and_the_thread_goes_on() -> None:
     run(test)
 
 
-def test_a_job_that_failed_holds_nothing_of_what_it_worked_on() -> None:
+def test_a_failed_job_holds_no_reference_to_its_data() -> None:
     class Large:
         pass
 

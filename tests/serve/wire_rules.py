@@ -1,7 +1,7 @@
-"""What holds for every transcript of a dialect, whatever the model says: learnt from what broke clients elsewhere.
+"""Rules that every transcript of a dialect keeps, whatever the model says; they come from failures of other servers.
 
-A rule is a function named after its sentence. It gets a transcript and raises AssertionError; `RULES` has them with the
-transcripts they are for.
+A rule is a function named after its sentence. It gets a transcript, and raises AssertionError if the transcript breaks
+it. `RULES` holds the rules with the transcripts they apply to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Data = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """`is_for` a name, and whether its transcript is a stream."""
+    """A check, and the transcripts it applies to: by dialect, and by whether they are streams."""
 
     check: Callable[..., None]
     dialect: str
@@ -70,7 +70,7 @@ def is_object(text: str) -> bool:
 
 
 def require_calls(texts: list[str], end: str | None, whole: str, cut: str) -> None:
-    """Arguments are objects and the answer ends as `whole`; or the last call is cut, and it ends as `cut`."""
+    """Require objects as arguments and `whole` as the end of the answer; if the last call is cut, require `cut`."""
     assert all(map(is_object, texts[:-1]))
     if texts and not is_object(texts[-1]):
         assert end == cut
@@ -79,7 +79,7 @@ def require_calls(texts: list[str], end: str | None, whole: str, cut: str) -> No
 
 
 def choices_of(transcript: Transcript) -> dict[int, list[Data]]:
-    """Of each choice, what its chunks say."""
+    """The chunks of each choice."""
     found: dict[int, list[Data]] = {}
     for data in data_of(transcript):
         for choice in data.get("choices", ()):
@@ -220,9 +220,8 @@ def _collect_message(transcript: Transcript) -> tuple[list[Data], str, str | Non
             end = data["delta"]
     for number, (block, text) in enumerate(zip(blocks, texts, strict=True)):
         if block["type"] == "tool_use":
-            read = jiter.from_json(
-                (text or "{}").encode(), partial_mode=True
-            )  # as Anthropic's client does it
+            # Anthropic's client parses partial JSON, too.
+            read = jiter.from_json((text or "{}").encode(), partial_mode=True)
             block |= {"input": read, "id": f"call_{number}"}
         else:
             block[block["type"]] += text
@@ -230,7 +229,7 @@ def _collect_message(transcript: Transcript) -> tuple[list[Data], str, str | Non
 
 
 def _with_numbers(blocks: list[Data]) -> list[Data]:
-    """Ids of calls as a transcript numbers them: the message has the first."""
+    """Number the ids of calls like a transcript, where the message has the first number."""
     number = 0
     for block in blocks:
         if block["type"] == "tool_use":
@@ -275,7 +274,7 @@ def _check_usage(usage: Data) -> None:
         assert 0 <= usage["input_tokens_details"]["cached_tokens"] < usage["input_tokens"]
         assert usage["output_tokens_details"]["reasoning_tokens"] <= usage["output_tokens"]
     else:
-        assert usage["input_tokens"] > 0  # those found computed are counted apart
+        assert usage["input_tokens"] > 0  # cached tokens are counted separately
         assert usage["cache_read_input_tokens"] >= 0
         assert usage["output_tokens_details"]["thinking_tokens"] <= usage["output_tokens"]
 
@@ -467,7 +466,7 @@ def scores_of_a_completion_stand_side_by_side(transcript: Transcript, _: Any) ->
 
 
 def _bytes_of(token: str) -> bytes:
-    """Of a token; one that is no whole character is spelled by its bytes."""
+    """The bytes of a token; a token that is not a whole character is spelled by its bytes."""
     if not token.startswith("bytes:"):
         return token.encode()
     return token.removeprefix("bytes:").encode().decode("unicode_escape").encode("latin-1")
@@ -618,7 +617,7 @@ def _only_what_was_cut_off_is_incomplete(response: Data) -> None:
     statuses = [item["status"] for item in response["output"]]
     assert statuses[:-1] == ["completed"] * len(statuses[:-1])
     kinds = [item["type"] for item in response["output"]]
-    if kinds and kinds[-1] != "function_call":  # a call may be whole where the answer is cut off
+    if kinds and kinds[-1] != "function_call":  # a call may be complete although the answer is cut off
         assert statuses[-1] == response["status"]
 
 
