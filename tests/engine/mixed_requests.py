@@ -1,11 +1,11 @@
-"""Many requests of all kinds through one engine after another, most of them cancelled at any time.
+"""Send many requests of all kinds through several engines in turn, and cancel most of them at random times.
 
     python -m tests.engine.mixed_requests [--requests N] [--module _native.so]
 
-One engine for each kind of layer, and one for a quantised pack: several threads and readers, an expert cache that holds
-little, look-ahead, sequences that wait and are put back. Another thread reads the facts meanwhile. At the end of each
-engine nothing is left in it, and it still answers as a fresh one does. Under ThreadSanitizer (`make test-sanitize`)
-this is how the native module is shown to have no data race.
+There is one engine for each kind of layer, and one for a quantised pack. Each has several threads and readers, a small
+expert cache, look-ahead, and sequences that wait and are preempted, while another thread reads its facts. At the end
+nothing is left in the engine, and it still answers as a fresh one does. Under ThreadSanitizer (`make test-sanitize`)
+this shows that the native module has no data race.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE_S = 300.0
 
 
 class Heard:
-    """Counts the ends of a request's answers."""
+    """Count the answers of a request that have ended."""
 
     def __init__(self, num_answers: int) -> None:
         self._left = num_answers
@@ -66,7 +66,7 @@ def send(loop: EngineLoop, rng: random.Random, prompt: list[int]) -> tuple[Reque
 
 
 def run(directory: Path, prompt: list[int], num_requests: int, **options: Any) -> int:
-    """Returns how many were cancelled."""
+    """Run the requests; return how many were cancelled."""
     from argosy import Engine, SamplingParams
     from argosy.engine.loop import EngineLoop
 

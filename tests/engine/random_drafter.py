@@ -1,4 +1,4 @@
-"""A drafter that proposes right and wrong tokens at random, to show that no proposal changes an answer."""
+"""A drafter that proposes right and wrong tokens at random, to show that drafts never change an answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from argosy.engine.sequence import Sequence as EngineSequence
 
 
 class RandomDrafter:
-    """Its proposals depend only on the seed and on the sequence, not on earlier calls.
+    """Proposes tokens that depend only on the seed and the sequence, not on earlier calls.
 
     Args:
         vocab_size: random tokens are drawn from the whole vocabulary, so a few of them are right by chance.
-        answers: known sequences, each a prompt with its right continuation. A sequence that is the beginning of none
+        answers: known sequences, each a prompt with its right continuation. A sequence that is not a prefix of any
             of them gets random tokens only.
         right_share: probability that a token comes from the known continuation, 0 to 1.
     """

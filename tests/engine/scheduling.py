@@ -1,4 +1,4 @@
-"""A scheduler with blocks that hold no bytes, and what an engine does with its batches."""
+"""A scheduler whose blocks hold no bytes, and a rig that runs its steps as an engine would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_TOKENS = 4
 
 
 class NotedTokens:
-    """KV blocks that hold, for each position, which tokens it was computed from: those before it and its own."""
+    """KV blocks that record the tokens each position was computed from: its own and all before it."""
 
     def __init__(self, num_blocks: int) -> None:
         self.noted: list[list[tuple[int, ...] | None]] = [[None] * BLOCK_TOKENS for _ in range(num_blocks)]
@@ -36,7 +36,7 @@ class NotedTokens:
         self.noted[to_block] = list(self.noted[from_block])
 
     def run(self, scheduled: Scheduled) -> None:
-        """Write what a batch writes, and see that each token finds all that came before it."""
+        """Write what the step writes, and check that each token finds everything before it."""
         step = scheduled.step
         for row, slot, position in zip(step.sequence, step.slots, step.order, strict=True):
             sequence, at = scheduled.sequences[row], int(position)
@@ -50,7 +50,7 @@ class NotedTokens:
 
 
 class NotedStates:
-    """A recurrent state that holds, for each slot, the tokens that it has seen; None where a step failed half-way."""
+    """A recurrent state that records the tokens each slot has seen, or None after a step failed midway."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -64,7 +64,7 @@ class NotedStates:
         self.seen[to_slot] = self.seen[from_slot]
 
     def run(self, scheduled: Scheduled) -> None:
-        """Move the states of a batch on; those of tokens that do not go on from where they stand are refused."""
+        """Advance the states of a step; each must continue from the tokens it has already seen."""
         for row, sequence in enumerate(scheduled.sequences):
             slot = sequence.state_slot
             assert slot is not None
@@ -74,7 +74,7 @@ class NotedStates:
 
 
 class Rig:
-    """A scheduler and its blocks; `step` does what the engine does with a step."""
+    """A scheduler and its blocks; `step` runs one step as the engine does."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Rig:
         self._numbers = count()
 
     def sequence(self, num_prompt: int, max_new: int = 4, *, first_id: int = 0, tenant: str = "") -> Sequence:
-        """One whose prompt is first_id, first_id + 1 ..."""
+        """Make a sequence whose prompt is first_id, first_id + 1 ..."""
         return self.sequence_of(list(range(first_id, first_id + num_prompt)), max_new, tenant=tenant)
 
     def sequence_of(
@@ -149,7 +149,7 @@ class Rig:
         return self.scheduler._running
 
     def run(self, most_steps: int = 1000) -> list[Scheduled]:
-        """All steps until nothing is left."""
+        """Step until no work is left; return the steps."""
         done = []
         while self.scheduler.has_work:
             done.append(self.step())
@@ -157,7 +157,7 @@ class Rig:
         return done
 
     def require_sound(self) -> None:
-        """Every block and slot is in one place, and those that are held are held by those that run."""
+        """Check that every block and slot is in exactly one place, and that only running sequences hold any."""
         blocks, running = self.blocks, self.running
         assert blocks.num_free + blocks.num_kept + blocks.num_held == blocks.num_blocks
         holders: dict[int, int] = {}

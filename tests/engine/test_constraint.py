@@ -1,4 +1,4 @@
-"""Answers follow their grammar, with any tokenizer; what cannot be followed fails alone, soon, and within bounds."""
+"""Answers follow their grammar with any tokenizer; a grammar that cannot be followed fails alone, within bounds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.prompt.families import FAMILIES, TOOLS
 from tests.prompt.test_grammars import ONE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, word_piece_json
 
-VOCAB = 640  # of the model: more than any of the tokenizers has
+VOCAB = 640  # of the model; larger than every tokenizer's
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -71,7 +71,7 @@ def id_of(tokenizer: Tokenizer, text: str) -> int:
 
 
 def walk(constraint: Constraint, seed: int, *, end_ids: tuple[int, ...], longest: int = 400) -> list[int]:
-    """An answer of random tokens, each of those that may come; after a while those that close something."""
+    """Return an answer of random allowed tokens; after a while, prefer those that close something."""
     rng, ids = np.random.default_rng(seed), list[int]()
     closing = np.array([written in (b'"', b"}") for written in constraint._vocabulary.tokens])
     while not constraint.is_finished and len(ids) < longest:
@@ -90,7 +90,7 @@ def walk(constraint: Constraint, seed: int, *, end_ids: tuple[int, ...], longest
 
 
 def written_by(tokenizer: Tokenizer) -> list[bytes]:
-    """What each token of the model writes."""
+    """Return the bytes that each token of the model stands for."""
     return [tokenizer.token_bytes(token_id) for token_id in range(VOCAB)]
 
 
@@ -98,7 +98,7 @@ def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     return b"".join(written_by(tokenizer)[i] for i in ids).decode()
 
 
-def test_white_space_between_the_parts_of_an_object_comes_to_an_end(
+def test_white_space_between_the_parts_of_an_object_is_bounded(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
     blank = np.array([bool(w) and not w.strip() for w in written_by(tokenizer)])
@@ -123,10 +123,10 @@ def test_an_answer_is_an_instance_of_its_schema(
     assert len(found["name"]) <= 5
     assert 0 <= found["size"] <= 99
     assert set(found.get("tags", [])) <= {"a", "b<|im_end|>"}
-    assert not tokenizer.control_ids & set(ids)  # what spells a marker is written with ordinary tokens
+    assert not tokenizer.control_ids & set(ids)  # text that spells a marker comes from ordinary tokens
 
 
-def test_any_object_an_expression_and_a_grammar(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+def test_answers_follow_each_kind_of_grammar(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     for seed in range(4):
         for grammar, holds in (
             (Grammar(kind="json_object"), lambda text: isinstance(json.loads(text), dict)),
@@ -140,7 +140,7 @@ def test_any_object_an_expression_and_a_grammar(compiler: GrammarCompiler, token
             assert holds(text), text
 
 
-def test_the_end_may_come_when_the_grammar_is_complete_and_not_before(
+def test_an_answer_may_end_when_its_grammar_is_complete_and_not_before(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
     constraint = compiler.compile(Grammar(kind="regex", text="a(b?)"))
@@ -157,14 +157,14 @@ def test_the_end_may_come_when_the_grammar_is_complete_and_not_before(
     assert constraint.is_finished
 
 
-def test_ids_that_no_token_has_never_come(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+def test_ids_without_a_token_are_never_allowed(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     allowed = compiler.compile(Grammar(kind="regex", text="(?s:.)*")).allowed()
     assert allowed is not None
     assert allowed.sum() > 200
     assert not allowed[tokenizer.vocab_size :].any()
 
 
-def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> None:
+def test_control_tokens_are_allowed_only_where_a_grammar_names_them() -> None:
     tokenizer = byte_level()
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
     call, think = id_of(tokenizer, "<tool_call>"), id_of(tokenizer, "<think>")
@@ -189,7 +189,7 @@ def test_control_tokens_come_where_a_grammar_names_them_and_nowhere_else() -> No
 
 
 def feed(constraint: Constraint, tokenizer: Tokenizer, *texts: str) -> list[bool]:
-    """Whether each token was taken; a text is one token."""
+    """Return whether each token was accepted; each text is one token."""
     written = written_by(tokenizer)
     return [constraint.accept(written.index(text.encode())) for text in texts]
 
@@ -210,11 +210,11 @@ def test_an_answer_is_free_until_its_trigger_token() -> None:
     }
 
 
-def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar(
+def test_a_trigger_may_span_tokens_and_its_last_token_may_begin_the_grammar(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
     words = [w for w in written_by(tokenizer) if len(w) == 2 and w.isalpha() and w.isascii()]
-    two = words[0].decode()  # a token of two letters, of which the first ends the trigger
+    two = words[0].decode()  # a token of two letters; the first ends the trigger
     for pattern, taken in ((f"{two[1]}z", True), ("z", False)):
         constraint = compiler.compile(Grammar(kind="regex", text=pattern, trigger=Trigger((f"<<{two[0]}",))))
         assert all(feed(constraint, tokenizer, "<", "<", "<"))
@@ -229,7 +229,7 @@ def test_a_trigger_may_lie_across_tokens_and_its_last_may_go_on_with_the_grammar
             assert constraint.is_finished
 
 
-def test_the_sampler_chooses_again_where_a_token_breaks_the_grammar_behind_the_trigger() -> None:
+def test_the_sampler_chooses_again_when_a_token_breaks_the_grammar_after_the_trigger() -> None:
     tokenizer = byte_level()
     compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
     written = written_by(tokenizer)
@@ -257,7 +257,7 @@ def test_the_sampler_chooses_again_where_a_token_breaks_the_grammar_behind_the_t
     ],
     ids=["greedy", "penalties", "sampled", "top_k", "top_p"],
 )
-def test_no_setting_lets_a_token_through_that_is_not_allowed(
+def test_no_setting_lets_a_forbidden_token_through(
     compiler: GrammarCompiler, tokenizer: Tokenizer, params: SamplingParams
 ) -> None:
     for seed in range(20):
@@ -273,7 +273,7 @@ def test_no_setting_lets_a_token_through_that_is_not_allowed(
         assert re.fullmatch("[a-z]{5}", text_of(tokenizer, ids))
 
 
-def test_log_probabilities_are_the_models_own_and_greedy_is_the_best_of_those_allowed(
+def test_log_probabilities_are_the_models_own_and_greedy_takes_the_best_allowed_token(
     compiler: GrammarCompiler,
 ) -> None:
     logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32)
@@ -354,7 +354,7 @@ BOMBS = {
 
 
 def run_on_a_small_stack(work: Callable[[], None]) -> None:
-    """In a thread with 2 MiB, as a worker's may have."""
+    """Run `work` in a thread with a 2 MiB stack, as a worker's may be."""
     before = threading.stack_size(2 << 20)
     try:
         thread = threading.Thread(target=work)
@@ -365,7 +365,7 @@ def run_on_a_small_stack(work: Callable[[], None]) -> None:
 
 
 def chained(what: str, depth: int) -> Grammar:
-    """Rules, or schemas, each of which leads to the next."""
+    """Make rules or schemas that each lead to the next."""
     if what in LINKS:
         parts = {str(at): LINKS[what]({"$ref": f"#/$defs/{at + 1}"}) for at in range(depth)}
         schema = {"$defs": parts | {str(depth): {"type": "string"}}, "$ref": "#/$defs/0"}
@@ -395,7 +395,7 @@ RULES = {
 def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_number(
     compiler: GrammarCompiler, what: str
 ) -> None:
-    """llguidance calls itself for each link: before there was a bound, 2000 of them ended the process."""
+    """llguidance recurses for each link: without a bound, 2000 links ended the process."""
     found: list[str] = []
 
     def ask() -> None:
@@ -413,14 +413,16 @@ def test_a_chain_of_references_is_followed_on_a_small_stack_or_refused_with_the_
     assert {text[:28] for text in found} == {"followed", found[-1][:28]}
 
 
-def test_a_tool_whose_schema_is_a_long_chain_is_freed_where_it_may_be(compiler: GrammarCompiler) -> None:
+def test_a_tool_whose_schema_is_a_long_chain_is_unconstrained_in_a_lenient_grammar(
+    compiler: GrammarCompiler,
+) -> None:
     text = f"start: %json {chained('items', 1500).text}"
     with pytest.raises(GrammarError, match="levels deep"):
         compiler.compile(Grammar(kind="lark", text=text))
     assert compiler.compile(Grammar(kind="lark", text=text, is_lenient=True)).allowed() is not None
 
 
-def test_rules_and_schemas_that_go_in_circles_or_side_by_side_are_no_chain(
+def test_circular_and_parallel_rules_and_schemas_do_not_count_as_a_chain(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
     side = "start: (" + " | ".join(f"a{at}" for at in range(600)) + ")\n"
@@ -449,7 +451,7 @@ def test_rules_and_schemas_that_go_in_circles_or_side_by_side_are_no_chain(
         ),
     ],
 )
-def test_a_reference_whose_end_is_not_known_is_refused(
+def test_a_reference_with_an_unknown_target_is_refused(
     compiler: GrammarCompiler, schema: object, sentence: str
 ) -> None:
     with pytest.raises(GrammarError, match=re.escape(sentence)):
@@ -460,7 +462,7 @@ def test_a_reference_whose_end_is_not_known_is_refused(
 def test_a_grammar_is_followed_or_refused_within_bounds(
     compiler: GrammarCompiler, tokenizer: Tokenizer, name: str
 ) -> None:
-    """The worst takes 0.3 s and 30 MiB here, most a millisecond; the bounds leave room for slower machines."""
+    """The worst takes 0.3 s and 30 MiB here, most take a millisecond; the bounds leave room for slower machines."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
     steps = 0
@@ -482,7 +484,9 @@ def test_a_grammar_is_followed_or_refused_within_bounds(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
 
 
-def test_what_is_compiled_is_kept_bounded_and_for_each_tenant(compiler: GrammarCompiler) -> None:
+def test_the_cache_of_compiled_grammars_is_bounded_and_separate_for_each_tenant(
+    compiler: GrammarCompiler,
+) -> None:
     for number in range(40):
         compiler.compile(Grammar(kind="regex", text=f"a{number}"), tenant=str(number % 2))
     assert len(compiler._compiled) == 16
@@ -534,14 +538,14 @@ def test_an_engine_answers_in_the_form_it_was_asked_for(engine: Engine, temperat
     assert [event.token_id for event in engine.stream([3, 4, 5], params)] == result.token_ids
 
 
-def test_an_answer_ends_where_the_grammar_does_without_another_step(engine: Engine) -> None:
+def test_an_answer_ends_where_its_grammar_ends_without_another_step(engine: Engine) -> None:
     result = engine.generate([3, 4, 5], SamplingParams(grammar=Grammar(kind="regex", text="[0-9]{4}")))
     assert re.fullmatch("[0-9]{4}", result.text)
     assert (result.finish_reason, result.stopped_by) == ("stop", None)
     assert engine.config.eos_ids[0] not in result.token_ids
 
 
-def test_a_constrained_answer_is_the_same_beside_others_and_when_it_is_preempt(
+def test_a_constrained_answer_is_the_same_beside_others_and_when_preempted(
     directory: Path, engine: Engine
 ) -> None:
     params = [
@@ -587,7 +591,7 @@ def test_an_answer_whose_grammar_fails_ends_alone(engine: Engine, monkeypatch: p
         engine.generate([3, 4, 5], SamplingParams(max_tokens=50, grammar=GRAMMAR))
 
 
-def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> None:
+def test_an_engine_opened_without_grammars_refuses_them(directory: Path) -> None:
     with Engine.open(directory, memory="2GiB", threads=1) as engine:
         with pytest.raises(UsageError, match="does not support grammars"):
             engine.generate([1], SamplingParams(grammar=GRAMMAR))
@@ -600,7 +604,7 @@ def test_an_engine_that_was_not_made_for_grammars_says_so(directory: Path) -> No
             )
 
 
-def test_a_grammar_says_what_it_is() -> None:
+def test_an_invalid_grammar_is_refused_by_name() -> None:
     for values, sentence in (
         ({"kind": "ebnf", "text": "x"}, "unknown kind of grammar 'ebnf'"),
         ({"kind": "regex"}, "kind 'regex' needs a text"),
@@ -612,14 +616,14 @@ def test_a_grammar_says_what_it_is() -> None:
         SamplingParams(ignore_eos=True, grammar=Grammar(kind="json_object"))
 
 
-def test_a_schema_that_is_nested_too_deep_is_refused_with_the_number(compiler: GrammarCompiler) -> None:
+def test_a_schema_that_is_nested_too_deeply_is_refused_with_the_limit(compiler: GrammarCompiler) -> None:
     for depth in (40, 2_000):
         with pytest.raises(GrammarError, match="nested more than 64 levels deep"):
             compiler.compile(Grammar(kind="json_schema", text=nested(depth)))
     compiler.compile(Grammar(kind="json_schema", text=nested(20)))
 
 
-def test_grammars_are_compiled_in_any_thread_while_another_follows_them(engine: Engine) -> None:
+def test_grammars_are_compiled_in_any_thread_while_another_thread_follows_them(engine: Engine) -> None:
     params = SamplingParams(max_tokens=60, temperature=1.0, seed=5, grammar=GRAMMAR)
     expected = engine.generate([3, 4, 5], params).token_ids
     found: list[list[int]] = []
@@ -657,7 +661,7 @@ def test_grammars_are_compiled_in_any_thread_while_another_follows_them(engine: 
 
 @pytest.mark.parametrize("name", sorted(ONE))
 def test_the_calls_that_families_write_follow_their_grammars(name: str) -> None:
-    """As `prompt/formats` writes them, with schemas whose white space comes to an end."""
+    """The grammars are those of `prompt/formats`, with schemas that bound white space."""
     family = FAMILIES[name]
     end_ids = list(family.tokenizer.eos_ids) or [0]
     compiler = GrammarCompiler(family.tokenizer, vocab_size=family.tokenizer.vocab_size, end_ids=end_ids)

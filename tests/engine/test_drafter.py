@@ -1,4 +1,4 @@
-"""Proposed tokens, right and wrong ones at random, change no answer: only how many steps it takes."""
+"""Drafts, randomly right or wrong, never change an answer, only the number of steps it takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}, "b": {"typ
 
 
 def write_text_model(directory: Path) -> Path:
-    """With a tokenizer, for grammars and stop strings."""
+    """Write a model with a tokenizer, for grammars and stop strings."""
     config = qwen3_moe(vocab_size=VOCAB, max_position_embeddings=1024, eos_token_id=byte_level().eos_ids[0])
     write_model(directory, config, seed=2)
     (directory / "tokenizer.json").write_text(byte_level_json())
@@ -41,7 +41,7 @@ def delta_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> tuple[list[Result], int]:
-    """The results of requests that run together, and the number of steps."""
+    """Run the requests together; return their results and the number of steps."""
     sequences = [engine.submit(list(prompt), params) for prompt, params in requests]
     steps = 0
     while any(one.result is None for one in sequences):
@@ -68,10 +68,10 @@ def known_answers(requests: Sequence[Request], results: Sequence[Result]) -> lis
 def compare(
     model: Path, requests: Sequence[Request], draft_tokens: int, seed: int, **options: Any
 ) -> tuple[int, int, Engine]:
-    """Answer with and without a drafter, twice each, so that the second time finds prefixes.
+    """Answer twice without and twice with a drafter; the second time finds prefixes.
 
     Returns:
-        The steps without and with it the first time, and the closed engine that had it.
+        The steps of the first time without and with the drafter, and the closed engine that had it.
     """
     settings = {"memory": "2GiB", "threads": 1, "chunk_tokens": 16, "max_sequences": 4, **options}
     with Engine.open(model, **settings) as engine:
@@ -88,16 +88,14 @@ def compare(
 
 
 def params(number: int, **more: Any) -> SamplingParams:
-    """Greedy and sampled in turn."""
+    """Return greedy and sampled parameters in turn."""
     return SamplingParams(
         **{"max_tokens": 40, "temperature": float(number % 2), "seed": number, "ignore_eos": True, **more}
     )
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 2, 3, 4])
-def test_text_with_a_drafter_is_text_without_and_takes_fewer_steps(
-    text_model: Path, draft_tokens: int
-) -> None:
+def test_text_is_the_same_with_a_drafter_and_takes_fewer_steps(text_model: Path, draft_tokens: int) -> None:
     prompts = [prompt_ids({"vocab_size": VOCAB}, seed, 5 + 9 * seed) for seed in range(4)]
     requests = [
         (prompt, params(number, logprobs=2, prompt_logprobs=1)) for number, prompt in enumerate(prompts)
@@ -107,7 +105,7 @@ def test_text_with_a_drafter_is_text_without_and_takes_fewer_steps(
 
 
 @pytest.mark.parametrize("draft_tokens", [1, 4])
-def test_a_recurrent_state_goes_back_where_proposals_are_rejected(
+def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
     delta_model: Path, draft_tokens: int
 ) -> None:
     config = qwen3_next(max_position_embeddings=512)
@@ -167,7 +165,7 @@ def test_preemption_happens_with_a_drafter(text_model: Path) -> None:
         assert engine.facts().num_preempted > 0
 
 
-def test_several_answers_to_one_prompt_fork_with_a_drafter(text_model: Path) -> None:
+def test_answers_to_one_prompt_fork_with_a_drafter(text_model: Path) -> None:
     prompt, own = [7, 8, 9] * 6, SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True)
 
     def answers(engine: Engine) -> list[list[int]]:
@@ -186,9 +184,9 @@ def test_several_answers_to_one_prompt_fork_with_a_drafter(text_model: Path) -> 
 
 
 def test_a_rejected_token_is_never_published_as_a_prefix(text_model: Path) -> None:
-    """Every known content of a block is part of what was asked and answered."""
+    """The content of every kept block is part of a prompt and its answer."""
     prompt = [9, 8, 7] * 4
-    drafter = RandomDrafter(4, VOCAB)  # knows nothing, so nearly all of its proposals are rejected
+    drafter = RandomDrafter(4, VOCAB)  # it knows no answer: nearly all of its drafts are rejected
     with Engine.open(text_model, memory="2GiB", threads=1, drafter=drafter, draft_tokens=4) as engine:
         result = engine.generate(prompt, params(0, max_tokens=100))
         kept = [content for content in engine._cache.blocks._contents if content is not None]

@@ -1,4 +1,4 @@
-"""One engine: requests come and go, fail and are cut short, and leave nothing behind."""
+"""One engine: requests come, finish, fail or are cut short, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def answer(engine: Engine, max_tokens: int = 8) -> list[int]:
 
 
 def num_free_blocks(engine: Engine) -> int:
-    """Those that nobody holds."""
+    """Count the blocks that no sequence holds."""
     return engine._cache.blocks.num_available
 
 
-def test_streamed_tokens_are_those_of_the_whole_answer(engine: Engine) -> None:
+def test_streamed_tokens_equal_those_of_the_whole_answer(engine: Engine) -> None:
     events = list(engine.stream(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True)))
 
     assert [event.token_id for event in events] == answer(engine)
@@ -56,7 +56,7 @@ def test_a_stream_that_is_closed_early_gives_its_kv_blocks_back(engine: Engine) 
     assert num_free_blocks(engine) == before
 
 
-def test_a_step_that_fails_cancels_what_runs_and_the_engine_goes_on(
+def test_a_step_that_fails_cancels_running_requests_and_the_engine_continues(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, before = answer(engine), num_free_blocks(engine)
@@ -84,14 +84,14 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(engine: E
         engine.generate([1] * (available + 5))
 
 
-def test_an_answer_ends_with_length_where_the_context_ends(engine: Engine) -> None:
+def test_an_answer_that_fills_the_context_finishes_with_length(engine: Engine) -> None:
     available = engine.plan.context_tokens
     prompt = [1] * (available - 3)
     result = engine.generate(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
     assert (len(result.token_ids), result.finish_reason) == (3, "length")
 
 
-def test_an_end_token_stops_the_answer_unless_it_is_to_be_ignored(engine: Engine) -> None:
+def test_an_end_token_stops_the_answer_unless_it_is_ignored(engine: Engine) -> None:
     eos = engine.config.eos_ids[0]
     wants_eos = SamplingParams(max_tokens=5, logit_bias={eos: 100.0})
     stopped = engine.generate(PROMPT, wants_eos)
@@ -112,13 +112,13 @@ def test_the_ledger_adds_up(engine: Engine) -> None:
     assert engine.ledger.new_tokens >= 8
 
 
-def test_more_requests_than_run_at_once_all_get_their_answer(engine: Engine) -> None:
+def test_more_requests_than_can_run_at_once_all_get_an_answer(engine: Engine) -> None:
     expected = answer(engine)
     results = engine.generate_batch([PROMPT] * 11, SamplingParams(max_tokens=8, ignore_eos=True))
     assert [result.token_ids for result in results] == [expected] * 11
 
 
-def test_what_an_engine_cannot_honour_is_refused_by_name(tmp_path: Path) -> None:
+def test_settings_that_an_engine_cannot_honour_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
         Engine.open(REFERENCE.directory, memory="1GiB", instruction_set="sse9")
     with pytest.raises(UsageError, match="expert_slots must be at least experts_per_token"):
@@ -127,7 +127,7 @@ def test_what_an_engine_cannot_honour_is_refused_by_name(tmp_path: Path) -> None
         Engine.open(REFERENCE.directory, memory="2Gigs")
 
 
-def test_a_context_that_the_model_was_not_made_for_is_refused_with_both_numbers() -> None:
+def test_a_context_longer_than_the_models_is_refused_with_both_numbers() -> None:
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
         assert engine.plan.context_tokens == 128
     said = r"a context of 129 tokens was requested, and the model supports 128\nhint: `--context 128` is the longest"
@@ -138,7 +138,7 @@ def test_a_context_that_the_model_was_not_made_for_is_refused_with_both_numbers(
         Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=129))
 
 
-def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at() -> None:
+def test_a_model_with_dynamic_scaling_is_refused_a_context_that_would_need_it() -> None:
     dynamic = next(
         reference for reference in REFERENCES if reference.name == "qwen3_moe_dynamic_every_second"
     )
@@ -147,7 +147,7 @@ def test_a_dynamic_model_is_refused_the_context_that_its_scaling_would_begin_at(
         Engine.open(dynamic.directory, memory="1GiB", context=4096)
 
 
-def test_a_closed_engine_says_so() -> None:
+def test_a_closed_engine_refuses_requests() -> None:
     engine = Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=64), threads=1)
     assert engine.plan.context_tokens == 64
     engine.close()
@@ -163,13 +163,13 @@ def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
         Engine.open(REFERENCE.directory, contxt=64)  # type: ignore[call-arg]
 
 
-def test_a_closed_engine_lets_go_of_its_memory() -> None:
+def test_a_closed_engine_releases_its_memory() -> None:
     engine = Engine.open(REFERENCE.directory, memory="1GiB", threads=1)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))
     kv, weights = engine._cache._kv, engine._model.weights
     assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
     engine.close()
-    assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the name here, and the argument
+    assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the local name and the argument
 
 
 def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_given(
@@ -189,7 +189,7 @@ def test_a_step_without_work_does_nothing(engine: Engine) -> None:
 # ── how an answer ends ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_stop_token_ends_an_answer_even_where_end_tokens_are_ignored(engine: Engine) -> None:
+def test_a_stop_token_ends_an_answer_even_when_end_tokens_are_ignored(engine: Engine) -> None:
     whole = answer(engine)
     params = SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=[whole[3]])
     result = engine.generate(PROMPT, params)
@@ -225,7 +225,7 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-def test_an_answer_has_so_many_tokens_before_an_end_token_may_come(chatting: Engine) -> None:
+def test_an_end_token_is_not_drawn_before_min_tokens(chatting: Engine) -> None:
     end = chatting.tokenizer.eos_ids[0] if chatting.tokenizer else 0
     result = chatting.generate([5], SamplingParams(max_tokens=9, min_tokens=4, logit_bias={end: 100.0}))
     assert len(result.token_ids) == 5
@@ -233,7 +233,7 @@ def test_an_answer_has_so_many_tokens_before_an_end_token_may_come(chatting: Eng
     assert end not in result.token_ids[:-1]
 
 
-def test_a_stop_string_counts_behind_so_many_tokens(chatting: Engine) -> None:
+def test_a_stop_string_has_no_effect_before_min_tokens(chatting: Engine) -> None:
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
     assert chatting.tokenizer is not None
     word = chatting.tokenizer.encode("you")[0]
@@ -246,7 +246,7 @@ def test_a_stop_string_counts_behind_so_many_tokens(chatting: Engine) -> None:
     assert (stopped.text, stopped.stopped_by) == (text * 3, text)
 
 
-def test_more_tokens_than_may_come_cannot_be_asked_for(chatting: Engine) -> None:
+def test_min_tokens_beyond_max_tokens_or_the_context_is_refused(chatting: Engine) -> None:
     with pytest.raises(UsageError, match="min_tokens must be at most max_tokens"):
         SamplingParams(max_tokens=3, min_tokens=4)
     with pytest.raises(UsageError, match="min_tokens must be at least 0"):
@@ -264,7 +264,7 @@ def test_more_tokens_than_may_come_cannot_be_asked_for(chatting: Engine) -> None
     }
 
 
-def test_special_tokens_are_in_the_text_only_where_they_are_not_to_be_left_out(chatting: Engine) -> None:
+def test_special_tokens_are_in_the_text_only_when_not_skipped(chatting: Engine) -> None:
     assert chatting.tokenizer is not None
     special = chatting.tokenizer.control_id("<|im_start|>")
     assert special is not None
@@ -276,7 +276,7 @@ def test_special_tokens_are_in_the_text_only_where_they_are_not_to_be_left_out(c
     assert chatting.generate([5], replace(shown, logit_bias={end: 100.0})).text == ""
 
 
-def test_an_answer_without_a_limit_goes_on_to_the_end_of_the_context(engine: Engine) -> None:
+def test_an_answer_without_a_limit_continues_to_the_end_of_the_context(engine: Engine) -> None:
     result = engine.generate(PROMPT, SamplingParams(max_tokens=None, ignore_eos=True))
     assert len(PROMPT) + len(result.token_ids) == engine.plan.context_tokens
     assert result.finish_reason == "length"
@@ -286,7 +286,7 @@ def test_an_answer_without_a_limit_goes_on_to_the_end_of_the_context(engine: Eng
 
 
 def expected_logprobs(engine: Engine, ids: list[int]) -> list[tuple[float, list[int]]]:
-    """Of each token but the first: its log-probability and the two best."""
+    """Return, for each token but the first, its log-probability and the two best tokens."""
     logits = engine.logits(ids).astype(np.float64)[:-1]
     logprobs = (
         logits
@@ -306,7 +306,7 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
         REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=chunk_tokens, max_sequences=3
     ) as engine:
         expected = expected_logprobs(engine, PROMPT)
-        engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a beginning, which must not be used
+        engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a prefix, which must not be used
         rows: list[int] = []
         logits = engine._model.logits
         engine._model.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
@@ -330,7 +330,7 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
     assert result.usage["cached_tokens"] == 0
 
 
-def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_preempt() -> None:
+def test_a_preempted_prompt_returns_its_log_probabilities_once() -> None:
     params = SamplingParams(max_tokens=30, prompt_logprobs=1, ignore_eos=True)
     prompts = [PROMPT[:10], PROMPT[1:11], PROMPT[2:12], PROMPT[3:13], PROMPT[4:14]]
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
@@ -343,7 +343,7 @@ def test_a_prompt_whose_log_probabilities_are_wanted_has_them_once_when_it_is_pr
     ]
 
 
-def test_answers_of_one_prompt_all_have_its_log_probabilities(engine: Engine) -> None:
+def test_all_answers_to_one_prompt_have_its_log_probabilities(engine: Engine) -> None:
     sequences = engine.prepare(PROMPT, SamplingParams(max_tokens=3, prompt_logprobs=1), num_answers=3)
     engine.enqueue(sequences)
     while any(one.result is None for one in sequences):
@@ -355,14 +355,14 @@ def test_answers_of_one_prompt_all_have_its_log_probabilities(engine: Engine) ->
 
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
-def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
+def test_an_answer_whose_logits_are_nan_ends_alone_with_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
 ) -> None:
     expected, forward, score = answer(engine), engine._model.forward, engine._model.logits
 
     def broken(batch: Any) -> Any:
         logits = forward(batch)
-        logits[batch.wanted == batch.num_tokens - 1] = np.nan  # of the sequence that came last
+        logits[batch.wanted == batch.num_tokens - 1] = np.nan  # of the youngest sequence
         return logits
 
     broken_one = SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if max_tokens else 0)
@@ -382,17 +382,17 @@ def test_a_model_that_gives_no_usable_scores_ends_that_answer_with_an_error(
     assert good.result.token_ids == expected
 
 
-def test_no_token_at_all_can_be_asked_for_only_with_those_of_the_prompt() -> None:
+def test_max_tokens_of_zero_needs_prompt_logprobs() -> None:
     with pytest.raises(UsageError, match="max_tokens must be at least 1, found 0"):
         SamplingParams(max_tokens=0)
     with pytest.raises(UsageError, match="prompt_logprobs must be from 0 to 20, found 21"):
         SamplingParams(prompt_logprobs=21)
 
 
-# ── who gets in ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── admission ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_come_back() -> None:
+def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
         kept = [engine.submit(PROMPT, params) for _ in range(3)]
@@ -411,7 +411,7 @@ def test_requests_that_would_wait_behind_too_many_are_refused_and_say_when_to_co
             engine.prepare(PROMPT, params, num_answers=0)
 
 
-def test_facts_are_numbers_and_show_experts_only_for_many_tokens_at_once(engine: Engine) -> None:
+def test_facts_count_expert_uses_only_over_many_tokens_at_once(engine: Engine) -> None:
     with Engine.open(REFERENCE.directory, memory="1GiB", threads=1) as fresh:
         assert fresh.facts().expert_uses is None
         for _ in range(3):

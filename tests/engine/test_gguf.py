@@ -1,7 +1,7 @@
-"""A GGUF file answers like its dequantised weights, and alike at every budget, in place and packed.
+"""A GGUF file answers like its dequantised weights, and the same at every budget, in place and packed.
 
-Routing is taken out of the comparison with the dequantised weights (every expert is chosen): activations of quantised
-matrices have 8 bits, and a rounded score that tips one decision would hide what rounding itself costs.
+The comparison with the dequantised weights takes routing out: every expert is chosen. Quantised matrices take 8-bit
+activations, and a rounded score that flips one routing decision would hide the cost of rounding itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.models.tiny import (
 )
 from tests.models.tiny_latent import deepseek_v3
 
-# Mean KL in nats that 8-bit activations may cost; 0.0003 is found. A wrong scale, row or column costs more than one.
+# The mean KL in nats that 8-bit activations may cost; measured: 0.0003. A wrong scale, row or column costs above 1.
 LARGEST_DIVERGENCE = 0.002
 
 SIZES: dict[str, Any] = {
@@ -80,7 +80,7 @@ def config_of(family: str, *, num_experts: int, experts_per_token: int) -> RawCo
 
 
 def latent(num_experts: int, experts_per_token: int, **changes: Any) -> RawConfig:
-    """A DeepSeek-V3 in whose matrices rows are whole blocks of every type, but those of the key halves."""
+    """Configure a DeepSeek-V3 whose matrix rows are whole blocks of every type, except the key halves."""
     return deepseek_v3(
         hidden_size=256,
         num_hidden_layers=2,
@@ -114,7 +114,7 @@ def every_type() -> list[Any]:
 
 
 @pytest.mark.parametrize(("family", "type_of"), every_type())
-def test_logits_are_those_of_the_dequantised_weights(family: str, type_of: TypeOf, tmp_path: Path) -> None:
+def test_logits_match_those_of_the_dequantised_weights(family: str, type_of: TypeOf, tmp_path: Path) -> None:
     config = config_of(family, num_experts=3, experts_per_token=3)
     path = tmp_path / "model.gguf"
     reference = NumpyModel(write_gguf_model(path, config, type_of, seed=5))
@@ -130,10 +130,10 @@ def test_logits_are_those_of_the_dequantised_weights(family: str, type_of: TypeO
 
 
 @pytest.mark.parametrize("type_name", ["F32", "Q8_0", "Q5_0", "Q4_K"])
-def test_keys_and_values_in_one_tensor_give_the_logits_of_the_dequantised_weights(
+def test_keys_and_values_in_one_tensor_match_the_logits_of_the_dequantised_weights(
     type_name: str, tmp_path: Path
 ) -> None:
-    """As in files of latent attention before April 2025: they are split in two when they are read."""
+    """Files with latent attention from before April 2025 store them so; reading splits the tensor in two."""
     config, path = latent(num_experts=3, experts_per_token=3), tmp_path / "model.gguf"
     reference = NumpyModel(write_gguf_model(path, config, one_type(type_name), seed=5, split_kv=False))
     prompt = prompt_ids(config, 5)
@@ -146,7 +146,7 @@ def test_keys_and_values_in_one_tensor_give_the_logits_of_the_dequantised_weight
     assert mean_divergence(expected, logits) <= LARGEST_DIVERGENCE
 
 
-def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> None:
+def test_experts_in_separate_tensors_read_like_stacked_ones(tmp_path: Path) -> None:
     config = config_of("mixtral", num_experts=4, experts_per_token=2)
     logits = []
     for is_split in (False, True):
@@ -157,7 +157,7 @@ def test_experts_of_their_own_tensors_read_like_stacked_ones(tmp_path: Path) -> 
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_router_that_the_file_does_not_name_has_sigmoid_scores_where_its_choice_has_a_bias(
+def test_a_router_with_a_bias_and_no_named_scoring_has_sigmoid_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of("deepseek_v3", num_experts=8, experts_per_token=2)
@@ -243,7 +243,7 @@ def test_a_pack_holds_the_weights_of_its_gguf_bit_for_bit(type_name: str, tmp_pa
         found = _native.dequantize(matrix.format, stored[start : start + nbytes], matrix.rows, matrix.cols)
         expected = reference.tensors[f"model.layers.1.block_sparse_moe.experts.1.{name}.weight"]
         np.testing.assert_array_equal(found, expected)
-    ref = files.dense["layers.0.q"]  # its rows change places
+    ref = files.dense["layers.0.q"]  # its rows are reordered
     stored = np.fromfile(ref.path, np.uint8)[ref.offset : ref.offset + ref.nbytes]
     np.testing.assert_array_equal(
         _native.dequantize(ref.format, stored, ref.rows, ref.cols),

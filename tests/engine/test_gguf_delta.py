@@ -1,4 +1,4 @@
-"""GGUF files with gated delta nets: what their weights compute, and the same at every budget and in a pack."""
+"""GGUF files with gated delta nets match their dequantised weights, and answer the same at every budget and packed."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 @each_config
 @pytest.mark.parametrize("type_name", TYPES)
-def test_logits_are_those_of_the_dequantised_weights(
+def test_logits_match_those_of_the_dequantised_weights(
     config: RawConfig, type_name: str, tmp_path: Path
 ) -> None:
-    # Every expert is chosen: a rounded score that tips one decision would hide what rounding itself costs.
+    # Every expert is chosen: a rounded score that flips one decision would hide the cost of rounding itself.
     config = config | {"num_experts_per_tok": 4}
     directory = write_delta_gguf(tmp_path / "model.gguf", config, TYPES[type_name], seed=7)
     prompt = prompt_ids(config, 7, 30)
@@ -57,7 +57,7 @@ def test_logits_are_those_of_the_dequantised_weights(
     assert float((p * np.log(p / q)).sum(axis=1).mean()) <= 0.002
 
 
-def test_files_with_q_k_v_and_z_in_one_matrix_are_read_too(tmp_path: Path) -> None:
+def test_files_with_q_k_v_and_z_in_one_matrix_are_read(tmp_path: Path) -> None:
     logits = []
     for has_ssm_in in (False, True):
         path = tmp_path / f"{has_ssm_in}.gguf"
@@ -69,7 +69,7 @@ def test_files_with_q_k_v_and_z_in_one_matrix_are_read_too(tmp_path: Path) -> No
     np.testing.assert_array_equal(*logits)
 
 
-def test_a_state_that_would_grow_or_turn_into_nan_is_refused(
+def test_decays_that_would_make_the_state_grow_or_become_nan_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = gguf_delta.stored_vector
@@ -84,7 +84,7 @@ def test_a_state_that_would_grow_or_turn_into_nan_is_refused(
 
     config = qwen3_next()
     tensors = random_tensors(config, 3, "F32")
-    tensors["model.layers.0.linear_attn.A_log"][1] = 100.0  # e^100 is more than float32 holds
+    tensors["model.layers.0.linear_attn.A_log"][1] = 100.0  # e^100 overflows float32
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     write_checkpoint(tmp_path, {name: ("F32", tensor) for name, tensor in tensors.items()})
     with pytest.raises(

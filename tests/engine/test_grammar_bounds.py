@@ -1,4 +1,4 @@
-"""A caller's grammar says what text there may be, and nothing of tokens, options or what is elsewhere."""
+"""A caller's grammar may describe text, but not tokens, options or anything outside itself."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ REFUSED = {
         + "".join(f'A{at}: "b" A{at + 1}?\n' for at in range(900)) + 'A900: "x"', "400 are allowed",
     ),
 }  # fmt: skip
-# Within the bounds of the text: what they cost is bounded where they are compiled and followed.
+# These pass the bounds on the text; their cost is bounded when they are compiled and followed.
 BOMBS = {
     "repetition": 'start: a{2000000000}\na: "x"',
     "repetition of repetition": "start: (a{1000}){1000}\na: b{1000}\nb: /(c{1000}){1000}/",
@@ -94,12 +94,12 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
 
 
 def nested(text: str) -> Grammar:
-    """As a format writes it behind thoughts."""
+    """Put the text after thoughts, as a format does."""
     return Grammar(kind="lark", text=f"start: answer\nanswer: %lark {{\n{text}\n}}\n")
 
 
 @pytest.mark.parametrize("what", TAKEN)
-def test_a_grammar_of_text_is_taken_alone_and_behind_thoughts(
+def test_a_grammar_of_text_is_accepted_alone_and_after_thoughts(
     compiler: GrammarCompiler, tokenizer: Tokenizer, what: str
 ) -> None:
     require_plain(TAKEN[what])
@@ -111,7 +111,7 @@ def test_a_grammar_of_text_is_taken_alone_and_behind_thoughts(
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_a_grammar_of_a_caller_may_not_hold_is_refused_by_name(what: str) -> None:
+def test_a_callers_grammar_with_a_forbidden_part_is_refused_by_name(what: str) -> None:
     text, sentence = REFUSED[what]
     began = time.process_time()
     with pytest.raises(GrammarError) as refused:
@@ -121,20 +121,20 @@ def test_what_a_grammar_of_a_caller_may_not_hold_is_refused_by_name(what: str) -
     assert time.process_time() - began < 2
 
 
-def test_what_is_not_an_expression_would_let_control_tokens_through(
+def test_the_complement_of_an_expression_would_let_control_tokens_through(
     compiler: GrammarCompiler, tokenizer: Tokenizer
 ) -> None:
-    """Why `~` is refused: llguidance lets it stand for bytes that are no text, and so for control tokens."""
+    """This is why `~` is refused: llguidance lets it match bytes that are not text, and so control tokens."""
     allowed = compiler.compile(Grammar(kind="lark", text="start: ~/x/")).allowed()
     assert allowed is not None
     assert tokenizer.control_ids & set(np.flatnonzero(allowed).tolist())
 
 
 @pytest.mark.parametrize("what", BOMBS)
-def test_a_grammar_of_a_caller_is_followed_or_refused_soon(
+def test_a_callers_grammar_is_followed_or_refused_soon(
     compiler: GrammarCompiler, tokenizer: Tokenizer, what: str
 ) -> None:
-    """On the stack of a small thread, as a worker's may be."""
+    """It runs in a thread with a small stack, as a worker's may be."""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: list[float] = []
 
@@ -154,7 +154,7 @@ def test_a_grammar_of_a_caller_is_followed_or_refused_soon(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 96 << 10
 
 
-def test_parts_of_a_grammar_are_what_llguidance_takes_them_for() -> None:
+def test_a_grammar_is_split_into_the_parts_that_llguidance_sees() -> None:
     text = 'a: "//" /"#/i <[1]> // "no"\n# /no/\n  | %json {"a": "%json }"} b~2'
     found = [(part.kind, part.text) for part in read_lark(text)]
     assert found == [

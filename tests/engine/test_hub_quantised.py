@@ -1,8 +1,8 @@
-"""FP8 and INT4 checkpoints of the hub answer like their dequantised weights, alike at every budget and packed.
+"""FP8 and INT4 checkpoints from the hub answer like their dequantised weights, and the same at every budget and packed.
 
-Products of FP8 weights take float32 activations, so logits are those of the dequantised weights to the last bits of
-sums. INT4 takes 8-bit activations; there every expert is chosen, because a rounded score that tips one decision would
-hide what rounding itself costs.
+FP8 weights take float32 activations, so logits match those of the dequantised weights up to the rounding of sums.
+INT4 takes 8-bit activations; there every expert is chosen, because a rounded score that flips one routing decision
+would hide the cost of rounding itself.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ QWEN3 = qwen3_moe(
     num_experts=7,
     num_experts_per_tok=3,
 )
-# 576 rows of kv_a_proj_with_mqa as in DeepSeek-V3: four blocks and a half.
+# kv_a_proj_with_mqa has 576 rows, as in DeepSeek-V3: four and a half blocks.
 DEEPSEEK = deepseek_v3(
     hidden_size=160, kv_lora_rank=512, qk_rope_head_dim=64, num_hidden_layers=2, moe_intermediate_size=72,
     qk_nope_head_dim=24, v_head_dim=40, q_lora_rank=130, intermediate_size=150,
 )  # fmt: skip
-# Heads and the rank end where blocks do: the split halves stay FP8.
+# Heads and the rank end at block boundaries, so the split halves stay FP8.
 DEEPSEEK_IN_BLOCKS = deepseek_v3(
     kv_lora_rank=128, qk_rope_head_dim=16, num_hidden_layers=2, qk_nope_head_dim=128, v_head_dim=128,
     num_attention_heads=2, num_key_value_heads=2,
 )  # fmt: skip
 MINIMAX = minimax_m2(hidden_size=136, intermediate_size=140)
-# Delta nets: 240 rows of in_proj_qkvz; b and a keep their floats.
+# Delta nets: in_proj_qkvz has 240 rows; b and a stay floating-point.
 QWEN3_NEXT = qwen3_next(
     hidden_size=140, linear_key_head_dim=24, linear_value_head_dim=18, moe_intermediate_size=132
 )
@@ -62,7 +62,7 @@ FP8_MODELS = {
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("model", FP8_MODELS)
-def test_logits_and_answers_of_fp8_are_those_of_the_dequantised_weights(
+def test_logits_and_answers_of_fp8_match_those_of_the_dequantised_weights(
     model: str, instruction_set: str, tmp_path: Path
 ) -> None:
     config = FP8_MODELS[model]
@@ -84,7 +84,7 @@ def test_logits_and_answers_of_fp8_are_those_of_the_dequantised_weights(
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("model", ["qwen3_moe", "kimi_k25"])
-def test_logits_of_int4_are_those_of_the_dequantised_weights(
+def test_logits_of_int4_match_those_of_the_dequantised_weights(
     model: str, instruction_set: str, tmp_path: Path
 ) -> None:
     plain = write_int4_model(tmp_path / "model", int4_config(model, chosen=3), seed=5, num_shards=2)
@@ -162,7 +162,7 @@ def test_a_pack_holds_every_int4_weight_bit_for_bit(tmp_path: Path) -> None:
 
 
 def packed_weights(directory: Path) -> dict[str, tuple[str, np.ndarray]]:
-    """(format, values) of a pack's experts and attention, under their names on the hub."""
+    """Return (format, values) of a pack's experts and attention, under their names on the hub."""
     files = open_model(directory)
     found = {}
     dense = np.fromfile(directory / "dense.bin", np.uint8)

@@ -1,7 +1,7 @@
-"""What is resident, how many threads run and who shares the batch decide how fast a token comes, never which one.
+"""Resident experts, threads and other sequences in the batch change how fast a token comes, never which token.
 
-Every comparison is of bits: the same logits, the same tokens, the same log-probabilities. It holds within one
-instruction set, for weights in place and packed, whatever other engines of the process use.
+Every comparison is exact to the bit: logits, tokens and log-probabilities. It holds within one instruction set, for
+weights in place and packed, whatever instruction sets other engines in the process use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
 SAMPLED = SamplingParams(max_tokens=NUM_NEW, temperature=0.8, top_p=0.9, seed=11, ignore_eos=True, logprobs=3)
 
-# A context in which eight sequences fit at once.
+# The context fits eight sequences at once.
 CONFIGS = {
     "mixtral": mixtral(max_position_embeddings=1024, hidden_size=80, intermediate_size=72),
     "qwen2_moe": qwen2_moe(
@@ -72,7 +72,7 @@ CONFIGS = {
         linear_value_head_dim=70,
     ),
     "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=1024, num_experts=12),
-    "deepseek_v3": deepseek_v3(  # latent attention, groups of experts, a bias for the choice, a dense layer
+    "deepseek_v3": deepseek_v3(  # latent attention, expert groups, a router bias, a dense layer
         max_position_embeddings=1024,
         n_routed_experts=12,
         num_attention_heads=17,
@@ -80,7 +80,7 @@ CONFIGS = {
         qk_nope_head_dim=16,
         v_head_dim=16,
     ),
-    "glm4_moe": glm4_moe(  # a part of the head turns, groups of experts, a bias for the choice alone
+    "glm4_moe": glm4_moe(  # partial rotation of the head, expert groups, a router bias
         max_position_embeddings=1024,
         hidden_size=72,
         n_routed_experts=15,
@@ -92,7 +92,7 @@ CONFIGS = {
     ),
     "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
 }
-GPT_OSS = gpt_oss(  # sinks, alternate windows, biases of experts
+GPT_OSS = gpt_oss(  # sinks, alternating windows, expert biases
     max_position_embeddings=1024,
     hidden_size=96,
     intermediate_size=64,
@@ -111,7 +111,7 @@ CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
 CASES += [("qwen3_moe_blocks", "fp8"), ("kimi_k2", "int4")]
 QUANTISED = {
-    "qwen3_moe_blocks": qwen3_moe(  # a block of 128 and a part of one, in rows and in columns
+    "qwen3_moe_blocks": qwen3_moe(  # one whole block of 128 and a partial one, in rows and columns
         max_position_embeddings=1024,
         hidden_size=140,
         moe_intermediate_size=136,
@@ -150,13 +150,13 @@ class Case:
 
     def engine(self, **options: Any) -> Engine:
         settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options
-        settings.setdefault("prefix_reuse", False)  # what is found computed is `test_prefix.py`'s
+        settings.setdefault("prefix_reuse", False)  # `test_prefix.py` tests prefix hits
         return Engine.open(self.directory, **settings)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """All that a caller can see of a model's arithmetic."""
+    """Everything a caller can see of a model's arithmetic."""
 
     logits: Array
     greedy: Any
@@ -237,7 +237,7 @@ def test_two_threads_change_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("ask_ahead", get_args(AskAhead))
-def test_what_products_ask_for_ahead_changes_nothing(case: Case, ask_ahead: AskAhead) -> None:
+def test_reading_ahead_of_products_changes_nothing(case: Case, ask_ahead: AskAhead) -> None:
     with case.engine(threads=2, ask_ahead=ask_ahead) as engine:
         assert engine._runtime.ask_ahead == ask_ahead
         Answers.of(engine, case.prompt).assert_equal(resident(case))
@@ -271,7 +271,7 @@ def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Cas
     ) as engine:
         Answers.of(engine, case.prompt).assert_equal(rounded)
     assert not np.array_equal(rounded.logits, resident(case).logits)
-    # Keys and values have 11 bits; a first wrong expert or position moves logits by a third of their size and more.
+    # Keys and values have 11 bits; one wrong expert or position would move logits by a third of their size or more.
     assert np.median(abs(rounded.logits - resident(case).logits)) < 0.01 * abs(resident(case).logits).max()
 
 
@@ -328,7 +328,7 @@ def test_a_batch_of_eight_changes_nothing(case: Case, slots: str) -> None:
 
 
 def test_experts_in_another_process_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a socket that brings rows there and outputs back, in another order than the router's."""
+    """A socket carries rows there and outputs back, in an order other than the router's."""
     runner = ProcessRunner(
         case.directory,
         "smallest cache",
@@ -355,11 +355,11 @@ def test_experts_in_another_process_change_nothing(case: Case, monkeypatch: pyte
 
 
 def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> None:
-    """As a user says it, in bytes of memory; the experts are large enough to outweigh the process's own growth."""
+    """The budget is in bytes, as a user gives it; the experts are large enough to outweigh the process's growth."""
     config = qwen3_moe(hidden_size=128, moe_intermediate_size=256, num_experts=16, num_hidden_layers=5)
     write_model(tmp_path, config, seed=1)
     prompt = prompt_ids(config, 1, 40)
-    for _ in range(2):  # before the second plan the process has given back what earlier tests left in it
+    for _ in range(2):  # by the second plan, the process has released what earlier tests left
         with Engine.open(tmp_path, memory="4GiB", threads=1, context=128) as engine:
             plan, expected = engine.plan, Answers.of(engine, prompt)
     without_experts = plan.total_bytes - plan.expert_bytes

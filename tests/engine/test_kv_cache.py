@@ -1,4 +1,4 @@
-"""Blocks are free, held or kept; kept ones are found by all of their content, and leave fairly when they are needed."""
+"""Blocks are free, held or kept; kept blocks are found by their whole content, and are evicted fairly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def content(number: int, tenant: str = "") -> BlockContent:
 
 
 def keep(blocks: KvBlocks, *contents: BlockContent) -> None:
-    """Hold a block with each content, and give it back."""
+    """Take a block for each content, keep it under that content, and give it back."""
     for one in contents:
         held = blocks.take(1)
         blocks.keep(held[0], one)
@@ -33,7 +33,7 @@ def test_a_block_is_found_only_if_every_part_of_its_content_is_the_same() -> Non
         assert found(blocks, content(1)._replace(**{part: other})) == [False]
 
 
-def test_kept_blocks_are_taken_when_free_ones_run_out_least_recently_used_first() -> None:
+def test_when_free_blocks_run_out_the_least_recently_used_kept_blocks_are_taken() -> None:
     gone: list[bytes] = []
     blocks = KvBlocks(4, 16, forgotten=gone.append)
     keep(blocks, content(1), content(2), content(3))
@@ -49,7 +49,7 @@ def test_kept_blocks_are_taken_when_free_ones_run_out_least_recently_used_first(
     assert blocks.num_available == 0
 
 
-def test_the_end_of_a_sequence_leaves_before_its_beginning() -> None:
+def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
     blocks = KvBlocks(3, 16)
     held = blocks.take(3)
     for number, block in enumerate(held, start=1):
@@ -59,7 +59,7 @@ def test_the_end_of_a_sequence_leaves_before_its_beginning() -> None:
     assert found(blocks, content(1), content(2), content(3)) == [True, False, False]
 
 
-def test_a_flood_of_one_tenant_does_not_drive_out_what_another_keeps() -> None:
+def test_a_flood_from_one_tenant_does_not_evict_the_blocks_of_another() -> None:
     blocks = KvBlocks(8, 16)
     keep(blocks, content(1, "quiet"), content(2, "quiet"))
     for number in range(10, 40):
@@ -83,7 +83,7 @@ def test_a_block_is_free_again_when_its_last_holder_gives_it_back() -> None:
         blocks.take(3)
 
 
-def test_of_two_blocks_with_the_same_content_the_first_is_found_and_the_other_is_free_afterwards() -> None:
+def test_of_two_blocks_with_the_same_content_the_first_is_found_and_the_second_becomes_free() -> None:
     blocks = KvBlocks(3, 16)
     first, second = blocks.take(1), blocks.take(1)
     for block in (*first, *second):
@@ -93,7 +93,7 @@ def test_of_two_blocks_with_the_same_content_the_first_is_found_and_the_other_is
     assert (blocks.num_free, blocks.num_kept) == (2, 0)
 
 
-def test_what_is_forgotten_of_a_tenant_is_not_found_even_while_it_is_held() -> None:
+def test_forgotten_blocks_of_a_tenant_are_not_found_even_while_held() -> None:
     blocks = KvBlocks(4, 16)
     keep(blocks, content(1, "a"), content(2, "b"))
     held = blocks.take(1)
@@ -104,7 +104,7 @@ def test_what_is_forgotten_of_a_tenant_is_not_found_even_while_it_is_held() -> N
     assert (blocks.num_free, blocks.num_kept) == (3, 1)
 
 
-def test_keys_are_the_tenants_own_and_nobody_can_make_them_without_the_secret() -> None:
+def test_keys_depend_on_the_tenant_the_model_and_the_secret() -> None:
     class Tokens:
         def tokens_from(self, start: int, count: int) -> list[int]:
             return list(range(start, start + count))

@@ -1,4 +1,4 @@
-"""A tool that may be called: what comes before a call is free, and from its mark on the call is held to its tool."""
+"""Optional tool calls: text before a call is free, and from its mark on the call is constrained to its tool."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.prompt.families import FAMILIES, TOOLS
 from tests.prompt.test_grammars import CALLING, OSLO, TWO, ids_of
 from tests.prompt.test_grammars import ONE as ONE_FORCED
 
-# A model that may call begins gpt-oss's header as it likes; the call is held from its recipient on.
+# In gpt-oss the header of an optional call is free; the call is constrained from its recipient on.
 ONE = ONE_FORCED | {
     "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant" + ONE_FORCED["harmony"]
 }
@@ -40,7 +40,7 @@ def constraint_of(name: str, grammar: Grammar) -> Constraint:
 
 
 def follow(constraint: Constraint, name: str, text: str) -> str:
-    """What is taken of `text`: all of it, or up to the token that may not come."""
+    """Return how much of `text` is accepted: all of it, or up to the first forbidden token."""
     taken = []
     for token_id in ids_of(FAMILIES[name], text):
         allowed = constraint.allowed()
@@ -60,7 +60,7 @@ def may_end(constraint: Constraint, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_text_is_free_up_to_the_mark_and_a_call_is_taken_behind_it(name: str) -> None:
+def test_text_is_free_up_to_the_mark_and_a_call_is_accepted_after_it(name: str) -> None:
     constraint = constraint_of(name, grammar_of(name))
     assert follow(constraint, name, FREE) == FREE
     assert constraint.allowed() is None
@@ -71,7 +71,7 @@ def test_text_is_free_up_to_the_mark_and_a_call_is_taken_behind_it(name: str) ->
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_an_unknown_tool_or_argument_cannot_be_written_behind_the_mark(name: str) -> None:
+def test_an_unknown_tool_or_argument_cannot_be_written_after_the_mark(name: str) -> None:
     for right, wrong in (("get_weather", "rm"), ("city", "town")):
         text = ONE[name].replace(right, wrong)
         taken = follow(constraint_of(name, grammar_of(name)), name, text)
@@ -79,14 +79,14 @@ def test_an_unknown_tool_or_argument_cannot_be_written_behind_the_mark(name: str
 
 
 @pytest.mark.parametrize("name", sorted(TWO))
-def test_one_call_ends_the_answer_where_calls_are_not_parallel(name: str) -> None:
+def test_one_call_ends_the_answer_when_calls_are_not_parallel(name: str) -> None:
     constraint = constraint_of(name, grammar_of(name))
     assert follow(constraint, name, FREE + TWO[name]) == FREE + TWO[name]
     alone = constraint_of(name, grammar_of(name, parallel=False))
     taken = follow(alone, name, FREE + TWO[name])
     assert taken.count("get_weather") == 1
     assert "clock" not in taken
-    # Where marks around all calls are still open, they have to be closed; otherwise nothing more can come.
+    # If marks around all calls are still open, they must be closed; otherwise nothing more may follow.
     assert follow(alone, name, (FREE + ONE[name]).removeprefix(taken)) == (FREE + ONE[name]).removeprefix(
         taken
     )
@@ -94,7 +94,7 @@ def test_one_call_ends_the_answer_where_calls_are_not_parallel(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v31", "kimi_k2", "glm", "minimax_m2", "minimax_spelled"])
-def test_a_mark_among_thoughts_is_none(name: str) -> None:
+def test_a_mark_among_thoughts_does_not_start_a_call(name: str) -> None:
     mark = next(iter(FAMILIES[name].builder().format.blocks))  # type: ignore[attr-defined]
     for prompt, opening in (("ai\n", "<think>"), ("ai\n<think>\n", "")):
         constraint = constraint_of(name, grammar_of(name, text=prompt))
@@ -105,7 +105,7 @@ def test_a_mark_among_thoughts_is_none(name: str) -> None:
         assert constraint.allowed() is not None
 
 
-def test_what_gpt_oss_says_is_free_and_only_a_recipient_is_held() -> None:
+def test_gpt_oss_text_is_free_and_only_a_recipient_is_constrained() -> None:
     said = "<|channel|>final<|message|>Write to=functions.rm and <|end|>"
     constraint = constraint_of("harmony", grammar_of("harmony"))
     assert follow(constraint, "harmony", said) == said
@@ -129,7 +129,7 @@ def test_qwen_coder_may_leave_out_the_mark_around_a_function() -> None:
     assert "rm>" not in follow(constraint, "qwen3_coder", FREE + bare.replace("get_weather", "rm"))
 
 
-# What cannot be followed
+# Schemas that cannot be followed
 
 
 def tool(name: str, value: dict[str, Any], *, strict: bool | None = None, **more: Any) -> dict[str, Any]:
@@ -151,7 +151,7 @@ odd_schemas = pytest.mark.parametrize(
 
 
 @odd_schemas
-def test_a_schema_that_cannot_be_followed_frees_its_tool_alone(odd: dict[str, Any]) -> None:
+def test_a_schema_that_cannot_be_followed_leaves_only_its_tool_unconstrained(odd: dict[str, Any]) -> None:
     tools = [tool("odd", odd), tool("even", {"type": "integer"})]
     grammar = grammar_of("qwen3", tools)
     assert follow(constraint_of("qwen3", grammar), "qwen3", call("odd", "b")) == call("odd", "b")
@@ -162,7 +162,9 @@ def test_a_schema_that_cannot_be_followed_frees_its_tool_alone(odd: dict[str, An
 
 
 @odd_schemas
-def test_a_strict_tool_is_held_to_its_schema_or_refused_and_frees_the_others(odd: dict[str, Any]) -> None:
+def test_a_strict_tool_is_constrained_or_refused_and_leaves_the_others_unconstrained(
+    odd: dict[str, Any],
+) -> None:
     tools = [tool("odd", odd), tool("even", {"type": "integer"}, strict=True)]
     grammar = grammar_of("qwen3", tools)
     assert follow(constraint_of("qwen3", grammar), "qwen3", FREE + call("odd", "b")) == FREE + call(
@@ -174,7 +176,7 @@ def test_a_strict_tool_is_held_to_its_schema_or_refused_and_frees_the_others(odd
         constraint_of("qwen3", grammar_of("qwen3", [tool("odd", odd, strict=True), tools[1]]))
 
 
-def test_a_strict_tool_has_every_keyword_followed_and_is_not_let_go_for_want_of_room() -> None:
+def test_a_strict_tool_follows_every_keyword_and_is_refused_when_memory_is_short() -> None:
     unique = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     with pytest.raises(GrammarError, match="uniqueItems"):
         constraint_of("qwen3", grammar_of("qwen3", [tool("f", unique, strict=True)]))
@@ -189,7 +191,7 @@ def test_a_strict_tool_has_every_keyword_followed_and_is_not_let_go_for_want_of_
 
 
 @pytest.mark.parametrize("name", CALLING)
-def test_a_strict_tool_may_be_called_in_every_format(name: str) -> None:
+def test_a_strict_tool_can_be_called_in_every_format(name: str) -> None:
     tools = [{**one, "function": {**one["function"], "strict": True}} for one in TOOLS]
     for given in (tools, [tools[0], *TOOLS[1:]], [*TOOLS[:1], *tools[1:]]):
         constraint = constraint_of(name, grammar_of(name, given))
@@ -205,7 +207,7 @@ def test_a_keyword_that_cannot_be_followed_is_left_out_of_its_schema() -> None:
     assert follow(constraint_of("qwen3", grammar), "qwen3", call("f", ["1"])) != call("f", ["1"])
 
 
-def test_many_tools_with_long_descriptions_are_all_held_to_their_schemas() -> None:
+def test_many_tools_with_long_descriptions_all_follow_their_schemas() -> None:
     more = {"description": "long " * 500}
     tools = [tool(f"tool_{number}", {"type": "integer", **more}, **more) for number in range(200)]
     grammar = grammar_of("qwen3", tools)
@@ -229,7 +231,7 @@ def test_a_parameter_that_is_called_description_is_not_a_description() -> None:
     assert "title" not in grammar.text
 
 
-def test_a_lenient_grammar_that_takes_too_much_work_lets_go_of_its_answer() -> None:
+def test_a_lenient_grammar_that_takes_too_much_work_stops_constraining_the_answer() -> None:
     class Broken:
         def __init__(self, matcher: Any) -> None:
             self.matcher = matcher
@@ -257,7 +259,7 @@ def test_a_lenient_grammar_that_takes_too_much_work_lets_go_of_its_answer() -> N
         assert not constraint.is_finished
 
 
-def test_grammars_that_are_followed_bound_what_all_of_them_take() -> None:
+def test_the_memory_of_all_followed_grammars_is_bounded() -> None:
     tokenizer = FAMILIES["qwen3"].tokenizer
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
 
@@ -272,20 +274,20 @@ def test_grammars_that_are_followed_bound_what_all_of_them_take() -> None:
     assert follow(followed[0], "qwen3", call("f", "other")) != call("f", "other")
     with pytest.raises(Overloaded, match="take all the memory for grammars"):
         compiled(2, must_call=True)
-    assert follow(compiled(3), "qwen3", call("f", "other")) == call(
-        "f", "other"
-    )  # and the answer is not refused
-    assert follow(compiled(1), "qwen3", call("f", "other")) != call("f", "other")  # no more room for the same
+    # Without room the schema is not followed, and the answer is not refused.
+    assert follow(compiled(3), "qwen3", call("f", "other")) == call("f", "other")
+    # A grammar that is followed already needs no more room.
+    assert follow(compiled(1), "qwen3", call("f", "other")) != call("f", "other")
     followed.pop()
     assert follow(compiled(3), "qwen3", call("f", "other")) != call("f", "other")
     small = grammar_of("qwen3")
     assert follow(compiler.compile(small), "qwen3", ONE["qwen3"]) == ONE["qwen3"]
 
 
-# Words
+# Triggers
 
 
-def test_the_first_of_several_words_is_the_trigger_and_is_part_of_the_grammar_where_it_says_so() -> None:
+def test_the_first_of_several_words_triggers_the_grammar_and_is_part_of_it_if_so_declared() -> None:
     tokenizer = FAMILIES["qwen3"].tokenizer
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
 
@@ -305,7 +307,7 @@ def test_the_first_of_several_words_is_the_trigger_and_is_part_of_the_grammar_wh
     assert {tokenizer.token_bytes(int(i)) for i in np.flatnonzero(mask)} == {b"x"}
 
 
-def test_pauses_and_their_ends_are_found_across_tokens_and_inside_one() -> None:
+def test_pauses_and_resumes_are_found_across_tokens_and_within_one() -> None:
     tokenizer = FAMILIES["qwen3"].tokenizer
     compiler = GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, end_ids=tokenizer.eos_ids)
     trigger = Trigger(("GO",), pauses=("[[",), resumes=("]]",), is_paused=True)
@@ -318,7 +320,7 @@ def test_pauses_and_their_ends_are_found_across_tokens_and_inside_one() -> None:
     assert constraint.allowed() is not None
 
 
-def test_a_trigger_says_what_it_needs() -> None:
+def test_an_invalid_trigger_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="a trigger needs a word"):
         Trigger(())
     for words in ({"words": ("",)}, {"words": ("a",), "pauses": ("",)}):

@@ -1,5 +1,5 @@
-"""The engine computes what transformers computes: tiny checkpoints of every family, every flag on in one and off in
-another; and what the numpy model computes, on configurations drawn at random."""
+"""The engine agrees with transformers on tiny checkpoints of every family, with every flag on in one checkpoint and
+off in another, and with the numpy model on random configurations."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def require_nothing_left(engine: Engine) -> None:
     assert engine._store.pending() == 0
 
 
-def test_the_facts_say_how_many_experts_are_in_memory_of_how_many(loop: EngineLoop) -> None:
+def test_the_facts_give_the_numbers_of_resident_experts_slots_and_experts(loop: EngineLoop) -> None:
     def experts() -> tuple[int, int, int]:
         facts = loop.snapshot().engine
         return facts.num_resident, facts.expert_slots, facts.num_experts
@@ -100,7 +100,7 @@ def test_the_facts_say_how_many_experts_are_in_memory_of_how_many(loop: EngineLo
     heard = Heard()
     loop.submit(PROMPT, SHORT, heard)
     heard.wait()
-    wait_until(lambda: experts() == (4, 4, total))  # a snapshot may be of a step before
+    wait_until(lambda: experts() == (4, 4, total))  # a snapshot may be one step old
 
 
 def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(
@@ -118,7 +118,7 @@ def test_a_request_hears_of_its_prompt_then_of_each_token_then_of_its_end(
     again = Heard()
     loop.submit(PROMPT, SHORT, again)
     again.wait()
-    assert again.events[0] == PromptProgress(0, 24, 32, 16)  # found, and a chunk more
+    assert again.events[0] == PromptProgress(0, 24, 32, 16)  # a prefix of 16 is found, then one chunk runs
     assert again.result().usage["cached_tokens"] == 16
 
 
@@ -134,7 +134,7 @@ def test_several_answers_are_told_apart(loop: EngineLoop) -> None:
     assert len({tuple(heard.result(answer).token_ids) for answer in range(3)}) == 3
 
 
-def test_what_cannot_be_meant_is_refused_at_once_in_the_callers_thread(loop: EngineLoop) -> None:
+def test_an_invalid_request_is_refused_at_once_in_the_callers_thread(loop: EngineLoop) -> None:
     with pytest.raises(PromptTooLong):
         loop.submit([1] * 500, SHORT, Heard())
     heard = Heard()
@@ -170,7 +170,9 @@ def test_submitting_does_not_wait_for_a_step(
     assert third.result().finish_reason == "cancelled"
 
 
-def test_a_cancelled_request_frees_all_it_has_before_the_next_step(loop: EngineLoop, engine: Engine) -> None:
+def test_a_cancelled_request_frees_all_it_holds_before_the_next_step(
+    loop: EngineLoop, engine: Engine
+) -> None:
     heard = Heard()
     steps_at_cancel: list[int] = []
     request: list[Request] = []
@@ -196,8 +198,8 @@ def test_a_cancelled_request_frees_all_it_has_before_the_next_step(loop: EngineL
     require_nothing_left(engine)
 
 
-def test_five_hundred_requests_that_vanish_leave_nothing_behind() -> None:
-    """Streams, several answers, shared beginnings, waiting ones; cancelled at any time, or never."""
+def test_five_hundred_cancelled_requests_leave_nothing_behind() -> None:
+    """Streams, several answers, shared prefixes and waiting requests; cancelled at any time, or never."""
     for reference in (REFERENCE, DELTA):
         with (
             open_engine(reference.directory, context=128, max_sequences=3) as engine,
@@ -233,7 +235,7 @@ def engine_answer(directory: Path, prompt: list[int]) -> list[int]:
         return engine.generate(prompt, SHORT).token_ids
 
 
-def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
+def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_continues(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[BaseException] = []
@@ -262,8 +264,8 @@ def test_a_step_that_fails_ends_what_runs_with_an_error_and_the_loop_lives_on(
         require_nothing_left(engine)
 
 
-def test_answers_go_on_when_no_more_files_may_be_open(loop: EngineLoop) -> None:
-    """Their ledgers read /proc; more than the peak of memory must not be missing."""
+def test_answers_continue_when_no_more_files_can_be_opened(loop: EngineLoop) -> None:
+    """Ledgers read /proc; without it, only the peak of memory may be missing."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     heard = Heard()
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
@@ -280,7 +282,7 @@ def test_answers_go_on_when_no_more_files_may_be_open(loop: EngineLoop) -> None:
 
 
 @pytest.mark.parametrize("where", ["enqueue", "_finish", "has_work", "facts"])
-def test_whatever_fails_in_the_thread_every_request_ends_and_the_next_is_answered(
+def test_when_anything_fails_in_the_thread_every_request_ends_and_the_next_is_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     reported: list[BaseException] = []
@@ -298,7 +300,7 @@ def test_whatever_fails_in_the_thread_every_request_ends_and_the_next_is_answere
         monkeypatch.setattr(kind, where, property(fails_once) if isinstance(real, property) else fails_once)
         heard = Heard()
         loop.submit(PROMPT, SHORT, heard)
-        if where != "facts":  # which is no request's own
+        if where != "facts":  # facts belong to no request
             assert heard.result().finish_reason == "error"
             assert "a word of the prompt" not in str(heard.result().error)
         heard.wait()
@@ -309,7 +311,7 @@ def test_whatever_fails_in_the_thread_every_request_ends_and_the_next_is_answere
         assert not loop.snapshot().has_failed
 
 
-def test_when_the_thread_ends_those_that_run_and_those_that_wait_hear_it(
+def test_when_the_thread_ends_running_and_waiting_requests_end_with_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reported: list[BaseException] = []
@@ -339,7 +341,7 @@ def test_when_the_thread_ends_those_that_run_and_those_that_wait_hear_it(
     assert [type(error) for error in reported] == [SystemExit]
 
 
-def test_an_engine_that_fails_round_after_round_with_nothing_to_do_is_given_up(
+def test_an_engine_that_fails_repeatedly_while_idle_is_given_up(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
@@ -367,7 +369,7 @@ def test_a_listener_that_fails_ends_its_own_request(engine: Engine) -> None:
         require_nothing_left(engine)
 
 
-def test_who_would_wait_behind_too_many_is_refused_and_room_is_made_when_others_end() -> None:
+def test_requests_beyond_max_waiting_are_refused_until_others_end() -> None:
     with open_engine(max_sequences=1, max_waiting=1) as engine, EngineLoop(engine) as loop:
         heard = [Heard() for _ in range(3)]
         requests = [loop.submit(PROMPT, LONG, one) for one in heard[:2]]
@@ -381,7 +383,7 @@ def test_who_would_wait_behind_too_many_is_refused_and_room_is_made_when_others_
         assert heard[2].result().finish_reason == "length"
 
 
-def test_draining_finishes_what_runs_and_takes_no_more(loop: EngineLoop, engine: Engine) -> None:
+def test_draining_finishes_running_requests_and_takes_no_more(loop: EngineLoop, engine: Engine) -> None:
     heard = Heard()
     loop.submit(PROMPT, LONG, heard)
     assert loop.drain(PATIENCE_S)
@@ -392,7 +394,7 @@ def test_draining_finishes_what_runs_and_takes_no_more(loop: EngineLoop, engine:
     require_nothing_left(engine)
 
 
-def test_a_drain_that_takes_too_long_says_so_and_closing_cancels(
+def test_a_drain_that_takes_too_long_returns_false_and_closing_cancels(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = engine._model.forward
@@ -408,7 +410,7 @@ def test_a_drain_that_takes_too_long_says_so_and_closing_cancels(
     require_nothing_left(engine)
 
 
-def test_facts_are_of_the_engine_and_rates_of_the_last_seconds(engine: Engine) -> None:
+def test_facts_describe_the_engine_and_rates_cover_the_last_seconds(engine: Engine) -> None:
     class Clock:
         now = 100.0
 
@@ -424,7 +426,7 @@ def test_facts_are_of_the_engine_and_rates_of_the_last_seconds(engine: Engine) -
         heard.wait()
         wait_until(lambda: is_idle(loop))
         facts = loop.snapshot()
-        # The first sample is of the step before the first token; 8 tokens in 4 s, and 32 of the prompt.
+        # The first sample is from the step before the first token: 8 tokens in 4 s, and 32 of the prompt.
         assert facts.engine.totals.new_tokens == 8
         assert facts.new_tok_per_s == pytest.approx(8 / 4, rel=0.3)
         assert facts.bytes_read_per_s > 0
@@ -433,7 +435,7 @@ def test_facts_are_of_the_engine_and_rates_of_the_last_seconds(engine: Engine) -
         assert loop.snapshot().new_tok_per_s == 0.0
 
 
-def test_prompts_reach_their_files_while_the_engine_has_nothing_else_to_do(tmp_path: Path) -> None:
+def test_prompts_are_written_to_files_while_the_engine_is_idle(tmp_path: Path) -> None:
     with open_engine(kv_dir=tmp_path, context=128) as engine, EngineLoop(engine) as loop:
         heard = Heard()
         loop.submit([*PROMPT, *PROMPT, *PROMPT], SamplingParams(max_tokens=1), heard)
@@ -441,7 +443,7 @@ def test_prompts_reach_their_files_while_the_engine_has_nothing_else_to_do(tmp_p
         wait_until(lambda: len(list(tmp_path.glob("*/*.kv"))) == 6)
 
 
-def test_an_event_loop_hears_through_its_own_queue(loop: EngineLoop) -> None:
+def test_an_event_loop_receives_events_through_its_own_queue(loop: EngineLoop) -> None:
     async def ask() -> list[Event]:
         running, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
         loop.submit(PROMPT, SHORT, lambda event: running.call_soon_threadsafe(queue.put_nowait, event))

@@ -1,4 +1,4 @@
-"""Under `ulimit -v` and `ulimit -d` a model runs, or is refused with the numbers; no library ends the process."""
+"""Under `ulimit -v` and `ulimit -d` a model runs or is refused with the numbers; no library aborts the process."""
 
 from __future__ import annotations
 

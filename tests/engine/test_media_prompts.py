@@ -1,4 +1,4 @@
-"""Prompts with media spans through the engine: the tokens of the numpy model, whatever the budget, chunk and batch."""
+"""Prompts with media spans get the tokens of the numpy model from the engine at every budget, chunk and batch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
 
 NUM_NEW = 6
-SMALLEST_MARGIN = 1e-4  # of routing decisions and of the best token, relative
+SMALLEST_MARGIN = 1e-4  # relative; of routing decisions and of the best token
 DIRECTORIES = {reference.name: reference.directory for reference in REFERENCES}
 # Three axes with alternating pairs, three axes with sections, one axis, a recurrent state.
 MODELS = ("qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_moe_plain", "qwen3_5_moe_plain")
 
 
 def prompt_of(media: MediaSequence, *, made: list[int] | None = None) -> Prompt:
-    """The segments of a synthetic sequence."""
+    """Make a prompt from the segments of a synthetic sequence."""
     segments: list[Sequence[int] | MediaSpan] = []
     at = 0
     for number, place in enumerate(media.spans):
@@ -71,7 +71,7 @@ def rows_of(media: MediaSequence, place: range, made: list[int] | None, number: 
 
 
 def greedy(model: NumpyModel, media: MediaSequence) -> tuple[list[int], float]:
-    """The continuation by the numpy model, and how clear its closest decision was, relative to the largest logit."""
+    """Return the numpy model's continuation, and the margin of its closest decision relative to the largest logit."""
     token_ids, spans, closest = media.token_ids.tolist(), media.numpy_spans, np.inf
     for _ in range(NUM_NEW):
         logits = model.logits(token_ids, spans)[-1]
@@ -89,7 +89,7 @@ def greedy(model: NumpyModel, media: MediaSequence) -> tuple[list[int], float]:
 
 
 class Case:
-    """A model, sequences whose greedy continuation is clear, and that continuation."""
+    """A model, sequences whose greedy continuation has no near-ties, and those continuations."""
 
     def __init__(self, name: str, scratch: Path) -> None:
         model = NumpyModel(DIRECTORIES[name])
@@ -135,7 +135,7 @@ PARAMS = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=2)
     ids=["resident", "chunks", "smallest cache", "preempted"],
 )
 def test_media_prompts_get_the_tokens_of_the_numpy_model(case: Case, options: dict[str, Any]) -> None:
-    """Alone, together, and again with a prefix that is found."""
+    """The prompts run alone, together, and again with a prefix hit."""
     settings: dict[str, Any] = {"memory": "2GiB", **options}
     with Engine.open(case.directory, memory="2GiB", threads=1) as engine:
         least = engine.config.experts_per_token
@@ -151,7 +151,7 @@ def test_media_prompts_get_the_tokens_of_the_numpy_model(case: Case, options: di
             assert [one.logprobs for one in together] == [one.logprobs for one in expected]
 
 
-def test_a_prefix_that_is_found_needs_no_rows_and_keeps_every_bit(case: Case) -> None:
+def test_a_prefix_hit_needs_no_rows_and_keeps_every_bit(case: Case) -> None:
     made: list[int] = []
     prompt = prompt_of(case.sequences[0], made=made)
     with Engine.open(case.directory, memory="2GiB", threads=1) as engine:
@@ -160,7 +160,7 @@ def test_a_prefix_that_is_found_needs_no_rows_and_keeps_every_bit(case: Case) ->
         again = engine.generate(prompt, PARAMS)
         if engine.config.delta is None:  # a short prompt has no snapshot of a recurrent state
             assert again.usage["cached_tokens"] > 0
-            assert len(made) < 4  # a part of a span may have to be computed again, not all of them
+            assert len(made) < 4  # part of one span may be recomputed, not all spans
         other = replace(
             prompt, spans=tuple((at, replace(span, digest=bytes(32))) for at, span in prompt.spans)
         )
@@ -170,7 +170,7 @@ def test_a_prefix_that_is_found_needs_no_rows_and_keeps_every_bit(case: Case) ->
     assert unknown.logprobs == first.logprobs
 
 
-def test_drafts_change_no_answer_to_a_picture(case: Case) -> None:
+def test_drafts_change_no_answer_to_a_prompt_with_media(case: Case) -> None:
     prompts = [prompt_of(media) for media in case.sequences]
     known = [
         [*media.token_ids.tolist(), *new] for media, new in zip(case.sequences, case.expected, strict=True)
@@ -186,7 +186,7 @@ def test_drafts_change_no_answer_to_a_picture(case: Case) -> None:
     assert drafter.num_proposed > 0
 
 
-def test_media_that_cannot_run_are_refused_and_others_go_on(case: Case) -> None:
+def test_media_that_cannot_run_are_refused_and_others_continue(case: Case) -> None:
     def fails() -> SpanRows:
         raise ArgosyError("the picture cannot be read")
 
@@ -209,7 +209,7 @@ def test_media_that_cannot_run_are_refused_and_others_go_on(case: Case) -> None:
             engine.submit(good, SamplingParams(prompt_logprobs=0))
 
 
-def test_a_numpy_span_says_what_a_media_span_says() -> None:
+def test_a_numpy_span_agrees_with_a_media_span() -> None:
     """Both descriptions of the same sequence have the same positions."""
     model = NumpyModel(DIRECTORIES["qwen3_vl_moe_plain"])
     media = media_sequence(model.config | {"model_type": model.family}, 3, kinds=("picture", "sound"))

@@ -1,6 +1,6 @@
-"""`--memory` is the whole process: a model of four times the budget runs in a memory cgroup whose limit is the budget.
+"""`--memory` covers the whole process: a model of 4x the budget runs in a cgroup whose memory limit is the budget.
 
-The larger form of this, with its figures, is `benchmarks/memory.py`.
+`benchmarks/memory.py` does the same on a larger scale and prints the figures.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def generate(
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Iterator[Path]:
-    """500 MiB in bf16; taken away at once, because pytest keeps its directories for a while."""
+    """Write 500 MiB in bf16; remove it right after the test, because pytest keeps its directories for a while."""
     config = raw_config(
         hidden=512, layers=10, experts=64, width=256, heads=4, kv_heads=1, vocab=1024, context=2048
     )

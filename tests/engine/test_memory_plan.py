@@ -1,4 +1,4 @@
-"""The budget is divided before anything is loaded, and refused with the numbers when it is too small."""
+"""The budget is divided before anything is loaded; one that is too small is refused with the numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_parts_of_a_plan_sum_to_its_total_and_stay_within_the_budget(files: 
         assert sum(nbytes for _, nbytes, _ in planned.lines()) == planned.total_bytes <= ram_bytes
 
 
-def test_the_smallest_budget_that_is_named_works_and_a_byte_less_does_not(files: ModelFiles) -> None:
+def test_the_smallest_budget_that_a_refusal_names_works_and_a_byte_less_does_not(files: ModelFiles) -> None:
     needed = smallest_budget(files)
     assert plan(files, needed).num_slots == files.config.experts_per_token
     with pytest.raises(DoesNotFit):
@@ -81,13 +81,13 @@ def test_a_refusal_says_what_was_needed_what_was_found_and_what_would_help(files
         assert word in sentence
 
 
-def test_a_context_that_was_asked_for_is_kept_or_refused_never_shrunk(files: ModelFiles) -> None:
+def test_a_requested_context_is_kept_or_refused_never_shrunk(files: ModelFiles) -> None:
     needed = smallest_budget(files, context=3000)
     assert plan(files, needed, context=3000).context_tokens == 3000
     assert plan(files, needed).context_tokens >= 512
 
 
-def test_what_readers_transcode_from_is_planned_where_a_file_has_blocks(files: ModelFiles) -> None:
+def test_buffers_for_transcoding_are_planned_when_a_file_has_blocks(files: ModelFiles) -> None:
     name, ref = next((name, ref) for name, ref in files.dense.items() if name.endswith(".q"))
     shape = {"rows": 32, "cols": 64}
     blocks = replace(ref, format="q4", block_type="Q4_0", nbytes=32 * 36, **shape)
@@ -101,7 +101,7 @@ def test_what_readers_transcode_from_is_planned_where_a_file_has_blocks(files: M
     assert plan(files, 1024 * MIB).staging_bytes == 0
 
 
-def test_all_experts_take_what_they_need_and_no_slot_of_the_largest(files: ModelFiles) -> None:
+def test_resident_experts_take_their_own_bytes_and_not_slots_of_the_largest(files: ModelFiles) -> None:
     everything = plan(files, 1024 * MIB)
     fits = 1024 * MIB - (everything.budget_bytes - everything.total_bytes)
     exact = plan(files, fits, context=everything.context_tokens)
@@ -112,7 +112,7 @@ def test_all_experts_take_what_they_need_and_no_slot_of_the_largest(files: Model
     )
 
 
-def test_experts_get_what_the_others_leave(files: ModelFiles) -> None:
+def test_experts_get_the_memory_that_the_rest_leaves(files: ModelFiles) -> None:
     roomy = plan(files, 1024 * MIB)
     assert roomy.is_resident
     assert roomy.context_tokens == files.config.context_tokens
@@ -135,7 +135,7 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return open_model(directory)
 
 
-def test_the_chunk_is_the_one_that_reads_least(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_chunk_that_reads_the_fewest_experts_is_chosen(tmp_path_factory: pytest.TempPathFactory) -> None:
     files = large_model(tmp_path_factory)
     all_in_memory = plan(files, 4096 * MIB, chunk_tokens=None)
     assert all_in_memory.is_resident
@@ -152,7 +152,7 @@ def test_the_chunk_is_the_one_that_reads_least(tmp_path_factory: pytest.TempPath
             assert least <= experts_read(files.config, other)
 
 
-def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(files: ModelFiles) -> None:
+def test_a_long_chunk_pays_off_while_its_buffers_cost_few_slots(files: ModelFiles) -> None:
     """10 B parameters at 4 bits: 2048 experts of 2.65 MB; working buffers of 0.2 MB a token."""
     model = replace(files.config, num_experts=128, experts_per_token=8, layers=files.config.layers[:1] * 16)
     some = plan(files, 1024 * MIB)
@@ -167,12 +167,12 @@ def test_a_long_chunk_pays_while_its_buffers_cost_few_slots(files: ModelFiles) -
     assert [best_chunk(share) for share in (0.75, 0.5, 0.25, 0.12)] == [1024, 1024, 1024, 512]
 
 
-def test_a_chunk_that_was_asked_for_is_never_exceeded(files: ModelFiles) -> None:
+def test_a_requested_chunk_is_never_exceeded(files: ModelFiles) -> None:
     for ram_bytes in range(smallest_budget(files), 200 * MIB, 7 * MIB):
         assert plan(files, ram_bytes, chunk_tokens=40).chunk_tokens <= 40
 
 
-def test_grammars_and_files_of_prompts_have_room_in_the_plan(files: ModelFiles, tmp_path: Path) -> None:
+def test_grammars_and_prompt_files_have_room_in_the_plan(files: ModelFiles, tmp_path: Path) -> None:
     def planned(**options: Any) -> MemoryPlan:
         budget = Budget(ram_bytes=1024 * MIB)
         config = EngineConfig(budget=budget, threads=2, chunk_tokens=64, **options)
@@ -186,7 +186,7 @@ def test_grammars_and_files_of_prompts_have_room_in_the_plan(files: ModelFiles, 
 
 
 def kimi_k2(files: ModelFiles) -> ModelFiles:
-    """61 layers of 384 experts, each as small as those of `files`."""
+    """Return a model with 61 layers of 384 experts, each as small as those of `files`."""
     model = files.config
     layers = tuple(model.layers[i % len(model.layers)] for i in range(61))
     records = list(files.experts.values())
@@ -195,7 +195,7 @@ def kimi_k2(files: ModelFiles) -> ModelFiles:
     return replace(files, config=replace(model, num_experts=384, layers=layers), experts=experts)
 
 
-def test_what_keeps_account_of_experts_is_planned(files: ModelFiles) -> None:
+def test_the_bookkeeping_of_experts_is_planned(files: ModelFiles) -> None:
     many = kimi_k2(files)
     needed = smallest_budget(many)
     for ram_bytes in (needed, needed + 50 * MIB, 4096 * MIB):
@@ -211,7 +211,7 @@ def test_what_keeps_account_of_experts_is_planned(files: ModelFiles) -> None:
         assert planned.as_dict()["expert_record_bytes"] == planned.bookkeeping_bytes
 
 
-def test_page_tables_of_all_that_is_mapped_are_planned(files: ModelFiles) -> None:
+def test_page_tables_of_all_mapped_memory_are_planned(files: ModelFiles) -> None:
     for context in (512, 4096):
         planned = plan(files, 1024 * MIB, context=context)
         mapped = planned.total_bytes - PROCESS_BYTES - planned.page_table_bytes
@@ -220,7 +220,7 @@ def test_page_tables_of_all_that_is_mapped_are_planned(files: ModelFiles) -> Non
         assert mapped / 512 < page_table_bytes(mapped) < mapped / 500 + MIB
 
 
-def test_a_slot_more_would_not_fit(files: ModelFiles) -> None:
+def test_one_more_slot_would_not_fit(files: ModelFiles) -> None:
     needed = smallest_budget(files)
     for ram_bytes in range(needed, needed + MIB, 40_000):
         planned = plan(files, ram_bytes, context=512, chunk_tokens=16)
@@ -228,7 +228,7 @@ def test_a_slot_more_would_not_fit(files: ModelFiles) -> None:
             assert ram_bytes - planned.total_bytes < planned.slot_bytes + 16 * 1024
 
 
-def test_answers_that_are_kept_are_in_the_total_and_a_budget_short_by_them_is_refused_by_name(
+def test_answers_kept_for_replay_are_in_the_total_and_in_the_refusal(
     files: ModelFiles,
 ) -> None:
     def planned(ram_bytes: int, replay_bytes: int) -> MemoryPlan:
@@ -249,7 +249,7 @@ def test_answers_that_are_kept_are_in_the_total_and_a_budget_short_by_them_is_re
     assert with_room.as_dict()["replay_bytes"] == 5 * MIB
 
 
-def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused_by_name(tmp_path: Path) -> None:
     budget, kv_dir = Budget(ram_bytes=MIB), KvDir(path=tmp_path)
     for values, sentence in (
         ({"max_waiting": -1}, "max_waiting must be at least 0, found -1"),

@@ -1,5 +1,5 @@
-"""Requests of all kinds, cancelled at any time: the short form of what `make test-sanitize` runs with a build that
-reports data races."""
+"""Requests of all kinds are cancelled at any time; `make test-sanitize` runs many more with a build that reports data
+races."""
 
 from __future__ import annotations
 

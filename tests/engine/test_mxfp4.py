@@ -1,7 +1,7 @@
-"""gpt-oss as the hub has it: MXFP4 experts answer like their dequantised weights, alike at every budget and packed.
+"""MXFP4 experts of gpt-oss answer like their dequantised weights, and the same at every budget and packed.
 
-Every expert is chosen where answers are compared with the dequantised weights: activations of quantised matrices have
-8 bits, and a rounded score that tips one decision would hide what rounding itself costs.
+Comparisons with the dequantised weights choose every expert: quantised matrices take 8-bit activations, and a rounded
+score that flips one routing decision would hide the cost of rounding itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, random_tensors
 
 
 def config_of(*, num_experts: int, experts_per_token: int, **changes: object) -> RawConfig:
-    # The width is no multiple of a panel's 16 rows times two.
+    # The width is not a multiple of twice a panel's 16 rows.
     sizes = {"hidden_size": 256, "intermediate_size": 224, "head_dim": 32, "num_key_value_heads": 2}
     chosen = {"num_local_experts": num_experts, "num_experts_per_tok": experts_per_token}
     return gpt_oss(**(sizes | chosen | changes))
@@ -34,7 +34,7 @@ def config_of(*, num_experts: int, experts_per_token: int, **changes: object) ->
 
 @pytest.mark.parametrize("instruction_set", _native.instruction_sets())
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_logits_are_those_of_the_dequantised_weights(
+def test_logits_match_those_of_the_dequantised_weights(
     instruction_set: str, num_shards: int, tmp_path: Path
 ) -> None:
     config = config_of(num_experts=3, experts_per_token=3)
@@ -84,7 +84,7 @@ def test_a_pack_holds_every_weight_bit_for_bit(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found, values)
 
 
-def test_one_read_brings_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
+def test_one_read_fetches_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
     config = config_of(num_experts=2, experts_per_token=1)
     write_mxfp4_model(tmp_path / "model", config, seed=1)
     files = open_model(tmp_path / "model")
@@ -98,7 +98,7 @@ def test_one_read_brings_gate_and_up_and_no_byte_twice(tmp_path: Path) -> None:
     assert files.expert_format == "mxfp4"
 
 
-@pytest.mark.parametrize("format", ["q8", "q4"])  # bf16 keeps the sign of a zero
+@pytest.mark.parametrize("format", ["q8", "q4"])  # not bf16, which keeps the sign of a zero
 def test_packing_to_other_formats_starts_from_the_exact_weights(format: str, tmp_path: Path) -> None:
     plain = write_mxfp4_model(tmp_path / "model", config_of(num_experts=2, experts_per_token=1), seed=1)
     pack(open_model(tmp_path / "model"), tmp_path / "packed", format=format)
@@ -118,7 +118,7 @@ def test_blocks_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_bf16_pack_computes_with_float32_activations(tmp_path: Path) -> None:
-    """bf16 has every value of MXFP4, so nothing is rounded but sums."""
+    """bf16 holds every value of MXFP4, so only sums are rounded."""
     config = config_of(num_experts=5, experts_per_token=2)
     reference = NumpyModel(write_mxfp4_model(tmp_path / "model", config, seed=7))
     pack(open_model(tmp_path / "model"), tmp_path / "packed", format="bf16")
@@ -129,7 +129,7 @@ def test_a_bf16_pack_computes_with_float32_activations(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
-def test_blocks_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> None:
+def test_blocks_that_the_config_does_not_mention_are_refused(tmp_path: Path) -> None:
     config = config_of(num_experts=2, experts_per_token=1)
     write_mxfp4_model(tmp_path / "model", config, seed=1)
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -141,8 +141,8 @@ def test_blocks_that_the_config_does_not_tell_of_are_refused(tmp_path: Path) -> 
         open_model(tmp_path / "model")
 
 
-def test_rows_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
-    config = gpt_oss()  # 28 wide
+def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
+    config = gpt_oss()  # its rows have 28 columns
     tensors = {name: ("BF16", values) for name, values in random_tensors(config, 1, "BF16").items()}
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, _, rows = tensors.pop(name)[1].shape

@@ -1,7 +1,7 @@
-"""What is found computed decides how fast a token comes, never which token comes.
+"""Prefix hits change how fast a token comes, never which token comes.
 
-For every kind of mixer: an answer behind a beginning that was found, shared while it was computed, forked, put back,
-or brought from a file of another process has the tokens and log-probabilities it has alone.
+For every kind of mixer, an answer has the same tokens and log-probabilities as alone when its prefix was found, shared
+while it was computed, forked, recomputed after preemption, or read from another process's file.
 """
 
 from __future__ import annotations
@@ -99,18 +99,18 @@ def test_a_prompt_that_was_computed_before_is_found_and_its_answer_is_the_same(m
     assert visible(sampled) == model.alone(prompt, SAMPLED)
 
 
-def test_a_prompt_that_parts_from_another_is_computed_from_where_it_parts(model: Model) -> None:
+def test_a_prompt_that_diverges_from_another_is_computed_from_there(model: Model) -> None:
     shared = model.prompt(1, 100)
     prompts = [shared + model.prompt(seed, 40) for seed in (2, 3, 4)]
     with model.engine() as engine:
         results = [engine.generate(prompt, GREEDY) for prompt in prompts]
-    # A recurrent state can only be gone on from where a snapshot is: the second prompt shows where they part.
+    # A recurrent state resumes only from a snapshot, and only the second prompt shows where the prompts diverge.
     assert [cached(result) for result in results] == ([0, 0, 96] if model.mixer == "delta" else [0, 96, 96])
     for prompt, result in zip(prompts, results, strict=True):
         assert visible(result) == model.alone(prompt)
 
 
-def test_the_next_turn_finds_the_answer_before_it(model: Model) -> None:
+def test_the_next_turn_finds_the_previous_answer(model: Model) -> None:
     prompt = model.prompt(1, 90)
     params = replace(GREEDY, max_tokens=60)
     with model.engine() as engine:
@@ -121,7 +121,7 @@ def test_the_next_turn_finds_the_answer_before_it(model: Model) -> None:
     assert visible(second) == model.alone(following)
 
 
-def test_prompts_that_come_together_compute_what_they_share_once(model: Model) -> None:
+def test_prompts_submitted_together_compute_their_shared_prefix_once(model: Model) -> None:
     shared = model.prompt(1, 100)
     prompts = [shared + model.prompt(seed, 20) for seed in (2, 3, 4)]
     with model.engine(chunk_tokens=32) as engine:
@@ -133,7 +133,7 @@ def test_prompts_that_come_together_compute_what_they_share_once(model: Model) -
     assert num_run == 3 * (120 + NUM_NEW - 1) - 2 * 96
 
 
-def test_answers_of_one_prompt_compute_it_once_and_are_those_of_their_seeds(model: Model) -> None:
+def test_answers_to_one_prompt_compute_it_once_and_follow_their_seeds(model: Model) -> None:
     prompt = model.prompt(1, 83)
     with model.engine() as engine:
         sequences = engine.prepare(prompt, SAMPLED, num_answers=3)
@@ -152,8 +152,8 @@ def test_answers_of_one_prompt_compute_it_once_and_are_those_of_their_seeds(mode
     assert [one.sampler_state.seed for one in again] == seeds
 
 
-def test_a_sequence_that_is_put_back_has_the_answer_it_has_alone(model: Model) -> None:
-    """Blocks for 160 positions, and five answers that need 48 each."""
+def test_a_preempted_sequence_has_the_answer_it_has_alone(model: Model) -> None:
+    """There are blocks for 160 positions, and five answers need 48 each."""
     prompts = [model.prompt(seed, 10) for seed in range(5)]
     params = [GREEDY, SAMPLED, GREEDY, SAMPLED, GREEDY]
     for reuse in (False, True):
@@ -166,7 +166,7 @@ def test_a_sequence_that_is_put_back_has_the_answer_it_has_alone(model: Model) -
             assert visible(result) == model.alone(prompt, own)
 
 
-def test_nothing_is_found_across_tenants(model: Model) -> None:
+def test_no_prefix_is_found_across_tenants(model: Model) -> None:
     prompt = model.prompt(1, 300)
     with model.engine() as engine:
         found = []
@@ -240,7 +240,7 @@ def test_another_model_kv_type_instruction_set_or_tenant_finds_nothing_in_files(
 
 @pytest.mark.parametrize("kind", ["kv", "state"])
 @pytest.mark.parametrize("what", ["flip", "cut", "another's", "missing"])
-def test_a_damaged_file_is_not_trusted_and_its_prompt_is_computed_and_written_again(
+def test_a_damaged_file_is_not_trusted_and_its_prompt_is_recomputed_and_rewritten(
     model: Model, tmp_path: Path, what: str, kind: str
 ) -> None:
     prompt = model.prompt(1, 300)
@@ -274,7 +274,7 @@ def test_a_damaged_file_is_not_trusted_and_its_prompt_is_computed_and_written_ag
         assert visible(result) == model.alone(prompt)
 
 
-def test_states_and_blocks_of_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:
+def test_buffers_for_states_and_blocks_in_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:
     with model.engine() as without, model.engine(kv_dir=tmp_path) as engine:
         assert engine._cache._files is not None
         held = len(engine._cache._files._reading) + 3 * len(engine._cache._files._writable.get())

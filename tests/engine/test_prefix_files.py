@@ -1,4 +1,4 @@
-"""Prompts in files: private, bounded, whole or not there, and never trusted without proof."""
+"""Prompts in files are private, bounded, whole or absent, and never trusted without proof."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write(files: PrefixFiles, *contents: BlockContent, kind: Any = "kv") -> None
 
 
 def settle(files: PrefixFiles) -> None:
-    """Wait until nothing is on its way."""
+    """Wait until no write is pending."""
     buffers = [files._writable.get(timeout=10) for _ in range(2)]
     for buffer in buffers:
         files._writable.put(buffer)
@@ -90,7 +90,7 @@ def files(tmp_path: Path) -> Iterator[PrefixFiles]:
     files.close()
 
 
-def test_what_was_written_is_read_again_by_the_next_process(tmp_path: Path) -> None:
+def test_written_blocks_are_read_by_the_next_process(tmp_path: Path) -> None:
     files = open_files(tmp_path)
     write(files, content(1), content(2), content(1))
     write(files, content(1), kind="state")
@@ -106,7 +106,7 @@ def test_what_was_written_is_read_again_by_the_next_process(tmp_path: Path) -> N
     files.close()
 
 
-def test_several_are_read_in_order_and_each_stays_while_it_is_looked_at(files: PrefixFiles) -> None:
+def test_blocks_are_read_in_order_and_each_stays_valid_while_in_use(files: PrefixFiles) -> None:
     contents = [content(number) for number in range(9)]
     write(files, *contents[:4], *contents[5:])
     found = []
@@ -122,7 +122,7 @@ def test_several_are_read_in_order_and_each_stays_while_it_is_looked_at(files: P
     assert is_whole(files, content(8))
 
 
-def test_four_are_read_at_once_and_of_large_states_one(
+def test_four_blocks_are_read_at_once_and_large_states_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wide_open(state_bytes: int) -> PrefixFiles:
@@ -134,12 +134,12 @@ def test_four_are_read_at_once_and_of_large_states_one(
     contents = [content(number) for number in range(8)]
     write(files, *contents)
     write(files, *contents[:3], kind="state")
-    assert len(files._reading) == 106_496  # the room of one state, or of many blocks
+    assert len(files._reading) == 106_496  # room for one state or for many blocks
     together, read_one = threading.Barrier(4), prefix_files._read_into
 
     def read_with_others(path: Path, size: int, buffer: Any) -> bool:
         if path.suffix == ".kv":
-            together.wait(timeout=10)  # breaks unless three others read meanwhile
+            together.wait(timeout=10)  # breaks unless three others read at the same time
         return read_one(path, size, buffer)
 
     monkeypatch.setattr(prefix_files, "_read_into", read_with_others)
@@ -148,7 +148,7 @@ def test_four_are_read_at_once_and_of_large_states_one(
     files.close()
 
 
-def test_directories_and_files_are_ours_alone_and_names_tell_nothing(tmp_path: Path) -> None:
+def test_directories_and_files_are_private_and_names_reveal_nothing(tmp_path: Path) -> None:
     previous = os.umask(0)
     try:
         files = open_files(tmp_path / "a" / "kv")
@@ -164,7 +164,7 @@ def test_directories_and_files_are_ours_alone_and_names_tell_nothing(tmp_path: P
     assert "somebody" not in str(found)
 
 
-def test_a_directory_that_others_can_look_into_or_that_is_in_use_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_in_use_or_open_to_other_users_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(UsageError, match="other users can access it"):
         open_files(tmp_path / "open")
@@ -183,8 +183,8 @@ def test_a_directory_that_others_can_look_into_or_that_is_in_use_is_refused(tmp_
         open_files(tmp_path / "kv")
 
 
-def test_a_file_of_another_place_is_not_trusted(tmp_path: Path) -> None:
-    """Another tenant, model, parent, tokens or kind; every byte of the file is what was written somewhere."""
+def test_a_file_moved_from_elsewhere_is_not_trusted(tmp_path: Path) -> None:
+    """The file was written for another tenant, model, parent, tokens or kind; its bytes are intact."""
     files = open_files(tmp_path)
     asked = [
         content(1, "other"),
@@ -222,7 +222,7 @@ def test_a_file_with_any_byte_changed_is_not_trusted(files: PrefixFiles, at: int
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, 4095, 4096, 4096 + BLOCK_BYTES, 4096 + BLOCK_BYTES + 31])
-def test_a_file_that_is_cut_off_or_too_long_is_not_trusted(files: PrefixFiles, length: int) -> None:
+def test_a_truncated_or_overlong_file_is_not_trusted(files: PrefixFiles, length: int) -> None:
     for data_of in (lambda data: data[:length], lambda data: data + bytes(length + 1)):
         write(files, content(1))
         path = files._path("kv", content(1))
@@ -240,7 +240,7 @@ def test_a_link_is_not_followed(files: PrefixFiles, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES])
-def test_a_file_that_cannot_be_read_now_stays(
+def test_a_file_that_temporarily_cannot_be_read_is_kept(
     files: PrefixFiles, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(files, content(1))
@@ -263,11 +263,11 @@ def test_a_file_that_is_gone_is_forgotten(files: PrefixFiles) -> None:
     assert files.num_bytes == 0
 
 
-def test_a_secret_that_could_not_be_written_whole_is_not_there(
+def test_a_secret_that_could_not_be_fully_written_is_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(descriptor: int) -> None:
-        os.ftruncate(descriptor, 16)  # what a power cut may leave
+        os.ftruncate(descriptor, 16)  # as a power cut may leave it
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
@@ -298,7 +298,7 @@ def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:
     files.close()
 
 
-def test_those_not_used_for_longest_leave_when_there_are_too_many_bytes(tmp_path: Path) -> None:
+def test_the_least_recently_used_files_are_removed_when_there_are_too_many_bytes(tmp_path: Path) -> None:
     one = 4096 + BLOCK_BYTES + 32
     files = open_files(tmp_path, max_bytes=3 * one)
     write(files, content(1), content(2), content(3))
@@ -312,7 +312,7 @@ def test_those_not_used_for_longest_leave_when_there_are_too_many_bytes(tmp_path
     files.close()
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
+def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     files = open_files(tmp_path)
     write(files, content(1))
     directory = files._path("kv", content(1)).parent
@@ -324,7 +324,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path) -> None:
     files.close()
 
 
-def test_a_drive_that_refuses_costs_nothing_but_the_reuse(
+def test_a_drive_that_refuses_writes_costs_only_the_reuse(
     files: PrefixFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -336,22 +336,21 @@ def test_a_drive_that_refuses_costs_nothing_but_the_reuse(
     assert not files.has("kv", content(1))
     assert list(files._root.rglob("*.writing")) == []
     asked = []
-    assert files.offer(
-        "kv", content(2), asked.append
-    )  # it rests for a minute, and says that there is nothing to do
+    # It pauses for a minute, and reports that there is nothing to do.
+    assert files.offer("kv", content(2), asked.append)
     assert asked == []
     files._rests_until = 0.0
     write(files, content(2))
     assert is_whole(files, content(2))
 
 
-def test_a_tenant_can_be_forgotten_and_others_stay(tmp_path: Path) -> None:
+def test_one_tenant_can_be_forgotten_while_others_stay(tmp_path: Path) -> None:
     files = open_files(tmp_path)
     write(files, content(1, "a"), content(2, "a"), content(3, "b"))
     files.offer("kv", content(4, "a"), lambda to: None)
     files.forget("a")
     assert not files.has("kv", content(1, "a"))
-    files.close()  # what is on its way has come
+    files.close()  # pending writes have finished
     assert [files.has("kv", content(i, t)) for i, t in ((1, "a"), (2, "a"), (4, "a"), (3, "b"))] == [
         False, False, False, True,
     ]  # fmt: skip
@@ -359,7 +358,7 @@ def test_a_tenant_can_be_forgotten_and_others_stay(tmp_path: Path) -> None:
     assert files.num_bytes == files.file_bytes("kv")
 
 
-def test_tenants_that_are_not_known_any_more_are_forgotten(tmp_path: Path) -> None:
+def test_tenants_that_are_no_longer_known_are_forgotten(tmp_path: Path) -> None:
     files = open_files(tmp_path)
     write(files, content(1, "a"), content(2, "b"), content(3, "c"))
     files.close()
@@ -386,7 +385,7 @@ while True:
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.08])
-def test_after_a_kill_no_file_is_half_there(tmp_path: Path, delay_s: float) -> None:
+def test_after_a_kill_no_file_is_partial(tmp_path: Path, delay_s: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"

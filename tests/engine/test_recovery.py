@@ -1,4 +1,4 @@
-"""A read that fails is tried once more; one that fails for good ends the answers that need it, and no others."""
+"""A failed read is retried once; one that fails for good ends only the answers that need it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def visible(result: Any) -> tuple[Any, ...]:
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native.FaultyFileSystem]:
-    """The file system of the next engine: the last of the list."""
+    """List file systems; the next engine opens with the last one."""
     file_systems: list[_native.FaultyFileSystem] = []
     plain = _native.Store
     monkeypatch.setattr(_native, "Store", lambda readers: plain(readers, file_systems[-1]))
@@ -57,7 +57,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native.FaultyFileSystem]:
 def num_reads(
     directory: Path, config: RawConfig, faults: list[_native.FaultyFileSystem]
 ) -> tuple[int, int, Any]:
-    """Reads of the start, and of start and answers; and the answers."""
+    """Count the reads of the start, and of the start and answers; return both, and the answers."""
     faults.append(_native.FaultyFileSystem(1 << 40, "eio"))
     with open_engine(directory) as engine:
         started = faults[-1].num_reads
@@ -66,7 +66,7 @@ def num_reads(
 
 
 @pytest.mark.parametrize("kind", ["eio", "truncated", "flip"])
-def test_whichever_read_fails_once_the_answers_are_the_same(
+def test_any_read_may_fail_once_and_the_answers_are_the_same(
     model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem], kind: str
 ) -> None:
     directory, config = model
@@ -80,7 +80,7 @@ def test_whichever_read_fails_once_the_answers_are_the_same(
             assert engine.facts().kv_blocks_held == 0
 
 
-def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_lives_on(
+def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_continues(
     model: tuple[Path, RawConfig], faults: list[_native.FaultyFileSystem]
 ) -> None:
     directory, config = model
@@ -92,14 +92,14 @@ def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_lives
         facts = engine.facts()
         assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
         assert engine._store.pending() == 0
-        while faults[-1].num_reads < first + 230:  # until the drive is well again
+        while faults[-1].num_reads < first + 230:  # until the drive recovers
             with suppress(ArgosyError):
                 engine.generate(prompts_of(config)[0], PARAMS)
         results = engine.generate_batch(prompts_of(config), PARAMS)
         assert [visible(result) for result in results] == expected
 
 
-def test_a_damaged_expert_ends_the_answers_that_need_it_and_no_others(
+def test_a_damaged_expert_ends_only_the_answers_that_need_it(
     model: tuple[Path, RawConfig], tmp_path: Path
 ) -> None:
     directory, config = model

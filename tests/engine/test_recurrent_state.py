@@ -1,4 +1,4 @@
-"""The recurrent state of delta-net layers: in the plan, a slot for each sequence that runs, and snapshots of it."""
+"""The recurrent state of delta-net layers: its place in the plan, a slot for each running sequence, and snapshots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
-    """Of its own accord it finds nothing computed: these tests say what is gone on from."""
+    """Open an engine without prefix reuse: these tests choose where to resume."""
     with Engine.open(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
         engine._cache._is_on = False
         yield engine
@@ -51,8 +51,8 @@ def step_until(engine: Engine, one: Sequence, num_computed: int) -> None:
 
 
 @pytest.mark.parametrize("at", [8, 16, 31], ids=["first chunk", "second chunk", "decode"])
-def test_a_snapshot_restored_goes_on_with_the_same_bits(engine: Engine, at: int) -> None:
-    """Roll back to an earlier position: keys and values of later ones are written again, the state is restored."""
+def test_a_restored_snapshot_resumes_with_the_same_bits(engine: Engine, at: int) -> None:
+    """Roll back to an earlier position: later keys and values are rewritten, and the state is restored."""
     one = engine.submit(PROMPT, GREEDY)
     step_until(engine, one, at)
     slot, num_new = one.state_slot, len(one.new_ids)
@@ -73,7 +73,7 @@ def test_a_snapshot_restored_goes_on_with_the_same_bits(engine: Engine, at: int)
     assert again == first
 
 
-def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
+def test_a_sequence_cannot_roll_back_without_its_snapshot(engine: Engine) -> None:
     one = engine.submit(PROMPT, GREEDY)
     step_until(engine, one, 16)
     one.num_computed = 8
@@ -83,7 +83,7 @@ def test_without_its_snapshot_a_sequence_cannot_go_back(engine: Engine) -> None:
         engine.step()
 
 
-def test_there_are_so_many_snapshots_and_the_one_not_used_for_longest_goes() -> None:
+def test_snapshots_are_bounded_and_the_least_recently_used_is_evicted() -> None:
     states = StateSlots(_native.RecurrentState(5, 1, (1, 1, 4, 4, 2)), 2)
     slot = states.take()
     for key in (b"a", b"b", b"c"):
@@ -129,7 +129,7 @@ def test_a_cancelled_sequence_gives_its_slot_back_and_leaves_no_trace(engine: En
     assert (two.result.token_ids, two.result.logprobs) == (expected.token_ids, expected.logprobs)
 
 
-def test_a_step_that_fails_half_way_leaves_a_slot_that_stands_nowhere(
+def test_a_step_that_fails_midway_leaves_an_invalid_slot(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine.open(model, memory="4GiB", threads=1, expert_slots=2) as engine:
@@ -172,7 +172,7 @@ def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_plan_has_a_line_for_it_and_keys_and_values_for_attention_alone(model: Path) -> None:
+def test_the_plan_has_a_line_for_states_and_counts_keys_and_values_only_for_attention(model: Path) -> None:
     files = open_model(model)
     assert files.config.delta is not None
     plan = plan_memory(
@@ -188,7 +188,7 @@ def test_the_plan_has_a_line_for_it_and_keys_and_values_for_attention_alone(mode
     assert plan.kv_bytes == one_layer
 
 
-def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Path) -> None:
+def test_a_small_budget_has_fewer_states_and_a_refusal_counts_one(tmp_path: Path) -> None:
     sizes = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
     sizes |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     files = open_model(write_model(tmp_path, qwen3_5_moe_text(**sizes, num_hidden_layers=2), seed=1))
@@ -209,14 +209,14 @@ def test_a_small_budget_has_fewer_states_and_the_refusal_counts_one(tmp_path: Pa
     assert plan(caught.value.facts["needed_bytes"])[0] == 1
 
 
-def test_a_model_without_delta_nets_has_none(tmp_path: Path) -> None:
+def test_a_model_without_delta_nets_has_no_states(tmp_path: Path) -> None:
     with Engine.open(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
         assert engine._cache.states is None
         assert engine.plan.state_bytes == engine.plan.num_states == 0
         assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
 
 
-def test_a_step_has_to_say_where_states_lie(engine: Engine) -> None:
+def test_a_step_must_name_its_state_slots(engine: Engine) -> None:
     engine.submit(PROMPT, GREEDY)
     step = engine._scheduler.next_step().step
     logits = np.empty((len(step.wanted), engine.config.vocab_size), np.float32)

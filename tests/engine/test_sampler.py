@@ -1,4 +1,4 @@
-"""The sampler against a plain reference, and against chance."""
+"""The sampler agrees with a plain reference, and draws as often as probabilities say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLER = Sampler()
 def reference(
     logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]
 ) -> dict[int, float]:
-    """Probability of each token that may be drawn: lists, dicts and the nine steps of the docstring."""
+    """Return the probability of each token that may be drawn, by the nine steps of the docstring in plain Python."""
     scores = {i: float(np.float32(score)) for i, score in enumerate(logits)}
     for i, bias in params.logit_bias.items():
         scores[i] += bias
@@ -81,7 +81,7 @@ parameters = st.builds(
     prompt=st.lists(st.integers(0, 3), max_size=4),
     answer=st.lists(st.integers(0, 3), max_size=5),
 )
-def test_the_choice_is_that_of_the_plain_reference(
+def test_the_choice_equals_the_plain_references(
     logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]
 ) -> None:
     state = SamplerState(prompt, params.seed)
@@ -103,7 +103,7 @@ def test_the_choice_is_that_of_the_plain_reference(
     ],
     ids=["plain", "top_k", "top_p", "min_p"],
 )
-def test_tokens_come_as_often_as_their_probabilities_say(params: SamplingParams) -> None:
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(params: SamplingParams) -> None:
     logits = np.random.default_rng(5).normal(0, 1.5, 12).astype(np.float32)
     draws = 1000
     counts = np.zeros(logits.size)
@@ -142,7 +142,7 @@ def test_a_sequence_draws_the_same_alone_and_among_others() -> None:
     assert [row[2] for row in together] == expected
 
 
-def test_no_seed_means_a_fresh_one_that_can_be_told() -> None:
+def test_without_a_seed_a_fresh_one_is_chosen_and_reported() -> None:
     first, second = SamplerState([]), SamplerState([])
     assert first.seed != second.seed
     assert SamplerState([], first.seed).uniform() == first.uniform()
@@ -157,7 +157,7 @@ def test_equal_scores_are_taken_in_the_order_of_their_ids() -> None:
         assert SAMPLER.sample(logits, params, state).token_id == int(uniform * 15_000)
 
 
-def test_the_number_of_a_seed_and_a_step_is_that_of_numpy() -> None:
+def test_the_random_number_of_a_seed_and_a_step_equals_numpys() -> None:
     state = SamplerState([], 12345)
     for step in range(5):
         expected = np.random.Generator(np.random.Philox(key=12345, counter=step)).random()
@@ -170,7 +170,7 @@ def test_greedy_takes_the_lowest_id_on_a_tie() -> None:
     assert SAMPLER.sample(logits, SamplingParams(), SamplerState([])).token_id == 1
 
 
-def test_top_k_keeps_exactly_k_and_the_lower_ids_of_a_tie() -> None:
+def test_top_k_keeps_exactly_k_tokens_and_the_lower_ids_of_a_tie() -> None:
     logits = np.array([1, 2, 1, 1, 1], np.float32)
     params = SamplingParams(temperature=5.0, top_k=3)
     drawn = {SAMPLER.sample(logits, params, SamplerState([], seed)).token_id for seed in range(200)}
@@ -182,7 +182,7 @@ def test_top_k_keeps_exactly_k_and_the_lower_ids_of_a_tie() -> None:
     ("top_k", "top_p", "min_p"),
     [(0, 1.0, 0.0), (0, 0.999, 0.0), (0, 0.5, 0.0), (0, 1.0, 1e-4), (0, 0.9999999, 1e-9), (5000, 0.9, 0.0)],
 )
-def test_a_large_vocabulary_is_cut_as_a_small_one_is(
+def test_a_large_vocabulary_is_cut_like_a_small_one(
     spread: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits = np.random.default_rng(1).normal(0, spread, 20_000).astype(np.float32)
@@ -194,7 +194,7 @@ def test_a_large_vocabulary_is_cut_as_a_small_one_is(
         assert SAMPLER.sample(logits, params, state).token_id == reference_draw(chances, uniform)
 
 
-def test_logprobs_are_the_models_own_whatever_is_done_to_the_choice() -> None:
+def test_logprobs_are_the_models_own_whatever_the_sampling_settings() -> None:
     logits = np.array([1.0, 2.0, 3.0, 2.0], np.float32)
     log_total = math.log(sum(math.exp(score) for score in logits))
     params = SamplingParams(
@@ -227,7 +227,7 @@ def test_excluded_tokens_are_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_logit_that_is_no_number_is_named(bad: float) -> None:
+def test_a_logit_that_is_not_a_number_is_named(bad: float) -> None:
     logits = np.array([0.0, bad, 1.0], np.float32)
     with pytest.raises(ArgosyError, match=r"token 1 of the answer.*largest logit is"):
         SAMPLER.sample(logits, SamplingParams(), SamplerState([]))
@@ -235,12 +235,11 @@ def test_a_logit_that_is_no_number_is_named(bad: float) -> None:
         SAMPLER.sample(np.full(3, -np.inf, np.float32), SamplingParams(), SamplerState([]))
 
 
-def test_extreme_settings_stay_numbers() -> None:
+def test_extreme_settings_stay_finite() -> None:
     logits = np.array([1.0, 2.0, 50.0], np.float32)
     params = SamplingParams(temperature=5e-324, repetition_penalty=5e-324, top_p=0.5)
-    assert (
-        SAMPLER.sample(logits, params, SamplerState([1, 2], 1)).token_id == 1
-    )  # both are the largest number
+    # The logits of tokens 1 and 2 both become the largest float.
+    assert SAMPLER.sample(logits, params, SamplerState([1, 2], 1)).token_id == 1
 
 
 def test_a_bias_outside_the_vocabulary_is_named() -> None:
@@ -249,7 +248,7 @@ def test_a_bias_outside_the_vocabulary_is_named() -> None:
         SAMPLER.sample(np.zeros(3, np.float32), params, SamplerState([]))
 
 
-def test_the_logits_are_left_as_they_were() -> None:
+def test_the_logits_are_left_unchanged() -> None:
     logits = np.arange(5, dtype=np.float32)
     params = replace(
         SamplingParams(temperature=1.0), logit_bias={1: 5.0}, repetition_penalty=2.0, presence_penalty=1.0
@@ -259,7 +258,7 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 
 class OnlyThese:
-    """A grammar that allows some tokens, whatever came before."""
+    """A grammar that always allows the same tokens."""
 
     is_finished = False
 
@@ -283,7 +282,7 @@ def first_tokens(params: SamplingParams, constraint: Any = None) -> list[int]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3])
-def test_no_token_that_would_end_the_answer_is_chosen_before_so_many_as_were_asked_for(
+def test_no_end_token_is_chosen_before_min_tokens(
     temperature: float,
 ) -> None:
     asked = SamplingParams(temperature=temperature, min_tokens=2)
@@ -293,13 +292,13 @@ def test_no_token_that_would_end_the_answer_is_chosen_before_so_many_as_were_ask
     assert first_tokens(replace(asked, ignore_eos=True, stop_token_ids=(5,))) == [4, 4, 5, 5]
 
 
-def test_a_grammar_that_leaves_only_the_end_ends_the_answer_all_the_same() -> None:
+def test_a_grammar_that_allows_only_the_end_ends_the_answer_despite_min_tokens() -> None:
     asked = SamplingParams(min_tokens=3)
     assert first_tokens(asked, OnlyThese(1, 5)) == [1, 1, 1, 5]
     assert first_tokens(asked, OnlyThese(5)) == [5, 5, 5, 5]
 
 
-def test_log_probabilities_are_the_models_own_while_the_end_is_held_off() -> None:
+def test_log_probabilities_are_the_models_own_before_min_tokens() -> None:
     sampled = Sampler(end_ids=[5]).sample(
         LIKES_THE_END, SamplingParams(min_tokens=1, logprobs=1), SamplerState([0], 1)
     )

@@ -1,4 +1,4 @@
-"""Which tokens run in the next step: decode never waits, prompts share the chunk, blocks decide who gets in."""
+"""Which tokens run in the next step: decode never waits, prompts share the chunk, and free blocks limit admission."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_decode_gets_its_token_in_every_step_while_a_long_prompt_is_prefilled() 
         scheduled = rig.step()
         assert short in scheduled.ready
         assert len(short.new_ids) == expected
-        assert num_prefill(scheduled) == 4  # the prompt's share is not eaten up by decode
+        assert num_prefill(scheduled) == 4  # decode takes nothing from the prompt's share
 
 
 def test_prompts_share_the_chunk_first_come_first_served() -> None:
@@ -49,7 +49,7 @@ def test_prompts_share_the_chunk_first_come_first_served() -> None:
     assert second.step.is_decode.tolist() == [True] + [False] * 8
 
 
-def test_at_most_so_many_sequences_run_at_once() -> None:
+def test_at_most_max_sequences_run_at_once() -> None:
     rig = Rig(max_sequences=2, chunk_tokens=32)
     rig.add(*(rig.sequence(2, max_new=3) for _ in range(5)))
     order = []
@@ -62,7 +62,7 @@ def test_at_most_so_many_sequences_run_at_once() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 4])
 def test_a_cancelled_sequence_gives_its_blocks_back(num_steps: int) -> None:
-    """While it waits, while its prompt is prefilled, while it decodes."""
+    """It is cancelled while it waits, during prefill and while it decodes."""
     rig = Rig(num_blocks=8, chunk_tokens=8)
     victim = rig.sequence(10, max_new=9)
     rig.add(victim)
@@ -74,7 +74,7 @@ def test_a_cancelled_sequence_gives_its_blocks_back(num_steps: int) -> None:
     assert not rig.scheduler.has_work
 
 
-def test_cancelling_one_leaves_the_others_as_they_were() -> None:
+def test_cancelling_one_sequence_leaves_the_others_unchanged() -> None:
     rig = Rig(chunk_tokens=16)
     kept, victim = rig.sequence(6, max_new=6), rig.sequence(6, max_new=6, first_id=100)
     rig.add(kept, victim)
@@ -86,7 +86,7 @@ def test_cancelling_one_leaves_the_others_as_they_were() -> None:
     assert kept.blocks == before
 
 
-def test_slots_are_the_blocks_of_the_sequence() -> None:
+def test_slots_lie_in_the_blocks_of_the_sequence() -> None:
     rig = Rig(chunk_tokens=32)
     one, other = rig.sequence(6, max_new=3), rig.sequence(7, max_new=3, first_id=50)
     rig.add(one, other)
@@ -113,10 +113,10 @@ def test_a_sequence_starts_with_blocks_for_its_prompt_and_takes_more_one_by_one(
     while rig.scheduler.has_work:
         rig.step()
         held.append(len(one.blocks))
-    assert held == [2, 2, 2, 3, 3, 3, 3, 4, 0]  # 6 to 13 tokens in blocks of 4, and then it is finished
+    assert held == [2, 2, 2, 3, 3, 3, 3, 4, 0]  # 6 to 13 tokens in blocks of 4, then it finishes
 
 
-def test_a_sequence_waits_until_its_prompt_fits_and_everybody_can_grow() -> None:
+def test_a_sequence_waits_until_its_prompt_fits_and_all_others_can_grow() -> None:
     rig = Rig(num_blocks=6, chunk_tokens=32)
     rig.add(rig.sequence(9, max_new=3), rig.sequence(7, max_new=2, first_id=50))  # 3 and 2 blocks of 6
     assert rig.step().ready == [rig.sequences[0]]
@@ -125,7 +125,7 @@ def test_a_sequence_waits_until_its_prompt_fits_and_everybody_can_grow() -> None
     assert rig.step().ready == [rig.sequences[1]]
 
 
-def test_who_came_last_is_put_back_when_blocks_run_out_and_is_computed_again() -> None:
+def test_the_youngest_sequence_is_preempted_when_blocks_run_out_and_recomputed() -> None:
     rig = Rig(num_blocks=6, chunk_tokens=32)
     old, young = rig.sequence(7, max_new=9), rig.sequence(3, max_new=9, first_id=50)
     rig.add(old, young)
@@ -143,7 +143,7 @@ def test_who_came_last_is_put_back_when_blocks_run_out_and_is_computed_again() -
     assert len(young.new_ids) == 9
 
 
-def test_who_came_first_is_never_preempt() -> None:
+def test_the_oldest_sequence_is_never_preempted() -> None:
     rig = Rig(num_blocks=5, chunk_tokens=32)
     sequences = [rig.sequence(2, max_new=15, first_id=50 * i) for i in range(4)]
     rig.add(*sequences)
@@ -155,7 +155,7 @@ def test_who_came_first_is_never_preempt() -> None:
     assert rig.scheduler.num_preempted > 0
 
 
-def test_a_step_that_failed_runs_again_as_it_was() -> None:
+def test_a_failed_step_runs_again_unchanged() -> None:
     rig = Rig(chunk_tokens=8)
     rig.add(rig.sequence(5, max_new=3), rig.sequence(12, first_id=50))
     rig.step()
@@ -170,7 +170,7 @@ def test_a_step_that_failed_runs_again_as_it_was() -> None:
 
 
 def prompt_tokens(rig: Rig, scheduled: Scheduled) -> dict[str, int]:
-    """Of each tenant, in a step."""
+    """Count the prompt tokens of each tenant in a step."""
     assert scheduled.counts is not None
     found: dict[str, int] = {}
     for one, count in zip(scheduled.sequences, scheduled.counts, strict=True):
@@ -178,24 +178,24 @@ def prompt_tokens(rig: Rig, scheduled: Scheduled) -> dict[str, int]:
     return found
 
 
-def test_tenants_share_the_chunk_in_equal_parts_and_what_one_does_not_need_goes_to_others() -> None:
+def test_tenants_share_the_chunk_equally_and_an_unused_share_goes_to_others() -> None:
     rig = Rig(chunk_tokens=12, max_sequences=8)
     for first_id in (0, 100, 200):
         rig.add(rig.sequence(30, first_id=first_id, tenant="many"))
     rig.add(rig.sequence(30, first_id=300, tenant="one"), rig.sequence(2, first_id=400, tenant="short"))
     first, second = (prompt_tokens(rig, rig.step()) for _ in range(2))
     assert first == {"many": 5, "one": 5, "short": 2}
-    assert second == {"many": 6, "one": 6, "short": 1}  # its first new token
+    assert second == {"many": 6, "one": 6, "short": 1}  # the first new token of "short"
 
 
-def test_a_chunk_of_one_token_goes_round_among_tenants() -> None:
+def test_a_chunk_of_one_token_rotates_among_tenants() -> None:
     rig = Rig(chunk_tokens=1)
     rig.add(*(rig.sequence(9, first_id=100 * i, tenant=name) for i, name in enumerate("abc")))
     served = [next(iter(prompt_tokens(rig, rig.step()))) for _ in range(6)]
     assert sorted(served[:3]) == sorted(served[3:]) == ["a", "b", "c"]
 
 
-def test_the_tenant_with_fewest_running_goes_next() -> None:
+def test_the_tenant_with_the_fewest_running_sequences_goes_next() -> None:
     rig = Rig(max_sequences=3, chunk_tokens=64)
     flood = [rig.sequence(3, max_new=4 + i, first_id=10 * i, tenant="flood") for i in range(6)]
     rig.add(*flood)
@@ -208,7 +208,7 @@ def test_the_tenant_with_fewest_running_goes_next() -> None:
     assert rig.running == [flood[2], late]
 
 
-def test_nobody_passes_a_sequence_that_has_no_room_yet() -> None:
+def test_no_sequence_overtakes_one_that_waits_for_blocks() -> None:
     rig = Rig(num_blocks=10, chunk_tokens=64)
     rig.add(rig.sequence(20, max_new=6))
     rig.step()
@@ -220,7 +220,7 @@ def test_nobody_passes_a_sequence_that_has_no_room_yet() -> None:
 
 
 class SteppedClock:
-    """Every step takes what a test says."""
+    """A clock whose steps take the time that a test says."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -239,8 +239,8 @@ class SteppedClock:
         return scheduled
 
 
-def test_prompts_get_about_half_of_the_time_at_most_while_others_decode() -> None:
-    """A chunk takes 4 s, a step without one 0.25 s."""
+def test_prompts_get_at_most_about_half_of_the_time_while_others_decode() -> None:
+    """A step with a chunk takes 4 s, one without 0.25 s."""
     clock = SteppedClock()
     rig = Rig(chunk_tokens=4, num_blocks=200, clock=clock)
     rig.add(rig.sequence(3, max_new=400))
@@ -254,7 +254,7 @@ def test_prompts_get_about_half_of_the_time_at_most_while_others_decode() -> Non
     assert 0.45 <= prompt_s / (prompt_s + decode_s) <= 0.55
 
 
-def test_prompts_have_all_of_the_time_while_nobody_decodes() -> None:
+def test_prompts_get_all_of_the_time_while_nothing_decodes() -> None:
     clock = SteppedClock()
     rig = Rig(chunk_tokens=4, clock=clock)
     rig.add(rig.sequence(20, max_new=1), rig.sequence(20, max_new=1, first_id=100))
@@ -262,7 +262,7 @@ def test_prompts_have_all_of_the_time_while_nobody_decodes() -> None:
         assert num_prefill(clock.step(rig, chunk_s=5.0, decode_s=1.0)) == 4
 
 
-def test_a_short_prompt_that_costs_no_more_than_a_token_holds_nobody_up() -> None:
+def test_a_short_prompt_that_costs_no_more_than_a_token_delays_no_other() -> None:
     clock = SteppedClock()
     rig = Rig(chunk_tokens=4, clock=clock, num_blocks=200)
     rig.add(rig.sequence(3, max_new=100))
@@ -272,10 +272,10 @@ def test_a_short_prompt_that_costs_no_more_than_a_token_holds_nobody_up() -> Non
     assert [num_prefill(clock.step(rig, chunk_s=1.0, decode_s=1.0)) for _ in range(3)] == [4, 4, 4]
 
 
-# ── beginnings that are shared ──────────────────────────────────────────────────────────────────────────────────────
+# ── shared prefixes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_sequence_waits_for_another_that_computes_its_beginning_and_goes_on_from_there() -> None:
+def test_a_sequence_waits_for_another_that_computes_its_prefix_and_continues_from_there() -> None:
     rig = Rig(chunk_tokens=8, reuse=True)
     first = rig.sequence(21, max_new=3)
     second = rig.sequence_of([*range(18), 700, 701], max_new=3)
@@ -286,19 +286,19 @@ def test_a_sequence_waits_for_another_that_computes_its_beginning_and_goes_on_fr
     rig.step()
     assert second.cached_tokens == 16
     assert second.blocks[:4] == first.blocks[:4]
-    assert second.num_computed == 19  # the first had the last 5 of its own in the same chunk
+    assert second.num_computed == 19  # the first had its last 5 tokens in the same chunk
     rig.run()
     rig.require_sound()
 
 
-def test_who_waits_for_a_beginning_does_not_hold_up_others() -> None:
+def test_a_sequence_that_waits_for_a_prefix_does_not_delay_others() -> None:
     rig = Rig(chunk_tokens=4, reuse=True)
     rig.add(rig.sequence(16), rig.sequence(17), rig.sequence(3, first_id=500))
     rig.step()
     assert [one.prompt_ids[0] for one in rig.running] == [0, 500]
 
 
-def test_who_waits_goes_on_alone_when_the_other_is_cancelled() -> None:
+def test_a_sequence_that_waits_for_a_prefix_continues_alone_when_the_other_is_cancelled() -> None:
     rig = Rig(chunk_tokens=4, reuse=True)
     first, second = rig.sequence(30), rig.sequence(31)
     rig.add(first, second)
@@ -309,7 +309,7 @@ def test_who_waits_goes_on_alone_when_the_other_is_cancelled() -> None:
     assert len(second.new_ids) == 4
 
 
-def test_nothing_is_found_of_another_tenant_or_where_it_is_off() -> None:
+def test_no_prefix_is_found_for_another_tenant_or_with_reuse_off() -> None:
     for reuse, tenant in ((True, "other"), (False, "one")):
         rig = Rig(chunk_tokens=64, reuse=reuse)
         rig.add(rig.sequence(20, tenant="one"))
@@ -320,7 +320,7 @@ def test_nothing_is_found_of_another_tenant_or_where_it_is_off() -> None:
         assert again.cached_tokens == 0
 
 
-def test_the_last_token_of_a_prompt_is_computed_even_if_all_of_it_is_known() -> None:
+def test_the_last_token_of_a_prompt_is_computed_even_if_the_whole_prompt_is_cached() -> None:
     rig = Rig(chunk_tokens=64, reuse=True)
     rig.add(rig.sequence(16))
     rig.run()
@@ -330,7 +330,7 @@ def test_the_last_token_of_a_prompt_is_computed_even_if_all_of_it_is_known() -> 
     assert again.cached_tokens == 12
 
 
-def test_what_an_answer_leaves_is_found_by_the_next_turn() -> None:
+def test_the_next_turn_finds_the_blocks_of_an_answer() -> None:
     rig = Rig(chunk_tokens=64, reuse=True)
     first = rig.sequence(6, max_new=12)
     rig.add(first)
@@ -341,7 +341,7 @@ def test_what_an_answer_leaves_is_found_by_the_next_turn() -> None:
     assert following.cached_tokens == 16  # of 17 that have keys and values
 
 
-def test_answers_of_one_prompt_fork_behind_it_and_share_its_full_blocks() -> None:
+def test_answers_to_one_prompt_fork_after_it_and_share_its_full_blocks() -> None:
     rig = Rig(chunk_tokens=8, reuse=True, max_sequences=3)
     leader, *followers = (rig.sequence(10, max_new=3) for _ in range(4))
     for one in followers:
@@ -351,7 +351,7 @@ def test_answers_of_one_prompt_fork_behind_it_and_share_its_full_blocks() -> Non
     rig.step()
     assert rig.running == [leader]
     rig.step()
-    assert rig.running == [leader, *followers[:2]]  # the third finds it when there is room
+    assert rig.running == [leader, *followers[:2]]  # the third finds the prompt when there is room
     assert [one.blocks[:2] for one in rig.running] == [leader.blocks[:2]] * 3
     assert len({one.blocks[2] for one in rig.running}) == 3
     rig.run()
@@ -359,21 +359,21 @@ def test_answers_of_one_prompt_fork_behind_it_and_share_its_full_blocks() -> Non
     rig.require_sound()
 
 
-# ── nothing is lost ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── nothing leaks ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shared_prompt(shape: tuple[int, int, int]) -> list[int]:
-    """Prompts of the same group begin alike, and part where their lengths say."""
+    """Make a prompt; those of one group share a prefix and diverge after its length."""
     group, length, own = shape
     return [group * 100 + at for at in range(length)] + [1000 * own + at for at in range(own)]
 
 
 asked = st.tuples(
     st.tuples(st.integers(0, 2), st.integers(1, 24), st.integers(0, 6)),  # group, shared and own tokens
-    st.integers(1, 9),  # answer
-    st.integers(0, 14),  # the step in which it comes
+    st.integers(1, 9),  # length of the answer
+    st.integers(0, 14),  # the step in which it is submitted
     st.sampled_from("ab"),  # tenant
-    st.integers(1, 3),  # answers
+    st.integers(1, 3),  # number of answers
 )
 
 
@@ -386,7 +386,7 @@ asked = st.tuples(
     st.data(),
 )
 @settings(deadline=None, max_examples=200)
-def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_and_nothing_is_lost(
+def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and_nothing_leaks(
     coming: list[tuple[tuple[int, int, int], int, int, str, int]],
     chunk_tokens: int,
     max_sequences: int,
@@ -394,7 +394,7 @@ def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_an
     num_snapshots: int | None,
     data: st.DataObject,
 ) -> None:
-    """Submitted, cancelled, finished, failed, put back, found, forked; with and without recurrent states."""
+    """Sequences come, fork, find prefixes, are preempted, fail, finish or are cancelled, also with recurrent states."""
     states = None
     if num_snapshots is not None:
         num_slots = max(1, max_sequences - 1)
@@ -433,7 +433,7 @@ def test_whatever_comes_and_goes_every_answer_is_computed_from_its_own_tokens_an
         elif what == 1 and rig.running:
             failed = rig.scheduler.next_step()
             if states is not None:
-                for one in failed.sequences:  # as a native step leaves them
+                for one in failed.sequences:  # as a failed native step leaves them
                     assert one.state_slot is not None
                     noted.seen[one.state_slot] = None
             rig.scheduler.failed(failed)

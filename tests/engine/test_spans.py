@@ -1,4 +1,4 @@
-"""Media spans of a prompt: what their positions need in a step, how prompts are cut, and by what prefixes are found."""
+"""Media spans of a prompt: what a step needs for their positions, where prompts are cut, and how prefixes are found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, LAYERS, AXES = 3, 4, 3
 
 
 def span(num_positions: int, number: int = 1, *, made: list[int] | None = None, **more: Any) -> MediaSpan:
-    """Its rows hold `number` and their index."""
+    """Make a span whose rows hold `number` and their index."""
 
     def make_rows() -> SpanRows:
         if made is not None:
@@ -40,7 +40,7 @@ def angles_of_grid(height: int, width: int) -> np.ndarray[Any, np.dtype[np.float
     return np.stack([np.zeros_like(row), row, column]).astype(np.float32)
 
 
-def test_a_prompt_of_segments_has_placeholders_where_media_are() -> None:
+def test_a_prompt_of_segments_has_placeholders_for_media() -> None:
     first, second = span(3), span(2, 2)
     prompt = Prompt.of([1, 2], first, [3], second)
     assert prompt.token_ids == (1, 2, 7, 7, 7, 3, 7, 7)
@@ -48,7 +48,7 @@ def test_a_prompt_of_segments_has_placeholders_where_media_are() -> None:
     assert Prompt.of([1, 2]) == Prompt((1, 2))
 
 
-def test_text_after_a_picture_goes_on_from_its_largest_angle() -> None:
+def test_text_after_a_picture_continues_from_its_largest_angle() -> None:
     picture = span(6, angles=angles_of_grid(2, 3), num_angles=3)
     spans = spans_of(Prompt.of([1, 2], picture, [3, 4], picture, [5]))
     time, row, column = spans.angles(0, 17).tolist()
@@ -65,11 +65,11 @@ def test_only_a_span_that_sees_both_ways_sees_ahead_and_is_never_cut() -> None:
     spans = spans_of(Prompt.of([1], span(3, sees_both_ways=True), [2], span(3, 2), [3]))
     assert spans.sees_until(0, 9).tolist() == [1, 4, 4, 4, 5, 6, 7, 8, 9]
     assert [spans.cut(0, end) for end in range(1, 10)] == [1, 1, 1, 4, 5, 6, 7, 8, 9]
-    assert [spans.cut(2, end) for end in range(3, 6)] == [2, 4, 5]  # what is left of it, after a prefix hit
+    assert [spans.cut(2, end) for end in range(3, 6)] == [2, 4, 5]  # the rest of the span after a prefix hit
     assert [spans.whole(at) for at in range(9)] == [1, 3, 2, 1, 1, 1, 1, 1, 1]
 
 
-def test_rows_are_made_once_part_by_part_and_again_after_preemption() -> None:
+def test_rows_are_made_once_for_all_parts_and_again_after_preemption() -> None:
     made: list[int] = []
     spans = spans_of(Prompt.of([1], span(5, made=made), [2]))
     assert list(spans.rows(0, 1)) == []
@@ -110,7 +110,7 @@ def test_a_step_has_the_rows_of_its_part_of_a_prompt(chunk_tokens: int, sees_bot
             assert step.sees_until is not None
             assert np.array_equal(step.sees_until[own], spans.sees_until(start, len(own)))
             assert (step.sees_until[others] == step.order[others] + 1).all()
-            assert (step.sees_until <= start + len(own))[own].all()  # nothing ahead is missing
+            assert (step.sees_until <= start + len(own))[own].all()  # every position it sees is in the step
         else:
             assert step.sees_until is None
         is_media = step.token_ids[own] == picture.token_id
@@ -128,7 +128,7 @@ def test_a_step_has_the_rows_of_its_part_of_a_prompt(chunk_tokens: int, sees_bot
             assert addition.vectors[:, 1].tolist() == (index + 100 * (1 + addition.layer // 2)).tolist()
         num_rows += int(is_media.sum())
     assert num_rows == 12
-    while rig.scheduler.has_work:  # answers go on from the shifted angle
+    while rig.scheduler.has_work:  # answers continue from the shifted angle
         step = (scheduled := rig.step()).step
         if one in scheduled.sequences:
             own = scheduled.sequences.index(one)
@@ -146,7 +146,7 @@ def test_a_span_that_runs_as_a_whole_gets_its_turn_beside_other_prompts() -> Non
     assert one in rig.finished
 
 
-def test_text_has_none_of_it() -> None:
+def test_text_alone_needs_no_angles_overrides_or_additions() -> None:
     rig = Rig()
     rig.add(rig.sequence(5))
     step = rig.step().step
@@ -160,7 +160,7 @@ def contents(prompt: Prompt) -> list[bytes]:
     return [content.key for content in one.chain.contents(one, len(prompt.token_ids) // BLOCK_TOKENS)]
 
 
-def test_two_pictures_behind_the_same_placeholders_share_no_block() -> None:
+def test_two_pictures_with_the_same_placeholders_share_no_block() -> None:
     text = [1, 2, 3, 4, 5, 6]
     one, same, other = (contents(Prompt.of(text, span(6, number), text)) for number in (1, 1, 2))
     sound = contents(Prompt.of(text, span(6, 1, kind="audio"), text))
@@ -171,7 +171,7 @@ def test_two_pictures_behind_the_same_placeholders_share_no_block() -> None:
         assert not set(different[1:]) & set(one)
 
 
-def test_a_prefix_with_a_picture_is_found_and_its_rows_are_not_made_again() -> None:
+def test_a_prefix_with_a_picture_is_found_without_making_its_rows_again() -> None:
     made: list[int] = []
     rig = Rig(reuse=True, num_blocks=64, chunk_tokens=64)
 
@@ -203,7 +203,7 @@ def test_a_preempted_sequence_makes_its_rows_again(sees_both_ways: bool) -> None
     assert len(one.new_ids) == 20
 
 
-def test_rows_that_cannot_be_made_end_their_sequence_alone() -> None:
+def test_rows_that_cannot_be_made_end_only_their_sequence() -> None:
     def fails() -> SpanRows:
         raise ArgosyError("the picture cannot be read")
 
@@ -239,7 +239,7 @@ def test_rows_that_do_not_fit_the_model_are_refused(rows: SpanRows, sentence: st
         list(spans.rows(0, 4))
 
 
-def test_a_span_says_what_is_wrong_with_it() -> None:
+def test_an_invalid_span_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="at least 1 position, found 0"):
         span(0)
     with pytest.raises(UsageError, match="must have 32 bytes, found 3"):

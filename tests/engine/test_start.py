@@ -1,4 +1,4 @@
-"""What happens before the first token: reads begin early, and nothing stays behind when the start fails."""
+"""Before the first token: reads begin early, and nothing is left behind when the start fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_dense_weights_are_on_their_way_while_the_tokenizer_is_built(
+def test_dense_weights_are_being_read_while_the_tokenizer_is_built(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_reads(
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which came first: the tokenizer, or the reading of all experts."""
+    """Record which came first: the tokenizer, or the reading of all experts."""
     order: list[str] = []
     start, build = ResidentReading.__init__, Tokenizer.open
 
@@ -86,7 +86,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return order
 
 
-def test_experts_are_read_early_only_where_they_fit_with_room_to_spare(
+def test_experts_are_read_early_only_if_they_fit_with_room_to_spare(
     directory: Path, order: list[str]
 ) -> None:
     with Engine.open(directory, memory="1GiB", threads=1) as engine:
@@ -105,7 +105,7 @@ def test_experts_are_read_early_only_where_they_fit_with_room_to_spare(
         assert engine.logits([1, 2, 3]).tolist() == expected
 
 
-def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
+def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
     directory: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"memory": "1GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
@@ -114,7 +114,7 @@ def test_experts_read_early_make_way_for_a_tokenizer_beyond_reason(
         assert engine._model.experts is not None
         assert engine._model.experts.resident is not None
         landed_bytes = engine._model.weights.nbytes + engine._model.experts.resident.nbytes
-    # Room for a token's experts is left, and not for all of them.
+    # This leaves room for one token's experts, but not for all experts.
     others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + PROCESS_GROWTH_BYTES
     held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
     monkeypatch.setattr("argosy.engine.start.process_bytes", lambda tokenizer: held + landed_bytes)
@@ -151,7 +151,7 @@ def test_reads_that_are_cancelled_leave_none_pending(directory: Path) -> None:
 
 
 def test_the_budget_that_a_refusal_names_works_where_readers_transcode(tmp_path: Path) -> None:
-    # What the first reads transcode from is in the plan already, and must not count as the process's own too.
+    # The buffers of the first reads are already in the plan, and must not also count as the process's own memory.
     config = qwen3_moe(vocab_size=32768, hidden_size=256, moe_intermediate_size=32)
     write_gguf_model(tmp_path / "model.gguf", config, one_type("Q8_0"), seed=3)
     start = (
