@@ -1,4 +1,4 @@
-"""A checkpoint to make, for the lists of them in `configurations.py` and `configurations_latent.py`."""
+"""The type of the entries in `configurations.py` and `configurations_latent.py`: a checkpoint to make."""
 
 from __future__ import annotations
 

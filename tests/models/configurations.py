@@ -1,7 +1,7 @@
-"""The configurations with committed references: every family, each flag on in one and off in another.
+"""The configurations with committed references: every family, with each flag on in one and off in another.
 
-`seed` is chosen so that no routing decision and no greedy choice of the reference is a near tie
-(`make_models.py` looks for it, and writes the margins into the reference's metadata).
+`make_models.py` chooses `seed` so that no routing decision and no greedy choice of the reference is a near-tie, and
+writes the margins into the reference's metadata.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ CONFIGURATIONS = (
         ),
     ),
     Configuration(
-        name="qwen2_moe_window",  # layers below max_window_layers, every second one
+        name="qwen2_moe_window",  # every second layer below max_window_layers has a window
         config=qwen2_moe(
             use_sliding_window=True,
             sliding_window=7,
@@ -157,7 +157,7 @@ CONFIGURATIONS = (
     ),
     Configuration(name="gpt_oss_plain", config=gpt_oss()),
     Configuration(
-        name="gpt_oss_clamped_top1",  # inner neurons are of the order of one, so half of them are cut off
+        name="gpt_oss_clamped_top1",  # inner neurons are of order one, so half of them are clamped
         config=gpt_oss(
             swiglu_limit=0.6, swiglu_alpha=1.1, num_experts_per_tok=1, layer_types=None, num_key_value_heads=4
         ),
@@ -270,7 +270,7 @@ CONFIGURATIONS = (
     ),
     Configuration(name="olmoe_plain", config=olmoe(num_experts=8, num_hidden_layers=2)),
     Configuration(
-        name="olmoe_cut_off_renormalised",  # half of q, k and v lie beyond
+        name="olmoe_cut_off_renormalised",  # half of q, k and v exceed the limit
         config=olmoe(clip_qkv=0.6, norm_topk_prob=True, num_key_value_heads=2, num_experts_per_tok=3),
     ),
     Configuration(
@@ -343,7 +343,7 @@ CONFIGURATIONS = (
     ),
     Configuration(name="qwen3_next_plain", config=qwen3_next()),
     Configuration(
-        name="qwen3_next_layer_types_tied_sharded",  # one value head for each key head, a short convolution
+        name="qwen3_next_layer_types_tied_sharded",  # one value head per key head, a short convolution
         config=respelt(
             qwen3_next(
                 layer_types=["full_attention", "linear_attention", "linear_attention"],

@@ -1,4 +1,4 @@
-"""The configurations with committed references of the families with latent attention."""
+"""The configurations of families with latent attention that have committed references."""
 
 from __future__ import annotations
 

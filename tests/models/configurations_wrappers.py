@@ -1,4 +1,4 @@
-"""Configurations of models that also see or hear: each flag of the text part on in one and off in another."""
+"""Configurations of models that also see or hear, with each flag of the text part on in one and off in another."""
 
 from __future__ import annotations
 

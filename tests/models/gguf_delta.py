@@ -1,7 +1,7 @@
-"""Tiny Qwen3-Next and Qwen3.5-MoE as GGUF files, and the same weights dequantised beside them.
+"""Write tiny Qwen3-Next and Qwen3.5-MoE models as GGUF files, with the same weights dequantised beside them.
 
-What llama.cpp's conversion changes: norms hold one plus their weight, but for the one inside a delta net; A_log becomes
--e^A_log; rows are sorted by part, and in qwen35moe value heads by their place within their key head.
+llama.cpp's conversion changes three things: norms hold one plus their weight, except the norm inside a delta net; A_log
+becomes -e^A_log; rows are sorted by part, and in qwen35moe value heads by their place within their key head.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _MODEL_NAMES = {
 def write_delta_gguf(
     path: Path, config: RawConfig, type_of: TypeOf, *, seed: int, has_ssm_in: bool = False
 ) -> Path:
-    """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
+    """Write `path`, and the dequantised weights to a directory named `<path>.f32`; return that directory.
 
-    With `has_ssm_in`, q, k, v and z of qwen3next are in one matrix, as in its first files.
+    With `has_ssm_in`, q, k, v and z of qwen3next share one matrix, as in its first files.
     """
     rng = np.random.default_rng([seed, 3])
     writer = GGUFWriter(path, ARCHITECTURES[config["model_type"]])
@@ -96,7 +96,7 @@ def write_delta_gguf(
 
 
 def stored_vector(name: str, values: Array) -> Array:
-    """What the conversion makes of a tensor that stays float32."""
+    """Return a float32 tensor as the conversion stores it."""
     if name.endswith("ssm_a"):
         return -np.exp(values)
     if name.endswith("norm.weight") and "ssm_norm" not in name:
@@ -107,7 +107,7 @@ def stored_vector(name: str, values: Array) -> Array:
 def places(
     hub_name: str, values: Array, config: RawConfig, has_ssm_in: bool
 ) -> list[tuple[str, tuple[Array | slice, ...]]]:
-    """The tensors of a GGUF that a tensor of the hub becomes, and which of its elements go there, in which order."""
+    """Return the GGUF tensors that a tensor of the hub becomes, and the indices of its elements in each, in order."""
     if hub_name in _MODEL_NAMES:
         return [(_MODEL_NAMES[hub_name], (slice(None),))]
     _, _, layer, last = hub_name.split(".", 3)
@@ -131,7 +131,7 @@ def places(
 
 
 def rows_by_part(config: RawConfig) -> tuple[Array, Array]:
-    """Rows of q, k and v, and of z, in a matrix that has them key head by key head."""
+    """Return the rows of q, k and v, and those of z, in a matrix that stores them key head by key head."""
     heads, key_dim = config["linear_num_key_heads"], config["linear_key_head_dim"]
     values = config["linear_num_value_heads"] // heads * config["linear_value_head_dim"]
     rows = np.arange(heads * 2 * (key_dim + values)).reshape(heads, -1)
@@ -140,7 +140,7 @@ def rows_by_part(config: RawConfig) -> tuple[Array, Array]:
 
 
 def order(last: str, config: RawConfig) -> tuple[Array | slice, ...]:
-    """Where the value heads of qwen35moe go: the first of every key head, then the second of every one."""
+    """Return the order of qwen35moe's value heads: the first of every key head, then the second of every key head."""
     everything = slice(None)
     if config["model_type"] == "qwen3_next" or not last.startswith("linear_attn."):
         return (everything,)
@@ -169,7 +169,7 @@ def recurrent_layers(config: RawConfig) -> list[bool]:
 
 
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
-    """What llama.cpp's conversion script says of such a model."""
+    """Write the metadata that llama.cpp's conversion script writes for such a model."""
     rope = config.get("rope_parameters") or config
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"])

@@ -1,10 +1,10 @@
-"""Tiny checkpoints as GGUF files, in every type of block, and the same weights dequantised beside them.
+"""Write tiny checkpoints as GGUF files in every block type, with the same weights dequantised beside them.
 
     config.json as the hub has it + a type for each tensor  ->  model.gguf
                                                             ->  directory with the dequantised weights in F32
 
-Blocks are written and read by the `gguf` package, so nothing here is ours but names and order. Types that it cannot
-quantise to get random blocks of the wanted size: a weight is what its block says.
+The `gguf` package writes and reads the blocks, so only names and order are ours. Types to which it cannot quantise get
+random blocks of the wanted size; each weight is then its block's value.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ARCHITECTURES = {
     "olmoe": "olmoe",
     "minimax_m2": "minimax-m2",
 }
-# Types that the `gguf` package does not quantise to: where the float16 scale and, for those that have one, the scale of
-# the minima lie, and what makes the mean 0.
+# Types to which the `gguf` package does not quantise: the offset of the float16 scale, the offset of the scale of the
+# minima if there is one, and the factor that makes the mean 0.
 _RANDOM_TYPES: dict[str, tuple[int, int | None, float]] = {
     "Q4_K": (0, 2, 7.5),
     "Q5_K": (0, 2, 15.5),
@@ -77,7 +77,7 @@ _NAMES = {
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.router": "ffn_gate_inp",
 }
-# What fused tensors of gpt-oss are there, by the last part of their names.
+# The GGUF tensors of gpt-oss's fused tensors, by the last part of their names.
 _SLICES: dict[str, dict[str, Any]] = {
     "gate_up_proj": {"ffn_gate_exps.weight": np.s_[:, :, 0::2], "ffn_up_exps.weight": np.s_[:, :, 1::2]},
     "gate_up_proj_bias": {"ffn_gate_exps.bias": np.s_[:, 0::2], "ffn_up_exps.bias": np.s_[:, 1::2]},
@@ -93,7 +93,7 @@ _SWIGLU = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj
 
 
 def one_type(block_type: str) -> TypeOf:
-    """All matrices in one type, as llama.cpp's quantiser would leave the rest in F32."""
+    """Store all matrices in one type, and leave in F32 what llama.cpp's quantiser leaves in F32."""
     return lambda name: (
         "F32"
         if "ffn_gate_inp" in name or "norm" in name or "sinks" in name or name.endswith("bias")
@@ -102,7 +102,7 @@ def one_type(block_type: str) -> TypeOf:
 
 
 def mixed(name: str) -> str:
-    """Something like Q4_K_M: better types for the head, for values and for every second layer's down."""
+    """Return types much like Q4_K_M's: more bits for the head, for values and for `down` of some layers."""
     if name == "output.weight" or ("attn_v" in name and name.endswith("weight")):
         return "Q6_K"
     if "ffn_down_exps" in name:
@@ -111,7 +111,7 @@ def mixed(name: str) -> str:
 
 
 def mixed_small(name: str) -> str:
-    """The types of few bits, side by side as Q2_K and IQ4_XS files have them, and Q5_1, which stands in for Q5_K."""
+    """Return types of few bits, mixed as in Q2_K and IQ4_XS files, and Q5_1, which replaces Q5_K."""
     if "ffn_up_exps" in name:
         return "Q5_1"
     if "ffn_down_exps" in name:
@@ -133,12 +133,12 @@ def write_gguf_model(
     has_bare_first_part: bool = False,
     sections: tuple[int, ...] = (),
 ) -> Path:
-    """Write `path` and, in a directory named `<path>.f32`, the dequantised weights; returns that directory.
+    """Write `path`, and the dequantised weights to a directory named `<path>.f32`; return that directory.
 
-    With `split_experts`, every expert is a tensor of its own, as in files of early 2024; without `split_kv`, keys and
-    values of latent attention come from one, as in files before April 2025. With `tensors_per_part`, the model comes in
-    parts beside `path`, the first of which may have no tensors. With `sections`, those of the axes that positions in
-    images have, it is the text part of a model that also sees: of Qwen3-VL-MoE or GLM-4.5V.
+    With `split_experts`, every expert is a separate tensor, as in files of early 2024. Without `split_kv`, keys and
+    values of latent attention share one tensor, as in files from before April 2025. With `tensors_per_part`, the model
+    is split into parts beside `path`, the first of which may have no tensors. With `sections`, the sizes of the
+    position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
@@ -197,7 +197,7 @@ def write_gguf_model(
 def add_slices(
     writer: GGUFWriter, hub_name: str, values: Array, type_of: TypeOf, rng: np.random.Generator
 ) -> Array:
-    """The tensors that a fused tensor of gpt-oss is there, inputs last; returns it with the values they then have."""
+    """Write the GGUF tensors of a fused tensor of gpt-oss, inputs last; return it with its values as stored."""
     exact = np.empty(values.shape, np.float32)
     layer, last = hub_name.removeprefix("model.layers.").partition(".")[0], hub_name.rpartition(".")[2]
     for part, where in _SLICES[last].items():
@@ -211,7 +211,7 @@ def add_slices(
 
 
 def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
-    """What llama.cpp's conversion script says of such a model."""
+    """Write the metadata that llama.cpp's conversion script writes for such a model."""
     width = config["intermediate_size"]
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -263,7 +263,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
 
 
 def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool) -> None:
-    """What the conversion script says of latent attention (architecture deepseek2), today and before April 2025."""
+    """Write the script's metadata for latent attention (architecture deepseek2), as today or before April 2025."""
     key = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -315,7 +315,7 @@ def add_latent_metadata(writer: GGUFWriter, config: RawConfig, *, split_kv: bool
 def add_split_kv(
     writer: GGUFWriter, name: str, values: Array, config: RawConfig, type_of: TypeOf, rng: np.random.Generator
 ) -> Array:
-    """Write `attn_k_b` [heads, rank, dims] and `attn_v_b` [heads, dims, rank]; returns the values they then have."""
+    """Write `attn_k_b` [heads, rank, dims] and `attn_v_b` [heads, dims, rank]; return their values as stored."""
     heads, nope, rank = config["num_attention_heads"], config["qk_nope_head_dim"], config["kv_lora_rank"]
     keys, value_rows = np.split(values.reshape(heads, -1, rank), [nope], axis=1)
     kept = []
@@ -329,12 +329,12 @@ def add_split_kv(
 
 
 def type_that_fits(type_name: str, cols: int) -> str:
-    """What llama.cpp's quantiser takes instead for rows that are no whole blocks of a K type."""
+    """Return the type that llama.cpp's quantiser uses instead when rows are not whole blocks of a K type."""
     return "Q8_0" if cols % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[type_name]][0] else type_name
 
 
 def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
-    """Whether conversion keeps a tensor: it leaves out vision towers and layers for multi-token prediction."""
+    """Return whether conversion keeps a tensor; it drops vision towers and layers for multi-token prediction."""
     parts = hub_name.removeprefix("language_model.").split(".")
     return parts[0] in ("model", "lm_head") and not (
         parts[1] == "layers" and int(parts[2]) >= text_of(config)["num_hidden_layers"]
@@ -342,7 +342,7 @@ def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
 
 
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
-    """The GGUF name, the heads whose rows lie in pairs there (0: none do), and whether it is one of many experts."""
+    """Return the GGUF name, the number of heads with interleaved rows, and whether it is one expert's tensor."""
     part, _, suffix = hub_name.removeprefix("language_model.").rpartition(".")
     if suffix == "e_score_correction_bias":
         return f"blk.{part.split('.')[2]}.exp_probs_b.bias", 0, False
@@ -364,13 +364,13 @@ def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:
 
 
 def numbered(name: str, hub_name: str) -> str:
-    """The name of one expert's own tensor."""
+    """Return the name of one expert's separate tensor."""
     expert = hub_name.split(".experts.")[1].partition(".")[0]
     return name.replace("_exps.", f".{expert}.")
 
 
 def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[Array, Array]:
-    """What a tensor is in the file, rows first, and the values that it then has."""
+    """Return a tensor's blocks in the file, rows first, and its values as stored."""
     kind = GGMLQuantizationType[type_name]
     if type_name in _RANDOM_TYPES:
         blocks = random_blocks(type_name, values.shape, float(values.std()), rng)
@@ -384,7 +384,7 @@ def to_blocks(values: Array, type_name: str, rng: np.random.Generator) -> tuple[
 def random_blocks(
     type_name: str, shape: tuple[int, ...], deviation: float, rng: np.random.Generator
 ) -> Array:
-    """Blocks of random bits whose values have mean 0 and about the wanted standard deviation."""
+    """Return blocks of random bits whose values have mean 0 and about the wanted standard deviation."""
     kind = GGMLQuantizationType[type_name]
     block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rows, cols = int(np.prod(shape[:-1])), shape[-1]
@@ -405,7 +405,7 @@ def random_blocks(
 
 
 def in_pairs(rows: Array, num_heads: int) -> Array:
-    """Row j and row j + half of a head become neighbours, as llama.cpp's conversion leaves q and k of a llama."""
+    """Put row j of a head next to row j + half, as llama.cpp's conversion stores q and k of a llama."""
     halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 

@@ -4,12 +4,12 @@
     python -m tests.models.greedy_tokens --list               # the models
     python -m tests.models.greedy_tokens --only mixtral       # models whose names contain this
 
-Run it in a checkout of each version: the files are equal byte for byte if every answer is. A line is one model with one
-instruction set, budget, chunk size, number of threads and batch. It has the new tokens of each prompt, by the prompt's
-length, and a SHA-256 of the prompt's logits. The models are committed references of every family, tiny models in the
-formats that those do not have, and the demo model, if it has been built on this machine.
+Run it in a checkout of each version: if every answer is equal, the files are equal byte for byte. Each line is one
+model with one instruction set, budget, chunk size, number of threads and batch. It holds the new tokens of each prompt,
+keyed by the prompt's length, and a SHA-256 of the prompt's logits. The models are committed references of every family,
+tiny models in the formats that the references lack, and the demo model if it has been built on this machine.
 
-Only what every version has is used (an engine's options, `generate_batch`, `logits`), so the script may be copied into
+The script uses only what every version has (an engine's options, `generate_batch`, `logits`), so it may be copied into
 an older checkout. It compares nothing itself: `tests/engine/test_identity.py` compares settings within one version.
 """
 
@@ -41,13 +41,13 @@ from tests.models.tiny import gpt_oss, mixtral, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
-# Before `Engine.open`, the class itself took these options.
+# In versions before `Engine.open`, the class itself took these options.
 open_engine = getattr(Engine, "open", Engine)
 
 NUM_NEW = 24
-# More than two KV blocks, and more than the sliding windows; part of a block; one token more than a block; one token.
+# Longer than two KV blocks and the sliding windows; part of a block; one token more than a block; one token.
 PROMPT_LENGTHS = (40, 3, 17, 1)
-# Chunk size and threads: whole prompts with one thread, and small chunks with two.
+# Chunk size and threads: whole prompts with one thread, small chunks with two.
 CHUNKS = ((64, 1), (7, 2))
 BUDGETS = ("resident", "smallest cache")
 SEED = 5
@@ -77,7 +77,7 @@ REFERENCES = (
     "qwen3_omni_moe_plain",
     "qwen3_vl_moe_plain",
 )
-# Sizes whose rows are whole blocks in every quantised type.
+# Rows of these sizes are whole blocks in every quantised type.
 BLOCKS: dict[str, Any] = {
     "hidden_size": 256,
     "num_attention_heads": 4,
@@ -110,9 +110,9 @@ DELTA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model's name, and a function that makes it in a scratch directory, or finds it, and returns its path.
+    """A model's name, and a function that makes or finds it and returns its path.
 
-    A large model runs with fewer settings, and without the plain kernels: those would take minutes.
+    A large model runs with fewer settings and without the plain kernels, which would take minutes.
     """
 
     name: str

@@ -1,12 +1,12 @@
-"""Tiny checkpoints quantised as the hub has them, and the same weights dequantised beside them.
+"""Write tiny checkpoints quantised as on the hub, with the same weights dequantised beside them.
 
     config.json  ->  directory with codes and scales
-                 ->  <directory>.f32 with the values that they stand for, in F32
+                 ->  <directory>.f32 with their values in F32
 
     fp8    `weight` E4M3 and `weight_scale_inv` [rows / 128, cols / 128], rounded up: every linear layer but the router
     int4   `weight_packed`, `weight_scale`, `weight_shape` of compressed-tensors, groups of 32: routed experts
 
-Codes and scales are drawn at random, then the floats follow from the specifications: nothing is rounded. E4M3 is that
+Codes and scales are random, and the floats follow from the specifications: nothing is rounded. E4M3 is that
 of the Open Compute Project (OFP8, revision 1.0, table 3); packing is that of `pack_to_int32` in compressed-tensors.
 """
 
@@ -59,7 +59,7 @@ INT4: dict[str, Any] = {
 
 
 def e4m3_values() -> Array:
-    """The value of each of the 256 codes, from the specification's formula."""
+    """Return the value of each of the 256 codes by the specification's formula."""
     values = []
     for code in range(128):
         exponent, mantissa = code >> 3, code & 7
@@ -76,14 +76,14 @@ E4M3 = e4m3_values()
 
 
 def dequantised_fp8(codes: Array, scales: Array) -> Array:
-    """Values [rows, cols] of codes [rows, cols] and scales [rows / 128, cols / 128], rounded up."""
+    """Return values [rows, cols] from codes [rows, cols] and scales [rows / 128, cols / 128], rounded up."""
     rows, cols = codes.shape
     spread = np.repeat(np.repeat(scales, BLOCK, axis=0), BLOCK, axis=1)[:rows, :cols]
     return E4M3[codes] * spread
 
 
 def dequantised_int4(packed: Array, scales: Array) -> Array:
-    """Values [rows, cols] of int32 [rows, cols / 8] and scales [rows, cols / 32]."""
+    """Return values [rows, cols] from int32 [rows, cols / 8] and scales [rows, cols / 32]."""
     fields = (packed.view(np.uint32)[:, :, None] >> np.arange(0, 32, 4, np.uint32)) & 15
     codes = fields.reshape(len(packed), -1).astype(np.float32) - 8
     return codes * np.repeat(scales, GROUP, axis=1)[:, : codes.shape[1]]
@@ -105,7 +105,7 @@ def is_int4(name: str) -> bool:
 def write_fp8_model(
     directory: Path, config: RawConfig, *, seed: int, scale_dtype: str = "F32", num_shards: int = 1
 ) -> Path:
-    """Write `directory` and `<directory>.f32`, the dequantised weights; returns the latter."""
+    """Write `directory`, and the dequantised weights to `<directory>.f32`; return the latter."""
     rng = np.random.default_rng([seed, 8])
     stored: dict[str, tuple[str, Array]] = {}
     exact: dict[str, Array] = {}
@@ -125,7 +125,7 @@ def write_fp8_model(
 
 
 def write_int4_model(directory: Path, config: RawConfig, *, seed: int, num_shards: int = 1) -> Path:
-    """The same with INT4 experts."""
+    """Do the same with INT4 experts."""
     rng = np.random.default_rng([seed, 4])
     stored: dict[str, tuple[str, Array]] = {}
     exact: dict[str, Array] = {}

@@ -1,15 +1,15 @@
-"""Write tiny checkpoints and what transformers computes from them (needs torch and transformers).
+"""Write tiny checkpoints and the outputs of transformers for them (needs torch and transformers).
 
-    python -m tests.models.make_models                              # the committed references, again
+    python -m tests.models.make_models                              # rewrite the committed references
     python -m tests.models.make_models --out DIR --seed 7 --scale 2 # other values and sizes of the same configurations
-    python -m tests.models.make_models --out DIR qwen3_moe_plain    # only some
+    python -m tests.models.make_models --out DIR qwen3_moe_plain    # only these
 
-Each directory is a checkpoint as the hub has it, and `ref.safetensors` beside it: `input_ids` and `greedy` (int64),
-`logits` (float32 [tokens, vocab]; float32 arithmetic, eager attention and experts). `greedy` is decoded with the
-cache and equals what full passes choose. `reference.json` says the seed, the versions, and the smallest margins:
-of a routing decision (1 - score of the first expert or group left out / of the last one chosen) and of a greedy choice
-(best logit less the second, over the largest magnitude). Seeds with a near tie are passed over, because a near tie
-would test the order of sums and not the model.
+Each directory holds a checkpoint as on the hub and `ref.safetensors`: `input_ids` and `greedy` (int64), and `logits`
+(float32 [tokens, vocab]; float32 arithmetic, eager attention and experts). `greedy` is decoded with the cache and
+equals the choices of full passes. `reference.json` gives the seed, the versions and the smallest margins: of a routing
+decision (1 - score of the first expert or group left out / score of the last one chosen) and of a greedy choice (best
+logit minus the second, over the largest magnitude). Seeds with a near-tie are skipped, because a near-tie would test
+the order of sums and not the model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FEWEST_DISTINCT_TOKENS = NEW_TOKENS // 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What transformers makes of a prompt."""
+    """The outputs of transformers for a prompt."""
 
     logits: Array
     greedy: list[int]
@@ -58,16 +58,16 @@ class Answer:
 
 
 def load(directory: Path) -> transformers.PreTrainedModel:
-    """The checkpoint's text model in float32, every tensor accounted for that is not known to be another part's."""
+    """Load the checkpoint's text model in float32; fail on any tensor that no known part accounts for."""
     raw = json.loads((directory / "config.json").read_text())
     family, text = raw["model_type"], text_of(raw)
     how: dict[str, Any] = {}
     if family in ("kimi_k2", "kimi_k25"):
-        # transformers has no class for the text model alone: it takes it for a DeepSeek-V3 inside Kimi-K2.5.
+        # transformers has no class for the text model alone; inside Kimi-K2.5 it uses a DeepSeek-V3.
         how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
         how["key_mapping"] = {r"^language_model\.": ""}
     cls = transformers.AutoModelForCausalLM
-    if family in TEXT_FAMILIES:  # the whole of it: there is no class for the text model alone
+    if family in TEXT_FAMILIES:  # the whole model: there is no class for the text part alone
         cls = transformers.AutoModelForImageTextToText
     if family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
@@ -83,7 +83,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
     unread = (*mtp, "vision_tower.", "mm_projector.", "talker.", "code2wav.")
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
-    unneeded = ("model.visual.", "model.audio_tower.")  # of which only some tensors are in the files
+    unneeded = ("model.visual.", "model.audio_tower.")  # the files hold only some of their tensors
     info["missing_keys"] = [name for name in info["missing_keys"] if not name.startswith(unneeded)]
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
@@ -92,13 +92,13 @@ def load(directory: Path) -> transformers.PreTrainedModel:
 
 
 def decoder_of(model: transformers.PreTrainedModel) -> torch.nn.Module:
-    """The text decoder: embedding, layers, norm."""
+    """Return the text decoder: embedding, layers, norm."""
     return getattr(model.model, "language_model", model.model)
 
 
 @torch.no_grad()
 def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens: int = NEW_TOKENS) -> Answer:
-    """Logits of the prompt, and the greedy continuation with the cache."""
+    """Return the logits of the prompt, and the greedy continuation decoded with the cache."""
     margins: list[float] = []
     handles = [
         module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
@@ -123,7 +123,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
 
 
 def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> float:
-    """The smallest relative distance between what is chosen last and what is left out first: experts, and groups."""
+    """Return the smallest relative distance between the last chosen and the first rejected expert or group."""
     bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
     num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1
@@ -147,7 +147,7 @@ def margin_behind(values: torch.Tensor, k: int) -> float:
 
 
 def make(configuration: Configuration, directory: Path, *, first_seed: int) -> Answer:
-    """Write the first seed, from `first_seed` upwards, that has no near tie; returns its reference."""
+    """Write the model of the first seed from `first_seed` upwards without a near-tie; return its reference."""
     config = configuration.config
     for seed in range(first_seed, first_seed + 1000):
         write_model(
@@ -179,7 +179,7 @@ def make(configuration: Configuration, directory: Path, *, first_seed: int) -> A
 
 
 def scaled(config: RawConfig, scale: float) -> RawConfig:
-    """The same flags at another size; heads keep an even width."""
+    """Return the config with the same flags at another size; heads keep an even width."""
     if scale == 1:
         return config
     for part in ("thinker_config", "text_config"):

@@ -1,9 +1,9 @@
-"""Tiny gpt-oss checkpoints as the hub has them, experts in MXFP4, and the same weights dequantised beside them.
+"""Write tiny gpt-oss checkpoints as on the hub, experts in MXFP4, with the same weights dequantised beside them.
 
     config.json  ->  directory with blocks and scales (OCP Microscaling Formats specification v1.0)
-                 ->  directory with the values that they stand for, in the unquantised layout in F32
+                 ->  directory with their values in F32, in the unquantised layout
 
-Codes and exponents are drawn at random, then the floats follow from the specification: nothing is rounded.
+Codes and exponents are random, and the floats follow from the specification: nothing is rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, random_tensors
 
-# E2M1: a sign, two bits of exponent, one of mantissa.
+# E2M1 has a sign bit, two exponent bits and one mantissa bit.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 QUANTIZATION = {
     "modules_to_not_convert": [
@@ -30,7 +30,7 @@ QUANTIZATION = {
 
 
 def write_mxfp4_model(directory: Path, config: RawConfig, *, seed: int, num_shards: int = 1) -> Path:
-    """Write `directory` and `<directory>.f32`, the dequantised weights; returns the latter."""
+    """Write `directory`, and the dequantised weights to `<directory>.f32`; return the latter."""
     rng = np.random.default_rng([seed, 6])
     stored: dict[str, tuple[str, Array]] = {}
     exact: dict[str, Array] = {}
@@ -54,7 +54,7 @@ def write_mxfp4_model(directory: Path, config: RawConfig, *, seed: int, num_shar
 
 
 def random_codes(shape: tuple[int, ...], deviation: float, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Codes [..., cols] and exponents [..., cols / 32] of weights with about the wanted standard deviation."""
+    """Return codes [..., cols] and exponents [..., cols / 32] of weights with about the wanted standard deviation."""
     codes = rng.integers(0, 16, shape, np.uint8)
     middle = 127 + round(float(np.log2(deviation / E2M1.std())))
     exponents = rng.integers(middle - 1, middle + 2, (*shape[:-1], shape[-1] // 32)).astype(np.uint8)
@@ -62,7 +62,7 @@ def random_codes(shape: tuple[int, ...], deviation: float, rng: np.random.Genera
 
 
 def in_bytes(codes: Array) -> Array:
-    """[..., cols / 32, 16]: the even column of a pair in the low half."""
+    """Pack codes into bytes [..., cols / 32, 16], the even column of a pair in the low half."""
     pairs = codes.reshape(*codes.shape[:-1], -1, 16, 2)
     return (pairs[..., 0] | pairs[..., 1] << 4).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""A gated delta net in numpy and float64, token by token: the formula of arXiv:2412.06464 as Qwen3-Next has it."""
+"""A gated delta net in numpy and float64, token by token: the formula of arXiv:2412.06464 as Qwen3-Next uses it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.models.tiny_delta import RawConfig
 
 
 def delta_net(config: RawConfig, tensors: Mapping[str, Array], prefix: str, x: Array) -> Array:
-    """What the layer adds to x [tokens, hidden], normed already. `prefix`: of its tensors."""
+    """Return what the layer adds for the normed input x [tokens, hidden]; its tensors' names start with `prefix`."""
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
     num_tokens, shared_by = len(x), value_heads // key_heads

@@ -1,7 +1,7 @@
-"""The families in numpy and float64, slow and plain: what Argosy must compute, written a second time.
+"""Every family in numpy and float64, slow and plain: an independent implementation of what Argosy must compute.
 
-It shares no line with the engine: it reads config.json and the files itself. `make_models.py` holds it against
-transformers; tests hold the engine against it on models that are made on the fly.
+It shares no code with the engine, and reads config.json and the files itself. `make_models.py` compares it with
+transformers; tests compare the engine with it on models made on the fly.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4, "gpt_oss": 
 DEFAULT_THETA |= {"glm4_moe": 1e4, "olmoe": 1e4, "minimax_m2": 5e6}
 DEFAULT_THETA |= dict.fromkeys(tiny_delta.FAMILIES, 1e4)
 
-# Families whose positions have three axes, each of which rotates some pairs of a head (m-rope): whether the axes' pairs
-# alternate, and how many pairs each axis has by default. transformers ignores a config's `mrope_interleaved`.
+# Families whose positions have three axes, each of which rotates some pairs of a head (m-rope): whether the pairs of
+# the axes alternate, and how many pairs each axis has by default. transformers ignores `mrope_interleaved`.
 AXES = {
     "qwen3_vl_moe_text": (True, [24, 20, 20]),
     "qwen3_omni_moe_text": (True, [24, 20, 20]),
@@ -59,14 +59,14 @@ class Places:
     sees_until: Array
 
     def is_seen(self, window: int = 0) -> Array:
-        """bool [T, T]: whether the token of a row sees the token of a column. A window of 0 is full attention."""
+        """Return bool [T, T]: whether a row's token sees a column's token. A window of 0 is full attention."""
         index = np.arange(len(self.angle))
         is_seen: Array = index[None, :] < self.sees_until[:, None]
         return is_seen & (index[None, :] > index[:, None] - window) if window else is_seen
 
 
 class NumpyModel:
-    """A checkpoint's logits, one full pass over all tokens, no cache.
+    """A checkpoint's logits, computed in one full pass over all tokens without a cache.
 
     After `logits`, `router_margin` is the smallest relative distance between the last chosen expert and the first
     one left out, over all tokens and layers: below about 1e-5, float32 may choose differently. `hidden_states` has
@@ -93,7 +93,7 @@ class NumpyModel:
             )
             for name, t in read_checkpoint(directory).items()
         }
-        if raw["model_type"] == "qwen3_vl_moe":  # keeps experts transposed
+        if raw["model_type"] == "qwen3_vl_moe":  # it stores experts transposed
             for name in self.tensors:
                 if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
                     self.tensors[name] = self.tensors[name].swapaxes(1, 2)
@@ -102,7 +102,7 @@ class NumpyModel:
         self.hidden_states: list[Array] = []
 
     def logits(self, token_ids: list[int], spans: Spans | None = None) -> Array:
-        """float64 [tokens, vocab]. Without `spans`, the tokens are text."""
+        """Return logits, float64 [tokens, vocab]. Without `spans`, the tokens are text."""
         self.router_margin, self.hidden_states = math.inf, []
         spans = Spans() if spans is None else spans
         places = self.places(len(token_ids), spans)
@@ -127,7 +127,7 @@ class NumpyModel:
         return self.norm("model.norm", hidden) @ head.T
 
     def greedy(self, token_ids: list[int], num_tokens: int) -> list[int]:
-        """The continuation that takes the best token each time."""
+        """Return the continuation that always takes the best token."""
         known = list(token_ids)
         for _ in range(num_tokens):
             known.append(int(self.logits(known)[-1].argmax()))
@@ -142,7 +142,7 @@ class NumpyModel:
         return Places(positions[axis].T * frequency, scale, sees_until)
 
     def axis_of_pairs(self, num_pairs: int) -> Array:
-        """int [pairs]: the axis whose position rotates each pair."""
+        """Return int [pairs]: the axis whose position rotates each pair."""
         assert self.axes is not None, f"positions of {self.config['model_type']} have one axis"
         alternates, sections = self.axes
         rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
@@ -157,7 +157,9 @@ class NumpyModel:
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config["rms_norm_eps"] if eps is None else eps
-        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)  # zero-centred there
+        weight = self.tensors[name + ".weight"] + (
+            1 if self.is_delta else 0
+        )  # zero-centred in delta families
         return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
@@ -198,7 +200,7 @@ class NumpyModel:
         return self.linear(prefix + "o_proj", out.reshape(num_tokens, -1))
 
     def latent_attention(self, prefix: str, x: Array, places: Places) -> Array:
-        """The plain form: keys and values of every head are made from the compressed vectors."""
+        """Compute the plain form, which expands the compressed vectors to keys and values for every head."""
         config, num_tokens = self.config, len(x)
         nope, turning, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["kv_lora_rank"]
         if config["q_lora_rank"] is None:
@@ -268,7 +270,7 @@ class NumpyModel:
         out = np.zeros_like(x)
         for token, chosen in enumerate(order[:, :k]):
             weights = scores[token, chosen]
-            if self.config.get("norm_topk_prob", True):  # Mixtral and MiniMax-M2 always
+            if self.config.get("norm_topk_prob", True):  # always true for Mixtral and MiniMax-M2
                 weights = weights / weights.sum()
             weights = weights * self.config.get("routed_scaling_factor", 1.0)
             for expert, weight in zip(chosen, weights, strict=True):
@@ -281,7 +283,7 @@ class NumpyModel:
         return out
 
     def router(self, block: str, x: Array) -> tuple[Array, Array]:
-        """What weighs experts, and what each is worth in the choice: minus infinity outside the best groups."""
+        """Return the scores that weight experts, and those that choose them: minus infinity outside the best groups."""
         logits = x @ self.tensors[block + "gate.weight"].T
         if self.config["model_type"] not in CHOICE_BIASES:
             return softmax(logits), softmax(logits)
@@ -300,7 +302,7 @@ class NumpyModel:
         return scores, np.where(is_kept[:, :, None], grouped, -np.inf).reshape(worth.shape)
 
     def clamped_experts(self, block: str, x: Array) -> Array:
-        """gpt-oss: the softmax is over the chosen alone; columns of gate and up alternate."""
+        """Run gpt-oss's experts: the softmax covers only the chosen ones, and columns of gate and up alternate."""
         k, limit = self.config["num_experts_per_tok"], self.config.get("swiglu_limit", 7.0)
         alpha = self.config.get("swiglu_alpha", 1.702)
         logits = self.linear(block + "router", x)
@@ -321,7 +323,7 @@ class NumpyModel:
         self, prefix: str, x: Array, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     ) -> Array:
         stack, _, expert = prefix.rstrip(".").rpartition(".")
-        if f"{stack}.gate_up_proj" in self.tensors:  # fused over the experts of a layer
+        if f"{stack}.gate_up_proj" in self.tensors:  # one tensor for all experts of a layer
             gate, up = np.split(self.tensors[f"{stack}.gate_up_proj"][int(expert)], 2)
             down = self.tensors[f"{stack}.down_proj"][int(expert)]
         else:
@@ -339,7 +341,7 @@ class NumpyModel:
 
 
 def sliding_windows(config: RawConfig) -> list[int]:
-    """Each layer's window as transformers reads the config; 0 is full attention."""
+    """Return each layer's window as transformers reads the config; 0 is full attention."""
     num_layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
     if "kv_lora_rank" in config:
         return [0] * num_layers
@@ -360,7 +362,7 @@ def sliding_windows(config: RawConfig) -> list[int]:
 
 
 def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
-    """Angle per position of each dimension pair, and the factor on cosine and sine."""
+    """Return the angle per position of each dimension pair, and the factor on cosine and sine."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_THETA.get(config["model_type"], 1e4)))
@@ -381,7 +383,7 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
         return frequency * (kept + (1 - kept) / factor), 1.0
     if kind == "yarn":
         return yarn_frequencies(rope, frequency, theta, original)
-    # Dynamic scaling changes nothing up to max_position_embeddings, and no test goes beyond.
+    # Dynamic scaling changes nothing up to max_position_embeddings, and no test exceeds it.
     assert kind in ("default", "dynamic"), kind
     return frequency, 1.0
 
@@ -410,7 +412,7 @@ def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: 
 
 
 def rotate(x: Array, places: Places) -> Array:
-    """x [tokens, heads, dim]: of the dimensions that turn, j turns with j + half; others stay."""
+    """Rotate x [tokens, heads, dim]: of the rotary dimensions, j is paired with j + half; the others are unchanged."""
     angle = places.angle[:, None]
     x, rest = x[..., : 2 * angle.shape[2]], x[..., 2 * angle.shape[2] :]
     cos, sin = places.scale * np.cos(angle), places.scale * np.sin(angle)
@@ -419,7 +421,7 @@ def rotate(x: Array, places: Places) -> Array:
 
 
 def rotate_pairs(x: Array, places: Places) -> Array:
-    """x [tokens, heads, dim]: dimension 2 j turns with dimension 2 j + 1."""
+    """Rotate x [tokens, heads, dim]: dimension 2 j is paired with dimension 2 j + 1."""
     turned = rotate(np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1), places)
     return np.stack(np.split(turned, 2, axis=-1), axis=-1).reshape(x.shape)
 

@@ -1,4 +1,4 @@
-"""Configurations drawn at random: families, flags, sizes and storage in combinations nobody would write down.
+"""Random configurations: families, flags, sizes and storage in combinations that nobody would write by hand.
 
 Sizes are small and awkward on purpose: widths of one, odd column counts, one expert, all experts chosen.
 """
@@ -35,12 +35,12 @@ from tests.models.tiny_latent import (
     yarn_of_all_dimensions,
 )
 
-# Router decisions closer than this may fall differently in float32 and float64.
+# Router decisions closer than this may differ between float32 and float64.
 SMALLEST_MARGIN = 1e-3
 
 
 def random_configuration(seed: int) -> Configuration:
-    """One configuration per seed; every family takes a sixth of the seeds."""
+    """Return one configuration per seed; every family gets a sixth of the seeds."""
     rng = np.random.default_rng([seed, 2])
 
     def pick(*choices: Any) -> Any:
@@ -65,7 +65,7 @@ def random_configuration(seed: int) -> Configuration:
         "torch_dtype": torch_dtype,
         "rope_theta": pick(1e4, 1e6),
     }
-    # Not left to hidden_size / heads: transformers cannot scale Mixtral's positions without it.
+    # Always explicit: without it transformers cannot scale Mixtral's positions.
     config["head_dim"] = pick(4, 8, 10, 16, 34)
     match seed % 6:
         case 0:
@@ -169,7 +169,7 @@ def random_configuration(seed: int) -> Configuration:
 
 
 def random_gpt_oss(seed: int) -> Configuration:
-    """The same for gpt-oss: windows and limits that matter or do not, all kinds of rotary embedding."""
+    """Do the same for gpt-oss: windows and limits with and without effect, all kinds of rotary embedding."""
     rng = np.random.default_rng([seed, 4])
 
     def pick(*choices: Any) -> Any:
@@ -215,7 +215,7 @@ def random_gpt_oss(seed: int) -> Configuration:
 
 
 def random_latent_configuration(seed: int) -> Configuration:
-    """One configuration with latent attention per seed: DeepSeek-V2 and V3, Kimi-K2 and K2.5, GLM-4.7-Flash in turn."""
+    """Return one configuration per seed: DeepSeek-V2 and V3, Kimi-K2 and K2.5, and GLM-4.7-Flash in turn."""
     rng = np.random.default_rng([seed, 5])
 
     def pick(*choices: Any) -> Any:
@@ -260,7 +260,7 @@ def random_latent_configuration(seed: int) -> Configuration:
 
 
 def write_decided_model(directory: Path, configuration: Configuration, *, num_tokens: int) -> list[int]:
-    """Write the first seed whose routing of its prompt is no near tie; returns the prompt."""
+    """Write the model of the first seed whose prompt is routed without a near-tie; return the prompt."""
     for seed in range(1000):
         write_model(
             directory,

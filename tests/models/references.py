@@ -1,4 +1,4 @@
-"""The committed references: tiny checkpoints and what transformers computed from them.
+"""The committed references: tiny checkpoints and the outputs of transformers for them.
 
     reference/<name>/   config.json, weights, ref.safetensors, reference.json
 
@@ -15,8 +15,8 @@ from tests.models.safetensors_file import Array, read_safetensors
 
 DIRECTORY = Path(__file__).parent / "reference"
 
-# float32 sums in another order differ by a few 1e-6 of the largest logit on these models; one wrong flag moves it by
-# more than 1e-2. The bound leaves room for other processors and lets nothing else through.
+# On these models, float32 sums in another order differ by a few 1e-6 of the largest logit; one wrong flag changes it by
+# more than 1e-2. The bound leaves room for other processors only.
 LARGEST_DIFFERENCE = 2e-4
 
 
@@ -51,6 +51,6 @@ REFERENCES = tuple(Reference(directory) for directory in sorted(DIRECTORY.iterdi
 
 
 def difference(found: Array, expected: Array) -> float:
-    """Largest absolute difference over the largest magnitude expected."""
+    """Return the largest absolute difference over the largest expected magnitude."""
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float(abs(found - expected).max() / abs(expected).max())

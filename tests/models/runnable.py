@@ -1,4 +1,4 @@
-"""What the engine opens for a checkpoint: itself, or a pack of it where rows of its experts do not lie together."""
+"""Make a checkpoint that the engine can open: itself, or its pack if the rows of its experts are not contiguous."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from argosy.model.families import open_model
 
 
 def runnable(directory: Path, scratch: Path) -> Path:
-    """`directory`, or its pack below `scratch`, with every weight as it is."""
+    """Return `directory`, or its pack below `scratch` with every weight unchanged."""
     files = open_model(directory)
     if not files.has_strided_experts:
         return directory

@@ -1,4 +1,4 @@
-"""Read and write safetensors files with nothing but numpy: the tests' own copy, independent of the reader under test.
+"""Read and write safetensors files with numpy alone, independently of the reader under test.
 
     8 bytes: header length, little-endian | JSON header | the tensors' bytes, back to back
 
@@ -29,7 +29,7 @@ NUMPY_DTYPE = {
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """The JSON header without its metadata, and the offset at which tensors begin."""
+    """Return the JSON header without its metadata, and the offset at which tensors begin."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -38,7 +38,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def read_safetensors(path: Path) -> dict[str, Array]:
-    """Every tensor of one file; bf16 and f16 come back as float32."""
+    """Return every tensor of one file; bf16 and f16 become float32."""
     header, begin = read_header(path)
     content = path.read_bytes()
     tensors = {}
@@ -50,7 +50,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
 
 
 def read_checkpoint(directory: Path) -> dict[str, Array]:
-    """Every tensor of a checkpoint: one `model.safetensors`, or the shards that its index names."""
+    """Return every tensor of a checkpoint: one `model.safetensors`, or the shards that its index names."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         return read_safetensors(directory / "model.safetensors")
@@ -80,7 +80,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, Array]]) -> N
 def write_checkpoint(
     directory: Path, tensors: Mapping[str, tuple[str, Array]], *, num_shards: int = 1
 ) -> None:
-    """Write one file, or shards with their index; a shard takes every n-th tensor, so that neighbours part."""
+    """Write one file, or shards with their index; each shard takes every n-th tensor, which separates neighbours."""
     if num_shards == 1:
         write_safetensors(directory / "model.safetensors", tensors)
         return
@@ -96,7 +96,7 @@ def write_checkpoint(
 
 
 def encode(dtype: str, array: Array) -> Array:
-    """What is stored for these values."""
+    """Return the stored form of these values."""
     if dtype != "BF16":
         return np.ascontiguousarray(array, NUMPY_DTYPE[dtype])
     bits = np.ascontiguousarray(array, "<f4").view("<u4")
@@ -104,14 +104,14 @@ def encode(dtype: str, array: Array) -> Array:
 
 
 def decode(dtype: str, stored: Array) -> Array:
-    """The values of what is stored."""
+    """Return the values of the stored form."""
     if dtype == "BF16":
         return (stored.astype("<u4") << 16).view("<f4")
     return stored.astype("<f4") if dtype == "F16" else stored.copy()
 
 
 def edit_header(path: Path, edit: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-    """Change the header and leave the tensors' bytes as they are: how a file learns to lie."""
+    """Change the header and leave the tensors' bytes unchanged, to make a file lie."""
     header, begin = read_header(path)
     data = path.read_bytes()[begin:]
     edit(header)

@@ -1,4 +1,4 @@
-"""The script that compares versions still runs, and its lines differ only between instruction sets."""
+"""The script that compares versions runs, and its answers differ only between instruction sets."""
 
 from __future__ import annotations
 

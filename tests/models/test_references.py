@@ -1,4 +1,4 @@
-"""The committed references are what the scripts here make, and two implementations agree on them."""
+"""The committed references equal what the scripts here make, and two implementations agree on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.models.tiny import prompt_ids, random_tensors, text_of
 from tests.models.tiny_latent import LATENT_FAMILIES
 
 
-def test_every_configuration_has_its_reference() -> None:
+def test_every_configuration_has_a_reference() -> None:
     assert {reference.name for reference in REFERENCES} == {c.name for c in CONFIGURATIONS}
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
-def test_config_weights_and_prompt_are_those_of_the_seed(configuration: Configuration) -> None:
+def test_config_weights_and_prompt_follow_from_the_seed(configuration: Configuration) -> None:
     reference = Reference(DIRECTORY / configuration.name)
     seed = json.loads((reference.directory / "reference.json").read_text())["seed"]
     assert json.loads((reference.directory / "config.json").read_text()) == configuration.config
@@ -41,7 +41,7 @@ def test_the_numpy_model_agrees_with_transformers(reference: Reference) -> None:
     assert model.greedy(reference.input_ids, len(reference.greedy)) == reference.greedy
 
 
-def test_no_reference_hangs_on_a_near_tie() -> None:
+def test_no_reference_depends_on_a_near_tie() -> None:
     for reference in REFERENCES:
         facts = json.loads((reference.directory / "reference.json").read_text())
         assert facts["smallest_router_margin"] > 1e-4, reference.name

@@ -1,11 +1,12 @@
-"""Tiny random checkpoints in the layout the hub uses, without torch.
+"""Write tiny random checkpoints in the hub's layout, without torch.
 
-    a config.json as the hub has it  ->  names and shapes of its tensors  ->  seeded random values  ->  files
+    a config.json as on the hub  ->  names and shapes of its tensors  ->  seeded random values  ->  files
 
 Nothing is left at zero or one: norms, biases and routers are random too, so that no flag hides behind a neutral
-value. Values are exact in the format they are stored in. Elsewhere: the configurations with committed references
-are `configurations.py`; their references come from `make_models.py` (transformers), and `numpy_model.py` is the
-second opinion.
+value. Values are exact in the format they are stored in.
+
+Elsewhere: the configurations with committed references are `configurations.py`; their references come from
+`make_models.py` (transformers), and `numpy_model.py` is the second implementation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RawConfig = dict[str, Any]
 PROMPT_TOKENS = 32
 NEW_TOKENS = 16
 
-# Of families whose routers have a bias for the choice alone.
+# Names of the router bias that affects only the choice of experts, by family.
 CHOICE_BIASES = {"glm4_moe": "gate.e_score_correction_bias", "minimax_m2": "e_score_correction_bias"}
 
 SWIGLU_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -139,7 +140,7 @@ def qwen3_moe(**changes: Any) -> RawConfig:
 
 
 def gpt_oss(**changes: Any) -> RawConfig:
-    """A config.json with the keys of gpt-oss-20b's, less `quantization_config`."""
+    """A config.json with the keys of gpt-oss-20b's, except `quantization_config`."""
     num_layers = changes.get("num_hidden_layers", 3)
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -260,7 +261,7 @@ def olmoe(**changes: Any) -> RawConfig:
 
 
 def minimax_m2(**changes: Any) -> RawConfig:
-    """A config.json with the keys of MiniMax-M2's, less `quantization_config`."""
+    """A config.json with the keys of MiniMax-M2's, except `quantization_config`."""
     return {
         "architectures": ["MiniMaxM2ForCausalLM"],
         "attention_dropout": 0.0,
@@ -308,7 +309,7 @@ def minimax_m2(**changes: Any) -> RawConfig:
 
 
 def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
-    """The same model as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
+    """Return the config as transformers 5 writes it: `rope_parameters` and `dtype` in place of the older keys."""
     kept = {
         key: value
         for key, value in config.items()
@@ -324,7 +325,7 @@ def respelt(config: RawConfig, *, theta: float, **scaling: Any) -> RawConfig:
 
 
 def text_of(config: RawConfig) -> RawConfig:
-    """The text model's part of a config."""
+    """Return the part of a config that describes the text model."""
     config = config.get("thinker_config", config)
     return config.get("text_config", config)
 
@@ -342,7 +343,7 @@ def num_experts(config: RawConfig) -> int:
 
 
 def moe_layers(config: RawConfig) -> list[int]:
-    """Layers with routed experts: behind the dense ones, or 'every n-th, counted from the n-th' less those listed."""
+    """Return the layers with routed experts: all after the dense ones, or every n-th except those listed."""
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         text = text_of(config)
         return [i for i in range(text["num_hidden_layers"]) if tiny_latent.is_moe(text, i)]
@@ -354,9 +355,9 @@ def moe_layers(config: RawConfig) -> list[int]:
 
 
 def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every tensor that the hub's checkpoint of this config holds."""
+    """Return names and shapes of every tensor in the hub's checkpoint of this config."""
     if config["model_type"] in tiny_delta.FAMILIES:
-        # The hub has Qwen3.5's experts fused.
+        # On the hub, the experts of Qwen3.5 are fused.
         is_fused = config["model_type"] != "qwen3_next"
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
@@ -424,7 +425,7 @@ def moe_shapes(config: RawConfig, layer: str) -> dict[str, tuple[int, ...]]:
 
 
 def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, str]]:
-    """Where the experts of a layer are, and what their gate, up and down are called."""
+    """Return the prefix of a layer's experts, and the names of their gate, up and down."""
     if config["model_type"] in ("mixtral", "minimax_m2"):
         return layer + "block_sparse_moe.", ("w1", "w3", "w2")
     return layer + "mlp.", ("gate_proj", "up_proj", "down_proj")
@@ -433,7 +434,7 @@ def expert_names(config: RawConfig, layer: str) -> tuple[str, tuple[str, str, st
 def transposed_moe_shapes(
     block: str, num_experts: int, hidden: int, width: int
 ) -> dict[str, tuple[int, ...]]:
-    """Experts in one tensor, columns of gate and up by turns."""
+    """Return shapes of experts in one tensor, with alternating columns of gate and up."""
     return {
         block + "router.weight": (num_experts, hidden),
         block + "router.bias": (num_experts,),
@@ -456,7 +457,7 @@ def swiglu_shapes(
 
 
 def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]:
-    """Seeded values, exact in `dtype`, of a size that keeps activations near one and routing decided."""
+    """Return seeded values, exact in `dtype`, of a size that keeps activations near one and routing decided."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -473,7 +474,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
         elif name.endswith("sinks"):
             values = noise
         elif "embed_tokens" in name:
-            # A tied table is the head too: at unit size a token would only ever predict itself.
+            # A tied table is also the head: at unit size a token would only ever predict itself.
             values = noise * (0.5 * shape[1] ** -0.5 if text_of(config).get("tie_word_embeddings") else 1.0)
         elif name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "mlp.router.weight")):
             values = noise * (1.5 * shape[1] ** -0.5)
@@ -486,7 +487,7 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
 def write_model(
     directory: Path, config: RawConfig, *, seed: int, dtype: str = "BF16", num_shards: int = 1
 ) -> Path:
-    """Write config.json and the weights; returns `directory`."""
+    """Write config.json and the weights; return `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = random_tensors(config, seed, dtype)

@@ -60,7 +60,7 @@ def qwen3_next(**changes: Any) -> RawConfig:
 
 
 def qwen3_5_moe_text(**changes: Any) -> RawConfig:
-    """The `text_config` of a config.json with the keys of Qwen3.5-35B-A3B's, as a model of its own."""
+    """The `text_config` of a config.json with the keys of Qwen3.5-35B-A3B's, as a separate model."""
     return {
         "architectures": ["Qwen3_5MoeForCausalLM"],
         "attention_bias": False,
@@ -107,7 +107,7 @@ def qwen3_5_moe_text(**changes: Any) -> RawConfig:
 
 
 def qwen3_5_moe(**changes: Any) -> RawConfig:
-    """A whole config.json with the keys of Qwen3.5-35B-A3B's; `changes` are of its text part."""
+    """A whole config.json with the keys of Qwen3.5-35B-A3B's; `changes` apply to its text part."""
     text = qwen3_5_moe_text(**changes)
     del text["architectures"]
     return {
@@ -140,7 +140,7 @@ def qwen3_5_moe(**changes: Any) -> RawConfig:
 
 
 def layer_kinds(config: RawConfig) -> list[str]:
-    """`linear_attention` or `full_attention` for each layer, of a text config."""
+    """Return `linear_attention` or `full_attention` for each layer of a text config."""
     interval = config.get("full_attention_interval", 4)
     return config.get("layer_types") or [
         "linear_attention" if (i + 1) % interval else "full_attention"
@@ -149,7 +149,7 @@ def layer_kinds(config: RawConfig) -> list[str]:
 
 
 def delta_tensor_shapes(config: RawConfig, moe_layers: list[int], *, is_fused: bool) -> Shapes:
-    """Names and shapes of every tensor that the hub's checkpoint of this config holds, some to be passed over too."""
+    """Return names and shapes of every tensor in the hub's checkpoint of this config, including some to ignore."""
     text = config.get("text_config", config)
     prefix = "model.language_model." if "text_config" in config else "model."
     hidden, vocab = text["hidden_size"], text["vocab_size"]

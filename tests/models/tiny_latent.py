@@ -1,7 +1,8 @@
 """Tiny configurations of the families with latent attention, and the names and shapes of their tensors on the hub.
 
-A Kimi-K2.5 has its text model behind `language_model.`, beside some tensors of a vision tower. Where a config counts
-layers for multi-token prediction, they are there too: whole layers with embedding, head and three norms of their own.
+A Kimi-K2.5 has its text model under the prefix `language_model.`, beside some tensors of a vision tower. If a config
+has layers for multi-token prediction, the checkpoint has them: whole layers with their own embedding, head and three
+norms.
 
 Elsewhere: values and files are `tiny.py`.
 """
@@ -94,7 +95,7 @@ def kimi_k2(**changes: Any) -> RawConfig:
 
 
 def kimi_k25(*, model_type: str = "kimi_k2", **changes: Any) -> RawConfig:
-    """A config.json with the keys of Kimi-K2.5's; `changes` are those of the text model."""
+    """A config.json with the keys of Kimi-K2.5's; `changes` apply to the text model."""
     return {
         "architectures": ["KimiK25ForConditionalGeneration"],
         "bos_token_id": 1,
@@ -152,7 +153,7 @@ def is_moe(config: RawConfig, layer: int) -> bool:
 
 
 def latent_shapes(raw: RawConfig) -> Shapes:
-    """Names and shapes of every tensor that the hub's checkpoint of such a config holds."""
+    """Return names and shapes of every tensor in the hub's checkpoint of such a config."""
     config = raw.get("text_config", raw)
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     prefix = "language_model." if "text_config" in raw else ""

@@ -1,7 +1,7 @@
-"""Tiny configurations of models that also see or hear, whose text part is another family, and their tensors.
+"""Tiny configurations of models that also see or hear, whose text part belongs to another family, and their tensors.
 
-The text part lies behind a prefix of its own, beside some tensors of the other parts. Qwen3-VL-MoE keeps the experts of
-a layer transposed, gate before up.
+The text part has its own prefix, beside some tensors of the other parts. Qwen3-VL-MoE stores the experts of a layer
+transposed, gate before up.
 
 Elsewhere: values and files are `tiny.py`; Kimi-K2.5 is `tiny_latent.py`, Qwen3.5-MoE `tiny_delta.py`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 RawConfig = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
-# The family that the text part is.
+# The family of the text part.
 TEXT_FAMILIES = {"qwen3_vl_moe": "qwen3_moe", "qwen3_omni_moe": "qwen3_moe", "glm4v_moe": "glm4_moe"}
 TEXT_TYPES = {f"{wrapper}_text": family for wrapper, family in TEXT_FAMILIES.items()}
 
@@ -72,7 +72,7 @@ def _qwen3_text(**changes: Any) -> RawConfig:
 
 
 def qwen3_vl_moe(**changes: Any) -> RawConfig:
-    """A config.json with the keys of Qwen3-VL-30B-A3B-Instruct's; `changes` are of its text part."""
+    """A config.json with the keys of Qwen3-VL-30B-A3B-Instruct's; `changes` apply to its text part."""
     text = _qwen3_text(**{"model_type": "qwen3_vl_moe_text"} | changes)
     return {
         "architectures": ["Qwen3VLMoeForConditionalGeneration"],
@@ -89,7 +89,7 @@ def qwen3_vl_moe(**changes: Any) -> RawConfig:
 
 
 def qwen3_omni_moe(**changes: Any) -> RawConfig:
-    """A config.json with the keys of Qwen3-Omni-30B-A3B-Instruct's; `changes` are of the thinker's text part."""
+    """A config.json with the keys of Qwen3-Omni-30B-A3B-Instruct's; `changes` apply to the thinker's text part."""
     text = _qwen3_text(
         bos_token_id=None,
         eos_token_id=None,
@@ -147,7 +147,7 @@ def qwen3_omni_moe(**changes: Any) -> RawConfig:
 
 
 def glm4v_moe(**changes: Any) -> RawConfig:
-    """A config.json with the keys of GLM-4.5V's; `changes` are of its text part."""
+    """A config.json with the keys of GLM-4.5V's; `changes` apply to its text part."""
     text = {
         "attention_bias": True,
         "attention_dropout": 0.0,
@@ -211,12 +211,12 @@ def glm4v_moe(**changes: Any) -> RawConfig:
 
 
 def without_text(config: RawConfig, *keys: str) -> RawConfig:
-    """A config whose `text_config` lacks some keys."""
+    """Return a config whose `text_config` lacks some keys."""
     return config | {"text_config": {k: v for k, v in config["text_config"].items() if k not in keys}}
 
 
 def wrapped_shapes(config: RawConfig, text: RawConfig, plain: Shapes) -> Shapes:
-    """The tensors of a whole checkpoint; `plain` are those of its text part as a model of its own."""
+    """Return the tensors of a whole checkpoint; `plain` are those of its text part as a separate model."""
     family = config["model_type"]
     if family == "qwen3_vl_moe":
         plain = _transposed(plain, text)
@@ -241,7 +241,7 @@ def wrapped_shapes(config: RawConfig, text: RawConfig, plain: Shapes) -> Shapes:
 
 
 def _transposed(plain: Shapes, text: RawConfig) -> Shapes:
-    """Experts of a layer in two tensors, [experts, hidden, 2 * width] and [experts, width, hidden]."""
+    """Store the experts of a layer in two tensors, [experts, hidden, 2 * width] and [experts, width, hidden]."""
     experts, hidden, width = text["num_experts"], text["hidden_size"], text["moe_intermediate_size"]
     shapes: Shapes = {}
     for name, shape in plain.items():
