@@ -1,4 +1,4 @@
-"""A model of dense layers with multi-head latent attention, made without a checkpoint, and what it computes."""
+"""A model of dense layers with multi-head latent attention, made without a checkpoint, and its logits in float64."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LatentModel:
         self.files = ModelFiles(directory, config, refs, {})
 
     def logits(self, token_ids: list[int]) -> Array:
-        """Logits of a sequence in float64, attention in its plain form: keys and values of every head."""
+        """Return a sequence's logits in float64, with attention in its plain form: keys and values for every head."""
         hidden = self.values["embed"][token_ids]
         for layer in range(self.config.num_layers):
             part = {

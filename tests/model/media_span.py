@@ -4,10 +4,10 @@
                                            ->  Pieces of steps, for any chunk that cuts no span
 
 The vectors of a picture or sound replace the embeddings of its tokens. A picture also has positions on three axes, if
-the model's have three, and vectors that are added after the first layers (Qwen3-VL's deepstack); its tokens may see all
-of it, in both directions. All values are exact in float32.
+the model uses three, and vectors that are added after the first layers (Qwen3-VL's deepstack). Its tokens may see the
+whole picture, in both directions. All values are exact in float32.
 
-Elsewhere: what the parts mean is `Spans` in `tests/models/numpy_model.py`.
+Elsewhere: `Spans` in `tests/models/numpy_model.py` defines the parts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """The fields of a step that describe T tokens, of one sequence or several. A part that no token has is absent.
+    """The fields of a step that describe T tokens of one or more sequences. A part that no token has is absent.
 
     token_ids, order: int32 [T]; `order` is a token's index in its sequence.
     angles: float32 [axes, T]; None: `order` on every axis.
@@ -71,7 +71,7 @@ class MediaSequence:
         )
 
     def pieces(self, tokens: range) -> Pieces:
-        """The pieces of a chunk, which must not cut a span."""
+        """Return the pieces of a chunk, which must not cut a span."""
         for span in self.spans:
             assert not any(span.start < end < span.stop for end in (tokens.start, tokens.stop)), (
                 tokens,
@@ -90,7 +90,7 @@ class MediaSequence:
         )
 
     def chunks(self, most: int) -> list[range]:
-        """The sequence in chunks of at most `most` tokens, or of a whole span if that has more."""
+        """Split the sequence into chunks of at most `most` tokens, or of a whole span if it is longer."""
         found, start = [], 0
         while start < self.num_tokens:
             stop = min(start + most, self.num_tokens)
@@ -116,14 +116,14 @@ def media_sequence(
     num_added_layers: int = 3,
     num_text_before: int | None = None,
 ) -> MediaSequence:
-    """Make a sequence: text, then each span followed by text. Two spans may be adjacent. No kinds: only text.
+    """Make a sequence of text, then each span followed by text. Spans may be adjacent. Without kinds it is all text.
 
     Args:
         config: the model's config.json.
         kinds: the kind of each span, in order.
-        sees_both_ways: the tokens of a picture see all of it.
-        num_added_layers: how many layers pictures add vectors after, at most as many as the model has.
-        num_text_before: tokens of text before the first span; None: a few.
+        sees_both_ways: whether the tokens of a picture see the whole picture.
+        num_added_layers: the number of layers after which pictures add vectors, at most the model's layers.
+        num_text_before: text tokens before the first span; None: a few.
     """
     text, rng = text_of(config), np.random.default_rng([seed, 17])
     hidden, num_layers = text["hidden_size"], text["num_hidden_layers"]
@@ -170,7 +170,7 @@ def media_sequence(
         token_ids=rng.integers(3, text["vocab_size"], num_tokens, dtype=np.int32),
         spans=tuple(spans),
         rows=rows,
-        # As large as rows of the table: see `random_tensors`.
+        # As large as rows of the embedding table; see `random_tensors`.
         vectors=rng.standard_normal((len(rows), hidden), np.float32)
         * np.float32(0.5 * hidden**-0.5 if text.get("tie_word_embeddings") else 1.0),
         angles=np.array(positions, np.float32).T if spans and has_axes(text) else None,
@@ -180,12 +180,12 @@ def media_sequence(
 
 
 def has_axes(text: RawConfig) -> bool:
-    """Whether a model's positions have three axes; `text` is the text part of its config."""
+    """Return whether a model's positions have three axes; `text` is the text part of its config."""
     return text["model_type"].removesuffix("_text") + "_text" in AXES
 
 
 def joined(pieces: Sequence[Pieces]) -> Pieces:
-    """The pieces of a step with several sequences. A sequence that lacks a part which another has gets the default."""
+    """Join pieces into a step of several sequences. A part that only some have gets its default in the others."""
     starts = np.cumsum([0, *(len(one.token_ids) for one in pieces)])
     num_axes = max((len(one.angles) for one in pieces if one.angles is not None), default=0)
     has_sight = any(one.sees_until is not None for one in pieces)
@@ -215,7 +215,7 @@ def joined(pieces: Sequence[Pieces]) -> Pieces:
 
 
 def angles_of(pieces: Pieces, num_axes: int) -> Floats:
-    """float32 [axes, T], the default if `pieces` has none."""
+    """Return angles, float32 [axes, T]; the default if `pieces` has none."""
     if pieces.angles is not None:
         return pieces.angles
     return np.tile(pieces.order.astype(np.float32), (num_axes, 1))

@@ -1,4 +1,4 @@
-"""What stands around a decoder, opened for a checkpoint; and steps by hand."""
+"""Open the parts that a decoder needs for a checkpoint, and make steps by hand."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ Residency = Literal["resident", "smallest cache", "guessing cache", "another pro
 
 @dataclass(frozen=True)
 class Parts:
-    """Weights, experts and threads of one model; every decoder takes a KV cache and a recurrent state of its own."""
+    """Weights, experts and threads of one model; each decoder takes its own KV cache and recurrent state."""
 
     config: ModelConfig
     weights: DenseWeights
     experts: ExpertRunner | None
     runtime: _native.Runtime
-    reference_experts: Callable[[], ReferenceExperts | None] = lambda: None  # the same experts, once more
+    reference_experts: Callable[[], ReferenceExperts | None] = lambda: (
+        None
+    )  # a second copy of the same experts
 
     def kv(self) -> _native.KvCache:
         num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
@@ -88,7 +90,7 @@ def open_parts(
                 arithmetic=describe_experts(config, weights),
             )
             experts = CachedRunner(runtime, cache)
-            if not is_smallest:  # reads whatever is guessed
+            if not is_smallest:  # read every guess
                 k = config.experts_per_token
                 cache._look_ahead = (LookAhead(k, least_right=0.0), LookAhead(k, least_right=0.0))
 
@@ -116,7 +118,7 @@ def decode(sequence: int) -> Run:
 
 
 def make_steps(config: ModelConfig, steps: Sequence[Sequence[Run]], *, seed: int = 0) -> Iterator[Step]:
-    """Steps of random tokens. Blocks of the sequences lie among each other, as they do in the engine."""
+    """Make steps of random tokens. The blocks of different sequences are interleaved, as in the engine."""
     rng = np.random.default_rng(seed)
     places = rng.permutation(NUM_SEQUENCES * BLOCKS_A_SEQUENCE).astype(np.int32)
     table = places.reshape(NUM_SEQUENCES, BLOCKS_A_SEQUENCE)

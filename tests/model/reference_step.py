@@ -1,7 +1,7 @@
-"""A step of a decoder as separate operations, one after the other: what the native stack must equal bit for bit.
+"""A decoder step as separate operations, one after the other; the native stack must equal it bit for bit.
 
-Every operation is called from Python on whole steps. Its experts are in memory of its own, and it groups tokens by
-expert itself.
+Every operation is called from Python on whole steps. This decoder keeps its own copy of the experts, and groups tokens
+by expert itself.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Floats = NDArray[np.float32]
 
 
 def _positions(step: Step) -> NDArray[np.int32] | Floats:
-    """Rotary positions: the same on every axis, or one row for each axis."""
+    """Return rotary positions: one row for all axes, or one row for each axis."""
     return step.order if step.angles is None else step.angles
 
 
 class ReferenceExperts:
-    """Every expert, and where it lies: offsets int64 [experts, 3] of a layer's gate, up and down."""
+    """All experts in memory, with the offsets int64 [experts, 3] of a layer's gate, up and down."""
 
     def __init__(self, store: _native.Store, files: ExpertFiles) -> None:
         places, nbytes = files.places()
@@ -49,7 +49,7 @@ class ReferenceExperts:
 
 
 class ReferenceDecoder:
-    """Step -> logits of every token; `tapped` has the hidden states of the last step's taps."""
+    """Compute the logits of every token of a step; `tapped` holds the hidden states at the last step's taps."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class ReferenceDecoder:
         hidden += self._projection(name + "out", out)
 
     def _parts_of_key_heads(self, name: str, x: Floats, ends: Sequence[int]) -> list[Floats]:
-        """What a matrix holds key head by key head, part by part."""
+        """Regroup a matrix's output from key head by key head to part by part."""
         assert self.config.delta is not None
         heads = self._projection(name, x).reshape(len(x), self.config.delta.num_key_heads, -1)
         return [np.ascontiguousarray(part.reshape(len(x), -1)) for part in np.split(heads, ends, axis=2)]

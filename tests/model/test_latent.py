@@ -1,4 +1,4 @@
-"""Layers with multi-head latent attention in the stack: like the formula, and the same bits however they are run."""
+"""Layers with multi-head latent attention in the stack match the formula, with the same bits however they are run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(parts: Parts, decoder: Decoder | ReferenceDecoder) -> list[Floats]:
     ("latent", "is_interleaved"), [(QUERY_RANK, True), (QUERY_RANK, False), (PLAIN_QUERY, True)]
 )
 @pytest.mark.parametrize("format", ["f32", "bf16"])
-def test_logits_are_those_of_the_plain_form(
+def test_logits_match_those_of_the_plain_form(
     latent: LatentConfig, is_interleaved: bool, format: Format, instruction_set: str, tmp_path: Path
 ) -> None:
     model = LatentModel(tmp_path, latent_config(latent, is_interleaved=is_interleaved), format)
@@ -202,7 +202,7 @@ def test_heads_that_end_inside_a_panel_are_refused_by_name(tmp_path: Path) -> No
         (KeyValueRows(2, 128, 128), 200, "f32"),
     ],
 )
-def test_blocks_of_f8_are_turned_with_their_scales(
+def test_blocks_of_f8_are_transposed_with_their_scales(
     rows: KeyValueRows, cols: int, format: Format, tmp_path: Path
 ) -> None:
     num_rows = rows.num_heads * (rows.key_rows + rows.value_rows)
@@ -211,7 +211,7 @@ def test_blocks_of_f8_are_turned_with_their_scales(
     for begin in range(0, num_rows, 128):
         scales = rng.uniform(0.5, 2, -(-cols // 128)).astype(np.float32).tobytes()
         codes = rng.integers(0, 256, (min(128, num_rows - begin), cols), dtype=np.uint8)
-        codes[codes % 128 == 127] = 0  # not a number
+        codes[codes % 128 == 127] = 0  # this code is NaN
         data += scales + bytes(-len(scales) % 64) + codes.tobytes()
     path = tmp_path / "dense.bin"
     path.write_bytes(data)

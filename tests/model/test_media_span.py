@@ -1,4 +1,4 @@
-"""Media spans in the decoder: the logits and hidden states of the numpy model, with the same bits however they run.
+"""Media spans in the decoder match the logits and hidden states of the numpy model, with the same bits however run.
 
 Chunks never cut a span. The numpy model agrees with transformers on the same sequences (`tests/oracle`).
 """
@@ -35,11 +35,11 @@ from tests.models.safetensors_file import Array
 SMALLEST_MARGIN = 1e-4  # of a routing decision: float32 may choose differently below about 1e-5
 NUM_BLOCKS = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
 MAX_TOKENS = NUM_BLOCKS * BLOCK_TOKENS
-# Positions that attention processes together: with keys and values, and with latent vectors.
+# The numbers of positions that attention processes together, with keys and values and with latent vectors.
 STRETCH, SECTION = 64, 256
 
 DIRECTORIES = {reference.name: reference.directory for reference in REFERENCES}
-# Three axes with alternating pairs and with sections; latent attention; sinks and sliding windows; delta nets.
+# Three axes with alternating pairs and in sections; latent attention; sinks and sliding windows; delta nets.
 MODELS = (
     "qwen3_vl_moe_plain",
     "qwen3_vl_moe_bias_dense_layer_tied_sharded",
@@ -58,7 +58,7 @@ MODELS = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model, sequences without near ties in their routing, and what the numpy model computes from them."""
+    """A model, sequences without near-ties in their routing, and the numpy model's outputs for them."""
 
     directory: Path
     sequences: tuple[MediaSequence, ...]
@@ -75,7 +75,7 @@ class Outputs:
 
 
 def make_case(name: str, options_of: Sequence[dict[str, Any]], scratch: Path) -> Case:
-    """A sequence for each of these arguments of `media_sequence`."""
+    """Make a sequence for each set of arguments of `media_sequence`."""
     model = NumpyModel(DIRECTORIES[name])
     config = model.config | {"model_type": model.family}
     sequences, logits, hidden_states = [], [], []
@@ -96,7 +96,7 @@ def make_case(name: str, options_of: Sequence[dict[str, Any]], scratch: Path) ->
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """Two pictures that see both ways; a sound, and a picture that does not; text; a picture across position 64."""
+    """Two pictures that see both ways; a sound and a causal picture; text; a picture across position 64."""
     name = request.param
     both_ways = not name.startswith(("qwen3_5_moe", "qwen3_next"))  # a delta net sees no later token
     return make_case(
@@ -117,11 +117,11 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 
 
 def step_of(parts: Parts, by_sequence: Mapping[int, Pieces], num_sequences: int) -> Step:
-    """A step that runs these pieces, by sequence, and hands back the logits and hidden states of every token."""
+    """Make a step that runs these pieces, by sequence, and returns the logits and hidden states of every token."""
     pieces = joined(list(by_sequence.values()))
     counts = [len(one.token_ids) for one in by_sequence.values()]
     sequence = np.repeat(np.array(list(by_sequence), np.int32), counts)
-    # Blocks of the sequences lie among each other, as they do in the engine.
+    # The blocks of different sequences are interleaved, as in the engine.
     blocks = np.random.default_rng(1).permutation(NUM_BLOCKS).astype(np.int32).reshape(num_sequences, -1)
     return Step(
         token_ids=pieces.token_ids,
@@ -172,12 +172,12 @@ def run(
 
 
 def one_by_one(sequences: Sequence[MediaSequence]) -> list[dict[int, range]]:
-    """Steps that run one whole sequence each."""
+    """Make steps that run one whole sequence each."""
     return [{i: range(sequence.num_tokens)} for i, sequence in enumerate(sequences)]
 
 
 def together(sequences: Sequence[MediaSequence], most: int) -> list[dict[int, range]]:
-    """Steps with a chunk of every sequence that has started and not finished; each starts one step later."""
+    """Make steps with a chunk of every unfinished sequence; each sequence starts one step after the previous one."""
     chunks = [[None] * i + sequence.chunks(most) for i, sequence in enumerate(sequences)]
     return [
         {i: own[at] for i, own in enumerate(chunks) if at < len(own) and own[at] is not None}
@@ -217,7 +217,7 @@ def test_chunks_batches_caches_and_threads_change_no_bit(
 
 
 @pytest.mark.parametrize("name", ["kimi_k25_wrapper", "deepseek_v3_halves_not_renormalised"])
-def test_a_picture_may_lie_across_sections_of_latent_attention(
+def test_a_picture_may_span_sections_of_latent_attention(
     name: str, instruction_set: str, tmp_path: Path
 ) -> None:
     long = {"kinds": ("picture",), "sees_both_ways": True, "num_text_before": SECTION - 3}

@@ -16,7 +16,7 @@ def test_angles_are_computed_in_double_and_rounded_once(threads: int) -> None:
     _native.Rotary(inverse_frequency, 1.25).angles(_native.Runtime(threads), positions, cosine, sine)
 
     angle = positions[:, None] * inverse_frequency
-    # One step of float32: two good doubles may round apart.
+    # One float32 step of tolerance: two accurate doubles may round to different floats.
     np.testing.assert_array_max_ulp(cosine, (1.25 * np.cos(angle)).astype(np.float32), maxulp=1)
     np.testing.assert_array_max_ulp(sine, (1.25 * np.sin(angle)).astype(np.float32), maxulp=1)
 

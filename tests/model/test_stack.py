@@ -1,4 +1,4 @@
-"""The native stack gives the bits of its operations called one by one, and stops where Python has to decide."""
+"""The native stack gives the same bits as its operations called one by one, and stops where Python must decide."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.models.tiny_delta import qwen3_next
 
 MAX_TOKENS = 40
 
-# Chunks, one token, a batch, and prompt tokens beside others that decode; past a block and a sliding window.
+# Chunks, one token, a batch, and prompt tokens beside decoding sequences; longer than a block and a sliding window.
 STEPS = [
     [Run(0, 7)],
     [Run(0, 21), Run(1, 3)],
@@ -109,8 +109,8 @@ def test_a_step_has_the_bits_of_its_operations(directory: Path, residency: Any, 
         np.testing.assert_array_equal(ours, theirs, err_msg=f"step {step}")
 
 
-def test_a_stack_allocates_and_its_operations_take_what_its_sizes_say(directory: Path) -> None:
-    """The memory plan asks the same sizes before anything is loaded."""
+def test_a_stack_and_its_operations_allocate_what_the_sizes_say(directory: Path) -> None:
+    """The memory plan uses the same sizes before anything is loaded."""
     with open_parts(directory, "resident", threads=2) as parts:
         sizes = stack_sizes(parts.config)
         scratch = sizes.scratch_bytes(MAX_TOKENS, 2)
@@ -123,7 +123,7 @@ def test_a_stack_allocates_and_its_operations_take_what_its_sizes_say(directory:
         assert parts.runtime.scratch_bytes == scratch
 
 
-def test_sizes_differ_where_a_layer_does() -> None:
+def test_sizes_differ_if_a_layer_differs() -> None:
     def sizes(width: int) -> _native.StackSizes:
         one = _native.StackSizes(64, 8)
         one.add_attention(4, 2, 16, False)
@@ -133,12 +133,12 @@ def test_sizes_differ_where_a_layer_does() -> None:
     assert sizes(32) == sizes(32)
     assert sizes(32) != sizes(48)
     assert sizes(4800).scratch_bytes(MAX_TOKENS, 1) > sizes(32).scratch_bytes(MAX_TOKENS, 1)
-    # Three rows of hidden state, two heads of key and value, query and attended, sines, routing, outputs of experts.
+    # Three rows of hidden state, two heads of keys and values, queries and attention, sines, routing, expert outputs.
     row = 3 * 64 + 2 * 32 + 2 * 64 + 2 * 8 + 8 + 2 * 2 + 1 + 2 * 64
     assert sizes(32).buffer_bytes(64) == 64 * 4 * row
 
 
-def test_threads_and_observers_change_nothing_and_all_choices_are_heard(directory: Path) -> None:
+def test_threads_and_observers_change_nothing_and_all_choices_are_observed(directory: Path) -> None:
     heard: list[tuple[int, tuple[int, ...]]] = []
 
     def observe(layer: int, expert_ids: Any) -> None:
@@ -160,7 +160,7 @@ def test_threads_and_observers_change_nothing_and_all_choices_are_heard(director
 
 
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
-def test_uses_are_how_often_tokens_chose_each_expert_since_they_were_taken(
+def test_uses_count_how_often_tokens_chose_each_expert_since_the_last_call(
     directory: Path, residency: Any
 ) -> None:
     heard: list[tuple[int, Any]] = []
@@ -196,7 +196,7 @@ def test_a_resident_model_runs_without_python_and_counts_the_same_lookups() -> N
 
 
 class Watched:
-    """An expert runner that notes what it is asked for."""
+    """An expert runner that records the calls it receives."""
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
@@ -227,13 +227,13 @@ def watched_calls(
         return runner.calls, choices
 
 
-def test_a_dispatch_groups_the_choices_by_expert_and_names_those_of_prompt_tokens_only(
+def test_a_dispatch_groups_choices_by_expert_and_lists_experts_of_prompt_tokens_only(
     tmp_path: Path,
 ) -> None:
     directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=2), seed=1)
     calls, choices = watched_calls(directory, [[Run(0, 5)], [decode(0), Run(1, 3)], [decode(0), decode(1)]])
     runs = [call for call in calls if call[0] == "run"]
-    num_decoding = [0] * 3 + [1] * 3 + [2] * 3  # the first rows of a batch here
+    num_decoding = [0] * 3 + [1] * 3 + [2] * 3  # these are the first rows of each batch
     assert len(runs) == len(choices) == 9
     for (_, layer, dispatch), ids, decoding in zip(runs, choices, num_decoding, strict=True):
         flat = ids.reshape(-1)
@@ -246,7 +246,7 @@ def test_a_dispatch_groups_the_choices_by_expert_and_names_those_of_prompt_token
             assert dispatch.assignments(expert) == np.flatnonzero(flat == expert).tolist()
 
 
-def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_state(tmp_path: Path) -> None:
+def test_look_ahead_returns_the_next_routers_choice_for_the_current_hidden_state(tmp_path: Path) -> None:
     directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=4), seed=3)
     tensors = read_safetensors(directory / "model.safetensors")
     with open_parts(directory, "smallest cache") as parts:
@@ -277,7 +277,7 @@ def test_looking_ahead_names_what_the_next_router_says_of_the_present_hidden_sta
         assert asked == 2 * (len(config.moe_layers) - 1)
 
 
-def test_looking_ahead_while_experts_run_changes_nothing(tmp_path: Path) -> None:
+def test_look_ahead_while_experts_run_changes_nothing(tmp_path: Path) -> None:
     directory = write_model(tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2), seed=1)
     with open_parts(directory, "smallest cache") as parts:
         (step,) = make_steps(parts.config, [[Run(0, 3)]])
@@ -298,7 +298,7 @@ def test_looking_ahead_while_experts_run_changes_nothing(tmp_path: Path) -> None
     assert any(looked)
 
 
-def test_prompts_and_tokens_guess_for_the_layer_that_follows(tmp_path: Path) -> None:
+def test_prefill_and_decode_guess_the_experts_of_the_next_layer(tmp_path: Path) -> None:
     directory = write_model(
         tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=3), seed=1
     )
@@ -341,7 +341,7 @@ def fail_at_second_call(run: Any) -> Any:
 
 
 @pytest.mark.parametrize("residency", ["resident", "smallest cache"])
-def test_native_seconds_reach_the_clock_and_the_parts_sum_to_the_whole(residency: Any) -> None:
+def test_native_seconds_reach_the_clock_and_the_parts_sum_to_the_total(residency: Any) -> None:
     clock = PartClock()
     with open_parts(REFERENCES[0].directory, residency) as parts:
         decoder = decoder_of(parts, clock=clock)
@@ -362,7 +362,7 @@ def test_logits_of_any_rows_are_those_of_the_step() -> None:
         np.testing.assert_array_equal(decoder.logits(np.array([8, 0, 3])), whole[[8, 0, 3]])
 
 
-# ── what the binding refuses ────────────────────────────────────────────────────────────────────────────────────
+# ── arguments that the binding refuses ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ def test_rows_and_outputs_are_views_that_outlive_the_stack(waiting: Any) -> None
     assert (out == 7).all()
 
 
-def test_a_dispatch_that_somebody_keeps_does_not_change(tmp_path: Path) -> None:
+def test_a_dispatch_that_is_kept_does_not_change(tmp_path: Path) -> None:
     calls, choices = watched_calls(
         write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=2), seed=1), [[Run(0, 5)]]
     )
@@ -454,7 +454,7 @@ def test_a_step_that_does_not_fit_is_refused_with_both_numbers(name: str, tmp_pa
             begin(decoder, step, **{name: value})
 
 
-def test_a_step_of_more_tokens_than_there_is_room_for_is_refused(tmp_path: Path) -> None:
+def test_a_step_with_more_tokens_than_the_maximum_is_refused(tmp_path: Path) -> None:
     with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
         (step,) = make_steps(parts.config, [[Run(0, MAX_TOKENS + 1)]])
         with pytest.raises(ValueError, match="tokens is 41, expected 1 to 40"):
@@ -465,7 +465,7 @@ def test_a_step_of_more_tokens_than_there_is_room_for_is_refused(tmp_path: Path)
 
 
 def with_media(config: ModelConfig, step: Step, *, seed: int) -> Step:
-    """Random media in a step: half of its rows given, angles on three axes, and a span in every run of six tokens."""
+    """Add random media to a step: half of its embeddings, angles on three axes, a span in every run of six tokens."""
     rng = np.random.default_rng(seed)
     num_tokens, hidden = step.num_tokens, config.hidden_size
     sees_until = step.order + 1
@@ -487,12 +487,12 @@ def with_media(config: ModelConfig, step: Step, *, seed: int) -> Step:
         overrides=Overrides(rows[3], vectors(rows[3])),
         additions=tuple(Addition(layer, rows[layer], vectors(rows[layer])) for layer in range(MEDIA_LAYERS)),
         taps=(config.num_layers - 1, 0),
-        wanted=np.arange(num_tokens, dtype=np.int64)[::2].copy(),  # several of a sequence
+        wanted=np.arange(num_tokens, dtype=np.int64)[::2].copy(),  # several rows of one sequence
     )
 
 
 MEDIA_LAYERS = 2
-# Axes that take turns, axes side by side, delta nets, latent vectors, sliding windows with sinks, and one of q8.
+# Alternating axes, axes in sections, delta nets, latent vectors, sliding windows with sinks, and a q8 model.
 SEEING = (
     "qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_omni_moe_plain", "qwen3_5_moe_plain", "deepseek_v3_plain",
     "gpt_oss_plain", "mixtral_plain", "qwen3_next-q8",
@@ -523,7 +523,7 @@ def test_a_step_with_media_has_the_bits_of_its_operations(
 
 
 @pytest.mark.parametrize("directory", SEEING[:3], indirect=True)
-def test_every_part_of_media_changes_logits_and_the_default_of_each_changes_none(directory: Path) -> None:
+def test_each_part_of_media_changes_the_logits_and_its_default_changes_nothing(directory: Path) -> None:
     with open_parts(directory, "resident") as parts:
         (text,) = make_steps(parts.config, [[Run(0, 20)]])
         media = with_media(parts.config, text, seed=0)
@@ -610,7 +610,7 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
     )
     handler = signal.signal(signal.SIGALRM, interrupt)
     try:
-        # about a tenth of a second a layer
+        # A layer takes about a tenth of a second.
         with open_parts(directory, "resident", instruction_set="plain") as parts:
             decoder = decoder_of(parts)
             (step,) = make_steps(parts.config, [[Run(sequence, 10) for sequence in range(4)]])

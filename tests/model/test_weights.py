@@ -1,4 +1,4 @@
-"""Dense weights arrive whole: from any format and block type, with rows in the order that the kernels turn."""
+"""Dense weights load correctly from every format and block type, with rows in the order that the kernels rotate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, COLS, HEADS = 96, 256, 3
 
 
 class Dense:
-    """A file with a norm, float matrices and matrices of blocks, some of them with rotary rows in pairs."""
+    """A file with a norm, float matrices and matrices of blocks, some of them with interleaved rotary rows."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "dense.gguf"
@@ -63,7 +63,7 @@ class Dense:
         self.refs[name] = ref
         self.content += content + b"\xff" * (-len(content) % 32)
         heads = values.reshape(paired or 1, -1, cols)
-        if paired:  # rows of a head: 0 2 4 ... 1 3 5 ...
+        if paired:  # the rows of a head become 0 2 4 ... 1 3 5 ...
             heads = np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1)
         self.truth[name] = heads.reshape(rows, cols)
 
@@ -82,7 +82,7 @@ def dense(tmp_path: Path) -> Dense:
     return Dense(tmp_path)
 
 
-def test_every_weight_has_the_value_of_the_file_and_its_row(dense: Dense) -> None:
+def test_every_weight_has_its_value_from_the_file_and_its_row(dense: Dense) -> None:
     weights = dense.load()
     assert set(weights.matrices) | set(weights.vectors) == set(dense.refs)
     np.testing.assert_array_equal(weights.vectors["final_norm"], dense.truth["final_norm"][0])
@@ -94,7 +94,7 @@ def test_every_weight_has_the_value_of_the_file_and_its_row(dense: Dense) -> Non
     runtime.close()
 
 
-def test_an_offset_is_added_to_norms_of_the_hidden_state_and_to_nothing_else(dense: Dense) -> None:
+def test_an_offset_is_added_only_to_norms_of_the_hidden_state(dense: Dense) -> None:
     ref = dense.refs["final_norm"]
     for name in ("layers.0.q_norm", "layers.0.inner_norm", "layers.0.q_bias"):
         dense.refs[name] = ref
@@ -105,7 +105,7 @@ def test_an_offset_is_added_to_norms_of_the_hidden_state_and_to_nothing_else(den
         np.testing.assert_array_equal(offset[name], plain[name])
 
 
-def test_the_footprint_covers_what_is_taken(dense: Dense) -> None:
+def test_the_footprint_covers_the_memory_used(dense: Dense) -> None:
     weights = dense.load()
     vectors = sum(vector.nbytes for vector in weights.vectors.values())
     in_halves = max(ref.nbytes for ref in dense.refs.values() if ref.paired_heads)
