@@ -1,7 +1,7 @@
-"""A store without threads or files: the test says in which order reads land, and which of them fail.
+"""A store without threads or files: the test decides in which order reads land, and which of them fail.
 
-A read scribbles over its destination when it starts and brings the bytes when it lands, so weights that move while
-somebody still uses them are seen.
+A read scribbles over its destination when it starts and delivers the bytes when it lands, so weights that move while
+still in use are detected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PiecePlace = tuple[int, int, int, int]  # file id, offset, nbytes, destination
 def make_records(
     keys: list[Key], *, num_pieces: int, start: int = 3, gap: int = 7
 ) -> tuple[dict[Key, ExpertRecord], dict[str, NDArray[np.uint8]]]:
-    """Records of experts whose gate, up and down lie in 1, 2 or 3 pieces, and the content of their file."""
+    """Make records of experts whose gate, up and down lie in 1, 2 or 3 pieces, and the content of their file."""
     path = Path("experts.bin")
     records: dict[Key, ExpertRecord] = {}
     offset = start
@@ -53,7 +53,7 @@ def make_records(
 
 
 class Truth:
-    """The outputs of experts, straight from the content of their file."""
+    """The outputs of experts, computed directly from the content of their file."""
 
     ROW = np.array([[0.5, -1.0, 2.0, 0.25, -3.0]], np.float32)
 
@@ -79,7 +79,7 @@ class Truth:
         return self._outputs[key]
 
     def check(self, table: _native.ExpertTable, layer: int, experts: Sequence[int]) -> None:
-        """Running the experts now gives their own outputs: all of their bytes are where the table says."""
+        """Check that the experts' bytes are where the table says: running them now gives their own outputs."""
         dispatch, rows, out = inputs(experts)
         table.run(RUNTIME, layer, experts, dispatch, rows, out)
         self.check_outputs(layer, experts, dispatch, out)
@@ -95,7 +95,7 @@ class Truth:
 def inputs(
     experts: Sequence[int], scan: Collection[int] = ()
 ) -> tuple[_native.Dispatch, NDArray[np.float32], NDArray[np.float32]]:
-    """A dispatch of a token for each expert, their rows and room for the outputs; `scan` are those of prompt tokens."""
+    """Make a dispatch of one token per expert, its rows and room for outputs; prompt tokens chose those in `scan`."""
     choices = np.array(experts, np.int32)[:, None]
     is_decode = np.array([expert not in scan for expert in experts])
     rows = np.repeat(Truth.ROW, len(experts), axis=0)
@@ -103,11 +103,11 @@ def inputs(
 
 
 class FakeStore:
-    """Does what `_native.Store` promises, with everything under the test's control.
+    """Keeps the promises of `_native.Store`, with everything under the test's control.
 
     fail: (num_fetches so far) -> (message, kind) or None.   refuse: the number of a fetch that raises at once.
-    begun: the share of reads that a reader has begun as soon as they are asked for.   given_up: the share of those
-        that can still be given up half-way.
+    begun: the share of reads that a reader begins as soon as they are requested.   given_up: the share of those
+        that can still be dropped midway.
     """
 
     def __init__(
@@ -134,9 +134,9 @@ class FakeStore:
         self._begun_share = begun
         self._given_up_share = given_up
         self._begun: set[int] = set()
-        self._given_up: set[int] = set()  # half-way
-        self.ahead: set[int] = set()  # tickets that nobody waited for when they were asked for
-        self.guessed: set[int] = set()  # those of them that were a guess
+        self._given_up: set[int] = set()  # dropped midway
+        self.ahead: set[int] = set()  # tickets that nothing waited for when they were requested
+        self.guessed: set[int] = set()  # those of `ahead` that were guesses
         self.hurried: set[int] = set()
 
     def open(self, path: str) -> int:

@@ -1,9 +1,9 @@
-"""An expert runner whose experts are in another process: rows go there over a socket, outputs come back, no weights.
+"""An expert runner whose experts are in another process: a socket carries rows and outputs, but no weights.
 
     python -m tests.experts.process_runner DIRECTORY RESIDENCY INSTRUCTION_SET SOCKET DIES_IN_RUN   # the other process
 
-A request is the layer, the tokens' choices and their rows. An answer is a frame for every few experts, in any order:
-their ids, then a row for each of their assignments. A frame of no experts ends it; one of -1 experts is an error.
+A request holds the layer, the tokens' choices and their rows. An answer has a frame for every few experts, in any
+order: their ids, then a row for each of their assignments. A frame of 0 experts ends it; one of -1 experts is an error.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from argosy.experts.runner import Rows, RunnerStats
 ROOT = Path(__file__).parents[2]
 REQUEST = struct.Struct("<5i")  # layer, tokens, experts per token, experts of a layer, hidden
 COUNT = struct.Struct("<i")
-TIMEOUT_S = 120.0  # so long the other process may be silent: it reads the model first
+TIMEOUT_S = 120.0  # for the other process to answer, which reads the model first
 
 
 class Connection:
-    """Whole messages over a socket, counted."""
+    """Send and receive whole messages over a socket, and count their bytes."""
 
     def __init__(self, to: socket.socket) -> None:
         self.socket = to
@@ -46,7 +46,7 @@ class Connection:
             self.sent_bytes += len(part)
 
     def receive(self, nbytes: int) -> bytes:
-        """Raises EOFError if the other side is gone."""
+        """Receive exactly `nbytes`; raise EOFError if the other side is gone."""
         parts = []
         while nbytes:
             part = self.socket.recv(nbytes)
@@ -67,12 +67,12 @@ class Connection:
 
 
 class ProcessRunner:
-    """Starts the other process when it is first needed, and again when it has died.
+    """Starts the other process when it is first needed, and again after it dies.
 
     Args:
         residency: what the other process keeps in memory, as for `open_parts`.
-        dies_in_run: it ends in the middle of its answer to so many-th request; 0: never.
-        deaths: how many of these processes do that.
+        dies_in_run: the number of the request in whose answer the process ends midway; 0: never.
+        deaths: how many of the processes do so.
     """
 
     resident = None
@@ -120,7 +120,7 @@ class ProcessRunner:
         self, layer: int, dispatch: _native.Dispatch, rows: Rows, out: Rows
     ) -> Iterator[Iterator[Sequence[int]]]:
         choices = dispatch.choices()
-        # The tokens of which no expert is in `scan` give the same `scan` as the tokens that decode.
+        # Tokens that chose no expert of `scan` yield the same `scan` as the decoding tokens.
         is_decode = ~np.isin(choices, dispatch.scan).any(axis=1)
         sizes = (layer, *choices.shape, self._num_experts, rows.shape[1])
         try:
@@ -134,7 +134,7 @@ class ProcessRunner:
             yield answer
         finally:
             with suppress(ArgosyError):
-                for _ in answer:  # the rest of an answer that was cut short
+                for _ in answer:  # read the rest of an interrupted answer
                     pass
 
     def _answer(
@@ -205,7 +205,7 @@ def serve(connection: Connection, runner: Any, dies_in_run: int) -> None:
 
 
 def main() -> None:
-    from tests.model.open_parts import open_parts  # it can open this runner, too
+    from tests.model.open_parts import open_parts  # imported here because it can also open this runner
 
     directory, residency, instruction_set, descriptor, dies_in_run = sys.argv[1:]
     with (

@@ -1,4 +1,4 @@
-"""What keeps account of experts takes no more memory than is planned: of Kimi-K2's 61 layers of 384, some 20 MB."""
+"""The bookkeeping of experts takes no more memory than planned: some 20 MB for Kimi-K2's 61 layers of 384 experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIECE_BYTES = 128
 
 
 def kimi_k2(path: Path, *, num_pieces: int, checksum: int | None = None) -> dict[Key, ExpertRecord]:
-    """Records of all its experts, each made small."""
+    """Make records of all experts of Kimi-K2, each made small."""
     records = {}
     for number, key in enumerate(itertools.product(range(NUM_LAYERS), range(NUM_EXPERTS))):
         at = number * num_pieces * PIECE_BYTES
@@ -46,7 +46,7 @@ class _HeapInfo(ctypes.Structure):
 
 
 def heap_bytes() -> int:
-    """What malloc has handed out: native code's memory, and Python's blocks of more than 512 bytes."""
+    """Return the bytes that malloc has handed out: to native code, and for Python's blocks of more than 512 bytes."""
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except AttributeError:
@@ -57,7 +57,7 @@ def heap_bytes() -> int:
 
 
 def small_object_bytes(make: Callable[[], object]) -> int:
-    """Bytes of Python objects that `make` leaves behind and that malloc does not see."""
+    """Return the bytes of Python objects that `make` leaves behind outside malloc."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -70,7 +70,7 @@ def small_object_bytes(make: Callable[[], object]) -> int:
 
 
 def bytes_left_by(make: Callable[[], object]) -> int:
-    """Bytes of memory that `make` leaves behind, native code's and Python's."""
+    """Return the bytes of native and Python memory that `make` leaves behind."""
     gc.collect()
     before = heap_bytes()
     kept = make()
@@ -85,7 +85,7 @@ def files_of(store: _native.Store, records: dict[Key, ExpertRecord]) -> ExpertFi
 
 
 @pytest.mark.parametrize(("num_pieces", "checksum"), [(1, 7), (3, None)])
-def test_expert_files_take_no_more_than_is_planned(
+def test_expert_files_take_no_more_memory_than_planned(
     store: _native.Store, tmp_path: Path, num_pieces: int, checksum: int | None
 ) -> None:
     records = kimi_k2(tmp_path / "experts.bin", num_pieces=num_pieces, checksum=checksum)
@@ -107,7 +107,7 @@ def test_expert_files_take_no_more_than_is_planned(
 
 @pytest.mark.parametrize("has_checksums", [False, True])
 @pytest.mark.parametrize("num_pieces", [1, 3, 6])
-def test_a_native_record_takes_what_it_reports(num_pieces: int, has_checksums: bool) -> None:
+def test_a_native_record_takes_the_memory_it_reports(num_pieces: int, has_checksums: bool) -> None:
     checksums = [1] * num_pieces if has_checksums else None
     kept: list[_native.Record | None] = [None] * 20_000
 
@@ -115,16 +115,16 @@ def test_a_native_record_takes_what_it_reports(num_pieces: int, has_checksums: b
         for i in range(len(kept)):
             kept[i] = _native.Record([(0, 0, 1, 0)] * num_pieces, checksums)
 
-    fill()  # nanobind's table of instances grows once
+    fill()  # nanobind's table of instances grows on first use
     kept[:] = [None] * len(kept)
     before = heap_bytes()
     fill()
     found = (heap_bytes() - before) / len(kept)
-    # Where earlier tests left gaps 16 bytes too wide, some blocks fill them: glibc splits off nothing below 32 bytes.
+    # Some blocks fill gaps of earlier tests that are 16 bytes too wide: glibc splits off no less than 32 bytes.
     assert found == pytest.approx(_native.record_bytes(num_pieces, has_checksums), rel=0.05)
 
 
-def test_a_policy_takes_no_more_than_is_planned() -> None:
+def test_a_policy_takes_no_more_memory_than_planned() -> None:
     for num_slots in (NUM_LAYERS, 4_000, NUM_LAYERS * NUM_EXPERTS - 1):
 
         def make(num_slots: int = num_slots) -> CachePolicy:
@@ -151,10 +151,10 @@ def use(made: CachePolicy, layer: int, experts: list[int], *, is_sweep: bool) ->
     made.unpin(layer, [*hits, *admitted])
 
 
-def test_reading_every_expert_at_once_takes_memory_for_the_reads_too(tmp_path: Path) -> None:
+def test_reading_every_expert_at_once_also_takes_memory_for_the_reads(tmp_path: Path) -> None:
     records = kimi_k2(tmp_path / "experts.bin", num_pieces=3)
     request = _native.request_bytes([PIECE_BYTES] * 3)
     assert request > 0
     assert resident_bookkeeping_bytes(records) >= bookkeeping_bytes(records) + len(records) * request
     part = _native.request_bytes([8 << 20]) - _native.request_bytes([4 << 20])
-    assert part * 20 < 4 << 20  # a few bytes of each part of half a mebibyte
+    assert part * 20 < 4 << 20  # a few bytes per part of half a mebibyte

@@ -1,4 +1,4 @@
-"""Leases of the expert cache, and runs over them: hits first, each miss as it lands, nothing left behind at the end."""
+"""Leases of the expert cache, and runs over them: hits come first, each miss as it lands, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_LAYERS, NUM_EXPERTS = 3, 12
 
 
 class Rig:
-    """A cache over a fake store, and what its experts must look like."""
+    """A cache over a fake store, and the expected outputs of its experts."""
 
     def __init__(self, *, num_slots: int, k: int = 2, num_pieces: int = 1, **store: Any) -> None:
         keys = [(layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS)]
@@ -39,7 +39,7 @@ class Rig:
         )
 
     def run(self, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
-        """One whole lease; returns the groups it came in."""
+        """Run one whole lease; return its groups."""
         groups = []
         with self.cache.lease(layer, experts, scan) as lease:
             for group in lease:
@@ -49,11 +49,11 @@ class Rig:
         return groups
 
     def check(self, layer: int, group: Sequence[int]) -> None:
-        """Every matrix of the group is where the cache's table says."""
+        """Check that every matrix of the group is where the cache's table says."""
         self.truth.check(self.cache.table, layer, group)
 
     def check_idle(self) -> None:
-        """No read is in flight, and every slot can be had."""
+        """Check that no read is in flight and every slot is available."""
         assert not self.store.in_flight
         trial = copy.deepcopy(self.cache.policy)
         for i in range(trial.num_slots):
@@ -105,7 +105,7 @@ def test_all_misses_are_issued_before_the_first_wait() -> None:
     rig.run(0, [1])
     rig.store.log.clear()
     with rig.cache.lease(0, [0, 1, 2, 3]) as lease:
-        assert rig.store.log == [("fetch", 3)]  # even before the hits are computed
+        assert rig.store.log == [("fetch", 3)]  # before the hits are computed
         list(lease)
 
 
@@ -115,7 +115,7 @@ def test_with_too_few_slots_every_slot_has_a_read_in_flight() -> None:
     assert rig.store.most_in_flight == 4
 
 
-def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
+def test_experts_that_decode_waits_for_are_read_before_those_of_a_sweep() -> None:
     rig = Rig(num_slots=12)
     fetched = []
     fetch = rig.cache._files.fetch
@@ -129,21 +129,21 @@ def test_what_decode_waits_for_is_read_before_what_a_sweep_asks_for() -> None:
     assert fetched == [2, 5, 0, 1, 3, 4]
 
 
-def test_weights_stay_until_the_next_group_is_asked_for() -> None:
+def test_weights_stay_until_the_next_group_is_requested() -> None:
     for seed in range(20):
         rig = Rig(num_slots=3, k=1, seed=seed)
         rig.run(0, [0, 1, 2])
         with rig.cache.lease(0, list(range(12))) as lease:
             for group in lease:
                 rig.check(0, group)
-                if rig.store.in_flight:  # what lands meanwhile lands elsewhere
+                if rig.store.in_flight:  # reads in flight land elsewhere
                     results = rig.store.wait_any(list(rig.store.in_flight))
                     rig.check(0, group)
                     _put_back(rig.store, results)
 
 
 def _put_back(store: FakeStore, results: list[tuple[int, str | None, str | None]]) -> None:
-    """Let reads that landed early be found by the next wait."""
+    """Let the next wait find reads that landed early."""
     early = {ticket for ticket, _, _ in results}
     wait_any = store.wait_any
 
@@ -158,7 +158,7 @@ def _put_back(store: FakeStore, results: list[tuple[int, str | None, str | None]
 
 
 def run_and_check(rig: Rig, layer: int, experts: list[int], scan: Collection[int] = ()) -> list[list[int]]:
-    """One whole run; outputs are there when their experts are named, and no sooner."""
+    """Run experts and check that outputs are written when their experts are yielded, and no sooner."""
     dispatch, rows, out = inputs(experts, scan)
     groups: list[list[int]] = []
     with CachedRunner(RUNTIME, rig.cache).run(layer, dispatch, rows, out) as run:
@@ -183,7 +183,7 @@ def test_a_run_writes_the_outputs_of_every_expert_once(
     assert rig.cache.stats.compute_s > 0
 
 
-def test_a_run_starts_its_reads_when_it_is_entered_and_ends_them_when_it_is_left() -> None:
+def test_a_run_starts_its_reads_on_entry_and_ends_them_on_exit() -> None:
     rig = Rig(num_slots=6)
     runner = CachedRunner(RUNTIME, rig.cache)
     run = runner.run(0, *inputs([0, 1, 2]))
@@ -194,7 +194,7 @@ def test_a_run_starts_its_reads_when_it_is_entered_and_ends_them_when_it_is_left
     rig.check_idle()
 
 
-def test_a_run_whose_read_fails_can_be_tried_again() -> None:
+def test_a_run_whose_read_fails_can_be_retried() -> None:
     for fails in (1, 2, 4):
         rig = Rig(
             num_slots=6, fail=lambda number, fails=fails: ("it broke", "io") if number == fails else None
@@ -213,7 +213,7 @@ def interrupt(rig: Rig, stop_after: int) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
-def test_a_lease_cut_short_leaves_no_read_in_flight_and_no_slot_taken(stop_after: int) -> None:
+def test_an_interrupted_lease_leaves_no_read_in_flight_and_no_slot_taken(stop_after: int) -> None:
     for seed in range(20):
         rig = Rig(num_slots=6, seed=seed)
         rig.run(0, [0, 1])
@@ -242,7 +242,9 @@ def test_an_interrupt_while_waiting_leaves_no_read_in_flight() -> None:
     ("kind", "error"), [("io", ReadFailed), ("short", ReadFailed), ("checksum", CorruptRecord)]
 )
 @pytest.mark.parametrize("fails", [1, 2, 3, 5])
-def test_a_failed_read_is_named_and_the_cache_goes_on(kind: str, error: type[Exception], fails: int) -> None:
+def test_a_failed_read_is_named_and_the_cache_continues(
+    kind: str, error: type[Exception], fails: int
+) -> None:
     for seed in range(20):
         rig = Rig(num_slots=6, seed=seed, fail=lambda number: ("it broke", kind) if number == fails else None)
         with pytest.raises(error, match=r"experts\.bin: layer 2, expert \d+: .*it broke") as raised:
@@ -268,7 +270,7 @@ def test_every_read_failing_at_once_still_leaves_a_usable_cache() -> None:
 
 @pytest.mark.parametrize("refused", [1, 3, 8])
 def test_a_read_that_cannot_be_started_leaves_nothing_behind(refused: int) -> None:
-    """The first are refused as the lease opens, the last while it is iterated."""
+    """The first two reads are refused as the lease opens, the last while it is iterated."""
     for seed in range(10):
         rig = Rig(num_slots=6, seed=seed, refuse=refused)
         with pytest.raises(OSError, match="no"):
@@ -285,7 +287,7 @@ def test_a_lease_that_was_never_opened_holds_nothing() -> None:
     assert rig.cache.stats.lookups == 2
 
 
-def test_a_sweep_that_finds_much_read_ahead_frees_slots_before_all_of_it_is_computed() -> None:
+def test_a_sweep_that_finds_many_prefetched_experts_frees_slots_before_all_are_computed() -> None:
     rig = Rig(num_slots=40, k=2)
     everyone = list(range(NUM_EXPERTS))
     with rig.cache.lease(0, everyone, everyone) as lease:
@@ -293,5 +295,5 @@ def test_a_sweep_that_finds_much_read_ahead_frees_slots_before_all_of_it_is_comp
             rig.check(0, group)
             assert len(group) <= 8
             if number == 2:
-                break  # what has landed and was not handed over is given back, too
+                break  # experts that have landed but were not yielded are also released
     rig.check_idle()

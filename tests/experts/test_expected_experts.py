@@ -1,4 +1,4 @@
-"""Hints of what the next layer will ask for: its reads begin early, wrong ones cost no more than reads."""
+"""Hints about the experts of the next layer start reads early; a wrong hint costs only the reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def lease_and_expect(
 
 
 def trusting_rig(**options: Any) -> Rig:
-    """One whose cache reads whatever is guessed."""
+    """Make a rig whose cache reads every guess."""
     rig = Rig(**options)
     rig.cache._look_ahead = (LookAhead(rig.k, least_right=0.0), LookAhead(rig.k, least_right=0.0))
     return rig
@@ -73,7 +73,7 @@ steps = st.lists(
     st.booleans(),
 )
 @settings(deadline=None, max_examples=500)
-def test_whatever_was_expected_or_guessed_every_expert_comes_once_with_its_own_bytes(
+def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_bytes(
     asked: list[tuple[int, list[int], set[int], tuple[int, list[int]] | None]],
     num_slots: int,
     seed: int,
@@ -98,7 +98,7 @@ def test_whatever_was_expected_or_guessed_every_expert_comes_once_with_its_own_b
     check_all_slots_can_be_had(rig)
 
 
-def test_the_next_lease_takes_over_what_was_expected_of_it() -> None:
+def test_the_next_lease_takes_over_the_reads_of_its_hint() -> None:
     for seed in range(10):
         rig = trusting_rig(num_slots=36, seed=seed)
         lease_and_expect(rig, 0, [0, 1, 2], {0, 1, 2}, (1, [3, 4, 5]))
@@ -109,7 +109,7 @@ def test_the_next_lease_takes_over_what_was_expected_of_it() -> None:
         assert (rig.cache.stats.reads_ahead, rig.cache.stats.hits, rig.cache.stats.idle_reads) == (3, 0, 0)
 
 
-def test_an_open_lease_reads_all_of_its_own_before_what_is_expected_next() -> None:
+def test_an_open_lease_reads_all_its_own_experts_before_those_of_the_hint() -> None:
     rig = trusting_rig(num_slots=8, k=2)  # a window of 2
     with rig.cache.lease(0, ALL, ALL) as lease:
         rig.cache.guess(1, [ALL, []], is_sweep=True)
@@ -130,7 +130,7 @@ def test_a_sweep_over_layers_never_leaves_the_drive_idle_and_reads_nothing_twice
     assert rig.store.num_fetches == NUM_LAYERS * NUM_EXPERTS
 
 
-def test_what_is_expected_takes_no_more_than_the_window_and_displaces_nothing_that_is_pinned() -> None:
+def test_a_hint_takes_no_more_than_the_window_and_evicts_no_pinned_expert() -> None:
     rig = trusting_rig(num_slots=16, k=2)
     for layer in range(NUM_LAYERS):
         rig.run(layer, [0, 1, 2, 3])
@@ -144,7 +144,7 @@ def test_what_is_expected_takes_no_more_than_the_window_and_displaces_nothing_th
     assert kept >= 8 - window
 
 
-def test_experts_of_a_hint_that_are_in_memory_stay_until_they_are_asked_for() -> None:
+def test_resident_experts_of_a_hint_stay_until_they_are_requested() -> None:
     rig = trusting_rig(num_slots=8, k=2)  # a window of 2
     rig.run(2, list(range(8)))
     rig.run(1, [0], scan=[0])
@@ -157,7 +157,7 @@ def test_experts_of_a_hint_that_are_in_memory_stay_until_they_are_asked_for() ->
     assert rig.cache.stats.hits - hits == 1
 
 
-def test_when_another_layer_leases_first_the_hint_is_given_up_without_waiting() -> None:
+def test_a_hint_is_dropped_without_waiting_when_another_layer_leases_first() -> None:
     rig = trusting_rig(num_slots=24)
     lease_and_expect(rig, 0, [0], set(), (1, [3, 4, 5]))
     assert len(rig.store.in_flight) == 3
@@ -167,10 +167,10 @@ def test_when_another_layer_leases_first_the_hint_is_given_up_without_waiting() 
     assert not {kind for kind, _ in rig.store.log} & {"cancel"}
 
 
-def test_a_read_that_came_for_nothing_still_serves_a_later_lease() -> None:
+def test_a_read_of_a_wrong_hint_still_serves_a_later_lease() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
-    while rig.cache._early:  # begun, so it lands: at the latest by one of these leases
+    while rig.cache._early:  # the read has begun, so one of these leases sees it land
         list_of(rig, 2, [7])
     assert rig.cache.stats.idle_reads == 1
     fetches = rig.store.num_fetches
@@ -182,14 +182,14 @@ def list_of(rig: Rig, layer: int, wanted: list[int]) -> None:
     assert lease_and_expect(rig, layer, wanted, set(), None) == sorted(wanted)
 
 
-def test_an_early_read_that_fails_is_heard_of_by_who_needs_it_only() -> None:
+def test_an_early_read_that_fails_is_reported_only_to_a_lease_that_needs_it() -> None:
     failing = {2, 3}
     rig = trusting_rig(
         num_slots=24, begun=1.0, fail=lambda number: ("broke", "io") if number in failing else None
     )
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
     while rig.cache._early:
-        list_of(rig, 0, [0])  # nobody asks for it: no error
+        list_of(rig, 0, [0])  # no lease needs the failed expert: no error
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
     with pytest.raises(ReadFailed, match="layer 1, expert 3"):
         list_of(rig, 1, [3])
@@ -206,7 +206,7 @@ def test_a_hint_whose_reads_cannot_be_started_leaves_nothing_behind() -> None:
     list_of(rig, 1, [3, 4])
 
 
-def test_closing_ends_what_was_read_ahead() -> None:
+def test_closing_ends_early_reads() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, ALL))
     assert rig.store.in_flight
@@ -214,21 +214,21 @@ def test_closing_ends_what_was_read_ahead() -> None:
     assert not rig.store.in_flight
 
 
-def test_a_layer_that_expects_itself_goes_on_undisturbed() -> None:
+def test_a_hint_of_the_same_layer_does_not_disturb_its_lease() -> None:
     rig = trusting_rig(num_slots=6)
     assert lease_and_expect(rig, 0, ALL, set(ALL), (0, ALL)) == ALL
     rig.check_idle()
 
 
-def test_decode_takes_what_was_read_ahead_out_of_the_window() -> None:
+def test_decode_moves_early_reads_out_of_the_window() -> None:
     rig = trusting_rig(num_slots=8, k=2)
     lease_and_expect(rig, 0, [0, 1], set(), (1, [2, 3]))
     list_of(rig, 1, [2, 3])
-    rig.run(2, ALL, scan=ALL)  # a sweep displaces what was only swept in
+    rig.run(2, ALL, scan=ALL)  # a sweep evicts only experts that a sweep brought in
     assert all(rig.cache.policy.slot((1, expert)) is not None for expert in (2, 3))
 
 
-def test_a_failing_lease_leaves_its_hint_to_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hint_of_a_failed_lease_can_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = trusting_rig(num_slots=12, begun=0.5)
 
     def interrupted(tickets: list[int], block: bool = True) -> Any:
@@ -245,7 +245,7 @@ def test_a_failing_lease_leaves_its_hint_to_be_given_up(monkeypatch: pytest.Monk
 # ── guesses ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_right_guess_is_taken_over_and_hurried() -> None:
+def test_a_right_guess_is_taken_over_and_made_urgent() -> None:
     rig = trusting_rig(num_slots=24)
     lease_and_expect(rig, 0, [0, 1], set(), (1, [3, 4]), is_guess=True)
     assert len(rig.store.guessed) == 2
@@ -254,7 +254,7 @@ def test_a_right_guess_is_taken_over_and_hurried() -> None:
     assert (rig.cache.stats.reads_ahead, rig.store.num_fetches) == (1, 2 + 2 + 1)
 
 
-def test_nothing_is_read_for_a_guess_before_it_was_right_often_enough() -> None:
+def test_guesses_are_read_only_after_they_were_right_often_enough() -> None:
     rig = Rig(num_slots=8, k=2)
     for turn in range(60):
         layer, following = turn % NUM_LAYERS, (turn + 1) % NUM_LAYERS
@@ -271,10 +271,10 @@ def test_nothing_is_read_for_a_guess_before_it_was_right_often_enough() -> None:
     assert rig.store.guessed
 
 
-def test_a_guess_takes_few_slots_and_leaves_what_it_guessed_right_and_has() -> None:
+def test_a_guess_takes_few_slots_and_does_not_evict_guessed_experts() -> None:
     rig = trusting_rig(num_slots=24, k=2)
     for layer in range(NUM_LAYERS):
-        rig.run(layer, list(range(8)))  # all slots hold what decode used
+        rig.run(layer, list(range(8)))  # all slots hold experts that decode used
     before = rig.cache.policy.resident()
     with rig.cache.lease(0, [0, 1]) as lease:
         rig.cache.guess(1, [[0], [8, 9, 10, 11]], is_sweep=False)
@@ -283,15 +283,14 @@ def test_a_guess_takes_few_slots_and_leaves_what_it_guessed_right_and_has() -> N
     assert rig.cache.policy.slot((1, 0)) is not None
 
 
-def test_a_read_given_up_half_way_is_done_again_when_it_is_needed_after_all() -> None:
+def test_a_read_dropped_midway_is_repeated_when_it_is_needed_after_all() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0, given_up=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]), is_guess=True)
     rig.cache._forget_hint()
     assert all_of(rig.run(1, [3])) == [3]
 
 
-def test_a_cache_of_a_few_tokens_wants_no_guess() -> None:
+def test_a_cache_for_a_few_tokens_wants_no_guesses() -> None:
     assert not Rig(num_slots=7, k=2).cache.wants_guess(is_sweep=False)
-    assert Rig(num_slots=8, k=2).cache.wants_guess(
-        is_sweep=False
-    )  # in the first step, to see how often it is right
+    # In the first step a larger cache wants a guess, to see how often it is right.
+    assert Rig(num_slots=8, k=2).cache.wants_guess(is_sweep=False)

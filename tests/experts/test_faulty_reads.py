@@ -1,4 +1,4 @@
-"""The expert cache over the real store, on a file system whose Nth read fails, comes short, lies or dawdles."""
+"""The expert cache over the real store, on a file system whose nth read fails, is short, wrong or slow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASKED = [1, 2, 4, 7, 8]
 
 
 class Rig:
-    """Ten experts in a real file with checksums, six slots, one reader so that reads come in order."""
+    """Ten experts in a real file with checksums, six slots, and one reader so that reads stay in order."""
 
     def __init__(self, directory: Path, faults: _native.FaultyFileSystem | None, num_pieces: int = 1) -> None:
         # A flipped bit is in the middle of a read; a record lies in the middle of its block.
@@ -58,7 +58,7 @@ def _located(record: ExpertRecord, path: Path, content: np.ndarray) -> ExpertRec
 
 
 def num_opening_reads(directory: Path) -> int:
-    """Reads that opening the file costs, before the first expert is asked for."""
+    """Return the number of reads that opening the file takes, before the first expert is requested."""
     faults = _native.FaultyFileSystem(1 << 40, "eio")
     Rig(directory, faults)
     return faults.num_reads
@@ -68,7 +68,7 @@ def num_opening_reads(directory: Path) -> int:
 @pytest.mark.parametrize(
     ("kind", "error"), [("eio", ReadFailed), ("truncated", ReadFailed), ("flip", CorruptRecord)]
 )
-def test_the_nth_read_that_goes_wrong_is_named_and_the_next_lease_is_whole(
+def test_a_failed_nth_read_is_named_and_the_next_lease_is_complete(
     tmp_path: Path, kind: str, error: type[ArgosyError], nth: int
 ) -> None:
     # A lease reads its experts in ascending order.
@@ -88,7 +88,7 @@ def test_an_interrupted_or_partial_read_is_continued(tmp_path: Path, kind: str) 
     assert Rig(tmp_path, faults, num_pieces=3).run() == ASKED
 
 
-def test_a_lease_left_while_reads_are_slow_waits_until_no_byte_moves(tmp_path: Path) -> None:
+def test_a_lease_that_ends_during_slow_reads_waits_until_no_byte_moves(tmp_path: Path) -> None:
     first = num_opening_reads(tmp_path) + 1
     faults = _native.FaultyFileSystem(first, "delay", num_faults=2, delay_seconds=0.1)
     rig = Rig(tmp_path, faults)

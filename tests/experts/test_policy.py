@@ -1,4 +1,4 @@
-"""Which expert is in which slot, and which one leaves next."""
+"""Which expert is in which slot, and which one is evicted next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Asked = tuple[int, list[int], bool]  # layer, experts, is_scan
 
 
 def lease(policy: CachePolicy, layer: int, experts: Iterable[int], *, is_scan: bool = False) -> int:
-    """Ask as a lease does: pin hits, admit misses, unpin what has been computed; returns the number of hits."""
+    """Request experts as a lease does: pin hits, admit misses, unpin computed experts; return the number of hits."""
     if not is_scan:
         policy.begin(layer)
     held, missing = policy.find(layer, list(experts))
@@ -110,7 +110,7 @@ def test_any_number_of_experts_passes_through_any_number_of_slots(
 
 @given(histories())
 @settings(deadline=None, max_examples=200)
-def test_slots_are_filled_before_anything_leaves(
+def test_slots_are_filled_before_any_expert_is_evicted(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
     num_layers, _, k, num_slots, asked = history
@@ -122,7 +122,7 @@ def test_slots_are_filled_before_anything_leaves(
         assert len(policy.resident()) == policy.num_resident == min(num_slots, len(seen))
 
 
-def test_the_least_recently_used_expert_leaves_first() -> None:
+def test_the_least_recently_used_expert_is_evicted_first() -> None:
     policy = CachePolicy(num_slots=4, num_layers=1, experts_per_token=1)
     for expert in (0, 1, 2, 3, 0, 1):
         lease(policy, 0, [expert])
@@ -130,17 +130,17 @@ def test_the_least_recently_used_expert_leaves_first() -> None:
     assert policy.resident() == {(0, 0), (0, 1), (0, 3), (0, 4)}
 
 
-def test_what_was_used_more_often_stays_longer() -> None:
+def test_experts_used_more_often_stay_longer() -> None:
     policy = CachePolicy(num_slots=3, num_layers=1, experts_per_token=1)
     for expert in (0, 0, 0, 0, 1, 2, 3):
         lease(policy, 0, [expert])
     assert policy.resident() == {(0, 0), (0, 2), (0, 3)}
-    for expert in range(4, 30):  # many uses long ago are worth little
+    for expert in range(4, 30):  # uses long ago count little
         lease(policy, 0, [expert])
     assert (0, 0) not in policy.resident()
 
 
-def test_uses_are_remembered_when_an_expert_leaves() -> None:
+def test_uses_are_remembered_after_an_expert_is_evicted() -> None:
     policy = CachePolicy(num_slots=2, num_layers=1, experts_per_token=1)
     for expert in (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8):
         lease(policy, 0, [expert])
@@ -150,7 +150,7 @@ def test_uses_are_remembered_when_an_expert_leaves() -> None:
     assert (0, 0) in policy.resident()
 
 
-def test_age_counts_the_turns_of_the_experts_own_layer() -> None:
+def test_age_counts_the_turns_of_an_experts_own_layer() -> None:
     policy = CachePolicy(num_slots=6, num_layers=2, experts_per_token=1)
     for expert in range(3):
         lease(policy, 1, [expert])
@@ -158,15 +158,15 @@ def test_age_counts_the_turns_of_the_experts_own_layer() -> None:
         lease(policy, 0, [expert])
     for _ in range(6):
         lease(policy, 1, [2])
-    lease(policy, 1, [3])  # layer 0 has not come round since its last expert was used
+    lease(policy, 1, [3])  # layer 0 has had no turn since its last expert was used
     assert {(0, 0), (0, 1), (0, 2), (1, 2), (1, 3)} < policy.resident()
 
 
-def test_of_two_that_are_equally_old_the_one_whose_layer_comes_round_last_leaves() -> None:
+def test_of_two_equally_old_experts_the_one_whose_layer_comes_last_is_evicted() -> None:
     policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=1)
     for expert in (0, 1):
         decode(policy, [[expert]] * 4)
-    lease(policy, 0, [2])  # layers 1, 2 and 3 come before layer 0 does again
+    lease(policy, 0, [2])  # layers 1, 2 and 3 come before layer 0 again
     assert (0, 0) not in policy.resident()
     lease(policy, 1, [2])
     assert (0, 1) not in policy.resident() or (1, 0) not in policy.resident()
@@ -176,7 +176,7 @@ def test_of_two_that_are_equally_old_the_one_whose_layer_comes_round_last_leaves
 
 @given(histories())
 @settings(deadline=None, max_examples=200)
-def test_who_leaves_is_the_oldest_of_a_plain_search(
+def test_the_evicted_expert_is_the_oldest_by_exhaustive_search(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
     num_layers, _, k, num_slots, asked = history
@@ -196,7 +196,7 @@ def test_who_leaves_is_the_oldest_of_a_plain_search(
 
 
 def oldest(policy: CachePolicy, asking_layer: int) -> Key:
-    """By looking at every expert: of those above their layer's floor the oldest, then the latest layer's."""
+    """Search all experts for the oldest one above its layer's floor; on a tie, take the layer that comes last."""
     ages = [
         (here.worth[expert] - here.turn * policy_module._GROWTH, here.passed, number, expert)
         for number, here in enumerate(policy._layers)
@@ -221,7 +221,7 @@ def test_decode_that_fits_the_cache_never_misses_again() -> None:
             assert lease(policy, layer, experts) == 2
 
 
-def test_a_layer_keeps_its_share_while_others_ask() -> None:
+def test_a_layer_keeps_its_share_while_others_request_experts() -> None:
     policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=2)
     decode(policy, [[0, 1]] * 4)
     for expert in range(2, 40):
@@ -230,7 +230,7 @@ def test_a_layer_keeps_its_share_while_others_ask() -> None:
         assert lease(policy, layer, [0, 1]) == 2
 
 
-def test_with_fewer_slots_than_one_token_asks_for_some_still_hit() -> None:
+def test_with_fewer_slots_than_one_token_needs_there_are_still_hits() -> None:
     num_layers, k = 8, 4
     policy = CachePolicy(num_slots=num_layers * k // 2, num_layers=num_layers, experts_per_token=k)
     hits = 0
@@ -243,7 +243,7 @@ def test_with_fewer_slots_than_one_token_asks_for_some_still_hit() -> None:
 def test_a_sweep_leaves_three_quarters_of_what_decode_uses() -> None:
     num_layers, num_experts, k = 6, 64, 4
     policy = CachePolicy(num_slots=96, num_layers=num_layers, experts_per_token=k)
-    for start in range(0, 16, k):  # 16 experts of each layer: as many as there are slots
+    for start in range(0, 16, k):  # 16 experts of each layer fill the slots
         decode(policy, [list(range(start, start + k))] * num_layers)
     used = policy.resident()
     assert len(used) == 96
@@ -263,11 +263,11 @@ def test_a_sweep_takes_slots_only_once() -> None:
     assert left <= policy.resident()
 
 
-def test_a_second_sweep_finds_what_the_first_left() -> None:
+def test_a_second_sweep_hits_the_experts_that_the_first_left() -> None:
     policy = CachePolicy(num_slots=32, num_layers=4, experts_per_token=2)
     sweep(policy, num_layers=4, num_experts=16)
     hits = sum(lease(policy, layer, range(16), is_scan=True) for layer in range(4))
-    assert hits >= 24  # of 64 with 32 slots; a least recently used order would find none
+    assert hits >= 24  # of 64 lookups with 32 slots; plain LRU would have no hits
 
 
 def test_a_sweep_does_not_make_an_expert_younger() -> None:
@@ -279,7 +279,7 @@ def test_a_sweep_does_not_make_an_expert_younger() -> None:
     assert (0, 0) not in policy.resident()
 
 
-def test_decode_takes_back_what_a_sweep_took() -> None:
+def test_decode_takes_back_the_slots_that_a_sweep_took() -> None:
     policy = CachePolicy(num_slots=16, num_layers=1, experts_per_token=2)
     lease(policy, 0, range(16))
     lease(policy, 0, range(16, 64), is_scan=True)

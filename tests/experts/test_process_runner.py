@@ -1,4 +1,4 @@
-"""Experts in another process give the same bits, for rows and outputs alone; a process that dies is an error."""
+"""Experts in another process give the same bits, from rows and outputs alone; a process that dies is an error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decoder_of(parts: Parts) -> Decoder:
     )
 
 
-def test_a_layer_of_a_token_costs_a_row_there_and_a_row_back_for_each_expert(directory: Path) -> None:
+def test_a_layer_of_a_token_sends_one_row_and_receives_one_row_per_expert(directory: Path) -> None:
     with open_parts(directory, "another process") as parts:
         config, runner = parts.config, parts.experts
         assert isinstance(runner, ProcessRunner)
@@ -63,7 +63,7 @@ def test_a_layer_of_a_token_costs_a_row_there_and_a_row_back_for_each_expert(dir
 
 @pytest.fixture
 def engine_with(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    """An engine whose experts are in another process."""
+    """Make engines whose experts are in another process."""
 
     def make(model: Path = directory, residency: str = "smallest cache", **options: Any) -> Engine:
         def another_process(runtime: object, cache: Any) -> ProcessRunner:
@@ -96,7 +96,7 @@ def test_a_process_that_dies_in_the_middle_of_a_layer_changes_no_answer(
             runner.close()
 
 
-def test_a_process_that_keeps_dying_ends_the_answer_with_an_error_and_no_hang(
+def test_a_process_that_keeps_dying_ends_the_answer_with_an_error_without_hanging(
     engine_with: Callable[..., Engine],
 ) -> None:
     began = time.monotonic()
@@ -110,7 +110,7 @@ def test_a_process_that_keeps_dying_ends_the_answer_with_an_error_and_no_hang(
     assert time.monotonic() - began < 60
 
 
-def test_a_damaged_expert_is_named_across_the_processes(
+def test_a_damaged_expert_is_named_across_processes(
     directory: Path, tmp_path: Path, engine_with: Callable[..., Engine]
 ) -> None:
     pack(open_model(directory), tmp_path / "packed", format="bf16")
@@ -129,7 +129,7 @@ def test_a_damaged_expert_is_named_across_the_processes(
         engine._model.experts.close()
 
 
-def test_a_run_cut_short_leaves_the_next_one_whole(directory: Path) -> None:
+def test_an_interrupted_run_leaves_the_next_one_intact(directory: Path) -> None:
     with open_parts(directory, "another process") as parts:
         decoder, runner = decoder_of(parts), parts.experts
         assert runner is not None

@@ -1,4 +1,4 @@
-"""The resident runner: every expert is read once, and then only run."""
+"""The resident runner reads every expert once, and from then on only runs it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_expert_is_read_once_and_runs_where_it_lies(num_pieces: int, align
     assert store.num_fetches == len(KEYS)
 
 
-def test_a_damaged_expert_stops_the_start_with_its_name_and_no_read_in_flight() -> None:
+def test_a_damaged_expert_is_named_and_stops_the_start_with_no_read_in_flight() -> None:
     records, content = make_records(KEYS, num_pieces=1)
     store = FakeStore(content, fail=lambda number: ("sum differs", "checksum") if number == 60 else None)
     files = ExpertFiles(store, records, open_file=store.open)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Experts in GGUF blocks, over the real store: each lands as panels, in a slot or in its place for good."""
+"""Experts in GGUF blocks over the real store: each lands as panels, in a slot or in its permanent place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RUNTIME = _native.Runtime(1)
 NUM_EXPERTS = 6
 HIDDEN, WIDTH = 512, 256
 SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))  # gate, up, down
-# What a Q4_K_M file does: `down` has more bits in some layers; the last layer is not quantised at all.
+# As in a Q4_K_M file, `down` has more bits in some layers; the last layer is not quantised at all.
 LAYERS: tuple[tuple[str, str, str], ...] = (
     ("Q4_K", "Q4_K", "Q6_K"),
     ("Q4_K", "Q4_K", "Q4_K"),
@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, str, str], ...] = (
 
 
 class Model:
-    """A file as a GGUF has it: for each matrix of a layer one tensor with all experts, 32-byte aligned."""
+    """A file laid out as in GGUF: for each matrix of a layer, one 32-byte aligned tensor with all experts."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / "model.gguf"
@@ -80,7 +80,7 @@ class Model:
         }
 
     def check(self, layer: int, experts: Sequence[int], table: _native.ExpertTable) -> None:
-        """Running the experts gives the outputs of their transcoded blocks."""
+        """Check that running the experts gives the outputs of their transcoded blocks."""
         rows = np.random.default_rng(layer).standard_normal((len(experts), HIDDEN), np.float32)
         choices, found = np.array(experts, np.int32)[:, None], np.empty_like(rows)
         dispatch = _native.Dispatch(choices, np.ones(len(experts), np.bool_), NUM_EXPERTS)
@@ -107,7 +107,7 @@ def open_files(model: Model, store: _native.Store) -> ExpertFiles:
 
 
 @pytest.mark.parametrize("num_slots", [2, 7, 20])
-def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) -> None:
+def test_leased_experts_equal_the_transcoded_blocks(model: Model, num_slots: int) -> None:
     store = _native.Store(3)
     files = open_files(model, store)
     cache = ExpertCache(store, files, num_slots=num_slots, num_layers=len(LAYERS), experts_per_token=2)
@@ -124,7 +124,7 @@ def test_leased_experts_are_the_transcoded_blocks(model: Model, num_slots: int) 
     store.close()
 
 
-def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: Model) -> None:
+def test_resident_experts_are_contiguous_and_keep_their_formats(model: Model) -> None:
     store = _native.Store(3)
     runner = load_resident(store, open_files(model, store), RUNTIME)
     assert runner.resident.nbytes == resident_bytes(model.records)
@@ -135,7 +135,7 @@ def test_resident_experts_lie_one_behind_the_other_and_in_their_formats(model: M
     assert runner.stats.bytes_read == sum(record.nbytes for record in model.records.values())
 
 
-def test_memory_of_blocks_is_that_of_their_matrices_and_no_more(model: Model) -> None:
+def test_experts_in_blocks_take_exactly_the_memory_of_their_matrices(model: Model) -> None:
     blocks_only = {key: record for key, record in model.records.items() if key[0] < 3}
     exact = sum(
         matrix_bytes(matrix.format, matrix.rows, matrix.cols)
@@ -145,6 +145,6 @@ def test_memory_of_blocks_is_that_of_their_matrices_and_no_more(model: Model) ->
     assert resident_bytes(blocks_only) == exact
 
 
-def test_a_slot_holds_the_largest_expert_whatever_its_formats(model: Model) -> None:
+def test_a_slot_has_room_for_the_largest_expert_whatever_its_formats(model: Model) -> None:
     largest = max(sum(piece.landed_bytes for piece in record.pieces) for record in model.records.values())
     assert largest <= slot_bytes(model.records) <= largest + 3 * 2 * 4096
