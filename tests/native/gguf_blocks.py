@@ -1,4 +1,4 @@
-"""Random GGUF blocks, built from their layout, and what the `gguf` package reads in them."""
+"""Random GGUF blocks, built from their layout, and the values that the `gguf` package reads from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Block type -> slot format, columns of a block, bytes of a block, where its float16 values lie (MXFP4 has none: its
-# scale is a byte, the block's first).
+# Block type -> slot format, columns of a block, bytes of a block, offsets of its float16 values. MXFP4 has none: its
+# scale is the block's first byte.
 BLOCK_TYPES: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
     "Q8_0": ("q8", 32, 34, (0,)),
     "Q4_0": ("q4", 32, 18, (0,)),
@@ -34,7 +34,7 @@ def block_cols(format: str) -> int:
 
 
 def random_blocks(block_type: str, rows: int, cols: int, *, seed: int = 0, scale: float = 0.02) -> Bytes:
-    """Any bits in the quants and sub-scales; float16 scales and mins normal, of both signs, about `scale`."""
+    """Make blocks with random quants and sub-scales; float16 scales and mins are of order `scale`, with both signs."""
     _, width, size, halves = BLOCK_TYPES[block_type]
     generator = np.random.default_rng([seed, rows, cols])
     blocks = generator.integers(0, 256, (rows * cols // width, size), dtype=np.uint8)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def open_module(path: Path | None) -> Any:
-    """The native module at `path`, for all that import it later; None: the installed one."""
+    """Return the native module at `path`, also for all later imports; None: the installed one."""
     if path is not None:
         spec = importlib.util.spec_from_file_location("argosy._native", path)
         assert spec is not None

@@ -1,4 +1,4 @@
-"""Faults that a sanitizer must find in the native module, or its silence elsewhere means nothing.
+"""Faults that a sanitizer must find in the native module; otherwise its silence elsewhere means nothing.
 
 python -m tests.native.planted_faults {race,overflow} --module _native.so
 """
@@ -17,7 +17,7 @@ from tests.native.other_build import open_module
 
 
 def race(native: Any) -> None:
-    """Two threads write to one array."""
+    """Write to one array from two threads."""
     x, weight, out = np.ones((64, 256), np.float32), np.ones(256, np.float32), np.zeros((64, 256), np.float32)
 
     def write() -> None:
@@ -33,7 +33,7 @@ def race(native: Any) -> None:
 
 
 def overflow(native: Any) -> None:
-    """A token that was in the vocabulary when its step began lies behind it when the step runs."""
+    """Move a token id beyond the vocabulary after its step has begun and before the step runs."""
     case = Case(native, native.Runtime(1), "")
     stack, batch = case.stack(), case.batch()
     stack.begin(*batch)

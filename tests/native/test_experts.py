@@ -1,4 +1,4 @@
-"""Dispatches group choices by expert; a table runs experts where they were last placed, and refuses anything else."""
+"""Dispatches group choices by expert; a table runs experts where they were last placed, and refuses all others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_dispatch_sorts_assignments_by_expert_and_keeps_their_order(data: Any)
     np.testing.assert_array_equal(dispatch.choices(), choices)
 
 
-def test_a_dispatch_refuses_what_is_no_expert() -> None:
+def test_a_dispatch_refuses_invalid_experts() -> None:
     with pytest.raises(ValueError, match=r"choices\[1\] is 4, expected 0 to 3"):
         _native.Dispatch(np.array([[0, 4]], np.int32), np.array([True]), 4)
     with pytest.raises(ValueError, match=r"is_decode has shape \[2\], expected \[1\]"):
@@ -51,7 +51,7 @@ class Experts:
         sizes = [_native.matrix_bytes(format, *shape) for shape in shapes]
         self.starts = np.tile(np.cumsum([0, *sizes[:-1]], dtype=np.int64), (NUM_EXPERTS, 1))
         self.format, self.expert_bytes = format, sum(sizes)
-        self.arena = _native.Arena((NUM_EXPERTS + 1) * self.expert_bytes)  # one place is free
+        self.arena = _native.Arena((NUM_EXPERTS + 1) * self.expert_bytes)  # one place stays free
         memory = self.arena.array()
         for expert in range(NUM_EXPERTS):
             for start, size, shape in zip(self.starts[expert], sizes, shapes, strict=True):
@@ -70,7 +70,7 @@ class Experts:
         )
 
     def expected(self, choices: Any, rows: Any) -> Any:
-        """One call for each assignment, from the weights as they lie at first."""
+        """Compute the outputs with one call per assignment, from the weights in their first places."""
         out = np.empty((choices.size, HIDDEN), np.float32)
         for assignment, expert in enumerate(choices.reshape(-1).tolist()):
             only = np.zeros(1, np.int32)
@@ -109,7 +109,7 @@ def test_experts_run_in_any_groups_and_order_each_into_its_own_rows(format: Form
     assert experts.table.nbytes == experts.arena.nbytes
 
 
-def test_an_expert_runs_where_it_was_placed_last() -> None:
+def test_an_expert_runs_where_it_was_last_placed() -> None:
     experts = Experts("q4")
     expected = experts.expected(CHOICES, ROWS)
     experts.table.place(experts.places)
@@ -132,7 +132,7 @@ def test_a_place_outside_the_memory_is_refused() -> None:
             experts.table.place([(key, 0)])
 
 
-def test_what_cannot_run_is_refused_and_writes_nothing() -> None:
+def test_an_expert_that_cannot_run_is_refused_and_writes_nothing() -> None:
     experts = Experts("q4")
     experts.table.place(experts.places[:2])
     out = np.full((6, HIDDEN), np.nan, np.float32)
@@ -151,7 +151,7 @@ def test_what_cannot_run_is_refused_and_writes_nothing() -> None:
     assert experts.table.num_runs == 0
 
 
-def test_a_layer_is_described_once() -> None:
+def test_a_layer_can_be_added_only_once() -> None:
     experts = Experts("q4")
     with pytest.raises(ValueError, match="layer 5 was already added"):
         experts.table.add_layer(5, formats=("q4", "q4", "q4"), width=WIDTH, starts=experts.starts)

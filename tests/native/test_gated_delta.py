@@ -1,4 +1,4 @@
-"""The gated delta net of `argosy._native` against a formula in float64; a token's result is its own.
+"""The gated delta net of `argosy._native` agrees with a float64 formula; other tokens do not change a token's result.
 
 Every test runs once per instruction set of this CPU.
 """
@@ -19,8 +19,8 @@ Floats = NDArray[np.float32]
 Sizes = tuple[int, int, int, int, int]
 EPS = 1e-6
 
-# Key heads, value heads, key and value dimensions, positions of the convolution: around the vectors (8, 16) and
-# four of them (32, 64), one value head for a key head and several.
+# Key heads, value heads, key and value dimensions, positions of the convolution: sizes around one vector (8, 16) and
+# four (32, 64), with one value head per key head and with several.
 SIZES: list[Sizes] = [
     (1, 1, 1, 1, 1),
     (2, 2, 7, 9, 2),
@@ -39,7 +39,7 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @dataclass(frozen=True)
 class Net:
-    """Random weights and the inputs of one sequence: what comes out of the projections."""
+    """Random weights, and the inputs of one sequence as the projections give them."""
 
     sizes: Sizes
     qkv: Floats
@@ -90,7 +90,7 @@ class Net:
         runs: Sequence[tuple[int, int, int]] | None = None,
         threads: int = 1,
     ) -> Floats:
-        """What comes out for these tokens; one run in slot 0 unless said otherwise."""
+        """Return the output for these tokens; by default they are one run in slot 0."""
         qkv, b, a = self.qkv[tokens].copy(), self.b[tokens].copy(), self.a[tokens].copy()
         out = np.full((len(qkv), self.z.shape[1]), np.nan, np.float32)
         runtime = native.Runtime(threads, instruction_set=self.instruction_set)
@@ -115,7 +115,7 @@ class Net:
         return out
 
     def expected(self) -> NDArray[np.float64]:
-        """The formula of arXiv:2412.06464, with its convolution, norms and gates, in float64."""
+        """Compute the formula of arXiv:2412.06464, with its convolution, norms and gates, in float64."""
         key_heads, value_heads, key_dim, value_dim, width = self.sizes
         x = np.vstack([np.zeros((width - 1, self.qkv.shape[1])), self.qkv.astype(np.float64)])
         mixed = silu(sum(self.conv[j].astype(np.float64) * x[j : j + self.num_tokens] for j in range(width)))
@@ -151,14 +151,14 @@ def unit(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_it_is_the_formula(sizes: Sizes) -> None:
+def test_the_output_matches_the_formula(sizes: Sizes) -> None:
     net = Net.random(sizes, 23)
-    # An output near zero is normed up again, rounding and all: hence the bound on the norm's input, not on it.
+    # The norm scales an output near zero up, with its rounding error: hence the loose bound here, and the tight median.
     np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
     assert np.median(abs(net.run(net.state()) - net.expected())) < 2e-6
 
 
-def test_tiled_value_heads_go_with_key_heads_in_turn() -> None:
+def test_tiled_value_heads_take_key_heads_in_turn() -> None:
     net = Net.random((2, 4, 17, 33, 4), 12, is_tiled=True)
     np.testing.assert_allclose(net.run(net.state()), net.expected(), rtol=2e-3, atol=2e-4)
     grouped = Net.random((2, 4, 17, 33, 4), 12)
@@ -176,7 +176,7 @@ def test_chunks_and_threads_change_no_bit(sizes: Sizes, chunk: int) -> None:
     assert state.position(0) == 19
 
 
-def test_sequences_of_a_batch_do_not_meet() -> None:
+def test_sequences_of_a_batch_do_not_affect_each_other() -> None:
     net = Net.random((2, 4, 17, 33, 4), 19)
     alone = [net.run(net.state(), slice(begin, end)) for begin, end in ((0, 7), (7, 8), (8, 19))]
     state = net.state(num_slots=4)
@@ -185,14 +185,14 @@ def test_sequences_of_a_batch_do_not_meet() -> None:
     assert [state.position(slot) for slot in range(4)] == [1, 0, 11, 7]
 
 
-def test_a_restored_state_goes_on_with_the_same_bits() -> None:
+def test_a_restored_state_continues_with_the_same_bits() -> None:
     net = Net.random((2, 4, 17, 33, 4), 19)
     state = net.state(num_slots=2)
     net.run(state, slice(0, 8))
     saved = np.empty(state.slot_floats, np.float32)
     state.copy_out(0, saved)
     first = net.run(state, slice(8, 19))
-    for slot in (0, 1):  # back, and in another slot
+    for slot in (0, 1):  # restored in place, and in another slot
         state.copy_in(slot, saved, 8)
         assert state.position(slot) == 8
         np.testing.assert_array_equal(net.run(state, slice(8, 19), runs=[(0, 11, slot)]), first)
@@ -200,7 +200,7 @@ def test_a_restored_state_goes_on_with_the_same_bits() -> None:
     assert not np.array_equal(net.run(state, slice(8, 19)), first)
 
 
-def test_a_copied_slot_goes_on_from_the_same_position_with_the_same_bits() -> None:
+def test_a_copied_slot_continues_from_the_same_position_with_the_same_bits() -> None:
     net = Net.random((2, 4, 17, 33, 4), 19)
     state = net.state(num_slots=3)
     net.run(state, slice(0, 8), runs=[(0, 8, 2)])
@@ -213,7 +213,7 @@ def test_a_copied_slot_goes_on_from_the_same_position_with_the_same_bits() -> No
         state.copy_slot(0, 3)
 
 
-def test_a_slot_begun_anew_knows_nothing_of_the_sequence_before() -> None:
+def test_a_restarted_slot_keeps_nothing_of_the_previous_sequence() -> None:
     net = Net.random((1, 2, 16, 16, 4), 9)
     fresh = net.run(net.state())
     state = net.state()
@@ -223,9 +223,9 @@ def test_a_slot_begun_anew_knows_nothing_of_the_sequence_before() -> None:
     np.testing.assert_array_equal(net.run(state), fresh)
 
 
-def test_what_decays_stays_finite_at_both_ends() -> None:
+def test_extreme_decays_stay_finite() -> None:
     net = Net.random((1, 1, 16, 16, 2), 6)
-    net.a[:, 0] = [-200, -30, 19.9, 20.1, 80, 3e4]  # softplus from nothing to a decay of zero
+    net.a[:, 0] = [-200, -30, 19.9, 20.1, 80, 3e4]  # from a softplus of 0 to a decay of 0
     assert np.isfinite(net.run(net.state())).all()
 
 

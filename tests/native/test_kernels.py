@@ -1,7 +1,7 @@
-"""The operations of `argosy._native` against numpy, and the promise that a token's result is its own.
+"""The operations of `argosy._native` agree with numpy, and other tokens do not change a token's result.
 
 Every test of an operation runs once per instruction set of this CPU. Tolerances: sums of n float32 products in another
-order differ by about n * 2^-24 of the sum of magnitudes; `close` allows that, for the sizes used here.
+order differ by about n * 2^-24 of the sum of magnitudes; `close` allows this for the sizes used here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from argosy import _native as native
 
 Floats = NDArray[np.float32]
 FORMATS = ["f32", "f16", "bf16", "q8", "q4"]
-# Around the vectors (8, 16), the panel (16) and the group (32).
+# Sizes around a vector (8, 16), a panel (16) and a group (32).
 SIZES = [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70]
 
 
@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0) -> Floats:
 
 
 def runtimes(instruction_set: str) -> tuple[native.Runtime, native.Runtime]:
-    """One thread, and three."""
+    """Make a runtime with one thread and one with three."""
     one, three = (native.Runtime(threads, instruction_set=instruction_set) for threads in (1, 3))
     return one, three
 
@@ -47,7 +47,7 @@ def runtimes(instruction_set: str) -> tuple[native.Runtime, native.Runtime]:
 def pack(
     format: str, weights: Floats, *, misalign: int = 0, runtime: native.Runtime | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of a matrix, `misalign` bytes after a 64-byte boundary or so."""
+    """Return the bytes of a matrix, placed about `misalign` bytes after a 64-byte boundary."""
     memory = np.zeros(native.matrix_bytes(format, *weights.shape) + misalign, np.uint8)
     native.quantize(format, weights, memory[misalign:], runtime)
     return memory
@@ -64,9 +64,9 @@ def multiply(runtime: native.Runtime, matrix: native.Matrix, x: Floats) -> Float
 
 
 def quantized_activations(format: str, x: Floats) -> Floats:
-    """x as products with quantised weights see it, per group of 32.
+    """Return x as products with quantised weights see it, in groups of 32.
 
-    q8: 16 bits, scale = absmax / 32512, to the nearest even; q4: the high byte of that, rounded.
+    q8: 16 bits, scale = absmax / 32512, rounded to nearest even; q4: the high byte of that, rounded.
     """
     if format not in ("q8", "q4"):
         return x
@@ -92,7 +92,7 @@ def close(
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("cols", SIZES)
-def test_matmul_is_the_product_with_the_dequantised_weights(
+def test_matmul_equals_the_product_with_the_dequantised_weights(
     runtime: native.Runtime, format: str, cols: int
 ) -> None:
     for rows in (0, 1, 15, 16, 17, 33, 49):
@@ -141,7 +141,7 @@ def test_matrices_of_different_formats_share_one_call(runtime: native.Runtime) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_nan_weight_reaches_its_row_and_no_other(runtime: native.Runtime, format: str) -> None:
+def test_a_nan_weight_affects_only_its_row(runtime: native.Runtime, format: str) -> None:
     weights = normal(20, 70)
     weights[3, 40] = np.nan
     weights[7, 69] = np.inf
@@ -153,7 +153,7 @@ def test_a_nan_weight_reaches_its_row_and_no_other(runtime: native.Runtime, form
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_activation_that_is_no_number_spoils_its_token_alone(
+def test_an_activation_that_is_not_finite_affects_only_its_token(
     runtime: native.Runtime, format: str, value: float
 ) -> None:
     x = normal(5, 70)
@@ -167,7 +167,7 @@ def test_an_activation_that_is_no_number_spoils_its_token_alone(
 
 
 @pytest.mark.parametrize("cols", [1, 31, 32, 33, 100])
-def test_q8_is_within_half_a_step_and_q4_beats_scaling_by_the_largest(cols: int) -> None:
+def test_q8_is_within_half_a_step_and_q4_beats_scaling_by_the_maximum(cols: int) -> None:
     weights = normal(37, cols)
     padded = np.zeros((37, -(-cols // 32), 32), np.float32)
     padded.reshape(37, -1)[:, :cols] = weights
@@ -177,7 +177,7 @@ def test_q8_is_within_half_a_step_and_q4_beats_scaling_by_the_largest(cols: int)
         memory = pack(format, weights)
         restored[format] = native.dequantize(format, memory, 37, cols)
     step = np.broadcast_to(absmax / 127, padded.shape).reshape(37, -1)[:, :cols]
-    # Half a step, and what rounding the scale to float16 (2^-11) takes from the largest weight.
+    # Half a step, plus the error of the largest weight from rounding the scale to float16 (2^-11).
     assert np.all(np.abs(restored["q8"] - weights) <= step * (0.5 + 127 * 2.0**-11))
     naive = np.clip(np.rint(padded / (absmax / 7)), -8, 7) * (absmax / 7)
     naive_error = np.square(naive - padded).sum()
@@ -191,13 +191,13 @@ def test_every_instruction_set_packs_the_same_bytes(runtime: native.Runtime, for
 
 
 @pytest.mark.parametrize("format", ["q8", "q4"])
-def test_what_was_quantised_once_stays_as_it_is(format: str) -> None:
+def test_quantising_again_changes_almost_nothing(format: str) -> None:
     once = native.dequantize(format, pack(format, normal(19, 77)), 19, 77)
     twice = native.dequantize(format, pack(format, once), 19, 77)
     assert np.abs(once - twice).max() <= 2.0**-10 * np.abs(once).max()
 
 
-def test_bf16_and_f16_round_to_the_nearest() -> None:
+def test_bf16_and_f16_round_to_nearest() -> None:
     values = np.array(
         [[1.0, -0.0, 1e-8, 6e-8, 3.1e-5, 65519.0, 65520.0, 1 + 2**-11, 1 + 3 * 2**-11, -1e38]], np.float32
     )
@@ -210,7 +210,7 @@ def test_bf16_and_f16_round_to_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_embed_gives_rows_of_the_dequantised_matrix(runtime: native.Runtime, format: str) -> None:
+def test_embed_returns_rows_of_the_dequantised_matrix(runtime: native.Runtime, format: str) -> None:
     memory = pack(format, normal(33, 45))
     ids = np.array([32, 0, 15, 16, 32], np.int32)
     out = np.empty((5, 45), np.float32)
@@ -234,7 +234,7 @@ def test_rms_norm(runtime: native.Runtime, size: int) -> None:
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 8, 17, 32])
-def test_rope_turns_the_first_dimensions_in_half_split_pairs(runtime: native.Runtime, pairs: int) -> None:
+def test_rope_rotates_the_first_dimensions_in_half_split_pairs(runtime: native.Runtime, pairs: int) -> None:
     x, angle = normal(4, 3, 70), normal(4, pairs)
     cosine, sine = np.cos(angle), np.sin(angle)
     a, b = x[:, :, :pairs], x[:, :, pairs : 2 * pairs]
@@ -245,7 +245,7 @@ def test_rope_turns_the_first_dimensions_in_half_split_pairs(runtime: native.Run
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 8, 17, 32])
-def test_interleaved_rope_turns_neighbours(runtime: native.Runtime, pairs: int) -> None:
+def test_interleaved_rope_rotates_adjacent_dimensions(runtime: native.Runtime, pairs: int) -> None:
     x, angle = normal(4, 3, 70), normal(4, pairs)
     turned = (x[:, :, : 2 * pairs : 2] + 1j * x[:, :, 1 : 2 * pairs : 2]) * np.exp(1j * angle)[:, None]
     expected = x.copy()
@@ -280,7 +280,7 @@ def expected_routes(
     renormalize_eps: float,
     scale: float,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The sentences of native/kernels/route.h, in float64."""
+    """Apply the rules of native/kernels/route.h in float64."""
     x = logits.astype(np.float64)
     scores = np.exp(x - x.max(axis=1, keepdims=True))
     scores = scores / scores.sum(axis=1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-x))
@@ -298,7 +298,7 @@ def expected_routes(
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_routes_are_those_of_the_rule(runtime: native.Runtime, seed: int) -> None:
+def test_routes_follow_the_rule(runtime: native.Runtime, seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_groups = int(rng.choice([1, 2, 3, 8]))
     size = int(rng.choice([2, 5, 16, 48]))
@@ -370,7 +370,7 @@ def test_a_routing_that_does_not_fit_the_experts_is_refused(runtime: native.Runt
             routed(runtime, logits, 3, **rule)
 
 
-def test_combine_and_the_shared_gate_add_to_what_is_there(runtime: native.Runtime) -> None:
+def test_combine_and_the_shared_gate_add_to_the_output(runtime: native.Runtime) -> None:
     expert_out, weights, hidden = normal(6, 300), normal(3, 2), normal(3, 300, seed=1)
     out = hidden.copy()
     native.combine(runtime, expert_out, weights, out)
@@ -391,7 +391,7 @@ def silu(x: Floats) -> Floats:
 
 
 class Experts:
-    """Some experts in an arena, a batch dispatched to them, and the same by numpy."""
+    """Some experts in an arena, run for a batch of tokens, and the expected outputs by numpy."""
 
     def __init__(self, format: str, *, num: int = 5, hidden: int = 70, width: int = 45) -> None:
         self.format, self.hidden, self.width = format, hidden, width
@@ -415,7 +415,7 @@ class Experts:
         return native.Matrix(self.arena, int(self.offsets[expert, i]), self.format, rows, cols)
 
     def run(self, runtime: native.Runtime, x: Floats, chosen: NDArray[np.int32], **options: Any) -> Floats:
-        """out[t * k + j] = expert chosen[t, j] of x[t]."""
+        """Return out[t * k + j] = expert chosen[t, j] of x[t]."""
         flat = chosen.reshape(-1)
         row = np.argsort(flat, kind="stable").astype(np.int32)
         token = row // np.int32(chosen.shape[1])
@@ -455,13 +455,13 @@ def test_experts_run_their_tokens(runtime: native.Runtime, format: str) -> None:
     for expert in (0, 1, 2, 4):
         rows = np.flatnonzero(chosen.reshape(-1) == expert)
         expected, magnitude = experts.expected(x[rows // 2], expert)
-        # An inner value that rounds to another int8 on the way moves the sum by a step of one product.
+        # An inner value that rounds to another int8 changes the sum by one step of one product.
         slack = 2e-5 if format in ("f32", "f16", "bf16") else 5e-3
         assert np.all(np.abs(out[rows] - expected) <= slack * (magnitude + 1))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_experts_add_their_biases_and_clamp_what_lies_between(runtime: native.Runtime, format: str) -> None:
+def test_experts_add_their_biases_and_clamp_inner_values(runtime: native.Runtime, format: str) -> None:
     experts = Experts(format)
     x = 3 * normal(60, 70, seed=9)
     chosen = np.random.default_rng(1).integers(0, 5, (60, 2)).astype(np.int32)
@@ -513,7 +513,7 @@ def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(
 
 
 class Conversation:
-    """Keys and values of one sequence in blocks that lie in no order, and attention over them by numpy."""
+    """Keys and values of one sequence in blocks in random order, and attention over them by numpy."""
 
     def __init__(
         self,
@@ -550,7 +550,7 @@ class Conversation:
 )
 @pytest.mark.parametrize("block_tokens", [16, 5, 32])
 @pytest.mark.parametrize("window", [0, 1, 20])
-def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
+def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     runtime: native.Runtime, dtype: str, heads: int, kv_heads: int, dim: int, block_tokens: int, window: int
 ) -> None:
     length = 75
@@ -561,7 +561,7 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
     k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
     if dtype == "f16":
         k, v = k.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
-    # What lies in blocks of others, and behind the end, must not matter.
+    # The content of other sequences' blocks and beyond the end must not matter.
     everything = np.arange((2 * needed + 3) * block_tokens, dtype=np.int64)
     garbage = np.full((len(everything), kv_heads, dim), np.nan, np.float32)
     native.kv_write(runtime, kv, 1, garbage, garbage, everything)
@@ -593,7 +593,7 @@ def test_attention_is_the_same_alone_in_a_chunk_and_in_a_batch(
 
 
 @pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
-def test_a_kv_cache_takes_what_the_shapes_of_its_layers_say(dtype: str, element: int) -> None:
+def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(dtype: str, element: int) -> None:
     keys_values, latent, none = (
         native.KvShape.keys_values(3, 20),
         native.KvShape.latent(7),
@@ -616,7 +616,7 @@ def test_a_kv_cache_takes_what_the_shapes_of_its_layers_say(dtype: str, element:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
-def test_a_block_is_copied_with_all_that_its_layers_keep_and_nothing_else(
+def test_copying_a_block_copies_everything_its_layers_keep_and_nothing_else(
     runtime: native.Runtime, dtype: str
 ) -> None:
     shapes = [native.KvShape.keys_values(2, 20), native.KvShape.none(), native.KvShape.latent(7)]
@@ -677,7 +677,7 @@ def test_large_scores_neither_overflow_nor_vanish(runtime: native.Runtime) -> No
     assert np.allclose(out.reshape(2, 8), expected, atol=1e-2)
 
 
-# What is refused, with both numbers.
+# Arguments that are refused with both numbers.
 
 
 def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) -> None:
@@ -721,7 +721,7 @@ def test_wrong_arguments_are_refused_with_both_numbers(runtime: native.Runtime) 
         native.matmul(closed, [matrix], x, [out])
 
 
-def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) -> None:
+def test_attention_refuses_positions_outside_the_cache(runtime: native.Runtime) -> None:
     kv = native.KvCache([native.KvShape.keys_values(2, 8)], 2, 16, "f16")
     q, out, zero = normal(1, 4, 8), np.empty((1, 32), np.float32), np.zeros(1, np.int32)
     table = np.array([[1, 2]], np.int32)
@@ -742,7 +742,7 @@ def test_attention_refuses_what_lies_outside_the_cache(runtime: native.Runtime) 
         native.KvCache([native.KvShape.none()], 1, 16, "f64")
 
 
-def test_a_matrix_keeps_its_memory(runtime: native.Runtime) -> None:
+def test_a_matrix_keeps_its_memory_alive(runtime: native.Runtime) -> None:
     weights, x = normal(16, 64), normal(1, 64)
     expected = multiply(runtime, matrix_of("f32", weights), x)
     arena = native.Arena(4096)

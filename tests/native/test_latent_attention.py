@@ -1,4 +1,4 @@
-"""Multi-head latent attention: absorbed equals plain, alone equals in a chunk, on any number of threads."""
+"""Multi-head latent attention: absorbed equals plain, and a token alone equals itself in a chunk, on any threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from argosy import _native as native
 
 Floats = NDArray[np.float32]
 SCALE = 0.21
-LENGTH = 600  # three sections of 256 positions, the last of them unfinished
+LENGTH = 600  # three sections of 256 positions, the last one partial
 
 
 @pytest.fixture(params=native.instruction_sets(), autouse=True)
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Floats:
 
 
 def matrix_of(format: native.Format, weights: Floats) -> tuple[native.Matrix, Floats]:
-    """The matrix, and the weights that it holds."""
+    """Return the matrix, and the weights that it holds."""
     rows, cols = weights.shape
     data = np.empty(native.matrix_bytes(format, rows, cols), np.uint8)
     native.quantize(format, weights, data)
@@ -48,7 +48,7 @@ def matrix_of(format: native.Format, weights: Floats) -> tuple[native.Matrix, Fl
 
 
 class Case:
-    """Two sequences of LENGTH positions in blocks that lie in no order, and everything around them."""
+    """Two sequences of LENGTH positions in blocks in random order, with their weights and cache."""
 
     instruction_set: ClassVar[str | None] = None  # set for each test
 
@@ -78,7 +78,7 @@ class Case:
         )
         order = np.random.default_rng(0).permutation(num_blocks)
         self.table = order[: 2 * needed].reshape(2, needed).astype(np.int32)
-        # What lies in blocks of others, and behind the end, must not matter.
+        # The content of other sequences' blocks and beyond the end must not matter.
         everything = np.arange(num_blocks * block_tokens, dtype=np.int64)
         runtime = native.Runtime(1, instruction_set=self.instruction_set)
         garbage = np.full((len(everything), s.rank + s.rope), np.nan, np.float32)
@@ -118,7 +118,7 @@ class Case:
         return out
 
     def expected(self, sequence: int, position: int, until: int | None = None) -> NDArray[np.float64]:
-        """In plain form: keys and values of every head are made of the vectors."""
+        """Compute the plain form, which expands the vectors to keys and values for every head."""
         s, until = self.sizes, until or position + 1
         latents = self.vectors[sequence, :until, : s.rank].astype(np.float64)
         shared = self.vectors[sequence, :until, s.rank :].astype(np.float64)
@@ -151,7 +151,7 @@ def test_absorbed_equals_plain_and_a_token_alone_equals_itself_in_a_chunk(
 
 @pytest.mark.parametrize("threads", [2, 3, 9])
 def test_threads_and_neighbours_change_no_bit(threads: int) -> None:
-    """With nine threads a lone token's sections are shared out, with two some of them."""
+    """Nine threads share out all sections of a single token, two threads some of them."""
     case = Case(ODD_HEADS, "f16")
     sequence, position = [0, 1, 1, 0, 0, 0, 1, 1], [599, 3, 4, 255, 256, 257, 520, 0]
     alone = np.concatenate([case.attend([s], [p]) for s, p in zip(sequence, position, strict=True)])
@@ -162,7 +162,7 @@ def test_threads_and_neighbours_change_no_bit(threads: int) -> None:
 
 @pytest.mark.parametrize("sizes", [SMALL, ODD_HEADS])
 def test_tokens_of_a_span_see_later_ones(sizes: Sizes) -> None:
-    """Across a stretch of 64 positions and a section of 256; beside tokens that see only what precedes them."""
+    """The spans cross a stretch of 64 positions and a section of 256; the other tokens see only what precedes them."""
     case = Case(sizes, "f32")
     position = [*range(50, 70), *range(240, 330)]
     until = [300 if 245 <= p < 300 else 66 if 60 <= p < 66 else p + 1 for p in position]
@@ -174,7 +174,7 @@ def test_tokens_of_a_span_see_later_ones(sizes: Sizes) -> None:
 
 
 @pytest.mark.parametrize("format", ["f16", "bf16", "q8", "q4"])
-def test_matrices_of_any_format_serve(format: native.Format) -> None:
+def test_matrices_of_any_format_work(format: native.Format) -> None:
     case = Case(WIDE, "f32", format=format)
     positions = list(range(280, 290))
     together = case.attend([1] * 10, positions, threads=2)
@@ -191,7 +191,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
     np.testing.assert_allclose(case.attend([0], [599])[0], case.expected(0, 599), atol=1e-2)
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+def test_arguments_that_do_not_fit_are_refused_with_both_numbers() -> None:
     case = Case(SMALL, "f32")
     runtime, zero, out = native.Runtime(1), np.zeros(1, np.int32), np.empty((1, 21), np.float32)
 

@@ -29,7 +29,7 @@ def test_odd_arguments_to_every_binding_end_in_a_result_or_an_exception(tmp_path
     assert done.returncode == 0, f"{note.read_text()}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-def test_none_in_a_list_is_refused_by_its_place(case: Case) -> None:
+def test_none_in_a_list_is_refused_with_its_index(case: Case) -> None:
     x = case.floats(1, 64)
     with pytest.raises(ValueError, match=r"matrices\[1\] is None, expected argosy._native.Matrix"):
         native.matmul(case.runtime, [case.matrix(16, 64), None], x, [case.floats(1, 16)] * 2)  # type: ignore[list-item]
@@ -47,8 +47,8 @@ def test_none_in_a_list_is_refused_by_its_place(case: Case) -> None:
         native.Stack(runtime, kv, **arguments)
 
 
-def test_an_arena_that_was_never_initialised_is_no_memory() -> None:
-    native.Arena(1 << 16)  # freed at once, so that the next one lies where its pointers were
+def test_an_arena_that_was_never_initialised_is_refused() -> None:
+    native.Arena(1 << 16)  # freed at once, so that the next one reuses its memory
     arena = native.Arena.__new__(native.Arena)
     with pytest.raises(ValueError, match="memory is an Arena that was never initialised"):
         native.Matrix(arena, 0, "q4", 16, 64)
@@ -95,7 +95,7 @@ def test_scratch_that_overflows_is_refused() -> None:
         sizes.scratch_bytes(2**31 - 1, 2)
 
 
-def test_assignments_that_an_int32_cannot_number_are_refused() -> None:
+def test_more_assignments_than_an_int32_can_count_are_refused() -> None:
     sizes = native.StackSizes(64, 8)
     sizes.add_routed(8, 4, 32, 0)
     with pytest.raises(ValueError, match="max_tokens is 536870912, expected 1 to 536870911"):
@@ -106,8 +106,8 @@ MAKERS = ("native.Runtime(200)", "native.Store(200)", "native.int8_probe(200)")
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_threads_that_cannot_start_are_an_error_that_names_the_limits(make: str) -> None:
-    """Each thread reserves a stack, so a limit of address space allows some of them and not all."""
+def test_when_threads_cannot_start_the_error_names_the_limits(make: str) -> None:
+    """Each thread reserves a stack, so a limit on address space allows some threads but not all."""
     code = f"""if True:
         import resource
         from argosy import _native as native

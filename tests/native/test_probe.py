@@ -1,4 +1,4 @@
-"""The probes of `argosy._native` give speeds, and refuse what they cannot measure."""
+"""The probes of `argosy._native` return speeds, and refuse what they cannot measure."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_fetched_piece_begins_at_its_offset_within_the_alignment(store: Store,
         assert arena.array()[start : start + nbytes].tobytes() == wanted
 
 
-def test_a_buffered_read_says_why_it_is_not_direct(store: Store, file: Path) -> None:
+def test_a_buffered_read_gives_the_reason_why_it_is_not_direct(store: Store, file: Path) -> None:
     file_id = store.open(str(file), direct=False)
     assert store.info(file_id)[3:] == (False, "buffered reads were requested")
     arena = Arena(16 * PAGE)
@@ -94,7 +94,7 @@ def test_the_checksum_is_the_crc_of_four_quarters() -> None:
     ("kind", "expected"),
     [("eio", "io"), ("flip", "checksum"), ("truncated", "short"), ("short", None), ("eintr", None)],
 )
-def test_a_fault_fails_the_ticket_that_met_it_or_is_read_over(
+def test_a_fault_fails_the_ticket_that_met_it_or_the_read_continues(
     file: Path, kind: Literal["eio", "flip", "truncated", "short", "eintr"], expected: str | None
 ) -> None:
     faulty = FaultyFileSystem(2, kind)
@@ -108,7 +108,7 @@ def test_a_fault_fails_the_ticket_that_met_it_or_is_read_over(
     store.close()
 
 
-def test_a_failure_is_a_sentence_with_file_and_bytes(file: Path) -> None:
+def test_a_failure_names_the_file_and_bytes(file: Path) -> None:
     store, arena = Store(1, FaultyFileSystem(1, "eio")), Arena(16 * PAGE)
     file_id = store.open(str(file))
     assert fetch_one(store, arena, file_id, 10, 20, 0) == (
@@ -126,7 +126,7 @@ def test_a_failure_is_a_sentence_with_file_and_bytes(file: Path) -> None:
     assert message.endswith(", expected 00000000")
 
 
-def test_a_piece_that_cannot_be_meant_is_refused_with_the_numbers(store: Store, file: Path) -> None:
+def test_an_invalid_piece_is_refused_with_the_numbers(store: Store, file: Path) -> None:
     arena, file_id = Arena(PAGE), store.open(str(file))
     with pytest.raises(ValueError, match="multiple of 4096, found 1"):
         store.fetch(arena, [(file_id, 0, 10, 1)], None)
@@ -151,7 +151,7 @@ def test_a_piece_that_cannot_be_meant_is_refused_with_the_numbers(store: Store, 
 
 
 def test_a_cancelled_ticket_is_forgotten(file: Path) -> None:
-    by_threads = RealFileSystem(has_queue=False)  # one reader: what has not begun is known
+    by_threads = RealFileSystem(has_queue=False)  # with one reader it is known which reads have not begun
     faulty = FaultyFileSystem(1, "delay", num_faults=1000, delay_seconds=0.05, inner=by_threads)
     store, arena = Store(1, faulty), Arena(8 * PAGE)
     file_id = store.open(str(file))
@@ -164,7 +164,7 @@ def test_a_cancelled_ticket_is_forgotten(file: Path) -> None:
     store.close()
 
 
-def test_interrupt_ends_a_wait_within_a_moment(file: Path) -> None:
+def test_an_interrupt_ends_a_wait_at_once(file: Path) -> None:
     store, arena = Store(1, FaultyFileSystem(1, "delay", delay_seconds=1.0)), Arena(PAGE)
     file_id = store.open(str(file))
     ticket = store.fetch(arena, [(file_id, 0, PAGE, 0)], None)
@@ -179,7 +179,7 @@ def test_interrupt_ends_a_wait_within_a_moment(file: Path) -> None:
     store.close()
 
 
-def test_other_threads_run_while_one_waits(file: Path) -> None:
+def test_other_threads_run_during_a_wait(file: Path) -> None:
     store, arena = Store(1, FaultyFileSystem(1, "delay", delay_seconds=0.3)), Arena(PAGE)
     ticket = store.fetch(arena, [(store.open(str(file)), 0, PAGE, 0)], None)
     waiter = threading.Thread(target=store.wait_any, args=([ticket],))
@@ -207,7 +207,7 @@ def test_a_view_outlives_its_closed_arena(store: Store, file: Path) -> None:
         Arena(1 << 60)
 
 
-def test_an_arena_takes_no_memory_before_it_is_used() -> None:
+def test_an_arena_takes_no_memory_until_it_is_used() -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
@@ -237,7 +237,7 @@ def test_buffered_reads_leave_nothing_in_the_page_cache(store: Store, tmp_path: 
 
 
 def cached_bytes(path: Path) -> int | None:
-    """Bytes of a file in the page cache, by mincore(2)."""
+    """Return how many bytes of a file are in the page cache, by mincore(2)."""
     import ctypes
     import mmap
 
@@ -251,7 +251,7 @@ def cached_bytes(path: Path) -> int | None:
         return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
-def test_stats_count_what_was_read(store: Store, file: Path) -> None:
+def test_stats_count_reads_and_bytes(store: Store, file: Path) -> None:
     arena, file_id = Arena(16 * PAGE), store.open(str(file))
     fetch_one(store, arena, file_id, 0, 2 * PAGE, 0)
     stats = store.stats()
@@ -260,7 +260,7 @@ def test_stats_count_what_was_read(store: Store, file: Path) -> None:
     assert 0 < stats["busy_seconds"] < 10
 
 
-def test_probe_gives_a_bandwidth_or_a_reason(file: Path) -> None:
+def test_the_probe_returns_a_bandwidth_or_the_reason_for_none(file: Path) -> None:
     assert drive_probe(str(file), PAGE, 16, 2, False) > 0
     with pytest.raises(ValueError, match="too few for one record of 1048576 bytes"):
         drive_probe(str(file), 1 << 20, 1, 1, False)
@@ -268,7 +268,7 @@ def test_probe_gives_a_bandwidth_or_a_reason(file: Path) -> None:
         drive_probe("nothing here", PAGE, 1, 1, False)
 
 
-def test_a_closed_store_says_so(file: Path) -> None:
+def test_a_closed_store_refuses_fetches(file: Path) -> None:
     store = Store(1, RealFileSystem())
     file_id = store.open(str(file))
     store.close()

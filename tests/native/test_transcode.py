@@ -1,4 +1,4 @@
-"""Blocks in slot formats, bit for bit: the values that the `gguf` package reads, or the specification has.
+"""Transcoded blocks hold, bit for bit, the values that the `gguf` package or the specification gives them.
 
 Every instruction set writes and reads the same bytes (native/tests/test_kernels_matmul.cpp).
 """
@@ -36,7 +36,7 @@ def test_every_weight_keeps_its_bits(block_type: str, rows: int) -> None:
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
 def test_scales_may_be_any_float16(block_type: str) -> None:
-    """Zero, both subnormal ends, the largest, infinity and NaN, of either sign, in every place of a scale."""
+    """Every scale takes zero, both ends of the subnormals, the largest value, infinity and NaN, with either sign."""
     specials = [0.0, 6e-8, 6.09e-5, 6.11e-5, 1.0, 65504.0, np.inf, np.nan]
     halves = np.array([sign * value for value in specials for sign in (1, -1)], np.float16)
     _, cols, size, places = BLOCK_TYPES[block_type]
@@ -48,7 +48,7 @@ def test_scales_may_be_any_float16(block_type: str) -> None:
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
-def test_quants_and_sub_scales_reach_their_ends(block_type: str, byte: int) -> None:
+def test_quants_and_sub_scales_may_have_extreme_values(block_type: str, byte: int) -> None:
     _, width, _, places = BLOCK_TYPES[block_type]
     blocks = np.full_like(random_blocks(block_type, 3, width), byte).reshape(3, -1)
     for place in places:
@@ -57,8 +57,8 @@ def test_quants_and_sub_scales_reach_their_ends(block_type: str, byte: int) -> N
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
-def test_products_are_those_of_the_weights_in_the_blocks(block_type: str, instruction_set: str) -> None:
-    """To the last bits of float32 sums, for activations that are whole numbers of their scale."""
+def test_products_match_the_weights_in_the_blocks(block_type: str, instruction_set: str) -> None:
+    """They are equal up to the rounding of float32 sums, for activations that are integers times their scale."""
     format, width, *_ = BLOCK_TYPES[block_type]
     rows, cols = 37, 2 * width
     blocks = random_blocks(block_type, rows, cols)
@@ -70,7 +70,7 @@ def test_products_are_those_of_the_weights_in_the_blocks(block_type: str, instru
 def require_products(matrix: native.Matrix, weights: np.ndarray, instruction_set: str) -> None:
     rows, cols = weights.shape
     x = np.random.default_rng(3).integers(-126, 127, (11, cols)).astype(np.float32)
-    x[:, ::32] = 127  # so that each group's scale is one
+    x[:, ::32] = 127  # makes each group's scale one
     runtime = native.Runtime(2, instruction_set=instruction_set)
     out, alone = np.empty((11, rows), np.float32), np.empty((1, rows), np.float32)
     native.matmul(runtime, [matrix], x, [out])
@@ -83,7 +83,7 @@ def require_products(matrix: native.Matrix, weights: np.ndarray, instruction_set
 
 
 def test_scales_of_mxfp4_may_be_any_byte() -> None:
-    """2^-128 to 2^126 of the doubled values, subnormal at the low end; 255 is 2^127 in GGUF files."""
+    """They run from 2^-128 to 2^126 of the doubled values, subnormal at the low end; in GGUF files 255 is 2^127."""
     blocks = random_blocks("MXFP4", 256, 32).reshape(256, 17)
     blocks[:, 0] = np.arange(256)
     require_same_values("MXFP4", blocks.reshape(-1), 256, 32)
@@ -95,12 +95,12 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 
 def nibbles_of(quants: Bytes) -> Bytes:
-    """Two per byte, the low half first: [rows, 2 * bytes]."""
+    """Return two nibbles per byte, the low half first: [rows, 2 * bytes]."""
     return np.stack([quants & 15, quants >> 4], axis=-1).reshape(len(quants), -1)
 
 
 def random_int4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
-    """Quants, scales and, by the specification of compressed-tensors, the values."""
+    """Return quants, scales, and their values by the specification of compressed-tensors."""
     generator = np.random.default_rng([rows, cols])
     quants = generator.integers(0, 2**32, (rows, cols // 8), np.uint32)
     scales = (generator.standard_normal((rows, cols // 32)) * 0.02).astype(np.float32).view(np.uint32) >> 16
@@ -111,7 +111,7 @@ def random_int4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
 
 
 def random_mxfp4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
-    """Quants, scales of every size, and, by the OCP MX specification, the values."""
+    """Return quants, scales of every size, and their values by the OCP MX specification."""
     generator = np.random.default_rng([rows, cols])
     quants = generator.integers(0, 256, (rows, cols // 2), np.uint8)
     scales = generator.integers(0, 256, (rows, cols // 32), np.uint8)
@@ -125,7 +125,7 @@ def random_mxfp4(rows: int, cols: int) -> tuple[Bytes, Bytes, np.ndarray]:
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize(("format", "random_parts"), [("int4", random_int4), ("mxfp4", random_mxfp4)])
-def test_quants_and_scales_of_safetensors_meet_in_the_panels(format, random_parts, rows: int) -> None:
+def test_quants_and_scales_of_safetensors_are_joined_in_panels(format, random_parts, rows: int) -> None:
     for cols in (32, 96, 256):
         quants, scales, expected = random_parts(rows, cols)
         for parts in ((("quants", quants), ("scales", scales)), (("scales", scales), ("quants", quants))):
@@ -138,7 +138,7 @@ def test_quants_and_scales_of_safetensors_meet_in_the_panels(format, random_part
 
 
 @pytest.mark.parametrize("rows", [1, 16, 23])
-def test_matrices_that_take_turns_row_by_row_come_out_apart(rows: int) -> None:
+def test_matrices_interleaved_row_by_row_are_separated(rows: int) -> None:
     quants, scales, expected = random_mxfp4(2 * rows, 64)
     size = native.matrix_bytes("mxfp4", rows, 64)
     both = native.transcode("mxfp4_quants", quants.reshape(-1), rows, 64, interleaved=2)
@@ -149,7 +149,7 @@ def test_matrices_that_take_turns_row_by_row_come_out_apart(rows: int) -> None:
         assert np.array_equal(found, expected[i::2], equal_nan=True)
 
 
-def test_products_with_int4_are_those_of_the_specification(instruction_set: str) -> None:
+def test_products_with_int4_follow_the_specification(instruction_set: str) -> None:
     rows, cols = 37, 96
     quants, scales, weights = random_int4(rows, cols)
     memory = native.transcode("int4_quants", quants.reshape(-1), rows, cols)
@@ -157,7 +157,7 @@ def test_products_with_int4_are_those_of_the_specification(instruction_set: str)
     require_products(native.Matrix(memory, 0, "int4", rows, cols), weights, instruction_set)
 
 
-def test_what_cannot_be_transcoded_is_refused_by_name() -> None:
+def test_blocks_that_cannot_be_transcoded_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown block type 'IQ3_S'; known: Q8_0"):
         native.transcode("IQ3_S", np.zeros(0, np.uint8), 0, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cols is 128, expected a multiple of 256 for Q4_K"):
@@ -173,7 +173,7 @@ def test_what_cannot_be_transcoded_is_refused_by_name() -> None:
         *("q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4", "int4"),
     ],
 )
-def test_nothing_is_quantised_to_a_format_that_only_files_have(format: str) -> None:
+def test_quantising_to_a_format_that_only_files_have_is_refused(format: str) -> None:
     out = np.zeros(native.matrix_bytes(format, 1, 256), np.uint8)
     with pytest.raises(ValueError, match=f"cannot quantise to {format}"):
         native.quantize(format, np.zeros((1, 256), np.float32), out)
