@@ -47,8 +47,8 @@ void silu_is_exact_to_a_few_units_and_the_same_in_every_lane() {
     for (size_t i = 0; i < x.size(); ++i) {
       const double expected = double(x[i]) / (1.0 + std::exp(-double(x[i])));
       if (std::isfinite(expected)) {
-        // Two units for e^x and one each for the sum and the quotient; below the smallest normal number, that
-        // number.
+        // Two units for e^x and one each for the sum and the quotient. Below the smallest normal number, the
+        // error may be that number.
         CHECK(std::fabs(double(found[i]) - expected) <= 4 * 0x1p-23 * std::fabs(expected) + 2e-38);
       } else {
         CHECK(std::isnan(found[i]) == std::isnan(expected));
@@ -294,7 +294,7 @@ void attention_meets_the_reference_in_every_chunk() {
           const bool is_f16 = (dim + block_tokens + window) % 2 == 0;
           Cache cache(kv_heads, dim, block_tokens, is_f16);
           const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
-          // Below, among and above the scores.
+          // Sinks below, among and above the scores.
           const std::vector<float> some = normal(heads, 8, 6.0f);
           const float* sinks = block_tokens == 16 ? some.data() : nullptr;
           const std::vector<float> expected =

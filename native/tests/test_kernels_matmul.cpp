@@ -149,7 +149,7 @@ void check_exact_products(const KernelTable& table, const MatrixView& w) {
   }
 }
 
-// The largest possible sums, with all scales one.
+// The sums are the largest possible, with all scales one.
 void integer_sums_are_exact() {
   constexpr int64_t kRows = 16, kCols = 64;
   const auto is_high = [](int64_t row, int64_t col) {
@@ -183,7 +183,7 @@ void integer_sums_are_exact() {
           for (int64_t i = 0; i < 16; ++i) block[192 + i] = is_high(row, i) ? 0x01 : 0xFF;
         } else if (type == BlockType::q2_k) {
           std::memset(block, 0x11, 16);
-        } else if (type == BlockType::q3_k) {  // 33 less 32
+        } else if (type == BlockType::q3_k) {  // 33 - 32
           std::memset(block + 96, 0x11, 8);
           std::memset(block + 104, 0xAA, 4);
         } else if (type == BlockType::iq4_xs) {
@@ -393,7 +393,7 @@ void nan_and_infinity_stay_in_their_row() {
   constexpr int64_t kRows = 20, kCols = 70;
   for (const KernelTable* table : all_tables()) {
     for (const Format format : kFormats) {
-      if (format == Format::f8) continue;  // has no infinities, and one scale for all these rows
+      if (format == Format::f8) continue;  // f8 has no infinities, and one scale for all these rows
       std::vector<float> values = normal(kRows * kCols, 8);
       values[3 * kCols + 40] = NAN;
       values[7 * kCols + 69] = -INFINITY;
@@ -425,7 +425,7 @@ void every_instruction_set_packs_the_same_bytes() {
   }
 }
 
-// Any bytes, so scales and mins of every kind, too; f8 without its NaN.
+// Random bytes, so scales and mins of every kind; f8 codes are never NaN.
 std::vector<uint8_t> any_source(BlockType type, int64_t rows, int64_t cols, unsigned seed) {
   std::mt19937 generator(seed);
   std::vector<uint8_t> bytes(size_t(source_bytes(type, rows, cols)));
@@ -495,7 +495,7 @@ void panels_may_be_transcoded_apart() {
         table->transcode[number]({blocks.data(), kRows, cols, interleaved, 0, 4, whole.data()});
         const int64_t ranges[][2] = {{2, 4}, {0, 1}, {1, 2}};
         for (const auto& [begin, end] : ranges) {
-          // Only these rows, at the end of their memory.
+          // The source holds only these rows, which end where its memory ends.
           const int64_t rows = (end * kPanelRows < kRows ? end * kPanelRows : kRows) - begin * kPanelRows;
           const int64_t stride = interleaved * row_bytes;
           const std::vector<uint8_t> some(blocks.begin() + begin * kPanelRows * stride,

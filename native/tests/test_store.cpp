@@ -29,7 +29,7 @@ namespace {
 constexpr milliseconds kLong{20'000};
 constexpr int64_t kPage = 4096;
 
-// Whether the kernel reads asynchronously or threads read: all tests run both ways.
+// Whether the kernel reads asynchronously, or threads read. All tests run both ways.
 bool has_queue = true;
 
 // A file of random bytes, deleted at the end of the test.
@@ -206,7 +206,7 @@ void a_cancelled_ticket_is_forgotten_and_nothing_moves_after() {
   Arena arena{size_t(8 * kPage)};
   std::vector<int64_t> tickets;
   for (int64_t i = 0; i < 8; ++i) tickets.push_back(store.fetch(arena, {{id, i * kPage, kPage, i * kPage}}));
-  while (store.pending() == 8) std::this_thread::sleep_for(milliseconds(1));  // the first is in
+  while (store.pending() == 8) std::this_thread::sleep_for(milliseconds(1));  // the first has landed
   CHECK(store.cancel(tickets[7]));                                            // not begun
   CHECK(store.cancel(tickets[1]));  // a reader has begun it, or soon will
   const std::vector<uint8_t> before(arena.data() + kPage, arena.data() + 2 * kPage);
@@ -326,7 +326,7 @@ void a_matrix_of_blocks_lands_as_panels_at_any_offset() {
     const int id = store.open(file.path(), direct);
     Arena arena{size_t{8} << 20};
     for (int type = 0; type < kNumBlockTypes; ++type) {
-      if (slot_format(BlockType(type)) == Format::f8) continue;  // not all bytes are FP8 weights
+      if (slot_format(BlockType(type)) == Format::f8) continue;  // some bytes are not FP8 weights
       for (const int64_t rows : {1, 15, 16, 17, 700, 1500}) {
         const BlockMatrix matrix{BlockType(type), rows, rows > 100 ? 1536 : 256, 1 + rows % 2};
         for (const int64_t offset :

@@ -39,7 +39,7 @@ void a_worker_goes_through_its_stretch() {
     length[size_t(begin)] = end - begin;
     if (begin % 500 != 0) return;
     if (worker != begin / 500) is_own = false;
-    --num_waiting;  // each worker holds its first range until the other arrives, so nobody steals before that
+    --num_waiting;  // each worker holds its first range until the other arrives, so neither steals earlier
     while (num_waiting > 0) std::this_thread::yield();
   });
   CHECK(is_own);
@@ -79,7 +79,7 @@ void many_threads_share_few_cores() {
   }
 }
 
-// Short loops in a row, while another process keeps one core busy: nobody waits for a thread that is not
+// Short loops run in a row while other threads keep cores busy: no loop waits for a thread that is not
 // running. A barrier that spins takes a time slice of a few milliseconds for each loop.
 void a_busy_neighbour_does_not_stop_short_loops() {
   std::atomic<bool> is_over{false};
