@@ -1,4 +1,4 @@
-"""Settings that a developer has made for `argosy` stay out of the tests, and so does how they were started."""
+"""Keep a developer's `argosy` settings, and the way the tests were started, from affecting the tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-# A shell lets what it runs in the background ignore SIGINT, and children inherit that.
+# A shell makes background commands ignore SIGINT, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

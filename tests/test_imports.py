@@ -1,4 +1,4 @@
-"""Which room may import which: the design's table, read from the imports themselves."""
+"""Which room may import which: the imports themselves follow the design's table."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_every_room_has_a_row() -> None:
     assert {room_of(path) for path in modules()} <= MAY_IMPORT.keys() | ANY_ROOM
 
 
-def test_arrows_never_form_a_circle() -> None:
+def test_allowed_imports_never_form_a_circle() -> None:
     TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("room", sorted(MAY_IMPORT))
-def test_a_room_imports_only_what_the_design_lets_it(room: str) -> None:
+def test_a_room_imports_only_what_the_design_allows(room: str) -> None:
     allowed = MAY_IMPORT[room] | EVERYONE | {room} if room not in EVERYONE else MAY_IMPORT[room]
     found = [
         f"{path.relative_to(SOURCE)}:{line} imports {imported}"
@@ -55,7 +55,7 @@ def test_a_room_imports_only_what_the_design_lets_it(room: str) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports inside functions and for type checking count, too: they only hide a circle."""
+    """Imports inside functions and for type checking count too, because they only hide a circle."""
     names = {module_name(path): path for path in modules()}
     graph = {
         name: {
@@ -93,7 +93,7 @@ def test_nothing_imports_torch_or_reads_a_pickle() -> None:
     assert found == []
 
 
-def test_the_check_sees_every_way_to_import(tmp_path: Path) -> None:
+def test_the_check_sees_every_kind_of_import(tmp_path: Path) -> None:
     module = tmp_path / "module.py"
     module.write_text(
         "import argosy.engine.engine as e\n"
@@ -117,7 +117,7 @@ def module_name(path: Path) -> str:
 
 
 def imported_module(imported: str, names: Mapping[str, Path]) -> str | None:
-    """The module that `imported`, the absolute name of a module or of something in one, belongs to."""
+    """Return the module of `imported`, the absolute name of a module or of something in it."""
     if imported in names:
         return imported
     module = imported.rpartition(".")[0]
@@ -134,13 +134,13 @@ def room_of(path: Path) -> str:
 
 
 def target_room(imported: str) -> str:
-    """The room of an absolute name; the package itself stands for its public names, which only callers use."""
+    """Return the room of an absolute name; the package itself stands for its public names, which only callers use."""
     parts = imported.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of each import, also inside functions and behind TYPE_CHECKING."""
+    """Yield (line, absolute module name) of each import, including those in functions and under TYPE_CHECKING."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "lineno")]
     for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
         match node:

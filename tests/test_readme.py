@@ -24,13 +24,13 @@ def test_the_readme_shows_commands_and_python() -> None:
     assert len(PYTHON) == 1
 
 
-def test_every_command_of_the_readme_is_one_that_this_file_knows() -> None:
+def test_every_command_of_the_readme_is_known_to_this_file() -> None:
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for line in ALL_COMMANDS:
         words = line.split("#")[0].split()
         match words:
             case ["argosy", *_]:
-                pass  # below
+                pass  # a test below parses these
             case ["make", target]:
                 assert target in targets, line
             case ["source", ".venv/bin/activate"] | ["hf", "download", _, "--local-dir", _]:
@@ -39,14 +39,14 @@ def test_every_command_of_the_readme_is_one_that_this_file_knows() -> None:
                 pytest.fail(f"nobody checks `{line}`")
 
 
-def test_argosy_is_on_the_path_before_it_is_typed() -> None:
+def test_argosy_is_on_the_path_before_its_first_command() -> None:
     activates = ALL_COMMANDS.index("source .venv/bin/activate")
     assert ALL_COMMANDS.index("make demo") < activates
     assert not any(line.startswith("argosy") for line in ALL_COMMANDS[:activates])
 
 
 @pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "CONTRIBUTING.md"])
-def test_no_section_is_empty_and_nothing_is_left_to_be_filled_in(name: str) -> None:
+def test_no_section_is_empty_and_no_placeholder_is_left(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.search(r"^#[^\n]*\n\s*(^#|\Z)", text.split("\n", 1)[1], flags=re.MULTILINE)
     assert "REPOSITORY" not in text
@@ -54,12 +54,12 @@ def test_no_section_is_empty_and_nothing_is_left_to_be_filled_in(name: str) -> N
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_is_understood(line: str) -> None:
+def test_every_argosy_command_of_the_readme_parses(line: str) -> None:
     name, *arguments = shlex.split(line)
     context = click.Context(cli)
     command = cli.get_command(context, name)
     assert command is not None
-    command.make_context(name, arguments, parent=context)  # parses, and does not run
+    command.make_context(name, arguments, parent=context)  # parses without running
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""JSON that two readers might read in two ways is refused, whoever sent it."""
+"""JSON that two readers might read differently is refused, whoever sent it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_two_readers_might_read_in_two_ways_is_refused_with_the_reason(name: str) -> None:
+def test_ambiguous_json_is_refused_with_the_reason(name: str) -> None:
     text, reason = REFUSED[name]
     for data in (text, text.encode()):
         with pytest.raises(JsonError) as refused:
@@ -55,7 +55,7 @@ def test_files_keys_and_requests_are_read_by_the_same_rules(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_bytes_are_utf_8(encoding: str) -> None:
+def test_bytes_must_be_utf_8(encoding: str) -> None:
     with pytest.raises(JsonError, match="it is not UTF-8 text: byte"):
         parse_json('{"a": "ä"}'.encode(encoding))
 
@@ -63,12 +63,12 @@ def test_bytes_are_utf_8(encoding: str) -> None:
 @pytest.mark.parametrize(
     "value", [None, 0.5, "a\ud7ff\U0001f600", [[{"": -1.7e308}], 10**308, {"a": True}], json.loads("[" * 65 + "]" * 65)]
 )  # fmt: skip
-def test_everything_else_is_read_as_it_was_written(value: object) -> None:
+def test_all_other_json_is_read_as_written(value: object) -> None:
     assert parse_json(json.dumps(value)) == value
     assert parse_json(json.dumps(value, ensure_ascii=False).encode()) == value
 
 
-def test_the_duplicate_key_of_a_file_is_named_and_that_of_a_request_is_not(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_named_for_a_file_and_not_for_a_request(tmp_path: Path) -> None:
     text = '{"secret\\n": 1, "secret\\n": 2}'
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"^config\.json gives the key 'secret\\n' twice$"):

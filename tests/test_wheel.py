@@ -1,6 +1,6 @@
-"""A wheel holds all that an installation needs: not only modules.
+"""A wheel holds everything an installation needs, not only modules.
 
-It is built without the native module, which takes a compiler and minutes; that of this checkout is put beside it.
+It is built without the native module, which takes a compiler and minutes; this checkout's module is linked in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.cli.tiny_chat_model import write_chat_model
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = REPOSITORY / "src" / "argosy"
-# Without the finder that leads an editable installation back to the checkout.
+# Removes the import finder that leads an editable installation back to the checkout.
 FROM_WHEEL = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
@@ -36,7 +36,7 @@ sys.exit(main())
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an installed wheel puts into site-packages."""
+    """Return a directory with what an installed wheel puts into site-packages."""
     place = tmp_path_factory.mktemp("wheel")
     build = (
         "from scikit_build_core.build import build_wheel;"
