@@ -529,7 +529,7 @@ GRAMMAR = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_engine_answers_in_the_form_it_was_asked_for(engine: Engine, temperature: float) -> None:
+def test_an_engine_answers_in_the_requested_form(engine: Engine, temperature: float) -> None:
     params = SamplingParams(max_tokens=900, temperature=temperature, seed=1, grammar=GRAMMAR)
     result = engine.generate([3, 4, 5], params)
     assert json.loads(result.text).keys() >= {"name", "size"}

@@ -50,9 +50,8 @@ def check(policy: CachePolicy, pinned: dict[Key, int]) -> None:
         assert slots[key] == slot, f"{key} was pinned in slot {slot}"
 
 
-sizes = st.tuples(
-    st.integers(1, 4), st.integers(1, 12), st.integers(1, 4)
-)  # layers, experts, experts per token
+# Layers, experts, experts per token.
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 4))
 
 
 @st.composite

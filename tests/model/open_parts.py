@@ -39,9 +39,8 @@ class Parts:
     weights: DenseWeights
     experts: ExpertRunner | None
     runtime: _native.Runtime
-    reference_experts: Callable[[], ReferenceExperts | None] = lambda: (
-        None
-    )  # a second copy of the same experts
+    # Makes a second copy of the same experts.
+    reference_experts: Callable[[], ReferenceExperts | None] = lambda: None
 
     def kv(self) -> _native.KvCache:
         num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE

@@ -157,9 +157,8 @@ class NumpyModel:
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config["rms_norm_eps"] if eps is None else eps
-        weight = self.tensors[name + ".weight"] + (
-            1 if self.is_delta else 0
-        )  # zero-centred in delta families
+        # Norms are zero-centred in delta families.
+        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)
         return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:

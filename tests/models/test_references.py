@@ -1,4 +1,4 @@
-"""The committed references equal what the scripts here make, and two implementations agree on them."""
+"""The scripts here reproduce the committed references, and two implementations agree on them."""
 
 from __future__ import annotations
 
