@@ -24,7 +24,13 @@ STREAMS: dict[str, dict[str, Any]] = {
         "max_tokens": 200,
         "logit_bias": {"2": -100, "0": -100},
     },
-    "/v1/responses": {"input": "How are you?", "temperature": 0},
+    # Log-probabilities come token by token. A busy machine sends text in so few deltas that buffers hold all of them.
+    "/v1/responses": {
+        "input": "How are you?",
+        "temperature": 0,
+        "include": ["message.output_text.logprobs"],
+        "top_logprobs": 20,
+    },
     "/v1/messages": {"messages": SAY, "max_tokens": 200, "temperature": 0},
 }
 every_dialect = pytest.mark.parametrize("path", STREAMS)
