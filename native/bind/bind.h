@@ -6,13 +6,16 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/kernel_table.h"
@@ -33,14 +36,53 @@ inline const KernelTable& kernels_named(const std::optional<std::string>& instru
   return instruction_set ? kernel_table(*instruction_set) : best_kernels();
 }
 
-using OutArray = nb::ndarray<nb::device::cpu>;  // written to
-
+// Arrays. nanobind accepts every element type, so that read_array and write_array can say what they found.
 class Array : public nb::ndarray<nb::ro, nb::device::cpu> {  // read only
  public:
   using Base = nb::ndarray<nb::ro, nb::device::cpu>;
   Array() = default;
   explicit Array(Base&& array) : Base(std::move(array)) {}
 };
+using OutArray = nb::ndarray<nb::device::cpu>;  // written to
+
+// A Base whose elements must be T: Python's type checkers see NDArray[T].
+template <class T, class Base>
+class TypedArray : public Base {
+ public:
+  using Element = T;
+  using Base::Base;
+  TypedArray() = default;
+  explicit TypedArray(Base array) : Base(std::move(array)) {}
+};
+template <class T>
+using ArrayOf = TypedArray<T, Array>;
+template <class T>
+using OutArrayOf = TypedArray<T, OutArray>;
+template <class T>  // returned; const T: Python must not write to it
+using View = TypedArray<std::remove_const_t<T>, nb::ndarray<nb::numpy, T>>;
+
+// Text as a template argument.
+template <size_t size>
+struct Text {
+  char chars[size] = {};
+  consteval Text(const char (&text)[size]) { std::copy_n(text, size, chars); }
+};
+
+// A Base that signatures call `name`: an alias in native/bind/stubs.pat, or any type as Python writes it.
+template <class Base, Text name>
+struct Named : Base {
+  using Base::Base;
+  Named() = default;
+  Named(Base base) : Base(std::move(base)) {}
+  const Base& base() const { return *this; }
+};
+
+// The type of nb::typed<nb::object, TypeName<name>>, an object that signatures call `name`.
+template <Text name>
+struct TypeName {};
+
+using InstructionSetName = Named<std::string, "InstructionSet">;
+using AskAheadName = Named<std::string, "AskAhead">;
 
 constexpr int64_t kAnySize = -1;
 
@@ -130,13 +172,13 @@ void require_array(const char* name, const ArrayType& array, std::initializer_li
 }
 
 template <class T>
-const T* read_array(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
+const T* read_array(const char* name, const ArrayOf<T>& array, std::initializer_list<int64_t> shape) {
   require_array<T>(name, array, shape);
   return static_cast<const T*>(array.data());
 }
 
 template <class T>
-T* write_array(const char* name, const OutArray& array, std::initializer_list<int64_t> shape) {
+T* write_array(const char* name, const OutArrayOf<T>& array, std::initializer_list<int64_t> shape) {
   require_array<T>(name, array, shape);
   return static_cast<T*>(array.data());
 }
@@ -161,4 +203,43 @@ struct nanobind::detail::type_caster<argosy::Array> {
   static handle from_cpp(const argosy::Array& array, rv_policy policy, cleanup_list* cleanup) noexcept {
     return make_caster<argosy::Array::Base>::from_cpp(array, policy, cleanup);
   }
+};
+
+template <class T, class Base>
+struct nanobind::detail::type_caster<argosy::TypedArray<T, Base>> {
+  using Array = argosy::TypedArray<T, Base>;
+  NB_TYPE_CASTER(Array, const_name("numpy.ndarray[dtype=") + dtype_traits<T>::name + const_name("]"))
+
+  bool from_python(handle source, uint8_t flags, cleanup_list* cleanup) noexcept {
+    make_caster<Base> caster;
+    if (!caster.from_python(source, flags, cleanup)) return false;
+    value = Array(std::move(caster.value));
+    return true;
+  }
+
+  static handle from_cpp(const Array& array, rv_policy policy, cleanup_list* cleanup) noexcept {
+    return make_caster<Base>::from_cpp(array, policy, cleanup);
+  }
+};
+
+template <class Base, argosy::Text name>
+struct nanobind::detail::type_caster<argosy::Named<Base, name>> {
+  using NamedBase = argosy::Named<Base, name>;
+  NB_TYPE_CASTER(NamedBase, const_name(name.chars))
+
+  bool from_python(handle source, uint8_t flags, cleanup_list* cleanup) noexcept {
+    make_caster<Base> caster;
+    if (!caster.from_python(source, flags, cleanup)) return false;
+    value = NamedBase(caster.operator cast_t<Base>());
+    return true;
+  }
+
+  static handle from_cpp(const NamedBase& named, rv_policy policy, cleanup_list* cleanup) noexcept {
+    return make_caster<Base>::from_cpp(named.base(), policy, cleanup);
+  }
+};
+
+template <argosy::Text name>
+struct nanobind::detail::type_caster<argosy::TypeName<name>> {
+  static constexpr auto Name = const_name(name.chars);
 };

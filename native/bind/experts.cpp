@@ -25,14 +25,14 @@ using namespace nb::literals;
 
 namespace {
 
-using IntArray = nb::ndarray<nb::numpy, int32_t>;
 using PlaceOfExpert = std::pair<std::pair<int64_t, int64_t>, int64_t>;  // (layer, expert), byte
 
-std::shared_ptr<Dispatch> make_dispatch(const Array& choices, const Array& is_decode, int64_t num_experts) {
-  const int32_t* from = read_array<int32_t>("choices", choices, {kAnySize, kAnySize});
+std::shared_ptr<Dispatch> make_dispatch(const ArrayOf<int32_t>& choices, const ArrayOf<bool>& is_decode,
+                                        int64_t num_experts) {
+  const int32_t* from = read_array("choices", choices, {kAnySize, kAnySize});
   const int64_t num_tokens = int64_t(choices.shape(0)), k = int64_t(choices.shape(1));
   require_range("tokens * experts per token", num_tokens * k, 0, INT32_MAX);
-  const bool* decodes = read_array<bool>("is_decode", is_decode, {num_tokens});
+  const bool* decodes = read_array("is_decode", is_decode, {num_tokens});
   require_range("num_experts", num_experts, 0, kLargestSize);
   require_ids("choices", from, num_tokens * k, num_experts);
   auto dispatch = std::make_shared<Dispatch>();
@@ -40,7 +40,7 @@ std::shared_ptr<Dispatch> make_dispatch(const Array& choices, const Array& is_de
   return dispatch;
 }
 
-IntArray copy_of_choices(const Dispatch& dispatch) {
+View<int32_t> copy_of_choices(const Dispatch& dispatch) {
   const std::vector<int32_t>&starts = dispatch.starts(), &assignments = dispatch.assignments();
   auto choices = std::make_unique<int32_t[]>(assignments.size());
   for (size_t i = 0; i < dispatch.experts().size(); ++i) {
@@ -48,7 +48,7 @@ IntArray copy_of_choices(const Dispatch& dispatch) {
       choices[size_t(assignments[size_t(at)])] = dispatch.experts()[i];
   }
   const nb::capsule owner(choices.get(), [](void* data) noexcept { delete[] static_cast<int32_t*>(data); });
-  return IntArray(choices.release(), {size_t(dispatch.num_tokens()), size_t(dispatch.k())}, owner);
+  return View<int32_t>(choices.release(), {size_t(dispatch.num_tokens()), size_t(dispatch.k())}, owner);
 }
 
 std::vector<int32_t> assignments_of(const Dispatch& dispatch, int32_t expert) {
@@ -59,15 +59,15 @@ std::vector<int32_t> assignments_of(const Dispatch& dispatch, int32_t expert) {
 }
 
 void add_layer(BoundExpertTable& table, int64_t layer, const FormatNames& formats, int64_t width,
-               const Array& starts, const std::optional<Array>& gate_bias,
-               const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
+               const ArrayOf<int64_t>& starts, const std::optional<ArrayOf<float>>& gate_bias,
+               const std::optional<ArrayOf<float>>& up_bias, const std::optional<ArrayOf<float>>& down_bias) {
   require_range("layer", layer, 0, UINT16_MAX);
   require_range("width", width, 0, kLargestSize);
-  const int64_t* from = read_array<int64_t>("starts", starts, {kAnySize, 3});
+  const int64_t* from = read_array("starts", starts, {kAnySize, 3});
   const int64_t num_experts = int64_t(starts.shape(0));
   require_range("experts in starts", num_experts, 1, kLargestSize);
-  const auto read_bias = [&](const char* name, const std::optional<Array>& bias, int64_t size) {
-    return bias ? read_array<float>(name, *bias, {num_experts, size}) : nullptr;
+  const auto read_bias = [&](const char* name, const std::optional<ArrayOf<float>>& bias, int64_t size) {
+    return bias ? read_array(name, *bias, {num_experts, size}) : nullptr;
   };
   ExpertLayer description = {
       .formats = parse_formats(formats),
@@ -87,10 +87,10 @@ void add_layer(BoundExpertTable& table, int64_t layer, const FormatNames& format
 }
 
 double run(BoundExpertTable& table, Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts,
-           const Dispatch& dispatch, const Array& rows, const OutArray& out) {
+           const Dispatch& dispatch, const ArrayOf<float>& rows, const OutArrayOf<float>& out) {
   const int64_t hidden = table.hidden();
-  const float* from = read_array<float>("rows", rows, {dispatch.num_tokens(), hidden});
-  float* to = write_array<float>("out", out, {dispatch.num_tokens() * dispatch.k(), hidden});
+  const float* from = read_array("rows", rows, {dispatch.num_tokens(), hidden});
+  float* to = write_array("out", out, {dispatch.num_tokens() * dispatch.k(), hidden});
   nb::gil_scoped_release released;
   const auto began = std::chrono::steady_clock::now();
   table.run(runtime, layer, experts, dispatch, from, to);

@@ -26,12 +26,15 @@ using namespace nb::literals;
 namespace {
 
 void bind_choice(nb::module_& m) {
-  m.def("instruction_sets", &instruction_sets);
+  m.def("instruction_sets", [] {
+    const std::vector<std::string> names = instruction_sets();
+    return std::vector<InstructionSetName>(names.begin(), names.end());
+  });
 
   nb::class_<Runtime>(m, "Runtime")
       .def(
           "__init__",
-          [](Runtime* self, int num_threads, const std::optional<std::string>& ask_ahead,
+          [](Runtime* self, int num_threads, const std::optional<AskAheadName>& ask_ahead,
              const std::optional<std::string>& instruction_set) {
             new (self)
                 Runtime(num_threads, ask_ahead ? std::optional(ask_ahead_named(*ask_ahead)) : std::nullopt,
@@ -39,8 +42,9 @@ void bind_choice(nb::module_& m) {
           },
           "num_threads"_a, "ask_ahead"_a = nb::none(), "instruction_set"_a = nb::none())
       .def_prop_ro("num_threads", &Runtime::num_threads)
-      .def_prop_ro("ask_ahead", [](const Runtime& self) { return self.ask_ahead().name; })
-      .def_prop_ro("instruction_set", [](const Runtime& self) { return self.kernels().name; })
+      .def_prop_ro("ask_ahead", [](const Runtime& self) { return AskAheadName(self.ask_ahead().name); })
+      .def_prop_ro("instruction_set",
+                   [](const Runtime& self) { return InstructionSetName(self.kernels().name); })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
 }
@@ -48,7 +52,7 @@ void bind_choice(nb::module_& m) {
 void bind_matrix(nb::module_& m) {
   m.def(
       "matrix_bytes",
-      [](const std::string& format, int64_t rows, int64_t cols) {
+      [](const FormatName& format, int64_t rows, int64_t cols) {
         return checked_matrix_bytes(parse_format(format), rows, cols);
       },
       "format"_a, "rows"_a, "cols"_a);
@@ -68,16 +72,17 @@ void bind_matrix(nb::module_& m) {
 
   m.def(
       "quantize",
-      [](const std::string& format_name, const Array& weights, const OutArray& out, Runtime* runtime) {
+      [](const FormatName& format_name, const ArrayOf<float>& weights, const OutArrayOf<uint8_t>& out,
+         Runtime* runtime) {
         const Format format = parse_format(format_name);
         if (format == Format::f8 || format > Format::q4) {
           refuse("cannot quantise to " + format_name +
                  ", which only holds weights transcoded from a file; known: f32, f16, bf16, q8, q4");
         }
-        const float* from = read_array<float>("weights", weights, {kAnySize, kAnySize});
+        const float* from = read_array("weights", weights, {kAnySize, kAnySize});
         const int64_t rows = int64_t(weights.shape(0));
         const int64_t cols = int64_t(weights.shape(1));
-        uint8_t* to = write_array<uint8_t>("out", out, {checked_matrix_bytes(format, rows, cols)});
+        uint8_t* to = write_array("out", out, {checked_matrix_bytes(format, rows, cols)});
         nb::gil_scoped_release released;
         quantize(runtime, format, from, rows, cols, to);
       },
@@ -85,8 +90,9 @@ void bind_matrix(nb::module_& m) {
 
   m.def(
       "transcode",
-      [](const std::string& block_type, const Array& data, int64_t rows, int64_t cols, int64_t interleaved,
-         const std::optional<OutArray>& out) -> nb::object {
+      [](const std::string& block_type, const ArrayOf<uint8_t>& data, int64_t rows, int64_t cols,
+         int64_t interleaved,
+         const std::optional<OutArrayOf<uint8_t>>& out) -> nb::typed<nb::object, View<uint8_t>> {
         const std::optional<BlockType> type = block_type_named(block_type);
         if (!type) refuse("unknown block type '" + block_type + "'; known: " + known_block_types());
         require_range("interleaved", interleaved, 1, kLargestSize);
@@ -97,8 +103,7 @@ void bind_matrix(nb::module_& m) {
           refuse("cols is " + std::to_string(cols) + ", expected a multiple of " +
                  std::to_string(block_cols(*type)) + " for " + block_type);
         }
-        const uint8_t* from =
-            read_array<uint8_t>("data", data, {source_bytes(*type, interleaved * rows, cols)});
+        const uint8_t* from = read_array("data", data, {source_bytes(*type, interleaved * rows, cols)});
         const auto fill = [&](uint8_t* matrix) {
           bool is_finite;
           {
@@ -108,7 +113,7 @@ void bind_matrix(nb::module_& m) {
           if (!is_finite) refuse(block_type + " data holds a code or scale that is not a finite number");
         };
         if (out) {
-          fill(write_array<uint8_t>("out", *out, {size}));
+          fill(write_array("out", *out, {size}));
           return nb::cast(*out);
         }
         auto matrix = std::make_unique<uint8_t[]>(size_t(size));
@@ -116,16 +121,16 @@ void bind_matrix(nb::module_& m) {
         uint8_t* raw = matrix.release();
         const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
         const size_t shape[1] = {size_t(size)};
-        return nb::cast(nb::ndarray<nb::numpy, uint8_t>(raw, 1, shape, owner));
+        return nb::cast(View<uint8_t>(raw, 1, shape, owner));
       },
       "block_type"_a, "data"_a, "rows"_a, "cols"_a, "interleaved"_a = 1,
       "out"_a.noconvert().none() = nb::none());
 
   m.def(
       "dequantize",
-      [](const std::string& format_name, const Array& data, int64_t rows, int64_t cols) {
+      [](const FormatName& format_name, const ArrayOf<uint8_t>& data, int64_t rows, int64_t cols) {
         const Format format = parse_format(format_name);
-        const uint8_t* from = read_array<uint8_t>("data", data, {checked_matrix_bytes(format, rows, cols)});
+        const uint8_t* from = read_array("data", data, {checked_matrix_bytes(format, rows, cols)});
         auto values = std::make_unique<float[]>(size_t(rows * cols));
         {
           nb::gil_scoped_release released;
@@ -134,14 +139,14 @@ void bind_matrix(nb::module_& m) {
         float* raw = values.release();
         const nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); });
         const size_t shape[2] = {size_t(rows), size_t(cols)};
-        return nb::ndarray<nb::numpy, float>(raw, 2, shape, owner);
+        return View<float>(raw, 2, shape, owner);
       },
       "format"_a, "data"_a, "rows"_a, "cols"_a);
 
   nb::class_<Matrix>(m, "Matrix")
       .def(
           "__init__",
-          [](Matrix* self, nb::object owner, int64_t offset, const std::string& format, int64_t rows,
+          [](Matrix* self, MemoryObject owner, int64_t offset, const FormatName& format, int64_t rows,
              int64_t cols) {
             Memory memory = open_memory(std::move(owner));
             const MatrixView view =
@@ -151,20 +156,21 @@ void bind_matrix(nb::module_& m) {
           "memory"_a, "offset"_a, "format"_a, "rows"_a, "cols"_a)
       .def_prop_ro("rows", [](const Matrix& self) { return self.view.rows; })
       .def_prop_ro("cols", [](const Matrix& self) { return self.view.cols; })
-      .def_prop_ro("format", [](const Matrix& self) { return kFormatNames[int(self.view.format)]; });
+      .def_prop_ro("format",
+                   [](const Matrix& self) { return FormatName(kFormatNames[int(self.view.format)]); });
 
   m.def(
       "matmul",
-      [](Runtime& runtime, const std::vector<const Matrix*>& matrices, const Array& x,
-         const std::vector<OutArray>& outs) {
+      [](Runtime& runtime, const std::vector<const Matrix*>& matrices, const ArrayOf<float>& x,
+         const std::vector<OutArrayOf<float>>& outs) {
         require_size("number of outs", int64_t(outs.size()), int64_t(matrices.size()));
-        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+        const float* from = read_array("x", x, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
         std::vector<Product> products;
         for (size_t i = 0; i < outs.size(); ++i) {
           const MatrixView& view = require_item(item_name("matrices", i), matrices[i]).view;
           require_size("columns of x", int64_t(x.shape(1)), view.cols);
-          products.push_back({view, write_array<float>("out", outs[i], {num_tokens, view.rows})});
+          products.push_back({view, write_array("out", outs[i], {num_tokens, view.rows})});
         }
         nb::gil_scoped_release released;
         matmul(runtime, products, from, num_tokens);
@@ -173,10 +179,10 @@ void bind_matrix(nb::module_& m) {
 
   m.def(
       "embed",
-      [](Runtime& runtime, const Matrix& matrix, const Array& ids, const OutArray& out) {
-        const int32_t* rows = read_array<int32_t>("ids", ids, {kAnySize});
+      [](Runtime& runtime, const Matrix& matrix, const ArrayOf<int32_t>& ids, const OutArrayOf<float>& out) {
+        const int32_t* rows = read_array("ids", ids, {kAnySize});
         const int64_t num_tokens = int64_t(ids.shape(0));
-        float* to = write_array<float>("out", out, {num_tokens, matrix.view.cols});
+        float* to = write_array("out", out, {num_tokens, matrix.view.cols});
         require_ids("ids", rows, num_tokens, matrix.view.rows);
         nb::gil_scoped_release released;
         embed(runtime, matrix.view, rows, num_tokens, to);
@@ -187,12 +193,13 @@ void bind_matrix(nb::module_& m) {
 void bind_layer(nb::module_& m) {
   m.def(
       "rms_norm",
-      [](Runtime& runtime, const Array& x, const Array& weight, float eps, const OutArray& out) {
-        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+      [](Runtime& runtime, const ArrayOf<float>& x, const ArrayOf<float>& weight, float eps,
+         const OutArrayOf<float>& out) {
+        const float* from = read_array("x", x, {kAnySize, kAnySize});
         const int64_t rows = int64_t(x.shape(0));
         const int64_t cols = int64_t(x.shape(1));
-        const float* by = read_array<float>("weight", weight, {cols});
-        float* to = write_array<float>("out", out, {rows, cols});
+        const float* by = read_array("weight", weight, {cols});
+        float* to = write_array("out", out, {rows, cols});
         nb::gil_scoped_release released;
         rms_norm(runtime, from, by, eps, rows, cols, to);
       },
@@ -200,12 +207,13 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "rope",
-      [](Runtime& runtime, const OutArray& x, const Array& cosine, const Array& sine, bool is_interleaved) {
-        float* values = write_array<float>("x", x, {kAnySize, kAnySize, kAnySize});
+      [](Runtime& runtime, const OutArrayOf<float>& x, const ArrayOf<float>& cosine,
+         const ArrayOf<float>& sine, bool is_interleaved) {
+        float* values = write_array("x", x, {kAnySize, kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
-        const float* c = read_array<float>("cosine", cosine, {num_tokens, kAnySize});
+        const float* c = read_array("cosine", cosine, {num_tokens, kAnySize});
         const int64_t num_pairs = int64_t(cosine.shape(1));
-        const float* s = read_array<float>("sine", sine, {num_tokens, num_pairs});
+        const float* s = read_array("sine", sine, {num_tokens, num_pairs});
         const int64_t head_dim = int64_t(x.shape(2));
         require_range("rotated dimensions", 2 * num_pairs, 0, head_dim);
         nb::gil_scoped_release released;
@@ -216,9 +224,9 @@ void bind_layer(nb::module_& m) {
   nb::class_<Routing>(m, "Routing")
       .def(
           "__init__",
-          [](Routing* self, int64_t experts_per_token, const std::string& score,
-             const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
-             const std::string& group_score, bool renormalize, float renormalize_eps, float scale) {
+          [](Routing* self, int64_t experts_per_token, const ScoreName& score,
+             const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups, int64_t kept_groups,
+             const GroupScoreName& group_score, bool renormalize, float renormalize_eps, float scale) {
             new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
                                             group_score, renormalize, renormalize_eps, scale));
           },
@@ -228,14 +236,14 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "route",
-      [](Runtime& runtime, const Routing& routing, const Array& logits, const OutArray& ids,
-         const OutArray& weights) {
-        const float* from = read_array<float>("logits", logits, {kAnySize, kAnySize});
+      [](Runtime& runtime, const Routing& routing, const ArrayOf<float>& logits,
+         const OutArrayOf<int32_t>& ids, const OutArrayOf<float>& weights) {
+        const float* from = read_array("logits", logits, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(logits.shape(0));
         const int64_t num_experts = int64_t(logits.shape(1));
         const RouteRule rule = routing.checked(num_experts);
-        int32_t* chosen = write_array<int32_t>("ids", ids, {num_tokens, rule.k});
-        float* to = write_array<float>("weights", weights, {num_tokens, rule.k});
+        int32_t* chosen = write_array("ids", ids, {num_tokens, rule.k});
+        float* to = write_array("weights", weights, {num_tokens, rule.k});
         nb::gil_scoped_release released;
         route(runtime, rule, from, num_tokens, num_experts, chosen, to);
       },
@@ -243,13 +251,14 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "combine",
-      [](Runtime& runtime, const Array& expert_out, const Array& weights, const OutArray& out) {
-        const float* w = read_array<float>("weights", weights, {kAnySize, kAnySize});
+      [](Runtime& runtime, const ArrayOf<float>& expert_out, const ArrayOf<float>& weights,
+         const OutArrayOf<float>& out) {
+        const float* w = read_array("weights", weights, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(weights.shape(0));
         const int64_t k = int64_t(weights.shape(1));
-        float* to = write_array<float>("out", out, {num_tokens, kAnySize});
+        float* to = write_array("out", out, {num_tokens, kAnySize});
         const int64_t hidden = int64_t(out.shape(1));
-        const float* from = read_array<float>("expert_out", expert_out, {num_tokens * k, hidden});
+        const float* from = read_array("expert_out", expert_out, {num_tokens * k, hidden});
         nb::gil_scoped_release released;
         combine(runtime, from, w, num_tokens, k, hidden, to);
       },
@@ -257,12 +266,13 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "add_sigmoid_gated",
-      [](Runtime& runtime, const Array& x, const Array& gate_logit, const OutArray& out) {
-        const float* from = read_array<float>("x", x, {kAnySize, kAnySize});
+      [](Runtime& runtime, const ArrayOf<float>& x, const ArrayOf<float>& gate_logit,
+         const OutArrayOf<float>& out) {
+        const float* from = read_array("x", x, {kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
         const int64_t hidden = int64_t(x.shape(1));
-        const float* gate = read_array<float>("gate_logit", gate_logit, {num_tokens});
-        float* to = write_array<float>("out", out, {num_tokens, hidden});
+        const float* gate = read_array("gate_logit", gate_logit, {num_tokens});
+        float* to = write_array("out", out, {num_tokens, hidden});
         nb::gil_scoped_release released;
         add_sigmoid_gated(runtime, from, gate, num_tokens, hidden, to);
       },
@@ -270,34 +280,35 @@ void bind_layer(nb::module_& m) {
 
   m.def(
       "mul_sigmoid",
-      [](Runtime& runtime, const Array& gate, const OutArray& x) {
-        const float* by = read_array<float>("gate", gate, {kAnySize, kAnySize});
+      [](Runtime& runtime, const ArrayOf<float>& gate, const OutArrayOf<float>& x) {
+        const float* by = read_array("gate", gate, {kAnySize, kAnySize});
         const int64_t rows = int64_t(gate.shape(0)), cols = int64_t(gate.shape(1));
-        float* values = write_array<float>("x", x, {rows, cols});
+        float* values = write_array("x", x, {rows, cols});
         nb::gil_scoped_release released;
         mul_sigmoid(runtime, by, cols, rows, cols, values);
       },
       "runtime"_a, "gate"_a, "x"_a.noconvert());
 }
 
-const ActivationOfNumbers kSilu = {"silu", 0.0f, 0.0f};
+const ActivationOfNumbers kSilu = std::tuple("silu", 0.0f, 0.0f);
 
 void bind_experts(nb::module_& m) {
   m.def(
       "swiglu_experts",
       [](Runtime& runtime, Arena& arena, const FormatNames& formats, int64_t hidden, int64_t width,
-         const Array& offsets, const Array& x, const Array& starts, const Array& token, const Array& row,
-         const OutArray& out, const ActivationOfNumbers& activation, const std::optional<Array>& gate_bias,
-         const std::optional<Array>& up_bias, const std::optional<Array>& down_bias) {
-        const int64_t* at = read_array<int64_t>("offsets", offsets, {kAnySize, 3});
+         const ArrayOf<int64_t>& offsets, const ArrayOf<float>& x, const ArrayOf<int32_t>& starts,
+         const ArrayOf<int32_t>& token, const ArrayOf<int32_t>& row, const OutArrayOf<float>& out,
+         const ActivationOfNumbers& activation, const std::optional<ArrayOf<float>>& gate_bias,
+         const std::optional<ArrayOf<float>>& up_bias, const std::optional<ArrayOf<float>>& down_bias) {
+        const int64_t* at = read_array("offsets", offsets, {kAnySize, 3});
         const int64_t num_experts = int64_t(offsets.shape(0));
-        const float* from = read_array<float>("x", x, {kAnySize, hidden});
+        const float* from = read_array("x", x, {kAnySize, hidden});
         const int64_t num_tokens = int64_t(x.shape(0));
-        const int32_t* start = read_array<int32_t>("starts", starts, {num_experts + 1});
-        const int32_t* tokens = read_array<int32_t>("token", token, {kAnySize});
+        const int32_t* start = read_array("starts", starts, {num_experts + 1});
+        const int32_t* tokens = read_array("token", token, {kAnySize});
         const int64_t assignments = int64_t(token.shape(0));
-        const int32_t* rows = read_array<int32_t>("row", row, {assignments});
-        float* to = write_array<float>("out", out, {kAnySize, hidden});
+        const int32_t* rows = read_array("row", row, {assignments});
+        float* to = write_array("out", out, {kAnySize, hidden});
         require_size("starts[0]", start[0], 0);
         require_size("the last element of starts", start[num_experts], assignments);
         if (!std::is_sorted(start, start + num_experts + 1)) refuse("starts is not in ascending order");
@@ -307,10 +318,10 @@ void bind_experts(nb::module_& m) {
         const std::shared_ptr<const void> hold = arena.hold();
         std::vector<ExpertView> experts = view_experts(arena.data(), int64_t(arena.size()), at, num_experts,
                                                        parse_formats(formats), hidden, width);
-        const auto set_biases = [&](const char* name, const std::optional<Array>& biases, int64_t size,
-                                    const float* ExpertBias::* bias) {
+        const auto set_biases = [&](const char* name, const std::optional<ArrayOf<float>>& biases,
+                                    int64_t size, const float* ExpertBias::* bias) {
           if (!biases) return;
-          const float* from_row = read_array<float>(name, *biases, {num_experts, size});
+          const float* from_row = read_array(name, *biases, {num_experts, size});
           for (ExpertView& expert : experts) {
             expert.bias.*bias = from_row;
             from_row += size;
@@ -329,14 +340,14 @@ void bind_experts(nb::module_& m) {
 
   m.def(
       "swiglu",
-      [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const Array& x,
-         const OutArray& out, const ActivationOfNumbers& activation) {
+      [](Runtime& runtime, const Matrix& gate, const Matrix& up, const Matrix& down, const ArrayOf<float>& x,
+         const OutArrayOf<float>& out, const ActivationOfNumbers& activation) {
         const ExpertView network = view_network(gate, up, down);
         const int64_t hidden = gate.view.cols;
-        const float* from = read_array<float>("x", x, {kAnySize, hidden});
+        const float* from = read_array("x", x, {kAnySize, hidden});
         const int64_t num_tokens = int64_t(x.shape(0));
         require_range("tokens", num_tokens, 0, INT32_MAX);
-        float* to = write_array<float>("out", out, {num_tokens, hidden});
+        float* to = write_array("out", out, {num_tokens, hidden});
         const int32_t starts[2] = {0, int32_t(num_tokens)};
         const Activation between = parse_activation(activation);
         nb::gil_scoped_release released;
@@ -348,6 +359,8 @@ void bind_experts(nb::module_& m) {
 void require_block(const char* name, const KvCache& kv, int64_t block) {
   require_range(name, block, 0, kv.num_blocks() - 1);
 }
+
+using KvDtypeName = Named<std::string, "KvDtype">;
 
 bool is_f16(const std::string& dtype) {
   if (dtype != "f32" && dtype != "f16") refuse("unknown KV dtype '" + dtype + "'; known: f32, f16");
@@ -363,7 +376,7 @@ void bind_attention(nb::module_& m) {
   m.def(
       "kv_cache_bytes",
       [](const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-         const std::string& dtype) {
+         const KvDtypeName& dtype) {
         return KvCache::bytes(layers, num_blocks, block_tokens, is_f16(dtype));
       },
       "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a);
@@ -372,7 +385,7 @@ void bind_attention(nb::module_& m) {
       .def(
           "__init__",
           [](KvCache* self, const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-             const std::string& dtype) {
+             const KvDtypeName& dtype) {
             new (self) KvCache(layers, num_blocks, block_tokens, is_f16(dtype));
           },
           "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
@@ -380,18 +393,18 @@ void bind_attention(nb::module_& m) {
       .def_prop_ro("block_bytes", &KvCache::block_bytes)
       .def(
           "copy_out",
-          [](KvCache& self, int64_t block, const OutArray& to) {
+          [](KvCache& self, int64_t block, const OutArrayOf<uint8_t>& to) {
             require_block("block", self, block);
-            uint8_t* data = write_array<uint8_t>("to", to, {self.block_bytes()});
+            uint8_t* data = write_array("to", to, {self.block_bytes()});
             nb::gil_scoped_release released;
             self.copy_out(block, data);
           },
           "block"_a, "to"_a.noconvert())
       .def(
           "copy_in",
-          [](KvCache& self, int64_t block, const Array& saved) {
+          [](KvCache& self, int64_t block, const ArrayOf<uint8_t>& saved) {
             require_block("block", self, block);
-            const uint8_t* data = read_array<uint8_t>("saved", saved, {self.block_bytes()});
+            const uint8_t* data = read_array("saved", saved, {self.block_bytes()});
             nb::gil_scoped_release released;
             self.copy_in(block, data);
           },
@@ -408,15 +421,15 @@ void bind_attention(nb::module_& m) {
 
   m.def(
       "kv_write",
-      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& keys, const Array& values,
-         const Array& slots) {
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& keys,
+         const ArrayOf<float>& values, const ArrayOf<int64_t>& slots) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::keys_values);
-        const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
+        const int64_t* at = read_array("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
-        const float* k = read_array<float>("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
-        const float* v = read_array<float>("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
+        const float* k = read_array("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
+        const float* v = read_array("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
         require_slots(kv, at, num_tokens);
         nb::gil_scoped_release released;
         kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
@@ -425,30 +438,31 @@ void bind_attention(nb::module_& m) {
 
   m.def(
       "attention",
-      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Array& block_table,
-         const Array& sequence, const Array& order, float scale, int64_t window, const OutArray& out,
-         const std::optional<Array>& sinks, const std::optional<Array>& sees_until) {
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q,
+         const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence, const ArrayOf<int32_t>& order,
+         float scale, int64_t window, const OutArrayOf<float>& out,
+         const std::optional<ArrayOf<float>>& sinks, const std::optional<ArrayOf<int32_t>>& sees_until) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_range("window", window, 0, INT32_MAX);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::keys_values);
         AttentionBatch batch = {};
-        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, shape.head_dim});
+        batch.q = read_array("q", q, {kAnySize, kAnySize, shape.head_dim});
         batch.num_tokens = int64_t(q.shape(0));
         batch.num_heads = int64_t(q.shape(1));
         if (batch.num_heads == 0 || batch.num_heads % shape.kv_heads != 0) {
           refuse("q has " + std::to_string(batch.num_heads) + " heads, expected a multiple of the " +
                  std::to_string(shape.kv_heads) + " KV heads");
         }
-        batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+        batch.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
-        batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
-        batch.order = read_array<int32_t>("order", order, {batch.num_tokens});
-        if (sees_until) batch.sees_until = read_array<int32_t>("sees_until", *sees_until, {batch.num_tokens});
+        batch.sequence = read_array("sequence", sequence, {batch.num_tokens});
+        batch.order = read_array("order", order, {batch.num_tokens});
+        if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
         batch.scale = scale;
         batch.window = window;
-        batch.sinks = sinks ? read_array<float>("sinks", *sinks, {batch.num_heads}) : nullptr;
-        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
+        batch.sinks = sinks ? read_array("sinks", *sinks, {batch.num_heads}) : nullptr;
+        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
@@ -458,12 +472,13 @@ void bind_attention(nb::module_& m) {
 
   m.def(
       "latent_write",
-      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& vectors, const Array& slots) {
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& vectors,
+         const ArrayOf<int64_t>& slots) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         require_kind(kv.shape(layer), KvShape::Kind::latent);
-        const int64_t* at = read_array<int64_t>("slots", slots, {kAnySize});
+        const int64_t* at = read_array("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
-        const float* from = read_array<float>("vectors", vectors, {num_tokens, kv.shape(layer).head_dim});
+        const float* from = read_array("vectors", vectors, {num_tokens, kv.shape(layer).head_dim});
         require_slots(kv, at, num_tokens);
         nb::gil_scoped_release released;
         latent_write(runtime, kv.latent_layer(layer), from, at, num_tokens);
@@ -472,25 +487,26 @@ void bind_attention(nb::module_& m) {
 
   m.def(
       "latent_attention",
-      [](Runtime& runtime, KvCache& kv, int64_t layer, const Array& q, const Matrix& key_up,
-         const Matrix& value_up, const Array& block_table, const Array& sequence, const Array& order,
-         float scale, const OutArray& out, const std::optional<Array>& sees_until) {
+      [](Runtime& runtime, KvCache& kv, int64_t layer, const ArrayOf<float>& q, const Matrix& key_up,
+         const Matrix& value_up, const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& sequence,
+         const ArrayOf<int32_t>& order, float scale, const OutArrayOf<float>& out,
+         const std::optional<ArrayOf<int32_t>>& sees_until) {
         require_range("layer", layer, 0, kv.num_layers() - 1);
         const KvShape& shape = kv.shape(layer);
         require_kind(shape, KvShape::Kind::latent);
         AttentionBatch batch = {};
-        batch.q = read_array<float>("q", q, {kAnySize, kAnySize, kAnySize});
+        batch.q = read_array("q", q, {kAnySize, kAnySize, kAnySize});
         batch.num_tokens = int64_t(q.shape(0));
         batch.num_heads = int64_t(q.shape(1));
         const LatentHeads heads = view_latent_heads(key_up.view, value_up.view, batch.num_heads,
                                                     int64_t(q.shape(2)) - key_up.view.cols, scale);
         require_size("kv_rank + rope_dim", heads.vector_dim(), shape.head_dim);
-        batch.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+        batch.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
         batch.max_blocks = int64_t(block_table.shape(1));
-        batch.sequence = read_array<int32_t>("sequence", sequence, {batch.num_tokens});
-        batch.order = read_array<int32_t>("order", order, {batch.num_tokens});
-        if (sees_until) batch.sees_until = read_array<int32_t>("sees_until", *sees_until, {batch.num_tokens});
-        float* to = write_array<float>("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
+        batch.sequence = read_array("sequence", sequence, {batch.num_tokens});
+        batch.order = read_array("order", order, {batch.num_tokens});
+        if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
+        float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
         require_blocks(kv, batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);

@@ -26,6 +26,8 @@ inline constexpr const char* kFormatNames[kNumFormats] = {
 // The largest number of rows or columns: products stay below 2^62 bytes.
 inline constexpr int64_t kLargestSize = int64_t{1} << 30;
 
+using FormatName = Named<std::string, "Format">;
+
 inline Format parse_format(const std::string& name) {
   for (int i = 0; i < kNumFormats; ++i) {
     if (name == kFormatNames[i]) return Format(i);
@@ -49,7 +51,9 @@ struct Memory {
   int64_t nbytes;
 };
 
-inline Memory open_memory(nb::object owner) {
+using MemoryObject = nb::typed<nb::object, TypeName<"Arena | numpy.ndarray[dtype=uint8]">>;
+
+inline Memory open_memory(MemoryObject owner) {
   if (nb::isinstance<Arena>(owner)) {
     if (!nb::inst_ready(owner)) {
       refuse("memory is an Arena that was never initialised: make it with Arena(nbytes)");
@@ -57,8 +61,8 @@ inline Memory open_memory(nb::object owner) {
     Arena& arena = *nb::inst_ptr<Arena>(owner);
     return {owner, arena.hold(), arena.data(), int64_t(arena.size())};
   }
-  const Array array = nb::cast<Array>(owner);
-  return {owner, nullptr, read_array<uint8_t>("memory", array, {kAnySize}), int64_t(array.shape(0))};
+  const auto array = nb::cast<ArrayOf<uint8_t>>(owner);
+  return {owner, nullptr, read_array("memory", array, {kAnySize}), int64_t(array.shape(0))};
 }
 
 struct Matrix {
@@ -86,17 +90,17 @@ inline void require_ids(const char* name, const int32_t* ids, int64_t n, int64_t
 }
 
 // The formats of gate, up and down.
-using FormatNames = std::array<std::string, 3>;
+using FormatNames = std::array<FormatName, 3>;
 
 inline std::array<Format, 3> parse_formats(const FormatNames& names) {
   return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
 }
 
 // Kind ("silu" or "clamped"), limit and alpha.
-using ActivationOfNumbers = std::tuple<std::string, float, float>;
+using ActivationOfNumbers = Named<std::tuple<std::string, float, float>, "Activation">;
 
 inline Activation parse_activation(const ActivationOfNumbers& activation) {
-  const auto& [kind, limit, alpha] = activation;
+  const auto& [kind, limit, alpha] = activation.base();
   if (kind == "silu") return {};
   if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped");
   if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");

@@ -25,7 +25,7 @@ void bind_probe(nb::module_& m) {
   m.def(
       "ask_ahead_probe",
       [](int threads, const Name& instruction_set) {
-        return std::string(ask_ahead_probe(kernels_named(instruction_set), threads).name);
+        return AskAheadName(ask_ahead_probe(kernels_named(instruction_set), threads).name);
       },
       "threads"_a, "instruction_set"_a = nb::none(), Unlocked());
   m.def(

@@ -19,8 +19,9 @@ void require_slot(const RecurrentState& state, int64_t slot) {
 }
 
 // runs [num_runs][3]: begin, end, slot.
-std::vector<DeltaRun> read_runs(const RecurrentState& state, const Array& runs, int64_t num_tokens) {
-  const int64_t* from = read_array<int64_t>("runs", runs, {kAnySize, 3});
+std::vector<DeltaRun> read_runs(const RecurrentState& state, const ArrayOf<int64_t>& runs,
+                                int64_t num_tokens) {
+  const int64_t* from = read_array("runs", runs, {kAnySize, 3});
   std::vector<DeltaRun> found;
   std::vector<bool> is_taken(size_t(state.num_slots()));
   for (const int64_t* run = from; run != from + 3 * runs.shape(0); run += 3) {
@@ -35,36 +36,37 @@ std::vector<DeltaRun> read_runs(const RecurrentState& state, const Array& runs, 
   return found;
 }
 
-void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const OutArray& qkv,
-                     const Array& z, const OutArray& b, const OutArray& a, const Array& runs,
-                     const Array& conv, const Array& rate, const Array& dt_bias, const Array& norm, float eps,
-                     bool is_tiled, const OutArray& out) {
+void run_gated_delta(Runtime& runtime, RecurrentState& state, int64_t layer, const OutArrayOf<float>& qkv,
+                     const ArrayOf<float>& z, const OutArrayOf<float>& b, const OutArrayOf<float>& a,
+                     const ArrayOf<int64_t>& runs, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
+                     const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, float eps, bool is_tiled,
+                     const OutArrayOf<float>& out) {
   const DeltaShape& shape = state.shape();
   const int64_t heads = shape.num_value_heads;
   require_range("layer", layer, 0, state.num_layers() - 1);
   DeltaInputs inputs = {};
-  inputs.q = write_array<float>("qkv", qkv, {kAnySize, shape.conv_channels()});
+  inputs.q = write_array("qkv", qkv, {kAnySize, shape.conv_channels()});
   const int64_t num_tokens = int64_t(qkv.shape(0));
   inputs.k = inputs.q + shape.key_channels();
   inputs.v = inputs.k + shape.key_channels();
   inputs.stride = shape.conv_channels();
   inputs.key_group = shape.key_dim;
   inputs.value_group = inputs.z_group = shape.value_channels() / shape.num_key_heads;
-  inputs.z = read_array<float>("z", z, {num_tokens, shape.value_channels()});
+  inputs.z = read_array("z", z, {num_tokens, shape.value_channels()});
   inputs.z_stride = shape.value_channels();
-  inputs.b = write_array<float>("b", b, {num_tokens, heads});
-  inputs.a = write_array<float>("a", a, {num_tokens, heads});
+  inputs.b = write_array("b", b, {num_tokens, heads});
+  inputs.a = write_array("a", a, {num_tokens, heads});
   inputs.gate_stride = heads;
   inputs.gate_group = heads / shape.num_key_heads;
   const DeltaWeights weights = {
-      .conv = read_array<float>("conv", conv, {shape.conv_width, shape.conv_channels()}),
-      .rate = read_array<float>("rate", rate, {heads}),
-      .dt_bias = read_array<float>("dt_bias", dt_bias, {heads}),
-      .norm = read_array<float>("norm", norm, {shape.value_dim}),
+      .conv = read_array("conv", conv, {shape.conv_width, shape.conv_channels()}),
+      .rate = read_array("rate", rate, {heads}),
+      .dt_bias = read_array("dt_bias", dt_bias, {heads}),
+      .norm = read_array("norm", norm, {shape.value_dim}),
       .eps = eps,
       .is_tiled = is_tiled,
   };
-  float* to = write_array<float>("out", out, {num_tokens, shape.value_channels()});
+  float* to = write_array("out", out, {num_tokens, shape.value_channels()});
   const std::vector<DeltaRun> found = read_runs(state, runs, num_tokens);
   {
     nb::gil_scoped_release released;
@@ -111,17 +113,17 @@ void bind_recurrent(nb::module_& m) {
           "slot"_a)
       .def(
           "copy_out",
-          [](RecurrentState& self, int64_t slot, const OutArray& to) {
+          [](RecurrentState& self, int64_t slot, const OutArrayOf<float>& to) {
             require_slot(self, slot);
-            self.copy_out(slot, write_array<float>("to", to, {self.slot_floats()}));
+            self.copy_out(slot, write_array("to", to, {self.slot_floats()}));
           },
           "slot"_a, "to"_a.noconvert())
       .def(
           "copy_in",
-          [](RecurrentState& self, int64_t slot, const Array& saved, int64_t position) {
+          [](RecurrentState& self, int64_t slot, const ArrayOf<float>& saved, int64_t position) {
             require_slot(self, slot);
             require_range("position", position, 0, INT32_MAX);
-            self.copy_in(slot, read_array<float>("saved", saved, {self.slot_floats()}), position);
+            self.copy_in(slot, read_array("saved", saved, {self.slot_floats()}), position);
           },
           "slot"_a, "saved"_a, "position"_a)
       .def(

@@ -9,7 +9,7 @@
 namespace argosy {
 
 // Key heads, value heads, key head dimension, value head dimension, convolution width.
-using DeltaSizes = std::array<int64_t, 5>;
+using DeltaSizes = Named<std::array<int64_t, 5>, "_DeltaSizes">;
 
 inline DeltaShape delta_shape(const DeltaSizes& sizes) {
   const DeltaShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};

@@ -14,7 +14,7 @@ namespace argosy {
 
 struct Routing {
   RouteRule rule;
-  std::optional<Array> choice_bias;  // keeps the memory of rule.choice_bias alive
+  std::optional<ArrayOf<float>> choice_bias;  // keeps the memory of rule.choice_bias alive
 
   // Checks that the rule fits this number of experts.
   RouteRule checked(int64_t num_experts) const {
@@ -27,15 +27,18 @@ struct Routing {
     if (rule.kept_groups < rule.num_groups && rule.group_score == GroupScore::top2) {
       require_range("experts of a group", size, 2, num_experts);
     }
-    if (choice_bias) read_array<float>("choice_bias", *choice_bias, {num_experts});
+    if (choice_bias) read_array("choice_bias", *choice_bias, {num_experts});
     return rule;
   }
 };
 
+using ScoreName = Named<std::string, "typing.Literal['softmax', 'sigmoid']">;
+using GroupScoreName = Named<std::string, "typing.Literal['max', 'top2']">;
+
 inline Routing make_routing(int64_t experts_per_token, const std::string& score,
-                            const std::optional<Array>& choice_bias, int64_t num_groups, int64_t kept_groups,
-                            const std::string& group_score, bool renormalize, float renormalize_eps,
-                            float scale) {
+                            const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups,
+                            int64_t kept_groups, const std::string& group_score, bool renormalize,
+                            float renormalize_eps, float scale) {
   if (score != "softmax" && score != "sigmoid") {
     refuse("unknown score '" + score + "'; known: softmax, sigmoid");
   }
@@ -45,8 +48,7 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
   return {
       .rule = {.k = experts_per_token,
                .score = score == "softmax" ? Score::softmax : Score::sigmoid,
-               .choice_bias =
-                   choice_bias ? read_array<float>("choice_bias", *choice_bias, {kAnySize}) : nullptr,
+               .choice_bias = choice_bias ? read_array("choice_bias", *choice_bias, {kAnySize}) : nullptr,
                .num_groups = num_groups,
                .kept_groups = kept_groups,
                .group_score = group_score == "max" ? GroupScore::max : GroupScore::top2,

@@ -48,15 +48,15 @@ struct Kept {
     memories.push_back(matrix.memory);
     return matrix.view;
   }
-  const float* keep(const char* name, const Array& vector, int64_t size) {
+  const float* keep(const char* name, const ArrayOf<float>& vector, int64_t size) {
     arrays.push_back(vector);
-    return read_array<float>(name, vector, {size});
+    return read_array(name, vector, {size});
   }
-  const float* keep(const char* name, const Array& array, std::initializer_list<int64_t> shape) {
+  const float* keep(const char* name, const ArrayOf<float>& array, std::initializer_list<int64_t> shape) {
     arrays.push_back(array);
-    return read_array<float>(name, array, shape);
+    return read_array(name, array, shape);
   }
-  const float* keep(const char* name, const std::optional<Array>& vector, int64_t size) {
+  const float* keep(const char* name, const std::optional<ArrayOf<float>>& vector, int64_t size) {
     return vector ? keep(name, *vector, size) : nullptr;
   }
   ExpertView keep(const Matrix& gate, const Matrix& up, const Matrix& down) {
@@ -80,18 +80,22 @@ struct BoundFfn {
 };
 
 using NetworkOfMatrices = std::tuple<const Matrix*, const Matrix*, const Matrix*>;
-using LayerOfObjects = std::tuple<Array, const BoundMixer*, Array, const BoundFfn*>;
-using OverridesOfArrays = std::tuple<Array, Array>;          // rows, embeddings
-using AdditionOfArrays = std::tuple<int64_t, Array, Array>;  // layer, rows, vectors
-using TapOfArray = std::tuple<int64_t, OutArray>;            // layer, hidden state
+using LayerOfObjects = std::tuple<ArrayOf<float>, const BoundMixer*, ArrayOf<float>, const BoundFfn*>;
+using OverridesOfArrays = std::tuple<ArrayOf<int64_t>, ArrayOf<float>>;          // rows, embeddings
+using AdditionOfArrays = std::tuple<int64_t, ArrayOf<int64_t>, ArrayOf<float>>;  // layer, rows, vectors
+using TapOfArray = std::tuple<int64_t, OutArrayOf<float>>;                       // layer, hidden state
+using NumbersOfTokens = Named<Array, "numpy.ndarray[dtype=int32] | numpy.ndarray[dtype=float32]">;
 using LayerAndDispatch = std::tuple<int64_t, std::shared_ptr<const Dispatch>>;
 
-BoundMixer grouped_query_attention(
-    const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& output, int64_t num_heads,
-    int64_t window, float scale, const std::optional<Array>& query_bias, const std::optional<Array>& key_bias,
-    const std::optional<Array>& value_bias, const std::optional<Array>& output_bias,
-    const std::optional<Array>& query_norm, const std::optional<Array>& key_norm, bool is_norm_flat,
-    float limit, const std::optional<Array>& sinks, bool has_gate) {
+BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const Matrix& value,
+                                   const Matrix& output, int64_t num_heads, int64_t window, float scale,
+                                   const std::optional<ArrayOf<float>>& query_bias,
+                                   const std::optional<ArrayOf<float>>& key_bias,
+                                   const std::optional<ArrayOf<float>>& value_bias,
+                                   const std::optional<ArrayOf<float>>& output_bias,
+                                   const std::optional<ArrayOf<float>>& query_norm,
+                                   const std::optional<ArrayOf<float>>& key_norm, bool is_norm_flat,
+                                   float limit, const std::optional<ArrayOf<float>>& sinks, bool has_gate) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
@@ -124,8 +128,9 @@ BoundMixer grouped_query_attention(
 }
 
 BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z,
-                           const Matrix* a, const Array& conv, const Array& rate, const Array& dt_bias,
-                           const Array& norm, const DeltaShape& shape, bool is_tiled, int64_t state_layer) {
+                           const Matrix* a, const ArrayOf<float>& conv, const ArrayOf<float>& rate,
+                           const ArrayOf<float>& dt_bias, const ArrayOf<float>& norm, const DeltaShape& shape,
+                           bool is_tiled, int64_t state_layer) {
   BoundMixer bound;
   Kept& kept = bound.kept;
   GatedDeltaNet net = {};
@@ -156,8 +161,9 @@ BoundMixer gated_delta_net(const Matrix& qkv, const Matrix& b, const Matrix& out
 
 BoundMixer multi_head_latent_attention(const Matrix& query, const Matrix& kv_down, const Matrix& key_up,
                                        const Matrix& value_up, const Matrix& output, int64_t num_heads,
-                                       int64_t rope_dim, float scale, float norm_eps, const Array& kv_norm,
-                                       const Matrix* query_down, const std::optional<Array>& query_norm) {
+                                       int64_t rope_dim, float scale, float norm_eps,
+                                       const ArrayOf<float>& kv_norm, const Matrix* query_down,
+                                       const std::optional<ArrayOf<float>>& query_norm) {
   if ((query_down != nullptr) != query_norm.has_value())
     refuse("query_down and query_norm must be given together");
   BoundMixer bound;
@@ -183,9 +189,9 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
   return bound;
 }
 
-BoundFfn routed_ffn(const Matrix& router, const Routing& routing, const std::optional<Array>& router_bias,
-                    int64_t width, const std::optional<NetworkOfMatrices>& shared,
-                    const Matrix* shared_score) {
+BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
+                    const std::optional<ArrayOf<float>>& router_bias, int64_t width,
+                    const std::optional<NetworkOfMatrices>& shared, const Matrix* shared_score) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
@@ -280,15 +286,16 @@ void require_experts(const RoutedFfn& ffn, const ExpertTable& table, int64_t lay
                ffn.router.matrix.rows);
 }
 
-using RowsView = nb::ndarray<nb::numpy, const float, nb::c_contig>;
-using OutView = nb::ndarray<nb::numpy, float, nb::c_contig>;
+using OptionalTable = nb::typed<nb::object, BoundExpertTable>;
+using OptionalState = nb::typed<nb::object, RecurrentState>;
 
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
-             const Array& final_norm, float norm_eps, const Rotary& rotary,
+             const ArrayOf<float>& final_norm, float norm_eps, const Rotary& rotary,
              const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
-             int64_t max_tokens, const nb::object& resident, bool experts_off, const nb::object& recurrent)
+             int64_t max_tokens, const OptionalTable& resident, bool experts_off,
+             const OptionalState& recurrent)
       : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
@@ -328,34 +335,37 @@ class BoundStack {
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
 
-  void begin(const Array& token_ids, const Array& sequence, const Array& slots, const Array& is_decode,
-             const Array& block_table, const Array& order, const Array& wanted, const OutArray& logits,
-             const std::optional<Array>& state_slots, const std::optional<Array>& angles,
-             const std::optional<Array>& sees_until, const std::optional<OverridesOfArrays>& overrides,
+  void begin(const ArrayOf<int32_t>& token_ids, const ArrayOf<int32_t>& sequence,
+             const ArrayOf<int64_t>& slots, const ArrayOf<bool>& is_decode,
+             const ArrayOf<int32_t>& block_table, const ArrayOf<int32_t>& order,
+             const ArrayOf<int64_t>& wanted, const OutArrayOf<float>& logits,
+             const std::optional<ArrayOf<int32_t>>& state_slots, const std::optional<ArrayOf<float>>& angles,
+             const std::optional<ArrayOf<int32_t>>& sees_until,
+             const std::optional<OverridesOfArrays>& overrides,
              const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps) {
     const KvCache& kv = stack_->kv();
     StepArrays arrays;
     arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
     arrays.written = {logits};
     Step step = {};
-    step.token_ids = read_array<int32_t>("token_ids", token_ids, {kAnySize});
+    step.token_ids = read_array("token_ids", token_ids, {kAnySize});
     const int64_t tokens = step.num_tokens = int64_t(token_ids.shape(0));
     require_range("tokens", tokens, 1, stack_->max_tokens());
-    step.sequence = read_array<int32_t>("sequence", sequence, {tokens});
-    step.slots = read_array<int64_t>("slots", slots, {tokens});
-    step.is_decode = read_array<bool>("is_decode", is_decode, {tokens});
-    step.block_table = read_array<int32_t>("block_table", block_table, {kAnySize, kAnySize});
+    step.sequence = read_array("sequence", sequence, {tokens});
+    step.slots = read_array("slots", slots, {tokens});
+    step.is_decode = read_array("is_decode", is_decode, {tokens});
+    step.block_table = read_array("block_table", block_table, {kAnySize, kAnySize});
     step.max_blocks = int64_t(block_table.shape(1));
-    step.order = read_array<int32_t>("order", order, {tokens});
-    step.wanted = read_array<int64_t>("wanted", wanted, {kAnySize});
+    step.order = read_array("order", order, {tokens});
+    step.wanted = read_array("wanted", wanted, {kAnySize});
     step.num_wanted = int64_t(wanted.shape(0));
-    step.logits = write_array<float>("logits", logits, {step.num_wanted, vocabulary()});
+    step.logits = write_array("logits", logits, {step.num_wanted, vocabulary()});
     if (angles) {
       step.angles = read_angles(*angles, tokens);
       arrays.read.push_back(*angles);
     }
     if (sees_until) {
-      step.sees_until = read_array<int32_t>("sees_until", *sees_until, {tokens});
+      step.sees_until = read_array("sees_until", *sees_until, {tokens});
       arrays.read.push_back(*sees_until);
     }
     if (overrides) {
@@ -369,7 +379,7 @@ class BoundStack {
     }
     for (const auto& [layer, hidden] : taps) {
       require_range("the layer of a tap", layer, 0, last_layer);
-      step.taps.push_back({layer, write_array<float>("a tap", hidden, {tokens, hidden_})});
+      step.taps.push_back({layer, write_array("a tap", hidden, {tokens, hidden_})});
       arrays.written.push_back(hidden);
     }
 
@@ -388,7 +398,7 @@ class BoundStack {
     if (recurrent != nullptr) {
       if (!state_slots) refuse("the step needs state_slots, because the stack has a recurrent state");
       const int64_t sequences = int64_t(block_table.shape(0));
-      step.state_slots = read_array<int32_t>("state_slots", *state_slots, {sequences});
+      step.state_slots = read_array("state_slots", *state_slots, {sequences});
       require_ids("state_slots", step.state_slots, sequences, recurrent->num_slots());
       arrays.read.push_back(*state_slots);
     }
@@ -423,37 +433,33 @@ class BoundStack {
   void finish_experts(const std::vector<int32_t>& experts) { stack_->finish_experts(experts); }
 
   // Views of the stack's own memory, which lives as long as `owner`, its Python object.
-  RowsView rows(nb::handle owner) const {
+  View<const float> rows(nb::handle owner) const {
     const float* rows = stack_->rows();
-    return RowsView(rows, {size_t(stack_->dispatch()->num_tokens()), size_t(hidden_)}, owner);
+    return View<const float>(rows, {size_t(stack_->dispatch()->num_tokens()), size_t(hidden_)}, owner);
   }
-  OutView expert_out(nb::handle owner) const {
+  View<float> expert_out(nb::handle owner) const {
     float* out = stack_->expert_out();
     const Dispatch& dispatch = *stack_->dispatch();
-    return OutView(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(hidden_)}, owner);
+    return View<float>(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(hidden_)}, owner);
   }
 
-  void logits(const Array& rows, const OutArray& out) {
-    const int64_t* chosen = read_array<int64_t>("rows", rows, {kAnySize});
+  void logits(const ArrayOf<int64_t>& rows, const OutArrayOf<float>& out) {
+    const int64_t* chosen = read_array("rows", rows, {kAnySize});
     const int64_t num_rows = int64_t(rows.shape(0));
-    float* to = write_array<float>("out", out, {num_rows, vocabulary()});
+    float* to = write_array("out", out, {num_rows, vocabulary()});
     require_rows(chosen, num_rows, num_tokens_);
     nb::gil_scoped_release released;
     stack_->logits(chosen, num_rows, to);
   }
 
-  // A read-only array of the stack's memory.
-  using FloatView = nb::ndarray<nb::numpy, const float>;
-  using IdView = nb::ndarray<nb::numpy, const int32_t>;
-
-  FloatView hidden(nb::handle self) const {
+  View<const float> hidden(nb::handle self) const {
     const size_t shape[2] = {size_t(num_tokens_), size_t(hidden_)};
-    return FloatView(stack_->hidden(), 2, shape, self);
+    return View<const float>(stack_->hidden(), 2, shape, self);
   }
 
-  IdView expert_ids(nb::handle self) const {
+  View<const int32_t> expert_ids(nb::handle self) const {
     const size_t shape[2] = {size_t(num_tokens_), size_t(stack_->chosen_per_token())};
-    return IdView(stack_->expert_ids(), 2, shape, self);
+    return View<const int32_t>(stack_->expert_ids(), 2, shape, self);
   }
 
   const StackSizes& sizes() const { return stack_->sizes(); }
@@ -464,9 +470,9 @@ class BoundStack {
     return {seconds[0], seconds[1], seconds[2]};
   }
 
-  void take_uses(const OutArray& out) {
+  void take_uses(const OutArrayOf<int64_t>& out) {
     const int64_t layers = int64_t(stack_->description().layers.size());
-    int64_t* to = write_array<int64_t>("out", out, {layers, stack_->most_experts()});
+    int64_t* to = write_array("out", out, {layers, stack_->most_experts()});
     const std::vector<int64_t> uses = stack_->take_uses();
     std::copy(uses.begin(), uses.end(), to);
   }
@@ -480,12 +486,12 @@ class BoundStack {
     std::vector<OutArray> written;
   };
 
-  RowVectors read_vectors(const std::string& name, const Array& rows, const Array& vectors, int64_t tokens,
-                          StepArrays& arrays) const {
+  RowVectors read_vectors(const std::string& name, const ArrayOf<int64_t>& rows,
+                          const ArrayOf<float>& vectors, int64_t tokens, StepArrays& arrays) const {
     RowVectors given;
-    given.rows = read_array<int64_t>(("rows of " + name).c_str(), rows, {kAnySize});
+    given.rows = read_array(("rows of " + name).c_str(), rows, {kAnySize});
     given.num_rows = int64_t(rows.shape(0));
-    given.vectors = read_array<float>(("vectors of " + name).c_str(), vectors, {given.num_rows, hidden_});
+    given.vectors = read_array(("vectors of " + name).c_str(), vectors, {given.num_rows, hidden_});
     std::vector<bool> is_given(static_cast<size_t>(tokens));
     for (int64_t i = 0; i < given.num_rows; ++i) {
       require_range("a row of " + name, given.rows[i], 0, tokens - 1);
@@ -498,8 +504,8 @@ class BoundStack {
     return given;
   }
 
-  const float* read_angles(const Array& angles, int64_t tokens) const {
-    const float* from = read_array<float>("angles", angles, {kAnySize, tokens});
+  const float* read_angles(const ArrayOf<float>& angles, int64_t tokens) const {
+    const float* from = read_array("angles", angles, {kAnySize, tokens});
     require_range("axes of angles", int64_t(angles.shape(0)), stack_->description().rotary.num_axes(),
                   kMostAxes);
     if (!std::all_of(from, from + angles.size(), [](float angle) { return std::isfinite(angle); }))
@@ -534,8 +540,8 @@ void bind_stack(nb::module_& m) {
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
-         const Array& conv, const Array& rate, const Array& dt_bias, const Array& norm,
-         const DeltaSizes& sizes, bool is_tiled, int64_t state_layer) {
+         const ArrayOf<float>& conv, const ArrayOf<float>& rate, const ArrayOf<float>& dt_bias,
+         const ArrayOf<float>& norm, const DeltaSizes& sizes, bool is_tiled, int64_t state_layer) {
         return gated_delta_net(qkv, b, output, z, a, conv, rate, dt_bias, norm, delta_shape(sizes), is_tiled,
                                state_layer);
       },
@@ -552,9 +558,9 @@ void bind_stack(nb::module_& m) {
   nb::class_<Rotary>(m, "Rotary")
       .def(
           "__init__",
-          [](Rotary* self, const Array& inverse_frequency, double scale, bool is_interleaved,
+          [](Rotary* self, const ArrayOf<double>& inverse_frequency, double scale, bool is_interleaved,
              const std::vector<int32_t>& axes) {
-            const double* from = read_array<double>("inverse_frequency", inverse_frequency, {kAnySize});
+            const double* from = read_array("inverse_frequency", inverse_frequency, {kAnySize});
             const size_t num_pairs = inverse_frequency.shape(0);
             if (!axes.empty()) require_size("number of axes", int64_t(axes.size()), int64_t(num_pairs));
             require_ids("axes", axes.data(), int64_t(axes.size()), kMostAxes);
@@ -563,20 +569,20 @@ void bind_stack(nb::module_& m) {
           "inverse_frequency"_a, "scale"_a, "is_interleaved"_a = false, "axes"_a = std::vector<int32_t>{})
       .def(
           "angles",
-          [](const Rotary& self, Runtime& runtime, const Array& positions, const OutArray& cosine,
-             const OutArray& sine) {
+          [](const Rotary& self, Runtime& runtime, const NumbersOfTokens& positions,
+             const OutArrayOf<float>& cosine, const OutArrayOf<float>& sine) {
             const bool has_axes = positions.ndim() == 2;
             const int32_t* order = nullptr;
             const float* angles = nullptr;
             if (has_axes) {
-              angles = read_array<float>("positions", positions, {kAnySize, kAnySize});
+              angles = read_array("positions", ArrayOf<float>(positions), {kAnySize, kAnySize});
               require_range("axes of positions", int64_t(positions.shape(0)), self.num_axes(), kMostAxes);
             } else {
-              order = read_array<int32_t>("positions", positions, {kAnySize});
+              order = read_array("positions", ArrayOf<int32_t>(positions), {kAnySize});
             }
             const int64_t num_tokens = int64_t(positions.shape(has_axes ? 1 : 0));
-            float* c = write_array<float>("cosine", cosine, {num_tokens, self.num_pairs()});
-            float* s = write_array<float>("sine", sine, {num_tokens, self.num_pairs()});
+            float* c = write_array("cosine", cosine, {num_tokens, self.num_pairs()});
+            float* s = write_array("sine", sine, {num_tokens, self.num_pairs()});
             nb::gil_scoped_release released;
             if (has_axes) {
               rotary_angles(runtime, self, angles, num_tokens, c, s);
@@ -622,12 +628,14 @@ void bind_stack(nb::module_& m) {
             return self.scratch_bytes(max_tokens, num_threads);
           },
           "max_tokens"_a, "num_threads"_a)
-      .def("__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; });
+      .def(
+          "__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; },
+          nb::sig("def __eq__(self, other: object, /) -> bool"));
 
   nb::class_<BoundStack>(m, "Stack")
-      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const Array&, float, const Rotary&,
-                    const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t,
-                    const nb::object&, bool, const nb::object&>(),
+      .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const ArrayOf<float>&, float,
+                    const Rotary&, const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t,
+                    const OptionalTable&, bool, const OptionalState&>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none())

@@ -43,6 +43,10 @@ auto with_os_errors(const std::string& path, Body&& body) {
   }
 }
 
+using FaultName = Named<std::string,
+                        "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'uncached', "
+                        "'short_cached', 'no_cache']">;
+
 Fault parse_fault(const std::string& kind) {
   if (kind == "eio") return Fault::io_error;
   if (kind == "eintr") return Fault::interrupted;
@@ -76,12 +80,12 @@ std::optional<std::string> error_kind(ReadError error) {
   return std::nullopt;
 }
 
-nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> arena_view(Arena& arena) {
+View<uint8_t> arena_view(Arena& arena) {
   using Holder = std::shared_ptr<const void>;
   uint8_t* data = arena.data();
   nb::capsule owner(new Holder(arena.hold()),
                     [](void* holder) noexcept { delete static_cast<Holder*>(holder); });
-  return {data, {arena.size()}, owner};
+  return View<uint8_t>(data, {arena.size()}, owner);
 }
 
 // (file_id, offset, nbytes, dest_offset), optionally followed by (block_type, rows, cols) or (block_type,
@@ -104,10 +108,12 @@ Piece parse_piece(nb::handle given) {
   return piece;
 }
 
-Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>>& checksums) {
+using Pieces = nb::typed<nb::sequence, TypeName<"Piece">>;
+
+Record parse_record(const Pieces& pieces, const std::optional<std::vector<uint32_t>>& checksums) {
   Record record;
   record.pieces.reserve(nb::len(pieces));
-  for (nb::handle piece : nb::cast<nb::sequence>(pieces)) record.pieces.push_back(parse_piece(piece));
+  for (nb::handle piece : pieces) record.pieces.push_back(parse_piece(piece));
   if (checksums && checksums->size() != record.pieces.size()) {
     throw std::invalid_argument("found " + std::to_string(record.pieces.size()) + " pieces and " +
                                 std::to_string(checksums->size()) +
@@ -116,6 +122,8 @@ Record parse_record(nb::handle pieces, const std::optional<std::vector<uint32_t>
   if (checksums) record.checksums = *checksums;
   return record;
 }
+
+using UrgencyName = Named<std::string, "Urgency">;
 
 Urgency parse_urgency(const std::string& name) {
   if (name == "now") return Urgency::now;
@@ -126,7 +134,7 @@ Urgency parse_urgency(const std::string& name) {
 
 std::vector<int64_t> fetch_many(Store& store, Arena& arena,
                                 const std::vector<std::pair<const Record*, int64_t>>& records,
-                                const std::string& urgency) {
+                                const UrgencyName& urgency) {
   std::vector<PlacedRecord> placed;
   placed.reserve(records.size());
   for (const auto& [record, base_offset] : records) {
@@ -157,7 +165,7 @@ std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets, bo
   return result;
 }
 
-uint32_t checksum_of(nb::handle buffer) {
+uint32_t checksum_of(nb::typed<nb::handle, TypeName<"_Buffer">> buffer) {
   Py_buffer view;
   if (PyObject_GetBuffer(buffer.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
   uint32_t checksum;
@@ -189,7 +197,7 @@ void bind_store(nb::module_& m) {
   nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem")
       .def(
           "__init__",
-          [](FaultyFileSystem* self, int64_t fail_read, const std::string& kind, int64_t num_faults,
+          [](FaultyFileSystem* self, int64_t fail_read, const FaultName& kind, int64_t num_faults,
              double delay_seconds, std::shared_ptr<FileSystem> inner) {
             if (!inner) inner = std::make_shared<RealFileSystem>();
             new (self)
@@ -201,7 +209,7 @@ void bind_store(nb::module_& m) {
   nb::class_<Record>(m, "Record")
       .def(
           "__init__",
-          [](Record* self, nb::sequence pieces, const std::optional<std::vector<uint32_t>>& checksums) {
+          [](Record* self, const Pieces& pieces, const std::optional<std::vector<uint32_t>>& checksums) {
             new (self) Record(parse_record(pieces, checksums));
           },
           "pieces"_a, "checksums"_a = nb::none())
@@ -253,7 +261,7 @@ void bind_store(nb::module_& m) {
           "file_id"_a)
       .def(
           "fetch",
-          [](Store& store, Arena& arena, nb::sequence pieces,
+          [](Store& store, Arena& arena, const Pieces& pieces,
              const std::optional<std::vector<uint32_t>>& checksums) {
             const Record record = parse_record(pieces, checksums);
             return store.fetch(arena, {PlacedRecord{record}})[0];
@@ -269,7 +277,7 @@ void bind_store(nb::module_& m) {
       .def_prop_ro("staging_held_bytes", &Store::staging_held_bytes)
       .def_prop_ro("is_asynchronous", &Store::is_asynchronous)
       .def("stats",
-           [](const Store& store) {
+           [](const Store& store) -> nb::typed<nb::dict, nb::str, nb::float_> {
              const StoreStats stats = store.stats();
              nb::dict result;
              result["bytes_read"] = stats.bytes_read;
