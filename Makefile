@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients lint format bench peer clean
+.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients lint stubs format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +26,7 @@ $(VENV)/.modules: FORCE | $(BIN)/python
 
 $(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
 	$(SAY) "downloading build tools: cmake, ninja, nanobind, scikit-build-core (60 MB, once)"
-	@$(PIP) "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.18" ninja
+	@$(PIP) "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja
 	$(SAY) "downloading packages (100 MB, once) and compiling the native module: one to three minutes on two cores"
 	@$(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
@@ -102,7 +102,20 @@ $(VENV)/.lint: $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[lint]'
 	@touch $@
 
-lint: $(VENV)/.lint       ## ruff, mypy strict, clang-format
+# What the stub file must be: nanobind reads signatures and docstrings from the module, ruff gives them our style.
+# Another minor release of nanobind may write them differently; hence its upper bound above.
+build/_native.pyi: FORCE $(VENV)/.lint
+	@mkdir -p build
+	@$(BIN)/python -m nanobind.stubgen --quiet --module argosy._native --pattern-file native/bind/stubs.pat --output-file $@
+	@$(BIN)/ruff format --quiet $@
+	@$(BIN)/ruff check --quiet --fix $@
+
+stubs: build/_native.pyi  ## write src/argosy/_native.pyi, the types of the native module
+	cp $< src/argosy/_native.pyi
+
+lint: $(VENV)/.lint build/_native.pyi  ## ruff, mypy strict, clang-format, the stub file
+	@cmp -s src/argosy/_native.pyi build/_native.pyi || { diff -u src/argosy/_native.pyi build/_native.pyi; \
+	  echo 'src/argosy/_native.pyi does not match the module; run `make stubs`'; exit 1; }
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

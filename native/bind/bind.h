@@ -49,7 +49,6 @@ using OutArray = nb::ndarray<nb::device::cpu>;  // written to
 template <class T, class Base>
 class TypedArray : public Base {
  public:
-  using Element = T;
   using Base::Base;
   TypedArray() = default;
   explicit TypedArray(Base array) : Base(std::move(array)) {}

@@ -100,16 +100,30 @@ double run(BoundExpertTable& table, Runtime& runtime, int64_t layer, const std::
 }  // namespace
 
 void bind_expert_table(nb::module_& m) {
-  nb::class_<Dispatch>(m, "Dispatch")
+  nb::class_<Dispatch>(m, "Dispatch", R"(
+    The experts that the tokens of a layer chose, and the assignments (a token and one of its experts) of each.
+
+    Args:
+        choices: [tokens, experts per token], the experts of each token, best first.
+        is_decode: bool [tokens], False for prompt tokens.)")
       .def(nb::new_(&make_dispatch), "choices"_a, "is_decode"_a, "num_experts"_a)
       .def_prop_ro("num_tokens", &Dispatch::num_tokens)
       .def_prop_ro("experts_per_token", &Dispatch::k)
-      .def_prop_ro("experts", &Dispatch::experts)
-      .def_prop_ro("scan", &Dispatch::scan)
-      .def("assignments", &assignments_of, "expert"_a)
-      .def("choices", &copy_of_choices);
+      .def_prop_ro("experts", &Dispatch::experts, "The experts that any token chose, ascending.")
+      .def_prop_ro("scan", &Dispatch::scan, "Those that only prompt tokens chose.")
+      .def("assignments", &assignments_of, "expert"_a,
+           "The assignments of an expert: token * experts per token + rank, ascending.")
+      .def("choices", &copy_of_choices,
+           "The experts of each token, best first: [tokens, experts per token], a new array.");
 
-  nb::class_<BoundExpertTable>(m, "ExpertTable")
+  nb::class_<BoundExpertTable>(m, "ExpertTable", R"(
+    Routed experts whose weights are in an arena: where each lies, and how to run it.
+
+    It does not know which weights have landed; whoever places an expert sees to that.
+
+    Args:
+        hidden: the size of the experts' inputs and outputs.
+        activation: the activation of gate and up.)")
       .def(
           "__init__",
           [](BoundExpertTable* self, Arena& arena, int64_t hidden, const ActivationOfNumbers& activation) {
@@ -118,18 +132,35 @@ void bind_expert_table(nb::module_& m) {
                                         parse_activation(activation));
           },
           "arena"_a, nb::kw_only(), "hidden"_a, "activation"_a)
-      .def_prop_ro("nbytes", &ExpertTable::nbytes)
-      .def_prop_ro("num_runs", &ExpertTable::num_runs)
+      .def_prop_ro("nbytes", &ExpertTable::nbytes, "Bytes of the arena.")
+      .def_prop_ro("num_runs", &ExpertTable::num_runs,
+                   "How many experts have run, counted once for each layer and step.")
       .def("add_layer", &add_layer, "layer"_a, nb::kw_only(), "formats"_a, "width"_a, "starts"_a,
            "gate_bias"_a.none() = nb::none(), "up_bias"_a.none() = nb::none(),
-           "down_bias"_a.none() = nb::none())
+           "down_bias"_a.none() = nb::none(), R"(
+        Describe the experts of a layer; none has a place yet.
+
+        Args:
+            formats: formats of gate, up and down.
+            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
+                [hidden, width].
+            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].)")
       .def(
           "place",
           [](BoundExpertTable& table, const std::vector<PlaceOfExpert>& places) {
             for (const auto& [key, at] : places) table.place(key.first, key.second, at);
           },
-          "places"_a)
-      .def("run", &run, "runtime"_a, "layer"_a, "experts"_a, "dispatch"_a, "rows"_a, "out"_a.noconvert());
+          "places"_a, "From now on, the memory of each (layer, expert) begins at that byte of the arena.")
+      .def("run", &run, "runtime"_a, "layer"_a, "experts"_a, "dispatch"_a, "rows"_a, "out"_a.noconvert(), R"(
+        Write the outputs of some experts of a dispatch, each named once; return the seconds that it took.
+
+        Args:
+            rows: [tokens, hidden].
+            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
+                change.
+
+        Raises:
+            ValueError: no token chose an expert, or it has no place.)");
 }
 
 }  // namespace argosy

@@ -26,12 +26,25 @@ using namespace nb::literals;
 namespace {
 
 void bind_choice(nb::module_& m) {
-  m.def("instruction_sets", [] {
-    const std::vector<std::string> names = instruction_sets();
-    return std::vector<InstructionSetName>(names.begin(), names.end());
-  });
+  m.def(
+      "instruction_sets",
+      [] {
+        const std::vector<std::string> names = instruction_sets();
+        return std::vector<InstructionSetName>(names.begin(), names.end());
+      },
+      "The instruction sets that this CPU supports, worst first.");
 
-  nb::class_<Runtime>(m, "Runtime")
+  nb::class_<Runtime>(m, "Runtime", R"(
+    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
+
+    Args:
+        num_threads: at most 1024.
+        ask_ahead: whether products with one token prefetch quantised weights, and into how many cache levels
+            (`ask_ahead_probe`). It does not affect results. None selects off with AVX-512, one level without.
+        instruction_set: one of `instruction_sets()`, for all operations of this runtime; None: the best one.
+
+    Raises:
+        RuntimeError: the system refuses to start a thread.)")
       .def(
           "__init__",
           [](Runtime* self, int num_threads, const std::optional<AskAheadName>& ask_ahead,
@@ -46,7 +59,8 @@ void bind_choice(nb::module_& m) {
       .def_prop_ro("instruction_set",
                    [](const Runtime& self) { return InstructionSetName(self.kernels().name); })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
-      .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>(),
+           "End the threads and free the scratch memory; later operations raise ValueError.");
 }
 
 void bind_matrix(nb::module_& m) {
@@ -55,7 +69,11 @@ void bind_matrix(nb::module_& m) {
       [](const FormatName& format, int64_t rows, int64_t cols) {
         return checked_matrix_bytes(parse_format(format), rows, cols);
       },
-      "format"_a, "rows"_a, "cols"_a);
+      "format"_a, "rows"_a, "cols"_a, R"(
+    Bytes of a matrix (layout: native/kernels/formats.h).
+
+    Raises:
+        ValueError: more than LARGEST_SIZE rows or columns.)");
 
   m.def(
       "f8_scales_bytes",
@@ -63,7 +81,7 @@ void bind_matrix(nb::module_& m) {
         require_range("cols", cols, 0, kLargestSize);
         return f8_scales_bytes(cols);
       },
-      "cols"_a);
+      "cols"_a, "Bytes of the scales before each F8_BLOCK rows of codes of an f8 matrix.");
 
   m.attr("LARGEST_SIZE") = kLargestSize;
   m.attr("MATRIX_ALIGNMENT") = kMatrixAlignment;
@@ -86,7 +104,11 @@ void bind_matrix(nb::module_& m) {
         nb::gil_scoped_release released;
         quantize(runtime, format, from, rows, cols, to);
       },
-      "format"_a, "weights"_a, "out"_a.noconvert(), "runtime"_a.none() = nb::none());
+      "format"_a, "weights"_a, "out"_a.noconvert(), "runtime"_a.none() = nb::none(), R"(
+    Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
+
+    The bytes are the same on every instruction set. q4 scales are the candidates with the least squared error. A
+    group of 32 with an infinity or a NaN gets a NaN scale. The other formats can only come from a file.)");
 
   m.def(
       "transcode",
@@ -124,7 +146,19 @@ void bind_matrix(nb::module_& m) {
         return nb::cast(View<uint8_t>(raw, 1, shape, owner));
       },
       "block_type"_a, "data"_a, "rows"_a, "cols"_a, "interleaved"_a = 1,
-      "out"_a.noconvert().none() = nb::none());
+      "out"_a.noconvert().none() = nb::none(), R"(
+    Convert the blocks of a matrix [rows, cols] to the bytes of its slot format, without loss.
+
+    The bytes are the same on every instruction set.
+
+    Q8_0 becomes q8, Q4_0 becomes q4, and GGUF's other types become the format with their name; cols is a multiple of
+    their block size, 32 or 256. `int4_quants`, `int4_scales`, `mxfp4_quants`, `mxfp4_scales`, `f8_codes`, `f8_scales`
+    and `f8_scales_bf16` (native/kernels/transcode.h) write only their part of the matrix: into `out` [matrix_bytes],
+    which is returned, or into new zeros. `interleaved` matrices with `rows` rows each, which alternate row by row in
+    `data`, come out one after another.
+
+    Raises:
+        ValueError: an f8 code is NaN, or a scale gives weights that do not fit a float32.)");
 
   m.def(
       "dequantize",
@@ -141,9 +175,11 @@ void bind_matrix(nb::module_& m) {
         const size_t shape[2] = {size_t(rows), size_t(cols)};
         return View<float>(raw, 2, shape, owner);
       },
-      "format"_a, "data"_a, "rows"_a, "cols"_a);
+      "format"_a, "data"_a, "rows"_a, "cols"_a,
+      "The weights [rows, cols] as the products use them, the same bits on every instruction set.");
 
-  nb::class_<Matrix>(m, "Matrix")
+  nb::class_<Matrix>(m, "Matrix", R"(
+    Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest.)")
       .def(
           "__init__",
           [](Matrix* self, MemoryObject owner, int64_t offset, const FormatName& format, int64_t rows,
@@ -175,7 +211,10 @@ void bind_matrix(nb::module_& m) {
         nb::gil_scoped_release released;
         matmul(runtime, products, from, num_tokens);
       },
-      "runtime"_a, "matrices"_a, "x"_a, "outs"_a);
+      "runtime"_a, "matrices"_a, "x"_a, "outs"_a, R"(
+    outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
+
+    With quantised weights, x is quantised per group of 32 to int8 (int16 with q8), once for all matrices.)");
 
   m.def(
       "embed",
@@ -187,7 +226,7 @@ void bind_matrix(nb::module_& m) {
         nb::gil_scoped_release released;
         embed(runtime, matrix.view, rows, num_tokens, to);
       },
-      "runtime"_a, "matrix"_a, "ids"_a, "out"_a.noconvert());
+      "runtime"_a, "matrix"_a, "ids"_a, "out"_a.noconvert(), "out[t] = row ids[t] of the matrix.");
 }
 
 void bind_layer(nb::module_& m) {
@@ -203,7 +242,8 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         rms_norm(runtime, from, by, eps, rows, cols, to);
       },
-      "runtime"_a, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert());
+      "runtime"_a, "x"_a, "weight"_a, "eps"_a, "out"_a.noconvert(),
+      "out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x.");
 
   m.def(
       "rope",
@@ -219,9 +259,23 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs, is_interleaved);
       },
-      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a, "is_interleaved"_a = false);
+      "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a, "is_interleaved"_a = false, R"(
+    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
-  nb::class_<Routing>(m, "Routing")
+    Dimension i is paired with i + pairs; if interleaved, dimension 2 i is paired with 2 i + 1. Dimensions from
+    2 * pairs on do not change.)");
+
+  nb::class_<Routing>(m, "Routing", R"(
+    How a token's experts are chosen from its router logits (native/kernels/route.h).
+
+    Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
+    chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
+    the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`.
+
+    Args:
+        experts_per_token: k.
+        choice_bias: [experts]; None means no bias.)")
       .def(
           "__init__",
           [](Routing* self, int64_t experts_per_token, const ScoreName& score,
@@ -247,7 +301,11 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         route(runtime, rule, from, num_tokens, num_experts, chosen, to);
       },
-      "runtime"_a, "routing"_a, "logits"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+      "runtime"_a, "routing"_a, "logits"_a, "ids"_a.noconvert(), "weights"_a.noconvert(), R"(
+    Write ids (best first) and routing weights [tokens, k] from logits [tokens, experts].
+
+    Raises:
+        ValueError: the routing does not fit the number of experts.)");
 
   m.def(
       "combine",
@@ -262,7 +320,8 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         combine(runtime, from, w, num_tokens, k, hidden, to);
       },
-      "runtime"_a, "expert_out"_a, "weights"_a, "out"_a.noconvert());
+      "runtime"_a, "expert_out"_a, "weights"_a, "out"_a.noconvert(),
+      "out[t] += sum over ascending j of weights[t, j] * expert_out[t * k + j].");
 
   m.def(
       "add_sigmoid_gated",
@@ -276,7 +335,8 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         add_sigmoid_gated(runtime, from, gate, num_tokens, hidden, to);
       },
-      "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert());
+      "runtime"_a, "x"_a, "gate_logit"_a, "out"_a.noconvert(),
+      "out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden].");
 
   m.def(
       "mul_sigmoid",
@@ -287,7 +347,8 @@ void bind_layer(nb::module_& m) {
         nb::gil_scoped_release released;
         mul_sigmoid(runtime, by, cols, rows, cols, values);
       },
-      "runtime"_a, "gate"_a, "x"_a.noconvert());
+      "runtime"_a, "gate"_a, "x"_a.noconvert(),
+      "x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols].");
 }
 
 const ActivationOfNumbers kSilu = std::tuple("silu", 0.0f, 0.0f);
@@ -336,7 +397,19 @@ void bind_experts(nb::module_& m) {
       },
       "runtime"_a, "arena"_a, "formats"_a, "hidden"_a, "width"_a, "offsets"_a, "x"_a, "starts"_a, "token"_a,
       "row"_a, "out"_a.noconvert(), nb::kw_only(), "activation"_a = kSilu, "gate_bias"_a.none() = nb::none(),
-      "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none());
+      "up_bias"_a.none() = nb::none(), "down_bias"_a.none() = nb::none(), R"(
+    Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
+
+    Args:
+        formats: formats of gate, up and down.
+        offsets: int64 [experts, 3], the offsets in the arena of gate and up [width, hidden] and down [hidden, width].
+        x: [tokens, hidden].
+        starts: [experts + 1]; expert i runs assignments starts[i] to starts[i + 1]; the last entry is their number.
+        token: [assignments], the row of x.
+        row: [assignments], the row of `out`, each at most once.
+        out: [any, hidden]; rows that are not in `row` do not change.
+        activation: the activation of gate and up.
+        gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].)");
 
   m.def(
       "swiglu",
@@ -353,7 +426,8 @@ void bind_experts(nb::module_& m) {
         nb::gil_scoped_release released;
         swiglu_experts(runtime, {network}, between, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
-      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu);
+      "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu, R"(
+    The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert.)");
 }
 
 void require_block(const char* name, const KvCache& kv, int64_t block) {
@@ -368,10 +442,11 @@ bool is_f16(const std::string& dtype) {
 }
 
 void bind_attention(nb::module_& m) {
-  nb::class_<KvShape>(m, "KvShape")
-      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a)
-      .def_static("latent", &KvShape::latent, "dim"_a)
-      .def_static("none", [] { return KvShape{}; });
+  nb::class_<KvShape>(m, "KvShape", "The data that a layer keeps per position in a KvCache.")
+      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a, R"(
+        A key and a value for each KV head. Positions per block and value dimensions are padded to 16.)")
+      .def_static("latent", &KvShape::latent, "dim"_a, "Only one vector, shared by all heads.")
+      .def_static("none", [] { return KvShape{}; }, "Nothing: the layer has a recurrent state.");
 
   m.def(
       "kv_cache_bytes",
@@ -379,9 +454,10 @@ void bind_attention(nb::module_& m) {
          const KvDtypeName& dtype) {
         return KvCache::bytes(layers, num_blocks, block_tokens, is_f16(dtype));
       },
-      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a);
+      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, "Bytes of a KvCache.");
 
-  nb::class_<KvCache>(m, "KvCache")
+  nb::class_<KvCache>(m, "KvCache", R"(
+    The data that all layers keep of past positions; memory is committed when it is first written.)")
       .def(
           "__init__",
           [](KvCache* self, const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
@@ -390,7 +466,7 @@ void bind_attention(nb::module_& m) {
           },
           "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
       .def_prop_ro("nbytes", &KvCache::nbytes)
-      .def_prop_ro("block_bytes", &KvCache::block_bytes)
+      .def_prop_ro("block_bytes", &KvCache::block_bytes, "Bytes of one block, all layers.")
       .def(
           "copy_out",
           [](KvCache& self, int64_t block, const OutArrayOf<uint8_t>& to) {
@@ -399,7 +475,7 @@ void bind_attention(nb::module_& m) {
             nb::gil_scoped_release released;
             self.copy_out(block, data);
           },
-          "block"_a, "to"_a.noconvert())
+          "block"_a, "to"_a.noconvert(), "Copy a whole block into `to` [block_bytes].")
       .def(
           "copy_in",
           [](KvCache& self, int64_t block, const ArrayOf<uint8_t>& saved) {
@@ -408,7 +484,7 @@ void bind_attention(nb::module_& m) {
             nb::gil_scoped_release released;
             self.copy_in(block, data);
           },
-          "block"_a, "saved"_a)
+          "block"_a, "saved"_a, "Copy data from `copy_out` into any block of a cache with the same shapes.")
       .def(
           "copy_block",
           [](KvCache& self, int64_t from, int64_t to) {
@@ -434,7 +510,8 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release released;
         kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
       },
-      "runtime"_a, "kv"_a, "layer"_a, "keys"_a, "values"_a, "slots"_a);
+      "runtime"_a, "kv"_a, "layer"_a, "keys"_a, "values"_a, "slots"_a, R"(
+    Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens].)");
 
   m.def(
       "attention",
@@ -468,7 +545,18 @@ void bind_attention(nb::module_& m) {
         attention(runtime, kv.layer(layer), batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "block_table"_a, "sequence"_a, "order"_a, "scale"_a, "window"_a,
-      "out"_a.noconvert(), "sinks"_a.none() = nb::none(), "sees_until"_a.none() = nb::none());
+      "out"_a.noconvert(), "sinks"_a.none() = nb::none(), "sees_until"_a.none() = nb::none(), R"(
+    Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
+
+    Args:
+        q: [tokens, heads, head_dim], heads a multiple of kv_heads.
+        block_table: [sequences, max_blocks]; position p of sequence s is in block block_table[s, p // block_tokens].
+        sequence, order: [tokens], a row of `block_table` and the index in the sequence.
+        window: positions begin at order - window + 1; 0 means at 0.
+        out: [tokens, heads * head_dim].
+        sinks: [heads], a score per head that takes weight and adds nothing; None means no sinks.
+        sees_until: [tokens], the end of the positions that a token sees, which must have been written; None means
+            order + 1: its own position is the last.)");
 
   m.def(
       "latent_write",
@@ -483,7 +571,8 @@ void bind_attention(nb::module_& m) {
         nb::gil_scoped_release released;
         latent_write(runtime, kv.latent_layer(layer), from, at, num_tokens);
       },
-      "runtime"_a, "kv"_a, "layer"_a, "vectors"_a, "slots"_a);
+      "runtime"_a, "kv"_a, "layer"_a, "vectors"_a, "slots"_a, R"(
+    Store the latent vectors [tokens, dim] of a layer with `KvShape.latent`; slots as for `kv_write`.)");
 
   m.def(
       "latent_attention",
@@ -512,7 +601,15 @@ void bind_attention(nb::module_& m) {
         latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
       },
       "runtime"_a, "kv"_a, "layer"_a, "q"_a, "key_up"_a, "value_up"_a, "block_table"_a, "sequence"_a,
-      "order"_a, "scale"_a, "out"_a.noconvert(), "sees_until"_a.none() = nb::none());
+      "order"_a, "scale"_a, "out"_a.noconvert(), "sees_until"_a.none() = nb::none(), R"(
+    Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
+
+    Args:
+        q: [tokens, heads, nope_dim + rope_dim], with the last rope_dim dimensions rotated.
+        key_up: [heads * kv_rank, nope_dim]. For each head, maps a query from nope_dim to kv_rank dimensions.
+        value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
+        block_table, sequence, order, sees_until: as for `attention`.
+        out: [tokens, heads * value_dim].)");
 }
 
 }  // namespace

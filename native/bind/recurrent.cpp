@@ -85,9 +85,16 @@ void bind_recurrent(nb::module_& m) {
       [](int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
         return RecurrentState::bytes(num_slots, num_layers, delta_shape(sizes));
       },
-      "num_slots"_a, "num_layers"_a, "sizes"_a);
+      "num_slots"_a, "num_layers"_a, "sizes"_a, "Bytes of a RecurrentState.");
 
-  nb::class_<RecurrentState>(m, "RecurrentState")
+  nb::class_<RecurrentState>(m, "RecurrentState", R"(
+    The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
+
+    The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over
+    from zeros at position 0. A step that failed halfway leaves position -1.
+
+    Args:
+        num_layers: the layers with a gated delta net, all of the same sizes.)")
       .def(
           "__init__",
           [](RecurrentState* self, int64_t num_slots, int64_t num_layers, const DeltaSizes& sizes) {
@@ -96,7 +103,8 @@ void bind_recurrent(nb::module_& m) {
           "num_slots"_a, "num_layers"_a, "sizes"_a)
       .def_prop_ro("nbytes", &RecurrentState::nbytes)
       .def_prop_ro("num_slots", &RecurrentState::num_slots)
-      .def_prop_ro("slot_floats", &RecurrentState::slot_floats)
+      .def_prop_ro("slot_floats", &RecurrentState::slot_floats,
+                   "The number of float32 values in one slot, all layers.")
       .def(
           "position",
           [](const RecurrentState& self, int64_t slot) {
@@ -110,14 +118,14 @@ void bind_recurrent(nb::module_& m) {
             require_slot(self, slot);
             self.set_position(slot, 0);
           },
-          "slot"_a)
+          "slot"_a, "Reset a slot to position 0.")
       .def(
           "copy_out",
           [](RecurrentState& self, int64_t slot, const OutArrayOf<float>& to) {
             require_slot(self, slot);
             self.copy_out(slot, write_array("to", to, {self.slot_floats()}));
           },
-          "slot"_a, "to"_a.noconvert())
+          "slot"_a, "to"_a.noconvert(), "Copy a whole slot into `to` [slot_floats].")
       .def(
           "copy_in",
           [](RecurrentState& self, int64_t slot, const ArrayOf<float>& saved, int64_t position) {
@@ -125,7 +133,7 @@ void bind_recurrent(nb::module_& m) {
             require_range("position", position, 0, INT32_MAX);
             self.copy_in(slot, read_array("saved", saved, {self.slot_floats()}), position);
           },
-          "slot"_a, "saved"_a, "position"_a)
+          "slot"_a, "saved"_a, "position"_a, "Copy data that `copy_out` saved at `position` into any slot.")
       .def(
           "copy_slot",
           [](RecurrentState& self, int64_t from, int64_t to) {
@@ -134,11 +142,23 @@ void bind_recurrent(nb::module_& m) {
             nb::gil_scoped_release released;
             self.copy_slot(from, to);
           },
-          "from_slot"_a, "to_slot"_a);
+          "from_slot"_a, "to_slot"_a, "Copy state and position.");
 
   m.def("gated_delta", &run_gated_delta, "runtime"_a, "state"_a, "layer"_a, "qkv"_a.noconvert(), "z"_a,
         "b"_a.noconvert(), "a"_a.noconvert(), "runs"_a, nb::kw_only(), "conv"_a, "rate"_a, "dt_bias"_a,
-        "norm"_a, "eps"_a, "is_tiled"_a, "out"_a.noconvert());
+        "norm"_a, "eps"_a, "is_tiled"_a, "out"_a.noconvert(), R"(
+    A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
+
+    After the last layer, the slots are at the end of their runs.
+
+    Args:
+        layer: the layer of the state.
+        qkv: [tokens, channels], q of all key heads, then k, then v.   z: [tokens, value heads * value dim].
+        b, a: [tokens, value heads].
+        runs: [runs, 3], first and end token of each sequence, and its slot.
+        conv: [width, channels].   rate, dt_bias: [value heads].   norm: [value dim].
+        is_tiled: value head i uses key head i modulo key heads, instead of i // (value heads per key head).
+        out: [tokens, value heads * value dim].)");
 }
 
 }  // namespace argosy

@@ -528,15 +528,25 @@ class BoundStack {
 }  // namespace
 
 void bind_stack(nb::module_& m) {
-  nb::class_<BoundMixer>(m, "Mixer");
-  nb::class_<BoundFfn>(m, "Ffn");
+  nb::class_<BoundMixer>(m, "Mixer", "The part of a layer that lets positions see each other.");
+  nb::class_<BoundFfn>(m, "Ffn", "The feed-forward network of a layer.");
 
   m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a, "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
-        "sinks"_a.none() = nb::none(), "has_gate"_a = false);
+        "sinks"_a.none() = nb::none(), "has_gate"_a = false, R"(
+    q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
+
+    Args:
+        query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
+        window, scale: as for `attention`.
+        query_bias ...: one number per row of the matrix; None means no bias.
+        query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
+        limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
+        sinks: [heads], as for `attention`.
+        has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.)");
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
@@ -546,16 +556,48 @@ void bind_stack(nb::module_& m) {
                                state_layer);
       },
       "qkv"_a, "b"_a, "output"_a, nb::kw_only(), "z"_a.none() = nb::none(), "a"_a.none() = nb::none(),
-      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a);
+      "conv"_a, "rate"_a, "dt_bias"_a, "norm"_a, "sizes"_a, "is_tiled"_a, "state_layer"_a, R"(
+    Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
+
+    Args:
+        qkv: [channels, hidden]. Without z: [q, k, v, z] of the first key head and its value heads, then of the next.
+        b: [value heads, hidden]. Without a: [b, a] of the first key head's value heads, then of the next's.
+        output: [hidden, value heads * value dim].
+        state_layer: the layer of the recurrent state.)");
   m.def("multi_head_latent_attention", &multi_head_latent_attention, "query"_a, "kv_down"_a, "key_up"_a,
         "value_up"_a, "output"_a, nb::kw_only(), "num_heads"_a, "rope_dim"_a, "scale"_a, "norm_eps"_a,
-        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none());
-  m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a);
+        "kv_norm"_a, "query_down"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(), R"(
+    Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
+
+    Args:
+        query: [heads * (nope_dim + rope_dim), query_rank]; without `query_down`, [..., hidden].
+        kv_down: [kv_rank + rope_dim, hidden].   kv_norm: [kv_rank].
+        key_up, value_up, scale: as for `latent_attention`.
+        output: [hidden, heads * value_dim].
+        query_down, query_norm: [query_rank, hidden] and [query_rank], both or none.
+        norm_eps: the epsilon of both norms.)");
+  m.def("dense_ffn", &dense_ffn, "gate"_a, "up"_a, "down"_a,
+        "SwiGLU for every token: gate and up [width, hidden], down [hidden, width].");
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
         "router_bias"_a.none() = nb::none(), "width"_a, "shared"_a.none() = nb::none(),
-        "shared_score"_a.none() = nb::none());
+        "shared_score"_a.none() = nb::none(), R"(
+    Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
-  nb::class_<Rotary>(m, "Rotary")
+    Args:
+        router: [experts, hidden].
+        router_bias: [experts], added to the router's product; None means no bias.
+        shared: gate, up and down of the shared expert.
+        shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).)");
+
+  nb::class_<Rotary>(m, "Rotary", R"(
+    Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
+
+    Angles, and cosines and sines times `scale`, are computed in float64, then rounded to float32. `is_interleaved` says
+    which dimensions form a pair, as for `rope`.
+
+    Args:
+        axes: [pairs], the axis whose position rotates each pair (m-rope, arXiv:2409.12191), from 0 to 7; empty means 0
+            for all of them.)")
       .def(
           "__init__",
           [](Rotary* self, const ArrayOf<double>& inverse_frequency, double scale, bool is_interleaved,
@@ -590,9 +632,22 @@ void bind_stack(nb::module_& m) {
               rotary_angles(runtime, self, order, num_tokens, c, s);
             }
           },
-          "runtime"_a, "positions"_a, "cosine"_a.noconvert(), "sine"_a.noconvert());
+          "runtime"_a, "positions"_a, "cosine"_a.noconvert(), "sine"_a.noconvert(), R"(
+        Write cosine and sine [tokens, pairs] for `rope`.
 
-  nb::class_<StackSizes>(m, "StackSizes")
+        Args:
+            positions: int32 [tokens], the same on every axis; or float32 [axes, tokens].)");
+
+  nb::class_<StackSizes>(m, "StackSizes", R"(
+    The dimensions of a Stack's layers, from which its working memory follows (native/ops/stack_sizes.h).
+
+    Add every layer; 0 stands for a part that a layer does not have. Two are equal if their memory is.
+
+    Args:
+        num_pairs: pairs of dimensions that the rotary embedding rotates.
+
+    Raises:
+        ValueError: a dimension is outside 0 to 2^30, or the memory would exceed 2^62 bytes.)")
       .def(nb::init<int64_t, int64_t>(), "hidden"_a, "num_pairs"_a)
       .def(
           "add_attention",
@@ -619,20 +674,35 @@ void bind_stack(nb::module_& m) {
             self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width});
           },
           "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a)
-      .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a)
-      .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a)
+      .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a,
+           "Bytes that a Stack allocates for steps of at most `max_tokens`.")
+      .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a, R"(
+        Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.)")
       .def(
           "scratch_bytes",
           [](const StackSizes& self, int64_t max_tokens, int num_threads) {
             require_range("num_threads", num_threads, 1, kMostThreads);
             return self.scratch_bytes(max_tokens, num_threads);
           },
-          "max_tokens"_a, "num_threads"_a)
+          "max_tokens"_a, "num_threads"_a, R"(
+        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.)")
       .def(
           "__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; },
           nb::sig("def __eq__(self, other: object, /) -> bool"));
 
-  nb::class_<BoundStack>(m, "Stack")
+  nb::class_<BoundStack>(m, "Stack", R"(
+    Embedding, layers and head of a decoder (native/ops/stack.h), run without Python in between; one step at a time.
+
+    It keeps its arguments alive. Its results equal those of the operations above, called one by one, bit for bit.
+
+    Args:
+        embedding, head: [vocabulary, hidden].   final_norm: [hidden].
+        activation: the activation of dense networks and shared experts.
+        layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
+        max_tokens: most tokens of a step; working memory is allocated for them.
+        resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
+        experts_off: leave routed experts out of every sum.
+        recurrent: the state of the layers with a gated delta net.)")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const ArrayOf<float>&, float,
                     const Rotary&, const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t,
                     const OptionalTable&, bool, const OptionalState&>(),
@@ -643,22 +713,60 @@ void bind_stack(nb::module_& m) {
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
            "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
-           "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{})
-      .def("advance", &BoundStack::advance)
-      .def("look_ahead", &BoundStack::look_ahead)
-      .def("run_shared", &BoundStack::run_shared)
-      .def("finish_experts", &BoundStack::finish_experts, "experts"_a)
-      .def("rows", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).rows(self); })
-      .def("expert_out",
-           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_out(self); })
-      .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert())
-      .def("hidden", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).hidden(self); })
-      .def("expert_ids",
-           [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_ids(self); })
+           "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{},
+           R"(
+        Start a step, even if the last one did not finish; nothing is computed yet.
+
+        Args:
+            logits: [wanted, vocabulary], written at the end of the step.
+            taps: layers, and [tokens, hidden] for the hidden state after each of them.
+            The others are the fields of `model.step.Step`.
+
+        Raises:
+            ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
+                or do not continue at its slot's position.)")
+      .def("advance", &BoundStack::advance, R"(
+        Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
+
+        All experts of the dispatch must be finished before the next call. ^C ends the call, and the step, between two
+        layers.)")
+      .def("look_ahead", &BoundStack::look_ahead, R"(
+        While a layer waits, the experts that the next layer would choose from the current hidden state.
+
+        Returns the experts that any token ranks first, then those that any ranks second and none first ...: one list
+        for each of `experts_per_token` ranks. Empty if no later layer has routed experts.)")
+      .def("run_shared", &BoundStack::run_shared,
+           "Run the shared expert of the waiting layer, if it has one; once, before the next `advance`.")
+      .def("finish_experts", &BoundStack::finish_experts, "experts"_a,
+           "Say that the outputs of these experts of the waiting layer are in `expert_out`; each once.")
+      .def(
+          "rows", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).rows(self); }, R"(
+        While a layer waits, the input of its experts: [tokens, hidden], a read-only view.)")
+      .def(
+          "expert_out",
+          [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_out(self); }, R"(
+        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
+
+        Row token * experts per token + rank is for that token and its expert of that rank.)")
+      .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert(),
+           "Logits [rows, vocabulary] of any tokens of the finished step.")
+      .def(
+          "hidden", [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).hidden(self); },
+          R"(
+        A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it.)")
+      .def(
+          "expert_ids",
+          [](nb::handle_t<BoundStack> self) { return nb::cast<BoundStack&>(self).expert_ids(self); }, R"(
+        A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
+
+        k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.)")
       .def_prop_ro("sizes", &BoundStack::sizes)
-      .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes)
-      .def("take_seconds", &BoundStack::take_seconds)
-      .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert());
+      .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes,
+                   "Bytes of the allocated working memory, without scratch.")
+      .def("take_seconds", &BoundStack::take_seconds, R"(
+        Seconds spent in the router, in attention and dense networks, and in routed experts since the last call.)")
+      .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert(), R"(
+        Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer].)");
 }
 
 }  // namespace argosy

@@ -180,21 +180,39 @@ uint32_t checksum_of(nb::typed<nb::handle, TypeName<"_Buffer">> buffer) {
 }  // namespace
 
 void bind_store(nb::module_& m) {
-  nb::class_<Arena>(m, "Arena")
+  nb::class_<Arena>(m, "Arena", R"(
+    One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
+
+    Raises:
+        MemoryError: the system refuses to reserve it.)")
       .def(nb::init<size_t>(), "nbytes"_a)
       .def_prop_ro("nbytes", &Arena::size)
-      .def("array", &arena_view)
-      .def("populate",
-           [](const Arena& arena) {
-             const auto populate = arena.populating();  // must run before another thread can close the arena
-             nb::gil_scoped_release released;
-             populate();
-           })
-      .def("close", &Arena::close);
+      .def("array", &arena_view, "A view of all bytes. It keeps the memory alive, even after close().")
+      .def(
+          "populate",
+          [](const Arena& arena) {
+            const auto populate = arena.populating();  // must run before another thread can close the arena
+            nb::gil_scoped_release released;
+            populate();
+          },
+          "Commit all pages, in a background thread; ends early if another thread closes the arena.")
+      .def("close", &Arena::close, R"(
+        Release the memory; the system gets it back when the last view, matrix or read that uses it ends.)");
 
-  nb::class_<FileSystem>(m, "FileSystem");
-  nb::class_<RealFileSystem, FileSystem>(m, "RealFileSystem").def(nb::init<bool>(), "has_queue"_a = true);
-  nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem")
+  nb::class_<FileSystem>(m, "FileSystem", "The file system that a store reads from.");
+  nb::class_<RealFileSystem, FileSystem>(
+      m, "RealFileSystem",
+      "The kernel's files. `has_queue` False imitates a system without asynchronous reads.")
+      .def(nb::init<bool>(), "has_queue"_a = true);
+  nb::class_<FaultyFileSystem, FileSystem>(m, "FaultyFileSystem", R"(
+    For tests: `num_faults` reads, starting with read number `fail_read` (counted from 1), have a fault.
+
+    Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
+    short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
+    delay: returns `delay_seconds` later.
+
+    Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
+    tell what it has.)")
       .def(
           "__init__",
           [](FaultyFileSystem* self, int64_t fail_read, const FaultName& kind, int64_t num_faults,
@@ -206,20 +224,24 @@ void bind_store(nb::module_& m) {
           "fail_read"_a, "kind"_a, "num_faults"_a = 1, "delay_seconds"_a = 0.05, "inner"_a = nb::none())
       .def_prop_ro("num_reads", &FaultyFileSystem::num_reads);
 
-  nb::class_<Record>(m, "Record")
+  nb::class_<Record>(m, "Record", R"(
+    Pieces that are read together, with the crc32c_wide of each or none; parsed once, fetched any number of times.)")
       .def(
           "__init__",
           [](Record* self, const Pieces& pieces, const std::optional<std::vector<uint32_t>>& checksums) {
             new (self) Record(parse_record(pieces, checksums));
           },
           "pieces"_a, "checksums"_a = nb::none())
-      .def_prop_ro("pieces", [](const Record& record) {
-        std::vector<std::tuple<int, int64_t, int64_t, int64_t>> found;
-        for (const Piece& piece : record.pieces) {
-          found.emplace_back(piece.file_id, piece.offset, piece.nbytes, piece.dest_offset);
-        }
-        return found;
-      });
+      .def_prop_ro(
+          "pieces",
+          [](const Record& record) {
+            std::vector<std::tuple<int, int64_t, int64_t, int64_t>> found;
+            for (const Piece& piece : record.pieces) {
+              found.emplace_back(piece.file_id, piece.offset, piece.nbytes, piece.dest_offset);
+            }
+            return found;
+          },
+          "The source and destination of each piece, without its transcoding.");
 
   m.def(
       "record_bytes",
@@ -227,7 +249,7 @@ void bind_store(nb::module_& m) {
         require_range("num_pieces", num_pieces, 0, kMostPieces);
         return Record::bytes(num_pieces, has_checksums);
       },
-      "num_pieces"_a, "has_checksums"_a);
+      "num_pieces"_a, "has_checksums"_a, "Heap bytes of a `Record` in addition to its Python object.");
   m.def(
       "request_bytes",
       [](const std::vector<int64_t>& piece_bytes) {
@@ -236,9 +258,14 @@ void bind_store(nb::module_& m) {
           require_range(item_name("piece_bytes", i), piece_bytes[i], 0, kMostPieceBytes);
         return Store::request_bytes(piece_bytes);
       },
-      "piece_bytes"_a);
+      "piece_bytes"_a, R"(
+    Most heap bytes that a ticket takes until it is done, for a record with pieces of `piece_bytes`.)");
 
-  nb::class_<Store>(m, "Store")
+  nb::class_<Store>(m, "Store", R"(
+    Threads, at most 1024, that read pieces of files into arenas.
+
+    Raises:
+        RuntimeError: the system refuses to start a thread.)")
       .def(
           "__init__",
           [](Store* self, int num_readers, std::shared_ptr<FileSystem> file_system) {
@@ -251,14 +278,21 @@ void bind_store(nb::module_& m) {
           [](Store& store, const std::string& path, bool direct) {
             return with_os_errors(path, [&] { return store.open(path, direct); });
           },
-          "path"_a, "direct"_a = true)
+          "path"_a, "direct"_a = true, R"(
+        Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
+        the page cache is dropped after them.
+
+        Even with O_DIRECT, bytes in the page cache are read from there; nothing is added to it.
+
+        Raises:
+            OSError: the file cannot be opened, or is not a regular file.)")
       .def(
           "info",
           [](const Store& store, int file_id) {
             const FileInfo info = store.info(file_id);
             return std::tuple(info.path, info.size, info.alignment, info.is_direct, info.why_not_direct);
           },
-          "file_id"_a)
+          "file_id"_a, "path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096.")
       .def(
           "fetch",
           [](Store& store, Arena& arena, const Pieces& pieces,
@@ -266,33 +300,63 @@ void bind_store(nb::module_& m) {
             const Record record = parse_record(pieces, checksums);
             return store.fetch(arena, {PlacedRecord{record}})[0];
           },
-          "arena"_a, "pieces"_a, "checksums"_a = nb::none())
-      .def("fetch_many", &fetch_many, "arena"_a, "records"_a, "urgency"_a = "now")
-      .def("hurry", &Store::hurry, "tickets"_a)
-      .def("wait_any", &wait_any, "tickets"_a, "block"_a = true)
-      .def("drop", &Store::drop, "tickets"_a)
-      .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("pending", &Store::pending)
-      .def_prop_ro("staging_bytes", &Store::staging_bytes)
-      .def_prop_ro("staging_held_bytes", &Store::staging_held_bytes)
-      .def_prop_ro("is_asynchronous", &Store::is_asynchronous)
-      .def("stats",
-           [](const Store& store) -> nb::typed<nb::dict, nb::str, nb::float_> {
-             const StoreStats stats = store.stats();
-             nb::dict result;
-             result["bytes_read"] = stats.bytes_read;
-             result["reads"] = stats.reads;
-             result["cached_bytes"] = stats.cached_bytes;
-             result["read_seconds"] = stats.read_seconds;
-             result["checksum_seconds"] = stats.checksum_seconds;
-             result["transcode_seconds"] = stats.transcode_seconds;
-             result["busy_seconds"] = stats.busy_seconds;
-             return result;
-           })
-      .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>());
+          "arena"_a, "pieces"_a, "checksums"_a = nb::none(), R"(
+        Start reading pieces (file_id, offset, nbytes, dest_offset); return a ticket.
+
+        A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
+        dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
+
+        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader transcodes it to the
+        corresponding slot format, beginning exactly at dest_offset, a multiple of 64. It has no checksum.)")
+      .def("fetch_many", &fetch_many, "arena"_a, "records"_a, "urgency"_a = "now", R"(
+        The same for several (record, base) at once, with a ticket for each; `base` is added to each dest_offset.
+
+        now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.)")
+      .def("hurry", &Store::hurry, "tickets"_a, "Make these urgent: a caller is now waiting for them.")
+      .def("wait_any", &wait_any, "tickets"_a, "block"_a = true, R"(
+        Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
+
+        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
+
+        Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
+        ends the wait and does not change the tickets. With `block` false, the call does not wait.)")
+      .def("drop", &Store::drop, "tickets"_a, R"(
+        Stop reading these; forget those with no read begun, and return them. Never waits.
+
+        The others end, as "dropped" unless all their reads had begun, and must be waited for.)")
+      .def("cancel", &Store::cancel, "ticket"_a, nb::call_guard<nb::gil_scoped_release>(), R"(
+        Drop reads of a ticket that have not begun, wait for the others, and forget it. False: unknown ticket.)")
+      .def("pending", &Store::pending, "The number of tickets that are not done.")
+      .def_prop_ro("staging_bytes", &Store::staging_bytes,
+                   "Most bytes that readers may hold for transcoding, STAGING_BYTES each.")
+      .def_prop_ro("staging_held_bytes", &Store::staging_held_bytes,
+                   "Bytes that readers hold for transcoding now.")
+      .def_prop_ro("is_asynchronous", &Store::is_asynchronous,
+                   "Whether the kernel reads asynchronously; otherwise the readers call pread.")
+      .def(
+          "stats",
+          [](const Store& store) -> nb::typed<nb::dict, nb::str, nb::float_> {
+            const StoreStats stats = store.stats();
+            nb::dict result;
+            result["bytes_read"] = stats.bytes_read;
+            result["reads"] = stats.reads;
+            result["cached_bytes"] = stats.cached_bytes;
+            result["read_seconds"] = stats.read_seconds;
+            result["checksum_seconds"] = stats.checksum_seconds;
+            result["transcode_seconds"] = stats.transcode_seconds;
+            result["busy_seconds"] = stats.busy_seconds;
+            return result;
+          },
+          R"(
+        bytes_read, with cached_bytes of them from the page cache; reads; busy_seconds of wall time.
+
+        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.)")
+      .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>(),
+           "Join the readers and close the files. Unfinished reads fail.");
 
   m.attr("STAGING_BYTES") = Store::kStagingBytes;
-  m.def("crc32c_wide", &checksum_of, "buffer"_a);
+  m.def("crc32c_wide", &checksum_of, "buffer"_a, R"(
+    The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h).)");
   m.def(
       "drive_probe",
       [](const std::string& path, int64_t record_bytes, int64_t num_records, int num_readers, bool direct) {
@@ -301,7 +365,12 @@ void bind_store(nb::module_& m) {
           return drive_probe(path, record_bytes, num_records, num_readers, direct);
         });
       },
-      "path"_a, "record_bytes"_a, "num_records"_a, "num_readers"_a, "direct"_a);
+      "path"_a, "record_bytes"_a, "num_records"_a, "num_readers"_a, "direct"_a, R"(
+    Bytes per second of reading records in shuffled order into huge-page buffers.
+
+    Raises:
+        OSError: `path` cannot be opened or read.   RuntimeError: `direct` is refused.
+        ValueError: the file has less than one record.)");
 }
 
 }  // namespace argosy

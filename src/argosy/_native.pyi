@@ -1,38 +1,245 @@
-"""The native module: arithmetic, threads and bytes.
+"""
+The native module: arithmetic, threads and bytes.
 
-Arrays are C-contiguous; float arrays are float32 and integer arrays int32 unless a docstring says otherwise. A wrong
+Arrays are C-contiguous; float arrays are float32 and integer arrays int32 unless their type says otherwise. A wrong
 size, dtype, range or name raises ValueError with the found and the expected value. Every operation releases the GIL.
 One `Runtime` runs one operation at a time.
+
+For one row and one token, the floating-point operations of a kernel (native/kernels, native/ops) and their order do
+not depend on the rest of the call, the number of threads or the alignment of the weights.
+
+Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes. They run
+the kernels of `instruction_set`, or of the best one.
+
+Constants:
+    LARGEST_SIZE: most rows and most columns of a matrix.
+    MATRIX_ALIGNMENT: bytes; where a transcoded matrix begins in an arena, and a matrix in a pack's record.
+    PANEL_ROWS: rows of a quantised matrix that are interleaved.
+    F8_BLOCK: rows and columns of a block of an f8 matrix, whose weights share a scale.
+    STAGING_BYTES: most bytes that one reader of a `Store` holds for transcoding.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
+import numpy
 from numpy.typing import NDArray
 
-Format = Literal[
-    "f32", "f16", "bf16", "f8",
-    "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
-    "int4",
-]  # fmt: skip
-InstructionSet = Literal["plain", "avx2", "avx512"]
-AskAhead = Literal["off", "one_level", "two_levels"]
-Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
-_Floats = NDArray[np.float32]
-_Ints = NDArray[np.int32]
-_Bytes = NDArray[np.uint8]
+from argosy.config import AskAhead, Format, KvDtype
 
-# Kernels (native/kernels, native/ops).
-#
-# Promise: for one row and one token, the floating-point operations and their order do not depend on the rest of the
-# call, the number of threads or the alignment of the weights.
+# Written by `make stubs` from native/bind: edit it there.
+
+InstructionSet = Literal["plain", "avx2", "avx512"]
+Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+Urgency = Literal["now", "soon", "maybe"]
+# file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
+# the number of interleaved matrices with that many rows.
+Piece = (
+    tuple[int, int, int, int]
+    | tuple[int, int, int, int, str, int, int]
+    | tuple[int, int, int, int, str, int, int, int]
+)
+_DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
+_Buffer = bytes | bytearray | memoryview | NDArray[Any]
+
+class Arena:
+    """
+    One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
+
+    Raises:
+        MemoryError: the system refuses to reserve it.
+    """
+
+    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def array(self) -> NDArray[numpy.uint8]:
+        """A view of all bytes. It keeps the memory alive, even after close()."""
+
+    def populate(self) -> None:
+        """
+        Commit all pages, in a background thread; ends early if another thread closes the arena.
+        """
+
+    def close(self) -> None:
+        """
+        Release the memory; the system gets it back when the last view, matrix or read that uses it ends.
+        """
+
+class FileSystem:
+    """The file system that a store reads from."""
+
+class RealFileSystem(FileSystem):
+    """
+    The kernel's files. `has_queue` False imitates a system without asynchronous reads.
+    """
+
+    def __init__(self, has_queue: bool = True) -> None: ...
+
+class FaultyFileSystem(FileSystem):
+    """
+    For tests: `num_faults` reads, starting with read number `fail_read` (counted from 1), have a fault.
+
+    Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
+    short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
+    delay: returns `delay_seconds` later.
+
+    Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
+    tell what it has.
+    """
+
+    def __init__(
+        self,
+        fail_read: int,
+        kind: Literal[
+            "eio", "eintr", "short", "truncated", "flip", "delay", "uncached", "short_cached", "no_cache"
+        ],
+        num_faults: int = 1,
+        delay_seconds: float = 0.05,
+        inner: FileSystem | None = None,
+    ) -> None: ...
+    @property
+    def num_reads(self) -> int: ...
+
+class Record:
+    """
+    Pieces that are read together, with the crc32c_wide of each or none; parsed once, fetched any number of times.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> None: ...
+    @property
+    def pieces(self) -> list[tuple[int, int, int, int]]:
+        """The source and destination of each piece, without its transcoding."""
+
+def record_bytes(num_pieces: int, has_checksums: bool) -> int:
+    """Heap bytes of a `Record` in addition to its Python object."""
+
+def request_bytes(piece_bytes: Sequence[int]) -> int:
+    """
+    Most heap bytes that a ticket takes until it is done, for a record with pieces of `piece_bytes`.
+    """
+
+class Store:
+    """
+    Threads, at most 1024, that read pieces of files into arenas.
+
+    Raises:
+        RuntimeError: the system refuses to start a thread.
+    """
+
+    def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
+    def open(self, path: str, direct: bool = True) -> int:
+        """
+        Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
+        the page cache is dropped after them.
+
+        Even with O_DIRECT, bytes in the page cache are read from there; nothing is added to it.
+
+        Raises:
+            OSError: the file cannot be opened, or is not a regular file.
+        """
+
+    def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
+        """
+        path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096.
+        """
+
+    def fetch(self, arena: Arena, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> int:
+        """
+        Start reading pieces (file_id, offset, nbytes, dest_offset); return a ticket.
+
+        A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
+        dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
+
+        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader transcodes it to the
+        corresponding slot format, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
+        """
+
+    def fetch_many(
+        self, arena: Arena, records: Sequence[tuple[Record, int]], urgency: Urgency = "now"
+    ) -> list[int]:
+        """
+        The same for several (record, base) at once, with a ticket for each; `base` is added to each dest_offset.
+
+        now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.
+        """
+
+    def hurry(self, tickets: Sequence[int]) -> None:
+        """Make these urgent: a caller is now waiting for them."""
+
+    def wait_any(
+        self, tickets: Sequence[int], block: bool = True
+    ) -> list[tuple[int, str | None, str | None]]:
+        """
+        Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
+
+        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
+
+        Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
+        ends the wait and does not change the tickets. With `block` false, the call does not wait.
+        """
+
+    def drop(self, tickets: Sequence[int]) -> list[int]:
+        """
+        Stop reading these; forget those with no read begun, and return them. Never waits.
+
+        The others end, as "dropped" unless all their reads had begun, and must be waited for.
+        """
+
+    def cancel(self, ticket: int) -> bool:
+        """
+        Drop reads of a ticket that have not begun, wait for the others, and forget it. False: unknown ticket.
+        """
+
+    def pending(self) -> int:
+        """The number of tickets that are not done."""
+
+    @property
+    def staging_bytes(self) -> int:
+        """Most bytes that readers may hold for transcoding, STAGING_BYTES each."""
+
+    @property
+    def staging_held_bytes(self) -> int:
+        """Bytes that readers hold for transcoding now."""
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """
+        Whether the kernel reads asynchronously; otherwise the readers call pread.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """
+        bytes_read, with cached_bytes of them from the page cache; reads; busy_seconds of wall time.
+
+        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.
+        """
+
+    def close(self) -> None:
+        """Join the readers and close the files. Unfinished reads fail."""
+
+STAGING_BYTES: int = 2097152
+
+def crc32c_wide(buffer: _Buffer) -> int:
+    """
+    The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h).
+    """
+
+def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int, direct: bool) -> float:
+    """
+    Bytes per second of reading records in shuffled order into huge-page buffers.
+
+    Raises:
+        OSError: `path` cannot be opened or read.   RuntimeError: `direct` is refused.
+        ValueError: the file has less than one record.
+    """
 
 def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
 class Runtime:
-    """The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
+    """
+    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
 
     Args:
         num_threads: at most 1024.
@@ -56,34 +263,51 @@ class Runtime:
     @property
     def scratch_bytes(self) -> int: ...
     def close(self) -> None:
-        """End the threads and free the scratch memory; later operations raise ValueError."""
-
-LARGEST_SIZE: int  # most rows and most columns of a matrix
-MATRIX_ALIGNMENT: int  # bytes; where a transcoded matrix begins in an arena, and a matrix in a pack's record
-PANEL_ROWS: int  # quantised: rows that are interleaved
-F8_BLOCK: int  # f8: rows and columns of a block, whose weights share a scale
+        """
+        End the threads and free the scratch memory; later operations raise ValueError.
+        """
 
 def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix (layout: native/kernels/formats.h).
+    """
+    Bytes of a matrix (layout: native/kernels/formats.h).
 
     Raises:
         ValueError: more than LARGEST_SIZE rows or columns.
     """
 
 def f8_scales_bytes(cols: int) -> int:
-    """Bytes of the scales before each F8_BLOCK rows of codes of an f8 matrix."""
+    """
+    Bytes of the scales before each F8_BLOCK rows of codes of an f8 matrix.
+    """
 
-def quantize(format: Format, weights: _Floats, out: _Bytes, runtime: Runtime | None = None) -> None:
-    """Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
+LARGEST_SIZE: int = 1073741824
+
+MATRIX_ALIGNMENT: int = 64
+
+PANEL_ROWS: int = 16
+
+F8_BLOCK: int = 128
+
+def quantize(
+    format: Format, weights: NDArray[numpy.float32], out: NDArray[numpy.uint8], runtime: Runtime | None = None
+) -> None:
+    """
+    Write weights [rows, cols] to `out` [matrix_bytes] as f32, f16, bf16, or q8 or q4 on the threads of `runtime`.
 
     The bytes are the same on every instruction set. q4 scales are the candidates with the least squared error. A
     group of 32 with an infinity or a NaN gets a NaN scale. The other formats can only come from a file.
     """
 
 def transcode(
-    block_type: str, data: _Bytes, rows: int, cols: int, interleaved: int = 1, out: _Bytes | None = None
-) -> _Bytes:
-    """Convert the blocks of a matrix [rows, cols] to the bytes of its slot format, without loss.
+    block_type: str,
+    data: NDArray[numpy.uint8],
+    rows: int,
+    cols: int,
+    interleaved: int = 1,
+    out: NDArray[numpy.uint8] | None = None,
+) -> NDArray[numpy.uint8]:
+    """
+    Convert the blocks of a matrix [rows, cols] to the bytes of its slot format, without loss.
 
     The bytes are the same on every instruction set.
 
@@ -97,13 +321,19 @@ def transcode(
         ValueError: an f8 code is NaN, or a scale gives weights that do not fit a float32.
     """
 
-def dequantize(format: Format, data: _Bytes, rows: int, cols: int) -> _Floats:
-    """The weights [rows, cols] as the products use them, the same bits on every instruction set."""
+def dequantize(format: Format, data: NDArray[numpy.uint8], rows: int, cols: int) -> NDArray[numpy.float32]:
+    """
+    The weights [rows, cols] as the products use them, the same bits on every instruction set.
+    """
 
 class Matrix:
-    """Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest."""
+    """
+    Weights inside an arena or a uint8 array, which it keeps alive. Any offset works; multiples of 64 are fastest.
+    """
 
-    def __init__(self, memory: Arena | _Bytes, offset: int, format: Format, rows: int, cols: int) -> None: ...
+    def __init__(
+        self, memory: Arena | NDArray[numpy.uint8], offset: int, format: Format, rows: int, cols: int
+    ) -> None: ...
     @property
     def rows(self) -> int: ...
     @property
@@ -111,27 +341,49 @@ class Matrix:
     @property
     def format(self) -> Format: ...
 
-def matmul(runtime: Runtime, matrices: Sequence[Matrix], x: _Floats, outs: Sequence[_Floats]) -> None:
-    """outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
+def matmul(
+    runtime: Runtime,
+    matrices: Sequence[Matrix],
+    x: NDArray[numpy.float32],
+    outs: Sequence[NDArray[numpy.float32]],
+) -> None:
+    """
+    outs[i] = x matrices[i]^T, for x [tokens, cols] and outs[i] [tokens, rows of matrix i].
 
     With quantised weights, x is quantised per group of 32 to int8 (int16 with q8), once for all matrices.
     """
 
-def embed(runtime: Runtime, matrix: Matrix, ids: _Ints, out: _Floats) -> None:
+def embed(runtime: Runtime, matrix: Matrix, ids: NDArray[numpy.int32], out: NDArray[numpy.float32]) -> None:
     """out[t] = row ids[t] of the matrix."""
 
-def rms_norm(runtime: Runtime, x: _Floats, weight: _Floats, eps: float, out: _Floats) -> None:
-    """out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x."""
+def rms_norm(
+    runtime: Runtime,
+    x: NDArray[numpy.float32],
+    weight: NDArray[numpy.float32],
+    eps: float,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    out[n] = x[n] / sqrt(mean(x[n]^2) + eps) * weight, for x [n, cols]; out may be x.
+    """
 
-def rope(runtime: Runtime, x: _Floats, cosine: _Floats, sine: _Floats, is_interleaved: bool = False) -> None:
-    """Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
+def rope(
+    runtime: Runtime,
+    x: NDArray[numpy.float32],
+    cosine: NDArray[numpy.float32],
+    sine: NDArray[numpy.float32],
+    is_interleaved: bool = False,
+) -> None:
+    """
+    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
 
     Dimension i is paired with i + pairs; if interleaved, dimension 2 i is paired with 2 i + 1. Dimensions from
     2 * pairs on do not change.
     """
 
 class Routing:
-    """How a token's experts are chosen from its router logits (native/kernels/route.h).
+    """
+    How a token's experts are chosen from its router logits (native/kernels/route.h).
 
     Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
     chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
@@ -148,7 +400,7 @@ class Routing:
         experts_per_token: int,
         *,
         score: Literal["softmax", "sigmoid"],
-        choice_bias: _Floats | None = None,
+        choice_bias: NDArray[numpy.float32] | None = None,
         num_groups: int = 1,
         kept_groups: int = 1,
         group_score: Literal["max", "top2"] = "top2",
@@ -157,21 +409,42 @@ class Routing:
         scale: float = 1.0,
     ) -> None: ...
 
-def route(runtime: Runtime, routing: Routing, logits: _Floats, ids: _Ints, weights: _Floats) -> None:
-    """Write ids (best first) and routing weights [tokens, k] from logits [tokens, experts].
+def route(
+    runtime: Runtime,
+    routing: Routing,
+    logits: NDArray[numpy.float32],
+    ids: NDArray[numpy.int32],
+    weights: NDArray[numpy.float32],
+) -> None:
+    """
+    Write ids (best first) and routing weights [tokens, k] from logits [tokens, experts].
 
     Raises:
         ValueError: the routing does not fit the number of experts.
     """
 
-def combine(runtime: Runtime, expert_out: _Floats, weights: _Floats, out: _Floats) -> None:
-    """out[t] += sum over ascending j of weights[t, j] * expert_out[t * k + j]."""
+def combine(
+    runtime: Runtime,
+    expert_out: NDArray[numpy.float32],
+    weights: NDArray[numpy.float32],
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    out[t] += sum over ascending j of weights[t, j] * expert_out[t * k + j].
+    """
 
-def mul_sigmoid(runtime: Runtime, gate: _Floats, x: _Floats) -> None:
+def add_sigmoid_gated(
+    runtime: Runtime,
+    x: NDArray[numpy.float32],
+    gate_logit: NDArray[numpy.float32],
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden].
+    """
+
+def mul_sigmoid(runtime: Runtime, gate: NDArray[numpy.float32], x: NDArray[numpy.float32]) -> None:
     """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
-
-def add_sigmoid_gated(runtime: Runtime, x: _Floats, gate_logit: _Floats, out: _Floats) -> None:
-    """out[t] += sigmoid(gate_logit[t]) * x[t], for x and out [tokens, hidden]."""
 
 def swiglu_experts(
     runtime: Runtime,
@@ -179,19 +452,20 @@ def swiglu_experts(
     formats: Sequence[Format],
     hidden: int,
     width: int,
-    offsets: NDArray[np.int64],
-    x: _Floats,
-    starts: _Ints,
-    token: _Ints,
-    row: _Ints,
-    out: _Floats,
+    offsets: NDArray[numpy.int64],
+    x: NDArray[numpy.float32],
+    starts: NDArray[numpy.int32],
+    token: NDArray[numpy.int32],
+    row: NDArray[numpy.int32],
+    out: NDArray[numpy.float32],
     *,
     activation: Activation = ("silu", 0.0, 0.0),
-    gate_bias: _Floats | None = None,
-    up_bias: _Floats | None = None,
-    down_bias: _Floats | None = None,
+    gate_bias: NDArray[numpy.float32] | None = None,
+    up_bias: NDArray[numpy.float32] | None = None,
+    down_bias: NDArray[numpy.float32] | None = None,
 ) -> None:
-    """Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
+    """
+    Run each expert on its tokens: out[row[a]] = activation(x Wg^T + bg, x Wu^T + bu) Wd^T + bd, x = x[token[a]].
 
     Args:
         formats: formats of gate, up and down.
@@ -210,18 +484,22 @@ def swiglu(
     gate: Matrix,
     up: Matrix,
     down: Matrix,
-    x: _Floats,
-    out: _Floats,
+    x: NDArray[numpy.float32],
+    out: NDArray[numpy.float32],
     activation: Activation = ("silu", 0.0, 0.0),
 ) -> None:
-    """The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert."""
+    """
+    The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert.
+    """
 
 class KvShape:
     """The data that a layer keeps per position in a KvCache."""
 
     @staticmethod
     def keys_values(kv_heads: int, head_dim: int) -> KvShape:
-        """A key and a value for each KV head. Positions per block and value dimensions are padded to 16."""
+        """
+        A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
+        """
 
     @staticmethod
     def latent(dim: int) -> KvShape:
@@ -231,16 +509,16 @@ class KvShape:
     def none() -> KvShape:
         """Nothing: the layer has a recurrent state."""
 
-def kv_cache_bytes(
-    layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
-) -> int:
+def kv_cache_bytes(layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: KvDtype) -> int:
     """Bytes of a KvCache."""
 
 class KvCache:
-    """The data that all layers keep of past positions; memory is committed when it is first written."""
+    """
+    The data that all layers keep of past positions; memory is committed when it is first written.
+    """
 
     def __init__(
-        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: Literal["f32", "f16"]
+        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: KvDtype
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -248,34 +526,44 @@ class KvCache:
     def block_bytes(self) -> int:
         """Bytes of one block, all layers."""
 
-    def copy_out(self, block: int, to: _Bytes) -> None:
+    def copy_out(self, block: int, to: NDArray[numpy.uint8]) -> None:
         """Copy a whole block into `to` [block_bytes]."""
 
-    def copy_in(self, block: int, saved: _Bytes) -> None:
-        """Copy data from `copy_out` into any block of a cache with the same shapes."""
+    def copy_in(self, block: int, saved: NDArray[numpy.uint8]) -> None:
+        """
+        Copy data from `copy_out` into any block of a cache with the same shapes.
+        """
 
     def copy_block(self, from_block: int, to_block: int) -> None: ...
 
 def kv_write(
-    runtime: Runtime, kv: KvCache, layer: int, keys: _Floats, values: _Floats, slots: NDArray[np.int64]
+    runtime: Runtime,
+    kv: KvCache,
+    layer: int,
+    keys: NDArray[numpy.float32],
+    values: NDArray[numpy.float32],
+    slots: NDArray[numpy.int64],
 ) -> None:
-    """Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens]."""
+    """
+    Store keys and values [tokens, kv_heads, head_dim]; slot = block * block_tokens + offset, int64 [tokens].
+    """
 
 def attention(
     runtime: Runtime,
     kv: KvCache,
     layer: int,
-    q: _Floats,
-    block_table: _Ints,
-    sequence: _Ints,
-    order: _Ints,
+    q: NDArray[numpy.float32],
+    block_table: NDArray[numpy.int32],
+    sequence: NDArray[numpy.int32],
+    order: NDArray[numpy.int32],
     scale: float,
     window: int,
-    out: _Floats,
-    sinks: _Floats | None = None,
-    sees_until: _Ints | None = None,
+    out: NDArray[numpy.float32],
+    sinks: NDArray[numpy.float32] | None = None,
+    sees_until: NDArray[numpy.int32] | None = None,
 ) -> None:
-    """Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
+    """
+    Grouped-query attention; adjacent tokens of a sequence share one pass over its keys.
 
     Args:
         q: [tokens, heads, head_dim], heads a multiple of kv_heads.
@@ -289,25 +577,28 @@ def attention(
     """
 
 def latent_write(
-    runtime: Runtime, kv: KvCache, layer: int, vectors: _Floats, slots: NDArray[np.int64]
+    runtime: Runtime, kv: KvCache, layer: int, vectors: NDArray[numpy.float32], slots: NDArray[numpy.int64]
 ) -> None:
-    """Store the latent vectors [tokens, dim] of a layer with `KvShape.latent`; slots as for `kv_write`."""
+    """
+    Store the latent vectors [tokens, dim] of a layer with `KvShape.latent`; slots as for `kv_write`.
+    """
 
 def latent_attention(
     runtime: Runtime,
     kv: KvCache,
     layer: int,
-    q: _Floats,
+    q: NDArray[numpy.float32],
     key_up: Matrix,
     value_up: Matrix,
-    block_table: _Ints,
-    sequence: _Ints,
-    order: _Ints,
+    block_table: NDArray[numpy.int32],
+    sequence: NDArray[numpy.int32],
+    order: NDArray[numpy.int32],
     scale: float,
-    out: _Floats,
-    sees_until: _Ints | None = None,
+    out: NDArray[numpy.float32],
+    sees_until: NDArray[numpy.int32] | None = None,
 ) -> None:
-    """Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
+    """
+    Multi-head latent attention (arXiv:2405.04434) in its absorbed form, over vectors that all heads share.
 
     Args:
         q: [tokens, heads, nope_dim + rope_dim], with the last rope_dim dimensions rotated.
@@ -317,15 +608,113 @@ def latent_attention(
         out: [tokens, heads * value_dim].
     """
 
-# The layers of a decoder (native/ops/stack.h), as one operation.
+class Dispatch:
+    """
+    The experts that the tokens of a layer chose, and the assignments (a token and one of its experts) of each.
 
-_DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
+    Args:
+        choices: [tokens, experts per token], the experts of each token, best first.
+        is_decode: bool [tokens], False for prompt tokens.
+    """
+
+    def __init__(
+        self, choices: NDArray[numpy.int32], is_decode: NDArray[numpy.bool_], num_experts: int
+    ) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def experts(self) -> list[int]:
+        """The experts that any token chose, ascending."""
+
+    @property
+    def scan(self) -> list[int]:
+        """Those that only prompt tokens chose."""
+
+    def assignments(self, expert: int) -> list[int]:
+        """
+        The assignments of an expert: token * experts per token + rank, ascending.
+        """
+
+    def choices(self) -> NDArray[numpy.int32]:
+        """
+        The experts of each token, best first: [tokens, experts per token], a new array.
+        """
+
+class ExpertTable:
+    """
+    Routed experts whose weights are in an arena: where each lies, and how to run it.
+
+    It does not know which weights have landed; whoever places an expert sees to that.
+
+    Args:
+        hidden: the size of the experts' inputs and outputs.
+        activation: the activation of gate and up.
+    """
+
+    def __init__(self, arena: Arena, *, hidden: int, activation: Activation) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+
+    @property
+    def num_runs(self) -> int:
+        """How many experts have run, counted once for each layer and step."""
+
+    def add_layer(
+        self,
+        layer: int,
+        *,
+        formats: Sequence[Format],
+        width: int,
+        starts: NDArray[numpy.int64],
+        gate_bias: NDArray[numpy.float32] | None = None,
+        up_bias: NDArray[numpy.float32] | None = None,
+        down_bias: NDArray[numpy.float32] | None = None,
+    ) -> None:
+        """
+        Describe the experts of a layer; none has a place yet.
+
+        Args:
+            formats: formats of gate, up and down.
+            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
+                [hidden, width].
+            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
+        """
+
+    def place(self, places: Sequence[tuple[tuple[int, int], int]]) -> None:
+        """
+        From now on, the memory of each (layer, expert) begins at that byte of the arena.
+        """
+
+    def run(
+        self,
+        runtime: Runtime,
+        layer: int,
+        experts: Sequence[int],
+        dispatch: Dispatch,
+        rows: NDArray[numpy.float32],
+        out: NDArray[numpy.float32],
+    ) -> float:
+        """
+        Write the outputs of some experts of a dispatch, each named once; return the seconds that it took.
+
+        Args:
+            rows: [tokens, hidden].
+            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
+                change.
+
+        Raises:
+            ValueError: no token chose an expert, or it has no place.
+        """
 
 def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int:
     """Bytes of a RecurrentState."""
 
 class RecurrentState:
-    """The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
+    """
+    The state of gated delta nets, one slot per running sequence; memory is committed when it is first written.
 
     The position of a slot is the number of tokens it has seen. A run of tokens continues from there, or starts over
     from zeros at position 0. A step that failed halfway leaves position -1.
@@ -347,10 +736,10 @@ class RecurrentState:
     def restart(self, slot: int) -> None:
         """Reset a slot to position 0."""
 
-    def copy_out(self, slot: int, to: _Floats) -> None:
+    def copy_out(self, slot: int, to: NDArray[numpy.float32]) -> None:
         """Copy a whole slot into `to` [slot_floats]."""
 
-    def copy_in(self, slot: int, saved: _Floats, position: int) -> None:
+    def copy_in(self, slot: int, saved: NDArray[numpy.float32], position: int) -> None:
         """Copy data that `copy_out` saved at `position` into any slot."""
 
     def copy_slot(self, from_slot: int, to_slot: int) -> None:
@@ -360,21 +749,22 @@ def gated_delta(
     runtime: Runtime,
     state: RecurrentState,
     layer: int,
-    qkv: _Floats,
-    z: _Floats,
-    b: _Floats,
-    a: _Floats,
-    runs: NDArray[np.int64],
+    qkv: NDArray[numpy.float32],
+    z: NDArray[numpy.float32],
+    b: NDArray[numpy.float32],
+    a: NDArray[numpy.float32],
+    runs: NDArray[numpy.int64],
     *,
-    conv: _Floats,
-    rate: _Floats,
-    dt_bias: _Floats,
-    norm: _Floats,
+    conv: NDArray[numpy.float32],
+    rate: NDArray[numpy.float32],
+    dt_bias: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
     eps: float,
     is_tiled: bool,
-    out: _Floats,
+    out: NDArray[numpy.float32],
 ) -> None:
-    """A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
+    """
+    A gated delta net (native/kernels/gated_delta.h) after its projections; overwrites qkv, b and a.
 
     After the last layer, the slots are at the end of their runs.
 
@@ -403,18 +793,19 @@ def grouped_query_attention(
     num_heads: int,
     window: int,
     scale: float,
-    query_bias: _Floats | None = None,
-    key_bias: _Floats | None = None,
-    value_bias: _Floats | None = None,
-    output_bias: _Floats | None = None,
-    query_norm: _Floats | None = None,
-    key_norm: _Floats | None = None,
+    query_bias: NDArray[numpy.float32] | None = None,
+    key_bias: NDArray[numpy.float32] | None = None,
+    value_bias: NDArray[numpy.float32] | None = None,
+    output_bias: NDArray[numpy.float32] | None = None,
+    query_norm: NDArray[numpy.float32] | None = None,
+    key_norm: NDArray[numpy.float32] | None = None,
     is_norm_flat: bool = False,
     limit: float = 0.0,
-    sinks: _Floats | None = None,
+    sinks: NDArray[numpy.float32] | None = None,
     has_gate: bool = False,
 ) -> Mixer:
-    """q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
+    """
+    q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
@@ -433,15 +824,16 @@ def gated_delta_net(
     *,
     z: Matrix | None = None,
     a: Matrix | None = None,
-    conv: _Floats,
-    rate: _Floats,
-    dt_bias: _Floats,
-    norm: _Floats,
+    conv: NDArray[numpy.float32],
+    rate: NDArray[numpy.float32],
+    dt_bias: NDArray[numpy.float32],
+    norm: NDArray[numpy.float32],
     sizes: _DeltaSizes,
     is_tiled: bool,
     state_layer: int,
 ) -> Mixer:
-    """Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
+    """
+    Projections -> `gated_delta` -> output projection. Vectors and `is_tiled` are as for `gated_delta`.
 
     Args:
         qkv: [channels, hidden]. Without z: [q, k, v, z] of the first key head and its value heads, then of the next.
@@ -461,11 +853,12 @@ def multi_head_latent_attention(
     rope_dim: int,
     scale: float,
     norm_eps: float,
-    kv_norm: _Floats,
+    kv_norm: NDArray[numpy.float32],
     query_down: Matrix | None = None,
-    query_norm: _Floats | None = None,
+    query_norm: NDArray[numpy.float32] | None = None,
 ) -> Mixer:
-    """Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
+    """
+    Query and compressed keys and values -> norms -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query: [heads * (nope_dim + rope_dim), query_rank]; without `query_down`, [..., hidden].
@@ -477,18 +870,21 @@ def multi_head_latent_attention(
     """
 
 def dense_ffn(gate: Matrix, up: Matrix, down: Matrix) -> Ffn:
-    """SwiGLU for every token: gate and up [width, hidden], down [hidden, width]."""
+    """
+    SwiGLU for every token: gate and up [width, hidden], down [hidden, width].
+    """
 
 def routed_ffn(
     router: Matrix,
     routing: Routing,
     *,
-    router_bias: _Floats | None = None,
+    router_bias: NDArray[numpy.float32] | None = None,
     width: int,
-    shared: Sequence[Matrix] | None = None,
+    shared: tuple[Matrix, Matrix, Matrix] | None = None,
     shared_score: Matrix | None = None,
 ) -> Ffn:
-    """Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
+    """
+    Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
         router: [experts, hidden].
@@ -497,97 +893,9 @@ def routed_ffn(
         shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
     """
 
-class Dispatch:
-    """The experts that the tokens of a layer chose, and the assignments (a token and one of its experts) of each.
-
-    Args:
-        choices: [tokens, experts per token], the experts of each token, best first.
-        is_decode: bool [tokens], False for prompt tokens.
-    """
-
-    def __init__(self, choices: _Ints, is_decode: NDArray[np.bool_], num_experts: int) -> None: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def experts_per_token(self) -> int: ...
-    @property
-    def experts(self) -> list[int]:
-        """The experts that any token chose, ascending."""
-
-    @property
-    def scan(self) -> list[int]:
-        """Those that only prompt tokens chose."""
-
-    def assignments(self, expert: int) -> list[int]:
-        """The assignments of an expert: token * experts per token + rank, ascending."""
-
-    def choices(self) -> _Ints:
-        """The experts of each token, best first: [tokens, experts per token], a new array."""
-
-class ExpertTable:
-    """Routed experts whose weights are in an arena: where each lies, and how to run it.
-
-    It does not know which weights have landed; whoever places an expert sees to that.
-
-    Args:
-        hidden: the size of the experts' inputs and outputs.
-        activation: the activation of gate and up.
-    """
-
-    def __init__(self, arena: Arena, *, hidden: int, activation: Activation) -> None: ...
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arena."""
-
-    @property
-    def num_runs(self) -> int:
-        """How many experts have run, counted once for each layer and step."""
-
-    def add_layer(
-        self,
-        layer: int,
-        *,
-        formats: Sequence[Format],
-        width: int,
-        starts: NDArray[np.int64],
-        gate_bias: _Floats | None = None,
-        up_bias: _Floats | None = None,
-        down_bias: _Floats | None = None,
-    ) -> None:
-        """Describe the experts of a layer; none has a place yet.
-
-        Args:
-            formats: formats of gate, up and down.
-            starts: int64 [experts, 3], bytes from an expert's place to gate and up [width, hidden] and down
-                [hidden, width].
-            gate_bias, up_bias: [experts, width].   down_bias: [experts, hidden].
-        """
-
-    def place(self, places: Sequence[tuple[tuple[int, int], int]]) -> None:
-        """From now on, the memory of each (layer, expert) begins at that byte of the arena."""
-
-    def run(
-        self,
-        runtime: Runtime,
-        layer: int,
-        experts: Sequence[int],
-        dispatch: Dispatch,
-        rows: _Floats,
-        out: _Floats,
-    ) -> float:
-        """Write the outputs of some experts of a dispatch, each named once; return the seconds that it took.
-
-        Args:
-            rows: [tokens, hidden].
-            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
-                change.
-
-        Raises:
-            ValueError: no token chose an expert, or it has no place.
-        """
-
 class Rotary:
-    """Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
+    """
+    Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
 
     Angles, and cosines and sines times `scale`, are computed in float64, then rounded to float32. `is_interleaved` says
     which dimensions form a pair, as for `rope`.
@@ -599,20 +907,28 @@ class Rotary:
 
     def __init__(
         self,
-        inverse_frequency: NDArray[np.float64],
+        inverse_frequency: NDArray[numpy.float64],
         scale: float,
         is_interleaved: bool = False,
-        axes: Sequence[int] = (),
+        axes: Sequence[int] = [],
     ) -> None: ...
-    def angles(self, runtime: Runtime, positions: _Ints | _Floats, cosine: _Floats, sine: _Floats) -> None:
-        """Write cosine and sine [tokens, pairs] for `rope`.
+    def angles(
+        self,
+        runtime: Runtime,
+        positions: NDArray[numpy.int32] | NDArray[numpy.float32],
+        cosine: NDArray[numpy.float32],
+        sine: NDArray[numpy.float32],
+    ) -> None:
+        """
+        Write cosine and sine [tokens, pairs] for `rope`.
 
         Args:
             positions: int32 [tokens], the same on every axis; or float32 [axes, tokens].
         """
 
 class StackSizes:
-    """The dimensions of a Stack's layers, from which its working memory follows (native/ops/stack_sizes.h).
+    """
+    The dimensions of a Stack's layers, from which its working memory follows (native/ops/stack_sizes.h).
 
     Add every layer; 0 stands for a part that a layer does not have. Two are equal if their memory is.
 
@@ -631,20 +947,24 @@ class StackSizes:
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_dense(self, width: int) -> None: ...
     def add_routed(self, num_experts: int, experts_per_token: int, width: int, shared_width: int) -> None: ...
-    def dispatch_bytes(self, max_tokens: int) -> int:
-        """Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted."""
-
     def buffer_bytes(self, max_tokens: int) -> int:
         """Bytes that a Stack allocates for steps of at most `max_tokens`."""
 
-    def scratch_bytes(self, max_tokens: int, num_threads: int) -> int:
-        """Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more."""
+    def dispatch_bytes(self, max_tokens: int) -> int:
+        """
+        Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.
+        """
 
-    def __eq__(self, other: object) -> bool: ...
-    def __hash__(self) -> int: ...
+    def scratch_bytes(self, max_tokens: int, num_threads: int) -> int:
+        """
+        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
+        """
+
+    def __eq__(self, other: object, /) -> bool: ...
 
 class Stack:
-    """Embedding, layers and head of a decoder, run without Python in between; one step at a time.
+    """
+    Embedding, layers and head of a decoder (native/ops/stack.h), run without Python in between; one step at a time.
 
     It keeps its arguments alive. Its results equal those of the operations above, called one by one, bit for bit.
 
@@ -665,11 +985,11 @@ class Stack:
         *,
         embedding: Matrix,
         head: Matrix,
-        final_norm: _Floats,
+        final_norm: NDArray[numpy.float32],
         norm_eps: float,
         rotary: Rotary,
         activation: Activation,
-        layers: Sequence[tuple[_Floats, Mixer, _Floats, Ffn]],
+        layers: Sequence[tuple[NDArray[numpy.float32], Mixer, NDArray[numpy.float32], Ffn]],
         max_tokens: int,
         resident: ExpertTable | None = None,
         experts_off: bool = False,
@@ -677,22 +997,23 @@ class Stack:
     ) -> None: ...
     def begin(
         self,
-        token_ids: _Ints,
-        sequence: _Ints,
-        slots: NDArray[np.int64],
-        is_decode: NDArray[np.bool_],
-        block_table: _Ints,
-        order: _Ints,
-        wanted: NDArray[np.int64],
-        logits: _Floats,
-        state_slots: _Ints | None = None,
-        angles: _Floats | None = None,
-        sees_until: _Ints | None = None,
-        overrides: tuple[NDArray[np.int64], _Floats] | None = None,
-        additions: Sequence[tuple[int, NDArray[np.int64], _Floats]] = (),
-        taps: Sequence[tuple[int, _Floats]] = (),
+        token_ids: NDArray[numpy.int32],
+        sequence: NDArray[numpy.int32],
+        slots: NDArray[numpy.int64],
+        is_decode: NDArray[numpy.bool_],
+        block_table: NDArray[numpy.int32],
+        order: NDArray[numpy.int32],
+        wanted: NDArray[numpy.int64],
+        logits: NDArray[numpy.float32],
+        state_slots: NDArray[numpy.int32] | None = None,
+        angles: NDArray[numpy.float32] | None = None,
+        sees_until: NDArray[numpy.int32] | None = None,
+        overrides: tuple[NDArray[numpy.int64], NDArray[numpy.float32]] | None = None,
+        additions: Sequence[tuple[int, NDArray[numpy.int64], NDArray[numpy.float32]]] = [],
+        taps: Sequence[tuple[int, NDArray[numpy.float32]]] = [],
     ) -> None:
-        """Start a step, even if the last one did not finish; nothing is computed yet.
+        """
+        Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
             logits: [wanted, vocabulary], written at the end of the step.
@@ -705,42 +1026,54 @@ class Stack:
         """
 
     def advance(self) -> tuple[int, Dispatch] | None:
-        """Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
+        """
+        Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
 
         All experts of the dispatch must be finished before the next call. ^C ends the call, and the step, between two
         layers.
         """
 
-    def rows(self) -> _Floats:
-        """While a layer waits, the input of its experts: [tokens, hidden], a view of the stack's memory."""
-
-    def expert_out(self) -> _Floats:
-        """While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
-
-        Row token * experts per token + rank is for that token and its expert of that rank.
-        """
-
     def look_ahead(self) -> list[list[int]]:
-        """While a layer waits, the experts that the next layer would choose from the current hidden state.
+        """
+        While a layer waits, the experts that the next layer would choose from the current hidden state.
 
         Returns the experts that any token ranks first, then those that any ranks second and none first ...: one list
         for each of `experts_per_token` ranks. Empty if no later layer has routed experts.
         """
 
     def run_shared(self) -> None:
-        """Run the shared expert of the waiting layer, if it has one; once, before the next `advance`."""
+        """
+        Run the shared expert of the waiting layer, if it has one; once, before the next `advance`.
+        """
 
     def finish_experts(self, experts: Sequence[int]) -> None:
-        """Say that the outputs of these experts of the waiting layer are in `expert_out`; each once."""
+        """
+        Say that the outputs of these experts of the waiting layer are in `expert_out`; each once.
+        """
 
-    def logits(self, rows: NDArray[np.int64], out: _Floats) -> None:
+    def rows(self) -> NDArray[numpy.float32]:
+        """
+        While a layer waits, the input of its experts: [tokens, hidden], a read-only view.
+        """
+
+    def expert_out(self) -> NDArray[numpy.float32]:
+        """
+        While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
+
+        Row token * experts per token + rank is for that token and its expert of that rank.
+        """
+
+    def logits(self, rows: NDArray[numpy.int64], out: NDArray[numpy.float32]) -> None:
         """Logits [rows, vocabulary] of any tokens of the finished step."""
 
-    def hidden(self) -> _Floats:
-        """A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it."""
+    def hidden(self) -> NDArray[numpy.float32]:
+        """
+        A read-only view of the hidden state [tokens, hidden] of the last step, as the last operation left it.
+        """
 
-    def expert_ids(self) -> _Ints:
-        """A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
+    def expert_ids(self) -> NDArray[numpy.int32]:
+        """
+        A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.
         """
@@ -752,16 +1085,18 @@ class Stack:
         """Bytes of the allocated working memory, without scratch."""
 
     def take_seconds(self) -> tuple[float, float, float]:
-        """Seconds spent in the router, in attention and dense networks, and in routed experts since the last call."""
+        """
+        Seconds spent in the router, in attention and dense networks, and in routed experts since the last call.
+        """
 
-    def take_uses(self, out: NDArray[np.int64]) -> None:
-        """Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer]."""
-
-# Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes. They run
-# the kernels of `instruction_set`, or of the best one.
+    def take_uses(self, out: NDArray[numpy.int64]) -> None:
+        """
+        Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer].
+        """
 
 def memory_probe(threads: int, nbytes: int, instruction_set: str | None = None) -> float:
-    """Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
+    """
+    Bytes per second at which `threads` threads together read `nbytes` on huge pages with the widest loads.
 
     Takes `nbytes` of memory while it runs. If that fits the last-level cache, it measures the cache.
 
@@ -770,7 +1105,8 @@ def memory_probe(threads: int, nbytes: int, instruction_set: str | None = None) 
     """
 
 def ask_ahead_probe(threads: int, instruction_set: str | None = None) -> AskAhead:
-    """The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
+    """
+    The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
 
     It takes some tens of milliseconds, and 8 MiB of memory while it runs. Without AVX-512 it measures nothing.
 
@@ -780,179 +1116,6 @@ def ask_ahead_probe(threads: int, instruction_set: str | None = None) -> AskAhea
     """
 
 def int8_probe(threads: int, instruction_set: str | None = None) -> float:
-    """Integer operations per second of the instruction that q4 products use; a multiply-add counts as two."""
-
-# Store (native/store).
-
-class Arena:
-    """One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
-
-    Raises:
-        MemoryError: the system refuses to reserve it.
     """
-
-    def __init__(self, nbytes: int) -> None: ...
-    @property
-    def nbytes(self) -> int: ...
-    def array(self) -> _Bytes:
-        """A view of all bytes. It keeps the memory alive, even after close()."""
-
-    def populate(self) -> None:
-        """Commit all pages, in a background thread; ends early if another thread closes the arena."""
-
-    def close(self) -> None:
-        """Release the memory; the system gets it back when the last view, matrix or read that uses it ends."""
-
-class FileSystem:
-    """The file system that a store reads from."""
-
-class RealFileSystem(FileSystem):
-    """The kernel's files. `has_queue` False imitates a system without asynchronous reads."""
-
-    def __init__(self, has_queue: bool = True) -> None: ...
-
-class FaultyFileSystem(FileSystem):
-    """For tests: `num_faults` reads, starting with read number `fail_read` (counted from 1), have a fault.
-
-    Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
-    short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
-    delay: returns `delay_seconds` later.
-
-    Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
-    tell what it has.
-    """
-
-    def __init__(
-        self,
-        fail_read: int,
-        kind: Literal[
-            "eio", "eintr", "short", "truncated", "flip", "delay", "uncached", "short_cached", "no_cache"
-        ],
-        num_faults: int = 1,
-        delay_seconds: float = 0.05,
-        inner: FileSystem | None = None,
-    ) -> None: ...
-    @property
-    def num_reads(self) -> int: ...
-
-# file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by the
-# number of interleaved matrices with that many rows.
-Piece = (
-    tuple[int, int, int, int]
-    | tuple[int, int, int, int, str, int, int]
-    | tuple[int, int, int, int, str, int, int, int]
-)
-STAGING_BYTES: int
-
-class Record:
-    """Pieces that are read together, with the crc32c_wide of each or none; parsed once, fetched any number of times."""
-
-    def __init__(self, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> None: ...
-    @property
-    def pieces(self) -> list[tuple[int, int, int, int]]:
-        """The source and destination of each piece, without its transcoding."""
-
-def record_bytes(num_pieces: int, has_checksums: bool) -> int:
-    """Heap bytes of a `Record` in addition to its Python object."""
-
-def request_bytes(piece_bytes: Sequence[int]) -> int:
-    """Most heap bytes that a ticket takes until it is done, for a record with pieces of `piece_bytes`."""
-
-Urgency = Literal["now", "soon", "maybe"]
-
-class Store:
-    """Threads, at most 1024, that read pieces of files into arenas.
-
-    Raises:
-        RuntimeError: the system refuses to start a thread.
-    """
-
-    def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
-    def open(self, path: str, direct: bool = True) -> int:
-        """Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
-        the page cache is dropped after them.
-
-        Even with O_DIRECT, bytes in the page cache are read from there; nothing is added to it.
-
-        Raises:
-            OSError: the file cannot be opened, or is not a regular file.
-        """
-
-    def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
-        """path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096."""
-
-    def fetch(self, arena: Arena, pieces: Sequence[Piece], checksums: Sequence[int] | None = None) -> int:
-        """Start reading pieces (file_id, offset, nbytes, dest_offset); return a ticket.
-
-        A plain piece is rounded outwards to the alignment: its bytes begin at dest_offset + offset % alignment, and
-        dest_offset is a multiple of the alignment. A checksum is the crc32c_wide of exactly the piece.
-
-        A piece (..., block_type, rows, cols) is a matrix of GGUF blocks ("Q4_0"): a reader transcodes it to the
-        corresponding slot format, beginning exactly at dest_offset, a multiple of 64. It has no checksum.
-        """
-
-    def fetch_many(
-        self, arena: Arena, records: Sequence[tuple[Record, int]], urgency: Urgency = "now"
-    ) -> list[int]:
-        """The same for several (record, base) at once, with a ticket for each; `base` is added to each dest_offset.
-
-        now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.
-        """
-
-    def hurry(self, tickets: Sequence[int]) -> None:
-        """Make these urgent: a caller is now waiting for them."""
-
-    def wait_any(
-        self, tickets: Sequence[int], block: bool = True
-    ) -> list[tuple[int, str | None, str | None]]:
-        """Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
-
-        Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
-
-        Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
-        ends the wait and does not change the tickets. With `block` false, the call does not wait.
-        """
-
-    def drop(self, tickets: Sequence[int]) -> list[int]:
-        """Stop reading these; forget those with no read begun, and return them. Never waits.
-
-        The others end, as "dropped" unless all their reads had begun, and must be waited for.
-        """
-
-    def cancel(self, ticket: int) -> bool:
-        """Drop reads of a ticket that have not begun, wait for the others, and forget it. False: unknown ticket."""
-
-    def pending(self) -> int:
-        """The number of tickets that are not done."""
-
-    @property
-    def staging_bytes(self) -> int:
-        """Most bytes that readers may hold for transcoding, STAGING_BYTES each."""
-
-    @property
-    def staging_held_bytes(self) -> int:
-        """Bytes that readers hold for transcoding now."""
-
-    @property
-    def is_asynchronous(self) -> bool:
-        """Whether the kernel reads asynchronously; otherwise the readers call pread."""
-
-    def stats(self) -> dict[str, float]:
-        """bytes_read, with cached_bytes of them from the page cache; reads; busy_seconds of wall time.
-
-        read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.
-        """
-
-    def close(self) -> None:
-        """Join the readers and close the files. Unfinished reads fail."""
-
-def crc32c_wide(buffer: bytes | bytearray | memoryview | NDArray[Any]) -> int:
-    """The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h)."""
-
-def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int, direct: bool) -> float:
-    """Bytes per second of reading records in shuffled order into huge-page buffers.
-
-    Raises:
-        OSError: `path` cannot be opened or read.   RuntimeError: `direct` is refused.
-        ValueError: the file has less than one record.
+    Integer operations per second of the instruction that q4 products use; a multiply-add counts as two.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.config import ModelConfig
+from argosy.config import Format, ModelConfig
 from argosy.experts.files import ExpertFiles
 from argosy.model.layers import describe_activation, routing
 from argosy.model.rope import rotary
@@ -41,7 +41,7 @@ class ReferenceExperts:
         self._records = files.records
         self._offsets = {key: np.array(files._starts(key), np.int64) + at for key, at in places.items()}
 
-    def formats(self, layer: int) -> Sequence[_native.Format]:
+    def formats(self, layer: int) -> Sequence[Format]:
         return self._records[layer, 0].formats
 
     def offsets(self, layer: int, experts: Sequence[int]) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native as native
+from argosy.config import Format
 
 Floats = NDArray[np.float32]
 SCALE = 0.21
@@ -39,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def matrix_of(format: native.Format, weights: Floats) -> tuple[native.Matrix, Floats]:
+def matrix_of(format: Format, weights: Floats) -> tuple[native.Matrix, Floats]:
     """Return the matrix, and the weights that it holds."""
     rows, cols = weights.shape
     data = np.empty(native.matrix_bytes(format, rows, cols), np.uint8)
@@ -57,7 +58,7 @@ class Case:
         sizes: Sizes,
         dtype: Literal["f32", "f16"],
         *,
-        format: native.Format = "f32",
+        format: Format = "f32",
         block_tokens: int = 16,
     ) -> None:
         self.sizes = s = sizes
@@ -174,7 +175,7 @@ def test_tokens_of_a_span_see_later_ones(sizes: Sizes) -> None:
 
 
 @pytest.mark.parametrize("format", ["f16", "bf16", "q8", "q4"])
-def test_matrices_of_any_format_work(format: native.Format) -> None:
+def test_matrices_of_any_format_work(format: Format) -> None:
     case = Case(WIDE, "f32", format=format)
     positions = list(range(280, 290))
     together = case.attend([1] * 10, positions, threads=2)

@@ -214,7 +214,11 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
     name = f"layers.{layer}."
     shared = None
     if config.shared_width:
-        shared = [weights.matrices[name + part] for part in ("shared_gate", "shared_up", "shared_down")]
+        shared = (
+            weights.matrices[name + "shared_gate"],
+            weights.matrices[name + "shared_up"],
+            weights.matrices[name + "shared_down"],
+        )
     return _native.routed_ffn(
         weights.matrices[name + "router"],
         routing(config, layer, weights),

@@ -1,0 +1,22 @@
+# Imports of src/argosy/_native.pyi, which `make stubs` writes, and its names for types that native/bind mentions.
+
+argosy._native.__prefix__:
+    # Written by `make stubs` from native/bind: edit it there.
+
+    \from argosy.config import AskAhead, Format, KvDtype
+    \from typing import Any, Literal
+    \from numpy.typing import NDArray
+    \import numpy
+    InstructionSet = Literal["plain", "avx2", "avx512"]
+    Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+    Urgency = Literal["now", "soon", "maybe"]
+    # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
+    # the number of interleaved matrices with that many rows.
+    Piece = (
+        tuple[int, int, int, int]
+        | tuple[int, int, int, int, str, int, int]
+        | tuple[int, int, int, int, str, int, int, int]
+    )
+    _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
+    _Buffer = bytes | bytearray | memoryview | NDArray[Any]
+
