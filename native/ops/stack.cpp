@@ -124,7 +124,7 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
 
 void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
-  batch_ = step;
+  step_ = step;
   layer_ = chosen_per_token_ = 0;
   if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
@@ -133,10 +133,10 @@ void Stack::begin(const Step& step) {
 void Stack::begin_runs() {
   runs_.clear();
   std::vector<bool> is_taken(size_t(recurrent_->num_slots()));
-  for (int64_t t = 0; t < batch_.num_tokens; ++t) {
-    const int64_t position = batch_.order[t], slot = batch_.state_slots[batch_.sequence[t]];
-    const bool goes_on = t > 0 && batch_.sequence[t] == batch_.sequence[t - 1];
-    const int64_t expected = goes_on ? batch_.order[t - 1] + 1 : recurrent_->position(slot);
+  for (int64_t t = 0; t < step_.num_tokens; ++t) {
+    const int64_t position = step_.order[t], slot = step_.state_slots[step_.sequence[t]];
+    const bool goes_on = t > 0 && step_.sequence[t] == step_.sequence[t - 1];
+    const int64_t expected = goes_on ? step_.order[t - 1] + 1 : recurrent_->position(slot);
     if (position != expected && (goes_on || position != 0)) {
       throw std::invalid_argument("token " + std::to_string(t) + " is at position " +
                                   std::to_string(position) + ", but the recurrent state in slot " +
@@ -163,13 +163,13 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   const Stage stage = std::exchange(stage_, Stage::done);  // if anything throws, the step ends
   if (stage == Stage::done) return Pause::done;
   if (stage == Stage::begun) {
-    embed(runtime_, description_.embedding, batch_.token_ids, batch_.num_tokens, buffers_.hidden);
-    copy_vectors(runtime_, batch_.overrides, description_.embedding.cols, buffers_.hidden);
+    embed(runtime_, description_.embedding, step_.token_ids, step_.num_tokens, buffers_.hidden);
+    copy_vectors(runtime_, step_.overrides, description_.embedding.cols, buffers_.hidden);
     const auto write_angles = [&](const auto* positions) {
-      rotary_angles(runtime_, description_.rotary, positions, batch_.num_tokens, buffers_.cosine,
+      rotary_angles(runtime_, description_.rotary, positions, step_.num_tokens, buffers_.cosine,
                     buffers_.sine);
     };
-    batch_.angles != nullptr ? write_angles(batch_.angles) : write_angles(batch_.order);
+    step_.angles != nullptr ? write_angles(step_.angles) : write_angles(step_.order);
   } else if (stage == Stage::waits_for_experts) {
     if (num_unfinished_ > 0) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
@@ -193,31 +193,31 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       return Pause::experts;
     }
   }
-  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, batch_.order[run.end - 1] + 1);
-  logits(batch_.wanted, batch_.num_wanted, batch_.logits);
+  for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
+  logits(step_.wanted, step_.num_wanted, step_.logits);
   return Pause::done;
 }
 
 void Stack::end_layer() {
   const int64_t hidden = description_.embedding.cols;
-  for (const Step::Addition& addition : batch_.additions) {
+  for (const Step::Addition& addition : step_.additions) {
     if (addition.layer == layer_) add_vectors(runtime_, addition.vectors, hidden, buffers_.hidden);
   }
-  for (const Step::Tap& tap : batch_.taps) {
-    if (tap.layer == layer_) std::copy_n(buffers_.hidden, batch_.num_tokens * hidden, tap.hidden);
+  for (const Step::Tap& tap : step_.taps) {
+    if (tap.layer == layer_) std::copy_n(buffers_.hidden, step_.num_tokens * hidden, tap.hidden);
   }
   ++layer_;
 }
 
 void Stack::norm(const float* weight) {
   const int64_t hidden = description_.embedding.cols;
-  rms_norm(runtime_, buffers_.hidden, weight, description_.norm_eps, batch_.num_tokens, hidden,
+  rms_norm(runtime_, buffers_.hidden, weight, description_.norm_eps, step_.num_tokens, hidden,
            buffers_.normed);
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
 void Stack::add_block(const MatrixView& output, const float* bias) {
-  const int64_t tokens = batch_.num_tokens;
+  const int64_t tokens = step_.num_tokens;
   matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
   add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
   add_rows(runtime_, buffers_.block, output.rows, tokens, output.rows, buffers_.hidden);
@@ -226,7 +226,7 @@ void Stack::add_block(const MatrixView& output, const float* bias) {
 
 void Stack::mix(const GroupedQueryAttention& mixer) {
   const KvLayer kv = kv_.layer(layer_);
-  const int64_t tokens = batch_.num_tokens;
+  const int64_t tokens = step_.num_tokens;
   const float eps = description_.norm_eps;
   float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
 
@@ -260,17 +260,17 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine, rotary.num_pairs(),
        rotary.is_interleaved);
 
-  kv_write(runtime_, kv, key, value, batch_.slots, tokens);
+  kv_write(runtime_, kv, key, value, step_.slots, tokens);
   attention(runtime_, kv,
             {
                 .q = query,
                 .num_tokens = tokens,
                 .num_heads = mixer.num_heads,
-                .block_table = batch_.block_table,
-                .max_blocks = batch_.max_blocks,
-                .sequence = batch_.sequence,
-                .order = batch_.order,
-                .sees_until = batch_.sees_until,
+                .block_table = step_.block_table,
+                .max_blocks = step_.max_blocks,
+                .sequence = step_.sequence,
+                .order = step_.order,
+                .sees_until = step_.sees_until,
                 .scale = mixer.scale,
                 .window = mixer.window,
                 .sinks = mixer.sinks,
@@ -284,7 +284,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
 }
 
 void Stack::mix(const GatedDeltaNet& net) {
-  const int64_t tokens = batch_.num_tokens;
+  const int64_t tokens = step_.num_tokens;
   const DeltaShape& shape = net.shape;
   const int64_t sharing = shape.num_value_heads / shape.num_key_heads;
   float *mixed = buffers_.projected, *gates = buffers_.delta_gates;
@@ -328,7 +328,7 @@ void Stack::mix(const GatedDeltaNet& net) {
 void Stack::mix(const LatentAttention& mixer) {
   const LatentHeads& heads = mixer.heads;
   const LatentLayer kv = kv_.latent_layer(layer_);
-  const int64_t tokens = batch_.num_tokens;
+  const int64_t tokens = step_.num_tokens;
   float *query = buffers_.query, *vectors = buffers_.key;
 
   if (mixer.query_down) {
@@ -346,17 +346,17 @@ void Stack::mix(const LatentAttention& mixer) {
   rope(runtime_, vectors + heads.kv_rank, tokens, 1, kv.dim, buffers_.cosine, buffers_.sine,
        rotary.num_pairs(), rotary.is_interleaved);
 
-  latent_write(runtime_, kv, vectors, batch_.slots, tokens);
+  latent_write(runtime_, kv, vectors, step_.slots, tokens);
   latent_attention(runtime_, kv, heads,
                    {
                        .q = query,
                        .num_tokens = tokens,
                        .num_heads = heads.num_heads,
-                       .block_table = batch_.block_table,
-                       .max_blocks = batch_.max_blocks,
-                       .sequence = batch_.sequence,
-                       .order = batch_.order,
-                       .sees_until = batch_.sees_until,
+                       .block_table = step_.block_table,
+                       .max_blocks = step_.max_blocks,
+                       .sequence = step_.sequence,
+                       .order = step_.order,
+                       .sees_until = step_.sees_until,
                        .scale = heads.scale,
                        .window = 0,
                    },
@@ -366,8 +366,8 @@ void Stack::mix(const LatentAttention& mixer) {
 
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
-  swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, batch_.num_tokens, buffers_.block);
-  add_rows(runtime_, buffers_.block, hidden, batch_.num_tokens, hidden, buffers_.hidden);
+  swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, step_.num_tokens, buffers_.block);
+  add_rows(runtime_, buffers_.block, hidden, step_.num_tokens, hidden, buffers_.hidden);
   mark(Part::attention_and_dense);
   return true;
 }
@@ -385,7 +385,7 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
 
 // Computes the router's ids and weights [num_tokens][k] for x [num_tokens][hidden].
 void Stack::choose(const Router& router, const float* x, int32_t* ids, float* weights) {
-  const int64_t tokens = batch_.num_tokens, experts = router.matrix.rows;
+  const int64_t tokens = step_.num_tokens, experts = router.matrix.rows;
   matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
   add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
   route(runtime_, router.rule, buffers_.router_logits, tokens, experts, ids, weights);
@@ -397,7 +397,7 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
   choose(ffn.router, buffers_.normed, buffers_.expert_ids, buffers_.routing_weights);
   chosen_per_token_ = k;
   if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
-  dispatch_->assign(buffers_.expert_ids, batch_.is_decode, batch_.num_tokens, k, experts);
+  dispatch_->assign(buffers_.expert_ids, step_.is_decode, step_.num_tokens, k, experts);
   const std::vector<int32_t>&chosen = dispatch_->experts(), &starts = dispatch_->starts();
   int64_t* uses = uses_.data() + layer_ * most_experts_;
   for (size_t i = 0; i < chosen.size(); ++i) uses[chosen[i]] += starts[i + 1] - starts[i];
@@ -408,7 +408,7 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
 
 void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared) return;
-  const int64_t hidden = description_.embedding.cols, tokens = batch_.num_tokens;
+  const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
   swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->score) {
     matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
@@ -420,7 +420,7 @@ void Stack::add_shared(const RoutedFfn& ffn) {
 }
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, batch_.num_tokens, ffn.router.rule.k,
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, step_.num_tokens, ffn.router.rule.k,
           description_.embedding.cols, buffers_.hidden);
   mark(Part::expert_compute);
 }
@@ -456,7 +456,7 @@ float* Stack::expert_out() const {
 std::vector<std::vector<int32_t>> Stack::look_ahead() {
   const auto lock = runtime_.lock();
   require_waiting();
-  const int64_t tokens = batch_.num_tokens, hidden = description_.embedding.cols;
+  const int64_t tokens = step_.num_tokens, hidden = description_.embedding.cols;
   const auto& layers = description_.layers;
   const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
     return std::holds_alternative<RoutedFfn>(layer.ffn);

@@ -264,7 +264,7 @@ class Stack {
   Arena memory_;  // of the buffers
   StackBuffers buffers_;
 
-  Step batch_ = {};
+  Step step_ = {};
   std::vector<DeltaRun> runs_;  // runs of the step, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
