@@ -16,7 +16,7 @@ from pathlib import Path
 from common import REPOSITORY, Report, alternate, drop_page_cache, file_bytes
 from engines import ARGOSY, Job, parse_cases, prompts, run
 
-SMALLEST_BUDGET = 192 << 20  # a quarter of a small file would not hold the process
+SMALLEST_BUDGET = 256 << 20  # a quarter of a small file would not hold the process
 DOCUMENTS = 2  # one for the warm-up, one to measure
 VERSIONS = ("before", "now")
 # `python` is what a token costs outside of native code, sampling included.

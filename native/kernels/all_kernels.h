@@ -26,19 +26,35 @@
 namespace argosy {
 namespace {
 
-template <Format... kFormats>
-constexpr void set_quantized_matmul(KernelTable& table) {
-  ((table.matmul[int(kFormats)] = matmul_quantized<kFormats>), ...);
-}
+// A table in the making, and which of its arrays' places are filled. (UBSan makes GCC refuse to compare a
+// function with nullptr while it compiles.)
+struct TableInTheMaking {
+  KernelTable table = {};
+  bool has_matmul[kNumFormats] = {};
+  bool has_transcode[kNumBlockTypes] = {};
 
-template <BlockType... kTypes>
-constexpr void set_panel_transcode(KernelTable& table) {
-  ((table.transcode[int(kTypes)] = transcode_panels<kTypes>), ...);
-}
+  constexpr void set(Format format, void (*kernel)(const MatmulArgs&)) {
+    table.matmul[int(format)] = kernel;
+    has_matmul[int(format)] = true;
+  }
+  constexpr void set(BlockType type, bool (*kernel)(const TranscodeArgs&)) {
+    table.transcode[int(type)] = kernel;
+    has_transcode[int(type)] = true;
+  }
+  template <Format... kFormats>
+  constexpr void set_quantized() {
+    (set(kFormats, matmul_quantized<kFormats>), ...);
+  }
+  template <BlockType... kTypes>
+  constexpr void set_panels() {
+    (set(kTypes, transcode_panels<kTypes>), ...);
+  }
+};
 
 // Evaluated when it is compiled: a missing kernel is an error of the compiler.
 constexpr KernelTable kernel_table_named(const char* name) {
-  KernelTable table = {
+  TableInTheMaking made;
+  made.table = {
       .name = name,
       .matmul = {},
       .quantize_activations = quantize_activations,
@@ -65,27 +81,27 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,
   };
-  table.matmul[int(Format::f32)] = matmul_float<F32Weights>;
-  table.matmul[int(Format::f16)] = matmul_float<F16Weights>;
-  table.matmul[int(Format::bf16)] = matmul_float<Bf16Weights>;
-  table.matmul[int(Format::f8)] = matmul_f8;
-  set_quantized_matmul<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
-                       Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
-                       Format::mxfp4, Format::int4>(table);
-  set_panel_transcode<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
-                      BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
-                      BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
-                      BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>(table);
-  table.transcode[int(BlockType::f8_codes)] = transcode_f8_codes;
-  table.transcode[int(BlockType::f8_scales)] = transcode_f8_scales<BlockType::f8_scales>;
-  table.transcode[int(BlockType::f8_scales_bf16)] = transcode_f8_scales<BlockType::f8_scales_bf16>;
-  for (const auto kernel : table.matmul) {
-    if (kernel == nullptr) throw "a format has no product";
+  made.set(Format::f32, matmul_float<F32Weights>);
+  made.set(Format::f16, matmul_float<F16Weights>);
+  made.set(Format::bf16, matmul_float<Bf16Weights>);
+  made.set(Format::f8, matmul_f8);
+  made.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
+                     Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
+                     Format::mxfp4, Format::int4>();
+  made.set_panels<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
+                  BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
+                  BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
+                  BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>();
+  made.set(BlockType::f8_codes, transcode_f8_codes);
+  made.set(BlockType::f8_scales, transcode_f8_scales<BlockType::f8_scales>);
+  made.set(BlockType::f8_scales_bf16, transcode_f8_scales<BlockType::f8_scales_bf16>);
+  for (const bool is_set : made.has_matmul) {
+    if (!is_set) throw "a format has no product";
   }
-  for (const auto kernel : table.transcode) {
-    if (kernel == nullptr) throw "a block type cannot be transcoded";
+  for (const bool is_set : made.has_transcode) {
+    if (!is_set) throw "a block type cannot be transcoded";
   }
-  return table;
+  return made.table;
 }
 
 }  // namespace

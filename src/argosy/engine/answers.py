@@ -7,14 +7,13 @@ sampler chooses from a row as if there were no proposals. If its choice is the p
 an answer has the same tokens with proposals as without.
 
 Elsewhere: `sampler.py` chooses a token; `sequence.py` knows when an answer ends; the engine commits between `accept`
-and `events`.
+and `Accepted.end`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import numpy as np
@@ -35,17 +34,22 @@ from argosy.plan import machine
 
 @dataclass(slots=True)
 class Accepted:
-    """What one sequence got from a step: new tokens with their text, and why the answer ends, if it does."""
+    """What one sequence got from a step: an event for each new token, and why the answer ends, if it does."""
 
     sequence: EngineSequence
-    tokens: list[tuple[int, str, TokenLogprob | None]] = field(default_factory=list)
+    events: list[TokenEvent] = field(default_factory=list)
     reason: FinishReason | None = None
     error: ArgosyError | None = None
+
+    def end(self, result: Result) -> None:
+        """Give the last event the result, unless an error ended the answer after it."""
+        if self.events and self.error is None:
+            self.events[-1] = replace(self.events[-1], finish_reason=self.reason, result=result)
 
     @property
     def num_confirmed(self) -> int:
         """How many proposals are part of the answer: all new tokens but the last were proposed."""
-        return max(0, len(self.tokens) - 1)
+        return max(0, len(self.events) - 1)
 
 
 class Answers:
@@ -105,7 +109,7 @@ class Answers:
                 logprob = TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs)
                 sequence.logprobs.append(logprob)
             text, accepted.reason = sequence.append(sampled.token_id, self._end_ids)
-            accepted.tokens.append((sampled.token_id, text, logprob))
+            accepted.events.append(TokenEvent(sampled.token_id, text, logprob, None, None))
             self._clock.mark("other")
             is_proposed = number < len(proposals) and sampled.token_id == proposals[number]
             if accepted.reason is not None or not is_proposed:
@@ -195,20 +199,3 @@ class Answers:
             peak_bytes=now.peak_bytes,
             parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
         )
-
-
-def events(accepted: Accepted, result: Result | None) -> deque[TokenEvent]:
-    """The events of new tokens; the last one has the result, if the answer ended."""
-    made: deque[TokenEvent] = deque()
-    for number, (token_id, text, logprob) in enumerate(accepted.tokens, start=1):
-        is_last = number == len(accepted.tokens) and accepted.error is None
-        made.append(
-            TokenEvent(
-                token_id,
-                text,
-                logprob,
-                accepted.reason if is_last else None,
-                result if is_last else None,
-            )
-        )
-    return made

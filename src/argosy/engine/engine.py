@@ -24,7 +24,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import EngineConfig, ModelConfig, SamplingParams
 from argosy.engine import facts
 from argosy.engine.admission import Admission
-from argosy.engine.answers import Answers, events
+from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
@@ -167,14 +167,15 @@ class Engine(BlockingCalls):
         accepted = [answers.accept(*each) for each in rows]
         self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
         for leader, own, _ in rows:
-            for follower in self._scheduler.fork(leader):
+            for follower in self._scheduler.fork(leader) if leader.followers else ():
                 follower.prompt_logprobs = leader.prompt_logprobs
                 accepted.append(answers.accept(follower, own))
         made: list[TokenEvent] = []
         for one in (*ended, *accepted):
-            result = None if one.reason is None else self._finish(one.sequence, one.reason, one.error)
-            made += (new := events(one, result))
-            one.sequence.events += new
+            if one.reason is not None:
+                one.end(self._finish(one.sequence, one.reason, one.error))
+            one.sequence.events.extend(one.events)
+            made += one.events
         return made
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -54,11 +55,13 @@ class Scheduled:
     ready: list[Sequence]  # in the order of `step.wanted`: one row each, and one more for every proposal
     proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
 
-    def rows(self, logits: NDArray[np.float32]) -> Iterator[tuple[Sequence, NDArray[np.float32], list[int]]]:
+    def rows(
+        self, logits: NDArray[np.float32]
+    ) -> Iterator[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
         """Divide logits [rows, vocab_size] among the ready sequences: (sequence, its rows, its proposals)."""
         at = 0
         for sequence in self.ready:
-            proposals = self.proposals.get(sequence, [])
+            proposals = self.proposals.get(sequence, ()) if self.proposals else ()
             end = at + 1 + len(proposals)
             yield sequence, logits[at:end], proposals
             at = end
