@@ -427,7 +427,7 @@ void bind_experts(nb::module_& m) {
         swiglu_experts(runtime, {network}, between, from, num_tokens, {starts, nullptr, nullptr}, to);
       },
       "runtime"_a, "gate"_a, "up"_a, "down"_a, "x"_a, "out"_a.noconvert(), "activation"_a = kSilu, R"(
-    The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert.)");
+    Run one network on all tokens of x [tokens, hidden]: a dense layer or a shared expert.)");
 }
 
 void require_block(const char* name, const KvCache& kv, int64_t block) {

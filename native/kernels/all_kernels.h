@@ -26,9 +26,9 @@
 namespace argosy {
 namespace {
 
-// A table in the making, and which of its arrays' places are filled. (UBSan makes GCC refuse to compare a
+// A table, and which entries of its arrays are set. (UBSan makes GCC refuse to compare a
 // function with nullptr while it compiles.)
-struct TableInTheMaking {
+struct TableBuilder {
   KernelTable table = {};
   bool has_matmul[kNumFormats] = {};
   bool has_transcode[kNumBlockTypes] = {};
@@ -53,8 +53,8 @@ struct TableInTheMaking {
 
 // Evaluated when it is compiled: a missing kernel is an error of the compiler.
 constexpr KernelTable kernel_table_named(const char* name) {
-  TableInTheMaking made;
-  made.table = {
+  TableBuilder builder;
+  builder.table = {
       .name = name,
       .matmul = {},
       .quantize_activations = quantize_activations,
@@ -81,27 +81,27 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .multiply_int8 = multiply_int8,
       .int8_products_per_round = kInt8ProductsPerRound,
   };
-  made.set(Format::f32, matmul_float<F32Weights>);
-  made.set(Format::f16, matmul_float<F16Weights>);
-  made.set(Format::bf16, matmul_float<Bf16Weights>);
-  made.set(Format::f8, matmul_f8);
-  made.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
-                     Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl, Format::iq4_xs,
-                     Format::mxfp4, Format::int4>();
-  made.set_panels<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
-                  BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
-                  BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
-                  BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>();
-  made.set(BlockType::f8_codes, transcode_f8_codes);
-  made.set(BlockType::f8_scales, transcode_f8_scales<BlockType::f8_scales>);
-  made.set(BlockType::f8_scales_bf16, transcode_f8_scales<BlockType::f8_scales_bf16>);
-  for (const bool is_set : made.has_matmul) {
+  builder.set(Format::f32, matmul_float<F32Weights>);
+  builder.set(Format::f16, matmul_float<F16Weights>);
+  builder.set(Format::bf16, matmul_float<Bf16Weights>);
+  builder.set(Format::f8, matmul_f8);
+  builder.set_quantized<Format::q8, Format::q4, Format::q4_1, Format::q5_0, Format::q5_1, Format::q4_k,
+                        Format::q5_k, Format::q6_k, Format::q2_k, Format::q3_k, Format::iq4_nl,
+                        Format::iq4_xs, Format::mxfp4, Format::int4>();
+  builder.set_panels<BlockType::q8_0, BlockType::q4_0, BlockType::q4_1, BlockType::q5_0, BlockType::q5_1,
+                     BlockType::q4_k, BlockType::q5_k, BlockType::q6_k, BlockType::q2_k, BlockType::q3_k,
+                     BlockType::iq4_nl, BlockType::iq4_xs, BlockType::mxfp4, BlockType::int4_quants,
+                     BlockType::int4_scales, BlockType::mxfp4_quants, BlockType::mxfp4_scales>();
+  builder.set(BlockType::f8_codes, transcode_f8_codes);
+  builder.set(BlockType::f8_scales, transcode_f8_scales<BlockType::f8_scales>);
+  builder.set(BlockType::f8_scales_bf16, transcode_f8_scales<BlockType::f8_scales_bf16>);
+  for (const bool is_set : builder.has_matmul) {
     if (!is_set) throw "a format has no product";
   }
-  for (const bool is_set : made.has_transcode) {
+  for (const bool is_set : builder.has_transcode) {
     if (!is_set) throw "a block type cannot be transcoded";
   }
-  return made.table;
+  return builder.table;
 }
 
 }  // namespace

@@ -489,7 +489,7 @@ def swiglu(
     activation: Activation = ("silu", 0.0, 0.0),
 ) -> None:
     """
-    The same for one network and all tokens of x [tokens, hidden], for a dense layer or a shared expert.
+    Run one network on all tokens of x [tokens, hidden]: a dense layer or a shared expert.
     """
 
 class KvShape:
