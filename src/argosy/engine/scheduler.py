@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from time import perf_counter
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,7 @@ from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
+_NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
 
 
@@ -68,7 +70,7 @@ class Scheduled:
 
 
 class MediaFailed(Exception):
-    """The rows of one sequence's media cannot be made. No other sequence is concerned, and nothing has run."""
+    """The rows of one sequence's media cannot be made. No other sequence is affected, and nothing has run."""
 
     def __init__(self, sequence: Sequence, error: ArgosyError) -> None:
         super().__init__(str(error))
@@ -221,11 +223,11 @@ class Scheduler:
                 return self._gather(pending + prompts, self._propose(decoding))
             assert self.has_work  # and every running sequence is loading from files
 
-    def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] | None = None) -> None:
+    def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] = _NONE_CONFIRMED) -> None:
         """Count a step's tokens as computed: only now do their keys and values exist for others.
 
         Args:
-            confirmed: how many of its proposals became part of each sequence; None: nothing was proposed.
+            confirmed: how many of its proposals became part of each sequence; none where it is not named.
         """
         size = self._blocks.block_tokens
         if scheduled.counts is None:
@@ -238,13 +240,10 @@ class Scheduler:
             num_decode = int(scheduled.step.is_decode.sum())
             num_prompt = scheduled.step.num_tokens - num_decode
             for sequence, count in zip(scheduled.sequences, scheduled.counts, strict=True):
-                if proposals := scheduled.proposals.get(sequence):
-                    num_rejected = len(proposals) - (confirmed or {}).get(sequence, 0)
-                    if num_rejected and self._states is not None:
-                        self._roll_back(sequence)
-                        continue
-                else:
-                    num_rejected = 0
+                num_rejected = len(scheduled.proposals.get(sequence, ())) - confirmed.get(sequence, 0)
+                if num_rejected and self._states is not None:
+                    self._roll_back(sequence)
+                    continue
                 before = sequence.num_computed
                 sequence.num_computed += count - num_rejected
                 self._cache.grown(sequence, before)
@@ -623,6 +622,6 @@ def _state_slots(sequences: Iterable[Sequence]) -> NDArray[np.int32] | None:
 
 
 def _shifts(sequences: Iterable[Sequence]) -> NDArray[np.float32] | None:
-    """float32 [sequences]: how far the rotary positions of answers are from their indices; None where nowhere."""
+    """float32 [sequences]: how far the rotary positions of answers are from their indices; None if all are equal."""
     shifts = [0 if sequence.spans is None else sequence.spans.shift for sequence in sequences]
     return np.array(shifts, np.float32) if any(shifts) else None
