@@ -17,6 +17,7 @@ from argosy.errors import UsageError
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 KV_BLOCK_TOKENS = 16  # positions of a KV block
+DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}

@@ -24,7 +24,7 @@ from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import policy
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.families import open_model
-from argosy.model.footprint import kv_bytes
+from argosy.model.footprint import ModelFootprint, kv_bytes
 from tests.models.tiny import qwen3_moe, write_model
 
 PROCESS_BYTES = 50 * MIB
@@ -42,7 +42,7 @@ def plan(
 ) -> MemoryPlan:
     budget = Budget(ram_bytes=ram_bytes, context_tokens=context)
     config = EngineConfig(budget=budget, threads=2, chunk_tokens=chunk_tokens)
-    return plan_memory(files, config, process_bytes=PROCESS_BYTES)
+    return plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
 
 
 def smallest_budget(files: ModelFiles, context: int | None = None) -> int:
@@ -95,7 +95,7 @@ def test_buffers_for_transcoding_are_planned_when_a_file_has_blocks(files: Model
     roomy = Budget(ram_bytes=1024 * MIB)
     for readers in (1, 4):
         config = EngineConfig(budget=roomy, threads=2, readers=readers)
-        planned = plan_memory(with_blocks, config, process_bytes=PROCESS_BYTES)
+        planned = plan_memory(ModelFootprint(with_blocks, config), config, process_bytes=PROCESS_BYTES)
         assert planned.staging_bytes == _native.Store(readers).staging_bytes
         assert ("staging", planned.staging_bytes, "buffers for transcoding") in planned.lines()
     assert plan(files, 1024 * MIB).staging_bytes == 0
@@ -176,7 +176,7 @@ def test_grammars_and_prompt_files_have_room_in_the_plan(files: ModelFiles, tmp_
     def planned(**options: Any) -> MemoryPlan:
         budget = Budget(ram_bytes=1024 * MIB)
         config = EngineConfig(budget=budget, threads=2, chunk_tokens=64, **options)
-        return plan_memory(files, config, process_bytes=PROCESS_BYTES)
+        return plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
 
     plain = planned()
     assert planned(grammars=True).process_bytes - plain.process_bytes == GRAMMAR_BYTES
@@ -233,7 +233,7 @@ def test_answers_kept_for_replay_are_in_the_total_and_in_the_refusal(
 ) -> None:
     def planned(ram_bytes: int, replay_bytes: int) -> MemoryPlan:
         config = EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=2, replay_bytes=replay_bytes)
-        return plan_memory(files, config, process_bytes=PROCESS_BYTES)
+        return plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
 
     needed = smallest_budget(files)
     assert not any(name == "replay" for name, _, _ in planned(needed, 0).lines())

@@ -15,6 +15,7 @@ from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
 from argosy.model.families import open_model
+from argosy.model.footprint import ModelFootprint
 from tests.engine.scheduling import Rig
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
@@ -175,9 +176,8 @@ def test_a_sequence_waits_for_a_slot_and_not_only_for_blocks() -> None:
 def test_the_plan_has_a_line_for_states_and_counts_keys_and_values_only_for_attention(model: Path) -> None:
     files = open_model(model)
     assert files.config.delta is not None
-    plan = plan_memory(
-        files, EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3), process_bytes=0
-    )
+    config = EngineConfig(budget=Budget(ram_bytes=4 * GIB), threads=1, max_sequences=3)
+    plan = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
     assert plan.num_states == 3
     assert plan.state_bytes == _native.recurrent_state_bytes(3, 2, files.config.delta.sizes)
     assert ("recurrent state", plan.state_bytes, "3 sequences at once") in plan.lines()
@@ -194,9 +194,8 @@ def test_a_small_budget_has_fewer_states_and_a_refusal_counts_one(tmp_path: Path
     files = open_model(write_model(tmp_path, qwen3_5_moe_text(**sizes, num_hidden_layers=2), seed=1))
 
     def plan(ram_bytes: int) -> tuple[int, int]:
-        found = plan_memory(
-            files, EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=1), process_bytes=0
-        )
+        config = EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=1)
+        found = plan_memory(ModelFootprint(files, config), config, process_bytes=0)
         assert found.total_bytes <= ram_bytes
         return found.num_states, found.state_bytes
 

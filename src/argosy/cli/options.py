@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.engine.engine import Engine
 
-DEMO = "demo"
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _ENGINE = (

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.options import (
-    DEMO,
     engine_options,
     open_engine,
     sampling_options,
@@ -16,6 +15,7 @@ from argosy.cli.options import (
     thoughts_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
+from argosy.config import DEMO
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from argosy.cli.options import engine_options, open_engine
+from argosy.config import DEMO
 
 _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 
 
 @click.command("serve")
-@click.argument("model", default="demo")
+@click.argument("model", default=DEMO)
 @engine_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(

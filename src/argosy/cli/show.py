@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.options import DEMO, engine_options
-from argosy.config import format_bytes
+from argosy.cli.options import engine_options
+from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
 if TYPE_CHECKING:
@@ -194,13 +194,15 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
     from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable
     from argosy.engine.options import configure
+    from argosy.model.footprint import ModelFootprint
     from argosy.prompt.tokenizer import Tokenizer
 
     config = configure(model, files, **settings.for_engine())
-    require_mappable(files, config)
+    footprint = ModelFootprint(files, config)
+    require_mappable(footprint, config)
     # Kept open while the process is measured, as in the engine.
     tokenizer = Tokenizer.open(files.path, files.header)
-    return plan_memory(files, config, process_bytes=process_bytes(tokenizer))
+    return plan_memory(footprint, config, process_bytes=process_bytes(tokenizer))
 
 
 def _print_json(facts: dict[str, Any]) -> None:

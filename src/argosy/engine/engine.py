@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import EngineConfig, ModelConfig, SamplingParams
+from argosy.config import DEMO, EngineConfig, ModelConfig, SamplingParams
 from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
@@ -106,7 +106,7 @@ class Engine(BlockingCalls):
     @classmethod
     def open(
         cls,
-        model: str | Path = "demo",
+        model: str | Path = DEMO,
         *,
         drafter: Drafter | None = None,
         progress: Progress | None = None,

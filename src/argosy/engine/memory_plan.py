@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, MIB, EngineConfig, ModelConfig, format_bytes
+from argosy.config import MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
-from argosy.model.footprint import Footprint
+from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -98,7 +98,7 @@ class MemoryPlan:
     def model_sizes(self, config: EngineConfig) -> ModelSizes:
         """The model's share of this plan."""
         return ModelSizes(
-            kv_blocks=-(-self.context_tokens // KV_BLOCK_TOKENS),
+            kv_blocks=kv_blocks(self.context_tokens),
             kv_dtype=config.kv_dtype,
             step_tokens=self.chunk_tokens + config.decode_tokens,
             num_states=self.num_states * _slots_per_state(config) + self.num_snapshots,
@@ -194,7 +194,7 @@ def quarter_of_experts(files: ModelFiles) -> int:
     return max(files.config.experts_per_token, len(files.experts) // 4)
 
 
-def plan_memory(files: ModelFiles, config: EngineConfig, *, process_bytes: int) -> MemoryPlan:
+def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int) -> MemoryPlan:
     """Plan an engine's memory.
 
     The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long. A context that was not
@@ -206,8 +206,7 @@ def plan_memory(files: ModelFiles, config: EngineConfig, *, process_bytes: int) 
     Raises:
         DoesNotFit: names the smallest budget that works, and settings that lower it.
     """
-    footprint = Footprint(files, kv_dtype=config.kv_dtype, threads=config.threads, readers=config.readers)
-    model, num_experts, expert_slots = files.config, footprint.num_experts, config.expert_slots
+    model, num_experts, expert_slots = footprint.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
 
@@ -288,7 +287,7 @@ def _slots_per_state(config: EngineConfig) -> int:
     return 2 if config.draft_tokens else 1
 
 
-def _state_counts(footprint: Footprint, config: EngineConfig) -> list[tuple[int, int]]:
+def _state_counts(footprint: ModelFootprint, config: EngineConfig) -> list[tuple[int, int]]:
     """Candidate numbers of recurrent states and of snapshots, largest first."""
     if not footprint.config.delta_layers:
         return [(0, 0)]
@@ -351,7 +350,7 @@ def _halves(chunk: int) -> list[int]:
     return chunks
 
 
-def require_mappable(files: ModelFiles, config: EngineConfig) -> None:
+def require_mappable(footprint: ModelFootprint, config: EngineConfig) -> None:
     """Check that `ulimit` leaves enough address space for the engine before it maps anything.
 
     Otherwise a failed allocation would end the process silently, inside the library that reads tokenizers.
@@ -363,8 +362,8 @@ def require_mappable(files: ModelFiles, config: EngineConfig) -> None:
     if limits == (None, None):
         return
     held = held_bytes()
-    plan = plan_memory(files, config, process_bytes=held)
-    tokenizer_file = files.path / TOKENIZER_FILE
+    plan = plan_memory(footprint, config, process_bytes=held)
+    tokenizer_file = footprint.files.path / TOKENIZER_FILE
     json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
     stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()
     others = stacks + max(TOKENIZER_ROOM_BYTES, json_bytes * _TOKENIZER_BYTES_PER_BYTE)
@@ -389,7 +388,7 @@ def require_mappable(files: ModelFiles, config: EngineConfig) -> None:
         )
 
 
-def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: Footprint) -> DoesNotFit:
+def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: ModelFootprint) -> DoesNotFit:
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [
         f"{'smallest expert cache' if part.key == 'expert_cache_bytes' else part.label} {format_bytes(part.nbytes)}"

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
+from argosy.config import DEMO, AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
 from argosy.engine.memory_plan import quarter_of_experts
 from argosy.errors import UsageError
 from argosy.experts.resident import Progress
 from argosy.plan import machine
 
-DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
 
 

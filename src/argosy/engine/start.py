@@ -37,7 +37,7 @@ from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
-from argosy.model.footprint import kv_bytes, state_bytes
+from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
 from argosy.model.model import Model, ModelReading
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
@@ -78,7 +78,8 @@ def start(
     """
     _require_readable(files)
     instruction_set = _choose_instruction_set(config.instruction_set)
-    require_mappable(files, config)
+    footprint = ModelFootprint(files, config)
+    require_mappable(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
         with _thread_limits():
@@ -96,7 +97,7 @@ def start(
         held = held_bytes()
         reading = None
         with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
-            plan = plan_memory(files, config, process_bytes=held)
+            plan = plan_memory(footprint, config, process_bytes=held)
             reading = ModelReading(
                 files,
                 store,
@@ -110,7 +111,7 @@ def start(
         grammars = _open_grammars(files, config, tokenizer, eos_ids)
         landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
         landed += page_table_bytes(landed, num_mappings=0)
-        plan = plan_memory(files, config, process_bytes=max(held, process_bytes(tokenizer) - landed))
+        plan = plan_memory(footprint, config, process_bytes=max(held, process_bytes(tokenizer) - landed))
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
@@ -221,7 +222,7 @@ def _open_cache(
         can_roll_back = config.draft_tokens > 0
         states = StateSlots(model.recurrent, plan.num_states, can_roll_back=can_roll_back)
     blocks = KvBlocks(
-        -(-plan.context_tokens // KV_BLOCK_TOKENS),
+        kv_blocks(plan.context_tokens),
         KV_BLOCK_TOKENS,
         forgotten=(lambda key: None) if states is None else states.forget,
     )

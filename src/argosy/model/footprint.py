@@ -9,7 +9,7 @@ from functools import cached_property
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, EngineConfig, KvDtype, ModelConfig
 from argosy.experts import policy
 from argosy.experts.files import (
     bookkeeping_bytes,
@@ -24,10 +24,14 @@ from argosy.model.weights import dense_footprint
 _STEP_TOKEN_BYTES = 256
 
 
+def kv_blocks(num_tokens: int) -> int:
+    """KV blocks for `num_tokens` positions."""
+    return -(-num_tokens // KV_BLOCK_TOKENS)
+
+
 def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
     """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks."""
-    num_blocks = -(-num_tokens // KV_BLOCK_TOKENS)
-    return _native.kv_cache_bytes(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, kv_dtype)
+    return _native.kv_cache_bytes(kv_shapes(config), kv_blocks(num_tokens), KV_BLOCK_TOKENS, kv_dtype)
 
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
@@ -37,31 +41,29 @@ def state_bytes(config: ModelConfig, num_states: int) -> int:
     return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
 
 
-class Footprint:
-    """Bytes of each part of one model.
+class ModelFootprint:
+    """Bytes of each part of one model, run with the settings of `config`.
 
-    Args:
-        threads: compute threads; each has scratch memory.
-        readers: threads of the store; each has a staging buffer if weights are transcoded.
+    Sums over all experts are made once, so use one object for every plan of a model.
     """
 
-    def __init__(self, files: ModelFiles, *, kv_dtype: KvDtype, threads: int, readers: int) -> None:
+    def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
+        self.files = files
         self.config = files.config
         self.num_experts = len(files.experts)  # routed experts in all layers
-        self._files = files
-        self._kv_dtype = kv_dtype
-        self._threads = threads
-        self._readers = readers
+        self._kv_dtype = config.kv_dtype
+        self._threads = config.threads  # each has scratch memory
+        self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
     @cached_property
     def dense_bytes(self) -> int:
-        return dense_footprint(self._files.dense)
+        return dense_footprint(self.files.dense)
 
     @cached_property
     def staging_bytes(self) -> int:
         """Buffers that readers transcode from; 0 if every weight lands as it is stored."""
-        pieces = (piece for record in self._files.experts.values() for piece in record.pieces)
-        is_transcoded = any(ref.block_type for ref in self._files.dense.values()) or any(
+        pieces = (piece for record in self.files.experts.values() for piece in record.pieces)
+        is_transcoded = any(ref.block_type for ref in self.files.dense.values()) or any(
             piece.transcode for piece in pieces
         )
         return self._readers * _native.STAGING_BYTES if is_transcoded else 0
@@ -69,12 +71,12 @@ class Footprint:
     @cached_property
     def slot_bytes(self) -> int:
         """One expert slot: it can hold any expert."""
-        return slot_bytes(self._files.experts)
+        return slot_bytes(self.files.experts)
 
     @cached_property
     def resident_bytes(self) -> int:
         """All experts, one after another."""
-        return resident_bytes(self._files.experts)
+        return resident_bytes(self.files.experts)
 
     def kv_bytes(self, num_tokens: int) -> int:
         return kv_bytes(self.config, num_tokens, self._kv_dtype)
@@ -110,8 +112,8 @@ class Footprint:
 
     @cached_property
     def _records(self) -> int:
-        return bookkeeping_bytes(self._files.experts)
+        return bookkeeping_bytes(self.files.experts)
 
     @cached_property
     def _resident_records(self) -> int:
-        return resident_bookkeeping_bytes(self._files.experts)
+        return resident_bookkeeping_bytes(self.files.experts)
