@@ -92,11 +92,18 @@ template <int64_t kBytes, int kLevel>
 [[maybe_unused]] constexpr int kIntoL1 = 3, kIntoL2 = 2;
 
 // Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Prefetches kPanels panels
-// starting at `next`, unless it is null.
+// starting at `next`, unless it is null, and the lines of y: outputs of routed experts lie far apart in a
+// buffer larger than the cache, and the stores at the end of a tile would wait for their lines one by one.
 template <Format kFormat, int kPanels, int kTokens>
 void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
   const TileOperands<kFormat, kTokens> o(a, row, token);
+#pragma GCC unroll 8
+  for (int j = 0; j < kTokens; ++j) {
+    const float* y = output_row(a, token + j) + (row - a.row_begin);
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) __builtin_prefetch(y + i * kPanelRows, 1, kIntoL1);
+  }
   typename Tile::Sums sum = {};
   for (int64_t group = 0; group < num_groups(a.cols); ++group) {
     if (next != nullptr) {
