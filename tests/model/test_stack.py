@@ -480,8 +480,7 @@ def with_media(config: ModelConfig, step: Step, *, seed: int) -> Step:
         return rng.standard_normal((len(rows), hidden), np.float32)
 
     rows = [some_rows() for _ in range(4)]
-    return replace(
-        step,
+    return step._replace(
         angles=rng.uniform(0, 90, (3, num_tokens)).astype(np.float32),
         sees_until=sees_until,
         overrides=Overrides(rows[3], vectors(rows[3])),
@@ -529,7 +528,7 @@ def test_each_part_of_media_changes_the_logits_and_its_default_changes_nothing(d
         media = with_media(parts.config, text, seed=0)
 
         def logits(**fields: Any) -> Floats:
-            return decoder_of(parts).forward(replace(text, **fields))
+            return decoder_of(parts).forward(text._replace(**fields))
 
         plain = logits()
         for name in ("angles", "sees_until", "overrides", "additions"):
@@ -550,7 +549,7 @@ def test_a_layer_that_was_not_tapped_has_no_hidden_state() -> None:
     with open_parts(REFERENCES[0].directory, "resident") as parts:
         decoder = decoder_of(parts)
         (step,) = make_steps(parts.config, [[Run(0, 3)]])
-        decoder.forward(replace(step, taps=(1,)))
+        decoder.forward(step._replace(taps=(1,)))
         assert decoder.tapped(1).shape == (3, parts.config.hidden_size)
         decoder.forward(step)
         with pytest.raises(KeyError):

@@ -162,10 +162,15 @@ class Engine(BlockingCalls):
         answers = self._answers
         self._uses.count(scheduled.step.num_tokens)
         ended = answers.note_prompts(scheduled, self._model, at_once=self.settings.max_sequences)
-        failed = {one.sequence for one in ended}
-        rows = [each for each in scheduled.rows(logits) if each[0] not in failed]
+        rows = scheduled.rows(logits)
+        if ended:
+            failed = [one.sequence for one in ended]
+            rows = [each for each in rows if each[0] not in failed]
         accepted = [answers.accept(*each) for each in rows]
-        self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
+        if scheduled.proposals:
+            self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
+        else:
+            self._scheduler.commit(scheduled)
         for leader, own, _ in rows:
             for follower in self._scheduler.fork(leader) if leader.followers else ():
                 follower.prompt_logprobs = leader.prompt_logprobs

@@ -26,11 +26,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,8 +48,7 @@ _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A step, and the sequences that it produces next tokens for."""
 
     step: Step
@@ -57,16 +57,16 @@ class Scheduled:
     ready: list[Sequence]  # in the order of `step.wanted`: one row each, and one more for every proposal
     proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
 
-    def rows(
-        self, logits: NDArray[np.float32]
-    ) -> Iterator[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
+    def rows(self, logits: NDArray[np.float32]) -> list[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
         """Divide logits [rows, vocab_size] among the ready sequences: (sequence, its rows, its proposals)."""
+        divided: list[tuple[Sequence, NDArray[np.float32], ListLike[int]]] = []
         at = 0
         for sequence in self.ready:
             proposals = self.proposals.get(sequence, ()) if self.proposals else ()
             end = at + 1 + len(proposals)
-            yield sequence, logits[at:end], proposals
+            divided.append((sequence, logits[at:end], proposals))
             at = end
+        return divided
 
 
 class MediaFailed(Exception):
@@ -572,8 +572,7 @@ class Scheduler:
                     raise MediaFailed(sequence, error) from error
             first_row += count
         with_spans = [sequence.spans for sequence in sequences if sequence.spans is not None]
-        return replace(
-            step,
+        return step._replace(
             angles=np.concatenate(angles, axis=1) if any(one.has_angles for one in with_spans) else None,
             sees_until=np.concatenate(sees_until) if any(one.has_both_ways for one in with_spans) else None,
             overrides=Overrides(np.concatenate(rows), np.concatenate(embeddings)) if rows else None,

@@ -87,9 +87,9 @@ class Decoder:
             ValueError: a field of the step has a wrong type or shape, or a number that is out of range.
         """
         logits = np.empty((len(step.wanted), self.config.vocab_size), np.float32)
-        self._tapped = {
-            layer: np.empty((step.num_tokens, self.config.hidden_size), np.float32) for layer in step.taps
-        }
+        self._tapped = {}
+        for layer in step.taps:
+            self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
         self._stack.begin(
             step.token_ids,
             step.sequence,

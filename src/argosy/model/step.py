@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,10 @@ class Addition(NamedTuple):
     vectors: NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(NamedTuple):
     """The input of one forward pass: T tokens of S sequences. Text has only the fields without a default.
+
+    A named tuple is made faster than a frozen dataclass, and every token of an answer makes one.
 
     token_ids: int32 [T]. The id of a row in `overrides` is ignored, and must be in range.
     sequence: int32 [T], a row of `block_table`.
