@@ -100,8 +100,7 @@ def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
         together = decoder_of(parts).forward(whole)
         decoder = decoder_of(parts)
         for at in range(60):
-            step = replace(
-                whole,
+            step = whole._replace(
                 token_ids=whole.token_ids[at : at + 1],
                 order=whole.order[at : at + 1],
                 sequence=whole.sequence[at : at + 1],

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,16 @@ def hang_up(url: str, path: str, body: dict[str, Any], headers: dict[str, str], 
 
 
 def hang_up_unread(
-    url: str, path: str, body: dict[str, Any], headers: dict[str, str], seconds: float
+    url: str, path: str, body: dict[str, Any], headers: dict[str, str], wait: Callable[[], None]
 ) -> None:
-    """Send a request, and close the connection without reading the answer."""
+    """Send a request, wait, and close the connection without reading the answer."""
     request = httpx.Request("POST", url + path, json=body, headers=headers)
     head = f"POST {path} HTTP/1.1\r\n" + "".join(
         f"{name}: {value}\r\n" for name, value in request.headers.items()
     )
     with socket.create_connection((request.url.host, request.url.port or 80)) as connection:
         connection.sendall(head.encode() + b"\r\n" + request.read())
-        time.sleep(seconds)
+        wait()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
@@ -135,7 +136,14 @@ def test_the_tokens_of_an_answer_count_however_it_ends(
     elif how == "hung up in a stream":
         hang_up(server.url, path, body | {"stream": True}, headers, lines=8)
     elif how == "hung up before an answer":
-        hang_up_unread(server.url, path, body, headers, 0.05)
+        new_tokens = server.engine.facts().totals.new_tokens
+        hang_up_unread(
+            server.url,
+            path,
+            body,
+            headers,
+            lambda: wait_for(lambda: server.engine.facts().totals.new_tokens > new_tokens),
+        )
     else:
         steps = iter(range(6))
         commit = server.engine._commit
@@ -164,7 +172,7 @@ def test_answers_abandoned_early_use_up_the_days_tokens(server: Server) -> None:
 def test_a_client_that_hung_up_frees_its_concurrent_request(server: Server) -> None:
     _, headers = server.add("narrow", concurrent_requests=1)
     for seconds in (0.0, 0.02, 0.05):
-        hang_up_unread(server.url, "/v1/completions", ASK, headers, seconds)
+        hang_up_unread(server.url, "/v1/completions", ASK, headers, partial(time.sleep, seconds))
         wait_for(lambda: server.limits._running == {})
     assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=headers).status_code == 200
 
