@@ -128,7 +128,8 @@ class Rig:
             self.scheduler.add(one)
 
     def step(self, new_id: int = 1000) -> Scheduled:
-        scheduled = self.scheduler.next_step()
+        while (scheduled := self.scheduler.next_step()) is None:
+            pass  # rows of media are being made
         self.memory.run(scheduled)
         if self.states is not None and isinstance(self.states.state, NotedStates):
             self.states.state.run(scheduled)

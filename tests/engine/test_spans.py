@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from argosy.engine.scheduler import MediaFailed
+from argosy.engine.scheduler import MAKING_ALONE_S, MAKING_BESIDE_OTHERS_S, MediaFailed
 from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError, UsageError
-from argosy.prompt.media_span import MediaSpan, SpanRows
+from argosy.prompt.media_span import MakeRows, MediaSpan, SpanRows
 from argosy.prompt.prompt import Prompt
 from tests.engine.scheduling import BLOCK_TOKENS, Rig
 
@@ -73,14 +75,152 @@ def test_rows_are_made_once_for_all_parts_and_again_after_preemption() -> None:
     made: list[int] = []
     spans = spans_of(Prompt.of([1], span(5, made=made), [2]))
     assert list(spans.rows(0, 1)) == []
+    assert spans.make_some(1)
     (at, first), (also_at, second) = *spans.rows(0, 3), *spans.rows(3, 4)
     assert (at, also_at) == (1, 0)
     assert first.embeddings[:, 1].tolist() == [0, 1]
     assert second.embeddings[:, 1].tolist() == [2, 3, 4]
     assert second.additions[2][:, 1].tolist() == [202, 203, 204]
     assert made == [1]
-    list(spans.rows(1, 5))
+    assert spans.has_rows_until(0, 7) == 1
+    assert spans.make_some(1)
     assert made == [1, 1]
+
+
+def made_slowly(num_pieces: int, num_positions: int, log: list[str]) -> MakeRows:
+    """Rows that take `num_pieces` pieces of work; `log` hears of each, and of their end."""
+
+    def make() -> Generator[None, None, SpanRows]:
+        try:
+            for piece in range(num_pieces):
+                log.append(f"piece {piece}")
+                yield
+            log.append("made")
+            return SpanRows(np.ones((num_positions, HIDDEN), np.float32))
+        finally:
+            log.append("closed")
+
+    return make
+
+
+def test_rows_are_made_piece_by_piece_and_nothing_goes_beyond_them() -> None:
+    log: list[str] = []
+    spans = spans_of(Prompt.of([1], span(3, make_rows=made_slowly(2, 3, log)), [2], span(2, 2), [3]))
+    assert [spans.has_rows_until(at, 8) for at in range(8)] == [1, 1, 2, 3, 5, 5, 6, 8]
+    assert [spans.make_some(1) for _ in range(4)] == [False, False, True, True]
+    assert log == ["piece 0", "piece 1", "made", "closed"]
+    assert [spans.has_rows_until(at, 8) for at in (0, 2, 4)] == [5, 5, 5]
+    assert spans.make_some(5)
+    assert spans.has_rows_until(0, 8) == 8
+
+
+def test_rows_that_are_not_needed_any_more_are_not_made_further() -> None:
+    log: list[str] = []
+    spans = spans_of(Prompt.of(span(3, make_rows=made_slowly(9, 3, log)), span(2, 2)))
+    assert not spans.make_some(0)
+    assert spans.make_some(3)  # a hit of the prefix cache went past the first
+    assert log == ["piece 0", "closed"]
+    assert not spans.make_some(0)
+    spans.drop_rows()
+    assert log == ["piece 0", "closed"] * 2
+    assert spans.has_rows_until(3, 5) == 3
+
+
+class Pieces:
+    """A clock on which each piece of work for rows takes `piece_s`, and each step `step_s`."""
+
+    def __init__(self, piece_s: float) -> None:
+        self.now, self.piece_s = 0.0, piece_s
+
+    def __call__(self) -> float:
+        return self.now
+
+    def rows(self, num_pieces: int, num_positions: int) -> MakeRows:
+        def make() -> Generator[None, None, SpanRows]:
+            for _ in range(num_pieces):
+                self.now += self.piece_s
+                yield
+            return SpanRows(np.ones((num_positions, HIDDEN), np.float32))
+
+        return make
+
+
+def test_others_decode_while_rows_are_made_and_get_half_of_the_time() -> None:
+    clock = Pieces(piece_s=0.004)
+    rig = Rig(chunk_tokens=16, num_blocks=128, clock=clock)
+    rig.scheduler._num_axes = AXES
+    talker = rig.sequence(4, max_new=60)
+    rig.add(talker)
+    rig.step()
+    prompt = Prompt.of([1], span(3, make_rows=clock.rows(100, 3)), [2])
+    assert prompt.token_ids is not None
+    seer = rig.sequence_of(list(prompt.token_ids), max_new=1, spans=spans_of(prompt))
+    rig.add(seer)
+    waits = []
+    while seer not in rig.finished:
+        before = clock.now
+        scheduled = rig.scheduler.next_step()
+        assert scheduled is not None
+        assert talker in scheduled.sequences  # in every step
+        waits.append(clock.now - before)
+        clock.now += 0.01  # the step itself
+        rig.scheduler.commit(scheduled)
+        for one in scheduled.ready:
+            one.new_ids.append(1)
+            if one is seer:
+                rig.end(seer)
+    assert max(waits) <= MAKING_BESIDE_OTHERS_S + clock.piece_s
+    assert 0.4 <= sum(waits) / clock.now <= 0.6
+    assert seer.num_computed == 0  # it ended, and gave everything back
+
+
+def test_a_step_gives_way_after_a_while_if_there_are_only_rows_to_make() -> None:
+    clock = Pieces(piece_s=0.01)
+    rig = Rig(chunk_tokens=16, clock=clock)
+    rig.scheduler._num_axes = AXES
+    prompt = Prompt.of(span(3, make_rows=clock.rows(25, 3)), [2])
+    assert prompt.token_ids is not None
+    rig.add(one := rig.sequence_of(list(prompt.token_ids), max_new=1, spans=spans_of(prompt)))
+    given_way = 0
+    while (scheduled := rig.scheduler.next_step()) is None:
+        given_way += 1
+    assert given_way == 2
+    assert scheduled.sequences == [one]
+    assert rig.scheduler.take_making_s() == pytest.approx(0.25)
+    assert rig.scheduler.take_making_s() == 0
+
+
+def test_a_text_that_comes_while_rows_are_made_runs_in_the_next_step() -> None:
+    clock = Pieces(piece_s=0.01)
+    rig = Rig(chunk_tokens=16, clock=clock)
+    rig.scheduler._num_axes = AXES
+    prompt = Prompt.of(span(3, make_rows=clock.rows(1000, 3)), [2])
+    assert prompt.token_ids is not None
+    rig.add(rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)))
+    assert rig.scheduler.next_step() is None
+    rig.add(text := rig.sequence(5))
+    before = clock.now
+    scheduled = rig.scheduler.next_step()
+    assert scheduled is not None
+    assert scheduled.sequences == [text]
+    assert scheduled.ready == [text]
+    assert clock.now - before <= MAKING_BESIDE_OTHERS_S + clock.piece_s
+
+
+def test_a_cancelled_sequence_makes_no_more_rows() -> None:
+    log: list[str] = []
+    clock = Pieces(piece_s=0.0)
+    rig = Rig(chunk_tokens=16, clock=clock)
+    prompt = Prompt.of(span(3, make_rows=made_slowly(1000, 3, log)), [2])
+    assert prompt.token_ids is not None
+    rig.add(one := rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)))
+    ticks = itertools.count()
+    rig.scheduler._clock = lambda: MAKING_ALONE_S * next(ticks)
+    assert rig.scheduler.next_step() is None
+    rig.end(one)
+    assert log[-1] == "closed"
+    assert len(log) < 10
+    assert not rig.scheduler.has_work
 
 
 @pytest.mark.parametrize("chunk_tokens", [6, 8, 100])
@@ -212,6 +352,7 @@ def test_rows_that_cannot_be_made_end_only_their_sequence() -> None:
     assert prompt.token_ids is not None
     bad, good = rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)), rig.sequence(6)
     rig.add(bad, good)
+    assert bad in rig.step().sequences  # the text before the picture
     with pytest.raises(MediaFailed) as failed:
         rig.step()
     assert failed.value.sequence is bad
@@ -236,7 +377,7 @@ def test_rows_that_cannot_be_made_end_only_their_sequence() -> None:
 def test_rows_that_do_not_fit_the_model_are_refused(rows: SpanRows, sentence: str) -> None:
     spans = spans_of(Prompt.of(span(4, make_rows=lambda: rows)))
     with pytest.raises(ArgosyError, match=sentence):
-        list(spans.rows(0, 4))
+        spans.make_some(0)
 
 
 def test_an_invalid_span_is_refused_by_name() -> None:

@@ -144,7 +144,10 @@ class Engine(BlockingCalls):
                 except MediaFailed as failed:
                     self._finish(failed.sequence, "error", failed.error)
                     return []
-                self._clock.mark("other")
+                finally:
+                    self._clock.mark_encoding(self._scheduler.take_making_s())
+                if scheduled is None:  # all that can run are encoders of pictures and sound
+                    return []
                 try:  # layers -> router -> experts -> kernels
                     logits = self._model.forward(scheduled.step)
                 except (CheckpointError, ReadFailed, RunnerFailed) as error:
@@ -286,6 +289,7 @@ class Engine(BlockingCalls):
                 while at < len(out):
                     self._clock.mark("other")
                     scheduled = self._scheduler.next_step()
+                    assert scheduled is not None  # a prompt of ids has no media
                     self._model.forward(step := scheduled.step)
                     self._scheduler.commit(scheduled)
                     # A few rows at a time, because the vocabulary is wide.

@@ -44,6 +44,9 @@ from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
+# Seconds for rows of media between two steps: enough to keep its cost small, and little enough that a cancelled request
+# ends soon, and that nobody notices it in a stream.
+MAKING_ALONE_S, MAKING_BESIDE_OTHERS_S = 0.1, 0.02
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
 
@@ -92,6 +95,15 @@ class PromptTurns:
     @property
     def is_open(self) -> bool:
         return self._owed_s <= 0.0
+
+    @property
+    def step_s(self) -> float:
+        """The duration of the last step without prompts; 0 before the first."""
+        return self._decode_s
+
+    def count_between(self, seconds: float) -> None:
+        """Count work for a prompt between two steps, while others decode."""
+        self._owed_s += seconds
 
     def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
         """Count a step."""
@@ -170,6 +182,7 @@ class Scheduler:
         self._decoding = _Decoding.of([])
         self._began_at = 0.0
         self._num_steps = 0
+        self._making_s = 0.0  # seconds spent on rows of media since `take_making_s`
         self.num_preempted = 0
 
     @property
@@ -204,8 +217,14 @@ class Scheduler:
         self.add(sequence)
         self.num_preempted += 1
 
-    def next_step(self) -> Scheduled:
-        """Returns the next step's tokens. Call it only while `has_work`."""
+    def next_step(self) -> Scheduled | None:
+        """Returns the next step's tokens. Call it only while `has_work`.
+
+        Sequences whose media have no rows yet have them made a little further first. None: no other can run.
+
+        Raises:
+            MediaFailed: the rows of a sequence's media cannot be made.
+        """
         self._began_at = self._clock()
         self._num_steps += 1
         while True:
@@ -216,11 +235,16 @@ class Scheduler:
             if self._drafter is None and decoding and len(decoding) == len(self._running):
                 return self._decode()
             prompts: list[tuple[Sequence, int]] = []
+            is_making = False
             if not decoding or self._turns.is_open:
-                prompts = self._share_chunk([one for one in self._running if self._can_prefill(one)])
+                can_prefill = [one for one in self._running if self._can_prefill(one)]
+                is_making = self._make_rows(can_prefill, decoding)
+                prompts = self._share_chunk([one for one in can_prefill if not _waits_for_rows(one)])
             if decoding or prompts:
                 pending = [(one, one.num_tokens - one.num_computed) for one in decoding]
                 return self._gather(pending + prompts, self._propose(decoding))
+            if is_making:
+                return None
             assert self.has_work  # and every running sequence is loading from files
 
     def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] = _NONE_CONFIRMED) -> None:
@@ -375,6 +399,8 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.loading = None
         sequence.snapshots_at.clear()
+        if sequence.spans is not None:
+            sequence.spans.drop_rows()
 
     def _has_come(self, sequence: Sequence, num_blocks: int) -> None:
         """Stop others from waiting for the first blocks of a sequence."""
@@ -439,6 +465,37 @@ class Scheduler:
                 self._states.save(sequence.state_slot)
         return proposals
 
+    def _make_rows(self, prompts: list[Sequence], decoding: list[Sequence]) -> bool:
+        """Make rows of media for one of the prompts that wait for theirs; returns whether any does.
+
+        Beside others this takes as long as a step of theirs, at least `MAKING_BESIDE_OTHERS_S`.
+        """
+        waiting = [one for one in prompts if _waits_for_rows(one)]
+        if not waiting:
+            return False
+        is_alone = len(waiting) == len(self._running)
+        slice_s = MAKING_ALONE_S if is_alone else max(MAKING_BESIDE_OTHERS_S, self._turns.step_s)
+        sequence = waiting[self._num_steps % len(waiting)]
+        assert sequence.spans is not None
+        begin = self._clock()
+        try:
+            while not sequence.spans.make_some(sequence.num_computed):
+                if self._clock() - begin >= slice_s:
+                    break
+        except ArgosyError as error:
+            raise MediaFailed(sequence, error) from error
+        finally:
+            self._began_at = self._clock()
+            self._making_s += self._began_at - begin
+            if decoding:
+                self._turns.count_between(self._began_at - begin)
+        return True
+
+    def take_making_s(self) -> float:
+        """Seconds spent on rows of media since the last call."""
+        seconds, self._making_s = self._making_s, 0.0
+        return seconds
+
     # ── building steps ────────────────────────────────────────────────────────────────────────────────────────
 
     def _can_prefill(self, sequence: Sequence) -> bool:
@@ -477,7 +534,8 @@ class Scheduler:
         stops = [stop for stop in sequence.snapshots_at if stop > at]
         if spans is not None:
             stops = [stop for stop in stops if spans.cut(at, stop) == stop]
-        return min([sequence.prefill_until, *stops])
+        stop = min([sequence.prefill_until, *stops])
+        return stop if spans is None else spans.has_rows_until(at, stop)
 
     def _decode(self) -> Scheduled:
         """One token for every sequence. This step runs most often and must cost next to nothing."""
@@ -541,11 +599,7 @@ class Scheduler:
         return Scheduled(step, sequences, counts, ready, proposals)
 
     def _with_media(self, step: Step, sequences: list[Sequence], counts: list[int]) -> Step:
-        """Add what media need: rows, additions, angles, and what positions see.
-
-        Raises:
-            MediaFailed: the rows of a sequence's media cannot be made.
-        """
+        """Add what media need: rows, additions, angles, and what positions see."""
         angles: list[NDArray[np.float32]] = []
         sees_until: list[NDArray[np.int32]] = []
         rows: list[NDArray[np.int64]] = []
@@ -561,15 +615,12 @@ class Scheduler:
             else:
                 angles.append(spans.angles(start, count))
                 sees_until.append(spans.sees_until(start, count))
-                try:
-                    for at, made in spans.rows(start, count):
-                        own = np.arange(first_row + at, first_row + at + len(made.embeddings))
-                        rows.append(own)
-                        embeddings.append(made.embeddings)
-                        for layer, vectors in made.additions.items():
-                            additions.setdefault(layer, []).append((own, vectors))
-                except ArgosyError as error:
-                    raise MediaFailed(sequence, error) from error
+                for at, made in spans.rows(start, count):
+                    own = np.arange(first_row + at, first_row + at + len(made.embeddings))
+                    rows.append(own)
+                    embeddings.append(made.embeddings)
+                    for layer, vectors in made.additions.items():
+                        additions.setdefault(layer, []).append((own, vectors))
             first_row += count
         with_spans = [sequence.spans for sequence in sequences if sequence.spans is not None]
         return step._replace(
@@ -585,6 +636,12 @@ class Scheduler:
                 for layer, parts in sorted(additions.items())
             ),
         )
+
+
+def _waits_for_rows(sequence: Sequence) -> bool:
+    """Whether its next position belongs to media whose rows are not made."""
+    at = sequence.num_computed
+    return sequence.spans is not None and sequence.spans.has_rows_until(at, at + 1) == at
 
 
 def _equal_parts(wanted: Mapping[str, int], total: int, *, first: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,9 @@ class Spans:
         # From the end of a span on, the rotary position of text is its index plus this.
         self._shifts: list[float] = [0]
         self._rows: dict[int, SpanRows] = {}  # of spans that are being computed, by number
+        self._making: tuple[int, Generator[None, None, SpanRows]] | None = (
+            None  # a span's number, and its rows
+        )
         for _, span in placed:
             if span.angles is not None and span.angles.shape[0] not in (1, num_axes):
                 raise UsageError(
@@ -118,15 +121,59 @@ class Spans:
                 until[begin - start : end - start] = at + span.num_positions
         return until
 
+    def has_rows_until(self, start: int, end: int) -> int:
+        """The position up to which the rows of all media from `start` on are made, at most `end`."""
+        for number, _, _, begin, _ in self._within(start, end):
+            if number not in self._rows:
+                return begin
+        return end
+
+    def make_some(self, start: int) -> bool:
+        """Do the next piece of work for the rows of the span at position `start`; returns whether they are made.
+
+        Raises:
+            ArgosyError: the rows cannot be made, or do not fit the model.
+        """
+        for number, _, span, _, _ in self._within(start, start + 1):
+            if number in self._rows:
+                continue
+            if self._making is not None and self._making[0] != number:
+                self._stop_making()
+            if self._making is None:
+                made = span.make_rows()
+                if isinstance(made, SpanRows):
+                    self._rows[number] = self._checked(span, made)
+                    continue
+                self._making = number, made
+            try:
+                next(self._making[1])
+            except StopIteration as done:
+                self._making = None
+                self._rows[number] = self._checked(span, done.value)
+                continue
+            except BaseException:
+                self._making = None
+                raise
+            return False
+        return True
+
+    def drop_rows(self) -> None:
+        """Free the rows that are made, and stop making more."""
+        self._stop_making()
+        self._rows.clear()
+
+    def _stop_making(self) -> None:
+        if self._making is not None:
+            self._making[1].close()
+            self._making = None
+
     def rows(self, start: int, count: int) -> Iterator[tuple[int, SpanRows]]:
         """The rows of media at these positions, part by part: (index of the part's first position, its rows).
 
-        Raises:
-            ArgosyError: the rows of a span cannot be made, or do not fit the model.
+        All of them must be made (`has_rows_until`). Those of a span are freed with its last part.
         """
         for number, at, span, begin, end in self._within(start, start + count):
-            if (made := self._rows.get(number)) is None:
-                made = self._rows[number] = self._checked(span, span.make_rows())
+            made = self._rows[number]
             part = slice(begin - at, end - at)
             yield (
                 begin - start,
@@ -136,7 +183,7 @@ class Spans:
                 ),
             )
             if end == at + span.num_positions:
-                self._rows.pop(number)  # computed again only if the sequence is preempted
+                del self._rows[number]  # made again only if the sequence is preempted
 
     def _checked(self, span: MediaSpan, rows: SpanRows) -> SpanRows:
         expected = (span.num_positions, self._hidden_size)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from time import perf_counter
 
-PARTS = ("router", "attention_and_dense", "expert_compute", "waiting_for_reads", "sampling", "other")
+PARTS = (
+    "router", "attention_and_dense", "expert_compute", "waiting_for_reads", "sampling", "encoding", "other",
+)  # fmt: skip
 
 
 class PartClock:
@@ -17,6 +19,13 @@ class PartClock:
     def mark(self, part: str) -> None:
         now = perf_counter()
         self.seconds[part] += now - self._last
+        self._last = now
+
+    def mark_encoding(self, encoding_s: float) -> None:
+        """Divide the time since the last mark: `encoding_s` for rows of media; the rest goes to `other`."""
+        now = perf_counter()
+        self.seconds["encoding"] += encoding_s
+        self.seconds["other"] += now - self._last - encoding_s
         self._last = now
 
     def mark_native(self, spent: tuple[float, float, float]) -> None:

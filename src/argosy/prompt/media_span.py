@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,10 @@ class SpanRows:
     additions: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
+MakeRows = Callable[[], SpanRows | Generator[None, None, SpanRows]]
+"""Makes the rows of a span: at once, or in pieces of work that end in a `yield`, between which others may run."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaSpan:
     """One picture, video or sound in a prompt.
@@ -36,7 +40,8 @@ class MediaSpan:
     num_positions: how many positions it fills.
     token_id: the placeholder that stands for each of them in `Prompt.token_ids`.
     make_rows: makes the rows when they are first needed, and again if the prompt is computed again; never called if the
-        whole span is found in the prefix cache. An `ArgosyError` ends the request.
+        whole span is found in the prefix cache. An `ArgosyError` ends the request. A generator is closed if its rows
+        are not needed any more.
     angles: float32 [axes, positions], rotary positions relative to the first; None: 0, 1, 2 ... on every axis, as text.
     num_angles: how far the rotary position of the text that follows moves on; None: as far as `num_positions`.
     sees_both_ways: each position sees the whole span, not only what is before it. Such a span runs in one step.
@@ -46,7 +51,7 @@ class MediaSpan:
     digest: bytes
     num_positions: int
     token_id: int
-    make_rows: Callable[[], SpanRows] = field(repr=False)
+    make_rows: MakeRows = field(repr=False)
     angles: NDArray[np.float32] | None = field(default=None, repr=False)
     num_angles: float | None = None
     sees_both_ways: bool = False
