@@ -25,6 +25,7 @@ namespace argosy {
 namespace nb = nanobind;
 
 void bind_expert_table(nb::module_& m);
+void bind_encoder(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_recurrent(nb::module_& m);
 void bind_stack(nb::module_& m);
@@ -143,9 +144,12 @@ inline std::string shape_text(std::initializer_list<int64_t> shape) {
   return text + "]";
 }
 
-// Checks element type, shape (kAnySize accepts any size), C order and alignment.
+enum class Order { c, rows };  // C order in all, or in each row, with any stride of the first axis
+
+// Checks element type, shape (kAnySize accepts any size), order and alignment.
 template <class T, class ArrayType>
-void require_array(const char* name, const ArrayType& array, std::initializer_list<int64_t> shape) {
+void require_array(const char* name, const ArrayType& array, std::initializer_list<int64_t> shape,
+                   Order order = Order::c) {
   if (array.dtype() != nb::dtype<T>()) {
     refuse(std::string(name) + " is " + dtype_name(array.dtype()) + ", expected " +
            dtype_name(nb::dtype<T>()));
@@ -159,9 +163,9 @@ void require_array(const char* name, const ArrayType& array, std::initializer_li
   if (!fits)
     refuse(std::string(name) + " has shape " + shape_text(array) + ", expected " + shape_text(shape));
   int64_t stride = 1;
-  for (i = array.ndim(); i-- > 0;) {
+  for (i = array.ndim(); i-- > (order == Order::rows ? 1 : 0);) {
     if (array.size() > 0 && array.shape(i) != 1 && array.stride(i) != stride) {
-      refuse(std::string(name) + " is not C-contiguous");
+      refuse((order == Order::rows ? "a row of " : "") + std::string(name) + " is not C-contiguous");
     }
     stride *= int64_t(array.shape(i));
   }

@@ -6,9 +6,9 @@ NB_MODULE(_native, m) {
   m.doc() = R"(
     The native module: arithmetic, threads and bytes.
 
-    Arrays are C-contiguous; float arrays are float32 and integer arrays int32 unless their type says otherwise. A wrong
-    size, dtype, range or name raises ValueError with the found and the expected value. Every operation releases the GIL.
-    One `Runtime` runs one operation at a time.
+    Arrays are C-contiguous; where rows may be strided, only each row is. Float arrays are float32 and integer arrays
+    int32 unless their type says otherwise. A wrong size, dtype, range or name raises ValueError with the found and the
+    expected value. Every operation releases the GIL. One `Runtime` runs one operation at a time.
 
     For one row and one token, the floating-point operations of a kernel (native/kernels, native/ops) and their order do
     not depend on the rest of the call, the number of threads or the alignment of the weights.
@@ -24,6 +24,7 @@ NB_MODULE(_native, m) {
         STAGING_BYTES: most bytes that one reader of a `Store` holds for transcoding.)";
   argosy::bind_store(m);
   argosy::bind_kernels(m);
+  argosy::bind_encoder(m);
   argosy::bind_expert_table(m);
   argosy::bind_recurrent(m);
   argosy::bind_stack(m);

@@ -9,6 +9,7 @@ argosy._native.__prefix__:
     \import numpy
     InstructionSet = Literal["plain", "avx2", "avx512"]
     Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+    Gelu = Literal["erf", "tanh", "quick"]
     Urgency = Literal["now", "soon", "maybe"]
     # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
     # the number of interleaved matrices with that many rows.

@@ -5,12 +5,15 @@
 #pragma once
 
 #include "kernels/activations.h"
+#include "kernels/attend.h"
 #include "kernels/attention.h"
 #include "kernels/combine.h"
 #include "kernels/gated_delta.h"
+#include "kernels/gelu.h"
 #include "kernels/kernel_table.h"
 #include "kernels/kv_write.h"
 #include "kernels/latent_attention.h"
+#include "kernels/layer_norm.h"
 #include "kernels/matmul_f8.h"
 #include "kernels/matmul_float.h"
 #include "kernels/matmul_quantized.h"
@@ -69,6 +72,10 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
       .mul_sigmoid = mul_sigmoid,
+      .layer_norm = layer_norm,
+      .gelu = gelu,
+      .silu = silu_in_place,
+      .attend = attend,
       .kv_write = kv_write,
       .attention = attention,
       .delta_gates = delta_gates,

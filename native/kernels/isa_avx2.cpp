@@ -17,6 +17,7 @@ constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
 constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 constexpr int kLatentTile = 6;
+constexpr int kAttendTile = 6, kAttendVecs = 2;
 }  // namespace
 }  // namespace argosy
 

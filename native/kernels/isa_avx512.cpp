@@ -19,6 +19,7 @@ constexpr int two_panels_tokens(Format format) {
 }
 constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;
 constexpr int kLatentTile = 16;
+constexpr int kAttendTile = 6, kAttendVecs = 4;
 }  // namespace
 }  // namespace argosy
 

@@ -218,6 +218,23 @@ struct LatentAttentionArgs {
   float* scratch;  // latent_scratch_floats(dim)
 };
 
+enum class Gelu { erf, tanh, quick };
+
+// attend: most queries in a call, and keys in a block.
+[[maybe_unused]] static constexpr int64_t kAttendQueries = 64;
+[[maybe_unused]] static constexpr int64_t kAttendKeys = 48;
+
+// Queries of one head against all its keys. The row of query i begins at query + i * query_stride, and so on.
+struct AttendArgs {
+  const float *query, *key, *value;
+  int64_t query_stride, key_stride, value_stride;
+  int64_t num_queries, num_keys, dim;  // at least one key
+  float scale;
+  float* out;
+  int64_t out_stride;
+  float* scratch;  // attend_scratch_floats(dim)
+};
+
 // The arguments of transcode(); panels are strips of strip_rows(type) rows.
 struct TranscodeArgs {
   const uint8_t* rows_data;
@@ -256,6 +273,13 @@ struct KernelTable {
 
   void (*mul_sigmoid)(const float* gate, int64_t n, float* x);  // x *= sigmoid(gate)
 
+  // For encoders. out may be x; bias may be nullptr.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t cols, float eps,
+                     float* out);
+  void (*gelu)(Gelu kind, int64_t n, float* x);
+  void (*silu)(int64_t n, float* x);
+  void (*attend)(const AttendArgs& args);
+
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
   void (*delta_gates)(const DeltaGatesArgs& args);
@@ -276,6 +300,11 @@ struct KernelTable {
 // A copy of each query, its scores of a stretch, and its running weighted sum.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
   return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
+}
+
+// Queries and running sums, the weights of a block, three numbers for each query, a block of keys and values.
+static inline constexpr int64_t attend_scratch_floats(int64_t dim) {
+  return kAttendQueries * (2 * dim + kAttendKeys + 3) + 2 * kAttendKeys * dim;
 }
 
 // For all experts their scores and their worth in the choice, and the worth of each group.

@@ -20,12 +20,12 @@ const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
   return matrix.data + row / kPanelRows * panel_bytes(matrix.format, matrix.cols);
 }
 
-void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
+void quantize_tokens(Runtime& runtime, const float* x, int64_t x_stride, int64_t cols, int64_t num_tokens,
                      uint8_t* activations) {
   const KernelTable& table = runtime.kernels();
   runtime.parallel_for(num_tokens, cols, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
-      table.quantize_activations(x + token * cols, cols, 0, num_groups(cols),
+      table.quantize_activations(x + token * x_stride, cols, 0, num_groups(cols),
                                  activations + token * activation_bytes(cols));
     }
   });
@@ -44,7 +44,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
     first_block.push_back(first_block.back() + num_blocks(product.matrix));
     if (is_quantized(product.matrix.format) && activations == nullptr) {
       activations = runtime.scratch(matmul_scratch_bytes(cols, num_tokens));
-      quantize_tokens(runtime, x, cols, num_tokens, activations);
+      quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
     }
   }
   runtime.parallel_for(

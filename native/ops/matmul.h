@@ -39,9 +39,9 @@ void quantize(Runtime* runtime, Format format, const float* weights, int64_t row
               uint8_t* out);
 void dequantize(const MatrixView& matrix, float* out);
 
-// Quantises the activations of num_tokens tokens to int8; rows are activation_bytes(cols) apart. The caller
-// holds the lock.
-void quantize_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens,
+// Quantises the activations of num_tokens tokens to int8. Rows of x are x_stride floats apart, rows of
+// `activations` activation_bytes(cols). The caller holds the lock.
+void quantize_tokens(Runtime& runtime, const float* x, int64_t x_stride, int64_t cols, int64_t num_tokens,
                      uint8_t* activations);
 
 }  // namespace argosy

@@ -109,7 +109,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   float* inner = reinterpret_cast<float*>(scratch + places.inner_floats);
   uint8_t* inner_quants = scratch + places.inner_quants;
 
-  if (x_as_quants) quantize_tokens(runtime, x, hidden, num_tokens, scratch + places.x);
+  if (x_as_quants) quantize_tokens(runtime, x, hidden, hidden, num_tokens, scratch + places.x);
   const Activations of_x = {x, hidden, scratch + places.x, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;

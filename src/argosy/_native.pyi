@@ -1,9 +1,9 @@
 """
 The native module: arithmetic, threads and bytes.
 
-Arrays are C-contiguous; float arrays are float32 and integer arrays int32 unless their type says otherwise. A wrong
-size, dtype, range or name raises ValueError with the found and the expected value. Every operation releases the GIL.
-One `Runtime` runs one operation at a time.
+Arrays are C-contiguous; where rows may be strided, only each row is. Float arrays are float32 and integer arrays
+int32 unless their type says otherwise. A wrong size, dtype, range or name raises ValueError with the found and the
+expected value. Every operation releases the GIL. One `Runtime` runs one operation at a time.
 
 For one row and one token, the floating-point operations of a kernel (native/kernels, native/ops) and their order do
 not depend on the rest of the call, the number of threads or the alignment of the weights.
@@ -31,6 +31,7 @@ from argosy.config import AskAhead, Format, KvDtype
 
 InstructionSet = Literal["plain", "avx2", "avx512"]
 Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+Gelu = Literal["erf", "tanh", "quick"]
 Urgency = Literal["now", "soon", "maybe"]
 # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
 # the number of interleaved matrices with that many rows.
@@ -606,6 +607,59 @@ def latent_attention(
         value_up: [heads * value_dim, kv_rank]. For each head, maps the weighted sum of latent vectors to its result.
         block_table, sequence, order, sees_until: as for `attention`.
         out: [tokens, heads * value_dim].
+    """
+
+def linear(
+    runtime: Runtime,
+    matrix: Matrix,
+    x: NDArray[numpy.float32],
+    out: NDArray[numpy.float32],
+    bias: NDArray[numpy.float32] | None = None,
+) -> None:
+    """
+    out = x matrix^T + bias, for x [tokens, cols], out [tokens, rows] and bias [rows].
+
+    Rows of x and out may be strided; x and out must not overlap.
+    """
+
+def layer_norm(
+    runtime: Runtime,
+    x: NDArray[numpy.float32],
+    weight: NDArray[numpy.float32],
+    bias: NDArray[numpy.float32] | None,
+    eps: float,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    out[n] = (x[n] - mean) / sqrt(variance + eps) * weight + bias, for x [n, cols]; out may be x.
+    """
+
+def gelu(runtime: Runtime, x: NDArray[numpy.float32], kind: Gelu) -> None:
+    """
+    Replace each element of x [n, cols] by x * P(normal <= x): exactly (erf), or by one of two approximations.
+
+    tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).   quick: x * sigmoid(1.702 x).
+    """
+
+def silu(runtime: Runtime, x: NDArray[numpy.float32]) -> None:
+    """Replace each element of x [n, cols] by x * sigmoid(x)."""
+
+def attend(
+    runtime: Runtime,
+    query: NDArray[numpy.float32],
+    key: NDArray[numpy.float32],
+    value: NDArray[numpy.float32],
+    scale: float,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    out[t, h] = sum over s of softmax over s (scale * query[t, h] . key[s, k]) * value[s, k]: no mask.
+
+    k is the KV head that head h shares with its neighbours. Rows may be strided; out may be query.
+
+    Args:
+        query, out: [tokens, heads, dim].
+        key, value: [keys, kv_heads, dim], at least one key; kv_heads divides heads.
     """
 
 class Dispatch:

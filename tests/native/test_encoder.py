@@ -1,0 +1,232 @@
+"""The operations of encoders agree with numpy in float64, with strided rows and any number of threads.
+
+Every test runs once per instruction set of this CPU. A result may differ from numpy's by 1e-5 of the largest value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import _native as native
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+
+@pytest.fixture(scope="module", params=native.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def runtime(instruction_set: str) -> Iterator[native.Runtime]:
+    runtime = native.Runtime(2, instruction_set=instruction_set)
+    yield runtime
+    runtime.close()
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape, dtype=np.float32)
+
+
+def assert_close(found: Floats, expected: Doubles, tolerance: float = 1e-5) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max(initial=0) <= tolerance * np.abs(expected).max(initial=0)
+
+
+def matrix_of(format: str, weights: Floats) -> tuple[native.Matrix, Doubles]:
+    """Return a matrix and its weights as the products use them."""
+    memory = np.zeros(native.matrix_bytes(format, *weights.shape), np.uint8)
+    native.quantize(format, weights, memory)
+    return native.Matrix(memory, 0, format, *weights.shape), native.dequantize(
+        format, memory, *weights.shape
+    ).astype(np.float64)
+
+
+# Products.
+
+
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 16), (70, 100), (96, 1152)])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 16, 50, 400])
+def test_linear_multiplies_and_adds_the_bias(
+    runtime: native.Runtime, format: str, shape: tuple[int, int], tokens: int
+) -> None:
+    rows, cols = shape
+    matrix, weights = matrix_of(format, normal(rows, cols))
+    x, bias = normal(tokens, cols, seed=1), 5 * normal(rows, seed=2)
+    out = np.full((tokens, rows), np.nan, np.float32)
+    native.linear(runtime, matrix, x, out, bias)
+    assert_close(out, x.astype(np.float64) @ weights.T + bias)
+    native.linear(runtime, matrix, x, out)
+    assert_close(out, x.astype(np.float64) @ weights.T)
+
+
+def test_linear_takes_quantised_weights(runtime: native.Runtime) -> None:
+    matrix, weights = matrix_of("q8", normal(40, 100))
+    x, bias = normal(50, 100, seed=1), normal(40, seed=2)
+    out = np.full((50, 40), np.nan, np.float32)
+    native.linear(runtime, matrix, x, out, bias)
+    assert_close(out, x.astype(np.float64) @ weights.T + bias, 1e-4)  # x has 16 bits
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16", "q8"])
+def test_rows_of_linear_may_be_strided(runtime: native.Runtime, format: str) -> None:
+    matrix, _ = matrix_of(format, normal(33, 64))
+    wide, bias = normal(20, 200, seed=1), normal(33, seed=2)
+    expected = np.empty((20, 33), np.float32)
+    native.linear(runtime, matrix, wide[:, 70:134].copy(), expected, bias)
+    around = np.full((20, 50), 7, np.float32)
+    native.linear(runtime, matrix, wide[:, 70:134], around[:, 10:43], bias)
+    assert np.array_equal(around[:, 10:43], expected)
+    assert (around[:, :10] == 7).all()
+    assert (around[:, 43:] == 7).all()
+    backwards = np.empty((20, 33), np.float32)
+    native.linear(runtime, matrix, wide[::-1, 70:134], backwards[::-1], bias)
+    assert np.array_equal(backwards, expected)
+
+
+# Small operations.
+
+
+@pytest.mark.parametrize("cols", [1, 7, 16, 17, 33, 1152])
+def test_layer_norm_equals_its_formula(runtime: native.Runtime, cols: int) -> None:
+    x = normal(5, cols) + np.float32(3)
+    weight, bias = normal(cols, seed=1), normal(cols, seed=2)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(axis=1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-6) * weight
+    out = np.full_like(x, np.nan)
+    native.layer_norm(runtime, x, weight, bias, 1e-6, out)
+    assert_close(out, expected + bias)
+    native.layer_norm(runtime, x, weight, None, 1e-6, x)
+    assert_close(x, expected)
+
+
+def gelu(kind: str, x: Doubles) -> Doubles:
+    if kind == "erf":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if kind == "tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-1.702 * x))
+
+
+@pytest.mark.parametrize("kind", ["erf", "tanh", "quick"])
+def test_gelu_is_within_a_millionth_of_its_formula(runtime: native.Runtime, kind: Any) -> None:
+    x = np.arange(-12, 12, 0.00237, dtype=np.float32)[None, :]
+    expected = gelu(kind, x.astype(np.float64))
+    native.gelu(runtime, x, kind)
+    assert np.all(np.abs(x - expected) <= 1e-6 * np.maximum(1, np.abs(expected)))
+
+
+def test_gelu_keeps_zero_large_numbers_and_nan(runtime: native.Runtime) -> None:
+    kinds: tuple[Any, ...] = ("erf", "tanh", "quick")
+    for kind in kinds:
+        x = np.array([[0, 100, 1e30, -100, np.nan]], np.float32)
+        native.gelu(runtime, x, kind)
+        assert np.array_equal(x[0, :3], np.array([0, 100, 1e30], np.float32))
+        assert abs(x[0, 3]) <= 1e-30
+        assert np.isnan(x[0, 4])
+
+
+def test_silu_equals_its_formula(runtime: native.Runtime) -> None:
+    x = np.arange(-20, 20, 0.0371, dtype=np.float32)[:, None]
+    expected = x / (1 + np.exp(-x.astype(np.float64)))
+    native.silu(runtime, x)
+    assert_close(x, expected, 1e-6)
+
+
+# Attention.
+
+
+def attend(runtime: native.Runtime, query: Floats, key: Floats, value: Floats, scale: float) -> Floats:
+    out = np.full(query.shape, np.nan, np.float32)
+    native.attend(runtime, query, key, value, scale, out)
+    return out
+
+
+def attention(query: Floats, key: Floats, value: Floats, scale: float) -> Doubles:
+    group = query.shape[1] // key.shape[1]
+    keys, values = (np.repeat(each.astype(np.float64), group, axis=1) for each in (key, value))
+    scores = np.einsum("thd,shd->hts", query.astype(np.float64), keys) * scale
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return np.einsum("hts,shd->thd", weights / weights.sum(axis=2, keepdims=True), values)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 64, 72, 80])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 50), (16, 47), (17, 48), (64, 49), (65, 96), (130, 200)])
+def test_attend_equals_softmax_attention(
+    runtime: native.Runtime, dim: int, heads: tuple[int, int], sizes: tuple[int, int]
+) -> None:
+    query = 3 * normal(sizes[0], heads[0], dim)
+    key, value = normal(sizes[1], heads[1], dim, seed=1), normal(sizes[1], heads[1], dim, seed=2)
+    found = attend(runtime, query, key, value, dim**-0.5)
+    assert_close(found, attention(query, key, value, dim**-0.5))
+
+
+def test_attend_sees_scores_of_any_size_and_many_keys(instruction_set: str) -> None:
+    runtime = native.Runtime(2, instruction_set=instruction_set)
+    query = 40 * normal(3, 2, 64)
+    key, value = normal(3000, 2, 64, seed=1), normal(3000, 2, 64, seed=2)
+    expected = attention(query, key, value, 1.0)
+    assert_close(
+        attend(runtime, query, key, value, 1.0), expected, 1e-4
+    )  # scores of 1000 are rounded to 6e-5
+    assert runtime.scratch_bytes <= 2 * (300 << 10)
+
+
+def test_a_query_gets_the_same_bits_with_any_neighbours_and_threads(instruction_set: str) -> None:
+    one, three = (native.Runtime(threads, instruction_set=instruction_set) for threads in (1, 3))
+    query, key, value = normal(150, 4, 72), normal(333, 4, 72, seed=1), normal(333, 4, 72, seed=2)
+    together = attend(one, query, key, value, 0.1)
+    assert np.array_equal(attend(three, query, key, value, 0.1), together)
+    for rows in (slice(0, 1), slice(5, 22), slice(60, 130), slice(149, 150)):
+        assert np.array_equal(attend(three, query[rows], key, value, 0.1), together[rows])
+    some_heads = attend(three, query[:, 1:3], key[:, 1:3], value[:, 1:3], 0.1)
+    assert np.array_equal(some_heads, together[:, 1:3])
+
+
+def test_rows_of_attend_may_be_strided_and_out_may_be_query(runtime: native.Runtime) -> None:
+    fused = normal(70, 3, 4, 16)
+    query, key, value = fused[:, 0], fused[:, 1], fused[:, 2]
+    expected = attend(runtime, query.copy(), key.copy(), value.copy(), 0.25)
+    assert np.array_equal(attend(runtime, query, key, value, 0.25), expected)
+    rest = fused[:, 1:].copy()
+    native.attend(runtime, query, key, value, 0.25, query)
+    assert np.array_equal(query, expected)
+    assert np.array_equal(fused[:, 1:], rest)
+
+
+# Wrong arguments.
+
+
+def test_wrong_arguments_are_refused(runtime: native.Runtime) -> None:
+    def zeros(*shape: int) -> Floats:
+        return np.zeros(shape, np.float32)
+
+    matrix, _ = matrix_of("f32", normal(16, 32))
+    with pytest.raises(ValueError, match=r"x has shape \[3, 31\], expected \[any, 32\]"):
+        native.linear(runtime, matrix, zeros(3, 31), zeros(3, 16))
+    with pytest.raises(ValueError, match="a row of x is not C-contiguous"):
+        native.linear(runtime, matrix, zeros(3, 64)[:, ::2], zeros(3, 16))
+    with pytest.raises(ValueError, match="rows of out overlap: they are 0 elements apart"):
+        native.linear(
+            runtime, matrix, zeros(3, 32), np.lib.stride_tricks.as_strided(zeros(16), (3, 16), (0, 4))
+        )
+    with pytest.raises(ValueError, match=r"bias has shape \[15\], expected \[16\]"):
+        native.linear(runtime, matrix, zeros(3, 32), zeros(3, 16), zeros(15))
+    with pytest.raises(ValueError, match="unknown kind 'exact'; known: erf, tanh, quick"):
+        native.gelu(runtime, zeros(1, 1), "exact")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="heads modulo KV heads is 1, expected 0"):
+        native.attend(runtime, zeros(3, 3, 8), zeros(5, 2, 8), zeros(5, 2, 8), 1, zeros(3, 3, 8))
+    with pytest.raises(ValueError, match="keys is 0, expected 1 to"):
+        native.attend(runtime, zeros(3, 2, 8), zeros(0, 2, 8), zeros(0, 2, 8), 1, zeros(3, 2, 8))
+    with pytest.raises(ValueError, match="a row of key is not C-contiguous"):
+        native.attend(runtime, zeros(3, 2, 8), zeros(5, 4, 8)[:, ::2], zeros(5, 2, 8), 1, zeros(3, 2, 8))
