@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "demo": {"checkpoint", "model"},
     "plan": {"checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
-    "model": {"experts", "checkpoint", "_native"},
+    "model": {"experts", "prompt", "checkpoint", "_native"},
     "serve": {"engine", "prompt", "guard"},
     "engine": {"prompt", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},

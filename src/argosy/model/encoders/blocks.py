@@ -1,0 +1,162 @@
+"""A tower's arithmetic, in blocks of rows that are so small that decoding never waits long for one.
+
+    for each block of rows:  norm -> product -> activation -> ...,  then yield
+
+The work on a row does not depend on its block, so blocks of any size give the same rows.
+
+Elsewhere: the operations are native (`native/ops/encoder.h`); which of them a tower runs is in the tower's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.model.weights import DenseWeights
+
+Rows = NDArray[np.float32]
+Steps = Generator[None, None, None]
+Gelu = Literal["erf", "tanh", "quick"]
+
+# Between two yields: floating-point operations of products, and rows (for work that the products do not show).
+MOST_FLOP = 2_000_000_000
+MOST_ROWS = 1024
+
+FLOAT_BYTES = 4
+# Python objects and arrays whose sizes do not depend on the input.
+OVERHEAD_BYTES = 1 << 16
+
+
+def block_rows(num_rows: int, flop_per_row: int) -> int:
+    """Rows of the largest block."""
+    return min(num_rows, MOST_ROWS, max(1, MOST_FLOP // flop_per_row))
+
+
+def block_floats(num_rows: int, flop_per_row: int, floats_per_row: int) -> int:
+    """Values of the largest block."""
+    return block_rows(num_rows, flop_per_row) * floats_per_row
+
+
+def in_blocks(work: Callable[[slice], None], rows: range, flop_per_row: int) -> Steps:
+    """Do the work on all rows, a block at a time."""
+    step = block_rows(max(1, len(rows)), flop_per_row)
+    for start in range(rows.start, rows.stop, step):
+        work(slice(start, min(start + step, rows.stop)))
+        yield
+
+
+def sinusoids(positions: NDArray[np.int64], frequencies: NDArray[np.float64]) -> Rows:
+    """Sines, then cosines, of the angles of positions: [positions, 2 * frequencies]."""
+    angles = positions[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class Operations:
+    """The operations of a tower: its weights by canonical name, and the threads that work on them."""
+
+    def __init__(self, weights: DenseWeights, runtime: _native.Runtime) -> None:
+        self._matrices, self._vectors = weights.matrices, weights.vectors
+        self._runtime = runtime
+
+    def flop_per_row(self, *names: str) -> int:
+        """Floating-point operations of the products with these matrices, for one row."""
+        return sum(2 * self._matrices[name].rows * self._matrices[name].cols for name in names)
+
+    def linear(self, name: str, x: Rows, out: Rows | None = None) -> Rows:
+        """x W^T + bias, if there is a bias: [rows, rows of W]."""
+        matrix = self._matrices[name]
+        if out is None:
+            out = np.empty((len(x), matrix.rows), np.float32)
+        _native.linear(self._runtime, matrix, x, out, self._vectors.get(f"{name}_bias"))
+        return out
+
+    def layer_norm(self, name: str, x: Rows, eps: float) -> Rows:
+        out = np.empty_like(x)
+        _native.layer_norm(self._runtime, x, self._vectors[name], self._vectors.get(f"{name}_bias"), eps, out)
+        return out
+
+    def rms_norm(self, name: str, x: Rows, eps: float) -> Rows:
+        out = np.empty_like(x)
+        _native.rms_norm(self._runtime, x, self._vectors[name], eps, out)
+        return out
+
+    def gelu(self, x: Rows, kind: Gelu) -> Rows:
+        """In place."""
+        _native.gelu(self._runtime, x, kind)
+        return x
+
+    def silu(self, x: Rows) -> Rows:
+        """In place."""
+        _native.silu(self._runtime, x)
+        return x
+
+    def gelu_mlp(self, layer: str, hidden: Rows, eps: float, kind: Gelu) -> Steps:
+        """Add the MLP of a layer, LayerNorm `mlp_norm` and matrices `up` and `down`, to `hidden`."""
+
+        def work(rows: slice) -> None:
+            wide = self.linear(f"{layer}.up", self.layer_norm(f"{layer}.mlp_norm", hidden[rows], eps))
+            hidden[rows] += self.linear(f"{layer}.down", self.gelu(wide, kind))
+
+        return in_blocks(work, range(len(hidden)), self.flop_per_row(f"{layer}.up", f"{layer}.down"))
+
+    def swiglu(self, name: str, x: Rows, out: Rows | None = None) -> Rows:
+        """The matrices `gate`, `up` and `down` of `name`."""
+        wide = self.silu(self.linear(f"{name}.gate", x))
+        wide *= self.linear(f"{name}.up", x)
+        return self.linear(f"{name}.down", wide, out)
+
+    def rows_of(self, name: str, ids: NDArray[np.int32]) -> Rows:
+        """Rows of a matrix."""
+        out = np.empty((len(ids), self._matrices[name].cols), np.float32)
+        _native.embed(self._runtime, self._matrices[name], ids, out)
+        return out
+
+    def rotate(self, x: Rows, cosine: Rows, sine: Rows, *, is_interleaved: bool) -> None:
+        """Rotate x [rows, heads, head_dim] in place."""
+        _native.rope(self._runtime, x, cosine, sine, is_interleaved)
+
+    def attend(
+        self,
+        query: Rows,
+        key: Rows,
+        value: Rows,
+        *,
+        num_heads: int,
+        scale: float,
+        segments: Iterable[range],
+        output: str,
+        finish: Callable[[slice, Rows], None],
+    ) -> Steps:
+        """Attention in which each row sees its whole segment and nothing else, and the product after it.
+
+        Args:
+            query, key, value: [rows, heads * head_dim].
+            segments: ranges of rows that cover all rows.
+            output: the matrix that is applied to the heads' results.
+            finish: receives a block of rows and the product.
+        """
+        query, key, value = (x.reshape(len(x), num_heads, -1) for x in (query, key, value))
+
+        def work(rows: slice) -> None:
+            heads = np.empty(query[rows].shape, np.float32)
+            _native.attend(self._runtime, query[rows], key[seen], value[seen], scale, heads)
+            finish(rows, self.linear(output, heads.reshape(len(heads), -1)))
+
+        for segment in segments:
+            seen = slice(segment.start, segment.stop)
+            flop = attention_flop(len(segment), query[0].size) + self.flop_per_row(output)
+            yield from in_blocks(work, segment, flop)
+
+
+def gelu_mlp_floats(num_rows: int, width: int, mlp_width: int) -> int:
+    """Most float32 values that `Operations.gelu_mlp` allocates."""
+    return block_floats(num_rows, 4 * width * mlp_width, 2 * width + mlp_width)
+
+
+def attention_flop(num_seen: int, width: int) -> int:
+    """Floating-point operations of attention for one row, without the product after it."""
+    return 4 * num_seen * width

@@ -1,0 +1,156 @@
+"""The patches of a picture: where each lies, how it is rotated, and which learned positions are mixed for it.
+
+    grid (frames, patch rows, patch columns)  ->  places  ->  rotation, taps of a position table, angles for the decoder
+
+The patches of `merge` x `merge` cells that become one position lie one after another: cell by cell, and row by row
+within a cell; with a merge of 1 they lie row by row. Every frame has the same places, so tables are made for one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.model.encoders.blocks import FLOAT_BYTES, Operations, Rows
+from argosy.model.families.config_reader import ConfigReader, is_positive_number
+
+Grid = tuple[int, int, int]  # frames, rows and columns of patches
+Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # the row and the column of each patch of a frame
+
+
+def frame_patches(grid: Grid) -> int:
+    """Patches of one frame."""
+    return grid[1] * grid[2]
+
+
+def frames(grid: Grid) -> list[range]:
+    """The patches of each frame."""
+    size = frame_patches(grid)
+    return [range(start, start + size) for start in range(0, grid[0] * size, size)]
+
+
+def patch_places(grid: Grid, merge: int) -> Places:
+    """The row and the column of each patch of a frame."""
+    _, height, width = grid
+    places = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
+    rows, cols = places.swapaxes(2, 3).reshape(2, -1)
+    return rows, cols
+
+
+class Rotation:
+    """Rotary position embedding on two axes (2-D RoPE): half of a head's pairs turn with the row, half with the column.
+
+    Args:
+        alternates: pairs turn with column and row by turns, and a pair is two adjacent dimensions. Otherwise the first
+            half of the pairs turns with the row, and dimension i is paired with i + head_dim / 2.
+    """
+
+    def __init__(self, places: Places, head_dim: int, theta: float, *, alternates: bool = False) -> None:
+        self._is_interleaved = alternates
+        self._num_places = len(places[0])
+        frequency = theta ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
+        angle = np.arange(1 + max(int(axis.max()) for axis in places))[:, None] * frequency
+        axes = places[::-1] if alternates else places
+
+        def at_places(table: NDArray[np.float64]) -> Rows:
+            halves = [table.astype(np.float32)[axis] for axis in axes]  # each [places, head_dim / 4]
+            return np.stack(halves, axis=2 if alternates else 1).reshape(self._num_places, -1)
+
+        self._cosine, self._sine = at_places(np.cos(angle)), at_places(np.sin(angle))
+
+    def apply(self, operations: Operations, x: Rows, rows: slice) -> None:
+        """Rotate x [rows, heads, head_dim], which are these rows of all frames, in place."""
+        index = np.arange(rows.start, rows.stop) % self._num_places
+        cosine, sine = (table[index] for table in (self._cosine, self._sine))
+        operations.rotate(x, cosine, sine, is_interleaved=self._is_interleaved)
+
+
+def rotation_bytes(num_places: int, head_dim: int) -> int:
+    """Most bytes while a `Rotation` is made; it keeps fewer."""
+    places_and_tables = 5 * 8 * num_places
+    return 2 * FLOAT_BYTES * num_places * head_dim + places_and_tables
+
+
+class Taps(NamedTuple):
+    """For each place on an axis, the entries of a table that are mixed, and their weights: [size, taps]."""
+
+    indices: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+
+def linear_taps(size: int, table_size: int) -> Taps:
+    """Linear interpolation in which the first and the last place are the table's first and last entry."""
+    source = np.linspace(0, table_size - 1, size) if size > 1 else np.zeros(1)
+    return _taps(source, table_size, (0, 1), lambda distance: np.maximum(0, 1 - distance))
+
+
+def cubic_taps(size: int, table_size: int) -> Taps:
+    """Cubic convolution (Keys 1981, a = -0.75) between the centres of pixels; the edge goes on beyond the table."""
+    source = (np.arange(size) + 0.5) * table_size / size - 0.5
+    return _taps(source, table_size, (-1, 0, 1, 2), _keys)
+
+
+def _taps(source: NDArray[np.float64], table_size: int, offsets: Sequence[int], weigh: Weigh) -> Taps:
+    nearest = np.floor(source).astype(np.int64)[:, None] + np.array(offsets)
+    return Taps(nearest.clip(0, table_size - 1), weigh(np.abs(source[:, None] - nearest)))
+
+
+def _keys(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    a = -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+    return np.where(distance <= 1, near, far)
+
+
+class PositionTable:
+    """A learned table of positions, [side * side, width], resampled to the patches of a frame."""
+
+    def __init__(self, name: str, side: int, places: Places, row_taps: Taps, col_taps: Taps) -> None:
+        self._name, self._side, self._places = name, side, places
+        self._taps = row_taps, col_taps
+
+    def add(self, operations: Operations, hidden: Rows, rows: slice) -> None:
+        """Add each patch's position to `hidden`, which are these rows of all frames."""
+        index = np.arange(rows.start, rows.stop) % len(self._places[0])
+        (row_indices, row_weights), (col_indices, col_weights) = self._taps
+        at_rows, at_cols = (axis[index] for axis in self._places)
+        total = np.zeros_like(hidden)
+        for down in range(row_indices.shape[1]):
+            for right in range(col_indices.shape[1]):
+                entries = row_indices[at_rows, down] * self._side + col_indices[at_cols, right]
+                weights = row_weights[at_rows, down] * col_weights[at_cols, right]
+                vectors = operations.rows_of(self._name, entries.astype(np.int32))
+                vectors *= weights.astype(np.float32)[:, None]
+                total += vectors
+        hidden += total
+
+
+def span_angles(grid: Grid, merge: int) -> tuple[Rows, float]:
+    """The rotary positions of a span on the axes time, height and width, and how far the text after it moves on.
+
+    Returns:
+        angles: float32 [3, positions], relative to the first.
+        num_angles: as far as the longer side has positions.
+    """
+    num_frames, height, width = grid[0], grid[1] // merge, grid[2] // merge
+    angles = np.indices((num_frames, height, width), np.float32).reshape(3, -1)
+    return angles, float(max(height, width))
+
+
+def read_theta(reader: ConfigReader, default: float = 10_000.0) -> float:
+    """The base of the rotary frequencies, from `rope_parameters`; absent in files that use the default."""
+    parameters = reader.mapping("rope_parameters")
+    if parameters is None:
+        return default
+    theta = parameters.get("rope_theta", default)
+    is_known = (
+        parameters.keys() <= {"rope_type", "rope_theta"} and parameters.get("rope_type", "axial") == "axial"
+    )
+    if not is_known or not is_positive_number(theta):
+        raise reader.unsupported("rope_parameters", "rope_type 'axial' with a rope_theta above zero")
+    assert isinstance(theta, int | float)
+    return float(theta)

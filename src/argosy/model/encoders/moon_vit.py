@@ -1,0 +1,235 @@
+"""MoonViT and its projector, the vision tower of Kimi-K2.5 and K2.6: pictures, and short pieces of video.
+
+    patches -> product + learned positions (+ time) -> layers -> LayerNorm -> mean over frames -> projector
+
+A layer is LayerNorm, attention with 2-D RoPE over all patches of all frames, LayerNorm, MLP. The projector joins cells
+of 2 x 2 patches. A piece of video has at most as many frames as the table of times, and fills as many positions as one
+picture. Positions in the decoder are those of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from argosy import _native
+from argosy.errors import UsageError
+from argosy.model.encoders import EncoderTensor, with_bias
+from argosy.model.encoders.blocks import (
+    FLOAT_BYTES,
+    OVERHEAD_BYTES,
+    Operations,
+    Rows,
+    Steps,
+    block_floats,
+    gelu_mlp_floats,
+    in_blocks,
+    sinusoids,
+)
+from argosy.model.encoders.grid import (
+    Grid,
+    PositionTable,
+    Rotation,
+    cubic_taps,
+    frame_patches,
+    patch_places,
+    read_theta,
+    rotation_bytes,
+)
+from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.weights import DenseWeights
+from argosy.prompt.media_span import SpanRows
+
+_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoonViTConfig:
+    """Sizes of the tower and its projector, which makes rows of `out_size` values."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_width: int
+    num_heads: int
+    patch_size: int
+    merge: int
+    out_size: int
+    position_side: int
+    most_frames: int
+    theta: float
+    projector_eps: float
+
+    @property
+    def patch_values(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cell_size(self) -> int:
+        """The size of the patches of a cell together."""
+        return self.hidden_size * self.merge**2
+
+
+def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int) -> MoonViTConfig:
+    """Read `vision_config`, in the spelling of the hub or of transformers 5.24.
+
+    Args:
+        wrapper: the config around it, where transformers keeps the keys of the projector; it is not finished here.
+        hidden_size: of the text model.
+
+    Raises:
+        UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
+    """
+    reader.one_of("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    reader.neutral("mm_projector_type", "patchmerger")
+    reader.neutral("projector_hidden_act", "gelu")
+    reader.neutral("pos_emb_type", "divided_fixed")
+    reader.neutral("video_attn_type", "spatial_temporal")
+    reader.neutral("merge_type", "sd2_tpool")
+    reader.neutral("text_hidden_size", hidden_size)
+    eps = wrapper.number("projection_layer_norm_eps", 1e-5)
+    config = MoonViTConfig(
+        num_layers=reader.integer("vt_num_hidden_layers", "num_hidden_layers", default=27, most=MOST_LAYERS),
+        hidden_size=reader.integer("vt_hidden_size", "hidden_size", default=1152),
+        mlp_width=reader.integer("vt_intermediate_size", "intermediate_size", default=4304),
+        num_heads=reader.integer("vt_num_attention_heads", "num_attention_heads", default=16),
+        patch_size=reader.integer("patch_size", default=14),
+        merge=(reader.integers("merge_kernel_size", least=1, most=64) or (2, 2))[0],
+        out_size=hidden_size,
+        position_side=reader.integer("init_pos_emb_height", "pos_emb_height", default=64),
+        most_frames=reader.integer("init_pos_emb_time", "pos_emb_time", default=4),
+        theta=read_theta(reader),
+        projector_eps=reader.number("projector_ln_eps", eps),
+    )
+    reader.neutral("merge_kernel_size", [config.merge, config.merge])
+    width = reader.integer("init_pos_emb_width", "pos_emb_width", default=64)
+    if width != config.position_side:
+        raise reader.unsupported("pos_emb_width", f"the height of the table, {config.position_side}")
+    reader.neutral("mm_hidden_size", config.hidden_size)
+    if wrapper.integer("projection_hidden_size", default=config.hidden_size) != config.hidden_size:
+        raise wrapper.unsupported("projection_hidden_size", f"the size of the tower, {config.hidden_size}")
+    if config.hidden_size % (4 * config.num_heads):
+        raise reader.unsupported(
+            "hidden_size", f"a multiple of {4 * config.num_heads}, 4 times the number of heads"
+        )
+    reader.finish()
+    return config
+
+
+def tensors(config: MoonViTConfig) -> dict[str, EncoderTensor]:
+    """The tensors of tower and projector by canonical name; they have no prefix."""
+    hidden, wide, cell, side = config.hidden_size, config.mlp_width, config.cell_size, config.position_side
+    tower = "vision_tower"
+    found = with_bias("patch", f"{tower}.patch_embed.proj", (hidden, 3, config.patch_size, config.patch_size))
+    found["position"] = EncoderTensor(f"{tower}.patch_embed.pos_emb.weight", (side, side, hidden), row_axes=2)
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}", f"{tower}.encoder.blocks.{layer}"
+        found |= with_bias(f"{ours}.attn_norm", f"{theirs}.norm0", (hidden,))
+        found |= with_bias(f"{ours}.qkv", f"{theirs}.wqkv", (3 * hidden, hidden))
+        found |= with_bias(f"{ours}.o", f"{theirs}.wo", (hidden, hidden))
+        found |= with_bias(f"{ours}.mlp_norm", f"{theirs}.norm1", (hidden,))
+        found |= with_bias(f"{ours}.up", f"{theirs}.mlp.fc0", (wide, hidden))
+        found |= with_bias(f"{ours}.down", f"{theirs}.mlp.fc1", (hidden, wide))
+    found |= with_bias("final_norm", f"{tower}.encoder.final_layernorm", (hidden,))
+    found |= with_bias("projector.norm", "mm_projector.pre_norm", (hidden,))
+    found |= with_bias("projector.up", "mm_projector.proj.0", (cell, cell))
+    found |= with_bias("projector.down", "mm_projector.proj.2", (config.out_size, cell))
+    return found
+
+
+def num_positions(config: MoonViTConfig, grid: Grid) -> int:
+    """Positions that a picture or piece of video of `grid` patches fills: one for each cell, in all frames together."""
+    return frame_patches(grid) // config.merge**2
+
+
+def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
+    """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
+    hidden, cell = config.hidden_size, config.cell_size
+    in_frame, positions = frame_patches(grid), num_positions(config, grid)
+    patches = grid[0] * in_frame
+    floats = patches * hidden + max(
+        block_floats(patches, 2 * hidden * config.patch_values, 5 * hidden + 32),
+        patch_attention_floats(patches, patches, hidden, config.num_heads),
+        gelu_mlp_floats(patches, hidden, config.mlp_width),
+        positions * config.out_size
+        + block_floats(positions, 2 * cell * (cell + config.out_size), (2 * grid[0] + 4) * cell),
+    )
+    return FLOAT_BYTES * floats + rotation_bytes(in_frame, config.head_dim) + OVERHEAD_BYTES
+
+
+class MoonViT:
+    """The tower with its projector and weights; `encode` may be run for several pictures at the same time."""
+
+    def __init__(self, config: MoonViTConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+        self._config = config
+        self._operations = Operations(weights, runtime)
+
+    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+        """Make the rows of a picture or a piece of video.
+
+        Args:
+            patches: [patches of all frames, 3 * patch_size^2], row by row.
+            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
+
+        Raises:
+            UsageError: more frames than the tower knows times.
+        """
+        config, ops = self._config, self._operations
+        if grid[0] > config.most_frames:
+            raise UsageError(
+                f"a piece of video has {grid[0]} frames, and the vision tower takes at most {config.most_frames}",
+                hint="split the video into shorter pieces",
+            )
+        rotation = Rotation(patch_places(grid, 1), config.head_dim, config.theta, alternates=True)
+        hidden = np.empty((len(patches), config.hidden_size), np.float32)
+        yield from self._embed(patches, grid, hidden)
+        for layer in range(config.num_layers):
+            name = f"layers.{layer}"
+            norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
+            segments = [range(len(hidden))]
+            yield from patch_attention(ops, name, hidden, norm, rotation, segments, config.num_heads)
+            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "tanh")
+        embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
+        yield from self._project(hidden, grid, embeddings)
+        return SpanRows(embeddings)
+
+    def _embed(self, patches: Rows, grid: Grid, hidden: Rows) -> Steps:
+        ops, side = self._operations, self._config.position_side
+        taps = [cubic_taps(size, side) for size in grid[1:]]
+        positions = PositionTable("position", side, patch_places(grid, 1), *taps)
+        times = sinusoids(
+            np.arange(grid[0]), 10_000.0 ** -(np.arange(0, hidden.shape[1], 2) / hidden.shape[1])
+        )
+
+        def work(rows: slice) -> None:
+            ops.linear("patch", patches[rows], hidden[rows])
+            positions.add(ops, hidden[rows], rows)
+            if grid[0] > 1:  # a picture has no time
+                hidden[rows] += times[np.arange(rows.start, rows.stop) // frame_patches(grid)]
+
+        return in_blocks(work, range(len(hidden)), ops.flop_per_row("patch"))
+
+    def _project(self, hidden: Rows, grid: Grid, embeddings: Rows) -> Steps:
+        ops, config = self._operations, self._config
+        num_frames, height, width = grid
+        merge = config.merge
+        # [frames, cell rows, rows in a cell, cell columns, columns in a cell, hidden], the cells before what is in them
+        cells = hidden.reshape(num_frames, height // merge, merge, width // merge, merge, -1).swapaxes(2, 3)
+        columns = width // merge
+
+        def work(rows: slice) -> None:
+            index = np.arange(rows.start, rows.stop)
+            patches = cells[:, index // columns, index % columns]  # [frames, rows, merge, merge, hidden]
+            normed = ops.layer_norm("final_norm", patches.reshape(-1, config.hidden_size), _NORM_EPS)
+            mean = normed.reshape(num_frames, -1, config.hidden_size).mean(axis=0)
+            x = ops.layer_norm("projector.norm", mean, config.projector_eps).reshape(-1, config.cell_size)
+            ops.linear("projector.down", ops.gelu(ops.linear("projector.up", x), "erf"), embeddings[rows])
+
+        return in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))

@@ -1,0 +1,261 @@
+"""The audio tower of Qwen3-Omni: mel features of a sound of any length.
+
+    features -> chunks of 100 frames -> 3 convolutions, 8 frames become 1 -> + times -> layers -> LayerNorm, MLP
+
+Convolutions see one chunk, and times begin again in each chunk. Zeros are added to the last chunk until it is as long
+as the others; a sound shorter than a chunk stays as it is. A layer is LayerNorm, attention within a window of several
+chunks, LayerNorm, MLP. Positions in the decoder are those of text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from argosy import _native
+from argosy.model.encoders import EncoderTensor, with_bias
+from argosy.model.encoders.blocks import (
+    FLOAT_BYTES,
+    OVERHEAD_BYTES,
+    Operations,
+    Rows,
+    Steps,
+    attention_flop,
+    block_floats,
+    gelu_mlp_floats,
+    in_blocks,
+    sinusoids,
+)
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.weights import DenseWeights
+from argosy.prompt.media_span import SpanRows
+
+_NUM_CONVOLUTIONS = 3
+_KERNEL = 3
+# Rows that a whole chunk becomes; transformers counts on it.
+_CHUNK_ROWS = 13
+_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OmniAudioConfig:
+    """Sizes of the tower. A chunk has `chunk_frames` frames, and attention sees `window_chunks` chunks."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_width: int
+    num_heads: int
+    num_mels: int
+    channels: int
+    chunk_frames: int
+    window_chunks: int
+    out_size: int
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of mel bins after the convolutions."""
+        return _after_convolutions(self.num_mels)
+
+
+def read_config(reader: ConfigReader) -> OmniAudioConfig:
+    """Read `audio_config`, as `Qwen3OmniMoeAudioEncoderConfig` in transformers 5.24 does.
+
+    Raises:
+        UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
+    """
+    reader.one_of("activation_function", "gelu", ("gelu",))
+    reader.neutral("scale_embedding", False)
+    reader.passed("dropout", "activation_dropout", "conv_chunksize", "bos_token_id", "eos_token_id")
+    reader.integer("max_source_positions", default=1500, least=_CHUNK_ROWS)
+    half_chunk = reader.integer("n_window", default=50)
+    window_frames = reader.integer("n_window_infer", default=800)
+    config = OmniAudioConfig(
+        num_layers=reader.integer("encoder_layers", "num_hidden_layers", default=32, most=MOST_LAYERS),
+        hidden_size=reader.integer("d_model", "hidden_size", default=1280, least=4),
+        mlp_width=reader.integer("encoder_ffn_dim", "intermediate_size", default=5120),
+        num_heads=reader.integer("encoder_attention_heads", "num_attention_heads", default=20),
+        num_mels=reader.integer("num_mel_bins", default=128),
+        channels=reader.integer("downsample_hidden_size", default=480),
+        chunk_frames=2 * half_chunk,
+        window_chunks=window_frames // (2 * half_chunk),
+        out_size=reader.integer("output_dim", default=3584),
+    )
+    if _after_convolutions(config.chunk_frames) != _CHUNK_ROWS:
+        raise reader.unsupported("n_window", f"49 to 52, for which a chunk becomes {_CHUNK_ROWS} rows")
+    if not config.window_chunks:
+        raise reader.unsupported("n_window_infer", f"{config.chunk_frames} or more, the frames of a chunk")
+    if config.hidden_size % math.lcm(2, config.num_heads):
+        raise reader.unsupported("d_model", f"an even multiple of the number of heads, {config.num_heads}")
+    reader.finish()
+    return config
+
+
+def tensors(config: OmniAudioConfig) -> dict[str, EncoderTensor]:
+    """The tower's tensors by canonical name; the prefix is `thinker.audio_tower.`."""
+    hidden, wide, channels = config.hidden_size, config.mlp_width, config.channels
+    found: dict[str, EncoderTensor] = {}
+    for i in range(_NUM_CONVOLUTIONS):
+        shape = (channels, channels if i else 1, _KERNEL, _KERNEL)
+        found |= with_bias(f"convolution.{i}", f"conv2d{i + 1}", shape)
+    found |= with_bias("join", "conv_out", (hidden, channels * config.image_rows), has_bias=False)
+    for layer in range(config.num_layers):
+        name = f"layers.{layer}"
+        found |= with_bias(f"{name}.attn_norm", f"{name}.self_attn_layer_norm", (hidden,))
+        for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
+            found |= with_bias(f"{name}.{ours}", f"{name}.self_attn.{theirs}", (hidden, hidden))
+        found |= with_bias(f"{name}.mlp_norm", f"{name}.final_layer_norm", (hidden,))
+        found |= with_bias(f"{name}.up", f"{name}.fc1", (wide, hidden))
+        found |= with_bias(f"{name}.down", f"{name}.fc2", (hidden, wide))
+    found |= with_bias("final_norm", "ln_post", (hidden,))
+    found |= with_bias("output.up", "proj1", (hidden, hidden))
+    found |= with_bias("output.down", "proj2", (config.out_size, hidden))
+    return found
+
+
+def num_positions(config: OmniAudioConfig, num_frames: int) -> int:
+    """Positions that a sound of so many mel frames fills."""
+    chunks, rest = divmod(num_frames, config.chunk_frames)
+    return chunks * _CHUNK_ROWS + _after_convolutions(rest)
+
+
+def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
+    """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
+    hidden, channels, positions = config.hidden_size, config.channels, num_positions(config, num_frames)
+    window = min(positions, config.window_chunks * _CHUNK_ROWS)
+    height, width = config.num_mels, min(num_frames, config.chunk_frames)
+    convolutions, num_inputs = [], 1
+    for _ in range(_NUM_CONVOLUTIONS):
+        image = (height + 2) * (width + 2) * num_inputs
+        height, width = _halved(height), _halved(width)
+        pixels, taps = height * width, num_inputs * _KERNEL**2
+        result = (height + 2) * (width + 2) * channels
+        block = block_floats(pixels, 2 * taps * channels, taps + channels + 8)
+        convolutions.append(image + result + block)
+        num_inputs = channels
+    joined = 2 * height * width * channels + 4 * width * hidden
+    floats = positions * hidden + max(
+        *convolutions,
+        (height + 2) * (width + 2) * channels + joined,
+        3 * positions * hidden
+        + max(
+            block_floats(positions, 6 * hidden**2, 2 * hidden),
+            block_floats(window, attention_flop(window, hidden) + 2 * hidden**2, 2 * hidden),
+        ),
+        gelu_mlp_floats(positions, hidden, config.mlp_width),
+        positions * config.out_size
+        + block_floats(positions, 2 * hidden * (hidden + config.out_size), 3 * hidden),
+    )
+    return FLOAT_BYTES * floats + OVERHEAD_BYTES
+
+
+class OmniAudioTower:
+    """The tower with its weights; `encode` may be run for several sounds at the same time."""
+
+    def __init__(self, config: OmniAudioConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+        self._config = config
+        self._operations = Operations(weights, runtime)
+        half = config.hidden_size // 2
+        frequencies = 10_000.0 ** -(np.arange(half) / max(1, half - 1))
+        self._times = sinusoids(np.arange(_CHUNK_ROWS), frequencies)
+
+    def encode(self, features: Rows) -> Generator[None, None, SpanRows]:
+        """Make the rows of a sound.
+
+        Args:
+            features: [num_mels, frames], at least one frame.
+        """
+        config, ops = self._config, self._operations
+        hidden = np.empty((num_positions(config, features.shape[1]), config.hidden_size), np.float32)
+        for chunk, start in enumerate(range(0, features.shape[1], config.chunk_frames)):
+            rows = hidden[chunk * _CHUNK_ROWS :][:_CHUNK_ROWS]
+            yield from self._embed(features, start, rows)
+        step = config.window_chunks * _CHUNK_ROWS
+        windows = [range(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
+        for layer in range(config.num_layers):
+            yield from self._attention(f"layers.{layer}", hidden, windows)
+            yield from ops.gelu_mlp(f"layers.{layer}", hidden, _NORM_EPS, "erf")
+        embeddings = np.empty((len(hidden), config.out_size), np.float32)
+
+        def work(rows: slice) -> None:
+            x = ops.linear("output.up", ops.layer_norm("final_norm", hidden[rows], _NORM_EPS))
+            ops.linear("output.down", ops.gelu(x, "erf"), embeddings[rows])
+
+        yield from in_blocks(work, range(len(hidden)), ops.flop_per_row("output.up", "output.down"))
+        return SpanRows(embeddings)
+
+    def _embed(self, features: Rows, start: int, out: Rows) -> Steps:
+        """Make the rows of the chunk that begins at frame `start`."""
+        ops, config = self._operations, self._config
+        # Padded by one pixel on each side: [mel bins + 2, frames + 2, channels].
+        image = np.zeros(
+            (config.num_mels + 2, min(features.shape[1], config.chunk_frames) + 2, 1), np.float32
+        )
+        frames = features[:, start : start + config.chunk_frames]
+        image[1:-1, 1 : 1 + frames.shape[1], 0] = frames
+        for i in range(_NUM_CONVOLUTIONS):
+            image = yield from self._convolve(f"convolution.{i}", image)
+        # The channel comes before the mel bins in the product that joins them.
+        x = image[1:-1, 1:-1].transpose(1, 2, 0).reshape(image.shape[1] - 2, -1)
+
+        def work(rows: slice) -> None:
+            out[rows] = ops.linear("join", x[rows])
+            out[rows] += self._times[rows]
+
+        yield from in_blocks(work, range(len(out)), ops.flop_per_row("join"))
+
+    def _convolve(self, name: str, image: Rows) -> Generator[None, None, Rows]:
+        """Convolve with 3 x 3 kernels at every second pixel, then GELU; the result is padded again."""
+        ops = self._operations
+        # [height, width, channels, 3, 3]: the pixels under each kernel, in the order of the weight
+        under = sliding_window_view(image, (_KERNEL, _KERNEL), axis=(0, 1))[::2, ::2]
+        height, width = under.shape[:2]
+        out = np.zeros((height + 2, width + 2, self._config.channels), np.float32)
+
+        def work(rows: slice) -> None:
+            at = np.divmod(np.arange(rows.start, rows.stop), width)
+            pixels = ops.linear(name, under[at].reshape(rows.stop - rows.start, -1))
+            out[1:-1, 1:-1][at] = ops.gelu(pixels, "erf")
+
+        yield from in_blocks(work, range(height * width), ops.flop_per_row(name))
+        return out
+
+    def _attention(self, layer: str, hidden: Rows, windows: list[range]) -> Steps:
+        ops = self._operations
+        query, key, value = (np.empty_like(hidden) for _ in range(3))
+
+        def project(rows: slice) -> None:
+            normed = ops.layer_norm(f"{layer}.attn_norm", hidden[rows], _NORM_EPS)
+            for name, out in (("q", query), ("k", key), ("v", value)):
+                ops.linear(f"{layer}.{name}", normed, out[rows])
+
+        def add(rows: slice, result: Rows) -> None:
+            hidden[rows] += result
+
+        flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
+        yield from in_blocks(project, range(len(hidden)), flop)
+        heads = self._config.num_heads
+        yield from ops.attend(
+            query,
+            key,
+            value,
+            num_heads=heads,
+            scale=(self._config.hidden_size // heads) ** -0.5,
+            segments=windows,
+            output=f"{layer}.o",
+            finish=add,
+        )
+
+
+def _halved(size: int) -> int:
+    """Pixels after a convolution at every second one."""
+    return (size + 1) // 2
+
+
+def _after_convolutions(size: int) -> int:
+    for _ in range(_NUM_CONVOLUTIONS):
+        size = _halved(size)
+    return size

@@ -1,0 +1,259 @@
+"""The vision tower of Qwen3-VL, Qwen3.5 and Qwen3-Omni: pictures, and frames of video.
+
+    patches -> product + learned positions -> layers -> merger -> embeddings
+                                                |
+                                                +-> deepstack mergers -> additions after the decoder's first layers
+
+A patch covers two frames; a picture is its own second frame. A layer is LayerNorm, attention within a frame with 2-D
+RoPE, LayerNorm, MLP. A merger joins cells of `merge` x `merge` patches. Qwen3.5 has no deepstack mergers.
+
+A prompt of Qwen3-VL or Qwen3.5 has a video as separate frames with times between them, so each frame is a span; in
+Qwen3-Omni a video is one span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from math import isqrt
+
+import numpy as np
+
+from argosy import _native
+from argosy.model.encoders import EncoderTensor, with_bias
+from argosy.model.encoders.blocks import (
+    FLOAT_BYTES,
+    OVERHEAD_BYTES,
+    Operations,
+    Rows,
+    Steps,
+    block_floats,
+    gelu_mlp_floats,
+    in_blocks,
+)
+from argosy.model.encoders.grid import (
+    Grid,
+    Places,
+    PositionTable,
+    Rotation,
+    frame_patches,
+    frames,
+    linear_taps,
+    patch_places,
+    read_theta,
+    rotation_bytes,
+    span_angles,
+)
+from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
+from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.weights import DenseWeights
+from argosy.prompt.media_span import SpanRows
+
+__all__ = [
+    "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config", "span_angles",
+    "tensors",
+]  # fmt: skip
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QwenVisionConfig:
+    """Sizes of the tower; `deepstack_layers` are the layers whose outputs are merged for the decoder, ascending."""
+
+    num_layers: int
+    hidden_size: int
+    mlp_width: int
+    num_heads: int
+    channels: int
+    patch_size: int
+    patch_frames: int
+    merge: int
+    out_size: int
+    position_side: int
+    theta: float
+    deepstack_layers: tuple[int, ...]
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch_frames * self.patch_size**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cell_size(self) -> int:
+        """The size of the patches of a cell together."""
+        return self.hidden_size * self.merge**2
+
+
+def read_config(reader: ConfigReader, *, has_deepstack: bool = True) -> QwenVisionConfig:
+    """Read `vision_config`, as the classes of transformers 5.24 do.
+
+    Args:
+        has_deepstack: whether the family has deepstack mergers; Qwen3.5 has none.
+
+    Raises:
+        UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
+    """
+    reader.one_of("hidden_act", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
+    # Qwen3-Omni's files have more keys, which repeat others or belong to the processor.
+    reader.neutral("apply_vit_abs_pos_embed", True)
+    reader.passed(
+        "image_size", "in_chans", "spatial_patch_size", "tokens_per_second", "bos_token_id", "eos_token_id"
+    )
+    num_layers = reader.integer("depth", "num_hidden_layers", default=27, most=MOST_LAYERS)
+    num_entries = reader.integer("num_position_embeddings", default=2304)
+    deepstack_layers: tuple[int, ...] = (8, 16, 24) if has_deepstack else ()
+    if not has_deepstack:
+        reader.neutral("deepstack_visual_indexes", [], None)
+    elif reader.has("deepstack_visual_indexes"):
+        deepstack_layers = reader.integers("deepstack_visual_indexes", least=0, most=num_layers - 1)
+    config = QwenVisionConfig(
+        num_layers=num_layers,
+        hidden_size=reader.integer("hidden_size", default=1152),
+        mlp_width=reader.integer("intermediate_size", default=4304),
+        num_heads=reader.integer("num_heads", "num_attention_heads", default=16),
+        channels=reader.integer("in_channels", default=3),
+        patch_size=reader.integer("patch_size", default=16),
+        patch_frames=reader.integer("temporal_patch_size", default=2),
+        merge=reader.integer("spatial_merge_size", default=2),
+        out_size=reader.integer("out_hidden_size", default=3584),
+        position_side=isqrt(num_entries),
+        theta=read_theta(reader),
+        deepstack_layers=deepstack_layers,
+    )
+    if config.position_side**2 != num_entries:
+        raise reader.unsupported("num_position_embeddings", "the square of a whole number")
+    if config.hidden_size % (4 * config.num_heads):
+        raise reader.unsupported(
+            "hidden_size", f"a multiple of {4 * config.num_heads}, 4 times the number of heads"
+        )
+    if any(first >= second for first, second in pairwise(deepstack_layers)):
+        raise reader.unsupported("deepstack_visual_indexes", "layers in ascending order")
+    reader.finish()
+    return config
+
+
+def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, EncoderTensor]:
+    """The tower's tensors by canonical name; Qwen3-Omni has other names for those of mergers.
+
+    The prefix is `model.visual.`, in Qwen3-Omni `thinker.visual.`.
+    """
+    hidden, wide, cell = config.hidden_size, config.mlp_width, config.cell_size
+    kernel = (config.patch_frames, config.patch_size, config.patch_size)
+    found = with_bias("patch", "patch_embed.proj", (hidden, config.channels, *kernel))
+    found["position"] = EncoderTensor("pos_embed.weight", (config.position_side**2, hidden))
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}", f"blocks.{layer}"
+        found |= with_bias(f"{ours}.attn_norm", f"{theirs}.norm1", (hidden,))
+        found |= with_bias(f"{ours}.qkv", f"{theirs}.attn.qkv", (3 * hidden, hidden))
+        found |= with_bias(f"{ours}.o", f"{theirs}.attn.proj", (hidden, hidden))
+        found |= with_bias(f"{ours}.mlp_norm", f"{theirs}.norm2", (hidden,))
+        found |= with_bias(f"{ours}.up", f"{theirs}.mlp.linear_fc1", (wide, hidden))
+        found |= with_bias(f"{ours}.down", f"{theirs}.mlp.linear_fc2", (hidden, wide))
+    norm, up, down = ("ln_q", "mlp.0", "mlp.2") if is_omni else ("norm", "linear_fc1", "linear_fc2")
+    deepstack = "merger_list" if is_omni else "deepstack_merger_list"
+    mergers = {"merger": ("merger", hidden)}
+    mergers |= {f"deepstack.{i}": (f"{deepstack}.{i}", cell) for i in range(len(config.deepstack_layers))}
+    for ours, (theirs, norm_size) in mergers.items():
+        found |= with_bias(f"{ours}.norm", f"{theirs}.{norm}", (norm_size,))
+        found |= with_bias(f"{ours}.up", f"{theirs}.{up}", (cell, cell))
+        found |= with_bias(f"{ours}.down", f"{theirs}.{down}", (config.out_size, cell))
+    return found
+
+
+def num_positions(config: QwenVisionConfig, grid: Grid) -> int:
+    """Positions that a picture or video of `grid` patches fills: one for each cell of each frame."""
+    return grid[0] * frame_patches(grid) // config.merge**2
+
+
+def omni_angles(
+    config: QwenVisionConfig, grid: Grid, *, seconds_per_frame: float, angles_per_second: int
+) -> tuple[Rows, float]:
+    """The rotary positions of a span in Qwen3-Omni, where the time of a frame is in seconds; as `span_angles`.
+
+    Args:
+        seconds_per_frame: from one frame of the grid to the next; it does not matter for a picture.
+        angles_per_second: `position_id_per_seconds` of the config.
+    """
+    angles, _ = span_angles(grid, config.merge)
+    angles[0] = angles[0] * np.float32(seconds_per_frame) * np.float32(angles_per_second)
+    return angles, float(angles.max() + 1)
+
+
+def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
+    """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
+    hidden, cell = config.hidden_size, config.cell_size
+    in_frame, positions = frame_patches(grid), num_positions(config, grid)
+    patches = grid[0] * in_frame
+
+    floats = patches * hidden + positions * config.out_size * (1 + len(config.deepstack_layers))
+    floats += max(
+        block_floats(patches, 2 * hidden * config.patch_values, 4 * hidden + 32),
+        patch_attention_floats(patches, in_frame, hidden, config.num_heads),
+        gelu_mlp_floats(patches, hidden, config.mlp_width),
+        block_floats(positions, 2 * cell * (cell + config.out_size), 3 * cell),
+    )
+    tables = rotation_bytes(in_frame, config.head_dim)
+    return FLOAT_BYTES * floats + tables + OVERHEAD_BYTES
+
+
+class QwenVisionTower:
+    """The tower with its weights; `encode` may be run for several pictures at the same time."""
+
+    def __init__(self, config: QwenVisionConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+        self._config = config
+        self._operations = Operations(weights, runtime)
+
+    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+        """Make the rows of a picture or video.
+
+        Args:
+            patches: [patches of all frames, channels * patch_frames * patch_size^2], in the order of `patch_places`.
+            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
+        """
+        config, ops = self._config, self._operations
+        places = patch_places(grid, config.merge)
+        rotation = Rotation(places, config.head_dim, config.theta)
+        hidden = np.empty((len(patches), config.hidden_size), np.float32)
+        yield from self._embed(patches, grid, places, hidden)
+        additions = {}
+        for layer in range(config.num_layers):
+            name = f"layers.{layer}"
+            norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
+            yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)
+            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "tanh")
+            if layer in config.deepstack_layers:
+                addition = config.deepstack_layers.index(layer)
+                additions[addition] = yield from self._merge(f"deepstack.{addition}", hidden)
+        embeddings = yield from self._merge("merger", hidden)
+        return SpanRows(embeddings, additions)
+
+    def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
+        ops, side = self._operations, self._config.position_side
+        taps = [linear_taps(size, side) for size in grid[1:]]
+        positions = PositionTable("position", side, places, *taps)
+
+        def work(rows: slice) -> None:
+            ops.linear("patch", patches[rows], hidden[rows])
+            positions.add(ops, hidden[rows], rows)
+
+        yield from in_blocks(work, range(len(hidden)), ops.flop_per_row("patch"))
+
+    def _merge(self, name: str, hidden: Rows) -> Generator[None, None, Rows]:
+        """Join the patches of each cell; deepstack mergers normalise the cell, the last one each patch."""
+        ops = self._operations
+        cells = hidden.reshape(-1, self._config.cell_size)
+        merged = np.empty((len(cells), self._config.out_size), np.float32)
+
+        def work(rows: slice) -> None:
+            x = cells[rows] if name != "merger" else cells[rows].reshape(-1, self._config.hidden_size)
+            normed = ops.layer_norm(f"{name}.norm", x, _NORM_EPS).reshape(-1, self._config.cell_size)
+            ops.linear(f"{name}.down", ops.gelu(ops.linear(f"{name}.up", normed), "erf"), merged[rows])
+
+        yield from in_blocks(work, range(len(cells)), ops.flop_per_row(f"{name}.up", f"{name}.down"))
+        return merged

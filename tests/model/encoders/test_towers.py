@@ -1,0 +1,186 @@
+"""Towers give the rows of transformers, within their bounds of memory and work."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Generator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.model.encoders import blocks
+from argosy.prompt.media_span import SpanRows
+from tests.model.encoders.open_tower import PARTS, Part, Shape, dense_weights, finish
+from tests.models.references import difference
+from tests.models.safetensors_file import Array, read_safetensors
+from tests.models.tiny_encoders import CONFIGS, REFERENCE, Sizes, random_tensors
+
+# float32 sums in another order differ by less than 3e-6 of the largest value here; a wrong term by more than 1e-2. The
+# bound leaves room for other processors.
+LARGEST_DIFFERENCE = 2e-5
+
+NUM_CASES = 4
+CASES = [(name, case) for name in PARTS for case in range(NUM_CASES)]
+
+
+@cache
+def reference(name: str) -> tuple[Any, dict[str, Array], dict[str, Array]]:
+    """The tower's config, its weights, and the inputs and answers of transformers."""
+    directory = REFERENCE / name
+    config = PARTS[name].read(json.loads((directory / "config.json").read_text()))
+    return (
+        config,
+        read_safetensors(directory / "model.safetensors"),
+        read_safetensors(directory / "ref.safetensors"),
+    )
+
+
+def open_tower(name: str, *, threads: int = 1) -> tuple[Part, Any, Any]:
+    part = PARTS[name]
+    config, values, _ = reference(name)
+    weights = dense_weights(part.tensors(config), part.prefix, values)
+    return part, config, part.tower(config, weights, _native.Runtime(threads))
+
+
+def shape_of(name: str, case: int) -> Shape:
+    return tuple(int(size) for size in reference(name)[2][f"{case}.shape"])
+
+
+def encoding(name: str, tower: Any, case: int) -> Generator[None, None, SpanRows]:
+    return PARTS[name].encode(tower, reference(name)[2][f"{case}.input"], shape_of(name, case))
+
+
+def encode(name: str, tower: Any, case: int) -> SpanRows:
+    return finish(encoding(name, tower, case))
+
+
+def test_every_part_has_all_its_cases() -> None:
+    for name in PARTS:
+        cases = {key.partition(".")[0] for key in reference(name)[2]}
+        assert cases == {str(case) for case in range(NUM_CASES)}
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_rows_equal_those_of_transformers(name: str, case: int) -> None:
+    part, config, tower = open_tower(name)
+    expected = reference(name)[2]
+    rows = encode(name, tower, case)
+    assert difference(rows.embeddings, expected[f"{case}.embeddings"]) <= LARGEST_DIFFERENCE
+    assert len(rows.embeddings) == part.num_positions(config, shape_of(name, case))
+    additions = [key for key in expected if key.startswith(f"{case}.additions.")]
+    assert len(rows.additions) == len(additions)
+    for layer, addition in rows.additions.items():
+        assert difference(addition, expected[f"{case}.additions.{layer}"]) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_angles_equal_those_of_transformers(name: str, case: int) -> None:
+    expected = reference(name)[2]
+    angles = PARTS[name].angles
+    assert (angles is not None) == (f"{case}.angles" in expected)
+    if angles is None:
+        return
+    found, num_angles = angles(reference(name)[0], shape_of(name, case))
+    assert found.dtype == np.float32
+    assert np.array_equal(found, expected[f"{case}.angles"])
+    assert num_angles == expected[f"{case}.num_angles"][0]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_files_hold_exactly_the_tensors_of_the_tower(name: str) -> None:
+    config, values, _ = reference(name)
+    part = PARTS[name]
+    assert {part.prefix + tensor.name: tensor.shape for tensor in part.tensors(config).values()} == {
+        key: value.shape for key, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rows_do_not_depend_on_threads_or_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, tower = open_tower(name)
+    expected = encode(name, tower, NUM_CASES - 1)
+    monkeypatch.setattr(blocks, "MOST_ROWS", 3)
+    _, _, tower = open_tower(name, threads=3)
+    found = encode(name, tower, NUM_CASES - 1)
+    assert np.array_equal(found.embeddings, expected.embeddings)
+    for layer, addition in expected.additions.items():
+        assert np.array_equal(found.additions[layer], addition)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_pictures_are_encoded_side_by_side(name: str) -> None:
+    _, _, tower = open_tower(name)
+    alone = [encode(name, tower, case).embeddings for case in range(NUM_CASES)]
+    steps = {case: encoding(name, tower, case) for case in range(NUM_CASES)}
+    found = {}
+    while steps:
+        for case in list(steps):
+            try:
+                next(steps[case])
+            except StopIteration as end:
+                del steps[case]
+                found[case] = end.value.embeddings
+    assert all(np.array_equal(found[case], rows) for case, rows in enumerate(alone))
+
+
+def count_flop(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Count what products and attention do; returns a function that gives the count and starts a new one."""
+    done = [0]
+    linear, attend = _native.linear, _native.attend
+
+    def counted_linear(runtime: Any, matrix: Any, x: Array, *rest: Any) -> None:
+        done[0] += 2 * len(x) * matrix.rows * matrix.cols
+        linear(runtime, matrix, x, *rest)
+
+    def counted_attend(runtime: Any, query: Array, key: Array, *rest: Any) -> None:
+        done[0] += 4 * query.size * len(key)
+        attend(runtime, query, key, *rest)
+
+    monkeypatch.setattr(_native, "linear", counted_linear)
+    monkeypatch.setattr(_native, "attend", counted_attend)
+
+    def take() -> int:
+        count, done[0] = done[0], 0
+        return count
+
+    return take
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_it_yields_before_much_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a large tower, but with a smaller limit: work between yields stays below it, unless one row is more."""
+    limit = 300_000
+    monkeypatch.setattr(blocks, "MOST_FLOP", limit)
+    take = count_flop(monkeypatch)
+    _, _, tower = open_tower(name)
+    counts = [take() for _ in encoding(name, tower, NUM_CASES - 1)]
+    assert max(counts) <= limit
+    assert take() == 0, "work after the last yield"
+    assert len(counts) >= sum(counts) / limit
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(), Sizes(heads=4, head_dim=16, mlp=300, out=96, merge=2)], ids=["small", "wide"]
+)
+@pytest.mark.parametrize("name", PARTS)
+def test_memory_stays_within_its_bound(name: str, sizes: Sizes) -> None:
+    part = PARTS[name]
+    config = part.read(CONFIGS[part.family](sizes))
+    weights = dense_weights(
+        part.tensors(config), part.prefix, random_tensors(part.tensors(config), part.prefix, 1)
+    )
+    tower = part.tower(config, weights, _native.Runtime(1))
+    for shape in part.large_shapes(config):
+        value = part.make_input(config, shape, 1)
+        tracemalloc.start()
+        try:
+            finish(part.encode(tower, value, shape))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        bound = part.peak_bytes(config, shape)
+        assert bound / 2 <= peak <= bound, (shape, peak, bound)

@@ -1,0 +1,154 @@
+"""Write tiny towers and the rows that transformers computes with them (needs torch and transformers).
+
+    python -m tests.models.make_encoders                    # rewrite the committed references
+    python -m tests.models.make_encoders --out DIR --seed 7 # other values and sizes
+
+Each directory of `reference_encoders/` holds a config.json, the tower's tensors as on the hub, and `ref.safetensors`:
+several pictures or sounds, their shapes, their rows and their rotary positions. transformers loads the files, so names
+and shapes are checked as well: a tensor of the tower that it misses or does not know is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+import transformers
+
+from tests.model.encoders.open_tower import PARTS, Part
+from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.tiny_encoders import (
+    CONFIGS,
+    REFERENCE,
+    SECONDS_PER_FRAME,
+    Sizes,
+    random_sizes,
+    random_tensors,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What transformers makes of an input: rows, and their rotary positions if the family has its own."""
+
+    embeddings: Array
+    additions: tuple[Array, ...] = ()
+    angles: Array | None = None
+    num_angles: float = 0.0
+
+    def tensors(self) -> dict[str, Array]:
+        out = {"embeddings": self.embeddings}
+        out |= {f"additions.{i}": addition for i, addition in enumerate(self.additions)}
+        if self.angles is not None:
+            out |= {"angles": self.angles, "num_angles": np.array([self.num_angles], np.float32)}
+        return out
+
+
+def load(directory: Path, part: Part) -> Any:
+    """Load a checkpoint with one tower in float32; the weights of the other parts are random."""
+    how: dict[str, Any] = {}
+    if part.family == "qwen3_omni_moe":
+        how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    model, info = transformers.AutoModelForMultimodalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **how
+    )
+    info["missing_keys"] = [name for name in info["missing_keys"] if name.startswith(part.modules)]
+    problems = {kind: names for kind, names in info.items() if names}
+    if problems:
+        raise SystemExit(f"{directory}: {problems}")
+    return model.model.eval()
+
+
+@torch.no_grad()
+def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answer:
+    """The rows of a picture or video with the grid `shape`, or of a sound with `shape` mel frames."""
+    if part.kind == "sound":
+        mask = torch.ones(1, *shape, dtype=torch.long)
+        found = model.get_audio_features(torch.tensor(value)[None], feature_attention_mask=mask)
+        return Answer(found.last_hidden_state.numpy())
+    grid = torch.tensor([shape])
+    patches = torch.tensor(value)
+    if part.family == "glm4v_moe":  # several frames are several pictures, which see only themselves
+        grids = torch.tensor([(1, *shape[1:])] * shape[0])
+        return Answer(
+            torch.cat(model.get_image_features(patches, grids).pooler_output).numpy(),
+            **angles(model, part, grid),
+        )
+    if part.family == "kimi_k25":
+        patch_size = model.config.vision_config.patch_size
+        patches = patches.reshape(len(patches), 3, patch_size, patch_size)
+    found = model.get_image_features(patches, grid)
+    [embeddings] = found.pooler_output
+    additions = [addition for [addition] in getattr(found, "deepstack_features", None) or []]
+    rows = Answer(embeddings.numpy(), tuple(addition.numpy() for addition in additions))
+    return replace(rows, **angles(model, part, grid)) if part.angles else rows
+
+
+def angles(model: Any, part: Part, grid: torch.Tensor) -> dict[str, Any]:
+    """The rotary positions between three tokens and two, relative to the first."""
+    is_omni = part.family == "qwen3_omni_moe"
+    is_video = is_omni and int(grid[0, 0]) > 1
+    config = model.config
+    num_positions = int(grid.prod()) // config.vision_config.spatial_merge_size**2
+    token = config.video_token_id if is_video else config.image_token_id
+    start = getattr(config, "vision_start_token_id", None) or config.image_start_token_id
+    ids = torch.tensor([[1, 2, start, *[token] * num_positions, 3, 4]])
+    grids = {"video_grid_thw" if is_video else "image_grid_thw": grid}
+    if is_omni:
+        grids |= {
+            "attention_mask": torch.ones_like(ids),
+            "second_per_grids": torch.tensor([SECONDS_PER_FRAME]),
+        }
+    else:
+        grids["mm_token_type_ids"] = (ids == token).int()
+    positions = model.get_rope_index(ids, **grids)[0][:, 0].numpy().astype(np.float32)
+    after = 3 + num_positions
+    return {"angles": positions[:, 3:after] - 3, "num_angles": float(positions[0, after] - 3)}
+
+
+def make(directory: Path, part: Part, sizes: Sizes, seed: int) -> dict[str, Array]:
+    """Write config.json and the tower; return inputs and answers, as `ref.safetensors` holds them."""
+    raw = CONFIGS[part.family](sizes)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    config = part.read(raw)
+    tensors = random_tensors(part.tensors(config), part.prefix, seed)
+    write_safetensors(
+        directory / "model.safetensors", {name: ("BF16", value) for name, value in tensors.items()}
+    )
+    model = load(directory, part)
+    out = {}
+    for case, shape in enumerate(part.shapes(config)):
+        value = part.make_input(config, shape, seed + case)
+        case_out = {"input": value, "shape": np.array(shape, np.int64)}
+        case_out |= answer(model, part, value, shape).tensors()
+        out |= {f"{case}.{name}": tensor for name, tensor in case_out.items()}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=REFERENCE)
+    parser.add_argument("--seed", type=int)
+    options = parser.parse_args()
+    for name in options.parts:
+        seed = options.seed or 0
+        sizes = Sizes() if options.seed is None else random_sizes(seed)
+        tensors = make(options.out / name, PARTS[name], sizes, seed)
+        dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
+        stored = {key: (dtypes[tensor.dtype], tensor) for key, tensor in tensors.items()}
+        write_safetensors(options.out / name / "ref.safetensors", stored)
+
+
+if __name__ == "__main__":
+    main()

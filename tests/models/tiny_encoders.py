@@ -1,0 +1,272 @@
+"""Tiny configurations of the towers that see and hear, random weights in the hub's layout, and inputs for them.
+
+Nothing here needs torch. The references of transformers come from `make_encoders.py`; a test loads the towers of Argosy
+with `tests/model/encoders/open_tower.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from argosy.model.encoders import EncoderTensor
+from tests.models.safetensors_file import Array, decode, encode
+
+RawConfig = dict[str, Any]
+
+REFERENCE = Path(__file__).parent / "reference_encoders"
+
+# Grids of patches, in units of the cells that become a position: one cell, tall, wide, several frames.
+GRIDS = ((1, 1, 1), (1, 3, 2), (1, 1, 5), (3, 2, 1))
+LARGE_GRIDS = ((1, 24, 20), (1, 1, 500), (4, 11, 11))
+# Mel frames of a sound: shorter than a chunk of 100, whole chunks, and more than a window of attention.
+LENGTHS = (37, 100, 130, 517)
+LARGE_LENGTHS = (90, 2040)
+# Of a video of Qwen3-Omni.
+SECONDS_PER_FRAME = 0.7
+ANGLES_PER_SECOND = 13
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Sizes of a tiny tower; all are independent of each other."""
+
+    layers: int = 4
+    heads: int = 3
+    head_dim: int = 8
+    mlp: int = 40
+    out: int = 20
+    side: int = 5
+    patch: int = 4
+    merge: int = 2
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.head_dim
+
+
+def random_sizes(seed: int) -> Sizes:
+    """Sizes as random as the seed."""
+    rng = np.random.default_rng([seed, 3])
+
+    def pick(*choices: int) -> int:
+        return int(rng.choice(choices))
+
+    return Sizes(
+        layers=pick(3, 4, 5),
+        heads=pick(1, 2, 4, 5),
+        head_dim=pick(4, 8, 12, 20),
+        mlp=pick(7, 33, 64),
+        out=4 * pick(3, 5, 12),
+        side=pick(2, 4, 7),
+        patch=pick(2, 3, 6),
+        merge=pick(1, 2, 3),
+    )
+
+
+def _text(sizes: Sizes, **more: Any) -> RawConfig:
+    return {
+        "hidden_size": sizes.out,
+        "intermediate_size": 8,
+        "max_position_embeddings": 128,
+        "moe_intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+    } | more
+
+
+_TOKENS = {"image_token_id": 50, "video_token_id": 51, "vision_start_token_id": 52, "vision_end_token_id": 53}
+
+
+def _qwen_vision(sizes: Sizes, **more: Any) -> RawConfig:
+    return {
+        "depth": sizes.layers,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": sizes.hidden,
+        "in_channels": 3,
+        "initializer_range": 0.02,
+        "intermediate_size": sizes.mlp,
+        "num_heads": sizes.heads,
+        "num_position_embeddings": sizes.side**2,
+        "out_hidden_size": sizes.out,
+        "patch_size": sizes.patch,
+        "spatial_merge_size": sizes.merge,
+        "temporal_patch_size": 2,
+    } | more
+
+
+def qwen3_vl_moe(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe",
+        "text_config": _text(sizes, head_dim=8, model_type="qwen3_vl_moe_text"),
+        "tie_word_embeddings": False,
+        "vision_config": _qwen_vision(
+            sizes, deepstack_visual_indexes=[0, 1, sizes.layers - 1], model_type="qwen3_vl_moe"
+        ),
+    } | _TOKENS
+
+
+def qwen3_5_moe(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": _text(
+            sizes, head_dim=8, layer_types=["full_attention"], model_type="qwen3_5_moe_text"
+        ),
+        "tie_word_embeddings": False,
+        "vision_config": _qwen_vision(sizes, deepstack_visual_indexes=[], model_type="qwen3_5_moe"),
+    } | _TOKENS
+
+
+def qwen3_omni_moe(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "enable_audio_output": False,
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {
+            "audio_config": {
+                "activation_function": "gelu",
+                "conv_chunksize": 500,
+                "d_model": sizes.hidden,
+                "downsample_hidden_size": 6,
+                "encoder_attention_heads": sizes.heads,
+                "encoder_ffn_dim": sizes.mlp,
+                "encoder_layers": 2,
+                "max_source_positions": 1500,
+                "model_type": "qwen3_omni_moe_audio_encoder",
+                "n_window": 50,
+                "n_window_infer": 200,
+                "num_hidden_layers": 2,
+                "num_mel_bins": 20,
+                "output_dim": sizes.out,
+                "scale_embedding": False,
+            },
+            "audio_end_token_id": 55,
+            "audio_start_token_id": 54,
+            "audio_token_id": 56,
+            "model_type": "qwen3_omni_moe_thinker",
+            "position_id_per_seconds": ANGLES_PER_SECOND,
+            "text_config": _text(sizes, head_dim=8, model_type="qwen3_omni_moe_text"),
+            "user_token_id": 57,
+            "vision_config": _qwen_vision(
+                sizes,
+                apply_vit_abs_pos_embed=True,
+                deepstack_visual_indexes=[0, 1, sizes.layers - 1],
+                image_size=sizes.side * sizes.patch,
+                in_chans=3,
+                model_type="qwen3_omni_moe_vision_encoder",
+                spatial_patch_size=sizes.patch,
+                tokens_per_second=2,
+            ),
+        }
+        | _TOKENS,
+    }
+
+
+def glm4v_moe(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        "image_end_token_id": 53,
+        "image_start_token_id": 52,
+        "image_token_id": 50,
+        "model_type": "glm4v_moe",
+        "text_config": _text(sizes, head_dim=8, model_type="glm4v_moe_text", n_routed_experts=2),
+        "tie_word_embeddings": False,
+        "video_token_id": 51,
+        "vision_config": {
+            "attention_bias": sizes.heads % 2 == 0,
+            "attention_dropout": 0.0,
+            "depth": sizes.layers,
+            "hidden_act": "silu",
+            "hidden_dropout_prob": 0.0,
+            "hidden_size": sizes.hidden,
+            "image_size": sizes.side * sizes.patch + 1,
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.mlp,
+            "model_type": "glm4v_moe",
+            "num_heads": sizes.heads,
+            "out_hidden_size": sizes.out,
+            "patch_size": sizes.patch,
+            "rms_norm_eps": 1e-5,
+            "spatial_merge_size": sizes.merge,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def kimi_k25(sizes: Sizes) -> RawConfig:
+    """In the spelling of transformers, which ignores that of the hub."""
+    return {
+        "architectures": ["Kimi_K25ForConditionalGeneration"],
+        "image_token_id": 50,
+        "model_type": "kimi_k25",
+        "projection_hidden_size": sizes.hidden,
+        "projection_layer_norm_eps": 1e-4,
+        "text_config": _text(
+            sizes,
+            kv_lora_rank=8,
+            model_type="deepseek_v3",
+            n_group=1,
+            n_routed_experts=2,
+            q_lora_rank=8,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            topk_group=1,
+            v_head_dim=8,
+        ),
+        "tie_word_embeddings": False,
+        "video_token_id": 51,
+        "vision_config": {
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.mlp,
+            "merge_kernel_size": [sizes.merge, sizes.merge],
+            "model_type": "kimi_k25_vision",
+            "num_attention_heads": sizes.heads,
+            "num_hidden_layers": sizes.layers,
+            "patch_size": sizes.patch,
+            "pos_emb_height": sizes.side,
+            "pos_emb_time": 4,
+            "pos_emb_width": sizes.side,
+        },
+    }
+
+
+CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_omni_moe": qwen3_omni_moe,
+    "glm4v_moe": glm4v_moe,
+    "kimi_k25": kimi_k25,
+}
+
+
+def random_tensors(tensors: Mapping[str, EncoderTensor], prefix: str, seed: int) -> dict[str, Array]:
+    """Random values of all tensors, by their names in the checkpoint; exact in bfloat16."""
+    rng = np.random.default_rng([seed, 1])
+    out = {}
+    for canonical, tensor in tensors.items():
+        values = rng.standard_normal(tensor.shape)
+        if len(tensor.shape) > 1 and "position" not in canonical:
+            values /= np.sqrt(tensor.cols)
+        elif canonical.endswith("norm"):
+            values = 1 + 0.2 * values
+        else:
+            values *= 0.5
+        out[prefix + tensor.name] = decode("BF16", encode("BF16", values)).reshape(tensor.shape)
+    return out
+
+
+def random_input(shape: tuple[int, ...], seed: int) -> Array:
+    """Patches or mel features."""
+    return np.random.default_rng([seed, 2]).standard_normal(shape).astype(np.float32)
