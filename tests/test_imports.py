@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 EVERYONE = {"config", "errors", "replace_file", "strict_json"}
 MAY_IMPORT = {
     "prompt": {"checkpoint"},
+    "media": set(),
     "guard": set(),
     "observe": set(),
     "checkpoint": {"_native"},

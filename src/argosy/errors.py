@@ -3,7 +3,8 @@
     ArgosyError                      exit code   HTTP status
     ├── UsageError                           2           400   a setting, option or request is invalid
     │   ├── PromptTooLong                    2           400   prompt and answer do not fit the context
-    │   └── GrammarError                     2           400   a grammar cannot be compiled or followed within bounds
+    │   ├── GrammarError                     2           400   a grammar cannot be compiled or followed within bounds
+    │   └── BadMedia                         2           400   a picture or sound cannot be decoded within its limits
     ├── Overloaded                           1           503   no room for another request now; retry later
     ├── Revoked                              1           401   the key of the request was revoked
     ├── DoesNotFit                           3           503   the memory budget is below the floor
@@ -76,6 +77,13 @@ class PromptTooLong(UsageError):
 
 class GrammarError(UsageError):
     """The grammar for an answer cannot be compiled or followed within its bounds."""
+
+
+class BadMedia(UsageError):
+    """A picture, sound or video is too large, damaged, or in no format that is read.
+
+    Facts: `kind` ("picture", "sound" or "video"), and `needed` and `found` if a limit is exceeded.
+    """
 
 
 class Overloaded(ArgosyError):

@@ -1,0 +1,356 @@
+"""Decodes pictures and sounds in another process, which is killed and replaced when it exceeds a limit.
+
+    Content  ->  Decoder  ->  worker.py, in its own process  ->  uint8 [height, width, 3] or float32 [samples]
+
+This process never looks into a file. It sends the bytes, waits for a bounded time, and reads an answer whose size it
+checks first. What the worker says about a file is a name from a short list and a few numbers; the sentences are here.
+
+Elsewhere: `parts.py` reads the content; `pictures.py` and `sounds.py` prepare pixels and samples for a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.errors import ArgosyError, BadMedia
+from argosy.media.parts import (
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    Content,
+    Kind,
+    MediaLimits,
+    require_pixels,
+    require_rate,
+    require_seconds,
+)
+
+_START_SECONDS = 30.0  # starting an interpreter with numpy and Pillow takes 0.3 s on an idle machine
+_PACKAGES = ("PIL", "numpy", "miniaudio", "_cffi_backend", "soxr")
+# An interpreter may need these to find its shared libraries. All other variables, keys and tokens among them, are
+# withheld from decoders.
+_WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
+# More threads would only reserve memory; and glibc must give freed memory back, so that the next picture can have it.
+_LESS_MEMORY = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+_MOST_HEADER_BYTES = 1 << 10
+_FORMATS = {"picture": "PNG, JPEG, WEBP or GIF", "sound": "WAV, MP3, FLAC or OGG Vorbis"}
+
+
+class Decoder:
+    """Decodes one file at a time; the process starts on first use, and ends when it has been idle for ten seconds."""
+
+    def __init__(self, limits: MediaLimits | None = None) -> None:
+        self.limits = limits or MediaLimits()
+        self._worker: _Worker | None = None
+        self._lock = threading.Lock()
+
+    def measure(self, content: Content) -> tuple[int, int]:
+        """Find height and width of a picture, as they will be after decoding.
+
+        Raises:
+            BadMedia: it is in no format that is read, its header is damaged, or it is too large.
+        """
+        if isinstance(content.data, np.ndarray):
+            height, width = content.data.shape[:2]
+        else:
+            height, width = self._ask("picture", {"ask": "measure"}, content.data, 2)[0]
+        require_pixels(height, width, self.limits)
+        return height, width
+
+    def picture(self, content: Content) -> NDArray[np.uint8]:
+        """Decode a picture: uint8 RGB [height, width, 3].
+
+        Raises:
+            BadMedia: it cannot be decoded within the limits.
+        """
+        if isinstance(content.data, np.ndarray):
+            array = content.data
+            return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+        shape, payload = self._ask("picture", {"ask": "picture"}, content.data, 3)
+        return np.frombuffer(payload, np.uint8).reshape(shape)
+
+    def sound(self, content: Content, rate: int) -> NDArray[np.float32]:
+        """Decode a sound and resample it: float32 [samples], one channel, `rate` samples per second.
+
+        Raises:
+            BadMedia: it cannot be decoded within the limits.
+        """
+        if isinstance(content.data, np.ndarray):
+            from argosy.media.resample import Resampler
+
+            assert content.rate is not None
+            resampler = Resampler(content.rate, rate)
+            resampler.add(content.data)
+            return resampler.finish()
+        _, payload = self._ask("sound", {"ask": "sound", "rate": rate}, content.data, 1)
+        return np.frombuffer(payload, np.float32)
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+    def _ask(
+        self, kind: Kind, request: dict[str, Any], data: bytes, num_axes: int
+    ) -> tuple[tuple[int, ...], bytearray]:
+        limits = asdict(self.limits) | {"lowest_rate": LOWEST_RATE, "highest_rate": HIGHEST_RATE}
+        line = json.dumps({**request, "nbytes": len(data), "limits": limits}).encode("ascii") + b"\n"
+        with self._lock:
+            for _ in range(2):  # an idle first process may have just ended
+                if self._worker is None or not self._worker.is_alive:
+                    self._stop()
+                    self._worker = _Worker()
+                try:
+                    self._worker.await_ready()
+                    answer = self._exchange(kind, self._worker, line, data, num_axes)
+                except _Gone as gone:
+                    self._stop()
+                    if not gone.was_idle:
+                        raise self._ended(kind, gone) from None
+                    continue
+                except BaseException:
+                    self._stop()
+                    raise
+                if isinstance(answer, BadMedia):
+                    raise answer
+                return answer
+        raise ArgosyError("the process that decodes pictures and sounds ended without an answer")
+
+    def _exchange(
+        self, kind: Kind, worker: _Worker, line: bytes, data: bytes, num_axes: int
+    ) -> tuple[tuple[int, ...], bytearray] | BadMedia:
+        """Send one request and read its answer; an answer that breaks the protocol is like a process that ended."""
+        deadline = time.monotonic() + self.limits.wall_s
+        worker.write(line, deadline)
+        worker.write(data, deadline)
+        header, payload = worker.read_line(deadline)
+        try:
+            answer = json.loads(header)
+            if "refused" in answer:
+                return self._refusal(kind, str(answer["refused"]), dict(answer["facts"]))
+            shape = tuple(answer["shape"])
+            if len(shape) != num_axes or not all(type(side) is int and side > 0 for side in shape):
+                raise ValueError
+            nbytes = self._require_allowed(kind, shape)
+        except (ValueError, KeyError, TypeError):
+            raise _Gone(None) from None
+        return shape, worker.read(nbytes, payload, deadline)
+
+    def _require_allowed(self, kind: Kind, shape: tuple[int, ...]) -> int:
+        """Return the bytes that follow a header, after comparing them with the limits."""
+        if kind == "sound":
+            if shape[0] > self.limits.sound_s * HIGHEST_RATE:
+                raise ValueError
+            return 4 * shape[0]
+        if shape[0] * shape[1] > self.limits.pixels or shape[2:] not in ((), (3,)):
+            raise ValueError
+        return 3 * shape[0] * shape[1] if len(shape) == 3 else 0
+
+    def _refusal(self, kind: Kind, reason: str, facts: dict[str, Any]) -> BadMedia:
+        """Turn a refusal into a sentence; raises KeyError, TypeError or ValueError if it is none that we know."""
+        try:
+            if reason == "size":
+                require_pixels(int(facts["height"]), int(facts["width"]), self.limits)
+            if reason == "rate":
+                require_rate(float(facts["found"]))
+            if reason == "length":
+                require_seconds(float(facts["found"]), self.limits)
+        except BadMedia as error:
+            return error
+        most = self.limits.decode_bytes
+        if reason == "format":
+            return BadMedia(
+                f"the {kind} is in no format that is read; needed: {_FORMATS[kind]}",
+                kind=kind,
+                needed=_FORMATS[kind],
+            )
+        if reason == "damaged":
+            return BadMedia(
+                f"the {kind} is damaged or incomplete", hint="save it again, or convert it", kind=kind
+            )
+        if reason == "channels":
+            needed, found = int(facts["needed"]), int(facts["found"])
+            return BadMedia(
+                f"a sound may have 1 to {needed} channels, found {found}",
+                kind=kind,
+                needed=needed,
+                found=found,
+            )
+        if reason == "memory":
+            width, height, needed = int(facts["width"]), int(facts["height"]), int(facts["needed"])
+            return BadMedia(
+                f"decoding a picture may take at most {most >> 20} MiB, and this one of {width:,} x {height:,} pixels "
+                f"needs {needed >> 20}",
+                hint="scale the picture down",
+                kind=kind,
+                needed=most,
+                found=needed,
+            )
+        if reason == "out_of_memory":
+            return BadMedia(f"decoding the {kind} takes more than {most >> 20} MiB", kind=kind, needed=most)
+        raise ValueError(reason)
+
+    def _ended(self, kind: Kind, gone: _Gone) -> BadMedia:
+        if gone.is_late:
+            return BadMedia(
+                f"decoding the {kind} takes more than {self.limits.wall_s:g} seconds",
+                kind=kind,
+                needed=self.limits.wall_s,
+            )
+        if gone.returncode == -signal.SIGPROF:
+            return BadMedia(
+                f"decoding the {kind} takes more processor time than a {kind} of its size may", kind=kind
+            )
+        return BadMedia(f"the {kind} is damaged: its decoder failed", kind=kind)
+
+
+class _Gone(Exception):
+    """The process ended, or must be ended."""
+
+    def __init__(self, returncode: int | None, *, is_late: bool = False) -> None:
+        super().__init__(returncode)
+        self.returncode = returncode
+        self.is_late = is_late
+
+    @property
+    def was_idle(self) -> bool:
+        """Whether it ended by itself, as it does when it has waited for long."""
+        return self.returncode == 0
+
+
+class _Worker:
+    """One process of `worker.py`: it reports that it is ready, then answers one request after another."""
+
+    def __init__(self) -> None:
+        code = f"import sys; sys.path[:0] = {_paths()!r}; from argosy.media.worker import main; main()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_LESS_MEMORY | {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ},
+            cwd="/",
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._sink, self._source = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._sink, False)
+        self._is_ready = False
+        self._stop = weakref.finalize(self, _end, self._process)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        self._stop()
+
+    def await_ready(self) -> None:
+        if self._is_ready:
+            return
+        try:
+            line, _ = self.read_line(time.monotonic() + _START_SECONDS)
+        except _Gone:
+            line = b""
+        if line != b"ready\n":
+            raise ArgosyError("the process that decodes pictures and sounds did not start")
+        self._is_ready = True
+
+    def write(self, data: bytes, deadline: float) -> None:
+        view = memoryview(data)
+        while view:
+            self._wait(self._sink, select.POLLOUT, deadline)
+            try:
+                view = view[os.write(self._sink, view) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise self._gone() from None
+
+    def read_line(self, deadline: float) -> tuple[bytes, bytes]:
+        """Read a line and whatever came with it."""
+        read = b""
+        while b"\n" not in read:
+            if len(read) > _MOST_HEADER_BYTES:
+                raise _Gone(None)
+            self._wait(self._source, select.POLLIN, deadline)
+            piece = os.read(self._source, 1 << 16)
+            if not piece:
+                raise self._gone()
+            read += piece
+        end = read.index(b"\n") + 1
+        return read[:end], read[end:]
+
+    def read(self, nbytes: int, first: bytes, deadline: float) -> bytearray:
+        """Read exactly `nbytes`, of which `first` were read before."""
+        if len(first) > nbytes:
+            raise _Gone(None)
+        payload = bytearray(nbytes)
+        payload[: len(first)] = first
+        view = memoryview(payload)[len(first) :]
+        while view:
+            self._wait(self._source, select.POLLIN, deadline)
+            count = os.readv(self._source, [view])
+            if not count:
+                raise self._gone()
+            view = view[count:]
+        return payload
+
+    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
+        ready.register(descriptor, event)
+        left = deadline - time.monotonic()
+        if left <= 0 or not ready.poll(1000 * left):
+            raise _Gone(None, is_late=True)
+
+    def _gone(self) -> _Gone:
+        """Say how the process ended, now that its pipe is closed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        return _Gone(self._process.returncode)
+
+
+def _paths() -> list[str]:
+    """The directories that the worker imports from."""
+    if not sys.executable:
+        raise ArgosyError("pictures and sounds need a Python interpreter to start")
+    paths = [str(Path(__file__).resolve().parents[2])]
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ArgosyError(f"pictures and sounds need the package {package}")
+        path = Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]
+        if str(path) not in paths:
+            paths.append(str(path))
+    return paths
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker and close its pipes."""
+    with contextlib.suppress(OSError):
+        process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()

@@ -1,0 +1,262 @@
+"""What a caller's message is made of: text, pictures, sounds and videos, and their content with its digest.
+
+    Image("cat.png")  ->  read(limits)  ->  Content: bytes or an array, and 32 bytes that identify it
+
+A part only names its source; nothing is opened before `read`, and `read` never looks inside a file. Size limits come
+first: of a file that is too large not one byte is read.
+
+Elsewhere: `decoder.py` decodes the bytes, in another process.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from argosy.errors import BadMedia, UsageError
+
+Kind = Literal["picture", "sound", "video"]
+Source = str | os.PathLike[str] | bytes | NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaLimits:
+    """The largest picture, sound and video that is accepted.
+
+    file_bytes: of an encoded file.
+    pixels, side: of a picture. The largest side of all four formats is 65535 or less.
+    sound_s: seconds of a sound.
+    decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
+    wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
+    """
+
+    file_bytes: int = 32 << 20
+    pixels: int = 50_000_000
+    side: int = 16_384
+    sound_s: float = 600.0
+    decode_bytes: int = 256 << 20
+    wall_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """The content of a part.
+
+    data: the bytes of a file, or a read-only array of the caller's: uint8 [height, width, 3] or [height, width],
+        float32 [samples], or uint8 [frames, height, width, 3].
+    digest: 32 bytes; equal for equal content.
+    rate: samples or frames per second of an array.
+    """
+
+    kind: Kind
+    data: bytes | NDArray[Any] = field(repr=False)
+    digest: bytes
+    rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text of a message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part(ABC):
+    """A part with a source: a path, the bytes of a file, or an array."""
+
+    source: Source = field(repr=False)
+
+    kind: ClassVar[Kind]
+
+    def read(self, limits: MediaLimits) -> Content:
+        """Read the source.
+
+        Raises:
+            BadMedia: it is too large or empty, or the array has the wrong type or shape.
+            UsageError: there is no such file, or it cannot be read.
+        """
+        if isinstance(self.source, np.ndarray):
+            self._check_array(self.source, limits)
+            data = np.array(self.source, order="C")
+            data.flags.writeable = False
+            rate = self._rate()
+            digest = blake3(f"{self.kind} {data.dtype.str} {data.shape} {rate}\n".encode())
+            digest.update(data.reshape(-1).view(np.uint8).data)
+            return Content(self.kind, data, digest.digest(), rate)
+        if self._rate() is not None:
+            raise UsageError(f"a rate belongs to an array; the file of a {self.kind} has its own")
+        content = self.source if isinstance(self.source, bytes) else self._read_file(self.source, limits)
+        self._require_size(len(content), limits)
+        return Content(self.kind, content, blake3(content).digest())
+
+    def _rate(self) -> float | None:
+        return None
+
+    @abstractmethod
+    def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
+        """Refuse an array of the wrong type, shape or size."""
+
+    def _read_file(self, path: str | os.PathLike[str], limits: MediaLimits) -> bytes:
+        try:
+            # Opening a named pipe would wait for its writer.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise UsageError(
+                        f"{os.fspath(path)} is not a file, so no {self.kind} can be read from it"
+                    )
+                self._require_size(status.st_size, limits)
+                return file.read(limits.file_bytes + 1)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "the path is invalid"
+            raise UsageError(f"cannot read the {self.kind} {os.fspath(path)}: {reason}") from None
+
+    def _require_size(self, nbytes: int, limits: MediaLimits) -> None:
+        if not nbytes:
+            raise BadMedia(f"the {self.kind} is empty: it has 0 bytes", kind=self.kind, found=0)
+        if nbytes > limits.file_bytes:
+            raise BadMedia(
+                f"the file of a {self.kind} may have at most {limits.file_bytes:,} bytes, found {nbytes:,}",
+                kind=self.kind,
+                needed=limits.file_bytes,
+                found=nbytes,
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Image(_Part):
+    """A picture: a path, the bytes of a PNG, JPEG, WEBP or GIF file, or uint8 [height, width, 3] or [height, width]."""
+
+    kind: ClassVar[Kind] = "picture"
+
+    def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+            raise _wrong_array("picture", "uint8 [height, width, 3] or [height, width]", array)
+        require_pixels(array.shape[0], array.shape[1], limits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio(_Part):
+    """A sound: a path, the bytes of a WAV, MP3, FLAC or OGG file, or mono float32 [samples] with their rate.
+
+    rate: samples per second; only for an array.
+    """
+
+    rate: float | None = None
+
+    kind: ClassVar[Kind] = "sound"
+
+    def _rate(self) -> float | None:
+        return self.rate
+
+    def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
+        if array.dtype != np.float32 or array.ndim != 1:
+            raise _wrong_array("sound", "float32 [samples]", array)
+        if self.rate is None:
+            raise UsageError("an array of samples needs `rate`, the number of samples per second")
+        require_rate(self.rate)
+        require_seconds(array.size / self.rate, limits)
+        if not array.size or not np.isfinite(array).all():
+            fault = "has no samples" if not array.size else "has a sample that is not a finite number"
+            raise BadMedia(f"the sound {fault}", kind="sound")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Video(_Part):
+    """A video: a path, the bytes of a file, or uint8 [frames, height, width, 3] with their rate.
+
+    rate: frames per second; only for an array.
+    """
+
+    rate: float | None = None
+
+    kind: ClassVar[Kind] = "video"
+
+    def _rate(self) -> float | None:
+        return self.rate
+
+    def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.shape[0]:
+            raise _wrong_array("video", "uint8 [frames, height, width, 3]", array)
+        if self.rate is None or not 0 < self.rate <= 1000:
+            raise UsageError("an array of frames needs `rate`, the number of frames per second, up to 1000")
+        require_pixels(array.shape[1], array.shape[2], limits)
+
+
+Part = Text | Image | Audio | Video
+
+LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
+
+
+def require_pixels(height: int, width: int, limits: MediaLimits) -> None:
+    """Refuse a picture that is too large.
+
+    Raises:
+        BadMedia: it has no pixels, too many, or a side that is too long.
+    """
+    facts: dict[str, Any] = {"kind": "picture", "height": height, "width": width}
+    if height < 1 or width < 1:
+        raise BadMedia(f"the picture has no pixels: its size is {width} x {height}", **facts)
+    if max(height, width) > limits.side:
+        raise BadMedia(
+            f"a side of a picture may have at most {limits.side:,} pixels, found {width:,} x {height:,}",
+            hint="scale the picture down",
+            needed=limits.side,
+            found=max(height, width),
+            **facts,
+        )
+    if height * width > limits.pixels:
+        raise BadMedia(
+            f"a picture may have at most {limits.pixels / 1e6:g} megapixels, found {width:,} x {height:,} "
+            f"= {height * width / 1e6:.2f}",
+            hint="scale the picture down",
+            needed=limits.pixels,
+            found=height * width,
+            **facts,
+        )
+
+
+def require_rate(rate: float) -> None:
+    """Refuse a rate that no recording has.
+
+    Raises:
+        BadMedia: it is below 1000 or above 384000 samples per second.
+    """
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise BadMedia(
+            f"the rate of a sound must be {LOWEST_RATE:,} to {HIGHEST_RATE:,} samples per second, found {rate:,.0f}",
+            kind="sound",
+            needed=(LOWEST_RATE, HIGHEST_RATE),
+            found=rate,
+        )
+
+
+def require_seconds(seconds: float, limits: MediaLimits) -> None:
+    """Refuse a sound that is too long.
+
+    Raises:
+        BadMedia: it is longer than the limit.
+    """
+    if seconds > limits.sound_s:
+        raise BadMedia(
+            f"a sound may take at most {limits.sound_s:g} seconds, found {seconds:,.1f}",
+            hint="cut the sound into pieces",
+            kind="sound",
+            needed=limits.sound_s,
+            found=seconds,
+        )
+
+
+def _wrong_array(kind: Kind, needed: str, array: NDArray[Any]) -> BadMedia:
+    found = f"{array.dtype} {list(array.shape)}"
+    return BadMedia(
+        f"the array of a {kind} must be {needed}, found {found}", kind=kind, needed=needed, found=found
+    )

@@ -1,0 +1,384 @@
+"""Prepare a decoded picture for a vision tower, as the reference processors do.
+
+    uint8 [height, width, 3]  ->  resize  ->  pad  ->  scale and normalise  ->  patches float32 [patches, values], grid
+
+How large a picture becomes, and so how many tokens it takes, follows from its height and width alone; `grid` and
+`num_tokens` need no pixels. The families differ in how they choose the size and in how they order patches and the
+values of a patch:
+
+    Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
+    GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is raised to it first
+    Kimi-K2.5             never enlarged, at most so many patches, then padded with black
+    Gemma-4               as large as the number of tokens allows
+
+Elsewhere: `decoder.py` decodes files; `model/encoders/` has the towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageError
+from argosy.media.settings import SOUND_KEYS, Settings
+
+Grid = tuple[int, int, int]
+
+_LONGEST_RATIO = 200  # of a picture's sides, for Qwen and GLM
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_GEMMA_TOKENS = (70, 140, 280, 560, 1120)
+_FEWEST_TOKENS = 16  # a cap below this would distort pictures
+
+
+class Size(NamedTuple):
+    """Height and width after resizing, and after padding."""
+
+    height: int
+    width: int
+    padded_height: int
+    padded_width: int
+
+
+class Fit(Protocol):
+    """Chooses the size of a picture."""
+
+    def size(self, height: int, width: int) -> Size: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PictureProcessor:
+    """Makes patches from pictures.
+
+    patch_size: side of a patch.
+    merge_size: side of the square of patches that becomes one token.
+    frames: how often a patch repeats the picture, because the tower takes several frames at once.
+    fit: chooses the size.
+    order: of patches and of the values in a patch:
+        "merged": patches of a token together; values as [channels, frames, patch, patch];
+        "planes": patches row by row; values as [channels, patch, patch];
+        "pixels": patches row by row; values as [patch, patch, channels].
+    levels: float32 [3, 256], what each 8-bit value becomes in each channel.
+    most_tokens: cap on the tokens of a picture, below what the model would use.
+    """
+
+    patch_size: int
+    merge_size: int
+    frames: int
+    fit: Fit
+    order: Literal["merged", "planes", "pixels"]
+    levels: NDArray[np.float32] = field(repr=False, compare=False)
+    most_tokens: int | None = None
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Return (1, rows, columns) of patches for a picture of this size.
+
+        Raises:
+            BadMedia: the picture is too narrow for this model, or cannot be shrunk to the tokens it may take.
+        """
+        return self._grid(self.fit.size(height, width))
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens that a picture of this size takes; raises what `grid` raises."""
+        _, rows, columns = self.grid(height, width)
+        return rows * columns // self.merge_size**2
+
+    def prepare(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
+        """Make patches.
+
+        Args:
+            pixels: uint8 [height, width, 3].
+
+        Returns:
+            float32 [rows * columns, values], and the grid (1, rows, columns).
+
+        Raises:
+            BadMedia: as `grid`.
+        """
+        size = self.fit.size(*pixels.shape[:2])
+        _, rows, columns = grid = self._grid(size)
+        resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BICUBIC)
+        canvas = np.zeros((size.padded_height, size.padded_width, 3), np.uint8)
+        canvas[: size.height, : size.width] = np.asarray(resized)
+        side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
+        blocks = canvas.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, channels, side, side]
+        pixels_of = blocks.reshape(rows * columns, 3, 1, side * side)
+        values = np.empty((rows * columns, 3, self.frames, side * side), np.float32)
+        for channel in range(3):
+            values[:, channel] = self.levels[channel][pixels_of[:, channel]]
+        if self.order == "pixels":
+            values = values.transpose(0, 2, 3, 1)
+        return values.reshape(rows * columns, -1), grid
+
+    def _grid(self, size: Size) -> Grid:
+        rows, columns = size.padded_height // self.patch_size, size.padded_width // self.patch_size
+        num_tokens = rows * columns // self.merge_size**2
+        if self.most_tokens is not None and num_tokens > self.most_tokens:
+            raise BadMedia(
+                f"a picture may take at most {self.most_tokens} tokens, and this one is so narrow that it needs "
+                f"{num_tokens}",
+                kind="picture",
+                needed=self.most_tokens,
+                found=num_tokens,
+            )
+        return 1, rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class QwenFit:
+    """Multiples of `factor` whose product lies between two limits, and nearly the same shape.
+
+    frames: how many frames the pixels are counted over: 1 for Qwen.
+    is_raised: GLM raises the shorter side to `factor` first.
+    """
+
+    factor: int
+    least_pixels: int
+    most_pixels: int
+    frames: int = 1
+    is_raised: bool = False
+
+    def size(self, height: int, width: int) -> Size:
+        factor = self.factor
+        if self.is_raised and min(height, width) < factor:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) > _LONGEST_RATIO * min(height, width):
+            raise BadMedia(
+                f"a side of a picture may be at most {_LONGEST_RATIO} times as long as the other for this model, "
+                f"found {width:,} x {height:,} pixels",
+                kind="picture",
+                needed=_LONGEST_RATIO,
+                found=max(height, width) / min(height, width),
+            )
+        # Python's round: to the even one of two that are equally near.
+        rows, columns = round(height / factor) * factor, round(width / factor) * factor
+        if self.frames * rows * columns > self.most_pixels:
+            rows, columns = self._shrunk(height, width)
+        elif self.frames * rows * columns < self.least_pixels:
+            scale = math.sqrt(self.least_pixels / (self.frames * height * width))
+            rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
+            if (
+                self.frames * rows * columns > self.most_pixels
+            ):  # only if a cap on tokens is near the lower limit
+                rows, columns = self._shrunk(height, width)
+        return Size(rows, columns, rows, columns)
+
+    def _shrunk(self, height: int, width: int) -> tuple[int, int]:
+        factor, scale = self.factor, math.sqrt((self.frames * height * width) / self.most_pixels)
+        rows, columns = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+        return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class KimiFit:
+    """As large as it is, or shrunk to at most so many patches in all and on a side, then padded to whole tokens."""
+
+    patch_size: int
+    merge_size: int
+    most_patches: int
+    most_on_a_side: int
+    most_tokens: int | None = None
+
+    def size(self, height: int, width: int) -> Size:
+        size, most_patches = self._size(height, width, self.most_patches), self.most_patches
+        # Padding adds tokens, so a cap on tokens may need fewer patches than it has.
+        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and most_patches > 1:
+            most_patches = most_patches * 15 // 16
+            size = self._size(height, width, most_patches)
+        return size
+
+    def _size(self, height: int, width: int, most_patches: int) -> Size:
+        side = self.most_on_a_side * self.patch_size
+        num_patches = max(1, height // self.patch_size) * max(1, width // self.patch_size)
+        scale = min(1.0, math.sqrt(most_patches / num_patches), side / height, side / width)
+        rows, columns = (min(max(1, int(length * scale)), side) for length in (height, width))
+        factor = self.merge_size * self.patch_size
+        return Size(rows, columns, -(-rows // factor) * factor, -(-columns // factor) * factor)
+
+    def _num_tokens(self, size: Size) -> int:
+        return size.padded_height * size.padded_width // (self.merge_size * self.patch_size) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class GemmaFit:
+    """The largest multiples of `factor` of nearly the same shape that take at most `most_tokens`."""
+
+    factor: int
+    most_tokens: int
+
+    def size(self, height: int, width: int) -> Size:
+        factor, most_pixels = self.factor, self.most_tokens * self.factor**2
+        scale = math.sqrt(most_pixels / (height * width))
+        rows, columns = (math.floor(scale * side / factor) * factor for side in (height, width))
+        # A picture narrower than one token becomes one token wide.
+        if not rows:
+            rows, columns = factor, min(width // height, self.most_tokens) * factor
+        elif not columns:
+            rows, columns = min(height // width, self.most_tokens) * factor, factor
+        return Size(rows, columns, rows, columns)
+
+
+def read_picture_processor(
+    raw: Mapping[str, object], *, most_tokens: int | None = None, where: str = "preprocessor_config.json"
+) -> PictureProcessor:
+    """Make the processor that a checkpoint's settings describe.
+
+    Args:
+        raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `image_processor`.
+        most_tokens: cap on the tokens of a picture; it lowers the model's own limit and never raises it.
+        where: the name of the file, for errors.
+
+    Raises:
+        UnsupportedModel: the processor is none of those above, or has a setting that is not known.
+        CheckpointError: a setting is malformed.
+        UsageError: the cap is too low.
+    """
+    inner = raw.get("image_processor")
+    if isinstance(inner, dict):
+        raw, where = inner, f"{where}: image_processor"
+    name = "Kimi_K25ImageProcessor" if "media_proc_cfg" in raw else raw.get("image_processor_type")
+    read = _READERS.get(name.removesuffix("Fast")) if isinstance(name, str) else None
+    if read is None:
+        raise UnsupportedModel(
+            f"{where} asks for image_processor_type {name!r:.80}; supported: {', '.join(_READERS)}",
+            key="image_processor_type",
+            value=name,
+            supported=list(_READERS),
+        )
+    if most_tokens is not None and most_tokens < _FEWEST_TOKENS:
+        raise UsageError(
+            f"the cap on a picture's tokens must be at least {_FEWEST_TOKENS}, found {most_tokens}"
+        )
+    settings = Settings(raw, where)
+    processor = read(settings, most_tokens)
+    settings.finish(SOUND_KEYS)
+    return processor
+
+
+def _read_qwen(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    return _read_qwen_or_glm(settings, most_tokens, (56 * 56, 28 * 28 * 1280), is_glm=False)
+
+
+def _read_glm(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    return _read_qwen_or_glm(settings, most_tokens, (112 * 112, 28 * 28 * 15000), is_glm=True)
+
+
+def _read_qwen_or_glm(
+    settings: Settings, most_tokens: int | None, limits: tuple[int, int], *, is_glm: bool
+) -> PictureProcessor:
+    patch_size = settings.integer("patch_size", 14, most=256)
+    merge_size = settings.integer("merge_size", 2, most=16)
+    frames = settings.integer("temporal_patch_size", 2, most=16)
+    settings.fixed("do_resize", True)
+    least, most = _pixel_limits(settings, limits, is_glm=is_glm)
+    factor, counted = patch_size * merge_size, frames if is_glm else 1
+    if most_tokens is not None:
+        most = min(most, most_tokens * factor**2 * counted)
+    fit = QwenFit(factor, least, most, counted, is_raised=is_glm)
+    levels = _levels(settings, _CLIP_MEAN, _CLIP_STD, is_normalized=True)
+    return PictureProcessor(patch_size, merge_size, frames, fit, "merged", levels, most_tokens)
+
+
+def _pixel_limits(settings: Settings, limits: tuple[int, int], *, is_glm: bool) -> tuple[int, int]:
+    least, most = limits
+    size = settings.nested("size")
+    if size is not None:
+        least, most = size.integer("shortest_edge", None), size.integer("longest_edge", None)
+        size.finish()
+    if not is_glm:  # the older names, which come first
+        least, most = settings.integer("min_pixels", least), settings.integer("max_pixels", most)
+    return least, most
+
+
+def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    own = settings.nested("media_proc_cfg")  # the form in the checkpoint's own code, with names of its own
+    if own is not None:
+        patch_size, merge_size = (
+            own.integer("patch_size", None, most=256),
+            own.integer("merge_kernel_size", None, most=16),
+        )
+        most_patches, most_on_a_side = (
+            own.integer("in_patch_limit", None),
+            own.integer("patch_limit_on_one_side", None),
+        )
+        own.fixed("fixed_output_tokens", None)
+        own.passed(
+            "config_type", "in_patch_limit_each_frame", "in_patch_limit_video", "max_num_frames_each_video"
+        )
+        own.passed("sample_fps", "temporal_merge_kernel_size", "timestamp_mode")  # of videos
+    else:
+        patch_size, merge_size = (
+            settings.integer("patch_size", 14, most=256),
+            settings.integer("merge_size", 2, most=16),
+        )
+        most_patches, most_on_a_side = settings.integer("max_patches", 16_384), 512
+        size = settings.nested("size")
+        if size is not None:
+            most_on_a_side = size.integer("max_height", None)
+            size.fixed("max_width", most_on_a_side)
+            size.finish()
+        settings.fixed("do_resize", True)
+    levels = _levels(own or settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True)
+    if own is not None:
+        own.finish()
+    fit = KimiFit(patch_size, merge_size, most_patches, most_on_a_side, most_tokens)
+    return PictureProcessor(patch_size, merge_size, 1, fit, "planes", levels, most_tokens)
+
+
+def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor:
+    patch_size = settings.integer("patch_size", 16, most=256)
+    merge_size = settings.integer("pooling_kernel_size", 3, most=16)
+    settings.fixed("max_soft_tokens", 280, *_GEMMA_TOKENS)
+    tokens = settings.integer("max_soft_tokens", 280)
+    settings.fixed("do_resize", True)
+    settings.passed("image_seq_length", "size")  # not read by the reference either
+    if most_tokens is not None:
+        allowed = [count for count in _GEMMA_TOKENS if count <= min(tokens, most_tokens)]
+        if not allowed:
+            raise UsageError(
+                f"the cap on a picture's tokens must be at least {_GEMMA_TOKENS[0]} for this model, found {most_tokens}"
+            )
+        tokens = allowed[-1]
+    levels = _levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)
+    return PictureProcessor(
+        patch_size, merge_size, 1, GemmaFit(patch_size * merge_size, tokens), "pixels", levels
+    )
+
+
+def _levels(
+    settings: Settings,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    is_normalized: bool,
+) -> NDArray[np.float32]:
+    """float32 [3, 256]: each 8-bit value, scaled in float64 and normalised in float32, as the reference does."""
+    settings.fixed("do_convert_rgb", True)
+    settings.fixed("do_rescale", True)
+    settings.fixed("do_center_crop", False)
+    settings.fixed("do_pad", False)
+    settings.fixed("resample", 3)  # bicubic
+    scale = settings.number("rescale_factor", 1 / 255)
+    means, stds = settings.colour("image_mean", mean), settings.colour("image_std", std)
+    scaled = (np.arange(256) * scale).astype(np.float32)
+    if not settings.flag("do_normalize", is_normalized):
+        return np.tile(scaled, (3, 1))
+    if not all(stds):
+        raise CheckpointError("image_std of a processor has a zero", key="image_std", value=list(stds))
+    return (scaled - np.array(means, np.float32)[:, None]) / np.array(stds, np.float32)[:, None]
+
+
+_READERS: dict[str, Callable[[Settings, int | None], PictureProcessor]] = {
+    "Qwen2VLImageProcessor": _read_qwen,
+    "Glm4vImageProcessor": _read_glm,
+    "Glm46VImageProcessor": _read_glm,
+    "Kimi_K25ImageProcessor": _read_kimi,
+    "Gemma4ImageProcessor": _read_gemma,
+}

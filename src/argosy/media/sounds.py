@@ -1,0 +1,161 @@
+"""Prepare a decoded sound for an encoder, as the Whisper feature extractor does.
+
+    float32 [samples]  ->  windows of a Fourier transform  ->  mel bands  ->  log10, at most 80 dB below the loudest
+                       ->  float32 [bands, frames]
+
+Whisper always hears 30 seconds: shorter sounds are padded with silence, and longer ones cut. Qwen3-Omni hears a sound
+at its own length.
+
+Elsewhere: `decoder.py` decodes and resamples; `model/encoders/` has the encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.errors import BadMedia, UnsupportedModel
+from argosy.media.settings import PICTURE_KEYS, Settings
+
+_FLOOR = 1e-10  # of the power in a band
+_RANGE = 8.0  # powers of ten below the loudest that are told apart
+_FRAMES_AT_ONCE = 4096  # bounds the memory of the transform
+_TOP_HERTZ = 8000.0  # of the highest band
+
+
+@dataclass(frozen=True, slots=True)
+class SoundProcessor:
+    """Makes log-mel features from samples.
+
+    rate: samples per second that it wants.
+    num_bands: mel bands.
+    window: samples of a window, an even number.
+    hop: samples from one frame to the next.
+    padded_samples: every sound is padded or cut to this; None: it keeps its length.
+    filters: float64 [frequencies, bands].
+    """
+
+    rate: int
+    num_bands: int
+    window: int
+    hop: int
+    padded_samples: int | None
+    filters: NDArray[np.float64] = field(repr=False, compare=False)
+
+    def num_frames(self, num_samples: int) -> int:
+        """Return the number of frames of a sound; without padding a rest shorter than a hop makes none."""
+        return (num_samples if self.padded_samples is None else self.padded_samples) // self.hop
+
+    def prepare(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Make features.
+
+        Args:
+            samples: float32 [samples], one channel at `rate`.
+
+        Returns:
+            float32 [bands, frames].
+
+        Raises:
+            BadMedia: the sound is too short for one window.
+        """
+        if self.padded_samples is not None:
+            samples = np.pad(samples[: self.padded_samples], (0, max(0, self.padded_samples - samples.size)))
+        elif samples.size <= self.window // 2:
+            raise BadMedia(
+                f"the sound is too short: it has {samples.size} samples, needed: more than {self.window // 2}",
+                kind="sound",
+                needed=self.window // 2 + 1,
+                found=samples.size,
+            )
+        mel: NDArray[np.float32] = np.log10(np.maximum(_FLOOR, self._bands(samples))).astype(np.float32)
+        return np.asarray((np.maximum(mel, mel.max() - np.float32(_RANGE)) + 4) / 4, np.float32)
+
+    def _bands(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The power in each band: float64 [bands, frames]; frames are centred on multiples of `hop`."""
+        mirrored = np.pad(samples, self.window // 2, mode="reflect").astype(np.float64)
+        hann = np.hanning(self.window + 1)[:-1]
+        num_frames = samples.size // self.hop
+        frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.window)[:: self.hop]
+        bands = np.empty((self.num_bands, num_frames))
+        for start in range(0, num_frames, _FRAMES_AT_ONCE):
+            piece = slice(start, min(num_frames, start + _FRAMES_AT_ONCE))
+            spectrum = np.fft.rfft(frames[piece] * hann)  # [frames, frequencies]
+            bands[:, piece] = self.filters.T @ (spectrum.real**2 + spectrum.imag**2).T
+        return bands
+
+
+def read_sound_processor(
+    raw: Mapping[str, object], *, is_padded: bool, where: str = "preprocessor_config.json"
+) -> SoundProcessor:
+    """Make the processor that a checkpoint's settings describe.
+
+    Args:
+        raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `feature_extractor`.
+        is_padded: every sound fills `chunk_length` seconds, as for Whisper; Qwen3-Omni's processor does not pad.
+        where: the name of the file, for errors.
+
+    Raises:
+        UnsupportedModel: the processor is another one, or has a setting that is not known.
+        CheckpointError: a setting is malformed.
+    """
+    inner = raw.get("feature_extractor")
+    if isinstance(inner, dict):
+        raw, where = inner, f"{where}: feature_extractor"
+    name = raw.get("feature_extractor_type")
+    if name != "WhisperFeatureExtractor":
+        raise UnsupportedModel(
+            f"{where} asks for feature_extractor_type {name!r:.80}; supported: WhisperFeatureExtractor",
+            key="feature_extractor_type",
+            value=name,
+            supported=["WhisperFeatureExtractor"],
+        )
+    settings = Settings(raw, where)
+    rate = settings.integer("sampling_rate", 16_000, least=1_000, most=384_000)
+    num_bands = settings.integer("feature_size", 80, most=1024)
+    window = settings.integer("n_fft", 400, least=2, most=1 << 16)
+    hop = settings.integer("hop_length", 160, most=1 << 16)
+    seconds = settings.integer("chunk_length", 30, most=3600)
+    settings.fixed("padding_value", 0)
+    settings.fixed("padding_side", "right")
+    settings.fixed("dither", 0)
+    settings.fixed("do_normalize", False)
+    # How a batch is padded, and what the extractor computes from those above.
+    settings.passed("truncation", "padding", "max_length", "n_samples", "nb_max_frames", "mel_filters")
+    settings.finish(PICTURE_KEYS)
+    if window % 2:
+        raise UnsupportedModel(
+            f"{where} asks for n_fft {window}; supported: even numbers",
+            key="n_fft",
+            value=window,
+            supported="even numbers",
+        )
+    filters = _mel_filters(rate, num_bands, window)
+    return SoundProcessor(rate, num_bands, window, hop, seconds * rate if is_padded else None, filters)
+
+
+def _mel_filters(rate: int, num_bands: int, window: int) -> NDArray[np.float64]:
+    """Slaney's triangles, each of area one: float64 [frequencies, bands]."""
+    corners = _hertz(np.linspace(0.0, _mel(_TOP_HERTZ), num_bands + 2))
+    frequencies = np.linspace(0, rate // 2, window // 2 + 1)
+    slopes = corners - frequencies[:, None]  # [frequencies, bands + 2]
+    widths = np.diff(corners)
+    rising, falling = -slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]
+    return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (corners[2:] - corners[:-2]))
+
+
+# Slaney's scale: linear up to 1000 Hz, which is 15 mel; from there 27 mel for each factor of 6.4.
+_BREAK_HERTZ, _BREAK_MEL = 1000.0, 15.0
+_MEL_PER_E = 27.0 / np.log(6.4)
+
+
+def _mel(hertz: float) -> float:
+    """Only above the break, where the highest band ends."""
+    return _BREAK_MEL + float(np.log(hertz / _BREAK_HERTZ) * _MEL_PER_E)
+
+
+def _hertz(mels: NDArray[np.float64]) -> NDArray[np.float64]:
+    linear = mels * (_BREAK_HERTZ / _BREAK_MEL)
+    return np.where(mels < _BREAK_MEL, linear, _BREAK_HERTZ * np.exp((mels - _BREAK_MEL) / _MEL_PER_E))

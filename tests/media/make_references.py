@@ -1,0 +1,140 @@
+"""Write what transformers makes of the pictures and sounds in `samples.py`: files/ and references.npz.
+
+    python tests/media/make_references.py         references.npz; needs transformers, torchvision, soundfile and soxr
+    python tests/media/make_references.py files   the files of lossy formats first
+
+Of each result its shape, its sum and values at fixed places are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.media.samples import (
+    FILES,
+    PICTURE_SETTINGS,
+    PICTURES,
+    RATE,
+    REFERENCES,
+    SOUND_SETTINGS,
+    SOUNDS,
+    encoded,
+    heard,
+    pattern,
+    summary,
+    wave,
+)
+
+
+def picture_processor(name: str) -> Any:
+    """The reference processor of a family, on Pillow if it has such a form."""
+    import transformers
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+    from transformers.models.kimi_k25.image_processing_kimi_k25 import Kimi_K25ImageProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    transformers.logging.set_verbosity_error()
+    classes = {
+        "qwen2_vl": Qwen2VLImageProcessorPil,
+        "qwen3_vl": Qwen2VLImageProcessorPil,
+        "glm4v": Glm4vImageProcessorPil,
+        "gemma4": Gemma4ImageProcessorPil,
+        "kimi_k25": Kimi_K25ImageProcessor,
+    }
+    settings = {key: value for key, value in PICTURE_SETTINGS[name].items() if key != "image_processor_type"}
+    return classes[name](**settings)
+
+
+def reference_patches(processor: Any, file: bytes) -> tuple[NDArray[np.float32], tuple[int, int, int]]:
+    """The reference's patches and grid.
+
+    Raises:
+        ValueError: the reference refuses the picture.
+    """
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+    made = processor(images=image, return_tensors="np")
+    patches = np.asarray(made["pixel_values"])
+    if "image_position_ids" in made:  # Gemma pads to the most patches
+        positions = np.asarray(made["image_position_ids"])[0]
+        grid = (1, int(positions[:, 1].max()) + 1, int(positions[:, 0].max()) + 1)
+        return patches[0, : grid[1] * grid[2]], grid
+    time, rows, columns = (int(side) for side in np.asarray(made["image_grid_thw"])[0])
+    return patches.reshape(rows * columns, -1), (time, rows, columns)
+
+
+def reference_samples(file: bytes) -> NDArray[np.float32]:
+    import base64
+
+    from transformers.audio_utils import load_audio
+
+    return load_audio(base64.b64encode(file).decode(), RATE, backend="soundfile")
+
+
+def reference_features(name: str, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The reference's float32 [bands, frames]."""
+    from transformers import WhisperFeatureExtractor
+
+    settings = {key: value for key, value in SOUND_SETTINGS[name].items() if key != "feature_extractor_type"}
+    options = {"padding": True, "truncation": False} if name == "qwen3_omni" else {}
+    made = WhisperFeatureExtractor(**settings)(samples, sampling_rate=RATE, return_tensors="np", **options)
+    return np.asarray(made["input_features"])[0]
+
+
+def write_files() -> None:
+    import soundfile
+
+    FILES.mkdir(exist_ok=True)
+    photo = Image.fromarray(pattern(75, 100)).resize((120, 90), Image.Resampling.BICUBIC)
+    other = Image.fromarray(pattern(75, 100, seed=7)).resize((120, 90), Image.Resampling.BICUBIC)
+    files = {
+        "rgb.jpg": encoded(photo, "JPEG", quality=80),
+        "grey.jpg": encoded(photo.convert("L"), "JPEG", quality=80),
+        "cmyk.jpg": encoded(photo.convert("CMYK"), "JPEG", quality=80),
+        "progressive.jpg": encoded(photo, "JPEG", quality=80, progressive=True),
+        "two.mpo": encoded(photo, "MPO", save_all=True, append_images=[other], quality=60),
+        "rgb.webp": encoded(photo, "WEBP", quality=70),
+    }
+    for name, content in files.items():
+        (FILES / name).write_bytes(content)
+    soundfile.write(FILES / "tone.flac", wave(0.4, 16_000, 2), 16_000)
+    soundfile.write(FILES / "tone.ogg", wave(0.8, 22_050), 22_050)
+    soundfile.write(FILES / "tone.mp3", wave(0.8, 24_000), 24_000)
+
+
+def main() -> None:
+    if "files" in sys.argv[1:]:
+        write_files()
+    names: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    values: list[NDArray[np.float64]] = []
+
+    def keep(name: str, shape: tuple[int, ...], made: NDArray[np.float32]) -> None:
+        names.append(name)
+        shapes.append(shape)
+        values.append(summary(made))
+
+    for name in PICTURE_SETTINGS:
+        processor = picture_processor(name)
+        for case, make in PICTURES.items():
+            patches, grid = reference_patches(processor, make())
+            keep(f"{name}/{case}", grid, patches)
+    for case, make in SOUNDS.items():
+        samples = reference_samples(make())
+        for name in SOUND_SETTINGS:
+            features = reference_features(name, samples)
+            keep(f"{name}/{case}", (*features.shape, samples.size), heard(features, samples))
+    np.savez_compressed(REFERENCES, names=np.array(names), shapes=np.array(shapes), values=np.array(values))
+
+
+if __name__ == "__main__":
+    main()
