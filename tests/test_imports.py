@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
 EVERYONE = {"config", "errors", "replace_file", "strict_json"}
 MAY_IMPORT = {
-    "prompt": {"checkpoint"},
+    "prompt": {"media", "checkpoint"},
     "media": set(),
     "guard": set(),
     "observe": set(),
@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "demo": {"checkpoint", "model"},
     "plan": {"checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
-    "model": {"experts", "prompt", "checkpoint", "_native"},
+    "model": {"experts", "prompt", "media", "checkpoint", "_native"},
     "serve": {"engine", "prompt", "guard"},
-    "engine": {"prompt", "model", "experts", "checkpoint", "plan", "demo", "_native"},
+    "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},
     "errors": set(),
     "replace_file": set(),

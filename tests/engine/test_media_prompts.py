@@ -40,7 +40,7 @@ def prompt_of(media: MediaSequence, *, made: list[int] | None = None) -> Prompt:
         sees = media.sees_until
         segments.append(
             MediaSpan(
-                kind="image",
+                kind="picture",
                 digest=bytes([number + 1]) * 32,
                 num_positions=len(place),
                 token_id=int(media.token_ids[place.start]),
@@ -200,7 +200,7 @@ def test_media_that_cannot_run_are_refused_and_others_continue(case: Case) -> No
         assert going.new_ids == case.expected[0]
         assert failing.result.finish_reason == "error"
         assert str(failing.result.error) == "the picture cannot be read"
-        long = MediaSpan("image", bytes(32), 50, 5, fails, sees_both_ways=True)
+        long = MediaSpan("picture", bytes(32), 50, 5, fails, sees_both_ways=True)
         with pytest.raises(
             UsageError, match="fills 50 positions that see one another, and a step has at most 48"
         ):

@@ -29,7 +29,7 @@ def span(num_positions: int, number: int = 1, *, made: list[int] | None = None, 
         rows[:, 0], rows[:, 1] = number, np.arange(num_positions)
         return SpanRows(rows, {0: rows + 100, 2: rows + 200})
 
-    given = {"kind": "image", "digest": bytes([number]) * 32, "token_id": 7, "make_rows": make_rows}
+    given = {"kind": "picture", "digest": bytes([number]) * 32, "token_id": 7, "make_rows": make_rows}
     return MediaSpan(num_positions=num_positions, **{**given, **more})
 
 
@@ -303,7 +303,7 @@ def contents(prompt: Prompt) -> list[bytes]:
 def test_two_pictures_with_the_same_placeholders_share_no_block() -> None:
     text = [1, 2, 3, 4, 5, 6]
     one, same, other = (contents(Prompt.of(text, span(6, number), text)) for number in (1, 1, 2))
-    sound = contents(Prompt.of(text, span(6, 1, kind="audio"), text))
+    sound = contents(Prompt.of(text, span(6, 1, kind="sound"), text))
     placeholders = contents(Prompt.of(text, [7] * 6, text))
     assert one == same
     for different in (other, sound, placeholders):

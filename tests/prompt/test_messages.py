@@ -104,11 +104,11 @@ def test_the_arguments_of_a_truncated_call_do_not_end_the_conversation(given_: s
         ([{"role": "user", "content": ["x"]}], "part 0 is a str, expected an object with a type"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            "part 0 is of type 'image_url', and this model takes text only",
+            "part 0 is of type 'image_url'; known: text, image, audio, video",
         ),
         (
             [{"role": "user", "content": [{"type": "input_audio"}]}],
-            "'input_audio', and this model takes text only",
+            "'input_audio'; known: text, image, audio, video",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "part 0: text is a int"),
         ([*HI, {"role": "assistant", "tool_calls": "x"}], "tool_calls is a str, expected a list"),

@@ -13,6 +13,7 @@ from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.spans import Spans
 from argosy.errors import PromptTooLong, UsageError
+from argosy.media.parts import Part
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Message
 from argosy.prompt.prompt import Prompt
@@ -21,7 +22,7 @@ from argosy.prompt.tokenizer import StreamDecoder, Tokenizer
 if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint, GrammarCompiler
 
-PromptLike = str | Sequence[int] | Sequence[Message] | Prompt
+PromptLike = str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt
 
 
 class Requests:

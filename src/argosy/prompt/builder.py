@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import PromptTooLong, UsageError
+from argosy.media.parts import Content, Part
+from argosy.prompt.media_span import MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class PromptBuilder:
         format_name: str | None = None,
         memory: ReplayMemory | None = None,
         context_tokens: int | None = None,
+        media: MediaReader | None = None,
     ) -> None:
         """Create a builder.
 
@@ -56,6 +59,7 @@ class PromptBuilder:
             format_name: how the model writes thoughts and calls; None: detect it.
             memory: keeps answers so that they get the same tokens again; None: keep none.
             context_tokens: a prompt and one answer token have to fit; None: no limit.
+            media: reads pictures and sounds; None: the model takes text only.
 
         Raises:
             UsageError: there is no format with that name.
@@ -63,6 +67,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._memory = memory
+        self._media = media
         self._max_tokens = None if context_tokens is None else context_tokens - 1
         self._template: ChatTemplate | None = None
         if tokenizer is not None and tokenizer.chat_template is not None:
@@ -88,7 +93,7 @@ class PromptBuilder:
 
     def build(
         self,
-        request: str | Sequence[int] | Sequence[Message] | Prompt,
+        request: str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt,
         *,
         tools: Sequence[Tool | Mapping[str, object]] = (),
         variables: Variables | None = None,
@@ -99,9 +104,10 @@ class PromptBuilder:
         """Build the token ids of `request`.
 
         Args:
-            request: a string is one user message if the model has a chat template, otherwise text to continue. Token
-                ids and a `Prompt` are taken as they are. A list of messages is a conversation; if the last message is
-                the assistant's, the answer continues it.
+            request: a string is one user message if the model has a chat template, otherwise text to continue. A list
+                of parts (Text, Image, Audio, Video) is one user message. Token ids and a `Prompt` are taken as they
+                are. A list of messages is a conversation; if the last message is the assistant's, the answer continues
+                it.
             tools: tools that the model may call; like the arguments below, only for messages.
             variables: variables that the chat template reads, such as `enable_thinking`.
             tenant: owner of the conversation; answers remembered for it keep their tokens.
@@ -111,8 +117,9 @@ class PromptBuilder:
         Raises:
             PromptTooLong: it has more tokens than the context holds.
             UsageError: the request is empty, has none of these types, or has an id outside the vocabulary; it is text
-                for a model without a tokenizer, or messages for a model without a template; tools cannot be passed to
-                the model; or the template refuses the conversation.
+                for a model without a tokenizer, or messages for a model without a template; the model does not take
+                its pictures or sounds; tools cannot be passed to the model; or the template refuses the conversation.
+            BadMedia: a picture or sound is damaged or too large.
         """
         max_tokens = self._max_counted if is_counted else self._max_tokens
         with self._counting() if is_counted else nullcontext():
@@ -126,6 +133,8 @@ class PromptBuilder:
                     request if request.token_ids is not None else self._raw(request.text, max_tokens)
                 )
             items: list[object] = list(request)
+            if items and all(isinstance(item, Part) for item in items):
+                items = [{"role": "user", "content": items}]
             messages = [item for item in items if isinstance(item, Mapping)]
             if items and len(messages) == len(items):
                 prompt = self._conversation(
@@ -139,7 +148,8 @@ class PromptBuilder:
             ]
             if len(ids) < len(items):
                 raise UsageError(
-                    "a prompt is text, a list of token ids, or a list of messages; found a mixture"
+                    "a prompt is text, or a list of token ids, of messages, or of parts of one message; "
+                    "found a mixture"
                 )
             self._refuse_chat_options(tools, variables)
             return self._checked(Prompt(tuple(ids)))
@@ -354,6 +364,7 @@ class PromptBuilder:
             )
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
         _require_renderable(turns)
+        turns = tuple(self._with_contents(turn) for turn in turns)
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and turns[-1].role == "assistant"
@@ -361,7 +372,8 @@ class PromptBuilder:
         if replay is None or tenant is None:
             segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
             ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
-            return Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
+            prompt = Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
+            return self._with_spans(prompt, turns, max_tokens)
 
         from argosy.prompt.replay import trace_of
 
@@ -369,7 +381,49 @@ class PromptBuilder:
         segments = self._segments(said, checked, own_ids, variables, opens_turn, is_continued)
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
-        return Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
+        prompt = Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
+        return self._with_spans(prompt, turns, max_tokens)
+
+    def _with_contents(self, turn: Turn) -> Turn:
+        """Read the media of a turn."""
+        if not turn.media:
+            return turn
+        if self._media is None:
+            kind = turn.media[0].kind
+            raise UsageError(f"this model takes text only, and the conversation has a {kind}")
+        pieces = [
+            piece if isinstance(piece, tuple | Content) else self._media.read(piece) for piece in turn.pieces
+        ]
+        return replace(turn, pieces=tuple(pieces))
+
+    def _with_spans(self, prompt: Prompt, turns: Sequence[Turn], max_tokens: int | None) -> Prompt:
+        """Put the media of a conversation where its template has placeholders for them.
+
+        Only the template can have written a placeholder: a caller's text never becomes a control token.
+        """
+        contents = [part for turn in turns for part in turn.media if isinstance(part, Content)]
+        if not contents:
+            return prompt
+        assert self._media is not None
+        token_ids = list(prompt.token_ids or ())
+        placeholders = [self._media.placeholder(content) for content in contents]
+        places = [at for at, token_id in enumerate(token_ids) if token_id in placeholders]
+        if [token_ids[at] for at in places] != placeholders:
+            raise UsageError(
+                f"the conversation has {len(contents)} pictures and sounds, and this model's chat template writes "
+                f"{len(places)} placeholders for them",
+                hint="put pictures and sounds in messages of the user",
+            )
+        segments: list[Sequence[int] | MediaSpan] = []
+        end = 0
+        for at, content in zip(places, contents, strict=True):
+            segments += [token_ids[end:at], *self._media.segments(content)]
+            end = at + 1
+        filled = Prompt.of(*segments, token_ids[end:])
+        num_tokens = len(filled.token_ids or ())
+        if max_tokens is not None and num_tokens > max_tokens:
+            raise PromptTooLong.of(num_tokens, max_tokens + 1)
+        return replace(prompt, token_ids=filled.token_ids, spans=filled.spans)
 
     def _segments(
         self,

@@ -64,9 +64,7 @@ def _told(tools: Sequence[Tool]) -> list[list[Piece]]:
 
 def _without_calls(turn: Turn, *, takes_system: bool) -> Turn:
     if turn.role == "tool":
-        return _turn(
-            "user", [(False, "<tool_response>\n"), (True, turn.content), (False, "\n</tool_response>")]
-        )
+        return _turn("user", [(False, "<tool_response>\n"), *_pieces(turn), (False, "\n</tool_response>")])
     if turn.calls:
         said = [_pieces(turn)] if turn.content else []
         pieces = _joined([*said, *([*_call(call.name, call.arguments)] for call in turn.calls)], "\n")
@@ -104,4 +102,5 @@ def _joined(parts: Iterable[list[Piece]], between: str) -> list[Piece]:
 
 
 def _turn(role: str, pieces: Sequence[Piece]) -> Turn:
-    return Turn(role, "".join(text for _, text in pieces), pieces=tuple(pieces))
+    text = "".join(piece[1] for piece in pieces if isinstance(piece, tuple))
+    return Turn(role, text, pieces=tuple(pieces))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
+from argosy.media.parts import Audio, Content, Image, Kind, Video
 
 DIGEST_BYTES = 32
 
@@ -47,7 +48,7 @@ class MediaSpan:
     sees_both_ways: each position sees the whole span, not only what is before it. Such a span runs in one step.
     """
 
-    kind: Literal["image", "video", "audio"]
+    kind: Kind
     digest: bytes
     num_positions: int
     token_id: int
@@ -67,3 +68,24 @@ class MediaSpan:
             raise UsageError(
                 f"the angles of a span must be [axes, {self.num_positions}], found {list(self.angles.shape)}"
             )
+
+
+class MediaReader(Protocol):
+    """Turns the media of a conversation into spans for one model. Safe from any thread."""
+
+    def read(self, part: Image | Audio | Video) -> Content:
+        """Read a part, without looking inside.
+
+        Raises:
+            UsageError: the model does not take its kind, or the source cannot be read.   BadMedia: it is too large.
+        """
+
+    def placeholder(self, content: Content) -> int:
+        """The token that the model's chat template writes in its place."""
+
+    def segments(self, content: Content) -> Sequence[Sequence[int] | MediaSpan]:
+        """What stands in the prompt instead of the placeholder: spans, and token ids between them.
+
+        Raises:
+            BadMedia: it is damaged, or larger than its limits.
+        """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from argosy.errors import UsageError
+from argosy.media.parts import Audio, Content, Image, Text, Video
 from argosy.prompt.json_text import MAX_PARTS, count_values, plain_json, plain_text, read_object, write_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -22,7 +23,8 @@ Message = Mapping[str, Any]
 """One turn: {"role", "content"}, and the keys that agents add.
 
     role                system, developer, user, assistant or tool
-    content             text, or a list of {"type": "text", "text": text}
+    content             text, or a list of parts: {"type": "text", "text": text}, {"type": "image", "image": Image},
+                        "audio" and "video" likewise, or such objects alone: Text, Image, Audio, Video
     name                the speaker's name, for templates that use it
     reasoning_content   assistant: its thoughts before the answer; `reasoning` is another name for it
     tool_calls          assistant: [{"id", "type": "function", "function": {"name", "arguments"}}]; arguments are an
@@ -53,8 +55,13 @@ class Call:
     text: str
 
 
-Piece = tuple[bool, str]
-"""(is the caller's, text)."""
+Media = Image | Audio | Video | Content
+Piece = tuple[bool, str] | Media
+"""(is the caller's, text), or a picture, sound or video, as it was given or read."""
+
+_MEDIA_TYPES: Mapping[str, type[Image | Audio | Video]] = {"image": Image, "audio": Audio, "video": Video}
+_MEDIA_ROLES = ("user", "tool")
+_MOST_MEDIA = 256  # in a conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class Turn:
     """One checked message.
 
     answers: the id of the call that a tool turn is the result of.
-    pieces: its content split by author; empty: all of it is the caller's.
+    pieces: its content split by author, with media in their places; empty: it is text, and all of it is the caller's.
     """
 
     role: str
@@ -73,6 +80,11 @@ class Turn:
     answers: str | None = None
     pieces: tuple[Piece, ...] = ()
 
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """Its pictures, sounds and videos, in order."""
+        return tuple(piece for piece in self.pieces if not isinstance(piece, tuple))
+
 
 def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
     """Check messages and turn them into turns; the first thing that is wrong raises an error.
@@ -80,8 +92,8 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
 
     Raises:
-        UsageError: there are no messages, a role or key is unknown, content is not text, a result has no call, or there
-            is nothing for the model to answer or continue.
+        UsageError: there are no messages, a role or key is unknown, content is neither text nor media, a result has no
+            call, or there is nothing for the model to answer or continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -99,6 +111,11 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
                 f"message {at}: tool_call_id '{turn.answers}' matches no call in an earlier message"
             )
         turns.append(turn)
+    num_media = sum(len(turn.media) for turn in turns)
+    if num_media > _MOST_MEDIA:
+        raise UsageError(
+            f"a conversation may have at most {_MOST_MEDIA} pictures and sounds, found {num_media}"
+        )
     if add_generation_prompt and turns[-1].role == "assistant":
         turns += _to_be_continued(turns.pop())
         if not turns:
@@ -164,32 +181,65 @@ def _turn(message: Message, where: str) -> Turn:
     ]
     if len(set(reasoning)) > 1:
         raise UsageError(f"{where}: reasoning_content and reasoning differ")
+    content, pieces = _content(message.get("content", ""), role, where)
     return Turn(
         role,
-        _content(message.get("content", ""), where),
+        content,
         name=_short(message["name"], f"{where}: name") if "name" in message else None,
         reasoning=reasoning[0] if reasoning else "",
         calls=calls,
         answers=_short(message["tool_call_id"], f"{where}: tool_call_id")
         if "tool_call_id" in message
         else None,
+        pieces=pieces,
     )
 
 
-def _content(content: object, where: str) -> str:
-    """The content's text: a string, or the texts of its parts, one per line."""
+def _content(content: object, role: str, where: str) -> tuple[str, tuple[Piece, ...]]:
+    """The content's text, the texts of its parts one per line, and its pieces if there are media among them."""
     if isinstance(content, str) or not isinstance(content, Sequence):
-        return _text(content, f"{where}: content")
-    return "\n".join(_part(part, f"{where}: part {at}") for at, part in enumerate(content))
+        return _text(content, f"{where}: content"), ()
+    texts: list[str] = []
+    pieces: list[Piece] = []
+    for at, part in enumerate(content):
+        found = _part(part, role, f"{where}: part {at}")
+        if not isinstance(found, str):
+            pieces.append(found)
+            continue
+        texts.append(found)
+        if pieces and isinstance(pieces[-1], tuple):
+            pieces[-1] = (True, f"{pieces[-1][1]}\n{found}")
+        else:
+            pieces.append((True, found))
+    return "\n".join(texts), () if len(texts) == len(content) else tuple(pieces)
 
 
-def _part(part: object, where: str) -> str:
-    """The text of one part. Images and sound will be recognized here."""
-    if not isinstance(part, Mapping):
-        raise UsageError(f"{where} is a {type(part).__name__}, expected an object with a type")
-    if part.get("type") != "text":
-        raise UsageError(f"{where} is of type {part.get('type')!r}, and this model takes text only")
-    return _text(part.get("text"), f"{where}: text")
+def _part(part: object, role: str, where: str) -> str | Media:
+    """The text of one part, or its picture, sound or video."""
+    if isinstance(part, Text):
+        return _text(part.text, f"{where}: text")
+    media = part if isinstance(part, Media) else None
+    if media is None:
+        if not isinstance(part, Mapping):
+            raise UsageError(f"{where} is a {type(part).__name__}, expected an object with a type")
+        kind = part.get("type")
+        if kind == "text":
+            return _text(part.get("text"), f"{where}: text")
+        if not isinstance(kind, str) or kind not in _MEDIA_TYPES:
+            known = ", ".join(("text", *_MEDIA_TYPES))
+            raise UsageError(f"{where} is of type {kind!r}; known: {known}")
+        _only(("type", kind), part, where)
+        media = part.get(kind)
+        if not isinstance(media, _MEDIA_TYPES[kind]):
+            raise UsageError(
+                f"{where}: {kind} is a {type(media).__name__}, expected {_MEDIA_TYPES[kind].__name__}"
+            )
+    if role not in _MEDIA_ROLES:
+        raise UsageError(
+            f"{where} is a {type(media).__name__}, and a message of role {role} takes text only",
+            hint=f"put it in a message of role {_MEDIA_ROLES[0]}",
+        )
+    return media
 
 
 def _calls(calls: object, where: str) -> tuple[Call, ...]:

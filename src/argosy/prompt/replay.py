@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from blake3 import blake3
 
+from argosy.media.parts import Content
 from argosy.prompt.formats import Answer, Format, collect
 from argosy.prompt.json_text import read_object, write_json
 from argosy.prompt.messages import Turn
@@ -307,7 +308,8 @@ def next_digest(digest: bytes, turn: Turn) -> bytes:
     """Digest of a conversation extended by `turn`; thoughts are left out, as clients leave them out."""
     calls = [[call.id, call.name, call.arguments] for call in turn.calls]
     said = write_json([turn.role, turn.content.strip(), turn.name, turn.answers, calls])
-    return blake3(digest + said.encode()).digest()
+    media = b"".join(part.digest for part in turn.media if isinstance(part, Content))
+    return blake3(digest + said.encode() + media).digest()
 
 
 def _call_key(call_id: str) -> bytes:

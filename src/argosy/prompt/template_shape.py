@@ -28,6 +28,8 @@ Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
 
 # The first one that a template reads is used.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# What templates call media in a content's parts.
+_TYPES = {"picture": "image", "sound": "audio", "video": "video"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Shape:
         """
         made: Messages = []
         for turn in self._split(self._with_one_system(turns)):
-            message: dict[str, Any] = {"role": turn.role, "content": list(turn.pieces) or turn.content}
+            message: dict[str, Any] = {"role": turn.role, "content": _content(turn)}
             if turn.role == "developer" and not self.knows_developer:
                 message["role"] = "system"
             if turn.name is not None:
@@ -119,6 +121,21 @@ class Shape:
             else:
                 made.append(turn)
         return made if self.prints_all_calls else _one_call_each(made)
+
+
+def _content(turn: Turn) -> object:
+    """A turn's text, its pieces of text, or a list of parts if there are media in it."""
+    if not turn.media:
+        return list(turn.pieces) or turn.content
+    parts: list[dict[str, Any]] = []
+    for piece in turn.pieces:
+        if not isinstance(piece, tuple):
+            parts.append({"type": _TYPES[piece.kind]})
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"].append(piece)
+        else:
+            parts.append({"type": "text", "text": [piece]})
+    return parts
 
 
 def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:

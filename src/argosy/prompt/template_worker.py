@@ -204,6 +204,8 @@ def render_segments(
             if key == "role":
                 return value
             if key == "content" and isinstance(value, list):
+                if value and isinstance(value[0], dict):
+                    return [_part(shadows, part) for part in value]
                 return _mixed(shadows, value)
             return taint(value)
 
@@ -250,6 +252,11 @@ def _mixed(shadows: ShadowMap | None, pieces: list[tuple[bool, str]]) -> str:
         return "".join(text for _, text in pieces)
     data = "".join(shadows.shadow(text) if is_callers else text for is_callers, text in pieces)
     return shadows.keep(data)  # type: ignore[no-any-return]
+
+
+def _part(shadows: ShadowMap | None, part: dict[str, Any]) -> dict[str, Any]:
+    """A part of a content with media; its text is in pieces."""
+    return {key: _mixed(shadows, value) if key == "text" else value for key, value in part.items()}
 
 
 def _plain(value: Any) -> Any:
