@@ -18,7 +18,7 @@ Elsewhere: `native/store/` reads and transcodes; `experts/` decides which expert
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from argosy import _native
 from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -203,7 +204,9 @@ class ExpertRecord:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk. `dense` by canonical name, `experts` by (layer, expert)."""
+    """A model on disk. `dense` by canonical name, `experts` by (layer, expert); `others` are tensors that text does not
+    need, such as those of vision towers, by their name in the files.
+    """
 
     path: Path  # its directory, or its GGUF file
     config: ModelConfig
@@ -211,6 +214,7 @@ class ModelFiles:
     experts: Mapping[tuple[int, int], ExpertRecord]
     is_packed: bool = False
     header: GgufFile | None = None  # the GGUF file's header, for users of its other metadata
+    others: Mapping[str, TensorRef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         latent, num_heads = self.config.latent, self.config.num_heads

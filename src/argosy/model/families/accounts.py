@@ -94,8 +94,8 @@ class TensorAccounts:
 
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
-    ) -> None:
-        """Refuse tensors that were not taken, except those known to play no part in the model.
+    ) -> dict[str, TensorRef]:
+        """Refuse tensors that were not taken, except those known to play no part in the text model; return these.
 
         Args:
             is_passed_over: recognises the exceptions by name: constants that writers leave behind, vision towers.
@@ -104,14 +104,16 @@ class TensorAccounts:
         Raises:
             CheckpointError: names the first tensor that was not taken, and how many more there are.
         """
-        extra = [name for name in self._tensors if name not in self._taken and not is_passed_over(name)]
+        others = {name: ref for name, ref in self._tensors.items() if name not in self._taken}
+        extra = [name for name in others if not is_passed_over(name)]
         if extra:
-            others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             ref = self._tensors[extra[0]]
             raise CheckpointError(
-                f"{ref.path.name}: {quote(extra[0])} {quote(list(ref.shape))}{others}: a {config.family} model with "
+                f"{ref.path.name}: {quote(extra[0])} {quote(list(ref.shape))}{more}: a {config.family} model with "
                 f"{described_by} has no such tensor",
                 path=ref.path,
                 tensor=extra[0],
                 extra=extra,
             )
+        return others

@@ -159,9 +159,9 @@ def read_layout(
     reader = _Accounts(directory, tensors, quantization)
     dense = {canonical: reader.dense(canonical, shape, layout) for canonical, shape in dense_shapes(config)}
     experts = reader.experts(config, layout)
-    reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
+    others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
-    return ModelFiles(directory, config, dense, experts)
+    return ModelFiles(directory, config, dense, experts, others=others)
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:

@@ -1,0 +1,120 @@
+"""The towers of each family: where a checkpoint describes and stores them, and the functions of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.media.parts import Kind
+from argosy.model.encoders import EncoderTensor, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders.blocks import Rows
+from argosy.model.families.config_reader import ConfigReader
+from argosy.model.weights import DenseWeights
+from argosy.prompt.media_span import SpanRows
+
+Shape = tuple[int, ...]  # a grid of patches (frames, rows, columns), or the number of mel frames alone
+Encode = Generator[None, None, SpanRows]
+
+
+class Tower(Protocol):
+    """Encodes patches of a picture with their grid, or mel features of a sound."""
+
+    def encode(self, values: Rows, *shape: Any) -> Encode: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """One tower of a family.
+
+    path: of the tower's config inside `config.json`.
+    placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
+    prefix: of the tensors' names.
+    read: the tower's config, from its object and the one around it.
+    tensors, num_positions, peak_bytes, open: functions of the tower's file.
+    angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
+    """
+
+    kind: Kind
+    path: tuple[str, ...]
+    placeholders: tuple[str, ...]
+    prefix: str
+    read: Callable[[ConfigReader, ConfigReader, ModelConfig], Any]
+    tensors: Callable[[Any], dict[str, EncoderTensor]]
+    open: Callable[[Any, DenseWeights, _native.Runtime], Tower]
+    num_positions: Callable[[Any, Any], int]
+    peak_bytes: Callable[[Any, Any], int]
+    angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
+
+
+def _qwen(
+    *path: str, prefix: str = "model.visual.", has_deepstack: bool = True, is_omni: bool = False
+) -> Encoder:
+    return Encoder(
+        kind="picture",
+        path=path,
+        placeholders=("image_token_id",),
+        prefix=prefix,
+        read=lambda own, around, model: qwen_vision.read_config(own, has_deepstack=has_deepstack),
+        tensors=partial(qwen_vision.tensors, is_omni=is_omni),
+        open=qwen_vision.QwenVisionTower,
+        num_positions=qwen_vision.num_positions,
+        peak_bytes=qwen_vision.peak_bytes,
+        angles=lambda config, grid: qwen_vision.span_angles(grid, config.merge),
+    )
+
+
+ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
+    "qwen3_vl_moe": (_qwen("vision_config"),),
+    "qwen3_5_moe": (_qwen("vision_config", has_deepstack=False),),
+    "qwen3_omni_moe": (
+        _qwen("thinker_config", "vision_config", prefix="thinker.visual.", is_omni=True),
+        Encoder(
+            kind="sound",
+            path=("thinker_config", "audio_config"),
+            placeholders=("audio_token_id",),
+            prefix="thinker.audio_tower.",
+            read=lambda own, around, model: omni_audio.read_config(own),
+            tensors=omni_audio.tensors,
+            open=omni_audio.OmniAudioTower,
+            num_positions=lambda config, shape: omni_audio.num_positions(config, *shape),
+            peak_bytes=lambda config, shape: omni_audio.peak_bytes(config, *shape),
+        ),
+    ),
+    "glm4v_moe": (
+        Encoder(
+            kind="picture",
+            path=("vision_config",),
+            placeholders=("image_token_id",),
+            prefix="model.visual.",
+            read=lambda own, around, model: glm_vision.read_config(own),
+            tensors=glm_vision.tensors,
+            open=glm_vision.GlmVisionTower,
+            num_positions=glm_vision.num_positions,
+            peak_bytes=glm_vision.peak_bytes,
+            angles=lambda config, grid: glm_vision.span_angles(grid, config.merge),
+        ),
+    ),
+    "kimi_k25": (
+        Encoder(
+            kind="picture",
+            path=("vision_config",),
+            placeholders=("media_placeholder_token_id", "image_token_id"),
+            prefix="",
+            read=lambda own, around, model: moon_vit.read_config(own, around, hidden_size=model.hidden_size),
+            tensors=moon_vit.tensors,
+            open=moon_vit.MoonViT,
+            num_positions=moon_vit.num_positions,
+            peak_bytes=moon_vit.peak_bytes,
+        ),
+    ),
+}
+"""By the family of a `ModelConfig`."""
+
+
+def encoder_of(family: str, kind: Kind) -> Encoder:
+    """The tower for this kind; the family must have one."""
+    return next(one for one in ENCODERS[family] if one.kind == kind)

@@ -1,0 +1,120 @@
+"""Towers are found in a checkpoint's files, read with the engine's readers, and refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.safetensors import open_tensors
+from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.media.parts import Kind
+from argosy.model.encoders.reading import EncoderFiles, Encoders, find_encoders
+from argosy.model.encoders.table import ENCODERS
+from tests.model.encoders.open_tower import PARTS
+from tests.model.encoders.test_towers import encode
+from tests.model.encoders.test_towers import open_tower as open_reference
+from tests.models.tiny_encoders import REFERENCE
+
+PLACES: list[tuple[str, str, Kind]] = [
+    ("qwen3_vl_moe", "qwen3_vl_moe", "picture"),
+    ("qwen3_5_moe", "qwen3_5_moe", "picture"),
+    ("qwen3_omni_moe", "qwen3_omni_moe", "picture"),
+    ("qwen3_omni_moe_audio", "qwen3_omni_moe", "sound"),
+    ("glm4v_moe", "glm4v_moe", "picture"),
+    ("kimi_k25", "kimi_k25", "picture"),
+]
+
+
+def model_files(directory: Path) -> ModelFiles:
+    """A model whose text part is left out."""
+    raw = json.loads((directory / "config.json").read_text())
+    inner = raw.get("thinker_config", raw)
+    config: Any = SimpleNamespace(
+        family=raw["model_type"], vocab_size=64, hidden_size=inner["text_config"]["hidden_size"], latent=None
+    )
+    config.num_heads = 1
+    return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Encoders]:
+    files = {
+        kind: found
+        for kind, found in find_encoders(model_files(directory)).items()
+        if isinstance(found, EncoderFiles)
+    }
+    store = _native.Store(1)
+    try:
+        yield Encoders(files, store, _native.Runtime(1), open_file=store.open)
+    finally:
+        store.close()
+
+
+def test_every_tower_of_the_table_is_tested() -> None:
+    assert {(family, one.kind) for family, encoders in ENCODERS.items() for one in encoders} == {
+        (family, kind) for _, family, kind in PLACES
+    }
+
+
+@pytest.mark.parametrize(("name", "family", "kind"), PLACES)
+def test_a_tower_read_from_its_files_gives_the_same_rows(name: str, family: str, kind: Kind) -> None:
+    _, config, reference = open_reference(name)
+    with opened(REFERENCE / name) as encoders:
+        assert encoders.files[kind].encoder is next(one for one in ENCODERS[family] if one.kind == kind)
+        assert encoders.files[kind].config == config
+        assert PARTS[name].prefix == encoders.files[kind].encoder.prefix
+        tower = encoders.open(kind)
+        assert encoders.open(kind) is tower
+        expected, found = encode(name, reference, 0), encode(name, tower, 0)
+        np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+        assert found.additions.keys() == expected.additions.keys()
+        encoders.drop()
+        assert encoders.open(kind) is not tower
+
+
+def changed(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A copy of a reference whose vision_config has other values."""
+    directory = tmp_path / name
+    shutil.copytree(REFERENCE / name, directory)
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    raw["vision_config"] |= changes
+    path.write_text(json.dumps(raw))
+    return directory
+
+
+def test_a_tower_that_is_not_supported_is_named_and_keeps_nothing_else_from_running(tmp_path: Path) -> None:
+    found = find_encoders(model_files(changed(tmp_path, "qwen3_vl_moe", hidden_act="relu6")))
+    assert isinstance(found["picture"], UnsupportedModel)
+    assert "vision_config asks for hidden_act 'relu6'" in str(found["picture"])
+
+
+def test_a_tower_of_other_shapes_is_named(tmp_path: Path) -> None:
+    found = find_encoders(model_files(changed(tmp_path, "qwen3_vl_moe", intermediate_size=11)))
+    assert isinstance(found["picture"], CheckpointError)
+    assert "linear_fc1.weight is" in str(found["picture"])
+
+
+def test_a_placeholder_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    directory = changed(tmp_path, "qwen3_vl_moe")
+    raw = json.loads((directory / "config.json").read_text()) | {"image_token_id": 64}
+    (directory / "config.json").write_text(json.dumps(raw))
+    found = find_encoders(model_files(directory))["picture"]
+    assert isinstance(found, CheckpointError)
+    assert "gives image_token_id as 64; the vocabulary has 64" in str(found)
+
+
+def test_a_checkpoint_without_the_towers_tensors_has_none() -> None:
+    files = model_files(REFERENCE / "qwen3_vl_moe")
+    text_alone = ModelFiles(files.path, files.config, {}, {})
+    assert find_encoders(text_alone) == {}
