@@ -114,7 +114,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "png_17x100": lambda: png(pattern(100, 17)),
     "png_640x480": lambda: png(pattern(480, 640)),
     "png_767x1023": lambda: png(pattern(1023, 767)),
-    "png_4000x3000": lambda: png(pattern(3000, 4000), compress_level=1),
+    "png_4000x3000": lambda: png(np.tile(pattern(300, 400), (10, 10, 1)), compress_level=1),
     "png_3000x20": lambda: png(pattern(20, 3000)),
     "png_20x3000": lambda: png(pattern(3000, 20)),
     "png_grey": lambda: png(pattern(70, 110, 1)[:, :, 0]),

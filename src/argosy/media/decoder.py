@@ -124,7 +124,7 @@ class Decoder:
                     answer = self._exchange(kind, self._worker, line, data, num_axes)
                 except _Gone as gone:
                     self._stop()
-                    if not gone.was_idle:
+                    if not gone.is_before_decoding:
                         raise self._ended(kind, gone) from None
                     continue
                 except BaseException:
@@ -152,7 +152,7 @@ class Decoder:
                 raise ValueError
             nbytes = self._require_allowed(kind, shape)
         except (ValueError, KeyError, TypeError):
-            raise _Gone(None) from None
+            raise _Gone from None
         return shape, worker.read(nbytes, payload, deadline)
 
     def _require_allowed(self, kind: Kind, shape: tuple[int, ...]) -> int:
@@ -226,15 +226,14 @@ class Decoder:
 class _Gone(Exception):
     """The process ended, or must be ended."""
 
-    def __init__(self, returncode: int | None, *, is_late: bool = False) -> None:
+    def __init__(
+        self, returncode: int | None = None, *, is_late: bool = False, is_before_decoding: bool = False
+    ) -> None:
         super().__init__(returncode)
         self.returncode = returncode
         self.is_late = is_late
-
-    @property
-    def was_idle(self) -> bool:
-        """Whether it ended by itself, as it does when it has waited for long."""
-        return self.returncode == 0
+        # It ended by itself, or before it had the whole file: it decodes nothing before that.
+        self.is_before_decoding = is_before_decoding or returncode == 0
 
 
 class _Worker:
@@ -285,14 +284,14 @@ class _Worker:
             except BlockingIOError:
                 continue
             except OSError:
-                raise self._gone() from None
+                raise _Gone(is_before_decoding=True) from None
 
     def read_line(self, deadline: float) -> tuple[bytes, bytes]:
         """Read a line and whatever came with it."""
         read = b""
         while b"\n" not in read:
             if len(read) > _MOST_HEADER_BYTES:
-                raise _Gone(None)
+                raise _Gone
             self._wait(self._source, select.POLLIN, deadline)
             piece = os.read(self._source, 1 << 16)
             if not piece:
@@ -304,7 +303,7 @@ class _Worker:
     def read(self, nbytes: int, first: bytes, deadline: float) -> bytearray:
         """Read exactly `nbytes`, of which `first` were read before."""
         if len(first) > nbytes:
-            raise _Gone(None)
+            raise _Gone
         payload = bytearray(nbytes)
         payload[: len(first)] = first
         view = memoryview(payload)[len(first) :]
@@ -321,7 +320,7 @@ class _Worker:
         ready.register(descriptor, event)
         left = deadline - time.monotonic()
         if left <= 0 or not ready.poll(1000 * left):
-            raise _Gone(None, is_late=True)
+            raise _Gone(is_late=True)
 
     def _gone(self) -> _Gone:
         """Say how the process ended, now that its pipe is closed."""

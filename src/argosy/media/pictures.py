@@ -187,11 +187,14 @@ class KimiFit:
     most_tokens: int | None = None
 
     def size(self, height: int, width: int) -> Size:
-        size, most_patches = self._size(height, width, self.most_patches), self.most_patches
+        size = self._size(height, width, self.most_patches)
+        if self.most_tokens is None:
+            return size
+        most_patches = min(self.most_patches, self.most_tokens * self.merge_size**2)
         # Padding adds tokens, so a cap on tokens may need fewer patches than it has.
-        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and most_patches > 1:
-            most_patches = most_patches * 15 // 16
+        while self._num_tokens(size) > self.most_tokens and most_patches > 1:
             size = self._size(height, width, most_patches)
+            most_patches = most_patches * 63 // 64
         return size
 
     def _size(self, height: int, width: int, most_patches: int) -> Size:

@@ -1,0 +1,60 @@
+"""Files decoded and prepared here equal what transformers makes of them, as `make_references.py` kept it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from argosy.media.decoder import Decoder
+from argosy.media.parts import Audio, Image, MediaLimits
+from argosy.media.pictures import read_picture_processor
+from argosy.media.sounds import read_sound_processor
+from tests.media.samples import (
+    PICTURE_SETTINGS,
+    PICTURES,
+    RATE,
+    REFERENCES,
+    SOUND_SETTINGS,
+    SOUNDS,
+    heard,
+    summary,
+)
+
+# The same sums in float64 or float32; a picture that is off by one level differs by 0.004 or more.
+LARGEST_DIFFERENCE = 1e-4
+# Two decoders of MP3 round differently, by about 1e-5; in a band that is nearly silent this is more than in others.
+LARGEST_DIFFERENCE_OF_MP3 = 1e-2
+
+_KEPT = np.load(REFERENCES)
+KEPT = dict(
+    zip(_KEPT["names"].tolist(), zip(_KEPT["shapes"].tolist(), _KEPT["values"], strict=True), strict=True)
+)
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_a_picture_gives_the_patches_of_the_reference_processors(decoder: Decoder, case: str) -> None:
+    content = Image(PICTURES[case]()).read(MediaLimits())
+    height, width = decoder.measure(content)
+    pixels = decoder.picture(content)
+    assert pixels.shape == (height, width, 3)
+    for name, settings in PICTURE_SETTINGS.items():
+        processor = read_picture_processor(settings)
+        patches, grid = processor.prepare(pixels)
+        shape, values = KEPT[f"{name}/{case}"]
+        assert list(grid) == shape
+        assert grid == processor.grid(height, width)
+        assert processor.num_tokens(height, width) == grid[1] * grid[2] / processor.merge_size**2
+        assert abs(summary(patches) - values).max() < LARGEST_DIFFERENCE, name
+
+
+@pytest.mark.parametrize("case", SOUNDS)
+def test_a_sound_gives_the_features_of_the_reference_processor(decoder: Decoder, case: str) -> None:
+    samples = decoder.sound(Audio(SOUNDS[case]()).read(MediaLimits()), RATE)
+    for name, settings in SOUND_SETTINGS.items():
+        processor = read_sound_processor(settings, is_padded=name == "whisper")
+        features = processor.prepare(samples)
+        shape, values = KEPT[f"{name}/{case}"]
+        assert [*features.shape, samples.size] == shape
+        assert features.shape[1] == processor.num_frames(samples.size)
+        largest = LARGEST_DIFFERENCE_OF_MP3 if case == "mp3" else LARGEST_DIFFERENCE
+        assert abs(summary(heard(features, samples)) - values).max() < largest, name
