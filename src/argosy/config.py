@@ -112,6 +112,9 @@ class KvDir(_Strict):
             raise UsageError(f"max_bytes must be at least 1, found {self.max_bytes}")
 
 
+FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Strict):
     """How one engine runs. Only `kv_dtype` and `instruction_set` can change which tokens come out."""
@@ -128,6 +131,8 @@ class EngineConfig(_Strict):
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
+    media: bool = True  # take pictures and sounds, where the model has encoders for them; takes memory
+    image_tokens: int = 1024  # most positions that a picture fills; a larger picture is scaled down
     draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
     prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
@@ -142,6 +147,11 @@ class EngineConfig(_Strict):
         for name in ("replay_bytes", "request_bytes", "draft_tokens"):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
+        if self.image_tokens < FEWEST_IMAGE_TOKENS:
+            raise UsageError(
+                f"image_tokens must be at least {FEWEST_IMAGE_TOKENS}, found {self.image_tokens}",
+                hint="media=False (`--no-media`) takes no pictures at all",
+            )
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):

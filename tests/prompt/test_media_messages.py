@@ -53,7 +53,7 @@ class Reader:
     def placeholder(self, content: Content) -> int:
         return self.ids[content.kind]
 
-    def segments(self, content: Content) -> Sequence[Sequence[int] | MediaSpan]:
+    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
         token_id = self.placeholder(content)
         if content.kind == "picture":
             return [span_of(content, 3, token_id)]

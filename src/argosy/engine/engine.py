@@ -37,6 +37,7 @@ from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.resident import Progress
+from argosy.media.parts import Kind
 from argosy.model.decoder import RouteObserver
 from argosy.model.families import open_model
 from argosy.prompt.builder import PromptBuilder
@@ -75,7 +76,7 @@ class Engine(BlockingCalls):
         self.plan = plan = started.plan
         self.tokenizer = started.tokenizer
         self._clock, self._store, self._runtime = started.clock, started.store, started.runtime
-        self._model, self._cache = started.model, started.cache
+        self._model, self._cache, self._media = started.model, started.cache, started.media
         self._scheduler = Scheduler(
             self._cache,
             chunk_tokens=plan.chunk_tokens,
@@ -270,6 +271,8 @@ class Engine(BlockingCalls):
             self._require_open()
             self._cache.forget(tenant)
             self._requests.forget(tenant)
+            if self._media is not None:
+                self._media.forget(tenant)
 
     def forget_others(self, tenants: Collection[str]) -> None:
         """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
@@ -307,6 +310,11 @@ class Engine(BlockingCalls):
         return self._requests.prompts
 
     @property
+    def media_kinds(self) -> tuple[Kind, ...]:
+        """What the model takes beside text: "picture", "sound"."""
+        return () if self._media is None else self._media.kinds
+
+    @property
     def ledger(self) -> Ledger:
         """Totals since the engine started."""
         return self._answers.ledger
@@ -338,11 +346,13 @@ class Engine(BlockingCalls):
                 self._finish(sequence, "cancelled")
             self._is_open = False
             self._requests.prompts.close()
+            if self._media is not None:
+                self._media.close()
             self._cache.close()
             self._store.close()
             self._runtime.close()
             self._model.close()
-            del self._requests, self._uses, self._scheduler, self._cache, self._answers
+            del self._requests, self._uses, self._scheduler, self._cache, self._answers, self._media
 
     def __enter__(self) -> Self:
         return self

@@ -23,11 +23,16 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
+from argosy.media.parts import MediaLimits
 from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
+MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures and sounds of requests whose encode has not begun
+MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
+_DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
+_HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
@@ -60,6 +65,7 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
+    encoder_bytes: int = 0  # towers for pictures and sound, one encode, and the process that decodes files
     kv_bytes: int
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
@@ -116,6 +122,7 @@ class MemoryPlan:
         return [
             Part("process_bytes", "process", self.process_bytes, "interpreter, libraries, tokenizer"),
             Part("dense_bytes", "dense weights", self.dense_bytes),
+            Part("encoder_bytes", "pictures, sound", self.encoder_bytes, "encoders, and decoding of files"),
             Part("kv_bytes", "KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
             Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
             Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
@@ -189,6 +196,12 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
     return nbytes
 
 
+def media_bytes(limits: MediaLimits) -> int:
+    """Memory for pictures and sounds beside their encoders: a file that is decoded, requests that wait, rows kept."""
+    decoded = max(3 * limits.pixels, round(4 * limits.sound_s * _HIGHEST_MEDIA_RATE))
+    return _DECODER_BYTES + limits.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
+
+
 def quarter_of_experts(files: ModelFiles) -> int:
     """Slots for a quarter of all routed experts, but at least what a token needs: the demo model's default."""
     return max(files.config.experts_per_token, len(files.experts) // 4)
@@ -219,6 +232,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
+            encoder_bytes=footprint.encoder_bytes and footprint.encoder_bytes + media_bytes(MediaLimits()),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,
@@ -401,6 +415,8 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: ModelFootp
     if floor.context_tokens > SMALLEST_CONTEXT:
         saved = floor.kv_bytes - footprint.kv_bytes(SMALLEST_CONTEXT)
         hints.append(f"`--context {SMALLEST_CONTEXT}` needs about {format_bytes(needed - saved)}")
+    if floor.encoder_bytes:
+        hints.append(f"`--no-media` needs {format_bytes(needed - floor.encoder_bytes)}")
     if config.kv_dtype == "f32":
         hints.append(f"`--kv f16` needs about {format_bytes(needed - floor.kv_bytes // 2)}")
     hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")

@@ -36,6 +36,8 @@ class EngineOptions(TypedDict, total=False):
     chunk_tokens: int | None
     expert_slots: int | None
     max_sequences: int
+    media: bool
+    image_tokens: int
     draft_tokens: int
     readers: int
     look_ahead: bool

@@ -70,7 +70,7 @@ class Requests:
         started_at = perf_counter()
         if num_answers < 1:
             raise UsageError(f"num_answers must be at least 1, found {num_answers}")
-        built = self.prompts.build(prompt)
+        built = self.prompts.build(prompt, tenant=tenant)
         prompt_ids = list(built.token_ids or ())
         available, least = self._context_tokens, max(1, params.min_tokens)
         if len(prompt_ids) + least > available:

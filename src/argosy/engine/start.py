@@ -35,8 +35,10 @@ from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
+from argosy.media.parts import MediaLimits
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
+from argosy.model.encoders.reading import EncoderFiles, Encoders
 from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
 from argosy.model.model import Model, ModelReading
 from argosy.prompt.builder import PromptBuilder
@@ -44,6 +46,7 @@ from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import GrammarCompiler
+    from argosy.engine.media import PromptMedia
     from argosy.prompt.chat import Worker
 
 
@@ -59,6 +62,7 @@ class Started:
     grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
     plan: MemoryPlan
     prompts: PromptBuilder
+    media: PromptMedia | None  # None: the model takes text only
     model: Model
     cache: PrefixCache
 
@@ -115,11 +119,15 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
+        media = _open_media(files, footprint, config, store, runtime)
+        if media is not None:
+            undo.callback(media.close)
         prompts = PromptBuilder(
             tokenizer,
             vocab_size=files.config.vocab_size,
             worker=worker,
             context_tokens=plan.context_tokens,
+            media=media,
         )
         model = reading.finish(
             plan.model_sizes(config),
@@ -139,6 +147,7 @@ def start(
         grammars=grammars,
         plan=plan,
         prompts=prompts,
+        media=media,
         model=model,
         cache=cache,
     )
@@ -199,6 +208,24 @@ def _start_worker(undo: ExitStack) -> Worker:
     worker = Worker()
     undo.callback(worker.stop)
     return worker
+
+
+def _open_media(
+    files: ModelFiles,
+    footprint: ModelFootprint,
+    config: EngineConfig,
+    store: _native.Store,
+    runtime: _native.Runtime,
+) -> PromptMedia | None:
+    if not footprint.encoders:
+        return None
+    from argosy.engine.media import open_media  # imports modules that only pictures and sounds need
+
+    towers = {kind: one for kind, one in footprint.encoders.items() if isinstance(one, EncoderFiles)}
+    encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
+    return open_media(
+        files, footprint.encoders, encoders, image_tokens=config.image_tokens, limits=MediaLimits()
+    )
 
 
 def _open_prefix_files(

@@ -100,11 +100,20 @@ class PictureProcessor:
         Raises:
             BadMedia: as `grid`.
         """
+        return self.patches(self.resize(pixels))
+
+    def resize(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The first half of `prepare`: uint8 [height, width, 3], resized and padded to whole patches."""
         size = self.fit.size(*pixels.shape[:2])
-        _, rows, columns = grid = self._grid(size)
+        self._grid(size)
         resized = Image.fromarray(pixels).resize((size.width, size.height), Image.Resampling.BICUBIC)
         canvas = np.zeros((size.padded_height, size.padded_width, 3), np.uint8)
         canvas[: size.height, : size.width] = np.asarray(resized)
+        return canvas
+
+    def patches(self, canvas: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Grid]:
+        """The second half of `prepare`, from the result of `resize`."""
+        rows, columns = canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size
         side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
         blocks = canvas.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, channels, side, side]
@@ -114,7 +123,7 @@ class PictureProcessor:
             values[:, channel] = self.levels[channel][pixels_of[:, channel]]
         if self.order == "pixels":
             values = values.transpose(0, 2, 3, 1)
-        return values.reshape(rows * columns, -1), grid
+        return values.reshape(rows * columns, -1), (1, rows, columns)
 
     def _grid(self, size: Size) -> Grid:
         rows, columns = size.padded_height // self.patch_size, size.padded_width // self.patch_size

@@ -5,11 +5,13 @@ A memory plan asks here and never recomputes a size. Native code reports what na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, EngineConfig, KvDtype, ModelConfig
+from argosy.errors import ArgosyError
 from argosy.experts import policy
 from argosy.experts.files import (
     bookkeeping_bytes,
@@ -17,6 +19,8 @@ from argosy.experts.files import (
     resident_bytes,
     slot_bytes,
 )
+from argosy.media.parts import Kind
+from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
@@ -53,11 +57,25 @@ class ModelFootprint:
         self.num_experts = len(files.experts)  # routed experts in all layers
         self._kv_dtype = config.kv_dtype
         self._threads = config.threads  # each has scratch memory
+        self._has_media = config.media
+        self._image_tokens = config.image_tokens
         self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
     @cached_property
     def dense_bytes(self) -> int:
         return dense_footprint(self.files.dense)
+
+    @cached_property
+    def encoders(self) -> Mapping[Kind, EncoderFiles | ArgosyError]:
+        """The towers for pictures and sound; empty if the settings turn them off."""
+        return find_encoders(self.files) if self._has_media else {}
+
+    @cached_property
+    def encoder_bytes(self) -> int:
+        """The weights of all towers, and the largest encode."""
+        towers = {kind: one for kind, one in self.encoders.items() if isinstance(one, EncoderFiles)}
+        peaks = [one.peak_bytes(one.largest_shape(self._image_tokens)) for one in towers.values()]
+        return sum(one.weight_bytes for one in towers.values()) + max(peaks, default=0)
 
     @cached_property
     def staging_bytes(self) -> int:

@@ -373,7 +373,7 @@ class PromptBuilder:
             segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
             ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
             prompt = Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
-            return self._with_spans(prompt, turns, max_tokens)
+            return self._with_spans(prompt, turns, tenant, max_tokens)
 
         from argosy.prompt.replay import trace_of
 
@@ -382,7 +382,7 @@ class PromptBuilder:
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         prompt = Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
-        return self._with_spans(prompt, turns, max_tokens)
+        return self._with_spans(prompt, turns, tenant, max_tokens)
 
     def _with_contents(self, turn: Turn) -> Turn:
         """Read the media of a turn."""
@@ -396,7 +396,9 @@ class PromptBuilder:
         ]
         return replace(turn, pieces=tuple(pieces))
 
-    def _with_spans(self, prompt: Prompt, turns: Sequence[Turn], max_tokens: int | None) -> Prompt:
+    def _with_spans(
+        self, prompt: Prompt, turns: Sequence[Turn], tenant: str | None, max_tokens: int | None
+    ) -> Prompt:
         """Put the media of a conversation where its template has placeholders for them.
 
         Only the template can have written a placeholder: a caller's text never becomes a control token.
@@ -417,7 +419,7 @@ class PromptBuilder:
         segments: list[Sequence[int] | MediaSpan] = []
         end = 0
         for at, content in zip(places, contents, strict=True):
-            segments += [token_ids[end:at], *self._media.segments(content)]
+            segments += [token_ids[end:at], *self._media.segments(content, tenant or "")]
             end = at + 1
         filled = Prompt.of(*segments, token_ids[end:])
         num_tokens = len(filled.token_ids or ())

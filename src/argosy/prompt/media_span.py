@@ -83,9 +83,12 @@ class MediaReader(Protocol):
     def placeholder(self, content: Content) -> int:
         """The token that the model's chat template writes in its place."""
 
-    def segments(self, content: Content) -> Sequence[Sequence[int] | MediaSpan]:
+    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
         """What stands in the prompt instead of the placeholder: spans, and token ids between them.
 
+        Args:
+            tenant: the owner; what is kept of the content serves this tenant alone.
+
         Raises:
-            BadMedia: it is damaged, or larger than its limits.
+            BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait to be encoded.
         """

@@ -19,13 +19,14 @@ from argosy.checkpoint.files import MatrixRef, ModelFiles
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Format
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.media.parts import Kind
+from argosy.media.parts import Kind, MediaLimits
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
 from argosy.model.families.accounts import TensorAccounts
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import dense_footprint, load_dense
 
 _CONFIG_FILE = "config.json"
+MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
 _FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -47,6 +48,13 @@ class EncoderFiles:
     def weight_bytes(self) -> int:
         """Bytes of memory of the weights."""
         return dense_footprint(self.tensors)
+
+    def largest_shape(self, image_tokens: int) -> Shape:
+        """The shape of the largest input: a picture of so many positions, or the longest sound."""
+        if self.encoder.kind == "picture":
+            merge: int = self.config.merge
+            return (1, merge, merge * image_tokens)
+        return (round(MediaLimits().sound_s * MEL_FRAMES_PER_SECOND),)
 
     def num_positions(self, shape: Shape) -> int:
         return self.encoder.num_positions(self.config, shape)

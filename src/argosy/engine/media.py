@@ -1,0 +1,263 @@
+"""Pictures and sounds of prompts: checked and measured when a request comes, encoded beside the steps of others.
+
+    Image("cat.png")  ->  read  ->  segments: decoded, prepared, a MediaSpan  ->  make_rows: the tower, piece by piece
+                                                                              ->  kept, for the next prompt that has it
+
+What a request costs before its turn is small: of a picture it holds the pixels that the tower will see, one byte each.
+`MEDIA_WAITING_BYTES` bounds what all requests hold together.
+
+Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `spans.py` puts rows into steps.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.untrusted_file import read_object
+from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
+from argosy.errors import ArgosyError, CheckpointError, Overloaded, UsageError
+from argosy.media.decoder import Decoder
+from argosy.media.parts import Audio, Content, Image, Kind, MediaLimits, Video
+from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.sounds import SoundProcessor, read_sound_processor
+from argosy.model.encoders.reading import EncoderFiles, Encoders
+from argosy.model.encoders.table import Shape
+from argosy.prompt.media_span import MediaSpan, SpanRows
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_RETRY_S = 5
+
+Processor = PictureProcessor | SoundProcessor
+
+
+def read_processors(
+    files: ModelFiles, kinds: Sequence[Kind], *, image_tokens: int
+) -> dict[Kind, Processor | ArgosyError]:
+    """How the checkpoint prepares media for its towers, or the error for the first that is sent."""
+    found: dict[Kind, Processor | ArgosyError] = {}
+    paths = [path for name in _PROCESSOR_FILES if (path := files.path / name).exists()]
+    for kind in kinds:
+        if not paths:
+            found[kind] = CheckpointError(
+                f"{files.path} has no {_PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
+                hint="copy it from where the model came from",
+                path=files.path,
+            )
+            continue
+        try:
+            raw = read_object(paths[0])
+            if kind == "picture":
+                found[kind] = read_picture_processor(raw, most_tokens=image_tokens, where=paths[0].name)
+            else:
+                found[kind] = read_sound_processor(raw, is_padded=False, where=paths[0].name)
+        except ArgosyError as error:
+            found[kind] = error
+    return found
+
+
+class PromptMedia:
+    """Reads the media of one engine's prompts. Safe from any thread; encoding runs in the engine's own.
+
+    Args:
+        faults: kinds that the model has an encoder for, but cannot take, and why.
+    """
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        processors: Mapping[Kind, Processor],
+        faults: Mapping[Kind, ArgosyError],
+        limits: MediaLimits,
+    ) -> None:
+        self._encoders = encoders
+        self._processors = processors
+        self._faults = faults
+        self._limits = limits
+        self._decoder = Decoder(limits)
+        self._one_decoded = threading.Lock()  # a decoded picture is large, so there is one at a time
+        self._waiting = _Room(MEDIA_WAITING_BYTES)
+        self._kept = _KeptRows(MEDIA_KEPT_BYTES)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What the model takes beside text."""
+        return tuple(self._processors)
+
+    def close(self) -> None:
+        self._decoder.close()
+        self._encoders.drop()
+
+    def forget(self, tenant: str) -> None:
+        """Forget the rows kept for a tenant."""
+        self._kept.forget(tenant)
+
+    def read(self, part: Image | Audio | Video) -> Content:
+        """See `MediaReader.read`."""
+        if part.kind in self._faults:
+            raise self._faults[part.kind]
+        if part.kind not in self._processors:
+            takes = ["text", *(f"{kind}s" for kind in self._processors)]
+            raise UsageError(
+                f"this model takes {' and '.join(takes)}, and the conversation has a {part.kind}"
+            )
+        return part.read(self._limits)
+
+    def placeholder(self, content: Content) -> int:
+        """See `MediaReader.placeholder`."""
+        return self._encoders.files[content.kind].token_id
+
+    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
+        """See `MediaReader.segments`."""
+        values, shape = self._prepare(content)
+        files = self._encoders.files[content.kind]
+        digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
+        angles, num_angles = None, None
+        if files.encoder.angles is not None:
+            angles, num_angles = files.encoder.angles(files.config, shape)
+        waiting = _Waiting(values)
+        self._waiting.charge(waiting, values.nbytes)
+
+        def make_rows() -> SpanRows | Generator[None, None, SpanRows]:
+            kept = self._kept.find(tenant, digest)
+            return (
+                kept
+                if kept is not None
+                else self._encode(content.kind, waiting.values, shape, tenant, digest)
+            )
+
+        return [
+            MediaSpan(
+                content.kind,
+                digest,
+                files.num_positions(shape),
+                files.token_id,
+                make_rows,
+                angles=angles,
+                num_angles=num_angles,
+            )
+        ]
+
+    def _prepare(self, content: Content) -> tuple[NDArray[Any], Shape]:
+        """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
+        processor = self._processors[content.kind]
+        with self._one_decoded:
+            if isinstance(processor, PictureProcessor):
+                if not isinstance(content.data, np.ndarray):
+                    processor.grid(*self._decoder.measure(content))  # refuse what its header rules out
+                canvas = processor.resize(self._decoder.picture(content))
+                rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
+                return canvas, (1, rows, cols)
+            features = processor.prepare(self._decoder.sound(content, processor.rate))
+            return features, (features.shape[1],)
+
+    def _encode(
+        self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes
+    ) -> Generator[None, None, SpanRows]:
+        tower, processor = self._encoders.open(kind), self._processors[kind]
+        yield
+        if isinstance(processor, PictureProcessor):
+            patches, grid = processor.patches(values)
+            rows = yield from tower.encode(patches, grid)
+        else:
+            rows = yield from tower.encode(values)
+        self._kept.keep(tenant, digest, rows)
+        return rows
+
+
+class _Waiting:
+    """Prepared media; their room is free again when nothing can encode them any more."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        self.values = values
+
+
+class _Room:
+    """Bytes that objects take until they are gone."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+
+    def charge(self, owner: object, nbytes: int) -> None:
+        """Charge bytes until `owner` is collected.
+
+        Raises:
+            Overloaded: they do not fit now.   UsageError: they never fit.
+        """
+        if nbytes > self._most_bytes:
+            raise UsageError(
+                f"a picture or sound may take at most {self._most_bytes} bytes once it is prepared, found {nbytes}",
+                hint="make it smaller or shorter",
+            )
+        with self._lock:
+            if self._held_bytes + nbytes > self._most_bytes:
+                raise Overloaded("too many pictures and sounds wait to be encoded", retry_after_s=_RETRY_S)
+            self._held_bytes += nbytes
+        weakref.finalize(owner, self._free, nbytes)
+
+    def _free(self, nbytes: int) -> None:
+        with self._lock:
+            self._held_bytes -= nbytes
+
+
+class _KeptRows:
+    """Rows of the media that were used last, by tenant and digest: no tenant can learn what another one sent."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._rows: OrderedDict[tuple[str, bytes], SpanRows] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def find(self, tenant: str, digest: bytes) -> SpanRows | None:
+        with self._lock:
+            rows = self._rows.get((tenant, digest))
+            if rows is not None:
+                self._rows.move_to_end((tenant, digest))
+            return rows
+
+    def keep(self, tenant: str, digest: bytes, rows: SpanRows) -> None:
+        """Keep rows, and forget others until there is room; rows that are larger than all the room are not kept."""
+        with self._lock:
+            if _nbytes(rows) > self._most_bytes or (tenant, digest) in self._rows:
+                return
+            self._rows[tenant, digest] = rows
+            self._nbytes += _nbytes(rows)
+            while self._nbytes > self._most_bytes:
+                _, oldest = self._rows.popitem(last=False)
+                self._nbytes -= _nbytes(oldest)
+
+    def forget(self, tenant: str) -> None:
+        with self._lock:
+            for key in [key for key in self._rows if key[0] == tenant]:
+                self._nbytes -= _nbytes(self._rows.pop(key))
+
+
+def _nbytes(rows: SpanRows) -> int:
+    return rows.embeddings.nbytes + sum(vectors.nbytes for vectors in rows.additions.values())
+
+
+def open_media(
+    files: ModelFiles,
+    found: Mapping[Kind, EncoderFiles | ArgosyError],
+    encoders: Encoders,
+    *,
+    image_tokens: int,
+    limits: MediaLimits,
+) -> PromptMedia:
+    """Combine the towers that were found with the processors that prepare media for them."""
+    faults = {kind: one for kind, one in found.items() if isinstance(one, ArgosyError)}
+    processors = read_processors(files, list(encoders.files), image_tokens=image_tokens)
+    faults |= {kind: one for kind, one in processors.items() if isinstance(one, ArgosyError)}
+    ready = {kind: one for kind, one in processors.items() if not isinstance(one, ArgosyError)}
+    return PromptMedia(encoders, ready, faults, limits)

@@ -1,0 +1,145 @@
+"""Pictures and sounds through a whole engine: the answers of transformers, from pixels and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy import Engine, SamplingParams
+from argosy.errors import CheckpointError, UsageError
+from argosy.media.parts import Audio, Image, MediaLimits
+from argosy.prompt.prompt import Prompt
+from tests.models.references import difference
+from tests.models.safetensors_file import read_safetensors
+from tests.models.seeing import CONFIGS, RATE, REFERENCE
+
+FAMILIES = sorted(CONFIGS)
+LARGEST_DIFFERENCE = 3e-4
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+def opened(directory: Path, **options: Any) -> Engine:
+    return Engine.open(directory, **{"memory": "1GiB", "threads": 2, "image_tokens": 64} | options)
+
+
+def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
+    """The reference's prompt, with spans instead of placeholders."""
+    assert engine._media is not None
+    parts: list[Image | Audio] = [
+        Image(reference[name]) for name in sorted(reference) if name.startswith("picture")
+    ]
+    if "sound" in reference:
+        parts.append(Audio(reference["sound"], rate=RATE))
+    contents = [engine._media.read(part) for part in parts]
+    segments: list[Any] = []
+    for token_id in reference["input_ids"].tolist():
+        if contents and token_id == engine._media.placeholder(contents[0]):
+            segments += engine._media.segments(contents.pop(0), tenant)
+        else:
+            segments.append([token_id])
+    assert not contents
+    return Prompt.of(*segments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
+    reference = read_safetensors(REFERENCE / family / "ref.safetensors")
+    with opened(REFERENCE / family, prefix_reuse=False) as engine:
+        prompt = prompt_of(engine, reference)
+        assert len(prompt.token_ids or ()) == len(reference["logits"])
+        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
+        assert result.logprobs is not None
+        best = dict(result.logprobs[0].top)
+        expected = reference["logits"][-1] - reference["logits"][-1].max()
+        expected -= np.log(np.exp(expected).sum())
+        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
+def test_no_setting_changes_an_answer(family: str, options: dict[str, Any]) -> None:
+    reference = read_safetensors(REFERENCE / family / "ref.safetensors")
+    with opened(REFERENCE / family, **options) as engine:
+        for _ in range(2):  # the second finds the prefix
+            assert (
+                engine.generate(prompt_of(engine, reference), GREEDY).token_ids
+                == reference["greedy"].tolist()
+            )
+
+
+def test_a_repeated_picture_is_encoded_once_for_each_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
+    with opened(REFERENCE / "qwen3_vl_moe", prefix_reuse=False) as engine:
+        assert engine._media is not None
+        encoded = []
+        encode = engine._media._encode
+        monkeypatch.setattr(
+            engine._media, "_encode", lambda *given: encoded.append(given[3]) or encode(*given)
+        )
+        for tenant in ("a", "a", "b"):
+            engine.submit(prompt_of(engine, reference, tenant), GREEDY, tenant=tenant)
+            while engine.has_work:
+                engine.step()
+        assert encoded == ["a", "a", "b", "b"]  # two pictures each
+        engine.forget("a")
+        engine.generate(prompt_of(engine, reference, "a"), GREEDY)
+        assert encoded == ["a", "a", "b", "b", "a", "a"]
+
+
+def test_prepared_media_give_their_room_back() -> None:
+    reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        prompt = prompt_of(engine, reference)
+        assert engine._media._waiting._held_bytes > 0
+        engine.generate(prompt, GREEDY)
+        del prompt
+        assert engine._media._waiting._held_bytes == 0
+
+
+def test_the_largest_picture_is_the_most_tokens_that_are_allowed() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe", image_tokens=16) as engine:
+        assert engine._media is not None
+        large = engine._media.read(Image(np.zeros((300, 400, 3), np.uint8)))
+        (span,) = engine._media.segments(large, "")
+        assert not isinstance(span, list)
+        assert span.num_positions <= 16  # type: ignore[union-attr]
+
+
+def test_media_cost_memory_only_where_the_model_takes_them() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine.media_kinds == ("picture",)
+        assert engine.plan.encoder_bytes > MediaLimits().decode_bytes
+    with opened(REFERENCE / "qwen3_vl_moe", media=False) as engine:
+        assert engine.media_kinds == ()
+        assert engine.plan.encoder_bytes == 0
+        with pytest.raises(UsageError, match="takes text only"):
+            engine.prompts._with_contents(_turn())
+
+
+def _turn() -> Any:
+    from argosy.prompt.messages import Turn
+
+    return Turn("user", "", pieces=(Image(np.zeros((4, 4, 3), np.uint8)),))
+
+
+def test_a_kind_that_the_model_cannot_take_is_named() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        with pytest.raises(UsageError, match="takes text and pictures, and the conversation has a sound"):
+            engine._media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
+
+
+def test_a_checkpoint_without_its_processor_says_so_for_the_first_picture(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(REFERENCE / "qwen3_vl_moe" / name)
+    with opened(tmp_path) as engine:
+        assert engine.media_kinds == ()
+        assert engine._media is not None
+        with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
+            engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))

@@ -1,0 +1,167 @@
+"""Write tiny models that see and hear, whole, and what transformers answers to prompts with media.
+
+    python -m tests.models.make_seeing                    # rewrite the committed references (needs torch, transformers)
+    python -m tests.models.make_seeing --out DIR --seed 7 # other values
+
+Each directory of `reference_seeing/` holds a checkpoint as on the hub with its text model and its towers, the
+`preprocessor_config.json`, and `ref.safetensors`: pictures (uint8 [height, width, 3]) and perhaps a sound (float32
+samples at 16 kHz), `input_ids` with one placeholder for each, and the logits and greedy answer of transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+import transformers
+
+from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.sounds import read_sound_processor
+from argosy.model.encoders.reading import EncoderFiles, find_encoders
+from argosy.model.families import open_model
+from tests.models.safetensors_file import Array, read_checkpoint, write_safetensors
+from tests.models.seeing import CONFIGS, RATE, REFERENCE, complete, processor_config, prompt_of
+from tests.models.tiny import write_model
+from tests.models.tiny_encoders import random_tensors
+
+NEW_TOKENS = 8
+
+
+def write(directory: Path, family: str, seed: int) -> None:
+    """Write the text model, then replace the few tensors of towers that it has by whole towers."""
+    raw = CONFIGS[family]
+    write_model(directory, raw, seed=seed)
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor_config(family), indent=2) + "\n")
+    tensors = {
+        # Not transposed, as transformers writes them, so that the model runs in place.
+        name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
+        for name, value in read_checkpoint(directory).items()
+    }
+    for encoder, config in complete(family, raw):
+        tensors = {
+            name: value for name, value in tensors.items() if not name.startswith(encoder.prefix or "vision")
+        }
+        made = random_tensors(encoder.tensors(config), encoder.prefix, seed)
+        tensors |= {name: ("BF16", value) for name, value in made.items()}
+    write_safetensors(directory / "model.safetensors", tensors)
+
+
+def load(directory: Path, family: str) -> Any:
+    how: dict[str, Any] = {}
+    if family == "qwen3_omni_moe":
+        how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    model, info = transformers.AutoModelForMultimodalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+        **how,
+    )
+    unread = ("talker.", "code2wav.")
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
+    problems = {kind: names for kind, names in info.items() if names}
+    if problems:
+        raise SystemExit(f"{directory}: {problems}")
+    return model.eval()
+
+
+@torch.no_grad()
+def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) -> dict[str, Array]:
+    raw = json.loads((directory / "preprocessor_config.json").read_text())
+    found = find_encoders(open_model(directory))
+    processor: PictureProcessor = read_picture_processor(raw)
+    patches, grids, counts = [], [], []
+    for name, value in media.items():
+        kind = "sound" if name == "sound" else "picture"
+        files = found[kind]
+        if not isinstance(files, EncoderFiles):
+            raise SystemExit(f"{directory}: {files}")
+        if kind == "sound":
+            features = read_sound_processor(raw, is_padded=False).prepare(value)
+            counts.append((files.token_id, files.num_positions((features.shape[1],))))
+            continue
+        prepared, grid = processor.prepare(value)
+        patches.append(prepared)
+        grids.append(grid)
+        counts.append((files.token_id, files.num_positions(grid)))
+    prompt = prompt_of(family, [token_id for token_id, _ in counts])
+    ids: list[int] = []
+    left = list(counts)
+    for token_id in prompt:
+        is_place = bool(left) and token_id == left[0][0]
+        ids += [token_id] * (left.pop(0)[1] if is_place else 1)
+    pixel_values = torch.tensor(np.concatenate(patches))
+    if family == "kimi_k25":
+        side = processor.patch_size
+        pixel_values = pixel_values.reshape(len(pixel_values), 3, side, side)
+    more: dict[str, Any] = {"pixel_values": pixel_values, "image_grid_thw": torch.tensor(grids)}
+    if "sound" in media:
+        more |= {
+            "input_features": torch.tensor(features)[None],
+            "feature_attention_mask": torch.ones(1, features.shape[1], dtype=torch.long),
+        }
+    picture = counts[0][0]
+
+    def run(ids: list[int]) -> Array:
+        tokens = torch.tensor([ids])
+        own = dict(more, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        if family in ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"):
+            own["mm_token_type_ids"] = (tokens == picture).int()
+        if hasattr(model.model, "rope_deltas"):
+            model.model.rope_deltas = None
+        if hasattr(model, "rope_deltas"):
+            model.rope_deltas = None
+        logits: Array = model(**own).logits[0].float().numpy()
+        return logits
+
+    logits, greedy = run(ids), list[int]()
+    for _ in range(NEW_TOKENS):
+        greedy.append(int(run(ids + greedy)[-1].argmax()))
+        if greedy[-1] in dict(counts):
+            raise SystemExit(f"{family}: the answer has a placeholder; try another --seed")
+    return {"input_ids": np.array(prompt), "logits": logits, "greedy": np.array(greedy)}
+
+
+def media_of(family: str, seed: int) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    media = {
+        f"picture.{i}": rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        for i, size in enumerate(((18, 30), (41, 9)))
+    }
+    if family == "qwen3_omni_moe":
+        media["sound"] = (0.3 * rng.standard_normal(RATE * 3 // 2)).astype(np.float32)
+    return media
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", default=list(CONFIGS))
+    parser.add_argument("--out", type=Path, default=REFERENCE)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for family in options.families:
+        directory = options.out / family
+        write(directory, family, options.seed)
+        media = media_of(family, options.seed)
+        found = answer(load(directory, family), directory, family, media)
+        best = np.sort(found["logits"][-1])[::-1]
+        print(
+            f"{family:16} {len(found['logits'])} positions, margin {best[0] - best[1]:.3f}, {found['greedy'].tolist()}"
+        )
+        dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64", np.dtype(np.uint8): "U8"}
+        stored = {name: (dtypes[value.dtype], value) for name, value in {**media, **found}.items()}
+        write_safetensors(directory / "ref.safetensors", stored)
+
+
+if __name__ == "__main__":
+    main()

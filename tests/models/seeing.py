@@ -1,0 +1,100 @@
+"""Tiny models that see and hear, whole: their configs and prompts (see `make_seeing.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from argosy.model.encoders.table import ENCODERS, Encoder
+from argosy.model.families.config_reader import ConfigReader
+from tests.models import tiny_encoders
+from tests.models.tiny import text_of
+from tests.models.tiny_delta import qwen3_5_moe
+from tests.models.tiny_encoders import Sizes
+from tests.models.tiny_latent import kimi_k25
+from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
+
+REFERENCE = Path(__file__).parent / "reference_seeing"
+RATE = 16_000
+SIZES = Sizes()
+
+
+def _with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model of `raw` with the towers of `tiny_encoders`, whose rows have the size of its hidden state."""
+    towers = tiny_encoders.CONFIGS[family](SIZES)
+    hidden = text_of(raw)["hidden_size"]
+    own, theirs = (
+        (raw["thinker_config"], towers["thinker_config"]) if "thinker_config" in raw else (raw, towers)
+    )
+    for key in ("vision_config", "audio_config"):
+        if key in theirs:
+            own[key] = dict(theirs[key])
+            for size in ("out_hidden_size", "output_dim", "text_hidden_size"):
+                if size in own[key]:
+                    own[key][size] = hidden
+    for key in ("projection_hidden_size", "projection_layer_norm_eps", "image_token_id"):
+        if key in theirs:
+            own[key] = theirs[key]
+    if "media_placeholder_token_id" in own:  # the hub's name for it
+        own["media_placeholder_token_id"] = own["image_token_id"]
+    return raw
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe": _with_towers("qwen3_vl_moe", qwen3_vl_moe()),
+    "qwen3_5_moe": _with_towers("qwen3_5_moe", qwen3_5_moe()),
+    "qwen3_omni_moe": _with_towers("qwen3_omni_moe", qwen3_omni_moe()),
+    "glm4v_moe": _with_towers("glm4v_moe", glm4v_moe()),
+    "kimi_k25": _with_towers("kimi_k25", kimi_k25()),
+}
+
+
+def complete(family: str, raw: dict[str, Any]) -> list[tuple[Encoder, Any]]:
+    """The towers of a family with their configs."""
+    found = []
+    for encoder in ENCODERS[family]:
+        around = raw
+        for key in encoder.path[:-1]:
+            around = around[key]
+        inner = {key: value for key, value in around[encoder.path[-1]].items() if key != "model_type"}
+        model: Any = type("Model", (), {"hidden_size": text_of(raw)["hidden_size"]})
+        found.append(
+            (encoder, encoder.read(ConfigReader(inner, family), ConfigReader(around, family), model))
+        )
+    return found
+
+
+def processor_config(family: str) -> dict[str, Any]:
+    """A `preprocessor_config.json`."""
+    (_, config), *_ = complete(family, CONFIGS[family])
+    names = {"glm4v_moe": "Glm4vImageProcessor", "kimi_k25": "Kimi_K25ImageProcessor"}
+    made: dict[str, Any] = {
+        "image_processor_type": names.get(family, "Qwen2VLImageProcessorFast"),
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.25, 0.3],
+        "merge_size": config.merge,
+        "patch_size": config.patch_size,
+    }
+    if family == "kimi_k25":
+        return made | {"max_patches": 64, "size": {"max_height": 32, "max_width": 32}}
+    pixels = (config.patch_size * config.merge) ** 2
+    made |= {
+        "size": {"shortest_edge": 4 * pixels, "longest_edge": 24 * pixels},
+        "temporal_patch_size": config.patch_frames,
+    }
+    if family == "qwen3_omni_moe":
+        (_, _), (_, audio) = complete(family, CONFIGS[family])
+        made |= {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": audio.num_mels}
+    return made
+
+
+def prompt_of(family: str, placeholders: list[int]) -> list[int]:
+    """Token ids with one placeholder for each picture and sound."""
+    raw = CONFIGS[family]
+    around = raw.get("thinker_config", raw)
+    begin = around.get("vision_start_token_id") or around.get("image_start_token_id") or 4
+    prompt = [3, 5, 6]
+    for at, token_id in enumerate(placeholders):
+        is_sound = token_id == around.get("audio_token_id")
+        prompt += [around["audio_start_token_id"] if is_sound else begin, token_id, 12 + at, 20 + at]
+    return [*prompt, 30, 31]
