@@ -56,18 +56,20 @@ void bind_encoder(nb::module_& m) {
   m.def(
       "linear",
       [](Runtime& runtime, const Matrix& matrix, const ArrayOf<float>& x, const OutArrayOf<float>& out,
-         const std::optional<ArrayOf<float>>& bias) {
+         const std::optional<ArrayOf<float>>& bias, bool exact) {
         const Rows<const float> from = read_rows("x", x, {kAnySize, matrix.view.cols});
         const int64_t num_tokens = int64_t(x.shape(0));
         const Rows<float> to = write_rows("out", out, {num_tokens, matrix.view.rows});
         const float* by = bias ? read_array("bias", *bias, {matrix.view.rows}) : nullptr;
         nb::gil_scoped_release released;
-        linear(runtime, matrix.view, from, num_tokens, by, to);
+        linear(runtime, matrix.view, from, num_tokens, by, exact, to);
       },
-      "runtime"_a, "matrix"_a, "x"_a, "out"_a.noconvert(), "bias"_a.none() = nb::none(), R"(
+      "runtime"_a, "matrix"_a, "x"_a, "out"_a.noconvert(), "bias"_a.none() = nb::none(), nb::kw_only(),
+      "exact"_a = false, R"(
     out = x matrix^T + bias, for x [tokens, cols], out [tokens, rows] and bias [rows].
 
-    Rows of x and out may be strided; x and out must not overlap.)");
+    Rows of x and out may be strided; x and out must not overlap. With bf16 weights and 16 tokens or more, x is rounded
+    to bfloat16 if the CPU multiplies that faster, unless `exact`. Sums are float32.)");
 
   m.def(
       "layer_norm",

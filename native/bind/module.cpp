@@ -11,7 +11,8 @@ NB_MODULE(_native, m) {
     expected value. Every operation releases the GIL. One `Runtime` runs one operation at a time.
 
     For one row and one token, the floating-point operations of a kernel (native/kernels, native/ops) and their order do
-    not depend on the rest of the call, the number of threads or the alignment of the weights.
+    not depend on the rest of the call, the number of threads or the alignment of the weights. One exception is documented
+    at `linear`.
 
     Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes. They run
     the kernels of `instruction_set`, or of the best one.

@@ -76,6 +76,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .gelu = gelu,
       .silu = silu_in_place,
       .attend = attend,
+      .round_to_panel = nullptr,
+      .linear_panel = nullptr,
       .kv_write = kv_write,
       .attention = attention,
       .delta_gates = delta_gates,

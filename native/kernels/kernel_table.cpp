@@ -11,18 +11,24 @@ extern const KernelTable kPlainKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 void matmul_f8_vbmi(const MatmulArgs& args);
+void round_to_panel_bf16(const PanelArgs& args);
+void linear_panel_bf16(const LinearArgs& args);
 #endif
 
 namespace {
 
 #if defined(__x86_64__)
 const KernelTable& avx512_kernels() {
-  static const KernelTable with_vbmi = [] {
+  static const KernelTable with_extensions = [] {
     KernelTable table = kAvx512Kernels;
-    table.matmul[int(Format::f8)] = matmul_f8_vbmi;
+    if (__builtin_cpu_supports("avx512vbmi")) table.matmul[int(Format::f8)] = matmul_f8_vbmi;
+    if (__builtin_cpu_supports("avx512bf16")) {
+      table.round_to_panel = round_to_panel_bf16;
+      table.linear_panel = linear_panel_bf16;
+    }
     return table;
   }();
-  return __builtin_cpu_supports("avx512vbmi") ? with_vbmi : kAvx512Kernels;
+  return with_extensions;
 }
 #endif
 

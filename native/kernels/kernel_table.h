@@ -220,6 +220,34 @@ struct LatentAttentionArgs {
 
 enum class Gelu { erf, tanh, quick };
 
+// linear with bfloat16 activations: tokens in a panel, and most rows of the weights in a call.
+[[maybe_unused]] static constexpr int64_t kPanelTokens = 64;
+[[maybe_unused]] static constexpr int64_t kLinearRows = 48;
+// Tokens that are rounded in one call.
+[[maybe_unused]] static constexpr int64_t kRoundedTokens = 16;
+
+// Bytes of a panel: [pairs of columns][kPanelTokens][2] bfloat16.
+static inline constexpr int64_t token_panel_bytes(int64_t cols) { return (cols + 1) / 2 * kPanelTokens * 4; }
+
+struct PanelArgs {
+  const float* x;
+  int64_t x_stride;
+  int64_t num_tokens, cols;  // at most kRoundedTokens tokens
+  uint8_t* panel;            // where the first of them lies in its panel
+};
+
+// y[t][r - row_begin] = bias[r] + sum over c of W[r][c] * x[t][c], for the tokens of a panel.
+struct LinearArgs {
+  const uint8_t* weights;  // the whole matrix
+  int64_t cols;
+  int64_t row_begin, row_end;  // at most kLinearRows
+  const uint8_t* panel;
+  int64_t num_tokens;
+  const float* bias;  // of all rows; nullptr: none
+  float* y;
+  int64_t y_stride;
+};
+
 // attend: most queries in a call, and keys in a block.
 [[maybe_unused]] static constexpr int64_t kAttendQueries = 64;
 [[maybe_unused]] static constexpr int64_t kAttendKeys = 48;
@@ -279,6 +307,9 @@ struct KernelTable {
   void (*gelu)(Gelu kind, int64_t n, float* x);
   void (*silu)(int64_t n, float* x);
   void (*attend)(const AttendArgs& args);
+  // Both are nullptr if the CPU has no product of bfloat16.
+  void (*round_to_panel)(const PanelArgs& args);
+  void (*linear_panel)(const LinearArgs& args);
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);

@@ -16,13 +16,63 @@ void add_bias(Rows<float> out, int64_t num_tokens, const float* bias, int64_t n)
   }
 }
 
+// Rounds x, then multiplies: at most kRoundedAtOnce tokens at a time, which bounds the scratch.
+void linear_rounded(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int64_t num_tokens,
+                    const float* bias, Rows<float> out) {
+  constexpr int64_t kRoundedAtOnce = 16 * kPanelTokens;
+  const KernelTable& table = runtime.kernels();
+  const int64_t panel_size = token_panel_bytes(matrix.cols);
+  const int64_t row_blocks = (matrix.rows + kLinearRows - 1) / kLinearRows;
+  for (int64_t first = 0; first < num_tokens; first += kRoundedAtOnce) {
+    const int64_t count = std::min(num_tokens - first, kRoundedAtOnce);
+    const int64_t groups = (count + kRoundedTokens - 1) / kRoundedTokens;
+    const int64_t num_panels = (count + kPanelTokens - 1) / kPanelTokens;
+    uint8_t* panels = runtime.scratch(num_panels * panel_size);
+    runtime.parallel_for(groups, kRoundedTokens * matrix.cols, [&](int64_t begin, int64_t end, int) {
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t token = group * kRoundedTokens;
+        table.round_to_panel({
+            .x = x.data + (first + token) * x.stride,
+            .x_stride = x.stride,
+            .num_tokens = std::min(count - token, kRoundedTokens),
+            .cols = matrix.cols,
+            .panel = panels + token / kPanelTokens * panel_size + token % kPanelTokens * 4,
+        });
+      }
+    });
+    const int64_t work = kLinearRows * matrix.cols * std::min(count, kPanelTokens);
+    runtime.parallel_for(row_blocks * num_panels, work, [&](int64_t begin, int64_t end, int) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t row = item / num_panels * kLinearRows;
+        const int64_t panel = item % num_panels;
+        const int64_t token = panel * kPanelTokens;
+        table.linear_panel({
+            .weights = matrix.data,
+            .cols = matrix.cols,
+            .row_begin = row,
+            .row_end = std::min(row + kLinearRows, matrix.rows),
+            .panel = panels + panel * panel_size,
+            .num_tokens = std::min(count - token, kPanelTokens),
+            .bias = bias,
+            .y = out.data + (first + token) * out.stride + row,
+            .y_stride = out.stride,
+        });
+      }
+    });
+  }
+}
+
 }  // namespace
 
 void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int64_t num_tokens,
-            const float* bias, Rows<float> out) {
+            const float* bias, bool exact, Rows<float> out) {
   if (num_tokens == 0) return;
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
+  if (!exact && matrix.format == Format::bf16 && num_tokens >= kFewestRounded &&
+      table.linear_panel != nullptr) {
+    return linear_rounded(runtime, matrix, x, num_tokens, bias, out);
+  }
   const int64_t cols = matrix.cols;
   const uint8_t* activations = reinterpret_cast<const uint8_t*>(x.data);
   int64_t x_stride = x.stride * 4;

@@ -1,6 +1,7 @@
 // encoder.h: the operations of encoders, which turn pictures and sounds into rows for a model.
 //
-// The results do not depend on the number of threads, nor those of a row on the other rows of x or query.
+// The results do not depend on the number of threads, nor those of a row on the other rows of x or query,
+// except that `linear` may round many rows and not a few.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,11 @@ struct Rows {
 };
 
 // out[t][r] = sum over c of W[r][c] * x[t][c] + bias[r]; bias may be nullptr. out and x must not overlap.
+// Unless `exact`, products of bfloat16 weights with kFewestRounded tokens or more round x to bfloat16 if the
+// CPU multiplies that faster (docs/decisions/0031).
+inline constexpr int64_t kFewestRounded = 16;
 void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int64_t num_tokens,
-            const float* bias, Rows<float> out);
+            const float* bias, bool exact, Rows<float> out);
 
 // out[n] = (x[n] - mean) / sqrt(variance + eps) * weight + bias; bias may be nullptr; out may be x.
 void layer_norm(Runtime& runtime, const float* x, const float* weight, const float* bias, float eps,

@@ -103,6 +103,50 @@ void attention_of_encoders_meets_the_reference_in_every_lane() {
   }
 }
 
+// The memory of weights and rows ends with their last element, so that a sanitizer detects reads beyond it.
+void rounded_products_stay_inside_their_rows() {
+  for (const KernelTable* table : all_tables()) {
+    if (table->linear_panel == nullptr) continue;
+    for (const int64_t cols : kSizes) {
+      if (cols == 0) continue;
+      for (const int64_t num_tokens : {1, 15, 16, 17, 64}) {
+        for (const int64_t num_rows : {1, 6, 13, 48}) {
+          const std::vector<float> x = normal(num_tokens * cols, 1), bias = normal(num_rows, 2);
+          const Weights weights = Weights::random(Format::bf16, num_rows, cols, 3, 1);
+          const std::unique_ptr<uint8_t[]> panel(new uint8_t[size_t(token_panel_bytes(cols))]);
+          std::fill_n(panel.get(), token_panel_bytes(cols), uint8_t(0xFF));  // NaN
+          for (int64_t token = 0; token < num_tokens; token += kRoundedTokens) {
+            table->round_to_panel({
+                .x = x.data() + token * cols,
+                .x_stride = cols,
+                .num_tokens = std::min(num_tokens - token, kRoundedTokens),
+                .cols = cols,
+                .panel = panel.get() + token * 4,
+            });
+          }
+          std::vector<float> found(size_t(num_tokens * num_rows), NAN);
+          table->linear_panel({
+              .weights = weights.view.data,
+              .cols = cols,
+              .row_begin = 0,
+              .row_end = num_rows,
+              .panel = panel.get(),
+              .num_tokens = num_tokens,
+              .bias = bias.data(),
+              .y = found.data(),
+              .y_stride = num_rows,
+          });
+          std::vector<float> rounded = x;
+          for (float& value : rounded) value = float_from_bf16(bf16_from_float(value));
+          std::vector<float> expected = multiply(plain(), weights.view, rounded, num_tokens);
+          for (size_t i = 0; i < expected.size(); ++i) expected[i] += bias[i % size_t(num_rows)];
+          CHECK(near(found, expected, 1e-5));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -111,5 +155,6 @@ int main() {
   layer_norms_meet_the_reference();
   activations_meet_the_reference_in_every_lane();
   attention_of_encoders_meets_the_reference_in_every_lane();
+  rounded_products_stay_inside_their_rows();
   return check_result();
 }

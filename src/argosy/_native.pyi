@@ -6,7 +6,8 @@ int32 unless their type says otherwise. A wrong size, dtype, range or name raise
 expected value. Every operation releases the GIL. One `Runtime` runs one operation at a time.
 
 For one row and one token, the floating-point operations of a kernel (native/kernels, native/ops) and their order do
-not depend on the rest of the call, the number of threads or the alignment of the weights.
+not depend on the rest of the call, the number of threads or the alignment of the weights. One exception is documented
+at `linear`.
 
 Probes (native/ops/machine_probe.h) measure how fast this machine is right now: the best of several passes. They run
 the kernels of `instruction_set`, or of the best one.
@@ -615,11 +616,14 @@ def linear(
     x: NDArray[numpy.float32],
     out: NDArray[numpy.float32],
     bias: NDArray[numpy.float32] | None = None,
+    *,
+    exact: bool = False,
 ) -> None:
     """
     out = x matrix^T + bias, for x [tokens, cols], out [tokens, rows] and bias [rows].
 
-    Rows of x and out may be strided; x and out must not overlap.
+    Rows of x and out may be strided; x and out must not overlap. With bf16 weights and 16 tokens or more, x is rounded
+    to bfloat16 if the CPU multiplies that faster, unless `exact`. Sums are float32.
     """
 
 def layer_norm(

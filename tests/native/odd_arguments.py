@@ -198,7 +198,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "matmul": lambda: (runtime, [m(16, 64), m(20, 64, "f16")], f(3, 64), [f(3, 16), f(3, 20)]),
         "embed": lambda: (runtime, m(8, 64), i(0, 7), f(2, 64)),
         "rms_norm": lambda: (runtime, f(3, 64), f(64), 1e-5, f(3, 64)),
-        "linear": lambda: (runtime, m(16, 64, "bf16"), f(3, 64), f(3, 16), f(16)),
+        "linear": lambda: (runtime, m(16, 64, "bf16"), f(17, 64), f(17, 16), f(16)),
         "layer_norm": lambda: (runtime, f(3, 64), f(64), f(64), 1e-5, f(3, 64)),
         "gelu": lambda: (runtime, f(3, 64), "erf"),
         "silu": lambda: (runtime, f(3, 64)),

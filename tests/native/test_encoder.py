@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,65 @@ def test_linear_multiplies_and_adds_the_bias(
     matrix, weights = matrix_of(format, normal(rows, cols))
     x, bias = normal(tokens, cols, seed=1), 5 * normal(rows, seed=2)
     out = np.full((tokens, rows), np.nan, np.float32)
-    native.linear(runtime, matrix, x, out, bias)
+    native.linear(runtime, matrix, x, out, bias, exact=True)
     assert_close(out, x.astype(np.float64) @ weights.T + bias)
-    native.linear(runtime, matrix, x, out)
+    native.linear(runtime, matrix, x, out, exact=True)
     assert_close(out, x.astype(np.float64) @ weights.T)
+
+
+def rounded(x: Floats) -> Doubles:
+    """Return x rounded to bfloat16, to nearest even."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    return (
+        ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+    )
+
+
+def rounds(instruction_set: str) -> bool:
+    """Return whether this CPU multiplies bfloat16 by itself."""
+    return instruction_set == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+
+
+# Sizes around a pair and a vector of columns, a tile and a block of rows, a vector, a panel and a chunk of tokens.
+@pytest.mark.parametrize("shape", [(1, 1), (5, 2), (6, 31), (7, 33), (48, 64), (49, 65), (100, 1152)])
+@pytest.mark.parametrize("tokens", [16, 17, 33, 64, 65, 200, 1040])
+def test_linear_rounds_many_tokens_to_bfloat16_where_that_is_faster(
+    runtime: native.Runtime, instruction_set: str, shape: tuple[int, int], tokens: int
+) -> None:
+    rows, cols = shape
+    matrix, weights = matrix_of("bf16", normal(rows, cols))
+    wide, bias = normal(tokens, cols + 3, seed=1), 5 * normal(rows, seed=2)
+    x, around = wide[:, 1 : cols + 1], np.full((tokens, rows + 2), 7, np.float32)
+    seen = rounded(x.copy()) if rounds(instruction_set) else x.astype(np.float64)
+    native.linear(runtime, matrix, x, around[:, 1:-1], bias)
+    assert_close(around[:, 1:-1], seen @ weights.T + bias)
+    native.linear(runtime, matrix, x, around[:, 1:-1])
+    assert_close(around[:, 1:-1], seen @ weights.T)
+    assert (around[:, [0, -1]] == 7).all()
+
+
+def test_few_tokens_other_formats_and_exact_products_are_not_rounded(runtime: native.Runtime) -> None:
+    x, out, expected = normal(16, 64), np.empty((16, 40), np.float32), np.empty((16, 40), np.float32)
+    weights = normal(40, 64, seed=1)
+    for format in ("f32", "f16", "bf16"):
+        matrix, _ = matrix_of(format, weights)
+        native.matmul(runtime, [matrix], x, [expected])
+        native.linear(runtime, matrix, x, out, exact=format == "bf16")
+        assert np.array_equal(out, expected)
+    native.linear(runtime, matrix, x[:15], out[:15])
+    assert np.array_equal(out[:15], expected[:15])
+
+
+def test_a_rounded_token_gets_the_same_bits_with_any_neighbours_and_threads(instruction_set: str) -> None:
+    one, three = (native.Runtime(threads, instruction_set=instruction_set) for threads in (1, 3))
+    matrix, _ = matrix_of("bf16", normal(150, 333))
+    x, bias = normal(200, 333, seed=1), normal(150, seed=2)
+    together = np.empty((200, 150), np.float32)
+    native.linear(one, matrix, x, together, bias)
+    for rows in (slice(0, 200), slice(5, 22), slice(60, 130), slice(184, 200)):
+        out = np.empty_like(together[rows])
+        native.linear(three, matrix, x[rows], out, bias)
+        assert np.array_equal(out, together[rows])
 
 
 def test_linear_takes_quantised_weights(runtime: native.Runtime) -> None:
