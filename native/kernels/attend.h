@@ -12,7 +12,8 @@
 // bits of a query's output do not depend on the other queries.
 //
 // Bound by multiply-adds. The keys and values of a block are copied, because rows a power of two apart would
-// evict each other from the cache.
+// evict each other from the cache. Those of the next block are prefetched: rows of a head lie far apart, so
+// the hardware detects no stream.
 #pragma once
 
 #include <math.h>
@@ -158,12 +159,26 @@ void attend_values(const float* value, const float* weights, const float* shrink
   }
 }
 
-// One block of keys, for kVecs vectors of queries from query `at` on.
+// Prefetches keys and values [begin, end) into the second-level cache.
+inline void prefetch_keys(const AttendArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kLineFloats = 16;
+  for (int64_t s = begin; s < end && s < a.num_keys; ++s) {
+    for (int64_t d = 0; d < a.dim; d += kLineFloats) {
+      __builtin_prefetch(a.key + s * a.key_stride + d, 0, 2);
+      __builtin_prefetch(a.value + s * a.value_stride + d, 0, 2);
+    }
+  }
+}
+
+// Keys [begin, begin + num_keys), for kVecs vectors of queries from query `at` on.
 template <int kVecs>
-void attend_block(const AttendScratch& scratch, int64_t at, int64_t num_keys, int64_t dim) {
+void attend_block(const AttendArgs& a, const AttendScratch& scratch, int64_t at, int64_t begin,
+                  int64_t num_keys) {
+  const int64_t dim = a.dim;
   const float* query = scratch.query + at;
   int64_t s = 0;
   for (; s + kAttendTile <= num_keys; s += kAttendTile) {
+    if (at == 0) prefetch_keys(a, begin + kAttendKeys + s, begin + kAttendKeys + s + kAttendTile);
     attend_scores<kAttendTile, kVecs>(scratch.key + s * dim, query, dim,
                                       scratch.weights + s * kAttendQueries + at);
   }
@@ -192,17 +207,46 @@ inline void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t d
   }
 }
 
+// Queries times scale, and zeros after the last.
+inline void pack_queries(const AttendArgs& a, int64_t lanes, float* query) {
+  for (int64_t q = 0; q < lanes; q += kLanes) {
+    for (int64_t d = 0; d < a.dim; d += kLanes) {
+      const int64_t n = a.dim - d < kLanes ? a.dim - d : kLanes;
+      Vec rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        rows[i] = q + i < a.num_queries
+                      ? mul(load(a.query + (q + i) * a.query_stride + d, n), broadcast(a.scale))
+                      : zeros();
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < n; ++i) store(query + (d + i) * kAttendQueries + q, rows[i]);
+    }
+  }
+}
+
+// Divides the sums of the values by the sums of the weights.
+inline void write_queries(const AttendArgs& a, int64_t lanes, const AttendScratch& scratch) {
+  for (int64_t q = 0; q < lanes; q += kLanes) {
+    const Vec share = div(broadcast(1.0f), load(scratch.sum + q));
+    const int64_t count = a.num_queries - q < kLanes ? a.num_queries - q : kLanes;
+    for (int64_t d = 0; d < a.dim; d += kLanes) {
+      const int64_t n = a.dim - d < kLanes ? a.dim - d : kLanes;
+      Vec rows[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        rows[i] = i < n ? mul(load(scratch.sums + (d + i) * kAttendQueries + q), share) : zeros();
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < count; ++i) store(a.out + (q + i) * a.out_stride + d, rows[i], n);
+    }
+  }
+}
+
 void attend(const AttendArgs& a) {
   const AttendScratch scratch = divide_scratch(a);
   const int64_t lanes = (a.num_queries + kLanes - 1) / kLanes * kLanes;
-  for (int64_t q = 0; q < a.num_queries; ++q) {
-    for (int64_t d = 0; d < a.dim; ++d) {
-      scratch.query[d * kAttendQueries + q] = a.query[q * a.query_stride + d] * a.scale;
-    }
-  }
+  pack_queries(a, lanes, scratch.query);
   for (int64_t d = 0; d < a.dim; ++d) {
-    for (int64_t q = a.num_queries; q < lanes; ++q) scratch.query[d * kAttendQueries + q] = 0.0f;
-    for (int64_t q = 0; q < lanes; ++q) scratch.sums[d * kAttendQueries + q] = 0.0f;
+    for (int64_t q = 0; q < lanes; q += kLanes) store(scratch.sums + d * kAttendQueries + q, zeros());
   }
   for (int64_t q = 0; q < lanes; ++q) {
     scratch.most[q] = -INFINITY;
@@ -215,16 +259,11 @@ void attend(const AttendArgs& a) {
     for (int64_t at = 0; at < lanes; at += kAttendVecs * kLanes) {
       const int64_t vecs = (lanes - at) / kLanes;
       with_number<kAttendVecs>(vecs < kAttendVecs ? vecs : kAttendVecs, [&]<int kVecs>(Number<kVecs>) {
-        attend_block<kVecs>(scratch, at, num_keys, a.dim);
+        attend_block<kVecs>(a, scratch, at, begin, num_keys);
       });
     }
   }
-  for (int64_t q = 0; q < lanes; ++q) scratch.sum[q] = 1.0f / scratch.sum[q];
-  for (int64_t q = 0; q < a.num_queries; ++q) {
-    for (int64_t d = 0; d < a.dim; ++d) {
-      a.out[q * a.out_stride + d] = scratch.sums[d * kAttendQueries + q] * scratch.sum[q];
-    }
-  }
+  write_queries(a, lanes, scratch);
 }
 
 #endif

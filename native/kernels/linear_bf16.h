@@ -22,51 +22,22 @@ namespace {
 constexpr int kLinearTileRows = 6, kLinearTileVecs = 4;
 static_assert(kLinearTileVecs * kLanes == kPanelTokens && kLinearRows % kLinearTileRows == 0);
 
-// row[i][j] becomes row[j][i], for elements of 32 bits.
-inline void transpose(__m512i (&row)[16]) {
-  __m512i pair[16], quad[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    pair[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-    pair[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    quad[i] = _mm512_unpacklo_epi64(pair[i], pair[i + 2]);
-    quad[i + 1] = _mm512_unpackhi_epi64(pair[i], pair[i + 2]);
-    quad[i + 2] = _mm512_unpacklo_epi64(pair[i + 1], pair[i + 3]);
-    quad[i + 3] = _mm512_unpackhi_epi64(pair[i + 1], pair[i + 3]);
-  }
-  // 128 bits of quad[4 i + j] are rows 4 i to 4 i + 3 of column 4 k + j, for k from 0 to 3.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low_even = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0x88);
-    const __m512i low_odd = _mm512_shuffle_i32x4(quad[j], quad[4 + j], 0xDD);
-    const __m512i high_even = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0x88);
-    const __m512i high_odd = _mm512_shuffle_i32x4(quad[8 + j], quad[12 + j], 0xDD);
-    row[j] = _mm512_shuffle_i32x4(low_even, high_even, 0x88);
-    row[4 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-    row[8 + j] = _mm512_shuffle_i32x4(low_even, high_even, 0xDD);
-    row[12 + j] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xDD);
-  }
-}
-
 // Rounds up to sixteen tokens into their place in a panel; the lanes of missing tokens become zero.
 void round_to_panel(const PanelArgs& a) {
   for (int64_t col = 0; col < a.cols; col += 2 * kLanes) {
     const int64_t n = a.cols - col;
-    __m512i pairs[16];
+    Vec pairs[kLanes];
     for (int64_t t = 0; t < kLanes; ++t) {
       const float* x = a.x + t * a.x_stride + col;
       const Vec low = t < a.num_tokens ? load(x, n < kLanes ? n : kLanes) : zeros();
       const Vec high =
           t < a.num_tokens && n > kLanes ? load(x + kLanes, n < 2 * kLanes ? n - kLanes : kLanes) : zeros();
-      pairs[t] = __m512i(_mm512_cvtne2ps_pbh(high, low));
+      pairs[t] = Vec(_mm512_cvtne2ps_pbh(high, low));  // the same bits
     }
     transpose(pairs);
     const int64_t num_pairs = n < 2 * kLanes ? (n + 1) / 2 : kLanes;
     for (int64_t p = 0; p < num_pairs; ++p) {
-      _mm512_storeu_si512(a.panel + (col / 2 + p) * kPanelTokens * 4, pairs[p]);
+      _mm512_storeu_ps(a.panel + (col / 2 + p) * kPanelTokens * 4, pairs[p]);
     }
   }
 }
@@ -113,14 +84,13 @@ void linear_tile(const LinearArgs& a, int64_t row, float* sums) {
 inline void write_tokens(const LinearArgs& a, const float* sums, int64_t n) {
   for (int64_t token = 0; token < a.num_tokens; token += kLanes) {
     for (int64_t row = 0; row < n; row += kLanes) {
-      __m512i block[16];
-      for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = _mm512_loadu_si512(sums + (row + i) * kPanelTokens + token);
+      Vec block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums + (row + i) * kPanelTokens + token);
       transpose(block);
       const int64_t rows = n - row < kLanes ? n - row : kLanes;
       const int64_t tokens = a.num_tokens - token < kLanes ? a.num_tokens - token : kLanes;
       for (int64_t t = 0; t < tokens; ++t) {
-        store(a.y + (token + t) * a.y_stride + row, Vec(block[t]), rows);
+        store(a.y + (token + t) * a.y_stride + row, block[t], rows);
       }
     }
   }

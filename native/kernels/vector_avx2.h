@@ -125,6 +125,28 @@ inline float max_lanes(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+// row[i][j] becomes row[j][i].
+inline void transpose(Vec (&row)[kLanes]) {
+  Vec quad[kLanes];
+#pragma GCC unroll 2
+  for (int i = 0; i < kLanes; i += 4) {
+    const auto unpack = [](Vec a, Vec b, Vec& low, Vec& high) {
+      low = Vec(_mm256_unpacklo_pd(__m256d(a), __m256d(b)));
+      high = Vec(_mm256_unpackhi_pd(__m256d(a), __m256d(b)));
+    };
+    unpack(_mm256_unpacklo_ps(row[i], row[i + 1]), _mm256_unpacklo_ps(row[i + 2], row[i + 3]), quad[i],
+           quad[i + 1]);
+    unpack(_mm256_unpackhi_ps(row[i], row[i + 1]), _mm256_unpackhi_ps(row[i + 2], row[i + 3]), quad[i + 2],
+           quad[i + 3]);
+  }
+  // The 128 bits k of quad[4 i + j] are rows 4 i to 4 i + 3 of column 4 k + j.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    row[j] = _mm256_permute2f128_ps(quad[j], quad[4 + j], 0x20);
+    row[4 + j] = _mm256_permute2f128_ps(quad[j], quad[4 + j], 0x31);
+  }
+}
+
 // x where a == b, `otherwise` elsewhere.
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
   return _mm256_blendv_ps(otherwise, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ));

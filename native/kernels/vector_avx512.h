@@ -176,6 +176,37 @@ inline float max_lanes(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+// row[i][j] becomes row[j][i].
+inline void transpose(Vec (&row)[kLanes]) {
+  Vec pair[kLanes], quad[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+  }
+  const auto unpack = [](Vec a, Vec b, Vec& low, Vec& high) {
+    low = Vec(_mm512_unpacklo_pd(__m512d(a), __m512d(b)));
+    high = Vec(_mm512_unpackhi_pd(__m512d(a), __m512d(b)));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    unpack(pair[i], pair[i + 2], quad[i], quad[i + 1]);
+    unpack(pair[i + 1], pair[i + 3], quad[i + 2], quad[i + 3]);
+  }
+  // The 128 bits k of quad[4 i + j] are rows 4 i to 4 i + 3 of column 4 k + j.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const Vec low_even = _mm512_shuffle_f32x4(quad[j], quad[4 + j], 0x88);
+    const Vec low_odd = _mm512_shuffle_f32x4(quad[j], quad[4 + j], 0xDD);
+    const Vec high_even = _mm512_shuffle_f32x4(quad[8 + j], quad[12 + j], 0x88);
+    const Vec high_odd = _mm512_shuffle_f32x4(quad[8 + j], quad[12 + j], 0xDD);
+    row[j] = _mm512_shuffle_f32x4(low_even, high_even, 0x88);
+    row[4 + j] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+    row[8 + j] = _mm512_shuffle_f32x4(low_even, high_even, 0xDD);
+    row[12 + j] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xDD);
+  }
+}
+
 // x where a == b, `otherwise` elsewhere.
 inline Vec where_equal(Vec a, Vec b, Vec x, Vec otherwise) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), otherwise, x);
