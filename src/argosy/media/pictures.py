@@ -8,7 +8,8 @@ values of a patch:
 
     Qwen2-VL to Qwen3.5   multiples of patch * merge, a number of pixels between two limits
     GLM-4.1V to GLM-4.6V  the same, counted over the frames of a patch; a side below one token is raised to it first
-    Kimi-K2.5             never enlarged, at most so many patches, then padded with black
+    Kimi-K2.5             never enlarged, at most so many patches, then padded with black; resized by Pillow as the
+                          model's own code does, while transformers uses torchvision here, which differs by a level
     Gemma-4               as large as the number of tokens allows
 
 Elsewhere: `decoder.py` decodes files; `model/encoders/` has the towers.
