@@ -119,6 +119,25 @@ def test_a_worker_that_was_killed_is_replaced(decoder: Decoder) -> None:
     assert process_of(decoder) != first
 
 
+def test_a_worker_that_dies_before_it_has_the_file_is_not_the_files_fault(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = content_of(png(pattern(9, 9)))
+    decoder.picture(content)
+    worker = decoder._worker
+    assert worker is not None
+    write = type(worker).write
+
+    def write_to_a_dead_process(self: Any, data: bytes, deadline: float) -> None:
+        if self is worker:
+            self._process.kill()
+            self._process.wait()
+        write(self, data, deadline)
+
+    monkeypatch.setattr(type(worker), "write", write_to_a_dead_process)
+    assert decoder.picture(content).shape == (9, 9, 3)
+
+
 def test_a_worker_that_dies_while_it_decodes_is_a_bad_file(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder()
     content = content_of(png(pattern(9, 9)))
@@ -204,10 +223,16 @@ def test_a_picture_at_the_limits_is_decoded_in_the_memory_that_is_allowed(decode
         assert decoder.picture(content_of(file)).shape == (height, width, 3)
 
 
-def test_a_picture_that_needs_too_much_memory_is_refused_by_its_header(decoder: Decoder) -> None:
-    file = encoded(PillowImage.new("RGB", (6000, 5000)), "JPEG", progressive=True)
+@pytest.mark.parametrize(
+    ("name", "size", "options", "needed"),
+    [("JPEG", (6000, 5000), {"progressive": True}, 302), ("WEBP", (4200, 4000), {"method": 0}, 336)],
+)
+def test_a_picture_that_needs_too_much_memory_is_refused_by_its_header(
+    decoder: Decoder, name: str, size: tuple[int, int], options: dict[str, Any], needed: int
+) -> None:
+    file = encoded(PillowImage.new("RGB", size), name, **options)
     with pytest.raises(
-        BadMedia, match=r"at most 256 MiB, and this one of 6,000 x 5,000 pixels needs 302"
+        BadMedia, match=f"at most 256 MiB, and this one of .* pixels needs {needed}"
     ) as refused:
         decoder.picture(content_of(file))
     assert refused.value.facts["found"] > refused.value.facts["needed"] == 256 << 20
@@ -242,7 +267,7 @@ def test_threads_take_turns(decoder: Decoder) -> None:
     [
         b'{"shape": [4, 4, 3]}\n' + bytes(10),
         b'{"shape": [99999, 99999, 3]}\n',
-        b'{"shape": [4, 4, 4]}\n' + bytes(64),
+        b'{"shape": [4, 4, 4]}\n' + bytes(48),
         b'{"shape": [4, -4, 3]}\n',
         b'{"shape": [4, true, 3]}\n',
         b'{"shape": [2, 2, 3]}\n' + bytes(13),

@@ -89,6 +89,10 @@ def test_settings_of_sounds_beside_those_of_pictures_are_passed(raw: dict[str, A
 def test_min_and_max_pixels_come_before_size() -> None:
     raw = {**PICTURE_SETTINGS["qwen3_vl"], "max_pixels": 100 * 32 * 32}
     assert 90 <= read_picture_processor(raw).num_tokens(2000, 2000) <= 100
+    older = {**raw, "min_pixels": 3136, "size": {"max_pixels": 1, "min_pixels": 1}}
+    assert read_picture_processor(older).num_tokens(2000, 2000) == read_picture_processor(raw).num_tokens(
+        2000, 2000
+    )
 
 
 def test_a_null_setting_is_an_absent_one() -> None:

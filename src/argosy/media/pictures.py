@@ -146,6 +146,7 @@ class QwenFit:
 
     frames: how many frames the pixels are counted over: 1 for Qwen.
     is_raised: GLM raises the shorter side to `factor` first.
+    is_capped: `most_pixels` is a cap of ours, kept even where the reference would exceed it.
     """
 
     factor: int
@@ -153,6 +154,7 @@ class QwenFit:
     most_pixels: int
     frames: int = 1
     is_raised: bool = False
+    is_capped: bool = False
 
     def size(self, height: int, width: int) -> Size:
         factor = self.factor
@@ -174,9 +176,8 @@ class QwenFit:
         elif self.frames * rows * columns < self.least_pixels:
             scale = math.sqrt(self.least_pixels / (self.frames * height * width))
             rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
-            if (
-                self.frames * rows * columns > self.most_pixels
-            ):  # only if a cap on tokens is near the lower limit
+            # A cap on tokens may be near the lower limit of pixels.
+            if self.is_capped and self.frames * rows * columns > self.most_pixels:
                 rows, columns = self._shrunk(height, width)
         return Size(rows, columns, rows, columns)
 
@@ -197,14 +198,11 @@ class KimiFit:
     most_tokens: int | None = None
 
     def size(self, height: int, width: int) -> Size:
-        size = self._size(height, width, self.most_patches)
-        if self.most_tokens is None:
-            return size
-        most_patches = min(self.most_patches, self.most_tokens * self.merge_size**2)
-        # Padding adds tokens, so a cap on tokens may need fewer patches than it has.
-        while self._num_tokens(size) > self.most_tokens and most_patches > 1:
-            size = self._size(height, width, most_patches)
+        size, most_patches = self._size(height, width, self.most_patches), self.most_patches
+        # Padding adds tokens, so how many patches keep a cap on tokens is found by trying.
+        while self.most_tokens is not None and self._num_tokens(size) > self.most_tokens and most_patches > 1:
             most_patches = most_patches * 63 // 64
+            size = self._size(height, width, most_patches)
         return size
 
     def _size(self, height: int, width: int, most_patches: int) -> Size:
@@ -294,7 +292,7 @@ def _read_qwen_or_glm(
     factor, counted = patch_size * merge_size, frames if is_glm else 1
     if most_tokens is not None:
         most = min(most, most_tokens * factor**2 * counted)
-    fit = QwenFit(factor, least, most, counted, is_raised=is_glm)
+    fit = QwenFit(factor, least, most, counted, is_raised=is_glm, is_capped=most_tokens is not None)
     levels = _levels(settings, _CLIP_MEAN, _CLIP_STD, is_normalized=True)
     return PictureProcessor(patch_size, merge_size, frames, fit, "merged", levels, most_tokens)
 
@@ -302,10 +300,14 @@ def _read_qwen_or_glm(
 def _pixel_limits(settings: Settings, limits: tuple[int, int], *, is_glm: bool) -> tuple[int, int]:
     least, most = limits
     size = settings.nested("size")
+    if (
+        not is_glm and settings.has("min_pixels") and settings.has("max_pixels")
+    ):  # the older names, which come first
+        return settings.integer("min_pixels", None), settings.integer("max_pixels", None)
     if size is not None:
         least, most = size.integer("shortest_edge", None), size.integer("longest_edge", None)
         size.finish()
-    if not is_glm:  # the older names, which come first
+    if not is_glm:
         least, most = settings.integer("min_pixels", least), settings.integer("max_pixels", most)
     return least, most
 

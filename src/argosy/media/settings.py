@@ -41,6 +41,9 @@ class Settings:
         self._where = where
         self._asked: set[str] = set()
 
+    def has(self, name: str) -> bool:
+        return name in self._raw
+
     def integer(self, name: str, default: int | None, *, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self._find(name, default)
         if type(value) is not int or not least <= value <= most:
