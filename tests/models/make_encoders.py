@@ -83,6 +83,9 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
             torch.cat(model.get_image_features(patches, grids).pooler_output).numpy(),
             **angles(model, part, grid),
         )
+    if part.family == "gemma4":
+        places = torch.tensor([[(x, y) for y in range(shape[1]) for x in range(shape[2])]])
+        return Answer(model.get_image_features(patches[None], places).pooler_output[0].numpy())
     if part.family == "kimi_k25":
         patch_size = model.config.vision_config.patch_size
         patches = patches.reshape(len(patches), 3, patch_size, patch_size)

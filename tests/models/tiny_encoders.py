@@ -22,7 +22,7 @@ REFERENCE = Path(__file__).parent / "reference_encoders"
 
 # Grids of patches, in units of the cells that become a position: one cell, tall, wide, several frames.
 GRIDS = ((1, 1, 1), (1, 3, 2), (1, 1, 5), (3, 2, 1))
-LARGE_GRIDS = ((1, 24, 20), (1, 1, 500), (4, 11, 11))
+LARGE_GRIDS = ((1, 24, 20), (1, 1, 240), (4, 11, 11))
 # Mel frames of a sound: shorter than a chunk of 100, whole chunks, and more than a window of attention.
 LENGTHS = (37, 100, 130, 517)
 LARGE_LENGTHS = (90, 2040)
@@ -242,12 +242,55 @@ def kimi_k25(sizes: Sizes) -> RawConfig:
     }
 
 
+def gemma4(sizes: Sizes) -> RawConfig:
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "audio_config": None,
+        "audio_token_id": 54,
+        "boi_token_id": 52,
+        "eoi_token_id": 53,
+        "image_token_id": 50,
+        "model_type": "gemma4",
+        "text_config": _text(
+            sizes,
+            enable_moe_block=True,
+            head_dim=8,
+            hidden_size_per_layer_input=0,
+            layer_types=["full_attention"],
+            model_type="gemma4_text",
+            num_kv_shared_layers=0,
+            top_k_experts=1,
+        ),
+        "tie_word_embeddings": True,
+        "video_token_id": 51,
+        "vision_config": {
+            "default_output_length": 280,
+            "head_dim": sizes.head_dim,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": sizes.hidden + 4,
+            "intermediate_size": sizes.mlp,
+            "model_type": "gemma4_vision",
+            "num_attention_heads": 2 * sizes.heads,
+            "num_hidden_layers": sizes.layers,
+            "num_key_value_heads": sizes.heads,
+            "patch_size": sizes.patch,
+            "pooling_kernel_size": max(2, sizes.merge),  # for 1, transformers returns no rows
+            "position_embedding_size": 100 * sizes.side,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_theta": 90.0, "rope_type": "default"},
+            "standardize": sizes.heads % 2 == 1,
+            "use_clipped_linears": False,
+        },
+    }
+
+
 CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_omni_moe": qwen3_omni_moe,
     "glm4v_moe": glm4v_moe,
     "kimi_k25": kimi_k25,
+    "gemma4": gemma4,
 }
 
 

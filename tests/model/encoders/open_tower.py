@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from argosy import _native
-from argosy.model.encoders import EncoderTensor, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders import EncoderTensor, gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
 from argosy.prompt.media_span import SpanRows
@@ -73,6 +73,11 @@ def _grids(config: Any) -> list[Shape]:
     return [(frames, rows * config.merge, cols * config.merge) for frames, rows, cols in GRIDS]
 
 
+def _stills(grids: Callable[[Any], list[Shape]]) -> Callable[[Any], list[Shape]]:
+    """The same grids with one frame."""
+    return lambda config: [(1, *grid[1:]) for grid in grids(config)]
+
+
 def _large_grids(config: Any) -> list[Shape]:
     return [(frames, rows * config.merge, cols * config.merge) for frames, rows, cols in LARGE_GRIDS]
 
@@ -109,6 +114,11 @@ def _omni_angles(config: Any, grid: Any) -> tuple[Array, float]:
     return qwen_vision.omni_angles(
         config, grid, seconds_per_frame=SECONDS_PER_FRAME, angles_per_second=ANGLES_PER_SECOND
     )
+
+
+def _read_gemma(raw: RawConfig) -> Any:
+    text = raw["text_config"]
+    return gemma_vision.read_config(reader(raw, "vision_config"), hidden_size=text["hidden_size"])
 
 
 def _read_kimi(raw: RawConfig) -> Any:
@@ -154,6 +164,17 @@ PARTS = {
         modules=("model.vision_tower.", "model.mm_projector."),
         read=_read_kimi,
         angles=None,
+    ),
+    "gemma4": _vision(
+        "gemma4",
+        gemma_vision,
+        gemma_vision.GemmaVisionTower,
+        prefix="model.",
+        modules=("model.vision_tower.", "model.embed_vision."),
+        read=_read_gemma,
+        angles=None,
+        shapes=_stills(_grids),
+        large_shapes=_stills(_large_grids),
     ),
 }
 

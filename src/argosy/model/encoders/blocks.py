@@ -66,6 +66,9 @@ class Operations:
         """Floating-point operations of the products with these matrices, for one row."""
         return sum(2 * self._matrices[name].rows * self._matrices[name].cols for name in names)
 
+    def vector(self, name: str) -> Rows:
+        return self._vectors[name]
+
     def linear(self, name: str, x: Rows, out: Rows | None = None) -> Rows:
         """x W^T + bias, if there is a bias: [rows, rows of W]."""
         matrix = self._matrices[name]
@@ -79,9 +82,11 @@ class Operations:
         _native.layer_norm(self._runtime, x, self._vectors[name], self._vectors.get(f"{name}_bias"), eps, out)
         return out
 
-    def rms_norm(self, name: str, x: Rows, eps: float) -> Rows:
+    def rms_norm(self, name: str | None, x: Rows, eps: float) -> Rows:
+        """Without a name, there is no weight."""
+        weight = np.ones(x.shape[1], np.float32) if name is None else self._vectors[name]
         out = np.empty_like(x)
-        _native.rms_norm(self._runtime, x, self._vectors[name], eps, out)
+        _native.rms_norm(self._runtime, x, weight, eps, out)
         return out
 
     def gelu(self, x: Rows, kind: Gelu) -> Rows:
@@ -125,7 +130,7 @@ class Operations:
         key: Rows,
         value: Rows,
         *,
-        num_heads: int,
+        head_dim: int,
         scale: float,
         segments: Iterable[range],
         output: str,
@@ -134,12 +139,12 @@ class Operations:
         """Attention in which each row sees its whole segment and nothing else, and the product after it.
 
         Args:
-            query, key, value: [rows, heads * head_dim].
+            query: [rows, heads * head_dim].   key, value: [rows, KV heads * head_dim].
             segments: ranges of rows that cover all rows.
             output: the matrix that is applied to the heads' results.
             finish: receives a block of rows and the product.
         """
-        query, key, value = (x.reshape(len(x), num_heads, -1) for x in (query, key, value))
+        query, key, value = (x.reshape(len(x), -1, head_dim) for x in (query, key, value))
 
         def work(rows: slice) -> None:
             heads = np.empty(query[rows].shape, np.float32)

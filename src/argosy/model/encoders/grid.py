@@ -142,13 +142,17 @@ def span_angles(grid: Grid, merge: int) -> tuple[Rows, float]:
 
 
 def read_theta(reader: ConfigReader, default: float = 10_000.0) -> float:
-    """The base of the rotary frequencies, from `rope_parameters`; absent in files that use the default."""
+    """The base of the rotary frequencies, from `rope_parameters`; absent in files that use the default.
+
+    Older files say "default" for what transformers now calls "axial".
+    """
     parameters = reader.mapping("rope_parameters")
     if parameters is None:
         return default
     theta = parameters.get("rope_theta", default)
-    is_known = (
-        parameters.keys() <= {"rope_type", "rope_theta"} and parameters.get("rope_type", "axial") == "axial"
+    is_known = parameters.keys() <= {"rope_type", "rope_theta"} and parameters.get("rope_type", "axial") in (
+        "axial",
+        "default",
     )
     if not is_known or not is_positive_number(theta):
         raise reader.unsupported("rope_parameters", "rope_type 'axial' with a rope_theta above zero")

@@ -109,18 +109,24 @@ def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int
         projector_eps=reader.number("projector_ln_eps", eps),
     )
     reader.neutral("merge_kernel_size", [config.merge, config.merge])
-    width = reader.integer("init_pos_emb_width", "pos_emb_width", default=64)
-    if width != config.position_side:
-        raise reader.unsupported("pos_emb_width", f"the height of the table, {config.position_side}")
+    table = ("init_pos_emb_width", "pos_emb_width")
+    if reader.integer(*table, default=64) != config.position_side:
+        raise reader.unsupported(_given(reader, *table), f"the height of the table, {config.position_side}")
+    if config.hidden_size % (4 * config.num_heads):
+        raise reader.unsupported(
+            _given(reader, "vt_hidden_size", "hidden_size"),
+            f"a multiple of {4 * config.num_heads}, 4 times the number of heads",
+        )
     reader.neutral("mm_hidden_size", config.hidden_size)
     if wrapper.integer("projection_hidden_size", default=config.hidden_size) != config.hidden_size:
         raise wrapper.unsupported("projection_hidden_size", f"the size of the tower, {config.hidden_size}")
-    if config.hidden_size % (4 * config.num_heads):
-        raise reader.unsupported(
-            "hidden_size", f"a multiple of {4 * config.num_heads}, 4 times the number of heads"
-        )
     reader.finish()
     return config
+
+
+def _given(reader: ConfigReader, *names: str) -> str:
+    """The spelling that the file uses."""
+    return next((name for name in names if reader.has(name)), names[0])
 
 
 def tensors(config: MoonViTConfig) -> dict[str, EncoderTensor]:

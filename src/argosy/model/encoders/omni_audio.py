@@ -237,13 +237,13 @@ class OmniAudioTower:
 
         flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
         yield from in_blocks(project, range(len(hidden)), flop)
-        heads = self._config.num_heads
+        head_dim = self._config.hidden_size // self._config.num_heads
         yield from ops.attend(
             query,
             key,
             value,
-            num_heads=heads,
-            scale=(self._config.hidden_size // heads) ** -0.5,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
             segments=windows,
             output=f"{layer}.o",
             finish=add,

@@ -24,13 +24,14 @@ def patch_attention(
 ) -> Steps:
     """Add the attention of a layer, with the matrices `{layer}.qkv` and `{layer}.o`, to `hidden` [patches, width]."""
     width = hidden.shape[1]
+    head_dim = width // num_heads
     query_key = np.empty((len(hidden), 2 * width), np.float32)
     value = np.empty_like(hidden)
 
     def project(rows: slice) -> None:
         qkv = operations.linear(f"{layer}.qkv", norm(hidden[rows]))
         query_key[rows], value[rows] = qkv[:, : 2 * width], qkv[:, 2 * width :]
-        rotation.apply(operations, query_key[rows].reshape(len(qkv), 2 * num_heads, -1), rows)
+        rotation.apply(operations, query_key[rows].reshape(len(qkv), -1, head_dim), rows)
 
     def add(rows: slice, result: Rows) -> None:
         hidden[rows] += result
@@ -40,8 +41,8 @@ def patch_attention(
         query_key[:, :width],
         query_key[:, width:],
         value,
-        num_heads=num_heads,
-        scale=(width // num_heads) ** -0.5,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
         segments=segments,
         output=f"{layer}.o",
         finish=add,

@@ -1,0 +1,273 @@
+"""Configs of released towers are read; whatever could change the arithmetic is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import _native
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
+from argosy.model.encoders import gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.families.config_reader import ConfigReader
+from tests.model.encoders.open_tower import PARTS, dense_weights
+from tests.models.tiny_encoders import CONFIGS, RawConfig, Sizes, random_tensors
+
+QWEN3_VL: RawConfig = {
+    "deepstack_visual_indexes": [8, 16, 24],
+    "depth": 27,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "in_channels": 3,
+    "initializer_range": 0.02,
+    "intermediate_size": 4304,
+    "model_type": "qwen3_vl_moe",
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "out_hidden_size": 2048,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN3_5 = QWEN3_VL | {"deepstack_visual_indexes": [], "model_type": "qwen3_5_moe"}
+QWEN3_OMNI = QWEN3_VL | {
+    "_name_or_path": "",
+    "add_cross_attention": False,
+    "apply_vit_abs_pos_embed": True,
+    "bos_token_id": None,
+    "dtype": None,
+    "eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "image_size": 768,
+    "in_chans": 3,
+    "is_decoder": False,
+    "model_type": "qwen3_omni_moe_vision_encoder",
+    "spatial_patch_size": 16,
+    "tokens_per_second": 2,
+}
+OMNI_AUDIO: RawConfig = {
+    "activation_dropout": 0,
+    "activation_function": "gelu",
+    "attention_dropout": 0,
+    "conv_chunksize": 500,
+    "d_model": 1280,
+    "downsample_hidden_size": 480,
+    "dropout": 0,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "encoder_layers": 32,
+    "initializer_range": 0.02,
+    "max_source_positions": 1500,
+    "model_type": "qwen3_omni_moe_audio_encoder",
+    "n_window": 50,
+    "n_window_infer": 800,
+    "num_hidden_layers": 32,
+    "num_mel_bins": 128,
+    "output_dim": 2048,
+    "scale_embedding": False,
+}
+GLM_4_5V: RawConfig = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "depth": 24,
+    "hidden_act": "silu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 1536,
+    "image_size": 336,
+    "in_channels": 3,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "model_type": "glm4v_moe",
+    "num_heads": 12,
+    "out_hidden_size": 4096,
+    "patch_size": 14,
+    "rms_norm_eps": 1e-05,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+KIMI_K25: RawConfig = {
+    "_attn_implementation": "flash_attention_2",
+    "init_pos_emb_height": 64,
+    "init_pos_emb_time": 4,
+    "init_pos_emb_width": 64,
+    "merge_kernel_size": [2, 2],
+    "merge_type": "sd2_tpool",
+    "mm_hidden_size": 1152,
+    "mm_projector_type": "patchmerger",
+    "patch_size": 14,
+    "pos_emb_type": "divided_fixed",
+    "projector_hidden_act": "gelu",
+    "projector_ln_eps": 1e-05,
+    "text_hidden_size": 7168,
+    "video_attn_type": "spatial_temporal",
+    "vt_hidden_size": 1152,
+    "vt_intermediate_size": 4304,
+    "vt_num_attention_heads": 16,
+    "vt_num_hidden_layers": 27,
+}
+GEMMA_4: RawConfig = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "default_output_length": 280,
+    "global_head_dim": 72,
+    "head_dim": 72,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 4304,
+    "max_position_embeddings": 131072,
+    "model_type": "gemma4_vision",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "patch_size": 16,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 10240,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    "standardize": True,
+    "use_clipped_linears": False,
+}
+
+
+def config_reader(raw: RawConfig) -> ConfigReader:
+    return ConfigReader(raw, "this family", within="vision_config")
+
+
+def read_kimi(raw: RawConfig, **wrapper: Any) -> moon_vit.MoonViTConfig:
+    return moon_vit.read_config(config_reader(raw), ConfigReader(wrapper, "kimi_k25"), hidden_size=7168)
+
+
+# The config of a released tower, how it is read, its tensors, and millions of parameters, as transformers counts them.
+RELEASED: dict[str, tuple[RawConfig, Callable[[RawConfig], Any], Callable[[Any], Any], int]] = {
+    "Qwen3-VL": (QWEN3_VL, lambda raw: qwen_vision.read_config(config_reader(raw)), qwen_vision.tensors, 539),
+    "Qwen3.5": (
+        QWEN3_5,
+        lambda raw: qwen_vision.read_config(config_reader(raw), has_deepstack=False),
+        qwen_vision.tensors,
+        447,
+    ),
+    "Qwen3-Omni": (
+        QWEN3_OMNI,
+        lambda raw: qwen_vision.read_config(config_reader(raw)),
+        lambda config: qwen_vision.tensors(config, is_omni=True),
+        539,
+    ),
+    "Qwen3-Omni audio": (
+        OMNI_AUDIO,
+        lambda raw: omni_audio.read_config(config_reader(raw)),
+        omni_audio.tensors,
+        648,
+    ),
+    "GLM-4.5V": (GLM_4_5V, lambda raw: glm_vision.read_config(config_reader(raw)), glm_vision.tensors, 859),
+    "Kimi-K2.5": (KIMI_K25, read_kimi, moon_vit.tensors, 471),
+    "Gemma-4": (
+        GEMMA_4,
+        lambda raw: gemma_vision.read_config(config_reader(raw), hidden_size=2816),
+        gemma_vision.tensors,
+        573,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_towers_have_their_number_of_parameters(name: str) -> None:
+    raw, read, tensors, millions = RELEASED[name]
+    found = sum(math.prod(tensor.shape) for tensor in tensors(read(raw)).values())
+    assert round(found / 1e6) == millions
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_an_unknown_key_is_refused(name: str) -> None:
+    raw, read, _, _ = RELEASED[name]
+    with pytest.raises(UnsupportedModel, match="window_size") as error:
+        read(raw | {"window_size": 112})
+    assert error.value.facts["key"] == "window_size"
+
+
+REFUSED = [
+    ("Qwen3-VL", "hidden_act", "quick_gelu"),
+    ("Qwen3-VL", "hidden_size", 1160),
+    ("Qwen3-VL", "num_position_embeddings", 2303),
+    ("Qwen3-VL", "deepstack_visual_indexes", [8, 24, 16]),
+    ("Qwen3-VL", "deepstack_visual_indexes", [8, 16, 27]),
+    ("Qwen3-VL", "rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0}),
+    ("Qwen3-VL", "rope_parameters", {"rope_theta": 0}),
+    ("Qwen3.5", "deepstack_visual_indexes", [8]),
+    ("Qwen3-Omni", "apply_vit_abs_pos_embed", False),
+    ("Qwen3-Omni audio", "activation_function", "relu"),
+    ("Qwen3-Omni audio", "scale_embedding", True),
+    ("Qwen3-Omni audio", "n_window", 48),
+    ("Qwen3-Omni audio", "n_window_infer", 99),
+    ("Qwen3-Omni audio", "d_model", 1290),
+    ("Qwen3-Omni audio", "max_source_positions", 12),
+    ("GLM-4.5V", "hidden_act", "gelu"),
+    ("GLM-4.5V", "hidden_size", 1540),
+    ("GLM-4.5V", "image_size", 13),
+    ("Kimi-K2.5", "merge_type", "sd2"),
+    ("Kimi-K2.5", "pos_emb_type", "learnable"),
+    ("Kimi-K2.5", "video_attn_type", "spatial"),
+    ("Kimi-K2.5", "mm_projector_type", "patchmergerv2"),
+    ("Kimi-K2.5", "projector_hidden_act", "silu"),
+    ("Kimi-K2.5", "merge_kernel_size", [2, 1]),
+    ("Kimi-K2.5", "init_pos_emb_width", 32),
+    ("Kimi-K2.5", "text_hidden_size", 4096),
+    ("Kimi-K2.5", "mm_hidden_size", 1024),
+    ("Kimi-K2.5", "vt_hidden_size", 1160),
+    ("Gemma-4", "use_clipped_linears", True),
+    ("Gemma-4", "num_key_value_heads", 5),
+    ("Gemma-4", "head_dim", 70),
+    ("Gemma-4", "hidden_activation", "silu"),
+    ("Gemma-4", "attention_bias", True),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), REFUSED, ids=[f"{name} {key}" for name, key, _ in REFUSED])
+def test_a_value_that_changes_the_arithmetic_is_refused(name: str, key: str, value: object) -> None:
+    raw, read, _, _ = RELEASED[name]
+    with pytest.raises(CheckpointError, match=key) as error:
+        read(raw | {key: value})
+    assert error.value.facts["key"] == key
+
+
+def test_both_spellings_of_kimi_give_the_same_config() -> None:
+    of_transformers = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "merge_kernel_size": [2, 2],
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "pos_emb_height": 64,
+        "pos_emb_time": 4,
+        "pos_emb_width": 64,
+    }
+    wrapper = {"projection_hidden_size": 1152, "projection_layer_norm_eps": 1e-5}
+    assert read_kimi(KIMI_K25) == read_kimi(of_transformers, **wrapper) == read_kimi({})
+
+
+def test_a_projector_of_another_size_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="projection_hidden_size 1024"):
+        read_kimi(KIMI_K25, projection_hidden_size=1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "words"),
+    [
+        ("kimi_k25", (5, 2, 2), "5 frames, and the vision tower takes at most 4"),
+        ("gemma4", (1, 2, 502), "502 patches on one side, and the vision tower takes at most 500"),
+    ],
+)
+def test_an_input_beyond_a_table_is_refused(name: str, grid: tuple[int, ...], words: str) -> None:
+    part = PARTS[name]
+    config = part.read(CONFIGS[part.family](Sizes()))
+    tensors = part.tensors(config)
+    weights = dense_weights(tensors, part.prefix, random_tensors(tensors, part.prefix, 0))
+    tower = part.tower(config, weights, _native.Runtime(1))
+    patches = np.zeros((math.prod(grid), config.patch_values), np.float32)
+    with pytest.raises(UsageError, match=words):
+        next(tower.encode(patches, grid))
