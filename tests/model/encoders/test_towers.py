@@ -150,14 +150,17 @@ def count_flop(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return take
 
 
+@pytest.mark.parametrize(("shapes", "limit"), [("large_shapes", 400_000), ("shapes", 30_000)])
 @pytest.mark.parametrize("name", PARTS)
-def test_it_yields_before_much_is_done(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a large tower, but with a smaller limit: work between yields stays below it, unless one row is more."""
-    limit = 300_000
+def test_it_yields_before_much_is_done(
+    name: str, shapes: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a large tower, with lower limits."""
     monkeypatch.setattr(blocks, "MOST_FLOP", limit)
     take = count_flop(monkeypatch)
-    _, _, tower = open_tower(name)
-    counts = [take() for _ in encoding(name, tower, NUM_CASES - 1)]
+    part, config, tower = open_tower(name)
+    shape = getattr(part, shapes)(config)[-1]
+    counts = [take() for _ in part.encode(tower, part.make_input(config, shape, 0), shape)]
     assert max(counts) <= limit
     assert take() == 0, "work after the last yield"
     assert len(counts) >= sum(counts) / limit
