@@ -43,6 +43,7 @@ class Sizes:
     side: int = 5
     patch: int = 4
     merge: int = 2
+    channels: int = 6  # of the audio tower's convolutions
 
     @property
     def hidden(self) -> int:
@@ -65,6 +66,7 @@ def random_sizes(seed: int) -> Sizes:
         side=pick(2, 4, 7),
         patch=pick(2, 3, 6),
         merge=pick(1, 2, 3),
+        channels=pick(1, 5, 16),
     )
 
 
@@ -137,7 +139,7 @@ def qwen3_omni_moe(sizes: Sizes) -> RawConfig:
                 "activation_function": "gelu",
                 "conv_chunksize": 500,
                 "d_model": sizes.hidden,
-                "downsample_hidden_size": 6,
+                "downsample_hidden_size": sizes.channels,
                 "encoder_attention_heads": sizes.heads,
                 "encoder_ffn_dim": sizes.mlp,
                 "encoder_layers": 2,

@@ -2,7 +2,7 @@
 
     for each block of rows:  norm -> product -> activation -> ...,  then yield
 
-The work on a row does not depend on its block, so blocks of any size give the same rows.
+The shape of an input says how it is divided. With exact products, the work on a row does not depend on its block.
 
 Elsewhere: the operations are native (`native/ops/encoder.h`); which of them a tower runs is in the tower's file.
 """
@@ -56,11 +56,15 @@ def sinusoids(positions: NDArray[np.int64], frequencies: NDArray[np.float64]) ->
 
 
 class Operations:
-    """The operations of a tower: its weights by canonical name, and the threads that work on them."""
+    """The operations of a tower: its weights by canonical name, and the threads that work on them.
 
-    def __init__(self, weights: DenseWeights, runtime: _native.Runtime) -> None:
+    Args:
+        is_exact: products are float32; otherwise the CPU may multiply blocks of rows in bfloat16 (`_native.linear`).
+    """
+
+    def __init__(self, weights: DenseWeights, runtime: _native.Runtime, *, is_exact: bool) -> None:
         self._matrices, self._vectors = weights.matrices, weights.vectors
-        self._runtime = runtime
+        self._runtime, self._is_exact = runtime, is_exact
 
     def flop_per_row(self, *names: str) -> int:
         """Floating-point operations of the products with these matrices, for one row."""
@@ -74,7 +78,8 @@ class Operations:
         matrix = self._matrices[name]
         if out is None:
             out = np.empty((len(x), matrix.rows), np.float32)
-        _native.linear(self._runtime, matrix, x, out, self._vectors.get(f"{name}_bias"))
+        bias = self._vectors.get(f"{name}_bias")
+        _native.linear(self._runtime, matrix, x, out, bias, exact=self._is_exact)
         return out
 
     def layer_norm(self, name: str, x: Rows, eps: float) -> Rows:

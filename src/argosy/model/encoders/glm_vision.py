@@ -173,9 +173,16 @@ def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
 class GlmVisionTower:
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
 
-    def __init__(self, config: GlmVisionConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+    def __init__(
+        self,
+        config: GlmVisionConfig,
+        weights: DenseWeights,
+        runtime: _native.Runtime,
+        *,
+        is_exact: bool = False,
+    ) -> None:
         self._config = config
-        self._operations = Operations(weights, runtime)
+        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or video.

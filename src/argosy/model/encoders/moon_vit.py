@@ -173,9 +173,16 @@ def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
 class MoonViT:
     """The tower with its projector and weights; `encode` may be run for several pictures at the same time."""
 
-    def __init__(self, config: MoonViTConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+    def __init__(
+        self,
+        config: MoonViTConfig,
+        weights: DenseWeights,
+        runtime: _native.Runtime,
+        *,
+        is_exact: bool = False,
+    ) -> None:
         self._config = config
-        self._operations = Operations(weights, runtime)
+        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or a piece of video.

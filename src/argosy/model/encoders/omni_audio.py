@@ -14,7 +14,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from argosy import _native
 from argosy.model.encoders import EncoderTensor, with_bias
@@ -133,7 +132,7 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
         height, width = _halved(height), _halved(width)
         pixels, taps = height * width, num_inputs * _KERNEL**2
         result = (height + 2) * (width + 2) * channels
-        block = block_floats(pixels, 2 * taps * channels, taps + channels + 8)
+        block = block_floats(pixels, 2 * taps * channels, taps + max(num_inputs, channels) + 16)
         convolutions.append(image + result + block)
         num_inputs = channels
     joined = 2 * height * width * channels + 4 * width * hidden
@@ -155,9 +154,16 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
 class OmniAudioTower:
     """The tower with its weights; `encode` may be run for several sounds at the same time."""
 
-    def __init__(self, config: OmniAudioConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+    def __init__(
+        self,
+        config: OmniAudioConfig,
+        weights: DenseWeights,
+        runtime: _native.Runtime,
+        *,
+        is_exact: bool = False,
+    ) -> None:
         self._config = config
-        self._operations = Operations(weights, runtime)
+        self._operations = Operations(weights, runtime, is_exact=is_exact)
         half = config.hidden_size // 2
         frequencies = 10_000.0 ** -(np.arange(half) / max(1, half - 1))
         self._times = sinusoids(np.arange(_CHUNK_ROWS), frequencies)
@@ -199,7 +205,7 @@ class OmniAudioTower:
         for i in range(_NUM_CONVOLUTIONS):
             image = yield from self._convolve(f"convolution.{i}", image)
         # The channel comes before the mel bins in the product that joins them.
-        x = image[1:-1, 1:-1].transpose(1, 2, 0).reshape(image.shape[1] - 2, -1)
+        x = np.ascontiguousarray(image[1:-1, 1:-1].transpose(1, 2, 0)).reshape(image.shape[1] - 2, -1)
 
         def work(rows: slice) -> None:
             out[rows] = ops.linear("join", x[rows])
@@ -210,15 +216,18 @@ class OmniAudioTower:
     def _convolve(self, name: str, image: Rows) -> Generator[None, None, Rows]:
         """Convolve with 3 x 3 kernels at every second pixel, then GELU; the result is padded again."""
         ops = self._operations
-        # [height, width, channels, 3, 3]: the pixels under each kernel, in the order of the weight
-        under = sliding_window_view(image, (_KERNEL, _KERNEL), axis=(0, 1))[::2, ::2]
-        height, width = under.shape[:2]
+        height, width = (_halved(size - 2) for size in image.shape[:2])
         out = np.zeros((height + 2, width + 2, self._config.channels), np.float32)
 
         def work(rows: slice) -> None:
-            at = np.divmod(np.arange(rows.start, rows.stop), width)
-            pixels = ops.linear(name, under[at].reshape(rows.stop - rows.start, -1))
-            out[1:-1, 1:-1][at] = ops.gelu(pixels, "erf")
+            at_rows, at_cols = np.divmod(np.arange(rows.start, rows.stop), width)
+            # The pixels under each kernel, in the order of the weight: channels, rows, columns.
+            under = np.empty((len(at_rows), image.shape[2], _KERNEL, _KERNEL), np.float32)
+            for down in range(_KERNEL):
+                for right in range(_KERNEL):
+                    under[:, :, down, right] = image[2 * at_rows + down, 2 * at_cols + right]
+            pixels = ops.linear(name, under.reshape(len(under), -1))
+            out[1 + at_rows, 1 + at_cols] = ops.gelu(pixels, "erf")
 
         yield from in_blocks(work, range(height * width), ops.flop_per_row(name))
         return out

@@ -205,9 +205,16 @@ def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
 class QwenVisionTower:
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
 
-    def __init__(self, config: QwenVisionConfig, weights: DenseWeights, runtime: _native.Runtime) -> None:
+    def __init__(
+        self,
+        config: QwenVisionConfig,
+        weights: DenseWeights,
+        runtime: _native.Runtime,
+        *,
+        is_exact: bool = False,
+    ) -> None:
         self._config = config
-        self._operations = Operations(weights, runtime)
+        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or video.
