@@ -192,6 +192,7 @@ class GemmaVisionTower:
         """
         config = self._config
         assert grid[0] == 1, "each frame is encoded on its own"
+        assert len(patches) == frame_patches(grid), (len(patches), grid)
         if max(grid) > config.most_patches_a_side:
             raise UsageError(
                 f"a picture has {max(grid)} patches on one side, and the vision tower takes at most "

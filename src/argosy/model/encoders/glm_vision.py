@@ -192,6 +192,7 @@ class GlmVisionTower:
             grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
         """
         config, ops = self._config, self._operations
+        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
         places = patch_places(grid, config.merge)
         rotation = Rotation(places, config.head_dim, config.theta)
         hidden = np.empty((len(patches), config.hidden_size), np.float32)

@@ -195,6 +195,7 @@ class MoonViT:
             UsageError: more frames than the tower knows times.
         """
         config, ops = self._config, self._operations
+        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
         if grid[0] > config.most_frames:
             raise UsageError(
                 f"a piece of video has {grid[0]} frames, and the vision tower takes at most {config.most_frames}",
