@@ -2,6 +2,7 @@
 
     with Engine.open("path/or/demo", memory="2GiB") as engine:
         print(engine.generate("Why is the sky blue?").text)
+        print(engine.generate([Image("cat.jpg"), Text("What is this?")]).text)  # where the model sees
 
 This module has only public names; `docs/architecture.md` is the map. Names load on first use, so that `argosy --help`
 answers at once.
@@ -14,9 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argosy.config import Budget, Grammar, SamplingParams
     from argosy.engine.engine import Engine
+    from argosy.media.parts import Audio, Image, Text, Video
     from argosy.prompt.prompt import Prompt
 
-__all__ = ["Budget", "Engine", "Grammar", "Prompt", "SamplingParams", "errors"]
+__all__ = [
+    "Audio", "Budget", "Engine", "Grammar", "Image", "Prompt", "SamplingParams", "Text", "Video", "errors",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -24,6 +28,10 @@ _HOMES = {
     "Grammar": "argosy.config",
     "SamplingParams": "argosy.config",
     "Engine": "argosy.engine.engine",
+    "Audio": "argosy.media.parts",
+    "Image": "argosy.media.parts",
+    "Text": "argosy.media.parts",
+    "Video": "argosy.media.parts",
     "Prompt": "argosy.prompt.prompt",
 }
 

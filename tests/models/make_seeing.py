@@ -27,31 +27,10 @@ from argosy.media.pictures import PictureProcessor, read_picture_processor
 from argosy.media.sounds import read_sound_processor
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
-from tests.models.safetensors_file import Array, read_checkpoint, write_safetensors
-from tests.models.seeing import CONFIGS, RATE, REFERENCE, complete, processor_config, prompt_of
-from tests.models.tiny import write_model
-from tests.models.tiny_encoders import random_tensors
+from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.seeing import CONFIGS, RATE, REFERENCE, prompt_of, write
 
 NEW_TOKENS = 8
-
-
-def write(directory: Path, family: str, seed: int) -> None:
-    """Write the text model, then replace the few tensors of towers that it has by whole towers."""
-    raw = CONFIGS[family]
-    write_model(directory, raw, seed=seed)
-    (directory / "preprocessor_config.json").write_text(json.dumps(processor_config(family), indent=2) + "\n")
-    tensors = {
-        # Not transposed, as transformers writes them, so that the model runs in place.
-        name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
-        for name, value in read_checkpoint(directory).items()
-    }
-    for encoder, config in complete(family, raw):
-        tensors = {
-            name: value for name, value in tensors.items() if not name.startswith(encoder.prefix or "vision")
-        }
-        made = random_tensors(encoder.tensors(config), encoder.prefix, seed)
-        tensors |= {name: ("BF16", value) for name, value in made.items()}
-    write_safetensors(directory / "model.safetensors", tensors)
 
 
 def load(directory: Path, family: str) -> Any:
@@ -151,7 +130,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for family in options.families:
         directory = options.out / family
-        write(directory, family, options.seed)
+        write(directory, family, CONFIGS[family], options.seed)
         media = media_of(family, options.seed)
         found = answer(load(directory, family), directory, family, media)
         best = np.sort(found["logits"][-1])[::-1]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from argosy.model.encoders.table import ENCODERS, Encoder
 from argosy.model.families.config_reader import ConfigReader
 from tests.models import tiny_encoders
-from tests.models.tiny import text_of
+from tests.models.safetensors_file import read_checkpoint, write_safetensors
+from tests.models.tiny import text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe
 from tests.models.tiny_encoders import Sizes
 from tests.models.tiny_latent import kimi_k25
 from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
+from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_seeing"
 RATE = 16_000
@@ -47,6 +52,49 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4v_moe": _with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": _with_towers("kimi_k25", kimi_k25()),
 }
+
+
+def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
+    """Write a text model with whole towers instead of the few tensors of towers that it has, and its processor."""
+    write_model(directory, raw, seed=seed)
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor_config(family), indent=2) + "\n")
+    tensors = {
+        # Not transposed, as transformers writes them, so that the model runs in place.
+        name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
+        for name, value in read_checkpoint(directory).items()
+    }
+    for encoder, config in complete(family, raw):
+        tensors = {
+            name: value for name, value in tensors.items() if not name.startswith(encoder.prefix or "vision")
+        }
+        made = tiny_encoders.random_tensors(encoder.tensors(config), encoder.prefix, seed)
+        tensors |= {name: ("BF16", value) for name, value in made.items()}
+    write_safetensors(directory / "model.safetensors", tensors)
+
+
+SEEING_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'audio' %}{{ '<|audio_pad|>' }}
+{%- elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""As Qwen's: content is text, or a list of parts."""
+
+
+def seeing_tokenizer() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer.from_str(byte_level_json())
+    made.add_special_tokens(["<|image_pad|>", "<|audio_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    return made
+
+
+def write_seeing_chat_model(directory: Path) -> Path:
+    """A tiny Qwen3.5 that takes pictures, with a tokenizer and a chat template; its answers are meaningless."""
+    core = seeing_tokenizer()
+    raw = _with_towers("qwen3_5_moe", qwen3_5_moe(vocab_size=544, max_position_embeddings=512))
+    raw["image_token_id"] = core.token_to_id("<|image_pad|>")
+    write(directory, "qwen3_5_moe", raw, seed=3)
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": SEEING_TEMPLATE}
+    return write_tokenizer(directory, core.to_str(), config)
 
 
 def complete(family: str, raw: dict[str, Any]) -> list[tuple[Encoder, Any]]:

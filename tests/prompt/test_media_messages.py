@@ -17,17 +17,10 @@ from argosy.prompt.media_span import MediaSpan, SpanRows
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import Tool
-from tests.prompt.tokenizers_for_tests import SPECIAL, byte_level_json
+from tests.models.seeing import SEEING_TEMPLATE, seeing_tokenizer
+from tests.prompt.tokenizers_for_tests import SPECIAL
 
 PLACES = {"picture": "<|image_pad|>", "sound": "<|audio_pad|>"}
-WRAPS = ("<|vision_start|>", "<|vision_end|>")
-# As Qwen's: content is text, or a list of parts.
-TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
-{%- if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
-{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'audio' %}{{ '<|audio_pad|>' }}
-{%- elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 RED, BLUE = (np.full((2, 3, 3), shade, np.uint8) for shade in (200, 10))
 TONE = Audio(np.zeros(1600, np.float32), rate=16_000)
 
@@ -62,14 +55,12 @@ class Reader:
 
 @functools.cache
 def core() -> tokenizers.Tokenizer:
-    made = tokenizers.Tokenizer.from_str(byte_level_json())
-    made.add_special_tokens([*PLACES.values(), *WRAPS])
-    return made
+    return seeing_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(core(), config={"eos_token": SPECIAL[2]}, chat_template=TEMPLATE)
+    return Tokenizer(core(), config={"eos_token": SPECIAL[2]}, chat_template=SEEING_TEMPLATE)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
     from argosy.config import SamplingParams
     from argosy.engine.engine import Engine
     from argosy.engine.sequence import Result
+    from argosy.media.parts import Content
     from argosy.prompt.formats import Answer
 
-HELP = """/help     list the commands
-/reset    forget the conversation
-/ledger   show the use of time and memory
-/quit     quit; ^D does the same
+HELP = """/help          list the commands
+/image FILE    show a picture with the next message
+/audio FILE    let the model hear a sound with the next message
+/reset         forget the conversation
+/ledger        show the use of time and memory
+/quit          quit; ^D does the same
+A line with nothing but the path of a picture or sound attaches it, too.
 Alt-Enter starts a new line. ^C stops an answer; pressed twice, it quits."""
 
 
@@ -74,7 +79,8 @@ class Conversation:
         self._params = params
         self._shows_thoughts = shows_thoughts
         self._start = [] if system is None else [{"role": "system", "content": system}]
-        self.messages: list[dict[str, str]] = list(self._start)
+        self.messages: list[dict[str, Any]] = list(self._start)
+        self._attached: list[Content] = []  # media for the next message
         self._last: Result | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
@@ -99,7 +105,9 @@ class Conversation:
             is_leaving = False
             if said == "/quit":
                 return
-            if said.startswith("/"):
+            if (dropped := _dropped(said)) is not None:
+                self._attach(*dropped)
+            elif said.startswith("/"):
                 self._command(said)
             elif said:
                 self._turn(said)
@@ -107,8 +115,12 @@ class Conversation:
     def _command(self, said: str) -> None:
         if said == "/help":
             print(HELP, file=sys.stderr)
+        elif said.startswith(("/image ", "/audio ")):
+            command, path = said.split(maxsplit=1)
+            self._attach(command[1:], path)
         elif said == "/reset":
             self.messages = list(self._start)
+            self._attached.clear()
             print("the conversation starts over", file=sys.stderr)
         elif said == "/ledger":
             if self._last is not None:
@@ -122,12 +134,31 @@ class Conversation:
             print(*ledger_lines(self._engine.ledger, self._engine.plan), sep="\n", file=sys.stderr)
         else:
             print(
-                f"unknown command '{said.split(maxsplit=1)[0]}'; known: /help /reset /ledger /quit",
+                f"unknown command '{said.split(maxsplit=1)[0]}'; known: /help /image /audio /reset /ledger /quit",
                 file=sys.stderr,
             )
 
+    def _attach(self, kind: str, path: str) -> None:
+        """Read a picture or sound now, so that the conversation does not depend on its file later."""
+        from argosy.media.parts import Audio, Image, MediaLimits
+
+        part = Image(path) if kind == "image" else Audio(path)
+        if part.kind not in self._engine.media_kinds:
+            print(f"error: this model does not take a {part.kind}", file=sys.stderr)
+            return
+        try:
+            self._attached.append(part.read(MediaLimits()))
+        except UsageError as error:
+            print(f"error: {error.message}", file=sys.stderr)
+            return
+        print(f"({part.kind} attached; it goes with your next message)", file=sys.stderr)
+
     def _turn(self, said: str) -> None:
-        self.messages.append({"role": "user", "content": said})
+        content: object = said
+        if self._attached:
+            content = [*self._attached, {"type": "text", "text": said}]
+            self._attached.clear()
+        self.messages.append({"role": "user", "content": content})
         try:
             result, answer = self._answer()
         except UsageError as error:
@@ -165,6 +196,22 @@ class Conversation:
         write_text("\n")
         assert sequence.result is not None  # finished, or cancelled just now
         return sequence.result.require(), writer.answer
+
+
+_KINDS = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif"), "image"),
+    **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg"), "audio"),
+}
+
+
+def _dropped(said: str) -> tuple[str, str] | None:
+    """The kind and path of a line that is nothing but the path of a picture or sound, as a dropped file is pasted."""
+    path = Path(said.strip("'\"").replace("\\ ", " "))
+    kind = _KINDS.get(path.suffix.lower())
+    try:
+        return (kind, str(path)) if kind is not None and path.is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.engine.engine import Engine
+    from argosy.media.parts import Audio, Image
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -25,7 +26,10 @@ _ENGINE = (
     click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
     click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
+    click.option("--no-media", "media", flag_value=False, default=None, type=bool, help="Take text only."),
+    click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
 )
+_MEDIA = ("image", "audio")
 
 _SAMPLING = (
     click.option(
@@ -49,9 +53,7 @@ _SAMPLING = (
     click.option(
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
-    click.option(
-        "--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens at each step."
-    ),
+    click.option("--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens each step."),
     click.option("--ignore-eos", is_flag=True, help="Continue after the end token."),
 )
 
@@ -66,6 +68,39 @@ def sampling_options(command: Command) -> Command:
     for option in reversed(_SAMPLING):
         command = option(command)
     return command
+
+
+class CommandWithMedia(click.Command):
+    """A command with --image and --audio, which keep their order: `media_of` has it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for kind, what in zip(_MEDIA, ("a picture", "a sound"), strict=True):
+            self.params.append(
+                click.Option(
+                    [f"--{kind}"],
+                    multiple=True,
+                    metavar="FILE",
+                    expose_value=False,
+                    help=f"Show {what} with the prompt; may be repeated.",
+                )
+            )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values, _, order = self.make_parser(ctx).parse_args(list(args))
+        files = {kind: iter(values.get(kind) or ()) for kind in _MEDIA}
+        ctx.meta[__name__] = [(one.name, next(files[one.name])) for one in order if one.name in files]
+        return super().parse_args(ctx, args)
+
+
+def media_of() -> list[Image | Audio]:
+    """The media that the command line of the current command names, in its order."""
+    from argosy.media.parts import Audio, Image
+
+    return [
+        Image(path) if kind == "image" else Audio(path)
+        for kind, path in click.get_current_context().meta[__name__]
+    ]
 
 
 def thoughts_option(command: Command) -> Command:

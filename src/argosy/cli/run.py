@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from argosy.cli.options import (
+    CommandWithMedia,
     engine_options,
+    media_of,
     open_engine,
     sampling_options,
     split_options,
@@ -22,17 +25,19 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
     from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result
+    from argosy.media.parts import Audio, Image
     from argosy.prompt.formats import Answer
+    from argosy.prompt.messages import Message
 
 
-@click.command("run")
+@click.command("run", cls=CommandWithMedia)
 @click.argument("prompt", required=False)
 @click.option(
     "-m",
     "--model",
     default=DEMO,
     metavar="MODEL",
-    help="Model directory or GGUF; default: the demo model.",
+    help="Model directory or GGUF; default: the demo.",
 )
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the text without a chat template.")
@@ -51,15 +56,15 @@ def run(
     thoughts: bool | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, or the text on stdin. The answer goes to stdout, and its ledger to stderr.
+    """Answer PROMPT, or stdin. The answer goes to stdout, its ledger to stderr.
 
     \b
     Examples:
       argosy run "Why is the sky blue?"
-      argosy run -m ./Qwen3-30B-A3B --memory 16GiB < question.txt
+      argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
     settings, params = split_options(options)
-    request = _request(_read_prompt(prompt), system, raw)
+    request = _request(_read_prompt(prompt), media_of(), system, raw)
     if thoughts is None:
         thoughts = sys.stderr.isatty() and not as_json
     with open_engine(model, settings) as engine:
@@ -90,16 +95,20 @@ def _read_prompt(prompt: str | None) -> str:
     return text
 
 
-def _request(text: str, system: str | None, raw: bool) -> PromptLike:
+def _request(text: str, media: Sequence[Image | Audio], system: str | None, raw: bool) -> PromptLike:
+    from argosy.media.parts import Text
     from argosy.prompt.prompt import Prompt
 
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
+    if raw and media:
+        raise UsageError("--raw and media exclude each other: raw text has no place for a picture or sound")
     if raw:
         return Prompt.raw(text)
-    if system is None:
+    if system is None and not media:
         return text
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    question: Message = {"role": "user", "content": [*media, Text(text)] if media else text}
+    return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
 def _answer(

@@ -40,6 +40,8 @@ class Settings:
     context: int | None = None
     kv_dtype: KvDtype | None = None
     instruction_set: str | None = None
+    media: bool | None = None
+    image_tokens: int | None = None
     ask_ahead: AskAhead | None = None
 
     @classmethod
