@@ -29,6 +29,9 @@ from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
+# A decoded picture takes 3 bytes a pixel here, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
+MEDIA_LIMITS = MediaLimits(pixels=24_000_000)
+_DECODED_PIXEL_BYTES = 3 + 4
 MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures and sounds of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
@@ -196,10 +199,11 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
     return nbytes
 
 
-def media_bytes(limits: MediaLimits) -> int:
+def media_bytes() -> int:
     """Memory for pictures and sounds beside their encoders: a file that is decoded, requests that wait, rows kept."""
-    decoded = max(3 * limits.pixels, round(4 * limits.sound_s * _HIGHEST_MEDIA_RATE))
-    return _DECODER_BYTES + limits.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
+    sound_bytes = round(4 * MEDIA_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
+    decoded = max(_DECODED_PIXEL_BYTES * MEDIA_LIMITS.pixels, sound_bytes)
+    return _DECODER_BYTES + MEDIA_LIMITS.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
@@ -232,7 +236,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
-            encoder_bytes=footprint.encoder_bytes and footprint.encoder_bytes + media_bytes(MediaLimits()),
+            encoder_bytes=footprint.encoder_bytes and footprint.encoder_bytes + media_bytes(),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,

@@ -22,6 +22,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, AskAhead, EngineConfig
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.memory_plan import (
+    MEDIA_LIMITS,
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
     held_bytes,
@@ -35,7 +36,6 @@ from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
-from argosy.media.parts import MediaLimits
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.encoders.reading import EncoderFiles, Encoders
@@ -224,7 +224,7 @@ def _open_media(
     towers = {kind: one for kind, one in footprint.encoders.items() if isinstance(one, EncoderFiles)}
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
     return open_media(
-        files, footprint.encoders, encoders, image_tokens=config.image_tokens, limits=MediaLimits()
+        files, footprint.encoders, encoders, image_tokens=config.image_tokens, limits=MEDIA_LIMITS
     )
 
 
