@@ -1,10 +1,11 @@
 """The packed form of a model: its layout on disk, its manifest, opening and verifying it.
 
-    DIR/argosy.json    the manifest, written last: formats, a checksum of every record, BLAKE3 of every file
-    DIR/dense.bin      dense matrices, each at a multiple of 4096
-    DIR/experts.bin    one record per routed expert, at multiples of the stride: gate, up, down, one read
-    DIR/config.json    and the tokenizer's files: copies
-    DIR/metadata.gguf  instead of these copies if the pack was made from a GGUF: its metadata, without tensors
+    DIR/argosy.json           the manifest, written last: formats, a checksum of every record, BLAKE3 of every file
+    DIR/dense.bin             dense matrices, each at a multiple of 4096
+    DIR/experts.bin           one record per routed expert, at multiples of the stride: gate, up, down, one read
+    DIR/encoders.safetensors  tensors of the encoders for pictures and sound, unchanged, if the model has any
+    DIR/config.json           and the files of the tokenizer and the processors of pictures and sound: copies
+    DIR/metadata.gguf         instead of these copies if the pack was made from a GGUF: its metadata, without tensors
 
 Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block size that unbuffered
 reads need. Inside a record each matrix starts at a multiple of 64. All records of a layer have the same layout; if
@@ -37,6 +38,7 @@ from argosy.checkpoint.files import (
     matrix_bytes,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.safetensors import read_header
 from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, CorruptRecord
@@ -44,6 +46,7 @@ from argosy.errors import CheckpointError, CorruptRecord
 MANIFEST_FILE = "argosy.json"
 DENSE_FILE = "dense.bin"
 EXPERTS_FILE = "experts.bin"
+ENCODERS_FILE = "encoders.safetensors"
 PARTIAL_SUFFIX = ".partial"
 PACK_VERSION = 4
 
@@ -255,7 +258,8 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         )
         for (key, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
     }
-    return ModelFiles(directory, config, with_checksums, experts, is_packed=True)
+    encoders = read_header(directory / ENCODERS_FILE) if ENCODERS_FILE in manifest.files else {}
+    return ModelFiles(directory, config, with_checksums, experts, is_packed=True, others=encoders)
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:

@@ -8,6 +8,8 @@
     q4        q4        q8               f32
     source    unchanged, bit for bit; blocks, codes and scales become slot formats, which hold the same weights
 
+Tensors of encoders for pictures and sound are copied bit for bit in every format.
+
 The matrix that turns latent vectors into keys and values is written in two halves, as in memory. q8 quantises the key
 half in the order in which it is multiplied; `source` writes the halves only if every weight keeps its bits
 (`latent_up.py`).
@@ -31,7 +33,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +69,7 @@ from argosy.checkpoint.latent_up import (
 )
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
+    ENCODERS_FILE,
     EXPERTS_FILE,
     FILE_ALIGNMENT,
     MANIFEST_FILE,
@@ -82,6 +85,8 @@ from argosy.checkpoint.manifest import (
     round_up,
     verify_pack,
 )
+from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.safetensors_write import safetensors_header
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.config import Format, ModelConfig, format_bytes
 from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
@@ -95,10 +100,12 @@ REQUANTISED: tuple[Format, ...] = ("f8", "int4", "mxfp4")
 JOURNAL_FILE = "journal"
 
 _SLICE_VALUES = 1 << 20  # values of a matrix that are read and converted at once
+_COPY_BYTES = 4 << 20  # bytes of a tensor that are copied at once
 _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
-    "merges.txt", "tiktoken.model", GGUF_METADATA_FILE,
+    "merges.txt", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", GGUF_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -112,7 +119,7 @@ class PackReport:
 
     directory: Path
     format: str
-    source_bytes: int  # dense weights and experts, before
+    source_bytes: int  # dense weights, experts and encoders, before
     packed_bytes: int  # all files of the pack
     seconds: float
     resumed_bytes: int  # bytes of the pack that an earlier run had written
@@ -120,7 +127,12 @@ class PackReport:
 
 
 def pack(
-    files: ModelFiles, destination: str | Path, *, format: str, progress: Progress | None = None
+    files: ModelFiles,
+    destination: str | Path,
+    *,
+    format: str,
+    encoder_tensors: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> PackReport:
     """Write `files` as a pack.
 
@@ -128,6 +140,7 @@ def pack(
         files: a checkpoint in place, or a pack that is not quantised.
         destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is complete.
         format: bf16, q8, q4 or source.
+        encoder_tensors: names in `files.others` of the tensors that encoders of pictures and sound need.
         progress: called with the current task and the share of it that is done.
 
     Raises:
@@ -139,13 +152,15 @@ def pack(
     started = time.monotonic()
     destination = Path(destination)
     _require_packable(files, destination, format)
-    with _Writer(files, destination, format, progress or (lambda what, share: None)) as writer:
+    assert files.others.keys() >= set(encoder_tensors)
+    encoders = [ref for name, ref in files.others.items() if name in encoder_tensors]
+    with _Writer(files, destination, format, encoders, progress or (lambda what, share: None)) as writer:
         writer.write_all()
         packed_bytes = writer.finish()
     return PackReport(
         directory=destination,
         format=format,
-        source_bytes=files.dense_bytes + files.expert_bytes,
+        source_bytes=files.dense_bytes + files.expert_bytes + sum(ref.nbytes for ref in encoders),
         packed_bytes=packed_bytes,
         seconds=time.monotonic() - started,
         resumed_bytes=writer.resumed_bytes,
@@ -212,13 +227,24 @@ class _SourceMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """Data that is written and journalled together: one dense matrix, or one expert with its three matrices."""
+    """Data that is written and journalled together: one dense matrix, one expert with its three matrices, one tensor of
+    an encoder, or the header of the encoders' file.
+    """
 
     file: str
     offset: int
     nbytes: int
     end: int  # end of the unit, padding included
-    parts: tuple[tuple[_SourceMatrix, Format, int], ...]  # source, format to write, offset inside the unit
+    parts: tuple[tuple[_SourceMatrix, Format, int], ...] = ()  # source, format to write, offset inside
+    copied: TensorRef | bytes = b""  # written unchanged if there are no parts
+
+    @property
+    def paths(self) -> set[Path]:
+        """The source files that it is read from."""
+        if isinstance(self.copied, TensorRef):
+            return {self.copied.path}
+        places = [place for source, _, _ in self.parts for place in (source, *source.pieces)]
+        return {place.path for place in places}
 
 
 def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
@@ -259,6 +285,18 @@ def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[Mat
         )
         units.append(_Unit(EXPERTS_FILE, start, layout.nbytes, start + layout.stride, parts))
     return dense, units
+
+
+def _encoder_units(tensors: list[TensorRef]) -> list[_Unit]:
+    """A safetensors file of these tensors; none if there are no tensors."""
+    if not tensors:
+        return []
+    header = safetensors_header((ref.name, ref.dtype, ref.shape) for ref in tensors)
+    units = [_Unit(ENCODERS_FILE, 0, len(header), len(header), copied=header)]
+    for ref in tensors:
+        at = units[-1].end
+        units.append(_Unit(ENCODERS_FILE, at, ref.nbytes, at + ref.nbytes, copied=ref))
+    return units
 
 
 def _dense_source(files: ModelFiles, name: str) -> _SourceMatrix:
@@ -311,7 +349,14 @@ def _completed_source(
 class _Writer:
     """One run of `pack`: owns the partial directory while it is open."""
 
-    def __init__(self, files: ModelFiles, destination: Path, format: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        destination: Path,
+        format: str,
+        encoders: list[TensorRef],
+        progress: Progress,
+    ) -> None:
         self._files = files
         self._destination = destination
         self._format = format
@@ -320,11 +365,14 @@ class _Writer:
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
         self._config = _config_of_pack(files, format)
         self._dense, self._units = _plan(files, self._config, format)
+        self._encoders = _encoder_units(encoders)
+        self._units += self._encoders
         self._copied = _files_to_copy(files.path)
         self._made = _files_to_make(files.path)
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
-        self._hashers = {name: blake3.blake3() for name in (DENSE_FILE, EXPERTS_FILE)}
+        names = (DENSE_FILE, EXPERTS_FILE, *([ENCODERS_FILE] if self._encoders else []))
+        self._hashers = {name: blake3.blake3() for name in names}
         self._targets: dict[str, int] = {}
         self._sources: dict[Path, int] = {}
         self._open_files = ExitStack()
@@ -394,7 +442,7 @@ class _Writer:
                 layer: _formats_of(self._units[num_dense + index * self._files.config.num_experts])
                 for index, layer in enumerate(self._files.config.moe_layers)
             },
-            expert_checksums=self._checksums[num_dense:],
+            expert_checksums=self._checksums[num_dense : len(self._checksums) - len(self._encoders)],
             files=dict(sorted(sizes.items())),
         ).to_bytes()
         self._write_small(MANIFEST_FILE, manifest)
@@ -417,13 +465,23 @@ class _Writer:
                     record[at + start : at + start + piece.size] = piece
             self._write(unit.file, record, unit.offset)
             return int(_native.crc32c_wide(record[: unit.nbytes]))
-        ((source, format, _),) = unit.parts
         written = 0
-        for start, piece in self._converted(source, format):
+        for start, piece in self._converted(*unit.parts[0][:2]) if unit.parts else self._copied_bytes(unit):
             self._write(unit.file, piece, unit.offset + start)
             written = start + piece.size
         self._write(unit.file, np.zeros(unit.end - unit.offset - written, np.uint8), unit.offset + written)
         return checksum_of(self._partial / unit.file, unit.offset, unit.nbytes)
+
+    def _copied_bytes(self, unit: _Unit) -> Iterator[tuple[int, Bytes]]:
+        """Slices of a tensor or a header, each with its offset in it."""
+        if isinstance(unit.copied, bytes):
+            yield 0, np.frombuffer(unit.copied, np.uint8)
+            return
+        path = unit.copied.path
+        for start in range(0, unit.nbytes, _COPY_BYTES):
+            nbytes = min(_COPY_BYTES, unit.nbytes - start)
+            raw = read_at(self._open_source(path), nbytes, unit.copied.offset + start, path)
+            yield start, np.frombuffer(raw, np.uint8)
 
     def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
@@ -567,7 +625,14 @@ class _Writer:
 
     def _resume(self) -> None:
         """Keep the units of an earlier run that are exactly what this run would write."""
-        header = json.dumps({"version": PACK_VERSION, "format": self._format, "source": self._fingerprint})
+        header = json.dumps(
+            {
+                "version": PACK_VERSION,
+                "format": self._format,
+                "source": self._fingerprint,
+                "encoders": self._encoders_digest(),
+            }
+        )
         lines = self._read_journal()
         if lines and lines[0] != header:
             self.restarted_because = self._difference(lines[0])
@@ -621,17 +686,23 @@ class _Writer:
                 return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
             if earlier["version"] != PACK_VERSION:
                 return "the unfinished pack was made by another version of Argosy"
+            if earlier["encoders"] != self._encoders_digest() and earlier["source"] == self._fingerprint:
+                return "the unfinished pack has other encoders"
         except (CheckpointError, KeyError):
             return "the journal of the unfinished pack is damaged"
         return f"{self._files.path} changed since the unfinished pack was started"
 
+    def _encoders_digest(self) -> str | None:
+        """Digest of the header of the encoders' file, which fixes the place of each tensor."""
+        if not self._encoders:
+            return None
+        header = self._encoders[0].copied
+        assert isinstance(header, bytes)
+        return blake3.blake3(header).hexdigest()
+
     def _source_fingerprint(self) -> list[list[object]]:
         """Name, size and modification time of every source file of the pack."""
-        paths = {unit.parts[0][0].path for unit in self._units} | set(self._copied)
-        paths |= {source.path for unit in self._units for source, _, _ in unit.parts}
-        paths |= {
-            piece.path for unit in self._units for source, _, _ in unit.parts for piece in source.pieces
-        }
+        paths = {path for unit in self._units for path in unit.paths} | set(self._copied)
         if self._files.path.is_file():  # the first part of a GGUF may have no tensors
             paths.add(self._files.path)
         found: list[list[object]] = []
@@ -717,7 +788,7 @@ def _formats_of(unit: _Unit) -> ExpertFormats:
 
 
 def _files_to_copy(path: Path) -> list[Path]:
-    """The config, tokenizer and licence files that a model has. A GGUF holds its own config and tokenizer."""
+    """The files of config, tokenizer, processors and licence that a model has; of a GGUF only the licence."""
     directory, others = (path, _COPIED_NAMES) if path.is_dir() else (path.parent, ())
     names = sorted(entry.name for entry in directory.iterdir())
     chosen = [name for name in names if name in others or name.startswith(_COPIED_PREFIXES)]

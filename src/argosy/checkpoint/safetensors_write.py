@@ -43,30 +43,44 @@ def write_safetensors(
         ValueError: a name appears twice, a dtype is unknown, or `read` returned the wrong number of bytes.
         OSError: the drive failed; the unfinished file stays there.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    planned: list[tuple[str, int, Callable[[], Bytes]]] = []
-    offset = 0
-    for name, dtype, shape, read in tensors:
-        if name in header:
-            raise ValueError(f"tensor {name!r} is given twice")
-        if dtype not in DTYPE_BITS:
-            raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BITS))}")
-        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-        planned.append((name, nbytes, read))
-        offset += nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the first tensor starts at a multiple of 8
+    planned = list(tensors)
+    header = safetensors_header(((name, dtype, shape) for name, dtype, shape, _ in planned), metadata)
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        for name, nbytes, read in planned:
-            data = memoryview(read()).cast("B")
+        stream.write(header)
+        for name, dtype, shape, read in planned:
+            data, nbytes = memoryview(read()).cast("B"), _num_bytes(dtype, shape)
             if data.nbytes != nbytes:
                 raise ValueError(f"tensor {name!r} came as {data.nbytes} bytes, expected {nbytes}")
             stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The bytes of a file before its first tensor; `tensors` are names, dtypes and shapes, in the order of their bytes.
+
+    Raises:
+        ValueError: a name appears twice, or a dtype is unknown.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        if name in header:
+            raise ValueError(f"tensor {name!r} is given twice")
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BITS))}")
+        end = offset + _num_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor starts at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def encode(values: npt.NDArray[np.floating], dtype: str) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from argosy.config import format_bytes
-from argosy.errors import UsageError
+from argosy.errors import ArgosyError, UsageError
 
 FORMATS = ("bf16", "q8", "q4", "source")
 
@@ -45,7 +45,8 @@ def pack(
 
     A pack is optional; models also run from their own files. `source` keeps every weight bit for bit, bf16
     rounds float32 and float16, q8 and q4 quantise. Checkpoints in FP8, INT4 or MXFP4 can be packed in any of
-    these formats, a quantised GGUF only as `source`. After an interruption the same command continues.
+    these formats, a quantised GGUF only as `source`. Encoders of pictures and sound keep every bit in every
+    format. After an interruption the same command continues.
 
     \b
     Examples:
@@ -67,10 +68,18 @@ def pack(
 def _pack(source: Path, destination: Path, format_name: str, as_json: bool) -> None:
     from argosy.checkpoint.pack import pack as write_pack
     from argosy.cli.output import progress_bar
+    from argosy.model.encoders.reading import find_encoders, tensor_names
     from argosy.model.families import open_model
 
+    files = open_model(source)
+    encoders = find_encoders(files)
+    for kind, fault in encoders.items():
+        if isinstance(fault, ArgosyError):
+            print(f"the pack will not take {kind}s: {fault.message}", file=sys.stderr)
     with progress_bar() as progress:
-        report = write_pack(open_model(source), destination, format=format_name, progress=progress)
+        report = write_pack(
+            files, destination, format=format_name, encoder_tensors=tensor_names(encoders), progress=progress
+        )
     if report.restarted_because is not None:
         print(f"started over: {report.restarted_because}", file=sys.stderr)
     if as_json:

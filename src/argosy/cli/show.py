@@ -106,7 +106,29 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "expert_format": files.expert_format if files.experts else None,
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
+        "encoders": _encoder_facts(files),
     }
+
+
+def _encoder_facts(files: ModelFiles) -> list[dict[str, Any]]:
+    """The encoders for pictures and sound, or why they cannot be run."""
+    from argosy.model.encoders.reading import EncoderFiles, find_encoders
+
+    facts: list[dict[str, Any]] = []
+    for kind, found in find_encoders(files).items():
+        if not isinstance(found, EncoderFiles):
+            facts.append({"kind": kind, "fault": found.message})
+            continue
+        refs = found.tensors.values()
+        facts.append(
+            {
+                "kind": kind,
+                "num_parameters": sum(ref.rows * ref.cols for ref in refs),
+                "nbytes": sum(ref.nbytes for ref in refs),
+                "formats": list(dict.fromkeys(ref.format for ref in refs)),
+            }
+        )
+    return facts
 
 
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
@@ -147,7 +169,18 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         *_geometry_lines(facts),
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
         f" {format_bytes(facts['expert_bytes'])} of routed experts",
+        *(_encoder_line(encoder) for encoder in facts["encoders"]),
     ]
+
+
+def _encoder_line(encoder: dict[str, Any]) -> str:
+    label = f"  {encoder['kind'] + 's':<14}"
+    if "fault" in encoder:
+        return f"{label}cannot be encoded: {encoder['fault']}"
+    return (
+        f"{label}{_count(encoder['num_parameters'])} parameters of their encoder,"
+        f" {format_bytes(encoder['nbytes'])} in {'+'.join(encoder['formats'])}"
+    )
 
 
 def config_lines(facts: dict[str, Any]) -> list[str]:

@@ -67,7 +67,7 @@ class EncoderFiles:
 def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
     """Find the towers whose tensors are there; for one that cannot be run, the error says why.
 
-    Packs and GGUF files have none: a pack holds the text model alone, and a GGUF's tower is in a file of its own.
+    A GGUF file has none: its tower is in a file of its own. A pack has those that were found when it was made.
     """
     found: dict[Kind, EncoderFiles | ArgosyError] = {}
     for encoder in ENCODERS.get(files.config.family, ()):
@@ -77,6 +77,12 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
             except (UnsupportedModel, CheckpointError) as error:
                 found[encoder.kind] = error
     return found
+
+
+def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str]:
+    """Names in the files of all tensors that these towers need."""
+    towers = [one for one in encoders.values() if isinstance(one, EncoderFiles)]
+    return {ref.name for tower in towers for ref in tower.tensors.values()}
 
 
 def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
