@@ -33,7 +33,7 @@ from typing import Any
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # this process forks, so it must have only one thread
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from argosy.checkpoint.pack import pack
+from argosy.checkpoint.pack import PackReport, pack
 from argosy.cli.main import main as argosy
 from argosy.config import KvDir
 from argosy.demo import base, build, locate
@@ -41,10 +41,11 @@ from argosy.engine.kv_cache import BlockContent
 from argosy.engine.prefix_files import PrefixFiles
 from argosy.guard.keys import KeyFile
 from argosy.guard.limits import Use, UseFile
+from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from tests.checkpoint.dense_models import write_dense_gguf
 from tests.demo.test_build import write_experts
-from tests.models.tiny import qwen2_moe, write_model
+from tests.models.seeing import REFERENCE
 
 NOT_KILLED = "not killed"
 _LONGEST_S = 120
@@ -99,20 +100,21 @@ class Pack(Writer):
 
     def __init__(self, fixed: Path) -> None:
         super().__init__(fixed)
-        self.source = write_model(fixed / "source", qwen2_moe(num_hidden_layers=2, num_experts=4), seed=5)
+        self.source = fixed / "source"
+        shutil.copytree(REFERENCE / "glm4v_moe", self.source)  # has an encoder
         for name in ("tokenizer.json", "LICENSE"):
             (self.source / name).write_text("{}")
 
+    def pack(self, destination: Path, progress: Callable[[str, float], None] | None = None) -> PackReport:
+        files = open_model(self.source)
+        names = tensor_names(find_encoders(files))
+        return pack(files, destination, format="q4", encoder_tensors=names, progress=progress)
+
     def prepare(self) -> None:
-        pack(open_model(self.source), self.fixed / "whole", format="q4")
+        self.pack(self.fixed / "whole")
 
     def work(self, tell: Tell) -> None:
-        pack(
-            open_model(self.source),
-            self.directory / "packed",
-            format="q4",
-            progress=lambda what, share: tell(share),
-        )
+        self.pack(self.directory / "packed", lambda what, share: tell(share))
         tell("named")
 
     def check(self, told: list[Any]) -> str:
@@ -120,9 +122,10 @@ class Pack(Writer):
         found = "finished"
         if not packed.exists():
             require("named" not in told, "the finished pack is gone")
-            report = pack(open_model(self.source), packed, format="q4")
+            report = self.pack(packed)
             whole = contents(self.fixed / "whole")
-            share = report.resumed_bytes / (len(whole["dense.bin"]) + len(whole["experts.bin"]))
+            names = ("dense.bin", "experts.bin", "encoders.safetensors")
+            share = report.resumed_bytes / sum(len(whole[name]) for name in names)
             done = max(told, default=0.0)  # reported after the journal's line, so one more may be complete
             require(share >= done - 1e-9, f"{done:.3f} was written, {share:.3f} was kept")
             require(report.restarted_because is None, f"it started over: {report.restarted_because}")

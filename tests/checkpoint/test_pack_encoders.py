@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from argosy import _native
 from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, pack, verify_pack
-from argosy.errors import CheckpointError, DiskFull
-from argosy.model.encoders.reading import EncoderFiles, find_encoders, tensor_names
+from argosy.errors import CheckpointError, CorruptRecord, DiskFull
+from argosy.model.encoders.reading import EncoderFiles, Encoders, find_encoders, tensor_names
 from argosy.model.families import open_model
+from tests.checkpoint.test_manifest import rewrite
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
 from tests.models.seeing import CONFIGS, REFERENCE
 
@@ -226,8 +229,48 @@ def test_damaged_encoders_are_named(packed: Path) -> None:
     data = bytearray((packed / ENCODERS).read_bytes())
     data[-1] ^= 1
     (packed / ENCODERS).write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"^{ENCODERS} changed since the pack was written"):
+    last = max(open_model(packed).others.values(), key=lambda ref: ref.offset).name
+    with pytest.raises(CorruptRecord, match=f"^{ENCODERS}: {last} changed since the pack was written"):
         verify_pack(packed)
+    encoders = find_encoders(open_model(packed))
+    (kind,) = (kind for kind, one in encoders.items() if last in tensor_names({kind: one}))
+    store, runtime = _native.Store(1), _native.Runtime(1)
+    towers = {kind: one for kind, one in encoders.items() if isinstance(one, EncoderFiles)}
+    with closing(store), pytest.raises(CorruptRecord, match=f"^{ENCODERS}: {last}: "):
+        Encoders(towers, store, runtime, open_file=store.open).open(kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda c: c["encoders"]["crc32c_wide"].update(a=0),
+            f"argosy.json has tensor a, but {ENCODERS} does not",
+        ),
+        (
+            lambda c: c["encoders"]["crc32c_wide"].pop("thinker.visual.pos_embed.weight"),
+            f"{ENCODERS} has tensor thinker.visual.pos_embed.weight, but argosy.json does not",
+        ),
+        (
+            lambda c: c["encoders"]["crc32c_wide"].update(a=-1),
+            "a is -1, a whole number; expected a 32-bit checksum",
+        ),
+        (
+            lambda c: c["encoders"].update(crc32c_wide=[1]),
+            "encoders.crc32c_wide is [1], a list; expected an object",
+        ),
+        (lambda c: c["encoders"].update(more=1), "expected the keys crc32c_wide"),
+        (lambda c: c.update(encoders=None), "encoders is None, null; expected an object"),
+        (lambda c: c.pop("encoders"), f"{ENCODERS} has tensor thinker."),
+        (lambda c: c["files"].pop(ENCODERS), "argosy.json has tensor thinker."),
+    ],
+)
+def test_a_manifest_and_encoders_that_disagree_are_refused(
+    packed: Path, change: Callable[[dict[str, Any]], None], sentence: str
+) -> None:
+    rewrite(packed, change)
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        open_model(packed)
 
 
 def test_a_damaged_header_of_the_encoders_is_named(packed: Path) -> None:

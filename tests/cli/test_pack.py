@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from argosy.checkpoint.pack import PACK_FORMATS
+from argosy.cli.main import main
 from argosy.cli.pack import FORMATS, pack
 from argosy.errors import CorruptRecord, UsageError
 from argosy.model.families import open_model
+from tests.models.seeing import REFERENCE
 from tests.models.tiny import qwen3_moe, write_model
 
 
@@ -57,6 +60,39 @@ def test_verify_confirms_an_intact_pack_and_fails_on_a_corrupt_one(source: Path,
     path = tmp_path / "packed" / "experts.bin"
     path.write_bytes(b"\xff" + path.read_bytes()[1:])
     assert isinstance(run("--verify", tmp_path / "packed").exception, CorruptRecord)
+
+
+def test_it_packs_the_encoders_and_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(REFERENCE / "qwen3_omni_moe", tmp_path / "packed", "--format", "q8")
+
+    assert result.stderr == ""
+    for path in (REFERENCE / "qwen3_omni_moe", tmp_path / "packed"):
+        assert main(["show", str(path), "--memory", "2GiB"]) == 0
+        shown = capsys.readouterr().out
+        assert "\n  pictures      72.7 k parameters of their encoder, 142 KiB in bf16\n" in shown
+        assert "\n  sounds        11.7 k parameters of their encoder, 22.8 KiB in bf16\n" in shown
+        assert "\n  pictures, sound " in shown
+
+
+def test_an_encoder_that_cannot_be_run_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(REFERENCE / "qwen3_vl_moe", tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    raw = json.loads(config.read_text())
+    raw["vision_config"]["hidden_act"] = "relu6"
+    config.write_text(json.dumps(raw))
+
+    result = run(tmp_path / "source", tmp_path / "packed", "--format", "q8")
+
+    assert result.exit_code == 0
+    assert result.stderr.startswith("the pack will not take pictures: ")
+    assert "hidden_act 'relu6'" in result.stderr
+    assert open_model(tmp_path / "packed").others == {}
+    assert main(["show", str(tmp_path / "source"), "--memory", "2GiB", "--json"]) == 0
+    (encoder,) = json.loads(capsys.readouterr().out)["encoders"]
+    assert encoder["kind"] == "picture"
+    assert "hidden_act 'relu6'" in encoder["fault"]
 
 
 def test_it_names_the_missing_arguments(source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
-from argosy.errors import CheckpointError, UsageError
+from argosy.checkpoint.pack import pack
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits
+from argosy.model.encoders.reading import find_encoders, tensor_names
+from argosy.model.families import open_model
 from argosy.prompt.prompt import Prompt
 from tests.models.references import difference
-from tests.models.safetensors_file import read_safetensors
+from tests.models.safetensors_file import read_safetensors, write_checkpoint
 from tests.models.seeing import CONFIGS, RATE, REFERENCE
 
 FAMILIES = sorted(CONFIGS)
@@ -74,6 +78,54 @@ def test_no_setting_changes_an_answer(family: str, options: dict[str, Any]) -> N
                 engine.generate(prompt_of(engine, reference), GREEDY).token_ids
                 == reference["greedy"].tolist()
             )
+
+
+def packed(source: Path, destination: Path, format: str) -> Path:
+    files = open_model(source)
+    pack(files, destination, format=format, encoder_tensors=tensor_names(find_encoders(files)))
+    return destination
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_in_the_formats_of_its_source_gives_the_same_answer(family: str, tmp_path: Path) -> None:
+    reference = read_safetensors(REFERENCE / family / "ref.safetensors")
+    with opened(packed(REFERENCE / family, tmp_path / "packed", "source")) as engine:
+        answer = engine.generate(prompt_of(engine, reference), GREEDY).token_ids
+    assert answer == reference["greedy"].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantised_pack_sees_with_the_exact_encoders(family: str, tmp_path: Path) -> None:
+    reference = read_safetensors(REFERENCE / family / "ref.safetensors")
+    rows = []
+    for directory in (REFERENCE / family, packed(REFERENCE / family, tmp_path / "packed", "q8")):
+        with opened(directory) as engine:
+            prompt = prompt_of(engine, reference)
+            assert len(engine.generate(prompt, GREEDY).token_ids) == 8
+            assert engine._media is not None
+            rows.append(list(engine._media._kept._rows.values()))
+    assert len(rows[0]) == len([name for name in reference if name.startswith(("picture", "sound"))])
+    for expected, found in zip(*rows, strict=True):
+        np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+        assert found.additions.keys() == expected.additions.keys()
+        for layer, addition in found.additions.items():
+            np.testing.assert_array_equal(addition, expected.additions[layer])
+
+
+def test_a_model_whose_experts_are_transposed_sees_from_a_pack(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(REFERENCE / "qwen3_vl_moe", source)
+    tensors = {
+        name: ("BF16", tensor.swapaxes(1, 2) if ".mlp.experts." in name else tensor)
+        for name, tensor in read_safetensors(source / "model.safetensors").items()
+    }
+    write_checkpoint(source, tensors)
+    with pytest.raises(UnsupportedModel, match="keeps its experts transposed"):
+        opened(source)
+    reference = read_safetensors(source / "ref.safetensors")
+    with opened(packed(source, tmp_path / "packed", "source")) as engine:
+        answer = engine.generate(prompt_of(engine, reference), GREEDY).token_ids
+    assert answer == reference["greedy"].tolist()
 
 
 def test_a_repeated_picture_is_encoded_once_for_each_tenant(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -38,7 +38,7 @@ from argosy.checkpoint.files import (
     matrix_bytes,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
-from argosy.checkpoint.safetensors import read_header
+from argosy.checkpoint.safetensors import TensorRef, read_header
 from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, CorruptRecord
@@ -123,11 +123,12 @@ class Manifest:
     dense_checksums: Mapping[str, int]
     expert_formats: Mapping[int, ExpertFormats]  # by layer
     expert_checksums: list[int]  # in record order
+    encoder_checksums: Mapping[str, int]  # by tensor; empty if the pack has no encoders
     files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
 
     def to_bytes(self) -> bytes:
         """The contents of the file. Equal manifests give equal bytes."""
-        contents = {
+        contents: dict[str, object] = {
             "format": self.format,
             "config": asdict(self.config),
             "dense": {
@@ -139,6 +140,8 @@ class Manifest:
                 name: {"nbytes": nbytes, "blake3": digest} for name, (nbytes, digest) in self.files.items()
             },
         }
+        if self.encoder_checksums:
+            contents["encoders"] = {"crc32c_wide": self.encoder_checksums}
         manifest = {"argosy_pack": PACK_VERSION, "blake3": _digest_of(contents), "contents": contents}
         return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
 
@@ -171,7 +174,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{MANIFEST_FILE} does not match its own BLAKE3: it was changed or damaged", path=path
         )
-    reader.keys(contents, "contents", "format", "config", "dense", "experts", "files")
+    has_encoders = "encoders" in contents
+    reader.keys(
+        contents, "contents", "format", "config", "dense", "experts", "files", *["encoders"] * has_encoders
+    )
     dense_formats: dict[str, Format] = {}
     dense_checksums: dict[str, int] = {}
     for name, entry in reader.mapping(contents["dense"], "dense").items():
@@ -182,6 +188,11 @@ def read_manifest(directory: Path) -> Manifest:
     checksums = experts["crc32c_wide"]
     if not isinstance(checksums, list):
         raise reader.wrong("experts.crc32c_wide", checksums, "a list")
+    encoder_checksums: dict[str, int] = {}
+    if has_encoders:
+        encoders = reader.keys(reader.mapping(contents["encoders"], "encoders"), "encoders", "crc32c_wide")
+        for name, value in reader.mapping(encoders["crc32c_wide"], "encoders.crc32c_wide").items():
+            encoder_checksums[name] = reader.checksum(value, name)
     files: dict[str, tuple[int, str]] = {}
     for name, entry in reader.mapping(contents["files"], "files").items():
         file = reader.keys(reader.mapping(entry, name), name, "nbytes", "blake3")
@@ -201,6 +212,7 @@ def read_manifest(directory: Path) -> Manifest:
         dense_checksums=dense_checksums,
         expert_formats=reader.expert_formats(experts["format"], config.moe_layers),
         expert_checksums=[reader.checksum(value, "experts.crc32c_wide") for value in checksums],
+        encoder_checksums=encoder_checksums,
         files=files,
     )
 
@@ -258,8 +270,21 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         )
         for (key, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
     }
-    encoders = read_header(directory / ENCODERS_FILE) if ENCODERS_FILE in manifest.files else {}
+    encoders = _open_encoders(directory, manifest)
     return ModelFiles(directory, config, with_checksums, experts, is_packed=True, others=encoders)
+
+
+def _open_encoders(directory: Path, manifest: Manifest) -> dict[str, TensorRef]:
+    """The tensors of encoders by name; {} if the pack has none."""
+    refs = read_header(directory / ENCODERS_FILE) if ENCODERS_FILE in manifest.files else {}
+    if odd := sorted(refs.keys() ^ manifest.encoder_checksums.keys()):
+        has_it, lacks_it = (
+            (ENCODERS_FILE, MANIFEST_FILE) if odd[0] in refs else (MANIFEST_FILE, ENCODERS_FILE)
+        )
+        raise CheckpointError(
+            f"{has_it} has tensor {quote(odd[0])}, but {lacks_it} does not", path=directory, tensor=odd[0]
+        )
+    return {name: replace(ref, checksum=manifest.encoder_checksums[name]) for name, ref in refs.items()}
 
 
 def _check_files(directory: Path, manifest: Manifest) -> None:
@@ -312,8 +337,8 @@ def verify_pack(directory: str | Path, progress: Progress | None = None) -> Veri
 
 def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
     """The error that names the tensor or expert whose bytes changed."""
-    if path.name == DENSE_FILE:
-        for ref in model.dense.values():
+    if path.name in (DENSE_FILE, ENCODERS_FILE):
+        for ref in (model.dense if path.name == DENSE_FILE else model.others).values():
             if checksum_of(path, ref.offset, ref.nbytes) != ref.checksum:
                 return CorruptRecord(
                     f"{path.name}: {ref.name} changed since the pack was written", path=path, tensor=ref.name

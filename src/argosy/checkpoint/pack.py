@@ -243,8 +243,9 @@ class _Unit:
         """The source files that it is read from."""
         if isinstance(self.copied, TensorRef):
             return {self.copied.path}
-        places = [place for source, _, _ in self.parts for place in (source, *source.pieces)]
-        return {place.path for place in places}
+        sources = [source for source, _, _ in self.parts]
+        pieces = [piece for source in sources for piece in source.pieces]
+        return {source.path for source in sources} | {piece.path for piece in pieces}
 
 
 def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
@@ -443,6 +444,11 @@ class _Writer:
                 for index, layer in enumerate(self._files.config.moe_layers)
             },
             expert_checksums=self._checksums[num_dense : len(self._checksums) - len(self._encoders)],
+            encoder_checksums={
+                unit.copied.name: checksum
+                for unit, checksum in zip(self._units, self._checksums, strict=True)
+                if isinstance(unit.copied, TensorRef)
+            },
             files=dict(sorted(sizes.items())),
         ).to_bytes()
         self._write_small(MANIFEST_FILE, manifest)

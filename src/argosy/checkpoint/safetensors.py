@@ -49,6 +49,7 @@ class TensorRef:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
 
 
 def open_tensors(directory: Path) -> dict[str, TensorRef]:

@@ -97,7 +97,7 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     for canonical, tensor in encoder.tensors(config).items():
         ref, format = accounts.take(encoder.prefix + tensor.name, tensor.shape)
         tensors[canonical] = MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols
+            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
         )
     return EncoderFiles(encoder, config, tensors, _placeholder(around, encoder, files))
 
@@ -148,6 +148,7 @@ class Encoders:
 
         Raises:
             ReadFailed: the drive failed.   CheckpointError: a norm or bias holds NaN or infinity.
+            CorruptRecord: a packed tensor does not match its checksum.
         """
         with self._lock:
             if kind not in self._open:
