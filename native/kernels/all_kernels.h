@@ -72,6 +72,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .combine = combine,
       .add_sigmoid_gated = add_sigmoid_gated,
       .mul_sigmoid = mul_sigmoid,
+      .soft_cap = soft_cap,
       .layer_norm = layer_norm,
       .gelu = gelu,
       .silu = silu_in_place,

@@ -114,8 +114,10 @@ struct AttentionArgs {
 //   silu     silu(gate) * up, where silu(x) = x / (1 + e^-x)  (Shazeer, arXiv:2002.05202)
 //   clamped  g * sigmoid(alpha * g) * (u + 1), where g is gate, at most `limit`, and u is up, from -limit to
 //            limit  (gpt-oss)
+//   gelu_tanh  gelu(gate) * up, where gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+//            (arXiv:1606.08415)
 struct Activation {
-  enum class Kind { silu, clamped };
+  enum class Kind { silu, clamped, gelu_tanh };
   Kind kind = Kind::silu;
   float limit = 0, alpha = 0;
 };
@@ -181,7 +183,8 @@ struct RouteRule {
   GroupScore group_score;    // top2 needs groups of at least two experts
   bool renormalize;          // weights are divided by their sum plus renormalize_eps
   float renormalize_eps;
-  float scale;  // multiplies the weights, last
+  float scale;                          // multiplies the weights, last
+  const float* expert_scale = nullptr;  // [num_experts], also multiplies the weight of each; nullptr: none
 };
 
 struct RouteArgs {
@@ -300,6 +303,7 @@ struct KernelTable {
   void (*add_sigmoid_gated)(const float* x, float gate_logit, int64_t hidden, float* out);
 
   void (*mul_sigmoid)(const float* gate, int64_t n, float* x);  // x *= sigmoid(gate)
+  void (*soft_cap)(float cap, int64_t n, float* x);             // x = cap * tanh(x / cap)
 
   // For encoders. out may be x; bias may be nullptr.
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int64_t cols, float eps,

@@ -9,7 +9,7 @@
 //                         greatest worth; experts in other groups are never chosen. On a tie the lower id
 //                         wins, for experts and for groups
 //   weights  float32 [k]  scores (without bias) of the chosen experts; with renormalize divided by (their
-//                         sum + eps); then multiplied by scale
+//                         sum + eps); then multiplied by scale, and by the expert's own scale
 //
 // As in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2). NaN logits still give k different ids.
 #pragma once
@@ -70,6 +70,7 @@ inline void weigh_choice(const RouteArgs& args, const float* scores) {
   for (int64_t rank = 0; rank < rule.k; ++rank) {
     if (rule.renormalize) args.weights[rank] /= sum;
     args.weights[rank] *= rule.scale;
+    if (rule.expert_scale != nullptr) args.weights[rank] *= rule.expert_scale[args.ids[rank]];
   }
 }
 

@@ -5,7 +5,13 @@
 //
 // The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
 //
+// gelu is computed as x / (1 + e^(-2 y)), which equals x / 2 * (1 + tanh(y)) and keeps the digits of small
+// results.
+//
 //   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
+//   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap))): its error is a
+//   few
+//                  units in the last place of cap
 #pragma once
 
 #include <math.h>
@@ -16,12 +22,17 @@
 namespace argosy {
 namespace {
 
+// gelu(x) = x / (1 + e^(x * (kGeluLinear + kGeluCubic x^2))): -2 sqrt(2 / pi), and that times 0.044715.
+constexpr float kGeluLinear = -1.5957691216f, kGeluCubic = -0.0713548163f;
+
 #if !ARGOSY_VECTOR  // the reference
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 inline float activated(const Activation& activation, float gate, float up) {
   if (activation.kind == Activation::Kind::silu) return gate / (1.0f + expf(-gate)) * up;
+  if (activation.kind == Activation::Kind::gelu_tanh)
+    return gate / (1.0f + expf(gate * (kGeluLinear + kGeluCubic * gate * gate))) * up;
   const float limit = activation.limit;
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
@@ -41,6 +52,10 @@ void activate(const ActivateArgs& a) {
 
 void mul_sigmoid(const float* gate, int64_t n, float* x) {
   for (int64_t i = 0; i < n; ++i) x[i] *= 1.0f / (1.0f + expf(-gate[i]));
+}
+
+void soft_cap(float cap, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = cap * (1.0f - 2.0f / (1.0f + expf(2.0f * (x[i] / cap))));
 }
 
 #else
@@ -63,6 +78,13 @@ struct ClampedActivation {
   }
 };
 
+struct GeluTanhActivation {
+  Vec operator()(Vec gate, Vec up) const {
+    const Vec slope = fma(broadcast(kGeluCubic), mul(gate, gate), broadcast(kGeluLinear));
+    return mul(div(gate, add(broadcast(1.0f), exp(mul(gate, slope)))), up);
+  }
+};
+
 template <class Activated>
 void activate_rows(const ActivateArgs& a, const Activated& activated) {
   for (int64_t token = 0; token < a.num_tokens; ++token) {
@@ -82,6 +104,7 @@ void activate_rows(const ActivateArgs& a, const Activated& activated) {
 void activate(const ActivateArgs& a) {
   const Activation& activation = a.activation;
   if (activation.kind == Activation::Kind::silu) return activate_rows(a, SiluActivation{});
+  if (activation.kind == Activation::Kind::gelu_tanh) return activate_rows(a, GeluTanhActivation{});
   activate_rows(a, ClampedActivation{broadcast(activation.limit), broadcast(-activation.limit),
                                      broadcast(-activation.alpha)});
 }
@@ -91,6 +114,15 @@ void mul_sigmoid(const float* gate, int64_t n, float* x) {
     const int64_t here = n - i < kLanes ? n - i : kLanes;
     const Vec denominator = add(broadcast(1.0f), exp(sub(zeros(), load(gate + i, here))));
     store(x + i, div(load(x + i, here), denominator), here);
+  }
+}
+
+void soft_cap(float cap, int64_t n, float* x) {
+  const Vec one = broadcast(1.0f), two = broadcast(2.0f), most = broadcast(cap);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t here = n - i < kLanes ? n - i : kLanes;
+    const Vec power = exp(mul(two, div(load(x + i, here), most)));
+    store(x + i, mul(most, sub(one, div(two, add(one, power)))), here);
   }
 }
 

@@ -1,5 +1,7 @@
 #include "ops/layer.h"
 
+#include <algorithm>
+
 namespace argosy {
 
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
@@ -68,6 +70,15 @@ void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit
     for (int64_t t = begin; t < end; ++t) {
       table.add_sigmoid_gated(x + t * hidden, gate_logit[t], hidden, out + t * hidden);
     }
+  });
+}
+
+void soft_cap(Runtime& runtime, float cap, int64_t n, float* x) {
+  constexpr int64_t kBlock = 1024;
+  const KernelTable& table = runtime.kernels();
+  const auto lock = runtime.lock();
+  runtime.parallel_for((n + kBlock - 1) / kBlock, 16 * kBlock, [&](int64_t begin, int64_t end, int) {
+    table.soft_cap(cap, std::min(end * kBlock, n) - begin * kBlock, x + begin * kBlock);
   });
 }
 

@@ -31,6 +31,9 @@ void combine(Runtime& runtime, const float* expert_out, const float* weights, in
 void add_sigmoid_gated(Runtime& runtime, const float* x, const float* gate_logit, int64_t num_tokens,
                        int64_t hidden, float* out);
 
+// x[n] = cap * tanh(x[n] / cap)
+void soft_cap(Runtime& runtime, float cap, int64_t n, float* x);
+
 // x[n] *= sigmoid(gate[n]), elementwise; rows of gate are gate_stride floats apart.
 void mul_sigmoid(Runtime& runtime, const float* gate, int64_t gate_stride, int64_t rows, int64_t cols,
                  float* x);

@@ -96,11 +96,55 @@ void a_clamped_activation_cuts_off_and_keeps_nan() {
   }
 }
 
+double gelu_tanh(double x) {
+  return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+}
+
+void gelu_is_exact_to_a_few_units_and_keeps_nan() {
+  std::vector<float> x;
+  for (float value = -12.0f; value < 12.0f; value += 0.0037f) x.push_back(value);
+  for (const float value : {0.0f, -0.0f, 1e-30f, -1e-30f, -30.0f, 40.0f, -3e38f, 2e38f, INFINITY, NAN})
+    x.push_back(value);
+  const std::vector<float> up(x.size(), -1.5f);
+  const Activation gelu = {Activation::Kind::gelu_tanh};
+  for (const KernelTable* table : all_tables()) {
+    const std::vector<float> found = activated(*table, gelu, x, up);
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (!std::isfinite(x[i])) {
+        CHECK(std::isnan(found[i]) == std::isnan(x[i]));
+        CHECK(std::isnan(x[i]) || found[i] == -INFINITY);
+        continue;
+      }
+      // The double's own 1 + tanh loses the digits of small results, from about -5 downwards.
+      const double expected = -1.5 * gelu_tanh(double(x[i]));
+      CHECK(std::fabs(double(found[i]) - expected) <= 2e-6 * std::fabs(expected) + 3e-9);
+    }
+  }
+}
+
+void soft_caps_meet_the_formula_at_every_length() {
+  for (const KernelTable* table : all_tables()) {
+    for (const int64_t n : kSizes) {
+      std::vector<float> x = normal(n, 21, 40.0f);
+      if (n > 2) x[0] = INFINITY, x[1] = -3e38f, x[2] = NAN;
+      std::vector<float> found = x;
+      found.push_back(7.0f);
+      table->soft_cap(30.0f, n, found.data());
+      CHECK_EQUAL(found.back(), 7.0f);
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double expected = 30.0 * std::tanh(double(x[i]) / 30.0);
+        CHECK(std::isnan(x[i]) ? std::isnan(found[i]) : std::fabs(found[i] - expected) < 30 * 4 * 0x1p-24);
+      }
+    }
+  }
+}
+
 // Rows of tokens with gaps between them, in place, with a partial last vector.
 void activations_stay_inside_their_rows() {
   constexpr int64_t kRows = 21, kStride = 40, kTokens = 3;
   for (const KernelTable* table : all_tables()) {
-    for (const Activation& activation : {Activation{}, Activation{Activation::Kind::clamped, 1.0f, 2.0f}}) {
+    for (const Activation& activation : {Activation{}, Activation{Activation::Kind::clamped, 1.0f, 2.0f},
+                                         Activation{Activation::Kind::gelu_tanh}}) {
       const std::vector<float> before = normal(kTokens * kStride, 13), up = normal(kTokens * kStride, 14);
       const std::vector<float> bias = normal(kRows, 15);
       std::vector<float> gate = before;
@@ -199,6 +243,21 @@ void ties_go_to_the_lower_expert() {
       const bool has_nan = std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); });
       if (has_nan && rule.score == Score::softmax) CHECK(std::isnan(found.weights[0]));
     }
+  }
+}
+
+void the_scale_of_an_expert_multiplies_its_weight_alone() {
+  const std::vector<float> logits = normal(20, 31), scales = normal(20, 32);
+  for (const KernelTable* table : all_tables()) {
+    RouteRule rule = plain_rule(5);
+    rule.renormalize = true;
+    rule.scale = 2.5f;
+    const Routed plain = route(*table, rule, logits);
+    rule.expert_scale = scales.data();
+    const Routed scaled = route(*table, rule, logits);
+    CHECK(scaled.ids == plain.ids);
+    for (size_t rank = 0; rank < 5; ++rank)
+      CHECK_EQUAL(scaled.weights[rank], plain.weights[rank] * scales[size_t(plain.ids[rank])]);
   }
 }
 
@@ -512,6 +571,9 @@ void threads_change_no_bit() {
       matmul(one, {{weights[0].view, y_one.data()}}, x.data(), kTokens);
       matmul(three, {{weights[0].view, y_three.data()}}, x.data(), kTokens);
       CHECK(same_bits(y_three, y_one));
+      soft_cap(one, 30.0f, int64_t(y_one.size()), y_one.data());
+      soft_cap(three, 30.0f, int64_t(y_three.size()), y_three.data());
+      CHECK(same_bits(y_three, y_one));
     }
   }
 }
@@ -524,10 +586,13 @@ int main() {
   norms_meet_the_reference();
   silu_is_exact_to_a_few_units_and_the_same_in_every_lane();
   a_clamped_activation_cuts_off_and_keeps_nan();
+  gelu_is_exact_to_a_few_units_and_keeps_nan();
+  soft_caps_meet_the_formula_at_every_length();
   activations_stay_inside_their_rows();
   routes_meet_the_reference();
   ties_go_to_the_lower_expert();
   tied_groups_go_to_the_lower_one();
+  the_scale_of_an_expert_multiplies_its_weight_alone();
   attention_meets_the_reference_in_every_chunk();
   tokens_of_a_span_see_later_ones();
   a_sink_takes_its_share_of_the_weights();
