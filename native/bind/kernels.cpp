@@ -271,22 +271,25 @@ void bind_layer(nb::module_& m) {
     Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
     chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
     the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`.
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`, and by the
+    expert's own scale.
 
     Args:
         experts_per_token: k.
-        choice_bias: [experts]; None means no bias.)")
+        choice_bias: [experts]; None means no bias.
+        expert_scale: [experts]; None means 1 for each.)")
       .def(
           "__init__",
           [](Routing* self, int64_t experts_per_token, const ScoreName& score,
              const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups, int64_t kept_groups,
-             const GroupScoreName& group_score, bool renormalize, float renormalize_eps, float scale) {
+             const GroupScoreName& group_score, bool renormalize, float renormalize_eps, float scale,
+             const std::optional<ArrayOf<float>>& expert_scale) {
             new (self) Routing(make_routing(experts_per_token, score, choice_bias, num_groups, kept_groups,
-                                            group_score, renormalize, renormalize_eps, scale));
+                                            group_score, renormalize, renormalize_eps, scale, expert_scale));
           },
           "experts_per_token"_a, nb::kw_only(), "score"_a, "choice_bias"_a.none() = nb::none(),
           "num_groups"_a = 1, "kept_groups"_a = 1, "group_score"_a = "top2", "renormalize"_a,
-          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f);
+          "renormalize_eps"_a = 0.0f, "scale"_a = 1.0f, "expert_scale"_a.none() = nb::none());
 
   m.def(
       "route",
@@ -349,6 +352,17 @@ void bind_layer(nb::module_& m) {
       },
       "runtime"_a, "gate"_a, "x"_a.noconvert(),
       "x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols].");
+
+  m.def(
+      "soft_cap",
+      [](Runtime& runtime, const OutArrayOf<float>& x, float cap) {
+        float* values = write_array("x", x, {kAnySize, kAnySize});
+        const int64_t n = int64_t(x.size());
+        if (!(cap > 0)) refuse("cap is " + std::to_string(cap) + ", expected more than 0");
+        nb::gil_scoped_release released;
+        soft_cap(runtime, cap, n, values);
+      },
+      "runtime"_a, "x"_a.noconvert(), "cap"_a, "x = cap * tanh(x / cap), in place, for x [rows, cols].");
 }
 
 const ActivationOfNumbers kSilu = std::tuple("silu", 0.0f, 0.0f);

@@ -96,13 +96,14 @@ inline std::array<Format, 3> parse_formats(const FormatNames& names) {
   return {parse_format(names[0]), parse_format(names[1]), parse_format(names[2])};
 }
 
-// Kind ("silu" or "clamped"), limit and alpha.
+// Kind ("silu", "clamped" or "gelu_tanh"), limit and alpha.
 using ActivationOfNumbers = Named<std::tuple<std::string, float, float>, "Activation">;
 
 inline Activation parse_activation(const ActivationOfNumbers& activation) {
   const auto& [kind, limit, alpha] = activation.base();
   if (kind == "silu") return {};
-  if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped");
+  if (kind == "gelu_tanh") return {Activation::Kind::gelu_tanh};
+  if (kind != "clamped") refuse("unknown activation '" + kind + "'; known: silu, clamped, gelu_tanh");
   if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", expected more than 0");
   return {Activation::Kind::clamped, limit, alpha};
 }

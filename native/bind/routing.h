@@ -14,7 +14,8 @@ namespace argosy {
 
 struct Routing {
   RouteRule rule;
-  std::optional<ArrayOf<float>> choice_bias;  // keeps the memory of rule.choice_bias alive
+  // Keep the memory that the rule points to alive.
+  std::optional<ArrayOf<float>> choice_bias, expert_scale;
 
   // Checks that the rule fits this number of experts.
   RouteRule checked(int64_t num_experts) const {
@@ -28,6 +29,7 @@ struct Routing {
       require_range("experts of a group", size, 2, num_experts);
     }
     if (choice_bias) read_array("choice_bias", *choice_bias, {num_experts});
+    if (expert_scale) read_array("expert_scale", *expert_scale, {num_experts});
     return rule;
   }
 };
@@ -38,7 +40,8 @@ using GroupScoreName = Named<std::string, "typing.Literal['max', 'top2']">;
 inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                             const std::optional<ArrayOf<float>>& choice_bias, int64_t num_groups,
                             int64_t kept_groups, const std::string& group_score, bool renormalize,
-                            float renormalize_eps, float scale) {
+                            float renormalize_eps, float scale,
+                            const std::optional<ArrayOf<float>>& expert_scale) {
   if (score != "softmax" && score != "sigmoid") {
     refuse("unknown score '" + score + "'; known: softmax, sigmoid");
   }
@@ -54,8 +57,11 @@ inline Routing make_routing(int64_t experts_per_token, const std::string& score,
                .group_score = group_score == "max" ? GroupScore::max : GroupScore::top2,
                .renormalize = renormalize,
                .renormalize_eps = renormalize_eps,
-               .scale = scale},
+               .scale = scale,
+               .expert_scale =
+                   expert_scale ? read_array("expert_scale", *expert_scale, {kAnySize}) : nullptr},
       .choice_bias = choice_bias,
+      .expert_scale = expert_scale,
   };
 }
 

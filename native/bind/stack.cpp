@@ -79,15 +79,21 @@ struct BoundFfn {
   Kept kept;
 };
 
+// The rotary's index is checked by the stack, which has the rotaries.
+struct BoundLayer {
+  Layer layer;
+  int64_t hidden;
+  Kept kept;
+};
+
 using NetworkOfMatrices = std::tuple<const Matrix*, const Matrix*, const Matrix*>;
-using LayerOfObjects = std::tuple<ArrayOf<float>, const BoundMixer*, ArrayOf<float>, const BoundFfn*>;
 using OverridesOfArrays = std::tuple<ArrayOf<int64_t>, ArrayOf<float>>;          // rows, embeddings
 using AdditionOfArrays = std::tuple<int64_t, ArrayOf<int64_t>, ArrayOf<float>>;  // layer, rows, vectors
 using TapOfArray = std::tuple<int64_t, OutArrayOf<float>>;                       // layer, hidden state
 using NumbersOfTokens = Named<Array, "numpy.ndarray[dtype=int32] | numpy.ndarray[dtype=float32]">;
 using LayerAndDispatch = std::tuple<int64_t, std::shared_ptr<const Dispatch>>;
 
-BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const Matrix& value,
+BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const Matrix* value,
                                    const Matrix& output, int64_t num_heads, int64_t window, float scale,
                                    const std::optional<ArrayOf<float>>& query_bias,
                                    const std::optional<ArrayOf<float>>& key_bias,
@@ -95,7 +101,8 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
                                    const std::optional<ArrayOf<float>>& output_bias,
                                    const std::optional<ArrayOf<float>>& query_norm,
                                    const std::optional<ArrayOf<float>>& key_norm, bool is_norm_flat,
-                                   float limit, const std::optional<ArrayOf<float>>& sinks, bool has_gate) {
+                                   float limit, const std::optional<ArrayOf<float>>& sinks, bool has_gate,
+                                   const std::optional<ArrayOf<float>>& value_norm, bool is_causal) {
   require_range("heads", num_heads, 1, query.view.rows);
   require_range("window", window, 0, INT32_MAX);
   const int64_t parts = has_gate ? 2 * num_heads : num_heads;
@@ -108,19 +115,21 @@ BoundMixer grouped_query_attention(const Matrix& query, const Matrix& key, const
   bound.mixer = GroupedQueryAttention{
       .query = kept.keep(query),
       .key = kept.keep(key),
-      .value = kept.keep(value),
+      .value = value != nullptr ? std::optional(kept.keep(*value)) : std::nullopt,
       .output = kept.keep(output),
       .query_bias = kept.keep("query_bias", query_bias, query.view.rows),
       .key_bias = kept.keep("key_bias", key_bias, key.view.rows),
-      .value_bias = kept.keep("value_bias", value_bias, value.view.rows),
+      .value_bias = kept.keep("value_bias", value_bias, key.view.rows),
       .output_bias = kept.keep("output_bias", output_bias, output.view.rows),
       .query_norm = kept.keep("query_norm", query_norm, is_norm_flat ? query.view.rows : head_dim),
       .key_norm = kept.keep("key_norm", key_norm, is_norm_flat ? key.view.rows : head_dim),
       .is_norm_flat = is_norm_flat,
+      .value_norm = kept.keep("value_norm", value_norm, head_dim),
       .limit = limit,
       .sinks = kept.keep("sinks", sinks, num_heads),
       .num_heads = num_heads,
       .window = window,
+      .is_causal = is_causal,
       .scale = scale,
       .has_gate = has_gate,
   };
@@ -191,28 +200,58 @@ BoundFfn dense_ffn(const Matrix& gate, const Matrix& up, const Matrix& down) {
 
 BoundFfn routed_ffn(const Matrix& router, const Routing& routing,
                     const std::optional<ArrayOf<float>>& router_bias, int64_t width,
-                    const std::optional<NetworkOfMatrices>& shared, const Matrix* shared_score) {
+                    const std::optional<NetworkOfMatrices>& shared, const Matrix* shared_score,
+                    const std::optional<ArrayOf<float>>& router_norm,
+                    const std::optional<ArrayOf<float>>& norm, const std::optional<ArrayOf<float>>& post_norm,
+                    const std::optional<ArrayOf<float>>& shared_post_norm) {
   BoundFfn bound;
   RoutedFfn ffn = {};
   ffn.router = {
       .matrix = bound.kept.keep(router),
       .bias = bound.kept.keep("router_bias", router_bias, router.view.rows),
+      .norm = bound.kept.keep("router_norm", router_norm, router.view.cols),
       .rule = routing.checked(router.view.rows),
   };
   if (routing.choice_bias) bound.kept.arrays.push_back(*routing.choice_bias);
+  if (routing.expert_scale) bound.kept.arrays.push_back(*routing.expert_scale);
   require_range("width", width, 0, kLargestSize);
   ffn.width = width;
+  ffn.norm = bound.kept.keep("norm", norm, router.view.cols);
+  ffn.post_norm = bound.kept.keep("post_norm", post_norm, router.view.cols);
   if (shared) {
     const auto& [gate, up, down] = *shared;
     ffn.shared = SharedExpert{
         bound.kept.keep(require_item("shared[0]", gate), require_item("shared[1]", up),
                         require_item("shared[2]", down)),
         std::nullopt,
+        bound.kept.keep("shared_post_norm", shared_post_norm, router.view.cols),
     };
     if (shared_score != nullptr) ffn.shared->score = bound.kept.keep(*shared_score);
   }
   bound.ffn = std::move(ffn);
   return bound;
+}
+
+void make_layer(BoundLayer* self, const ArrayOf<float>& mixer_norm, const BoundMixer& mixer,
+                const ArrayOf<float>& ffn_norm, const BoundFfn& ffn, int64_t rotary,
+                const std::optional<ArrayOf<float>>& mixer_post_norm,
+                const std::optional<ArrayOf<float>>& ffn_post_norm, float scale) {
+  Kept kept;
+  kept.keep(mixer.kept);
+  kept.keep(ffn.kept);
+  read_array("mixer_norm", mixer_norm, {kAnySize});
+  const int64_t hidden = int64_t(mixer_norm.shape(0));
+  Layer layer = {
+      .mixer_norm = kept.keep("mixer_norm", mixer_norm, hidden),
+      .mixer = mixer.mixer,
+      .ffn_norm = kept.keep("ffn_norm", ffn_norm, hidden),
+      .ffn = ffn.ffn,
+      .rotary = rotary,
+      .mixer_post_norm = kept.keep("mixer_post_norm", mixer_post_norm, hidden),
+      .ffn_post_norm = kept.keep("ffn_post_norm", ffn_post_norm, hidden),
+      .scale = scale,
+  };
+  new (self) BoundLayer{std::move(layer), hidden, std::move(kept)};
 }
 
 // Checks that the parts of a layer fit the hidden state, the cache and each other.
@@ -224,11 +263,11 @@ void require_fit(const GroupedQueryAttention& mixer, const KvShape& kv, const Ro
   require_size("rows of query", mixer.query.rows, mixer.has_gate ? 2 * attended : attended);
   require_size("heads modulo KV heads", mixer.num_heads % kv.kv_heads, 0);
   require_size("rows of key", mixer.key.rows, kv.kv_heads * kv.head_dim);
-  require_size("rows of value", mixer.value.rows, kv.kv_heads * kv.head_dim);
+  if (mixer.value) require_size("rows of value", mixer.value->rows, kv.kv_heads * kv.head_dim);
   require_size("rows of output", mixer.output.rows, hidden);
   require_size("columns of query", mixer.query.cols, hidden);
   require_size("columns of key", mixer.key.cols, hidden);
-  require_size("columns of value", mixer.value.cols, hidden);
+  if (mixer.value) require_size("columns of value", mixer.value->cols, hidden);
   require_size("columns of output", mixer.output.cols, attended);
 }
 
@@ -292,10 +331,10 @@ using OptionalState = nb::typed<nb::object, RecurrentState>;
 class BoundStack {
  public:
   BoundStack(Runtime& runtime, KvCache& kv, const Matrix& embedding, const Matrix& head,
-             const ArrayOf<float>& final_norm, float norm_eps, const Rotary& rotary,
-             const ActivationOfNumbers& activation, const std::vector<LayerOfObjects>& layers,
+             const ArrayOf<float>& final_norm, float norm_eps, const std::vector<const Rotary*>& rotaries,
+             const ActivationOfNumbers& activation, const std::vector<const BoundLayer*>& layers,
              int64_t max_tokens, const OptionalTable& resident, bool experts_off,
-             const OptionalState& recurrent)
+             const OptionalState& recurrent, float embedding_scale, float logit_cap)
       : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
@@ -308,18 +347,22 @@ class BoundStack {
     description.head = kept_.keep(head);
     description.final_norm = kept_.keep("final_norm", final_norm, hidden_);
     description.norm_eps = norm_eps;
-    description.rotary = rotary;
+    for (const Rotary* rotary : rotaries)
+      description.rotaries.push_back(
+          require_item(item_name("rotaries", description.rotaries.size()), rotary));
     description.activation = parse_activation(activation);
     description.experts_off = experts_off;
     description.resident = table;
-    for (const auto& [mixer_norm, given_mixer, ffn_norm, given_ffn] : layers) {
+    description.embedding_scale = embedding_scale;
+    description.logit_cap = logit_cap;
+    for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
-      const BoundMixer& mixer = require_item(name + "[1]", given_mixer);
-      const BoundFfn& ffn = require_item(name + "[3]", given_ffn);
-      kept_.keep(mixer.kept);
-      kept_.keep(ffn.kept);
-      description.layers.push_back({kept_.keep("mixer_norm", mixer_norm, hidden_), mixer.mixer,
-                                    kept_.keep("ffn_norm", ffn_norm, hidden_), ffn.ffn});
+      const BoundLayer& layer = require_item(name, given);
+      require_size((name + ": size of the norms").c_str(), layer.hidden, hidden_);
+      require_range(name + ": rotary", layer.layer.rotary, 0, int64_t(rotaries.size()) - 1);
+      kept_.keep(layer.kept);
+      description.layers.push_back(layer.layer);
+      const Rotary& rotary = description.rotaries[size_t(layer.layer.rotary)];
       const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
       const auto check_mixer = [&](const auto& block) {
         require_fit(block, shape, rotary, hidden_);
@@ -329,8 +372,8 @@ class BoundStack {
         require_fit(block, hidden_);
         if (table != nullptr) require_experts(block, *table, int64_t(description.layers.size()) - 1);
       };
-      std::visit(check_mixer, mixer.mixer);
-      std::visit(check_ffn, ffn.ffn);
+      std::visit(check_mixer, layer.layer.mixer);
+      std::visit(check_ffn, layer.layer.ffn);
     }
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
   }
@@ -506,8 +549,10 @@ class BoundStack {
 
   const float* read_angles(const ArrayOf<float>& angles, int64_t tokens) const {
     const float* from = read_array("angles", angles, {kAnySize, tokens});
-    require_range("axes of angles", int64_t(angles.shape(0)), stack_->description().rotary.num_axes(),
-                  kMostAxes);
+    int64_t num_axes = 1;
+    for (const Rotary& rotary : stack_->description().rotaries)
+      num_axes = std::max(num_axes, rotary.num_axes());
+    require_range("axes of angles", int64_t(angles.shape(0)), num_axes, kMostAxes);
     if (!std::all_of(from, from + angles.size(), [](float angle) { return std::isfinite(angle); }))
       refuse("angles hold a number that is not finite");
     return from;
@@ -531,22 +576,39 @@ void bind_stack(nb::module_& m) {
   nb::class_<BoundMixer>(m, "Mixer", "The part of a layer that lets positions see each other.");
   nb::class_<BoundFfn>(m, "Ffn", "The feed-forward network of a layer.");
 
-  m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a, "output"_a,
+  nb::class_<BoundLayer>(m, "Layer", R"(
+    A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
+
+    Args:
+        mixer_norm, ffn_norm: [hidden].
+        rotary: the one of the stack's rotary embeddings that the mixer uses.
+        mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
+        ffn_post_norm: the same for what the layer's feed-forward networks add together.
+        scale: multiplies the hidden state after the layer.)")
+      .def("__init__", &make_layer, "mixer_norm"_a, "mixer"_a, "ffn_norm"_a, "ffn"_a, nb::kw_only(),
+           "rotary"_a = 0, "mixer_post_norm"_a.none() = nb::none(), "ffn_post_norm"_a.none() = nb::none(),
+           "scale"_a = 1.0f);
+
+  m.def("grouped_query_attention", &grouped_query_attention, "query"_a, "key"_a, "value"_a.none(), "output"_a,
         nb::kw_only(), "num_heads"_a, "window"_a, "scale"_a, "query_bias"_a.none() = nb::none(),
         "key_bias"_a.none() = nb::none(), "value_bias"_a.none() = nb::none(),
         "output_bias"_a.none() = nb::none(), "query_norm"_a.none() = nb::none(),
         "key_norm"_a.none() = nb::none(), "is_norm_flat"_a = false, "limit"_a = 0.0f,
-        "sinks"_a.none() = nb::none(), "has_gate"_a = false, R"(
+        "sinks"_a.none() = nb::none(), "has_gate"_a = false, "value_norm"_a.none() = nb::none(),
+        "is_causal"_a = false, R"(
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
+        value: None means that the keys, before their norm, are the values.
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None means no bias.
         query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
         limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
         sinks: [heads], as for `attention`.
-        has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.)");
+        has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.
+        value_norm: [head_dim], applied to each head; None means no norm.
+        is_causal: no token sees a position after its own, whatever a step's `sees_until` says.)");
   m.def(
       "gated_delta_net",
       [](const Matrix& qkv, const Matrix& b, const Matrix& output, const Matrix* z, const Matrix* a,
@@ -580,14 +642,20 @@ void bind_stack(nb::module_& m) {
         "SwiGLU for every token: gate and up [width, hidden], down [hidden, width].");
   m.def("routed_ffn", &routed_ffn, "router"_a, "routing"_a, nb::kw_only(),
         "router_bias"_a.none() = nb::none(), "width"_a, "shared"_a.none() = nb::none(),
-        "shared_score"_a.none() = nb::none(), R"(
+        "shared_score"_a.none() = nb::none(), "router_norm"_a.none() = nb::none(),
+        "norm"_a.none() = nb::none(), "post_norm"_a.none() = nb::none(),
+        "shared_post_norm"_a.none() = nb::none(), R"(
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
 
     Args:
         router: [experts, hidden].
         router_bias: [experts], added to the router's product; None means no bias.
         shared: gate, up and down of the shared expert.
-        shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).)");
+        shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
+        router_norm, norm: [hidden]; the router, or the routed experts, read the hidden state after this norm instead
+            of the layer's.
+        post_norm, shared_post_norm: [hidden], of the weighted sum of the routed experts, and of the shared expert's
+            output; None means no norm.)");
 
   nb::class_<Rotary>(m, "Rotary", R"(
     Angles of the rotary position embedding: position * inverse_frequency (float64 [pairs], in radians).
@@ -644,7 +712,7 @@ void bind_stack(nb::module_& m) {
     Add every layer; 0 stands for a part that a layer does not have. Two are equal if their memory is.
 
     Args:
-        num_pairs: pairs of dimensions that the rotary embedding rotates.
+        num_pairs: pairs of dimensions that the rotary embeddings rotate, all of them together.
 
     Raises:
         ValueError: a dimension is outside 0 to 2^30, or the memory would exceed 2^62 bytes.)")
@@ -670,10 +738,12 @@ void bind_stack(nb::module_& m) {
       .def(
           "add_routed",
           [](StackSizes& self, int64_t num_experts, int64_t experts_per_token, int64_t width,
-             int64_t shared_width) {
-            self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width});
+             int64_t shared_width, bool has_norm) {
+            self.add(RoutedSizes{num_experts, experts_per_token, width, shared_width, has_norm});
           },
-          "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a)
+          "num_experts"_a, "experts_per_token"_a, "width"_a, "shared_width"_a, "has_norm"_a = false)
+      .def("add_ffn_post_norm", &StackSizes::add_ffn_post_norm,
+           "Some layer has a norm of what its feed-forward networks add together.")
       .def("buffer_bytes", &StackSizes::buffer_bytes, "max_tokens"_a,
            "Bytes that a Stack allocates for steps of at most `max_tokens`.")
       .def("dispatch_bytes", &StackSizes::dispatch_bytes, "max_tokens"_a, R"(
@@ -698,17 +768,22 @@ void bind_stack(nb::module_& m) {
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
         activation: the activation of dense networks and shared experts.
-        layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
+        rotaries: the rotary embeddings that layers choose from.
+        layers: one for each layer of `kv`.
         max_tokens: most tokens of a step; working memory is allocated for them.
         resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
         experts_off: leave routed experts out of every sum.
-        recurrent: the state of the layers with a gated delta net.)")
+        recurrent: the state of the layers with a gated delta net.
+        embedding_scale: multiplies embeddings, but not those that a step gives.
+        logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.)")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const ArrayOf<float>&, float,
-                    const Rotary&, const ActivationOfNumbers&, const std::vector<LayerOfObjects>&, int64_t,
-                    const OptionalTable&, bool, const OptionalState&>(),
+                    const std::vector<const Rotary*>&, const ActivationOfNumbers&,
+                    const std::vector<const BoundLayer*>&, int64_t, const OptionalTable&, bool,
+                    const OptionalState&, float, float>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
-           "head"_a, "final_norm"_a, "norm_eps"_a, "rotary"_a, "activation"_a, "layers"_a, "max_tokens"_a,
-           "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none())
+           "head"_a, "final_norm"_a, "norm_eps"_a, "rotaries"_a, "activation"_a, "layers"_a, "max_tokens"_a,
+           "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none(),
+           "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f)
       .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),

@@ -8,7 +8,7 @@ argosy._native.__prefix__:
     \from numpy.typing import NDArray
     \import numpy
     InstructionSet = Literal["plain", "avx2", "avx512"]
-    Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+    Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
     Gelu = Literal["erf", "tanh", "quick"]
     Urgency = Literal["now", "soon", "maybe"]
     # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by

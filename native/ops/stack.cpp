@@ -57,6 +57,14 @@ void cut_off(Runtime& runtime, float limit, int64_t rows, int64_t cols, float* o
   });
 }
 
+void multiply_rows(Runtime& runtime, float factor, int64_t rows, int64_t cols, float* out) {
+  if (factor == 1) return;
+  const auto lock = runtime.lock();
+  runtime.parallel_for(rows, cols, [&](int64_t begin, int64_t end, int) {
+    for (float* x = out + begin * cols; x < out + end * cols; ++x) *x *= factor;
+  });
+}
+
 // Copies the first `cols` of every `stride` floats.
 void copy_heads(Runtime& runtime, const float* x, int64_t stride, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
@@ -89,14 +97,17 @@ DenseSizes sizes_of(const DenseFfn& ffn) { return {ffn.network.gate.rows}; }
 
 RoutedSizes sizes_of(const RoutedFfn& ffn) {
   return {ffn.router.matrix.rows, ffn.router.rule.k, ffn.width,
-          ffn.shared ? ffn.shared->network.gate.rows : 0};
+          ffn.shared ? ffn.shared->network.gate.rows : 0, ffn.norm != nullptr};
 }
 
 StackSizes sizes_of(const StackDescription& description) {
-  StackSizes sizes(description.embedding.cols, description.rotary.num_pairs());
+  int64_t num_pairs = 0;
+  for (const Rotary& rotary : description.rotaries) num_pairs += rotary.num_pairs();
+  StackSizes sizes(description.embedding.cols, num_pairs);
   for (const Layer& layer : description.layers) {
     std::visit([&](const auto& mixer) { sizes.add(sizes_of(mixer)); }, layer.mixer);
     std::visit([&](const auto& ffn) { sizes.add(sizes_of(ffn)); }, layer.ffn);
+    if (layer.ffn_post_norm != nullptr) sizes.add_ffn_post_norm();
   }
   return sizes;
 }
@@ -163,13 +174,11 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   const Stage stage = std::exchange(stage_, Stage::done);  // if anything throws, the step ends
   if (stage == Stage::done) return Pause::done;
   if (stage == Stage::begun) {
+    const int64_t hidden = description_.embedding.cols;
     embed(runtime_, description_.embedding, step_.token_ids, step_.num_tokens, buffers_.hidden);
-    copy_vectors(runtime_, step_.overrides, description_.embedding.cols, buffers_.hidden);
-    const auto write_angles = [&](const auto* positions) {
-      rotary_angles(runtime_, description_.rotary, positions, step_.num_tokens, buffers_.cosine,
-                    buffers_.sine);
-    };
-    step_.angles != nullptr ? write_angles(step_.angles) : write_angles(step_.order);
+    multiply_rows(runtime_, description_.embedding_scale, step_.num_tokens, hidden, buffers_.hidden);
+    copy_vectors(runtime_, step_.overrides, hidden, buffers_.hidden);
+    write_angles();
   } else if (stage == Stage::waits_for_experts) {
     if (num_unfinished_ > 0) {
       throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
@@ -183,11 +192,12 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
       stage_ = Stage::between_layers;
       return Pause::time;
     }
-    const Layer& layer = description_.layers[size_t(layer_)];
-    norm(layer.mixer_norm);
-    std::visit([&](const auto& mixer) { mix(mixer); }, layer.mixer);
-    norm(layer.ffn_norm);
-    const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, layer.ffn);
+    norm(layer().mixer_norm, buffers_.hidden, buffers_.normed);
+    std::visit([&](const auto& mixer) { mix(mixer); }, layer().mixer);
+    norm(layer().ffn_norm, buffers_.hidden, buffers_.normed);
+    if (layer().ffn_post_norm != nullptr)
+      std::fill_n(buffers_.ffn_sum, step_.num_tokens * description_.embedding.cols, 0.0f);
+    const bool is_complete = std::visit([&](const auto& ffn) { return feed_forward(ffn); }, layer().ffn);
     if (!is_complete) {
       stage_ = Stage::waits_for_experts;
       return Pause::experts;
@@ -200,6 +210,11 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
 
 void Stack::end_layer() {
   const int64_t hidden = description_.embedding.cols;
+  if (layer().ffn_post_norm != nullptr) {
+    norm(layer().ffn_post_norm, buffers_.ffn_sum, buffers_.ffn_sum);
+    add_rows(runtime_, buffers_.ffn_sum, hidden, step_.num_tokens, hidden, buffers_.hidden);
+  }
+  multiply_rows(runtime_, layer().scale, step_.num_tokens, hidden, buffers_.hidden);
   for (const Step::Addition& addition : step_.additions) {
     if (addition.layer == layer_) add_vectors(runtime_, addition.vectors, hidden, buffers_.hidden);
   }
@@ -209,10 +224,31 @@ void Stack::end_layer() {
   ++layer_;
 }
 
-void Stack::norm(const float* weight) {
-  const int64_t hidden = description_.embedding.cols;
-  rms_norm(runtime_, buffers_.hidden, weight, description_.norm_eps, step_.num_tokens, hidden,
-           buffers_.normed);
+void Stack::norm(const float* weight, const float* x, float* out) {
+  rms_norm(runtime_, x, weight, description_.norm_eps, step_.num_tokens, description_.embedding.cols, out);
+}
+
+// Writes the cosines and sines of all rotary embeddings, one embedding after another.
+void Stack::write_angles() {
+  int64_t at = 0;
+  for (const Rotary& rotary : description_.rotaries) {
+    float *cosine = buffers_.cosine + at, *sine = buffers_.sine + at;
+    if (step_.angles != nullptr) {
+      rotary_angles(runtime_, rotary, step_.angles, step_.num_tokens, cosine, sine);
+    } else {
+      rotary_angles(runtime_, rotary, step_.order, step_.num_tokens, cosine, sine);
+    }
+    at += step_.num_tokens * rotary.num_pairs();
+  }
+}
+
+void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim) {
+  int64_t at = 0;
+  for (int64_t i = 0; i < layer().rotary; ++i)
+    at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
+  const Rotary& rotary = description_.rotaries[size_t(layer().rotary)];
+  rope(runtime_, x, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at, buffers_.sine + at,
+       rotary.num_pairs(), rotary.is_interleaved);
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.
@@ -220,6 +256,7 @@ void Stack::add_block(const MatrixView& output, const float* bias) {
   const int64_t tokens = step_.num_tokens;
   matmul(runtime_, {{output, buffers_.block}}, buffers_.attended, tokens);
   add_bias(runtime_, bias, tokens, output.rows, buffers_.block);
+  if (layer().mixer_post_norm != nullptr) norm(layer().mixer_post_norm, buffers_.block, buffers_.block);
   add_rows(runtime_, buffers_.block, output.rows, tokens, output.rows, buffers_.hidden);
   mark(Part::attention_and_dense);
 }
@@ -231,11 +268,13 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
 
   float* projected = mixer.has_gate ? buffers_.projected : query;
-  matmul(runtime_, {{mixer.query, projected}, {mixer.key, key}, {mixer.value, value}}, buffers_.normed,
-         tokens);
+  std::vector<Product> products = {{mixer.query, projected}, {mixer.key, key}};
+  if (mixer.value) products.push_back({*mixer.value, value});
+  matmul(runtime_, products, buffers_.normed, tokens);
   add_bias(runtime_, mixer.query_bias, tokens, mixer.query.rows, projected);
   add_bias(runtime_, mixer.key_bias, tokens, mixer.key.rows, key);
-  add_bias(runtime_, mixer.value_bias, tokens, mixer.value.rows, value);
+  if (!mixer.value) std::copy_n(key, tokens * mixer.key.rows, value);
+  add_bias(runtime_, mixer.value_bias, tokens, mixer.key.rows, value);
   if (mixer.has_gate)
     copy_heads(runtime_, projected, 2 * kv.head_dim, tokens * mixer.num_heads, kv.head_dim, query);
   if (mixer.query_norm != nullptr) {
@@ -249,16 +288,15 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
     norm_heads(mixer.query_norm, mixer.num_heads, query);
     norm_heads(mixer.key_norm, kv.kv_heads, key);
   }
+  if (mixer.value_norm != nullptr)
+    rms_norm(runtime_, value, mixer.value_norm, eps, tokens * kv.kv_heads, kv.head_dim, value);
   if (mixer.limit > 0) {
     cut_off(runtime_, mixer.limit, tokens, mixer.num_heads * kv.head_dim, query);
     cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, key);
-    cut_off(runtime_, mixer.limit, tokens, mixer.value.rows, value);
+    cut_off(runtime_, mixer.limit, tokens, mixer.key.rows, value);
   }
-  const Rotary& rotary = description_.rotary;
-  rope(runtime_, query, tokens, mixer.num_heads, kv.head_dim, buffers_.cosine, buffers_.sine,
-       rotary.num_pairs(), rotary.is_interleaved);
-  rope(runtime_, key, tokens, kv.kv_heads, kv.head_dim, buffers_.cosine, buffers_.sine, rotary.num_pairs(),
-       rotary.is_interleaved);
+  rotate(query, mixer.num_heads, kv.head_dim);
+  rotate(key, kv.kv_heads, kv.head_dim);
 
   kv_write(runtime_, kv, key, value, step_.slots, tokens);
   attention(runtime_, kv,
@@ -270,7 +308,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
                 .max_blocks = step_.max_blocks,
                 .sequence = step_.sequence,
                 .order = step_.order,
-                .sees_until = step_.sees_until,
+                .sees_until = mixer.is_causal ? nullptr : step_.sees_until,
                 .scale = mixer.scale,
                 .window = mixer.window,
                 .sinks = mixer.sinks,
@@ -340,11 +378,8 @@ void Stack::mix(const LatentAttention& mixer) {
     matmul(runtime_, {{mixer.query, query}, {mixer.kv_down, vectors}}, buffers_.normed, tokens);
   }
   latent_norm(runtime_, vectors, mixer.kv_norm, mixer.norm_eps, tokens, heads.kv_rank, kv.dim);
-  const Rotary& rotary = description_.rotary;
-  rope(runtime_, query + heads.nope_dim, tokens, heads.num_heads, heads.query_dim(), buffers_.cosine,
-       buffers_.sine, rotary.num_pairs(), rotary.is_interleaved);
-  rope(runtime_, vectors + heads.kv_rank, tokens, 1, kv.dim, buffers_.cosine, buffers_.sine,
-       rotary.num_pairs(), rotary.is_interleaved);
+  rotate(query + heads.nope_dim, heads.num_heads, heads.query_dim());
+  rotate(vectors + heads.kv_rank, 1, kv.dim);
 
   latent_write(runtime_, kv, vectors, step_.slots, tokens);
   latent_attention(runtime_, kv, heads,
@@ -367,7 +402,7 @@ void Stack::mix(const LatentAttention& mixer) {
 bool Stack::feed_forward(const DenseFfn& ffn) {
   const int64_t hidden = description_.embedding.cols;
   swiglu(runtime_, ffn.network, description_.activation, buffers_.normed, step_.num_tokens, buffers_.block);
-  add_rows(runtime_, buffers_.block, hidden, step_.num_tokens, hidden, buffers_.hidden);
+  add_rows(runtime_, buffers_.block, hidden, step_.num_tokens, hidden, ffn_sum());
   mark(Part::attention_and_dense);
   return true;
 }
@@ -377,7 +412,7 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   if (!description_.experts_off && description_.resident == nullptr) return false;
   add_shared(ffn);
   if (description_.experts_off) return true;
-  description_.resident->run(runtime_, layer_, dispatch_->experts(), *dispatch_, buffers_.normed,
+  description_.resident->run(runtime_, layer_, dispatch_->experts(), *dispatch_, expert_in(ffn),
                              buffers_.expert_out);
   combine_experts(ffn);
   return true;
@@ -394,7 +429,13 @@ void Stack::choose(const Router& router, const float* x, int32_t* ids, float* we
 // Chooses the experts of each token.
 void Stack::dispatch_tokens(const RoutedFfn& ffn) {
   const int64_t experts = ffn.router.matrix.rows, k = ffn.router.rule.k;
-  choose(ffn.router, buffers_.normed, buffers_.expert_ids, buffers_.routing_weights);
+  const float* router_in = buffers_.normed;
+  if (ffn.router.norm != nullptr) {
+    norm(ffn.router.norm, buffers_.hidden, buffers_.block);
+    router_in = buffers_.block;
+  }
+  choose(ffn.router, router_in, buffers_.expert_ids, buffers_.routing_weights);
+  if (ffn.norm != nullptr) norm(ffn.norm, buffers_.hidden, buffers_.expert_in);
   chosen_per_token_ = k;
   if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
   dispatch_->assign(buffers_.expert_ids, step_.is_decode, step_.num_tokens, k, experts);
@@ -410,24 +451,37 @@ void Stack::add_shared(const RoutedFfn& ffn) {
   if (!ffn.shared) return;
   const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
   swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
+  if (ffn.shared->post_norm != nullptr) norm(ffn.shared->post_norm, buffers_.block, buffers_.block);
   if (ffn.shared->score) {
     matmul(runtime_, {{*ffn.shared->score, buffers_.shared_score}}, buffers_.normed, tokens);
-    add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, buffers_.hidden);
+    add_sigmoid_gated(runtime_, buffers_.block, buffers_.shared_score, tokens, hidden, ffn_sum());
   } else {
-    add_rows(runtime_, buffers_.block, hidden, tokens, hidden, buffers_.hidden);
+    add_rows(runtime_, buffers_.block, hidden, tokens, hidden, ffn_sum());
   }
   mark(Part::attention_and_dense);
 }
 
 void Stack::combine_experts(const RoutedFfn& ffn) {
-  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, step_.num_tokens, ffn.router.rule.k,
-          description_.embedding.cols, buffers_.hidden);
+  const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
+  float* sum = ffn.post_norm != nullptr ? buffers_.block : ffn_sum();
+  if (ffn.post_norm != nullptr) std::fill_n(sum, tokens * hidden, 0.0f);
+  combine(runtime_, buffers_.expert_out, buffers_.routing_weights, tokens, ffn.router.rule.k, hidden, sum);
+  if (ffn.post_norm != nullptr) {
+    norm(ffn.post_norm, sum, sum);
+    add_rows(runtime_, sum, hidden, tokens, hidden, ffn_sum());
+  }
   mark(Part::expert_compute);
 }
 
-const RoutedFfn& Stack::routed_ffn() const {
-  return std::get<RoutedFfn>(description_.layers[size_t(layer_)].ffn);
+const float* Stack::expert_in(const RoutedFfn& ffn) const {
+  return ffn.norm != nullptr ? buffers_.expert_in : buffers_.normed;
 }
+
+float* Stack::ffn_sum() const {
+  return layer().ffn_post_norm != nullptr ? buffers_.ffn_sum : buffers_.hidden;
+}
+
+const RoutedFfn& Stack::routed_ffn() const { return std::get<RoutedFfn>(layer().ffn); }
 
 void Stack::require_waiting() const {
   if (stage_ != Stage::waits_for_experts) throw std::invalid_argument("no layer waits for experts");
@@ -445,7 +499,7 @@ std::shared_ptr<const Dispatch> Stack::dispatch() const {
 
 const float* Stack::rows() const {
   require_waiting();
-  return buffers_.normed;
+  return expert_in(routed_ffn());
 }
 
 float* Stack::expert_out() const {
@@ -456,7 +510,7 @@ float* Stack::expert_out() const {
 std::vector<std::vector<int32_t>> Stack::look_ahead() {
   const auto lock = runtime_.lock();
   require_waiting();
-  const int64_t tokens = step_.num_tokens, hidden = description_.embedding.cols;
+  const int64_t tokens = step_.num_tokens;
   const auto& layers = description_.layers;
   const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
     return std::holds_alternative<RoutedFfn>(layer.ffn);
@@ -468,7 +522,7 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
   float* normed = buffers_.block;
   std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
   std::vector<float> weights(ids.size());
-  rms_norm(runtime_, buffers_.hidden, next->ffn_norm, description_.norm_eps, tokens, hidden, normed);
+  norm(router.norm != nullptr ? router.norm : next->ffn_norm, buffers_.hidden, normed);
   choose(router, normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
@@ -514,6 +568,8 @@ void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
   rms_norm(runtime_, buffers_.normed, description_.final_norm, description_.norm_eps, num_rows, hidden,
            buffers_.normed);
   matmul(runtime_, {{description_.head, out}}, buffers_.normed, num_rows);
+  if (description_.logit_cap > 0)
+    soft_cap(runtime_, description_.logit_cap, num_rows * description_.head.rows, out);
   mark(Part::attention_and_dense);
 }
 

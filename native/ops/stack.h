@@ -44,7 +44,8 @@ namespace argosy {
 // projection.
 struct GroupedQueryAttention {
   MatrixView query;                   // [num_heads * head_dim, hidden]
-  MatrixView key, value;              // [kv_heads * head_dim, hidden]
+  MatrixView key;                     // [kv_heads * head_dim, hidden]
+  std::optional<MatrixView> value;    // the same; none: the keys, before their norm, are the values
   MatrixView output;                  // [hidden, num_heads * head_dim]
   const float* query_bias = nullptr;  // one per row of the matrix; nullptr: none
   const float* key_bias = nullptr;
@@ -55,11 +56,13 @@ struct GroupedQueryAttention {
   const float* query_norm = nullptr;
   const float* key_norm = nullptr;
   bool is_norm_flat = false;
-  float limit = 0;               // q, k and v are clamped to [-limit, limit] after the norm; 0: no clamp
+  const float* value_norm = nullptr;  // [head_dim], applied to each head; nullptr: none
+  float limit = 0;                    // q, k and v are clamped to [-limit, limit] after the norm; 0: no clamp
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
   int64_t num_heads = 0;
-  int64_t window = 0;  // a token sees its last `window` positions; 0: all
-  float scale = 0;     // multiplies the scores
+  int64_t window = 0;      // a token sees its last `window` positions; 0: all
+  bool is_causal = false;  // a token sees no position after its own, whatever Step::sees_until says
+  float scale = 0;         // multiplies the scores
   // Query rows are [query, gate] of each head; a head's result is multiplied by sigmoid(gate).
   bool has_gate = false;
 };
@@ -100,18 +103,26 @@ struct DenseFfn {
 struct Router {
   MatrixView matrix;            // [num_experts, hidden]
   const float* bias = nullptr;  // [num_experts], added to the product; nullptr: none
+  // [hidden]: the router reads the hidden state after a norm of its own; nullptr: what the layer's norm
+  // gives.
+  const float* norm = nullptr;
   RouteRule rule = {};
 };
 
 // Runs for every token.
 struct SharedExpert {
   ExpertView network;
-  std::optional<MatrixView> score;  // [1, hidden]: the output is multiplied by sigmoid(score . x)
+  std::optional<MatrixView> score;   // [1, hidden]: the output is multiplied by sigmoid(score . x)
+  const float* post_norm = nullptr;  // [hidden], of the output, before the score; nullptr: none
 };
 
 struct RoutedFfn {
   Router router;
   int64_t width = 0;  // inner neurons of one expert; the stack reserves the scratch that they need
+  // [hidden]: routed experts read the hidden state after a norm of their own; nullptr: what the layer's norm
+  // gives.
+  const float* norm = nullptr;
+  const float* post_norm = nullptr;  // [hidden], of the weighted sum of their outputs; nullptr: none
   std::optional<SharedExpert> shared;
 };
 
@@ -122,16 +133,22 @@ struct Layer {
   Mixer mixer;
   const float* ffn_norm;  // [hidden]
   Ffn ffn;
+  int64_t rotary = 0;                      // an index of StackDescription::rotaries
+  const float* mixer_post_norm = nullptr;  // [hidden], of what the mixer adds; nullptr: none
+  const float* ffn_post_norm = nullptr;    // [hidden], of what the networks add together; nullptr: none
+  float scale = 1;                         // multiplies the hidden state after the layer
 };
 
 struct StackDescription {
   MatrixView embedding, head;  // [vocabulary, hidden]
   const float* final_norm;     // [hidden]
   float norm_eps;
-  Rotary rotary;
-  Activation activation;  // of dense networks and shared experts
-  bool experts_off;       // leaves routed experts out of every sum
-  ExpertTable* resident;  // holds every routed expert permanently; nullptr: the step pauses for experts
+  std::vector<Rotary> rotaries;
+  Activation activation;      // of dense networks and shared experts
+  bool experts_off;           // leaves routed experts out of every sum
+  ExpertTable* resident;      // holds every routed expert permanently; nullptr: the step pauses for experts
+  float embedding_scale = 1;  // multiplies embeddings, but not those that a step gives
+  float logit_cap = 0;        // logits become cap * tanh(logit / cap); 0: they stay
   std::vector<Layer> layers;
 };
 
@@ -198,7 +215,7 @@ class Stack {
   // std::invalid_argument if no layer waits.
   int64_t waiting_layer() const;
   std::shared_ptr<const Dispatch> dispatch() const;
-  const float* rows() const;  // [tokens][hidden], the input of the experts
+  const float* rows() const;  // [tokens][hidden], the input of the routed experts
   float* expert_out() const;  // [tokens * k][hidden], a row for each assignment
   // Predicts the choice of the next layer with routed experts, as if this layer and the mixer between them
   // added nothing. Returns, for each rank, the experts that some token ranks there and no token ranks higher.
@@ -249,8 +266,13 @@ class Stack {
   void dispatch_tokens(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
-  void norm(const float* weight);
+  void norm(const float* weight, const float* x, float* out);
+  void write_angles();
+  void rotate(float* x, int64_t num_heads, int64_t head_dim);  // by the angles of the current layer's rotary
+  const Layer& layer() const { return description_.layers[size_t(layer_)]; }
   const RoutedFfn& routed_ffn() const;  // of the current layer
+  const float* expert_in(const RoutedFfn& ffn) const;
+  float* ffn_sum() const;  // where the networks of the current layer add their outputs
   void require_waiting() const;
   void start_clock() { last_mark_ = Clock::now(); }
   void mark(Part part);

@@ -75,9 +75,12 @@ void StackSizes::add(const DenseSizes& ffn) { add_network({ffn.width, 1}); }
 void StackSizes::add(const RoutedSizes& ffn) {
   widen(num_experts_, width_of({ffn.num_experts}));
   widen(k_, width_of({ffn.k}));
+  if (ffn.has_norm) expert_in_ = hidden_;
   add_network({ffn.width, ffn.k});
   if (ffn.shared_width > 0) add_network({ffn.shared_width, 1});
 }
+
+void StackSizes::add_ffn_post_norm() { ffn_sum_ = hidden_; }
 
 void StackSizes::add_network(const Network& network) {
   width_of({network.width, network.k});
@@ -116,7 +119,9 @@ int64_t StackSizes::lay_out(uint8_t* memory, int64_t max_tokens, StackBuffers& b
   place(k_, buffers.routing_weights);
   place(k_, buffers.expert_ids);
   place(1, buffers.shared_score);
+  place(expert_in_, buffers.expert_in);
   place(width_of({k_, hidden_}), buffers.expert_out);
+  place(ffn_sum_, buffers.ffn_sum);
   return end;
 }
 

@@ -29,7 +29,8 @@ struct DenseSizes {
 
 struct RoutedSizes {
   int64_t num_experts, k, width;
-  int64_t shared_width;  // 0: no shared expert
+  int64_t shared_width;   // 0: no shared expert
+  bool has_norm = false;  // experts read another norm of the hidden state than the shared expert
 };
 
 // Every buffer has room for max_tokens rows.
@@ -41,18 +42,21 @@ struct StackBuffers {
   float* query_latent;             // [query_rank]
   float* projected;                // query and gate of gated heads; q, k, v and z of a delta net
   float* delta_gates;              // [2 * value_heads]
-  float *cosine, *sine;            // [pairs]
+  float *cosine, *sine;            // [pairs], those of one rotary embedding after another
   float* router_logits;            // [num_experts]
   float* routing_weights;          // [k]
   int32_t* expert_ids;             // [k]
   float* shared_score;             // [1]
+  float* expert_in;                // [hidden], if they have their own norm
   float* expert_out;               // [k * hidden]
+  float* ffn_sum;                  // [hidden], what the networks of a layer add up to before its norm
 };
 
 // The sizes of a stack, layer by layer. All functions throw std::invalid_argument for a dimension outside 0
 // to 2^30, and for memory beyond 2^62 bytes.
 class StackSizes {
  public:
+  // num_pairs: of all rotary embeddings together.
   StackSizes(int64_t hidden, int64_t num_pairs);
 
   void add(const AttentionSizes& mixer);
@@ -60,6 +64,7 @@ class StackSizes {
   void add(const DeltaShape& mixer);
   void add(const DenseSizes& ffn);
   void add(const RoutedSizes& ffn);
+  void add_ffn_post_norm();  // some layer norms the sum of its feed-forward networks
 
   // Bytes of the buffers for at most max_tokens tokens. Also throws if an int32 cannot number the
   // assignments.
@@ -88,7 +93,7 @@ class StackSizes {
   int64_t hidden_, num_pairs_;
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, projected_ = 0;
-  int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0;
+  int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, ffn_sum_ = 0;
   int64_t head_dim_ = 0;  // of layers with keys and values
   std::vector<LatentSizes> latents_;
   std::vector<Network> networks_;

@@ -31,7 +31,7 @@ from argosy.config import AskAhead, Format, KvDtype
 # Written by `make stubs` from native/bind: edit it there.
 
 InstructionSet = Literal["plain", "avx2", "avx512"]
-Activation = tuple[Literal["silu", "clamped"], float, float]  # kind, limit, alpha
+Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
 Gelu = Literal["erf", "tanh", "quick"]
 Urgency = Literal["now", "soon", "maybe"]
 # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
@@ -390,11 +390,13 @@ class Routing:
     Scores are the softmax over all experts, or the sigmoid of each. The k best experts by score plus `choice_bias` are
     chosen from the best `kept_groups` of `num_groups` groups of equal size; a group is scored by its best expert, or by
     the sum of its best two. On a tie the lower id wins. Routing weights are the scores of the chosen experts, without
-    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`.
+    the bias; with `renormalize`, divided by their sum plus `renormalize_eps`; then multiplied by `scale`, and by the
+    expert's own scale.
 
     Args:
         experts_per_token: k.
         choice_bias: [experts]; None means no bias.
+        expert_scale: [experts]; None means 1 for each.
     """
 
     def __init__(
@@ -409,6 +411,7 @@ class Routing:
         renormalize: bool,
         renormalize_eps: float = 0.0,
         scale: float = 1.0,
+        expert_scale: NDArray[numpy.float32] | None = None,
     ) -> None: ...
 
 def route(
@@ -447,6 +450,9 @@ def add_sigmoid_gated(
 
 def mul_sigmoid(runtime: Runtime, gate: NDArray[numpy.float32], x: NDArray[numpy.float32]) -> None:
     """x[n] *= sigmoid(gate[n]), elementwise, for x and gate [n, cols]."""
+
+def soft_cap(runtime: Runtime, x: NDArray[numpy.float32], cap: float) -> None:
+    """x = cap * tanh(x / cap), in place, for x [rows, cols]."""
 
 def swiglu_experts(
     runtime: Runtime,
@@ -842,10 +848,35 @@ class Mixer:
 class Ffn:
     """The feed-forward network of a layer."""
 
+class Layer:
+    """
+    A layer of a Stack: norm -> mixer -> sum, norm -> feed-forward network -> sum.
+
+    Args:
+        mixer_norm, ffn_norm: [hidden].
+        rotary: the one of the stack's rotary embeddings that the mixer uses.
+        mixer_post_norm: [hidden], of what the mixer adds to the hidden state; None means no norm.
+        ffn_post_norm: the same for what the layer's feed-forward networks add together.
+        scale: multiplies the hidden state after the layer.
+    """
+
+    def __init__(
+        self,
+        mixer_norm: NDArray[numpy.float32],
+        mixer: Mixer,
+        ffn_norm: NDArray[numpy.float32],
+        ffn: Ffn,
+        *,
+        rotary: int = 0,
+        mixer_post_norm: NDArray[numpy.float32] | None = None,
+        ffn_post_norm: NDArray[numpy.float32] | None = None,
+        scale: float = 1.0,
+    ) -> None: ...
+
 def grouped_query_attention(
     query: Matrix,
     key: Matrix,
-    value: Matrix,
+    value: Matrix | None,
     output: Matrix,
     *,
     num_heads: int,
@@ -861,18 +892,23 @@ def grouped_query_attention(
     limit: float = 0.0,
     sinks: NDArray[numpy.float32] | None = None,
     has_gate: bool = False,
+    value_norm: NDArray[numpy.float32] | None = None,
+    is_causal: bool = False,
 ) -> Mixer:
     """
     q, k, v -> norm -> clamp -> rotary -> KV cache -> attention -> output projection.
 
     Args:
         query, output: [heads * head_dim, hidden] and the reverse.   key, value: [kv_heads * head_dim, hidden].
+        value: None means that the keys, before their norm, are the values.
         window, scale: as for `attention`.
         query_bias ...: one number per row of the matrix; None means no bias.
         query_norm, key_norm: per head, [head_dim]; if flat, over all heads at once, one number per row; both or none.
         limit: q, k and v are clamped to [-limit, limit]; 0 means no clamping.
         sinks: [heads], as for `attention`.
         has_gate: query has rows [query, gate] for each head; a head's output is multiplied by sigmoid of its gate.
+        value_norm: [head_dim], applied to each head; None means no norm.
+        is_causal: no token sees a position after its own, whatever a step's `sees_until` says.
     """
 
 def gated_delta_net(
@@ -940,6 +976,10 @@ def routed_ffn(
     width: int,
     shared: tuple[Matrix, Matrix, Matrix] | None = None,
     shared_score: Matrix | None = None,
+    router_norm: NDArray[numpy.float32] | None = None,
+    norm: NDArray[numpy.float32] | None = None,
+    post_norm: NDArray[numpy.float32] | None = None,
+    shared_post_norm: NDArray[numpy.float32] | None = None,
 ) -> Ffn:
     """
     Experts of `width` chosen by the router, as in `route`, and a shared expert for every token.
@@ -949,6 +989,10 @@ def routed_ffn(
         router_bias: [experts], added to the router's product; None means no bias.
         shared: gate, up and down of the shared expert.
         shared_score: [1, hidden]; the shared expert's output is multiplied by sigmoid(shared_score . x).
+        router_norm, norm: [hidden]; the router, or the routed experts, read the hidden state after this norm instead
+            of the layer's.
+        post_norm, shared_post_norm: [hidden], of the weighted sum of the routed experts, and of the shared expert's
+            output; None means no norm.
     """
 
 class Rotary:
@@ -991,7 +1035,7 @@ class StackSizes:
     Add every layer; 0 stands for a part that a layer does not have. Two are equal if their memory is.
 
     Args:
-        num_pairs: pairs of dimensions that the rotary embedding rotates.
+        num_pairs: pairs of dimensions that the rotary embeddings rotate, all of them together.
 
     Raises:
         ValueError: a dimension is outside 0 to 2^30, or the memory would exceed 2^62 bytes.
@@ -1004,7 +1048,12 @@ class StackSizes:
     ) -> None: ...
     def add_delta_net(self, sizes: _DeltaSizes) -> None: ...
     def add_dense(self, width: int) -> None: ...
-    def add_routed(self, num_experts: int, experts_per_token: int, width: int, shared_width: int) -> None: ...
+    def add_routed(
+        self, num_experts: int, experts_per_token: int, width: int, shared_width: int, has_norm: bool = False
+    ) -> None: ...
+    def add_ffn_post_norm(self) -> None:
+        """Some layer has a norm of what its feed-forward networks add together."""
+
     def buffer_bytes(self, max_tokens: int) -> int:
         """Bytes that a Stack allocates for steps of at most `max_tokens`."""
 
@@ -1029,11 +1078,14 @@ class Stack:
     Args:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
         activation: the activation of dense networks and shared experts.
-        layers: (norm [hidden], mixer, norm [hidden], feed-forward network) of each layer of `kv`.
+        rotaries: the rotary embeddings that layers choose from.
+        layers: one for each layer of `kv`.
         max_tokens: most tokens of a step; working memory is allocated for them.
         resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
         experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers with a gated delta net.
+        embedding_scale: multiplies embeddings, but not those that a step gives.
+        logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
     """
 
     def __init__(
@@ -1045,13 +1097,15 @@ class Stack:
         head: Matrix,
         final_norm: NDArray[numpy.float32],
         norm_eps: float,
-        rotary: Rotary,
+        rotaries: Sequence[Rotary],
         activation: Activation,
-        layers: Sequence[tuple[NDArray[numpy.float32], Mixer, NDArray[numpy.float32], Ffn]],
+        layers: Sequence[Layer],
         max_tokens: int,
         resident: ExpertTable | None = None,
         experts_off: bool = False,
         recurrent: RecurrentState | None = None,
+        embedding_scale: float = 1.0,
+        logit_cap: float = 0.0,
     ) -> None: ...
     def begin(
         self,

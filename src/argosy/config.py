@@ -299,8 +299,9 @@ class RopeConfig:
     is_interleaved: bool = False  # dimension 2 i turns with 2 i + 1, not with i + rotary_dim / 2
     # Positions in media have axes (time, row, column); the axis of each dimension pair. Empty: 0 for every pair.
     axes: tuple[int, ...] = ()
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
     factor: float = 1.0
+    turning_pairs: int | None = None  # proportional: only the first of the pairs turn; None: all of them
     original_context: int = 0  # positions the model was trained on, before scaling
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
@@ -332,6 +333,10 @@ class RouterConfig:
     renormalize: bool = True  # a token's routing weights sum to one
     renormalize_eps: float = 0.0  # added to the divisor of the renormalization
     scale: float = 1.0  # multiplies the routing weights, last
+    # Each expert has a factor for its routing weight, after `scale`: `expert_scale`.
+    has_expert_scale: bool = False
+    # The router reads the hidden state after its own RMSNorm, whose weight is `router_norm` / sqrt(hidden_size).
+    has_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,9 +346,10 @@ class ActivationConfig:
     silu: silu(gate) * up.
     clamped (gpt-oss): gate * sigmoid(alpha * gate) * (up + 1), with gate clamped to at most `limit` and up
     to -limit..limit.
+    gelu_tanh: gelu(gate) * up, with gelu in its form with tanh (arXiv:1606.08415).
     """
 
-    kind: Literal["silu", "clamped"] = "silu"
+    kind: Literal["silu", "clamped", "gelu_tanh"] = "silu"
     limit: float = 0.0
     alpha: float = 0.0
 
@@ -405,6 +411,11 @@ class LayerConfig:
     is_moe: bool
     mixer: MixerKind = "attention"
     sliding_window: int = 0  # 0: full attention
+    num_kv_heads: int = 0  # 0: the model's
+    head_dim: int = 0  # 0: the model's
+    rope: RopeConfig | None = None  # None: the model's
+    keys_are_values: bool = False  # there is no v: the keys, before their norm, are the values
+    is_causal: bool = False  # also in media spans, no position sees a later one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -437,10 +448,19 @@ class ModelConfig:
     # RMSNorm before rotary: none, over each head, or over all heads at once.
     qk_norm: Literal["none", "head", "flat"] = "none"
     qkv_limit: float = 0.0  # q, k and v are clamped to -limit..limit; 0: not clamped
+    has_value_norm: bool = False  # RMSNorm without a weight over each head of v
     has_sinks: bool = False  # a learnt score per head that takes attention weight and adds nothing: `sinks`
     # Each head's output is multiplied by the sigmoid of its gate; q has rows for both, head by head.
     has_output_gate: bool = False
     has_expert_bias: bool = False  # gate, up and down of routed experts have biases
+    # RMSNorm of what the mixer, and what the feed-forward networks, add: `attn_post_norm`, `mlp_post_norm`.
+    has_post_norms: bool = False
+    # Routed experts have their own norms before and after, the shared expert has its own after: `expert_norm`,
+    # `expert_post_norm`, `shared_post_norm`.
+    has_expert_norms: bool = False
+    has_layer_scale: bool = False  # a factor of the hidden state after each layer: `layer_scale`
+    embedding_scale: float = 1.0  # factor of the embeddings of tokens
+    logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they stay
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
     num_mtp_layers: int = 0  # multi-token prediction layers, after `layers` in the files, never in memory
@@ -455,6 +475,20 @@ class ModelConfig:
     def delta_layers(self) -> tuple[int, ...]:
         """Layers with a recurrent state."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.mixer == "delta")
+
+    def kv_heads_of(self, layer: int) -> int:
+        return self.layers[layer].num_kv_heads or self.num_kv_heads
+
+    def head_dim_of(self, layer: int) -> int:
+        return self.layers[layer].head_dim or self.head_dim
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        return self.layers[layer].rope or self.rope
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The different rotary embeddings of the layers."""
+        return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
 
     @property
     def mtp_layers(self) -> range:

@@ -62,13 +62,13 @@ class ReferenceDecoder:
     ) -> None:
         self.config, self.weights, self.experts, self.kv, self.runtime = config, weights, experts, kv, runtime
         self.recurrent = recurrent
-        self.rotary = rotary(config.rope)
         self.tapped: dict[int, Floats] = {}
 
     def logits(self, step: Step) -> Floats:
         embedding = self.weights.matrices["embed"]
         hidden = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
         _native.embed(self.runtime, embedding, step.token_ids, hidden)
+        hidden *= np.float32(self.config.embedding_scale)
         if step.overrides is not None:
             hidden[step.overrides.rows] = step.overrides.embeddings
         for layer in range(self.config.num_layers):
@@ -78,19 +78,39 @@ class ReferenceDecoder:
                 self._add_latent_attention(hidden, layer, step)
             else:
                 self._add_attention(hidden, layer, step)
-            self._add_ffn(hidden, layer, step)
+            self._add_ffn(hidden, layer)
+            if self.config.has_layer_scale:
+                hidden *= self.weights.vectors[f"layers.{layer}.layer_scale"]
             for addition in step.additions:
                 if addition.layer == layer:
                     hidden[addition.rows] += addition.vectors
             if layer in step.taps:
                 self.tapped[layer] = hidden.copy()
         head = embedding if self.config.is_embedding_tied else self.weights.matrices["head"]
-        return self._product(head, self._norm(hidden, "final_norm"))
+        logits = self._product(head, self._norm(hidden, "final_norm"))
+        if self.config.logit_cap:
+            _native.soft_cap(self.runtime, logits, self.config.logit_cap)
+        return logits
 
     def _norm(self, x: Floats, name: str, eps: float | None = None) -> Floats:
+        return self._norm_by(x, self.weights.vectors[name], eps)
+
+    def _norm_by(self, x: Floats, weight: Floats, eps: float | None = None) -> Floats:
         out = np.empty_like(x)
-        _native.rms_norm(self.runtime, x, self.weights.vectors[name], eps or self.config.norm_eps, out)
+        _native.rms_norm(self.runtime, x, weight, eps or self.config.norm_eps, out)
         return out
+
+    def _norm_if_any(self, x: Floats, name: str) -> Floats:
+        return self._norm(x, name) if name in self.weights.vectors else x
+
+    def _rotate(self, heads: Floats, layer: int, step: Step) -> None:
+        rope = self.config.rope_of(layer)
+        cosine, sine = np.empty((2, step.num_tokens, rope.rotary_dim // 2), np.float32)
+        rotary(rope).angles(self.runtime, _positions(step), cosine, sine)
+        _native.rope(self.runtime, heads, cosine, sine, rope.is_interleaved)
+
+    def _add_mixed(self, hidden: Floats, mixed: Floats, layer: int) -> None:
+        hidden += self._norm_if_any(mixed, f"layers.{layer}.attn_post_norm")
 
     def _product(self, matrix: _native.Matrix, x: Floats) -> Floats:
         out = np.empty((len(x), matrix.rows), np.float32)
@@ -105,9 +125,11 @@ class ReferenceDecoder:
 
     def _add_attention(self, hidden: Floats, layer: int, step: Step) -> None:
         config, tokens, name = self.config, step.num_tokens, f"layers.{layer}."
+        head_dim = config.head_dim_of(layer)
         normed = self._norm(hidden, name + "attn_norm")
         query, key, value = (
-            self._projection(name + part, normed).reshape(tokens, -1, config.head_dim) for part in "qkv"
+            self._projection(name + part, normed).reshape(tokens, -1, head_dim)
+            for part in ("qkk" if config.layers[layer].keys_are_values else "qkv")
         )
         if config.has_output_gate:
             query, gate = np.ascontiguousarray(query[:, 0::2]), np.ascontiguousarray(query[:, 1::2])
@@ -119,14 +141,16 @@ class ReferenceDecoder:
                 ).reshape(x.shape)
                 for x, weight in ((query, name + "q_norm"), (key, name + "k_norm"))
             )
+        if config.has_value_norm:
+            value = self._norm_by(value.reshape(-1, head_dim), np.ones(head_dim, np.float32)).reshape(
+                value.shape
+            )
         if config.qkv_limit:
             query, key, value = (np.clip(x, -config.qkv_limit, config.qkv_limit) for x in (query, key, value))
-        cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
-        self.rotary.angles(self.runtime, _positions(step), cosine, sine)
         for heads in (query, key):
-            _native.rope(self.runtime, heads, cosine, sine, config.rope.is_interleaved)
+            self._rotate(heads, layer, step)
         _native.kv_write(self.runtime, self.kv, layer, key, value, step.slots)
-        attended = np.empty((tokens, config.num_heads * config.head_dim), np.float32)
+        attended = np.empty((tokens, config.num_heads * head_dim), np.float32)
         _native.attention(
             self.runtime,
             self.kv,
@@ -135,15 +159,15 @@ class ReferenceDecoder:
             step.block_table,
             step.sequence,
             step.order,
-            config.head_dim**-0.5,
+            config.attention_scale or head_dim**-0.5,
             config.layers[layer].sliding_window,
             attended,
             self.weights.vectors.get(name + "sinks"),
-            step.sees_until,
+            None if config.layers[layer].is_causal else step.sees_until,
         )
         if config.has_output_gate:
             _native.mul_sigmoid(self.runtime, gate.reshape(attended.shape), attended)
-        hidden += self._projection(name + "o", attended)
+        self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
     def _add_delta(self, hidden: Floats, layer: int, step: Step) -> None:
         delta, name, vectors = self.config.delta, f"layers.{layer}.", self.weights.vectors
@@ -188,7 +212,7 @@ class ReferenceDecoder:
             is_tiled=delta.is_tiled,
             out=out,
         )
-        hidden += self._projection(name + "out", out)
+        self._add_mixed(hidden, self._projection(name + "out", out), layer)
 
     def _parts_of_key_heads(self, name: str, x: Floats, ends: Sequence[int]) -> list[Floats]:
         """Regroup a matrix's output from key head by key head to part by part."""
@@ -208,11 +232,9 @@ class ReferenceDecoder:
         vectors = self._product(self.weights.matrices[name + "kv_down"], normed)
         compressed = vectors[:, : latent.kv_rank].copy()
         vectors[:, : latent.kv_rank] = self._norm(compressed, name + "kv_norm", latent.norm_eps)
-        cosine, sine = np.empty((2, tokens, config.rope.rotary_dim // 2), np.float32)
-        self.rotary.angles(self.runtime, _positions(step), cosine, sine)
         for turning in (query[:, :, latent.nope_dim :], vectors[:, None, latent.kv_rank :]):
             turned = turning.copy()
-            _native.rope(self.runtime, turned, cosine, sine, config.rope.is_interleaved)
+            self._rotate(turned, layer, step)
             turning[:] = turned
         _native.latent_write(self.runtime, self.kv, layer, vectors, step.slots)
         attended = np.empty((tokens, config.num_heads * latent.value_dim), np.float32)
@@ -230,17 +252,38 @@ class ReferenceDecoder:
             attended,
             step.sees_until,
         )
-        hidden += self._projection(name + "o", attended)
+        self._add_mixed(hidden, self._projection(name + "o", attended), layer)
 
-    def _add_ffn(self, hidden: Floats, layer: int, step: Step) -> None:
+    def _add_ffn(self, hidden: Floats, layer: int) -> None:
+        if not self.config.has_post_norms:
+            self._add_networks(hidden, hidden, layer)
+            return
+        out = np.zeros_like(hidden)
+        self._add_networks(out, hidden, layer)
+        hidden += self._norm(out, f"layers.{layer}.mlp_post_norm")
+
+    def _add_networks(self, out: Floats, hidden: Floats, layer: int) -> None:
+        """Add the outputs of the networks of a layer, in their order, to `out`, which may be `hidden`."""
         name = f"layers.{layer}."
         normed = self._norm(hidden, name + "mlp_norm")
         if not self.config.layers[layer].is_moe:
-            hidden += self._swiglu(normed, *(name + part for part in ("gate", "up", "down")))
+            out += self._swiglu(normed, *(name + part for part in ("gate", "up", "down")))
             return
-        self._add_shared(hidden, normed, name)
-        if self.experts is not None:
-            self._add_routed(hidden, normed, layer, self.experts)
+        router_in = expert_in = normed
+        if self.config.router.has_norm:
+            factor = np.float32(self.config.hidden_size**-0.5)
+            router_in = self._norm_by(hidden, self.weights.vectors[name + "router_norm"] * factor)
+        if self.config.has_expert_norms:
+            expert_in = self._norm(hidden, name + "expert_norm")
+        self._add_shared(out, normed, name)
+        if self.experts is None:
+            return
+        if self.config.has_expert_norms:
+            routed = np.zeros_like(out)
+            self._add_routed(routed, router_in, expert_in, layer, self.experts)
+            out += self._norm(routed, name + "expert_post_norm")
+        else:
+            self._add_routed(out, router_in, expert_in, layer, self.experts)
 
     def _swiglu(self, x: Floats, *names: str) -> Floats:
         out = np.empty_like(x)
@@ -252,16 +295,19 @@ class ReferenceDecoder:
         if not self.config.shared_width:
             return
         out = self._swiglu(normed, *(name + part for part in ("shared_gate", "shared_up", "shared_down")))
+        out = self._norm_if_any(out, name + "shared_post_norm")
         if self.config.shared_is_gated:
             score = self._product(self.weights.matrices[name + "shared_score"], normed)
             _native.add_sigmoid_gated(self.runtime, out, score.reshape(-1), hidden)
         else:
             hidden += out
 
-    def _add_routed(self, hidden: Floats, normed: Floats, layer: int, experts: ReferenceExperts) -> None:
+    def _add_routed(
+        self, hidden: Floats, router_in: Floats, expert_in: Floats, layer: int, experts: ReferenceExperts
+    ) -> None:
         config, k = self.config, self.config.experts_per_token
-        logits = self._projection(f"layers.{layer}.router", normed)
-        ids, weights = np.empty((len(normed), k), np.int32), np.empty((len(normed), k), np.float32)
+        logits = self._projection(f"layers.{layer}.router", router_in)
+        ids, weights = np.empty((len(hidden), k), np.int32), np.empty((len(hidden), k), np.float32)
         _native.route(self.runtime, routing(config, layer, self.weights), logits, ids, weights)
 
         flat = ids.reshape(-1)
@@ -281,7 +327,7 @@ class ReferenceDecoder:
             config.hidden_size,
             config.expert_width,
             experts.offsets(layer, chosen),
-            normed,
+            expert_in,
             np.cumsum([0, *(len(each) for each in rows)], dtype=np.int32),
             row // np.int32(k),
             row,

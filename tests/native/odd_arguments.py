@@ -110,6 +110,9 @@ class Case:
             shared=shared,
         )
 
+    def layer(self) -> Any:
+        return self.native.Layer(self.floats(64), self.gqa(), self.floats(64), self.routed())
+
     def table(self, *, is_placed: bool = True) -> Any:
         table = self.native.ExpertTable(self.arena(), hidden=64, activation=("silu", 0.0, 0.0))
         table.add_layer(0, formats=("q4", "q4", "q4"), width=32, starts=self.offsets())
@@ -127,15 +130,14 @@ class Case:
         return sizes
 
     def stack_arguments(self, *, is_resident: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        layers = [(self.floats(64), self.gqa(), self.floats(64), self.routed())]
         return (self.runtime, self.kv()), {
             "embedding": self.matrix(self.VOCABULARY, 64),
             "head": self.matrix(self.VOCABULARY, 64),
             "final_norm": self.floats(64),
             "norm_eps": 1e-5,
-            "rotary": self.native.Rotary(np.ones(8), 1.0),
+            "rotaries": [self.native.Rotary(np.ones(8), 1.0)],
             "activation": ("silu", 0.0, 0.0),
-            "layers": layers,
+            "layers": [self.layer()],
             "max_tokens": self.TOKENS,
             "resident": self.table() if is_resident else None,
             "experts_off": False,
@@ -207,6 +209,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "route": lambda: (runtime, case.routing(), f(3, 4), np.zeros((3, 2), np.int32), f(3, 2)),
         "combine": lambda: (runtime, f(6, 64), f(3, 2), f(3, 64)),
         "mul_sigmoid": lambda: (runtime, f(3, 64), f(3, 64)),
+        "soft_cap": lambda: (runtime, f(3, 64), 30.0),
         "add_sigmoid_gated": lambda: (runtime, f(3, 64), f(3), f(3, 64)),
         "swiglu_experts": lambda: (
             runtime, case.arena(), ("q4", "q4", "q4"), 64, 32, case.offsets(), f(3, 64), i(0, 1, 2, 3, 3), i(0, 1, 2),
@@ -227,7 +230,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "recurrent_state_bytes": lambda: (2, 1, case.sizes),
         "grouped_query_attention": lambda: (
             m(64, 64), m(32, 64), m(32, 64), m(64, 64), 2, 0, 0.1, f(64), f(32), f(32), f(64), f(32), f(32), False, 0.0,
-            f(2), False,
+            f(2), False, f(32), True,
         ),
         "gated_delta_net": lambda: (
             m(64, 64), m(2, 64), m(64, 32), m(32, 64), m(2, 64), f(4, 64), f(2), f(2), f(16), case.sizes, False, 0,
@@ -237,8 +240,10 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         ),
         "dense_ffn": lambda: (m(32, 64), m(32, 64), m(64, 32)),
         "routed_ffn": lambda: (
-            m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"),
+            m(4, 64, "f32"), case.routing(), f(4), 32, (m(32, 64), m(32, 64), m(64, 32)), m(1, 64, "f32"), f(64), f(64),
+            f(64), f(64),
         ),
+        "Layer": lambda: (f(64), case.gqa(), f(64), case.routed(), 1, f(64), f(64), 0.5),
         "Dispatch": lambda: (np.array([[0, 3], [3, 1]], np.int32), np.array([True, False]), 4),
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
@@ -255,7 +260,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Store": lambda: (1, n.RealFileSystem()),
         "Runtime": lambda: (2, "two_levels", "plain"),
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
-        "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0),
+        "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0, f(4)),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
         "RecurrentState": lambda: (2, 1, case.sizes),
         "Rotary": lambda: (np.ones(8), 1.0, True, (0, 1, 2, 0, 1, 2, 0, 0)),
@@ -267,16 +272,18 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
-                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1}  # fmt: skip
+                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
-        " key_norm is_norm_flat limit sinks has_gate",
+        " key_norm is_norm_flat limit sinks has_gate value_norm is_causal",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",
-        "routed_ffn": "router_bias width shared shared_score",
+        "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm",
+        "Layer": "rotary mixer_post_norm ffn_post_norm scale",
         "ExpertTable": "hidden activation",
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
-        "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale",
+        "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
+        " expert_scale",
     }
 
     def call_of(name: str, arguments: Callable[[], tuple[Any, ...]]) -> Callable[[], Call]:
@@ -329,7 +336,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.add_latent_attention": (case.stack_sizes, lambda: (2, 32, 16, 32, 8, 0)),
         "StackSizes.add_delta_net": (case.stack_sizes, lambda: (case.sizes,)),
         "StackSizes.add_dense": (case.stack_sizes, lambda: (32,)),
-        "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16)),
+        "StackSizes.add_routed": (case.stack_sizes, lambda: (8, 2, 32, 16, True)),
+        "StackSizes.add_ffn_post_norm": (case.stack_sizes, lambda: ()),
         "StackSizes.dispatch_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.buffer_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.scratch_bytes": (case.stack_sizes, lambda: (8, 2)),
@@ -426,8 +434,8 @@ def odd_arrays(array: Any) -> Iterator[Any]:
 @functools.cache
 def odd_objects(native: Any) -> list[Any]:
     """Objects that were never initialised, or closed."""
-    names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Rotary", "Record",
-             "Dispatch", "ExpertTable")  # fmt: skip
+    names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Layer", "Rotary",
+             "Record", "Dispatch", "ExpertTable")  # fmt: skip
     kinds = [getattr(native, name) for name in names]
     closed = [native.Arena(4096), native.Runtime(1), native.Store(1)]
     for one in closed:

@@ -41,10 +41,27 @@ def test_none_in_a_list_is_refused_with_its_index(case: Case) -> None:
             shared=(case.matrix(32, 64), case.matrix(32, 64), None),  # type: ignore[arg-type]
         )  # fmt: skip
     (runtime, kv), arguments = case.stack_arguments()
-    ((mixer_norm, _, ffn_norm, ffn),) = arguments["layers"]
-    arguments["layers"] = [(mixer_norm, None, ffn_norm, ffn)]
-    with pytest.raises(ValueError, match=r"layers\[0\]\[1\] is None, expected argosy._native.Mixer"):
-        native.Stack(runtime, kv, **arguments)
+    for name, kind in (("layers", "Layer"), ("rotaries", "Rotary")):
+        with pytest.raises(ValueError, match=rf"{name}\[0\] is None, expected argosy._native.{kind}"):
+            native.Stack(runtime, kv, **arguments | {name: [None]})
+
+
+def test_a_layer_that_does_not_fit_the_stack_is_refused(case: Case) -> None:
+    (runtime, kv), arguments = case.stack_arguments()
+    norm, narrow = case.floats(64), case.floats(32)
+    for arguments_of_layer, sentence in (
+        ({"rotary": 1}, r"layers\[0\]: rotary is 1, expected 0 to 0"),
+        ({"rotary": -1}, r"layers\[0\]: rotary is -1, expected 0 to 0"),
+    ):
+        layer = native.Layer(norm, case.gqa(), norm, case.routed(), **arguments_of_layer)
+        with pytest.raises(ValueError, match=sentence):
+            native.Stack(runtime, kv, **arguments | {"layers": [layer]})
+    layer = native.Layer(narrow, case.gqa(), narrow, case.routed())
+    with pytest.raises(ValueError, match=r"layers\[0\]: size of the norms is 32, expected 64"):
+        native.Stack(runtime, kv, **arguments | {"layers": [layer]})
+    for name in ("mixer_post_norm", "ffn_post_norm"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \[32\], expected \[64\]"):
+            native.Layer(norm, case.gqa(), norm, case.routed(), **{name: narrow})  # type: ignore[arg-type]
 
 
 def test_an_arena_that_was_never_initialised_is_refused() -> None:

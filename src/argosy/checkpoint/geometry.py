@@ -58,26 +58,33 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 
 def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     yield "attn_norm", (config.hidden_size,)
-    yield from _MIXER_SHAPES[config.layers[layer].mixer](config)
+    yield from _MIXER_SHAPES[config.layers[layer].mixer](config, layer)
+    if config.has_post_norms:
+        yield "attn_post_norm", (config.hidden_size,)
     yield "mlp_norm", (config.hidden_size,)
     yield from _routed_shapes(config) if config.layers[layer].is_moe else _dense_shapes(config)
+    if config.has_post_norms:
+        yield "mlp_post_norm", (config.hidden_size,)
+    if config.has_layer_scale:
+        yield "layer_scale", (1,)
 
 
-def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    hidden = config.hidden_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def _attention_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
+    hidden, head_dim = config.hidden_size, config.head_dim_of(layer)
+    q_rows, kv_rows = config.num_heads * head_dim, config.kv_heads_of(layer) * head_dim
     query_rows = 2 * q_rows if config.has_output_gate else q_rows
     yield "q", (query_rows, hidden)
     yield "k", (kv_rows, hidden)
-    yield "v", (kv_rows, hidden)
+    if not config.layers[layer].keys_are_values:
+        yield "v", (kv_rows, hidden)
     if config.has_qkv_bias:
         yield "q_bias", (query_rows,)
         yield "k_bias", (kv_rows,)
         yield "v_bias", (kv_rows,)
     if config.qk_norm != "none":
         is_flat = config.qk_norm == "flat"
-        yield "q_norm", (q_rows if is_flat else config.head_dim,)
-        yield "k_norm", (kv_rows if is_flat else config.head_dim,)
+        yield "q_norm", (q_rows if is_flat else head_dim,)
+        yield "k_norm", (kv_rows if is_flat else head_dim,)
     if config.has_sinks:
         yield "sinks", (config.num_heads,)
     yield "o", (hidden, q_rows)
@@ -85,7 +92,7 @@ def _attention_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "o_bias", (hidden,)
 
 
-def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _latent_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     """Multi-head latent attention. Rows of a head: nope, then rope in q; the key's nope, then value in kv_up.
 
     With `is_up_split`, k_up has kv_rank rows of nope columns for each head: the key half of kv_up, transposed.
@@ -110,7 +117,7 @@ def _latent_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "o", (hidden, heads * latent.value_dim)
 
 
-def _delta_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def _delta_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     """A gated delta net. Channels of qkv and of the convolution: q of all key heads, then k, then v."""
     delta, hidden = config.delta, config.hidden_size
     assert delta is not None
@@ -131,7 +138,7 @@ def _delta_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "delta_out", (hidden, delta.value_channels)
 
 
-_MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], Iterator[tuple[str, Shape]]]] = {
+_MIXER_SHAPES: Mapping[MixerKind, Callable[[ModelConfig, int], Iterator[tuple[str, Shape]]]] = {
     "attention": _attention_shapes,
     "latent": _latent_shapes,
     "delta": _delta_shapes,
@@ -146,11 +153,19 @@ def _dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 def _routed_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     hidden = config.hidden_size
+    if config.router.has_norm:
+        yield "router_norm", (hidden,)
     yield "router", (config.num_experts, hidden)
     if config.router.has_bias:
         yield "router_bias", (config.num_experts,)
     if config.router.has_choice_bias:
         yield "choice_bias", (config.num_experts,)
+    if config.router.has_expert_scale:
+        yield "expert_scale", (config.num_experts,)
+    if config.has_expert_norms:
+        yield "expert_norm", (hidden,)
+        yield "expert_post_norm", (hidden,)
+        yield "shared_post_norm", (hidden,)
     if config.has_expert_bias:
         yield "expert_gate_bias", (config.num_experts, config.expert_width)
         yield "expert_up_bias", (config.num_experts, config.expert_width)
@@ -171,13 +186,13 @@ _KEPT_EXACT = frozenset(
 
 
 def is_kept_exact(name: str) -> bool:
-    """Whether a dense tensor stays float32 in a pack: norms, biases and sinks, and the rows of scores and gates.
+    """Whether a dense tensor stays float32 in a pack: norms, biases, factors and sinks, and rows of scores and gates.
 
     The router decides which experts run. Rounding it does not blur the sum, it picks another expert; and all of
     these tensors together are a thousandth of a model.
     """
     last = name.rpartition(".")[2]
-    return last.endswith(("norm", "_bias")) or last in _KEPT_EXACT
+    return last.endswith(("norm", "_bias", "_scale")) or last in _KEPT_EXACT
 
 
 def packed_config(config: ModelConfig) -> ModelConfig:

@@ -70,7 +70,7 @@ class Decoder:
             head=embedding if config.is_embedding_tied else weights.matrices["head"],
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
-            rotary=rotary(config.rope),
+            rotaries=[rotary(rope) for rope in config.ropes],
             activation=describe_activation(config),
             layers=describe_layers(config, weights),
             max_tokens=max_tokens,
@@ -78,6 +78,8 @@ class Decoder:
             resident=None if experts is None or observe is not None else experts.resident,
             experts_off=experts is None,
             recurrent=recurrent,
+            embedding_scale=config.embedding_scale,
+            logit_cap=config.logit_cap,
         )
 
     def forward(self, step: Step) -> Array:

@@ -1,6 +1,6 @@
 """Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
-A layer is a mixer, which lets positions see each other, and a feed-forward network, each after its own norm. A family
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each between its own norms. A family
 with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
 """
 
@@ -16,17 +16,20 @@ from argosy.errors import CheckpointError
 from argosy.experts.files import Arithmetic
 from argosy.model.weights import DenseWeights, Vector
 
-Layer = tuple[Vector, _native.Mixer, Vector, _native.Ffn]  # norm, mixer, norm, feed-forward network
 
-
-def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[Layer]:
+def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[_native.Layer]:
     """Describe every layer of a model, using the memory of `weights`."""
+    vectors = weights.vectors
     return [
-        (
-            weights.vectors[f"layers.{i}.attn_norm"],
+        _native.Layer(
+            vectors[f"layers.{i}.attn_norm"],
             _MIXERS[layer.mixer](config, i, weights),
-            weights.vectors[f"layers.{i}.mlp_norm"],
+            vectors[f"layers.{i}.mlp_norm"],
             _routed_ffn(config, i, weights) if layer.is_moe else _dense_ffn(i, weights),
+            rotary=config.ropes.index(config.rope_of(i)),
+            mixer_post_norm=vectors.get(f"layers.{i}.attn_post_norm"),
+            ffn_post_norm=vectors.get(f"layers.{i}.mlp_post_norm"),
+            scale=float(vectors[f"layers.{i}.layer_scale"][0]) if config.has_layer_scale else 1.0,
         )
         for i, layer in enumerate(config.layers)
     ]
@@ -34,17 +37,23 @@ def describe_layers(config: ModelConfig, weights: DenseWeights) -> list[Layer]:
 
 def kv_shapes(config: ModelConfig) -> list[_native.KvShape]:
     """The data that each layer keeps per position."""
-    return [_KV_SHAPES[layer.mixer](config) for layer in config.layers]
+    return [_KV_SHAPES[layer.mixer](config, i) for i, layer in enumerate(config.layers)]
 
 
 def stack_sizes(config: ModelConfig) -> _native.StackSizes:
     """The dimensions of all layers, from which native code computes its working memory."""
-    sizes = _native.StackSizes(config.hidden_size, config.rope.rotary_dim // 2)
-    for layer in config.layers:
-        _ADD_MIXER_SIZES[layer.mixer](sizes, config)
+    sizes = _native.StackSizes(config.hidden_size, sum(rope.rotary_dim // 2 for rope in config.ropes))
+    if config.has_post_norms:
+        sizes.add_ffn_post_norm()
+    for i, layer in enumerate(config.layers):
+        _ADD_MIXER_SIZES[layer.mixer](sizes, config, i)
         if layer.is_moe:
             sizes.add_routed(
-                config.num_experts, config.experts_per_token, config.expert_width, config.shared_width
+                config.num_experts,
+                config.experts_per_token,
+                config.expert_width,
+                config.shared_width,
+                config.has_expert_norms,
             )
         else:
             sizes.add_dense(config.dense_width)
@@ -73,16 +82,16 @@ def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
 
 def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.Mixer:
     """Grouped-query attention (arXiv:2305.13245)."""
-    name = f"layers.{layer}."
-    query, key, value, output = (weights.matrices[name + part] for part in "qkvo")
+    name, head_dim = f"layers.{layer}.", config.head_dim_of(layer)
+    query, key, output = (weights.matrices[name + part] for part in "qko")
     return _native.grouped_query_attention(
         query,
         key,
-        value,
+        None if config.layers[layer].keys_are_values else weights.matrices[name + "v"],
         output,
         num_heads=config.num_heads,
         window=config.layers[layer].sliding_window,
-        scale=config.attention_scale or config.head_dim**-0.5,
+        scale=config.attention_scale or head_dim**-0.5,
         query_bias=weights.vectors.get(name + "q_bias"),
         key_bias=weights.vectors.get(name + "k_bias"),
         value_bias=weights.vectors.get(name + "v_bias"),
@@ -93,6 +102,8 @@ def _attention(config: ModelConfig, layer: int, weights: DenseWeights) -> _nativ
         limit=config.qkv_limit,
         sinks=weights.vectors.get(name + "sinks"),
         has_gate=config.has_output_gate,
+        value_norm=np.ones(head_dim, np.float32) if config.has_value_norm else None,
+        is_causal=config.layers[layer].is_causal,
     )
 
 
@@ -168,18 +179,22 @@ def _latent_dim(config: ModelConfig) -> int:
     return config.latent.kv_rank + config.latent.rope_dim
 
 
-_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig], _native.KvShape]] = {
-    "attention": lambda config: _native.KvShape.keys_values(config.num_kv_heads, config.head_dim),
-    "delta": lambda config: _native.KvShape.none(),
-    "latent": lambda config: _native.KvShape.latent(_latent_dim(config)),
+_KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig, int], _native.KvShape]] = {
+    "attention": lambda config, layer: _native.KvShape.keys_values(
+        config.kv_heads_of(layer), config.head_dim_of(layer)
+    ),
+    "delta": lambda config, layer: _native.KvShape.none(),
+    "latent": lambda config, layer: _native.KvShape.latent(_latent_dim(config)),
 }
 
 
-def _add_attention_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
-    sizes.add_attention(config.num_heads, config.num_kv_heads, config.head_dim, config.has_output_gate)
+def _add_attention_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
+    sizes.add_attention(
+        config.num_heads, config.kv_heads_of(layer), config.head_dim_of(layer), config.has_output_gate
+    )
 
 
-def _add_latent_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
+def _add_latent_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
     latent = config.latent
     assert latent is not None
     sizes.add_latent_attention(
@@ -192,12 +207,12 @@ def _add_latent_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
     )
 
 
-def _add_delta_sizes(sizes: _native.StackSizes, config: ModelConfig) -> None:
+def _add_delta_sizes(sizes: _native.StackSizes, config: ModelConfig, layer: int) -> None:
     assert config.delta is not None
     sizes.add_delta_net(config.delta.sizes)
 
 
-_ADD_MIXER_SIZES: Mapping[MixerKind, Callable[[_native.StackSizes, ModelConfig], None]] = {
+_ADD_MIXER_SIZES: Mapping[MixerKind, Callable[[_native.StackSizes, ModelConfig, int], None]] = {
     "attention": _add_attention_sizes,
     "delta": _add_delta_sizes,
     "latent": _add_latent_sizes,
@@ -219,6 +234,9 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
             weights.matrices[name + "shared_up"],
             weights.matrices[name + "shared_down"],
         )
+    router_norm = None
+    if config.router.has_norm:
+        router_norm = weights.vectors[name + "router_norm"] * np.float32(config.hidden_size**-0.5)
     return _native.routed_ffn(
         weights.matrices[name + "router"],
         routing(config, layer, weights),
@@ -226,6 +244,10 @@ def _routed_ffn(config: ModelConfig, layer: int, weights: DenseWeights) -> _nati
         width=config.expert_width,
         shared=shared,
         shared_score=weights.matrices[name + "shared_score"] if config.shared_is_gated else None,
+        router_norm=router_norm,
+        norm=weights.vectors.get(name + "expert_norm"),
+        post_norm=weights.vectors.get(name + "expert_post_norm"),
+        shared_post_norm=weights.vectors.get(name + "shared_post_norm"),
     )
 
 
@@ -242,4 +264,5 @@ def routing(config: ModelConfig, layer: int, weights: DenseWeights) -> _native.R
         renormalize=router.renormalize,
         renormalize_eps=router.renormalize_eps,
         scale=router.scale,
+        expert_scale=weights.vectors.get(f"layers.{layer}.expert_scale"),
     )

@@ -1,7 +1,7 @@
 """Rotary position embedding: how far dimensions rotate per position (RoFormer, arXiv:2104.09864).
 
-Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071) and
-llama3 (its config's own formula). The dynamic kind changes nothing within the trained context. Beyond it, the
+Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071),
+llama3 (its config's own formula) and proportional (linear, but only the first pairs turn at all). The dynamic kind changes nothing within the trained context. Beyond it, the
 angles of earlier tokens would depend on the length of the sequence so far, so different chunk sizes would give
 different tokens: a dynamic model's context ends there (see its family file).
 """
@@ -38,6 +38,9 @@ def inverse_frequency(config: RopeConfig) -> NDArray[np.float64]:
             return plain
         case "linear":
             return plain / config.factor
+        case "proportional":
+            turns = np.arange(dim // 2) < (dim // 2 if config.turning_pairs is None else config.turning_pairs)
+            return np.where(turns, plain / config.factor, 0.0)
         case "yarn":
             return _yarn(config, plain)
         case "llama3":

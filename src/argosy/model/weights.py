@@ -29,8 +29,8 @@ _MOST_IN_FLIGHT = 256
 
 
 def is_vector(name: str) -> bool:
-    """Whether it is a norm, bias or sink, or a delta net's convolution or rate; all others are matrices of products."""
-    return name.endswith(("norm", "_bias", "sinks", "delta_conv", "delta_rate"))
+    """Whether it is a norm, bias, factor or sink, or a delta net's convolution or rate; all others are matrices."""
+    return name.endswith(("norm", "_bias", "_scale", "sinks", "delta_conv", "delta_rate"))
 
 
 @dataclass(frozen=True, slots=True)
