@@ -7,6 +7,7 @@ writes the margins into the reference's metadata.
 from __future__ import annotations
 
 from tests.models.configuration import Configuration, yarn
+from tests.models.configurations_gemma import GEMMA
 from tests.models.configurations_latent import LATENT
 from tests.models.configurations_wrappers import WRAPPED
 from tests.models.tiny import (
@@ -435,4 +436,5 @@ CONFIGURATIONS = (
     ),
     *LATENT,
     *WRAPPED,
+    *GEMMA,
 )

@@ -31,6 +31,7 @@ import transformers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, write_safetensors
 from tests.models.tiny import NEW_TOKENS, RawConfig, prompt_ids, text_of, write_model
+from tests.models.tiny_gemma import FAMILY as GEMMA
 from tests.models.tiny_wrappers import TEXT_FAMILIES
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -67,7 +68,7 @@ def load(directory: Path) -> transformers.PreTrainedModel:
         how["config"] = transformers.DeepseekV3Config(**text | {"model_type": "deepseek_v3"})
         how["key_mapping"] = {r"^language_model\.": ""}
     cls = transformers.AutoModelForCausalLM
-    if family in TEXT_FAMILIES:  # the whole model: there is no class for the text part alone
+    if family in (*TEXT_FAMILIES, GEMMA):  # the whole model: there is no class for the text part alone
         cls = transformers.AutoModelForImageTextToText
     if family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
@@ -83,7 +84,11 @@ def load(directory: Path) -> transformers.PreTrainedModel:
     mtp = [f"model.layers.{num_layers + i}." for i in range(text.get("num_nextn_predict_layers", 0))]
     unread = (*mtp, "vision_tower.", "mm_projector.", "talker.", "code2wav.")
     info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not name.startswith(unread)]
-    unneeded = ("model.visual.", "model.audio_tower.")  # the files hold only some of their tensors
+    unneeded = (
+        "model.visual.",
+        "model.audio_tower.",
+        "model.vision_tower.",
+    )  # the files hold only some of their tensors
     info["missing_keys"] = [name for name in info["missing_keys"] if not name.startswith(unneeded)]
     problems = {kind: names for kind, names in info.items() if names}
     if problems:
@@ -103,7 +108,7 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
     handles = [
         module.register_forward_hook(lambda m, inputs, out: margins.append(routing_margin(m, inputs, out[0])))
         for module in model.modules()
-        if type(module).__name__.lower().endswith("topkrouter")
+        if type(module).__name__.lower().endswith(("topkrouter", "textrouter"))
     ]
     ids = torch.tensor([token_ids])
     logits = model(input_ids=ids).logits[0].float().numpy()
@@ -124,6 +129,8 @@ def answer(model: transformers.PreTrainedModel, token_ids: list[int], num_tokens
 
 def routing_margin(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> float:
     """Return the smallest relative distance between the last chosen and the first rejected expert or group."""
+    if hasattr(router, "per_expert_scale"):  # Gemma-4's gives probabilities
+        return margin_behind(logits, router.config.top_k_experts)
     bias = inputs[1] if len(inputs) > 1 else getattr(router, "e_score_correction_bias", None)
     scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
     num_groups, kept = getattr(router, "num_group", None) or 1, getattr(router, "topk_group", None) or 1

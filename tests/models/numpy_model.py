@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
 from tests.models.numpy_delta import delta_net
 from tests.models.safetensors_file import Array, read_checkpoint
 from tests.models.tiny import CHOICE_BIASES, RawConfig, expert_names, head_dim, text_of
@@ -31,6 +31,9 @@ AXES = {
     "qwen3_5_moe_text": (True, [11, 11, 10]),
     "glm4v_moe_text": (False, [8, 12, 12]),
 }
+
+
+TEXT_TYPES = tiny_wrappers.TEXT_TYPES | {"gemma4_text": tiny_gemma.FAMILY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +77,16 @@ class NumpyModel:
     """
 
     is_delta = False  # some layers have a gated delta net, and norms are zero-centred
+    is_gemma = False
 
     def __init__(self, directory: Path) -> None:
         raw: RawConfig = json.loads((directory / "config.json").read_text())
         self.config = text_of(raw)
         self.family = family = self.config["model_type"]
         self.axes = AXES.get(family.removesuffix("_text") + "_text")
-        self.config = self.config | {"model_type": tiny_wrappers.TEXT_TYPES.get(family, family)}
+        self.config = self.config | {"model_type": TEXT_TYPES.get(family, family)}
         self.is_delta = self.config["model_type"] in tiny_delta.FAMILIES
+        self.is_gemma = self.config["model_type"] == tiny_gemma.FAMILY
         self.kinds = tiny_delta.layer_kinds(self.config) if self.is_delta else []
         is_wrapped = self.config.keys() != raw.keys()
         names = (
@@ -105,26 +110,40 @@ class NumpyModel:
         """Return logits, float64 [tokens, vocab]. Without `spans`, the tokens are text."""
         self.router_margin, self.hidden_states = math.inf, []
         spans = Spans() if spans is None else spans
-        places = self.places(len(token_ids), spans)
+        places = [
+            self.places(len(token_ids), spans, layer) for layer in range(self.config["num_hidden_layers"])
+        ]
         hidden = self.tensors["model.embed_tokens.weight"][token_ids]
+        if self.is_gemma:
+            hidden = hidden * math.sqrt(hidden.shape[1])
         if spans.embeddings is not None:
             rows, vectors = spans.embeddings
             hidden[rows] = vectors
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}."
             normed = self.norm(prefix + "input_layernorm", hidden)
-            if self.is_delta and self.kinds[layer] == "linear_attention":
-                hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+            if self.is_gemma:
+                mixed = self.attention(layer, normed, places[layer])
+                hidden = hidden + self.norm(prefix + "post_attention_layernorm", mixed)
+                added = self.gemma_feed_forward(prefix, hidden)
+                hidden = hidden + self.norm(prefix + "post_feedforward_layernorm", added)
+                hidden = hidden * self.tensors[prefix + "layer_scalar"]
             else:
-                hidden = hidden + self.attention(layer, normed, places)
-            hidden = hidden + self.feed_forward(layer, self.norm(prefix + "post_attention_layernorm", hidden))
+                if self.is_delta and self.kinds[layer] == "linear_attention":
+                    hidden = hidden + delta_net(self.config, self.tensors, prefix + "linear_attn.", normed)
+                else:
+                    hidden = hidden + self.attention(layer, normed, places[layer])
+                normed = self.norm(prefix + "post_attention_layernorm", hidden)
+                hidden = hidden + self.feed_forward(layer, normed)
             if layer in spans.additions:
                 rows, vectors = spans.additions[layer]
                 hidden[rows] += vectors
             self.hidden_states.append(hidden)
         is_tied = self.config.get("tie_word_embeddings", False)
         head = self.tensors["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
-        return self.norm("model.norm", hidden) @ head.T
+        logits: Array = self.norm("model.norm", hidden) @ head.T
+        cap = self.config.get("final_logit_softcapping")
+        return cap * np.tanh(logits / cap) if cap else logits
 
     def greedy(self, token_ids: list[int], num_tokens: int) -> list[int]:
         """Return the continuation that always takes the best token."""
@@ -133,9 +152,15 @@ class NumpyModel:
             known.append(int(self.logits(known)[-1].argmax()))
         return known[len(token_ids) :]
 
-    def places(self, num_tokens: int, spans: Spans) -> Places:
-        frequency, scale = rope_frequencies(self.config)
+    def places(self, num_tokens: int, spans: Spans, layer: int) -> Places:
         index = np.arange(num_tokens)
+        if self.is_gemma:
+            kind, (_, dim) = tiny_gemma.layer_kinds(self.config)[layer], tiny_gemma.heads(self.config, layer)
+            frequency, scale = gemma_frequencies(self.config["rope_parameters"][kind], dim), 1.0
+            if kind == "full_attention":  # stays causal within media
+                spans = replace(spans, sees_until=None)
+        else:
+            frequency, scale = rope_frequencies(self.config)
         positions = index[None] if spans.angles is None else np.asarray(spans.angles, np.float64)
         axis = np.zeros(len(frequency), int) if len(positions) == 1 else self.axis_of_pairs(len(frequency))
         sees_until = index + 1 if spans.sees_until is None else np.asarray(spans.sees_until)
@@ -155,10 +180,11 @@ class NumpyModel:
         return axis
 
     def norm(self, name: str, x: Array, eps: float | None = None) -> Array:
+        """Return x after an RMSNorm with the weight of this name; an empty name stands for no weight."""
         mean_square = (x * x).mean(axis=-1, keepdims=True)
         eps = self.config["rms_norm_eps"] if eps is None else eps
         # Norms are zero-centred in delta families.
-        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0)
+        weight = self.tensors[name + ".weight"] + (1 if self.is_delta else 0) if name else 1
         return weight * x / np.sqrt(mean_square + eps)
 
     def linear(self, name: str, x: Array) -> Array:
@@ -169,8 +195,11 @@ class NumpyModel:
         if "kv_lora_rank" in self.config:
             return self.latent_attention(f"model.layers.{layer}.self_attn.", x, places)
         prefix, dim = f"model.layers.{layer}.self_attn.", head_dim(self.config)
+        if self.is_gemma:
+            dim = tiny_gemma.heads(self.config, layer)[1]
         num_tokens = len(x)
-        q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in "qkv")
+        names = "qkv" if prefix + "v_proj.weight" in self.tensors else "qkk"
+        q, k, v = (self.linear(f"{prefix}{name}_proj", x) for name in names)
         if is_flat := self.config["model_type"] in ("olmoe", "minimax_m2"):
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
         if limit := self.config.get("clip_qkv"):
@@ -180,13 +209,16 @@ class NumpyModel:
             q, output_gate = q[:, 0::2], q[:, 1::2]
         if prefix + "q_norm.weight" in self.tensors and not is_flat:
             q, k = self.norm(prefix + "q_norm", q), self.norm(prefix + "k_norm", k)
+        if self.is_gemma:
+            v = self.norm("", v)
         q, k = rotate(q, places), rotate(k, places)
 
         heads_per_kv_head = q.shape[1] // k.shape[1]
         is_seen = places.is_seen(self.windows[layer])
         out = np.empty_like(q)
         for head in range(q.shape[1]):
-            scores = q[:, head] @ k[:, head // heads_per_kv_head].T / math.sqrt(dim)
+            scores = q[:, head] @ k[:, head // heads_per_kv_head].T
+            scores = scores if self.is_gemma else scores / math.sqrt(dim)
             scores = np.where(is_seen, scores, -np.inf)
             if prefix + "sinks" in self.tensors:
                 sink = np.full((num_tokens, 1), self.tensors[prefix + "sinks"][head])
@@ -281,6 +313,30 @@ class NumpyModel:
             out += self.swiglu(block + "shared_experts.", x)
         return out
 
+    def gemma_feed_forward(self, prefix: str, hidden: Array) -> Array:
+        """Run the dense network and the experts beside each other; each has its own norms, and so has the router."""
+        k = self.config["top_k_experts"]
+        gate, up, down = (self.tensors[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        x = self.norm(prefix + "pre_feedforward_layernorm", hidden)
+        dense = (gelu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        router_in = self.norm("", hidden) * self.tensors[prefix + "router.scale"] / math.sqrt(hidden.shape[1])
+        scores = softmax(router_in @ self.tensors[prefix + "router.proj.weight"].T)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        self.note_margin(np.take_along_axis(scores, order, axis=1), k)
+        x = self.norm(prefix + "pre_feedforward_layernorm_2", hidden)
+        routed = np.zeros_like(x)
+        for token, chosen in enumerate(order[:, :k]):
+            weights = scores[token, chosen] / scores[token, chosen].sum()
+            weights = weights * self.tensors[prefix + "router.per_expert_scale"][chosen]
+            for expert, weight in zip(chosen, weights, strict=True):
+                gate, up = np.split(self.tensors[prefix + "experts.gate_up_proj"][expert], 2)
+                inner = gelu(gate @ x[token]) * (up @ x[token])
+                routed[token] += weight * (self.tensors[prefix + "experts.down_proj"][expert] @ inner)
+        return self.norm(prefix + "post_feedforward_layernorm_1", dense) + self.norm(
+            prefix + "post_feedforward_layernorm_2", routed
+        )
+
     def router(self, block: str, x: Array) -> tuple[Array, Array]:
         """Return the scores that weight experts, and those that choose them: minus infinity outside the best groups."""
         logits = x @ self.tensors[block + "gate.weight"].T
@@ -346,6 +402,8 @@ def sliding_windows(config: RawConfig) -> list[int]:
         return [0] * num_layers
     if config["model_type"] == "mixtral":
         return [window] * num_layers
+    if config["model_type"] == tiny_gemma.FAMILY:
+        return [window if kind == "sliding_attention" else 0 for kind in tiny_gemma.layer_kinds(config)]
     if config["model_type"] == "gpt_oss":
         kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * num_layers
         return [window if kind == "sliding_attention" else 0 for kind in kinds[:num_layers]]
@@ -385,6 +443,13 @@ def rope_frequencies(config: RawConfig) -> tuple[Array, float]:
     # Dynamic scaling changes nothing up to max_position_embeddings, and no test exceeds it.
     assert kind in ("default", "dynamic"), kind
     return frequency, 1.0
+
+
+def gemma_frequencies(rope: RawConfig, dim: int) -> Array:
+    """Return the angle per position of each pair of a whole head; if proportional, the last ones stand still."""
+    frequency: Array = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim) / rope.get("factor", 1.0)
+    frequency[int(rope.get("partial_rotary_factor", 1.0) * dim / 2) :] = 0
+    return frequency
 
 
 def yarn_frequencies(rope: RawConfig, frequency: Array, theta: float, original: int) -> tuple[Array, float]:
@@ -428,6 +493,10 @@ def rotate_pairs(x: Array, places: Places) -> Array:
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def gelu(x: Array) -> Array:
+    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def sigmoid(x: Array) -> Array:

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.models import tiny_delta, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.numpy_model import NumpyModel
 from tests.models.references import DIRECTORY, REFERENCES, Reference, difference
@@ -69,6 +69,7 @@ def test_the_references_cover_every_flag() -> None:
         "minimax_m2",
         *tiny_delta.FAMILIES,
         *tiny_wrappers.TEXT_FAMILIES,
+        tiny_gemma.FAMILY,
     }
     assert families["qwen3_next"] >= 4
     assert families["qwen3_5_moe"] + families["qwen3_5_moe_text"] >= 4

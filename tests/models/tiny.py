@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models import tiny_delta, tiny_latent, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_latent, tiny_wrappers
 from tests.models.safetensors_file import Array, decode, encode, write_checkpoint
 
 RawConfig = dict[str, Any]
@@ -362,6 +362,8 @@ def tensor_shapes(config: RawConfig) -> dict[str, tuple[int, ...]]:
         return tiny_delta.delta_tensor_shapes(config, moe_layers(config), is_fused=is_fused)
     if config["model_type"] in tiny_latent.LATENT_FAMILIES:
         return tiny_latent.latent_shapes(config)
+    if config["model_type"] == tiny_gemma.FAMILY:
+        return tiny_gemma.gemma4_shapes(config)
     if config["model_type"] in tiny_wrappers.TEXT_FAMILIES:
         text = text_of(config) | {"model_type": tiny_wrappers.TEXT_FAMILIES[config["model_type"]]}
         text = {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | text
@@ -467,6 +469,10 @@ def random_tensors(config: RawConfig, seed: int, dtype: str) -> dict[str, Array]
             values = (0 if is_zero_centred else 1) + 0.2 * noise
         elif name.endswith("A_log"):
             values = noise
+        elif name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+            values = 1 + 0.2 * noise
+        elif name.endswith("router.proj.weight"):  # its input has the length one
+            values = 1.5 * noise
         elif name.endswith("e_score_correction_bias"):
             values = 0.1 * noise
         elif name.endswith((".bias", "_bias")):

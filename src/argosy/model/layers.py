@@ -1,7 +1,7 @@
 """Describe a checkpoint's layers to the native stack that runs them: the matrices, norms and sizes of each layer.
 
-A layer is a mixer, which lets positions see each other, and a feed-forward network, each between its own norms. A family
-with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
+A layer is a mixer, which lets positions see each other, and a feed-forward network, each with norms of its own. A
+family with another kind of mixer or network adds a function here and its counterpart in native/ops/stack.h.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Rotary position embedding: how far dimensions rotate per position (RoFormer, arXiv:2104.09864).
 
-Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071),
-llama3 (its config's own formula) and proportional (linear, but only the first pairs turn at all). The dynamic kind changes nothing within the trained context. Beyond it, the
-angles of earlier tokens would depend on the length of the sequence so far, so different chunk sizes would give
-different tokens: a dynamic model's context ends there (see its family file).
+Checkpoints may ask for these kinds of frequency scaling: linear (arXiv:2306.15595), yarn (arXiv:2309.00071), llama3
+(its config's own formula) and proportional (linear, but only the first pairs of a head turn at all). The dynamic kind
+changes nothing within the trained context. Beyond it, the angles of earlier tokens would depend on the length of the
+sequence so far, so different chunk sizes would give different tokens: a dynamic model's context ends there (see its
+family file).
 """
 
 from __future__ import annotations

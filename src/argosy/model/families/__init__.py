@@ -3,7 +3,7 @@
     path  ->  open_model  ->  ModelFiles     a pack, safetensors with config.json, or a GGUF file
 
 A new family needs a file with `MODEL_TYPE`, `LAYOUTS`, `parse_config`, `GGUF_ARCHITECTURE` and `open_gguf`, a test, and
-one line in `FAMILIES`.
+one line in `FAMILIES`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is None, and there is no `open_gguf`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import (
     deepseek_v2,
     deepseek_v3,
+    gemma4,
     glm4_moe,
     glm4_moe_lite,
     glm4v_moe,
@@ -57,7 +58,7 @@ class Family(Protocol):
     MODEL_TYPE: str
     LAYOUTS: tuple[Layout, ...]
 
-    GGUF_ARCHITECTURE: str
+    GGUF_ARCHITECTURE: str | None
 
     def parse_config(self, raw: Mapping[str, object]) -> ModelConfig: ...
 
@@ -85,6 +86,7 @@ FAMILIES: Mapping[str, Family] = {
         qwen3_vl_moe,
         qwen3_omni_moe,
         glm4v_moe,
+        gemma4,
     )
 }
 
@@ -169,7 +171,11 @@ def _open_gguf(path: Path) -> ModelFiles:
         )
     architecture = file.text("general.architecture")
     # Families that share an architecture share its reader.
-    families = {family.GGUF_ARCHITECTURE: family for family in FAMILIES.values()}
+    families = {
+        family.GGUF_ARCHITECTURE: family
+        for family in FAMILIES.values()
+        if family.GGUF_ARCHITECTURE is not None
+    }
     if architecture not in families:
         raise UnsupportedModel(
             f"{path.name} has architecture '{quote(architecture)}'; supported: {', '.join(families)}",

@@ -130,6 +130,11 @@ class ConfigReader:
             raise self._unsupported(name, value, ", ".join(supported))
         return value
 
+    def optional_one_of(self, name: str, supported: tuple[str, ...]) -> str | None:
+        """The same, or None if it is null or absent."""
+        self._asked.add(name)
+        return None if self._raw.get(name) is None else self.one_of(name, supported[0], supported)
+
     def integers(self, name: str, *, least: int, most: int) -> tuple[int, ...]:
         """A list of whole numbers; empty if it is null or absent."""
         value = self._raw.get(name)
@@ -178,6 +183,21 @@ class ConfigReader:
         reader = ConfigReader(inner, self._family, self._path, within=name)
         reader.one_of("model_type", model_types[0], model_types)
         return reader
+
+    def numbered(self, name: str, end: int) -> list[tuple[int, ConfigReader]] | None:
+        """The configs under numbers from 0 to end - 1, each with its own `finish()`; None if null or absent."""
+        configs = self.mapping(name)
+        if configs is None:
+            return None
+        found = []
+        for key, inner in configs.items():
+            if not key.isdecimal() or len(key) > 9 or int(key) >= end:
+                raise self._wrong(name, key, f"a number from 0 to {end - 1} as a key")
+            if not isinstance(inner, dict):
+                raise self._wrong(name, inner, "an object under each number")
+            reader = ConfigReader(inner, self._family, self._path, within=f"{name}.{key}")
+            found.append((int(key), reader))
+        return found
 
     def texts(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, or None if it is null or absent."""

@@ -2,6 +2,7 @@
 
     rope_theta + rope_scaling {"type" or "rope_type": ...}     hub files of 2023 to 2025
     rope_parameters {"rope_theta": ..., "rope_type": ...}      written by transformers 5
+    rope_parameters {"full_attention": {...}, ...}             one for each kind of layer: `read_ropes_of_layers`
 
 Kinds, their fields and their defaults are those of `modeling_rope_utils.py` in transformers 5.24. A field that the
 kind does not use is refused by name, because it was set for a reason.
@@ -11,16 +12,17 @@ Elsewhere: `model/rope.py` computes the angles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number
 
-Kind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"]
+_KINDS_OF_MODELS: tuple[Kind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+_KINDS_OF_LAYERS: tuple[Kind, ...] = ("default", "proportional")
 
 _SECTIONS = "mrope_section"
 _IS_MIXED = ("mrope_interleaved", "interleaved")  # two names of one flag
@@ -34,6 +36,7 @@ _FIELDS: dict[Kind, set[str]] = {
         "mscale_all_dim", "truncate",
     },
     "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "proportional": {"factor"},
 }  # fmt: skip
 
 
@@ -89,7 +92,7 @@ def read_rope(
     """
     parameters, name = _one_mapping(reader)
     fields = _Fields(parameters, name)
-    kind = _kind(fields)
+    kind = _kind(fields, _KINDS_OF_MODELS)
     fields.refuse_unknown(kind, frozenset() if axes is None else frozenset({_SECTIONS, *_IS_MIXED}))
     if head_dim % 2:
         raise CheckpointError(
@@ -144,6 +147,66 @@ def read_rope(
             f"config.json gives rope_theta {theta}, expected more than 1 for yarn", key="rope_theta"
         )
     return rope
+
+
+def read_ropes_of_layers(
+    reader: ConfigReader, head_dims: Mapping[str, int], defaults: Mapping[str, Mapping[str, object]]
+) -> dict[str, RopeConfig]:
+    """The rotary embedding of each kind of layer, where `rope_parameters` has one for each kind.
+
+    With kind "proportional", frequencies are those of a whole head, and only the first `partial_rotary_factor` of the
+    pairs turn (transformers 5.24, `_compute_proportional_rope_parameters`).
+
+    Args:
+        head_dims: dimensions of a head of each kind of layer that the model has.
+        defaults: every kind of layer that `rope_parameters` may have, with its value where that is absent.
+
+    Raises:
+        UnsupportedModel: a kind or field is not supported; the error names it.
+        CheckpointError: a kind of layer, or a field, is missing or malformed.
+    """
+    given = reader.mapping("rope_parameters")
+    parameters: Mapping[str, object] = defaults if given is None else given
+    for kind_of_layer in parameters:
+        if kind_of_layer not in defaults:
+            raise UnsupportedModel(
+                f"config.json: rope_parameters sets {quote(kind_of_layer)}; supported: {', '.join(defaults)}",
+                key=kind_of_layer,
+                supported=list(defaults),
+            )
+    return {kind: _rope_of_layers(parameters.get(kind), kind, dim) for kind, dim in head_dims.items()}
+
+
+def _rope_of_layers(values: object, kind_of_layer: str, head_dim: int) -> RopeConfig:
+    name = f"rope_parameters.{kind_of_layer}"
+    if not isinstance(values, Mapping):
+        raise CheckpointError(
+            f"config.json: {name} is {quote(values)}, expected an object", key="rope_parameters"
+        )
+    fields = _Fields(dict(values), name)
+    kind = _kind(fields, _KINDS_OF_LAYERS)
+    fields.refuse_unknown(kind, frozenset())
+    if head_dim % 2:
+        raise CheckpointError(
+            f"config.json gives heads of {head_dim} dimensions, but rotary embedding needs an even number"
+        )
+    share = fields.number("partial_rotary_factor", 1.0)
+    if kind == "default" and share != 1.0:
+        raise fields.unsupported("partial_rotary_factor", "1.0 for kind 'default'")
+    turning_pairs = int(share * head_dim // 2) if share <= 1 else 0
+    if turning_pairs == 0:
+        raise CheckpointError(
+            f"config.json: {name} gives partial_rotary_factor {share} of {head_dim} dimensions, expected at least one "
+            "pair and at most all of them",
+            key="partial_rotary_factor",
+        )
+    return RopeConfig(
+        theta=fields.number("rope_theta", None),
+        rotary_dim=head_dim,
+        kind=kind,
+        factor=fields.number("factor", 1.0),
+        turning_pairs=turning_pairs if kind == "proportional" else None,
+    )
 
 
 def _read_axes(fields: _Fields, axes: Axes, num_pairs: int) -> tuple[int, ...]:
@@ -202,7 +265,7 @@ def _one_mapping(reader: ConfigReader) -> tuple[dict[str, object], str]:
     return parameters or {}, "rope_parameters"
 
 
-def _kind(fields: _Fields) -> Kind:
+def _kind(fields: _Fields, supported: tuple[Kind, ...]) -> Kind:
     given = [name for name in ("rope_type", "type") if name in fields.values]
     if len(given) == 2 and fields.values["rope_type"] != fields.values["type"]:
         raise CheckpointError(
@@ -210,10 +273,11 @@ def _kind(fields: _Fields) -> Kind:
             f"and type {quote(fields.values['type'])}",
             key="rope_type",
         )
-    kind = fields.values[given[0]] if given else "default"
-    if kind not in KINDS:
-        raise fields.unsupported(given[0], ", ".join(KINDS))
-    return kind
+    value = fields.values[given[0]] if given else "default"
+    for kind in supported:
+        if value == kind:
+            return kind
+    raise fields.unsupported(given[0], ", ".join(supported))
 
 
 class _Fields:
