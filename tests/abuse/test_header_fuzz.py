@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError
 from argosy.model.families import FAMILIES
 from tests.models.tiny import mixtral, qwen2_moe, qwen3_moe
+from tests.models.tiny_gemma import gemma4
 
 sizes = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]))
 anything = st.recursive(
@@ -102,24 +104,40 @@ def test_any_config_file_is_read_or_gives_an_error(tmp_path: Path, content: byte
         str(error).encode()
 
 
+def in_gemma(text: dict[str, Any]) -> dict[str, Any]:
+    return gemma4() | {"text_config": text}
+
+
 @pytest.mark.parametrize(
-    "config", [mixtral(), qwen2_moe(), qwen3_moe()], ids=lambda config: config["model_type"]
+    ("config", "wrap"),
+    [(mixtral(), dict), (qwen2_moe(), dict), (qwen3_moe(), dict), (gemma4()["text_config"], in_gemma)],
+    ids=["mixtral", "qwen2_moe", "qwen3_moe", "gemma4"],
 )
-def test_any_value_under_any_config_key_is_valid_or_gives_an_error(config: dict[str, Any]) -> None:
-    family = FAMILIES[config["model_type"]]
+def test_any_value_under_any_config_key_is_valid_or_gives_an_error(
+    config: dict[str, Any], wrap: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    family = FAMILIES[wrap(config)["model_type"]]
     keys = [*config, "rope_scaling", "rope_parameters", "layer_types", "head_dim", "num_experts_per_token"]
+    keys.append("per_layer_config")
     fields = ["rope_type", "type", "factor", "rope_theta", "original_max_position_embeddings", "beta_fast"]
-    ropes = st.dictionaries(st.sampled_from(fields), anything | st.sampled_from(["yarn", "llama3", "linear"]))
+    kinds = ["yarn", "llama3", "linear", "proportional"]
+    ropes = st.dictionaries(st.sampled_from(fields), anything | st.sampled_from(kinds))
+    layers = st.dictionaries(
+        st.sampled_from(["full_attention", "sliding_attention", "1", "02", "9" * 5000]),
+        ropes | st.dictionaries(st.sampled_from(["head_dim", "num_key_value_heads"]), anything, max_size=2),
+        max_size=3,
+    )
 
     @quick
-    @given(key=st.sampled_from(keys), value=anything | ropes)
+    @given(key=st.sampled_from(keys), value=anything | ropes | layers)
     def check_value(key: str, value: object) -> None:
         try:
-            parsed = family.parse_config(config | {key: value})
+            parsed = family.parse_config(wrap(config | {key: value}))
         except ArgosyError as error:
             str(error).encode()
         else:
             assert 1 <= parsed.experts_per_token <= parsed.num_experts
-            assert parsed.num_heads % parsed.num_kv_heads == 0
+            for layer in range(parsed.num_layers):
+                assert parsed.num_heads % parsed.kv_heads_of(layer) == 0
 
     check_value()

@@ -37,6 +37,7 @@ from tests.models.tiny import (
     write_model,
 )
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
+from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
 
 NUM_NEW = 12
@@ -91,6 +92,9 @@ CONFIGS = {
         routed_scaling_factor=1.5,
     ),
     "olmoe": olmoe(max_position_embeddings=1024, clip_qkv=0.8, num_experts=9, num_experts_per_tok=3),
+    "gemma4": gemma4(  # heads and rotary embedding by layer, a dense network beside the experts, norms after blocks
+        max_position_embeddings=1024, hidden_size=72, num_experts=9, top_k_experts=3, vocab_size=112
+    ),
 }
 GPT_OSS = gpt_oss(  # sinks, alternating windows, expert biases
     max_position_embeddings=1024,
@@ -106,6 +110,7 @@ CASES = [
     *(("qwen3_moe", format) for format in ("bf16", "q8", "q4")),
     ("deepseek_v3", "q8"),
     ("qwen3_5_moe_text", "q8"),
+    ("gemma4", "q8"),
 ]
 CASES += [("gpt_oss", "source"), ("gpt_oss", "mxfp4")]
 CONFIGS["gpt_oss"] = GPT_OSS
@@ -146,7 +151,7 @@ class Case:
 
     @property
     def experts_per_token(self) -> int:
-        return int(self.config["num_experts_per_tok"])
+        return open_model(self.directory).config.experts_per_token
 
     def engine(self, **options: Any) -> Engine:
         settings = {"memory": "4GiB", "threads": 1, "instruction_set": self.instruction_set} | options

@@ -23,8 +23,8 @@ from tests.models.runnable import runnable
 NUM_NEW = 6
 SMALLEST_MARGIN = 1e-4  # relative; of routing decisions and of the best token
 DIRECTORIES = {reference.name: reference.directory for reference in REFERENCES}
-# Three axes with alternating pairs, three axes with sections, one axis, a recurrent state.
-MODELS = ("qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_moe_plain", "qwen3_5_moe_plain")
+# Three axes with alternating pairs, three axes with sections, one axis, a recurrent state, layers that stay causal.
+MODELS = ("qwen3_vl_moe_plain", "glm4v_moe_plain", "qwen3_moe_plain", "qwen3_5_moe_plain", "gemma4_plain")
 
 
 def prompt_of(media: MediaSequence, *, made: list[int] | None = None) -> Prompt:

@@ -19,7 +19,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.families.layout import Layout, read_layout
 from tests.checkpoint.raw_files import write_raw
-from tests.models import tiny_delta, tiny_wrappers
+from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.safetensors_file import Array, decode, read_checkpoint, write_checkpoint
 from tests.models.tiny import (
@@ -94,7 +94,7 @@ def is_another_part_s(name: str, config: RawConfig) -> bool:
 
 
 # Families that do not store one tensor per expert matrix have tests of their own.
-OTHERS = ("gpt_oss", *tiny_delta.FAMILIES, *tiny_wrappers.TEXT_FAMILIES)
+OTHERS = ("gpt_oss", tiny_gemma.FAMILY, *tiny_delta.FAMILIES, *tiny_wrappers.TEXT_FAMILIES)
 SEPARATE = [one for one in CONFIGURATIONS if one.config["model_type"] not in OTHERS]
 
 

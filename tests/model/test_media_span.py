@@ -39,7 +39,8 @@ MAX_TOKENS = NUM_BLOCKS * BLOCK_TOKENS
 STRETCH, SECTION = 64, 256
 
 DIRECTORIES = {reference.name: reference.directory for reference in REFERENCES}
-# Three axes with alternating pairs and in sections; latent attention; sinks and sliding windows; delta nets.
+# Three axes with alternating pairs and in sections; latent attention; sinks and sliding windows; delta nets; layers
+# that stay causal beside layers that see both ways.
 MODELS = (
     "qwen3_vl_moe_plain",
     "qwen3_vl_moe_bias_dense_layer_tied_sharded",
@@ -53,6 +54,8 @@ MODELS = (
     "mixtral_window_top1",
     "qwen3_5_moe_plain",
     "qwen3_next_every_second_f16",
+    "gemma4_plain",
+    "gemma4_respelt_untied_no_cap_f32",
 )
 
 

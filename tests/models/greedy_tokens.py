@@ -58,6 +58,8 @@ REFERENCES = (
     "deepseek_v2_respelt_f16_sharded",
     "deepseek_v3_multi_token_prediction",
     "deepseek_v3_respelt_tied_f32",
+    "gemma4_own_values_default_pattern_f16_sharded",
+    "gemma4_plain",
     "glm4_moe_groups_tied",
     "glm4_moe_lite_halves_yarn_tied",
     "glm4_moe_yarn_f32",

@@ -177,6 +177,11 @@ def _read_heads(
             num_kv_heads = shape.num_kv_heads
         heads = {kind: (num_kv_heads, head_dim) if kind == _FULL else plain for kind in kinds}
     else:
+        for key in ("global_head_dim", "num_global_key_value_heads"):
+            if text.has(key):
+                raise CheckpointError(
+                    f"config.json gives the heads of layers twice, in per_layer_config and in {key}", key=key
+                )
         of_layer = [plain] * len(kinds)
         for layer, one in given:
             num_kv_heads = one.integer("num_key_value_heads", default=shape.num_kv_heads)
