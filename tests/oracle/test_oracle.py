@@ -20,7 +20,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.model.families import open_model
 from argosy.model.rope import angle_scale, inverse_frequency
-from tests.models import tiny_delta
+from tests.models import tiny_delta, tiny_gemma
 from tests.models.configurations import CONFIGURATIONS, Configuration
 from tests.models.configurations_latent import LATENT
 from tests.models.make_models import answer, decoder_of, load, make, scaled
@@ -41,6 +41,7 @@ from tests.models.tiny import (
     qwen3_moe,
     write_model,
 )
+from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v2, deepseek_v3
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
@@ -170,6 +171,20 @@ LARGE = (
             sliding_window=13,
         ),
     ),
+    Configuration(
+        name="gemma4_large",
+        config=gemma4(
+            hidden_size=250,
+            intermediate_size=90,
+            moe_intermediate_size=70,
+            num_attention_heads=8,
+            head_dim=48,
+            global_head_dim=94,
+            num_experts=24,
+            top_k_experts=4,
+            sliding_window=13,
+        ),
+    ),
 )
 
 
@@ -215,11 +230,11 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
-# Models with latent attention or delta nets have modules with other names, and tests of their own.
+# Models with latent attention or delta nets, and Gemma-4, have modules with other names, and tests of their own.
 PLAIN = [
     c
     for c in (*CONFIGURATIONS, *RANDOM)
-    if c not in LATENT and c.config["model_type"] not in tiny_delta.FAMILIES
+    if c not in LATENT and c.config["model_type"] not in (*tiny_delta.FAMILIES, tiny_gemma.FAMILY)
 ]
 
 
@@ -341,6 +356,7 @@ ALL_CHOSEN = [
     minimax_m2(hidden_size=128, intermediate_size=96, num_experts_per_tok=6),
     gpt_oss(hidden_size=128, intermediate_size=96, num_experts_per_tok=5),
     deepseek_v3(hidden_size=128, moe_intermediate_size=96, num_experts_per_tok=8, n_group=1, topk_group=1),
+    gemma4(hidden_size=128, intermediate_size=96, moe_intermediate_size=96, top_k_experts=6),
 ]
 
 
