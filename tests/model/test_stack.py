@@ -29,6 +29,7 @@ from tests.models.runnable import runnable
 from tests.models.safetensors_file import read_safetensors
 from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
+from tests.models.tiny_gemma import gemma4
 
 MAX_TOKENS = 40
 
@@ -50,6 +51,7 @@ PACKED = {
     "qwen2_moe-q4": (qwen2_moe(mlp_only_layers=[1], num_hidden_layers=4), "q4"),
     "qwen3_next-q8": (qwen3_next(), "q8"),
     "gpt_oss-q8": (gpt_oss(hidden_size=72, intermediate_size=40, num_experts_per_tok=3), "q8"),
+    "gemma4-q8": (gemma4(hidden_size=72, num_experts=16, top_k_experts=4), "q8"),
     "qwen3_moe-q4": (qwen3_moe(num_experts=16, num_experts_per_tok=4, attention_bias=True), "q4"),
 }
 
@@ -246,8 +248,23 @@ def test_a_dispatch_groups_choices_by_expert_and_lists_experts_of_prompt_tokens_
             assert dispatch.assignments(expert) == np.flatnonzero(flat == expert).tolist()
 
 
-def test_look_ahead_returns_the_next_routers_choice_for_the_current_hidden_state(tmp_path: Path) -> None:
-    directory = write_model(tmp_path, qwen3_moe(num_experts=16, num_experts_per_tok=4), seed=3)
+# The router of Gemma-4 has its own norm.
+ROUTERS = {
+    "qwen3_moe": ("post_attention_layernorm.weight", "mlp.gate.weight", "model."),
+    "gemma4": ("router.scale", "router.proj.weight", "model.language_model."),
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [qwen3_moe(num_experts=16, num_experts_per_tok=4), gemma4(num_experts=16, top_k_experts=4)],
+    ids=lambda config: config["model_type"],
+)
+def test_look_ahead_returns_the_next_routers_choice_for_the_current_hidden_state(
+    config: Any, tmp_path: Path
+) -> None:
+    directory = write_model(tmp_path, config, seed=3)
+    norm_name, router_name, root = ROUTERS[config["model_type"]]
     tensors = read_safetensors(directory / "model.safetensors")
     with open_parts(directory, "smallest cache") as parts:
         config, asked = parts.config, 0
@@ -258,11 +275,11 @@ def test_look_ahead_returns_the_next_routers_choice_for_the_current_hidden_state
             if layer == config.moe_layers[-1]:
                 assert found == []
                 return
-            prefix = f"model.layers.{layer + 1}."
+            prefix = f"{root}layers.{layer + 1}."
             hidden = decoder._stack.hidden().astype(np.float64)
             norm = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + config.norm_eps)
-            normed = hidden / norm * tensors[prefix + "post_attention_layernorm.weight"]
-            scores = normed @ tensors[prefix + "mlp.gate.weight"].T.astype(np.float64)
+            normed = hidden / norm * tensors[prefix + norm_name]
+            scores = normed @ tensors[prefix + router_name].T.astype(np.float64)
             ranked = np.argsort(-scores, axis=1)[:, : config.experts_per_token]
             named: set[int] = set()
             for rank, experts in enumerate(found):

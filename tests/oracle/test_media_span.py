@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.gemma4 import modeling_gemma4
 
 from tests.model.media_span import MediaSequence, media_sequence
 from tests.models.make_models import decoder_of, load
@@ -131,3 +132,22 @@ def test_a_span_that_sees_both_ways_equals_a_mask_in_transformers(name: str) -> 
     assert_equal(model, logits, expected)
     one_way, _ = transformers_answer(of_transformers, media)
     assert difference(logits, one_way) > 100 * LARGEST_DIFFERENCE
+
+
+def test_gemma_s_full_layers_stay_causal_as_in_transformers() -> None:
+    model, media, _ = decided(GEMMA, kinds=("picture", "picture"), sees_both_ways=True, num_added_layers=0)
+    span_of_token = torch.full((1, media.num_tokens), -1)
+    for number, span in enumerate(media.spans):
+        span_of_token[0, span.start : span.stop] = number
+    of_transformers = load(DIRECTORIES[GEMMA])
+    masks = modeling_gemma4.create_masks_for_vision_model(
+        config=of_transformers.config.get_text_config(),
+        inputs_embeds=torch.zeros(1, media.num_tokens, 1),
+        attention_mask=None,
+        cache=None,
+        position_ids=None,
+        block_sequence_ids=span_of_token,
+    )
+    window = max(sliding_windows(model.config))
+    assert torch.equal(masks["sliding_attention"] == 0, mask(media, window) == 0)
+    assert torch.equal(masks["full_attention"] == 0, mask(media, 0, is_causal=True) == 0)
