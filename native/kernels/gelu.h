@@ -5,7 +5,7 @@
 //     of
 //            Mathematical Functions (1964), 7.1.26, whose error is at most 1.5e-7:
 //            1 - erf(z) = (a1 t + ... + a5 t^5) e^-z^2 with t = 1 / (1 + p z), for z >= 0
-//     tanh   0.5 x (1 + tanh u) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+//     tanh   gelu_tanh of swiglu.h
 //     quick  x sigmoid(1.702 x)
 //   silu   x sigmoid(x)
 #pragma once
@@ -19,14 +19,14 @@
 namespace argosy {
 namespace {
 
-constexpr float kRootOf2OverPi = 0.797884561f, kCubeOfTanh = 0.044715f, kQuick = 1.702f;
+constexpr float kQuick = 1.702f;
 
 #if !ARGOSY_VECTOR  // the reference
 
 inline float gelu_of(Gelu kind, float x) {
   if (kind == Gelu::erf) return 0.5f * x * (1.0f + erff(x * 0.707106781f));
   if (kind == Gelu::quick) return x * sigmoid(kQuick * x);
-  return 0.5f * x * (1.0f + tanhf(kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)));
+  return gelu_tanh(x);
 }
 
 void gelu(Gelu kind, int64_t n, float* x) {
@@ -59,20 +59,12 @@ inline Vec gelu_erf(Vec x) {
   return sub(max_or_second(zeros(), x), mul(mul(broadcast(0.5f), magnitude), beyond));
 }
 
-// x sigmoid(-minus_u)
-inline Vec gated(Vec x, Vec minus_u) { return div(x, add(broadcast(1.0f), exp(minus_u))); }
-
-inline Vec gelu_tanh(Vec x) {
-  const Vec scaled = mul(x, broadcast(-2.0f * kRootOf2OverPi));
-  return gated(x, fma(mul(mul(scaled, broadcast(kCubeOfTanh)), x), x, scaled));
-}
-
 void gelu(Gelu kind, int64_t n, float* x) {
   switch (kind) {
     case Gelu::erf:
       return replace_each(n, x, gelu_erf);
     case Gelu::tanh:
-      return replace_each(n, x, gelu_tanh);
+      return replace_each(n, x, [](Vec some) { return gelu_tanh(some); });
     case Gelu::quick:
       return replace_each(n, x, [](Vec some) { return gated(some, mul(some, broadcast(-kQuick))); });
   }

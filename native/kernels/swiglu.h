@@ -5,13 +5,12 @@
 //
 // The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
 //
-// gelu is computed as x / (1 + e^(-2 y)), which equals x / 2 * (1 + tanh(y)) and keeps the digits of small
-// results.
+// gelu_tanh(x) = 0.5 x (1 + tanh u) is computed as x sigmoid(2 u), which keeps the digits of small results;
+// u = sqrt(2 / pi) (x + 0.044715 x^3).
 //
 //   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
-//   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap))): its error is a
-//   few
-//                  units in the last place of cap
+//   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap)));
+//                  its error is a few units in the last place of cap
 #pragma once
 
 #include <math.h>
@@ -22,17 +21,17 @@
 namespace argosy {
 namespace {
 
-// gelu(x) = x / (1 + e^(x * (kGeluLinear + kGeluCubic x^2))): -2 sqrt(2 / pi), and that times 0.044715.
-constexpr float kGeluLinear = -1.5957691216f, kGeluCubic = -0.0713548163f;
+constexpr float kRootOf2OverPi = 0.797884561f, kCubeOfTanh = 0.044715f;
 
 #if !ARGOSY_VECTOR  // the reference
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)); }
+
 inline float activated(const Activation& activation, float gate, float up) {
   if (activation.kind == Activation::Kind::silu) return gate / (1.0f + expf(-gate)) * up;
-  if (activation.kind == Activation::Kind::gelu_tanh)
-    return gate / (1.0f + expf(gate * (kGeluLinear + kGeluCubic * gate * gate))) * up;
+  if (activation.kind == Activation::Kind::gelu_tanh) return gelu_tanh(gate) * up;
   const float limit = activation.limit;
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
@@ -62,6 +61,14 @@ void soft_cap(float cap, int64_t n, float* x) {
 
 inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exp(sub(zeros(), x)))); }
 
+// x sigmoid(-minus_u)
+inline Vec gated(Vec x, Vec minus_u) { return div(x, add(broadcast(1.0f), exp(minus_u))); }
+
+inline Vec gelu_tanh(Vec x) {
+  const Vec scaled = mul(x, broadcast(-2.0f * kRootOf2OverPi));
+  return gated(x, fma(mul(mul(scaled, broadcast(kCubeOfTanh)), x), x, scaled));
+}
+
 struct SiluActivation {
   Vec operator()(Vec gate, Vec up) const { return mul(silu(gate), up); }
 };
@@ -79,10 +86,7 @@ struct ClampedActivation {
 };
 
 struct GeluTanhActivation {
-  Vec operator()(Vec gate, Vec up) const {
-    const Vec slope = fma(broadcast(kGeluCubic), mul(gate, gate), broadcast(kGeluLinear));
-    return mul(div(gate, add(broadcast(1.0f), exp(mul(gate, slope)))), up);
-  }
+  Vec operator()(Vec gate, Vec up) const { return mul(gelu_tanh(gate), up); }
 };
 
 template <class Activated>
