@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -55,7 +55,8 @@ from argosy.serve.fields import (
     strays,
 )  # fmt: skip
 from argosy.serve.gate import Caller
-from argosy.serve.replaced import TEXT_ONLY, Replaced, UnreadPart, last_asked
+from argosy.serve.media_parts import Data, Elsewhere, Intake, MediaPart, Piece, content_of
+from argosy.serve.replaced import UnreadPart, last_asked
 from argosy.serve.respond import Exchange, respond
 from argosy.serve.tool_use import ToolChoice
 
@@ -81,8 +82,29 @@ class TextBlock(Lenient):
     text: Text
 
 
-class ImageBlock(UnreadPart):
+class Base64Source(Lenient):
+    type: Literal["base64"]
+    media_type: Short
+    data: str
+
+
+class OtherSource(Lenient):
+    type: Literal["url", "file"]
+
+
+class ImageBlock(MediaPart):
+    KIND = "picture"
+    REMEDY = (
+        "this server opens no address and keeps no files; send the picture itself, as a source of type base64"
+    )
+
     type: Literal["image"]
+    source: Annotated[Base64Source | OtherSource, Field(discriminator="type")]
+
+    def data(self) -> Data | Elsewhere:
+        if isinstance(self.source, Base64Source):
+            return Data(self.source.data, self.source.media_type)
+        return Elsewhere("an address" if self.source.type == "url" else "a file id")
 
 
 class Citations(Lenient):
@@ -276,16 +298,15 @@ class CountBody(Sampling):
     def params(self) -> SamplingParams:
         return SamplingParams()  # tokens are counted the same way whatever follows them
 
-    def request(self, *, keep_billing_line: bool) -> ChatRequest:
+    def request(self, intake: Intake, *, keep_billing_line: bool) -> ChatRequest:
         params = self.params()
         system = _text(self.system or "")
         if not keep_billing_line and system.startswith(BILLING_LINE):
             system = system.partition("\n")[2]
         messages = [{"role": "system", "content": system}] if system else []
-        replaced = Replaced()
         asked_now = last_asked(said.role for said in self.messages)
         for at, message in enumerate(self.messages):
-            place = _Place(replaced, f"messages.{at}.content", is_new=at == asked_now)
+            place = _Place(intake, f"messages.{at}.content", is_new=at == asked_now)
             messages += _messages(message, place)
         _check_prefill(self.messages[-1], messages[-1])
         choice, config = self.tool_choice, self.output_config
@@ -299,7 +320,7 @@ class CountBody(Sampling):
             form=None if form is None else schema_form(form.schema_),
             effort=self.effort(),
             effort_field="thinking" if config is None or config.effort is None else "output_config.effort",
-            replaced=replaced,
+            replaced=intake.replaced,
             ignored=self.ignored(),
         )
 
@@ -388,13 +409,15 @@ def _check_prefill(said: AnyMessage, made: dict[str, Any]) -> None:
 class _Place:
     """The place of blocks in a conversation; `is_new`: they are in the user's newest turn."""
 
-    replaced: Replaced
+    intake: Intake
     where: str
     is_new: bool
 
-    def note(self, block: ImageBlock | DocumentBlock | ServerBlock) -> str:
-        reason = _NOT_RUN_HERE if isinstance(block, ServerBlock) else TEXT_ONLY
-        return self.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
+    def piece(self, block: ImageBlock | DocumentBlock | ServerBlock) -> Piece:
+        if isinstance(block, ImageBlock):
+            return self.intake.piece(block, self.where, is_new=self.is_new)
+        reason = _NOT_RUN_HERE if isinstance(block, ServerBlock) else None
+        return self.intake.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
 
 
 _NOT_RUN_HERE = "this server does not run Anthropic's tools"
@@ -406,33 +429,33 @@ def _text(given: str | Sequence[TextBlock]) -> str:
 
 def _told(
     block: TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
-) -> str:
-    """Turn a block into text."""
+) -> list[Piece]:
+    """Turn a block into texts, which belong on lines of their own, and pictures."""
     match block:
         case TextBlock():
-            return block.text
+            return [block.text]
         case DocumentBlock(source=TextSource() as source):
-            return _document(source.data, block.title, block.context)
+            return _document([source.data], block.title, block.context)
         case DocumentBlock(source=BlocksSource() as source):
             given = source.content
-            parts = [given] if isinstance(given, str) else [_told(part, place) for part in given]
-            return _document("\n".join(parts), block.title, block.context)
+            inside = [given] if isinstance(given, str) else [p for part in given for p in _told(part, place)]
+            return _document(inside, block.title, block.context)
         case SearchResultBlock():
-            return _document(_text(block.content), block.title, block.source)
-    return place.note(block)
+            return _document([_text(block.content)], block.title, block.source)
+    return [place.piece(block)]
 
 
-def _document(text: str, title: str | None, context: str | None) -> str:
+def _document(pieces: Sequence[Piece], title: str | None, context: str | None) -> list[Piece]:
     """The form that Anthropic recommends for documents in a prompt."""
     about = [(name, said) for name, said in (("title", title), ("context", context)) if said]
     head = "".join(f"<{name}>{said}</{name}>\n" for name, said in about)
-    return f"<document>\n{head}<document_content>\n{text}\n</document_content>\n</document>"
+    return [f"<document>\n{head}<document_content>", *pieces, "</document_content>\n</document>"]
 
 
 def _messages(message: AnyMessage, place: _Place) -> list[dict[str, Any]]:
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    texts: list[str] = []
+    said: list[Piece] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     made: list[dict[str, Any]] = []
@@ -448,22 +471,24 @@ def _messages(message: AnyMessage, place: _Place) -> list[dict[str, Any]]:
                 calls.append({"id": block.id, "type": "function", "function": function})
             case ToolResultBlock():
                 given = block.content or ""
-                content = (
-                    given if isinstance(given, str) else "\n".join(_told(part, of_tool) for part in given)
-                )
+                content = given if isinstance(given, str) else _content(given, of_tool)
                 made.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
             case _:
-                texts.append(_told(block, replace(place, where=f"{place.where}.{number}")))
+                said += _told(block, replace(place, where=f"{place.where}.{number}"))
     if message.role == "assistant":
-        said: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+        answer: dict[str, Any] = {"role": "assistant", "content": content_of(said, between="")}
         if thoughts:
-            said["reasoning_content"] = "".join(thoughts)
+            answer["reasoning_content"] = "".join(thoughts)
         if calls:
-            said["tool_calls"] = calls
-        return [said]
-    if texts or not made:
-        made.append({"role": message.role, "content": "\n".join(texts)})
+            answer["tool_calls"] = calls
+        return [answer]
+    if said or not made:
+        made.append({"role": message.role, "content": content_of(said, between="\n")})
     return made
+
+
+def _content(blocks: Sequence[ResultContent], place: _Place) -> str | list[dict[str, Any]]:
+    return content_of([piece for block in blocks for piece in _told(block, place)], between="\n")
 
 
 def _tool(tool: ClientTool) -> dict[str, Any]:
@@ -579,11 +604,15 @@ class MessageStop(Closed):
 Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop
 
 
+def _reading(body: CountBody, service: Service, caller: Caller) -> Callable[[], ChatRequest]:
+    return partial(body.request, service.intake(caller), keep_billing_line=service.keep_billing_line)
+
+
 async def count_tokens(body: CountBody, request: Request) -> Counted:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
-    read = partial(body.request, keep_billing_line=service.keep_billing_line)
-    return {"input_tokens": await service.count_tokens(read, request.state.caller)}
+    caller: Caller = request.state.caller
+    return {"input_tokens": await service.count_tokens(_reading(body, service, caller), caller)}
 
 
 async def messages(body: MessagesBody, request: Request) -> Response:
@@ -604,7 +633,7 @@ class MessagesExchange(Exchange[MessagesBody, Event]):
         self._pieces: list[str] = []  # of the block that is folded
 
     def reads(self) -> list[Read]:
-        return [partial(self.body.request, keep_billing_line=self.service.keep_billing_line)]
+        return [_reading(self.body, self.service, self.caller)]
 
     def begin(self) -> list[Event]:
         message: Message = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -23,6 +23,7 @@ from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
+from argosy.media.parts import Kind
 from argosy.prompt.prompt import ToolCalling
 from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import answering
@@ -174,6 +175,7 @@ _PARAMETERS = (
     "presence_penalty", "repetition_penalty", "logprobs", "top_logprobs", "response_format", "structured_outputs",
 )  # fmt: skip
 _TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
+_MODALITIES: Mapping[Kind, str] = {"picture": "image", "sound": "audio", "video": "video"}
 
 
 def _model(service: Service) -> Model:
@@ -184,7 +186,10 @@ def _model(service: Service) -> Model:
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
-        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "architecture": {
+            "input_modalities": ["text", *(_MODALITIES[kind] for kind in model.media_kinds)],
+            "output_modalities": ["text"],
+        },
         "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools},
     }  # fmt: skip
 
@@ -232,13 +237,14 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """Render a conversation with the model's chat template."""
     service: Service = request.app.state.service
+    caller: Caller = request.state.caller
 
     def apply() -> str:
-        said = openai_chat.sent(body.messages)
+        said = openai_chat.sent(body.messages, service.intake(caller))
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         return service.prompts.apply_template(said, tools=tools)
 
-    return {"prompt": await service.run(request.state.caller, apply)}
+    return {"prompt": await service.run(caller, apply)}
 
 
 def _state(request: Request) -> EngineState:

@@ -25,6 +25,7 @@ from argosy.prompt.json_text import count_values
 from argosy.serve.core import Service
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
+from argosy.serve.media_parts import has_media
 from argosy.strict_json import parse_json
 
 _READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
@@ -52,8 +53,11 @@ def answering(
             made = await handler(request)
         else:
             body = await read_model(request, model)
+            service: Service = request.app.state.service
             if "model" in model.model_fields:
-                request.app.state.service.require_model(body.model)  # type: ignore[attr-defined]
+                service.require_model(body.model)  # type: ignore[attr-defined]
+            caller: Caller = request.state.caller
+            caller.takes_long = caller.takes_long or (bool(service.model.media_kinds) and has_media(body))
             made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 
@@ -72,7 +76,7 @@ async def read_model(request: Request, model: type[Model]) -> Model:
     data = b"".join([part async for part in request.stream()])
     if len(data) < _READ_AT_ONCE_BYTES:
         return validated(data, model, caller.share)
-    caller.has_large_body = True
+    caller.takes_long = True
     num_bytes = len(data)
     parts = [data]
     del data  # the thread frees the bytes as soon as it has decoded them

@@ -17,7 +17,8 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -25,12 +26,14 @@ from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError
+from argosy.media.parts import Kind
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
 from argosy.serve.fields import ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
+from argosy.serve.media_parts import Intake
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
 from argosy.serve.work import WorkQueue
@@ -75,6 +78,7 @@ class ModelFacts:
     num_experts: int
     experts_per_token: int
     vocab_size: int
+    media_kinds: tuple[Kind, ...] = ()  # what the model takes beside text
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -203,13 +207,17 @@ class Service:
         """Whether the model's template supports a reasoning effort."""
         return bool(self._effort("medium"))
 
+    def intake(self, caller: Caller) -> Intake:
+        """What takes the pictures and sounds of a caller's request."""
+        return Intake(self.model.media_kinds, caller.share)
+
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run the work before the engine in a thread. Raises what `call` raises.
 
         Raises:
             TooMany: too much work of this caller is already waiting.
         """
-        work = self._large_work if caller.has_large_body else self._work
+        work = self._large_work if caller.takes_long else self._work
         return await work.run(caller.tenant, call, *args, **named)
 
     async def open(self, reads: Sequence[Read], caller: Caller) -> tuple[Answers, dict[str, str]]:
@@ -227,9 +235,10 @@ class Service:
         answers = Answers(self, caller, asyncio.get_running_loop())
 
         def begin(read: Read) -> dict[str, str]:
-            request = read()
-            answers.add(*self._prepared(request, caller.tenant), request.num_answers)
-            return self._headers(request)
+            with _holding_media(caller):
+                request = read()
+                answers.add(*self._prepared(request, caller.tenant), request.num_answers)
+                return self._headers(request)
 
         try:
             found = [await self.run(caller, begin, read) for read in reads]
@@ -242,9 +251,10 @@ class Service:
         """Count the prompt tokens of a conversation. Raises what `open` raises."""
 
         def count() -> int:
-            request = read()
-            prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
-            return len(prompt.token_ids or ())
+            with _holding_media(caller):
+                request = read()
+                prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
+                return len(prompt.token_ids or ())
 
         return await self.run(caller, count)
 
@@ -302,6 +312,16 @@ class Service:
             return {}
         known = self.prompts.variables
         return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
+
+
+@contextmanager
+def _holding_media(caller: Caller) -> Iterator[None]:
+    """Give back what decoded pictures and sounds are charged; the prompt that is built inside keeps none of them."""
+    held_before = caller.share.num_bytes
+    try:
+        yield
+    finally:
+        caller.share.shrink(held_before)
 
 
 def _tool_use(request: ChatRequest) -> ToolUse:

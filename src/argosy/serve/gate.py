@@ -89,7 +89,7 @@ class Caller:
     num_new_tokens: int = 0
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
     share: Share = field(default_factory=lambda: Pool().share())  # of the memory for request bodies
-    has_large_body: bool = False  # so work on it takes long
+    takes_long: bool = False  # the body is long, or has pictures or sounds to decode
 
     @property
     def tenant(self) -> str:

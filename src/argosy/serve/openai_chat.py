@@ -29,6 +29,7 @@ from argosy.serve.fields import (
     Flag,
     FreeForm,
     FreeObject,
+    Lenient,
     Many,
     Messages,
     MostEntries,
@@ -57,8 +58,20 @@ from argosy.serve.fields import (
 )  # fmt: skip
 from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken
+from argosy.serve.media_parts import (
+    URL_REMEDY,
+    Data,
+    Detail,
+    Elsewhere,
+    Intake,
+    MediaPart,
+    Piece,
+    SoundPart,
+    content_of,
+    data_of_url,
+)  # fmt: skip
 from argosy.serve.openai_chunks import ChunkExchange
-from argosy.serve.replaced import Replaced, UnreadPart, last_asked
+from argosy.serve.replaced import UnreadPart, last_asked
 from argosy.serve.respond import respond
 from argosy.serve.rules import absent, any_of, at_most_one, given
 from argosy.serve.structured_outputs import Formed
@@ -73,12 +86,30 @@ class TextPart(Noted):
 Content = Text | Many[TextPart]
 
 
-class MediaPart(UnreadPart):
-    type: Literal["image_url", "input_audio", "file", "video_url", "audio_url"]
+class PictureAddress(Lenient):
+    url: str
+    detail: Detail = None
+
+
+class PicturePart(MediaPart):
+    KIND = "picture"
+    REMEDY = URL_REMEDY
+
+    type: Literal["image_url"]
+    image_url: PictureAddress
+
+    def data(self) -> Data | Elsewhere:
+        return data_of_url(self.image_url.url)
+
+
+class OtherPart(UnreadPart):
+    type: Literal["file", "video_url", "audio_url"]
 
 
 # May hold parts that the model cannot read: see `replaced.py`.
-MixedContent = Text | Many[Annotated[TextPart | MediaPart, Field(discriminator="type")]]
+MixedContent = (
+    Text | Many[Annotated[TextPart | PicturePart | SoundPart | OtherPart, Field(discriminator="type")]]
+)
 
 
 class CalledFunction(Noted):
@@ -149,18 +180,18 @@ AnyTurn = AskingTurn | AnsweringTurn | ToolTurn | FunctionTurn
 Turn = Annotated[AnyTurn, Field(discriminator="role")]
 
 
-def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dict[str, Any]]:
+def sent(turns: Sequence[AnyTurn], intake: Intake) -> list[dict[str, Any]]:
     """Convert turns to messages. A `function_call` becomes a tool call with an id, and its result gets that id.
 
-    With `replaced`, notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
+    Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
     """
     made = []
     last = "call_of_no_function"
     asked_now = last_asked(turn.role for turn in turns)
     for at, turn in enumerate(turns):
         message = turn.sent()
-        if replaced is not None and isinstance(turn, AskingTurn | ToolTurn):
-            message["content"] = _noted(turn.content, replaced, f"messages.{at}.content", at == asked_now)
+        if isinstance(turn, AskingTurn | ToolTurn):
+            message["content"] = _mixed(turn.content, intake, f"messages.{at}.content", at == asked_now)
         if isinstance(turn, FunctionTurn):
             message = {"role": "tool", "tool_call_id": last, "content": message["content"]}
         elif (function := message.pop("function_call", None)) is not None:
@@ -171,15 +202,19 @@ def sent(turns: Sequence[AnyTurn], replaced: Replaced | None = None) -> list[dic
     return made
 
 
-def _noted(content: MixedContent, replaced: Replaced, where: str, is_new: bool) -> str | list[dict[str, Any]]:
+def _mixed(content: MixedContent, intake: Intake, where: str, is_new: bool) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    return [
-        {"type": "text", "text": replaced.note(part.type, f"{where}.{at}", is_new=is_new)}
-        if isinstance(part, MediaPart)
-        else part.model_dump(exclude_unset=True)
-        for at, part in enumerate(content)
-    ]
+    pieces: list[Piece] = []
+    for at, part in enumerate(content):
+        match part:
+            case TextPart():
+                pieces.append(part.text)
+            case MediaPart():
+                pieces.append(intake.piece(part, f"{where}.{at}", is_new=is_new))
+            case OtherPart():
+                pieces.append(intake.replaced.note(part.type, f"{where}.{at}", is_new=is_new))
+    return content_of(pieces, between="\n")
 
 
 class OfferedFunction(Noted):
@@ -278,7 +313,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     add_generation_prompt: Flag | None = None
     chat_template_kwargs: Annotated[dict[TemplateVariable, Setting], MostEntries(16)] | None = None
 
-    def request(self, caller: Caller) -> ChatRequest:
+    def request(self, caller: Caller, intake: Intake) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs to be true", param="top_logprobs")
         params = SamplingParams(
@@ -294,10 +329,9 @@ class ChatBody(Formed, Thinking, OpenAISampling):
             )
         self._check_last()
         own = None if self.response_format is None else self.response_format.asked()
-        replaced = Replaced()
         return ChatRequest(
-            messages=sent(self.messages, replaced),
-            replaced=replaced,
+            messages=sent(self.messages, intake),
+            replaced=intake.replaced,
             params=params,
             tools=self._offered(),
             tool_choice=choice,
@@ -451,7 +485,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
     chunk_type = "chat.completion.chunk"
 
     def reads(self) -> list[Read]:
-        return [partial(self.body.request, self.caller)]
+        return [partial(self.body.request, self.caller, self.service.intake(self.caller))]
 
     def begin(self) -> list[ChatChunk]:
         return [

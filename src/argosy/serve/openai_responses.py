@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Annotated, Any, Literal, NotRequired, cast
@@ -67,6 +67,18 @@ from argosy.serve.fields import (
 from argosy.serve.gate import Caller, error_body
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
+from argosy.serve.media_parts import (
+    URL_REMEDY,
+    Data,
+    Detail,
+    Elsewhere,
+    Intake,
+    MediaPart,
+    Piece,
+    SoundPart,
+    content_of,
+    data_of_url,
+)  # fmt: skip
 from argosy.serve.replaced import Replaced, UnreadPart, last_asked
 from argosy.serve.respond import Exchange, respond
 from argosy.serve.streams import sse
@@ -80,11 +92,26 @@ class Part(Lenient):
     text: Text
 
 
-class MediaInput(UnreadPart):
-    type: Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
+class PictureInput(MediaPart):
+    KIND = "picture"
+    REMEDY = URL_REMEDY
+
+    type: Literal["input_image"]
+    image_url: str | None = None
+    file_id: Short | None = None
+    detail: Detail = None
+
+    def data(self) -> Data | Elsewhere:
+        if self.image_url is None:
+            return Elsewhere("no image_url" if self.file_id is None else "a file id")
+        return data_of_url(self.image_url)
 
 
-Parts = Text | Many[Annotated[Part | MediaInput, Field(discriminator="type")]]
+class OtherInput(UnreadPart):
+    type: Literal["input_file", "computer_screenshot"]
+
+
+Parts = Text | Many[Annotated[Part | PictureInput | SoundPart | OtherInput, Field(discriminator="type")]]
 
 
 class GivenItem(Lenient):
@@ -232,15 +259,14 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         """The items that the client sent."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
-    def request(self, kept: KeptItems, tenant: str) -> ChatRequest:
+    def request(self, kept: KeptItems, tenant: str, intake: Intake) -> ChatRequest:
         """The whole conversation, with earlier items from `kept`.
 
         Raises:
             Refused: an item is no longer kept.
         """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        replaced = Replaced()
-        messages += _messages(self._conversation(kept, tenant), replaced)
+        messages += _messages(self._conversation(kept, tenant), intake)
         form = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
@@ -257,7 +283,7 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             effort_field="reasoning.effort",
             thinks=self.thinks,
             thinks_fields=self.switches(),
-            replaced=replaced,
+            replaced=intake.replaced,
             ignored=[*self.ignored(), *(["store"] if self.store and not kept.can_keep else ())],
         )
 
@@ -299,7 +325,7 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
 
 
-def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, Any]]:
+def _messages(items: Sequence[KnownItem], intake: Intake) -> list[dict[str, Any]]:
     """Convert items to messages: consecutive thoughts, text and calls of the assistant become one message.
 
     Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
@@ -309,28 +335,25 @@ def _messages(items: Sequence[KnownItem], replaced: Replaced) -> list[dict[str, 
     asked_now = last_asked(item.role if isinstance(item, MessageItem) else "" for item in items)
     made: list[dict[str, Any]] = []
     for at, item in enumerate(items):
-        where, is_new = f"input.{at}.content", at == asked_now
         if isinstance(item, ResultItem):
-            content = _text(item.output, replaced, f"input.{at}.output")
+            content = _content(item.output, intake, f"input.{at}.output")
             made.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
         elif isinstance(item, MessageItem) and item.role != "assistant":
-            content = _text(item.content, replaced, where, is_new=is_new)
+            content = _content(item.content, intake, f"input.{at}.content", is_new=at == asked_now)
             made.append({"role": item.role, "content": content})
         else:
             if not made or made[-1]["role"] != "assistant":
                 made.append({"role": "assistant", "content": ""})
-            _add(made[-1], item, replaced, where)
+            _add(made[-1], item, intake.replaced)
     return made
 
 
-def _add(
-    message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem, replaced: Replaced, where: str
-) -> None:
+def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem, replaced: Replaced) -> None:
     match item:
         case MessageItem():
-            message["content"] += _text(item.content, replaced, where)
+            message["content"] += _text(item.content, replaced)
         case ThoughtItem():
-            thought = _text(item.content or item.summary or "", replaced, where)
+            thought = _text(item.content or item.summary or "", replaced)
             message["reasoning_content"] = message.get("reasoning_content", "") + thought
         case CallItem():
             function = {"name": item.name, "arguments": item.arguments}
@@ -338,16 +361,28 @@ def _add(
             message.setdefault("tool_calls", []).append(call)
 
 
-def _text(
-    parts: str | Sequence[Part | MediaInput], replaced: Replaced, where: str, *, is_new: bool = False
-) -> str:
+def _content(parts: Parts, intake: Intake, where: str, *, is_new: bool = False) -> str | list[dict[str, Any]]:
+    if isinstance(parts, str):
+        return parts
+    pieces: list[Piece] = []
+    for at, part in enumerate(parts):
+        match part:
+            case Part():
+                pieces.append(part.text)
+            case MediaPart():
+                pieces.append(intake.piece(part, f"{where}.{at}", is_new=is_new))
+            case OtherInput():
+                pieces.append(intake.replaced.note(part.type, f"{where}.{at}", is_new=is_new))
+    return content_of(pieces, between="")
+
+
+def _text(parts: Parts | Sequence[Part], replaced: Replaced) -> str:
+    """What the assistant said or thought; a prompt has no pictures there."""
     if isinstance(parts, str):
         return parts
     return "".join(
-        replaced.note(part.type, f"{where}.{at}", is_new=is_new)
-        if isinstance(part, MediaInput)
-        else part.text
-        for at, part in enumerate(parts)
+        part.text if isinstance(part, Part) else replaced.note(part.type, "input", is_new=False)
+        for part in parts
     )
 
 
@@ -515,8 +550,16 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    num_tokens = await service.count_tokens(partial(body.request, service.kept, caller.tenant), caller)
+    num_tokens = await service.count_tokens(_reading(body, service, caller), caller)
     return {"object": "response.input_tokens", "input_tokens": num_tokens}
+
+
+def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[[], ChatRequest]:
+    if service.model.media_kinds and (
+        body.previous_response_id is not None or any(isinstance(item, NamedItem) for item in body.items)
+    ):
+        caller.takes_long = True  # earlier items may have pictures
+    return partial(body.request, service.kept, caller.tenant, service.intake(caller))
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:
@@ -542,7 +585,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         self._status: Literal["completed", "incomplete"] = "completed"
 
     def reads(self) -> list[Read]:
-        return [partial(self.body.request, self.service.kept, self.caller.tenant)]
+        return [_reading(self.body, self.service, self.caller)]
 
     def begin(self) -> list[Event]:
         kinds, response = ("response.created", "response.in_progress"), self._response("in_progress")

@@ -11,13 +11,12 @@ Elsewhere: each dialect decides which of its blocks are new. The data of these b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
 from argosy.errors import UsageError
-
-TEXT_ONLY = "this model reads text only"
+from argosy.media.parts import Kind
 
 
 class UnreadPart(BaseModel):
@@ -32,23 +31,27 @@ def last_asked(roles: Iterable[str]) -> int:
 
 
 class Replaced:
-    """The notes in one request."""
+    """The notes in one request; `kinds` is what the model takes beside text."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[Kind] = ()) -> None:
         self._num_by_kind: Counter[str] = Counter()
+        taken = ["text", *(f"{kind}s" for kind in kinds)]
+        listed = " and ".join([", ".join(taken[:-1]), taken[-1]]) if kinds else "text only"
+        self._reason = f"this model reads {listed}"
 
-    def note(self, kind: str, where: str, *, is_new: bool, reason: str = TEXT_ONLY) -> str:
+    def note(self, kind: str, where: str, *, is_new: bool, reason: str | None = None) -> str:
         """The text that replaces a block.
 
         Args:
             kind: its type, as the dialect calls it.
             where: its place in the body.
             is_new: it is in the user's newest turn.
-            reason: why the model does not get it.
+            reason: why the model does not get it; None: it cannot read this kind.
 
         Raises:
             UsageError: the block is new.
         """
+        reason = reason or self._reason
         if is_new:
             raise UsageError(
                 f"{where}: {reason}, and this part has type '{kind}'",

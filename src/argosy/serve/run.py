@@ -387,6 +387,7 @@ def serve(
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
+        media_kinds=engine.media_kinds,
     )
     # A quarter is for items that clients refer to; the rest is for tokens of answers.
     kept_bytes = engine.plan.replay_bytes // 4

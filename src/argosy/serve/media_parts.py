@@ -1,0 +1,195 @@
+"""Pictures and sounds of a request: base64 in its body becomes parts of the prompt, if the model takes their kind.
+
+    part of a dialect  ->  Intake.piece  ->  {"type": "image", "image": Image(bytes)}
+                                └── the model does not take this kind  ->  a note, or a refusal (`replaced.py`)
+
+A client sends the data itself. The server opens no address and keeps no files. The decoded bytes are charged to the
+memory for bodies (`held.py`) before they are decoded, and given back when the prompt is built.
+
+Elsewhere: the fields of a part are in its dialect's file; `media/decoder.py` finds out whether the bytes are a picture.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from argosy.errors import BadMedia, UsageError
+from argosy.media.parts import Audio, Image, Kind, MediaLimits
+from argosy.serve.fields import Lenient, NoEffect, Short
+from argosy.serve.held import Share
+from argosy.serve.replaced import Replaced
+
+# What clients may call the data. The decoder goes by the content.
+_FORMS: Mapping[Kind, tuple[str, ...]] = {
+    "picture": ("image/png", "image/jpeg", "image/webp", "image/gif"),
+    "sound": ("wav", "mp3"),
+}
+_OTHER_SPELLINGS = {"image/jpg": "image/jpeg", "audio/wav": "wav", "audio/mp3": "mp3", "audio/mpeg": "mp3"}
+_LONGEST_SHOWN = 64
+
+Detail = NoEffect[Literal["low", "high", "auto", "original"]]
+Piece = str | dict[str, Any]
+"""Text, or a picture or sound as messages have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Base64, and what the client calls its content: a media type or a format."""
+
+    base64: str
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Not data, but where the data is; `found` says so in an error."""
+
+    found: str
+
+
+class MediaPart(Lenient):
+    """A picture or sound in a body."""
+
+    KIND: ClassVar[Kind]
+    REMEDY: ClassVar[str]
+
+    type: str
+
+    @abstractmethod
+    def data(self) -> Data | Elsewhere:
+        """What the client sent."""
+
+
+class SoundData(Lenient):
+    data: str
+    format: Short
+
+
+class SoundPart(MediaPart):
+    """A sound in OpenAI's dialects."""
+
+    KIND = "sound"
+    REMEDY = "send the sound itself: base64 in `data`"
+
+    type: Literal["input_audio"]
+    input_audio: SoundData
+
+    def data(self) -> Data | Elsewhere:
+        return Data(self.input_audio.data, self.input_audio.format)
+
+
+URL_REMEDY = "this server opens no address and keeps no files; send a data URL: data:image/png;base64,..."
+
+
+def data_of_url(url: str) -> Data | Elsewhere:
+    """The data in a data URL."""
+    scheme, separator, _ = url[:_LONGEST_SHOWN].partition(":")
+    if scheme.lower() != "data" or not separator:
+        return Elsewhere(f"an address ({scheme}:)" if separator else "text that is not a URL")
+    head, _, base64 = url.partition(",")
+    form, *options = head[len("data:") :].split(";")
+    if options[-1:] != ["base64"]:
+        return Elsewhere("a data URL that is not base64")
+    return Data(base64, form)
+
+
+class Intake:
+    """Takes the pictures and sounds of one request.
+
+    Args:
+        kinds: what the model takes beside text.
+        share: the memory that the request holds; decoded bytes are added to it.
+
+    Attributes:
+        replaced: the notes in place of what the model cannot read.
+    """
+
+    def __init__(self, kinds: Collection[Kind], share: Share, limits: MediaLimits | None = None) -> None:
+        self._kinds, self._share = kinds, share
+        self._limits = limits or MediaLimits()
+        self.replaced = Replaced(kinds)
+
+    def piece(self, part: MediaPart, where: str, *, is_new: bool) -> Piece:
+        """The picture or sound for the prompt, or the note that replaces it.
+
+        Args:
+            where: its place in the body.
+            is_new: it is in the user's newest turn.
+
+        Raises:
+            UsageError: it is new and the model does not take its kind, it is not data, the client calls it something
+                that is not read, or the data is not base64.
+            BadMedia: it is too large.
+            Overloaded: other requests leave too little memory.
+        """
+        kind = part.KIND
+        if kind not in self._kinds:
+            return self.replaced.note(part.type, where, is_new=is_new)
+        sent = part.data()
+        if isinstance(sent, Elsewhere):
+            raise UsageError(
+                f"{where}: expected the data of a {kind}, found {sent.found}", param=where, hint=part.REMEDY
+            )
+        form, forms = sent.form.lower(), _FORMS[kind]
+        if _OTHER_SPELLINGS.get(form, form) not in forms:
+            raise UsageError(
+                f"{where}: expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}, "
+                f"found {json.dumps(form[:_LONGEST_SHOWN])}",
+                param=where,
+            )
+        content = self._decoded(sent.base64, kind, where)
+        if kind == "picture":
+            return {"type": "image", "image": Image(content)}
+        return {"type": "audio", "audio": Audio(content)}
+
+    def _decoded(self, base64: str, kind: Kind, where: str) -> bytes:
+        num_bytes = max(0, len(base64) * 3 // 4 - base64[-2:].count("="))
+        if num_bytes > self._limits.file_bytes:
+            raise BadMedia(
+                f"{where}: the file of a {kind} may have at most {self._limits.file_bytes:,} bytes, "
+                f"found {num_bytes:,}",
+                kind=kind,
+                needed=self._limits.file_bytes,
+                found=num_bytes,
+                param=where,
+            )
+        self._share.hold(num_bytes)
+        try:
+            return binascii.a2b_base64(base64, strict_mode=True)
+        except ValueError:
+            raise UsageError(
+                f"{where}: the data of the {kind} is not base64",
+                param=where,
+                hint="use the standard alphabet (A-Z a-z 0-9 + /) with padding, and no spaces or line breaks",
+            ) from None
+
+
+def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str, Any]]:
+    """The content of a message: text, with `between` between pieces, or a list of parts if there are media."""
+    parts: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, dict):
+            parts.append(piece)
+        elif parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += between + piece
+        else:
+            parts.append({"type": "text", "text": piece})
+    if not parts:
+        return ""
+    return str(parts[0]["text"]) if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def has_media(given: object) -> bool:
+    """Whether a body, or a part of it, has a picture or sound."""
+    if isinstance(given, list):
+        return any(map(has_media, given))
+    return isinstance(given, MediaPart) or (
+        isinstance(given, BaseModel) and any(map(has_media, vars(given).values()))
+    )
