@@ -38,7 +38,6 @@ REASONS = (
     r"a prompt needs at least one token, and this one is empty",
     r"(token id|stop_token_ids names token|logit_bias names token) \d+",
     r".*: (this model reads text only|this server does not run Anthropic's tools), and this part has type",
-    r"message \d+: part \d+ is of type '.*'; known: text, image, audio, video",
     r"tools: .* would run at Anthropic",
     r"this model's chat template does not read the variable",
     r"Previous response with id '.*' not found",

@@ -1,0 +1,469 @@
+"""Pictures and sounds over HTTP: they reach the engine as they would from Python, or are refused in one sentence."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from argosy.config import SamplingParams
+from argosy.engine.engine import Engine
+from argosy.errors import BadMedia, Overloaded
+from argosy.guard.keys import KeyRing
+from argosy.media.parts import Audio, Image, MediaLimits, Part, Text
+from argosy.serve.app import make_app
+from argosy.serve.core import Service
+from argosy.serve.held import Pool, Share
+from argosy.serve.media_parts import Intake
+from argosy.serve.openai_chat import PictureAddress, PicturePart
+from tests.media.samples import pattern, png, raw_png, wav, wave
+from tests.serve.conftest import serving, start
+from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS
+from tests.serve.record import read_events
+from tests.serve.seeing_model import write_seeing_model
+from tests.serve.test_replaced import read_tool, text
+
+CHATTING = ("chat", "responses", "messages")
+CAT, DOG = png(pattern(40, 60)), png(pattern(70, 30, seed=9))
+TONE = wav(wave(0.5, 16_000), 16_000)
+NUM_NEW = 6
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A server of the model, the prompts that reached its engine, and what Python's API answers."""
+
+    service: Service
+    url: str
+    prompts: list[Any]
+    python_prompt: Any
+    python_text: str
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
+    model = write_seeing_model(tmp_path_factory.mktemp("seeing") / "model")
+    asked: list[Part] = [Text("What is"), Image(CAT), Text("and"), Image(DOG), Text("?")]
+    with Engine.open(model, memory="1GiB", threads=2, grammars=True, image_tokens=64) as engine:
+        prompt = engine.prompts.build(asked)
+        answer = engine.generate(asked, SamplingParams(max_tokens=NUM_NEW, temperature=0))
+        with serving(engine) as service:
+            prompts: list[Any] = []
+            submit = service.loop.submit
+
+            def spied(prompt: Any, *given: Any, **more: Any) -> Any:
+                prompts.append(prompt)
+                return submit(prompt, *given, **more)
+
+            service.loop.submit = spied  # type: ignore[method-assign]
+            for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+                yield Seeing(service, url, prompts, prompt, answer.text)
+
+
+@pytest.fixture
+def viewer(seeing: Seeing) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=seeing.url, timeout=60) as client:
+        yield client
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def picture(dialect: str, content: bytes | str, form: str = "image/png") -> dict[str, Any]:
+    data = content if isinstance(content, str) else encoded(content)
+    return {
+        "chat": {"type": "image_url", "image_url": {"url": f"data:{form};base64,{data}"}},
+        "responses": {"type": "input_image", "image_url": f"data:{form};base64,{data}"},
+        "messages": {"type": "image", "source": {"type": "base64", "media_type": form, "data": data}},
+    }[dialect]
+
+
+def sound(content: bytes | str, form: str = "wav") -> dict[str, Any]:
+    data = content if isinstance(content, str) else encoded(content)
+    return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
+
+
+def question(dialect: str) -> list[dict[str, Any]]:
+    return [
+        text(dialect, "What is"), picture(dialect, CAT), text(dialect, "and"), picture(dialect, DOG),
+        text(dialect, "?"),
+    ]  # fmt: skip
+
+
+def ask(viewer: httpx.Client, dialect: str, content: list[dict[str, Any]], **more: Any) -> httpx.Response:
+    return converse(viewer, dialect, [{"role": "user", "content": content}], **more)
+
+
+def converse(
+    viewer: httpx.Client, dialect: str, conversation: list[dict[str, Any]], **more: Any
+) -> httpx.Response:
+    name = "input" if dialect == "responses" else "messages"
+    body = {name: conversation, MAX_TOKENS[dialect]: NUM_NEW, "temperature": 0}
+    return viewer.post(PATHS[dialect], json=body | more)
+
+
+def said(dialect: str, answer: httpx.Response) -> tuple[str, int]:
+    """The text of an answer, streamed or whole, and the number of its prompt tokens."""
+    if answer.headers["content-type"] == "application/json":
+        whole = answer.json()
+    else:
+        events = [event["data"] for event in read_events(answer.text) if event["data"] != "[DONE]"]
+        if dialect == "responses":
+            whole = events[-1]["response"]
+        elif dialect == "messages":
+            parts = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+            usage = next(event["usage"] for event in events if event["type"] == "message_delta")
+            whole = {"content": [{"text": "".join(parts)}], "usage": usage}
+        else:
+            parts = [choice["delta"].get("content", "") for event in events for choice in event["choices"]]
+            whole = {"choices": [{"message": {"content": "".join(parts)}}], "usage": events[-1]["usage"]}
+    usage = whole["usage"]
+    if dialect == "chat":
+        return whole["choices"][0]["message"]["content"], usage["prompt_tokens"]
+    if dialect == "responses":
+        return whole["output"][0]["content"][0]["text"], usage["input_tokens"]
+    return whole["content"][0]["text"], usage["input_tokens"] + usage["cache_read_input_tokens"]
+
+
+def digests(prompt: Any) -> list[tuple[int, bytes]]:
+    return [(at, span.digest) for at, span in prompt.spans]
+
+
+@pytest.mark.parametrize("dialect", CHATTING)
+@pytest.mark.parametrize("stream", [False, True])
+def test_pictures_give_the_prompt_and_the_answer_of_the_python_api(
+    seeing: Seeing, viewer: httpx.Client, dialect: str, stream: bool
+) -> None:
+    more = {"stream_options": {"include_usage": True}} if stream and dialect == "chat" else {}
+    answer = ask(viewer, dialect, question(dialect), stream=stream, **more)
+    assert answer.status_code == 200, answer.text
+    assert "x-replaced-blocks" not in answer.headers
+    assert said(dialect, answer) == (seeing.python_text, len(seeing.python_prompt.token_ids))
+    assert seeing.prompts[-1].token_ids == seeing.python_prompt.token_ids
+    assert digests(seeing.prompts[-1]) == digests(seeing.python_prompt)
+
+
+@pytest.mark.parametrize("dialect", ["chat", "responses"])
+def test_a_sound_reaches_the_engine(seeing: Seeing, viewer: httpx.Client, dialect: str) -> None:
+    answer = ask(viewer, dialect, [sound(TONE), text(dialect, "Who?")])
+    assert answer.status_code == 200, answer.text
+    expected = seeing.service.prompts.build([Audio(TONE), Text("Who?")])
+    assert seeing.prompts[-1].token_ids == expected.token_ids
+    assert digests(seeing.prompts[-1]) == digests(expected) != []
+
+
+@pytest.mark.parametrize("dialect", CHATTING)
+def test_a_picture_in_the_result_of_a_tool_is_seen(
+    seeing: Seeing, viewer: httpx.Client, dialect: str
+) -> None:
+    found = [text(dialect, "Here:"), picture(dialect, CAT), text(dialect, "done")]
+    answer = converse(viewer, dialect, read_tool(dialect, found, []), tools=TOOLS[dialect])
+    assert answer.status_code == 200, answer.text
+    assert "x-replaced-blocks" not in answer.headers
+    ((_, span),) = seeing.prompts[-1].spans
+    assert span.digest == seeing.python_prompt.spans[0][1].digest
+    rendered = seeing.prompts[-1].text
+    assert "Here:<|vision_start|>" in rendered
+    assert "<|vision_end|>done" in rendered
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses/input_tokens", {"input": [{"role": "user", "content": question("responses")}]}),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": question("messages")}]}),
+    ],
+)
+def test_pictures_are_counted(seeing: Seeing, viewer: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    answer = viewer.post(path, json=body)
+    assert answer.json()["input_tokens"] == len(seeing.python_prompt.token_ids)
+
+
+def test_a_document_of_blocks_keeps_its_pictures(seeing: Seeing, viewer: httpx.Client) -> None:
+    inside = [text("messages", "Page 1"), picture("messages", CAT), text("messages", "Page 2")]
+    block = {"type": "document", "title": "Cats", "source": {"type": "content", "content": inside}}
+    assert ask(viewer, "messages", [block, text("messages", "?")]).status_code == 200
+    written = (
+        "<document>\n<title>Cats</title>\n<document_content>\nPage 1<|vision_start|><|image_pad|><|vision_end|>"
+        "Page 2\n</document_content>\n</document>\n?"
+    )
+    assert written in seeing.prompts[-1].text
+    assert len(seeing.prompts[-1].spans) == 1
+
+
+def test_a_picture_is_kept_for_the_response_that_continues(seeing: Seeing, viewer: httpx.Client) -> None:
+    first = ask(viewer, "responses", question("responses")).json()
+    later = converse(
+        viewer, "responses", [{"role": "user", "content": "And?"}], previous_response_id=first["id"]
+    )
+    assert later.status_code == 200, later.text
+    assert digests(seeing.prompts[-1]) == digests(seeing.python_prompt)
+
+
+def test_the_template_shows_where_pictures_are(viewer: httpx.Client) -> None:
+    messages = [{"role": "user", "content": question("chat")}]
+    prompt = viewer.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert f"What is{mark}and{mark}?<|im_end|>" in prompt
+
+
+# Refusals
+
+
+def address(dialect: str, url: str) -> dict[str, Any]:
+    return {
+        "chat": {"type": "image_url", "image_url": {"url": url}},
+        "responses": {"type": "input_image", "image_url": url},
+        "messages": {"type": "image", "source": {"type": "url", "url": url}},
+    }[dialect]
+
+
+REFUSALS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "a space in base64": (
+        lambda dialect: picture(dialect, encoded(CAT)[:40] + " " + encoded(CAT)[40:]),
+        "the data of the picture is not base64\nhint: use the standard alphabet",
+    ),
+    "base64 of another alphabet": (lambda dialect: picture(dialect, "_-_-"), "is not base64"),
+    "base64 without padding": (lambda dialect: picture(dialect, "AAA"), "is not base64"),
+    "text beyond ASCII": (lambda dialect: picture(dialect, "ÄÖÜß"), "is not base64"),
+    "another type": (
+        lambda dialect: picture(dialect, CAT, "image/svg+xml"),
+        "expected a picture of type image/png, image/jpeg, image/webp or image/gif, found \"image/svg+xml\"",
+    ),
+    "an address": (
+        lambda dialect: address(dialect, "https://example.org/cat.png"),
+        "expected the data of a picture, found an address",
+    ),
+    "a file": (lambda dialect: address(dialect, "file:///etc/passwd"), "found an address"),
+    "nothing": (lambda dialect: picture(dialect, ""), "the picture is empty: it has 0 bytes"),
+    "a truncated picture": (lambda dialect: picture(dialect, CAT[: len(CAT) // 2]), "the picture"),
+    "another content": (lambda dialect: picture(dialect, b"<svg/>" * 9), "PNG, JPEG, WEBP or GIF"),
+    "too many pixels": (
+        lambda dialect: picture(dialect, raw_png(16_000, 16_000, 8, 2, b"")),
+        "a picture may have at most 50 megapixels, found 16,000 x 16,000",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", CHATTING)
+@pytest.mark.parametrize("what", REFUSALS)
+def test_data_that_is_no_picture_is_refused_in_the_dialects_shape(
+    viewer: httpx.Client, seeing: Seeing, dialect: str, what: str
+) -> None:
+    make, sentence = REFUSALS[what]
+    part = make(dialect)
+    answer = ask(viewer, dialect, [text(dialect, "?"), part], stream=True)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert sentence in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error.keys() == (
+        {"type", "message"} if dialect == "messages" else {"message", "type", "param", "code"}
+    )
+    for foreign in (
+        "PIL",
+        "Traceback",
+        "binascii",
+        "pydantic",
+        "passwd",
+        "broken data stream",
+        encoded(CAT)[:30],
+    ):
+        assert foreign not in answer.text
+    place = "input" if dialect == "responses" else "messages"
+    if "the picture " not in sentence and "base64" in sentence:
+        assert error["message"].startswith(f"{place}.0.content.1: ")
+
+
+def test_a_file_id_is_refused_by_name(viewer: httpx.Client) -> None:
+    for dialect, part in (
+        ("responses", {"type": "input_image", "file_id": "file-1", "detail": "auto"}),
+        ("messages", {"type": "image", "source": {"type": "file", "file_id": "file-1"}}),
+    ):
+        message = ask(viewer, dialect, [part]).json()["error"]["message"]
+        assert (
+            "expected the data of a picture, found a file id\nhint: this server opens no address" in message
+        )
+    message = ask(viewer, "responses", [{"type": "input_image"}]).json()["error"]["message"]
+    assert "found no image_url" in message
+
+
+@pytest.mark.parametrize("url", ["data:image/png,AAAA", "data:image/png;charset=utf-8,AAAA", "data:"])
+def test_a_data_url_without_base64_is_refused(viewer: httpx.Client, url: str) -> None:
+    for dialect in ("chat", "responses"):
+        message = ask(viewer, dialect, [address(dialect, url)]).json()["error"]["message"]
+        assert "expected the data of a picture, found a data URL that is not base64" in message
+
+
+@pytest.mark.parametrize("form", ["image/jpeg", "image/jpg", "IMAGE/PNG", "image/webp", "image/gif"])
+def test_the_content_decides_what_a_picture_is(viewer: httpx.Client, form: str) -> None:
+    for dialect in CHATTING:
+        assert ask(viewer, dialect, [picture(dialect, CAT, form)]).status_code == 200
+
+
+def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -> None:
+    message = ask(viewer, "chat", [sound(TONE, "midi")]).json()["error"]["message"]
+    assert message == 'messages.0.content.0: expected a sound of type wav or mp3, found "midi"'
+    assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
+
+
+def test_a_part_of_another_kind_is_replaced_or_refused_with_what_the_model_reads(
+    viewer: httpx.Client,
+) -> None:
+    pdf = {"type": "file", "file": {"file_data": "x"}}
+    reads = "this model reads text, pictures and sounds"
+    refused = ask(viewer, "chat", [pdf])
+    assert refused.json()["error"]["message"].startswith(
+        f"messages.0.content.0: {reads}, and this part has type"
+    )
+    answer = converse(viewer, "chat", read_tool("chat", [pdf], []), tools=TOOLS["chat"])
+    assert answer.headers["x-replaced-blocks"] == "1 file"
+
+
+def test_only_users_and_tools_show_pictures(viewer: httpx.Client) -> None:
+    conversation = [{"role": "system", "content": [picture("chat", CAT)]}, {"role": "user", "content": "Hi"}]
+    message = converse(viewer, "chat", conversation).json()["error"]["message"]
+    assert "a message of role system takes text only" in message
+
+
+@pytest.mark.parametrize("detail", ["low", "high", "auto", "original", None])
+def test_detail_changes_nothing_and_is_named(
+    seeing: Seeing, viewer: httpx.Client, detail: str | None
+) -> None:
+    chat = picture("chat", CAT)
+    chat["image_url"]["detail"] = detail
+    for dialect, part, name in (
+        ("chat", chat, "messages.content.image_url.detail"),
+        ("responses", picture("responses", CAT) | {"detail": detail}, "input.content.detail"),
+    ):
+        answer = ask(viewer, dialect, [part])
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-ignored-params") == (name if detail else None)
+    chat["image_url"]["detail"] = "lots"
+    assert ask(viewer, "chat", [chat]).status_code == 400
+
+
+# Memory and time
+
+
+def part_of(content: bytes) -> PicturePart:
+    url = f"data:image/png;base64,{encoded(content)}"
+    return PicturePart(type="image_url", image_url=PictureAddress(url=url))
+
+
+def test_the_size_is_checked_and_charged_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: object, **__: object) -> bytes:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("argosy.serve.media_parts.binascii.a2b_base64", decode)
+    pool = Pool(100)
+    with pytest.raises(BadMedia, match="a picture may have at most 10 bytes, found 11"):
+        Intake(["picture"], pool.share(), MediaLimits(file_bytes=10)).piece(
+            part_of(b"x" * 11), "here", is_new=True
+        )
+    with pytest.raises(Overloaded):
+        Intake(["picture"], pool.share()).piece(part_of(b"x" * 101), "here", is_new=True)
+    assert pool.num_bytes == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_exactly_the_decoded_bytes_are_charged(size: int) -> None:
+    share = Pool(100).share()
+    piece = Intake(["picture"], share).piece(part_of(b"x" * size), "here", is_new=True)
+    assert isinstance(piece, dict)
+    assert share.num_bytes == len(piece["image"].source) == size
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_decoded_bytes_are_given_back_once_the_prompt_is_built(
+    seeing: Seeing, viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    shares, threads = [], []
+    make, build = seeing.service.intake, seeing.service.prompts.build
+
+    def intake(caller: Any) -> Intake:
+        shares.append((caller.share, caller.share.num_bytes))
+        return make(caller)
+
+    def built(*given: Any, **more: Any) -> Any:
+        (share, before) = shares[-1]
+        threads.append((threading.current_thread().name, share.num_bytes - before))
+        return build(*given, **more)
+
+    def submit(*_: Any, **__: Any) -> Any:
+        raise Overloaded("full", retry_after_s=1)
+
+    monkeypatch.setattr(seeing.service, "intake", intake)
+    monkeypatch.setattr(seeing.service.prompts, "build", built)
+    if is_refused:
+        monkeypatch.setattr(seeing.service.loop, "submit", submit)
+    held_at_end = []
+
+    def release(share: Share) -> None:
+        held_at_end.append(share.num_bytes)
+        share.shrink(0)
+
+    monkeypatch.setattr(Share, "release", release)
+    answer = ask(viewer, "chat", [picture("chat", CAT)])
+    assert answer.status_code == (503 if is_refused else 200)
+    ((thread, charged),) = threads
+    assert charged == len(CAT)
+    assert held_at_end == [shares[0][1]]
+    # Decoding takes long even if the file is short, so it must not keep a thread from short requests.
+    assert thread.startswith("argosy-large")
+
+
+# What clients read and send
+
+
+def test_models_lists_what_the_model_takes(viewer: httpx.Client, client: httpx.Client) -> None:
+    for one, inputs in ((viewer, ["text", "image", "audio"]), (client, ["text"])):
+        for entry in (one.get("/v1/models").json()["data"][0], one.get("/v1/models/tiny").json()):
+            assert entry["architecture"] == {"input_modalities": inputs, "output_modalities": ["text"]}
+
+
+def test_openais_client_sends_a_picture(seeing: Seeing) -> None:
+    with openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none") as client:
+        made = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": question("chat")}],  # type: ignore[list-item, misc]
+            temperature=0, max_tokens=NUM_NEW,
+        )  # fmt: skip
+        assert made.choices[0].message.content == seeing.python_text
+        response = client.responses.create(
+            model="tiny", input=[{"role": "user", "content": question("responses")}],  # type: ignore[list-item, misc]
+            temperature=0, max_output_tokens=NUM_NEW,
+        )  # fmt: skip
+        assert response.output_text == seeing.python_text
+        with pytest.raises(openai.BadRequestError, match="the picture is empty"):
+            client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": [picture("chat", b"")]}]  # type: ignore[list-item, misc]
+            )  # fmt: skip
+
+
+def test_anthropics_client_sends_a_picture(seeing: Seeing) -> None:
+    with anthropic.Anthropic(base_url=seeing.url, api_key="none") as client:
+        made = client.messages.create(
+            model="tiny", messages=[{"role": "user", "content": question("messages")}],  # type: ignore[typeddict-item]
+            max_tokens=NUM_NEW, extra_body={"temperature": 0},
+        )  # fmt: skip
+        assert made.content[0].text == seeing.python_text  # type: ignore[union-attr]
+        with pytest.raises(anthropic.BadRequestError, match="the picture is empty"):
+            client.messages.create(
+                model="tiny", max_tokens=1,
+                messages=[{"role": "user", "content": [picture("messages", b"")]}],  # type: ignore[typeddict-item, list-item]
+            )  # fmt: skip
+
+
+def test_the_document_describes_pictures_and_sounds(viewer: httpx.Client) -> None:
+    shown = json.dumps(viewer.get("/openapi.json").json())
+    for name in ("PicturePart", "SoundPart", "PictureInput", "ImageBlock"):
+        assert f'"#/components/schemas/{name}"' in shown
