@@ -284,6 +284,21 @@ def test_data_that_is_no_picture_is_refused_in_the_dialects_shape(
         assert error["message"].startswith(f"{place}.0.content.1: ")
 
 
+@pytest.mark.parametrize("dialect", CHATTING)
+def test_what_is_not_sent_becomes_a_note_in_the_result_of_a_tool(
+    seeing: Seeing, viewer: httpx.Client, dialect: str
+) -> None:
+    part = address(dialect, "https://example.org/cat.png")
+    drawing = picture(dialect, CAT, "image/svg+xml")
+    found = [text(dialect, "Here:"), part, drawing, picture(dialect, CAT)]
+    answer = converse(viewer, dialect, read_tool(dialect, found, []), tools=TOOLS[dialect])
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-replaced-blocks"] == f"2 {part['type']}"
+    assert "omitted: expected the data of a picture, found an address" in seeing.prompts[-1].text
+    assert 'or image/gif, found "image/svg+xml"]' in seeing.prompts[-1].text
+    assert len(seeing.prompts[-1].spans) == 1
+
+
 def test_a_file_id_is_refused_by_name(viewer: httpx.Client) -> None:
     for dialect, part in (
         ("responses", {"type": "input_image", "file_id": "file-1", "detail": "auto"}),
@@ -312,7 +327,7 @@ def test_the_content_decides_what_a_picture_is(viewer: httpx.Client, form: str) 
 
 def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -> None:
     message = ask(viewer, "chat", [sound(TONE, "midi")]).json()["error"]["message"]
-    assert message == 'messages.0.content.0: expected a sound of type wav or mp3, found "midi"'
+    assert message.startswith('messages.0.content.0: expected a sound of type wav or mp3, found "midi"')
     assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
 
 
@@ -406,16 +421,18 @@ def test_decoded_bytes_are_given_back_once_the_prompt_is_built(
     monkeypatch.setattr(seeing.service.prompts, "build", built)
     if is_refused:
         monkeypatch.setattr(seeing.service.loop, "submit", submit)
-    held_at_end = []
+    held_at_end, is_released = [], threading.Event()
 
     def release(share: Share) -> None:
         held_at_end.append(share.num_bytes)
         share.shrink(0)
+        is_released.set()
 
     monkeypatch.setattr(Share, "release", release)
     answer = ask(viewer, "chat", [picture("chat", CAT)])
     assert answer.status_code == (503 if is_refused else 200)
     ((thread, charged),) = threads
+    assert is_released.wait(20)  # the client may have the whole answer before the request has ended
     assert charged == len(CAT)
     assert held_at_end == [shares[0][1]]
     # Decoding takes long even if the file is short, so it must not keep a thread from short requests.

@@ -124,27 +124,29 @@ class Intake:
             is_new: it is in the user's newest turn.
 
         Raises:
-            UsageError: it is new and the model does not take its kind, it is not data, the client calls it something
-                that is not read, or the data is not base64.
+            UsageError: it is new and the model does not take its kind, it is an address or a file id, or the client
+                calls it something that is not read; or the data is not base64.
             BadMedia: it is too large.
             Overloaded: other requests leave too little memory.
         """
         kind = part.KIND
         if kind not in self._kinds:
             return self.replaced.note(part.type, where, is_new=is_new)
-        sent = part.data()
+        sent, forms = part.data(), _FORMS[kind]
+        form = sent.form.lower() if isinstance(sent, Data) else ""
         if isinstance(sent, Elsewhere):
-            raise UsageError(
-                f"{where}: expected the data of a {kind}, found {sent.found}", param=where, hint=part.REMEDY
-            )
-        form, forms = sent.form.lower(), _FORMS[kind]
-        if _OTHER_SPELLINGS.get(form, form) not in forms:
-            raise UsageError(
-                f"{where}: expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}, "
-                f"found {json.dumps(form[:_LONGEST_SHOWN])}",
-                param=where,
-            )
-        content = self._decoded(sent.base64, kind, where)
+            fault = f"expected the data of a {kind}, found {sent.found}"
+        elif _OTHER_SPELLINGS.get(form, form) not in forms:
+            fault = f"expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}"
+            fault += f", found {json.dumps(form[:_LONGEST_SHOWN])}"
+        else:
+            return self._taken(sent.base64, kind, where)
+        if is_new:
+            raise UsageError(f"{where}: {fault}", param=where, hint=part.REMEDY)
+        return self.replaced.note(part.type, where, is_new=False, reason=fault)
+
+    def _taken(self, base64: str, kind: Kind, where: str) -> Piece:
+        content = self._decoded(base64, kind, where)
         if kind == "picture":
             return {"type": "image", "image": Image(content)}
         return {"type": "audio", "audio": Audio(content)}
