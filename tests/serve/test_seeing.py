@@ -200,13 +200,24 @@ def test_a_document_of_blocks_keeps_its_pictures(seeing: Seeing, viewer: httpx.C
     assert len(seeing.prompts[-1].spans) == 1
 
 
-def test_a_picture_is_kept_for_the_response_that_continues(seeing: Seeing, viewer: httpx.Client) -> None:
+def test_a_picture_is_kept_for_the_response_that_continues(
+    seeing: Seeing, viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = ask(viewer, "responses", question("responses")).json()
+    threads, build = [], seeing.service.prompts.build
+
+    def built(*given: Any, **more: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return build(*given, **more)
+
+    monkeypatch.setattr(seeing.service.prompts, "build", built)
     later = converse(
         viewer, "responses", [{"role": "user", "content": "And?"}], previous_response_id=first["id"]
     )
     assert later.status_code == 200, later.text
     assert digests(seeing.prompts[-1]) == digests(seeing.python_prompt)
+    # Only earlier items have the pictures, and they must not keep a thread from short requests.
+    assert threads[0].startswith("argosy-large")
 
 
 def test_the_template_shows_where_pictures_are(viewer: httpx.Client) -> None:
