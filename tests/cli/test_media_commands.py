@@ -18,7 +18,7 @@ from argosy.cli.main import main
 from tests.models.seeing import write_seeing_chat_model
 
 Captured = pytest.CaptureFixture[str]
-LIMITS = ["--memory", "1GiB", "--threads", "1", "--image-tokens", "64", "-n", "8"]
+LIMITS = ["--memory", "3GiB", "--threads", "1", "--image-tokens", "64", "-n", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
-    with Engine.open(model, memory="1GiB", threads=1, image_tokens=64) as opened:
+    with Engine.open(model, memory="3GiB", threads=1, image_tokens=64) as opened:
         yield opened
 
 

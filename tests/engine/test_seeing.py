@@ -27,7 +27,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 def opened(directory: Path, **options: Any) -> Engine:
-    return Engine.open(directory, **{"memory": "1GiB", "threads": 2, "image_tokens": 64} | options)
+    return Engine.open(directory, **{"memory": "3GiB", "threads": 2, "image_tokens": 64} | options)
 
 
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:

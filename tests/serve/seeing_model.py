@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.models.safetensors_file import read_header, read_safetensors, write_safetensors
-from tests.models.seeing import REFERENCE
-from tests.prompt.test_media_messages import PLACES, TEMPLATE, core
+from tests.models.seeing import REFERENCE, SEEING_TEMPLATE, seeing_tokenizer
 from tests.prompt.tokenizers_for_tests import write_tokenizer
 
 VOCAB_SIZE = 512
@@ -23,9 +22,9 @@ def write_seeing_model(directory: Path) -> Path:
     directory.mkdir()
     shutil.copy(source / "preprocessor_config.json", directory)
     config = json.loads((source / "config.json").read_text())
-    thinker = config["thinker_config"]
-    thinker["image_token_id"] = core().token_to_id(PLACES["picture"])
-    thinker["audio_token_id"] = core().token_to_id(PLACES["sound"])
+    thinker, core = config["thinker_config"], seeing_tokenizer()
+    thinker["image_token_id"] = core.token_to_id("<|image_pad|>")
+    thinker["audio_token_id"] = core.token_to_id("<|audio_pad|>")
     thinker["text_config"] |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT_TOKENS}
     (directory / "config.json").write_text(json.dumps(config))
     values = np.random.default_rng(5)
@@ -36,4 +35,6 @@ def write_seeing_model(directory: Path) -> Path:
         wider = values.normal(0, 0.3, (VOCAB_SIZE, tensor.shape[1])) if is_vocabulary else tensor
         tensors[name] = (header[name]["dtype"], wider)
     write_safetensors(directory / "model.safetensors", tensors)
-    return write_tokenizer(directory, core().to_str(), {"eos_token": "<|im_end|>", "chat_template": TEMPLATE})
+    return write_tokenizer(
+        directory, core.to_str(), {"eos_token": "<|im_end|>", "chat_template": SEEING_TEMPLATE}
+    )

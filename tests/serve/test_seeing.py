@@ -52,7 +52,7 @@ class Seeing:
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seeing]:
     model = write_seeing_model(tmp_path_factory.mktemp("seeing") / "model")
     asked: list[Part] = [Text("What is"), Image(CAT), Text("and"), Image(DOG), Text("?")]
-    with Engine.open(model, memory="1GiB", threads=2, grammars=True, image_tokens=64) as engine:
+    with Engine.open(model, memory="3GiB", threads=2, grammars=True, image_tokens=64) as engine:
         prompt = engine.prompts.build(asked)
         answer = engine.generate(asked, SamplingParams(max_tokens=NUM_NEW, temperature=0))
         with serving(engine) as service:
@@ -260,7 +260,7 @@ REFUSALS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "another content": (lambda dialect: picture(dialect, b"<svg/>" * 9), "PNG, JPEG, WEBP or GIF"),
     "too many pixels": (
         lambda dialect: picture(dialect, raw_png(16_000, 16_000, 8, 2, b"")),
-        "a picture may have at most 50 megapixels, found 16,000 x 16,000",
+        "a picture may have at most 24 megapixels, found 16,000 x 16,000",
     ),
 }  # fmt: skip
 
