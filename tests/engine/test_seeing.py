@@ -103,7 +103,9 @@ def test_a_quantised_pack_sees_with_the_exact_encoders(family: str, tmp_path: Pa
             prompt = prompt_of(engine, reference)
             assert len(engine.generate(prompt, GREEDY).token_ids) == 8
             assert engine._media is not None
-            rows.append(list(engine._media._kept._rows.values()))
+            rows.append(
+                [one for kept in engine._media._kept._tenants.values() for one in kept.turns.values()]
+            )
     assert len(rows[0]) == len([name for name in reference if name.startswith(("picture", "sound"))])
     for expected, found in zip(*rows, strict=True):
         np.testing.assert_array_equal(found.embeddings, expected.embeddings)

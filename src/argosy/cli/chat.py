@@ -140,14 +140,14 @@ class Conversation:
 
     def _attach(self, kind: str, path: str) -> None:
         """Read a picture or sound now, so that the conversation does not depend on its file later."""
-        from argosy.media.parts import Audio, Image, MediaLimits
+        from argosy.media.parts import PROMPT_LIMITS, Audio, Image
 
         part = Image(path) if kind == "image" else Audio(path)
         if part.kind not in self._engine.media_kinds:
             print(f"error: this model does not take a {part.kind}", file=sys.stderr)
             return
         try:
-            self._attached.append(part.read(MediaLimits()))
+            self._attached.append(part.read(PROMPT_LIMITS))
         except UsageError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -26,12 +25,13 @@ from argosy.checkpoint.untrusted_file import read_object
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.errors import ArgosyError, CheckpointError, Overloaded, UsageError
 from argosy.media.decoder import Decoder
-from argosy.media.parts import Audio, Content, Image, Kind, MediaLimits, Video
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, Kind, Video
 from argosy.media.pictures import PictureProcessor, read_picture_processor
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.model.encoders.reading import EncoderFiles, Encoders
 from argosy.model.encoders.table import Shape
 from argosy.prompt.media_span import MediaSpan, SpanRows
+from argosy.prompt.replay import TenantMemory
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _RETRY_S = 5
@@ -44,9 +44,13 @@ def read_processors(
 ) -> dict[Kind, Processor | ArgosyError]:
     """How the checkpoint prepares media for its towers, or the error for the first that is sent."""
     found: dict[Kind, Processor | ArgosyError] = {}
-    paths = [path for name in _PROCESSOR_FILES if (path := files.path / name).exists()]
+    path = next((path for name in _PROCESSOR_FILES if (path := files.path / name).exists()), None)
+    try:
+        raw = {} if path is None else read_object(path)
+    except ArgosyError as error:
+        return dict.fromkeys(kinds, error)
     for kind in kinds:
-        if not paths:
+        if path is None:
             found[kind] = CheckpointError(
                 f"{files.path} has no {_PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
                 hint="copy it from where the model came from",
@@ -54,11 +58,10 @@ def read_processors(
             )
             continue
         try:
-            raw = read_object(paths[0])
             if kind == "picture":
-                found[kind] = read_picture_processor(raw, most_tokens=image_tokens, where=paths[0].name)
+                found[kind] = read_picture_processor(raw, most_tokens=image_tokens, where=path.name)
             else:
-                found[kind] = read_sound_processor(raw, is_padded=False, where=paths[0].name)
+                found[kind] = read_sound_processor(raw, is_padded=False, where=path.name)
         except ArgosyError as error:
             found[kind] = error
     return found
@@ -76,16 +79,14 @@ class PromptMedia:
         encoders: Encoders,
         processors: Mapping[Kind, Processor],
         faults: Mapping[Kind, ArgosyError],
-        limits: MediaLimits,
     ) -> None:
         self._encoders = encoders
         self._processors = processors
         self._faults = faults
-        self._limits = limits
-        self._decoder = Decoder(limits)
+        self._decoder = Decoder(PROMPT_LIMITS)
         self._one_decoded = threading.Lock()  # a decoded picture is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
-        self._kept = _KeptRows(MEDIA_KEPT_BYTES)
+        self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -109,7 +110,7 @@ class PromptMedia:
             raise UsageError(
                 f"this model takes {' and '.join(takes)}, and the conversation has a {part.kind}"
             )
-        return part.read(self._limits)
+        return part.read(PROMPT_LIMITS)
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""
@@ -127,12 +128,10 @@ class PromptMedia:
         self._waiting.charge(waiting, values.nbytes)
 
         def make_rows() -> SpanRows | Generator[None, None, SpanRows]:
-            kept = self._kept.find(tenant, digest)
-            return (
-                kept
-                if kept is not None
-                else self._encode(content.kind, waiting.values, shape, tenant, digest)
-            )
+            if (kept := self._kept.get(tenant, digest)) is not None:
+                self._kept.touch(tenant, [digest])
+                return kept
+            return self._encode(content.kind, waiting.values, shape, tenant, digest)
 
         return [
             MediaSpan(
@@ -169,7 +168,8 @@ class PromptMedia:
             rows = yield from tower.encode(patches, grid)
         else:
             rows = yield from tower.encode(values)
-        self._kept.keep(tenant, digest, rows)
+        if rows.nbytes <= MEDIA_KEPT_BYTES:
+            self._kept.put(tenant, digest, rows)
         return rows
 
 
@@ -210,54 +210,16 @@ class _Room:
             self._held_bytes -= nbytes
 
 
-class _KeptRows:
-    """Rows of the media that were used last, by tenant and digest: no tenant can learn what another one sent."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self._rows: OrderedDict[tuple[str, bytes], SpanRows] = OrderedDict()
-        self._nbytes = 0
-        self._lock = threading.Lock()
-
-    def find(self, tenant: str, digest: bytes) -> SpanRows | None:
-        with self._lock:
-            rows = self._rows.get((tenant, digest))
-            if rows is not None:
-                self._rows.move_to_end((tenant, digest))
-            return rows
-
-    def keep(self, tenant: str, digest: bytes, rows: SpanRows) -> None:
-        """Keep rows, and forget others until there is room; rows that are larger than all the room are not kept."""
-        with self._lock:
-            if _nbytes(rows) > self._most_bytes or (tenant, digest) in self._rows:
-                return
-            self._rows[tenant, digest] = rows
-            self._nbytes += _nbytes(rows)
-            while self._nbytes > self._most_bytes:
-                _, oldest = self._rows.popitem(last=False)
-                self._nbytes -= _nbytes(oldest)
-
-    def forget(self, tenant: str) -> None:
-        with self._lock:
-            for key in [key for key in self._rows if key[0] == tenant]:
-                self._nbytes -= _nbytes(self._rows.pop(key))
-
-
-def _nbytes(rows: SpanRows) -> int:
-    return rows.embeddings.nbytes + sum(vectors.nbytes for vectors in rows.additions.values())
-
-
 def open_media(
     files: ModelFiles,
     found: Mapping[Kind, EncoderFiles | ArgosyError],
     encoders: Encoders,
     *,
     image_tokens: int,
-    limits: MediaLimits,
 ) -> PromptMedia:
     """Combine the towers that were found with the processors that prepare media for them."""
     faults = {kind: one for kind, one in found.items() if isinstance(one, ArgosyError)}
     processors = read_processors(files, list(encoders.files), image_tokens=image_tokens)
     faults |= {kind: one for kind, one in processors.items() if isinstance(one, ArgosyError)}
     ready = {kind: one for kind, one in processors.items() if not isinstance(one, ArgosyError)}
-    return PromptMedia(encoders, ready, faults, limits)
+    return PromptMedia(encoders, ready, faults)

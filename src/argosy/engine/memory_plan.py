@@ -23,15 +23,13 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
-from argosy.media.parts import MediaLimits
+from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
-# A decoded picture takes 3 bytes a pixel here, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
-MEDIA_LIMITS = MediaLimits(pixels=24_000_000)
-_DECODED_PIXEL_BYTES = 3 + 4
+_DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
 MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures and sounds of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
@@ -201,9 +199,9 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
 
 def media_bytes() -> int:
     """Memory for pictures and sounds beside their encoders: a file that is decoded, requests that wait, rows kept."""
-    sound_bytes = round(4 * MEDIA_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
-    decoded = max(_DECODED_PIXEL_BYTES * MEDIA_LIMITS.pixels, sound_bytes)
-    return _DECODER_BYTES + MEDIA_LIMITS.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
+    sound_bytes = round(4 * PROMPT_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
+    decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels, sound_bytes)
+    return _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
 
 
 def quarter_of_experts(files: ModelFiles) -> int:

@@ -22,7 +22,6 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, AskAhead, EngineConfig
 from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.memory_plan import (
-    MEDIA_LIMITS,
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
     held_bytes,
@@ -38,7 +37,6 @@ from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
-from argosy.model.encoders.reading import EncoderFiles, Encoders
 from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
 from argosy.model.model import Model, ModelReading
 from argosy.prompt.builder import PromptBuilder
@@ -220,12 +218,11 @@ def _open_media(
     if not footprint.encoders:
         return None
     from argosy.engine.media import open_media  # imports modules that only pictures and sounds need
+    from argosy.model.encoders.reading import Encoders, runnable
 
-    towers = {kind: one for kind, one in footprint.encoders.items() if isinstance(one, EncoderFiles)}
+    towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return open_media(
-        files, footprint.encoders, encoders, image_tokens=config.image_tokens, limits=MEDIA_LIMITS
-    )
+    return open_media(files, footprint.encoders, encoders, image_tokens=config.image_tokens)
 
 
 def _open_prefix_files(

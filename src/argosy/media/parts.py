@@ -45,6 +45,11 @@ class MediaLimits:
     wall_s: float = 30.0
 
 
+# A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
+PROMPT_LIMITS = MediaLimits(pixels=24_000_000)
+"""What an engine takes in a prompt; its memory plan counts on it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """The content of a part.

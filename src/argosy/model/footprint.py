@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
@@ -20,9 +21,11 @@ from argosy.experts.files import (
     slot_bytes,
 )
 from argosy.media.parts import Kind
-from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
+
+if TYPE_CHECKING:
+    from argosy.model.encoders.reading import EncoderFiles
 
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
@@ -68,14 +71,22 @@ class ModelFootprint:
     @cached_property
     def encoders(self) -> Mapping[Kind, EncoderFiles | ArgosyError]:
         """The towers for pictures and sound; empty if the settings turn them off."""
-        return find_encoders(self.files) if self._has_media else {}
+        if not self._has_media or not self.files.others:
+            return {}
+        from argosy.model.encoders.reading import find_encoders  # imports every tower
+
+        return find_encoders(self.files)
 
     @cached_property
     def encoder_bytes(self) -> int:
         """The weights of all towers, and the largest encode."""
-        towers = {kind: one for kind, one in self.encoders.items() if isinstance(one, EncoderFiles)}
-        peaks = [one.peak_bytes(one.largest_shape(self._image_tokens)) for one in towers.values()]
-        return sum(one.weight_bytes for one in towers.values()) + max(peaks, default=0)
+        if not self.encoders:
+            return 0
+        from argosy.model.encoders.reading import runnable
+
+        towers = runnable(self.encoders).values()
+        peaks = [one.peak_bytes(one.largest_shape(self._image_tokens)) for one in towers]
+        return sum(one.weight_bytes for one in towers) + max(peaks, default=0)
 
     @cached_property
     def staging_bytes(self) -> int:

@@ -409,7 +409,8 @@ class PromptBuilder:
         assert self._media is not None
         token_ids = list(prompt.token_ids or ())
         placeholders = [self._media.placeholder(content) for content in contents]
-        places = [at for at, token_id in enumerate(token_ids) if token_id in placeholders]
+        known = set(placeholders)
+        places = [at for at, token_id in enumerate(token_ids) if token_id in known]
         if [token_ids[at] for at in places] != placeholders:
             raise UsageError(
                 f"the conversation has {len(contents)} pictures and sounds, and this model's chat template writes "

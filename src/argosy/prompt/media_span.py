@@ -26,6 +26,10 @@ class SpanRows:
     embeddings: NDArray[np.float32]
     additions: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return self.embeddings.nbytes + sum(vectors.nbytes for vectors in self.additions.values())
+
 
 MakeRows = Callable[[], SpanRows | Generator[None, None, SpanRows]]
 """Makes the rows of a span: at once, or in pieces of work that end in a `yield`, between which others may run."""

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from argosy.errors import BadMedia, UsageError
-from argosy.media.parts import Audio, Image, Kind, MediaLimits
+from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits
 from argosy.serve.fields import Lenient, NoEffect, Short
 from argosy.serve.held import Share
 from argosy.serve.replaced import Replaced
@@ -111,9 +111,9 @@ class Intake:
         replaced: the notes in place of what the model cannot read.
     """
 
-    def __init__(self, kinds: Collection[Kind], share: Share, limits: MediaLimits | None = None) -> None:
+    def __init__(self, kinds: Collection[Kind], share: Share, limits: MediaLimits = PROMPT_LIMITS) -> None:
         self._kinds, self._share = kinds, share
-        self._limits = limits or MediaLimits()
+        self._limits = limits
         self.replaced = Replaced(kinds)
 
     def piece(self, part: MediaPart, where: str, *, is_new: bool) -> Piece:

@@ -10,7 +10,7 @@ Elsewhere: the operations are native (`native/ops/encoder.h`); which of them a t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from argosy.model.weights import DenseWeights
 Rows = NDArray[np.float32]
 Steps = Generator[None, None, None]
 Gelu = Literal["erf", "tanh", "quick"]
+Config = TypeVar("Config")
 
 # Between two yields: floating-point operations of products, and rows (for work that the products do not show).
 MOST_FLOP = 2_000_000_000
@@ -170,3 +171,17 @@ def gelu_mlp_floats(num_rows: int, width: int, mlp_width: int) -> int:
 def attention_flop(num_seen: int, width: int) -> int:
     """Floating-point operations of attention for one row, without the product after it."""
     return 4 * num_seen * width
+
+
+class Tower(Generic[Config]):
+    """The weights and threads of a tower; `encode` may be run for several inputs at the same time.
+
+    Args:
+        is_exact: products are float32; otherwise the CPU may multiply blocks of rows in bfloat16.
+    """
+
+    def __init__(
+        self, config: Config, weights: DenseWeights, runtime: _native.Runtime, *, is_exact: bool = False
+    ) -> None:
+        self._config = config
+        self._operations = Operations(weights, runtime, is_exact=is_exact)

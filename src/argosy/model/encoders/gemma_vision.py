@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from argosy import _native
 from argosy.errors import UsageError
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
@@ -23,13 +22,13 @@ from argosy.model.encoders.blocks import (
     Operations,
     Rows,
     Steps,
+    Tower,
     attention_flop,
     block_floats,
     in_blocks,
 )
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import SpanRows
 
 
@@ -166,19 +165,8 @@ def peak_bytes(config: GemmaVisionConfig, grid: Grid) -> int:
     return FLOAT_BYTES * floats + tables + OVERHEAD_BYTES
 
 
-class GemmaVisionTower:
+class GemmaVisionTower(Tower[GemmaVisionConfig]):
     """The tower with its projection and weights; `encode` may be run for several pictures at the same time."""
-
-    def __init__(
-        self,
-        config: GemmaVisionConfig,
-        weights: DenseWeights,
-        runtime: _native.Runtime,
-        *,
-        is_exact: bool = False,
-    ) -> None:
-        self._config = config
-        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture.

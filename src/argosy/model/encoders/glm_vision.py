@@ -14,14 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from argosy import _native
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
     FLOAT_BYTES,
     OVERHEAD_BYTES,
-    Operations,
     Rows,
     Steps,
+    Tower,
     block_floats,
     in_blocks,
 )
@@ -40,7 +39,6 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import SpanRows
 
 __all__ = [
@@ -170,19 +168,8 @@ def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
     return FLOAT_BYTES * floats + rotation_bytes(in_frame, config.head_dim) + OVERHEAD_BYTES
 
 
-class GlmVisionTower:
+class GlmVisionTower(Tower[GlmVisionConfig]):
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
-
-    def __init__(
-        self,
-        config: GlmVisionConfig,
-        weights: DenseWeights,
-        runtime: _native.Runtime,
-        *,
-        is_exact: bool = False,
-    ) -> None:
-        self._config = config
-        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or video.

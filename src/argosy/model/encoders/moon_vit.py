@@ -15,15 +15,14 @@ from functools import partial
 
 import numpy as np
 
-from argosy import _native
 from argosy.errors import UsageError
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
     FLOAT_BYTES,
     OVERHEAD_BYTES,
-    Operations,
     Rows,
     Steps,
+    Tower,
     block_floats,
     gelu_mlp_floats,
     in_blocks,
@@ -41,7 +40,6 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import SpanRows
 
 _NORM_EPS = 1e-5
@@ -170,19 +168,8 @@ def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
     return FLOAT_BYTES * floats + rotation_bytes(in_frame, config.head_dim) + OVERHEAD_BYTES
 
 
-class MoonViT:
+class MoonViT(Tower[MoonViTConfig]):
     """The tower with its projector and weights; `encode` may be run for several pictures at the same time."""
-
-    def __init__(
-        self,
-        config: MoonViTConfig,
-        weights: DenseWeights,
-        runtime: _native.Runtime,
-        *,
-        is_exact: bool = False,
-    ) -> None:
-        self._config = config
-        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or a piece of video.

@@ -20,9 +20,9 @@ from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
     FLOAT_BYTES,
     OVERHEAD_BYTES,
-    Operations,
     Rows,
     Steps,
+    Tower,
     attention_flop,
     block_floats,
     gelu_mlp_floats,
@@ -151,7 +151,7 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
     return FLOAT_BYTES * floats + OVERHEAD_BYTES
 
 
-class OmniAudioTower:
+class OmniAudioTower(Tower[OmniAudioConfig]):
     """The tower with its weights; `encode` may be run for several sounds at the same time."""
 
     def __init__(
@@ -162,8 +162,7 @@ class OmniAudioTower:
         *,
         is_exact: bool = False,
     ) -> None:
-        self._config = config
-        self._operations = Operations(weights, runtime, is_exact=is_exact)
+        super().__init__(config, weights, runtime, is_exact=is_exact)
         half = config.hidden_size // 2
         frequencies = 10_000.0 ** -(np.arange(half) / max(1, half - 1))
         self._times = sinusoids(np.arange(_CHUNK_ROWS), frequencies)

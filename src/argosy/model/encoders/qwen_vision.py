@@ -21,14 +21,13 @@ from math import isqrt
 
 import numpy as np
 
-from argosy import _native
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
     FLOAT_BYTES,
     OVERHEAD_BYTES,
-    Operations,
     Rows,
     Steps,
+    Tower,
     block_floats,
     gelu_mlp_floats,
     in_blocks,
@@ -48,7 +47,6 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import SpanRows
 
 __all__ = [
@@ -202,19 +200,8 @@ def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
     return FLOAT_BYTES * floats + tables + OVERHEAD_BYTES
 
 
-class QwenVisionTower:
+class QwenVisionTower(Tower[QwenVisionConfig]):
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
-
-    def __init__(
-        self,
-        config: QwenVisionConfig,
-        weights: DenseWeights,
-        runtime: _native.Runtime,
-        *,
-        is_exact: bool = False,
-    ) -> None:
-        self._config = config
-        self._operations = Operations(weights, runtime, is_exact=is_exact)
 
     def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
         """Make the rows of a picture or video.

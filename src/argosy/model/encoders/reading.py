@@ -17,17 +17,15 @@ from typing import Any
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, ModelFiles
 from argosy.checkpoint.untrusted_file import read_object
-from argosy.config import Format
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.media.parts import Kind, MediaLimits
+from argosy.media.parts import PROMPT_LIMITS, Kind
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
-from argosy.model.families.accounts import TensorAccounts
+from argosy.model.families import CONFIG_FILE
+from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import dense_footprint, load_dense
 
-_CONFIG_FILE = "config.json"
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
-_FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class EncoderFiles:
         if self.encoder.kind == "picture":
             merge: int = self.config.merge
             return (1, merge, merge * image_tokens)
-        return (round(MediaLimits().sound_s * MEL_FRAMES_PER_SECOND),)
+        return (round(PROMPT_LIMITS.sound_s * MEL_FRAMES_PER_SECOND),)
 
     def num_positions(self, shape: Shape) -> int:
         return self.encoder.num_positions(self.config, shape)
@@ -79,20 +77,24 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
     return found
 
 
+def runnable(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> dict[Kind, EncoderFiles]:
+    """The towers among those that were found which can be run."""
+    return {kind: one for kind, one in encoders.items() if isinstance(one, EncoderFiles)}
+
+
 def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str]:
     """Names in the files of all tensors that these towers need."""
-    towers = [one for one in encoders.values() if isinstance(one, EncoderFiles)]
-    return {ref.name for tower in towers for ref in tower.tensors.values()}
+    return {ref.name for tower in runnable(encoders).values() for ref in tower.tensors.values()}
 
 
 def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
-    path = files.path / _CONFIG_FILE
+    path = files.path / CONFIG_FILE
     around = ConfigReader(read_object(path), files.config.family, path)
     for key in encoder.path[:-1]:
         around = _inner(around, key, files.config.family)
     own = _inner(around, encoder.path[-1], files.config.family)
     config = encoder.read(own, around, files.config)
-    accounts = TensorAccounts(files.path, files.others, _FORMAT_OF_DTYPE)
+    accounts = TensorAccounts(files.path, files.others, FLOAT_FORMATS)
     tensors = {}
     for canonical, tensor in encoder.tensors(config).items():
         ref, format = accounts.take(encoder.prefix + tensor.name, tensor.shape)
@@ -106,7 +108,7 @@ def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
     raw = reader.mapping(key)
     if raw is None:
         raise CheckpointError(
-            f"{_CONFIG_FILE} has no {key}, and the files have a tower that it describes", key=key
+            f"{CONFIG_FILE} has no {key}, and the files have a tower that it describes", key=key
         )
     return ConfigReader(
         {name: value for name, value in raw.items() if name != "model_type"}, family, within=key
@@ -118,11 +120,11 @@ def _placeholder(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> i
         for token_id in around.token_ids(key):
             if token_id >= files.config.vocab_size:
                 raise CheckpointError(
-                    f"{_CONFIG_FILE} gives {key} as {token_id}; the vocabulary has {files.config.vocab_size}",
+                    f"{CONFIG_FILE} gives {key} as {token_id}; the vocabulary has {files.config.vocab_size}",
                     key=key,
                 )
             return token_id
-    raise CheckpointError(f"{_CONFIG_FILE} has no {encoder.placeholders[0]}", key=encoder.placeholders[0])
+    raise CheckpointError(f"{CONFIG_FILE} has no {encoder.placeholders[0]}", key=encoder.placeholders[0])
 
 
 class Encoders:

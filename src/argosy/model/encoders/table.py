@@ -30,9 +30,9 @@ class Tower(Protocol):
 class Encoder:
     """One tower of a family.
 
-    path: of the tower's config inside `config.json`.
+    path: the keys that lead to the tower's config in `config.json`.
     placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
-    prefix: of the tensors' names.
+    prefix: what the names of its tensors begin with.
     read: the tower's config, from its object and the one around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
@@ -113,8 +113,3 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
     ),
 }
 """By the family of a `ModelConfig`."""
-
-
-def encoder_of(family: str, kind: Kind) -> Encoder:
-    """The tower for this kind; the family must have one."""
-    return next(one for one in ENCODERS[family] if one.kind == kind)

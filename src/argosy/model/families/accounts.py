@@ -14,6 +14,9 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 
+# The dtypes of safetensors that kernels read as they are; F8_E4M3 is not among them, because it needs a scale.
+FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
 _Format = TypeVar("_Format", Format, str, None)
 
 
@@ -95,7 +98,7 @@ class TensorAccounts:
     def refuse_extra(
         self, config: ModelConfig, is_passed_over: Callable[[str], object], described_by: str
     ) -> dict[str, TensorRef]:
-        """Refuse tensors that were not taken, except those known to play no part in the text model; return these.
+        """Refuse tensors that were not taken. Return those that are known to play no part in the text model.
 
         Args:
             is_passed_over: recognises the exceptions by name: constants that writers leave behind, vision towers.

@@ -39,11 +39,9 @@ from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families.accounts import TensorAccounts
+from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
 
-# Without F8_E4M3, which needs a scale.
-_FORMAT_OF_DTYPE: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
 _LEFTOVERS = (
     r"({prefix})?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|{prefix}layers\.\d+\.self_attn\.bias"
@@ -211,7 +209,7 @@ class _Accounts(TensorAccounts):
     def __init__(
         self, directory: Path, tensors: Mapping[str, TensorRef], quantization: Quantization | None
     ) -> None:
-        super().__init__(directory, tensors, _FORMAT_OF_DTYPE)
+        super().__init__(directory, tensors, FLOAT_FORMATS)
         self._quantization = quantization
 
     def weight(self, name: str, shape: tuple[int, ...]) -> _Stored:
