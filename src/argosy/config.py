@@ -124,7 +124,9 @@ class EngineConfig(_Strict):
     kv_dtype: KvDtype = "f32"
     instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
     ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement decides
-    chunk_tokens: int | None = None  # maximum prompt tokens in one step; None: the memory plan decides
+    # Maximum prompt tokens in one step; None: the memory plan decides. It is raised for models whose pictures have to
+    # run in one step, to the largest picture.
+    chunk_tokens: int | None = None
     expert_slots: int | None = None  # size of the expert cache; None: what the budget leaves
     max_sequences: int = 8  # maximum sequences in one step
     readers: int = 4  # threads that read experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
+from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.prompt import Prompt
 from tests.models.references import difference
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
-from tests.models.seeing import CONFIGS, RATE, REFERENCE
+from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE
 
 FAMILIES = sorted(CONFIGS)
 LARGEST_DIFFERENCE = 3e-4
@@ -27,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 def opened(directory: Path, **options: Any) -> Engine:
-    return Engine.open(directory, **{"memory": "3GiB", "threads": 2, "image_tokens": 64} | options)
+    return Engine.open(directory, **{"memory": "3GiB", "threads": 2, "image_tokens": IMAGE_TOKENS} | options)
 
 
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
@@ -167,6 +169,36 @@ def test_the_largest_picture_is_the_most_tokens_that_are_allowed() -> None:
         (span,) = engine._media.segments(large, "")
         assert not isinstance(span, list)
         assert span.num_positions <= 16  # type: ignore[union-attr]
+
+
+def test_a_picture_whose_positions_see_one_another_fits_every_chunk() -> None:
+    largest = json.loads((REFERENCE / "gemma4" / "preprocessor_config.json").read_text())["max_soft_tokens"]
+    with opened(REFERENCE / "gemma4", chunk_tokens=16) as engine:
+        assert engine.plan.chunk_tokens == largest
+        assert engine._media is not None
+        picture = engine._media.read(Image(np.zeros((8, 4 * largest, 3), np.uint8)))
+        before, span, after = engine._media.segments(picture, "")
+        assert isinstance(span, MediaSpan)
+        assert 16 < span.num_positions <= largest
+        prompt = Prompt.of([3, 5], before, span, after, [6])
+        assert len(engine.generate(prompt, GREEDY).token_ids) == 8
+    with opened(REFERENCE / "gemma4", chunk_tokens=16, media=False) as engine:
+        assert engine.plan.chunk_tokens == 16
+
+
+def test_the_plan_counts_the_largest_picture_that_the_processor_makes() -> None:
+    with opened(REFERENCE / "gemma4", image_tokens=70) as engine:
+        needed = engine.plan.encoder_bytes
+    with opened(REFERENCE / "gemma4", image_tokens=4096) as engine:
+        assert engine.plan.encoder_bytes == needed
+
+
+def test_a_cap_below_what_a_processor_can_make_is_told_for_the_first_picture() -> None:
+    with opened(REFERENCE / "gemma4", image_tokens=69) as engine:
+        assert engine._media is not None
+        assert engine.media_kinds == ()
+        with pytest.raises(UsageError, match="must be at least 70 for this model, found 69"):
+            engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))
 
 
 def test_media_cost_memory_only_where_the_model_takes_them() -> None:

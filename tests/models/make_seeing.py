@@ -11,7 +11,7 @@ samples at 16 kHz), `input_ids` with one placeholder for each, and the logits an
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import transformers
 
-from argosy.media.pictures import PictureProcessor, read_picture_processor
-from argosy.media.sounds import read_sound_processor
+from argosy.media.parts import Kind
+from argosy.media.pictures import PictureProcessor
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
 from tests.models.safetensors_file import Array, write_safetensors
-from tests.models.seeing import CONFIGS, RATE, REFERENCE, prompt_of, write
+from tests.models.seeing import CONFIGS, IMAGE_TOKENS, RATE, REFERENCE, prompt_of, write
 
 NEW_TOKENS = 8
 
@@ -53,48 +53,67 @@ def load(directory: Path, family: str) -> Any:
     return model.eval()
 
 
+def picture_inputs(
+    model: Any, processor: PictureProcessor, patches: list[Array], grids: list[tuple[int, int, int]]
+) -> dict[str, torch.Tensor]:
+    """Pictures as the model takes them: patches of all in a row, or of each with their places, padded."""
+    if "image_position_ids" in inspect.signature(model.forward).parameters:
+        most = max(len(each) for each in patches)
+        values = np.zeros((len(patches), most, patches[0].shape[1]), np.float32)
+        places = np.full((len(patches), most, 2), -1)  # (column, row)
+        for number, (each, (_, rows, cols)) in enumerate(zip(patches, grids, strict=True)):
+            values[number, : len(each)] = each
+            places[number, : len(each)] = np.indices((rows, cols))[::-1].reshape(2, -1).T
+        return {"pixel_values": torch.tensor(values), "image_position_ids": torch.tensor(places)}
+    pixel_values = torch.tensor(np.concatenate(patches))
+    if processor.order == "planes":
+        side = processor.patch_size
+        pixel_values = pixel_values.reshape(len(pixel_values), 3, side, side)
+    return {"pixel_values": pixel_values, "image_grid_thw": torch.tensor(grids)}
+
+
 @torch.no_grad()
 def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) -> dict[str, Array]:
-    raw = json.loads((directory / "preprocessor_config.json").read_text())
     found = find_encoders(open_model(directory))
-    processor: PictureProcessor = read_picture_processor(raw)
-    patches, grids, counts = [], [], []
+    processors = {}
+    patches, grids, segments = [], [], []
+    more: dict[str, Any] = {}
     for name, value in media.items():
-        kind = "sound" if name == "sound" else "picture"
+        kind: Kind = "sound" if name == "sound" else "picture"
         files = found[kind]
         if not isinstance(files, EncoderFiles):
             raise SystemExit(f"{directory}: {files}")
-        if kind == "sound":
-            features = read_sound_processor(raw, is_padded=False).prepare(value)
-            counts.append((files.token_id, files.num_positions((features.shape[1],))))
-            continue
-        prepared, grid = processor.prepare(value)
-        patches.append(prepared)
-        grids.append(grid)
-        counts.append((files.token_id, files.num_positions(grid)))
-    prompt = prompt_of(family, [token_id for token_id, _ in counts])
+        processor = processors[kind] = files.processor(IMAGE_TOKENS)
+        if isinstance(processor, PictureProcessor):
+            prepared, shape = processor.prepare(value)
+            patches.append(prepared)
+            grids.append(shape)
+            count = files.num_positions(shape)
+        else:
+            features = processor.prepare(value)
+            count = files.num_positions((features.shape[1],))
+            more["input_features"] = torch.tensor(features)[None]
+            more["feature_attention_mask"] = torch.ones(1, features.shape[1], dtype=torch.long)
+        span = [files.token_id] * count
+        if files.marks is not None:
+            span = [files.marks[0], *span, files.marks[1]]
+        segments.append((files.token_id, span))
+    pictures, tower = processors["picture"], found["picture"]
+    assert isinstance(pictures, PictureProcessor)
+    assert isinstance(tower, EncoderFiles)
+    more |= picture_inputs(model, pictures, patches, grids)
+    prompt = prompt_of(family, [token_id for token_id, _ in segments])
     ids: list[int] = []
-    left = list(counts)
+    left = list(segments)
     for token_id in prompt:
         is_place = bool(left) and token_id == left[0][0]
-        ids += [token_id] * (left.pop(0)[1] if is_place else 1)
-    pixel_values = torch.tensor(np.concatenate(patches))
-    if family == "kimi_k25":
-        side = processor.patch_size
-        pixel_values = pixel_values.reshape(len(pixel_values), 3, side, side)
-    more: dict[str, Any] = {"pixel_values": pixel_values, "image_grid_thw": torch.tensor(grids)}
-    if "sound" in media:
-        more |= {
-            "input_features": torch.tensor(features)[None],
-            "feature_attention_mask": torch.ones(1, features.shape[1], dtype=torch.long),
-        }
-    picture = counts[0][0]
+        ids += left.pop(0)[1] if is_place else [token_id]
 
     def run(ids: list[int]) -> Array:
         tokens = torch.tensor([ids])
         own = dict(more, input_ids=tokens, attention_mask=torch.ones_like(tokens))
-        if family in ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"):
-            own["mm_token_type_ids"] = (tokens == picture).int()
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+            own["mm_token_type_ids"] = (tokens == tower.token_id).int()
         if hasattr(model.model, "rope_deltas"):
             model.model.rope_deltas = None
         if hasattr(model, "rope_deltas"):
@@ -105,7 +124,7 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
     logits, greedy = run(ids), list[int]()
     for _ in range(NEW_TOKENS):
         greedy.append(int(run(ids + greedy)[-1].argmax()))
-        if greedy[-1] in dict(counts):
+        if greedy[-1] in dict(segments):
             raise SystemExit(f"{family}: the answer has a placeholder; try another --seed")
     return {"input_ids": np.array(prompt), "logits": logits, "greedy": np.array(greedy)}
 

@@ -9,18 +9,21 @@ from typing import Any
 import tokenizers
 
 from argosy.model.encoders.table import ENCODERS, Encoder
+from argosy.model.families import open_model
 from argosy.model.families.config_reader import ConfigReader
 from tests.models import tiny_encoders
 from tests.models.safetensors_file import read_checkpoint, write_safetensors
 from tests.models.tiny import text_of, write_model
 from tests.models.tiny_delta import qwen3_5_moe
 from tests.models.tiny_encoders import Sizes
+from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import kimi_k25
 from tests.models.tiny_wrappers import glm4v_moe, qwen3_omni_moe, qwen3_vl_moe
 from tests.prompt.tokenizers_for_tests import byte_level_json, write_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference_seeing"
 RATE = 16_000
+IMAGE_TOKENS = 96  # cap on a picture's positions, above what these models make
 SIZES = Sizes()
 
 
@@ -32,12 +35,18 @@ def _with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
         (raw["thinker_config"], towers["thinker_config"]) if "thinker_config" in raw else (raw, towers)
     )
     for key in ("vision_config", "audio_config"):
-        if key in theirs:
+        if theirs.get(key) is not None:
             own[key] = dict(theirs[key])
             for size in ("out_hidden_size", "output_dim", "text_hidden_size"):
                 if size in own[key]:
                     own[key][size] = hidden
-    for key in ("projection_hidden_size", "projection_layer_norm_eps", "image_token_id"):
+    for key in (
+        "projection_hidden_size",
+        "projection_layer_norm_eps",
+        "image_token_id",
+        "boi_token_id",
+        "eoi_token_id",
+    ):
         if key in theirs:
             own[key] = theirs[key]
     if "media_placeholder_token_id" in own:  # the hub's name for it
@@ -51,6 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": _with_towers("qwen3_omni_moe", qwen3_omni_moe()),
     "glm4v_moe": _with_towers("glm4v_moe", glm4v_moe()),
     "kimi_k25": _with_towers("kimi_k25", kimi_k25()),
+    "gemma4": _with_towers("gemma4", gemma4(max_position_embeddings=256)),
 }
 
 
@@ -63,10 +73,10 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
         name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
         for name, value in read_checkpoint(directory).items()
     }
+    others = open_model(directory).others
     for encoder, config in complete(family, raw):
-        tensors = {
-            name: value for name, value in tensors.items() if not name.startswith(encoder.prefix or "vision")
-        }
+        replaced = {name for name in others if name.startswith(encoder.prefix or "vision")}
+        tensors = {name: value for name, value in tensors.items() if name not in replaced}
         made = tiny_encoders.random_tensors(encoder.tensors(config), encoder.prefix, seed)
         tensors |= {name: ("BF16", value) for name, value in made.items()}
     write_safetensors(directory / "model.safetensors", tensors)
@@ -115,6 +125,13 @@ def complete(family: str, raw: dict[str, Any]) -> list[tuple[Encoder, Any]]:
 def processor_config(family: str) -> dict[str, Any]:
     """A `preprocessor_config.json`."""
     (_, config), *_ = complete(family, CONFIGS[family])
+    if family == "gemma4":
+        return {
+            "image_processor_type": "Gemma4ImageProcessor",
+            "max_soft_tokens": 70,
+            "patch_size": config.patch_size,
+            "pooling_kernel_size": config.merge,
+        }
     names = {"glm4v_moe": "Glm4vImageProcessor", "kimi_k25": "Kimi_K25ImageProcessor"}
     made: dict[str, Any] = {
         "image_processor_type": names.get(family, "Qwen2VLImageProcessorFast"),

@@ -20,69 +20,35 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.untrusted_file import read_object
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
-from argosy.errors import ArgosyError, CheckpointError, Overloaded, UsageError
+from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, Kind, Video
-from argosy.media.pictures import PictureProcessor, read_picture_processor
-from argosy.media.sounds import SoundProcessor, read_sound_processor
-from argosy.model.encoders.reading import EncoderFiles, Encoders
+from argosy.media.pictures import PictureProcessor
+from argosy.model.encoders.reading import Encoders, Processor
 from argosy.model.encoders.table import Shape
 from argosy.prompt.media_span import MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _RETRY_S = 5
-
-Processor = PictureProcessor | SoundProcessor
-
-
-def read_processors(
-    files: ModelFiles, kinds: Sequence[Kind], *, image_tokens: int
-) -> dict[Kind, Processor | ArgosyError]:
-    """How the checkpoint prepares media for its towers, or the error for the first that is sent."""
-    found: dict[Kind, Processor | ArgosyError] = {}
-    path = next((path for name in _PROCESSOR_FILES if (path := files.path / name).exists()), None)
-    try:
-        raw = {} if path is None else read_object(path)
-    except ArgosyError as error:
-        return dict.fromkeys(kinds, error)
-    for kind in kinds:
-        if path is None:
-            found[kind] = CheckpointError(
-                f"{files.path} has no {_PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
-                hint="copy it from where the model came from",
-                path=files.path,
-            )
-            continue
-        try:
-            if kind == "picture":
-                found[kind] = read_picture_processor(raw, most_tokens=image_tokens, where=path.name)
-            else:
-                found[kind] = read_sound_processor(raw, is_padded=False, where=path.name)
-        except ArgosyError as error:
-            found[kind] = error
-    return found
 
 
 class PromptMedia:
     """Reads the media of one engine's prompts. Safe from any thread; encoding runs in the engine's own.
 
     Args:
-        faults: kinds that the model has an encoder for, but cannot take, and why.
+        processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
     """
 
-    def __init__(
-        self,
-        encoders: Encoders,
-        processors: Mapping[Kind, Processor],
-        faults: Mapping[Kind, ArgosyError],
-    ) -> None:
+    def __init__(self, encoders: Encoders, processors: Mapping[Kind, Processor | ArgosyError]) -> None:
         self._encoders = encoders
-        self._processors = processors
-        self._faults = faults
+        self._processors: dict[Kind, Processor] = {}
+        self._faults: dict[Kind, ArgosyError] = {}
+        for kind, one in processors.items():
+            if isinstance(one, ArgosyError):
+                self._faults[kind] = one
+            else:
+                self._processors[kind] = one
         self._decoder = Decoder(PROMPT_LIMITS)
         self._one_decoded = threading.Lock()  # a decoded picture is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
@@ -133,17 +99,20 @@ class PromptMedia:
                 return kept
             return self._encode(content.kind, waiting.values, shape, tenant, digest)
 
-        return [
-            MediaSpan(
-                content.kind,
-                digest,
-                files.num_positions(shape),
-                files.token_id,
-                make_rows,
-                angles=angles,
-                num_angles=num_angles,
-            )
-        ]
+        span = MediaSpan(
+            content.kind,
+            digest,
+            files.num_positions(shape),
+            files.token_id,
+            make_rows,
+            angles=angles,
+            num_angles=num_angles,
+            sees_both_ways=files.encoder.sees_both_ways,
+        )
+        if files.marks is None:
+            return [span]
+        before, after = files.marks
+        return [[before], span, [after]]
 
     def _prepare(self, content: Content) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
@@ -208,18 +177,3 @@ class _Room:
     def _free(self, nbytes: int) -> None:
         with self._lock:
             self._held_bytes -= nbytes
-
-
-def open_media(
-    files: ModelFiles,
-    found: Mapping[Kind, EncoderFiles | ArgosyError],
-    encoders: Encoders,
-    *,
-    image_tokens: int,
-) -> PromptMedia:
-    """Combine the towers that were found with the processors that prepare media for them."""
-    faults = {kind: one for kind, one in found.items() if isinstance(one, ArgosyError)}
-    processors = read_processors(files, list(encoders.files), image_tokens=image_tokens)
-    faults |= {kind: one for kind, one in processors.items() if isinstance(one, ArgosyError)}
-    ready = {kind: one for kind, one in processors.items() if not isinstance(one, ArgosyError)}
-    return PromptMedia(encoders, ready, faults)

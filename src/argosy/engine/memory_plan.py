@@ -212,7 +212,8 @@ def quarter_of_experts(files: ModelFiles) -> int:
 def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int) -> MemoryPlan:
     """Plan an engine's memory.
 
-    The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long. A context that was not
+    The chunk is the one that reads least (`experts_read`), at most `config.chunk_tokens` long; but a picture whose
+    positions see one another has to run in one step, so no chunk is shorter than the largest. A context that was not
     explicitly requested shrinks to fit. Where layers have a recurrent state, a sixteenth of the budget decides how many
     sequences have one, or fewer if nothing fits otherwise; other sequences wait. The same amount again goes to
     snapshots, at most two per sequence, and none in the smallest plan. `config.expert_slots` fixes the number of slots
@@ -277,7 +278,8 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             slots -= -(-(found.total_bytes - found.budget_bytes) // found.slot_bytes)
         return found
 
-    contexts, chunks = _contexts(model, config), _chunks(config)
+    contexts = _contexts(model, config)
+    chunks = [max(chunk, footprint.unbroken_tokens) for chunk in _chunks(config)]
     for counts in _state_counts(footprint, config):
         best = None
         for context in contexts:

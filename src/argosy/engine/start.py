@@ -117,7 +117,7 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
-        media = _open_media(files, footprint, config, store, runtime)
+        media = _open_media(footprint, store, runtime)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -209,20 +209,16 @@ def _start_worker(undo: ExitStack) -> Worker:
 
 
 def _open_media(
-    files: ModelFiles,
-    footprint: ModelFootprint,
-    config: EngineConfig,
-    store: _native.Store,
-    runtime: _native.Runtime,
+    footprint: ModelFootprint, store: _native.Store, runtime: _native.Runtime
 ) -> PromptMedia | None:
     if not footprint.encoders:
         return None
-    from argosy.engine.media import open_media  # imports modules that only pictures and sounds need
+    from argosy.engine.media import PromptMedia  # imports modules that only pictures and sounds need
     from argosy.model.encoders.reading import Encoders, runnable
 
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return open_media(files, footprint.encoders, encoders, image_tokens=config.image_tokens)
+    return PromptMedia(encoders, footprint.processors)
 
 
 def _open_prefix_files(

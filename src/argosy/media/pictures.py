@@ -65,7 +65,8 @@ class PictureProcessor:
         "planes": patches row by row; values as [channels, patch, patch];
         "pixels": patches row by row; values as [patch, patch, channels].
     levels: float32 [3, 256], what each 8-bit value becomes in each channel.
-    most_tokens: cap on the tokens of a picture, below what the model would use.
+    most_tokens: the most tokens of a picture, if there is a cap below what the model would use or all pictures are
+        scaled to one number.
     """
 
     patch_size: int
@@ -362,9 +363,8 @@ def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor
             )
         tokens = allowed[-1]
     levels = _levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)
-    return PictureProcessor(
-        patch_size, merge_size, 1, GemmaFit(patch_size * merge_size, tokens), "pixels", levels
-    )
+    fit = GemmaFit(patch_size * merge_size, tokens)
+    return PictureProcessor(patch_size, merge_size, 1, fit, "pixels", levels, tokens)
 
 
 def _levels(

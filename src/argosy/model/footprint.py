@@ -25,7 +25,8 @@ from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
 if TYPE_CHECKING:
-    from argosy.model.encoders.reading import EncoderFiles
+    from argosy.model.encoders.reading import EncoderFiles, Processor
+    from argosy.model.encoders.table import Shape
 
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
@@ -78,15 +79,38 @@ class ModelFootprint:
         return find_encoders(self.files)
 
     @cached_property
-    def encoder_bytes(self) -> int:
-        """The weights of all towers, and the largest encode."""
-        if not self.encoders:
-            return 0
-        from argosy.model.encoders.reading import runnable
+    def processors(self) -> Mapping[Kind, Processor | ArgosyError]:
+        """What prepares media for the towers, or why media of a kind cannot be taken."""
+        found: dict[Kind, Processor | ArgosyError] = {}
+        for kind, tower in self.encoders.items():
+            try:
+                found[kind] = tower if isinstance(tower, ArgosyError) else tower.processor(self._image_tokens)
+            except ArgosyError as error:
+                found[kind] = error
+        return found
 
-        towers = runnable(self.encoders).values()
-        peaks = [one.peak_bytes(one.largest_shape(self._image_tokens)) for one in towers]
-        return sum(one.weight_bytes for one in towers) + max(peaks, default=0)
+    @cached_property
+    def encoder_bytes(self) -> int:
+        """The weights of the towers that can be used, and the largest encode."""
+        peaks = [tower.peak_bytes(shape) for tower, shape in self._largest_media]
+        return sum(tower.weight_bytes for tower, _ in self._largest_media) + max(peaks, default=0)
+
+    @cached_property
+    def unbroken_tokens(self) -> int:
+        """The most positions of a picture that see one another, and therefore run in one step; 0 if none do."""
+        spans = (
+            tower.num_positions(shape) for tower, shape in self._largest_media if tower.encoder.sees_both_ways
+        )
+        return max(spans, default=0)
+
+    @cached_property
+    def _largest_media(self) -> list[tuple[EncoderFiles, Shape]]:
+        found: list[tuple[EncoderFiles, Shape]] = []
+        for kind, processor in self.processors.items():
+            tower = self.encoders[kind]
+            if not isinstance(processor, ArgosyError) and not isinstance(tower, ArgosyError):
+                found.append((tower, tower.largest_shape(processor)))
+        return found
 
     @cached_property
     def staging_bytes(self) -> int:

@@ -32,6 +32,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("qwen3_omni_moe_audio", "qwen3_omni_moe", "sound"),
     ("glm4v_moe", "glm4v_moe", "picture"),
     ("kimi_k25", "kimi_k25", "picture"),
+    ("gemma4", "gemma4", "picture"),
 ]
 
 

@@ -4,7 +4,7 @@
 
 A layer is attention over the whole picture and a GELU-gated MLP, each between two RMSNorms. Heads of queries, keys and
 values are normalised; the first half of a head turns with a patch's column, the second half with its row. Positions in
-the decoder are those of text, and a picture sees both ways in its sliding layers.
+the decoder are those of text, and the positions of a picture see one another in its sliding layers.
 """
 
 from __future__ import annotations

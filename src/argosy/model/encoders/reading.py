@@ -1,6 +1,7 @@
 """Find the towers of a model in its files, and read them when they are first needed.
 
     ModelFiles  ->  find_encoders  ->  EncoderFiles: config, places of tensors  ->  Encoders.open  ->  a tower
+                                                    processor settings          ->  processor
 
 A tower that cannot be run does not keep text from running: the error is raised for the first picture or sound.
 
@@ -10,8 +11,9 @@ Elsewhere: `table.py` knows where a family keeps its towers; `engine/media.py` g
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from argosy import _native
@@ -19,6 +21,8 @@ from argosy.checkpoint.files import MatrixRef, ModelFiles
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
+from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
@@ -26,6 +30,9 @@ from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import dense_footprint, load_dense
 
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+Processor = PictureProcessor | SoundProcessor
 
 
 @dataclass(frozen=True)
@@ -35,23 +42,42 @@ class EncoderFiles:
     config: as its file in this package reads it.
     tensors: by canonical name.
     token_id: the placeholder that the chat template writes.
+    marks: token ids before and after a span, if the chat template does not write them.
+    settings: of the processor that prepares media for the tower, and the name of their file; or why there are none.
     """
 
     encoder: Encoder
     config: Any
     tensors: Mapping[str, MatrixRef]
     token_id: int
+    marks: tuple[int, int] | None
+    settings: tuple[Mapping[str, object], str] | ArgosyError
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of memory of the weights."""
         return dense_footprint(self.tensors)
 
-    def largest_shape(self, image_tokens: int) -> Shape:
-        """The shape of the largest input: a picture of so many positions, or the longest sound."""
+    def processor(self, image_tokens: int) -> Processor:
+        """What prepares media for the tower; a picture gets at most `image_tokens` positions.
+
+        Raises:
+            CheckpointError, UnsupportedModel: its settings are missing, malformed or not supported.
+            UsageError: the cap is below what this kind of processor makes.
+        """
+        if isinstance(self.settings, ArgosyError):
+            raise self.settings
+        raw, where = self.settings
         if self.encoder.kind == "picture":
+            return read_picture_processor(raw, most_tokens=image_tokens, where=where)
+        return read_sound_processor(raw, is_padded=False, where=where)
+
+    def largest_shape(self, processor: Processor) -> Shape:
+        """The shape of the largest input that this processor makes."""
+        if isinstance(processor, PictureProcessor):
             merge: int = self.config.merge
-            return (1, merge, merge * image_tokens)
+            assert processor.most_tokens is not None
+            return (1, merge, merge * processor.most_tokens)
         return (round(PROMPT_LIMITS.sound_s * MEL_FRAMES_PER_SECOND),)
 
     def num_positions(self, shape: Shape) -> int:
@@ -87,6 +113,20 @@ def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str
     return {ref.name for tower in runnable(encoders).values() for ref in tower.tensors.values()}
 
 
+def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], str] | ArgosyError:
+    path = next((path for name in _PROCESSOR_FILES if (path := directory / name).exists()), None)
+    if path is None:
+        return CheckpointError(
+            f"{directory} has no {_PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
+            hint="copy it from where the model came from",
+            path=directory,
+        )
+    try:
+        return read_object(path), path.name
+    except CheckpointError as error:
+        return error
+
+
 def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     path = files.path / CONFIG_FILE
     around = ConfigReader(read_object(path), files.config.family, path)
@@ -101,7 +141,14 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
         tensors[canonical] = MatrixRef(
             ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
         )
-    return EncoderFiles(encoder, config, tensors, _placeholder(around, encoder, files))
+    return EncoderFiles(
+        encoder,
+        config,
+        tensors,
+        token_id=_token_id(around, encoder.placeholders, files),
+        marks=_marks(around, encoder, files),
+        settings=_read_settings(files.path, encoder.kind),
+    )
 
 
 def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
@@ -115,8 +162,16 @@ def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
     )
 
 
-def _placeholder(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> int:
-    for key in encoder.placeholders:
+def _marks(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> tuple[int, int] | None:
+    if encoder.marks is None:
+        return None
+    before, after = encoder.marks
+    return _token_id(around, (before,), files), _token_id(around, (after,), files)
+
+
+def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> int:
+    """The token id under the first of these keys that exists."""
+    for key in keys:
         for token_id in around.token_ids(key):
             if token_id >= files.config.vocab_size:
                 raise CheckpointError(
@@ -124,7 +179,7 @@ def _placeholder(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> i
                     key=key,
                 )
             return token_id
-    raise CheckpointError(f"{CONFIG_FILE} has no {encoder.placeholders[0]}", key=encoder.placeholders[0])
+    raise CheckpointError(f"{CONFIG_FILE} has no {keys[0]}", key=keys[0])
 
 
 class Encoders:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.media.parts import Kind
-from argosy.model.encoders import EncoderTensor, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders import EncoderTensor, gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
 from argosy.model.encoders.blocks import Rows
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights
@@ -32,10 +32,13 @@ class Encoder:
 
     path: the keys that lead to the tower's config in `config.json`.
     placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
+    marks: keys of the token ids that the family's processor writes before and after a span; other families have
+        such marks in their chat templates.
     prefix: what the names of its tensors begin with.
     read: the tower's config, from its object and the one around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
+    sees_both_ways: each position of a span sees the whole span in the decoder.
     """
 
     kind: Kind
@@ -48,6 +51,8 @@ class Encoder:
     num_positions: Callable[[Any, Any], int]
     peak_bytes: Callable[[Any, Any], int]
     angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
+    sees_both_ways: bool = False
+    marks: tuple[str, str] | None = None
 
 
 def _qwen(
@@ -96,6 +101,21 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             num_positions=glm_vision.num_positions,
             peak_bytes=glm_vision.peak_bytes,
             angles=lambda config, grid: glm_vision.span_angles(grid, config.merge),
+        ),
+    ),
+    "gemma4": (
+        Encoder(
+            kind="picture",
+            path=("vision_config",),
+            placeholders=("image_token_id",),
+            prefix="model.",
+            read=lambda own, around, model: gemma_vision.read_config(own, hidden_size=model.hidden_size),
+            tensors=gemma_vision.tensors,
+            open=gemma_vision.GemmaVisionTower,
+            num_positions=gemma_vision.num_positions,
+            peak_bytes=gemma_vision.peak_bytes,
+            sees_both_ways=True,
+            marks=("boi_token_id", "eoi_token_id"),
         ),
     ),
     "kimi_k25": (

@@ -1,4 +1,4 @@
-"""Gemma-4 (26B-A4B): the text part of a model that also sees, with a dense network beside the experts in every layer.
+"""Gemma-4 (26B-A4B): a model that also sees, with a dense network beside the experts in every layer.
 
 Five layers with a sliding window are followed by one that sees everything. The two kinds have different heads and
 different rotary embeddings; in the second, keys are used as values where `attention_k_eq_v` says so. Each block is
@@ -7,8 +7,8 @@ routed experts read three different norms of the same hidden state; the outputs 
 and normed again. Within an image, positions of sliding layers see each other both ways; full layers stay causal.
 
 `config.json` is a wrapper with the text model in `text_config`; its own keys describe images, video and sound. The
-towers (`model.vision_tower.`, `model.audio_tower.` and their projections) are ignored. The dense models of the family
-(31B), and those with embeddings for every layer (E2B, E4B), are refused.
+vision tower (`model.vision_tower.`) is `encoders/gemma_vision.py`; a tower for sound is ignored. The dense models of
+the family (31B), and those with embeddings for every layer (E2B, E4B), are refused.
 """
 
 from __future__ import annotations
