@@ -26,6 +26,7 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.encoders.grid import (
     Grid,
+    PatchKernel,
     Places,
     PositionTable,
     Rotation,
@@ -59,6 +60,7 @@ class GlmVisionConfig:
     channels: int
     patch_size: int
     patch_frames: int
+    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
     merge: int
     out_size: int
     merger_width: int
@@ -69,6 +71,12 @@ class GlmVisionConfig:
     @property
     def patch_values(self) -> int:
         return self.channels * self.patch_frames * self.patch_size**2
+
+    @property
+    def patch_kernel(self) -> PatchKernel:
+        return PatchKernel(
+            self.hidden_size, self.channels, self.patch_frames, self.patch_size, self.are_frames_apart
+        )
 
     @property
     def head_dim(self) -> int:
@@ -118,9 +126,8 @@ def read_config(reader: ConfigReader) -> GlmVisionConfig:
 def tensors(config: GlmVisionConfig) -> dict[str, EncoderTensor]:
     """The tower's tensors by canonical name; the prefix is `model.visual.`."""
     hidden, out, wide = config.hidden_size, config.out_size, config.merger_width
-    kernel = (config.patch_frames, config.patch_size, config.patch_size)
     no_bias = partial(with_bias, has_bias=False)
-    found = with_bias("patch", "patch_embed.proj", (hidden, config.channels, *kernel))
+    found = config.patch_kernel.tensors("patch_embed.proj")
     found |= no_bias("patch_norm", "post_conv_layernorm", (hidden,))
     found |= no_bias("position", "embeddings.position_embedding", (config.position_side**2, hidden))
     for layer in range(config.num_layers):
@@ -156,7 +163,9 @@ def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
     patches = grid[0] * in_frame
     floats = patches * hidden + positions * out
     floats += max(
-        block_floats(patches, 2 * hidden * config.patch_values, 5 * hidden + 32),
+        block_floats(
+            patches, 2 * hidden * config.patch_values, 4 * hidden + config.patch_kernel.floats_per_row + 32
+        ),
         patch_attention_floats(patches, in_frame, hidden, config.num_heads),
         block_floats(patches, 6 * hidden * out, 2 * hidden + 2 * out),
         block_floats(
@@ -197,14 +206,14 @@ class GlmVisionTower(Tower[GlmVisionConfig]):
         ops, side = self._operations, self._config.position_side
         taps = [cubic_taps(size, side) for size in grid[1:]]
         positions = PositionTable("position", side, places, *taps)
+        kernel = self._config.patch_kernel
 
         def work(rows: slice) -> None:
-            hidden[rows] = ops.rms_norm(
-                "patch_norm", ops.linear("patch", patches[rows]), self._config.norm_eps
-            )
+            embedded = kernel.apply(ops, patches[rows])
+            hidden[rows] = ops.rms_norm("patch_norm", embedded, self._config.norm_eps)
             positions.add(ops, hidden[rows], rows)
 
-        return in_blocks(work, range(len(hidden)), ops.flop_per_row("patch"))
+        return in_blocks(work, range(len(hidden)), ops.flop_per_row(*kernel.names))
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
         ops = self._operations

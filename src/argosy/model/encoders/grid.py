@@ -9,17 +9,19 @@ within a cell; with a merge of 1 they lie row by row. Every frame has the same p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import FLOAT_BYTES, Operations, Rows
 from argosy.model.families.config_reader import ConfigReader, is_positive_number
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # the row and the column of each patch of a frame
+PairOrder = Literal["rows first", "alternating", "columns first"]
 
 
 def frame_patches(grid: Grid) -> int:
@@ -41,24 +43,71 @@ def patch_places(grid: Grid, merge: int) -> Places:
     return rows, cols
 
 
+class PatchKernel(NamedTuple):
+    """The convolution that makes a hidden state from a patch of several frames.
+
+    are_frames_apart: each frame has a matrix of its own, as llama.cpp's converter writes them.
+    """
+
+    hidden_size: int
+    channels: int
+    frames: int
+    side: int
+    are_frames_apart: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the matrices."""
+        return [
+            "patch",
+            *(f"patch.{frame}" for frame in range(1, self.frames if self.are_frames_apart else 1)),
+        ]
+
+    def tensors(self, name: str) -> dict[str, EncoderTensor]:
+        shape = self.hidden_size, self.channels, self.side, self.side
+        if not self.are_frames_apart:
+            return with_bias("patch", name, (*shape[:2], self.frames, *shape[2:]))
+        more = {each: EncoderTensor(f"{name}.weight.{at}", shape) for at, each in enumerate(self.names) if at}
+        return with_bias("patch", name, shape) | more
+
+    def apply(self, operations: Operations, patches: Rows) -> Rows:
+        """Hidden states of patches [rows, channels * frames * side^2]."""
+        if not self.are_frames_apart:
+            return operations.linear("patch", patches)
+        of_frames = patches.reshape(len(patches), self.channels, self.frames, -1)
+        hidden = operations.linear("patch", of_frames[:, :, 0].reshape(len(patches), -1))
+        for frame in range(1, self.frames):
+            hidden += operations.linear(f"patch.{frame}", of_frames[:, :, frame].reshape(len(patches), -1))
+        return hidden
+
+    @property
+    def floats_per_row(self) -> int:
+        """Most float32 values that `apply` allocates for a patch."""
+        values = self.channels * self.side**2 if self.are_frames_apart else 0
+        return 2 * self.hidden_size + values
+
+
 class Rotation:
     """Rotary position embedding on two axes (2-D RoPE): half of a head's pairs turn with the row, half with the column.
 
     Args:
-        alternates: pairs turn with column and row by turns, and a pair is two adjacent dimensions. Otherwise the first
-            half of the pairs turns with the row, and dimension i is paired with i + head_dim / 2.
+        order: "rows first": the first half of the pairs turns with the row, and dimension i is paired with
+            i + head_dim / 2. Otherwise a pair is two adjacent dimensions; "alternating": pairs turn with column and row
+            by turns; "columns first": the first half of the pairs turns with the column.
     """
 
-    def __init__(self, places: Places, head_dim: int, theta: float, *, alternates: bool = False) -> None:
-        self._is_interleaved = alternates
+    def __init__(
+        self, places: Places, head_dim: int, theta: float, *, order: PairOrder = "rows first"
+    ) -> None:
+        self._is_interleaved = order != "rows first"
         self._num_places = len(places[0])
         frequency = theta ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
         angle = np.arange(1 + max(int(axis.max()) for axis in places))[:, None] * frequency
-        axes = places[::-1] if alternates else places
+        axes = places[::-1] if self._is_interleaved else places
 
         def at_places(table: NDArray[np.float64]) -> Rows:
             halves = [table.astype(np.float32)[axis] for axis in axes]  # each [places, head_dim / 4]
-            return np.stack(halves, axis=2 if alternates else 1).reshape(self._num_places, -1)
+            return np.stack(halves, axis=2 if order == "alternating" else 1).reshape(self._num_places, -1)
 
         self._cosine, self._sine = at_places(np.cos(angle)), at_places(np.sin(angle))
 

@@ -30,6 +30,7 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.encoders.grid import (
     Grid,
+    PairOrder,
     PositionTable,
     Rotation,
     cubic_taps,
@@ -60,6 +61,7 @@ class MoonViTConfig:
     most_frames: int
     theta: float
     projector_eps: float
+    pair_order: PairOrder = "alternating"  # of dimensions of queries and keys, in their matrices
 
     @property
     def patch_values(self) -> int:
@@ -188,7 +190,7 @@ class MoonViT(Tower[MoonViTConfig]):
                 f"a piece of video has {grid[0]} frames, and the vision tower takes at most {config.most_frames}",
                 hint="split the video into shorter pieces",
             )
-        rotation = Rotation(patch_places(grid, 1), config.head_dim, config.theta, alternates=True)
+        rotation = Rotation(patch_places(grid, 1), config.head_dim, config.theta, order=config.pair_order)
         hidden = np.empty((len(patches), config.hidden_size), np.float32)
         yield from self._embed(patches, grid, hidden)
         for layer in range(config.num_layers):

@@ -34,6 +34,7 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.encoders.grid import (
     Grid,
+    PatchKernel,
     Places,
     PositionTable,
     Rotation,
@@ -68,6 +69,7 @@ class QwenVisionConfig:
     channels: int
     patch_size: int
     patch_frames: int
+    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
     merge: int
     out_size: int
     position_side: int
@@ -77,6 +79,12 @@ class QwenVisionConfig:
     @property
     def patch_values(self) -> int:
         return self.channels * self.patch_frames * self.patch_size**2
+
+    @property
+    def patch_kernel(self) -> PatchKernel:
+        return PatchKernel(
+            self.hidden_size, self.channels, self.patch_frames, self.patch_size, self.are_frames_apart
+        )
 
     @property
     def head_dim(self) -> int:
@@ -142,8 +150,7 @@ def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, Enc
     The prefix is `model.visual.`, in Qwen3-Omni `thinker.visual.`.
     """
     hidden, wide, cell = config.hidden_size, config.mlp_width, config.cell_size
-    kernel = (config.patch_frames, config.patch_size, config.patch_size)
-    found = with_bias("patch", "patch_embed.proj", (hidden, config.channels, *kernel))
+    found = config.patch_kernel.tensors("patch_embed.proj")
     found["position"] = EncoderTensor("pos_embed.weight", (config.position_side**2, hidden))
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"blocks.{layer}"
@@ -191,7 +198,9 @@ def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
 
     floats = patches * hidden + positions * config.out_size * (1 + len(config.deepstack_layers))
     floats += max(
-        block_floats(patches, 2 * hidden * config.patch_values, 4 * hidden + 32),
+        block_floats(
+            patches, 2 * hidden * config.patch_values, 3 * hidden + config.patch_kernel.floats_per_row + 32
+        ),
         patch_attention_floats(patches, in_frame, hidden, config.num_heads),
         gelu_mlp_floats(patches, hidden, config.mlp_width),
         block_floats(positions, 2 * cell * (cell + config.out_size), 3 * cell),
@@ -232,12 +241,13 @@ class QwenVisionTower(Tower[QwenVisionConfig]):
         ops, side = self._operations, self._config.position_side
         taps = [linear_taps(size, side) for size in grid[1:]]
         positions = PositionTable("position", side, places, *taps)
+        kernel = self._config.patch_kernel
 
         def work(rows: slice) -> None:
-            ops.linear("patch", patches[rows], hidden[rows])
+            hidden[rows] = kernel.apply(ops, patches[rows])
             positions.add(ops, hidden[rows], rows)
 
-        yield from in_blocks(work, range(len(hidden)), ops.flop_per_row("patch"))
+        yield from in_blocks(work, range(len(hidden)), ops.flop_per_row(*kernel.names))
 
     def _merge(self, name: str, hidden: Rows) -> Generator[None, None, Rows]:
         """Join the patches of each cell; deepstack mergers normalise the cell, the last one each patch."""
