@@ -335,9 +335,11 @@ def test_axis_sections_change_nothing_for_text(architecture: str, tmp_path: Path
         assert difference(engine.logits(prompt), reference.logits(prompt)) <= LARGEST_DIFFERENCE
 
 
-def test_a_vision_tower_beside_a_gguf_is_ignored(tmp_path: Path) -> None:
+def test_a_vision_tower_beside_a_gguf_is_not_taken_for_a_model(tmp_path: Path) -> None:
     config, sections, _ = GGUFS["qwen3vlmoe"]
     path = tmp_path / "Qwen3-VL.gguf"
     write_gguf_model(path, config, one_type("F32"), seed=4, sections=sections)
     (tmp_path / "mmproj-F16.gguf").write_bytes(b"GGUF")
-    assert open_model(tmp_path) == open_model(path)
+    found = open_model(tmp_path)
+    assert found.path == path
+    assert isinstance(found.mmproj, CheckpointError)  # it ends after its magic

@@ -64,6 +64,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a chat template writes for a picture, in the families for which llama.cpp's converter writes a tower.
+MMPROJ_PLACEHOLDERS = {
+    "qwen3_vl_moe": "<|image_pad|>",
+    "qwen3_5_moe": "<|image_pad|>",
+    "glm4v_moe": "<|image|>",
+    "kimi_k25": "<|media_pad|>",
+}
+
+
 def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
     """Write a text model with whole towers instead of the few tensors of towers that it has, and its processor."""
     write_model(directory, raw, seed=seed)

@@ -31,7 +31,7 @@ from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 
 _Value = TypeVar("_Value", bound=np.generic)
 
@@ -215,6 +215,8 @@ class ModelFiles:
     is_packed: bool = False
     header: GgufFile | None = None  # the GGUF file's header, for users of its other metadata
     others: Mapping[str, TensorRef] = field(default_factory=dict)
+    # The header of the file with the vision tower of a GGUF model, whose tensors are `others`; or why it is not used.
+    mmproj: GgufFile | ArgosyError | None = None
 
     def __post_init__(self) -> None:
         latent, num_heads = self.config.latent, self.config.num_heads

@@ -40,6 +40,7 @@ from argosy.errors import CheckpointError, UnsupportedModel
 
 GGUF_SUFFIX = ".gguf"
 GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
+MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -368,6 +369,24 @@ def find_gguf(directory: Path) -> Path | None:
             f"{', '.join(quote(path.name) for path in found[:8])}",
             hint=f"give one of them, for example {found[0]}",
             path=directory,
+        )
+    return found[0] if found else None
+
+
+def find_mmproj(model: Path) -> Path | None:
+    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
+    found = [entry for entry in entries if "mmproj" in entry.name and entry.name != model.name]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{model.parent} holds {len(found)} files that may have the vision tower of {model.name}: "
+            f"{', '.join(quote(path.name) for path in found[:8])}",
+            hint=f"name one of them, for example `--mmproj {found[0]}`",
+            path=model.parent,
         )
     return found[0] if found else None
 

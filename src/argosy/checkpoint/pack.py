@@ -59,7 +59,13 @@ from argosy.checkpoint.files import (
     matrix_bytes,
 )
 from argosy.checkpoint.geometry import packed_config, packed_format
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, metadata_only, read_gguf
+from argosy.checkpoint.gguf import (
+    GGUF_METADATA_FILE,
+    MMPROJ_METADATA_FILE,
+    GgufFile,
+    metadata_only,
+    read_gguf,
+)
 from argosy.checkpoint.latent_up import (
     KeyValueMatrix,
     keeps_its_format,
@@ -105,7 +111,7 @@ _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
     "merges.txt", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", GGUF_METADATA_FILE,
+    "video_preprocessor_config.json", GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -369,7 +375,7 @@ class _Writer:
         self._encoders = _encoder_units(encoders)
         self._units += self._encoders
         self._copied = _files_to_copy(files.path)
-        self._made = _files_to_make(files.path)
+        self._made = _files_to_make(files, has_encoders=bool(encoders))
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
         names = (DENSE_FILE, EXPERTS_FILE, *([ENCODERS_FILE] if self._encoders else []))
@@ -807,9 +813,14 @@ def _files_to_copy(path: Path) -> list[Path]:
     return paths
 
 
-def _files_to_make(path: Path) -> dict[str, bytes]:
-    """The metadata of a GGUF as a file of the pack, from which its tokenizer and chat template are read."""
-    return {} if path.is_dir() else {GGUF_METADATA_FILE: metadata_only(read_gguf(path))}
+def _files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
+    """The metadata of a GGUF as files of the pack: for its tokenizer and chat template, and for its vision tower."""
+    if files.path.is_dir():
+        return {}
+    made = {GGUF_METADATA_FILE: metadata_only(read_gguf(files.path))}
+    if has_encoders and isinstance(files.mmproj, GgufFile):
+        made[MMPROJ_METADATA_FILE] = metadata_only(files.mmproj)
+    return made
 
 
 def _widen(format: Format, raw: Bytes) -> Float32:

@@ -28,6 +28,7 @@ _ENGINE = (
     click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
     click.option("--no-media", "media", flag_value=False, default=None, type=bool, help="Take text only."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
+    click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
 )
 _MEDIA = ("image", "audio")
 

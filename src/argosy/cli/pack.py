@@ -27,6 +27,11 @@ Progress = Callable[[str, float], None]
     help="Format of the experts; q8 and q4 lose a little precision.",
 )
 @click.option(
+    "--mmproj",
+    metavar="FILE",
+    help="GGUF file with the vision tower; default: the one beside SRC.",
+)
+@click.option(
     "--verify",
     "pack_directory",
     metavar="DIR",
@@ -38,6 +43,7 @@ def pack(
     source: Path | None,
     destination: Path | None,
     format_name: str | None,
+    mmproj: str | None,
     pack_directory: Path | None,
     as_json: bool,
 ) -> None:
@@ -54,24 +60,24 @@ def pack(
       argosy pack --verify ./mixtral-q4
     """
     if pack_directory is not None:
-        if source is not None or format_name is not None:
-            raise UsageError("--verify takes one directory, without SRC or --format")
+        if source is not None or format_name is not None or mmproj is not None:
+            raise UsageError("--verify takes one directory, without SRC, --format or --mmproj")
         _verify(pack_directory, as_json)
         return
     if source is None or destination is None or format_name is None:
         raise UsageError(
             "pack needs SRC, DST and --format", hint="argosy pack ./model ./model-q4 --format q4"
         )
-    _pack(source, destination, format_name, as_json)
+    _pack(source, destination, format_name, mmproj, as_json)
 
 
-def _pack(source: Path, destination: Path, format_name: str, as_json: bool) -> None:
+def _pack(source: Path, destination: Path, format_name: str, mmproj: str | None, as_json: bool) -> None:
     from argosy.checkpoint.pack import pack as write_pack
     from argosy.cli.output import progress_bar
+    from argosy.engine.options import open_files
     from argosy.model.encoders.reading import find_encoders, tensor_names
-    from argosy.model.families import open_model
 
-    files = open_model(source)
+    files = open_files(source, mmproj=mmproj)
     encoders = find_encoders(files)
     for kind, fault in encoders.items():
         if isinstance(fault, ArgosyError):

@@ -33,8 +33,8 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
-    from argosy.engine.options import locate_model, require_context
-    from argosy.model.families import config_alone, open_model
+    from argosy.engine.options import locate_model, open_files, require_context
+    from argosy.model.families import config_alone
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
@@ -47,7 +47,7 @@ def show(model: str, as_json: bool, **options: Any) -> None:
         else:
             print(*config_lines(facts), sep="\n")
         return
-    files = open_model(path)
+    files = open_files(path, mmproj=settings.mmproj)
     facts = model_facts(files)
     if not as_json:
         print(*fact_lines(facts), sep="\n")

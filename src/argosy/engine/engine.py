@@ -29,7 +29,7 @@ from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.ledger import Ledger
-from argosy.engine.options import EngineOptions, configure, locate_model
+from argosy.engine.options import EngineOptions, configure, locate_model, open_files
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
@@ -39,7 +39,6 @@ from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed
 from argosy.experts.resident import Progress
 from argosy.media.parts import Kind
 from argosy.model.decoder import RouteObserver
-from argosy.model.families import open_model
 from argosy.prompt.builder import PromptBuilder
 
 
@@ -50,7 +49,7 @@ class Engine(BlockingCalls):
             print(engine.generate("Why is the sky blue?").text)
 
     Args:
-        files: the model, from `open_model`.
+        files: the model, from `open_files`.
         config: every setting, from `configure`; `open` calls both.
         drafter: proposes tokens, at most `config.draft_tokens` per sequence and step.
         progress: called with the progress of startup.
@@ -120,7 +119,7 @@ class Engine(BlockingCalls):
             model: a checkpoint or pack directory, a GGUF file, or `demo` for the embedded default model.
             options: see `EngineOptions`.
         """
-        files = open_model(locate_model(model, progress))
+        files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
         config = configure(model, files, **options)
         return cls(files, config, drafter=drafter, progress=progress, observe_routes=observe_routes)
 

@@ -8,8 +8,9 @@ from typing import Any, TypedDict, Unpack
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import DEMO, AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
 from argosy.engine.memory_plan import quarter_of_experts
-from argosy.errors import UsageError
+from argosy.errors import ArgosyError, UsageError
 from argosy.experts.resident import Progress
+from argosy.model.families import open_model
 from argosy.plan import machine
 
 DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
@@ -25,6 +26,7 @@ class EngineOptions(TypedDict, total=False):
     threads: compute threads; None: the cores this process may use.
     expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
     kv_dir: a path, or a `KvDir` with its bounds.
+    mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
     """
 
     memory: str | int | Budget | None
@@ -38,6 +40,7 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     media: bool
     image_tokens: int
+    mmproj: str | Path | None
     draft_tokens: int
     readers: int
     look_ahead: bool
@@ -59,6 +62,22 @@ def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
     return Path(model)
 
 
+def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
+    """Find and check all files of a model: `open_model`, and the vision tower in the file that the caller names.
+
+    Raises:
+        The same errors as `open_model`, also if the tower in that file cannot be used.
+    """
+    files = open_model(path, mmproj=mmproj)
+    if mmproj is not None:
+        from argosy.model.encoders.reading import find_encoders  # imports every tower
+
+        for found in find_encoders(files).values():
+            if isinstance(found, ArgosyError):
+                raise found
+    return files
+
+
 def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
     """Fill in the settings that were left out, for one model; `Engine` runs them, and `argosy show` plans with them.
 
@@ -71,6 +90,7 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
             known = ", ".join(EngineOptions.__annotations__)
             raise UsageError(f"unknown option '{name}' of Engine.open; known: {known}")
     memory, context = given.pop("memory", None), given.pop("context", None)
+    given.pop("mmproj", None)  # one of the model's files, which are open
     if str(model) == DEMO and memory is None and given.get("expert_slots") is None:
         given["expert_slots"] = quarter_of_experts(files)
         context = context or min(DEMO_CONTEXT, files.config.context_tokens)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 from argosy.errors import CheckpointError, UnsupportedModel
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first that exists counts
+
 # Keys of every processor that change nothing about values: names, layouts and containers of its own results, and
 # what belongs to switches that must be off.
 _HARMLESS = frozenset({

@@ -72,7 +72,7 @@ class ModelFootprint:
     @cached_property
     def encoders(self) -> Mapping[Kind, EncoderFiles | ArgosyError]:
         """The towers for pictures and sound; empty if the settings turn them off."""
-        if not self._has_media or not self.files.others:
+        if not self._has_media or not (self.files.others or self.files.mmproj):
             return {}
         from argosy.model.encoders.reading import find_encoders  # imports every tower
 

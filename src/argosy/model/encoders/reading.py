@@ -5,7 +5,8 @@
 
 A tower that cannot be run does not keep text from running: the error is raised for the first picture or sound.
 
-Elsewhere: `table.py` knows where a family keeps its towers; `engine/media.py` gives them pictures and sounds.
+Elsewhere: `table.py` knows where a family keeps its towers, `mmproj.py` how GGUF files describe them;
+`engine/media.py` gives them pictures and sounds.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, ModelFiles
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, read_gguf
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
 from argosy.media.pictures import PictureProcessor, read_picture_processor
+from argosy.media.settings import PROCESSOR_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
+from argosy.model.encoders.mmproj import read_tower
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
@@ -30,7 +34,7 @@ from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import dense_footprint, load_dense
 
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_MMPROJ_HINT = "take the F16, BF16 or F32 file; those are published beside quantised ones"
 
 Processor = PictureProcessor | SoundProcessor
 
@@ -91,9 +95,15 @@ class EncoderFiles:
 def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
     """Find the towers whose tensors are there; for one that cannot be run, the error says why.
 
-    A GGUF file has none: its tower is in a file of its own. A pack has those that were found when it was made.
+    A pack has those that were found when it was made.
     """
     found: dict[Kind, EncoderFiles | ArgosyError] = {}
+    if files.mmproj is not None:
+        try:
+            found["picture"] = _read_mmproj(files)
+        except (UnsupportedModel, CheckpointError) as error:
+            found["picture"] = error
+        return found
     for encoder in ENCODERS.get(files.config.family, ()):
         if any(name.startswith(encoder.prefix) for name in files.others):
             try:
@@ -114,10 +124,10 @@ def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str
 
 
 def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], str] | ArgosyError:
-    path = next((path for name in _PROCESSOR_FILES if (path := directory / name).exists()), None)
+    path = next((path for name in PROCESSOR_FILES if (path := directory / name).exists()), None)
     if path is None:
         return CheckpointError(
-            f"{directory} has no {_PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
+            f"{directory} has no {PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
             hint="copy it from where the model came from",
             path=directory,
         )
@@ -135,20 +145,57 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     own = _inner(around, encoder.path[-1], files.config.family)
     config = encoder.read(own, around, files.config)
     accounts = TensorAccounts(files.path, files.others, FLOAT_FORMATS)
-    tensors = {}
-    for canonical, tensor in encoder.tensors(config).items():
-        ref, format = accounts.take(encoder.prefix + tensor.name, tensor.shape)
-        tensors[canonical] = MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
-        )
+    names = {canonical: encoder.prefix + tensor.name for canonical, tensor in encoder.tensors(config).items()}
     return EncoderFiles(
         encoder,
         config,
-        tensors,
+        _take_tensors(accounts, encoder, config, names),
         token_id=_token_id(around, encoder.placeholders, files),
         marks=_marks(around, encoder, files),
         settings=_read_settings(files.path, encoder.kind),
     )
+
+
+def _read_mmproj(files: ModelFiles) -> EncoderFiles:
+    """The tower of a GGUF model."""
+    if isinstance(files.mmproj, ArgosyError):
+        raise files.mmproj
+    assert files.mmproj is not None
+    tower = read_tower(files.mmproj, files.config)
+    accounts = TensorAccounts(files.mmproj.path, files.others, FLOAT_FORMATS, hint=_MMPROJ_HINT)
+    tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names)
+    accounts.refuse_extra(
+        files.config, lambda name: False, f"the tower that {files.mmproj.path.name} describes"
+    )
+    header = files.header or read_gguf(files.path / GGUF_METADATA_FILE)
+    tokens = header.texts("tokenizer.ggml.tokens")
+    if tower.placeholder not in tokens:
+        raise CheckpointError(
+            f"{header.path.name} has no token {tower.placeholder}, which stands for a picture",
+            path=header.path,
+            key="tokenizer.ggml.tokens",
+        )
+    return EncoderFiles(
+        tower.encoder,
+        tower.config,
+        tensors,
+        token_id=_in_vocabulary(tokens.index(tower.placeholder), tower.placeholder, header.path, files),
+        marks=None,
+        settings=(tower.settings, files.mmproj.path.name),
+    )
+
+
+def _take_tensors(
+    accounts: TensorAccounts, encoder: Encoder, config: Any, names: Mapping[str, str]
+) -> dict[str, MatrixRef]:
+    """The tensors of a tower by canonical name; `names` are those in the files."""
+    tensors = {}
+    for canonical, tensor in encoder.tensors(config).items():
+        ref, format = accounts.take(names[canonical], tensor.shape)
+        tensors[canonical] = MatrixRef(
+            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
+        )
+    return tensors
 
 
 def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
@@ -173,13 +220,18 @@ def _token_id(around: ConfigReader, keys: Sequence[str], files: ModelFiles) -> i
     """The token id under the first of these keys that exists."""
     for key in keys:
         for token_id in around.token_ids(key):
-            if token_id >= files.config.vocab_size:
-                raise CheckpointError(
-                    f"{CONFIG_FILE} gives {key} as {token_id}; the vocabulary has {files.config.vocab_size}",
-                    key=key,
-                )
-            return token_id
+            return _in_vocabulary(token_id, key, files.path / CONFIG_FILE, files)
     raise CheckpointError(f"{CONFIG_FILE} has no {keys[0]}", key=keys[0])
+
+
+def _in_vocabulary(token_id: int, key: str, path: Path, files: ModelFiles) -> int:
+    if token_id >= files.config.vocab_size:
+        raise CheckpointError(
+            f"{path.name} gives {key} as {token_id}; the vocabulary has {files.config.vocab_size}",
+            path=path,
+            key=key,
+        )
+    return token_id
 
 
 class Encoders:

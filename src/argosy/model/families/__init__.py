@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GGUF_SUFFIX, GgufFile, find_gguf, read_gguf
+from argosy.checkpoint.gguf import (
+    GGUF_METADATA_FILE,
+    GGUF_SUFFIX,
+    MMPROJ_METADATA_FILE,
+    GgufFile,
+    find_gguf,
+    find_mmproj,
+    read_gguf,
+)
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.model.families import (
     deepseek_v2,
     deepseek_v3,
@@ -91,18 +99,30 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def open_model(path: str | Path) -> ModelFiles:
+def open_model(path: str | Path, *, mmproj: str | Path | None = None) -> ModelFiles:
     """Find and check all files of a model; reads headers, but no weights.
 
     Args:
         path: a pack; a checkpoint as on the hub, `config.json` and safetensors; a `.gguf` file, the first
             part of a split model, or a directory that holds exactly one model as `.gguf`.
+        mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is one.
 
     Raises:
         CheckpointError: there is no model, or a file is missing, damaged or contradicts itself.
         UnsupportedModel: the model needs mathematics that is not supported.
+        UsageError: `mmproj` is given for a model that is not a GGUF file.
     """
     path = Path(path)
+    files = _open(path, None if mmproj is None else Path(mmproj))
+    if mmproj is not None and files.header is None:
+        raise UsageError(
+            f"{path} is not a GGUF model, so its vision tower is not in a file of its own",
+            hint="leave out `--mmproj`: the tower is found in the model's own files",
+        )
+    return files
+
+
+def _open(path: Path, mmproj: Path | None) -> ModelFiles:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", hint=_hint_of_hub(path), path=path)
     if not path.is_dir():
@@ -112,14 +132,17 @@ def open_model(path: str | Path) -> ModelFiles:
                 hint=f"try {path.parent}",
                 path=path,
             )
-        return _open_gguf(path)
+        return _open_gguf(path, mmproj)
     packed = open_pack(path)
     if packed is not None:
         if not (path / GGUF_METADATA_FILE).exists():
             _require_same_config(packed)
+        if (path / MMPROJ_METADATA_FILE).exists():
+            tower = replace(read_gguf(path / MMPROJ_METADATA_FILE), tensors=packed.others)
+            packed = replace(packed, mmproj=tower)
         return packed
     if not _has_tensors(path) and (gguf := find_gguf(path)) is not None:
-        return _open_gguf(gguf)
+        return _open_gguf(gguf, mmproj)
     config_path = path / CONFIG_FILE
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
@@ -158,7 +181,7 @@ def _has_tensors(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def _open_gguf(path: Path) -> ModelFiles:
+def _open_gguf(path: Path, mmproj: Path | None) -> ModelFiles:
     file = read_gguf(path)
     kind = file.text("general.type", "model")
     if kind != "model":
@@ -184,7 +207,21 @@ def _open_gguf(path: Path) -> ModelFiles:
             value=architecture,
             supported=list(families),
         )
-    return families[architecture].open_gguf(file)
+    return _with_mmproj(families[architecture].open_gguf(file), mmproj)
+
+
+def _with_mmproj(files: ModelFiles, given: Path | None) -> ModelFiles:
+    """Add the file with the vision tower. One that was only found keeps no text from running, if it is damaged."""
+    try:
+        path = given or find_mmproj(files.path)
+        if path is None:
+            return files
+        tower = read_gguf(path)
+    except (CheckpointError, UnsupportedModel) as error:
+        if given is not None:
+            raise
+        return replace(files, mmproj=error)
+    return replace(files, mmproj=tower, others=tower.tensors)
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:

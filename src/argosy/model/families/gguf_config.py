@@ -98,7 +98,7 @@ class GgufConfigReader:
         value = self.file.metadata.get(key)
         if value is None:
             return None
-        found = value.values() if isinstance(value, GgufArray) else []
+        found = value.values() if isinstance(value, GgufArray) and len(value) == num_layers else []
         if len(found) != num_layers or not all(item in (0, 1) for item in found):
             raise self.file.wrong(key, value, f"true or false for each of {num_layers} layers")
         return tuple(map(bool, found))
