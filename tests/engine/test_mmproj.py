@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.cli.main import main
+from argosy.engine.prefix import identify
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Image
 from argosy.media.pictures import PictureProcessor, read_picture_processor
@@ -326,6 +328,24 @@ def test_a_model_without_the_placeholder_of_pictures_says_so(tmp_path: Path) -> 
     model = beside(tmp_path, "mmproj.gguf")
     model.write_bytes(model.read_bytes().replace(b"<|image_pad|>", b"<|other_pad|>"))
     assert "has no token <|image_pad|>, which stands for a picture" in str(fault_of(model))
+
+
+# ── prefixes on the drive ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_prefixes_on_the_drive_belong_to_one_tower(tmp_path: Path) -> None:
+    model = beside(tmp_path, "mmproj.gguf")
+    before = identify(open_model(model), "plain")
+    assert identify(open_model(model), "plain") == before
+    os.utime(tmp_path / "mmproj.gguf", (1, 1))
+    assert identify(open_model(model), "plain") != before
+
+
+def test_prefixes_on_the_drive_belong_to_one_processor(tmp_path: Path) -> None:
+    shutil.copytree(REFERENCE / "glm4v_moe", tmp_path / "model")
+    before = identify(open_model(tmp_path / "model"), "plain")
+    os.utime(tmp_path / "model" / "preprocessor_config.json", (1, 1))
+    assert identify(open_model(tmp_path / "model"), "plain") != before
 
 
 # ── on the command line ─────────────────────────────────────────────────────────────────────────────────────────────
