@@ -49,6 +49,17 @@ def as_on_the_hub(source: Path, destination: Path, family: str) -> None:
     )
 
 
+def repair(model_class: Any) -> None:
+    """Let the converter find the tensors of Qwen3-Omni's vision tower, which it looks for without prefix."""
+    filter_tensors = model_class.filter_tensors.__func__
+
+    def without_prefix(cls: Any, item: tuple[str, Any]) -> Any:
+        name, tensor = item
+        return filter_tensors(cls, (name.replace("thinker.visual.", "visual."), tensor))
+
+    model_class.filter_tensors = classmethod(without_prefix)
+
+
 def convert(converter: Any, arguments: Sequence[str]) -> None:
     before = sys.argv
     sys.argv = ["convert_hf_to_gguf.py", *arguments]
@@ -69,17 +80,20 @@ def main() -> None:
 
     for family in options.families:
         raw = json.loads((REFERENCE / family / "config.json").read_text())
-        text = text_of(raw)
-        tokens = [f"token {number}" for number in range(text["vocab_size"])]
-        tokens[raw.get("media_placeholder_token_id", raw["image_token_id"])] = MMPROJ_PLACEHOLDERS[family]
+        around = raw.get("thinker_config", raw)
+        tokens = [f"token {number}" for number in range(text_of(raw)["vocab_size"])]
+        for key, placeholder in MMPROJ_PLACEHOLDERS[family].items():
+            tokens[around[key]] = placeholder
 
         def set_vocab(model: Any, tokens: list[str] = tokens) -> None:
             model.gguf_writer.add_tokenizer_model("none")
             model.gguf_writer.add_token_list(tokens)
             model.gguf_writer.add_eos_token_id(2)
 
-        text_class = converter.get_model_architecture(raw, converter.ModelType.TEXT)
-        converter.get_model_class(text_class).set_vocab = set_vocab
+        architecture = converter.get_model_architecture(raw, converter.ModelType.TEXT)
+        converter.get_model_class(architecture).set_vocab = set_vocab
+        if family == "qwen3_omni_moe":
+            repair(converter.get_model_class(architecture, mmproj=True))
         directory = options.out / family / "gguf"
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:

@@ -64,12 +64,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a chat template writes for a picture, in the families for which llama.cpp's converter writes a tower.
+# What a chat template writes for media, in the families for which llama.cpp's converter writes towers.
 MMPROJ_PLACEHOLDERS = {
-    "qwen3_vl_moe": "<|image_pad|>",
-    "qwen3_5_moe": "<|image_pad|>",
-    "glm4v_moe": "<|image|>",
-    "kimi_k25": "<|media_pad|>",
+    "qwen3_vl_moe": {"image_token_id": "<|image_pad|>"},
+    "qwen3_5_moe": {"image_token_id": "<|image_pad|>"},
+    "qwen3_omni_moe": {"image_token_id": "<|image_pad|>", "audio_token_id": "<|audio_pad|>"},
+    "glm4v_moe": {"image_token_id": "<|image|>"},
+    "kimi_k25": {"media_placeholder_token_id": "<|media_pad|>"},
 }
 
 

@@ -1,47 +1,50 @@
 """Towers in files of llama.cpp's converter (`mmproj-*.gguf`): what such a file says, in the terms of `table.py`.
 
-    GgufFile  ->  read_tower  ->  config, names of tensors, settings of the processor
+    GgufFile  ->  read_towers  ->  config, names of tensors, settings of the processor
 
-A GGUF model has its tower in a file of its own, of architecture `clip`. Its `clip.projector_type` names the tower, and
-the text model beside it the family. Weights keep their values; two are stored in another form: the kernel that makes a
-hidden state from a patch of two frames is two matrices, and queries and keys of MoonViT have the pairs of an axis
-together.
+A GGUF model has its towers in a file of its own, of architecture `clip`. Its `clip.projector_type` names the tower, and
+the text model beside it the family; a file with towers for pictures and for sound has a type for each. Weights keep
+their values; two are stored in another form: the kernel that makes a hidden state from a patch of two frames is two
+matrices, and queries and keys of MoonViT have the pairs of an axis together.
 
 The file has mean and deviation of colours, but for most towers no size of pictures. Sizes are then those of the
 released models' `preprocessor_config.json`, which are named below; llama.cpp has its own.
 
-Elsewhere: `checkpoint/gguf.py` finds and reads the file; `reading.py` makes an `EncoderFiles` of it.
+Elsewhere: `checkpoint/gguf.py` finds and reads the file; `reading.py` makes `EncoderFiles` of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from argosy.checkpoint.gguf import GgufArray, GgufFile
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
+from argosy.media.parts import Kind
 from argosy.model.encoders.table import ENCODERS, Encoder
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 
 _ARCHITECTURE = "clip"
-_TYPE_KEYS = (
-    "projector_type",
-    "vision.projector_type",
-)  # the second in files that also have a tower for sound
+_PARTS: Mapping[Kind, str] = {"picture": "vision", "sound": "audio"}  # of the keys
+_NAMED_BESIDE = "give the file that was published with the model: `--mmproj PATH`"
 
 _LAYER_NAMES = {
     "attn_norm": "ln1",
     "qkv": "attn_qkv",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
     "o": "attn_out",
     "mlp_norm": "ln2",
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
 }
+_DEEPSTACK_NAMES = {"norm": "norm", "up": "fc1", "down": "fc2"}
 
 Read = Callable[[GgufConfigReader], dict[str, object]]
 
@@ -50,25 +53,27 @@ Read = Callable[[GgufConfigReader], dict[str, object]]
 class _Projector:
     """A kind of tower.
 
+    kind: what it takes.
     families: of a text model in GGUF -> of the checkpoint whose tower it is, a key of `ENCODERS`.
-    placeholder: the token that the chat template writes for a picture.
-    read_config: `vision_config` as in that checkpoint's `config.json`.
+    placeholder: the token that the chat template writes for a picture or a sound.
+    read_config: the tower's config as in that checkpoint's `config.json`.
     read_settings: its `preprocessor_config.json`.
     names: of tensors outside of layers, by canonical name, without `.weight` or `.bias`.
     stored: how the file differs from the checkpoint, as arguments of the tower's config.
     """
 
+    kind: Kind = "picture"
     families: Mapping[str, str]
     placeholder: str
     read_config: Read
     read_settings: Read
     names: Mapping[str, str]
-    stored: Mapping[str, object]
+    stored: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TowerInFile:
-    """What a file says about its tower; `names` are those of its tensors by canonical name."""
+    """What a file says about a tower; `names` are those of its tensors by canonical name."""
 
     encoder: Encoder
     config: Any
@@ -77,16 +82,15 @@ class TowerInFile:
     settings: Mapping[str, object]
 
 
-def read_tower(file: GgufFile, model: ModelConfig) -> TowerInFile:
-    """Read the description of the tower for pictures.
+def read_towers(file: GgufFile, model: ModelConfig) -> dict[Kind, TowerInFile | ArgosyError]:
+    """Read the descriptions of the towers; for one that cannot be run, the error says why.
 
     Args:
-        model: the text model beside it.
+        model: the text model beside them.
 
     Raises:
-        UnsupportedModel: another kind of file or tower, one for other text models, or a key or value that is not
-            supported.
-        CheckpointError: a key is missing or malformed, or the tower makes rows of another size.
+        UnsupportedModel: another kind of file.
+        CheckpointError: the file has no tower, or does not say so in the right form.
     """
     architecture = file.text("general.architecture")
     if architecture != _ARCHITECTURE:
@@ -98,58 +102,91 @@ def read_tower(file: GgufFile, model: ModelConfig) -> TowerInFile:
             value=architecture,
             supported=(_ARCHITECTURE,),
         )
+    found: dict[Kind, TowerInFile | ArgosyError] = {}
+    for kind, part in _PARTS.items():
+        if file.flag(f"clip.has_{part}_encoder", False):
+            try:
+                found[kind] = _read_tower(file, model, kind)
+            except (UnsupportedModel, CheckpointError) as error:
+                found[kind] = error
+    if not found:
+        raise CheckpointError(
+            f"{file.path.name} has neither clip.has_vision_encoder nor clip.has_audio_encoder", path=file.path
+        )
+    return found
+
+
+def is_of(kind: Kind, tensor: str) -> bool:
+    """Whether a tensor of the file belongs to the tower of this kind."""
+    return tensor.startswith(("a.", "mm.a.")) == (kind == "sound")
+
+
+def _read_tower(file: GgufFile, model: ModelConfig, kind: Kind) -> TowerInFile:
+    part = _PARTS[kind]
     reader = GgufConfigReader(file, _ARCHITECTURE)
-    key = next((key for key in _TYPE_KEYS if reader.has(key)), _TYPE_KEYS[0])
-    kind = file.text(reader.key(key))
-    projector = _PROJECTORS.get(kind)
+    key = f"{part}.projector_type" if reader.has(f"{part}.projector_type") else "projector_type"
+    projector_type = file.text(reader.key(key))
+    known = {name: one for name, one in _PROJECTORS.items() if one.kind == kind}
+    projector = known.get(projector_type)
     if projector is None:
-        raise reader.unsupported(key, kind, ", ".join(_PROJECTORS))
+        raise reader.unsupported(key, projector_type, ", ".join(known))
     if model.family not in projector.families:
         raise UnsupportedModel(
-            f"{file.path.name} has a vision tower of type {kind}, and the model beside it is a {model.family}; this "
-            f"tower belongs to: {', '.join(projector.families)}",
-            hint="give the file that was published with the model: `--mmproj PATH`",
+            f"{file.path.name} has a tower of type {projector_type} for {kind}s, and the model beside it is a "
+            f"{model.family}; this tower belongs to: {', '.join(projector.families)}",
+            hint=_NAMED_BESIDE,
             path=file.path,
             key=key,
-            value=kind,
+            value=projector_type,
             supported=list(projector.families),
         )
-    (encoder,) = ENCODERS[projector.families[model.family]]
-    reader.neutral("has_vision_encoder", True)
+    encoder = next(one for one in ENCODERS[projector.families[model.family]] if one.kind == kind)
     raw = projector.read_config(reader)
     settings = projector.read_settings(reader)
-    rows = reader.integer("vision.projection_dim")
+    rows = reader.integer(f"{part}.projection_dim")
+    _pass_others(reader, kind)
     reader.finish()
     if rows != model.hidden_size:
         raise CheckpointError(
-            f"{file.path.name} makes rows of {rows} values, and the model beside it has a hidden size of "
+            f"{file.path.name} makes rows of {rows} values for {kind}s, and the model beside it has a hidden size of "
             f"{model.hidden_size}",
-            hint="give the file that was published with the model: `--mmproj PATH`",
+            hint=_NAMED_BESIDE,
             path=file.path,
-            key="clip.vision.projection_dim",
+            key=f"clip.{part}.projection_dim",
         )
-    own = ConfigReader(raw, model.family, file.path, within="clip.vision")
+    own = ConfigReader(raw, model.family, file.path, within=f"clip.{part}")
     config = encoder.read(own, ConfigReader({}, model.family, file.path), model)
     config = replace(config, **projector.stored)
-    names = {name: _name(name, projector.names, config) for name in encoder.tensors(config)}
+    layers = "v" if kind == "picture" else "a"
+    names = {name: _name(name, layers, projector.names, config) for name in encoder.tensors(config)}
     return TowerInFile(encoder, config, names, projector.placeholder, settings)
 
 
-def _name(canonical: str, names: Mapping[str, str], config: Any) -> str:
+def _pass_others(reader: GgufConfigReader, kind: Kind) -> None:
+    """Count as read what concerns the other tower; keys without a part, such as `use_gelu`, belong to vision."""
+    for key in reader.file.metadata:
+        name = key.removeprefix(f"{_ARCHITECTURE}.")
+        is_audio = name.startswith("audio.")
+        if name.startswith("has_") or is_audio == (kind == "picture"):
+            reader.key(name)
+
+
+def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) -> str:
     """The name of a tensor in the file."""
     base, kind = canonical, "weight"
     if canonical.endswith("_bias"):
         base, kind = canonical.removesuffix("_bias"), "bias"
-    if base.startswith("patch."):  # of a frame after the first
-        return f"{names['patch']}.weight{base.removeprefix('patch')}"
+    if base in names:
+        return f"{names[base]}.{kind}"
     first, _, rest = base.partition(".")
     number, _, last = rest.partition(".")
-    if first == "layers":
-        return f"v.blk.{number}.{_LAYER_NAMES[last]}.{kind}"
+    if first == "patch":  # of a frame after the first
+        return f"{names['patch']}.weight.{number}"
     if first == "deepstack":  # numbered by the layer whose output it takes
-        layer = config.deepstack_layers[int(number)]
-        return f"v.deepstack.{layer}.{ {'norm': 'norm', 'up': 'fc1', 'down': 'fc2'}[last] }.{kind}"
-    return f"{names[base]}.{kind}"
+        layer, last = config.deepstack_layers[int(number)], _DEEPSTACK_NAMES[last]
+        return f"v.deepstack.{layer}.{last}.{kind}"
+    assert first == "layers", canonical
+    return f"{layers}.blk.{number}.{_LAYER_NAMES[last]}.{kind}"
 
 
 # ── what all files have ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -187,12 +224,17 @@ def _read_colours(reader: GgufConfigReader) -> dict[str, object]:
     return found
 
 
-def _read_pixels(reader: GgufConfigReader, least_tokens: int, most_tokens: int, *, frames: int) -> object:
-    """Limits of a picture's pixels; the file may have them, and counts one frame."""
+def _read_pixels(reader: GgufConfigReader, least: int, most: int, *, token: int, frames: int = 1) -> object:
+    """Limits of a picture's pixels: those of the file, which counts one frame, or those of the released models.
+
+    Args:
+        least, most: of the released models, in `frames` frames, where a token has `token` x `token` pixels.
+    """
     pixels = (_patch_size(reader) * _merge_size(reader)) ** 2
+    given = {"shortest_edge": "vision.image_min_pixels", "longest_edge": "vision.image_max_pixels"}
     return {
-        "shortest_edge": frames * reader.integer("vision.image_min_pixels", least_tokens * pixels),
-        "longest_edge": frames * reader.integer("vision.image_max_pixels", most_tokens * pixels),
+        name: frames * reader.integer(key) if reader.has(key) else limit * pixels // token**2
+        for (name, key), limit in zip(given.items(), (least, most), strict=True)
     }
 
 
@@ -215,12 +257,16 @@ def _read_qwen(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _qwen_settings(reader: GgufConfigReader) -> dict[str, object]:
-    """As Qwen3-VL's and Qwen3.6's: 65,536 to 16,777,216 pixels, with tokens of 32 x 32 pixels."""
+    """As Qwen3-VL's and Qwen3.6's, or as Qwen3-Omni's, whose file has a tower for sound, too.
+
+    They have 65,536 to 16,777,216 pixels, and 3,136 to 12,845,056; a token has 32 x 32.
+    """
+    limits = (3136, 12_845_056) if reader.file.flag("clip.has_audio_encoder", False) else (65_536, 16_777_216)
     return _read_colours(reader) | {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": _patch_size(reader),
         "merge_size": _merge_size(reader),
-        "size": _read_pixels(reader, 64, 16_384, frames=1),
+        "size": _read_pixels(reader, *limits, token=32),
         "temporal_patch_size": 2,
     }
 
@@ -239,12 +285,12 @@ def _read_glm(reader: GgufConfigReader) -> dict[str, object]:
 
 
 def _glm_settings(reader: GgufConfigReader) -> dict[str, object]:
-    """As GLM-4.5V's: 12,544 to 9,633,792 pixels of two frames, with tokens of 28 x 28 pixels."""
+    """As GLM-4.5V's: 12,544 to 9,633,792 pixels, counted over two frames; a token has 28 x 28."""
     return _read_colours(reader) | {
         "image_processor_type": "Glm4vImageProcessor",
         "patch_size": _patch_size(reader),
         "merge_size": _merge_size(reader),
-        "size": _read_pixels(reader, 8, 6144, frames=2),
+        "size": _read_pixels(reader, 12_544, 9_633_792, token=28, frames=2),
         "temporal_patch_size": 2,
     }
 
@@ -281,6 +327,33 @@ def _kimi_settings(reader: GgufConfigReader) -> dict[str, object]:
         "merge_size": reader.integer("vision.projector.scale_factor", most=16),
         "patch_size": patch_size,
         "size": {"max_height": 512, "max_width": 512},
+    }
+
+
+# ── the sound of Qwen3-Omni ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_omni_audio(reader: GgufConfigReader) -> dict[str, object]:
+    if (eps := reader.number("audio.attention.layer_norm_epsilon", 1e-5)) != 1e-5:
+        raise reader.unsupported("audio.attention.layer_norm_epsilon", eps, "1e-05")
+    kernel = reader.file.tensors.get("a.conv2d.1.weight")
+    return {
+        "d_model": reader.integer("audio.embedding_length"),
+        "downsample_hidden_size": 480 if kernel is None or not kernel.shape else kernel.shape[0],
+        "encoder_attention_heads": reader.integer("audio.attention.head_count"),
+        "encoder_ffn_dim": reader.integer("audio.feed_forward_length"),
+        "encoder_layers": reader.integer("audio.block_count", most=MOST_LAYERS),
+        "n_window": 50,  # the file has no windows: those of the released models
+        "n_window_infer": 800,
+        "num_mel_bins": reader.integer("audio.num_mel_bins", most=1024),
+        "output_dim": reader.integer("audio.projection_dim"),
+    }
+
+
+def _omni_sound_settings(reader: GgufConfigReader) -> dict[str, object]:
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": reader.integer("audio.num_mel_bins", most=1024),
     }
 
 
@@ -332,6 +405,20 @@ _PROJECTORS: Mapping[str, _Projector] = {
             "projector.down": "mm.2",
         },
         stored={"pair_order": "columns first"},
+    ),
+    "qwen3a": _Projector(
+        kind="sound",
+        families={"qwen3_vl_moe": "qwen3_omni_moe"},
+        placeholder="<|audio_pad|>",
+        read_config=_read_omni_audio,
+        read_settings=_omni_sound_settings,
+        names={
+            **{f"convolution.{i}": f"a.conv2d.{i + 1}" for i in range(3)},
+            "join": "a.conv_out",
+            "final_norm": "a.post_ln",
+            "output.up": "mm.a.mlp.1",
+            "output.down": "mm.a.mlp.2",
+        },
     ),
 }
 """By `clip.projector_type`."""

@@ -19,14 +19,14 @@ from typing import Any
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, ModelFiles
-from argosy.checkpoint.gguf import GGUF_METADATA_FILE, read_gguf
+from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, read_gguf
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
 from argosy.media.pictures import PictureProcessor, read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
-from argosy.model.encoders.mmproj import read_tower
+from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
@@ -34,6 +34,7 @@ from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import dense_footprint, load_dense
 
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
+_SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
 _MMPROJ_HINT = "take the F16, BF16 or F32 file; those are published beside quantised ones"
 
 Processor = PictureProcessor | SoundProcessor
@@ -100,10 +101,9 @@ def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
     found: dict[Kind, EncoderFiles | ArgosyError] = {}
     if files.mmproj is not None:
         try:
-            found["picture"] = _read_mmproj(files)
+            return _read_mmproj(files)
         except (UnsupportedModel, CheckpointError) as error:
-            found["picture"] = error
-        return found
+            return {"picture": error}
     for encoder in ENCODERS.get(files.config.family, ()):
         if any(name.startswith(encoder.prefix) for name in files.others):
             try:
@@ -156,22 +156,34 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
     )
 
 
-def _read_mmproj(files: ModelFiles) -> EncoderFiles:
-    """The tower of a GGUF model."""
+def _read_mmproj(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
+    """The towers of a GGUF model."""
     if isinstance(files.mmproj, ArgosyError):
         raise files.mmproj
     assert files.mmproj is not None
-    tower = read_tower(files.mmproj, files.config)
-    accounts = TensorAccounts(files.mmproj.path, files.others, FLOAT_FORMATS, hint=_MMPROJ_HINT)
-    tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names)
-    accounts.refuse_extra(
-        files.config, lambda name: False, f"the tower that {files.mmproj.path.name} describes"
-    )
     header = files.header or read_gguf(files.path / GGUF_METADATA_FILE)
     tokens = header.texts("tokenizer.ggml.tokens")
+    found: dict[Kind, EncoderFiles | ArgosyError] = {}
+    for kind, tower in read_towers(files.mmproj, files.config).items():
+        try:
+            found[kind] = tower if isinstance(tower, ArgosyError) else _in_gguf(tower, files, header, tokens)
+        except (UnsupportedModel, CheckpointError) as error:
+            found[kind] = error
+    return found
+
+
+def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: list[str]) -> EncoderFiles:
+    assert isinstance(files.mmproj, GgufFile)
+    path, kind = files.mmproj.path, tower.encoder.kind
+    of_kind = {name: ref for name, ref in files.others.items() if is_of(kind, name)}
+    accounts = TensorAccounts(path, of_kind, FLOAT_FORMATS, hint=_MMPROJ_HINT)
+    tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names)
+    accounts.refuse_extra(
+        files.config, lambda name: name == _SINUSOIDS, f"the tower that {path.name} describes for {kind}s"
+    )
     if tower.placeholder not in tokens:
         raise CheckpointError(
-            f"{header.path.name} has no token {tower.placeholder}, which stands for a picture",
+            f"{header.path.name} has no token {tower.placeholder}, which stands for a {kind}",
             path=header.path,
             key="tokenizer.ggml.tokens",
         )
@@ -181,7 +193,7 @@ def _read_mmproj(files: ModelFiles) -> EncoderFiles:
         tensors,
         token_id=_in_vocabulary(tokens.index(tower.placeholder), tower.placeholder, header.path, files),
         marks=None,
-        settings=(tower.settings, files.mmproj.path.name),
+        settings=(tower.settings, path.name),
     )
 
 
@@ -191,7 +203,8 @@ def _take_tensors(
     """The tensors of a tower by canonical name; `names` are those in the files."""
     tensors = {}
     for canonical, tensor in encoder.tensors(config).items():
-        ref, format = accounts.take(names[canonical], tensor.shape)
+        # llama.cpp's converter gives the bias of a convolution two more axes.
+        ref, format = accounts.take(names[canonical], tensor.shape, (*tensor.shape, 1, 1))
         tensors[canonical] = MatrixRef(
             ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
         )
