@@ -168,6 +168,18 @@ def test_a_model_alone_takes_text(tmp_path: Path) -> None:
         assert engine.media_kinds == ("picture",)
 
 
+def test_a_model_in_a_directory_that_cannot_be_listed_takes_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = beside(tmp_path, "mmproj.gguf")
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert open_model(model).mmproj is None
+
+
 def test_a_tower_is_named_only_for_gguf_models() -> None:
     with pytest.raises(
         UsageError, match=r"is not a GGUF model, so its vision tower is not in a file of its own"

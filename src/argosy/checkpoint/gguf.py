@@ -374,12 +374,15 @@ def find_gguf(directory: Path) -> Path | None:
 
 
 def find_mmproj(model: Path) -> Path | None:
-    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none.
+    """The one file with a vision tower beside a GGUF model, going by its name; None if there is none to be seen.
 
     Raises:
         CheckpointError: there are several.
     """
-    entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
+    try:
+        entries = sorted(entry for entry in model.parent.iterdir() if entry.suffix == GGUF_SUFFIX)
+    except PermissionError:  # files in such a directory can be opened by name
+        return None
     found = [entry for entry in entries if "mmproj" in entry.name and entry.name != model.name]
     if len(found) > 1:
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,9 @@ from tests.models.tiny_encoders import CONFIGS, REFERENCE, Sizes, random_tensors
 LARGEST_DIFFERENCE = 2e-5
 # Products of bfloat16 round their inputs to 8 bits.
 LARGEST_DIFFERENCE_IN_BFLOAT16 = 3e-2
+
+# Towers whose patches have two frames; GGUF files hold the kernel of each.
+OF_TWO_FRAMES = ("qwen3_vl_moe", "qwen3_5_moe", "qwen3_omni_moe", "glm4v_moe")
 
 NUM_CASES = 4
 CASES = [(name, case) for name in PARTS for case in range(NUM_CASES)]
@@ -192,15 +196,33 @@ def test_it_yields_before_much_is_done(
     assert len(counts) >= sum(counts) / limit
 
 
+@pytest.mark.parametrize("name", OF_TWO_FRAMES)
+def test_a_kernel_for_each_frame_makes_the_same_rows(name: str) -> None:
+    part, config, tower = open_tower(name)
+    apart = replace(config, are_frames_apart=True)
+    values = dict(reference(name)[1])
+    kernel = values.pop(f"{part.prefix}patch_embed.proj.weight")  # [hidden, channels, frames, side, side]
+    values[f"{part.prefix}patch_embed.proj.weight"] = kernel[:, :, 0]
+    values[f"{part.prefix}patch_embed.proj.weight.1"] = kernel[:, :, 1]
+    weights = dense_weights(part.tensors(apart), part.prefix, values)
+    other = part.tower(apart, weights, _native.Runtime(1), is_exact=True)
+    for case in range(NUM_CASES):  # the values of the two frames differ
+        expected, found = encode(name, tower, case), encode(name, other, case)
+        assert difference(found.embeddings, expected.embeddings) <= LARGEST_DIFFERENCE
+
+
 @pytest.mark.parametrize(
     "sizes",
     [Sizes(channels=1), Sizes(heads=4, head_dim=16, mlp=300, out=96, channels=64)],
     ids=["small", "wide"],
 )
-@pytest.mark.parametrize("name", PARTS)
-def test_memory_stays_within_its_bound(name: str, sizes: Sizes) -> None:
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [*((name, {}) for name in PARTS), *((name, {"are_frames_apart": True}) for name in OF_TWO_FRAMES)],
+)
+def test_memory_stays_within_its_bound(name: str, stored: dict[str, Any], sizes: Sizes) -> None:
     part = PARTS[name]
-    config = part.read(CONFIGS[part.family](sizes))
+    config = replace(part.read(CONFIGS[part.family](sizes)), **stored)
     weights = dense_weights(
         part.tensors(config), part.prefix, random_tensors(part.tensors(config), part.prefix, 1)
     )
