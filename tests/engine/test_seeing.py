@@ -233,3 +233,32 @@ def test_a_checkpoint_without_its_processor_says_so_for_the_first_picture(tmp_pa
         assert engine._media is not None
         with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
             engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "message"),
+    [
+        ("qwen3_vl_moe", "patch_size", 8, "patch_size 8, and the encoder of pictures takes 4"),
+        ("qwen3_vl_moe", "merge_size", 1, "merge_size 1, and the encoder of pictures takes 2"),
+        ("glm4v_moe", "temporal_patch_size", 1, "temporal_patch_size 1, and the encoder of pictures takes 2"),
+        ("kimi_k25", "patch_size", 2, "patch_size 2, and the encoder of pictures takes 4"),
+        ("gemma4", "pooling_kernel_size", 1, "merge_size 1, and the encoder of pictures takes 2"),
+        ("qwen3_omni_moe", "feature_size", 128, "feature_size 128, and the encoder of sounds takes 20"),
+    ],
+)
+def test_a_processor_for_another_encoder_is_named(
+    family: str, key: str, value: int, message: str, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(REFERENCE / family / name)
+    raw = json.loads((REFERENCE / family / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw | {key: value}))
+    part = (
+        Audio(np.zeros(1600, np.float32), rate=RATE)
+        if "sound" in message
+        else Image(np.zeros((8, 8, 3), np.uint8))
+    )
+    with opened(tmp_path) as engine:
+        assert engine._media is not None
+        with pytest.raises(CheckpointError, match=message):
+            engine._media.read(part)

@@ -67,15 +67,30 @@ class EncoderFiles:
         """What prepares media for the tower; a picture gets at most `image_tokens` positions.
 
         Raises:
-            CheckpointError, UnsupportedModel: its settings are missing, malformed or not supported.
+            CheckpointError, UnsupportedModel: its settings are missing, malformed, not supported, or for another tower.
             UsageError: the cap is below what this kind of processor makes.
         """
         if isinstance(self.settings, ArgosyError):
             raise self.settings
         raw, where = self.settings
+        processor: Processor
         if self.encoder.kind == "picture":
-            return read_picture_processor(raw, most_tokens=image_tokens, where=where)
-        return read_sound_processor(raw, is_padded=False, where=where)
+            processor = read_picture_processor(raw, most_tokens=image_tokens, where=where)
+            sizes = {
+                "patch_size": (processor.patch_size, self.config.patch_size),
+                "merge_size": (processor.merge_size, self.config.merge),
+                "temporal_patch_size": (processor.frames, getattr(self.config, "patch_frames", 1)),
+            }
+        else:
+            processor = read_sound_processor(raw, is_padded=False, where=where)
+            sizes = {"feature_size": (processor.num_bands, self.config.num_mels)}
+        for name, (made, taken) in sizes.items():
+            if made != taken:
+                raise CheckpointError(
+                    f"{where} has {name} {made}, and the encoder of {self.encoder.kind}s takes {taken}",
+                    key=name,
+                )
+        return processor
 
     def largest_shape(self, processor: Processor) -> Shape:
         """The shape of the largest input that this processor makes."""
