@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anthropic
@@ -16,9 +16,11 @@ import pytest
 
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
+from argosy.engine.media import PromptMedia
 from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text
+from argosy.media.pictures import PictureProcessor
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
 from argosy.serve.held import Pool, Share
@@ -310,6 +312,59 @@ def test_what_is_not_sent_becomes_a_note_in_the_result_of_a_tool(
     assert len(seeing.prompts[-1].spans) == 1
 
 
+DAMAGED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "a truncated picture": (
+        lambda dialect: picture(dialect, CAT[: len(CAT) // 2]), "the picture is damaged or incomplete",
+    ),
+    "nothing": (lambda dialect: picture(dialect, ""), "the picture is empty: it has 0 bytes"),
+    "no picture": (lambda dialect: picture(dialect, b"<svg/>" * 9), "the picture is in no format that is read"),
+    "no base64": (lambda dialect: picture(dialect, "AAA"), "the data of the picture is not base64"),
+    "too many pixels": (
+        lambda dialect: picture(dialect, raw_png(16_000, 16_000, 8, 2, b"")),
+        "a picture may have at most 24 megapixels",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", CHATTING)
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_picture_becomes_a_note_in_the_result_of_a_tool_and_in_an_earlier_turn(
+    seeing: Seeing, viewer: httpx.Client, dialect: str, what: str
+) -> None:
+    make, reason = DAMAGED[what]
+    bad = make(dialect)
+    of_tool = read_tool(dialect, [text(dialect, "Here:"), bad, picture(dialect, CAT)], [])
+    earlier = [
+        {"role": "user", "content": [text(dialect, "Here:"), bad, picture(dialect, CAT)]},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "What?"},
+    ]
+    for conversation in (of_tool, earlier):
+        answer = converse(viewer, dialect, conversation, tools=TOOLS[dialect])
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-replaced-blocks"] == f"1 {bad['type']}"
+        assert f"[{bad['type']} omitted: {reason}" in seeing.prompts[-1].text
+        ((_, span),) = seeing.prompts[-1].spans
+        assert span.digest == seeing.python_prompt.spans[0][1].digest
+
+
+def test_a_turn_of_only_a_damaged_picture_becomes_text(seeing: Seeing, viewer: httpx.Client) -> None:
+    conversation = [
+        {"role": "user", "content": [picture("chat", b"")]},
+        {"role": "assistant", "content": "I see."},
+        {"role": "user", "content": "What?"},
+    ]
+    assert converse(viewer, "chat", conversation).status_code == 200
+    assert seeing.prompts[-1].spans == ()
+    body = {"messages": conversation}
+    assert (
+        "[image_url omitted: the picture is empty"
+        in viewer.post("/apply-template", json=body).json()["prompt"]
+    )
+    read = [{"role": "user", "content": [picture("messages", b"")]}, *conversation[1:]]
+    assert viewer.post("/v1/messages/count_tokens", json={"messages": read}).status_code == 200
+
+
 def test_a_file_id_is_refused_by_name(viewer: httpx.Client) -> None:
     for dialect, part in (
         ("responses", {"type": "input_image", "file_id": "file-1", "detail": "auto"}),
@@ -338,7 +393,9 @@ def test_the_content_decides_what_a_picture_is(viewer: httpx.Client, form: str) 
 
 def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -> None:
     message = ask(viewer, "chat", [sound(TONE, "midi")]).json()["error"]["message"]
-    assert message.startswith('messages.0.content.0: expected a sound of type wav or mp3, found "midi"')
+    assert message.startswith(
+        'messages.0.content.0: expected a sound of type wav, mp3, flac or ogg, found "midi"'
+    )
     assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
 
 
@@ -361,21 +418,69 @@ def test_only_users_and_tools_show_pictures(viewer: httpx.Client) -> None:
     assert "a message of role system takes text only" in message
 
 
-@pytest.mark.parametrize("detail", ["low", "high", "auto", "original", None])
-def test_detail_changes_nothing_and_is_named(
-    seeing: Seeing, viewer: httpx.Client, detail: str | None
+LARGE = png(pattern(400, 300, seed=3))  # 64 tokens at most here, so a lower cap shows
+
+
+def with_detail(dialect: str, content: bytes, detail: str | None) -> dict[str, Any]:
+    part = picture(dialect, content)
+    if dialect == "chat":
+        part["image_url"]["detail"] = detail
+        return part
+    return part | {"detail": detail}
+
+
+@pytest.mark.parametrize("dialect", ["chat", "responses"])
+def test_low_detail_takes_fewer_tokens_and_is_another_picture(
+    seeing: Seeing, viewer: httpx.Client, dialect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = picture("chat", CAT)
-    chat["image_url"]["detail"] = detail
-    for dialect, part, name in (
-        ("chat", chat, "messages.content.image_url.detail"),
-        ("responses", picture("responses", CAT) | {"detail": detail}, "input.content.detail"),
-    ):
-        answer = ask(viewer, dialect, [part])
+    media = seeing.service.prompts._media
+    assert isinstance(media, PromptMedia)
+    high = media._processors["picture"]
+    assert isinstance(high, PictureProcessor)
+    # As for an engine that allows more tokens than the tiny model does.
+    fewer = replace(high, fit=replace(high.fit, most_pixels=16 * 8**2))  # type: ignore[type-var]
+    monkeypatch.setattr(media, "_low_detail", fewer)
+    found = {}
+    for detail in ("low", "high", "auto", "original", None):
+        answer = ask(viewer, dialect, [with_detail(dialect, LARGE, detail)])
         assert answer.status_code == 200, answer.text
-        assert answer.headers.get("x-ignored-params") == (name if detail else None)
-    chat["image_url"]["detail"] = "lots"
-    assert ask(viewer, "chat", [chat]).status_code == 400
+        assert "x-ignored-params" not in answer.headers
+        ((_, span),) = seeing.prompts[-1].spans
+        usage = answer.json()["usage"]
+        details = usage["prompt_tokens_details" if dialect == "chat" else "input_tokens_details"]
+        assert details["image_tokens"] == span.num_positions
+        assert "audio_tokens" not in details
+        found[detail] = (span.num_positions, span.digest)
+    assert found["low"][0] < found["high"][0]
+    assert found["low"][1] != found["high"][1]
+    assert found["high"] == found["auto"] == found["original"] == found[None]
+    assert ask(viewer, dialect, [with_detail(dialect, CAT, "lots")]).status_code == 400
+
+
+def test_a_small_picture_with_low_detail_is_not_taken_for_the_other(
+    seeing: Seeing, viewer: httpx.Client
+) -> None:
+    spans = []
+    for detail in ("low", "high"):
+        assert ask(viewer, "chat", [with_detail("chat", CAT, detail)]).status_code == 200
+        spans.append(seeing.prompts[-1].spans[0][1])
+    assert spans[0].num_positions == spans[1].num_positions
+    assert spans[0].digest != spans[1].digest
+
+
+def test_tokens_of_pictures_and_sounds_are_told(seeing: Seeing, viewer: httpx.Client) -> None:
+    content = [sound(TONE), picture("responses", CAT), picture("responses", DOG)]
+    told = viewer.post(
+        "/v1/responses/input_tokens", json={"input": [{"role": "user", "content": content}]}
+    ).json()
+    answer = ask(viewer, "responses", content)
+    counts = {"image_tokens": 0, "audio_tokens": 0}
+    for _, span in seeing.prompts[-1].spans:
+        counts["audio_tokens" if span.kind == "sound" else "image_tokens"] += span.num_positions
+    assert min(counts.values()) > 0
+    assert told["input_tokens_details"] == counts
+    details = answer.json()["usage"]["input_tokens_details"]
+    assert {name: details[name] for name in counts} == counts
 
 
 # Memory and time

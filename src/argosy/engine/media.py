@@ -38,10 +38,17 @@ class PromptMedia:
 
     Args:
         processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
+        low_detail: prepares a picture with low detail; None: the model takes no pictures.
     """
 
-    def __init__(self, encoders: Encoders, processors: Mapping[Kind, Processor | ArgosyError]) -> None:
+    def __init__(
+        self,
+        encoders: Encoders,
+        processors: Mapping[Kind, Processor | ArgosyError],
+        low_detail: Processor | None = None,
+    ) -> None:
         self._encoders = encoders
+        self._low_detail = low_detail
         self._processors: dict[Kind, Processor] = {}
         self._faults: dict[Kind, ArgosyError] = {}
         for kind, one in processors.items():
@@ -117,6 +124,9 @@ class PromptMedia:
     def _prepare(self, content: Content) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
         processor = self._processors[content.kind]
+        if content.detail == "low":
+            assert self._low_detail is not None
+            processor = self._low_detail
         with self._one_decoded:
             if isinstance(processor, PictureProcessor):
                 if not isinstance(content.data, np.ndarray):

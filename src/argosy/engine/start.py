@@ -218,7 +218,7 @@ def _open_media(
 
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return PromptMedia(encoders, footprint.processors)
+    return PromptMedia(encoders, footprint.processors, footprint.low_detail)
 
 
 def _open_prefix_files(

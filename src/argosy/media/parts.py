@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from argosy.errors import BadMedia, UsageError
 
 Kind = Literal["picture", "sound", "video"]
+Detail = Literal["low", "high"]
+LOW_DETAIL_TOKENS = 256  # the most tokens of a picture with low detail
 Source = str | os.PathLike[str] | bytes | NDArray[Any]
 
 
@@ -58,12 +60,14 @@ class Content:
         float32 [samples], or uint8 [frames, height, width, 3].
     digest: 32 bytes; equal for equal content.
     rate: samples or frames per second of an array.
+    detail: of a picture, see `Image`; part of the digest.
     """
 
     kind: Kind
     data: bytes | NDArray[Any] = field(repr=False)
     digest: bytes
     rate: float | None = None
+    detail: Detail = "high"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,21 @@ class _Part(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image(_Part):
-    """A picture: a path, the bytes of a PNG, JPEG, WEBP or GIF file, or uint8 [height, width, 3] or [height, width]."""
+    """A picture: a path, the bytes of a PNG, JPEG, WEBP or GIF file, or uint8 [height, width, 3] or [height, width].
+
+    detail: "low" shows the picture to the model with at most 256 tokens; "high" with as many as the engine allows.
+    """
+
+    detail: Detail = "high"
 
     kind: ClassVar[Kind] = "picture"
+
+    def read(self, limits: MediaLimits) -> Content:
+        """Read the source; see `_Part.read`."""
+        content = _Part.read(self, limits)
+        if self.detail == "high":
+            return content
+        return replace(content, digest=blake3(content.digest + b"low").digest(), detail="low")
 
     def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
         if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):

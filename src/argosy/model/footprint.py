@@ -20,7 +20,7 @@ from argosy.experts.files import (
     resident_bytes,
     slot_bytes,
 )
-from argosy.media.parts import Kind
+from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
@@ -88,6 +88,18 @@ class ModelFootprint:
             except ArgosyError as error:
                 found[kind] = error
         return found
+
+    @cached_property
+    def low_detail(self) -> Processor | None:
+        """What prepares a picture with low detail; None if the model takes no pictures."""
+        tower = self.encoders.get("picture")
+        if (
+            tower is None
+            or isinstance(tower, ArgosyError)
+            or isinstance(self.processors["picture"], ArgosyError)
+        ):
+            return None
+        return tower.processor(min(self._image_tokens, LOW_DETAIL_TOKENS))
 
     @cached_property
     def encoder_bytes(self) -> int:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from argosy.config import Grammar
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import BadMedia, PromptTooLong, UsageError
 from argosy.media.parts import Content, Part
 from argosy.prompt.media_span import MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
@@ -26,14 +26,24 @@ from argosy.prompt.prompt import Prompt, ToolCalling
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
     from argosy.prompt.formats import Answer, Format, Parser
-    from argosy.prompt.messages import Message, Turn
+    from argosy.prompt.messages import Media, Message, Piece, Turn
     from argosy.prompt.replay import Replay, ReplayMemory
     from argosy.prompt.tokenizer import Segment, Tokenizer
     from argosy.prompt.tools import Tool
 
 
+ReplaceDamaged = Callable[["Media", BadMedia], str | None]
+"""Returns the text that replaces a damaged picture or sound, or None if it must be refused."""
+
 _MAX_COUNTED = 1 << 17
 _MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
+
+
+class _Placed(NamedTuple):
+    """A picture or sound: the token that the template writes for it, and what stands in its place."""
+
+    placeholder: int
+    segments: Sequence[Sequence[int] | MediaSpan]
 
 
 class PromptBuilder:
@@ -100,6 +110,7 @@ class PromptBuilder:
         tenant: str | None = None,
         add_generation_prompt: bool = True,
         is_counted: bool = False,
+        replace_damaged: ReplaceDamaged | None = None,
     ) -> Prompt:
         """Build the token ids of `request`.
 
@@ -113,6 +124,8 @@ class PromptBuilder:
             tenant: owner of the conversation; answers remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn for an answer.
             is_counted: the tokens are only counted, so there may be more of them than fit the context.
+            replace_damaged: returns the text that replaces a picture or sound that cannot be decoded, or None if it
+                must be refused; without this function it is refused.
 
         Raises:
             PromptTooLong: it has more tokens than the context holds.
@@ -138,7 +151,7 @@ class PromptBuilder:
             messages = [item for item in items if isinstance(item, Mapping)]
             if items and len(messages) == len(items):
                 prompt = self._conversation(
-                    messages, tools, variables, tenant, add_generation_prompt, max_tokens
+                    messages, tools, variables, tenant, add_generation_prompt, max_tokens, replace_damaged
                 )
                 return self._checked(prompt)
             ids = [
@@ -192,10 +205,12 @@ class PromptBuilder:
         tools: Sequence[Tool | Mapping[str, object]] = (),
         variables: Variables | None = None,
         add_generation_prompt: bool = True,
+        replace_damaged: ReplaceDamaged | None = None,
     ) -> str:
         """Render a conversation with the chat template, control tokens spelled out. Raises what `build` raises."""
         return self.build(
-            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True
+            messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True,
+            replace_damaged=replace_damaged,
         ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
@@ -351,6 +366,7 @@ class PromptBuilder:
         tenant: str | None,
         add_generation_prompt: bool,
         max_tokens: int | None,
+        replace_damaged: ReplaceDamaged | None,
     ) -> Prompt:
         from argosy.prompt.messages import check_messages
         from argosy.prompt.tokenizer import text_of
@@ -364,7 +380,8 @@ class PromptBuilder:
             )
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
         _require_renderable(turns)
-        turns = tuple(self._with_contents(turn) for turn in turns)
+        media: list[_Placed] = []
+        turns = tuple(self._with_media(turn, tenant or "", replace_damaged, media) for turn in turns)
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and turns[-1].role == "assistant"
@@ -373,7 +390,7 @@ class PromptBuilder:
             segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)
             ids = tokenizer.encode_segments(segments, max_tokens=max_tokens)
             prompt = Prompt(tuple(ids), text_of(segments), is_continued, is_conversation=not is_continued)
-            return self._with_spans(prompt, turns, tenant, max_tokens)
+            return self._with_spans(prompt, media, max_tokens)
 
         from argosy.prompt.replay import trace_of
 
@@ -382,45 +399,62 @@ class PromptBuilder:
         ids = replay.encode(segments, remembered, checked, is_continued=is_continued, max_tokens=max_tokens)
         trace = trace_of(turns, segments, ids, is_continued=is_continued)
         prompt = Prompt(tuple(ids), text_of(segments), is_continued, trace, is_conversation=not is_continued)
-        return self._with_spans(prompt, turns, tenant, max_tokens)
+        return self._with_spans(prompt, media, max_tokens)
 
-    def _with_contents(self, turn: Turn) -> Turn:
-        """Read the media of a turn."""
+    def _with_media(
+        self, turn: Turn, tenant: str, replace_damaged: ReplaceDamaged | None, media: list[_Placed]
+    ) -> Turn:
+        """Read the media of a turn, and add them to `media`; text replaces those that are damaged, if it may."""
         if not turn.media:
             return turn
         if self._media is None:
             kind = turn.media[0].kind
             raise UsageError(f"this model takes text only, and the conversation has a {kind}")
-        pieces = [
-            piece if isinstance(piece, tuple | Content) else self._media.read(piece) for piece in turn.pieces
-        ]
-        return replace(turn, pieces=tuple(pieces))
+        pieces: list[Piece] = []
+        for piece in turn.pieces:
+            found = piece
+            if not isinstance(piece, tuple):
+                try:
+                    content = piece if isinstance(piece, Content) else self._media.read(piece)
+                    media.append(
+                        _Placed(self._media.placeholder(content), self._media.segments(content, tenant))
+                    )
+                    found = content
+                except BadMedia as error:
+                    text = None if replace_damaged is None else replace_damaged(piece, error)
+                    if text is None:
+                        raise
+                    found = (True, text)
+            last = pieces[-1] if pieces else None
+            if isinstance(found, tuple) and isinstance(last, tuple):
+                pieces[-1] = (True, f"{last[1]}\n{found[1]}")
+            else:
+                pieces.append(found)
+        content_text = "\n".join(piece[1] for piece in pieces if isinstance(piece, tuple))
+        is_text = all(isinstance(piece, tuple) for piece in pieces)
+        return replace(turn, content=content_text, pieces=() if is_text else tuple(pieces))
 
-    def _with_spans(
-        self, prompt: Prompt, turns: Sequence[Turn], tenant: str | None, max_tokens: int | None
-    ) -> Prompt:
+    def _with_spans(self, prompt: Prompt, media: Sequence[_Placed], max_tokens: int | None) -> Prompt:
         """Put the media of a conversation where its template has placeholders for them.
 
         Only the template can have written a placeholder: a caller's text never becomes a control token.
         """
-        contents = [part for turn in turns for part in turn.media if isinstance(part, Content)]
-        if not contents:
+        if not media:
             return prompt
-        assert self._media is not None
         token_ids = list(prompt.token_ids or ())
-        placeholders = [self._media.placeholder(content) for content in contents]
+        placeholders = [one.placeholder for one in media]
         known = set(placeholders)
         places = [at for at, token_id in enumerate(token_ids) if token_id in known]
         if [token_ids[at] for at in places] != placeholders:
             raise UsageError(
-                f"the conversation has {len(contents)} pictures and sounds, and this model's chat template writes "
+                f"the conversation has {len(media)} pictures and sounds, and this model's chat template writes "
                 f"{len(places)} placeholders for them",
                 hint="put pictures and sounds in messages of the user",
             )
         segments: list[Sequence[int] | MediaSpan] = []
         end = 0
-        for at, content in zip(places, contents, strict=True):
-            segments += [token_ids[end:at], *self._media.segments(content, tenant or "")]
+        for at, one in zip(places, media, strict=True):
+            segments += [token_ids[end:at], *one.segments]
             end = at + 1
         filled = Prompt.of(*segments, token_ids[end:])
         num_tokens = len(filled.token_ids or ())

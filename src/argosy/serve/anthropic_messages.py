@@ -612,7 +612,8 @@ async def count_tokens(body: CountBody, request: Request) -> Counted:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    return {"input_tokens": await service.count_tokens(_reading(body, service, caller), caller)}
+    num_tokens, _ = await service.count_tokens(_reading(body, service, caller), caller)
+    return {"input_tokens": num_tokens}
 
 
 async def messages(body: MessagesBody, request: Request) -> Response:

@@ -240,9 +240,12 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     caller: Caller = request.state.caller
 
     def apply() -> str:
-        said = openai_chat.sent(body.messages, service.intake(caller))
+        intake = service.intake(caller)
+        said = openai_chat.sent(body.messages, intake)
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
-        return service.prompts.apply_template(said, tools=tools)
+        return service.prompts.apply_template(
+            said, tools=tools, replace_damaged=intake.replaced.replace_damaged
+        )
 
     return {"prompt": await service.run(caller, apply)}
 

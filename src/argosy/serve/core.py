@@ -16,11 +16,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
@@ -30,7 +30,7 @@ from argosy.media.parts import Kind
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
-from argosy.serve.fields import ReadOfPrompt, ignored_header
+from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.media_parts import Intake
@@ -47,6 +47,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _TURN_S = 0.001  # after this time, an answer whose tokens are ready yields to others
+
+MediaTokens = Literal["image_tokens", "audio_tokens"]
+_MEDIA_TOKENS: Mapping[Kind, MediaTokens] = {
+    "picture": "image_tokens",
+    "video": "image_tokens",
+    "sound": "audio_tokens",
+}
 
 Finish = Literal["stop", "length", "tool_calls"]
 MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
@@ -247,14 +254,16 @@ class Service:
             raise
         return answers, found[0]
 
-    async def count_tokens(self, read: Callable[[], ChatRequest], caller: Caller) -> int:
-        """Count the prompt tokens of a conversation. Raises what `open` raises."""
+    async def count_tokens(
+        self, read: Callable[[], ChatRequest], caller: Caller
+    ) -> tuple[int, dict[MediaTokens, int]]:
+        """Count the prompt tokens of a conversation, and those of pictures and sounds. Raises what `open` raises."""
 
-        def count() -> int:
+        def count() -> tuple[int, dict[MediaTokens, int]]:
             with _holding_media(caller):
                 request = read()
                 prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
-                return len(prompt.token_ids or ())
+                return len(prompt.token_ids or ()), media_tokens([prompt])
 
         return await self.run(caller, count)
 
@@ -266,7 +275,8 @@ class Service:
 
     def _build(self, request: ChatRequest, use: ToolUse, tenant: str, *, is_counted: bool = False) -> Prompt:
         return self.prompts.build(
-            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted
+            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted,
+            replace_damaged=request.replaced.replace_damaged,
         )  # fmt: skip
 
     def _prepared(
@@ -312,6 +322,15 @@ class Service:
             return {}
         known = self.prompts.variables
         return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
+
+
+def media_tokens(prompts: Iterable[Prompt]) -> dict[MediaTokens, int]:
+    """Tokens of pictures and of sounds in prompts, by OpenAI's name for them; nothing for kinds that none has."""
+    counts: Counter[MediaTokens] = Counter()
+    for prompt in prompts:
+        for _, span in prompt.spans:
+            counts[_MEDIA_TOKENS[span.kind]] += span.num_positions
+    return dict(counts)
 
 
 @contextmanager
@@ -401,6 +420,10 @@ class Answers:
     def num_cached_tokens(self) -> int:
         """Prompt tokens found in the prefix cache."""
         return sum(self._num_cached.values())
+
+    def prompt_tokens(self) -> PromptTokens:
+        """The parts of the prompt's tokens, as OpenAI's dialects tell them."""
+        return cast(PromptTokens, {"cached_tokens": self.num_cached_tokens, **media_tokens(self.prompts)})
 
     def cancel(self) -> None:
         """End the answers that have not ended."""

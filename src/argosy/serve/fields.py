@@ -15,7 +15,7 @@ import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -271,8 +271,12 @@ def strays(where: str, parts: Iterable[object]) -> list[str]:
     })  # fmt: skip
 
 
-class CachedTokens(Closed):
+class PromptTokens(Closed):
+    """Parts of a prompt's tokens; those of pictures and sounds only if the prompt has some."""
+
     cached_tokens: int
+    image_tokens: NotRequired[int]
+    audio_tokens: NotRequired[int]
 
 
 class ThoughtTokens(Closed):
@@ -301,7 +305,7 @@ class Usage(Closed):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: PromptTokens
 
 
 class ReadOfPrompt(Closed):

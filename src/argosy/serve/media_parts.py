@@ -1,7 +1,7 @@
 """Pictures and sounds of a request: base64 in its body becomes parts of the prompt, if the model takes their kind.
 
     part of a dialect  ->  Intake.piece  ->  {"type": "image", "image": Image(bytes)}
-                                └── the model does not take this kind  ->  a note, or a refusal (`replaced.py`)
+                                └── not taken by the model, or damaged  ->  a note, or a refusal (`replaced.py`)
 
 A client sends the data itself. The server opens no address and keeps no files. The decoded bytes are charged to the
 memory for bodies (`held.py`) before they are decoded, and given back when the prompt is built.
@@ -22,19 +22,22 @@ from pydantic import BaseModel
 
 from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits
-from argosy.serve.fields import Lenient, NoEffect, Short
+from argosy.serve.fields import Lenient, Short
 from argosy.serve.held import Share
 from argosy.serve.replaced import Replaced
 
 # What clients may call the data. The decoder goes by the content.
 _FORMS: Mapping[Kind, tuple[str, ...]] = {
     "picture": ("image/png", "image/jpeg", "image/webp", "image/gif"),
-    "sound": ("wav", "mp3"),
+    "sound": ("wav", "mp3", "flac", "ogg"),
 }
-_OTHER_SPELLINGS = {"image/jpg": "image/jpeg", "audio/wav": "wav", "audio/mp3": "mp3", "audio/mpeg": "mp3"}
+_OTHER_SPELLINGS = {
+    "image/jpg": "image/jpeg", "audio/wav": "wav", "audio/x-wav": "wav", "audio/mp3": "mp3", "audio/mpeg": "mp3",
+    "audio/flac": "flac", "audio/ogg": "ogg",
+}  # fmt: skip
 _LONGEST_SHOWN = 64
 
-Detail = NoEffect[Literal["low", "high", "auto", "original"]]
+AskedDetail = Literal["low", "high", "auto", "original"]
 Piece = str | dict[str, Any]
 """Text, or a picture or sound as messages have it."""
 
@@ -65,6 +68,11 @@ class MediaPart(Lenient):
     @abstractmethod
     def data(self) -> Data | Elsewhere:
         """What the client sent."""
+
+    @property
+    def detail_asked(self) -> AskedDetail | None:
+        """The detail of a picture, if the dialect has a field for it."""
+        return None
 
 
 class SoundData(Lenient):
@@ -140,16 +148,25 @@ class Intake:
             fault = f"expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}"
             fault += f", found {json.dumps(form[:_LONGEST_SHOWN])}"
         else:
-            return self._taken(sent.base64, kind, where)
+            try:
+                return self._taken(part, self._decoded(sent.base64, kind, where), is_new=is_new)
+            except UsageError as error:
+                if is_new:
+                    raise
+                fault = error.message.removeprefix(f"{where}: ")
         if is_new:
             raise UsageError(f"{where}: {fault}", param=where, hint=part.REMEDY)
         return self.replaced.note(part.type, where, is_new=False, reason=fault)
 
-    def _taken(self, base64: str, kind: Kind, where: str) -> Piece:
-        content = self._decoded(base64, kind, where)
-        if kind == "picture":
-            return {"type": "image", "image": Image(content)}
-        return {"type": "audio", "audio": Audio(content)}
+    def _taken(self, part: MediaPart, content: bytes, *, is_new: bool) -> Piece:
+        made: Image | Audio
+        if part.KIND == "picture":
+            kind, made = "image", Image(content, "low" if part.detail_asked == "low" else "high")
+        else:
+            kind, made = "audio", Audio(content)
+        if not is_new:
+            self.replaced.allow(made, part.type)
+        return {"type": kind, kind: made}
 
     def _decoded(self, base64: str, kind: Kind, where: str) -> bytes:
         num_bytes = max(0, len(base64) * 3 // 4 - base64[-2:].count("="))

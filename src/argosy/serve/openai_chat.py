@@ -60,8 +60,8 @@ from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken
 from argosy.serve.media_parts import (
     URL_REMEDY,
+    AskedDetail,
     Data,
-    Detail,
     Elsewhere,
     Intake,
     MediaPart,
@@ -88,7 +88,7 @@ Content = Text | Many[TextPart]
 
 class PictureAddress(Lenient):
     url: str
-    detail: Detail = None
+    detail: AskedDetail | None = None
 
 
 class PicturePart(MediaPart):
@@ -100,6 +100,10 @@ class PicturePart(MediaPart):
 
     def data(self) -> Data | Elsewhere:
         return data_of_url(self.image_url.url)
+
+    @property
+    def detail_asked(self) -> AskedDetail | None:
+        return self.image_url.detail
 
 
 class OtherPart(UnreadPart):

@@ -75,7 +75,7 @@ class ChunkExchange(Exchange[Body, Event]):
         prompt, new = self.answers.num_prompt_tokens, self.answers.num_new_tokens
         return {
             "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": self.answers.num_cached_tokens},
+            "prompt_tokens_details": self.answers.prompt_tokens(),
         }  # fmt: skip
 
     def timings(self) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from argosy.prompt.formats.events import (
 from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step
 from argosy.serve.fields import (
     MAX_ITEMS,
-    CachedTokens,
     Closed,
     Effort,
     Flag,
@@ -50,6 +49,7 @@ from argosy.serve.fields import (
     NoFlag,
     NumBest,
     ObjectSchema,
+    PromptTokens,
     Sampling,
     Short,
     Strict,
@@ -69,8 +69,8 @@ from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.media_parts import (
     URL_REMEDY,
+    AskedDetail,
     Data,
-    Detail,
     Elsewhere,
     Intake,
     MediaPart,
@@ -99,12 +99,16 @@ class PictureInput(MediaPart):
     type: Literal["input_image"]
     image_url: str | None = None
     file_id: Short | None = None
-    detail: Detail = None
+    detail: AskedDetail | None = None
 
     def data(self) -> Data | Elsewhere:
         if self.image_url is None:
             return Elsewhere("no image_url" if self.file_id is None else "a file id")
         return data_of_url(self.image_url)
+
+    @property
+    def detail_asked(self) -> AskedDetail | None:
+        return self.detail
 
 
 class OtherInput(UnreadPart):
@@ -432,7 +436,7 @@ SaidItem = SaidMessage | SaidThought | SaidCall
 
 class ResponseUsage(Closed):
     input_tokens: int
-    input_tokens_details: CachedTokens
+    input_tokens_details: PromptTokens
     output_tokens: int
     output_tokens_details: ThoughtTokens
     total_tokens: int
@@ -477,9 +481,17 @@ class Answer(Closed):
     background: Literal[False]
 
 
+class MediaTokens(Closed):
+    image_tokens: NotRequired[int]
+    audio_tokens: NotRequired[int]
+
+
 class InputTokens(Closed):
+    """Tokens of a conversation. Those of its pictures and sounds are told too, which OpenAI does not do."""
+
     object: Literal["response.input_tokens"]
     input_tokens: int
+    input_tokens_details: MediaTokens
 
 
 class Numbered(Closed):
@@ -550,8 +562,12 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """Count the tokens of a conversation."""
     service: Service = request.app.state.service
     caller: Caller = request.state.caller
-    num_tokens = await service.count_tokens(_reading(body, service, caller), caller)
-    return {"object": "response.input_tokens", "input_tokens": num_tokens}
+    num_tokens, of_media = await service.count_tokens(_reading(body, service, caller), caller)
+    return {
+        "object": "response.input_tokens",
+        "input_tokens": num_tokens,
+        "input_tokens_details": cast(MediaTokens, of_media),
+    }
 
 
 def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[[], ChatRequest]:
@@ -606,7 +622,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         shut = self._close(status)
         self._usage = {
             "input_tokens": answers.num_prompt_tokens,
-            "input_tokens_details": {"cached_tokens": answers.num_cached_tokens},
+            "input_tokens_details": answers.prompt_tokens(),
             "output_tokens": answers.num_new_tokens,
             "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
             "total_tokens": answers.num_prompt_tokens + answers.num_new_tokens,

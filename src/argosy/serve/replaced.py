@@ -1,9 +1,9 @@
-"""Blocks that a model cannot read: replaced by a note in earlier turns, refused in the newest.
+"""Blocks that a model cannot read, and damaged ones: replaced by a note in earlier turns, refused in the newest.
 
 A tool that reads a picture, or a conversation that began with another model, must not end a session: every later
 request would carry the same block and be refused again. So a note replaces a block of an earlier turn or a tool result,
 and `x-replaced-blocks` counts the notes. A picture in the user's newest turn is refused, because no answer could be
-about it.
+about it. Whether a file is damaged is known only when the prompt is built, so such a note comes then.
 
 Elsewhere: each dialect decides which of its blocks are new. The data of these blocks is skipped, not kept.
 """
@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from argosy.errors import UsageError
-from argosy.media.parts import Kind
+from argosy.errors import BadMedia, UsageError
+from argosy.media.parts import Audio, Image, Kind
 
 
 class UnreadPart(BaseModel):
@@ -35,6 +35,9 @@ class Replaced:
 
     def __init__(self, kinds: Collection[Kind] = ()) -> None:
         self._num_by_kind: Counter[str] = Counter()
+        self._replaceable: dict[
+            object, str
+        ] = {}  # pictures and sounds of earlier turns and tool results: their types
         taken = ["text", *(f"{kind}s" for kind in kinds)]
         listed = " and ".join([", ".join(taken[:-1]), taken[-1]]) if kinds else "text only"
         self._reason = f"this model reads {listed}"
@@ -60,6 +63,15 @@ class Replaced:
             )
         self._num_by_kind[kind] += 1
         return f"[{kind} omitted: {reason}]"
+
+    def allow(self, part: Image | Audio, kind: str) -> None:
+        """Let a note replace a picture or sound if it is damaged; `kind` is its type, as the dialect calls it."""
+        self._replaceable[part] = kind
+
+    def replace_damaged(self, part: object, error: BadMedia) -> str | None:
+        """The text that replaces a damaged picture or sound; None if it must be refused."""
+        kind = self._replaceable.get(part)
+        return None if kind is None else self.note(kind, "", is_new=False, reason=error.message)
 
     def header(self) -> dict[str, str]:
         """The header that counts replaced blocks; their types come from a fixed set."""
