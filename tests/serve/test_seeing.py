@@ -496,19 +496,19 @@ def test_the_size_is_checked_and_charged_before_anything_is_decoded(monkeypatch:
         raise AssertionError("decoded")
 
     monkeypatch.setattr("argosy.serve.media_parts.binascii.a2b_base64", decode)
-    pool = Pool(100)
+    pool = Pool(2 << 20)
     with pytest.raises(BadMedia, match="a picture may have at most 10 bytes, found 11"):
         Intake(["picture"], pool.share(), MediaLimits(file_bytes=10)).piece(
             part_of(b"x" * 11), "here", is_new=True
         )
     with pytest.raises(Overloaded):
-        Intake(["picture"], pool.share()).piece(part_of(b"x" * 101), "here", is_new=True)
+        Intake(["picture"], pool.share()).piece(part_of(b"x" * (2 << 20)), "here", is_new=True)
     assert pool.num_bytes == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_exactly_the_decoded_bytes_are_charged(size: int) -> None:
-    share = Pool(100).share()
+    share = Pool(2 << 20).share()
     piece = Intake(["picture"], share).piece(part_of(b"x" * size), "here", is_new=True)
     assert isinstance(piece, dict)
     assert share.num_bytes == len(piece["image"].source) == size

@@ -38,6 +38,11 @@ PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
+MEDIA_BODY_BYTES = (
+    48 * MIB
+)  # the largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64
+# Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
+MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
 TEXT_BYTES = 48 * MIB  # one long conversation, rendered and then encoded piece by piece
 REQUEST_BYTES = BODY_BYTES + TEXT_BYTES
 TOKENIZER_ROOM_BYTES = 256 * MIB  # kept free when experts are read before the tokenizer is built and measured
@@ -225,6 +230,9 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     model, num_experts, expert_slots = footprint.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
+    request_bytes = config.request_bytes
+    if request_bytes and footprint.encoder_bytes:
+        request_bytes += MEDIA_BODIES_BYTES
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         working = footprint.working_bytes(chunk + config.decode_tokens)
@@ -242,7 +250,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             snapshot_bytes=footprint.state_bytes(num_snapshots),
             num_snapshots=num_snapshots,
             replay_bytes=config.replay_bytes,
-            request_bytes=config.request_bytes,
+            request_bytes=request_bytes,
             working_bytes=working,
             staging_bytes=footprint.staging_bytes,
             bookkeeping_bytes=0,

@@ -318,8 +318,10 @@ def _get(path: str, handler: Callable[..., Any], scope: KeyScope | None, **descr
     return Route(policy=Policy(method="GET", path=path, scope=scope), handler=handler, **described)
 
 
-def _post(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
-    policy = Policy(method="POST", path=path, scope="infer", is_counted=True)
+def _post(
+    path: str, handler: Callable[..., Any], answer: Any, *, takes_media: bool = False, **described: Any
+) -> Route:
+    policy = Policy(method="POST", path=path, scope="infer", is_counted=True, takes_media=takes_media)
     return Route(policy=policy, handler=handler, answer=answer, **described)
 
 
@@ -339,28 +341,30 @@ ROUTES = (
     _post("/tokenize", tokenize, Tokenized),
     _post("/detokenize", detokenize, Detokenized),
     _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
-    _post("/apply-template", apply_template, Rendered),
+    _post("/apply-template", apply_template, Rendered, takes_media=True),
     _post(
         "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
-        events=openai_chat.ChatChunk | OpenAIError, has_done=True,
+        takes_media=True, events=openai_chat.ChatChunk | OpenAIError, has_done=True,
     ),
     _post(
         "/v1/completions", openai_completions.completions, openai_completions.Completion,
         events=openai_completions.Completion | OpenAIError, has_done=True,
     ),
     _post(
-        "/v1/responses", openai_responses.responses, openai_responses.Answer,
+        "/v1/responses", openai_responses.responses, openai_responses.Answer, takes_media=True,
         events=openai_responses.Event, refusals=("404",),
     ),
     _post(
         "/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens,
-        refusals=("404",),
+        takes_media=True, refusals=("404",),
     ),
     _post(
-        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message,
+        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message, takes_media=True,
         events=anthropic_messages.Event | AnthropicError,
     ),
-    _post("/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted),
+    _post(
+        "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted, takes_media=True,
+    ),
 )  # fmt: skip
 
 
@@ -391,7 +395,7 @@ def make_app(
         app.add_exception_handler(kind, _answer_error)
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
-        observe=app.state.metrics.observe,
+        takes_media=bool(service.model.media_kinds), observe=app.state.metrics.observe,
     )  # fmt: skip
 
 

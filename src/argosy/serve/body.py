@@ -3,7 +3,8 @@
     bytes  ->  counted, charged  ->  UTF-8, no key twice, no NaN, no half character, few levels  ->  the route's model
 
 The values of a body are counted before any of them is created, and the memory they need is charged to the pool of all
-requests (`held.py`). A long body is counted, parsed and validated in a thread. Ambiguous JSON, which two parsers could
+requests (`held.py`); what only parsing needs is given back after it. A long body is counted, parsed and validated in a
+thread. Ambiguous JSON, which two parsers could
 read in two ways, is refused. A refusal names the place, the expected value and the value found; for a union, it
 describes the branch that matched furthest.
 
@@ -12,7 +13,9 @@ Elsewhere: bounds of fields are `fields.py`; limits on size and time of a body a
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -34,6 +37,10 @@ _READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other re
 # are parsed as JSON again, one long body at a time; the memory plan counts that with long texts.
 _PART_BYTES = 256  # an object, a list or a text
 _ITEM_BYTES = 56  # any other
+_SHORTEST_DATA = 64 << 10  # a shorter string may be anything
+# Base64, and what stands before it in a data URL.
+_IN_DATA = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=:;,-."
+_CHECKED_AT_ONCE = 1 << 18  # bytes; other threads may run in between
 _LONGEST_SHOWN = 64
 _LONGEST_PLACE = 256
 
@@ -73,48 +80,107 @@ async def read_model(request: Request, model: type[Model]) -> Model:
         Overloaded: parsing the body would take more memory than other requests leave.
     """
     caller: Caller = request.state.caller
-    data = b"".join([part async for part in request.stream()])
-    if len(data) < _READ_AT_ONCE_BYTES:
-        return validated(data, model, caller.share)
-    caller.takes_long = True
-    num_bytes = len(data)
-    parts = [data]
-    del data  # the thread frees the bytes as soon as it has decoded them
-    service: Service = request.app.state.service
-    made = await service.run(caller, lambda: validated(parts.pop(), model, caller.share))
-    caller.share.shrink(max(num_bytes, caller.share.num_bytes - num_bytes))
-    return made
+    try:
+        data = await _received(request)
+        if len(data) < _READ_AT_ONCE_BYTES:
+            return validated(data, model, caller.share)
+        caller.takes_long = True
+        parts = [data]
+        del data  # the thread frees the bytes as soon as it has decoded them
+        service: Service = request.app.state.service
+        return await service.run(caller, lambda: validated(parts.pop(), model, caller.share))
+    except BaseException:
+        caller.share.release()  # at once: what is left of a refused body is still read and dropped
+        raise
+
+
+async def _received(request: Request) -> bytes:
+    received = io.BytesIO()  # joining a list of parts would take twice the memory
+    try:
+        async for part in request.stream():
+            received.write(part)
+        return received.getvalue()
+    finally:
+        received.close()  # an exception keeps this frame
 
 
 def validated(data: bytes, model: type[Model], share: Share) -> Model:
     """Parse and validate a body, and charge the memory to `share`. Raises what `read_model` raises."""
     if not data:
         raise UsageError("the body: expected a value, found nothing")
-    _charge(data, share)
-    value = read_body(data)
+    kept_bytes = _charge(data, share)
+    text = _decoded(data)
     del data
+    value = _parsed(text)
+    del text
     try:
-        return model.model_validate(value)
+        made = model.model_validate(value)
     except ValidationError as error:
         raise refusal(error.errors(include_url=False), value, model) from None
+    share.shrink(kept_bytes)
+    return made
 
 
-def _charge(data: bytes, share: Share) -> None:
-    """Hold the memory for parsing a body; its bytes are already held."""
+def _charge(data: bytes, share: Share) -> int:
+    """Hold the memory for parsing a body, whose bytes are already held; return what the parsed body keeps."""
     try:
         num_parts, num_items = count_values(data)
     except ValueError as error:
         raise UsageError(f"the body cannot be read: {error}") from None
-    # The text and the strings in it: one character beyond the BMP makes every character of a string take four bytes.
-    num_bytes = len(data) * (2 if data.isascii() else 8) + num_parts * _PART_BYTES + num_items * _ITEM_BYTES
-    if num_bytes + len(data) > share.max_bytes:
+    num_data = _num_data_bytes(data)
+    num_other = len(data) - num_data
+    value_bytes = num_parts * _PART_BYTES + num_items * _ITEM_BYTES
+    text_bytes = len(data) * _character_bytes(data, with_escapes=False)
+    other_bytes = num_other * _character_bytes(data, with_escapes=True)
+    # Decoding copies what came before the first wide character; a string with escapes is copied once, and text is
+    # copied into the prompt. Data is never copied.
+    decoding_bytes = len(data) + text_bytes + (0 if data.isascii() else len(data))
+    kept_bytes = num_data + 2 * other_bytes + value_bytes
+    num_bytes = max(decoding_bytes, text_bytes + kept_bytes)
+    if num_bytes > share.max_bytes:
         raise Refused(
             413,
-            f"parsing the body would take {num_bytes + len(data)} bytes of memory, and there are"
-            f" {share.max_bytes} for all bodies",
+            f"parsing the body would take {num_bytes} bytes of memory, and there are {share.max_bytes} for all bodies",
             hint="send fewer values, or split them over several requests",
         )
-    share.hold(num_bytes)
+    share.hold(max(0, num_bytes - share.num_bytes))
+    return kept_bytes
+
+
+def _character_bytes(data: bytes, *, with_escapes: bool) -> int:
+    """How many bytes a character takes at most in a string with characters of `data`."""
+    has_escapes = with_escapes and b"\\u" in data
+    is_wide = not data.isascii()
+    if (is_wide and _finds(_BEYOND_BMP, data)) or (has_escapes and _finds(_ESCAPED_PAIR, data)):
+        return 4
+    return 2 if has_escapes or (is_wide and _finds(_BEYOND_LATIN, data)) else 1
+
+
+_BEYOND_LATIN, _BEYOND_BMP = re.compile(rb"[\xc4-\xff]"), re.compile(rb"[\xf0-\xff]")
+_ESCAPED_PAIR = re.compile(rb"\\u[dD][89abAB]")
+
+
+def _finds(pattern: re.Pattern[bytes], data: bytes) -> bool:
+    steps = range(0, len(data), _CHECKED_AT_ONCE)
+    return any(pattern.search(data, at, at + _CHECKED_AT_ONCE + 4) for at in steps)
+
+
+def _num_data_bytes(data: bytes) -> int:
+    """Bytes of long strings that look like base64: one byte a character, and never part of a prompt's text."""
+    num_bytes, start = 0, data.find(b'"')
+    while start >= 0:
+        end = data.find(b'"', start + 1)
+        if (
+            end - start > _SHORTEST_DATA
+            and data[start - 1 : start] != b"\\"  # not a quote inside a string
+            and not any(
+                data[at : min(at + _CHECKED_AT_ONCE, end)].translate(None, _IN_DATA)
+                for at in range(start + 1, end, _CHECKED_AT_ONCE)
+            )
+        ):
+            num_bytes += end - start
+        start = end
+    return num_bytes
 
 
 def read_body(data: bytes) -> object:
@@ -123,10 +189,19 @@ def read_body(data: bytes) -> object:
     Raises:
         UsageError: the body is not UTF-8, or is not unambiguous JSON.
     """
+    return _parsed(_decoded(data))
+
+
+def _decoded(data: bytes) -> str:
     try:
-        return parse_json(data.decode())
+        return data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"the body is not UTF-8 text: byte {error.start} is invalid") from None
+
+
+def _parsed(text: str) -> object:
+    try:
+        return parse_json(text)
     except ValueError as error:
         raise UsageError(f"the body cannot be read: {error}") from None
 

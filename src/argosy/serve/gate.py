@@ -26,6 +26,7 @@ from typing import Literal, NotRequired
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from argosy.engine.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
@@ -42,7 +43,7 @@ BODY_STALL_S = 15.0  # longest wait between two parts of a body
 BODY_S = 60.0
 # For the rest of the body of a refused request.
 _DISCARD_S = 5.0
-_MOST_DISCARDED_BYTES = 4 * MAX_BODY_BYTES
+_MOST_DISCARDED_BYTES = 2 * MEDIA_BODY_BYTES
 _NAME = r"[A-Za-z0-9._-]{1,253}"  # of a host; also an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
 _ONCE = (
@@ -72,6 +73,7 @@ class Policy:
     path: str
     scope: KeyScope | None
     is_counted: bool = False  # the key's limits apply
+    takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
 
 
 def dialect_of(path: str) -> Dialect:
@@ -268,6 +270,7 @@ class Gate:
 
     Args:
         hosts: host names that the server answers to, besides addresses and `localhost`.
+        takes_media: the model takes pictures or sounds.
         observe: is called with (route, status, seconds) for every request.
     """
 
@@ -279,6 +282,7 @@ class Gate:
         limits: Limits,
         *,
         hosts: Collection[str] = (),
+        takes_media: bool = False,
         observe: Callable[[str, int, float], None] = lambda route, status, seconds: None,
     ) -> None:
         self._app = app
@@ -287,7 +291,8 @@ class Gate:
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
         self._observe = observe
-        self.bodies = Pool()
+        self._takes_media = takes_media
+        self.bodies = Pool(BODY_BYTES + (MEDIA_BODIES_BYTES if takes_media else 0))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -339,8 +344,9 @@ class Gate:
                     "the content type must be application/json",
                     hint="with curl: -H 'content-type: application/json'",
                 )
-            if int(headers.get("content-length", "0") or 0) > MAX_BODY_BYTES:
-                raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+            if policy.takes_media and self._takes_media:
+                body.max_bytes = MEDIA_BODY_BYTES
+            body.require_allowed(int(headers.get("content-length", "0") or 0))
             scope.setdefault("state", {})["caller"] = caller
             if policy.is_counted and caller.key is not None:
                 self._limits.begin(caller.key)
@@ -452,14 +458,16 @@ class _Body:
 
     is_whole: all of the body has been read.
     is_awaited: the client sends the body only after a 100 Continue.
+    max_bytes: the largest body that is read.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
-        """`hold` is called with the size of each part, and raises if there is no room for the part."""
+        """`hold` is called with the memory of each part, and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False
         self.is_awaited = False
+        self.max_bytes = MAX_BODY_BYTES
 
     async def receive(self) -> Message:
         """Receive the next part of the body; after the last part, only the end of the connection.
@@ -480,10 +488,18 @@ class _Body:
             raise GoneAway
         num_bytes = len(message.get("body", b""))
         self._size += num_bytes
-        if self._size > MAX_BODY_BYTES:
-            raise Refused(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        self._hold(num_bytes)
+        self.require_allowed(self._size)
+        self._hold(num_bytes + num_bytes // 8)  # a buffer that grows has some room to spare
         return message
+
+    def require_allowed(self, num_bytes: int) -> None:
+        """Refuse a body of this size if it is too large.
+
+        Raises:
+            Refused: it is.
+        """
+        if num_bytes > self.max_bytes:
+            raise Refused(413, f"the body is larger than {self.max_bytes} bytes")
 
     async def discard(self) -> bool:
         """Read the rest of the body, within bounds; return whether all of it was read.

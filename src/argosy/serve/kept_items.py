@@ -51,6 +51,7 @@ class KeptItems:
 
     def __init__(self, *, max_bytes: int = 16 << 20) -> None:
         self.can_keep = max_bytes > 0
+        self._max_bytes = max_bytes
         self._memory: TenantMemory[_Kept] = TenantMemory(max_turns=65_536, max_bytes=max_bytes)
         self._gone: set[str] = set()
 
@@ -66,9 +67,15 @@ class KeptItems:
         asked: Sequence[Item],
         answered: Sequence[Item],
     ) -> None:
-        """Keep the input items of a response, without those of `previous_id`, and its output items."""
+        """Keep the input items of a response, without those of `previous_id`, and its output items.
+
+        Input items that are larger than all of the memory, such as pictures, are not kept; writing them would take
+        three times their size.
+        """
         for item in answered:
             self._memory.put(tenant, _item_key(item["id"]), _Kept(_written(item)))
+        if _num_characters(asked) > self._max_bytes:
+            return
         answered_ids = tuple(item["id"] for item in answered)
         kept = _Kept(_written(asked), previous_id, answered_ids)
         self._memory.put(tenant, _response_key(response_id), kept)
@@ -133,6 +140,14 @@ def _response_key(response_id: str) -> bytes:
 def _read_item(kept: _Kept) -> Item:
     item: Item = json.loads(kept.text)
     return item
+
+
+def _num_characters(value: object) -> int:
+    """Characters in the strings of a value."""
+    if isinstance(value, str):
+        return len(value)
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, Sequence) else ()
+    return sum(map(_num_characters, inside))
 
 
 def _written(value: Item | Sequence[Item]) -> bytes:

@@ -12,10 +12,11 @@ Elsewhere: the fields of a part are in its dialect's file; `media/decoder.py` fi
 from __future__ import annotations
 
 import binascii
+import io
 import json
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -36,6 +37,8 @@ _OTHER_SPELLINGS = {
     "audio/flac": "flac", "audio/ogg": "ogg",
 }  # fmt: skip
 _LONGEST_SHOWN = 64
+_LONGEST_HEAD = 1024  # of a data URL, up to its comma
+_DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may run in between
 
 AskedDetail = Literal["low", "high", "auto", "original"]
 Piece = str | dict[str, Any]
@@ -44,10 +47,18 @@ Piece = str | dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Base64, and what the client calls its content: a media type or a format."""
+    """Base64, and what the client calls its content: a media type or a format.
 
-    base64: str
+    start: where the base64 begins in `text`; cutting it out would copy megabytes.
+    """
+
+    text: str = field(repr=False)
     form: str
+    start: int = 0
+
+    @property
+    def num_characters(self) -> int:
+        return len(self.text) - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +112,11 @@ def data_of_url(url: str) -> Data | Elsewhere:
     scheme, separator, _ = url[:_LONGEST_SHOWN].partition(":")
     if scheme.lower() != "data" or not separator:
         return Elsewhere(f"an address ({scheme}:)" if separator else "text that is not a URL")
-    head, _, base64 = url.partition(",")
-    form, *options = head[len("data:") :].split(";")
+    end = url.find(",", 0, _LONGEST_HEAD)
+    form, *options = url[len("data:") : end].split(";") if end >= 0 else ("",)
     if options[-1:] != ["base64"]:
         return Elsewhere("a data URL that is not base64")
-    return Data(base64, form)
+    return Data(url, form, end + 1)
 
 
 class Intake:
@@ -149,7 +160,7 @@ class Intake:
             fault += f", found {json.dumps(form[:_LONGEST_SHOWN])}"
         else:
             try:
-                return self._taken(part, self._decoded(sent.base64, kind, where), is_new=is_new)
+                return self._taken(part, self._decoded(sent, kind, where), is_new=is_new)
             except UsageError as error:
                 if is_new:
                     raise
@@ -168,8 +179,8 @@ class Intake:
             self.replaced.allow(made, part.type)
         return {"type": kind, kind: made}
 
-    def _decoded(self, base64: str, kind: Kind, where: str) -> bytes:
-        num_bytes = max(0, len(base64) * 3 // 4 - base64[-2:].count("="))
+    def _decoded(self, sent: Data, kind: Kind, where: str) -> bytes:
+        num_bytes = max(0, sent.num_characters * 3 // 4 - sent.text[-2:].count("="))
         if num_bytes > self._limits.file_bytes:
             raise BadMedia(
                 f"{where}: the file of a {kind} may have at most {self._limits.file_bytes:,} bytes, "
@@ -179,15 +190,33 @@ class Intake:
                 found=num_bytes,
                 param=where,
             )
-        self._share.hold(num_bytes)
+        held_bytes = self._share.num_bytes + num_bytes
+        self._share.hold(num_bytes + num_bytes // 8 + _DECODED_AT_ONCE)  # while it grows
         try:
-            return binascii.a2b_base64(base64, strict_mode=True)
+            content = _decode(sent)
         except ValueError:
             raise UsageError(
                 f"{where}: the data of the {kind} is not base64",
                 param=where,
                 hint="use the standard alphabet (A-Z a-z 0-9 + /) with padding, and no spaces or line breaks",
             ) from None
+        self._share.shrink(held_bytes)
+        return content
+
+
+def _decode(sent: Data) -> bytes:
+    """Decode base64 in pieces, without a copy of it.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    made = io.BytesIO()
+    for start in range(sent.start, len(sent.text), _DECODED_AT_ONCE):
+        piece = sent.text[start : start + _DECODED_AT_ONCE]
+        num_bytes = made.write(binascii.a2b_base64(piece, strict_mode=True))
+        if start + len(piece) < len(sent.text) and num_bytes < len(piece) // 4 * 3:
+            raise ValueError("padding before the end")
+    return made.getvalue()
 
 
 def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str, Any]]:
