@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[2] / "src" / "argosy" / "serve" / "page"
-POLICY = "default-src 'self'"
+POLICY = "default-src 'self'; img-src 'self' data:; media-src 'self' data:"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -54,6 +54,14 @@ def f(x):
 ![picture](https://example.org/p.png) <img src=x onerror="alert(1)">"""
 
 
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, whose content may have parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", f"[{part['type']}]") for part in content)
+
+
 class FakeServer(ThreadingHTTPServer):
     """The fake server; `key`, `shows_heat`, `expert_slots` and `token_s` may be changed while it runs."""
 
@@ -65,6 +73,7 @@ class FakeServer(ThreadingHTTPServer):
         self.shows_heat = True
         self.tools = "native"
         self.inputs = ["text"]
+        self.refuses_media: tuple[int, str] | None = None  # status and message for a count of tokens
         self.token_s = 0.005
         self.tokens = 300
         self.expert_slots = 2480
@@ -77,7 +86,7 @@ class FakeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     @property
-    def conversations(self) -> list[list[dict[str, str]]]:
+    def conversations(self) -> list[list[dict[str, Any]]]:
         """The messages of each chat completion request."""
         return [body["messages"] for path, body in self.requests if path == "/v1/chat/completions"]
 
@@ -208,11 +217,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, body))
         if not self._has_key():
             self._refuse(401, "the key is missing or wrong")
+        elif self.path == "/tokenize":
+            self._json({"count": len(body["content"].split())})
+        elif self.path == "/v1/responses/input_tokens":
+            self._count(body["input"][0]["content"][0])
         elif self.path != "/v1/chat/completions":
             self._refuse(404, f"there is nothing at {self.path}")
-        elif "busy" in body["messages"][-1]["content"]:
+        elif "busy" in text_of(body["messages"][-1]):
             self._refuse(503, "all places are taken", {"Retry-After": "7"})
-        elif "too long" in body["messages"][-1]["content"]:
+        elif "too long" in text_of(body["messages"][-1]):
             self._refuse(400, "the prompt has 9 tokens, and 4 fit\nhint: leave something out")
         else:
             self.server.running += 1
@@ -223,8 +236,16 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 self.server.running -= 1
 
-    def _answer(self, messages: list[dict[str, str]]) -> None:
-        asked = messages[-1]["content"]
+    def _count(self, part: dict[str, Any]) -> None:
+        if self.server.refuses_media is not None:
+            self._refuse(*self.server.refuses_media)
+            return
+        name, number = ("image_tokens", 256) if part["type"] == "input_image" else ("audio_tokens", 13)
+        answer = {"object": "response.input_tokens", "input_tokens": number + 9}
+        self._json(answer | {"input_tokens_details": {name: number}})
+
+    def _answer(self, messages: list[dict[str, Any]]) -> None:
+        asked = text_of(messages[-1])
         self._stream()
         total = 400 if "slow" in asked else 40
         for processed in range(0, total + 1, total // 4):

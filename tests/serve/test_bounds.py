@@ -22,6 +22,7 @@ from argosy.serve.fields import MAX_FIELDS
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses import ResponsesBody
+from tests.serve.fake_server import POLICY
 from tests.serve.record import read_events
 
 # Each dialect's route and a valid request, with the dialect's name for the number of tokens.
@@ -428,7 +429,7 @@ def test_an_internal_failure_reveals_nothing_but_its_kind(
     assert shape.get("request_id") == (request_id if is_anthropic else None)
     assert ("type" in shape) == path.startswith("/v1/messages")
     assert answer.headers["content-type"] == "application/json"
-    assert answer.headers["content-security-policy"] == "default-src 'self'"
+    assert answer.headers["content-security-policy"] == POLICY
 
 
 @every_dialect

@@ -19,6 +19,7 @@ from argosy.serve.core import Service
 from argosy.serve.held import Pool
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
+from tests.serve.fake_server import POLICY
 
 JSON = {"content-type": "application/json"}
 ASK = {"messages": [{"role": "user", "content": "canary-71d"}], "max_tokens": 2}
@@ -153,7 +154,7 @@ def test_the_state_has_the_facts_that_the_page_reads_and_metrics_name_no_expert(
     assert "argosy_requests_total" in client.get("/metrics").text
     assert 'expert="' not in client.get("/metrics").text
     page = client.get("/")
-    assert page.headers["content-security-policy"] == "default-src 'self'"
+    assert page.headers["content-security-policy"] == POLICY
     assert client.get("/page/app.js").status_code == 200
 
 
@@ -188,7 +189,7 @@ def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
 def test_all_bodies_together_are_bounded_and_their_memory_is_released(service: Service) -> None:
     gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)
     gate.bodies = Pool(12_000)
-    size = {"content": "a" * 900}
+    size = {"content": "a" * 1500}
 
     def wait_until_free() -> None:  # a request frees its body only after its client has received the end
         until = time.monotonic() + 10
@@ -212,7 +213,7 @@ def test_all_bodies_together_are_bounded_and_their_memory_is_released(service: S
                 "logit_bias": {"2": -100, "0": -100},
             }
             with client.stream(
-                "POST", "/v1/completions", content=json.dumps(slow).ljust(2500), headers=JSON
+                "POST", "/v1/completions", content=json.dumps(slow).ljust(2900), headers=JSON
             ) as answer:
                 assert answer.status_code == 200
                 refused = client.post("/tokenize", json=size)

@@ -5,21 +5,30 @@ Most tests use a fake server that answers as a test wants; the last use the real
 
 from __future__ import annotations
 
+import base64
+import io
 import shutil
 import time
+import wave as wave_file
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
+from argosy.media.parts import PROMPT_LIMITS
+from argosy.media.parts import Image as Picture
 from argosy.serve.app import make_app
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.media.samples import pattern, png, wav, wave
 from tests.serve.conftest import serving, start
 from tests.serve.fake_server import FakeServer, fake_server
+from tests.serve.seeing_model import write_seeing_model
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install 'argosy[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -98,6 +107,9 @@ def driver() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    # A microphone that beeps once a second, and a user who allows it.
+    for argument in ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"):
         options.add_argument(argument)
     options.add_argument("--window-size=1280,900")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -507,6 +519,360 @@ def test_the_privacy_state_is_shown(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#privacy"))
     assert browser.text("#privacy").startswith("Prompts and answers are not logged. Routing traces are off.")
+
+
+# Pictures and sounds
+
+CAT = png(pattern(40, 60))
+TONE = wav(wave(0.5, 16_000), 16_000)
+
+
+def data_url(content: bytes, form: str) -> str:
+    return f"data:{form};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_part(content: bytes, form: str = "image/png") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(content, form)}}
+
+
+def sound_part(content: bytes, form: str = "wav") -> dict[str, Any]:
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(content).decode(), "format": form},
+    }
+
+
+@pytest.fixture
+def seeing(browser: Browser) -> Browser:
+    """The page of a model that takes pictures and sounds."""
+    browser.server.inputs = ["text", "image", "audio"]
+    browser.open()
+    browser.until(lambda: browser.one("#attach").is_displayed())
+    return browser
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    made = {"cat.png": CAT, "tone.wav": TONE, "notes.txt": b"hello"}
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: tmp_path / name for name in made}
+
+
+def choose(browser: Browser, *paths: Path) -> None:
+    browser.one("#files").send_keys("\n".join(map(str, paths)))
+
+
+def facts(browser: Browser) -> list[str]:
+    """What is said beside each attachment."""
+    return [node.text for node in browser.all("#attachments .facts-line")]
+
+
+def last_content(browser: Browser) -> Any:
+    return browser.server.conversations[-1][-1]["content"]
+
+
+def test_a_picture_and_a_sound_are_shown_counted_and_sent(seeing: Browser, files: dict[str, Path]) -> None:
+    choose(seeing, files["cat.png"], files["tone.wav"])
+    seeing.until(lambda: facts(seeing) == ["256 tokens", "13 tokens"])
+    image, sound = seeing.one("#attachments img"), seeing.one("#attachments audio")
+    assert (image.get_attribute("alt"), sound.get_attribute("aria-label")) == ("cat.png", "tone.wav")
+    seeing.until(lambda: seeing.script("return arguments[0].naturalWidth", image) == 60)
+    seeing.until(lambda: seeing.script("return arguments[0].duration", sound) == 0.5)
+    seeing.one("#prompt").send_keys("What is this?")
+    seeing.until(lambda: seeing.text("#attachments-total") == "269 tokens of attachments + 3 of text")
+    seeing.press(Keys.ENTER)
+    seeing.wait_for_the_answer()
+    content = [picture_part(CAT), sound_part(TONE), {"type": "text", "text": "What is this?"}]
+    assert last_content(seeing) == content
+    assert not seeing.one("#attachments").is_displayed()
+    assert seeing.text("#attachments-total") == ""
+    assert seeing.one(".turn.user img").get_attribute("alt") == "cat.png"
+    assert seeing.one(".turn.user audio").get_attribute("aria-label") == "tone.wav"
+    seeing.say("And now?")
+    seeing.until(lambda: len(seeing.server.conversations) == 2)
+    assert seeing.server.conversations[1][0]["content"] == content
+    assert last_content(seeing) == "And now?"
+    assert seeing.complaints() == []
+
+
+GIVEN = """
+const [how, name, type, base64] = arguments;
+const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+const transfer = new DataTransfer();
+transfer.items.add(new File([bytes], name, { type }));
+const init = { bubbles: true, cancelable: true };
+const target = document.getElementById('prompt');
+const event = how === 'paste'
+  ? new ClipboardEvent('paste', { ...init, clipboardData: transfer })
+  : new DragEvent(how, { ...init, dataTransfer: transfer });
+target.dispatchEvent(event);
+return event.defaultPrevented;
+"""
+
+
+def give(browser: Browser, how: str, name: str, form: str, content: bytes) -> bool:
+    """Paste or drop a file; return whether the page took it."""
+    return bool(browser.script(GIVEN, how, name, form, base64.b64encode(content).decode()))
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+def test_files_can_be_pasted_and_dropped(seeing: Browser, how: str) -> None:
+    if how == "drop":
+        give(seeing, "dragenter", "cat.png", "image/png", CAT)
+        assert seeing.all(".composer.dropping")
+        assert give(seeing, "dragover", "cat.png", "image/png", CAT)
+    assert give(seeing, how, "cat.png", "image/png", CAT)
+    assert not seeing.all(".composer.dropping")
+    assert give(seeing, how, "tone.flac", "", b"fLaC")  # the system knows no type
+    seeing.until(lambda: facts(seeing) == ["256 tokens", "13 tokens"])
+    assert seeing.focus == "prompt"
+    seeing.press(Keys.ENTER)  # a message needs no text
+    seeing.wait_for_the_answer()
+    assert last_content(seeing) == [picture_part(CAT), sound_part(b"fLaC", "flac")]
+    assert seeing.complaints() == []
+
+
+def test_pasted_text_stays_text_even_with_a_picture_of_it(seeing: Browser) -> None:
+    code = GIVEN.replace("const init", "transfer.setData('text/plain', 'words');\nconst init")
+    assert not seeing.script(code, "paste", "words.png", "image/png", base64.b64encode(CAT).decode())
+    assert seeing.all("#attachments li") == []
+
+
+def test_an_attachment_can_be_removed(seeing: Browser, files: dict[str, Path]) -> None:
+    choose(seeing, files["cat.png"], files["tone.wav"])
+    seeing.until(lambda: len(facts(seeing)) == 2)
+    seeing.one("[aria-label='Remove cat.png']").click()
+    seeing.until(lambda: facts(seeing) == ["13 tokens"])
+    seeing.one("[aria-label='Remove tone.wav']").click()
+    assert not seeing.one("#attachments").is_displayed()
+    assert seeing.one("#send").get_attribute("aria-disabled") == "true"
+    seeing.say("hello")
+    seeing.wait_for_the_answer()
+    assert last_content(seeing) == "hello"
+
+
+def test_a_file_that_the_model_cannot_take_is_refused_beside_its_name(
+    browser: Browser, files: dict[str, Path]
+) -> None:
+    browser.server.inputs = ["text", "image"]
+    browser.open()
+    browser.until(lambda: browser.one("#attach").is_displayed())
+    assert not browser.one("#record").is_displayed()
+    assert browser.one("#files").get_attribute("accept") == "image/png,image/jpeg,image/webp,image/gif"
+    sentence = "This model takes PNG, JPEG, WEBP and GIF pictures."
+    choose(browser, files["notes.txt"], files["tone.wav"])
+    browser.until(lambda: facts(browser) == [sentence, sentence])
+    browser.one("#prompt").send_keys("hello", Keys.ENTER)
+    assert browser.server.conversations == []
+    assert browser.one("#send").get_attribute("title") == "Remove the files that cannot be sent."
+    for name in ("notes.txt", "tone.wav"):
+        browser.one(f"[aria-label='Remove {name}']").click()
+    browser.one("#prompt").send_keys(Keys.ENTER)
+    browser.wait_for_the_answer()
+    assert browser.complaints() == []
+
+
+def test_a_model_without_eyes_and_ears_is_offered_no_files(browser: Browser) -> None:
+    browser.open()
+    browser.until(lambda: browser.text("#model"))
+    assert not browser.one("#attach").is_displayed()
+    assert not browser.one("#record").is_displayed()
+    assert give(browser, "drop", "cat.png", "image/png", CAT)  # otherwise the browser would leave the page
+    browser.until(lambda: facts(browser) == ["This model takes text only."])
+
+
+def test_a_picture_above_the_servers_limit_is_scaled_down_and_the_page_says_so(
+    seeing: Browser, tmp_path: Path
+) -> None:
+    assert PROMPT_LIMITS.pixels == 24_000_000
+    Image.new("RGB", (6000, 5000), "teal").save(tmp_path / "large.png", compress_level=1)
+    choose(seeing, tmp_path / "large.png")
+    seeing.until(lambda: facts(seeing) == ["256 tokens, scaled down to 5,366 \u00d7 4,472"])
+    seeing.say("?")
+    seeing.wait_for_the_answer()
+    url = last_content(seeing)[0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert (sent.size, sent.getpixel((9, 9))[:3]) == ((5366, 4472), (0, 128, 128))  # type: ignore[index]
+
+
+def test_files_that_are_too_large_are_refused_in_the_page(seeing: Browser) -> None:
+    make = "arguments[0].forEach((n, i) => { const t = new DataTransfer(); t.items.add(new File("
+    make += "[new Uint8Array(n * 2 ** 20)], `${i}.wav`, { type: 'audio/wav' })); document.dispatchEvent("
+    make += "new DragEvent('drop', { cancelable: true, dataTransfer: t })); })"
+    seeing.script(make, [33])
+    seeing.until(lambda: facts(seeing) == ["A file may have at most 33.6 MB, and this one has 34.6 MB."])
+    seeing.one("[aria-label='Remove 0.wav']").click()
+    seeing.script(make, [25])
+    seeing.until(lambda: facts(seeing) == ["13 tokens"])
+    seeing.script(make, [25])
+    seeing.until(lambda: len(facts(seeing)) == 2 and "36.2 MB together" in facts(seeing)[1])
+
+
+def test_what_the_server_finds_wrong_is_said_beside_the_file(seeing: Browser, files: dict[str, Path]) -> None:
+    seeing.server.refuses_media = 400, "input.0.content.0: the picture is damaged\nhint: save it again"
+    choose(seeing, files["cat.png"])
+    seeing.until(lambda: facts(seeing) == ["the picture is damaged\nhint: save it again"])
+    assert seeing.one("#attachments [role=alert]")
+    assert seeing.one("#send").get_attribute("aria-disabled") == "true"
+    seeing.one("[aria-label='Remove cat.png']").click()
+    seeing.server.refuses_media = 503, "too many pictures wait"
+    choose(seeing, files["cat.png"])
+    seeing.until(lambda: facts(seeing) == ["tokens not counted"])
+    seeing.press(Keys.ENTER)
+    seeing.wait_for_the_answer()
+    assert last_content(seeing) == [picture_part(CAT)]
+
+
+def test_a_message_with_a_picture_can_be_edited_and_answered_again(
+    seeing: Browser, files: dict[str, Path]
+) -> None:
+    choose(seeing, files["cat.png"])
+    seeing.say("fail")
+    seeing.wait_for_the_answer("failed")
+    seeing.press_button("Try again")
+    seeing.until(lambda: len(seeing.server.conversations) == 2)
+    seeing.wait_for_the_answer("failed")
+    assert seeing.server.conversations[0] == seeing.server.conversations[1]
+    seeing.press_button("Edit")
+    field = seeing.one(".editor textarea")
+    field.clear()
+    field.send_keys("what", Keys.ENTER)
+    seeing.wait_for_the_answer()
+    assert last_content(seeing) == [picture_part(CAT), {"type": "text", "text": "what"}]
+    assert len(seeing.all(".turn.user img")) == 1
+
+
+def test_a_message_after_a_failed_answer_is_joined_with_the_pictures_before_it(
+    seeing: Browser, files: dict[str, Path]
+) -> None:
+    choose(seeing, files["cat.png"])
+    seeing.say("fail")
+    seeing.wait_for_the_answer("failed")
+    seeing.say("hello")
+    seeing.until(lambda: len(seeing.server.conversations) == 2)
+    said = [{"type": "text", "text": "fail"}, {"type": "text", "text": "hello"}]
+    assert seeing.server.conversations[1] == [{"role": "user", "content": [picture_part(CAT), *said]}]
+
+
+def record(browser: Browser, seconds: int) -> None:
+    browser.one("#record").click()
+    browser.until(lambda: browser.text("#recording").startswith("Recording"))
+    assert browser.one("#record").get_attribute("aria-pressed") == "true"
+    browser.until(lambda: browser.text("#recording") == f"Recording, {seconds} s")
+    assert browser.one("#record").accessible_name == "Stop recording"
+    browser.one("#record").click()
+    browser.until(lambda: browser.all("[aria-label='Remove recording.wav']"))
+    assert browser.text("#recording") == ""
+
+
+def test_the_microphone_records_a_wav_file_of_16_khz(seeing: Browser) -> None:
+    record(seeing, 2)
+    seeing.until(lambda: facts(seeing) == ["13 tokens"])
+    seeing.say("What do you hear?")
+    seeing.wait_for_the_answer()
+    sound, text = last_content(seeing)
+    assert text["text"] == "What do you hear?"
+    assert sound["input_audio"]["format"] == "wav"
+    with wave_file.open(io.BytesIO(base64.b64decode(sound["input_audio"]["data"]))) as recorded:
+        assert (recorded.getframerate(), recorded.getnchannels(), recorded.getsampwidth()) == (16_000, 1, 2)
+        assert 2 * 16_000 <= recorded.getnframes() < 6 * 16_000
+        samples = np.frombuffer(recorded.readframes(recorded.getnframes()), "<i2")
+    assert np.abs(samples).max() > 1000  # the beeps
+    assert seeing.complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("NotAllowedError", "The browser does not let this page use the microphone."),
+        ("NotFoundError", "There is no microphone to record with."),
+    ],
+)
+def test_a_microphone_that_cannot_be_used_is_explained(seeing: Browser, error: str, sentence: str) -> None:
+    seeing.script(
+        "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('no', arguments[0]) }".replace(
+            "arguments[0]", f"'{error}'"
+        )
+    )
+    seeing.one("#record").click()
+    seeing.until(lambda: seeing.text("#notice-text") == sentence)
+    assert seeing.one("#record").get_attribute("aria-pressed") == "false"
+
+
+def test_files_are_chosen_and_removed_with_the_keyboard_alone(
+    seeing: Browser, files: dict[str, Path]
+) -> None:
+    # No dialog of the operating system can be closed from here.
+    seeing.script("window.opened = 0; document.getElementById('files').click = () => { window.opened += 1; }")
+    seeing.press_with_shift(Keys.TAB)
+    assert seeing.focus == "record"
+    seeing.press_with_shift(Keys.TAB)
+    assert seeing.focus == "attach"
+    seeing.press(Keys.ENTER)
+    assert seeing.script("return window.opened") == 1
+    choose(seeing, files["cat.png"])
+    seeing.until(lambda: facts(seeing) == ["256 tokens"])
+    seeing.script("document.getElementById('attach').focus()")
+    seeing.press_with_shift(Keys.TAB)
+    assert seeing.script("return document.activeElement.ariaLabel") == "Remove cat.png"
+    seeing.press(Keys.ENTER)
+    assert facts(seeing) == []
+    assert seeing.focus == "prompt"
+
+
+def test_a_phone_shows_attachments_without_scrolling_sideways(
+    seeing: Browser, files: dict[str, Path]
+) -> None:
+    with seen_on(seeing, 320, 740):
+        choose(seeing, *(files[name] for name in ("cat.png", "tone.wav", "notes.txt")))
+        seeing.until(lambda: [fact[:4] for fact in facts(seeing)] == ["256 ", "13 t", "This"])
+        assert seeing.script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert seeing.script(CONTRAST) == []
+
+
+def test_a_real_model_gets_an_attached_picture_and_a_recording(
+    driver: webdriver.Chrome, tmp_path: Path, files: dict[str, Path]
+) -> None:
+    model = write_seeing_model(tmp_path / "model")
+    with (
+        Engine.open(model, memory="3GiB", threads=1, max_sequences=2, image_tokens=64) as engine,
+        serving(engine) as service,
+        contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
+    ):
+        prompts: list[Any] = []
+        submit = service.loop.submit
+
+        def spied(prompt: Any, *given: Any, **more: Any) -> Any:
+            prompts.append(prompt)
+            return submit(prompt, *given, **more)
+
+        service.loop.submit = spied  # type: ignore[method-assign]
+        real = Browser(driver, url)
+        real.complaints()
+        real.open()
+        real.until(lambda: real.one("#record").is_displayed())
+        real.one("#open-settings").click()
+        real.one("#max-tokens").send_keys("8", Keys.ENTER)
+        choose(real, files["cat.png"])
+        record(real, 1)
+        real.until(lambda: all(fact[0].isdigit() for fact in facts(real)))
+        told = [int(fact.split()[0]) for fact in facts(real)]
+        real.say("What is it?")
+        real.wait_for_the_answer()
+        (prompt,) = prompts
+        cat = service.prompts.build([Picture(CAT)]).spans[0][1]
+        (_, seen), (_, heard) = prompt.spans
+        assert (seen.kind, heard.kind) == ("picture", "sound")
+        assert (seen.digest, [seen.num_positions, heard.num_positions]) == (cat.digest, told)
+        assert "What is it?" in prompt.text
+        assert real.answer
+        # A damaged file is found before anything is sent.
+        (tmp_path / "half.png").write_bytes(CAT[:90])
+        choose(real, tmp_path / "half.png")
+        real.until(lambda: facts(real) and facts(real)[0].startswith("the picture is damaged or incomplete"))
+        assert [entry for entry in real.complaints() if "400" not in entry] == []
+        driver.get("about:blank")
 
 
 # The real server

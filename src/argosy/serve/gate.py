@@ -58,7 +58,8 @@ _ONCE = (
 Dialect = Literal["openai", "anthropic"]
 
 SECURITY_HEADERS = (
-    (b"content-security-policy", b"default-src 'self'"),
+    # data: for previews of attached pictures and sounds, which cannot run anything.
+    (b"content-security-policy", b"default-src 'self'; img-src 'self' data:; media-src 'self' data:"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),

@@ -2,9 +2,11 @@
 //
 // Nothing is read from the address, so no link can make this page send a request to the model.
 
+import { Attachments, kindsOf } from "./attachments.js";
 import { Conversation } from "./conversation.js";
 import { showLedger, showState } from "./engine_panel.js";
 import { showHeat, watchHeat } from "./heat_map.js";
+import { canRecord, Recorder } from "./recorder.js";
 import { getJson, key, setKey, watchEngine } from "./server.js";
 
 const byId = (id) => document.getElementById(id);
@@ -18,6 +20,15 @@ const conversation = new Conversation({
   settings: () => settings,
   onBusy: showBusy,
   onLedger: showLedger,
+  onRefused: askForKey,
+});
+
+const attachments = new Attachments({
+  list: byId("attachments"),
+  total: byId("attachments-total"),
+  numSent: () => conversation.numAttached,
+  onChange: showWhetherReady,
+  onRemoved: () => prompt.focus(),  // the focused button is gone
   onRefused: askForKey,
 });
 
@@ -36,17 +47,26 @@ function grow() {
   prompt.style.height = `${prompt.scrollHeight + borders}px`;
   // Rounded heights would show a scrollbar next to text that fits.
   prompt.style.overflowY = prompt.scrollHeight > prompt.clientHeight + 1 ? "auto" : "hidden";
+  attachments.setText(prompt.value);
+  showWhetherReady();
+}
+
+const isReady = () => !attachments.obstacle && (prompt.value.trim() !== "" || attachments.items.length > 0);
+
+function showWhetherReady() {
   // Not `disabled`: the tab key should reach the button after the message, not the engine's panel.
-  byId("send").setAttribute("aria-disabled", String(prompt.value.trim() === ""));
+  byId("send").setAttribute("aria-disabled", String(!isReady()));
+  byId("send").title = attachments.obstacle ?? "";
 }
 
 function send() {
-  if (conversation.isBusy || prompt.value.trim() === "") return;
+  if (conversation.isBusy || !isReady()) return;
   const text = prompt.value;
+  const taken = attachments.take();
   prompt.value = "";
   grow();
   if (byId("notice").dataset.kind === "news") byId("notice").hidden = true;  // a new message makes undo impossible
-  conversation.send(text);
+  conversation.send(text, taken);
 }
 
 byId("composer").addEventListener("submit", (event) => {
@@ -75,6 +95,93 @@ byId("new").addEventListener("click", () => {
   });
   prompt.focus();
 });
+
+// Pictures and sounds: chosen, pasted, dropped or recorded
+
+byId("attach").addEventListener("click", () => byId("files").click());
+byId("files").addEventListener("change", () => {
+  attach(byId("files").files);
+  byId("files").value = "";  // so that the same file can be chosen again
+});
+
+function attach(files) {
+  attachments.add(files);
+  prompt.focus();
+}
+
+document.addEventListener("paste", (event) => {
+  const { files, types } = event.clipboardData;
+  if (!files.length || types.includes("text/plain") || byId("settings").open) return;
+  event.preventDefault();
+  attach(files);
+});
+
+const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+let dragsInside = 0;  // a drag enters an element before it leaves the one around it
+
+function showDrag(change) {
+  dragsInside = Math.max(0, dragsInside + change);
+  byId("composer").classList.toggle("dropping", dragsInside > 0);
+}
+
+document.addEventListener("dragenter", (event) => { if (hasFiles(event)) showDrag(1); });
+document.addEventListener("dragleave", (event) => { if (hasFiles(event)) showDrag(-1); });
+document.addEventListener("dragover", (event) => { if (hasFiles(event)) event.preventDefault(); });
+document.addEventListener("drop", (event) => {
+  if (!hasFiles(event)) return;
+  event.preventDefault();  // otherwise the browser would leave the page for the file
+  showDrag(-dragsInside);
+  attach(event.dataTransfer.files);
+});
+
+let recorder = null;
+
+function showRecording(text) {
+  byId("record").setAttribute("aria-pressed", String(recorder !== null));
+  byId("record").setAttribute("aria-label", recorder ? "Stop recording" : "Record with the microphone");
+  byId("recording").textContent = text;
+}
+
+async function record() {
+  byId("record").disabled = true;
+  try {
+    if (recorder) {
+      await stopRecording();
+    } else {
+      const onTime = (seconds) => {
+        const text = `Recording, ${Math.floor(seconds)} s`;
+        if (recorder && byId("recording").textContent !== text) showRecording(text);
+      };
+      recorder = await Recorder.start({ onTime, onEnd: stopRecording });
+      showRecording("Recording, 0 s");
+    }
+  } catch (error) {
+    recorder = null;
+    showRecording("");
+    const isDenied = error.name === "NotAllowedError";
+    const text = isDenied ? "The browser does not let this page use the microphone." : "There is no microphone to record with.";
+    notify("warning", text, "Try again", record);
+  } finally {
+    byId("record").disabled = false;
+  }
+}
+
+async function stopRecording() {
+  const ended = recorder;
+  recorder = null;
+  showRecording("");
+  const file = await ended.stop();
+  if (file) attach([file]);
+}
+
+byId("record").addEventListener("click", record);
+
+function offerAttachments(kinds) {
+  attachments.kinds = kinds;
+  byId("attach").hidden = !kinds.length;
+  byId("record").hidden = !kinds.includes("sound") || !canRecord();
+  byId("files").accept = attachments.accept;
+}
 
 // Notices
 
@@ -157,7 +264,10 @@ function showModel(id, family) {
 async function learnModel() {
   try {
     const { data } = await getJson("/v1/models");
-    if (data?.length) showModel(data[0].id);
+    if (data?.length) {
+      showModel(data[0].id);
+      offerAttachments(kindsOf(data[0]));
+    }
   } catch (error) {
     if (error.status === 401 || error.status === 403) askForKey(error);
   }

@@ -6,6 +6,7 @@
 // Reasoning and failed answers are not sent back to the model. Two user messages in a row, which some chat templates
 // refuse, are sent as one.
 
+import { previewOf } from "./attachments.js";
 import { MarkdownView } from "./markdown.js";
 import { complete } from "./server.js";
 import { button, copyButton, count, element, isNumber, rate, seconds, volume } from "./units.js";
@@ -30,10 +31,15 @@ export class Conversation {
     return this.controller !== null;
   }
 
-  send(text) {
-    if (this.isBusy || !text.trim()) return;
-    this.add(userTurn(text));
+  send(text, attachments = []) {
+    if (this.isBusy || !(text.trim() || attachments.length)) return;
+    this.add(userTurn(text, attachments));
     this.answer();
+  }
+
+  /** Characters of all attachments, which every request carries again. */
+  get numAttached() {
+    return this.turns.flatMap((turn) => turn.attachments ?? []).reduce((sum, { url }) => sum + url.length, 0);
   }
 
   stop() {
@@ -71,11 +77,11 @@ export class Conversation {
       turn.tools.querySelector("button")?.focus();
     };
     const save = () => {
-      if (!field.value.trim()) return;
+      if (!(field.value.trim() || turn.attachments.length)) return;
       const text = field.value;
       const first = this.turns.indexOf(turn);
       for (const gone of this.turns.splice(first)) gone.node.remove();
-      this.send(text);
+      this.send(text, turn.attachments);
     };
     field.addEventListener("keydown", (event) => {
       if (event.isComposing) return;
@@ -120,10 +126,12 @@ export class Conversation {
   messages() {
     const { system } = this.settings();
     const said = system ? [{ role: "system", content: system }] : [];
-    for (const { role, content, state } of this.turns) {
+    for (const { role, content, state, attachments = [] } of this.turns) {
       const last = said.at(-1);
-      if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
-      else if (role === "user" || (content && state !== "failed")) said.push({ role, content });
+      const parts = [...attachments.map((one) => one.chatPart), ...(content.trim() ? [{ type: "text", text: content }] : [])];
+      const whole = attachments.length ? parts : content;
+      if (role === "user" && last?.role === "user") last.content = joined(last.content, whole);
+      else if (role === "user" || (content && state !== "failed")) said.push({ role, content: whole });
     }
     return said;
   }
@@ -220,11 +228,23 @@ export class Conversation {
   }
 }
 
-function userTurn(content) {
-  const body = element("p", { class: "said" }, content);
+/** Two user messages as one: text, or parts if one of them has parts. */
+function joined(one, other) {
+  if (typeof one === "string" && typeof other === "string") return `${one}\n\n${other}`;
+  const parts = (content) => (typeof content === "string" ? [{ type: "text", text: content }] : content);
+  return [...parts(one), ...parts(other)];
+}
+
+function userTurn(content, attachments) {
+  const body = element("div", { class: "body" });
+  if (attachments.length) {
+    body.append(element("ul", { class: "attached", "aria-label": "Attachments" },
+      ...attachments.map((one) => element("li", {}, previewOf(one)))));
+  }
+  if (content.trim()) body.append(element("p", { class: "said" }, content));
   const tools = element("div", { class: "tools" });
   const node = element("article", { class: "turn user", "aria-label": "You" }, body, tools);
-  return { role: "user", content, node, body, tools };
+  return { role: "user", content, attachments, node, body, tools };
 }
 
 class AssistantTurn {

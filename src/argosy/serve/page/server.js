@@ -81,6 +81,21 @@ export async function* events(path, options = {}) {
   }
 }
 
+async function postJson(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request(path, { method: "POST", headers, body: JSON.stringify(body), signal })).json();
+}
+
+/** Tokens of a picture or sound, in the words of Responses: `image_tokens`, `audio_tokens`. */
+export async function countMediaTokens(part, signal) {
+  const body = { input: [{ role: "user", content: [part] }] };
+  return (await postJson("/v1/responses/input_tokens", body, signal)).input_tokens_details ?? {};
+}
+
+export async function countTextTokens(text) {
+  return (await postJson("/tokenize", { content: text })).count;
+}
+
 /** The chunks of a chat completion. */
 export function complete(body, signal) {
   return events("/v1/chat/completions", {

@@ -1,0 +1,273 @@
+// Pictures and sounds of the next message: read, shown with a preview and their tokens, and removed.
+//
+//   File  ->  scaled down if the server would refuse it  ->  data URL  ->  preview, tokens  ->  part of a message
+//
+// They exist only in this page's memory, like the conversation, and every turn sends them again. What is wrong with a
+// file is said beside it; while something is, the message cannot be sent.
+
+import { countMediaTokens, countTextTokens } from "./server.js";
+import { button, count, element, volume } from "./units.js";
+
+// The server's limits (PROMPT_LIMITS in media/parts.py, MEDIA_BODY_BYTES in engine/memory_plan.py).
+const MOST_PIXELS = 24e6;
+const LONGEST_SIDE = 16384;
+const MOST_FILE_BYTES = 32 * 2 ** 20;
+const MOST_BODY_CHARACTERS = 46 * 2 ** 20;  // leaves room for the text of the conversation
+
+const TYPES = {
+  picture: { "image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF" },
+  sound: {
+    "audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mpeg": "mp3",
+    "audio/mp3": "mp3", "audio/flac": "flac", "audio/x-flac": "flac", "audio/ogg": "ogg",
+  },
+};
+const NAMES = { picture: "PNG, JPEG, WEBP and GIF pictures", sound: "WAV, MP3, FLAC and OGG sounds" };
+const MODALITIES = { image: "picture", audio: "sound" };
+const TYPING_MS = 700;
+
+/** The kinds of attachments that a model takes, from its entry in /v1/models. */
+export function kindsOf(model) {
+  return (model.architecture?.input_modalities ?? []).map((name) => MODALITIES[name]).filter(Boolean);
+}
+
+export class Attachments {
+  /**
+   * `parts`: the elements `list` and `total`; `numSent()` gives the characters of attachments in the conversation;
+   * `onChange()` is called whenever something changes, `onRemoved()` when the user has removed a file, and
+   * `onRefused(error)` if the server refuses the key.
+   */
+  constructor(parts) {
+    Object.assign(this, parts);
+    this.kinds = [];
+    this.items = [];
+    this.text = { value: "", tokens: null, timer: null };
+  }
+
+  /** What a file dialog should offer. */
+  get accept() {
+    return this.kinds.flatMap((kind) => Object.keys(TYPES[kind])).join(",");
+  }
+
+  /** Why the message cannot be sent yet, or null. */
+  get obstacle() {
+    if (this.items.some((item) => item.error)) return "Remove the files that cannot be sent.";
+    return this.items.some((item) => !item.url) ? "A file is still being read." : null;
+  }
+
+  add(files) {
+    for (const file of files) {
+      const item = new Attachment(file, () => this.remove(item));
+      this.items.push(item);
+      this.list.append(item.node);
+      this.read(item);
+    }
+    this.changed();
+  }
+
+  remove(item) {
+    this.items = this.items.filter((other) => other !== item);
+    item.controller.abort();
+    item.node.remove();
+    this.changed();
+    this.onRemoved();
+  }
+
+  /** Give the items away, as parts of a message that is sent. */
+  take() {
+    const taken = this.items;
+    this.items = [];
+    for (const item of taken) {
+      item.controller.abort();
+      item.node.remove();
+    }
+    this.changed();
+    return taken;
+  }
+
+  async read(item) {
+    try {
+      item.kind = this.kindOf(item.file);
+      const blob = item.kind === "picture" ? await this.fitted(item) : item.file;
+      if (blob.size > MOST_FILE_BYTES) {
+        throw new Error(`A file may have at most ${volume(MOST_FILE_BYTES)}, and this one has ${volume(blob.size)}.`);
+      }
+      const url = await dataUrl(blob);
+      const together = this.numSent() + url.length + this.items.reduce((sum, other) => sum + (other.url?.length ?? 0), 0);
+      if (together > MOST_BODY_CHARACTERS) {
+        throw new Error(`The files of a conversation may have ${volume(MOST_BODY_CHARACTERS * 0.75)} together. `
+          + "Start a new chat, or choose a smaller file.");
+      }
+      item.show(url, TYPES.sound[typeOf(item.file)]);
+      this.changed();
+      const { image_tokens: pictures = 0, audio_tokens: sounds = 0 } = await countMediaTokens(item.inputPart, item.controller.signal);
+      item.setTokens(pictures + sounds);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (error.status === 401 || error.status === 403) this.onRefused(error);
+      const isItsFault = error.status === undefined || error.status === 400 || error.status === 413;
+      const [fact, ...hint] = error.message.replace(/^input\.0\.content\.0: /, "").split("\n");
+      if (isItsFault) item.fail([fact, ...hint].join("\n"));
+      else item.remark("tokens not counted");
+    }
+    this.changed();
+  }
+
+  kindOf(file) {
+    const kind = this.kinds.find((one) => typeOf(file) in TYPES[one]);
+    if (kind) return kind;
+    const taken = this.kinds.map((one) => NAMES[one]).join(", ");
+    throw new Error(taken ? `This model takes ${taken}.` : "This model takes text only.");
+  }
+
+  /** The picture itself, or a smaller one if the server would refuse it. */
+  async fitted(item) {
+    const { file } = item;
+    let bitmap;
+    try {
+      bitmap = await createImageBitmap(file);
+    } catch {
+      return file;  // the server says what is wrong with it
+    }
+    try {
+      const { width, height } = bitmap;
+      const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)), LONGEST_SIDE / Math.max(width, height));
+      if (scale === 1 && file.size <= MOST_FILE_BYTES) return file;
+      const canvas = element("canvas");
+      canvas.width = Math.max(1, Math.floor(width * scale));
+      canvas.height = Math.max(1, Math.floor(height * scale));
+      canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+      const asked = file.type === "image/png" && file.size <= MOST_FILE_BYTES ? "image/png" : "image/jpeg";
+      const blob = await new Promise((resolve) => { canvas.toBlob(resolve, asked, 0.92); });
+      if (!blob) throw new Error("This picture is too large, and the browser cannot make it smaller.");
+      item.remark(`scaled down to ${count(canvas.width)} \u00d7 ${count(canvas.height)}`);
+      return blob;
+    } finally {
+      bitmap.close();
+    }
+  }
+
+  /** Count the text too, once it has not changed for a moment. */
+  setText(value) {
+    clearTimeout(this.text.timer);
+    if (value !== this.text.value) this.text = { value, tokens: value ? null : 0, timer: null };
+    if (this.items.length && this.text.tokens === null) this.text.timer = setTimeout(() => this.countText(), TYPING_MS);
+    this.showTotal();
+  }
+
+  async countText() {
+    const { text } = this;
+    try {
+      text.tokens = await countTextTokens(text.value);
+    } catch {
+      return;  // only a number is missing
+    }
+    this.showTotal();
+  }
+
+  changed() {
+    this.list.hidden = !this.items.length;
+    this.setText(this.text.value);
+    this.onChange();
+  }
+
+  showTotal() {
+    const counted = this.items.filter((item) => item.tokens !== null);
+    const own = counted.reduce((sum, item) => sum + item.tokens, 0);
+    const text = this.text.tokens === null ? "" : ` + ${count(this.text.tokens)} of text`;
+    const isAll = counted.length === this.items.length && counted.length > 0;
+    this.total.textContent = isAll ? `${count(own)} tokens of attachments${text}` : "";
+  }
+}
+
+class Attachment {
+  url = null;
+  kind = null;
+  tokens = null;
+  error = null;
+
+  constructor(file, remove) {
+    this.file = file;
+    this.name = file.name || "picture";
+    this.controller = new AbortController();
+    this.preview = element("span", { class: "preview" });
+    this.facts = element("span", { class: "facts-line" }, "reading");
+    this.remarks = [];
+    this.node = element("li", { class: "attachment" }, this.preview,
+      element("span", { class: "about" }, element("span", { class: "name" }, this.name), this.facts),
+      button("\u2715", remove, { class: "quiet", "aria-label": `Remove ${this.name}` }));
+  }
+
+  show(url, format) {
+    this.url = url;
+    this.format = format;
+    this.preview.replaceChildren(previewOf(this));
+    this.update();
+  }
+
+  setTokens(tokens) {
+    this.tokens = tokens;
+    this.update();
+  }
+
+  remark(text) {
+    this.remarks.push(text);
+    this.update();
+  }
+
+  fail(text) {
+    this.error = text;
+    this.node.dataset.state = "failed";
+    this.facts.setAttribute("role", "alert");
+    this.facts.textContent = text;
+  }
+
+  update() {
+    if (this.error) return;
+    const size = this.tokens === null ? null : `${count(this.tokens)} tokens`;
+    this.facts.textContent = [size, ...this.remarks].filter(Boolean).join(", ") || "counting tokens";
+  }
+
+  get data() {
+    return this.url.slice(this.url.indexOf(",") + 1);
+  }
+
+  /** As Chat Completions has it. */
+  get chatPart() {
+    return this.kind === "picture" ? { type: "image_url", image_url: { url: this.url } } : this.soundPart;
+  }
+
+  /** As Responses has it, whose route counts tokens. */
+  get inputPart() {
+    return this.kind === "picture" ? { type: "input_image", image_url: this.url } : this.soundPart;
+  }
+
+  get soundPart() {
+    return { type: "input_audio", input_audio: { data: this.data, format: this.format } };
+  }
+}
+
+/** A thumbnail, or a player. */
+export function previewOf({ kind, url, name }) {
+  return kind === "picture"
+    ? element("img", { src: url, alt: name })
+    : element("audio", { src: url, controls: true, "aria-label": name, preload: "metadata" });
+}
+
+const ENDINGS = {
+  png: "image/png", jpg: "image/jpeg", jpeg: "image/jpeg", webp: "image/webp", gif: "image/gif", wav: "audio/wav",
+  mp3: "audio/mpeg", flac: "audio/flac", ogg: "audio/ogg",
+};
+
+/** The type of a file; some systems know none for sounds. */
+function typeOf(file) {
+  return file.type || ENDINGS[file.name.split(".").pop().toLowerCase()] || "";
+}
+
+function dataUrl(blob) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("The browser cannot read this file."));
+    reader.readAsDataURL(blob);
+  });
+}
