@@ -28,6 +28,9 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
     "--keys", type=click.Path(path_type=Path), metavar="FILE", help="API keys of clients; see `argosy keys`."
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
+@click.option(
+    "--media-host", multiple=True, metavar="NAME", help="Fetch pictures that requests name, from this host."
+)
 @click.option("--name", metavar="ID", help="Model name for clients; default: the file name.")
 @click.option("--any-model", is_flag=True, help="Accept every model name that clients send.")
 @click.option(
@@ -69,7 +72,8 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
     "--keep-billing-line", is_flag=True, help="Keep the billing line in Claude Code's system prompt."
 )
 def serve(
-    model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...], name: str | None,
+    model: str, host: str, port: int, keys: Path | None, allow_host: tuple[str, ...],
+    media_host: tuple[str, ...], name: str | None,
     drain: float, max_sequences: int, max_waiting: int, max_connections: int, kv_dir: Path | None,
     keep_billing_line: bool, any_model: bool, **options: Any,
 ) -> None:  # fmt: skip
@@ -84,10 +88,12 @@ def serve(
     from argosy.cli.settings import Settings
     from argosy.engine.memory_plan import REQUEST_BYTES
     from argosy.guard.keys import KeyFile
+    from argosy.serve.media_hosts import MediaHosts
     from argosy.serve.run import bind, make_room_for_files, require_keys
     from argosy.serve.run import serve as run
 
     require_keys(host, keys)
+    media_hosts = MediaHosts(media_host) if media_host else None
     if keys is not None:
         KeyFile(keys).read()
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
@@ -100,5 +106,5 @@ def serve(
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), sockets, host=host, keys=keys,
             hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
-            any_model=any_model,
+            any_model=any_model, media_hosts=media_hosts,
         )  # fmt: skip

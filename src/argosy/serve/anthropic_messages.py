@@ -13,7 +13,6 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -88,23 +87,28 @@ class Base64Source(Lenient):
     data: str
 
 
-class OtherSource(Lenient):
-    type: Literal["url", "file"]
+class AddressSource(Lenient):
+    type: Literal["url"]
+    url: str | None = None
+
+
+class FileIdSource(Lenient):
+    type: Literal["file"]
 
 
 class ImageBlock(MediaPart):
     KIND = "picture"
-    REMEDY = (
-        "this server opens no address and keeps no files; send the picture itself, as a source of type base64"
-    )
+    REMEDY = "send the picture itself, as a source of type base64"
 
     type: Literal["image"]
-    source: Annotated[Base64Source | OtherSource, Field(discriminator="type")]
+    source: Annotated[Base64Source | AddressSource | FileIdSource, Field(discriminator="type")]
 
     def data(self) -> Data | Elsewhere:
         if isinstance(self.source, Base64Source):
             return Data(self.source.data, self.source.media_type)
-        return Elsewhere("an address" if self.source.type == "url" else "a file id")
+        if isinstance(self.source, AddressSource):
+            return Elsewhere("an address", self.source.url)
+        return Elsewhere("a file id")
 
 
 class Citations(Lenient):
@@ -605,7 +609,7 @@ Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | Mess
 
 
 def _reading(body: CountBody, service: Service, caller: Caller) -> Callable[[], ChatRequest]:
-    return partial(body.request, service.intake(caller), keep_billing_line=service.keep_billing_line)
+    return lambda: body.request(service.intake(caller), keep_billing_line=service.keep_billing_line)
 
 
 async def count_tokens(body: CountBody, request: Request) -> Counted:

@@ -242,12 +242,13 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     def apply() -> str:
         intake = service.intake(caller)
         said = openai_chat.sent(body.messages, intake)
+        caller.files.require_all()
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         return service.prompts.apply_template(
             said, tools=tools, replace_damaged=intake.replaced.replace_damaged
         )
 
-    return {"prompt": await service.run(caller, apply)}
+    return {"prompt": await service.run_reading(caller, apply)}
 
 
 def _state(request: Request) -> EngineState:

@@ -20,6 +20,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from argosy.config import Grammar, SamplingParams
@@ -33,6 +34,7 @@ from argosy.prompt.prompt import Prompt
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
+from argosy.serve.media_hosts import FilesWanted, MediaHosts
 from argosy.serve.media_parts import Intake
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
@@ -182,6 +184,7 @@ class Service:
         keep_billing_line: bool = False,
         kept: KeptItems | None = None,
         any_model: bool = False,
+        media_hosts: MediaHosts | None = None,
     ) -> None:
         self.loop = loop
         self.kept = KeptItems() if kept is None else kept
@@ -191,6 +194,7 @@ class Service:
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
         self._any_model = any_model
+        self._media_hosts = media_hosts
         self._work = WorkQueue()
         self._large_work = WorkQueue(num_threads=1, is_large=True)
 
@@ -216,7 +220,8 @@ class Service:
 
     def intake(self, caller: Caller) -> Intake:
         """What takes the pictures and sounds of a caller's request."""
-        return Intake(self.model.media_kinds, caller.share)
+        files = None if self._media_hosts is None else caller.files
+        return Intake(self.model.media_kinds, caller.share, files=files)
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run the work before the engine in a thread. Raises what `call` raises.
@@ -226,6 +231,23 @@ class Service:
         """
         work = self._large_work if caller.takes_long else self._work
         return await work.run(caller.tenant, call, *args, **named)
+
+    async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
+        """Run a call that reads a request with pictures; if it wants files of other hosts, fetch them and run it again.
+
+        Raises what `call` and `MediaHosts.fetch` raise.
+        """
+        held_before = caller.share.num_bytes
+        try:
+            while True:
+                try:
+                    return await self.run(caller, call)
+                except FilesWanted:
+                    assert self._media_hosts is not None
+                    await self._media_hosts.fetch(caller.files, caller.share, caller.tenant)
+        finally:
+            caller.files.clear()
+            caller.share.shrink(held_before)
 
     async def open(self, reads: Sequence[Read], caller: Caller) -> tuple[Answers, dict[str, str]]:
         """Read, render, check and queue the prompts of a request.
@@ -244,11 +266,12 @@ class Service:
         def begin(read: Read) -> dict[str, str]:
             with _holding_media(caller):
                 request = read()
+                caller.files.require_all()
                 answers.add(*self._prepared(request, caller.tenant), request.num_answers)
                 return self._headers(request)
 
         try:
-            found = [await self.run(caller, begin, read) for read in reads]
+            found = [await self.run_reading(caller, partial(begin, read)) for read in reads]
         except BaseException:
             answers.cancel()
             raise
@@ -262,10 +285,11 @@ class Service:
         def count() -> tuple[int, dict[MediaTokens, int]]:
             with _holding_media(caller):
                 request = read()
+                caller.files.require_all()
                 prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
                 return len(prompt.token_ids or ()), media_tokens([prompt])
 
-        return await self.run(caller, count)
+        return await self.run_reading(caller, count)
 
     def revoke(self, tenant: str) -> None:
         """End all requests of a revoked tenant and delete all of its data."""

@@ -34,6 +34,7 @@ from argosy.guard.limits import Limits
 from argosy.serve.fields import Closed
 from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
+from argosy.serve.media_hosts import Files
 
 log = logging.getLogger("argosy.serve")
 
@@ -93,6 +94,7 @@ class Caller:
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
     share: Share = field(default_factory=lambda: Pool().share())  # of the memory for request bodies
     takes_long: bool = False  # the body is long, or has pictures or sounds to decode
+    files: Files = field(default_factory=Files)  # at other hosts, named in the body
 
     @property
     def tenant(self) -> str:

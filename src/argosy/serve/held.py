@@ -50,6 +50,7 @@ class Share:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._lock = threading.Lock()  # files of a request are fetched side by side
         self.num_bytes = 0
 
     @property
@@ -65,12 +66,14 @@ class Share:
         """
         if not self._pool.add(num_bytes):
             raise Overloaded("no memory is left for another request body", retry_after_s=_RETRY_S)
-        self.num_bytes += num_bytes
+        with self._lock:
+            self.num_bytes += num_bytes
 
     def shrink(self, num_bytes: int) -> None:
         """Give back everything above `num_bytes`."""
-        surplus = max(0, self.num_bytes - num_bytes)
-        self.num_bytes -= surplus
+        with self._lock:
+            surplus = max(0, self.num_bytes - num_bytes)
+            self.num_bytes -= surplus
         self._pool.give_back(surplus)
 
     def release(self) -> None:

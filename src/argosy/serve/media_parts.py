@@ -3,10 +3,11 @@
     part of a dialect  ->  Intake.piece  ->  {"type": "image", "image": Image(bytes)}
                                 └── not taken by the model, or damaged  ->  a note, or a refusal (`replaced.py`)
 
-A client sends the data itself. The server opens no address and keeps no files. The decoded bytes are charged to the
-memory for bodies (`held.py`) before they are decoded, and given back when the prompt is built.
+A client sends the data itself, or its address, if the operator allows its host; the server keeps no files. The decoded
+bytes are charged to the memory for bodies (`held.py`) before they are decoded, and given back when the prompt is built.
 
-Elsewhere: the fields of a part are in its dialect's file; `media/decoder.py` finds out whether the bytes are a picture.
+Elsewhere: `media_hosts.py` fetches what is at an address; the fields of a part are in its dialect's file;
+`media/decoder.py` finds out whether the bytes are a picture.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits
 from argosy.serve.fields import Lenient, Short
 from argosy.serve.held import Share
+from argosy.serve.media_hosts import Files
 from argosy.serve.replaced import Replaced
 
 # What clients may call the data. The decoder goes by the content.
@@ -63,9 +65,13 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Not data, but where the data is; `found` says so in an error."""
+    """Not data, but where the data is; `found` says so in an error.
+
+    address: where it could be fetched.
+    """
 
     found: str
+    address: str | None = None
 
 
 class MediaPart(Lenient):
@@ -104,14 +110,14 @@ class SoundPart(MediaPart):
         return Data(self.input_audio.data, self.input_audio.format)
 
 
-URL_REMEDY = "this server opens no address and keeps no files; send a data URL: data:image/png;base64,..."
+URL_REMEDY = "send a data URL: data:image/png;base64,..."
 
 
 def data_of_url(url: str) -> Data | Elsewhere:
     """The data in a data URL."""
     scheme, separator, _ = url[:_LONGEST_SHOWN].partition(":")
     if scheme.lower() != "data" or not separator:
-        return Elsewhere(f"an address ({scheme}:)" if separator else "text that is not a URL")
+        return Elsewhere(f"an address ({scheme}:)", url) if separator else Elsewhere("text that is not a URL")
     end = url.find(",", 0, _LONGEST_HEAD)
     form, *options = url[len("data:") : end].split(";") if end >= 0 else ("",)
     if options[-1:] != ["base64"]:
@@ -125,13 +131,21 @@ class Intake:
     Args:
         kinds: what the model takes beside text.
         share: the memory that the request holds; decoded bytes are added to it.
+        files: what was fetched from other hosts, and is to be fetched; None: nothing is.
 
     Attributes:
         replaced: the notes in place of what the model cannot read.
     """
 
-    def __init__(self, kinds: Collection[Kind], share: Share, limits: MediaLimits = PROMPT_LIMITS) -> None:
-        self._kinds, self._share = kinds, share
+    def __init__(
+        self,
+        kinds: Collection[Kind],
+        share: Share,
+        limits: MediaLimits = PROMPT_LIMITS,
+        *,
+        files: Files | None = None,
+    ) -> None:
+        self._kinds, self._share, self._files = kinds, share, files
         self._limits = limits
         self.replaced = Replaced(kinds)
 
@@ -153,8 +167,19 @@ class Intake:
             return self.replaced.note(part.type, where, is_new=is_new)
         sent, forms = part.data(), _FORMS[kind]
         form = sent.form.lower() if isinstance(sent, Data) else ""
-        if isinstance(sent, Elsewhere):
+        remedy = part.REMEDY
+        if isinstance(sent, Elsewhere) and sent.address is not None and self._files is not None:
+            content = self._files.found.get(sent.address)
+            if isinstance(content, bytes):
+                return self._taken(part, content, is_new=is_new)
+            if content is None:
+                self._files.wanted[sent.address] = None
+                return ""  # the request is read again once the file is here
+            fault = f"the {kind} cannot be fetched: {content}"
+        elif isinstance(sent, Elsewhere):
             fault = f"expected the data of a {kind}, found {sent.found}"
+            if self._files is None:
+                remedy = f"this server opens no address and keeps no files; {remedy}"
         elif _OTHER_SPELLINGS.get(form, form) not in forms:
             fault = f"expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}"
             fault += f", found {json.dumps(form[:_LONGEST_SHOWN])}"
@@ -166,7 +191,7 @@ class Intake:
                     raise
                 fault = error.message.removeprefix(f"{where}: ")
         if is_new:
-            raise UsageError(f"{where}: {fault}", param=where, hint=part.REMEDY)
+            raise UsageError(f"{where}: {fault}", param=where, hint=remedy)
         return self.replaced.note(part.type, where, is_new=False, reason=fault)
 
     def _taken(self, part: MediaPart, content: bytes, *, is_new: bool) -> Piece:

@@ -9,7 +9,6 @@ Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
@@ -489,7 +488,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
     chunk_type = "chat.completion.chunk"
 
     def reads(self) -> list[Read]:
-        return [partial(self.body.request, self.caller, self.service.intake(self.caller))]
+        return [lambda: self.body.request(self.caller, self.service.intake(self.caller))]
 
     def begin(self) -> list[ChatChunk]:
         return [

@@ -16,7 +16,6 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
@@ -575,7 +574,7 @@ def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[
         body.previous_response_id is not None or any(isinstance(item, NamedItem) for item in body.items)
     ):
         caller.takes_long = True  # earlier items may have pictures
-    return partial(body.request, service.kept, caller.tenant, service.intake(caller))
+    return lambda: body.request(service.kept, caller.tenant, service.intake(caller))
 
 
 async def responses(body: ResponsesBody, request: Request) -> Response:

@@ -47,6 +47,7 @@ from argosy.serve.gate import NO_ROOM, Gate
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.key_watch import KeyWatch
 from argosy.serve.log import LogWriter, where_it_failed
+from argosy.serve.media_hosts import MediaHosts
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
@@ -355,6 +356,7 @@ def serve(
     max_connections: int = MAX_CONNECTIONS,
     keep_billing_line: bool = False,
     any_model: bool = False,
+    media_hosts: MediaHosts | None = None,
 ) -> None:
     """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
 
@@ -396,7 +398,7 @@ def serve(
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
             service = Service(
                 loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line, any_model=any_model,
-                kept=KeptItems(max_bytes=kept_bytes),
+                kept=KeptItems(max_bytes=kept_bytes), media_hosts=media_hosts,
             )  # fmt: skip
             app = make_app(
                 service,
