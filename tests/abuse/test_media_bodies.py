@@ -21,14 +21,16 @@ from argosy.guard.keys import KeyRing
 from argosy.serve import kept_items
 from argosy.serve.app import make_app
 from argosy.serve.body import validated
-from argosy.serve.core import Service
+from argosy.serve.core import Answers, Service
 from argosy.serve.gate import MAX_BODY_BYTES, Gate, Refused
 from argosy.serve.held import Pool
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.media_parts import Intake
 from argosy.serve.openai_chat import ChatBody, sent
 from tests.serve.conftest import serving, start
+from tests.serve.dialects import MAX_TOKENS, PATHS
 from tests.serve.seeing_model import write_seeing_model
+from tests.serve.test_seeing import picture
 
 CHAT, JSON = "/v1/chat/completions", {"content-type": "application/json"}
 ROOM = BODY_BYTES + MEDIA_BODIES_BYTES
@@ -165,6 +167,36 @@ def test_many_large_bodies_at_once_are_answered_or_told_to_wait(seeing: tuple[Ga
             assert "no memory is left for another request body" in answer.text
             assert "retry-after" in answer.headers
     assert 2 * len(data) < gate.bodies.peak_bytes <= ROOM
+
+
+@pytest.mark.parametrize("stores", [False, True])
+@pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+def test_the_data_of_pictures_is_freed_when_the_prompt_is_built(
+    seeing: tuple[Gate, str, Service], dialect: str, stores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, url, service = seeing
+    held: list[int] = []
+    step = Answers._step
+
+    def noted(self: Answers, event: Any) -> Any:
+        held.append(gate.bodies.num_bytes)
+        return step(self, event)
+
+    monkeypatch.setattr(Answers, "_step", noted)
+    monkeypatch.setattr(service, "kept", KeptItems(max_bytes=8 * MILLION if stores else MILLION))
+    part = picture(dialect, noise(2 * MILLION))
+    answer = httpx.post(
+        url + PATHS[dialect],
+        json={("input" if dialect == "responses" else "messages"): [{"role": "user", "content": [part]}]}
+        | {MAX_TOKENS[dialect]: 3},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    is_kept = dialect == "responses" and stores
+    assert max(held) > 2 * MILLION if is_kept else max(held) < MILLION // 2
+    if dialect == "responses":
+        more = {"input": "And?", "previous_response_id": answer.json()["id"], "max_output_tokens": 1}
+        assert httpx.post(url + PATHS[dialect], json=more, timeout=60).status_code == (200 if stores else 400)
 
 
 def test_the_larger_limit_is_for_routes_that_take_pictures(seeing: tuple[Gate, str, Service]) -> None:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from argosy.engine.engine import Engine
+from argosy.engine.memory_plan import MEDIA_BODY_BYTES
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.media.parts import Image as Picture
@@ -685,7 +686,7 @@ def test_a_model_without_eyes_and_ears_is_offered_no_files(browser: Browser) -> 
 def test_a_picture_above_the_servers_limit_is_scaled_down_and_the_page_says_so(
     seeing: Browser, tmp_path: Path
 ) -> None:
-    assert PROMPT_LIMITS.pixels == 24_000_000
+    assert (PROMPT_LIMITS.pixels, PROMPT_LIMITS.side) == (24_000_000, 16_384)
     Image.new("RGB", (6000, 5000), "teal").save(tmp_path / "large.png", compress_level=1)
     choose(seeing, tmp_path / "large.png")
     seeing.until(lambda: facts(seeing) == ["256 tokens, scaled down to 5,366 \u00d7 4,472"])
@@ -697,6 +698,7 @@ def test_a_picture_above_the_servers_limit_is_scaled_down_and_the_page_says_so(
 
 
 def test_files_that_are_too_large_are_refused_in_the_page(seeing: Browser) -> None:
+    assert (PROMPT_LIMITS.file_bytes, MEDIA_BODY_BYTES) == (32 << 20, 48 << 20)
     make = "arguments[0].forEach((n, i) => { const t = new DataTransfer(); t.items.add(new File("
     make += "[new Uint8Array(n * 2 ** 20)], `${i}.wav`, { type: 'audio/wav' })); document.dispatchEvent("
     make += "new DragEvent('drop', { cancelable: true, dataTransfer: t })); })"

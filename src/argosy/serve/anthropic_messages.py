@@ -110,6 +110,12 @@ class ImageBlock(MediaPart):
             return Elsewhere("an address", self.source.url)
         return Elsewhere("a file id")
 
+    def drop(self) -> int:
+        if not isinstance(self.source, Base64Source):
+            return 0
+        dropped, self.source.data = self.source.data, ""
+        return len(dropped)
+
 
 class Citations(Lenient):
     enabled: NoFlag | None = None

@@ -28,7 +28,7 @@ from argosy.prompt.json_text import count_values
 from argosy.serve.core import Service
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
-from argosy.serve.media_parts import has_media
+from argosy.serve.media_parts import media_in
 from argosy.strict_json import parse_json
 
 _READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
@@ -64,7 +64,8 @@ def answering(
             if "model" in model.model_fields:
                 service.require_model(body.model)  # type: ignore[attr-defined]
             caller: Caller = request.state.caller
-            caller.takes_long = caller.takes_long or (bool(service.model.media_kinds) and has_media(body))
+            has_media = next(media_in(body), None) is not None
+            caller.takes_long = caller.takes_long or (has_media and bool(service.model.media_kinds))
             made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 

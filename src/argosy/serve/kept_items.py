@@ -51,7 +51,7 @@ class KeptItems:
 
     def __init__(self, *, max_bytes: int = 16 << 20) -> None:
         self.can_keep = max_bytes > 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._memory: TenantMemory[_Kept] = TenantMemory(max_turns=65_536, max_bytes=max_bytes)
         self._gone: set[str] = set()
 
@@ -64,17 +64,17 @@ class KeptItems:
         tenant: str,
         response_id: str,
         previous_id: str | None,
-        asked: Sequence[Item],
+        asked: Sequence[Item] | None,
         answered: Sequence[Item],
     ) -> None:
         """Keep the input items of a response, without those of `previous_id`, and its output items.
 
-        Input items that are larger than all of the memory, such as pictures, are not kept; writing them would take
-        three times their size.
+        Input items that are larger than all of the memory are not kept: writing them would take three times their size.
+        Without input items (`asked` is None) only the output items can be found.
         """
         for item in answered:
             self._memory.put(tenant, _item_key(item["id"]), _Kept(_written(item)))
-        if _num_characters(asked) > self._max_bytes:
+        if asked is None or _num_characters(asked) > self.max_bytes:
             return
         answered_ids = tuple(item["id"] for item in answered)
         kept = _Kept(_written(asked), previous_id, answered_ids)

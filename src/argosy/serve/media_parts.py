@@ -16,7 +16,7 @@ import binascii
 import io
 import json
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -86,6 +86,10 @@ class MediaPart(Lenient):
     def data(self) -> Data | Elsewhere:
         """What the client sent."""
 
+    @abstractmethod
+    def drop(self) -> int:
+        """Forget the data, once the prompt is built; return the number of its characters."""
+
     @property
     def detail_asked(self) -> AskedDetail | None:
         """The detail of a picture, if the dialect has a field for it."""
@@ -108,6 +112,10 @@ class SoundPart(MediaPart):
 
     def data(self) -> Data | Elsewhere:
         return Data(self.input_audio.data, self.input_audio.format)
+
+    def drop(self) -> int:
+        dropped, self.input_audio.data = self.input_audio.data, ""
+        return len(dropped)
 
 
 URL_REMEDY = "send a data URL: data:image/png;base64,..."
@@ -259,10 +267,10 @@ def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str,
     return str(parts[0]["text"]) if len(parts) == 1 and parts[0]["type"] == "text" else parts
 
 
-def has_media(given: object) -> bool:
-    """Whether a body, or a part of it, has a picture or sound."""
-    if isinstance(given, list):
-        return any(map(has_media, given))
-    return isinstance(given, MediaPart) or (
-        isinstance(given, BaseModel) and any(map(has_media, vars(given).values()))
-    )
+def media_in(given: object) -> Iterator[MediaPart]:
+    """The pictures and sounds in a body, or in a part of it."""
+    if isinstance(given, MediaPart):
+        yield given
+    elif isinstance(given, list | BaseModel):
+        for inside in given if isinstance(given, list) else vars(given).values():
+            yield from media_in(inside)

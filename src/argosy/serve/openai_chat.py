@@ -100,6 +100,10 @@ class PicturePart(MediaPart):
     def data(self) -> Data | Elsewhere:
         return data_of_url(self.image_url.url)
 
+    def drop(self) -> int:
+        dropped, self.image_url.url = self.image_url.url, ""
+        return len(dropped)
+
     @property
     def detail_asked(self) -> AskedDetail | None:
         return self.image_url.detail

@@ -77,6 +77,7 @@ from argosy.serve.media_parts import (
     SoundPart,
     content_of,
     data_of_url,
+    media_in,
 )  # fmt: skip
 from argosy.serve.replaced import Replaced, UnreadPart, last_asked
 from argosy.serve.respond import Exchange, respond
@@ -104,6 +105,10 @@ class PictureInput(MediaPart):
         if self.image_url is None:
             return Elsewhere("no image_url" if self.file_id is None else "a file id")
         return data_of_url(self.image_url)
+
+    def drop(self) -> int:
+        dropped, self.image_url = self.image_url or "", None
+        return len(dropped)
 
     @property
     def detail_asked(self) -> AskedDetail | None:
@@ -589,6 +594,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
     def __init__(self, body: ResponsesBody, service: Service, caller: Caller) -> None:
         super().__init__(body, service, caller)
         self._is_kept = body.store is not False and service.kept.can_keep
+        self._has_input = True  # the body still has all of its data
         self._speller = Speller(service.tokenizer, keep_special=body.skip_special_tokens is False)
         self._id = "resp_" + secrets.token_hex(16)
         self._created = int(time.time())
@@ -642,12 +648,22 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         response["error"] = {"code": code, "message": body["error"]["message"]}
         return sse(self._event("response.failed", response=response), "response.failed")
 
+    def drop_media(self) -> None:
+        """Forget the data of pictures and sounds, unless it will be kept with the other items."""
+        data = [part.data() for part in media_in(self.body)]
+        num_bytes = sum(one.num_characters for one in data if isinstance(one, Data))
+        if not self._is_kept or num_bytes > self.service.kept.max_bytes:
+            self._has_input &= not num_bytes
+            super().drop_media()
+
     async def _keep(self) -> None:
         """Keep the items before the end is sent, so the next request finds them; in a thread, as this takes long."""
         body, kept = self.body, self.service.kept
 
         def keep() -> None:
-            asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
+            asked = None
+            if self._has_input:
+                asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
             kept.keep(self.caller.tenant, self._id, body.previous_response_id, asked, self._items)
 
         if self._is_kept:

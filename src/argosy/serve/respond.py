@@ -26,6 +26,7 @@ from argosy.errors import PromptTooLong
 from argosy.serve.core import Answers, Read, Service, Step
 from argosy.serve.fields import Sampling
 from argosy.serve.gate import Caller, Dialect
+from argosy.serve.media_parts import media_in
 from argosy.serve.streams import DONE, EventStream, error_event, sse, until_gone
 
 Body = TypeVar("Body", bound=Sampling)
@@ -59,6 +60,11 @@ class Exchange(ABC, Generic[Body, Event]):
 
         Such a function raises ArgosyError if the request is refused.
         """
+
+    def drop_media(self) -> None:
+        """Forget the data of pictures and sounds; the prompt is built, and an answer may take minutes."""
+        num_bytes = sum(part.drop() for part in media_in(self.body))
+        self.caller.share.shrink(self.caller.share.num_bytes - num_bytes)
 
     def begin(self) -> Iterable[Event]:
         """The events before the first step."""
@@ -101,6 +107,7 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
         if not (body.stream and kind.streams_overflow):
             raise
         return EventStream(_refused(exchange, error), caller, failed=exchange.failed)
+    exchange.drop_media()
     if body.stream:
         return EventStream(
             streamed(exchange), caller, exchange.answers.cancel, headers=headers, failed=exchange.failed
