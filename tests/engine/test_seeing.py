@@ -209,7 +209,7 @@ def test_media_cost_memory_only_where_the_model_takes_them() -> None:
         assert engine.media_kinds == ()
         assert engine.plan.encoder_bytes == 0
         with pytest.raises(UsageError, match="takes text only"):
-            engine.prompts._with_contents(_turn())
+            engine.prompts._with_media(_turn(), "", None, [])
 
 
 def _turn() -> Any:
