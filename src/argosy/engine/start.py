@@ -117,7 +117,7 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
-        media = _open_media(footprint, store, runtime)
+        media = _open_media(footprint, store, runtime, tokenizer)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -209,16 +209,19 @@ def _start_worker(undo: ExitStack) -> Worker:
 
 
 def _open_media(
-    footprint: ModelFootprint, store: _native.Store, runtime: _native.Runtime
+    footprint: ModelFootprint,
+    store: _native.Store,
+    runtime: _native.Runtime,
+    tokenizer: Tokenizer | None,
 ) -> PromptMedia | None:
     if not footprint.encoders:
         return None
-    from argosy.engine.media import PromptMedia  # imports modules that only pictures and sounds need
+    from argosy.engine.media import open_media  # imports modules that only media need
     from argosy.model.encoders.reading import Encoders, runnable
 
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return PromptMedia(encoders, footprint.processors, footprint.low_detail)
+    return open_media(encoders, footprint.processors, footprint.low_detail, tokenizer)
 
 
 def _open_prefix_files(
