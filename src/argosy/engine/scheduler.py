@@ -6,7 +6,8 @@
 
 - Every decoding sequence gets its one token in every step. Prompts share the chunk: tenants in equal parts, and a
   tenant's prompts in order of arrival. A chunk may take seconds while weights are streamed, so prompts get at most
-  about half of the time while others decode (`PromptTurns`).
+  about half of the time while others decode (`PromptTurns`). Rows of media are made between steps, so that a prompt
+  waits for them as long as one step at most (`_may_make`).
 - A sequence starts when there are KV blocks for its tokens, plus one more for every running sequence; it takes further
   blocks one by one. When none are left, the youngest sequence is preempted: it gives up everything and waits again, to
   be recomputed from its tokens, so its answer is the same. The oldest one is never preempted.
@@ -44,9 +45,9 @@ from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
-# Seconds for rows of media between two steps: enough to keep its cost small, and little enough that a cancelled request
-# ends soon, and that nobody notices it in a stream.
-MAKING_ALONE_S, MAKING_BESIDE_OTHERS_S = 0.1, 0.02
+# Seconds for rows of media between two steps, or as long as a step of those that decode: enough to keep its cost small,
+# and little enough that nobody notices it in a stream, and that a prompt that comes meanwhile begins soon.
+MAKING_S = 0.02
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
 
@@ -85,11 +86,13 @@ class PromptTurns:
     """Gives prompts at most about half of the time while others decode.
 
     A step with prompt tokens takes longer than one without. The difference is owed to the decoding sequences: no prompt
-    continues until steps without prompts have made up for it.
+    continues until steps without prompts have made up for it. Time for rows of media is owed likewise, but only more
+    rows wait for it: a prompt never waits because rows were made.
     """
 
     def __init__(self) -> None:
         self._owed_s = 0.0
+        self._owed_making_s = 0.0
         self._decode_s = 0.0  # duration of the last step without prompts
 
     @property
@@ -97,23 +100,28 @@ class PromptTurns:
         return self._owed_s <= 0.0
 
     @property
+    def is_open_for_making(self) -> bool:
+        return self.is_open and self._owed_making_s <= 0.0
+
+    @property
     def step_s(self) -> float:
         """The duration of the last step without prompts; 0 before the first."""
         return self._decode_s
 
-    def count_between(self, seconds: float) -> None:
-        """Count work for a prompt between two steps, while others decode."""
-        self._owed_s += seconds
+    def count_making(self, seconds: float) -> None:
+        """Count work for rows of media between two steps, while others decode."""
+        self._owed_making_s += seconds
 
     def count(self, seconds: float, *, num_prompt: int, num_decode: int) -> None:
         """Count a step."""
         if not num_decode:
-            self._owed_s = 0.0  # no sequence was kept waiting
+            self._owed_s = self._owed_making_s = 0.0  # no sequence was kept waiting
         elif num_prompt:
             self._owed_s += max(0.0, seconds - self._decode_s)
         else:
             self._decode_s = seconds
             self._owed_s = max(0.0, self._owed_s - seconds)
+            self._owed_making_s = max(0.0, self._owed_making_s - seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,7 @@ class Scheduler:
         self._decoding = _Decoding.of([])
         self._began_at = 0.0
         self._num_steps = 0
+        self._has_just_made = False  # rows of media, the last time that prompts could run
         self._making_s = 0.0  # seconds spent on rows of media since `take_making_s`
         self.num_preempted = 0
 
@@ -238,7 +247,11 @@ class Scheduler:
             is_making = False
             if not decoding or self._turns.is_open:
                 can_prefill = [one for one in self._running if self._can_prefill(one)]
-                is_making = self._make_rows(can_prefill, decoding)
+                waiting = [one for one in can_prefill if _waits_for_rows(one)]
+                if waiting and self._may_make(decoding, has_prompts=len(waiting) < len(can_prefill)):
+                    self._make_rows(waiting, decoding)
+                    is_making = True
+                self._has_just_made = is_making
                 prompts = self._share_chunk([one for one in can_prefill if not _waits_for_rows(one)])
             if decoding or prompts:
                 pending = [(one, one.num_tokens - one.num_computed) for one in decoding]
@@ -465,22 +478,29 @@ class Scheduler:
                 self._states.save(sequence.state_slot)
         return proposals
 
-    def _make_rows(self, prompts: list[Sequence], decoding: list[Sequence]) -> bool:
-        """Make rows of media for one of the prompts that wait for theirs; returns whether any does.
+    def _may_make(self, decoding: list[Sequence], *, has_prompts: bool) -> bool:
+        """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
 
-        Beside others this takes as long as a step of theirs, at least `MAKING_BESIDE_OTHERS_S`.
+        So a prompt of one chunk, whenever it comes, waits for one slice at most: the one it came in, or the next.
         """
-        waiting = [one for one in prompts if _waits_for_rows(one)]
-        if not waiting:
+        if has_prompts and self._has_just_made:
             return False
-        is_alone = len(waiting) == len(self._running)
-        slice_s = MAKING_ALONE_S if is_alone else max(MAKING_BESIDE_OTHERS_S, self._turns.step_s)
+        return not decoding or self._turns.is_open_for_making
+
+    def _make_rows(self, waiting: list[Sequence], decoding: list[Sequence]) -> None:
+        """Make rows of media for one of the prompts that wait for theirs, for about `MAKING_S`.
+
+        Beside sequences that decode this may take as long as a step of theirs. It ends before a piece of work that
+        would take longer, going by the one before.
+        """
+        slice_s = max(MAKING_S, self._turns.step_s) if decoding else MAKING_S
         sequence = waiting[self._num_steps % len(waiting)]
         assert sequence.spans is not None
-        begin = self._clock()
+        begin = now = self._clock()
         try:
             while not sequence.spans.make_some(sequence.num_computed):
-                if self._clock() - begin >= slice_s:
+                before, now = now, self._clock()
+                if now - begin + (now - before) > slice_s:
                     break
         except ArgosyError as error:
             raise MediaFailed(sequence, error) from error
@@ -488,8 +508,7 @@ class Scheduler:
             self._began_at = self._clock()
             self._making_s += self._began_at - begin
             if decoding:
-                self._turns.count_between(self._began_at - begin)
-        return True
+                self._turns.count_making(self._began_at - begin)
 
     def take_making_s(self) -> float:
         """Seconds spent on rows of media since the last call."""
