@@ -8,6 +8,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <stdexcept>
@@ -18,6 +19,10 @@
 #include "store/arena.h"
 #include "store/crc32c.h"
 #include "store/drive_probe.h"
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace argosy {
 namespace {
@@ -30,6 +35,7 @@ constexpr int64_t kMostPieces = int64_t{1} << 20, kMostPieceBytes = int64_t{1} <
 
 // Python checks for ^C this often while it waits for the drive.
 constexpr std::chrono::milliseconds kSignalInterval{100};
+constexpr int64_t kMostWaitMs = 86'400'000;  // a day
 
 // Calls `body` and turns a failed system call into an OSError with `path`.
 template <class Body>
@@ -145,15 +151,24 @@ std::vector<int64_t> fetch_many(Store& store, Arena& arena,
   return store.fetch(arena, placed, parsed);
 }
 
-std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets, bool block) {
+std::vector<Done> wait_any(Store& store, const std::vector<int64_t>& tickets,
+                           std::optional<int64_t> most_ms) {
+  using std::chrono::milliseconds;
+  if (most_ms) require_range("most_ms", *most_ms, 0, kMostWaitMs);
   std::vector<Completion> done;
-  if (!block) done = store.wait_any(tickets, std::chrono::milliseconds(0));
-  while (block && done.empty() && !tickets.empty()) {
-    {
-      nb::gil_scoped_release released;
-      done = store.wait_any(tickets, kSignalInterval);
+  if (most_ms == 0) {
+    done = store.wait_any(tickets, milliseconds(0));  // too short to let other threads run meanwhile
+  } else {
+    for (milliseconds left(most_ms.value_or(0)); done.empty() && !tickets.empty();) {
+      const milliseconds now = most_ms ? std::min(left, kSignalInterval) : kSignalInterval;
+      {
+        nb::gil_scoped_release released;
+        done = store.wait_any(tickets, now);
+      }
+      if (done.empty() && PyErr_CheckSignals() != 0) throw nb::python_error();
+      left -= now;
+      if (most_ms && left.count() == 0) break;
     }
-    if (done.empty() && PyErr_CheckSignals() != 0) throw nb::python_error();
   }
   std::vector<Done> result;
   for (Completion& completion : done) {
@@ -195,7 +210,11 @@ void bind_store(nb::module_& m) {
             nb::gil_scoped_release released;
             populate();
           },
-          "Commit all pages, in a background thread; ends early if another thread closes the arena.")
+          "Commit all pages, in a background thread; ends early if another thread closes the arena or makes "
+          "it smaller.")
+      .def("resize", &Arena::resize, nb::call_guard<nb::gil_scoped_release>(), "nbytes"_a, R"(
+        Use only the first `nbytes` from now on, at most what the arena was made with. The system gets the pages beyond
+        at once; they are zero if the arena grows again. Nothing may be using them.)")
       .def("close", &Arena::close, R"(
         Release the memory; the system gets it back when the last view, matrix or read that uses it ends.)");
 
@@ -313,13 +332,14 @@ void bind_store(nb::module_& m) {
 
         now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.)")
       .def("hurry", &Store::hurry, "tickets"_a, "Make these urgent: a caller is now waiting for them.")
-      .def("wait_any", &wait_any, "tickets"_a, "block"_a = true, R"(
-        Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
+      .def("wait_any", &wait_any, "tickets"_a, "most_ms"_a = nb::none(), R"(
+        Wait until a ticket is done, at most so many milliseconds; return all that are done as (ticket, error message,
+        kind of error).
 
         Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
 
         Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
-        ends the wait and does not change the tickets. With `block` false, the call does not wait.)")
+        ends the wait and does not change the tickets.)")
       .def("drop", &Store::drop, "tickets"_a, R"(
         Stop reading these; forget those with no read begun, and return them. Never waits.
 
@@ -354,6 +374,15 @@ void bind_store(nb::module_& m) {
       .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>(),
            "Join the readers and close the files. Unfinished reads fail.");
 
+  m.def(
+      "trim_heap",
+      [] {
+#ifdef __GLIBC__
+        malloc_trim(0);
+#endif
+      },
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Give freed heap memory back to the system, where the C library can.");
   m.attr("STAGING_BYTES") = Store::kStagingBytes;
   m.def("crc32c_wide", &checksum_of, "buffer"_a, R"(
     The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h).)");

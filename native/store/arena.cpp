@@ -22,7 +22,7 @@ void refuse(size_t nbytes, const char* reason) {
 
 }  // namespace
 
-Arena::Arena(size_t nbytes) : size_(nbytes) {
+Arena::Arena(size_t nbytes) : size_(nbytes), most_(nbytes) {
   if (nbytes > SIZE_MAX / 4) refuse(nbytes, "larger than the address space");
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   const size_t mapped = nbytes == 0 ? page : (nbytes + page - 1) / page * page;
@@ -39,17 +39,45 @@ Arena::Arena(size_t nbytes) : size_(nbytes) {
   // Both calls are advice: a kernel without huge pages refuses the first, and everything still works.
   madvise(aligned, mapped, MADV_HUGEPAGE);
   madvise(aligned, mapped, MADV_DONTDUMP);
+  populated_->until = nbytes;
 }
 
 // Populating this much takes a few milliseconds; then the loop checks whether to continue.
 constexpr size_t kPopulatedAtOnce = size_t{8} << 20;
 
 std::function<void()> Arena::populating() const {
-  return [held = mapping_, is_wanted = is_wanted_, size = size_] {
-    for (size_t at = 0; at < size && held && is_wanted->load(); at += kPopulatedAtOnce) {
-      if (madvise(held.get() + at, std::min(kPopulatedAtOnce, size - at), MADV_POPULATE_WRITE) != 0) return;
+  return [held = mapping_, populated = populated_] {
+    for (size_t at = 0; held; at += kPopulatedAtOnce) {
+      std::lock_guard lock(populated->mutex);
+      if (at >= populated->until) return;
+      const size_t nbytes = std::min(kPopulatedAtOnce, populated->until - at);
+      if (madvise(held.get() + at, nbytes, MADV_POPULATE_WRITE) != 0) return;
     }
   };
+}
+
+void Arena::resize(size_t nbytes) {
+  if (is_closed()) throw std::invalid_argument("the arena is closed");
+  if (nbytes > most_) {
+    throw std::invalid_argument("an arena of " + std::to_string(most_) + " bytes cannot have " +
+                                std::to_string(nbytes));
+  }
+  std::lock_guard lock(populated_->mutex);
+  populated_->until = nbytes;
+  if (nbytes < size_) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    const size_t begin = (nbytes + page - 1) / page * page, end = (size_ + page - 1) / page * page;
+    madvise(mapping_.get() + begin, end - begin, MADV_DONTNEED);
+  }
+  size_ = nbytes;
+}
+
+void Arena::close() {
+  {
+    std::lock_guard lock(populated_->mutex);
+    populated_->until = 0;
+  }
+  mapping_.reset();
 }
 
 uint8_t* Arena::data() {

@@ -4,11 +4,11 @@
 // requests huge pages: reads into 2 MiB pages were measured to be twice as fast as reads into ordinary pages.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <utility>
@@ -33,8 +33,13 @@ class Arena {
 
   // Returns a function that populates all pages from the first to the last. Call it on an idle thread: the
   // first write to a huge page of a virtual machine may take two milliseconds. It returns early once the
-  // arena is closed.
+  // arena is closed, and populates nothing beyond the arena's size at any moment.
   std::function<void()> populating() const;
+
+  // Uses only the first `nbytes` from now on, at most what the arena was made with. The pages beyond return
+  // to the system at once, and are zero if the arena grows again. The caller makes sure that nothing uses
+  // them. Throws std::invalid_argument if `nbytes` is larger, or after close().
+  void resize(size_t nbytes);
 
   uint8_t* data();  // aligned to kAlignment, zero until written; throws std::invalid_argument after close()
   size_t size() const { return size_; }
@@ -42,16 +47,20 @@ class Arena {
   // Code that keeps a pointer into the arena also keeps this handle. close() releases the arena's own
   // reference, and the memory returns to the system with the last handle.
   std::shared_ptr<const void> hold() const { return mapping_; }
-  void close() {
-    is_wanted_->store(false);
-    mapping_.reset();
-  }
+  void close();
   bool is_closed() const { return mapping_ == nullptr; }
 
  private:
+  // How far a thread may populate the arena.
+  struct Populated {
+    std::mutex mutex;
+    size_t until;  // guarded by mutex
+  };
+
   size_t size_;
+  size_t most_;
   std::shared_ptr<uint8_t> mapping_;
-  std::shared_ptr<std::atomic<bool>> is_wanted_ = std::make_shared<std::atomic<bool>>(true);
+  std::shared_ptr<Populated> populated_ = std::make_shared<Populated>();
 };
 
 }  // namespace argosy

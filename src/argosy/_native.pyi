@@ -60,7 +60,13 @@ class Arena:
 
     def populate(self) -> None:
         """
-        Commit all pages, in a background thread; ends early if another thread closes the arena.
+        Commit all pages, in a background thread; ends early if another thread closes the arena or makes it smaller.
+        """
+
+    def resize(self, nbytes: int) -> None:
+        """
+        Use only the first `nbytes` from now on, at most what the arena was made with. The system gets the pages beyond
+        at once; they are zero if the arena grows again. Nothing may be using them.
         """
 
     def close(self) -> None:
@@ -170,15 +176,16 @@ class Store:
         """Make these urgent: a caller is now waiting for them."""
 
     def wait_any(
-        self, tickets: Sequence[int], block: bool = True
+        self, tickets: Sequence[int], most_ms: int | None = None
     ) -> list[tuple[int, str | None, str | None]]:
         """
-        Wait until a ticket is done; return all that are done as (ticket, error message, kind of error).
+        Wait until a ticket is done, at most so many milliseconds; return all that are done as (ticket, error message,
+        kind of error).
 
         Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".
 
         Returned tickets are forgotten. After a ticket is done, even if it failed, nothing more is written for it. ^C
-        ends the wait and does not change the tickets. With `block` false, the call does not wait.
+        ends the wait and does not change the tickets.
         """
 
     def drop(self, tickets: Sequence[int]) -> list[int]:
@@ -219,6 +226,9 @@ class Store:
 
     def close(self) -> None:
         """Join the readers and close the files. Unfinished reads fail."""
+
+def trim_heap() -> None:
+    """Give freed heap memory back to the system, where the C library can."""
 
 STAGING_BYTES: int = 2097152
 

@@ -21,6 +21,7 @@ from argosy.errors import CheckpointError, CorruptRecord, DiskFull
 from argosy.model.encoders.reading import EncoderFiles, Encoders, find_encoders, tensor_names
 from argosy.model.families import open_model
 from tests.checkpoint.test_manifest import rewrite
+from tests.model.encoders.open_tower import finish
 from tests.models.safetensors_file import read_safetensors, write_checkpoint
 from tests.models.seeing import CONFIGS, REFERENCE
 
@@ -237,7 +238,7 @@ def test_damaged_encoders_are_named(packed: Path) -> None:
     store, runtime = _native.Store(1), _native.Runtime(1)
     towers = {kind: one for kind, one in encoders.items() if isinstance(one, EncoderFiles)}
     with closing(store), pytest.raises(CorruptRecord, match=f"^{ENCODERS}: {last}: "):
-        Encoders(towers, store, runtime, open_file=store.open).open(kind)
+        finish(Encoders(towers, store, runtime, open_file=store.open).open(kind))
 
 
 @pytest.mark.parametrize(

@@ -179,9 +179,12 @@ class FakeStore:
         assert set(tickets) <= set(self.in_flight)
         self.hurried |= set(tickets)
 
-    def wait_any(self, tickets: list[int], block: bool = True) -> list[tuple[int, str | None, str | None]]:
+    def wait_any(
+        self, tickets: list[int], most_ms: int | None = None
+    ) -> list[tuple[int, str | None, str | None]]:
         assert tickets, "nothing to wait for"
         assert set(tickets) <= set(self.in_flight)
+        block = most_ms != 0
         self.log.append(("wait" if block else "poll", len(tickets)))
         if not block:
             tickets = [ticket for ticket in tickets if ticket in self._begun]

@@ -98,6 +98,21 @@ def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_byt
     check_all_slots_can_be_had(rig)
 
 
+@given(steps, st.lists(st.integers(2, NUM_LAYERS * NUM_EXPERTS), min_size=1), st.integers(0, 1000))
+@settings(deadline=None, max_examples=200)
+def test_the_number_of_slots_may_change_while_reads_of_a_hint_are_in_flight(
+    asked: list[tuple[int, list[int], set[int], tuple[int, list[int]] | None]], sizes: list[int], seed: int
+) -> None:
+    rig = trusting_rig(num_slots=NUM_LAYERS * NUM_EXPERTS, seed=seed, begun=0.5, given_up=0.3)
+    for number, (layer, wanted, scan, hint) in enumerate(asked):
+        assert lease_and_expect(rig, layer, wanted, scan, hint) == sorted(wanted)
+        rig.cache.resize(sizes[number % len(sizes)])
+        assert not rig.store.in_flight  # nothing writes to memory that was given back
+        check_all_slots_can_be_had(rig)
+        for key in rig.cache.policy.resident():
+            rig.check(key[0], [key[1]])
+
+
 def test_the_next_lease_takes_over_the_reads_of_its_hint() -> None:
     for seed in range(10):
         rig = trusting_rig(num_slots=36, seed=seed)

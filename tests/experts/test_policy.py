@@ -107,6 +107,29 @@ def test_any_number_of_experts_passes_through_any_number_of_slots(
     assert len(policy.resident()) <= num_slots
 
 
+@given(histories(), st.lists(st.integers(1, 48), min_size=1))
+@settings(deadline=None, max_examples=200)
+def test_the_number_of_slots_may_change_between_leases(
+    history: tuple[int, int, int, int, list[Asked]], sizes: list[int]
+) -> None:
+    num_layers, _, k, num_slots, asked = history
+    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    for number, (layer, experts, is_scan) in enumerate(asked):
+        before = {key: policy.slot(key) for key in policy.resident()}
+        num_slots = max(k, sizes[number % len(sizes)])
+        policy.resize(num_slots)
+        assert {key: policy.slot(key) for key in policy.resident()} == {
+            key: slot for key, slot in before.items() if slot is not None and slot < num_slots
+        }
+        lease(policy, layer, experts, is_scan=is_scan)
+        check(policy, {})
+        assert policy.num_resident == len(policy.resident()) <= num_slots
+        new = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+        assert (policy.floor, policy.window_slots) == (new.floor, new.window_slots)
+    trial = [policy.admit((0, 1000 + i), is_scan=False) for i in range(num_slots)]
+    assert sorted(slot for slot in trial if slot is not None) == list(range(num_slots))
+
+
 @given(histories())
 @settings(deadline=None, max_examples=200)
 def test_slots_are_filled_before_any_expert_is_evicted(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from argosy._native import Arena, FaultyFileSystem, RealFileSystem, Store, crc32c_wide, drive_probe
+from argosy.plan.machine import process_footprint
 
 PAGE = 4096
 
@@ -148,6 +149,59 @@ def test_an_invalid_piece_is_refused_with_the_numbers(store: Store, file: Path) 
         FaultyFileSystem(1, "fire")  # type: ignore[arg-type]
     assert store.pending() == 0
     assert store.wait_any([]) == []
+
+
+def test_an_arena_that_becomes_smaller_gives_its_pages_back_and_refuses_reads_there(
+    store: Store, file: Path
+) -> None:
+    size = 64 << 20
+    arena, file_id = Arena(size), store.open(str(file))
+    arena.populate()
+    arena.array()[:] = 1
+    before = process_footprint().resident_bytes
+    arena.resize(size // 4)
+    assert before - process_footprint().resident_bytes > size // 2
+    assert arena.nbytes == len(arena.array()) == size // 4
+    assert arena.array().all()
+    with pytest.raises(ValueError, match=f"but the arena ends at {size // 4}"):
+        store.fetch(arena, [(file_id, 0, PAGE, size // 4)], None)
+    arena.populate()  # nothing beyond its size
+    assert before - process_footprint().resident_bytes > size // 2
+    arena.resize(size)
+    assert arena.array()[: size // 4].all()
+    assert not arena.array()[size // 4 :].any()
+    with pytest.raises(ValueError, match=f"an arena of {size} bytes cannot have {size + 1}"):
+        arena.resize(size + 1)
+    arena.close()
+    with pytest.raises(ValueError, match="closed"):
+        arena.resize(0)
+
+
+def test_an_arena_can_become_smaller_while_a_thread_populates_it() -> None:
+    size = 256 << 20
+    for _ in range(4):
+        arena = Arena(size)
+        before = process_footprint().resident_bytes
+        populating = threading.Thread(target=arena.populate)
+        populating.start()
+        arena.resize(8 << 20)
+        populating.join()
+        assert process_footprint().resident_bytes - before < size // 4
+        arena.close()
+
+
+def test_a_wait_ends_when_its_time_is_over(file: Path) -> None:
+    faulty = FaultyFileSystem(1, "delay", delay_seconds=0.3)
+    store, arena = Store(1, faulty), Arena(PAGE)
+    ticket = store.fetch(arena, [(store.open(str(file)), 0, PAGE, 0)], None)
+    begin = time.monotonic()
+    assert store.wait_any([ticket], 0) == []
+    assert store.wait_any([ticket], 10) == []
+    assert time.monotonic() - begin < 0.25
+    assert store.wait_any([ticket], 60_000) == [(ticket, None, None)]
+    with pytest.raises(ValueError, match="most_ms is -1, expected 0 to 86400000"):
+        store.wait_any([], -1)
+    store.close()
 
 
 def test_a_cancelled_ticket_is_forgotten(file: Path) -> None:

@@ -33,7 +33,12 @@ _MOST_IN_GROUP = 8
 
 
 class ExpertCache:
-    """A fixed number of slots for all experts of all layers."""
+    """Equal slots for all experts of all layers. `resize` changes their number between steps.
+
+    Args:
+        num_slots: how many there are at most, and at first.
+        fewest_slots: how many there are at least; None: as many.
+    """
 
     def __init__(
         self,
@@ -43,14 +48,14 @@ class ExpertCache:
         num_slots: int,
         num_layers: int,
         experts_per_token: int,
+        fewest_slots: int | None = None,
         arithmetic: Arithmetic | None = None,
         look_ahead: bool = True,
     ) -> None:
         self.stats = RunnerStats()
         self._arena = _native.Arena(files.slot_bytes * num_slots)
         self.table = files.table(self._arena, arithmetic or Arithmetic())
-        # Otherwise the first prompt's reads would pay for it: a second or more on a virtual machine.
-        threading.Thread(target=self._arena.populate, name="argosy-populate", daemon=True).start()
+        self._populate()
         self.policy = CachePolicy(
             num_slots=num_slots, num_layers=num_layers, experts_per_token=experts_per_token
         )
@@ -59,7 +64,7 @@ class ExpertCache:
         self._open: Lease | None = None
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
         # With fewer slots, guesses would take slots that a token itself needs.
-        self._may_guess = look_ahead and num_slots >= 4 * experts_per_token
+        self._may_guess = look_ahead and (fewest_slots or num_slots) >= 4 * experts_per_token
         self._hint: list[int] = []  # experts of `_hint_layer` not yet requested; the next is last
         self._hint_layer = -1
         self._is_sweep = False  # whether the hint is for a sweep
@@ -94,10 +99,29 @@ class ExpertCache:
         self._hint, self._hint_layer, self._is_sweep = hint, layer, is_sweep
         self._read_ahead()
 
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots from now on, between two steps; the memory of others goes back to the system at once.
+
+        Experts in slots that go are evicted, whatever their age: moving better ones there would keep steps waiting.
+        """
+        assert self._open is None
+        self._forget_hint()
+        while self._early:
+            self._collect_early(block=True)
+        is_larger = num_slots > self.policy.num_slots
+        self.policy.resize(num_slots)
+        self._arena.resize(num_slots * self._files.slot_bytes)
+        if is_larger:
+            self._populate()
+
     def close(self) -> None:
         for ticket in self._early.values():
             self._store.cancel(ticket)
         self._arena.close()
+
+    def _populate(self) -> None:
+        # Otherwise the next prompt's reads would pay for it: a second or more on a virtual machine.
+        threading.Thread(target=self._arena.populate, name="argosy-populate", daemon=True).start()
 
     def _fetch(
         self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
@@ -166,7 +190,7 @@ class ExpertCache:
     def _collect_early(self, *, block: bool) -> None:
         """Collect early reads that have ended: free the slots of failed ones, and keep experts that landed."""
         keys = {ticket: key for key, ticket in self._early.items()}
-        for ticket, message, _ in self._store.wait_any(list(keys), block):
+        for ticket, message, _ in self._store.wait_any(list(keys), None if block else 0):
             key = keys[ticket]
             del self._early[key]
             if message is not None:

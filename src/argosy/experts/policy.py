@@ -97,18 +97,33 @@ class CachePolicy:
     """Tracks which expert is in which slot, and chooses the next one to evict. Moves no bytes."""
 
     def __init__(self, *, num_slots: int, num_layers: int, experts_per_token: int) -> None:
-        self.num_slots = num_slots
-        self.floor = min(experts_per_token, num_slots // max(1, num_layers))
-        # A sweep gets at most a quarter of the cache, but never less than one token asks for.
-        self.window_slots = max(experts_per_token, num_slots // 4)
+        self._experts_per_token = experts_per_token
         self.guess_slots = experts_per_token
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free: list[int] = []
         self._clock = 0
         self._layers = [_Layer() for _ in range(num_layers)]
         # A heap; entries of an earlier turn, or of a layer at its floor, are void.
         self._oldest: list[_Oldest] = []
         self._window: OrderedDict[Key, int] = OrderedDict()  # swept in or guessed, oldest first
         self._pinned_in_window: set[Key] = set()
+        self.num_slots = 0
+        self.resize(num_slots)
+
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots, numbered from 0; experts in slots that go are evicted. None of them may be pinned."""
+        num_layers = len(self._layers)
+        self.floor = min(self._experts_per_token, num_slots // max(1, num_layers))
+        # A sweep gets at most a quarter of the cache, but never less than one token asks for.
+        self.window_slots = max(self._experts_per_token, num_slots // 4)
+        for key in self.resident():
+            if (slot := self.slot(key)) is not None and slot >= num_slots:
+                assert key[1] not in self._layers[key[0]].pinned
+                self.drop(key)
+        kept = [slot for slot in self._free if slot < num_slots]
+        self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *kept]
+        self.num_slots = num_slots
+        for layer in range(num_layers):  # the floor is lower, so they may have experts to give
+            self._note_oldest(layer)
 
     def slot(self, key: Key) -> int | None:
         """The slot of a resident expert, or None."""

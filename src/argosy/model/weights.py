@@ -26,6 +26,7 @@ _OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_n
 
 # The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.
 _MOST_IN_FLIGHT = 256
+_ANY_NUMBER = 1 << 62
 
 
 def is_vector(name: str) -> bool:
@@ -101,10 +102,12 @@ def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int
 class DenseReading:
     """Reads dense tensors into memory while the caller does something else.
 
-    Reads start when this is created. `finish` or `cancel` ends them.
+    Reads start when this is created. `finish` or `cancel` ends them; `advance` continues them for a moment.
 
     Args:
         norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
+        urgency: of the reads, against those of others (`_native.Store.fetch_many`).
+        most_bytes: bytes to be read at any time, unless one tensor has more.
     """
 
     def __init__(
@@ -115,8 +118,10 @@ class DenseReading:
         open_file: Callable[[str], int],
         norm_offset: float = 0.0,
         progress: Callable[[str, float], None] | None = None,
+        urgency: _native.Urgency = "now",
+        most_bytes: int = _ANY_NUMBER,
     ) -> None:
-        self._steps = _read_dense(store, refs, open_file, norm_offset, progress)
+        self._steps = _read_dense(store, refs, open_file, norm_offset, progress, urgency, most_bytes)
         next(self._steps)
 
     def finish(self) -> DenseWeights:
@@ -126,12 +131,22 @@ class DenseReading:
             ReadFailed: the drive failed.   CorruptRecord: a packed tensor does not match its checksum.
             CheckpointError: a norm or bias holds NaN or infinity.
         """
+        while (weights := self.advance(None)) is None:
+            pass
+        return weights
+
+    def advance(self, most_ms: int | None) -> DenseWeights | None:
+        """Wait until a tensor lands, at most so long; return the weights once all have landed.
+
+        Raises:
+            ReadFailed, CorruptRecord, CheckpointError: as `finish`.
+        """
         try:
-            next(self._steps)
+            self._steps.send(most_ms)
         except StopIteration as done:
             weights: DenseWeights = done.value
             return weights
-        raise AssertionError("reading dense tensors pauses only once")
+        return None
 
     def cancel(self) -> None:
         """Wait until no read moves bytes, and discard all reads; harmless after `finish`."""
@@ -156,8 +171,10 @@ def _read_dense(
     open_file: Callable[[str], int],
     norm_offset: float,
     progress: Callable[[str, float], None] | None,
-) -> Generator[None, None, DenseWeights]:
-    """Start the first reads, pause, then continue until all tensors have landed."""
+    urgency: _native.Urgency,
+    most_bytes: int,
+) -> Generator[None, int | None, DenseWeights]:
+    """Start the first reads; then receive, again and again, for how many milliseconds to wait for one to land."""
     paths = {str(ref.path) for ref in refs.values()}
     paths |= {str(ref.scales.path) for ref in refs.values() if ref.scales is not None}
     file_ids = {path: open_file(path) for path in sorted(paths)}
@@ -177,6 +194,11 @@ def _read_dense(
     matrices: dict[str, _native.Matrix] = {}
     vectors: dict[str, Vector] = {}
     total_bytes, done_bytes = sum(ref.read_bytes for ref in refs.values()), 0
+    bytes_in_flight = 0
+
+    def start(target: _native.Arena, pieces: list[_native.Piece], checksum: int | None = None) -> int:
+        record = _native.Record(pieces, None if checksum is None else [checksum])
+        return store.fetch_many(target, [(record, 0)], urgency)[0]
 
     def fetch(name: str) -> int:
         ref = refs[name]
@@ -186,7 +208,7 @@ def _read_dense(
             assert ref.scales.transcode is not None
             target, at = (scratch, 0) if _passes_scratch(ref) else (arena, places[name])
             others = (file_ids[str(ref.scales.path)], ref.scales.offset, ref.scales.nbytes)
-            return store.fetch(
+            return start(
                 target,
                 [
                     (*piece, at, ref.block_type, ref.rows, ref.cols),
@@ -194,10 +216,10 @@ def _read_dense(
                 ],
             )
         if _passes_scratch(ref):
-            return store.fetch(scratch, [(*piece, 0)], None if ref.checksum is None else [ref.checksum])
+            return start(scratch, [(*piece, 0)], ref.checksum)
         if ref.block_type is not None:
-            return store.fetch(arena, [(*piece, places[name], ref.block_type, ref.rows, ref.cols)])
-        return store.fetch(arena, [(*piece, places[name])], None if ref.checksum is None else [ref.checksum])
+            return start(arena, [(*piece, places[name], ref.block_type, ref.rows, ref.cols)])
+        return start(arena, [(*piece, places[name])], ref.checksum)
 
     def land(name: str) -> None:
         ref, start = refs[name], places[name]
@@ -247,18 +269,24 @@ def _read_dense(
             matrices[name.removesuffix("kv_up") + part] = _native.Matrix(arena, at, *shape)
 
     def issue() -> None:
+        nonlocal bytes_in_flight
         while waiting and len(in_flight) < (1 if _passes_scratch(refs[waiting[0]]) else _MOST_IN_FLIGHT):
+            nbytes = refs[waiting[0]].read_bytes
+            if in_flight and bytes_in_flight + nbytes > most_bytes:
+                return
             name = waiting.popleft()
             in_flight[fetch(name)] = name
+            bytes_in_flight += nbytes
 
     try:
         issue()
-        yield
+        most_ms = yield
         while waiting or in_flight:
             issue()
-            for ticket, message, kind in store.wait_any(list(in_flight)):
+            for ticket, message, kind in store.wait_any(list(in_flight), most_ms):
                 name = in_flight.pop(ticket)
                 ref = refs[name]
+                bytes_in_flight -= ref.read_bytes
                 if message is not None and kind == "not finite":
                     raise CheckpointError(f"{ref.name}: {message}", path=str(ref.path), tensor=ref.name)
                 if message is not None:
@@ -270,6 +298,8 @@ def _read_dense(
                 done_bytes += ref.read_bytes
                 if progress is not None:
                     progress("reading dense weights", done_bytes / total_bytes)
+            if waiting or in_flight:
+                most_ms = yield
     finally:
         for ticket in in_flight:
             store.cancel(ticket)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -203,11 +203,14 @@ def dense_weights(
     return DenseWeights(matrices, vectors, arena)
 
 
-def finish(steps: Generator[None, None, SpanRows]) -> SpanRows:
-    """Run an encoder to its end."""
+Result = TypeVar("Result")
+
+
+def finish(steps: Generator[None, None, Result]) -> Result:
+    """Run an encoder, or the reading of one, to its end."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            rows: SpanRows = end.value
-            return rows
+            result: Result = end.value
+            return result

@@ -18,9 +18,9 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.safetensors import open_tensors
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.media.parts import Kind
-from argosy.model.encoders.reading import EncoderFiles, Encoders, find_encoders
+from argosy.model.encoders.reading import READ_MS, EncoderFiles, Encoders, find_encoders
 from argosy.model.encoders.table import ENCODERS
-from tests.model.encoders.open_tower import PARTS
+from tests.model.encoders.open_tower import PARTS, finish
 from tests.model.encoders.test_towers import encode
 from tests.model.encoders.test_towers import open_tower as open_reference
 from tests.models.tiny_encoders import REFERENCE
@@ -47,14 +47,19 @@ def model_files(directory: Path) -> ModelFiles:
     return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))
 
 
+def delayed(num_reads: int) -> _native.FileSystem:
+    """Files whose first reads take 0.2 s each."""
+    return _native.FaultyFileSystem(1, "delay", num_faults=num_reads, delay_seconds=0.2)
+
+
 @contextmanager
-def opened(directory: Path) -> Iterator[Encoders]:
+def opened(directory: Path, file_system: _native.FileSystem | None = None) -> Iterator[Encoders]:
     files = {
         kind: found
         for kind, found in find_encoders(model_files(directory)).items()
         if isinstance(found, EncoderFiles)
     }
-    store = _native.Store(1)
+    store = _native.Store(1, file_system)
     try:
         yield Encoders(files, store, _native.Runtime(1), open_file=store.open)
     finally:
@@ -74,13 +79,41 @@ def test_a_tower_read_from_its_files_gives_the_same_rows(name: str, family: str,
         assert encoders.files[kind].encoder is next(one for one in ENCODERS[family] if one.kind == kind)
         assert encoders.files[kind].config == config
         assert PARTS[name].prefix == encoders.files[kind].encoder.prefix
-        tower = encoders.open(kind)
-        assert encoders.open(kind) is tower
+        tower = finish(encoders.open(kind))
+        assert finish(encoders.open(kind)) is tower
         expected, found = encode(name, reference, 0), encode(name, tower, 0)
         np.testing.assert_array_equal(found.embeddings, expected.embeddings)
         assert found.additions.keys() == expected.additions.keys()
         encoders.drop()
-        assert encoders.open(kind) is not tower
+        assert finish(encoders.open(kind)) is not tower
+
+
+def test_whoever_opens_a_tower_shares_its_reads() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe", delayed(2)) as encoders:
+        first = encoders.open("picture")
+        next(first)
+        first.close()  # the request was cancelled; the reads continue
+        second, third = encoders.open("picture"), encoders.open("picture")
+        next(second)
+        (reading,) = encoders._reading.values()
+        next(third)
+        assert list(encoders._reading.values()) == [reading]
+        assert finish(third) is finish(second)
+        assert not encoders._reading
+
+
+def test_a_tower_may_be_dropped_while_it_is_read() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe", delayed(1)) as encoders:
+        next(encoders.open("picture"))
+        encoders.drop()
+        assert encoders._store.pending() == 0
+        assert finish(encoders.open("picture")) is not None
+
+
+def test_a_slow_drive_keeps_nobody_waiting_for_a_tower() -> None:
+    with opened(REFERENCE / "qwen3_vl_moe", delayed(1)) as encoders:
+        num_pauses = sum(1 for _ in encoders.open("picture"))
+        assert num_pauses > 0.5 * 0.2 / (READ_MS / 1000)
 
 
 def changed(tmp_path: Path, name: str, **changes: Any) -> Path:

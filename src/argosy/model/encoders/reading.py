@@ -11,8 +11,7 @@ Elsewhere: `table.py` knows where a family keeps its towers, `mmproj.py` how GGU
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,12 @@ from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoFo
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.config_reader import ConfigReader
-from argosy.model.weights import dense_footprint, load_dense
+from argosy.model.weights import DenseReading, dense_footprint
 
+# What is read of a tower between two steps: reads in progress when a step begins compete with those of its experts, so
+# they are few, and wait for those. Waiting for one tensor takes no longer than this, however slow the drive.
+READ_BYTES = 16 << 20
+READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
 _SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
 _MMPROJ_HINT = "take the F16, BF16 or F32 file; those are published beside quantised ones"
@@ -346,23 +349,40 @@ class Encoders:
         self._runtime = runtime
         self._open_file = open_file
         self._open: dict[Kind, Tower] = {}
-        self._lock = threading.Lock()
+        self._reading: dict[Kind, DenseReading] = {}
 
-    def open(self, kind: Kind) -> Tower:
-        """The tower for this kind, read if it is not in memory.
+    def open(self, kind: Kind) -> Generator[None, None, Tower]:
+        """The tower for this kind, read in pieces if it is not in memory; whoever else opens it shares the reads.
 
         Raises:
             ReadFailed: the drive failed.   CheckpointError: a norm or bias holds NaN or infinity.
             CorruptRecord: a packed tensor does not match its checksum.
         """
-        with self._lock:
-            if kind not in self._open:
-                files = self.files[kind]
-                weights = load_dense(self._store, files.tensors, open_file=self._open_file)
-                self._open[kind] = files.encoder.open(files.config, weights, self._runtime)
-            return self._open[kind]
+        while kind not in self._open:
+            files = self.files[kind]
+            if kind not in self._reading:
+                self._reading[kind] = DenseReading(
+                    self._store,
+                    files.tensors,
+                    open_file=self._open_file,
+                    urgency="maybe",
+                    most_bytes=READ_BYTES,
+                )
+            try:
+                weights = self._reading[kind].advance(READ_MS)
+            except BaseException:
+                del self._reading[kind]
+                raise
+            if weights is None:
+                yield
+                continue
+            del self._reading[kind]
+            self._open[kind] = files.encoder.open(files.config, weights, self._runtime)
+        return self._open[kind]
 
     def drop(self) -> None:
         """Free the weights of all towers. One that is encoding keeps its own until it is done."""
-        with self._lock:
-            self._open.clear()
+        for reading in self._reading.values():
+            reading.cancel()
+        self._reading.clear()
+        self._open.clear()
