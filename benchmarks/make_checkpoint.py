@@ -8,6 +8,8 @@
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
     mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
+    omni             1.9 B: hidden 1024, 12 layers, 4 of 64 experts of width 768; and the vision tower (0.5 B) and
+                     audio tower (0.6 B) of Qwen3-Omni as they are
 
 A safetensors checkpoint has the files that the hub has for the family: config.json, bf16 shards with an index, no
 tokenizer. A GGUF is laid out as llama.cpp converts it, with its choice of type for each tensor and its own BPE
@@ -34,7 +36,9 @@ from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
 from argosy.config import ModelConfig, format_bytes
+from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import FAMILIES, open_model
+from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.gguf_layout import dense_name
 from random_weights import ROUTINGS, WEIGHTS_VERSION, Exact, Normal, RandomWeights, Recipe, Routing
 
@@ -42,6 +46,18 @@ RawConfig = dict[str, Any]
 Bytes = NDArray[np.uint8]
 
 GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
+    "omni": {
+        "family": "qwen3_omni_moe",
+        "hidden": 1024,
+        "layers": 12,
+        "experts": 64,
+        "experts_per_token": 4,
+        "width": 768,
+        "heads": 8,
+        "kv_heads": 2,
+        "vocab": 32_000,
+        "context": 16_384,
+    },
     "tiny": {
         "hidden": 512,
         "layers": 8,
@@ -135,6 +151,8 @@ def raw_config(
         "norm_topk_prob": True,
         "num_experts": experts,
     }
+    if family == "qwen3_omni_moe":
+        return _with_towers(config | {"attention_bias": False, "head_dim": head_dim})
     if family == "qwen3_moe":
         return config | {
             "architectures": ["Qwen3MoeForCausalLM"],
@@ -151,6 +169,57 @@ def raw_config(
             "shared_expert_intermediate_size": shared_width,
         }
     raise ValueError(f"unknown family '{family}'; known: {', '.join(FAMILIES)}")
+
+
+def _with_towers(text: RawConfig) -> RawConfig:
+    """Qwen3-Omni around a text model, with towers of the real sizes, whose rows fit the text model."""
+    del text["decoder_sparse_step"], text["mlp_only_layers"]
+    hidden, end = text["hidden_size"], text["vocab_size"]
+    pairs = text["head_dim"] // 2
+    sections = [pairs - 2 * (pairs * 5 // 16), pairs * 5 // 16, pairs * 5 // 16]
+    text |= {
+        "model_type": "qwen3_omni_moe_text",
+        "rope_scaling": {"interleaved": True, "mrope_section": sections, "rope_type": "default", "type": "default"},
+    }
+    return {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {
+            "audio_config": {"output_dim": hidden},
+            "audio_token_id": end - 1,
+            "image_token_id": end - 2,
+            "text_config": text,
+            "video_token_id": end - 3,
+            "vision_config": {"out_hidden_size": hidden},
+        },
+    }
+
+
+PROCESSOR = {
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "image_std": [0.5, 0.5, 0.5],
+    "merge_size": 2,
+    "patch_size": 16,
+    "size": {"longest_edge": 16_777_216, "shortest_edge": 65_536},
+    "temporal_patch_size": 2,
+}
+"""`preprocessor_config.json` of a family with towers."""
+
+
+def _towers(raw: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the towers."""
+    family = raw["model_type"]
+    for encoder in ENCODERS.get(family, ()):
+        around = raw
+        for key in encoder.path[:-1]:
+            around = around[key]
+        own = ConfigReader(dict(around[encoder.path[-1]]), family)
+        config = encoder.read(own, ConfigReader(dict(around), family), parse_config(raw))
+        for tensor in encoder.tensors(config).values():
+            yield encoder.prefix + tensor.name, tensor.shape
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
@@ -223,6 +292,8 @@ def write_checkpoint(
     """Write config.json, the shards and their index into a new directory; returns the total bytes of tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if config["model_type"] in ENCODERS:
+        (directory / "preprocessor_config.json").write_text(json.dumps(PROCESSOR, indent=2) + "\n")
     shards: list[list[TensorToWrite]] = [[]]
     total = filled = 0
     for tensor in _tensors(config, routing, seed):
@@ -262,6 +333,9 @@ def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[Te
                 for name, matrix in zip(names, ("gate", "up", "down"), strict=True):
                     recipe = weights[f"expert.{matrix}"]
                     yield name, "BF16", recipe.shape, reader(recipe)
+    for name, shape in _towers(raw):
+        flat = Normal((1, math.prod(shape)), 0.02)
+        yield name, "BF16", shape, reader(flat)
 
 
 # ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from argosy.engine.scheduler import MAKING_S, MediaFailed
+from argosy.engine.sequence import Sequence
 from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.media_span import MakeRows, MediaSpan, SpanRows
@@ -205,6 +206,32 @@ def test_a_text_that_comes_while_rows_are_made_runs_in_the_next_step() -> None:
     assert scheduled.sequences == [text]
     assert scheduled.ready == [text]
     assert clock.now == before  # and no more rows are made first
+
+
+def test_one_encode_is_in_progress_at_a_time_and_tenants_take_turns() -> None:
+    clock = Pieces(piece_s=0.009)
+    rig = Rig(chunk_tokens=2, num_blocks=128, max_sequences=8, clock=clock)
+    rig.scheduler._num_axes = AXES
+    begun: list[Sequence] = []
+    prompts = [Prompt.of([1], span(6, i, make_rows=clock.rows(5, 6)), [2]) for i in range(5)]
+    seers = [
+        rig.sequence_of(list(prompt.token_ids or ()), max_new=1, spans=spans_of(prompt), tenant=tenant)
+        for prompt, tenant in zip(prompts, "aaabb", strict=True)
+    ]
+    rig.add(*seers)
+    while rig.scheduler.has_work:
+        scheduled = rig.scheduler.next_step()
+        holding = [one for one in seers if one.spans is not None and one.spans.holds_rows]
+        assert len(holding) <= 1
+        begun += [one for one in holding if one not in begun]
+        if scheduled is None:
+            continue
+        rig.scheduler.commit(scheduled)
+        for one in scheduled.ready:
+            one.new_ids.append(1)
+            rig.end(one)
+    assert [one.tenant for one in begun] == list("ababa")
+    assert [one for one in begun if one.tenant == "a"] == seers[:3]
 
 
 DECODE_S, PROMPT_S = 0.03, 0.05

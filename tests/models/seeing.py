@@ -28,7 +28,7 @@ IMAGE_TOKENS = 96  # cap on a picture's positions, above what these models make
 SIZES = Sizes()
 
 
-def _with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
+def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     """The text model of `raw` with the towers of `tiny_encoders`, whose rows have the size of its hidden state."""
     towers = tiny_encoders.CONFIGS[family](SIZES)
     hidden = text_of(raw)["hidden_size"]
@@ -57,12 +57,12 @@ def _with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen3_vl_moe": _with_towers("qwen3_vl_moe", qwen3_vl_moe()),
-    "qwen3_5_moe": _with_towers("qwen3_5_moe", qwen3_5_moe()),
-    "qwen3_omni_moe": _with_towers("qwen3_omni_moe", qwen3_omni_moe()),
-    "glm4v_moe": _with_towers("glm4v_moe", glm4v_moe()),
-    "kimi_k25": _with_towers("kimi_k25", kimi_k25()),
-    "gemma4": _with_towers("gemma4", gemma4(max_position_embeddings=256)),
+    "qwen3_vl_moe": with_towers("qwen3_vl_moe", qwen3_vl_moe()),
+    "qwen3_5_moe": with_towers("qwen3_5_moe", qwen3_5_moe()),
+    "qwen3_omni_moe": with_towers("qwen3_omni_moe", qwen3_omni_moe()),
+    "glm4v_moe": with_towers("glm4v_moe", glm4v_moe()),
+    "kimi_k25": with_towers("kimi_k25", kimi_k25()),
+    "gemma4": with_towers("gemma4", gemma4(max_position_embeddings=256)),
 }
 
 
@@ -121,7 +121,7 @@ def seeing_tokenizer() -> tokenizers.Tokenizer:
 def write_seeing_chat_model(directory: Path) -> Path:
     """A tiny Qwen3.5 that takes pictures and videos, with a tokenizer and a chat template; it answers nonsense."""
     core = seeing_tokenizer()
-    raw = _with_towers("qwen3_5_moe", qwen3_5_moe(vocab_size=544, max_position_embeddings=512))
+    raw = with_towers("qwen3_5_moe", qwen3_5_moe(vocab_size=544, max_position_embeddings=512))
     for kind in ("image", "video"):
         raw[f"{kind}_token_id"] = core.token_to_id(f"<|{kind}_pad|>")
     write(directory, "qwen3_5_moe", raw, seed=3)

@@ -11,7 +11,6 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +99,7 @@ class Engine(BlockingCalls):
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
         self._has_failed = False  # the last step failed, and the next one retries it
-        self._lock = threading.RLock()
+        self._lock = started.lock
         self._is_open = True
 
     @classmethod
@@ -139,6 +138,8 @@ class Engine(BlockingCalls):
                 return []
             try:
                 self._clock.mark("other")
+                if self._media is not None:
+                    self._media.memory.settle()
                 try:
                     scheduled = self._scheduler.next_step()
                 except MediaFailed as failed:
@@ -322,8 +323,9 @@ class Engine(BlockingCalls):
         """What the engine runs and uses, for monitoring; taken between two steps."""
         with self._lock:
             self._require_open()
+            lent_slots = 0 if self._media is None else self._media.memory.lent_slots
             return facts.collect(
-                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan
+                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan, lent_slots
             )
 
     @property

@@ -33,7 +33,7 @@ class EngineFacts:
     states_free: int
     snapshots: int  # of the recurrent state
     num_experts: int  # routed experts in all layers
-    expert_slots: int  # number of experts that fit in memory
+    expert_slots: int  # number of experts that fit in memory now
     num_resident: int  # number of experts in memory now
     file_bytes: int  # size of the prefix files
     tokens_run: int  # of prompts and answers
@@ -75,8 +75,9 @@ def collect(
     answers: Answers,
     uses: ExpertUses,
     plan: MemoryPlan,
+    lent_slots: int,
 ) -> EngineFacts:
-    """The facts of an engine, between two steps."""
+    """The facts of an engine, between two steps; `lent_slots` of its experts are in memory for pictures and sounds."""
     blocks, states = cache.blocks, cache.states
     return EngineFacts(
         num_running=scheduler.num_running,
@@ -90,7 +91,7 @@ def collect(
         states_free=0 if states is None else states.num_free,
         snapshots=0 if states is None else states.num_snapshots,
         num_experts=plan.num_experts,
-        expert_slots=plan.num_slots,
+        expert_slots=plan.num_slots + lent_slots,
         num_resident=0 if model.experts is None else model.experts.num_resident,
         file_bytes=cache.file_bytes,
         tokens_run=uses.num_tokens_run,

@@ -9,7 +9,7 @@ What a request costs before its turn is small: of a picture or frame it holds th
 byte each. `MEDIA_WAITING_BYTES` bounds what all requests hold together.
 
 Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `video_layout.py` orders the parts of a
-video; `spans.py` puts rows into steps.
+video; `spans.py` puts rows into steps; `media_memory.py` lends to experts what all this takes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from argosy.engine.media_memory import MediaMemory
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.errors import (
@@ -50,6 +51,7 @@ _RETRY_S = 5
 
 # The tower that encodes each kind: a video's frames are pictures.
 _TOWERS: Mapping[Kind, Kind] = {"picture": "picture", "sound": "sound", "video": "picture"}
+Lend = Callable[[Callable[[], None]], MediaMemory]
 
 
 class PromptMedia:
@@ -59,6 +61,7 @@ class PromptMedia:
         processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
         encode_text: the ids of a text that the model's own processor writes, with its control tokens.
+        lend: makes the memory that encoders and the decoder use, from a function that frees it.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class PromptMedia:
         processors: Mapping[Kind, Processor | ArgosyError],
         low_detail: Processor | None,
         encode_text: Callable[[str], list[int]],
+        lend: Lend,
     ) -> None:
         self._encoders = encoders
         self._low_detail = low_detail
@@ -79,6 +83,7 @@ class PromptMedia:
                 self._processors[kind] = one
         self._encode_text = encode_text
         self._decoder = Decoder(PROMPT_LIMITS)
+        self.memory = lend(self._clear)
         self._one_decoded = threading.Lock()  # what is decoded is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
         self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
@@ -89,6 +94,11 @@ class PromptMedia:
         return tuple(self._processors)
 
     def close(self) -> None:
+        self.memory.close()
+        self._clear()
+
+    def _clear(self) -> None:
+        """Free what `memory` is for."""
         self._decoder.close()
         self._encoders.drop()
 
@@ -131,7 +141,7 @@ class PromptMedia:
         if content.detail == "low":
             assert isinstance(self._low_detail, PictureProcessor)
             processor = self._low_detail
-        with self._one_decoded:
+        with self.memory.use(), self._one_decoded:
             values, shape = self._prepare(content, processor)
         waiting = self._wait(values)
         digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
@@ -162,7 +172,7 @@ class PromptMedia:
         form = files.encoder.video
         assert form is not None
         assert files.video is not None
-        with self._one_decoded:
+        with self.memory.use(), self._one_decoded:
             video = self._prepare_video(content, processor, listens=form.sound is not None)
         groups = processor.groups(len(video.indices))
         frames = self._wait(video.canvases)
@@ -258,13 +268,13 @@ class PromptMedia:
     def _encode(
         self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes
     ) -> Generator[None, None, SpanRows]:
-        tower, processor = self._encoders.open(_TOWERS[kind]), self._processors[kind]
-        yield
-        if isinstance(processor, SoundProcessor):
-            rows = yield from tower.encode(values)
-        else:
-            patches, grid = processor.patches(values)
-            rows = yield from tower.encode(patches, grid)
+        with self.memory.use():
+            tower, processor = (yield from self._encoders.open(_TOWERS[kind])), self._processors[kind]
+            if isinstance(processor, SoundProcessor):
+                rows = yield from tower.encode(values)
+            else:
+                patches, grid = processor.patches(values)
+                rows = yield from tower.encode(patches, grid)
         if rows.nbytes <= MEDIA_KEPT_BYTES:
             self._kept.put(tenant, digest, rows)
         return rows
@@ -364,6 +374,7 @@ def open_media(
     processors: Mapping[Kind, Processor | ArgosyError],
     low_detail: Processor | None,
     tokenizer: Tokenizer | None,
+    lend: Lend,
 ) -> PromptMedia:
     """Combine the towers that were found with the processors that prepare media for them."""
     video = processors.get("video")
@@ -387,4 +398,4 @@ def open_media(
         assert tokenizer is not None  # without one, a model takes no messages
         return tokenizer.encode_segments([(False, text)])
 
-    return PromptMedia(encoders, processors, low_detail, encode_text)
+    return PromptMedia(encoders, processors, low_detail, encode_text, lend)

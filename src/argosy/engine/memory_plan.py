@@ -10,6 +10,8 @@ the whole process, interpreter included, so the plan starts from what the proces
 tables to the process's cgroup, so they are planned as well. A budget below the floor (one token's experts of one layer
 in memory) is refused with the numbers.
 
+What pictures and sounds take is reserved, and lent to experts while there are none (`media_memory.py`).
+
 `MemoryPlan.parts` is the one list of what the budget pays for: totals, tables and JSON all come from it.
 """
 
@@ -86,6 +88,7 @@ class MemoryPlan:
     slot_bytes: int
     resident_bytes: int  # all experts, packed end to end
     num_slots: int
+    lent_slots: int = 0  # more slots, in the memory for pictures and sounds while there are none
     num_experts: int  # routed experts in all layers
     context_tokens: int
     chunk_tokens: int
@@ -114,13 +117,16 @@ class MemoryPlan:
             kv_dtype=config.kv_dtype,
             step_tokens=self.chunk_tokens + config.decode_tokens,
             num_states=self.num_states * _slots_per_state(config) + self.num_snapshots,
-            expert_slots=None if self.is_resident else self.num_slots,
+            expert_slots=None if self.is_resident else self.num_slots + self.lent_slots,
+            fewest_slots=self.num_slots,
         )
 
     def parts(self) -> list[Part]:
         """All parts of the budget, in the order of their claims."""
         share = 100 * self.num_slots / max(1, self.num_experts)
         experts = f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)"
+        if self.lent_slots:
+            experts += f", {self.num_slots + self.lent_slots} while there are no pictures or sounds"
         states, snapshots = (
             f"{self.num_states} sequences at once",
             f"{self.num_snapshots} prompt prefixes",
@@ -169,6 +175,7 @@ class MemoryPlan:
             "total_bytes": self.total_bytes,
             **{part.key: part.nbytes for part in self.parts()},
             "expert_slots": self.num_slots,
+            "lent_expert_slots": self.lent_slots,
             "experts": self.num_experts,
             "context_tokens": self.context_tokens,
             "chunk_tokens": self.chunk_tokens,
@@ -210,6 +217,11 @@ def media_bytes(*, takes_video: bool) -> int:
     return (
         _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + video + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
     )
+
+
+def lendable_bytes(encoder_bytes: int) -> int:
+    """The part of `MemoryPlan.encoder_bytes` that is free while no picture or sound is decoded or encoded."""
+    return max(0, encoder_bytes - MEDIA_WAITING_BYTES - MEDIA_KEPT_BYTES)
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
@@ -266,14 +278,18 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             chunk_tokens=chunk,
         )
 
-        def with_slots(num_slots: int) -> MemoryPlan:
-            """The same plan with `num_slots` experts in memory."""
+        def with_slots(num_slots: int, most_lent: int = 0) -> MemoryPlan:
+            """The same plan with `num_slots` experts in memory, and more while there are no pictures or sounds."""
+            num_lent = min(most_lent, num_experts - num_slots)
             some = replace(
                 without_experts,
                 num_slots=num_slots,
-                bookkeeping_bytes=footprint.record_bytes(num_slots),
+                lent_slots=num_lent,
+                bookkeeping_bytes=footprint.record_bytes(num_slots, num_lent),
             )
-            return replace(some, page_table_bytes=page_table_bytes(some.total_bytes - process_bytes))
+            # What is lent is mapped twice: for encoders, and for experts.
+            mapped = some.total_bytes - process_bytes + num_lent * some.slot_bytes
+            return replace(some, page_table_bytes=page_table_bytes(mapped))
 
         everything = with_slots(num_experts)
         if expert_slots is None and everything.total_bytes <= config.budget.ram_bytes:
@@ -286,8 +302,11 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             num_experts,
             fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, fewest.slot_bytes),
         )
-        while (found := with_slots(slots)).total_bytes > config.budget.ram_bytes:
+        lent = lendable_bytes(without_experts.encoder_bytes) // max(1, fewest.slot_bytes)
+        while (found := with_slots(slots, lent)).total_bytes > config.budget.ram_bytes:
             slots -= -(-(found.total_bytes - found.budget_bytes) // found.slot_bytes)
+            if slots < fewest.num_slots:
+                return fewest  # no room even for the records of what would be lent
         return found
 
     contexts = _contexts(model, config)

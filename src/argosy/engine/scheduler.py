@@ -191,6 +191,7 @@ class Scheduler:
         self._began_at = 0.0
         self._num_steps = 0
         self._has_just_made = False  # rows of media, the last time that prompts could run
+        self._made_for: str | None = None  # the tenant for whom rows were made last
         self._making_s = 0.0  # seconds spent on rows of media since `take_making_s`
         self.num_preempted = 0
 
@@ -248,8 +249,9 @@ class Scheduler:
             if not decoding or self._turns.is_open:
                 can_prefill = [one for one in self._running if self._can_prefill(one)]
                 waiting = [one for one in can_prefill if _waits_for_rows(one)]
-                if waiting and self._may_make(decoding, has_prompts=len(waiting) < len(can_prefill)):
-                    self._make_rows(waiting, decoding)
+                seer = self._choose_seer(waiting)
+                if seer and self._may_make(decoding, has_prompts=len(waiting) < len(can_prefill)):
+                    self._make_rows(seer, decoding)
                     is_making = True
                 self._has_just_made = is_making
                 prompts = self._share_chunk([one for one in can_prefill if not _waits_for_rows(one)])
@@ -487,14 +489,29 @@ class Scheduler:
             return False
         return not decoding or self._turns.is_open_for_making
 
-    def _make_rows(self, waiting: list[Sequence], decoding: list[Sequence]) -> None:
-        """Make rows of media for one of the prompts that wait for theirs, for about `MAKING_S`.
+    def _choose_seer(self, waiting: list[Sequence]) -> Sequence | None:
+        """The prompt to make rows of media for, among those that wait for theirs.
+
+        The plan has room for one encode and its rows, so the next begins when a step has used them. Tenants take turns.
+        """
+        for one in self._running:
+            if one.spans is not None and one.spans.holds_rows:
+                return one if one in waiting else None
+        if not waiting:
+            return None
+        chosen = min(
+            waiting, key=lambda one: one.tenant == self._made_for
+        )  # the oldest of another tenant, if any
+        self._made_for = chosen.tenant
+        return chosen
+
+    def _make_rows(self, sequence: Sequence, decoding: list[Sequence]) -> None:
+        """Make rows of a sequence's media for about `MAKING_S`.
 
         Beside sequences that decode this may take as long as a step of theirs. It ends before a piece of work that
         would take longer, going by the one before.
         """
         slice_s = max(MAKING_S, self._turns.step_s) if decoding else MAKING_S
-        sequence = waiting[self._num_steps % len(waiting)]
         assert sequence.spans is not None
         begin = now = self._clock()
         try:

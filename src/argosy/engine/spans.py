@@ -128,6 +128,11 @@ class Spans:
                 return begin
         return end
 
+    @property
+    def holds_rows(self) -> bool:
+        """Whether it has rows that no step has used yet, or makes some."""
+        return bool(self._rows) or self._making is not None
+
     def make_some(self, start: int) -> bool:
         """Do the next piece of work for the rows of the span at position `start`; returns whether they are made.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
+from argosy.experts.cache import CachedRunner
 from argosy.experts.resident import Progress
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 class Started:
     """What an engine runs with; it closes all of it."""
 
+    lock: threading.RLock  # held by whoever runs a step, or changes what steps use
     clock: PartClock
     store: _native.Store
     runtime: _native.Runtime
@@ -117,7 +120,15 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
-        media = _open_media(footprint, store, runtime, tokenizer)
+        model = reading.finish(
+            plan.model_sizes(config),
+            runtime,
+            clock=clock,
+            look_ahead=config.look_ahead,
+            observe=observe_routes,
+        )
+        lock = threading.RLock()
+        media = _open_media(footprint, store, runtime, tokenizer, model, plan, lock)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -127,16 +138,10 @@ def start(
             context_tokens=plan.context_tokens,
             media=media,
         )
-        model = reading.finish(
-            plan.model_sizes(config),
-            runtime,
-            clock=clock,
-            look_ahead=config.look_ahead,
-            observe=observe_routes,
-        )
         cache = _open_cache(model, plan, config, prefix_files)
         undo.pop_all()
     return Started(
+        lock=lock,
         clock=clock,
         store=store,
         runtime=runtime,
@@ -213,15 +218,26 @@ def _open_media(
     store: _native.Store,
     runtime: _native.Runtime,
     tokenizer: Tokenizer | None,
+    model: Model,
+    plan: MemoryPlan,
+    lock: threading.RLock,
 ) -> PromptMedia | None:
     if not footprint.encoders:
         return None
     from argosy.engine.media import open_media  # imports modules that only media need
+    from argosy.engine.media_memory import MediaMemory
     from argosy.model.encoders.reading import Encoders, runnable
 
+    lend = functools.partial(
+        MediaMemory,
+        cache=model.experts.cache if isinstance(model.experts, CachedRunner) else None,
+        num_slots=plan.num_slots,
+        lent_slots=plan.lent_slots,
+        lock=lock,
+    )
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return open_media(encoders, footprint.processors, footprint.low_detail, tokenizer)
+    return open_media(encoders, footprint.processors, footprint.low_detail, tokenizer, lend)
 
 
 def _open_prefix_files(

@@ -177,8 +177,12 @@ class ModelFootprint:
     def _stack_sizes(self) -> _native.StackSizes:
         return stack_sizes(self.config)
 
-    def record_bytes(self, num_slots: int) -> int:
-        """What keeps account of the experts if `num_slots` of them have room: where each is, when it was used."""
+    def record_bytes(self, num_slots: int, num_lent: int = 0) -> int:
+        """What keeps account of the experts if `num_slots` of them have room: where each is, when it was used.
+
+        Args:
+            num_lent: how many more have room at times.
+        """
         if not self.num_experts:
             return 0
         num_layers, num_experts = self.config.num_layers, self.config.num_experts
@@ -189,7 +193,9 @@ class ModelFootprint:
         return (
             uses
             + self._records
-            + policy.bookkeeping_bytes(num_slots=num_slots, num_layers=num_layers, num_experts=num_experts)
+            + policy.bookkeeping_bytes(
+                num_slots=num_slots + num_lent, num_layers=num_layers, num_experts=num_experts
+            )
         )
 
     @cached_property

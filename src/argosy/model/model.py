@@ -39,7 +39,8 @@ class ModelSizes:
     kv_dtype: KvDtype
     step_tokens: int  # maximum tokens of a step
     num_states: int  # slots of the recurrent state; ignored if no layer has one
-    expert_slots: int | None  # None: every expert
+    expert_slots: int | None  # at most and at first; None: every expert
+    fewest_slots: int | None = None  # at least; None: as many
 
 
 class ModelReading:
@@ -125,6 +126,7 @@ class ModelReading:
                 self._store,
                 self._expert_files(),
                 num_slots=sizes.expert_slots,
+                fewest_slots=sizes.fewest_slots,
                 num_layers=self._files.config.num_layers,
                 experts_per_token=self._files.config.experts_per_token,
                 arithmetic=describe_experts(self._files.config, self._weights),

@@ -1,0 +1,232 @@
+"""The memory of pictures and sounds is lent to experts while there are none, and taken back before it is needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.config import MIB, Budget, EngineConfig
+from argosy.engine import start
+from argosy.engine.media_memory import IDLE_S, MediaMemory
+from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, page_table_bytes, plan_memory
+from argosy.errors import UsageError
+from argosy.media.parts import Image
+from argosy.model.families import open_model
+from argosy.model.footprint import ModelFootprint
+from argosy.prompt.prompt import Prompt
+from tests.models.seeing import with_towers, write
+from tests.models.tiny_wrappers import qwen3_vl_moe
+
+NUM_SLOTS, LENT_SLOTS = 10, 30
+
+
+class Slots:
+    """An expert cache that notes how many slots it has."""
+
+    def __init__(self) -> None:
+        self.noted = [NUM_SLOTS + LENT_SLOTS]
+
+    def resize(self, num_slots: int) -> None:
+        self.noted.append(num_slots)
+
+
+class Lender:
+    """A `MediaMemory` with a clock and a cache of the test's own."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.cache, self.lock = Slots(), threading.RLock()
+        self.cleared: list[int] = []
+        self.memory = MediaMemory(
+            lambda: self.cleared.append(self.cache.noted[-1]),
+            cache=self.cache,  # type: ignore[arg-type]
+            num_slots=NUM_SLOTS,
+            lent_slots=LENT_SLOTS,
+            lock=self.lock,
+            clock=lambda: self.now,
+        )
+
+
+def test_it_is_lent_until_a_picture_comes_and_again_after_a_minute_without() -> None:
+    lender = Lender()
+    lender.memory.settle()
+    assert lender.memory.lent_slots == LENT_SLOTS
+    with lender.memory.use():
+        assert lender.memory.lent_slots == 0
+        assert lender.cache.noted == [NUM_SLOTS + LENT_SLOTS, NUM_SLOTS]
+        lender.now += 10 * IDLE_S
+        lender.memory.settle()  # it is still used
+    lender.now += IDLE_S - 1
+    lender.memory.settle()
+    with lender.memory.use():
+        pass
+    lender.now += IDLE_S - 1
+    lender.memory.settle()
+    assert lender.cache.noted[1:] == [NUM_SLOTS]
+    assert not lender.cleared
+    lender.now += 1
+    lender.memory.settle()
+    assert lender.cleared == [NUM_SLOTS]  # before experts have it
+    assert lender.cache.noted[1:] == [NUM_SLOTS, NUM_SLOTS + LENT_SLOTS]
+
+
+def test_a_picture_from_another_thread_waits_for_the_end_of_a_step_and_no_longer() -> None:
+    lender = Lender()
+    has_begun, has_memory = threading.Event(), threading.Event()
+
+    def picture() -> None:
+        has_begun.set()
+        with lender.memory.use():
+            has_memory.set()
+
+    with lender.lock:  # steps, one after another, without a pause between them
+        thread = threading.Thread(target=picture)
+        thread.start()
+        has_begun.wait()
+        assert not has_memory.wait(0.05)
+        assert lender.cache.noted == [NUM_SLOTS + LENT_SLOTS]
+        while not lender.memory._num_users:
+            pass
+        lender.memory.settle()  # before the next step
+        assert lender.cache.noted[-1] == NUM_SLOTS
+        assert has_memory.wait(5)
+    thread.join()
+
+
+def test_a_picture_takes_it_back_itself_if_no_step_runs() -> None:
+    lender = Lender()
+    thread = threading.Thread(target=lambda: lender.memory.use().__enter__())
+    thread.start()
+    thread.join(5)
+    assert lender.cache.noted[-1] == NUM_SLOTS
+
+
+def test_a_picture_that_waits_when_the_engine_closes_is_refused() -> None:
+    lender = Lender()
+    lender.memory.close()
+    with pytest.raises(UsageError, match="the engine is closed"), lender.memory.use():
+        pass
+    assert lender.memory._num_users == 0
+
+
+# ── whole engines ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+TEXTS = [[5, 9, 12, 40], [7] * 9, [20, 21, 22]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 48 experts of 1.5 MiB each."""
+    directory = tmp_path_factory.mktemp("lending") / "model"
+    raw = with_towers("qwen3_vl_moe", qwen3_vl_moe(num_experts=16, moe_intermediate_size=8192))
+    write(directory, "qwen3_vl_moe", raw, seed=11)
+    return directory
+
+
+def planned(model: Path, budget_bytes: int) -> MemoryPlan:
+    files = open_model(model)
+    config = EngineConfig(budget=Budget(ram_bytes=budget_bytes), threads=1, image_tokens=64, chunk_tokens=16)
+    return plan_memory(ModelFootprint(files, config), config, process_bytes=50 * MIB)
+
+
+def test_a_plan_lends_what_media_take_only_while_they_are_there(model: Path) -> None:
+    everything = planned(model, 1 << 40)
+    assert everything.is_resident
+    assert everything.lent_slots == 0  # nothing is left to lend to
+    for missing in (1, everything.num_experts // 2, everything.num_experts - 4):
+        tight = planned(model, everything.total_bytes - missing * everything.slot_bytes)
+        assert tight.num_slots < everything.num_experts
+        assert tight.num_slots + tight.lent_slots == everything.num_experts
+        assert tight.lent_slots * tight.slot_bytes <= lendable_bytes(tight.encoder_bytes)
+        assert tight.total_bytes <= tight.budget_bytes
+        mapped = tight.total_bytes - 50 * MIB - tight.page_table_bytes
+        assert tight.page_table_bytes >= page_table_bytes(mapped + tight.lent_slots * tight.slot_bytes)
+        assert tight.as_dict()["lent_expert_slots"] == tight.lent_slots
+        assert f", {everything.num_experts} while there are no pictures" in tight.parts()[-1].note
+    config = EngineConfig(budget=Budget(ram_bytes=1 << 40), threads=1, expert_slots=6)
+    fixed = plan_memory(ModelFootprint(open_model(model), config), config, process_bytes=50 * MIB)
+    assert (fixed.num_slots, fixed.lent_slots) == (6, 0)  # whoever fixes the number gets it
+
+
+@contextmanager
+def tight_engine(model: Path, num_missing: int) -> Iterator[Engine]:
+    """An engine whose budget is so small that some experts have room only in the memory for pictures."""
+    everything = planned(model, 1 << 40)
+    budget = everything.total_bytes - num_missing * everything.slot_bytes
+    options: dict[str, Any] = {"threads": 1, "image_tokens": 64, "chunk_tokens": 16, "prefix_reuse": False}
+    with pytest.MonkeyPatch.context() as patch:  # the size of a test process varies
+        patch.setattr(start, "held_bytes", lambda: 50 * MIB)
+        patch.setattr(start, "process_bytes", lambda tokenizer: 50 * MIB)
+        with Engine.open(model, memory=f"{budget // MIB}MiB", **options) as engine:
+            assert 0 < engine.plan.num_slots < engine.plan.num_experts - num_missing // 2
+            yield engine
+
+
+def prompt_of(engine: Engine, seed: int) -> Prompt:
+    assert engine._media is not None
+    pixels = np.random.default_rng(seed).integers(0, 256, (80, 60, 3), np.uint8)
+    segments = engine._media.segments(engine._media.read(Image(pixels)), "")
+    return Prompt.of([3, 5], *segments, [30, 31])
+
+
+def answers(engine: Engine, seed: int | None = None) -> list[list[int]]:
+    prompts: list[Any] = [*TEXTS] if seed is None else [*TEXTS, prompt_of(engine, seed)]
+    return [result.token_ids for result in engine.generate_batch(prompts, GREEDY)]
+
+
+def test_answers_are_the_same_while_memory_is_lent_taken_back_and_lent_again(model: Path) -> None:
+    with Engine.open(model, memory="3GiB", threads=1, image_tokens=64, prefix_reuse=False) as engine:
+        assert engine.plan.is_resident
+        expected = [answers(engine, seed) for seed in range(3)]
+    with tight_engine(model, num_missing=40) as engine:
+        assert engine._media is not None
+        memory, plan, cache = engine._media.memory, engine.plan, engine._model.experts.cache  # type: ignore[union-attr]
+        now = 0.0
+        memory._clock = lambda: now
+        for seed in range(3):
+            assert engine.facts().expert_slots == plan.num_slots + plan.lent_slots
+            assert answers(engine) == expected[seed][:-1]
+            assert engine.facts().num_resident > plan.num_slots
+            assert not engine._media._encoders._open
+            assert answers(engine, seed) == expected[seed]
+            assert engine.facts().expert_slots == plan.num_slots >= engine.facts().num_resident
+            assert cache._arena.nbytes == plan.num_slots * plan.slot_bytes
+            assert engine._media._encoders._open
+            now += IDLE_S
+            engine.generate(TEXTS[0], GREEDY)
+            assert not engine._media._encoders._open
+
+
+def test_a_picture_that_comes_while_a_text_is_answered_changes_no_token(model: Path) -> None:
+    """The cache loses most of its slots, and later gets them back, in the middle of an answer."""
+    long = replace(GREEDY, max_tokens=60)
+    with Engine.open(model, memory="3GiB", threads=1, image_tokens=64, prefix_reuse=False) as engine:
+        expected = engine.generate(TEXTS[0], long).token_ids
+        seen = engine.generate(prompt_of(engine, 0), GREEDY).token_ids
+    with tight_engine(model, num_missing=44) as engine:
+        assert engine._media is not None
+        now = 0.0
+        engine._media.memory._clock = lambda: now
+        talker = engine.submit(TEXTS[0], long)
+        while len(talker.new_ids) < 10:
+            engine.step()
+        picture = engine.submit(prompt_of(engine, 0), GREEDY)
+        assert engine._media.memory.lent_slots == 0
+        while picture.result is None:
+            engine.step()
+        now += IDLE_S
+        engine.step()
+        assert engine._media.memory.lent_slots > 0
+        while talker.result is None:
+            engine.step()
+        assert talker.result.token_ids == expected
+        assert picture.result.token_ids == seen
