@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
-EVERYONE = {"config", "errors", "replace_file", "strict_json"}
+EVERYONE = {"config", "confine", "errors", "replace_file", "strict_json"}
 MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "media": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "serve": {"engine", "prompt", "media", "guard"},
     "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},
+    "confine": set(),
     "errors": set(),
     "replace_file": set(),
     "strict_json": set(),

@@ -240,6 +240,8 @@ def test_a_real_model_answers_the_same_streamed_and_as_json(chat_model: Path, ca
         facts["ledger"]["wall_s"], rel=0.02, abs=1e-3
     )
     assert "expert cache" in streamed.err
+    assert "attention and dense" in streamed.err
+    assert "encoding" not in streamed.err  # a text has nothing to encode
 
 
 def test_logprobs_are_in_the_json(chat_model: Path, capsys: Captured) -> None:

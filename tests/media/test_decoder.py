@@ -51,8 +51,39 @@ def test_every_orientation_is_applied_to_pictures_of_several_pieces(decoder: Dec
         7: plain[::-1, ::-1].transpose(1, 0, 2),
         8: plain.transpose(1, 0, 2)[::-1],
     }[turn]
-    assert decoder.measure(content_of(file)) == turned.shape[:2]
-    assert np.array_equal(decoder.picture(content_of(file)), turned)
+    told: list[tuple[int, int]] = []
+    assert np.array_equal(decoder.picture(content_of(file), lambda *size: told.append(size)), turned)
+    assert told == [turned.shape[:2]]
+
+
+def test_a_picture_that_its_header_rules_out_is_not_decoded_and_the_process_stays(decoder: Decoder) -> None:
+    damaged = png(pattern(40, 50))[:200]  # a whole header, and not all of the pixels
+
+    def refuse(height: int, width: int) -> None:
+        raise BadMedia(f"{height} x {width} is too narrow", kind="picture")
+
+    decoder.picture(content_of(png(pattern(4, 5))))
+    process = process_of(decoder)
+    for _ in range(2):
+        with pytest.raises(BadMedia, match="40 x 50 is too narrow"):
+            decoder.picture(content_of(damaged), refuse)
+    with pytest.raises(BadMedia, match="damaged"):
+        decoder.picture(content_of(damaged))
+    assert decoder.picture(content_of(png(pattern(4, 5)))).shape == (4, 5, 3)
+    assert process_of(decoder) == process
+
+
+def test_the_bytes_of_a_picture_are_sent_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    write = decoder_module._Worker.write
+    monkeypatch.setattr(
+        decoder_module._Worker,
+        "write",
+        lambda worker, data, deadline: sent.append(len(data)) or write(worker, data, deadline),
+    )
+    file = png(pattern(40, 50))
+    decoder.picture(content_of(file), lambda height, width: None)
+    assert sent.count(len(file)) == 1
 
 
 def test_transparent_pixels_become_white(decoder: Decoder) -> None:
@@ -74,7 +105,9 @@ def test_an_array_needs_no_process() -> None:
     decoder = Decoder()
     grey = pattern(5, 7, 1)[:, :, 0]
     content = Image(grey).read(LIMITS)
-    assert decoder.measure(content) == (5, 7)
+    told: list[tuple[int, int]] = []
+    decoder.picture(content, lambda *size: told.append(size))
+    assert told == [(5, 7)]
     assert np.array_equal(decoder.picture(content), np.stack([grey] * 3, axis=2))
     samples = wave(0.5, 8_000)[:, 0].astype(np.float32)
     found = decoder.sound(Audio(samples, rate=8_000).read(LIMITS), 16_000)

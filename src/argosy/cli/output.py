@@ -126,7 +126,11 @@ def ledger_lines(
     if plan is not None:
         lines += plan_lines(plan)
     lines.append(f"time     {ledger.wall_s:.3f} s")
-    lines += [f"  {part.replace('_', ' '):<20}{seconds:>10.3f} s" for part, seconds in ledger.parts.items()]
+    lines += [
+        f"  {part.replace('_', ' '):<20}{seconds:>10.3f} s"
+        for part, seconds in ledger.parts.items()
+        if seconds
+    ]
     return lines
 
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
@@ -157,9 +156,8 @@ class PromptMedia:
     ) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
         if isinstance(processor, PictureProcessor):
-            if not isinstance(content.data, np.ndarray):
-                processor.grid(*self._decoder.measure(content))  # refuse what its header rules out
-            canvas = processor.resize(self._decoder.picture(content))
+            # What the header rules out is refused before it is decoded.
+            canvas = processor.resize(self._decoder.picture(content, processor.grid))
             rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
             return canvas, (1, rows, cols)
         features = processor.prepare(self._decoder.sound(content, processor.rate))

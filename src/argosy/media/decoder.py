@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import select
 import signal
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ _WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 # More threads would only reserve memory; and glibc must give freed memory back, so that the next picture can have it.
 _LESS_MEMORY = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 _MOST_HEADER_BYTES = 1 << 10
+_Check = Callable[[int, int], object]
 _FORMATS = {"picture": "PNG, JPEG, WEBP or GIF", "sound": "WAV, MP3, FLAC or OGG Vorbis"}
 
 
@@ -59,31 +62,24 @@ class Decoder:
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
 
-    def measure(self, content: Content) -> tuple[int, int]:
-        """Find height and width of a picture, as they will be after decoding.
-
-        Raises:
-            BadMedia: it is in no format that is read, its header is damaged, or it is too large.
-        """
-        if isinstance(content.data, np.ndarray):
-            height, width = content.data.shape[:2]
-        else:
-            assert isinstance(content.data, bytes)
-            height, width = self._ask("picture", {"ask": "measure"}, content.data, 2)[0]
-        require_pixels(height, width, self.limits)
-        return height, width
-
-    def picture(self, content: Content) -> NDArray[np.uint8]:
+    def picture(
+        self, content: Content, check: Callable[[int, int], object] = lambda height, width: None
+    ) -> NDArray[np.uint8]:
         """Decode a picture: uint8 RGB [height, width, 3].
+
+        Args:
+            check: called with height and width as they will be after decoding, before anything is decoded; it may
+                refuse them with an `ArgosyError`.
 
         Raises:
             BadMedia: it cannot be decoded within the limits.
         """
         if isinstance(content.data, np.ndarray):
             array = content.data
+            check(*array.shape[:2])
             return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
         assert isinstance(content.data, bytes)
-        shape, payload = self._ask("picture", {"ask": "picture"}, content.data, 3)
+        shape, payload = self._ask("picture", {"ask": "picture"}, content.data, check)
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
     def sound(self, content: Content, rate: int) -> NDArray[np.float32]:
@@ -100,7 +96,7 @@ class Decoder:
             resampler.add(content.data)
             return resampler.finish()
         assert isinstance(content.data, bytes)
-        _, payload = self._ask("sound", {"ask": "sound", "rate": rate}, content.data, 1)
+        _, payload = self._ask("sound", {"ask": "sound", "rate": rate}, content.data, None)
         return np.frombuffer(payload, np.float32)
 
     def close(self) -> None:
@@ -113,7 +109,7 @@ class Decoder:
             self._worker = None
 
     def _ask(
-        self, kind: Kind, request: dict[str, Any], data: bytes, num_axes: int
+        self, kind: Kind, request: dict[str, Any], data: bytes, check: _Check | None
     ) -> tuple[tuple[int, ...], bytearray]:
         limits = asdict(self.limits) | {"lowest_rate": LOWEST_RATE, "highest_rate": HIGHEST_RATE}
         line = json.dumps({**request, "nbytes": len(data), "limits": limits}).encode("ascii") + b"\n"
@@ -124,7 +120,7 @@ class Decoder:
                     self._worker = _Worker()
                 try:
                     self._worker.await_ready()
-                    answer = self._exchange(kind, self._worker, line, data, num_axes)
+                    answer = self._exchange(kind, self._worker, line, data, check)
                 except _Gone as gone:
                     self._stop()
                     if not gone.is_before_decoding:
@@ -133,40 +129,56 @@ class Decoder:
                 except BaseException:
                     self._stop()
                     raise
-                if isinstance(answer, BadMedia):
+                if isinstance(answer, ArgosyError):
                     raise answer
                 return answer
         raise ArgosyError("the process that decodes pictures and sounds ended without an answer")
 
     def _exchange(
-        self, kind: Kind, worker: _Worker, line: bytes, data: bytes, num_axes: int
-    ) -> tuple[tuple[int, ...], bytearray] | BadMedia:
+        self, kind: Kind, worker: _Worker, line: bytes, data: bytes, check: _Check | None
+    ) -> tuple[tuple[int, ...], bytearray] | ArgosyError:
         """Send one request and read its answer; an answer that breaks the protocol is like a process that ended."""
         deadline = time.monotonic() + self.limits.wall_s
         worker.write(line, deadline)
         worker.write(data, deadline)
+        if check is not None:
+            shape, _ = self._header(kind, worker, deadline, num_axes=2)
+            if isinstance(shape, BadMedia):
+                return shape
+            try:
+                check(shape[0], shape[1])
+            except ArgosyError as refusal:
+                worker.write(b"false\n", deadline)
+                return refusal
+            worker.write(b"true\n", deadline)
+        shape, payload = self._header(kind, worker, deadline, num_axes=1 if check is None else 3)
+        if isinstance(shape, BadMedia):
+            return shape
+        return shape, worker.read(_payload_bytes(kind, shape), payload, deadline)
+
+    def _header(
+        self, kind: Kind, worker: _Worker, deadline: float, *, num_axes: int
+    ) -> tuple[tuple[int, ...] | BadMedia, bytes]:
+        """Read the line that says a shape, within the limits, or why there is none; and what came with it."""
         header, payload = worker.read_line(deadline)
         try:
             answer = json.loads(header)
             if "refused" in answer:
-                return self._refusal(kind, str(answer["refused"]), dict(answer["facts"]))
+                return self._refusal(kind, str(answer["refused"]), dict(answer["facts"])), payload
             shape = tuple(answer["shape"])
             if len(shape) != num_axes or not all(type(side) is int and side > 0 for side in shape):
                 raise ValueError
-            nbytes = self._require_allowed(kind, shape)
+            self._require_allowed(kind, shape)
         except (ValueError, KeyError, TypeError):
             raise _Gone from None
-        return shape, worker.read(nbytes, payload, deadline)
+        return shape, payload
 
-    def _require_allowed(self, kind: Kind, shape: tuple[int, ...]) -> int:
-        """Return the bytes that follow a header, after comparing them with the limits."""
+    def _require_allowed(self, kind: Kind, shape: tuple[int, ...]) -> None:
         if kind == "sound":
             if shape[0] > self.limits.sound_s * HIGHEST_RATE:
                 raise ValueError
-            return 4 * shape[0]
-        if shape[0] * shape[1] > self.limits.pixels or shape[2:] not in ((), (3,)):
+        elif shape[0] * shape[1] > self.limits.pixels or shape[2:] not in ((), (3,)):
             raise ValueError
-        return 3 * shape[0] * shape[1] if len(shape) == 3 else 0
 
     def _refusal(self, kind: Kind, reason: str, facts: dict[str, Any]) -> BadMedia:
         """Turn a refusal into a sentence; raises KeyError, TypeError or ValueError if it is none that we know."""
@@ -224,6 +236,10 @@ class Decoder:
                 f"decoding the {kind} takes more processor time than a {kind} of its size may", kind=kind
             )
         return BadMedia(f"the {kind} is damaged: its decoder failed", kind=kind)
+
+
+def _payload_bytes(kind: Kind, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * (4 if kind == "sound" else 1)
 
 
 class _Gone(Exception):

@@ -2,6 +2,8 @@
 
     stdin: one JSON request and the bytes of a file  ->  decode  ->  stdout: one JSON answer and the pixels or samples
 
+Of a picture it first tells the size, and decodes it only if `true` comes back.
+
 A file is data from a stranger, and decoders are written in C. So this process has no files, no network and little
 memory, and a fresh allowance of processor time for each request; when it is used up, the kernel ends the process. The
 answer says what was found in numbers and names of our own; no text of a library leaves this process.
@@ -17,7 +19,6 @@ Elsewhere: `decoder.py` starts this process, enforces the wall time, and turns r
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -26,7 +27,7 @@ import select
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import miniaudio
@@ -43,6 +44,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from argosy.confine import forbid_files, limit_memory, limit_resource, virtual_bytes
 from argosy.media.resample import Resampler
 
 _IDLE_SECONDS = 10.0  # after this the process ends and frees its memory; the next request starts another
@@ -103,7 +105,7 @@ class Refused(Exception):
 
 
 class Answer(NamedTuple):
-    """shape: of the array that the pieces make, or (height, width) alone if there are none."""
+    """shape: of the array that the pieces make."""
 
     shape: tuple[int, ...]
     pieces: Iterator[bytes | memoryview]
@@ -112,33 +114,39 @@ class Answer(NamedTuple):
 # ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def measure_picture(data: bytes, limits: dict[str, Any]) -> Answer:
-    """Find height and width as they will be after decoding, from the header alone if the format allows."""
-    image = _open_picture(data, limits)
-    height, width = image.height, image.width
-    is_in_header = (
-        image.format != "PNG" or "exif" in image.info or not any(text in data for text in _PNG_TEXTS)
-    )
-    if _orientation(image, is_in_header=is_in_header) >= 5:
-        height, width = width, height
-    return Answer((height, width), iter(()))
+class Picture:
+    """A picture whose header was read.
 
+    Attributes:
+        height, width: as they will be after decoding, from the header alone if the format allows.
+    """
 
-def decode_picture(data: bytes, limits: dict[str, Any]) -> Answer:
-    """Decode to uint8 RGB [height, width, 3]."""
-    image = _open_picture(data, limits)
-    size = image.size
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception:  # decoders report damage in many ways
-        raise Refused("damaged") from None
-    if image.size != size:
-        raise Refused("damaged")
-    orientation = _orientation(image, is_in_header=True)
-    height, width = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
-    return Answer((height, width, 3), _rows(image, orientation, height, width))
+    def __init__(self, data: bytes, limits: dict[str, Any]) -> None:
+        self._image = image = _open_picture(data, limits)
+        is_in_header = (
+            image.format != "PNG" or "exif" in image.info or not any(text in data for text in _PNG_TEXTS)
+        )
+        self.height, self.width = self._turned(_orientation(image, is_in_header=is_in_header))
+
+    def decode(self) -> Answer:
+        """Decode to uint8 RGB [height, width, 3]."""
+        image = self._image
+        size = image.size
+        try:
+            image.load()
+        except MemoryError:
+            raise
+        except Exception:  # decoders report damage in many ways
+            raise Refused("damaged") from None
+        orientation = _orientation(image, is_in_header=True)
+        height, width = self._turned(orientation)
+        if image.size != size or (height, width) != (self.height, self.width):
+            raise Refused("damaged")
+        return Answer((height, width, 3), _rows(image, orientation, height, width))
+
+    def _turned(self, orientation: int) -> tuple[int, int]:
+        height, width = self._image.height, self._image.width
+        return (width, height) if orientation >= 5 else (height, width)
 
 
 def _open_picture(data: bytes, limits: dict[str, Any]) -> ImageFile.ImageFile:
@@ -340,11 +348,6 @@ def _allow_seconds(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _virtual_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
-
-
 def _warm_up() -> None:
     """Decode what makes Pillow load all of its parts, which is impossible later without opening a file."""
     assert MpoImagePlugin  # a JPEG with several pictures asks for it
@@ -360,31 +363,33 @@ def _warm_up() -> None:
     for name in _READERS:
         file = io.BytesIO()
         Image.new("P" if name == "GIF" else "RGB", (2, 2)).save(file, name)
-        for _ in decode_picture(file.getvalue(), limits).pieces:
+        for _ in Picture(file.getvalue(), limits).decode().pieces:
             pass
     Resampler(8_000, 16_000).finish()
 
 
-def _answer(request: dict[str, Any], data: bytes) -> Answer:
-    limits = request["limits"]
-    if request["ask"] == "measure":
-        return measure_picture(data, limits)
-    if request["ask"] == "picture":
-        return decode_picture(data, limits)
-    return decode_sound(data, limits, request["rate"])
-
-
 def _serve(source: BinaryIO, sink: BinaryIO, request: dict[str, Any]) -> None:
-    data = source.read(request["nbytes"])
+    data, limits = source.read(request["nbytes"]), request["limits"]
     try:
-        answer = _answer(request, data)
-        said: dict[str, Any] = {"shape": answer.shape}
+        if request["ask"] == "picture":
+            picture = Picture(data, limits)
+            _say(sink, {"shape": (picture.height, picture.width)})
+            if source.readline() != b"true\n":
+                return
+            answer = picture.decode()
+        else:
+            answer = decode_sound(data, limits, request["rate"])
     except Refused as refusal:
-        said, answer = {"refused": refusal.reason, "facts": refusal.facts}, Answer((), iter(()))
+        _say(sink, {"refused": refusal.reason, "facts": refusal.facts})
     except MemoryError:
-        said, answer = {"refused": "out_of_memory", "facts": {}}, Answer((), iter(()))
-    sink.write(json.dumps(said).encode("ascii") + b"\n")
-    for piece in answer.pieces:
+        _say(sink, {"refused": "out_of_memory", "facts": {}})
+    else:
+        _say(sink, {"shape": answer.shape}, answer.pieces)
+
+
+def _say(sink: BinaryIO, header: dict[str, Any], pieces: Iterable[bytes | memoryview] = ()) -> None:
+    sink.write(json.dumps(header).encode("ascii") + b"\n")
+    for piece in pieces:
         sink.write(piece)
     sink.flush()
 
@@ -400,15 +405,9 @@ def main() -> None:
     Image.MAX_IMAGE_PIXELS = None  # the limits of each request decide
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     _warm_up()
-    ready_bytes = _virtual_bytes()
-    for limit, value in (
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 3),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(limit, (value, value))
+    ready_bytes = virtual_bytes()
+    forbid_files()
+    limit_resource(resource.RLIMIT_NPROC, 0)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sink.write(b"ready\n")
     sink.flush()
@@ -417,9 +416,7 @@ def main() -> None:
         if not line:
             return
         request = json.loads(line)
-        memory = ready_bytes + request["limits"]["decode_bytes"]
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        limit_memory(ready_bytes + request["limits"]["decode_bytes"])
         _allow_seconds(_CPU_SECONDS)
         _serve(source, sink, request)
         _allow_seconds(0)  # no limit while it waits

@@ -34,6 +34,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from argosy.confine import forbid_files, limit_memory, limit_resource, virtual_bytes
 from argosy.prompt.taint import ShadowMap, Tainted, TooManyCharacters, has_shadows
 
 _IDLE_SECONDS = 2.0  # after this the process ends and frees its memory; the next request starts another
@@ -305,11 +306,6 @@ def _said(error: Exception) -> str:
     return f"line {line}: {first}" if line else first
 
 
-def _virtual_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
-
-
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request.keys() == {"read"}:
@@ -329,15 +325,9 @@ def main() -> None:
         render_segments(
             _WARM_UP, [{"role": "user", "content": "a"}], fixed={}, variables={}, max_characters=99
         )
-    ready_bytes = _virtual_bytes()
-    for limit, value in (
-        (resource.RLIMIT_CPU, _CPU_SECONDS),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 3),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(limit, (value, value))
+    ready_bytes = virtual_bytes()
+    forbid_files()
+    limit_resource(resource.RLIMIT_CPU, _CPU_SECONDS)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sink.write(b"ready\n")
     sink.flush()
@@ -345,9 +335,7 @@ def main() -> None:
         line = source.readline()
         if not line:
             return
-        memory = ready_bytes + _MEMORY_BYTES + _MEMORY_BYTES_PER_CHARACTER * len(line)
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        limit_memory(ready_bytes + _MEMORY_BYTES + _MEMORY_BYTES_PER_CHARACTER * len(line))
         sink.write(json.dumps(_answer(json.loads(line))).encode("ascii") + b"\n")
         sink.flush()
 

@@ -1,8 +1,9 @@
 """GLM-4.5V and GLM-4.6V: the text part, a GLM-4.5-Air under `model.language_model.`.
 
 `config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
-tower (`model.visual.*`) is ignored. q and k have no norm. Image positions have three axes, each of which rotates a
-section of a head's pairs; text has the same position on all axes, which is ordinary rotary embedding.
+tower (`model.visual.*`) is in `model/encoders/glm_vision.py`. q and k have no norm. Image positions have three axes,
+each of which rotates a section of a head's pairs; text has the same position on all axes, which is ordinary rotary
+embedding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Kimi-K2.5 and K2.6: the text part, a Kimi-K2 under `language_model.`; the vision tower is ignored.
+"""Kimi-K2.5 and K2.6: the text part, a Kimi-K2 under `language_model.`.
 
 `config.json` is a wrapper with the text model in `text_config`; its `model_type` is "kimi_k2" on the hub and
-"deepseek_v3" in files written by transformers. The wrapper's keys describe images, video and tokens.
+"deepseek_v3" in files written by transformers. The wrapper's keys describe images, video and tokens. The vision tower
+is in `model/encoders/moon_vit.py`.
 """
 
 from __future__ import annotations

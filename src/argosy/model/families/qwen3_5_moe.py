@@ -1,7 +1,7 @@
 """Qwen3.5-MoE and Qwen3.6-MoE as on the hub: the text part of a vision-language model.
 
 `config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
-tower (`model.visual.*`) is ignored.
+tower (`model.visual.*`) is in `model/encoders/qwen_vision.py`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Qwen3-VL-MoE (30B-A3B, 235B-A22B): the text part, a Qwen3-MoE under `model.language_model.`.
 
 `config.json` is a wrapper with the text model in `text_config`; its own keys describe images and video. The vision
-tower (`model.visual.*`) is ignored, and so is its contribution to the first layers at image positions. Routing weights
-always sum to one. The hub stores the experts of a layer transposed, [experts, hidden, 2 * width] with gate before up:
-`argosy pack` reads them, and the pack runs. transformers writes the same tensors with contiguous rows; their shape
-tells the two apart.
+tower (`model.visual.*`) is in `model/encoders/qwen_vision.py`. Routing weights always sum to one. The hub stores the
+experts of a layer transposed, [experts, hidden, 2 * width] with gate before up: `argosy pack` reads them, and the pack
+runs. transformers writes the same tensors with contiguous rows; their shape tells the two apart.
 """
 
 from __future__ import annotations
