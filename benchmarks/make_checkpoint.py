@@ -179,7 +179,12 @@ def _with_towers(text: RawConfig) -> RawConfig:
     sections = [pairs - 2 * (pairs * 5 // 16), pairs * 5 // 16, pairs * 5 // 16]
     text |= {
         "model_type": "qwen3_omni_moe_text",
-        "rope_scaling": {"interleaved": True, "mrope_section": sections, "rope_type": "default", "type": "default"},
+        "rope_scaling": {
+            "interleaved": True,
+            "mrope_section": sections,
+            "rope_type": "default",
+            "type": "default",
+        },
     }
     return {
         "architectures": ["Qwen3OmniMoeForConditionalGeneration"],

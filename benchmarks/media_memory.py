@@ -1,6 +1,6 @@
 """Does `--memory` hold with pictures and sounds, and what do experts gain while there are none?
 
-    python benchmarks/media_memory.py [--memory 3200MiB] [--recording 600] [--short]
+    python benchmarks/media_memory.py [--memory 4GiB] [--recording 600] [--short]
 
 A model with the vision and audio towers of Qwen3-Omni in their real sizes (random weights, bf16) runs in a memory
 cgroup that is limited to the budget, with swap forbidden. Two texts are answered all the time, while there come a
@@ -156,13 +156,15 @@ def inside(model: Path, options: argparse.Namespace) -> None:
         run.phase("texts, lent again", [], options.new)
         run.phase("a photograph again", [Image(photograph(99))])
         print(
-            json.dumps({"plan": plan.lines(), "budget": plan.budget_bytes, "phases": run.facts, **plan.as_dict()})
+            json.dumps(
+                {"plan": plan.lines(), "budget": plan.budget_bytes, "phases": run.facts, **plan.as_dict()}
+            )
         )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--memory", default="3200MiB")
+    parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--recording", type=float, default=600, help="seconds")
     parser.add_argument("--pictures", type=int, default=10)
     parser.add_argument("--image-tokens", type=int, default=1024, help="most positions of a picture")
@@ -201,7 +203,9 @@ def measure(model: Path, options: argparse.Namespace) -> int:
         print(f"skipped: {reason}", file=sys.stderr)
         return 0
     if capped.returncode:
-        raise SystemExit(f"ended with {capped.returncode}, {capped.num_oom_kills} kills:\n{capped.stderr[-3000:]}")
+        raise SystemExit(
+            f"ended with {capped.returncode}, {capped.num_oom_kills} kills:\n{capped.stderr[-3000:]}"
+        )
     found = json.loads(capped.stdout)
     answered = sum(phase["answered"] for phase in found["phases"])
     report.correct(f"{answered} of {options.pictures + 3} pictures and sounds were answered")
@@ -211,7 +215,8 @@ def measure(model: Path, options: argparse.Namespace) -> int:
         report.line(
             phase["name"],
             f"{phase['slots']} slots, {phase['resident']} experts in memory, hit rate {phase['hit_rate']:.3f}, "
-            f"process {format_bytes(phase['process'])}" + "".join(f"; refused: {why}" for why in phase["refused"]),
+            f"process {format_bytes(phase['process'])}"
+            + "".join(f"; refused: {why}" for why in phase["refused"]),
         )
     sample.values = {
         "peak": capped.peak_bytes / 2**20,
@@ -223,7 +228,9 @@ def measure(model: Path, options: argparse.Namespace) -> int:
     report.figure("planned", "MiB", [sample], "planned")
     report.ratio("peak / budget", capped.peak_bytes, budget, target="<= 1.00")
     by_name = {phase["name"]: phase["hit_rate"] for phase in found["phases"]}
-    report.ratio("hit rate of texts, memory lent / kept", by_name["texts, lent again"], by_name["texts, memory kept"])
+    report.ratio(
+        "hit rate of texts, memory lent / kept", by_name["texts, lent again"], by_name["texts, memory kept"]
+    )
     report.line(
         "kernel",
         f"cgroup {capped.hierarchy}: {capped.num_oom_kills} kills, {capped.peak_swap_bytes} bytes of swap, "

@@ -29,6 +29,8 @@ SCRIPTS = (
     "footprint",
     "replay",
     "memory",
+    "media_memory",
+    "beside_encode",
     "attack",
     "quantisation",
     "demo",

@@ -11,6 +11,7 @@ Elsewhere: `table.py` knows where a family keeps its towers, `mmproj.py` how GGU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from argosy.media.pictures import PictureProcessor, read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
+from argosy.model.encoders.blocks import FLOAT_BYTES
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoForm
 from argosy.model.families import CONFIG_FILE
@@ -161,8 +163,9 @@ class EncoderFiles:
         return self.encoder.num_positions(self.config, shape)
 
     def peak_bytes(self, shape: Shape) -> int:
-        """Most bytes that encoding an input of this shape allocates, its rows included."""
-        return self.encoder.peak_bytes(self.config, shape)
+        """Most bytes that encoding an input of this shape allocates, with its rows, and a picture's patches."""
+        patches = math.prod(shape) * self.config.patch_values if self.encoder.kind == "picture" else 0
+        return FLOAT_BYTES * patches + self.encoder.peak_bytes(self.config, shape)
 
 
 def find_encoders(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
