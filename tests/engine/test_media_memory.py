@@ -109,8 +109,12 @@ def test_a_picture_takes_it_back_itself_if_no_step_runs() -> None:
     assert lender.cache.noted[-1] == NUM_SLOTS
 
 
-def test_a_picture_that_waits_when_the_engine_closes_is_refused() -> None:
+@pytest.mark.parametrize("is_lent", [True, False])
+def test_a_picture_that_comes_when_the_engine_closes_is_refused(is_lent: bool) -> None:
     lender = Lender()
+    if not is_lent:
+        with lender.memory.use():
+            pass
     lender.memory.close()
     with pytest.raises(UsageError, match="the engine is closed"), lender.memory.use():
         pass

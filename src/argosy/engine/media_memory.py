@@ -78,6 +78,7 @@ class MediaMemory:
                         self.settle()
                     finally:
                         self._lock.release()
+            self._require_open()
             yield
         finally:
             with self._users:
@@ -86,8 +87,7 @@ class MediaMemory:
 
     def settle(self) -> None:
         """Lend the memory or take it back, as its users need it. Call it with the lock, between two steps."""
-        if self._is_closed:
-            raise UsageError("the engine is closed")
+        self._require_open()
         if self._cache is None or not self._lent_slots:
             return
         if self._is_lent:
@@ -106,3 +106,7 @@ class MediaMemory:
     def close(self) -> None:
         """End: nothing is lent any more. Call it with the lock."""
         self._is_closed = True
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the engine is closed")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from argosy import _native
-from argosy.model.encoders import EncoderTensor, gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders import EncoderTensor, gemma_vision, qwen_vision
+from argosy.model.encoders.table import ENCODERS, Encoder
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
 from argosy.prompt.media_span import SpanRows
 from tests.models.safetensors_file import Array
+from tests.models.tiny import text_of
 from tests.models.tiny_encoders import (
     ANGLES_PER_SECOND,
     GRIDS,
@@ -63,12 +64,6 @@ class Part:
         return steps
 
 
-def reader(raw: RawConfig, *path: str) -> ConfigReader:
-    for key in path:
-        raw = raw[key]
-    return ConfigReader(raw, "this family", Path("config.json"), within=path[-1])
-
-
 def _grids(config: Any) -> list[Shape]:
     return [(frames, rows * config.merge, cols * config.merge) for frames, rows, cols in GRIDS]
 
@@ -86,93 +81,75 @@ def _patches(config: Any, grid: Shape, seed: int) -> Array:
     return random_input((math.prod(grid), config.patch_values), seed)
 
 
-def _vision(
-    family: str, module: Any, tower: Any, path: tuple[str, ...] = ("vision_config",), **changes: Any
-) -> Part:
-    """A part whose file has the usual functions; `changes` are the fields in which it differs."""
+def _part(family: str, encoder: Encoder, modules: tuple[str, ...], **changes: Any) -> Part:
+    """A part whose functions are those of the engine's table; `changes` are the fields in which it differs."""
+
+    def read(raw: RawConfig) -> Any:
+        around, model = raw, SimpleNamespace(hidden_size=text_of(raw).get("hidden_size"))
+        for key in encoder.path[:-1]:
+            around = around[key]
+        own = ConfigReader(around[encoder.path[-1]], "this family", within=encoder.path[-1])
+        return encoder.read(own, ConfigReader(around, "this family"), model)  # type: ignore[arg-type]
+
     usual = {
-        "prefix": "model.visual.",
-        "kind": "picture",
-        "modules": ("model.visual.",),
-        "read": lambda raw: module.read_config(reader(raw, *path)),
-        "tensors": module.tensors,
-        "num_positions": module.num_positions,
-        "peak_bytes": module.peak_bytes,
-        "angles": lambda config, grid: module.span_angles(grid, config.merge),
+        "family": family,
+        "prefix": encoder.prefix,
+        "kind": encoder.kind,
+        "modules": modules,
+        "read": read,
+        "tensors": encoder.tensors,
+        "tower": encoder.open,
+        "num_positions": encoder.num_positions,
+        "peak_bytes": encoder.peak_bytes,
+        "angles": encoder.angles,
         "shapes": _grids,
         "large_shapes": _large_grids,
         "make_input": _patches,
     }
-    return Part(**{"family": family, "tower": tower} | usual | changes)
-
-
-def _read_qwen3_5(raw: RawConfig) -> Any:
-    return qwen_vision.read_config(reader(raw, "vision_config"), has_deepstack=False)
+    return Part(**usual | changes)
 
 
 def _omni_angles(config: Any, grid: Any) -> tuple[Array, float]:
+    """Those of video, which the engine does not take yet."""
     return qwen_vision.omni_angles(
         config, grid, seconds_per_frame=SECONDS_PER_FRAME, angles_per_second=ANGLES_PER_SECOND
     )
 
 
-def _read_gemma(raw: RawConfig) -> Any:
-    text = raw["text_config"]
-    return gemma_vision.read_config(reader(raw, "vision_config"), hidden_size=text["hidden_size"])
-
-
-def _read_kimi(raw: RawConfig) -> Any:
-    text = raw["text_config"]
-    return moon_vit.read_config(
-        reader(raw, "vision_config"), ConfigReader(raw, "this family"), hidden_size=text["hidden_size"]
-    )
-
+# Not in the engine's table yet.
+_GEMMA = Encoder(
+    kind="picture",
+    path=("vision_config",),
+    placeholders=("image_token_id",),
+    prefix="model.",
+    read=lambda own, around, model: gemma_vision.read_config(own, hidden_size=model.hidden_size),
+    tensors=gemma_vision.tensors,
+    open=gemma_vision.GemmaVisionTower,
+    num_positions=gemma_vision.num_positions,
+    peak_bytes=gemma_vision.peak_bytes,
+)
 
 PARTS = {
-    "qwen3_vl_moe": _vision("qwen3_vl_moe", qwen_vision, qwen_vision.QwenVisionTower),
-    "qwen3_5_moe": _vision("qwen3_5_moe", qwen_vision, qwen_vision.QwenVisionTower, read=_read_qwen3_5),
-    "qwen3_omni_moe": _vision(
-        "qwen3_omni_moe",
-        qwen_vision,
-        qwen_vision.QwenVisionTower,
-        ("thinker_config", "vision_config"),
-        prefix="thinker.visual.",
-        tensors=partial(qwen_vision.tensors, is_omni=True),
-        angles=_omni_angles,
+    **{
+        family: _part(family, *ENCODERS[family], ("model.visual.",))
+        for family in ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe")
+    },
+    "qwen3_omni_moe": _part(
+        "qwen3_omni_moe", ENCODERS["qwen3_omni_moe"][0], ("model.visual.",), angles=_omni_angles
     ),
-    "qwen3_omni_moe_audio": Part(
-        family="qwen3_omni_moe",
-        prefix="thinker.audio_tower.",
-        kind="sound",
-        modules=("model.audio_tower.",),
-        read=lambda raw: omni_audio.read_config(reader(raw, "thinker_config", "audio_config")),
-        tensors=omni_audio.tensors,
-        tower=omni_audio.OmniAudioTower,
-        num_positions=lambda config, shape: omni_audio.num_positions(config, *shape),
-        peak_bytes=lambda config, shape: omni_audio.peak_bytes(config, *shape),
-        angles=None,
+    "qwen3_omni_moe_audio": _part(
+        "qwen3_omni_moe",
+        ENCODERS["qwen3_omni_moe"][1],
+        ("model.audio_tower.",),
         shapes=lambda config: [(length,) for length in LENGTHS],
         large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],
         make_input=lambda config, shape, seed: random_input((config.num_mels, *shape), seed),
     ),
-    "glm4v_moe": _vision("glm4v_moe", glm_vision, glm_vision.GlmVisionTower),
-    "kimi_k25": _vision(
-        "kimi_k25",
-        moon_vit,
-        moon_vit.MoonViT,
-        prefix="",
-        modules=("model.vision_tower.", "model.mm_projector."),
-        read=_read_kimi,
-        angles=None,
-    ),
-    "gemma4": _vision(
+    "kimi_k25": _part("kimi_k25", *ENCODERS["kimi_k25"], ("model.vision_tower.", "model.mm_projector.")),
+    "gemma4": _part(
         "gemma4",
-        gemma_vision,
-        gemma_vision.GemmaVisionTower,
-        prefix="model.",
-        modules=("model.vision_tower.", "model.embed_vision."),
-        read=_read_gemma,
-        angles=None,
+        _GEMMA,
+        ("model.vision_tower.", "model.embed_vision."),
         shapes=_stills(_grids),
         large_shapes=_stills(_large_grids),
     ),
