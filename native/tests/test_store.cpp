@@ -729,6 +729,25 @@ void an_arena_is_populated_by_another_thread_and_keeps_what_is_in_it() {
   late();  // holds the memory until it has ended
 }
 
+void an_arena_changes_its_size_while_another_thread_populates_it() {
+  constexpr size_t kSize = size_t{64} << 20;
+  Arena arena{kSize};
+  std::fill_n(arena.data(), kSize, uint8_t{7});
+  for (int i = 0; i < 8; ++i) {
+    std::thread thread(arena.populating());
+    arena.resize(kSize / 4 + size_t(i));  // not a whole page
+    thread.join();
+    CHECK_EQUAL(arena.size(), kSize / 4 + size_t(i));
+    arena.resize(kSize);
+    CHECK_EQUAL(int(arena.data()[kSize / 4 - 1]), 7);
+    CHECK_EQUAL(int(arena.data()[kSize / 4 + kPage]), 0);
+    CHECK_EQUAL(int(arena.data()[kSize - 1]), 0);
+  }
+  CHECK_THROWS(std::invalid_argument, arena.resize(kSize + 1));
+  arena.close();
+  CHECK_THROWS(std::invalid_argument, arena.resize(1));
+}
+
 void a_probe_reads_what_it_says() {
   const TestFile file(16 * kPage + 5);
   CHECK(drive_probe(file.path(), kPage, 40, 2, false) > 0);
@@ -901,6 +920,7 @@ int main() {
   blocks_that_cannot_be_meant_are_refused_at_once();
   an_arena_is_aligned_zero_and_untouched();
   an_arena_is_populated_by_another_thread_and_keeps_what_is_in_it();
+  an_arena_changes_its_size_while_another_thread_populates_it();
   a_probe_reads_what_it_says();
   return testing::check_result();
 }
