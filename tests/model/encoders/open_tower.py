@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from argosy import _native
-from argosy.model.encoders import EncoderTensor, gemma_vision, qwen_vision
+from argosy.model.encoders import EncoderTensor, qwen_vision
 from argosy.model.encoders.table import ENCODERS, Encoder
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
@@ -116,19 +116,6 @@ def _omni_angles(config: Any, grid: Any) -> tuple[Array, float]:
     )
 
 
-# Not in the engine's table yet.
-_GEMMA = Encoder(
-    kind="picture",
-    path=("vision_config",),
-    placeholders=("image_token_id",),
-    prefix="model.",
-    read=lambda own, around, model: gemma_vision.read_config(own, hidden_size=model.hidden_size),
-    tensors=gemma_vision.tensors,
-    open=gemma_vision.GemmaVisionTower,
-    num_positions=gemma_vision.num_positions,
-    peak_bytes=gemma_vision.peak_bytes,
-)
-
 PARTS = {
     **{
         family: _part(family, *ENCODERS[family], ("model.visual.",))
@@ -148,7 +135,7 @@ PARTS = {
     "kimi_k25": _part("kimi_k25", *ENCODERS["kimi_k25"], ("model.vision_tower.", "model.mm_projector.")),
     "gemma4": _part(
         "gemma4",
-        _GEMMA,
+        *ENCODERS["gemma4"],
         ("model.vision_tower.", "model.embed_vision."),
         shapes=_stills(_grids),
         large_shapes=_stills(_large_grids),
