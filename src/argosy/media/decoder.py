@@ -149,6 +149,7 @@ class Decoder:
                 check(shape[0], shape[1])
             except ArgosyError as refusal:
                 worker.write(b"false\n", deadline)
+                worker.read_line(deadline)
                 return refusal
             worker.write(b"true\n", deadline)
         shape, payload = self._header(kind, worker, deadline, num_axes=1 if check is None else 3)

@@ -375,6 +375,7 @@ def _serve(source: BinaryIO, sink: BinaryIO, request: dict[str, Any]) -> None:
             picture = Picture(data, limits)
             _say(sink, {"shape": (picture.height, picture.width)})
             if source.readline() != b"true\n":
+                _say(sink, {})  # so that the next request is not read together with this line
                 return
             answer = picture.decode()
         else:
