@@ -1,6 +1,6 @@
 """Does `--memory` hold with pictures and sounds, and what do experts gain while there are none?
 
-    python benchmarks/media_memory.py [--memory 4GiB] [--recording 600] [--short]
+    python benchmarks/media_memory.py [--memory 4400MiB] [--recording 600] [--short]
 
 A model with the vision and audio towers of Qwen3-Omni in their real sizes (random weights, bf16) runs in a memory
 cgroup that is limited to the budget, with swap forbidden. Two texts are answered all the time, while there come a
@@ -164,7 +164,7 @@ def inside(model: Path, options: argparse.Namespace) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--memory", default="4GiB")
+    parser.add_argument("--memory", default="4400MiB")
     parser.add_argument("--recording", type=float, default=600, help="seconds")
     parser.add_argument("--pictures", type=int, default=10)
     parser.add_argument("--image-tokens", type=int, default=1024, help="most positions of a picture")

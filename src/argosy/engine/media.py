@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 

@@ -110,7 +110,7 @@ def _part(family: str, encoder: Encoder, modules: tuple[str, ...], **changes: An
 
 
 def _omni_angles(config: Any, grid: Any) -> tuple[Array, float]:
-    """Those of video, which the engine does not take yet."""
+    """Those of a video."""
     return qwen_vision.omni_angles(
         config, grid, seconds_per_frame=SECONDS_PER_FRAME, angles_per_second=ANGLES_PER_SECOND
     )
