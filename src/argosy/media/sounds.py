@@ -70,21 +70,22 @@ class SoundProcessor:
                 needed=self.window // 2 + 1,
                 found=samples.size,
             )
-        mel: NDArray[np.float32] = np.log10(np.maximum(_FLOOR, self._bands(samples))).astype(np.float32)
+        mel = self._log_bands(samples)
         return np.asarray((np.maximum(mel, mel.max() - np.float32(_RANGE)) + 4) / 4, np.float32)
 
-    def _bands(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The power in each band: float64 [bands, frames]; frames are centred on multiples of `hop`."""
-        mirrored = np.pad(samples, self.window // 2, mode="reflect").astype(np.float64)
+    def _log_bands(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log10 of the power in each band: [bands, frames]; frames are centred on multiples of `hop`."""
+        mirrored = np.pad(samples, self.window // 2, mode="reflect")
         hann = np.hanning(self.window + 1)[:-1]
         num_frames = samples.size // self.hop
         frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.window)[:: self.hop]
-        bands = np.empty((self.num_bands, num_frames))
+        logs = np.empty((self.num_bands, num_frames), np.float32)
         for start in range(0, num_frames, _FRAMES_AT_ONCE):
             piece = slice(start, min(num_frames, start + _FRAMES_AT_ONCE))
-            spectrum = np.fft.rfft(frames[piece] * hann)  # [frames, frequencies]
-            bands[:, piece] = self.filters.T @ (spectrum.real**2 + spectrum.imag**2).T
-        return bands
+            spectrum = np.fft.rfft(frames[piece] * hann)  # float64 [frames, frequencies]
+            power = self.filters.T @ (spectrum.real**2 + spectrum.imag**2).T
+            logs[:, piece] = np.log10(np.maximum(_FLOOR, power))
+        return logs
 
 
 def read_sound_processor(
