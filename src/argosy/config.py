@@ -135,6 +135,7 @@ class EngineConfig(_Strict):
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
     media: bool = True  # take pictures and sounds, where the model has encoders for them; takes memory
     image_tokens: int = 1024  # most positions that a picture fills; a larger picture is scaled down
+    ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
     prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before

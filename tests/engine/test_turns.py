@@ -55,7 +55,7 @@ def test_its_owner_may_take_it_again() -> None:
     turns = Turns()
     with turns, turns:
         pass
-    other = threading.Thread(target=turns.__enter__)
+    other = threading.Thread(target=turns.acquire)
     other.start()
     other.join(5)
     assert not other.is_alive()

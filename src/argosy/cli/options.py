@@ -29,6 +29,7 @@ _ENGINE = (
     click.option("--no-media", "media", flag_value=False, default=None, type=bool, help="Take text only."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
     click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
+    click.option("--ears", metavar="PATH", help="Transcribe sounds: a Whisper model, or tiny.en."),
 )
 _MEDIA = ("image", "audio")
 

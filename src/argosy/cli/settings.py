@@ -43,6 +43,7 @@ class Settings:
     media: bool | None = None
     image_tokens: int | None = None
     mmproj: str | None = None
+    ears: str | None = None
     ask_ahead: AskAhead | None = None
 
     @classmethod

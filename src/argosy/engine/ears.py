@@ -22,45 +22,26 @@ from types import TracebackType
 from typing import Self
 
 from argosy import _native
-from argosy.config import MIB
-from argosy.errors import Overloaded
+from argosy.engine.memory_plan import TRANSCRIPTS_KEPT_BYTES
+from argosy.engine.options import TINY_EN, locate_ears
+from argosy.errors import Overloaded, UsageError
 from argosy.experts.resident import Progress
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import WhisperFiles, open_whisper
-from argosy.model.whisper.network import Whisper, peak_bytes
+from argosy.model.whisper.network import Whisper
 from argosy.model.whisper.transcription import Transcription, check_options, prepare
 from argosy.plan import machine
 from argosy.prompt.replay import TenantMemory
 
-TINY_EN = "tiny.en"
-KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _MOST_WAITING = 8  # sounds that wait for the one before them
 _RETRY_S = 10
 _NUM_READERS = 2
 
 Report = Callable[[Transcription], None]
 """Called after each piece of work; an exception that it raises ends the transcription."""
-
-
-def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
-    """The directory of a checkpoint; `tiny.en` is fetched when it is first used."""
-    if str(ears) == TINY_EN:
-        from argosy.demo.ears import locate
-
-        return locate(progress=progress)
-    return Path(ears)
-
-
-def ears_bytes(files: WhisperFiles) -> int:
-    """Memory for the weights, one window, the longest sound that is taken, and kept transcripts."""
-    processor = files.processor
-    samples = round(4 * PROMPT_LIMITS.sound_s * processor.rate)
-    features = 4 * round(PROMPT_LIMITS.sound_s * processor.rate / processor.hop) * processor.num_bands
-    # Samples as they are and mirrored at their ends; features while they are normalised.
-    return files.weight_bytes + peak_bytes(files.config) + 2 * samples + 3 * features + KEPT_BYTES
 
 
 class Transcriber:
@@ -91,8 +72,9 @@ class Transcriber:
         self._one_sound = threading.Lock()
         self._guard = threading.Lock()
         self._num_asking = 0
-        self._kept: TenantMemory[_Kept] = TenantMemory(max_bytes=KEPT_BYTES)
+        self._kept: TenantMemory[_Kept] = TenantMemory(max_bytes=TRANSCRIPTS_KEPT_BYTES)
         self._owns: list[Callable[[], object]] = []
+        self._is_closed = False
 
     @classmethod
     def open(
@@ -158,7 +140,8 @@ class Transcriber:
         self._kept.forget(tenant)
 
     def close(self) -> None:
-        """Free the weights. A transcription in progress ends first."""
+        """End the transcription in progress, and free the weights. Closing twice is harmless."""
+        self._is_closed = True
         with self._one_sound:
             self._network = None
             for close in self._owns:
@@ -174,6 +157,7 @@ class Transcriber:
         self.close()
 
     def _transcribe(self, content: Content, options: TranscriptOptions, report: Report) -> Transcript:
+        self._require_open()
         rate = self.files.processor.rate
         samples = self._decoder.sound(content, rate)
         duration_s = samples.size / rate
@@ -183,6 +167,7 @@ class Transcriber:
         steps = transcription.steps()
         try:
             while True:
+                self._require_open()
                 try:
                     with self._turns:
                         next(steps)
@@ -192,6 +177,10 @@ class Transcriber:
                 report(transcription)
         finally:
             steps.close()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise UsageError("the transcriber is closed")
 
     def _opened(self) -> Whisper:
         """The network, read if it is not in memory."""

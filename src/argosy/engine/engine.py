@@ -11,11 +11,10 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.ledger import Ledger
-from argosy.engine.options import EngineOptions, configure, locate_model, open_files
+from argosy.engine.options import EngineOptions, configure, locate_ears, locate_model, open_files
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
@@ -40,6 +39,10 @@ from argosy.experts.resident import Progress
 from argosy.media.parts import Kind
 from argosy.model.decoder import RouteObserver
 from argosy.prompt.builder import PromptBuilder
+
+if TYPE_CHECKING:
+    from argosy.engine.ears import Transcriber
+    from argosy.engine.media import Hearing
 
 
 class Engine(BlockingCalls):
@@ -100,7 +103,8 @@ class Engine(BlockingCalls):
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
         self._has_failed = False  # the last step failed, and the next one retries it
-        self._lock = threading.RLock()
+        self._lock = started.turns
+        self._ears = started.ears
         self._is_open = True
 
     @classmethod
@@ -120,6 +124,8 @@ class Engine(BlockingCalls):
             options: see `EngineOptions`.
         """
         files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
+        if (ears := options.get("ears")) is not None:
+            options["ears"] = locate_ears(ears, progress)
         config = configure(model, files, **options)
         return cls(files, config, drafter=drafter, progress=progress, observe_routes=observe_routes)
 
@@ -310,8 +316,18 @@ class Engine(BlockingCalls):
 
     @property
     def media_kinds(self) -> tuple[Kind, ...]:
-        """What the model takes beside text: "picture", "sound"."""
+        """What a prompt may have beside text: "picture", "sound"."""
         return () if self._media is None else self._media.kinds
+
+    @property
+    def hears(self) -> Hearing:
+        """What becomes of a sound in a prompt: the model takes none, hears it itself, or reads its transcript."""
+        return "none" if self._media is None else self._media.hears
+
+    @property
+    def ears(self) -> Transcriber | None:
+        """Transcribes sounds beside the steps of the model; None if the engine was opened without `ears`."""
+        return self._ears
 
     @property
     def ledger(self) -> Ledger:
@@ -338,6 +354,8 @@ class Engine(BlockingCalls):
 
     def close(self) -> None:
         """Cancel running sequences and free everything. Closing twice is harmless."""
+        if self._ears is not None:
+            self._ears.close()  # without the lock, for which a transcription may wait
         with self._lock:
             if not self._is_open:
                 return

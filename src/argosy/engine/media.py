@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from blake3 import blake3
@@ -27,10 +27,16 @@ from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, Kind, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.model.encoders.reading import Encoders, Processor
 from argosy.model.encoders.table import Shape
-from argosy.prompt.media_span import MediaSpan, SpanRows
+from argosy.prompt.media_span import EARS_HINT, MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 
+if TYPE_CHECKING:
+    from argosy.engine.ears import Transcriber
+
 _RETRY_S = 5
+
+Hearing = Literal["none", "native", "transcript"]
+"""The model takes no sound, hears it itself, or reads its transcript."""
 
 
 class PromptMedia:
@@ -39,13 +45,16 @@ class PromptMedia:
     Args:
         processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
+        ears: transcribe sounds if the model takes none.
     """
 
     def __init__(
         self,
         encoders: Encoders,
         processors: Mapping[Kind, Processor | ArgosyError],
+        decoder: Decoder,
         low_detail: Processor | None = None,
+        ears: Transcriber | None = None,
     ) -> None:
         self._encoders = encoders
         self._low_detail = low_detail
@@ -56,34 +65,51 @@ class PromptMedia:
                 self._faults[kind] = one
             else:
                 self._processors[kind] = one
-        self._decoder = Decoder(PROMPT_LIMITS)
+        self._decoder = decoder
+        self._ears = None if "sound" in self._processors else ears
         self._one_decoded = threading.Lock()  # a decoded picture is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
         self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What the model takes beside text."""
-        return tuple(self._processors)
+        """What a prompt may have beside text."""
+        return (*self._processors, *(() if self._ears is None else ("sound",)))
+
+    @property
+    def hears(self) -> Hearing:
+        """What becomes of a sound."""
+        if "sound" in self._processors:
+            return "native"
+        return "none" if self._ears is None else "transcript"
 
     def close(self) -> None:
         self._decoder.close()
         self._encoders.drop()
 
     def forget(self, tenant: str) -> None:
-        """Forget the rows kept for a tenant."""
+        """Forget the rows and transcripts kept for a tenant."""
         self._kept.forget(tenant)
+        if self._ears is not None:
+            self._ears.forget(tenant)
 
     def read(self, part: Image | Audio | Video) -> Content:
         """See `MediaReader.read`."""
-        if part.kind in self._faults:
-            raise self._faults[part.kind]
-        if part.kind not in self._processors:
-            takes = ["text", *(f"{kind}s" for kind in self._processors)]
+        if part.kind not in self.kinds:
+            if part.kind in self._faults:
+                raise self._faults[part.kind]
+            takes = ["text", *(f"{kind}s" for kind in self.kinds)]
             raise UsageError(
-                f"this model takes {' and '.join(takes)}, and the conversation has a {part.kind}"
+                f"this model takes {' and '.join(takes)}, and the conversation has a {part.kind}",
+                hint=EARS_HINT if part.kind == "sound" else None,
             )
         return part.read(PROMPT_LIMITS)
+
+    def as_text(self, content: Content, tenant: str) -> str | None:
+        """See `MediaReader.as_text`."""
+        if content.kind != "sound" or self._ears is None:
+            return None
+        return self._ears.text_for(content, tenant)
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""

@@ -32,6 +32,7 @@ from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
 MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures and sounds of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
+TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
 _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
@@ -71,7 +72,7 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
-    encoder_bytes: int = 0  # towers for pictures and sound, one encode, and the process that decodes files
+    encoder_bytes: int = 0  # towers and ears, an encode of each, and the process that decodes files
     kv_bytes: int
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
@@ -229,6 +230,9 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     """
     model, num_experts, expert_slots = footprint.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
+    encoder_bytes = footprint.encoder_bytes
+    if footprint.ears_bytes:
+        encoder_bytes += footprint.ears_bytes + TRANSCRIPTS_KEPT_BYTES
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:
@@ -243,7 +247,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
-            encoder_bytes=footprint.encoder_bytes and footprint.encoder_bytes + media_bytes(),
+            encoder_bytes=encoder_bytes and encoder_bytes + media_bytes(),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,

@@ -33,8 +33,11 @@ from argosy.engine.memory_plan import (
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
+from argosy.media.decoder import Decoder
+from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
@@ -44,6 +47,7 @@ from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import GrammarCompiler
+    from argosy.engine.ears import Transcriber
     from argosy.engine.media import PromptMedia
     from argosy.prompt.chat import Worker
 
@@ -61,6 +65,8 @@ class Started:
     plan: MemoryPlan
     prompts: PromptBuilder
     media: PromptMedia | None  # None: the model takes text only
+    ears: Transcriber | None
+    turns: Turns  # held for each step, and for each piece of other work
     model: Model
     cache: PrefixCache
 
@@ -81,6 +87,7 @@ def start(
     _require_readable(files)
     instruction_set = _choose_instruction_set(config.instruction_set)
     footprint = ModelFootprint(files, config)
+    ears_files = footprint.ears  # read before memory is measured
     require_mappable(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -117,7 +124,15 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
-        media = _open_media(footprint, store, runtime)
+        turns = Turns()
+        ears = None
+        decoder = Decoder(PROMPT_LIMITS)
+        undo.callback(decoder.close)
+        if ears_files is not None:
+            from argosy.engine.ears import Transcriber
+
+            ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
+        media = _open_media(footprint, store, runtime, decoder, ears)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -146,6 +161,8 @@ def start(
         plan=plan,
         prompts=prompts,
         media=media,
+        ears=ears,
+        turns=turns,
         model=model,
         cache=cache,
     )
@@ -209,16 +226,20 @@ def _start_worker(undo: ExitStack) -> Worker:
 
 
 def _open_media(
-    footprint: ModelFootprint, store: _native.Store, runtime: _native.Runtime
+    footprint: ModelFootprint,
+    store: _native.Store,
+    runtime: _native.Runtime,
+    decoder: Decoder,
+    ears: Transcriber | None,
 ) -> PromptMedia | None:
-    if not footprint.encoders:
+    if not footprint.encoders and ears is None:
         return None
     from argosy.engine.media import PromptMedia  # imports modules that only pictures and sounds need
     from argosy.model.encoders.reading import Encoders, runnable
 
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return PromptMedia(encoders, footprint.processors, footprint.low_detail)
+    return PromptMedia(encoders, footprint.processors, decoder, footprint.low_detail, ears)
 
 
 def _open_prefix_files(

@@ -19,7 +19,8 @@ class Turns:
         self._depth = 0
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
+        """Take the lock, after all that wait for it."""
         own = threading.get_ident()
         with self._guard:
             if self._owner == own:
@@ -42,14 +43,21 @@ class Turns:
                     self._pass_on()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def release(self) -> None:
+        """Give it to whoever has waited longest."""
         with self._guard:
             assert self._owner == threading.get_ident()
             self._depth -= 1
             if not self._depth:
                 self._pass_on()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def _pass_on(self) -> None:
         if self._waiting:

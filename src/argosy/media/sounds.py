@@ -22,7 +22,7 @@ from argosy.media.settings import PICTURE_KEYS, Settings
 
 _FLOOR = 1e-10  # of the power in a band
 _RANGE = 8.0  # powers of ten below the loudest that are told apart
-_FRAMES_AT_ONCE = 4096  # bounds the memory of the transform
+_FRAMES_AT_ONCE = 1024  # bounds the memory of the transform
 _TOP_HERTZ = 8000.0  # of the highest band
 
 
@@ -48,6 +48,13 @@ class SoundProcessor:
     def num_frames(self, num_samples: int) -> int:
         """Return the number of frames of a sound; without padding a rest shorter than a hop makes none."""
         return (num_samples if self.padded_samples is None else self.padded_samples) // self.hop
+
+    def working_bytes(self, num_samples: int) -> int:
+        """Most bytes that `prepare` allocates, its result included."""
+        frequencies = self.window // 2 + 1
+        piece = _FRAMES_AT_ONCE * 8 * (self.window + 5 * frequencies + 2 * self.num_bands)
+        # The samples mirrored at their ends; features as they are, and while they are limited.
+        return 4 * (num_samples + 3 * self.num_frames(num_samples) * self.num_bands) + piece
 
     def prepare(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Make features.

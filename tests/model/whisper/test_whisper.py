@@ -18,13 +18,13 @@ import pytest
 from argosy import _native
 from argosy.engine.ears import Transcriber
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
-from argosy.media.parts import Audio
+from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import TranscriptOptions
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import SpecialTokens, open_whisper, whisper_tensors
 from argosy.model.whisper.network import Decoding, Whisper, peak_bytes
 from argosy.model.whisper.rules import TokenRules
-from argosy.model.whisper.transcription import prepare
+from argosy.model.whisper.transcription import prepare, working_bytes
 from tests.helpers.generators import finish
 from tests.media.samples import RATE
 from tests.model.encoders.open_tower import dense_weights
@@ -412,6 +412,20 @@ def test_variables_that_are_not_known_are_refused(
     path.write_bytes(path.read_bytes().replace(before, after))
     with pytest.raises(CheckpointError, match=message):
         open_whisper(tmp_path)
+
+
+def test_the_features_of_the_longest_sound_take_what_is_planned(checkpoint: Path) -> None:
+    files = open_whisper(checkpoint)
+    samples = np.tile(sound(20.0, 6), 30)
+    assert samples.size == PROMPT_LIMITS.sound_s * RATE
+    tracemalloc.start()
+    try:
+        features = prepare(files, samples)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert features.shape == (16, 60_000)
+    assert peak + samples.nbytes <= working_bytes(files)
 
 
 def test_the_peak_of_a_window_holds_what_is_allocated() -> None:

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import CheckpointError, UsageError
+from argosy.media.parts import PROMPT_LIMITS
 from argosy.media.transcript import TASKS, Segment, Transcript, TranscriptOptions
-from argosy.model.encoders.blocks import Rows, Steps
+from argosy.model.encoders.blocks import FLOAT_BYTES, Rows, Steps
 from argosy.model.whisper.files import WhisperFiles
-from argosy.model.whisper.network import Decoding, Whisper
+from argosy.model.whisper.network import Decoding, Whisper, peak_bytes
 from argosy.model.whisper.rules import TokenRules, log_softmax, sample
 
 _HIGHER_TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -61,6 +62,13 @@ def check_options(options: TranscriptOptions, files: WhisperFiles) -> None:
         )
 
 
+def working_bytes(files: WhisperFiles) -> int:
+    """Most bytes that the longest sound takes beside the weights: samples, features, one window."""
+    num_samples = round(PROMPT_LIMITS.sound_s * files.processor.rate)
+    preparing = replace(files.processor, padded_samples=None).working_bytes(num_samples)
+    return FLOAT_BYTES * num_samples + preparing + peak_bytes(files.config)
+
+
 def prepare(files: WhisperFiles, samples: NDArray[np.float32]) -> Rows:
     """Features [num_mels, frames] of a sound; one that is shorter than a window is padded with silence."""
     processor = files.processor
@@ -90,7 +98,7 @@ class Transcription:
     """One sound in progress.
 
     Attributes:
-        done_s: seconds of the sound that are done.
+        done_s, duration_s: seconds of the sound that are done, and all of them.
         segments: what was heard so far.
 
     Args:
@@ -108,7 +116,7 @@ class Transcription:
     ) -> None:
         check_options(options, files)
         self._files, self._network, self._special = files, network, files.special
-        self._features, self._duration_s, self._options = features, duration_s, options
+        self._features, self.duration_s, self._options = features, duration_s, options
         self._rules = TokenRules(
             files.special, files.config.vocab_size, has_timestamps=options.has_timestamps
         )
@@ -127,7 +135,7 @@ class Transcription:
         """
         config, rate = self._files.config, self._files.processor.rate / self._files.processor.hop
         total = self._features.shape[1]
-        num_content = min(total, max(1, int(np.ceil(self._duration_s * rate))))
+        num_content = min(total, max(1, int(np.ceil(self.duration_s * rate))))
         most_windows = _MOST_WINDOWS_PER_LENGTH * -(-total // config.num_frames)
         start = num_windows = 0
         while start < num_content:
@@ -135,7 +143,7 @@ class Transcription:
             window = np.zeros((config.num_mels, config.num_frames), np.float32)
             window[:, :num_frames] = self._features[:, start : start + num_frames]
             offset_s = start / rate
-            content_s = min(num_frames / rate, self._duration_s - offset_s)
+            content_s = min(num_frames / rate, self.duration_s - offset_s)
             result = yield from self._decode(window)
             if result is None:
                 num_positions = None
@@ -148,14 +156,14 @@ class Transcription:
                 start += num_frames
             else:
                 start += 2 * num_positions
-            self.done_s = min(self._duration_s, start / rate)
+            self.done_s = min(self.duration_s, start / rate)
         text = "".join(segment.text for segment in self.segments)
         assert self._language is not None
         return Transcript(
             text=text.strip(),
             language=self._language,
             task=self._options.task,
-            duration_s=self._duration_s,
+            duration_s=self.duration_s,
             segments=tuple(segment for segment in self.segments if segment.text.strip()),
         )
 
