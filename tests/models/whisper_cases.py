@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from argosy.engine.ears import Transcriber
+from argosy.media.parts import Audio
 from argosy.media.transcript import Task, TranscriptOptions
-from tests.models.tiny_whisper import Tiny
+from tests.media.samples import RATE
+from tests.models.safetensors_file import Array
+from tests.models.tiny_whisper import Tiny, sound
 
 FED_TOKENS = (65, 100, 3, 255, 0, 300)
 
@@ -57,3 +64,24 @@ def cases_of(tiny: Tiny) -> dict[str, Case]:
         for name, case in CASES.items()
         if tiny.is_multilingual or (case.language is None and case.task == "transcribe")
     }
+
+
+def require_equal(transcriber: Transcriber, tiny: Tiny, name: str, expected: Mapping[str, Array]) -> None:
+    """Transcribe a case, and compare tokens and times with what transformers made of it."""
+    asked, found = CASES[name], []
+    transcriber.transcribe(
+        Audio(sound(asked.seconds, asked.seed), rate=RATE),
+        asked.options,
+        report=lambda transcription: found.append(transcription) if not found else None,
+    )
+    segments = found[0].segments
+    tokens = [token for segment in segments for token in segment.token_ids]
+    wanted = [int(token) for token in expected[f"{name}.tokens"]]
+    if not asked.has_timestamps:
+        assert tokens == wanted
+        return
+    # Of a pair of timestamps at the end of a window, transformers keeps both.
+    end = tiny.id_of("endoftext")
+    assert [token for token in tokens if token < end] == [token for token in wanted if token < end]
+    times = np.array([(segment.start_s, segment.end_s) for segment in segments])
+    assert abs(times - expected[f"{name}.times"]).max() < 1e-4

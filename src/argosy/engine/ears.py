@@ -50,6 +50,9 @@ class Transcriber:
         with Transcriber.open("tiny.en") as transcriber:
             print(transcriber.transcribe(Audio("talk.mp3")).text)
 
+    Attributes:
+        name: what clients call the checkpoint.
+
     Args:
         files: the checkpoint.
         store, runtime: read and compute; the caller closes them.
@@ -67,6 +70,7 @@ class Transcriber:
         decoder: Decoder,
     ) -> None:
         self.files = files
+        self.name = TINY_EN if files.path.name.startswith(f"whisper-{TINY_EN}-") else files.path.name
         self._store, self._runtime, self._turns, self._decoder = store, runtime, turns, decoder
         self._network: Whisper | None = None
         self._one_sound = threading.Lock()

@@ -36,13 +36,12 @@ from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.resident import Progress
-from argosy.media.parts import Kind
+from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
 from argosy.prompt.builder import PromptBuilder
 
 if TYPE_CHECKING:
     from argosy.engine.ears import Transcriber
-    from argosy.engine.media import Hearing
 
 
 class Engine(BlockingCalls):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.media.decoder import Decoder
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, Kind, Video
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.model.encoders.reading import Encoders, Processor
 from argosy.model.encoders.table import Shape
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from argosy.engine.ears import Transcriber
 
 _RETRY_S = 5
-
-Hearing = Literal["none", "native", "transcript"]
-"""The model takes no sound, hears it itself, or reads its transcript."""
 
 
 class PromptMedia:

@@ -44,7 +44,7 @@ from tests.models.tiny_whisper import (
 from tests.models.tiny_whisper import (
     weights as weights_of,
 )
-from tests.models.whisper_cases import CASES, FED_TOKENS, cases_of
+from tests.models.whisper_cases import CASES, FED_TOKENS, cases_of, require_equal
 
 # Random weights amplify the rounding of float32 sums; a wrong flag changes more than 1e-2.
 LARGEST_DIFFERENCE = 2e-4
@@ -123,23 +123,7 @@ def _native_parts() -> Iterator[tuple[_native.Store, _native.Runtime]]:
 def test_transcripts_equal_those_of_transformers(
     form: str, name: str, case: str, transcribers: dict[tuple[str, str], Transcriber]
 ) -> None:
-    asked, expected, end = CASES[case], reference(name), TINY[name].id_of("endoftext")
-    found = []
-    transcribers[form, name].transcribe(
-        Audio(sound(asked.seconds, asked.seed), rate=RATE),
-        asked.options,
-        report=lambda transcription: found.append(transcription) if not found else None,
-    )
-    segments = found[0].segments
-    tokens = [token for segment in segments for token in segment.token_ids]
-    wanted = [int(token) for token in expected[f"{case}.tokens"]]
-    if asked.has_timestamps:
-        # Of a pair of timestamps at the end of a window, transformers keeps both.
-        assert [token for token in tokens if token < end] == [token for token in wanted if token < end]
-        times = np.array([(segment.start_s, segment.end_s) for segment in segments])
-        assert abs(times - expected[f"{case}.times"]).max() < 1e-4
-    else:
-        assert tokens == wanted
+    require_equal(transcribers[form, name], TINY[name], case, reference(name))
 
 
 def test_the_first_token_is_chosen_among_fewer() -> None:

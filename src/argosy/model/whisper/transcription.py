@@ -52,9 +52,14 @@ def check_options(options: TranscriptOptions, files: WhisperFiles) -> None:
         )
     if options.language is not None and options.language not in (languages or {"en"}):
         known = ", ".join(sorted(languages)) if languages else "en"
-        raise UsageError(f"the model does not know the language {options.language!r:.40}; known: {known}")
+        raise UsageError(
+            f"the model does not know the language {options.language!r:.40}; known: {known}", param="language"
+        )
     if not 0 <= options.temperature <= _HIGHEST_TEMPERATURE:
-        raise UsageError(f"temperature is {options.temperature}, expected 0 to {_HIGHEST_TEMPERATURE:g}")
+        raise UsageError(
+            f"temperature is {options.temperature}, expected 0 to {_HIGHEST_TEMPERATURE:g}",
+            param="temperature",
+        )
     if len(options.prompt) > _MOST_PROMPT_CHARACTERS:
         raise UsageError(
             f"the prompt has {len(options.prompt)} characters; at most {_MOST_PROMPT_CHARACTERS} are read, and only "
