@@ -3,9 +3,9 @@
     python benchmarks/transcripts.py --speech DIR [--model PATH|tiny.en] [--threads 2]
 
 Needs torch and transformers, which get the same weights in float32. DIR holds recordings of spoken digits, named after
-the digit (`7_george_7.wav`), and perhaps `jfk.flac`. Both take the likeliest token, without and with timestamps, and try
-try no other temperature. The word error rate compares words in lower case, without punctuation, digits written out. Exit
-code 1 if a transcript differs.
+the digit (`7_george_7.wav`), and perhaps `jfk.flac`. Both take the likeliest token, without and with timestamps, and
+try no other temperature. The word error rate compares words in lower case, without punctuation, digits written out.
+Exit code 1 if a transcript differs.
 """
 
 from __future__ import annotations
