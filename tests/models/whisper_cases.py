@@ -78,7 +78,11 @@ def require_equal(transcriber: Transcriber, tiny: Tiny, name: str, expected: Map
     tokens = [token for segment in segments for token in segment.token_ids]
     wanted = [int(token) for token in expected[f"{name}.tokens"]]
     if not asked.has_timestamps:
-        assert tokens == wanted
+        # A random model may choose timestamps although none are wanted; transformers cuts its windows there.
+        first = tiny.id_of("notimestamps") + 1
+        pairs = [at for at in range(1, len(wanted)) if min(wanted[at - 1 : at + 1]) >= first]
+        same = slice(pairs[0] if pairs else None)
+        assert tokens[same] == wanted[same]
         return
     # Of a pair of timestamps at the end of a window, transformers keeps both.
     end = tiny.id_of("endoftext")

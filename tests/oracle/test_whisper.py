@@ -33,7 +33,7 @@ def random_tiny(seed: int) -> Tiny:
         seed=seed,
         is_multilingual=bool(seed % 2),
         dtype=("F32", "F16")[seed // 2 % 2],
-        hidden=heads * int(rng.choice([4, 9, 16])),
+        hidden=heads * int(rng.choice([4, 10, 16])),
         heads=heads,
         encoder_layers=int(rng.choice([1, 3])),
         decoder_layers=int(rng.choice([1, 2, 4])),

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,19 @@ def test_sounds_of_any_length_are_transcribed(
     assert transcript.duration_s == pytest.approx(seconds)
     assert progress == sorted(progress)
     assert all(0 <= segment.start_s <= segment.end_s for segment in transcript.segments)
+
+
+def test_without_timestamps_each_window_is_one_segment(
+    transcribers: dict[tuple[str, str], Transcriber],
+) -> None:
+    transcriber, found = transcribers["transformers", "english"], []
+    options = replace(CASES["long"].options, has_timestamps=False)
+    transcriber.transcribe(Audio(sound(5.0, 0), rate=RATE), options, report=found.append)
+    segments, first = found[0].segments, transcriber.files.special.timestamps
+    assert any(
+        min(pair) >= first for one in segments for pair in pairwise(one.token_ids)
+    )  # it was told not to
+    assert [(one.start_s, one.end_s) for one in segments] == [(0.0, 2.0), (2.0, 4.0), (4.0, 5.0)]
 
 
 def test_silence_is_transcribed(transcribers: dict[tuple[str, str], Transcriber]) -> None:

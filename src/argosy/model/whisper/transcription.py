@@ -267,6 +267,9 @@ class Transcription:
             where the next window begins, in positions of this one; None: after this one.
         """
         tokens, first = result.tokens, self._special.timestamps
+        if not self._options.has_timestamps:
+            self._add(result, tokens, offset_s, offset_s, offset_s + content_s)
+            return None
         is_time = [token >= first for token in tokens]
         ends = [at for at in range(1, len(tokens)) if is_time[at - 1] and is_time[at]]
         if not ends:
