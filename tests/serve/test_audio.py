@@ -147,7 +147,7 @@ def test_models_tell_what_transcribes(english: tuple[Service, str, Transcriber])
         ({"response_format": "xml"}, "response_format: expected 'json', 'text', 'srt'", "response_format"),
         ({"temperature": "hot"}, 'temperature: expected a valid number, found "hot"', "temperature"),
         ({"temperature": "1.5"}, "temperature: expected less than or equal to 1", "temperature"),
-        ({"temperature": "nan"}, "temperature: expected greater than or equal to 0", "temperature"),
+        ({"temperature": "nan"}, "temperature: expected a finite number, found NaN", "temperature"),
         ({"language": "de"}, "does not know the language 'de'; known: en", "language"),
         ({"language": "x" * 300}, "language: expected at most 256 characters", "language"),
         ({"prompt": "x" * 9000}, "prompt: expected at most 8192 characters", "prompt"),
