@@ -56,7 +56,7 @@ _SAMPLING = (
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
     click.option("--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens each step."),
-    click.option("--ignore-eos", is_flag=True, help="Continue after the end token."),
+    click.option("--ignore-eos", is_flag=True, hidden=True, help="Continue after the end token."),
 )
 
 
