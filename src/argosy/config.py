@@ -113,6 +113,7 @@ class KvDir(_Strict):
 
 
 FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
+FEWEST_VIDEO_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +134,13 @@ class EngineConfig(_Strict):
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
-    media: bool = True  # take pictures and sounds, where the model has encoders for them; takes memory
-    image_tokens: int = 1024  # most positions that a picture fills; a larger picture is scaled down
+    media: bool = (
+        True  # take pictures, sounds and videos, where the model has encoders for them; takes memory
+    )
+    image_tokens: int = (
+        1024  # most positions that a picture or a group of frames fills; a larger one is scaled down
+    )
+    video_tokens: int = 4096  # most positions that all frames of a video fill; larger ones are scaled down
     ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
@@ -154,6 +160,10 @@ class EngineConfig(_Strict):
             raise UsageError(
                 f"image_tokens must be at least {FEWEST_IMAGE_TOKENS}, found {self.image_tokens}",
                 hint="media=False (`--no-media`) takes no pictures at all",
+            )
+        if self.video_tokens < FEWEST_VIDEO_TOKENS:
+            raise UsageError(
+                f"video_tokens must be at least {FEWEST_VIDEO_TOKENS}, found {self.video_tokens}"
             )
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")

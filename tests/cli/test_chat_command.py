@@ -92,7 +92,7 @@ def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
     assert captured.out == "Paris is it.\n"
     assert "/reset         forget the conversation" in captured.err
     assert "hit rate 0.60" in captured.err
-    assert "unknown command '/legder'; known: /help /image /audio /reset /ledger /quit" in captured.err
+    assert "unknown command '/legder'; known: /help /image /audio /video /reset /ledger /quit" in captured.err
     assert len(engine.asked) == 1
 
 

@@ -1,9 +1,10 @@
-"""Pictures on the command line: `argosy run --image`, and `/image` and dropped paths in `argosy chat`."""
+"""Media on the command line: `argosy run --image --video`, and `/image`, `/video` and dropped paths in chat."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
-from argosy import Audio, Engine, Image, SamplingParams, Text
+from argosy import Audio, Engine, Image, SamplingParams, Text, Video
 from argosy.cli.chat import Conversation
 from argosy.cli.main import main
+from argosy.errors import UsageError
+from tests.media.video_samples import clip_file
 from tests.models.seeing import write_seeing_chat_model
 
 Captured = pytest.CaptureFixture[str]
-LIMITS = ["--memory", "3GiB", "--threads", "1", "--image-tokens", "64", "-n", "8"]
+LIMITS = ["--memory", "3GiB", "--threads", "1", "--image-tokens", "64", "--video-tokens", "64", "-n", "8"]
+needs_ffmpeg = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
+    reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
-    with Engine.open(model, memory="3GiB", threads=1, image_tokens=64) as opened:
+    with Engine.open(model, memory="3GiB", threads=1, image_tokens=64, video_tokens=64) as opened:
         yield opened
 
 
@@ -65,13 +72,26 @@ def test_pictures_of_the_command_line_keep_their_order(
     ("arguments", "sentence"),
     [
         (["--image", "/nowhere.png"], "cannot read the picture /nowhere.png: No such file or directory"),
-        (["--audio", "x.wav"], "this model takes text and pictures, and the conversation has a sound"),
+        (
+            ["--audio", "x.wav"],
+            "this model takes text, pictures and videos, and the conversation has a sound",
+        ),
         (["--raw", "--image", "x.png"], "--raw and media exclude each other"),
         (
             ["--no-media", "--image", "x.png"],
             "this model takes text only, and the conversation has a picture",
         ),
         (["--image-tokens", "3"], "image_tokens must be at least 16, found 3"),
+        (["--video-tokens", "3"], "video_tokens must be at least 16, found 3"),
+        (["--video", "/nowhere.mp4"], "cannot read the video /nowhere.mp4: No such file or directory"),
+        (
+            ["--video", __file__],
+            "the video is in no format that is read; needed: MP4, MOV, WEBM, MKV, AVI or GIF",
+        ),
+        (
+            ["--no-media", "--video", "x.mp4"],
+            "this model takes text only, and the conversation has a video",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_an_error_with_its_reason(
@@ -79,6 +99,65 @@ def test_what_cannot_be_shown_is_an_error_with_its_reason(
 ) -> None:
     assert main(["run", "-m", str(model), *LIMITS, *arguments, "Hi"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("videos") / "a clip.mp4"
+    path.write_bytes(clip_file(20))
+    return path
+
+
+@needs_ffmpeg
+def test_a_video_is_shown_in_its_place_with_the_times_of_its_frames(
+    model: Path, pictures: list[Path], video: Path, engine: Engine, capsys: Captured
+) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0)
+    found = answered(capsys, model, "What happens?", "--video", str(video), "--image", str(pictures[0]))
+    parts = [Video(video), Image(pictures[0]), Text("What happens?")]
+    assert found["token_ids"] == list(engine.generate(parts, params).token_ids)
+    prompt = engine.prompts.build(parts)
+    assert [span.kind for _, span in prompt.spans] == ["video", "video", "picture"]
+    assert engine.tokenizer is not None
+    text = engine.tokenizer.decode(prompt.token_ids or (), keep_special=True)
+    pads = "<|video_pad|>" * prompt.spans[0][1].num_positions
+    assert (
+        f"user\n<0.3 seconds><|vision_start|>{pads}<|vision_end|><1.6 seconds><|vision_start|>{pads}<|vision_end|>"
+        "<|vision_start|><|image_pad|>"
+    ) in text
+
+
+def test_frames_are_a_video_without_ffmpeg(
+    engine: Engine, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    params = SamplingParams(max_tokens=4, temperature=0)
+    pixels = [np.asarray(Pictures.open(path)) for path in pictures]
+    answers = [
+        engine.generate([Video(source, rate=1), Text("?")], params).token_ids
+        for source in (pictures, pixels, np.stack(pixels), [path.read_bytes() for path in pictures])
+    ]
+    assert answers == answers[:1] * 4
+    with pytest.raises(
+        UsageError, match=r"needs the program ffmpeg, version 6\.0 or later, and it is not installed"
+    ):
+        engine.prompts.build([Video(b"\0\0\0\x18ftypmp42" + bytes(20)), Text("?")])
+
+
+@needs_ffmpeg
+def test_chat_attaches_a_video(engine: Engine, video: Path, capsys: Captured) -> None:
+    talk = Conversation(engine, SamplingParams(max_tokens=2, temperature=0))
+    lines = iter([f"/video {video}", str(video), "What happens?"])
+
+    def read() -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    talk.talk(read)
+    assert [part.kind for part in talk.messages[0]["content"][:2]] == ["video", "video"]
+    assert talk.messages[1]["role"] == "assistant"
+    assert capsys.readouterr().err.count("(video attached; it goes with your next message)") == 2
 
 
 def test_a_damaged_picture_is_an_error_without_a_librarys_words(
@@ -140,7 +219,7 @@ def test_an_array_is_a_picture_too(engine: Engine, pictures: list[Path]) -> None
 
 
 def test_parts_are_public_names() -> None:
-    assert {Audio.kind, Image.kind} == {"sound", "picture"}
+    assert {Audio.kind, Image.kind, Video.kind} == {"sound", "picture", "video"}
 
 
 def _limits() -> Any:

@@ -203,7 +203,7 @@ def test_a_cap_below_what_a_processor_can_make_is_told_for_the_first_picture() -
 
 def test_media_cost_memory_only_where_the_model_takes_them() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media_kinds == ("picture", "video")
         assert engine.plan.encoder_bytes > MediaLimits().decode_bytes
     with opened(REFERENCE / "qwen3_vl_moe", media=False) as engine:
         assert engine.media_kinds == ()
@@ -221,7 +221,9 @@ def _turn() -> Any:
 def test_a_kind_that_the_model_cannot_take_is_named() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
         assert engine._media is not None
-        with pytest.raises(UsageError, match="takes text and pictures, and the conversation has a sound"):
+        with pytest.raises(
+            UsageError, match="takes text, pictures and videos, and the conversation has a sound"
+        ):
             engine._media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
 
 

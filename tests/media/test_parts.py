@@ -92,6 +92,13 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         Audio(np.zeros(4, np.float32), rate=999),
         Audio(np.zeros(601_000, np.float32), rate=1_000),
         Video(np.zeros((4, 4, 3), np.uint8), rate=1),
+        Video(np.zeros((0, 4, 4, 3), np.uint8), rate=1),
+        Video(np.zeros((2, 4, 4, 3), np.uint8), rate=1_001),
+        Video(np.zeros((2, 4, 4, 3), np.uint8), rate=float("nan")),
+        Video(np.zeros((7, 4, 4, 3), np.uint8), rate=0.01),
+        Video(np.zeros((50_001, 1, 1, 3), np.uint8), rate=100),
+        Video([], rate=1),
+        Video(b""),
         Image(b""),
     ],
 )
@@ -104,8 +111,36 @@ def test_an_array_of_the_wrong_type_shape_or_size_is_refused(part: Any) -> None:
 
 @pytest.mark.parametrize(
     "part",
-    [Audio(np.zeros(4, np.float32)), Audio(b"RIFF", rate=16_000), Video(np.zeros((1, 4, 4, 3), np.uint8))],
+    [
+        Audio(np.zeros(4, np.float32)),
+        Audio(b"RIFF", rate=16_000),
+        Video(np.zeros((1, 4, 4, 3), np.uint8)),
+        Video([np.zeros((4, 4, 3), np.uint8)]),
+        Video(b"mp4", rate=2),
+    ],
 )
 def test_a_rate_belongs_to_an_array_and_to_nothing_else(part: Any) -> None:
     with pytest.raises(UsageError, match="rate"):
         part.read(LIMITS)
+
+
+def test_the_frames_of_a_video_may_be_any_pictures(tmp_path: Path) -> None:
+    one, two = pattern(8, 6), pattern(8, 6, seed=1)
+    path = tmp_path / "two.png"
+    path.write_bytes(png(two))
+    content = Video([one, path], rate=2).read(LIMITS)
+    assert isinstance(content.data, tuple)
+    assert [frame.kind for frame in content.data] == ["picture", "picture"]
+    others = [Video([one, path], rate=3), Video([path, one], rate=2), Video([one, png(two), one], rate=2)]
+    assert content.digest == Video((one, png(two)), rate=2).read(LIMITS).digest
+    assert content.digest not in [other.read(LIMITS).digest for other in others]
+    with pytest.raises(BadMedia, match="may have at most 200 bytes together"):
+        Video([one, two], rate=2).read(MediaLimits(video_bytes=200))
+    with pytest.raises(UsageError, match="cannot read the picture /nowhere: No such file"):
+        Video(["/nowhere"], rate=2).read(LIMITS)
+
+
+def test_a_video_may_be_larger_than_a_picture() -> None:
+    assert Video(bytes(100)).read(MediaLimits(file_bytes=10)).kind == "video"
+    with pytest.raises(BadMedia, match="the file of a video may have at most 99 bytes, found 100"):
+        Video(bytes(100)).read(MediaLimits(video_bytes=99))

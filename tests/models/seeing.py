@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def _with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
             own[key] = theirs[key]
     if "media_placeholder_token_id" in own:  # the hub's name for it
         own["media_placeholder_token_id"] = own["image_token_id"]
+        own["video_token_id"] = 52
     return raw
 
 
@@ -77,7 +79,12 @@ MMPROJ_PLACEHOLDERS = {
 def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
     """Write a text model with whole towers instead of the few tensors of towers that it has, and its processor."""
     write_model(directory, raw, seed=seed)
-    (directory / "preprocessor_config.json").write_text(json.dumps(processor_config(family), indent=2) + "\n")
+    for name, made in (
+        ("preprocessor_config.json", processor_config(family)),
+        ("video_preprocessor_config.json", video_processor_config(family)),
+    ):
+        if made:
+            (directory / name).write_text(json.dumps(made, indent=2) + "\n")
     tensors = {
         # Not transposed, as transformers writes them, so that the model runs in place.
         name: ("BF16", value.swapaxes(1, 2) if family == "qwen3_vl_moe" and ".experts." in name else value)
@@ -95,6 +102,7 @@ def write(directory: Path, family: str, raw: dict[str, Any], seed: int) -> None:
 SEEING_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
 {%- if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}
 {%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part.type == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
 {%- elif part.type == 'audio' %}{{ '<|audio_pad|>' }}
 {%- elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -103,15 +111,19 @@ SEEING_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message.ro
 
 def seeing_tokenizer() -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer.from_str(byte_level_json())
-    made.add_special_tokens(["<|image_pad|>", "<|audio_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    names = (
+        "image_pad", "audio_pad", "vision_start", "vision_end", "video_pad", "audio_start", "audio_end"
+    )  # fmt: skip
+    made.add_special_tokens([f"<|{name}|>" for name in names])
     return made
 
 
 def write_seeing_chat_model(directory: Path) -> Path:
-    """A tiny Qwen3.5 that takes pictures, with a tokenizer and a chat template; its answers are meaningless."""
+    """A tiny Qwen3.5 that takes pictures and videos, with a tokenizer and a chat template; it answers nonsense."""
     core = seeing_tokenizer()
     raw = _with_towers("qwen3_5_moe", qwen3_5_moe(vocab_size=544, max_position_embeddings=512))
-    raw["image_token_id"] = core.token_to_id("<|image_pad|>")
+    for kind in ("image", "video"):
+        raw[f"{kind}_token_id"] = core.token_to_id(f"<|{kind}_pad|>")
     write(directory, "qwen3_5_moe", raw, seed=3)
     config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": SEEING_TEMPLATE}
     return write_tokenizer(directory, core.to_str(), config)
@@ -161,6 +173,52 @@ def processor_config(family: str) -> dict[str, Any]:
         (_, _), (_, audio) = complete(family, CONFIGS[family])
         made |= {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": audio.num_mels}
     return made
+
+
+VIDEO_TOKENS, GROUP_TOKENS = (
+    32,
+    64,
+)  # most positions of a video, and of a picture or group of frames beside it
+
+
+def video_processor_config(family: str) -> dict[str, Any]:
+    """A `video_preprocessor_config.json`; empty for Qwen3-Omni, which has none, and for what takes no video."""
+    if family in ("qwen3_omni_moe", "gemma4"):
+        return {}
+    made = processor_config(family)
+    del made["image_processor_type"]
+    if family == "kimi_k25":
+        return made | {"video_processor_type": "Kimi_K25VideoProcessor", "temporal_patch_size": 4}
+    name = "Glm4vVideoProcessor" if family == "glm4v_moe" else "Qwen3VLVideoProcessor"
+    size = made["size"]
+    return made | {
+        "video_processor_type": name,
+        "size": {"shortest_edge": size["shortest_edge"], "longest_edge": 4 * size["longest_edge"]},
+    }
+
+
+_CONTROLS = {
+    "image_pad": 50, "image": 50, "video_pad": 52, "video": 52, "kimi_k25_video_placeholder": 52,
+    "vision_start": 53, "begin_of_image": 53, "vision_end": 54, "end_of_image": 54, "audio_start": 55,
+    "audio_end": 56, "audio_pad": 57, "begin_of_video": 57, "end_of_video": 58, "media_begin": 60,
+    "media_content": 61, "media_end": 62,
+}  # fmt: skip
+
+
+def encode_text(text: str) -> list[int]:
+    """A tokenizer for texts around frames: control tokens have the ids of `CONFIGS`, and others depend on the text."""
+    pieces = re.findall(r"<\|(\w+)\|>|(\w+|.)", text)
+    return [_CONTROLS[control] if control else 20 + sum(other.encode()) % 25 for control, other in pieces]
+
+
+VIDEO_PROMPTS = {
+    "qwen3_vl_moe": "<|vision_start|><|video_pad|><|vision_end|>",
+    "qwen3_5_moe": "<|vision_start|><|video_pad|><|vision_end|>",
+    "qwen3_omni_moe": "<|vision_start|><|video_pad|><|vision_end|>",
+    "glm4v_moe": "<|begin_of_video|><|video|><|end_of_video|>",
+    "kimi_k25": "<|kimi_k25_video_placeholder|>",
+}
+"""What a chat template writes for a video."""
 
 
 def prompt_of(family: str, placeholders: list[int]) -> list[int]:

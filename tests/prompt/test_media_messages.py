@@ -46,6 +46,9 @@ class Reader:
     def placeholder(self, content: Content) -> int:
         return self.ids[content.kind]
 
+    def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
+        return [], []
+
     def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
         token_id = self.placeholder(content)
         if content.kind == "picture":
@@ -135,7 +138,7 @@ def test_the_result_of_a_tool_may_be_a_picture(builder: PromptBuilder) -> None:
         ([{"type": "image", "image": TONE}], "part 0: image is a Audio, expected Image"),
         ([{"type": "image", "image": Image(RED), "detail": "low"}], "unknown key 'detail'"),
         ([{"type": "image"}], "part 0: image is a NoneType, expected Image"),
-        ([Image(RED)] * 257, "at most 256 pictures and sounds, found 257"),
+        ([Image(RED)] * 257, "at most 256 pictures, sounds and videos, found 257"),
         ([Image("/nowhere/cat.png")], "cannot read the picture /nowhere/cat.png: No such file"),
     ],
 )
@@ -172,7 +175,7 @@ def test_a_template_without_places_for_media_is_named(tokenizer: Tokenizer) -> N
     )
     builder = PromptBuilder(blind, vocab_size=blind.vocab_size, media=Reader())
     with pytest.raises(
-        UsageError, match="has 1 pictures and sounds, and this model's chat template writes 0"
+        UsageError, match="has 1 pictures, sounds and videos, and this model's chat template writes 0"
     ):
         builder.build([Image(RED)])
     builder.close()

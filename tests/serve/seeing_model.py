@@ -25,6 +25,7 @@ def write_seeing_model(directory: Path) -> Path:
     thinker, core = config["thinker_config"], seeing_tokenizer()
     thinker["image_token_id"] = core.token_to_id("<|image_pad|>")
     thinker["audio_token_id"] = core.token_to_id("<|audio_pad|>")
+    thinker["video_token_id"] = core.token_to_id("<|video_pad|>")
     thinker["text_config"] |= {"vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT_TOKENS}
     (directory / "config.json").write_text(json.dumps(config))
     values = np.random.default_rng(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from argosy.engine.engine import Engine
 from argosy.engine.media import PromptMedia
 from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
-from argosy.media.parts import Audio, Image, MediaLimits, Part, Text
+from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
@@ -27,6 +28,7 @@ from argosy.serve.held import Pool, Share
 from argosy.serve.media_parts import Intake
 from argosy.serve.openai_chat import PictureAddress, PicturePart
 from tests.media.samples import pattern, png, raw_png, wav, wave
+from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS
 from tests.serve.record import read_events
@@ -399,11 +401,51 @@ def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -
     assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
 
 
+def video(content: bytes, form: str = "video/mp4") -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": f"data:{form};base64,{encoded(content)}"}}
+
+
+@pytest.mark.skipif(
+    shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
+    reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",
+)
+def test_a_video_reaches_the_engine_as_from_python_with_its_sound(
+    seeing: Seeing, viewer: httpx.Client
+) -> None:
+    file = clip_file(20)
+    answer = ask(viewer, "chat", [text("chat", "What happens?"), video(file), picture("chat", CAT)])
+    assert answer.status_code == 200, answer.text
+    expected = seeing.service.prompts.build([Text("What happens?"), Video(file), Image(CAT)])
+    assert seeing.prompts[-1].token_ids == expected.token_ids
+    assert digests(seeing.prompts[-1]) == digests(expected)
+    kinds = [span.kind for _, span in expected.spans]
+    # Two groups of two frames, a second apart, and two seconds of sound: 13 positions of it a second.
+    assert kinds == ["video", "sound", "video", "sound", "picture"]
+    assert expected.spans[1][1].num_positions == 13
+
+
+def test_a_video_that_cannot_be_shown_is_refused_by_name(viewer: httpx.Client, client: httpx.Client) -> None:
+    address = {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}
+    for part, sentence in (
+        (address, "expected the data of a video, found an address (https:)"),
+        (video(b"x", "video/ogg"), "expected a video of type video/mp4, video/quicktime, video/webm"),
+        (video(b"#EXTM3U\nfile:///etc/passwd\n"), "the video is in no format that is read"),
+    ):
+        answer = ask(viewer, "chat", [part])
+        assert answer.status_code == 400
+        assert sentence in answer.json()["error"]["message"]
+    refused = ask(client, "chat", [video(b"x")])
+    assert refused.status_code == 400
+    assert (
+        "this model reads text only, and this part has type 'video_url'" in refused.json()["error"]["message"]
+    )
+
+
 def test_a_part_of_another_kind_is_replaced_or_refused_with_what_the_model_reads(
     viewer: httpx.Client,
 ) -> None:
     pdf = {"type": "file", "file": {"file_data": "x"}}
-    reads = "this model reads text, pictures and sounds"
+    reads = "this model reads text, pictures, sounds and videos"
     refused = ask(viewer, "chat", [pdf])
     assert refused.json()["error"]["message"].startswith(
         f"messages.0.content.0: {reads}, and this part has type"
@@ -561,7 +603,7 @@ def test_decoded_bytes_are_given_back_once_the_prompt_is_built(
 
 
 def test_models_lists_what_the_model_takes(viewer: httpx.Client, client: httpx.Client) -> None:
-    for one, inputs in ((viewer, ["text", "image", "audio"]), (client, ["text"])):
+    for one, inputs in ((viewer, ["text", "image", "audio", "video"]), (client, ["text"])):
         for entry in (one.get("/v1/models").json()["data"][0], one.get("/v1/models/tiny").json()):
             assert entry["architecture"] == {"input_modalities": inputs, "output_modalities": ["text"]}
 

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 HELP = """/help          list the commands
 /image FILE    show a picture with the next message
 /audio FILE    let the model hear a sound with the next message
+/video FILE    show a video with the next message
 /reset         forget the conversation
 /ledger        show the use of time and memory
 /quit          quit; ^D does the same
-A line with nothing but the path of a picture or sound attaches it, too.
+A line with nothing but the path of a picture, sound or video attaches it, too.
 Alt-Enter starts a new line. ^C stops an answer; pressed twice, it quits."""
 
 
@@ -115,7 +116,7 @@ class Conversation:
     def _command(self, said: str) -> None:
         if said == "/help":
             print(HELP, file=sys.stderr)
-        elif said.startswith(("/image ", "/audio ")):
+        elif said.startswith(("/image ", "/audio ", "/video ")):
             command, path = said.split(maxsplit=1)
             self._attach(command[1:], path)
         elif said == "/reset":
@@ -133,16 +134,14 @@ class Conversation:
             print("since the start", file=sys.stderr)
             print(*ledger_lines(self._engine.ledger, self._engine.plan), sep="\n", file=sys.stderr)
         else:
-            print(
-                f"unknown command '{said.split(maxsplit=1)[0]}'; known: /help /image /audio /reset /ledger /quit",
-                file=sys.stderr,
-            )
+            known = "/help /image /audio /video /reset /ledger /quit"
+            print(f"unknown command '{said.split(maxsplit=1)[0]}'; known: {known}", file=sys.stderr)
 
     def _attach(self, kind: str, path: str) -> None:
-        """Read a picture or sound now, so that the conversation does not depend on its file later."""
-        from argosy.media.parts import PROMPT_LIMITS, Audio, Image
+        """Read a picture, sound or video now, so that the conversation does not depend on its file later."""
+        from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Video
 
-        part = Image(path) if kind == "image" else Audio(path)
+        part = {"image": Image, "audio": Audio, "video": Video}[kind](path)
         if part.kind not in self._engine.media_kinds:
             print(f"error: this model does not take a {part.kind}", file=sys.stderr)
             return
@@ -203,11 +202,12 @@ class Conversation:
 _KINDS = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif"), "image"),
     **dict.fromkeys((".wav", ".mp3", ".flac", ".ogg"), "audio"),
+    **dict.fromkeys((".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi"), "video"),
 }
 
 
 def _dropped(said: str) -> tuple[str, str] | None:
-    """The kind and path of a line that is nothing but the path of a picture or sound, as a dropped file is pasted."""
+    """The kind and path of a line that is nothing but the path of a media file, as a dropped file is pasted."""
     path = Path(said.strip("'\"").replace("\\ ", " "))
     kind = _KINDS.get(path.suffix.lower())
     try:

@@ -14,7 +14,7 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.engine.engine import Engine
-    from argosy.media.parts import Audio, Image
+    from argosy.media.parts import Audio, Image, Video
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,10 +28,11 @@ _ENGINE = (
     click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
     click.option("--no-media", "media", flag_value=False, default=None, type=bool, help="Take text only."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
+    click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
     click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
     click.option("--ears", metavar="PATH", help="Transcribe sounds: a Whisper model, or tiny.en."),
 )
-_MEDIA = ("image", "audio")
+_MEDIA = ("image", "audio", "video")
 
 _SAMPLING = (
     click.option(
@@ -73,11 +74,11 @@ def sampling_options(command: Command) -> Command:
 
 
 class CommandWithMedia(click.Command):
-    """A command with --image and --audio, which keep their order: `media_of` has it."""
+    """A command with --image, --audio and --video, which keep their order: `media_of` has it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for kind, what in zip(_MEDIA, ("a picture", "a sound"), strict=True):
+        for kind, what in zip(_MEDIA, ("a picture", "a sound", "a video"), strict=True):
             self.params.append(
                 click.Option(
                     [f"--{kind}"],
@@ -95,14 +96,12 @@ class CommandWithMedia(click.Command):
         return super().parse_args(ctx, args)
 
 
-def media_of() -> list[Image | Audio]:
+def media_of() -> list[Image | Audio | Video]:
     """The media that the command line of the current command names, in its order."""
-    from argosy.media.parts import Audio, Image
+    from argosy.media.parts import Audio, Image, Video
 
-    return [
-        Image(path) if kind == "image" else Audio(path)
-        for kind, path in click.get_current_context().meta[__name__]
-    ]
+    kinds = dict(zip(_MEDIA, (Image, Audio, Video), strict=True))
+    return [kinds[kind](path) for kind, path in click.get_current_context().meta[__name__]]
 
 
 def thoughts_option(command: Command) -> Command:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from argosy.engine.engine import Engine
     from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result
-    from argosy.media.parts import Audio, Image
+    from argosy.media.parts import Audio, Image, Video
     from argosy.prompt.formats import Answer
     from argosy.prompt.messages import Message
 
@@ -106,14 +106,16 @@ def _read_prompt(prompt: str | None) -> str:
     return text
 
 
-def _request(text: str, media: Sequence[Image | Audio], system: str | None, raw: bool) -> PromptLike:
+def _request(text: str, media: Sequence[Image | Audio | Video], system: str | None, raw: bool) -> PromptLike:
     from argosy.media.parts import Text
     from argosy.prompt.prompt import Prompt
 
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
     if raw and media:
-        raise UsageError("--raw and media exclude each other: raw text has no place for a picture or sound")
+        raise UsageError(
+            "--raw and media exclude each other: raw text has no place for a picture, sound or video"
+        )
     if raw:
         return Prompt.raw(text)
     if system is None and not media:

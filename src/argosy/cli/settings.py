@@ -42,6 +42,7 @@ class Settings:
     instruction_set: str | None = None
     media: bool | None = None
     image_tokens: int | None = None
+    video_tokens: int | None = None
     mmproj: str | None = None
     ears: str | None = None
     ask_ahead: AskAhead | None = None

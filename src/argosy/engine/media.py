@@ -1,19 +1,24 @@
-"""Pictures and sounds of prompts: checked and measured when a request comes, encoded beside the steps of others.
+"""Media of prompts: checked and measured when a request comes, encoded beside the steps of others.
 
     Image("cat.png")  ->  read  ->  segments: decoded, prepared, a MediaSpan  ->  make_rows: the tower, piece by piece
                                                                               ->  kept, for the next prompt that has it
 
-What a request costs before its turn is small: of a picture it holds the pixels that the tower will see, one byte each.
-`MEDIA_WAITING_BYTES` bounds what all requests hold together.
+A video becomes several spans, one for each group of frames, with the texts of its family between them.
 
-Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `spans.py` puts rows into steps.
+What a request costs before its turn is small: of a picture or frame it holds the pixels that the tower will see, one
+byte each. `MEDIA_WAITING_BYTES` bounds what all requests hold together.
+
+Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `video_layout.py` orders the parts of a
+video; `spans.py` puts rows into steps.
 """
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,19 +26,33 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
-from argosy.errors import ArgosyError, Overloaded, UsageError
+from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
+from argosy.errors import (
+    ArgosyError,
+    BadMedia,
+    Overloaded,
+    UnsupportedModel,
+    UsageError,
+)
 from argosy.media.decoder import Decoder
+from argosy.media.frames import open_frames
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, Video
 from argosy.media.pictures import PictureProcessor
-from argosy.model.encoders.reading import Encoders, Processor
+from argosy.media.sounds import SoundProcessor
+from argosy.media.videos import VideoProcessor
+from argosy.model.encoders.reading import EncoderFiles, Encoders, Processor
 from argosy.model.encoders.table import Shape
-from argosy.prompt.media_span import EARS_HINT, MediaSpan, SpanRows
+from argosy.prompt.media_span import EARS_HINT, MakeRows, MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
+from argosy.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from argosy.engine.ears import Transcriber
 
 _RETRY_S = 5
+
+# The tower that encodes each kind: a video's frames are pictures.
+_TOWERS: Mapping[Kind, Kind] = {"picture": "picture", "sound": "sound", "video": "picture"}
 
 
 class PromptMedia:
@@ -42,6 +61,7 @@ class PromptMedia:
     Args:
         processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
+        encode_text: the ids of a text that the model's own processor writes, with its control tokens.
         ears: transcribe sounds if the model takes none.
     """
 
@@ -50,7 +70,8 @@ class PromptMedia:
         encoders: Encoders,
         processors: Mapping[Kind, Processor | ArgosyError],
         decoder: Decoder,
-        low_detail: Processor | None = None,
+        low_detail: Processor | None,
+        encode_text: Callable[[str], list[int]],
         ears: Transcriber | None = None,
     ) -> None:
         self._encoders = encoders
@@ -62,9 +83,10 @@ class PromptMedia:
                 self._faults[kind] = one
             else:
                 self._processors[kind] = one
+        self._encode_text = encode_text
         self._decoder = decoder
         self._ears = None if "sound" in self._processors else ears
-        self._one_decoded = threading.Lock()  # a decoded picture is large, so there is one at a time
+        self._one_decoded = threading.Lock()  # what is decoded is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
         self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
 
@@ -95,9 +117,10 @@ class PromptMedia:
         if part.kind not in self.kinds:
             if part.kind in self._faults:
                 raise self._faults[part.kind]
-            takes = ["text", *(f"{kind}s" for kind in self.kinds)]
+            *most, last = ["text", *(f"{kind}s" for kind in self.kinds)]
+            takes = f"{', '.join(most)} and {last}" if most else f"{last} only"
             raise UsageError(
-                f"this model takes {' and '.join(takes)}, and the conversation has a {part.kind}",
+                f"this model takes {takes}, and the conversation has a {part.kind}",
                 hint=EARS_HINT if part.kind == "sound" else None,
             )
         return part.read(PROMPT_LIMITS)
@@ -110,69 +133,216 @@ class PromptMedia:
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""
-        return self._encoders.files[content.kind].token_id
+        files = self._encoders.files[_TOWERS[content.kind]]
+        if content.kind != "video":
+            return files.token_id
+        assert files.video is not None
+        return files.video.token_id
+
+    def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
+        """See `MediaReader.surroundings`."""
+        processor = self._processors[content.kind]
+        if not isinstance(processor, VideoProcessor) or not processor.surroundings.before:
+            return [], []
+        before, after = processor.surroundings
+        return self._encode_text(before), self._encode_text(after)
 
     def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
         """See `MediaReader.segments`."""
-        values, shape = self._prepare(content)
+        processor = self._processors[content.kind]
+        if isinstance(processor, VideoProcessor):
+            return self._video_segments(content, processor, tenant)
         files = self._encoders.files[content.kind]
+        if content.detail == "low":
+            assert isinstance(self._low_detail, PictureProcessor)
+            processor = self._low_detail
+        with self._one_decoded:
+            values, shape = self._prepare(content, processor)
+        waiting = self._wait(values)
         digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
-        angles, num_angles = None, None
-        if files.encoder.angles is not None:
-            angles, num_angles = files.encoder.angles(files.config, shape)
-        waiting = _Waiting(values)
-        self._waiting.charge(waiting, values.nbytes)
-
-        def make_rows() -> SpanRows | Generator[None, None, SpanRows]:
-            if (kept := self._kept.get(tenant, digest)) is not None:
-                self._kept.touch(tenant, [digest])
-                return kept
-            return self._encode(content.kind, waiting.values, shape, tenant, digest)
-
-        span = MediaSpan(
-            content.kind,
-            digest,
-            files.num_positions(shape),
-            files.token_id,
-            make_rows,
-            angles=angles,
-            num_angles=num_angles,
-            sees_both_ways=files.encoder.sees_both_ways,
-        )
+        make_rows = self._maker(content.kind, lambda: waiting.values, shape, tenant, digest)
+        span = _span(content.kind, files, files.token_id, shape, digest, make_rows)
         if files.marks is None:
             return [span]
         before, after = files.marks
         return [[before], span, [after]]
 
-    def _prepare(self, content: Content) -> tuple[NDArray[Any], Shape]:
+    def _prepare(
+        self, content: Content, processor: PictureProcessor | SoundProcessor
+    ) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
-        processor = self._processors[content.kind]
-        if content.detail == "low":
-            assert self._low_detail is not None
-            processor = self._low_detail
+        if isinstance(processor, PictureProcessor):
+            if not isinstance(content.data, np.ndarray):
+                processor.grid(*self._decoder.measure(content))  # refuse what its header rules out
+            canvas = processor.resize(self._decoder.picture(content))
+            rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
+            return canvas, (1, rows, cols)
+        features = processor.prepare(self._decoder.sound(content, processor.rate))
+        return features, (features.shape[1],)
+
+    def _video_segments(
+        self, content: Content, processor: VideoProcessor, tenant: str
+    ) -> list[Sequence[int] | MediaSpan]:
+        files = self._encoders.files["picture"]
+        form = files.encoder.video
+        assert form is not None
+        assert files.video is not None
         with self._one_decoded:
-            if isinstance(processor, PictureProcessor):
-                if not isinstance(content.data, np.ndarray):
-                    processor.grid(*self._decoder.measure(content))  # refuse what its header rules out
-                canvas = processor.resize(self._decoder.picture(content))
-                rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
-                return canvas, (1, rows, cols)
-            features = processor.prepare(self._decoder.sound(content, processor.rate))
-            return features, (features.shape[1],)
+            video = self._prepare_video(content, processor, listens=form.sound is not None)
+        groups = processor.groups(len(video.indices))
+        frames = self._wait(video.canvases)
+        sound = None if video.features is None else self._wait(video.features)
+        sound_shape = (0,) if video.features is None else (video.features.shape[1],)
+        sound_digest = blake3(content.digest + repr(("heard", sound_shape)).encode()).digest()
+        num_sound = 0 if sound is None else self._encoders.files["sound"].num_positions(sound_shape)
+        if form.angles is None:
+            parts = told_by_text(processor.texts([index / video.rate for index in video.indices]))
+        else:
+            _, rows, cols = processor.grid(video.canvases[:1])
+            seconds = video.seconds / len(video.indices) * processor.group_frames
+            angles, num_angles = form.angles(
+                files.config, (len(groups), rows, cols), seconds, files.video.angles_per_second
+            )
+            parts = told_by_angles(angles, num_angles, len(groups), num_sound)
+            if num_sound and form.sound is not None:
+                parts = [form.sound[0], *parts, form.sound[1]]
+        token_id = files.token_id if form.is_shown_as_pictures else files.video.token_id
+
+        def of_group(part: Group) -> MediaSpan:
+            group = groups[part.number]
+            chosen = slice(group.start, group.stop)
+            shape = processor.grid(video.canvases[chosen])
+            # How far it moves on belongs to its identity: positions after it depend on it.
+            seen = repr(("video", shape, video.indices[chosen], part.num_angles))
+            digest = blake3(content.digest + seen.encode()).digest()
+            make_rows = self._maker("video", lambda: frames.values[chosen], shape, tenant, digest)
+            return _span("video", files, token_id, shape, digest, make_rows, part)
+
+        def of_sound(part: Sound) -> MediaSpan:
+            assert sound is not None
+            placed = repr((part.start, part.stop, part.num_angles))
+            digest = blake3(sound_digest + placed.encode()).digest()
+            make_rows = self._maker("sound", lambda: sound.values, sound_shape, tenant, sound_digest)
+            return MediaSpan(
+                "sound",
+                digest,
+                part.stop - part.start,
+                self._encoders.files["sound"].token_id,
+                lambda: _some_rows(make_rows, slice(part.start, part.stop)),
+                angles=part.angles,
+                num_angles=part.num_angles,
+            )
+
+        return [
+            self._encode_text(part)
+            if isinstance(part, str)
+            else of_group(part)
+            if isinstance(part, Group)
+            else of_sound(part)
+            for part in parts
+        ]
+
+    def _prepare_video(self, content: Content, processor: VideoProcessor, *, listens: bool) -> _Video:
+        """Decode the frames that the model looks at, and the sound if it listens."""
+        hearing = self._processors.get("sound") if listens else None
+        for counts_decoded in (False, True):
+            with open_frames(content, self._decoder, PROMPT_LIMITS, counts_decoded=counts_decoded) as frames:
+                indices = processor.sample(frames.num_frames, frames.rate)
+                canvases = processor.resize(frames.at(indices), len(indices))
+                if len(canvases) < len(indices):  # not each packet of a file need be a frame
+                    continue
+                features = None
+                if isinstance(hearing, SoundProcessor) and frames.sound is not None:
+                    samples = frames.sound(hearing.rate)
+                    if samples.size > hearing.window:  # less cannot be heard
+                        features = hearing.prepare(samples)
+                seconds = frames.num_frames / frames.rate
+                return _Video(indices.tolist(), frames.rate, seconds, canvases, features)
+        raise BadMedia(
+            "the video is damaged: some of its frames cannot be decoded",
+            hint="save it again, or convert it to MP4",
+            kind="video",
+        )
+
+    def _wait(self, values: NDArray[Any]) -> _Waiting:
+        waiting = _Waiting(values)
+        self._waiting.charge(waiting, values.nbytes)
+        return waiting
+
+    def _maker(
+        self, kind: Kind, values: Callable[[], NDArray[Any]], shape: Shape, tenant: str, digest: bytes
+    ) -> MakeRows:
+        def make_rows() -> SpanRows | Generator[None, None, SpanRows]:
+            if (kept := self._kept.get(tenant, digest)) is not None:
+                self._kept.touch(tenant, [digest])
+                return kept
+            return self._encode(kind, values(), shape, tenant, digest)
+
+        return make_rows
 
     def _encode(
         self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes
     ) -> Generator[None, None, SpanRows]:
-        tower, processor = self._encoders.open(kind), self._processors[kind]
+        tower, processor = self._encoders.open(_TOWERS[kind]), self._processors[kind]
         yield
-        if isinstance(processor, PictureProcessor):
+        if isinstance(processor, SoundProcessor):
+            rows = yield from tower.encode(values)
+        else:
             patches, grid = processor.patches(values)
             rows = yield from tower.encode(patches, grid)
-        else:
-            rows = yield from tower.encode(values)
         if rows.nbytes <= MEDIA_KEPT_BYTES:
             self._kept.put(tenant, digest, rows)
         return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Video:
+    """A decoded video.
+
+    indices: of the frames that the model sees.
+    rate, seconds: frames per second and length of the whole.
+    canvases: uint8 [frames, height, width, 3].
+    features: float32 [bands, mel frames]; None: it has no sound, or the model does not listen.
+    """
+
+    indices: list[int]
+    rate: float
+    seconds: float
+    canvases: NDArray[np.uint8]
+    features: NDArray[np.float32] | None
+
+
+def _span(
+    kind: Kind,
+    files: EncoderFiles,
+    token_id: int,
+    shape: Shape,
+    digest: bytes,
+    make_rows: MakeRows,
+    part: Group | None = None,
+) -> MediaSpan:
+    """A span that is placed as its shape says, or as `part` does."""
+    angles, num_angles = (None, None) if part is None else (part.angles, part.num_angles)
+    if angles is None and files.encoder.angles is not None:
+        angles, num_angles = files.encoder.angles(files.config, shape)
+    return MediaSpan(
+        kind,
+        digest,
+        files.num_positions(shape),
+        token_id,
+        make_rows,
+        angles=angles,
+        num_angles=num_angles,
+        sees_both_ways=files.encoder.sees_both_ways,
+    )
+
+
+def _some_rows(make_rows: MakeRows, part: slice) -> Generator[None, None, SpanRows]:
+    made = make_rows()
+    if not isinstance(made, SpanRows):
+        made = yield from made
+    additions = {layer: rows[part] for layer, rows in made.additions.items()}
+    return SpanRows(made.embeddings[part], additions)
 
 
 class _Waiting:
@@ -198,15 +368,50 @@ class _Room:
         """
         if nbytes > self._most_bytes:
             raise UsageError(
-                f"a picture or sound may take at most {self._most_bytes} bytes once it is prepared, found {nbytes}",
+                f"once it is prepared, a medium may take at most {self._most_bytes} bytes, found {nbytes}",
                 hint="make it smaller or shorter",
             )
         with self._lock:
             if self._held_bytes + nbytes > self._most_bytes:
-                raise Overloaded("too many pictures and sounds wait to be encoded", retry_after_s=_RETRY_S)
+                raise Overloaded(
+                    "too many pictures, sounds and videos wait to be encoded", retry_after_s=_RETRY_S
+                )
             self._held_bytes += nbytes
         weakref.finalize(owner, self._free, nbytes)
 
     def _free(self, nbytes: int) -> None:
         with self._lock:
             self._held_bytes -= nbytes
+
+
+def open_media(
+    encoders: Encoders,
+    processors: Mapping[Kind, Processor | ArgosyError],
+    decoder: Decoder,
+    low_detail: Processor | None,
+    tokenizer: Tokenizer | None,
+    ears: Transcriber | None,
+) -> PromptMedia:
+    """Combine the towers that were found with the processors that prepare media for them."""
+    video = processors.get("video")
+    if tokenizer is not None and isinstance(video, VideoProcessor):
+        form = encoders.files["picture"].encoder.video
+        assert form is not None
+        written = [*video.surroundings, *video.label(0.0, 0.0), *(form.sound or ())]
+        missing = [
+            token
+            for token in re.findall(r"<\|\w+\|>", "".join(written))
+            if tokenizer.control_id(token) is None
+        ]
+        if missing:
+            fault = UnsupportedModel(
+                f"a video is written with the token {missing[0]}, and the model's tokenizer has none",
+                key=missing[0],
+            )
+            processors = {**processors, "video": fault}
+
+    def encode_text(text: str) -> list[int]:
+        assert tokenizer is not None  # without one, a model takes no messages
+        return tokenizer.encode_segments([(False, text)])
+
+    return PromptMedia(encoders, processors, decoder, low_detail, encode_text, ears)

@@ -23,14 +23,14 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
-from argosy.media.parts import PROMPT_LIMITS
+from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
-MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures and sounds of requests whose encode has not begun
+MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures, sounds and frames of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
@@ -72,7 +72,7 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
-    encoder_bytes: int = 0  # towers and ears, an encode of each, and the process that decodes files
+    encoder_bytes: int = 0  # towers and ears, an encode of each, and the processes that decode files
     kv_bytes: int
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
@@ -203,11 +203,14 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
     return nbytes
 
 
-def media_bytes() -> int:
-    """Memory for pictures and sounds beside their encoders: a file that is decoded, requests that wait, rows kept."""
+def media_bytes(*, takes_video: bool) -> int:
+    """Memory for media beside their encoders: a file that is decoded, requests that wait, rows kept."""
     sound_bytes = round(4 * PROMPT_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
     decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels, sound_bytes)
-    return _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
+    video = FFMPEG_BYTES + PROMPT_LIMITS.video_bytes + sound_bytes if takes_video else 0
+    return (
+        _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + video + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
+    )
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
@@ -247,7 +250,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
-            encoder_bytes=encoder_bytes and encoder_bytes + media_bytes(),
+            encoder_bytes=encoder_bytes and encoder_bytes + media_bytes(takes_video=footprint.takes_video),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,

@@ -43,6 +43,7 @@ class EngineOptions(TypedDict, total=False):
     max_sequences: int
     media: bool
     image_tokens: int
+    video_tokens: int
     mmproj: str | Path | None
     ears: str | Path | None
     draft_tokens: int

@@ -37,7 +37,7 @@ from argosy.engine.kv_cache import BlockContent, KvBlocks
 from argosy.engine.prefix_files import Kind, PrefixFiles, tenant_key
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
-from argosy.media.settings import PROCESSOR_FILES
+from argosy.media.settings import VIDEO_FILES
 
 # A snapshot after the last full block puts the tokens after it in a step of their own, so short prompts take none.
 SNAPSHOT_PROMPT_TOKENS = 256
@@ -347,9 +347,9 @@ def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
     """
     pieces = [piece for record in files.experts.values() for piece in record.pieces]
     paths = {str(ref.path) for ref in files.dense.values()} | {str(piece.path) for piece in pieces}
-    # Rows of pictures and sounds come from these.
+    # Rows of media come from these.
     paths |= {str(ref.path) for ref in files.others.values()}
-    paths |= {str(path) for name in PROCESSOR_FILES if (path := files.path / name).is_file()}
+    paths |= {str(path) for name in VIDEO_FILES if (path := files.path / name).is_file()}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]
     return blake3(repr((files.config, facts, instruction_set, others)).encode()).digest()
 

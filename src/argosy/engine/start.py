@@ -132,7 +132,7 @@ def start(
             from argosy.engine.ears import Transcriber
 
             ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
-        media = _open_media(footprint, store, runtime, decoder, ears)
+        media = _open_media(footprint, store, runtime, decoder, ears, tokenizer)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -231,15 +231,16 @@ def _open_media(
     runtime: _native.Runtime,
     decoder: Decoder,
     ears: Transcriber | None,
+    tokenizer: Tokenizer | None,
 ) -> PromptMedia | None:
     if not footprint.encoders and ears is None:
         return None
-    from argosy.engine.media import PromptMedia  # imports modules that only pictures and sounds need
+    from argosy.engine.media import open_media  # imports modules that only media need
     from argosy.model.encoders.reading import Encoders, runnable
 
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return PromptMedia(encoders, footprint.processors, decoder, footprint.low_detail, ears)
+    return open_media(encoders, footprint.processors, decoder, footprint.low_detail, tokenizer, ears)
 
 
 def _open_prefix_files(

@@ -68,6 +68,7 @@ class Decoder:
         if isinstance(content.data, np.ndarray):
             height, width = content.data.shape[:2]
         else:
+            assert isinstance(content.data, bytes)
             height, width = self._ask("picture", {"ask": "measure"}, content.data, 2)[0]
         require_pixels(height, width, self.limits)
         return height, width
@@ -81,6 +82,7 @@ class Decoder:
         if isinstance(content.data, np.ndarray):
             array = content.data
             return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+        assert isinstance(content.data, bytes)
         shape, payload = self._ask("picture", {"ask": "picture"}, content.data, 3)
         return np.frombuffer(payload, np.uint8).reshape(shape)
 
@@ -97,6 +99,7 @@ class Decoder:
             resampler = Resampler(content.rate, rate)
             resampler.add(content.data)
             return resampler.finish()
+        assert isinstance(content.data, bytes)
         _, payload = self._ask("sound", {"ask": "sound", "rate": rate}, content.data, 1)
         return np.frombuffer(payload, np.float32)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,9 @@ class MediaLimits:
     sound_s: seconds of a sound.
     decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
     wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
+    video_bytes: of the encoded file of a video, or of its frames together.
+    video_frames, video_s: frames and seconds of a video, however few of them a model looks at.
+    video_wall_s: seconds that decoding a video may keep us waiting.
     """
 
     file_bytes: int = 32 << 20
@@ -47,26 +51,33 @@ class MediaLimits:
     sound_s: float = 600.0
     decode_bytes: int = 256 << 20
     wall_s: float = 30.0
+    video_bytes: int = 64 << 20
+    video_frames: int = 50_000
+    video_s: float = 600.0
+    video_wall_s: float = 60.0
 
 
 # A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
 PROMPT_LIMITS = MediaLimits(pixels=24_000_000)
 """What an engine takes in a prompt; its memory plan counts on it."""
 
+FFMPEG_BYTES = 128 << 20
+"""Memory of a process of ffmpeg beyond what one file may take to decode: its libraries, stacks and buffers."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """The content of a part.
 
-    data: the bytes of a file, or a read-only array of the caller's: uint8 [height, width, 3] or [height, width],
-        float32 [samples], or uint8 [frames, height, width, 3].
+    data: the bytes of a file; or a read-only array of the caller's: uint8 [height, width, 3] or [height, width],
+        float32 [samples], or uint8 [frames, height, width, 3]; or the pictures that are the frames of a video.
     digest: 32 bytes; equal for equal content.
-    rate: samples or frames per second of an array.
+    rate: samples or frames per second, unless a file says so.
     detail: of a picture, see `Image`; part of the digest.
     """
 
     kind: Kind
-    data: bytes | NDArray[Any] = field(repr=False)
+    data: bytes | NDArray[Any] | tuple[Content, ...] = field(repr=False)
     digest: bytes
     rate: float | None = None
     detail: Detail = "high"
@@ -86,6 +97,7 @@ class _Part(ABC):
     source: Source = field(repr=False)
 
     kind: ClassVar[Kind]
+    limit: ClassVar[str] = "file_bytes"
 
     def read(self, limits: MediaLimits) -> Content:
         """Read the source.
@@ -125,7 +137,7 @@ class _Part(ABC):
                         f"{os.fspath(path)} is not a file, so no {self.kind} can be read from it"
                     )
                 self._require_size(status.st_size, limits)
-                return file.read(limits.file_bytes + 1)
+                return file.read(getattr(limits, self.limit) + 1)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "the path is invalid"
             raise UsageError(f"cannot read the {self.kind} {os.fspath(path)}: {reason}") from None
@@ -133,11 +145,12 @@ class _Part(ABC):
     def _require_size(self, nbytes: int, limits: MediaLimits) -> None:
         if not nbytes:
             raise BadMedia(f"the {self.kind} is empty: it has 0 bytes", kind=self.kind, found=0)
-        if nbytes > limits.file_bytes:
+        most: int = getattr(limits, self.limit)
+        if nbytes > most:
             raise BadMedia(
-                f"the file of a {self.kind} may have at most {limits.file_bytes:,} bytes, found {nbytes:,}",
+                f"the file of a {self.kind} may have at most {most:,} bytes, found {nbytes:,}",
                 kind=self.kind,
-                needed=limits.file_bytes,
+                needed=most,
                 found=nbytes,
             )
 
@@ -194,29 +207,64 @@ class Audio(_Part):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video(_Part):
-    """A video: a path, the bytes of a file, or uint8 [frames, height, width, 3] with their rate.
+    """A video: a path, the bytes of a file, uint8 [frames, height, width, 3], or a list of pictures, its frames.
 
-    rate: frames per second; only for an array.
+    A file needs the program `ffmpeg`. Frames need none, and a picture is whatever `Image` takes.
+
+    rate: frames per second; only for frames.
     """
 
+    source: Source | Sequence[Source] = field(repr=False)  # type: ignore[assignment]  # `read` knows lists
     rate: float | None = None
 
     kind: ClassVar[Kind] = "video"
+    limit: ClassVar[str] = "video_bytes"
+
+    def read(self, limits: MediaLimits) -> Content:
+        """See `_Part.read`; each frame of a list may raise what `Image.read` raises."""
+        if isinstance(self.source, list | tuple):
+            return self._read_frames(self.source, limits)
+        return _Part.read(self, limits)
+
+    def _read_frames(self, sources: Sequence[Source], limits: MediaLimits) -> Content:
+        rate = self._require_frames(len(sources), limits)
+        frames: list[Content] = []
+        num_bytes = 0
+        for source in sources:
+            frame = Image(source).read(limits)
+            num_bytes += frame.data.nbytes if isinstance(frame.data, np.ndarray) else len(frame.data)
+            if num_bytes > limits.video_bytes:
+                raise BadMedia(
+                    f"the frames of a video may have at most {limits.video_bytes:,} bytes together",
+                    hint="pass fewer or smaller frames",
+                    kind="video",
+                    needed=limits.video_bytes,
+                )
+            frames.append(frame)
+        digest = blake3(f"frames {rate}\n".encode() + b"".join(frame.digest for frame in frames))
+        return Content("video", tuple(frames), digest.digest(), rate)
 
     def _rate(self) -> float | None:
         return self.rate
 
     def _check_array(self, array: NDArray[Any], limits: MediaLimits) -> None:
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not array.shape[0]:
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise _wrong_array("video", "uint8 [frames, height, width, 3]", array)
-        if self.rate is None or not 0 < self.rate <= 1000:
-            raise UsageError("an array of frames needs `rate`, the number of frames per second, up to 1000")
+        self._require_frames(array.shape[0], limits)
         require_pixels(array.shape[1], array.shape[2], limits)
+
+    def _require_frames(self, num_frames: int, limits: MediaLimits) -> float:
+        """Check the number of frames and their rate; returns the rate."""
+        if self.rate is None:
+            raise UsageError("frames need `rate`, the number of frames per second")
+        require_length(num_frames, self.rate, limits)
+        return self.rate
 
 
 Part = Text | Image | Audio | Video
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
+HIGHEST_FRAME_RATE = 1_000
 
 
 def require_pixels(height: int, width: int, limits: MediaLimits) -> None:
@@ -276,6 +324,36 @@ def require_seconds(seconds: float, limits: MediaLimits) -> None:
             needed=limits.sound_s,
             found=seconds,
         )
+
+
+def require_length(num_frames: int, rate: float, limits: MediaLimits) -> None:
+    """Refuse a video with too many frames, or none.
+
+    Raises:
+        BadMedia: it has no frames, more than the limit, or is longer; or its rate is that of no video.
+    """
+    facts: dict[str, Any] = {"kind": "video"}
+    if num_frames < 1:
+        raise BadMedia("the video has no frames", found=num_frames, **facts)
+    if not 0 < rate <= HIGHEST_FRAME_RATE:
+        raise BadMedia(
+            f"the rate of a video must be above 0 and at most {HIGHEST_FRAME_RATE} frames per second, found {rate:,g}",
+            needed=HIGHEST_FRAME_RATE,
+            found=rate,
+            **facts,
+        )
+    for found, most, unit in (
+        (num_frames, limits.video_frames, "frames"),
+        (num_frames / rate, limits.video_s, "seconds"),
+    ):
+        if found > most:
+            raise BadMedia(
+                f"a video may have at most {most:,g} {unit}, found {found:,.10g}",
+                hint="cut the video into pieces",
+                needed=most,
+                found=found,
+                **facts,
+            )
 
 
 def _wrong_array(kind: Kind, needed: str, array: NDArray[Any]) -> BadMedia:

@@ -31,8 +31,8 @@ from argosy.media.settings import SOUND_KEYS, Settings
 
 Grid = tuple[int, int, int]
 
-_LONGEST_RATIO = 200  # of a picture's sides, for Qwen and GLM
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LONGEST_RATIO = 200  # of a picture's sides, for Qwen and GLM
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
 
@@ -117,12 +117,7 @@ class PictureProcessor:
         """The second half of `prepare`, from the result of `resize`."""
         rows, columns = canvas.shape[0] // self.patch_size, canvas.shape[1] // self.patch_size
         side, merge = self.patch_size, self.merge_size if self.order == "merged" else 1
-        blocks = canvas.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows, columns, merge, merge, channels, side, side]
-        pixels_of = blocks.reshape(rows * columns, 3, 1, side * side)
-        values = np.empty((rows * columns, 3, self.frames, side * side), np.float32)
-        for channel in range(3):
-            values[:, channel] = self.levels[channel][pixels_of[:, channel]]
+        values = patch_values(canvas[None], side, merge, self.levels, self.frames)
         if self.order == "pixels":
             values = values.transpose(0, 2, 3, 1)
         return values.reshape(rows * columns, -1), (1, rows, columns)
@@ -162,12 +157,12 @@ class QwenFit:
         if self.is_raised and min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        if max(height, width) > _LONGEST_RATIO * min(height, width):
+        if max(height, width) > LONGEST_RATIO * min(height, width):
             raise BadMedia(
-                f"a side of a picture may be at most {_LONGEST_RATIO} times as long as the other for this model, "
+                f"a side of a picture may be at most {LONGEST_RATIO} times as long as the other for this model, "
                 f"found {width:,} x {height:,} pixels",
                 kind="picture",
-                needed=_LONGEST_RATIO,
+                needed=LONGEST_RATIO,
                 found=max(height, width) / min(height, width),
             )
         # Python's round: to the even one of two that are equally near.
@@ -237,6 +232,28 @@ class GemmaFit:
         return Size(rows, columns, rows, columns)
 
 
+def patch_values(
+    canvases: NDArray[np.uint8], side: int, merge: int, levels: NDArray[np.float32], num_frames: int
+) -> NDArray[np.float32]:
+    """The values of patches that cover `num_frames` frames: float32 [patches, channels, num_frames, side * side].
+
+    Args:
+        canvases: uint8 [num_frames, height, width, 3], or one frame, which is repeated.
+        merge: patches of a square of this side lie together.
+        levels: as of `PictureProcessor`.
+    """
+    given, rows, columns = len(canvases), canvases.shape[1] // side, canvases.shape[2] // side
+    blocks = canvases.reshape(given, rows // merge, merge, side, columns // merge, merge, side, 3)
+    blocks = blocks.transpose(
+        1, 4, 2, 5, 7, 0, 3, 6
+    )  # [rows, columns, merge, merge, channels, frames, side, side]
+    pixels_of = blocks.reshape(rows * columns, 3, given, side * side)
+    values = np.empty((rows * columns, 3, num_frames, side * side), np.float32)
+    for channel in range(3):
+        values[:, channel] = levels[channel][pixels_of[:, channel]]
+    return values
+
+
 def read_picture_processor(
     raw: Mapping[str, object], *, most_tokens: int | None = None, where: str = "preprocessor_config.json"
 ) -> PictureProcessor:
@@ -294,7 +311,7 @@ def _read_qwen_or_glm(
     if most_tokens is not None:
         most = min(most, most_tokens * factor**2 * counted)
     fit = QwenFit(factor, least, most, counted, is_raised=is_glm, is_capped=most_tokens is not None)
-    levels = _levels(settings, _CLIP_MEAN, _CLIP_STD, is_normalized=True)
+    levels = read_levels(settings, CLIP_MEAN, CLIP_STD, is_normalized=True)
     return PictureProcessor(patch_size, merge_size, frames, fit, "merged", levels, most_tokens)
 
 
@@ -341,7 +358,7 @@ def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
             size.fixed("max_width", most_on_a_side)
             size.finish()
         settings.fixed("do_resize", True)
-    levels = _levels(own or settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True)
+    levels = read_levels(own or settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), is_normalized=True)
     if own is not None:
         own.finish()
     fit = KimiFit(patch_size, merge_size, most_patches, most_on_a_side, most_tokens)
@@ -362,12 +379,12 @@ def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor
                 f"the cap on a picture's tokens must be at least {_GEMMA_TOKENS[0]} for this model, found {most_tokens}"
             )
         tokens = allowed[-1]
-    levels = _levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)
+    levels = read_levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)
     fit = GemmaFit(patch_size * merge_size, tokens)
     return PictureProcessor(patch_size, merge_size, 1, fit, "pixels", levels, tokens)
 
 
-def _levels(
+def read_levels(
     settings: Settings,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from argosy.errors import CheckpointError, UnsupportedModel
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the first that exists counts
+VIDEO_FILES = ("video_preprocessor_config.json", *PROCESSOR_FILES)
 
 # Keys of every processor that change nothing about values: names, layouts and containers of its own results, and
 # what belongs to switches that must be off.

@@ -65,6 +65,7 @@ class ModelFootprint:
         self._has_media = config.media
         self._image_tokens = config.image_tokens
         self._ears = config.ears
+        self._video_tokens = config.video_tokens
         self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
     @cached_property
@@ -89,7 +90,22 @@ class ModelFootprint:
                 found[kind] = tower if isinstance(tower, ArgosyError) else tower.processor(self._image_tokens)
             except ArgosyError as error:
                 found[kind] = error
+        pictures = self.encoders.get("picture")
+        if (
+            pictures is not None
+            and not isinstance(pictures, ArgosyError)
+            and pictures.encoder.video is not None
+        ):
+            try:
+                found["video"] = pictures.video_processor(self._video_tokens, self._image_tokens)
+            except ArgosyError as error:
+                found["video"] = error
         return found
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether frames of videos can be prepared and encoded."""
+        return not isinstance(self.processors.get("video", ArgosyError("")), ArgosyError)
 
     @cached_property
     def low_detail(self) -> Processor | None:
@@ -107,7 +123,8 @@ class ModelFootprint:
     def encoder_bytes(self) -> int:
         """The weights of the towers that can be used, and the largest encode."""
         peaks = [tower.peak_bytes(shape) for tower, shape in self._largest_media]
-        return sum(tower.weight_bytes for tower, _ in self._largest_media) + max(peaks, default=0)
+        towers = {tower.encoder.kind: tower for tower, _ in self._largest_media}
+        return sum(tower.weight_bytes for tower in towers.values()) + max(peaks, default=0)
 
     @cached_property
     def unbroken_tokens(self) -> int:
@@ -121,7 +138,7 @@ class ModelFootprint:
     def _largest_media(self) -> list[tuple[EncoderFiles, Shape]]:
         found: list[tuple[EncoderFiles, Shape]] = []
         for kind, processor in self.processors.items():
-            tower = self.encoders[kind]
+            tower = self.encoders["picture" if kind == "video" else kind]
             if not isinstance(processor, ArgosyError) and not isinstance(tower, ArgosyError):
                 found.append((tower, tower.largest_shape(processor)))
         return found

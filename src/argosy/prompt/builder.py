@@ -40,9 +40,13 @@ _MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory
 
 
 class _Placed(NamedTuple):
-    """A picture or sound: the token that the template writes for it, and what stands in its place."""
+    """A picture, sound or video: the token that the template writes for it, and what stands in its place.
+
+    surroundings: token ids before and after the placeholder that go with it, where they stand there.
+    """
 
     placeholder: int
+    surroundings: tuple[list[int], list[int]]
     segments: Sequence[Sequence[int] | MediaSpan]
 
 
@@ -69,7 +73,7 @@ class PromptBuilder:
             format_name: how the model writes thoughts and calls; None: detect it.
             memory: keeps answers so that they get the same tokens again; None: keep none.
             context_tokens: a prompt and one answer token have to fit; None: no limit.
-            media: reads pictures and sounds; None: the model takes text only.
+            media: reads pictures, sounds and videos; None: the model takes text only.
 
         Raises:
             UsageError: there is no format with that name.
@@ -428,7 +432,11 @@ class PromptBuilder:
                 text = self._media.as_text(content, tenant)
                 if text is None:
                     media.append(
-                        _Placed(self._media.placeholder(content), self._media.segments(content, tenant))
+                        _Placed(
+                            self._media.placeholder(content),
+                            self._media.surroundings(content),
+                            self._media.segments(content, tenant),
+                        )
                     )
             except BadMedia as error:
                 text = None if replace_damaged is None else replace_damaged(piece, error)
@@ -451,15 +459,19 @@ class PromptBuilder:
         places = [at for at, token_id in enumerate(token_ids) if token_id in known]
         if [token_ids[at] for at in places] != placeholders:
             raise UsageError(
-                f"the conversation has {len(media)} pictures and sounds, and this model's chat template writes "
-                f"{len(places)} placeholders for them",
-                hint="put pictures and sounds in messages of the user",
+                f"the conversation has {len(media)} pictures, sounds and videos, and this model's chat template "
+                f"writes {len(places)} placeholders for them",
+                hint="put them in messages of the user",
             )
         segments: list[Sequence[int] | MediaSpan] = []
         end = 0
         for at, one in zip(places, media, strict=True):
-            segments += [token_ids[end:at], *one.segments]
-            end = at + 1
+            before, after = one.surroundings
+            start, stop = at - len(before), at + 1 + len(after)
+            if start < end or token_ids[start:stop] != [*before, token_ids[at], *after]:
+                start, stop = at, at + 1
+            segments += [token_ids[end:start], *one.segments]
+            end = stop
         filled = Prompt.of(*segments, token_ids[end:])
         num_tokens = len(filled.token_ids or ())
         if max_tokens is not None and num_tokens > max_tokens:

@@ -1,10 +1,10 @@
-"""Positions of a prompt that a picture or a sound fills, instead of text."""
+"""Positions of a prompt that a picture, a sound or a part of a video fills, instead of text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ MakeRows = Callable[[], SpanRows | Generator[None, None, SpanRows]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaSpan:
-    """One picture, video or sound in a prompt.
+    """One picture, one sound, or one part of a video in a prompt.
 
     kind: what it is; part of its identity.
     digest: 32 bytes that identify its content, its shape and whatever made its rows: spans with equal digests have
@@ -48,8 +48,9 @@ class MediaSpan:
     make_rows: makes the rows when they are first needed, and again if the prompt is computed again; never called if the
         whole span is found in the prefix cache. An `ArgosyError` ends the request. A generator is closed if its rows
         are not needed any more.
-    angles: float32 [axes, positions], rotary positions relative to the first; None: 0, 1, 2 ... on every axis, as text.
-    num_angles: how far the rotary position of the text that follows moves on; None: as far as `num_positions`.
+    angles: [axes, positions], rotary positions relative to that of the span, which is where the text before it ends;
+        None: 0, 1, 2 ... on every axis, as text.
+    num_angles: how far the rotary position of what follows moves on; None: as far as `num_positions`.
     sees_both_ways: each position sees the whole span, not only what is before it. Such a span runs in one step.
     """
 
@@ -58,7 +59,7 @@ class MediaSpan:
     num_positions: int
     token_id: int
     make_rows: MakeRows = field(repr=False)
-    angles: NDArray[np.float32] | None = field(default=None, repr=False)
+    angles: NDArray[np.floating[Any]] | None = field(default=None, repr=False)
     num_angles: float | None = None
     sees_both_ways: bool = False
 
@@ -94,6 +95,9 @@ class MediaReader(Protocol):
 
     def placeholder(self, content: Content) -> int:
         """The token that the model's chat template writes in its place."""
+
+    def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
+        """Token ids before and after the placeholder that `segments` replaces with it, where they stand there."""
 
     def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
         """What stands in the prompt instead of the placeholder: spans, and token ids between them.

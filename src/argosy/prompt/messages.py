@@ -114,7 +114,7 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     num_media = sum(len(turn.media) for turn in turns)
     if num_media > _MOST_MEDIA:
         raise UsageError(
-            f"a conversation may have at most {_MOST_MEDIA} pictures and sounds, found {num_media}"
+            f"a conversation may have at most {_MOST_MEDIA} pictures, sounds and videos, found {num_media}"
         )
     if add_generation_prompt and turns[-1].role == "assistant":
         turns += _to_be_continued(turns.pop())

@@ -1,4 +1,4 @@
-"""Pictures and sounds of a request: base64 in its body becomes parts of the prompt, if the model takes their kind.
+"""Media of a request: base64 in its body becomes parts of the prompt, if the model takes their kind.
 
     part of a dialect  ->  Intake.piece  ->  {"type": "image", "image": Image(bytes)}
                                 └── not taken by the model, or damaged  ->  a note, or a refusal (`replaced.py`)
@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from argosy.errors import BadMedia, UsageError
-from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits
+from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits, Video
 from argosy.serve.fields import Lenient, Short
 from argosy.serve.held import Share
 from argosy.serve.media_hosts import Files
@@ -33,6 +33,14 @@ from argosy.serve.replaced import Replaced
 _FORMS: Mapping[Kind, tuple[str, ...]] = {
     "picture": ("image/png", "image/jpeg", "image/webp", "image/gif"),
     "sound": ("wav", "mp3", "flac", "ogg"),
+    "video": (
+        "video/mp4",
+        "video/quicktime",
+        "video/webm",
+        "video/x-matroska",
+        "video/x-msvideo",
+        "image/gif",
+    ),
 }
 _OTHER_SPELLINGS = {
     "image/jpg": "image/jpeg", "audio/wav": "wav", "audio/x-wav": "wav", "audio/mp3": "mp3", "audio/mpeg": "mp3",
@@ -44,7 +52,7 @@ _DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may 
 
 AskedDetail = Literal["low", "high", "auto", "original"]
 Piece = str | dict[str, Any]
-"""Text, or a picture or sound as messages have it."""
+"""Text, or a picture, sound or video as messages have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class Elsewhere:
 
 
 class MediaPart(Lenient):
-    """A picture or sound in a body."""
+    """A picture, sound or video in a body."""
 
     KIND: ClassVar[Kind]
     REMEDY: ClassVar[str]
@@ -134,7 +142,7 @@ def data_of_url(url: str) -> Data | Elsewhere:
 
 
 class Intake:
-    """Takes the pictures and sounds of one request.
+    """Takes the pictures, sounds and videos of one request.
 
     Args:
         kinds: what the model takes beside text.
@@ -158,7 +166,7 @@ class Intake:
         self.replaced = Replaced(kinds)
 
     def piece(self, part: MediaPart, where: str, *, is_new: bool) -> Piece:
-        """The picture or sound for the prompt, or the note that replaces it.
+        """The picture, sound or video for the prompt, or the note that replaces it.
 
         Args:
             where: its place in the body.
@@ -203,9 +211,11 @@ class Intake:
         return self.replaced.note(part.type, where, is_new=False, reason=fault)
 
     def _taken(self, part: MediaPart, content: bytes, *, is_new: bool) -> Piece:
-        made: Image | Audio
+        made: Image | Audio | Video
         if part.KIND == "picture":
             kind, made = "image", Image(content, "low" if part.detail_asked == "low" else "high")
+        elif part.KIND == "video":
+            kind, made = "video", Video(content)
         else:
             kind, made = "audio", Audio(content)
         if not is_new:
@@ -214,12 +224,12 @@ class Intake:
 
     def _decoded(self, sent: Data, kind: Kind, where: str) -> bytes:
         num_bytes = max(0, sent.num_characters * 3 // 4 - sent.text[-2:].count("="))
-        if num_bytes > self._limits.file_bytes:
+        most = self._limits.video_bytes if kind == "video" else self._limits.file_bytes
+        if num_bytes > most:
             raise BadMedia(
-                f"{where}: the file of a {kind} may have at most {self._limits.file_bytes:,} bytes, "
-                f"found {num_bytes:,}",
+                f"{where}: the file of a {kind} may have at most {most:,} bytes, found {num_bytes:,}",
                 kind=kind,
-                needed=self._limits.file_bytes,
+                needed=most,
                 found=num_bytes,
                 param=where,
             )
@@ -268,7 +278,7 @@ def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str,
 
 
 def media_in(given: object) -> Iterator[MediaPart]:
-    """The pictures and sounds in a body, or in a part of it."""
+    """The media in a body, or in a part of it."""
     if isinstance(given, MediaPart):
         yield given
     elif isinstance(given, list | BaseModel):

@@ -109,13 +109,35 @@ class PicturePart(MediaPart):
         return self.image_url.detail
 
 
+class VideoAddress(Lenient):
+    url: str
+
+
+class VideoPart(MediaPart):
+    """As vLLM's server has it."""
+
+    KIND = "video"
+    REMEDY = "send a data URL: data:video/mp4;base64,..."
+
+    type: Literal["video_url"]
+    video_url: VideoAddress
+
+    def data(self) -> Data | Elsewhere:
+        return data_of_url(self.video_url.url)
+
+    def drop(self) -> int:
+        dropped, self.video_url.url = self.video_url.url, ""
+        return len(dropped)
+
+
 class OtherPart(UnreadPart):
-    type: Literal["file", "video_url", "audio_url"]
+    type: Literal["file", "audio_url"]
 
 
 # May hold parts that the model cannot read: see `replaced.py`.
 MixedContent = (
-    Text | Many[Annotated[TextPart | PicturePart | SoundPart | OtherPart, Field(discriminator="type")]]
+    Text
+    | Many[Annotated[TextPart | PicturePart | SoundPart | VideoPart | OtherPart, Field(discriminator="type")]]
 )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable
 from pydantic import BaseModel, ConfigDict
 
 from argosy.errors import BadMedia, UsageError
-from argosy.media.parts import Audio, Image, Kind
+from argosy.media.parts import Audio, Image, Kind, Video
 
 
 class UnreadPart(BaseModel):
@@ -64,7 +64,7 @@ class Replaced:
         self._num_by_kind[kind] += 1
         return f"[{kind} omitted: {reason}]"
 
-    def allow(self, part: Image | Audio, kind: str) -> None:
+    def allow(self, part: Image | Audio | Video, kind: str) -> None:
         """Let a note replace a picture or sound if it is damaged; `kind` is its type, as the dialect calls it."""
         self._replaceable[part] = kind
 

@@ -7,8 +7,8 @@
 A patch covers two frames; a picture is its own second frame. A layer is LayerNorm, attention within a frame with 2-D
 RoPE, LayerNorm, MLP. A merger joins cells of `merge` x `merge` patches. Qwen3.5 has no deepstack mergers.
 
-A prompt of Qwen3-VL or Qwen3.5 has a video as separate frames with times between them, so each frame is a span; in
-Qwen3-Omni a video is one span.
+A prompt has a video as groups of two frames, each a span of its own: in Qwen3-VL and Qwen3.5 with times between them,
+in Qwen3-Omni with rotary positions that tell time (`omni_angles`).
 """
 
 from __future__ import annotations

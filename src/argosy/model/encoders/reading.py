@@ -24,10 +24,11 @@ from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
 from argosy.media.pictures import PictureProcessor, read_picture_processor
-from argosy.media.settings import PROCESSOR_FILES
+from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
+from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
-from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower
+from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoForm
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.config_reader import ConfigReader
@@ -37,7 +38,21 @@ MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 
 _SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
 _MMPROJ_HINT = "take the F16, BF16 or F32 file; those are published beside quantised ones"
 
-Processor = PictureProcessor | SoundProcessor
+Processor = PictureProcessor | SoundProcessor | VideoProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFiles:
+    """What a checkpoint says of videos.
+
+    token_id: the placeholder that the chat template writes.
+    settings: of the processor, as `EncoderFiles.settings`.
+    angles_per_second: the rotary positions that a second takes, in families where they tell time.
+    """
+
+    token_id: int
+    settings: tuple[Mapping[str, object], str] | ArgosyError
+    angles_per_second: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class EncoderFiles:
     token_id: the placeholder that the chat template writes.
     marks: token ids before and after a span, if the chat template does not write them.
     settings: of the processor that prepares media for the tower, and the name of their file; or why there are none.
+    video: None if the tower is not used for video, or no placeholder for one in the vocabulary is named.
     """
 
     encoder: Encoder
@@ -57,6 +73,7 @@ class EncoderFiles:
     token_id: int
     marks: tuple[int, int] | None
     settings: tuple[Mapping[str, object], str] | ArgosyError
+    video: VideoFiles | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -84,13 +101,46 @@ class EncoderFiles:
         else:
             processor = read_sound_processor(raw, is_padded=False, where=where)
             sizes = {"feature_size": (processor.num_bands, self.config.num_mels)}
+        self._require_sizes(sizes, where)
+        return processor
+
+    def video_processor(self, video_tokens: int, image_tokens: int) -> VideoProcessor:
+        """What prepares videos for the tower, within so many positions, and so many for a group of frames.
+
+        Raises:
+            CheckpointError, UnsupportedModel: as `processor`; or the checkpoint names no placeholder for videos.
+        """
+        assert self.encoder.video is not None
+        if self.video is None:
+            key = self.encoder.video.placeholder
+            raise UnsupportedModel(
+                f"the model's files name no placeholder for videos in the vocabulary ({key}), so it cannot take any",
+                key=key,
+                hint="pass pictures of its frames",
+            )
+        if isinstance(self.video.settings, ArgosyError):
+            raise self.video.settings
+        raw, where = self.video.settings
+        processor = read_video_processor(
+            raw, most_tokens=video_tokens, most_group_tokens=image_tokens, where=where
+        )
+        frames = getattr(self.config, "patch_frames", None) or self.encoder.video.most_frames(self.config)
+        sizes = {
+            "patch_size": (processor.patch_size, self.config.patch_size),
+            "merge_size": (processor.merge_size, self.config.merge),
+            "temporal_patch_size": (processor.group_frames, frames),
+        }
+        self._require_sizes(sizes, where)
+        return processor
+
+    def _require_sizes(self, sizes: Mapping[str, tuple[int, int]], where: str) -> None:
+        """Compare what a processor makes with what the tower takes."""
         for name, (made, taken) in sizes.items():
             if made != taken:
                 raise CheckpointError(
                     f"{where} has {name} {made}, and the encoder of {self.encoder.kind}s takes {taken}",
                     key=name,
                 )
-        return processor
 
     def largest_shape(self, processor: Processor) -> Shape:
         """The shape of the largest input that this processor makes."""
@@ -98,6 +148,10 @@ class EncoderFiles:
             merge: int = self.config.merge
             assert processor.most_tokens is not None
             return (1, merge, merge * processor.most_tokens)
+        if isinstance(processor, VideoProcessor):
+            assert processor.most_group_tokens is not None
+            frames = 1 if processor.are_joined else processor.group_frames
+            return (frames, self.config.merge, self.config.merge * processor.most_group_tokens)
         return (round(PROMPT_LIMITS.sound_s * MEL_FRAMES_PER_SECOND),)
 
     def num_positions(self, shape: Shape) -> int:
@@ -139,15 +193,20 @@ def tensor_names(encoders: Mapping[Kind, EncoderFiles | ArgosyError]) -> set[str
 
 
 def _read_settings(directory: Path, kind: Kind) -> tuple[Mapping[str, object], str] | ArgosyError:
-    path = next((path for name in PROCESSOR_FILES if (path := directory / name).exists()), None)
-    if path is None:
+    names = VIDEO_FILES if kind == "video" else PROCESSOR_FILES
+    paths = [path for name in names if (path := directory / name).exists()]
+    if not paths:
         return CheckpointError(
-            f"{directory} has no {PROCESSOR_FILES[0]}, which says how a {kind} is prepared for its encoder",
+            f"{directory} has no {names[0]}, which says how a {kind} is prepared for its encoder",
             hint="copy it from where the model came from",
             path=directory,
         )
     try:
-        return read_object(path), path.name
+        # Where all processors share one file, it counts before older ones.
+        for path in paths if kind == "video" else ():
+            if "video_processor" in (raw := read_object(path)):
+                return raw, path.name
+        return read_object(paths[0]), paths[0].name
     except CheckpointError as error:
         return error
 
@@ -168,6 +227,7 @@ def _read(files: ModelFiles, encoder: Encoder) -> EncoderFiles:
         token_id=_token_id(around, encoder.placeholders, files),
         marks=_marks(around, encoder, files),
         settings=_read_settings(files.path, encoder.kind),
+        video=None if encoder.video is None else _video(around, encoder.video, files),
     )
 
 
@@ -235,6 +295,14 @@ def _inner(reader: ConfigReader, key: str, family: str) -> ConfigReader:
     return ConfigReader(
         {name: value for name, value in raw.items() if name != "model_type"}, family, within=key
     )
+
+
+def _video(around: ConfigReader, form: VideoForm, files: ModelFiles) -> VideoFiles | None:
+    token_id = next(iter(around.token_ids(form.placeholder)), None)
+    if token_id is None or token_id >= files.config.vocab_size:
+        return None
+    per_second = 0 if form.time_key is None else around.integer(form.time_key, default=25)
+    return VideoFiles(token_id, _read_settings(files.path, "video"), per_second)
 
 
 def _marks(around: ConfigReader, encoder: Encoder, files: ModelFiles) -> tuple[int, int] | None:

@@ -27,6 +27,29 @@ class Tower(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoForm:
+    """How a family's prompts have a video that its tower for pictures encodes, group by group.
+
+    placeholder: key of the token that the chat template writes for a video, beside that of a picture.
+    is_shown_as_pictures: its positions carry the token of a picture, not the video's own.
+    most_frames: of the grid of a group, where frames are not joined in patches.
+    time_key: key of the rotary positions that a second takes, beside `placeholder`; None: time is told in text, and
+        each group is placed as a picture is.
+    angles: as `Encoder.angles`, for all groups together: from the config, their grid, the seconds between groups, and
+        what is under `time_key`.
+    sound: the texts around a video with sound, in which groups and sound follow each other by time; None: the model
+        does not listen.
+    """
+
+    placeholder: str = "video_token_id"
+    is_shown_as_pictures: bool = False
+    most_frames: Callable[[Any], int] = lambda config: 1
+    time_key: str | None = None
+    angles: Callable[[Any, Any, float, int], tuple[Rows, float]] | None = None
+    sound: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoder:
     """One tower of a family.
 
@@ -39,6 +62,7 @@ class Encoder:
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
     sees_both_ways: each position of a span sees the whole span in the decoder.
+    video: how it is used for video; None: it is not.
     """
 
     kind: Kind
@@ -53,6 +77,16 @@ class Encoder:
     angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
     sees_both_ways: bool = False
     marks: tuple[str, str] | None = None
+    video: VideoForm | None = None
+
+
+_OMNI_VIDEO = VideoForm(
+    time_key="position_id_per_seconds",
+    angles=lambda config, grid, seconds, per_second: qwen_vision.omni_angles(
+        config, grid, seconds_per_frame=seconds, angles_per_second=per_second
+    ),
+    sound=("<|audio_start|>", "<|audio_end|>"),
+)
 
 
 def _qwen(
@@ -69,6 +103,7 @@ def _qwen(
         num_positions=qwen_vision.num_positions,
         peak_bytes=qwen_vision.peak_bytes,
         angles=lambda config, grid: qwen_vision.span_angles(grid, config.merge),
+        video=_OMNI_VIDEO if is_omni else VideoForm(),
     )
 
 
@@ -101,6 +136,7 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             num_positions=glm_vision.num_positions,
             peak_bytes=glm_vision.peak_bytes,
             angles=lambda config, grid: glm_vision.span_angles(grid, config.merge),
+            video=VideoForm(is_shown_as_pictures=True),
         ),
     ),
     "gemma4": (
@@ -129,6 +165,7 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             open=moon_vit.MoonViT,
             num_positions=moon_vit.num_positions,
             peak_bytes=moon_vit.peak_bytes,
+            video=VideoForm(most_frames=lambda config: int(config.most_frames)),
         ),
     ),
 }

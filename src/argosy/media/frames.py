@@ -1,0 +1,78 @@
+"""The frames of a video, wherever they come from: a file, an array, or a list of pictures.
+
+    Content  ->  open_frames  ->  Frames: how many, at what rate  ->  the chosen ones, one by one; the sound
+
+Elsewhere: `videos.py` chooses and scales frames; `ffmpeg.py` decodes files; `decoder.py` decodes pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.media.decoder import Decoder
+from argosy.media.ffmpeg import VideoFile
+from argosy.media.parts import Content, MediaLimits
+
+Frame = NDArray[np.uint8]  # [height, width, 3]
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames of one video.
+
+    rate: frames per second.
+    read: yields the frames with these indices, ascending and distinct; fewer if some cannot be decoded.
+    sound: float32 [samples] at a rate, one channel; None: there is no sound.
+    """
+
+    num_frames: int
+    rate: float
+    read: Callable[[Sequence[int]], Iterator[Frame]]
+    sound: Callable[[int], NDArray[np.float32]] | None = None
+
+    def at(self, indices: NDArray[np.int64]) -> Iterator[Frame]:
+        """Yield the frames with these indices, ascending; some may come twice."""
+        distinct = sorted(set(indices.tolist()))
+        counts = np.bincount(indices)
+        for index, frame in zip(distinct, self.read(distinct), strict=False):
+            for _ in range(counts[index]):
+                yield frame
+
+
+@contextlib.contextmanager
+def open_frames(
+    content: Content, decoder: Decoder, limits: MediaLimits, *, counts_decoded: bool = False
+) -> Iterator[Frames]:
+    """Open a video; its file is closed at the end.
+
+    Args:
+        counts_decoded: see `VideoFile.track`.
+
+    Raises:
+        BadMedia: it is damaged, or too large or long.   UsageError: it is a file, and there is no ffmpeg.
+    """
+    data = content.data
+    if isinstance(data, bytes):
+        with VideoFile(data, limits) as file:
+            track = file.track(counts_decoded=counts_decoded)
+            yield Frames(
+                track.num_frames,
+                track.rate,
+                lambda indices: file.frames(indices, track),
+                file.sound if track.has_sound else None,
+            )
+        return
+    assert content.rate is not None
+    if isinstance(data, tuple):
+        pictures = data
+        yield Frames(
+            len(pictures), content.rate, lambda indices: (decoder.picture(pictures[at]) for at in indices)
+        )
+    else:
+        array: NDArray[np.uint8] = data
+        yield Frames(len(array), content.rate, lambda indices: (array[at] for at in indices))

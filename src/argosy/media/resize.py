@@ -1,0 +1,114 @@
+"""Scale frames of video exactly as the reference processors do, which use torchvision.
+
+    uint8 [height, width, 3]  ->  columns, rounded to 8 bits  ->  rows, rounded to 8 bits  ->  uint8
+
+The filter is Keys' cubic (a = -0.5), widened when a frame shrinks, as Pillow's is. But torchvision's weights are 16-bit
+integers where Pillow's have 22 bits or more, so that some pixels differ by a level. Sums of such products are whole
+numbers below 2^53: float64 holds them exactly, whatever the order.
+
+Elsewhere: pictures are scaled by Pillow itself (`pictures.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 32  # places that are computed together: they read nearly the same inputs
+_ROWS_AT_ONCE = 64  # bounds the memory of float64 copies
+_MOST_BITS = 22
+
+
+class _Block(NamedTuple):
+    """Places of the result, the inputs that they read, and whole-number weights [places, inputs]."""
+
+    places: slice
+    inputs: slice
+    weights: NDArray[np.float64]
+
+
+class _Axis(NamedTuple):
+    size: int
+    blocks: tuple[_Block, ...]
+    unit: float  # the sum of weights that counts as 1
+
+
+class Resizer:
+    """Scales frames of one size to another one."""
+
+    def __init__(self, height: int, width: int, to_height: int, to_width: int) -> None:
+        self._size = to_height, to_width
+        self._rows = None if height == to_height else _axis(height, to_height)
+        self._columns = None if width == to_width else _axis(width, to_width)
+
+    def resize(self, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self._columns is not None:
+            wide = np.empty((len(frame), self._columns.size, 3), np.uint8)
+            for start in range(0, len(frame), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                lines = frame[rows].transpose(1, 0, 2)  # [width, rows, 3]
+                wide[rows] = _scaled(lines, self._columns).transpose(1, 0, 2)
+            frame = wide
+        if self._rows is not None:
+            tall = np.empty((self._rows.size, *frame.shape[1:]), np.uint8)
+            for start in range(0, frame.shape[1], _ROWS_AT_ONCE):
+                columns = slice(start, start + _ROWS_AT_ONCE)
+                tall[:, columns] = _scaled(frame[:, columns], self._rows)
+            frame = tall
+        return frame
+
+
+def _scaled(lines: NDArray[np.uint8], axis: _Axis) -> NDArray[np.uint8]:
+    """Scale the first axis of [size, others, 3]."""
+    values = lines.reshape(len(lines), -1).astype(np.float64)
+    out = np.empty((axis.size, values.shape[1]), np.float64)
+    for places, inputs, weights in axis.blocks:
+        np.matmul(weights, values[inputs], out=out[places])
+    # Half a unit is added before the division, which rounds down.
+    np.floor(np.divide(np.add(out, axis.unit / 2, out=out), axis.unit, out=out), out=out)
+    return out.clip(0, 255).astype(np.uint8).reshape(axis.size, *lines.shape[1:])
+
+
+def _axis(size: int, wanted: int) -> _Axis:
+    scale = size / wanted
+    spread = max(scale, 1.0)
+    centres = scale * (np.arange(wanted) + 0.5)
+    first = np.maximum((centres - 2 * spread + 0.5).astype(np.int64), 0)
+    last = np.minimum((centres + 2 * spread + 0.5).astype(np.int64), size)
+    taps = [
+        _keys((np.arange(begin, end) - centre + 0.5) / spread)
+        for begin, end, centre in zip(first, last, centres, strict=True)
+    ]
+    taps = [one / one.sum() for one in taps]
+    unit = _unit(max(float(one.max()) for one in taps))
+
+    def blocks() -> Iterator[_Block]:
+        for start in range(0, wanted, _BLOCK):
+            end = min(wanted, start + _BLOCK)
+            begin, stop = int(first[start]), int(last[end - 1])
+            weights = np.zeros((end - start, stop - begin))
+            for place in range(start, end):
+                weights[place - start, first[place] - begin : last[place] - begin] = taps[place] * unit
+            whole = np.trunc(weights + np.copysign(0.5, weights))
+            yield _Block(slice(start, end), slice(begin, stop), whole)
+
+    return _Axis(wanted, tuple(blocks()), unit)
+
+
+def _unit(largest: float) -> float:
+    """The largest power of two, up to 2^22, with which the largest weight fits 16 bits."""
+    bits = 0
+    while bits < _MOST_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    return math.ldexp(1.0, bits)
+
+
+def _keys(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    x = np.abs(distance)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))

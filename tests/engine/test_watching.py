@@ -1,0 +1,218 @@
+"""Videos through a whole engine: the tokens that transformers' processors make, and the answers of its models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import argosy.engine.media
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.pack import pack
+from argosy.errors import BadMedia, UnsupportedModel
+from argosy.media.frames import Frames
+from argosy.media.parts import Audio, Content, Image, MediaLimits, Video
+from argosy.model.encoders.reading import find_encoders, tensor_names
+from argosy.model.families import open_model
+from argosy.prompt.media_span import MediaSpan
+from argosy.prompt.messages import Turn
+from argosy.prompt.prompt import Prompt
+from tests.models.references import difference
+from tests.models.safetensors_file import read_safetensors
+from tests.models.seeing import GROUP_TOKENS, RATE, REFERENCE, VIDEO_PROMPTS, VIDEO_TOKENS, encode_text
+
+CASES = [*((family, "video") for family in sorted(VIDEO_PROMPTS)), ("qwen3_omni_moe", "heard")]
+LARGEST_DIFFERENCE = 3e-4
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+def opened(directory: Path, **options: Any) -> Engine:
+    defaults = {"memory": "3GiB", "threads": 2, "image_tokens": GROUP_TOKENS, "video_tokens": VIDEO_TOKENS}
+    engine = Engine.open(directory, **defaults | options)
+    assert engine._media is not None
+    engine._media._encode_text = encode_text  # these models have no tokenizer
+    return engine
+
+
+def parts_of(reference: dict[str, NDArray[Any]]) -> list[Image | Audio | Video]:
+    """The media in the order of the prompt: a picture and a sound lie between two videos."""
+    parts: list[Image | Audio | Video] = []
+    for name in ("video.0", "picture.0", "sound.0", "video.1"):
+        if name not in reference:
+            continue
+        if name.startswith("video"):
+            rate = float(reference[name.replace("video", "rate")][0])
+            parts.append(Video(reference[name], rate=rate))
+        else:
+            parts.append(Image(reference[name]) if name == "picture.0" else Audio(reference[name], rate=RATE))
+    return parts
+
+
+def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
+    """The reference's prompt, with spans instead of placeholders."""
+    assert engine._media is not None
+    media = list[Any]()
+    turn = Turn("user", "", pieces=tuple(parts_of(reference)))
+    engine.prompts._with_media(turn, tenant, None, media)
+    prompt = Prompt(tuple(reference["prompt"].tolist()), None)
+    return engine.prompts._with_spans(prompt, media, None)
+
+
+def with_tracks(reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the videos of the reference its sound tracks, if it has any."""
+    tracks = {
+        reference[f"video.{number}"].shape: reference[f"track.{number}"]
+        for number in (0, 1)
+        if f"track.{number}" in reference
+    }
+
+    @contextlib.contextmanager
+    def open_frames(content: Content, *_: Any, **__: Any) -> Iterator[Frames]:
+        data, rate = content.data, content.rate
+        assert isinstance(data, np.ndarray)
+        assert rate is not None
+        track = tracks[data.shape]
+        yield Frames(len(data), rate, lambda indices: (data[at] for at in indices), lambda _: track)
+
+    if tracks:
+        monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+    """A family and its reference."""
+    family, name = request.param
+    reference = read_safetensors(REFERENCE / family / f"{name}.safetensors")
+    with_tracks(reference, monkeypatch)
+    return family, reference
+
+
+def test_tokens_logits_and_answers_equal_those_of_transformers(case: tuple[str, dict[str, Any]]) -> None:
+    family, reference = case
+    # The largest instruction set multiplies in bfloat16 where it can (decision 31).
+    exact = min(2, len(_native.instruction_sets())) - 1
+    instruction_set = _native.instruction_sets()[exact]
+    with opened(REFERENCE / family, prefix_reuse=False, instruction_set=instruction_set) as engine:
+        prompt = prompt_of(engine, reference)
+        assert list(prompt.token_ids or ()) == reference["input_ids"].tolist()
+        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
+        assert result.logprobs is not None
+        best = dict(result.logprobs[0].top)
+        expected = reference["logits"] - reference["logits"].max()
+        expected -= np.log(np.exp(expected).sum())
+        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+
+
+@pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
+def test_no_setting_changes_an_answer(case: tuple[str, dict[str, Any]], options: dict[str, Any]) -> None:
+    family, reference = case
+    with opened(REFERENCE / family, **options) as engine:
+        for _ in range(2):  # the second finds the prefix
+            prompt = prompt_of(engine, reference)
+            assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+
+
+def test_a_pack_watches_with_the_settings_of_its_source(tmp_path: Path) -> None:
+    reference = read_safetensors(REFERENCE / "qwen3_5_moe" / "video.safetensors")
+    files = open_model(REFERENCE / "qwen3_5_moe")
+    pack(files, tmp_path / "packed", format="source", encoder_tensors=tensor_names(find_encoders(files)))
+    with opened(tmp_path / "packed") as engine:
+        assert engine.generate(prompt_of(engine, reference), GREEDY).token_ids == reference["greedy"].tolist()
+
+
+def test_a_prefix_that_ends_within_a_video_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "video.safetensors")
+    other = dict(reference)
+    other["video.1"] = 255 - reference["video.1"]
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        encoded: list[str] = []
+        encode = engine._media._encode
+        monkeypatch.setattr(
+            engine._media, "_encode", lambda *given: encoded.append(given[0]) or encode(*given)
+        )
+        engine.generate(prompt_of(engine, reference), GREEDY)
+        num_all = len(encoded)
+        result = engine.generate(prompt_of(engine, other), GREEDY)
+        changed = next(
+            start
+            for start, span in prompt_of(engine, other).spans
+            if span.digest not in {one.digest for _, one in prompt_of(engine, reference).spans}
+        )
+        assert changed - 32 < result.usage["cached_tokens"] <= changed
+        # Only what differs is encoded: the groups of the second video.
+        assert encoded[num_all:] == ["video"] * 2
+        assert result.token_ids != reference["greedy"].tolist()
+
+
+def test_each_group_takes_at_most_the_tokens_of_a_picture_and_all_those_of_a_video() -> None:
+    wide, many = (Video(np.zeros((count, 90, 120, 3), np.uint8), rate=4) for count in (2, 40))
+
+    def counts(video: Video, **caps: int) -> list[int]:
+        with opened(REFERENCE / "qwen3_vl_moe", **caps) as engine:
+            assert engine._media is not None
+            parts = engine._media.segments(engine._media.read(video), "")
+            return [part.num_positions for part in parts if isinstance(part, MediaSpan)]
+
+    assert counts(wide, image_tokens=64, video_tokens=64) == [48]
+    assert counts(wide, image_tokens=16, video_tokens=64) == [12]
+    assert counts(many, image_tokens=16, video_tokens=64) == [2] * 10
+    assert counts(many, image_tokens=16, video_tokens=16) == [1] * 10
+    long = Video(np.zeros((200, 8, 8, 3), np.uint8), rate=2)
+    with opened(REFERENCE / "qwen3_vl_moe", video_tokens=50) as engine:
+        assert engine._media is not None
+        with pytest.raises(
+            BadMedia, match=r"may take at most 50 tokens, and 200 frames of 8 x 8 need at least 100"
+        ):
+            engine._media.segments(engine._media.read(long), "")
+
+
+def test_frames_wait_in_bounded_memory_and_give_it_back() -> None:
+    reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "video.safetensors")
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        prompt = prompt_of(engine, reference)
+        assert engine._media._waiting._held_bytes > 0
+        engine.generate(prompt, GREEDY)
+        del prompt
+        assert engine._media._waiting._held_bytes == 0
+
+
+def test_a_video_costs_memory_only_where_the_model_takes_it(tmp_path: Path) -> None:
+    source = REFERENCE / "qwen3_vl_moe"
+    for name in ("model.safetensors", "preprocessor_config.json", "video_preprocessor_config.json"):
+        (tmp_path / name).symlink_to(source / name)
+    config = json.loads((source / "config.json").read_text())
+    del config["video_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with opened(source) as engine:
+        assert engine.media_kinds == ("picture", "video")
+        with_video = engine.plan.encoder_bytes
+    with opened(tmp_path) as engine:
+        assert engine.media_kinds == ("picture",)
+        assert with_video - engine.plan.encoder_bytes > MediaLimits().video_bytes
+        assert engine._media is not None
+        with pytest.raises(
+            UnsupportedModel, match=r"name no placeholder for videos in the vocabulary \(video_token_id\)"
+        ):
+            engine._media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))
+
+
+def test_the_settings_of_videos_are_asked_for_when_one_comes(tmp_path: Path) -> None:
+    source = REFERENCE / "qwen3_vl_moe"
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (tmp_path / name).symlink_to(source / name)
+    with opened(tmp_path) as engine:
+        assert engine.media_kinds == ("picture",)
+        assert engine._media is not None
+        with pytest.raises(
+            UnsupportedModel, match=r"preprocessor_config.json asks for video_processor_type None"
+        ):
+            engine._media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))

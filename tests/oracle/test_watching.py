@@ -1,0 +1,44 @@
+"""Whole tiny models with other values than the committed ones answer prompts with videos as transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy import SamplingParams, _native
+from tests.engine.test_watching import CASES, GREEDY, LARGEST_DIFFERENCE, opened, prompt_of, with_tracks
+from tests.models.make_seeing import load
+from tests.models.make_watching import answer, media_of
+from tests.models.references import difference
+from tests.models.seeing import CONFIGS, write
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
+
+SEED = 77
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_answers_equal_those_of_transformers(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, family, CONFIGS[family], SEED)
+    model = load(tmp_path, family)
+    found, seed = None, SEED
+    while found is None:
+        media = media_of(family, seed, is_heard=name == "heard")
+        found, seed = answer(model, tmp_path, family, media), seed + 1
+    reference = {**media, **found}
+    with_tracks(reference, monkeypatch)
+    exact = min(2, len(_native.instruction_sets())) - 1
+    with opened(tmp_path, instruction_set=_native.instruction_sets()[exact]) as engine:
+        prompt = prompt_of(engine, reference)
+        assert list(prompt.token_ids or ()) == reference["input_ids"].tolist()
+        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
+        assert result.logprobs is not None
+        best = dict(result.logprobs[0].top)
+        expected = reference["logits"] - reference["logits"].max()
+        expected -= np.log(np.exp(expected).sum())
+        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
