@@ -208,6 +208,9 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
         def placeholder(self, content: Content) -> int:
             return 7
 
+        def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
+            return [], []
+
         def segments(self, content: Content, tenant: str) -> list[object]:
             return [content]
 
