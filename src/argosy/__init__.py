@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.config import Budget, Grammar, SamplingParams
+    from argosy.engine.ears import Transcriber
     from argosy.engine.engine import Engine
     from argosy.media.parts import Audio, Image, Text, Video
+    from argosy.media.transcript import Segment, Transcript, TranscriptOptions
     from argosy.prompt.prompt import Prompt
 
 __all__ = [
-    "Audio", "Budget", "Engine", "Grammar", "Image", "Prompt", "SamplingParams", "Text", "Video", "errors",
+    "Audio", "Budget", "Engine", "Grammar", "Image", "Prompt", "SamplingParams", "Segment", "Text", "Transcriber",
+    "Transcript", "TranscriptOptions", "Video", "errors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -28,10 +31,14 @@ _HOMES = {
     "Grammar": "argosy.config",
     "SamplingParams": "argosy.config",
     "Engine": "argosy.engine.engine",
+    "Transcriber": "argosy.engine.ears",
     "Audio": "argosy.media.parts",
     "Image": "argosy.media.parts",
     "Text": "argosy.media.parts",
     "Video": "argosy.media.parts",
+    "Segment": "argosy.media.transcript",
+    "Transcript": "argosy.media.transcript",
+    "TranscriptOptions": "argosy.media.transcript",
     "Prompt": "argosy.prompt.prompt",
 }
 

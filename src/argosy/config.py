@@ -141,6 +141,7 @@ class EngineConfig(_Strict):
         1024  # most positions that a picture or a group of frames fills; a larger one is scaled down
     )
     video_tokens: int = 4096  # most positions that all frames of a video fill; larger ones are scaled down
+    ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
     prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before

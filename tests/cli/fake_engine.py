@@ -54,6 +54,7 @@ class FakeEngine:
 
     answer: Sequence[str] = ("Paris", " is", " it.")
     family: str = "chatml"
+    hears: str = "none"
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
     opened: list[dict[str, Any]]

@@ -62,6 +62,7 @@ def test_json_has_text_ids_reason_usage_seed_and_ledger(engine: Engine, capsys: 
     assert facts["finish_reason"] == "stop"
     assert facts["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     assert facts["seed"] == 9
+    assert facts["hears"] == "none"
     assert facts["ledger"]["hit_rate"] == 0.6
     assert facts["plan"]["total_bytes"] == 300 << 20
 

@@ -43,14 +43,14 @@ def serving(engine: Engine) -> Iterator[Service]:
     facts = ModelFacts(
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
         num_experts=config.num_experts, experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
-        media_kinds=engine.media_kinds,
+        media_kinds=engine.media_kinds, hears=engine.hears,
     )  # fmt: skip
     prompts = PromptBuilder(
         engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(),
         context_tokens=engine.plan.context_tokens, media=engine._media,
     )  # fmt: skip
     with EngineLoop(engine) as loop:
-        yield Service(loop, prompts, engine.tokenizer, facts)
+        yield Service(loop, prompts, engine.tokenizer, facts, ears=engine.ears)
     prompts.close()
 
 

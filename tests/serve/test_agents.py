@@ -133,7 +133,7 @@ def test_a_model_accepts_tools_even_if_its_template_has_none(client: httpx.Clien
 def test_models_report_how_tools_reach_them(client: httpx.Client, speaker: httpx.Client) -> None:
     for who, tools in ((client, "generic"), (speaker, "native")):
         (entry,) = who.get("/v1/models").json()["data"]
-        assert entry["capabilities"] == {"tools": tools}
+        assert entry["capabilities"] == {"tools": tools, "sound": "none"}
         assert {"tools", "tool_choice", "max_tokens", "response_format"} <= set(entry["supported_parameters"])
         assert who.get(f"/v1/models/{entry['id']}").json() == entry
     assert json.dumps(entry)

@@ -35,7 +35,8 @@ TOLD = (
 
 
 def test_every_route_whose_body_names_a_model_is_tested_here() -> None:
-    named = {r.policy.path for r in ROUTES if "model" in getattr(r.body, "model_fields", ())}
+    takes_json = [route for route in ROUTES if not route.policy.takes_form]  # forms: `test_audio.py`
+    named = {r.policy.path for r in takes_json if "model" in getattr(r.body, "model_fields", ())}
     assert named == BODIES.keys()
 
 

@@ -150,7 +150,9 @@ class Conversation:
         except UsageError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return
-        print(f"({part.kind} attached; it goes with your next message)", file=sys.stderr)
+        is_read = part.kind == "sound" and self._engine.hears == "transcript"
+        how = "; the model does not hear it, but reads its transcript" if is_read else ""
+        print(f"({part.kind} attached; it goes with your next message{how})", file=sys.stderr)
 
     def _turn(self, said: str) -> None:
         content: object = said

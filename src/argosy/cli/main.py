@@ -21,6 +21,7 @@ INTERRUPTED = 130
 _COMMANDS = {
     "run": ("argosy.cli.run", "run", "Answer one prompt."),
     "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
+    "transcribe": ("argosy.cli.transcribe", "transcribe", "Write down what is said in sound files."),
     "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
     "pack": ("argosy.cli.pack", "pack", "Write a model as a pack: one aligned read for each expert."),
     "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),

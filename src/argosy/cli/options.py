@@ -30,6 +30,7 @@ _ENGINE = (
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
     click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
     click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
+    click.option("--ears", metavar="PATH", help="Transcribe sounds: a Whisper model, or tiny.en."),
 )
 _MEDIA = ("image", "audio", "video")
 
@@ -56,7 +57,7 @@ _SAMPLING = (
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
     click.option("--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens each step."),
-    click.option("--ignore-eos", is_flag=True, help="Continue after the end token."),
+    click.option("--ignore-eos", is_flag=True, hidden=True, help="Continue after the end token."),
 )
 
 

@@ -75,7 +75,18 @@ def run(
         if as_json:
             print(_as_json(result, answer, engine))
         elif not quiet:
-            print(*ledger_lines(result.ledger, engine.plan, result.finish_reason), sep="\n", file=sys.stderr)
+            lines = ledger_lines(result.ledger, engine.plan, result.finish_reason)
+            print(*lines, *_ears_lines(engine), sep="\n", file=sys.stderr)
+
+
+def _ears_lines(engine: Engine) -> list[str]:
+    from argosy.media.parts import Audio
+
+    num_sounds = sum(isinstance(one, Audio) for one in media_of())
+    if not num_sounds or engine.hears != "transcript":
+        return []
+    sounds = "1 sound" if num_sounds == 1 else f"{num_sounds} sounds"
+    return [f"ears     {sounds} transcribed: the model read the text, and did not hear it"]
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -140,6 +151,7 @@ def _as_json(result: Result, answer: Answer, engine: Engine) -> str:
         "finish_reason": result.finish_reason,
         "usage": result.usage,
         "seed": result.seed,
+        "hears": engine.hears,
         "ledger": result.ledger.as_dict(),
         "plan": engine.plan.as_dict(),
     }

@@ -44,6 +44,7 @@ class Settings:
     image_tokens: int | None = None
     video_tokens: int | None = None
     mmproj: str | None = None
+    ears: str | None = None
     ask_ahead: AskAhead | None = None
 
     @classmethod

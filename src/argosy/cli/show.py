@@ -233,8 +233,8 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     config = configure(model, files, **settings.for_engine())
     footprint = ModelFootprint(files, config)
     require_mappable(footprint, config)
-    # Kept open while the process is measured, as in the engine.
-    tokenizer = Tokenizer.open(files.path, files.header)
+    # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.
+    tokenizer, _ears = Tokenizer.open(files.path, files.header), footprint.ears
     return plan_memory(footprint, config, process_bytes=process_bytes(tokenizer))
 
 

@@ -42,17 +42,17 @@ def locate(*, progress: Progress | None = None) -> Path:
     merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
     if open_pack(packed) is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache):  # two simultaneous first runs build it once
+        with locked(cache):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
     if merged.exists():  # the process that made the pack ended before it removed its source
-        with suppress(OSError), _lock(cache):
+        with suppress(OSError), locked(cache):
             shutil.rmtree(merged, ignore_errors=True)
     return packed
 
 
 @contextmanager
-def _lock(cache: Path) -> Iterator[None]:
+def locked(cache: Path) -> Iterator[None]:
     with open(cache / "demo.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

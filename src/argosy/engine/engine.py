@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.ledger import Ledger
-from argosy.engine.options import EngineOptions, configure, locate_model, open_files
+from argosy.engine.options import EngineOptions, configure, locate_ears, locate_model, open_files
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
@@ -36,9 +36,12 @@ from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
 from argosy.experts.resident import Progress
-from argosy.media.parts import Kind
+from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
 from argosy.prompt.builder import PromptBuilder
+
+if TYPE_CHECKING:
+    from argosy.engine.ears import Transcriber
 
 
 class Engine(BlockingCalls):
@@ -99,7 +102,8 @@ class Engine(BlockingCalls):
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
         self._has_failed = False  # the last step failed, and the next one retries it
-        self._lock = started.lock
+        self._lock = started.turns
+        self._ears = started.ears
         self._is_open = True
 
     @classmethod
@@ -119,6 +123,8 @@ class Engine(BlockingCalls):
             options: see `EngineOptions`.
         """
         files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
+        if (ears := options.get("ears")) is not None:
+            options["ears"] = locate_ears(ears, progress)
         config = configure(model, files, **options)
         return cls(files, config, drafter=drafter, progress=progress, observe_routes=observe_routes)
 
@@ -311,8 +317,18 @@ class Engine(BlockingCalls):
 
     @property
     def media_kinds(self) -> tuple[Kind, ...]:
-        """What the model takes beside text: "picture", "sound"."""
+        """What a prompt may have beside text: "picture", "sound"."""
         return () if self._media is None else self._media.kinds
+
+    @property
+    def hears(self) -> Hearing:
+        """What becomes of a sound in a prompt: the model takes none, hears it itself, or reads its transcript."""
+        return "none" if self._media is None else self._media.hears
+
+    @property
+    def ears(self) -> Transcriber | None:
+        """Transcribes sounds beside the steps of the model; None if the engine was opened without `ears`."""
+        return self._ears
 
     @property
     def ledger(self) -> Ledger:
@@ -340,6 +356,8 @@ class Engine(BlockingCalls):
 
     def close(self) -> None:
         """Cancel running sequences and free everything. Closing twice is harmless."""
+        if self._ears is not None:
+            self._ears.close()  # without the lock, for which a transcription may wait
         with self._lock:
             if not self._is_open:
                 return

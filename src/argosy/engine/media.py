@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -37,15 +37,18 @@ from argosy.errors import (
 )
 from argosy.media.decoder import Decoder
 from argosy.media.frames import open_frames
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, Kind, Video
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
 from argosy.model.encoders.reading import EncoderFiles, Encoders, Processor
 from argosy.model.encoders.table import Shape
-from argosy.prompt.media_span import MakeRows, MediaSpan, SpanRows
+from argosy.prompt.media_span import EARS_HINT, MakeRows, MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 from argosy.prompt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from argosy.engine.ears import Transcriber
 
 _RETRY_S = 5
 
@@ -62,15 +65,18 @@ class PromptMedia:
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
         encode_text: the ids of a text that the model's own processor writes, with its control tokens.
         lend: makes the memory that encoders and the decoder use, from a function that frees it.
+        ears: transcribe sounds if the model takes none.
     """
 
     def __init__(
         self,
         encoders: Encoders,
         processors: Mapping[Kind, Processor | ArgosyError],
+        decoder: Decoder,
         low_detail: Processor | None,
         encode_text: Callable[[str], list[int]],
         lend: Lend,
+        ears: Transcriber | None,
     ) -> None:
         self._encoders = encoders
         self._low_detail = low_detail
@@ -82,16 +88,27 @@ class PromptMedia:
             else:
                 self._processors[kind] = one
         self._encode_text = encode_text
-        self._decoder = Decoder(PROMPT_LIMITS)
+        self._decoder = decoder
+        self._transcriber = ears
+        self._ears = None if "sound" in self._processors else ears
         self.memory = lend(self._clear)
+        if ears is not None:
+            ears.use_memory = self.memory.use
         self._one_decoded = threading.Lock()  # what is decoded is large, so there is one at a time
         self._waiting = _Room(MEDIA_WAITING_BYTES)
         self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What the model takes beside text."""
-        return tuple(self._processors)
+        """What a prompt may have beside text."""
+        return (*self._processors, *(() if self._ears is None else ("sound",)))
+
+    @property
+    def hears(self) -> Hearing:
+        """What becomes of a sound."""
+        if "sound" in self._processors:
+            return "native"
+        return "none" if self._ears is None else "transcript"
 
     def close(self) -> None:
         self.memory.close()
@@ -101,20 +118,33 @@ class PromptMedia:
         """Free what `memory` is for."""
         self._decoder.close()
         self._encoders.drop()
+        if self._transcriber is not None:
+            self._transcriber.drop()
 
     def forget(self, tenant: str) -> None:
-        """Forget the rows kept for a tenant."""
+        """Forget the rows and transcripts kept for a tenant."""
         self._kept.forget(tenant)
+        if self._ears is not None:
+            self._ears.forget(tenant)
 
     def read(self, part: Image | Audio | Video) -> Content:
         """See `MediaReader.read`."""
-        if part.kind in self._faults:
-            raise self._faults[part.kind]
-        if part.kind not in self._processors:
-            *most, last = ["text", *(f"{kind}s" for kind in self._processors)]
+        if part.kind not in self.kinds:
+            if part.kind in self._faults:
+                raise self._faults[part.kind]
+            *most, last = ["text", *(f"{kind}s" for kind in self.kinds)]
             takes = f"{', '.join(most)} and {last}" if most else f"{last} only"
-            raise UsageError(f"this model takes {takes}, and the conversation has a {part.kind}")
+            raise UsageError(
+                f"this model takes {takes}, and the conversation has a {part.kind}",
+                hint=EARS_HINT if part.kind == "sound" else None,
+            )
         return part.read(PROMPT_LIMITS)
+
+    def as_text(self, content: Content, tenant: str) -> str | None:
+        """See `MediaReader.as_text`."""
+        if content.kind != "sound" or self._ears is None:
+            return None
+        return self._ears.text_for(content, tenant)
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""
@@ -371,9 +401,11 @@ class _Room:
 def open_media(
     encoders: Encoders,
     processors: Mapping[Kind, Processor | ArgosyError],
+    decoder: Decoder,
     low_detail: Processor | None,
     tokenizer: Tokenizer | None,
     lend: Lend,
+    ears: Transcriber | None,
 ) -> PromptMedia:
     """Combine the towers that were found with the processors that prepare media for them."""
     video = processors.get("video")
@@ -397,4 +429,4 @@ def open_media(
         assert tokenizer is not None  # without one, a model takes no messages
         return tokenizer.encode_segments([(False, text)])
 
-    return PromptMedia(encoders, processors, low_detail, encode_text, lend)
+    return PromptMedia(encoders, processors, decoder, low_detail, encode_text, lend, ears)

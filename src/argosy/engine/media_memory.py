@@ -2,9 +2,10 @@
 
     lent to the expert cache  ── a picture comes ──>  taken back: decoded, encoded  ── idle for a minute ──>  lent again
 
-The plan reserves memory for encoders, one encode and the process that decodes files (`memory_plan.lendable_bytes`).
-While nothing uses it, the expert cache has more slots there. Whoever needs it says so with `use`, which returns once
-the cache has given the slots back and the system has their pages. The cache changes only between two steps.
+The plan reserves memory for encoders and ears, one encode, and the process that decodes files
+(`memory_plan.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
+with `use`, which returns once the cache has given the slots back and the system has their pages. The cache changes only
+between two steps.
 
 Elsewhere: `experts/cache.py` gives slots back; `media.py` is who uses the memory.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 
 from argosy import _native
@@ -22,7 +23,6 @@ from argosy.experts.cache import ExpertCache
 
 # Reading an encoder of 1 GB again takes about a second, and so does reading the experts that it displaces.
 IDLE_S = 60.0
-_ASK_AGAIN_S = 0.01
 
 
 class MediaMemory:
@@ -31,7 +31,7 @@ class MediaMemory:
     Args:
         clear: frees all that pictures and sounds use of it.
         cache: the experts that it is lent to, with `num_slots` or `lent_slots` more; None: it is never lent.
-        lock: held by whoever runs a step.
+        lock: held by whoever runs a step; it goes to whoever has waited longest (`turns.py`).
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class MediaMemory:
         cache: ExpertCache | None,
         num_slots: int,
         lent_slots: int,
-        lock: threading.RLock,
+        lock: AbstractContextManager[object],
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._cache = cache
@@ -72,12 +72,8 @@ class MediaMemory:
             self._num_users += 1
         try:
             while self._is_lent:
-                # A thread that runs one step after another hardly ever lets go of the lock, but it settles before each.
-                if self._lock.acquire(timeout=_ASK_AGAIN_S):
-                    try:
-                        self.settle()
-                    finally:
-                        self._lock.release()
+                with self._lock:
+                    self.settle()
             self._require_open()
             yield
         finally:

@@ -34,6 +34,7 @@ from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
 MEDIA_WAITING_BYTES = 64 * MIB  # prepared pictures, sounds and frames of requests whose encode has not begun
 MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
+TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
 _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
 PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
@@ -73,7 +74,7 @@ class MemoryPlan:
     budget_bytes: int
     process_bytes: int
     dense_bytes: int
-    encoder_bytes: int = 0  # towers for pictures and sound, one encode, and the processes that decode files
+    encoder_bytes: int = 0  # towers and ears, an encode of each, and the processes that decode files
     kv_bytes: int
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
@@ -220,8 +221,8 @@ def media_bytes(*, takes_video: bool) -> int:
 
 
 def lendable_bytes(encoder_bytes: int) -> int:
-    """The part of `MemoryPlan.encoder_bytes` that is free while no picture or sound is decoded or encoded."""
-    return max(0, encoder_bytes - MEDIA_WAITING_BYTES - MEDIA_KEPT_BYTES)
+    """The part of `MemoryPlan.encoder_bytes` that is free while no picture or sound is in work."""
+    return max(0, encoder_bytes - MEDIA_WAITING_BYTES - MEDIA_KEPT_BYTES - TRANSCRIPTS_KEPT_BYTES)
 
 
 def quarter_of_experts(files: ModelFiles) -> int:
@@ -244,6 +245,9 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     """
     model, num_experts, expert_slots = footprint.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
+    encoder_bytes = footprint.encoder_bytes
+    if footprint.ears_bytes:
+        encoder_bytes += footprint.ears_bytes + TRANSCRIPTS_KEPT_BYTES
     fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:
@@ -258,8 +262,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
-            encoder_bytes=footprint.encoder_bytes
-            and footprint.encoder_bytes + media_bytes(takes_video=footprint.takes_video),
+            encoder_bytes=encoder_bytes and encoder_bytes + media_bytes(takes_video=footprint.takes_video),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,

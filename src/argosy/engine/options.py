@@ -13,6 +13,7 @@ from argosy.experts.resident import Progress
 from argosy.model.families import open_model
 from argosy.plan import machine
 
+TINY_EN = "tiny.en"
 DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
 
 
@@ -25,6 +26,8 @@ class EngineOptions(TypedDict, total=False):
         the budget allows.
     threads: compute threads; None: the cores this process may use.
     expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
+    ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once: what a model without a tower for sound
+        gets of a sound is its transcript.
     kv_dir: a path, or a `KvDir` with its bounds.
     mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
     """
@@ -42,6 +45,7 @@ class EngineOptions(TypedDict, total=False):
     image_tokens: int
     video_tokens: int
     mmproj: str | Path | None
+    ears: str | Path | None
     draft_tokens: int
     readers: int
     look_ahead: bool
@@ -79,6 +83,15 @@ def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
     return files
 
 
+def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
+    """Locate a Whisper checkpoint; `tiny.en` is fetched when it is first used."""
+    if str(ears) == TINY_EN:
+        from argosy.demo.ears import locate
+
+        return locate(progress=progress)
+    return Path(ears)
+
+
 def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
     """Fill in the settings that were left out, for one model; `Engine` runs them, and `argosy show` plans with them.
 
@@ -98,6 +111,8 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
         given["chunk_tokens"] = given.get("chunk_tokens") or DEMO_CHUNK
     if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
         given["kv_dir"] = KvDir(path=Path(kv_dir))
+    if (ears := given.get("ears")) is not None:
+        given["ears"] = locate_ears(ears)
     given["threads"] = given.get("threads") or machine.usable_cores()
     config = EngineConfig.from_mapping({**given, "budget": _budget(memory, context)})
     require_context(files.config, config.budget.context_tokens)

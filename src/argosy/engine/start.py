@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,9 +33,12 @@ from argosy.engine.memory_plan import (
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
+from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.cache import CachedRunner
 from argosy.experts.resident import Progress
+from argosy.media.decoder import Decoder
+from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
@@ -46,6 +48,7 @@ from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import GrammarCompiler
+    from argosy.engine.ears import Transcriber
     from argosy.engine.media import PromptMedia
     from argosy.prompt.chat import Worker
 
@@ -54,7 +57,6 @@ if TYPE_CHECKING:
 class Started:
     """What an engine runs with; it closes all of it."""
 
-    lock: threading.RLock  # held by whoever runs a step, or changes what steps use
     clock: PartClock
     store: _native.Store
     runtime: _native.Runtime
@@ -64,6 +66,8 @@ class Started:
     plan: MemoryPlan
     prompts: PromptBuilder
     media: PromptMedia | None  # None: the model takes text only
+    ears: Transcriber | None
+    turns: Turns  # held for each step, and for each piece of other work
     model: Model
     cache: PrefixCache
 
@@ -84,6 +88,7 @@ def start(
     _require_readable(files)
     instruction_set = _choose_instruction_set(config.instruction_set)
     footprint = ModelFootprint(files, config)
+    ears_files = footprint.ears  # read before memory is measured
     require_mappable(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -127,8 +132,15 @@ def start(
             look_ahead=config.look_ahead,
             observe=observe_routes,
         )
-        lock = threading.RLock()
-        media = _open_media(footprint, store, runtime, tokenizer, model, plan, lock)
+        turns = Turns()
+        ears = None
+        decoder = Decoder(PROMPT_LIMITS)
+        undo.callback(decoder.close)
+        if ears_files is not None:
+            from argosy.engine.ears import Transcriber
+
+            ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
+        media = _open_media(footprint, store, runtime, decoder, ears, tokenizer, model, plan, turns)
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -141,7 +153,6 @@ def start(
         cache = _open_cache(model, plan, config, prefix_files)
         undo.pop_all()
     return Started(
-        lock=lock,
         clock=clock,
         store=store,
         runtime=runtime,
@@ -151,6 +162,8 @@ def start(
         plan=plan,
         prompts=prompts,
         media=media,
+        ears=ears,
+        turns=turns,
         model=model,
         cache=cache,
     )
@@ -217,12 +230,14 @@ def _open_media(
     footprint: ModelFootprint,
     store: _native.Store,
     runtime: _native.Runtime,
+    decoder: Decoder,
+    ears: Transcriber | None,
     tokenizer: Tokenizer | None,
     model: Model,
     plan: MemoryPlan,
-    lock: threading.RLock,
+    turns: Turns,
 ) -> PromptMedia | None:
-    if not footprint.encoders:
+    if not footprint.encoders and ears is None:
         return None
     from argosy.engine.media import open_media  # imports modules that only media need
     from argosy.engine.media_memory import MediaMemory
@@ -233,11 +248,11 @@ def _open_media(
         cache=model.experts.cache if isinstance(model.experts, CachedRunner) else None,
         num_slots=plan.num_slots,
         lent_slots=plan.lent_slots,
-        lock=lock,
+        lock=turns,
     )
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
-    return open_media(encoders, footprint.processors, footprint.low_detail, tokenizer, lend)
+    return open_media(encoders, footprint.processors, decoder, footprint.low_detail, tokenizer, lend, ears)
 
 
 def _open_prefix_files(

@@ -95,7 +95,7 @@ class Decoder:
             resampler = Resampler(content.rate, rate)
             resampler.add(content.data)
             return resampler.finish()
-        assert isinstance(content.data, bytes)
+        assert isinstance(content.data, bytes | bytearray)
         _, payload = self._ask("sound", {"ask": "sound", "rate": rate}, content.data, None)
         return np.frombuffer(payload, np.float32)
 

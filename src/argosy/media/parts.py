@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from argosy.errors import BadMedia, UsageError
 
 Kind = Literal["picture", "sound", "video"]
+Hearing = Literal["none", "native", "transcript"]
+"""What becomes of a sound in a prompt: the model takes none, hears it itself, or reads its transcript."""
 Detail = Literal["low", "high"]
 LOW_DETAIL_TOKENS = 256  # the most tokens of a picture with low detail
 Source = str | os.PathLike[str] | bytes | NDArray[Any]

@@ -22,7 +22,7 @@ from argosy.media.settings import PICTURE_KEYS, Settings
 
 _FLOOR = 1e-10  # of the power in a band
 _RANGE = 8.0  # powers of ten below the loudest that are told apart
-_FRAMES_AT_ONCE = 4096  # bounds the memory of the transform
+_FRAMES_AT_ONCE = 1024  # bounds the memory of the transform
 _TOP_HERTZ = 8000.0  # of the highest band
 
 
@@ -49,6 +49,13 @@ class SoundProcessor:
         """Return the number of frames of a sound; without padding a rest shorter than a hop makes none."""
         return (num_samples if self.padded_samples is None else self.padded_samples) // self.hop
 
+    def working_bytes(self, num_samples: int) -> int:
+        """Most bytes that `prepare` allocates, its result included."""
+        frequencies = self.window // 2 + 1
+        piece = _FRAMES_AT_ONCE * 8 * (self.window + 5 * frequencies + 2 * self.num_bands)
+        # The samples mirrored at their ends; features as they are, and while they are limited.
+        return 4 * (num_samples + 3 * self.num_frames(num_samples) * self.num_bands) + piece
+
     def prepare(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Make features.
 
@@ -70,21 +77,22 @@ class SoundProcessor:
                 needed=self.window // 2 + 1,
                 found=samples.size,
             )
-        mel: NDArray[np.float32] = np.log10(np.maximum(_FLOOR, self._bands(samples))).astype(np.float32)
+        mel = self._log_bands(samples)
         return np.asarray((np.maximum(mel, mel.max() - np.float32(_RANGE)) + 4) / 4, np.float32)
 
-    def _bands(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
-        """The power in each band: float64 [bands, frames]; frames are centred on multiples of `hop`."""
-        mirrored = np.pad(samples, self.window // 2, mode="reflect").astype(np.float64)
+    def _log_bands(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log10 of the power in each band: [bands, frames]; frames are centred on multiples of `hop`."""
+        mirrored = np.pad(samples, self.window // 2, mode="reflect")
         hann = np.hanning(self.window + 1)[:-1]
         num_frames = samples.size // self.hop
         frames = np.lib.stride_tricks.sliding_window_view(mirrored, self.window)[:: self.hop]
-        bands = np.empty((self.num_bands, num_frames))
+        logs = np.empty((self.num_bands, num_frames), np.float32)
         for start in range(0, num_frames, _FRAMES_AT_ONCE):
             piece = slice(start, min(num_frames, start + _FRAMES_AT_ONCE))
-            spectrum = np.fft.rfft(frames[piece] * hann)  # [frames, frequencies]
-            bands[:, piece] = self.filters.T @ (spectrum.real**2 + spectrum.imag**2).T
-        return bands
+            spectrum = np.fft.rfft(frames[piece] * hann)  # float64 [frames, frequencies]
+            power = self.filters.T @ (spectrum.real**2 + spectrum.imag**2).T
+            logs[:, piece] = np.log10(np.maximum(_FLOOR, power))
+        return logs
 
 
 def read_sound_processor(

@@ -27,6 +27,7 @@ from argosy.model.weights import dense_footprint
 if TYPE_CHECKING:
     from argosy.model.encoders.reading import EncoderFiles, Processor
     from argosy.model.encoders.table import Shape
+    from argosy.model.whisper.files import WhisperFiles
 
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
@@ -63,6 +64,7 @@ class ModelFootprint:
         self._threads = config.threads  # each has scratch memory
         self._has_media = config.media
         self._image_tokens = config.image_tokens
+        self._ears = config.ears
         self._video_tokens = config.video_tokens
         self._readers = config.readers  # each has a staging buffer if weights are transcoded
 
@@ -140,6 +142,24 @@ class ModelFootprint:
             if not isinstance(processor, ArgosyError) and not isinstance(tower, ArgosyError):
                 found.append((tower, tower.largest_shape(processor)))
         return found
+
+    @cached_property
+    def ears(self) -> WhisperFiles | None:
+        """The checkpoint that transcribes sound; its tokenizer is in memory from now on."""
+        if self._ears is None:
+            return None
+        from argosy.model.whisper.files import open_whisper
+
+        return open_whisper(self._ears)
+
+    @cached_property
+    def ears_bytes(self) -> int:
+        """The weights that transcribe, and the longest sound."""
+        if self.ears is None:
+            return 0
+        from argosy.model.whisper.transcription import working_bytes
+
+        return self.ears.weight_bytes + working_bytes(self.ears)
 
     @cached_property
     def staging_bytes(self) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 from argosy.config import Grammar
 from argosy.errors import BadMedia, PromptTooLong, UsageError
 from argosy.media.parts import Content, Part
-from argosy.prompt.media_span import MediaReader, MediaSpan
+from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
 
 if TYPE_CHECKING:
@@ -408,18 +408,29 @@ class PromptBuilder:
     def _with_media(
         self, turn: Turn, tenant: str, replace_damaged: ReplaceDamaged | None, media: list[_Placed]
     ) -> Turn:
-        """Read the media of a turn, and add them to `media`; text replaces those that are damaged, if it may."""
+        """Read the media of a turn, and add them to `media`.
+
+        Text of the caller replaces what the model does not take itself, and what is damaged, if it may.
+        """
         if not turn.media:
             return turn
         if self._media is None:
             kind = turn.media[0].kind
-            raise UsageError(f"this model takes text only, and the conversation has a {kind}")
+            raise UsageError(
+                f"this model takes text only, and the conversation has a {kind}",
+                hint=EARS_HINT if kind == "sound" else None,
+            )
+        from argosy.prompt.messages import joined
+
         pieces: list[Piece] = []
         for piece in turn.pieces:
-            found = piece
-            if not isinstance(piece, tuple):
-                try:
-                    content = piece if isinstance(piece, Content) else self._media.read(piece)
+            if isinstance(piece, tuple):
+                pieces.append(piece)
+                continue
+            try:
+                content = piece if isinstance(piece, Content) else self._media.read(piece)
+                text = self._media.as_text(content, tenant)
+                if text is None:
                     media.append(
                         _Placed(
                             self._media.placeholder(content),
@@ -427,20 +438,13 @@ class PromptBuilder:
                             self._media.segments(content, tenant),
                         )
                     )
-                    found = content
-                except BadMedia as error:
-                    text = None if replace_damaged is None else replace_damaged(piece, error)
-                    if text is None:
-                        raise
-                    found = (True, text)
-            last = pieces[-1] if pieces else None
-            if isinstance(found, tuple) and isinstance(last, tuple):
-                pieces[-1] = (True, f"{last[1]}\n{found[1]}")
-            else:
-                pieces.append(found)
-        content_text = "\n".join(piece[1] for piece in pieces if isinstance(piece, tuple))
-        is_text = all(isinstance(piece, tuple) for piece in pieces)
-        return replace(turn, content=content_text, pieces=() if is_text else tuple(pieces))
+            except BadMedia as error:
+                text = None if replace_damaged is None else replace_damaged(piece, error)
+                if text is None:
+                    raise
+            pieces.append(content if text is None else (True, text))
+        all_text, pieces_left = joined(pieces)
+        return replace(turn, content=all_text, pieces=pieces_left)
 
     def _with_spans(self, prompt: Prompt, media: Sequence[_Placed], max_tokens: int | None) -> Prompt:
         """Put the media of a conversation where its template has placeholders for them.

@@ -13,6 +13,7 @@ from argosy.errors import UsageError
 from argosy.media.parts import Audio, Content, Image, Kind, Video
 
 DIGEST_BYTES = 32
+EARS_HINT = "open it with ears (`--ears tiny.en`), and it reads the transcripts of sounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,13 @@ class MediaReader(Protocol):
 
         Raises:
             UsageError: the model does not take its kind, or the source cannot be read.   BadMedia: it is too large.
+        """
+
+    def as_text(self, content: Content, tenant: str) -> str | None:
+        """The text that stands in the prompt for a content that the model does not take itself; None: it does.
+
+        Raises:
+            BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait for theirs.
         """
 
     def placeholder(self, content: Content) -> int:

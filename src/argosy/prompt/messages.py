@@ -199,19 +199,24 @@ def _content(content: object, role: str, where: str) -> tuple[str, tuple[Piece, 
     """The content's text, the texts of its parts one per line, and its pieces if there are media among them."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return _text(content, f"{where}: content"), ()
+    found = (_part(part, role, f"{where}: part {at}") for at, part in enumerate(content))
+    return joined([(True, part) if isinstance(part, str) else part for part in found])
+
+
+def joined(parts: Sequence[Piece]) -> tuple[str, tuple[Piece, ...]]:
+    """Texts of the caller, one per line, and the pieces that they make with the media; no pieces without media."""
     texts: list[str] = []
     pieces: list[Piece] = []
-    for at, part in enumerate(content):
-        found = _part(part, role, f"{where}: part {at}")
-        if not isinstance(found, str):
-            pieces.append(found)
+    for part in parts:
+        if not isinstance(part, tuple):
+            pieces.append(part)
             continue
-        texts.append(found)
+        texts.append(part[1])
         if pieces and isinstance(pieces[-1], tuple):
-            pieces[-1] = (True, f"{pieces[-1][1]}\n{found}")
+            pieces[-1] = (True, f"{pieces[-1][1]}\n{part[1]}")
         else:
-            pieces.append((True, found))
-    return "\n".join(texts), () if len(texts) == len(content) else tuple(pieces)
+            pieces.append(part)
+    return "\n".join(texts), () if len(texts) == len(parts) else tuple(pieces)
 
 
 def _part(part: object, role: str, where: str) -> str | Media:

@@ -23,12 +23,13 @@ from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.media.parts import Kind
+from argosy.media.parts import Hearing, Kind
 from argosy.prompt.prompt import ToolCalling
-from argosy.serve import anthropic_messages, openai_chat, openai_completions, openai_responses
+from argosy.serve import anthropic_messages, openai_audio, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import answering
 from argosy.serve.core import Service
 from argosy.serve.fields import MAX_TOKENS, Closed, Flag, Messages, Strict, Text, TokenId, Tools, few
+from argosy.serve.form import answering_form
 from argosy.serve.gate import (
     AnthropicError,
     Caller,
@@ -100,9 +101,14 @@ class Modalities(Closed):
 
 
 class Capabilities(Closed):
-    """How tools reach the model: `native` by its chat template, `generic` by a generic prompt, `none` not at all."""
+    """How tools and sounds reach the model.
+
+    tools: `native` by its chat template, `generic` by a generic prompt, `none` not at all.
+    sound: `native` if the model hears, `transcript` if it reads what a transcriber heard, `none` if it takes no sound.
+    """
 
     tools: ToolCalling
+    sound: Hearing
 
 
 class Model(Closed):
@@ -190,19 +196,46 @@ def _model(service: Service) -> Model:
             "input_modalities": ["text", *(_MODALITIES[kind] for kind in model.media_kinds)],
             "output_modalities": ["text"],
         },
-        "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools},
+        "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools, "sound": model.hears},
+    }  # fmt: skip
+
+
+_EARS_PARAMETERS = (
+    "language",
+    "prompt",
+    "response_format",
+    "stream",
+    "temperature",
+    "timestamp_granularities[]",
+)
+
+
+def _ears(service: Service) -> Model:
+    """Describe the model that transcribes."""
+    assert service.ears is not None
+    context_tokens = service.ears.files.config.text_positions
+    return {
+        "id": service.ears_id, "object": "model", "created": service.model.created, "owned_by": "argosy",
+        "context_length": context_tokens, "max_model_len": context_tokens,
+        "architecture": {"input_modalities": ["audio"], "output_modalities": ["text"]},
+        "supported_parameters": list(_EARS_PARAMETERS), "capabilities": {"tools": "none", "sound": "native"},
     }  # fmt: skip
 
 
 async def models(request: Request) -> Models:
-    """List the served model."""
-    return {"object": "list", "data": [await asyncio.to_thread(_model, request.app.state.service)]}
+    """List the served model, and the one that transcribes if there is one."""
+    service: Service = request.app.state.service
+    found = [await asyncio.to_thread(_model, service)]
+    return {"object": "list", "data": found if service.ears is None else [*found, _ears(service)]}
 
 
 async def model(request: Request) -> Model:
     """Describe the model with this id."""
     service: Service = request.app.state.service
-    service.require_model(request.path_params["id"])
+    name = request.path_params["id"]
+    if service.ears is not None and name == service.ears_id:
+        return _ears(service)
+    service.require_model(name)
     return await asyncio.to_thread(_model, service)
 
 
@@ -326,6 +359,16 @@ def _post(
     return Route(policy=policy, handler=handler, answer=answer, **described)
 
 
+def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
+    policy = Policy(
+        method="POST", path=path, scope="infer", is_counted=True, takes_form=True,
+        max_body_bytes=openai_audio.MOST_BODY_BYTES,
+    )  # fmt: skip
+    return Route(
+        policy=policy, handler=handler, answer=openai_audio.Answer, media=("text/plain",), **described
+    )
+
+
 _FILES = tuple(_PAGE_TYPES.values())
 ROUTES = (
     _get("/health", health, None, answer=Health),
@@ -363,6 +406,8 @@ ROUTES = (
         "/v1/messages", anthropic_messages.messages, anthropic_messages.Message, takes_media=True,
         events=anthropic_messages.Event | AnthropicError,
     ),
+    _form("/v1/audio/transcriptions", openai_audio.transcriptions, events=openai_audio.Event | OpenAIError),
+    _form("/v1/audio/translations", openai_audio.translations),
     _post(
         "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted, takes_media=True,
     ),
@@ -390,7 +435,8 @@ def make_app(
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.metrics = Metrics(service.loop.snapshot)
     for route in ROUTES:
-        endpoint = answering(route.handler, route.body)
+        answer = answering_form if route.policy.takes_form else answering
+        endpoint = answer(route.handler, route.body)
         app.add_route(route.policy.path, endpoint, methods=[route.policy.method])
     for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)

@@ -27,7 +27,8 @@ from argosy.config import Grammar, SamplingParams
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError
-from argosy.media.parts import Kind
+from argosy.media.parts import Content, Hearing, Kind
+from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
@@ -38,9 +39,10 @@ from argosy.serve.media_hosts import FilesWanted, MediaHosts
 from argosy.serve.media_parts import Intake
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
-from argosy.serve.work import WorkQueue
+from argosy.serve.work import WorkQueue, give_memory_back
 
 if TYPE_CHECKING:
+    from argosy.engine.ears import Report, Transcriber
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
     from argosy.prompt.tokenizer import Tokenizer
@@ -58,6 +60,7 @@ _MEDIA_TOKENS: Mapping[Kind, MediaTokens] = {
 }
 
 Finish = Literal["stop", "length", "tool_calls"]
+ANY_EARS = "whisper-1"  # the name that clients of OpenAI send
 MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
 
 
@@ -87,7 +90,8 @@ class ModelFacts:
     num_experts: int
     experts_per_token: int
     vocab_size: int
-    media_kinds: tuple[Kind, ...] = ()  # what the model takes beside text
+    media_kinds: tuple[Kind, ...] = ()  # what a prompt may have beside text
+    hears: Hearing = "none"  # what becomes of a sound in a prompt
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -185,6 +189,7 @@ class Service:
         kept: KeptItems | None = None,
         any_model: bool = False,
         media_hosts: MediaHosts | None = None,
+        ears: Transcriber | None = None,
     ) -> None:
         self.loop = loop
         self.kept = KeptItems() if kept is None else kept
@@ -193,10 +198,12 @@ class Service:
         self.model = model
         self.is_draining = False
         self.keep_billing_line = keep_billing_line
+        self.ears = ears
         self._any_model = any_model
         self._media_hosts = media_hosts
         self._work = WorkQueue()
         self._large_work = WorkQueue(num_threads=1, is_large=True)
+        self._ears_work = WorkQueue(num_threads=1)  # the transcriber takes one sound at a time
 
     def require_model(self, name: str | None) -> None:
         """Check that a request names the served model; None leaves the choice to the server.
@@ -212,6 +219,51 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    @property
+    def ears_id(self) -> str:
+        """The name under which clients ask for transcripts."""
+        return "" if self.ears is None else self.ears.name
+
+    def require_ears(self, name: str | None = None) -> None:
+        """Check that this server transcribes, and that a request names its model for that.
+
+        Raises:
+            Refused: it does not, or the request names another model.
+        """
+        if self.ears is None:
+            raise Refused(
+                404,
+                "this server does not transcribe sounds",
+                hint="start it with ears: `argosy serve --ears tiny.en`",
+            )
+        if name not in (None, self.ears_id, ANY_EARS) and not self._any_model:
+            raise Refused(
+                404,
+                f"the model {json.dumps(name)} does not transcribe; this server has: {self.ears_id}",
+                hint=f"{ANY_EARS} names it, too; `argosy serve --any-model` accepts every model name",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def transcribe(
+        self, caller: Caller, content: Content, options: TranscriptOptions, report: Report
+    ) -> Transcript:
+        """Transcribe a sound in a thread, beside the steps of the model. Raises what `Transcriber.transcribe` raises.
+
+        Raises:
+            TooMany: too many sounds of this caller are already waiting.
+        """
+        ears = self.ears
+        assert ears is not None
+
+        def transcribe() -> Transcript:
+            try:
+                return ears.transcribe(content, options, report=report)
+            finally:
+                give_memory_back()
+
+        return await self._ears_work.run(caller.tenant, transcribe)
 
     @property
     def has_efforts(self) -> bool:

@@ -39,6 +39,7 @@ from argosy.serve.media_hosts import Files
 log = logging.getLogger("argosy.serve")
 
 MAX_BODY_BYTES = 8 << 20
+FORM_TYPE = "multipart/form-data"
 NO_ROOM = "argosy.no_room"  # in a request's state: its connection exceeds the limit
 BODY_STALL_S = 15.0  # longest wait between two parts of a body
 BODY_S = 60.0
@@ -69,13 +70,15 @@ SECURITY_HEADERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Who may use a route; with `scope` None, everyone."""
+    """Who may use a route, and the body that it takes; with `scope` None, everyone."""
 
     method: str
     path: str
     scope: KeyScope | None
     is_counted: bool = False  # the key's limits apply
     takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
+    takes_form: bool = False  # the body is a form with a file, not JSON
+    max_body_bytes: int = MAX_BODY_BYTES
 
 
 def dialect_of(path: str) -> Dialect:
@@ -337,16 +340,9 @@ class Gate:
             caller.key = self._admit(policy, headers)
             if policy.scope is not None:
                 caller.require(policy.scope)
-            if (
-                scope["method"] == "POST"
-                and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
-            ):
-                # `curl -d` is refused too: it sends a form's type, which pages of other sites may send unasked.
-                raise Refused(
-                    415,
-                    "the content type must be application/json",
-                    hint="with curl: -H 'content-type: application/json'",
-                )
+            if scope["method"] == "POST":
+                _require_type(policy, headers)
+            body.max_bytes = policy.max_body_bytes
             if policy.takes_media and self._takes_media:
                 body.max_bytes = MEDIA_BODY_BYTES
             body.require_allowed(int(headers.get("content-length", "0") or 0))
@@ -417,6 +413,25 @@ class Gate:
             or headers.get("origin", own[0]).lower() not in own
         ):
             raise Refused(403, "requests from pages of other sites are refused")
+
+
+def _require_type(policy: Policy, headers: dict[str, str]) -> None:
+    """Refuse a body of another content type.
+
+    Where JSON is wanted, `curl -d` is refused too: it sends a form's type, which pages of other sites may send unasked.
+    Browsers tell the origin of forms, which has been checked.
+    """
+    found = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if policy.takes_form and found != FORM_TYPE:
+        raise Refused(
+            415, f"the content type must be {FORM_TYPE}", hint="with curl: -F file=@talk.mp3 -F model=NAME"
+        )
+    if not policy.takes_form and found != "application/json":
+        raise Refused(
+            415,
+            "the content type must be application/json",
+            hint="with curl: -H 'content-type: application/json'",
+        )
 
 
 async def send_error(error: BaseException, dialect: Dialect, send: Send, request_id: str) -> None:

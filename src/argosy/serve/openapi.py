@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from argosy.serve.gate import AnthropicError, OpenAIError, Policy, dialect_of
+from argosy.serve.gate import FORM_TYPE, AnthropicError, OpenAIError, Policy, dialect_of
 from argosy.serve.streams import DONE
 
 _REFUSALS = {
@@ -29,7 +29,7 @@ _REFUSALS = {
     "404": "The path, model or item does not exist.",
     "408": "The body took too long to arrive.",
     "413": "The body is too large.",
-    "415": "The content type is not application/json.",
+    "415": "The content type is not the one that the route takes.",
     "429": "The key has reached one of its limits.",
     "500": "The answer could not be finished.",
     "503": "The server has no room for the request, or is stopping.",
@@ -131,7 +131,8 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True, "schema": text} for name in names
         ]
     if route.body is not None:
-        body = {"application/json": {"schema": schemas[f"body {key}"]}}
+        media = FORM_TYPE if policy.takes_form else "application/json"
+        body = {media: {"schema": schemas[f"body {key}"]}}
         operation["requestBody"] = {"required": True, "content": body}
     if policy.scope is not None:
         operation["security"] = [{"bearer": []}, {"header": []}]

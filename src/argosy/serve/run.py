@@ -390,6 +390,7 @@ def serve(
         experts_per_token=config.experts_per_token,
         vocab_size=config.vocab_size,
         media_kinds=engine.media_kinds,
+        hears=engine.hears,
     )
     # A quarter is for items that clients refer to; the rest is for tokens of answers.
     kept_bytes = engine.plan.replay_bytes // 4
@@ -398,7 +399,7 @@ def serve(
         with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
             service = Service(
                 loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line, any_model=any_model,
-                kept=KeptItems(max_bytes=kept_bytes), media_hosts=media_hosts,
+                kept=KeptItems(max_bytes=kept_bytes), media_hosts=media_hosts, ears=engine.ears,
             )  # fmt: skip
             app = make_app(
                 service,

@@ -130,6 +130,38 @@ class Operations:
         """Rotate x [rows, heads, head_dim] in place."""
         _native.rope(self._runtime, x, cosine, sine, is_interleaved)
 
+    def attend_all(self, query: Rows, key: Rows, value: Rows, scale: float, out: Rows) -> None:
+        """Attention in which each query sees every key: all [rows, heads, head_dim]."""
+        _native.attend(self._runtime, query, key, value, scale, out)
+
+    def self_attention(
+        self, layer: str, hidden: Rows, eps: float, *, num_heads: int, segments: Iterable[range]
+    ) -> Steps:
+        """Add to `hidden` the attention of a layer: LayerNorm `attn_norm` and matrices `q`, `k`, `v` and `o`."""
+        query, key, value = (np.empty_like(hidden) for _ in range(3))
+
+        def project(rows: slice) -> None:
+            normed = self.layer_norm(f"{layer}.attn_norm", hidden[rows], eps)
+            for name, out in (("q", query), ("k", key), ("v", value)):
+                self.linear(f"{layer}.{name}", normed, out[rows])
+
+        def add(rows: slice, result: Rows) -> None:
+            hidden[rows] += result
+
+        flop = self.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
+        yield from in_blocks(project, range(len(hidden)), flop)
+        head_dim = hidden.shape[1] // num_heads
+        yield from self.attend(
+            query,
+            key,
+            value,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            segments=segments,
+            output=f"{layer}.o",
+            finish=add,
+        )
+
     def attend(
         self,
         query: Rows,
@@ -154,7 +186,7 @@ class Operations:
 
         def work(rows: slice) -> None:
             heads = np.empty(query[rows].shape, np.float32)
-            _native.attend(self._runtime, query[rows], key[seen], value[seen], scale, heads)
+            self.attend_all(query[rows], key[seen], value[seen], scale, heads)
             finish(rows, self.linear(output, heads.reshape(len(heads), -1)))
 
         for segment in segments:

@@ -181,7 +181,9 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
         step = config.window_chunks * _CHUNK_ROWS
         windows = [range(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
         for layer in range(config.num_layers):
-            yield from self._attention(f"layers.{layer}", hidden, windows)
+            yield from ops.self_attention(
+                f"layers.{layer}", hidden, _NORM_EPS, num_heads=config.num_heads, segments=windows
+            )
             yield from ops.gelu_mlp(f"layers.{layer}", hidden, _NORM_EPS, "erf")
         embeddings = np.empty((len(hidden), config.out_size), np.float32)
 
@@ -230,32 +232,6 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
 
         yield from in_blocks(work, range(height * width), ops.flop_per_row(name))
         return out
-
-    def _attention(self, layer: str, hidden: Rows, windows: list[range]) -> Steps:
-        ops = self._operations
-        query, key, value = (np.empty_like(hidden) for _ in range(3))
-
-        def project(rows: slice) -> None:
-            normed = ops.layer_norm(f"{layer}.attn_norm", hidden[rows], _NORM_EPS)
-            for name, out in (("q", query), ("k", key), ("v", value)):
-                ops.linear(f"{layer}.{name}", normed, out[rows])
-
-        def add(rows: slice, result: Rows) -> None:
-            hidden[rows] += result
-
-        flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
-        yield from in_blocks(project, range(len(hidden)), flop)
-        head_dim = self._config.hidden_size // self._config.num_heads
-        yield from ops.attend(
-            query,
-            key,
-            value,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            segments=windows,
-            output=f"{layer}.o",
-            finish=add,
-        )
 
 
 def _halved(size: int) -> int:

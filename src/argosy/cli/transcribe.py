@@ -1,0 +1,87 @@
+"""`argosy transcribe`: write down what is said in sound files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from argosy.cli.output import progress_bar, write_text
+from argosy.cli.settings import Settings
+
+if TYPE_CHECKING:
+    from argosy.model.whisper.transcription import Transcription
+
+
+@click.command("transcribe")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-m",
+    "--model",
+    default="tiny.en",
+    metavar="PATH",
+    help="Whisper checkpoint; default: tiny.en, which knows English and is fetched once (71 MB).",
+)
+@click.option("--language", metavar="CODE", help="Language that is spoken; default: the one that is heard.")
+@click.option("--translate", is_flag=True, help="Write English, whatever is spoken.")
+@click.option("--prompt", default="", metavar="TEXT", help="Text that came before: names, style.")
+@click.option("-t", "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is surest.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "srt", "vtt", "json"]),
+    default="text",
+    help="Format of the output; default: text.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def transcribe(
+    files: tuple[str, ...],
+    model: str,
+    language: str | None,
+    translate: bool,
+    prompt: str,
+    temperature: float,
+    form: str,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Write down what is said in each FILE (WAV, MP3, FLAC or OGG, at most ten minutes), with Whisper.
+
+    \b
+    Examples:
+      argosy transcribe talk.mp3
+      argosy transcribe --format srt --model ./whisper-small film.flac > film.srt
+    """
+    from argosy.engine.ears import Transcriber
+    from argosy.media.parts import Audio
+    from argosy.media.transcript import WRITERS, TranscriptOptions, as_dict
+
+    options = TranscriptOptions(
+        language=language,
+        task="translate" if translate else "transcribe",
+        prompt=prompt,
+        temperature=temperature,
+    )
+    settings = Settings.read(threads=threads)
+    with progress_bar() as progress:
+        transcriber = Transcriber.open(model, threads=settings.threads, progress=progress)
+    with transcriber:
+        for path in files:
+            with progress_bar() as progress:
+
+                def report(now: Transcription, path: str = path) -> None:
+                    if progress is not None and not quiet:
+                        progress(path, now.done_s / max(now.duration_s, 1e-9))
+
+                transcript = transcriber.transcribe(Audio(path), options, report=report)
+            if form == "json":
+                print(json.dumps({"file": path, **as_dict(transcript)}, ensure_ascii=False))
+                continue
+            if len(files) > 1:
+                print(f"{path}:", file=sys.stderr)
+            write_text(WRITERS[form](transcript))

@@ -1,0 +1,133 @@
+"""What was said in a sound, with times, and the formats that subtitles are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Task = Literal["transcribe", "translate"]
+TASKS: tuple[Task, ...] = ("transcribe", "translate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TranscriptOptions:
+    """How a sound is transcribed; the defaults are those of openai-whisper.
+
+    language: a code that the checkpoint knows, such as `de`; None: what is heard in the first window.
+    task: `translate` writes English.
+    prompt: text that came before, for names and style; only its last tokens are seen.
+    temperature: 0 takes the likeliest token, and tries 0.2, 0.4 .. 1.0 for a window whose result looks wrong.
+    has_timestamps: segments have times; without them, each window is one segment.
+    is_conditioned: a window sees the text of the windows before it.
+    compression_ratio_threshold: a result that compresses better than this repeats itself; None: never.
+    logprob_threshold: a result whose tokens are less likely on average looks wrong; None: never.
+    no_speech_threshold: a window that looks wrong, and is silent with a higher probability than this, is passed over;
+        None: never.
+    seed: of the choices at temperatures above zero.
+    """
+
+    language: str | None = None
+    task: Task = "transcribe"
+    prompt: str = ""
+    temperature: float = 0.0
+    has_timestamps: bool = True
+    is_conditioned: bool = True
+    compression_ratio_threshold: float | None = 2.4
+    logprob_threshold: float | None = -1.0
+    no_speech_threshold: float | None = 0.6
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A piece of a transcript.
+
+    window_start_s: where the window that it was heard in begins.
+    token_ids: as decoded, timestamps included.
+    temperature, average_logprob, compression_ratio, no_speech_probability: of the window that it is part of.
+    """
+
+    window_start_s: float
+    start_s: float
+    end_s: float
+    text: str
+    token_ids: tuple[int, ...]
+    temperature: float
+    average_logprob: float
+    compression_ratio: float
+    no_speech_probability: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transcript:
+    """What was said in a sound. `text` is all segments together; `language` a code such as `en`."""
+
+    text: str
+    language: str
+    task: Task
+    duration_s: float
+    segments: tuple[Segment, ...]
+
+
+def as_srt(transcript: Transcript) -> str:
+    """SubRip subtitles."""
+    blocks = [
+        f"{number}\n{_clock(one.start_s, ',')} --> {_clock(one.end_s, ',')}\n{_one_line(one.text)}\n"
+        for number, one in enumerate(transcript.segments, start=1)
+    ]
+    return "\n".join(blocks)
+
+
+def as_vtt(transcript: Transcript) -> str:
+    """WebVTT subtitles."""
+    blocks = [
+        f"{_clock(one.start_s, '.')} --> {_clock(one.end_s, '.')}\n{_one_line(one.text)}\n"
+        for one in transcript.segments
+    ]
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+def as_dict(transcript: Transcript) -> dict[str, object]:
+    """The object that OpenAI's API calls `verbose_json`."""
+    return {
+        "task": transcript.task,
+        "language": transcript.language,
+        "duration": round(transcript.duration_s, 3),
+        "text": transcript.text,
+        "segments": [
+            {
+                "id": number,
+                "seek": round(100 * one.window_start_s),
+                "start": round(one.start_s, 3),
+                "end": round(one.end_s, 3),
+                "text": one.text,
+                "tokens": list(one.token_ids),
+                "temperature": one.temperature,
+                "avg_logprob": one.average_logprob,
+                "compression_ratio": one.compression_ratio,
+                "no_speech_prob": one.no_speech_probability,
+            }
+            for number, one in enumerate(transcript.segments)
+        ],
+    }
+
+
+WRITERS: Mapping[str, Callable[[Transcript], str]] = {
+    "text": lambda transcript: transcript.text + "\n",
+    "srt": as_srt,
+    "vtt": as_vtt,
+}
+"""Formats that are plain text, by name."""
+
+
+def _clock(seconds: float, point: str) -> str:
+    milliseconds = round(1000 * seconds)
+    hours, rest = divmod(milliseconds, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d}{point}{rest % 1000:03d}"
+
+
+def _one_line(text: str) -> str:
+    """An empty line or an arrow would end a subtitle."""
+    return " ".join(text.split()).replace("-->", "->")
