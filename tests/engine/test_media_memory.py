@@ -17,6 +17,7 @@ from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine import start
 from argosy.engine.media_memory import IDLE_S, MediaMemory
 from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, page_table_bytes, plan_memory
+from argosy.engine.turns import Turns
 from argosy.errors import UsageError
 from argosy.media.parts import Image
 from argosy.model.families import open_model
@@ -43,7 +44,7 @@ class Lender:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.cache, self.lock = Slots(), threading.RLock()
+        self.cache, self.lock = Slots(), Turns()
         self.cleared: list[int] = []
         self.memory = MediaMemory(
             lambda: self.cleared.append(self.cache.noted[-1]),
@@ -87,7 +88,7 @@ def test_a_picture_from_another_thread_waits_for_the_end_of_a_step_and_no_longer
         with lender.memory.use():
             has_memory.set()
 
-    with lender.lock:  # steps, one after another, without a pause between them
+    with lender.lock:  # a step
         thread = threading.Thread(target=picture)
         thread.start()
         has_begun.wait()
@@ -97,6 +98,7 @@ def test_a_picture_from_another_thread_waits_for_the_end_of_a_step_and_no_longer
             pass
         lender.memory.settle()  # before the next step
         assert lender.cache.noted[-1] == NUM_SLOTS
+    with lender.lock:  # goes to the picture first, which has waited longer
         assert has_memory.wait(5)
     thread.join()
 
