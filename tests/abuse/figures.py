@@ -712,7 +712,8 @@ class Numbers:
         found: dict[tuple[str, str], Any] = {}
         for path, methods in self._document["paths"].items():
             for operation in methods.values():
-                if "requestBody" in operation:
+                # A form's fields are text.
+                if "application/json" in operation.get("requestBody", {}).get("content", {}):
                     schema = operation["requestBody"]["content"]["application/json"]["schema"]
                     for where, body in self._marked(schema, "", ()):
                         found.setdefault((path, where), {**DIALECT_BODIES.get(path, {}), **body})

@@ -43,6 +43,9 @@ class Reader:
             )
         return part.read(MediaLimits())
 
+    def as_text(self, content: Content, tenant: str) -> str | None:
+        return None
+
     def placeholder(self, content: Content) -> int:
         return self.ids[content.kind]
 

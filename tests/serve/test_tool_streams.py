@@ -57,6 +57,9 @@ class FakeAnswers:
 
     def cancel(self) -> None: ...
 
+    def prompt_tokens(self) -> dict[str, int]:
+        return {"cached_tokens": self.num_cached_tokens}
+
     async def steps(self) -> AsyncGenerator[Step, None]:
         for event in self._events:
             yield Said(0, (event,), "", None)
