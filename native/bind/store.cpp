@@ -333,7 +333,7 @@ void bind_store(nb::module_& m) {
         now: a caller is waiting. soon: read after those. maybe: a guess, read only while the drive has little to do.)")
       .def("hurry", &Store::hurry, "tickets"_a, "Make these urgent: a caller is now waiting for them.")
       .def("wait_any", &wait_any, "tickets"_a, "most_ms"_a = nb::none(), R"(
-        Wait until a ticket is done, at most so many milliseconds; return all that are done as (ticket, error message,
+        Wait until a ticket is done, for at most `most_ms`; return every finished one as (ticket, error message,
         kind of error).
 
         Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".

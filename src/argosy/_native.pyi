@@ -179,7 +179,7 @@ class Store:
         self, tickets: Sequence[int], most_ms: int | None = None
     ) -> list[tuple[int, str | None, str | None]]:
         """
-        Wait until a ticket is done, at most so many milliseconds; return all that are done as (ticket, error message,
+        Wait until a ticket is done, for at most `most_ms`; return every finished one as (ticket, error message,
         kind of error).
 
         Kinds: "io", "checksum", "short", "not finite" (a code or scale that is not a number), "dropped".

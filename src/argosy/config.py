@@ -134,13 +134,11 @@ class EngineConfig(_Strict):
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
-    media: bool = (
-        True  # take pictures, sounds and videos, where the model has encoders for them; takes memory
-    )
+    media: bool = True  # take pictures, sounds and videos if the model has encoders for them; uses memory
     image_tokens: int = (
-        1024  # most positions that a picture or a group of frames fills; a larger one is scaled down
+        1024  # maximum positions of a picture or a group of frames; larger ones are scaled down
     )
-    video_tokens: int = 4096  # most positions that all frames of a video fill; larger ones are scaled down
+    video_tokens: int = 4096  # maximum positions of a video, all frames together; larger ones are scaled down
     ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit

@@ -32,6 +32,17 @@ def opened(directory: Path, **options: Any) -> Engine:
     return Engine.open(directory, **{"memory": "3GiB", "threads": 2, "image_tokens": IMAGE_TOKENS} | options)
 
 
+def require_answer(engine: Engine, prompt: Prompt, logits: NDArray[Any], greedy: NDArray[Any]) -> None:
+    """Require the log-probabilities of these logits for the token after the prompt, and this greedy answer."""
+    result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
+    assert result.logprobs is not None
+    best = dict(result.logprobs[0].top)
+    expected = logits - logits.max()
+    expected -= np.log(np.exp(expected).sum())
+    assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
+    assert engine.generate(prompt, GREEDY).token_ids == greedy.tolist()
+
+
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
     """The reference's prompt, with spans instead of placeholders."""
     assert engine._media is not None
@@ -61,13 +72,7 @@ def test_logits_and_answers_equal_those_of_transformers(family: str) -> None:
     ) as engine:
         prompt = prompt_of(engine, reference)
         assert len(prompt.token_ids or ()) == len(reference["logits"])
-        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
-        assert result.logprobs is not None
-        best = dict(result.logprobs[0].top)
-        expected = reference["logits"][-1] - reference["logits"][-1].max()
-        expected -= np.log(np.exp(expected).sum())
-        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
-        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+        require_answer(engine, prompt, reference["logits"][-1], reference["greedy"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

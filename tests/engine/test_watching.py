@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 import argosy.engine.media
-from argosy import Engine, SamplingParams, _native
+from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
 from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.frames import Frames
@@ -23,13 +23,11 @@ from argosy.model.families import open_model
 from argosy.prompt.media_span import MediaSpan
 from argosy.prompt.messages import Turn
 from argosy.prompt.prompt import Prompt
-from tests.models.references import difference
+from tests.engine.test_seeing import GREEDY, require_answer
 from tests.models.safetensors_file import read_safetensors
 from tests.models.seeing import GROUP_TOKENS, RATE, REFERENCE, VIDEO_PROMPTS, VIDEO_TOKENS, encode_text
 
 CASES = [*((family, "video") for family in sorted(VIDEO_PROMPTS)), ("qwen3_omni_moe", "heard")]
-LARGEST_DIFFERENCE = 3e-4
-GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 
 def opened(directory: Path, **options: Any) -> Engine:
@@ -101,13 +99,7 @@ def test_tokens_logits_and_answers_equal_those_of_transformers(case: tuple[str, 
     with opened(REFERENCE / family, prefix_reuse=False, instruction_set=instruction_set) as engine:
         prompt = prompt_of(engine, reference)
         assert list(prompt.token_ids or ()) == reference["input_ids"].tolist()
-        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
-        assert result.logprobs is not None
-        best = dict(result.logprobs[0].top)
-        expected = reference["logits"] - reference["logits"].max()
-        expected -= np.log(np.exp(expected).sum())
-        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
-        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+        require_answer(engine, prompt, reference["logits"], reference["greedy"])
 
 
 @pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)

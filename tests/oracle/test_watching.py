@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from argosy import SamplingParams, _native
-from tests.engine.test_watching import CASES, GREEDY, LARGEST_DIFFERENCE, opened, prompt_of, with_tracks
+from argosy import _native
+from tests.engine.test_seeing import require_answer
+from tests.engine.test_watching import CASES, opened, prompt_of, with_tracks
 from tests.models.make_seeing import load
 from tests.models.make_watching import answer, media_of
-from tests.models.references import difference
 from tests.models.seeing import CONFIGS, write
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("one_quiet_thread")]
@@ -35,10 +34,4 @@ def test_answers_equal_those_of_transformers(
     with opened(tmp_path, instruction_set=_native.instruction_sets()[exact]) as engine:
         prompt = prompt_of(engine, reference)
         assert list(prompt.token_ids or ()) == reference["input_ids"].tolist()
-        result = engine.generate(prompt, SamplingParams(max_tokens=1, temperature=0, logprobs=20))
-        assert result.logprobs is not None
-        best = dict(result.logprobs[0].top)
-        expected = reference["logits"] - reference["logits"].max()
-        expected -= np.log(np.exp(expected).sum())
-        assert difference(np.array(list(best.values())), expected[list(best)]) <= LARGEST_DIFFERENCE
-        assert engine.generate(prompt, GREEDY).token_ids == reference["greedy"].tolist()
+        require_answer(engine, prompt, reference["logits"], reference["greedy"])

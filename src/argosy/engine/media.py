@@ -28,13 +28,7 @@ from numpy.typing import NDArray
 from argosy.engine.media_memory import MediaMemory
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
 from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
-from argosy.errors import (
-    ArgosyError,
-    BadMedia,
-    Overloaded,
-    UnsupportedModel,
-    UsageError,
-)
+from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
 from argosy.media.decoder import Decoder
 from argosy.media.frames import open_frames
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, Video
@@ -65,7 +59,7 @@ class PromptMedia:
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
         encode_text: the ids of a text that the model's own processor writes, with its control tokens.
         lend: makes the memory that encoders and the decoder use, from a function that frees it.
-        ears: transcribe sounds if the model takes none.
+        ears: transcribe sounds for prompts if the model takes none; they share the decoder and the memory.
     """
 
     def __init__(
@@ -89,8 +83,7 @@ class PromptMedia:
                 self._processors[kind] = one
         self._encode_text = encode_text
         self._decoder = decoder
-        self._transcriber = ears
-        self._ears = None if "sound" in self._processors else ears
+        self._ears = ears
         self.memory = lend(self._clear)
         if ears is not None:
             ears.use_memory = self.memory.use
@@ -101,7 +94,7 @@ class PromptMedia:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What a prompt may have beside text."""
-        return (*self._processors, *(() if self._ears is None else ("sound",)))
+        return (*self._processors, *(("sound",) if self.hears == "transcript" else ()))
 
     @property
     def hears(self) -> Hearing:
@@ -118,8 +111,8 @@ class PromptMedia:
         """Free what `memory` is for."""
         self._decoder.close()
         self._encoders.drop()
-        if self._transcriber is not None:
-            self._transcriber.drop()
+        if self._ears is not None:
+            self._ears.drop()
 
     def forget(self, tenant: str) -> None:
         """Forget the rows and transcripts kept for a tenant."""
@@ -142,7 +135,7 @@ class PromptMedia:
 
     def as_text(self, content: Content, tenant: str) -> str | None:
         """See `MediaReader.as_text`."""
-        if content.kind != "sound" or self._ears is None:
+        if content.kind != "sound" or self._ears is None or self.hears == "native":
             return None
         return self._ears.text_for(content, tenant)
 

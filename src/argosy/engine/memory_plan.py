@@ -221,7 +221,7 @@ def media_bytes(*, takes_video: bool) -> int:
 
 
 def lendable_bytes(encoder_bytes: int) -> int:
-    """The part of `MemoryPlan.encoder_bytes` that is free while no picture or sound is in work."""
+    """The part of `MemoryPlan.encoder_bytes` that is unused while nothing is decoded, encoded or transcribed."""
     return max(0, encoder_bytes - MEDIA_WAITING_BYTES - MEDIA_KEPT_BYTES - TRANSCRIPTS_KEPT_BYTES)
 
 

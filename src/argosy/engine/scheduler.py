@@ -45,8 +45,8 @@ from argosy.model.step import Addition, Overrides, Step
 
 # KV blocks of a prompt loaded from files in one step: a moment's work if others wait for it, more otherwise.
 LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
-# Seconds for rows of media between two steps, or as long as a step of those that decode: enough to keep its cost small,
-# and little enough that nobody notices it in a stream, and that a prompt that comes meanwhile begins soon.
+# Seconds of encoding between two steps, or the duration of a decode step if that is longer. Long enough that switching
+# costs little; short enough that no stream visibly pauses, and that a new prompt starts soon.
 MAKING_S = 0.02
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
 _SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made

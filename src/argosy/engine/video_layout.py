@@ -61,9 +61,8 @@ def told_by_angles(angles: Angles, num_angles: float, num_groups: int, num_sound
         num_sound: positions of the sound; each takes one unit of time.
     """
     size = angles.shape[1] // num_groups
-    order: list[
-        tuple[float, int | range]
-    ] = []  # where each part begins: a group's number, or positions of the sound
+    # Where each part begins, and which it is: a group's number, or positions of the sound.
+    order: list[tuple[float, int | range]] = []
     heard = 0
     for number in range(num_groups):
         begin = float(angles[0, number * size])

@@ -67,7 +67,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """What a file says of its video; the number of frames is counted, not declared."""
+    """The video track of a file. Its frames are counted; the number that the file declares is not used."""
 
     num_frames: int
     rate: float
@@ -228,7 +228,7 @@ class VideoFile:
 
 
 class _Patience:
-    """How long processes may keep us waiting, all together; what we do with their frames does not count."""
+    """The time limit for waiting on ffmpeg's processes, all of them together; our own work on frames is not counted."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = self._left_s = seconds

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from argosy.errors import BadMedia, CheckpointError, UnsupportedModel, UsageError
+from argosy.media.parts import Kind
 from argosy.media.settings import SOUND_KEYS, Settings
 
 Grid = tuple[int, int, int]
 
-LONGEST_RATIO = 200  # of a picture's sides, for Qwen and GLM
+_LONGEST_RATIO = 200  # of the sides of a picture or frame, for Qwen and GLM
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
@@ -50,6 +51,22 @@ class Fit(Protocol):
     """Chooses the size of a picture."""
 
     def size(self, height: int, width: int) -> Size: ...
+
+
+def require_ratio(height: int, width: int, kind: Kind) -> None:
+    """Refuse a picture or video that Qwen's and GLM's processors refuse.
+
+    Raises:
+        BadMedia: one side is more than 200 times as long as the other.
+    """
+    if max(height, width) > _LONGEST_RATIO * min(height, width):
+        raise BadMedia(
+            f"a side of a {kind} may be at most {_LONGEST_RATIO} times as long as the other for this model, "
+            f"found {width:,} x {height:,} pixels",
+            kind=kind,
+            needed=_LONGEST_RATIO,
+            found=max(height, width) / min(height, width),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +174,7 @@ class QwenFit:
         if self.is_raised and min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        if max(height, width) > LONGEST_RATIO * min(height, width):
-            raise BadMedia(
-                f"a side of a picture may be at most {LONGEST_RATIO} times as long as the other for this model, "
-                f"found {width:,} x {height:,} pixels",
-                kind="picture",
-                needed=LONGEST_RATIO,
-                found=max(height, width) / min(height, width),
-            )
+        require_ratio(height, width, "picture")
         # Python's round: to the even one of two that are equally near.
         rows, columns = round(height / factor) * factor, round(width / factor) * factor
         if self.frames * rows * columns > self.most_pixels:

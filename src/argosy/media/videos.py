@@ -32,13 +32,13 @@ from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.pictures import (
     CLIP_MEAN,
     CLIP_STD,
-    LONGEST_RATIO,
     Grid,
     KimiFit,
     QwenFit,
     Size,
     patch_values,
     read_levels,
+    require_ratio,
 )
 from argosy.media.resize import Resizer
 from argosy.media.settings import SOUND_KEYS, Settings
@@ -217,7 +217,7 @@ class ClipFit:
         if min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
-        _require_ratio(height, width)
+        require_ratio(height, width, "video")
         rows, columns = round(height / factor) * factor, round(width / factor) * factor
         counted = round(num_frames / self.frames) * self.frames
         if counted * rows * columns < self.least_pixels:
@@ -259,17 +259,6 @@ class KimiClipFit:
         if most_pixels is not None:
             most = max(1, min(most, most_pixels // (num_frames * own.patch_size**2)))
         return KimiFit(own.patch_size, own.merge_size, most, own.most_on_a_side).size(height, width)
-
-
-def _require_ratio(height: int, width: int) -> None:
-    if max(height, width) > LONGEST_RATIO * min(height, width):
-        raise BadMedia(
-            f"a side of a video may be at most {LONGEST_RATIO} times as long as the other for this model, "
-            f"found {width:,} x {height:,} pixels",
-            kind="video",
-            needed=LONGEST_RATIO,
-            found=max(height, width) / min(height, width),
-        )
 
 
 # ── which frames ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -410,7 +399,7 @@ def read_video_processor(
             supported=list(_READERS),
         )
     settings = Settings(raw, where)
-    # Of pictures, of containers of results, and of switches that do not concern us: frames are always sampled.
+    # These describe pictures and returned objects, or switch sampling off; here frames are always sampled.
     settings.passed(
         "image_processor_type", "video_processor_type", "do_sample_frames", "return_metadata", "num_frames"
     )

@@ -285,7 +285,7 @@ class Service:
         return await work.run(caller.tenant, call, *args, **named)
 
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
-        """Run a call that reads a request with pictures; if it wants files of other hosts, fetch them and run it again.
+        """Run a call that reads a request. If it needs files from other hosts, fetch them, and run the call again.
 
         Raises what `call` and `MediaHosts.fetch` raise.
         """

@@ -272,7 +272,7 @@ def strays(where: str, parts: Iterable[object]) -> list[str]:
 
 
 class PromptTokens(Closed):
-    """Parts of a prompt's tokens; those of pictures and sounds only if the prompt has some."""
+    """Breakdown of a prompt's tokens. Counts of pictures and sounds are left out if the prompt has none."""
 
     cached_tokens: int
     image_tokens: NotRequired[int]

@@ -1,4 +1,4 @@
-"""Which tokens may come next, and how likely they are, as Whisper was trained to write them.
+"""The rules that choose Whisper's next token: the format it was trained to write, and the timestamps in it.
 
     <|previous|> text of before   <|start|> <|de|> <|transcribe|>   <|0.00|> Guten Tag. <|2.40|><|2.40|> ... <|end|>
     └─ optional ────────────────┘ └─ the task ────────────────────┘ └─ chosen token by token ────────────────────┘
