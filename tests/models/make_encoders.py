@@ -58,6 +58,12 @@ def load(directory: Path, part: Part) -> Any:
     how: dict[str, Any] = {}
     if part.family == "qwen3_omni_moe":
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
+    if part.family == "qwen2_moe":
+        raw = json.loads((directory / "config.json").read_text())
+        text = {"hidden_size": raw["hidden_size"], "num_attention_heads": 1, "num_hidden_layers": 1}
+        how["config"] = transformers.VoxtralConfig(
+            audio_config=raw["audio_config"], text_config={"model_type": "llama", **text}
+        )
     model, info = transformers.AutoModelForMultimodalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **how
     )
@@ -71,6 +77,8 @@ def load(directory: Path, part: Part) -> Any:
 @torch.no_grad()
 def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answer:
     """The rows of a picture or video with the grid `shape`, or of a sound with `shape` mel frames."""
+    if part.family == "qwen2_moe":
+        return Answer(windows(model, part, value))
     if part.kind == "sound":
         mask = torch.ones(1, *shape, dtype=torch.long)
         found = model.get_audio_features(torch.tensor(value)[None], feature_attention_mask=mask)
@@ -94,6 +102,25 @@ def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answ
     additions = [addition for [addition] in getattr(found, "deepstack_features", None) or []]
     rows = Answer(embeddings.numpy(), tuple(addition.numpy() for addition in additions))
     return replace(rows, **angles(model, part, grid)) if part.angles else rows
+
+
+def windows(model: Any, part: Part, features: Array) -> Array:
+    """Whole windows, the last one filled with silence, whose rows are dropped."""
+    config = model.config.audio_config
+    size = 2 * config.max_source_positions
+    count = -(-features.shape[1] // size)
+    padded = np.full((len(features), count * size), features.max() - 2, np.float32)
+    padded[:, : features.shape[1]] = features
+    parts = padded.reshape(len(features), count, size).swapaxes(0, 1)
+    joined = config.intermediate_size // config.hidden_size
+    states = [model.audio_tower(torch.tensor(part)[None]).last_hidden_state[0] for part in parts]
+    states = [
+        state[: len(state) // joined * joined].reshape(-1, config.intermediate_size) for state in states
+    ]
+    rows = model.multi_modal_projector(torch.cat(states)).numpy()
+    last = -(-(features.shape[1] - (count - 1) * size) // (2 * joined)) + 1
+    per_window = config.max_source_positions // joined
+    return rows[: (count - 1) * per_window + min(last, per_window)]
 
 
 def angles(model: Any, part: Part, grid: torch.Tensor) -> dict[str, Any]:

@@ -286,6 +286,25 @@ def gemma4(sizes: Sizes) -> RawConfig:
     }
 
 
+def qwen2_moe(sizes: Sizes) -> RawConfig:
+    """The composition of the demo model: the tower and the projector are Voxtral's."""
+    return _text(sizes) | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "audio_config": {
+            "activation_function": "gelu",
+            "hidden_size": sizes.hidden,
+            "intermediate_size": 4 * sizes.hidden,
+            "max_source_positions": 20 + sizes.merge,
+            "model_type": "voxtral_encoder",
+            "num_attention_heads": sizes.heads,
+            "num_hidden_layers": 2,
+            "num_mel_bins": 20,
+        },
+        "audio_token_id": 56,
+        "model_type": "qwen2_moe",
+    }
+
+
 CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5_moe": qwen3_5_moe,
@@ -293,6 +312,7 @@ CONFIGS: dict[str, Callable[[Sizes], RawConfig]] = {
     "glm4v_moe": glm4v_moe,
     "kimi_k25": kimi_k25,
     "gemma4": gemma4,
+    "qwen2_moe": qwen2_moe,
 }
 
 

@@ -37,6 +37,7 @@ class Tiny:
     encoder_layers: int = 2
     decoder_layers: int = 3
     mels: int = 16
+    encoder_width: int = 40
 
     @property
     def special(self) -> list[str]:
@@ -56,7 +57,7 @@ class Tiny:
             vocab_size=256 + len(self.special) + positions + 1,
             encoder_layers=self.encoder_layers,
             encoder_heads=self.heads,
-            encoder_width=40,
+            encoder_width=self.encoder_width,
             decoder_layers=self.decoder_layers,
             decoder_heads=self.heads,
             decoder_width=33,

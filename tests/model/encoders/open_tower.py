@@ -132,6 +132,14 @@ PARTS = {
         large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],
         make_input=lambda config, shape, seed: random_input((config.num_mels, *shape), seed),
     ),
+    "qwen2_moe_audio": _part(
+        "qwen2_moe",
+        *ENCODERS["qwen2_moe"],
+        ("model.audio_tower.", "model.multi_modal_projector."),
+        shapes=lambda config: [(length,) for length in LENGTHS],
+        large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],
+        make_input=lambda config, shape, seed: random_input((config.num_mels, *shape), seed),
+    ),
     "kimi_k25": _part("kimi_k25", *ENCODERS["kimi_k25"], ("model.vision_tower.", "model.mm_projector.")),
     "gemma4": _part(
         "gemma4",

@@ -33,6 +33,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("glm4v_moe", "glm4v_moe", "picture"),
     ("kimi_k25", "kimi_k25", "picture"),
     ("gemma4", "gemma4", "picture"),
+    ("qwen2_moe_audio", "qwen2_moe", "sound"),
 ]
 
 
@@ -41,7 +42,10 @@ def model_files(directory: Path) -> ModelFiles:
     raw = json.loads((directory / "config.json").read_text())
     inner = raw.get("thinker_config", raw)
     config: Any = SimpleNamespace(
-        family=raw["model_type"], vocab_size=64, hidden_size=inner["text_config"]["hidden_size"], latent=None
+        family=raw["model_type"],
+        vocab_size=64,
+        hidden_size=inner.get("text_config", inner)["hidden_size"],
+        latent=None,
     )
     config.num_heads = 1
     return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))

@@ -10,7 +10,15 @@ from typing import Any, Protocol
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.media.parts import Kind
-from argosy.model.encoders import EncoderTensor, gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
+from argosy.model.encoders import (
+    EncoderTensor,
+    gemma_vision,
+    glm_vision,
+    moon_vit,
+    omni_audio,
+    qwen_vision,
+    whisper_audio,
+)
 from argosy.model.encoders.blocks import Rows
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights
@@ -166,6 +174,20 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             num_positions=moon_vit.num_positions,
             peak_bytes=moon_vit.peak_bytes,
             video=VideoForm(most_frames=lambda config: int(config.most_frames)),
+        ),
+    ),
+    # The demo model's ear; no model of transformers combines the two.
+    "qwen2_moe": (
+        Encoder(
+            kind="sound",
+            path=("audio_config",),
+            placeholders=("audio_token_id",),
+            prefix="",
+            read=lambda own, around, model: whisper_audio.read_config(own, hidden_size=model.hidden_size),
+            tensors=whisper_audio.tensors,
+            open=whisper_audio.WhisperAudioTower,
+            num_positions=lambda config, shape: whisper_audio.num_positions(config, *shape),
+            peak_bytes=lambda config, shape: whisper_audio.peak_bytes(config, *shape),
         ),
     ),
 }

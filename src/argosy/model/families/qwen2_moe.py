@@ -17,12 +17,13 @@ from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
-from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
+from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 
 MODEL_TYPE = "qwen2_moe"
 GGUF_ARCHITECTURE = "qwen2moe"
+LAYOUTS = make_layouts(passed_over=r"(audio_tower|multi_modal_projector)\..*")
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -62,6 +63,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         has_qkv_bias=reader.flag("qkv_bias", True),
         **common,
     )
+    reader.passed("audio_config", "audio_token_id")  # of the demo model's ear (`model/encoders/table.py`)
     reader.finish()
     return config
 

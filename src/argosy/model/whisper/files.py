@@ -24,6 +24,7 @@ from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.model.encoders import EncoderTensor, with_bias
+from argosy.model.encoders.whisper_audio import attention_tensors, encoder_tensors, mlp_tensors
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.weights import dense_footprint
@@ -34,7 +35,6 @@ _CONFIG, _GENERATION, _PROCESSOR = "config.json", "generation_config.json", "pre
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 # Vocabularies of checkpoints that know many languages have at least so many tokens.
 _MULTILINGUAL_VOCABULARY = 51_865
-_KERNEL = 3  # frames that a convolution sees
 # The first timestamp is at most one second (50 positions) after the start of a window.
 _MOST_INITIAL_POSITIONS = 50
 
@@ -144,30 +144,24 @@ def open_whisper(path: Path) -> WhisperFiles:
 def whisper_tensors(config: WhisperConfig) -> dict[str, EncoderTensor]:
     """The tensors of `transformers` by canonical name; the prefix is `model.`."""
     hidden = config.hidden_size
-    found = with_bias("convolution.0", "encoder.conv1", (hidden, config.num_mels, _KERNEL))
-    found |= with_bias("convolution.1", "encoder.conv2", (hidden, hidden, _KERNEL))
-    for side, layers, width, positions in (
-        ("encoder", config.encoder_layers, config.encoder_width, config.sound_positions),
-        ("decoder", config.decoder_layers, config.decoder_width, config.text_positions),
-    ):
-        found[f"{side}.positions"] = EncoderTensor(f"{side}.embed_positions.weight", (positions, hidden))
-        for layer in range(layers):
-            ours = theirs = f"{side}.layers.{layer}"
-            found |= _attention(ours, f"{theirs}.self_attn", hidden)
-            found |= with_bias(f"{ours}.mlp_norm", f"{theirs}.final_layer_norm", (hidden,))
-            found |= with_bias(f"{ours}.up", f"{theirs}.fc1", (width, hidden))
-            found |= with_bias(f"{ours}.down", f"{theirs}.fc2", (hidden, width))
-            if side == "decoder":
-                found |= _attention(f"{ours}.cross", f"{theirs}.encoder_attn", hidden)
-        found |= with_bias(f"{side}.final_norm", f"{side}.layer_norm", (hidden,))
+    found = encoder_tensors(
+        num_layers=config.encoder_layers,
+        hidden=hidden,
+        width=config.encoder_width,
+        num_mels=config.num_mels,
+        positions=config.sound_positions,
+        prefix="encoder.",
+    )
+    found["decoder.positions"] = EncoderTensor(
+        "decoder.embed_positions.weight", (config.text_positions, hidden)
+    )
+    for layer in range(config.decoder_layers):
+        name = f"decoder.layers.{layer}"
+        found |= attention_tensors(name, f"{name}.self_attn", hidden)
+        found |= mlp_tensors(name, name, hidden, config.decoder_width)
+        found |= attention_tensors(f"{name}.cross", f"{name}.encoder_attn", hidden)
+    found |= with_bias("decoder.final_norm", "decoder.layer_norm", (hidden,))
     found["embed"] = EncoderTensor("decoder.embed_tokens.weight", (config.vocab_size, hidden))
-    return found
-
-
-def _attention(ours: str, theirs: str, hidden: int) -> dict[str, EncoderTensor]:
-    found = with_bias(f"{ours}.attn_norm", f"{theirs}_layer_norm", (hidden,))
-    for name, module in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
-        found |= with_bias(f"{ours}.{name}", f"{theirs}.{module}", (hidden, hidden), has_bias=name != "k")
     return found
 
 

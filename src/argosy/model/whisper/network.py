@@ -26,16 +26,14 @@ from argosy.model.encoders.blocks import (
     Rows,
     Steps,
     attention_flop,
-    block_floats,
     block_rows,
-    gelu_mlp_floats,
     in_blocks,
 )
+from argosy.model.encoders.whisper_audio import encode_window, window_floats
 from argosy.model.weights import DenseWeights
 from argosy.model.whisper.files import WhisperConfig
 
 _NORM_EPS = 1e-5
-_KERNEL = 3
 # Products with fewer rows wait for weights from memory, so they take as long as this many.
 _FEWEST_ROWS = 8
 
@@ -45,19 +43,10 @@ Heard = list[tuple[Rows, Rows]]
 
 def peak_bytes(config: WhisperConfig) -> int:
     """Most bytes that encoding and decoding one window allocate, its features not counted."""
-    hidden, positions, frames = config.hidden_size, config.sound_positions, config.num_frames
-    heads = hidden * (config.num_mels + hidden) * _KERNEL
+    hidden, positions = config.hidden_size, config.sound_positions
     heard = 2 * config.decoder_layers * positions * hidden
-    encoding = max(
-        (frames + 2) * (config.num_mels + hidden)
-        + block_floats(frames, 2 * heads, _KERNEL * max(config.num_mels, hidden) + 2 * hidden),
-        3 * positions * hidden
-        + max(
-            block_floats(positions, 6 * hidden**2, 2 * hidden),
-            block_floats(positions, attention_flop(positions, hidden) + 2 * hidden**2, 2 * hidden),
-        ),
-        gelu_mlp_floats(positions, hidden, config.encoder_width),
-        positions * hidden,
+    encoding = window_floats(
+        num_mels=config.num_mels, hidden=hidden, width=config.encoder_width, positions=positions
     )
     cache = 2 * config.decoder_layers * config.text_positions * hidden
     rows = config.text_positions * (8 * hidden + config.decoder_width)
@@ -93,18 +82,9 @@ class Whisper:
             features: [num_mels, num_frames].
         """
         config, ops = self.config, self.operations
-        x = yield from self._convolve("convolution.0", np.ascontiguousarray(features.T), stride=1)
-        hidden = yield from self._convolve("convolution.1", x, stride=2)
-        del x
-        hidden += ops.rows_of("encoder.positions", np.arange(len(hidden), dtype=np.int32))
-        window = [range(len(hidden))]
-        for layer in range(config.encoder_layers):
-            name = f"encoder.layers.{layer}"
-            yield from ops.self_attention(
-                name, hidden, _NORM_EPS, num_heads=config.encoder_heads, segments=window
-            )
-            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "erf")
-        hidden = ops.layer_norm("encoder.final_norm", hidden, _NORM_EPS)
+        hidden = yield from encode_window(
+            ops, features, num_layers=config.encoder_layers, num_heads=config.encoder_heads
+        )
         heard: Heard = []
         for layer in range(config.decoder_layers):
             key, value = (np.empty_like(hidden) for _ in range(2))
@@ -124,20 +104,6 @@ class Whisper:
 
     def in_heads(self, x: Rows) -> Rows:
         return x.reshape(len(x), self.config.decoder_heads, -1)
-
-    def _convolve(self, name: str, x: Rows, *, stride: int) -> Generator[None, None, Rows]:
-        """Convolve [frames, channels] with kernels of three frames at every `stride`-th frame, then GELU."""
-        ops = self.operations
-        padded = np.pad(x, ((1, 1), (0, 0)))
-        seen = np.lib.stride_tricks.sliding_window_view(padded, _KERNEL, axis=0)[::stride]
-        out = np.empty((len(seen), self.config.hidden_size), np.float32)
-
-        def work(rows: slice) -> None:
-            flat = np.ascontiguousarray(seen[rows]).reshape(rows.stop - rows.start, -1)
-            out[rows] = ops.gelu(ops.linear(name, flat), "erf")
-
-        yield from in_blocks(work, range(len(out)), ops.flop_per_row(name))
-        return out
 
 
 class Decoding:
