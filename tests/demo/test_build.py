@@ -150,7 +150,7 @@ def test_an_existing_destination_is_left_unchanged(wheel: Path, experts: Path, t
 def test_a_full_disk_is_reported_as_such(
     wheel: Path, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def no_space(*_: object) -> None:
+    def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(build, "write_mixture", no_space)

@@ -46,4 +46,4 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing_behind(
     monkeypatch.setitem(ears.FILES, "tokenizer.json", "0" * 64)
     with pytest.raises(CheckpointError, match=r"tokenizer.json has sha256 .*, expected 000"):
         ears.locate()
-    assert [path.name for path in ears.cache_directory().iterdir()] == ["demo.lock"]
+    assert [path.name for path in ears.cache_directory().iterdir()] == ["whisper.lock"]

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -135,17 +137,22 @@ def write_mixture(
     experts_of: Callable[[int], RoutedExperts],
     shape: tuple[int, int, int],
     progress: Progress | None = None,
+    *,
+    more_config: Mapping[str, Any] = MappingProxyType({}),
+    more_tensors: Iterable[TensorToWrite] = (),
 ) -> None:
     """Write config.json and model.safetensors.
 
     Args:
         experts_of: returns the routed experts of a layer; called once per layer, in order.
         shape: number of experts, experts per token, width.
+        more_config, more_tensors: of an encoder beside the text.
     """
     num_experts, experts_per_token, width = shape
     config = mixture_config(dense, num_experts=num_experts, experts_per_token=experts_per_token, width=width)
+    config |= more_config
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = _tensors(dense, experts_of, num_experts, width)
+    tensors = itertools.chain(_tensors(dense, experts_of, num_experts, width), more_tensors)
     write_safetensors(directory / "model.safetensors", _reporting(tensors, progress), {"format": "pt"})
 
 

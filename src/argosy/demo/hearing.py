@@ -1,0 +1,123 @@
+"""The ear of the demo model: the encoder of Whisper tiny.en for 5 seconds, and a projector that was trained for it.
+
+    tiny.en (PyPI) -> encoder, the first 5 s of its positions ─┐
+                                                              ├─>  audio_tower.*, multi_modal_projector.*
+    experts.gguf   -> projector ───────────────────────────────┘
+
+The two ear experts of each layer are in `experts.gguf` like the others.
+
+Elsewhere: `ears.py` fetches tiny.en; `model/encoders/whisper_audio.py` runs the tower; `recipes/demo_model/` trained
+the projector and the experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from argosy.checkpoint.files import MatrixRef
+from argosy.checkpoint.safetensors_write import TensorToWrite, encode
+from argosy.demo.experts import TrainedExperts
+from argosy.errors import CheckpointError
+from argosy.model.encoders import whisper_audio
+from argosy.model.encoders.whisper_audio import WhisperAudioConfig
+from argosy.model.whisper.files import WhisperFiles, open_whisper
+
+SECONDS = 5
+_POSITIONS_PER_SECOND = 50
+_PLACEHOLDER = "<empty_output>"  # a special token that the base never uses
+_DTYPE = "F16"
+_CONTENT = "message['content']"
+_OPENING = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+_WITH_PARTS = (
+    "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'audio' %}{{ '"
+    + _PLACEHOLDER
+    + "' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
+)
+
+
+class Hearing:
+    """What the demo model gets beside its text: tensors, keys of `config.json`, and files.
+
+    Args:
+        whisper: the directory of tiny.en.   trained: holds the projector.
+    """
+
+    def __init__(self, whisper: Path, trained: TrainedExperts) -> None:
+        self._files = open_whisper(whisper)
+        self._trained = trained
+        self._config = _tower(self._files, trained.hidden_size)
+
+    def config(self, directory: Path) -> dict[str, Any]:
+        """Keys for `config.json`; the tokenizer is already in `directory`."""
+        tower = self._config
+        tokenizer = json.loads((directory / "tokenizer.json").read_text())
+        ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        if _PLACEHOLDER not in ids:
+            raise CheckpointError(f"the base's tokenizer has no {_PLACEHOLDER}", path=directory)
+        return {
+            "audio_config": {
+                "activation_function": "gelu",
+                "hidden_size": tower.hidden_size,
+                "intermediate_size": tower.mlp_width,
+                "max_source_positions": tower.positions,
+                "model_type": "voxtral_encoder",
+                "num_attention_heads": tower.num_heads,
+                "num_hidden_layers": tower.num_layers,
+                "num_mel_bins": tower.num_mels,
+            },
+            "audio_token_id": ids[_PLACEHOLDER],
+        }
+
+    def tensors(self) -> Iterator[TensorToWrite]:
+        for canonical, tensor in whisper_audio.tensors(self._config).items():
+            read = partial(self._projector, canonical) if canonical.startswith("projector.") else None
+            if read is None:
+                read = partial(_stored, self._files.tensors[canonical], tensor.rows * tensor.cols)
+            yield tensor.name, _DTYPE, tensor.shape, read
+
+    def write_files(self, directory: Path) -> None:
+        """Write how sounds are prepared, and let the chat template put them where they are in a message."""
+        processor = {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": self._config.num_mels,
+        }
+        (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        template = config["chat_template"]
+        if template.count(_OPENING) != 1 or template.count(_CONTENT) != 1:
+            raise CheckpointError("the base's chat template is not the expected one", path=path)
+        config["chat_template"] = template.replace(_OPENING, _WITH_PARTS)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _projector(self, canonical: str) -> bytes:
+        return encode(self._trained.projector(canonical.removeprefix("projector.")), _DTYPE)
+
+
+def _tower(files: WhisperFiles, hidden_size: int) -> WhisperAudioConfig:
+    config = files.config
+    return WhisperAudioConfig(
+        num_layers=config.encoder_layers,
+        hidden_size=config.hidden_size,
+        mlp_width=config.encoder_width,
+        num_heads=config.encoder_heads,
+        num_mels=config.num_mels,
+        positions=min(SECONDS * _POSITIONS_PER_SECOND, config.sound_positions),
+        joined=config.encoder_width // config.hidden_size,
+        out_size=hidden_size,
+    )
+
+
+def _stored(ref: MatrixRef, num_values: int) -> bytes:
+    """The first values of a tensor, as they are stored; of the positions, those of the first seconds."""
+    if ref.format != "f16":
+        raise CheckpointError(f"{ref.name} is {ref.format}, expected f16", path=ref.path, tensor=ref.name)
+    return np.fromfile(ref.path, np.uint8, 2 * num_values, offset=ref.offset).tobytes()
