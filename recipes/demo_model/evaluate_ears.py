@@ -35,8 +35,9 @@ def word_errors(said: list[str], heard: list[str]) -> int:
     for at, word in enumerate(said):
         previous, row[0] = row[0], at + 1
         for column, other in enumerate(heard):
-            previous, row[column + 1] = row[column + 1], min(
-                row[column + 1] + 1, row[column] + 1, previous + (word != other)
+            previous, row[column + 1] = (
+                row[column + 1],
+                min(row[column + 1] + 1, row[column] + 1, previous + (word != other)),
             )
     return row[-1]
 
@@ -79,7 +80,9 @@ def hear_digits(engine: Engine, folder: Path) -> None:
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
         samples, rate = soundfile.read(path, dtype="float32")
         samples = soxr.resample(samples, rate, RATE)
-        samples = np.concatenate([np.zeros(3200), samples / (np.abs(samples).max() + 1e-6) * 0.6, np.zeros(3200)])
+        samples = np.concatenate(
+            [np.zeros(3200), samples / (np.abs(samples).max() + 1e-6) * 0.6, np.zeros(3200)]
+        )
         heard, total = ask(engine, samples, TRANSCRIBE), total + 1
         said = DIGITS[int(path.name[0])]
         if words_of(heard) == [said]:

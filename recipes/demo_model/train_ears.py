@@ -308,6 +308,30 @@ def sample(rng: random.Random, clip: dict) -> tuple[str, str]:
     return rng.choice((*TRANSCRIBE, "")), transcript(clip)
 
 
+def prompts(
+    model: Hearing, tokenizer: Tokenizer, clips: Clips, rng: random.Random, batch: int, before: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [clips, positions, hidden_size] of prompts with answers; target ids or -100; which are not padding."""
+    chosen = sorted(rng.randrange(len(clips.said)) for _ in range(batch))
+    sounds = model.projector(torch.from_numpy(clips.features[chosen].astype(np.float32)))
+    parts, targets = [], []
+    for at, sound in zip(chosen, sounds, strict=True):
+        after, answer = sample(rng, clips.said[at])
+        if BEFORE[before].endswith("recording.\n"):
+            after, answer = "", transcript(clips.said[at])
+        ask = tokenizer.encode(after + END).ids
+        reply = tokenizer.encode(answer + "<|im_end|>").ids
+        rows = torch.cat([sound[: clips.positions(at)], model.demo.embedding[ask + reply]])
+        parts.append(rows)
+        targets.append([-100] * (len(rows) - len(reply) - 1) + reply + [-100])
+    longest = max(map(len, parts))
+    return (
+        torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in parts]),
+        torch.tensor([one + [-100] * (longest - len(one)) for one in targets]),
+        torch.stack([torch.arange(longest) < len(one) for one in parts]),
+    )
+
+
 def train(
     model: Hearing,
     tokenizer: Tokenizer,
@@ -332,23 +356,7 @@ def train(
     rng, begin, step, losses = random.Random(1), time.monotonic(), 0, []
     while (share := (time.monotonic() - begin) / 60 / minutes) < 1:
         number = rng.choices(range(len(before)), (6, 2, 1, 1))[0]
-        chosen = sorted(rng.randrange(len(clips.said)) for _ in range(batch))
-        sounds = model.projector(torch.from_numpy(clips.features[chosen].astype(np.float32)))
-        parts, targets = [], []
-        for at, sound in zip(chosen, sounds, strict=True):
-            after, answer = sample(rng, clips.said[at])
-            if number == 3:
-                after, answer = "", transcript(clips.said[at])
-            ask = tokenizer.encode(after + END).ids
-            reply = tokenizer.encode(answer + "<|im_end|>").ids
-            known = model.demo.embedding[ask + reply]
-            rows = torch.cat([sound[: clips.positions(at)], known])
-            parts.append(rows)
-            targets.append([-100] * (len(rows) - len(reply) - 1) + reply + [-100])
-        longest = max(map(len, parts))
-        rows = torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in parts])
-        wanted = torch.tensor([one + [-100] * (longest - len(one)) for one in targets])
-        is_real = torch.stack([torch.arange(longest) < len(one) for one in parts])
+        rows, wanted, is_real = prompts(model, tokenizer, clips, rng, batch, number)
         hidden, routed = model(rows, before[number])
         logits = F.linear(hidden[wanted >= 0].bfloat16(), model.embedding).float()
         answer_loss = F.cross_entropy(logits, wanted[wanted >= 0])
@@ -370,6 +378,61 @@ def train(
         if step % 100 == 0:
             save_file({name: value.contiguous() for name, value in model.own_state().items()}, save)
     save_file({name: value.contiguous() for name, value in model.own_state().items()}, save)
+
+
+def fit_router(
+    model: Hearing, tokenizer: Tokenizer, clips: Clips, text: list[tuple[Tensor, Tensor]], batches: int
+) -> None:
+    """Fit each layer's rows of the router again, with everything else fixed: that is a convex problem.
+
+    The difference between the two ears' logits, which decides their shares, stays as it was trained.
+    """
+    before, rng = TextBefore(model.demo, tokenizer).known, random.Random(2)
+    heard: list[list[Tensor]] = [[] for _ in model.router]
+    with torch.no_grad():
+        for number in range(batches):
+            known = number % len(before)
+            rows, _, is_real = prompts(model, tokenizer, clips, rng, 8, known)
+            _, routed = model(rows, before[known])
+            for layer, normed in enumerate(routed):
+                heard[layer].append(normed[is_real])
+    for layer, parts in enumerate(heard):
+        states, (texts, second) = torch.cat(parts), text[layer]
+        rest = F.linear(states, model.demo.router[layer]).amax(-1)
+        rows = fit_rows(model.router[layer].detach(), states, rest, texts, second)
+        with torch.no_grad():
+            model.router[layer].copy_(rows)
+            missed = (F.linear(states, rows).amin(-1) <= rest).float().mean()
+            wrong = (F.linear(texts, rows).amax(-1) >= second).float().mean()
+        print(
+            f"layer {layer}: {missed:.2%} of heard tokens miss an ear, {wrong:.2%} of text takes one",
+            flush=True,
+        )
+
+
+def fit_rows(start: Tensor, heard: Tensor, rest: Tensor, texts: Tensor, second: Tensor) -> Tensor:
+    """Rows of a router for the ears.
+
+    Args:
+        start: the rows before.
+        heard: the router's inputs where there is sound; `rest` is the best logit of another expert.
+        texts: its inputs on text; `second` is the logit of the second best expert.
+    """
+    rows = start.clone().requires_grad_()
+    shares = F.linear(heard, start).diff(dim=-1)
+    optimizer = torch.optim.LBFGS([rows], lr=1, max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        ears, quiet = F.linear(heard, rows), F.linear(texts, rows).amax(-1)
+        value = F.softplus(4 * (rest - ears.amin(-1) + MARGIN)).mean()
+        value = value + 4 * F.softplus(4 * (quiet - second + MARGIN)).mean()
+        value = value + (ears.diff(dim=-1) - shares).square().mean() + 1e-5 * rows.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return rows.detach()
 
 
 def load_demo(work: Path) -> DemoModel:
@@ -394,6 +457,9 @@ def main() -> None:
     parser.add_argument(
         "--texts", type=Path, nargs="+", required=True, help="text files of each domain, for the router"
     )
+    parser.add_argument(
+        "--router-batches", type=int, default=40, help="of 8 clips, to fit the router at the end"
+    )
     parser.add_argument("--resume", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -405,7 +471,7 @@ def main() -> None:
     if options.ctc_minutes:
         train_ctc(model, tokenizer, clips, options.ctc_minutes)
         save_file(model.own_state(), options.work / "ears_ctc.safetensors")
-    if options.minutes:
+    if options.router_batches:
         texts = [tokenizer.encode(path.read_text()).ids for path in options.texts]
         pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), 2048), 256)]
         text = text_states(model.demo, pieces)
