@@ -471,13 +471,14 @@ def main() -> None:
     if options.ctc_minutes:
         train_ctc(model, tokenizer, clips, options.ctc_minutes)
         save_file(model.own_state(), options.work / "ears_ctc.safetensors")
-    if options.router_batches:
-        texts = [tokenizer.encode(path.read_text()).ids for path in options.texts]
-        pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), 2048), 256)]
-        text = text_states(model.demo, pieces)
-        train(
-            model, tokenizer, clips, text, options.minutes, options.batch, options.work / "ears.safetensors"
-        )
+    texts = [tokenizer.encode(path.read_text()).ids for path in options.texts]
+    pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), 2048), 256)]
+    text = text_states(model.demo, pieces)
+    save = options.work / "ears.safetensors"
+    if options.minutes:
+        train(model, tokenizer, clips, text, options.minutes, options.batch, save)
+    fit_router(model, tokenizer, clips, text, options.router_batches)
+    save_file({name: value.contiguous() for name, value in model.own_state().items()}, save)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gate, str
     model = write_seeing_model(tmp_path_factory.mktemp("bodies") / "model")
     with Engine.open(model, memory="3GiB", threads=1, request_bytes=BODY_BYTES) as engine:
         assert engine.plan.request_bytes == BODY_BYTES + MEDIA_BODIES_BYTES
-        assert engine.plan.encoder_bytes > media_bytes(takes_video=False)
+        assert engine.plan.encoder_bytes > media_bytes(takes_pictures=True, takes_video=False)
         with serving(engine) as service:
             gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=4)
             assert gate.bodies.max_bytes == ROOM

@@ -84,6 +84,7 @@ def test_options_reach_the_engine_and_the_sampler(
             "context": 64,
             "kv_dtype": "f16",
             "instruction_set": "avx2",
+            "media": False,
         }
     ]
     assert engine.params == [
@@ -96,7 +97,7 @@ def test_options_reach_the_engine_and_the_sampler(
 
 def test_without_options_the_engines_defaults_hold(engine: Engine, capsys: Captured) -> None:
     main(["run", "-m", "model", "Hi"])
-    assert engine.opened == [{"model": "model"}]
+    assert engine.opened == [{"model": "model", "media": False}]  # no memory for media that are not there
     assert engine.params == [SamplingParams()]
     assert engine.asked == ["Hi"]
 
@@ -142,7 +143,7 @@ def test_a_missing_or_unreadable_prompt_is_an_error(
 def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
     for arguments in ([], ["-m", "demo"]):
         assert main(["run", *arguments, "Hi"]) == 0
-        assert engine.opened.pop() == {"model": "demo"}
+        assert engine.opened.pop() == {"model": "demo", "media": False}
 
 
 def test_a_models_text_cannot_send_escape_sequences_to_a_terminal() -> None:

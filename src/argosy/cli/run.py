@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,6 +66,8 @@ def run(
     """
     settings, params = split_options(options)
     request = _request(_read_prompt(prompt), media_of(), system, raw)
+    if not media_of() and settings.ears is None:
+        settings = replace(settings, media=False)  # experts make better use of their memory
     if thoughts is None:
         thoughts = sys.stderr.isatty() and not as_json
     with open_engine(model, settings) as engine:

@@ -210,10 +210,10 @@ def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
     return nbytes
 
 
-def media_bytes(*, takes_video: bool) -> int:
+def media_bytes(*, takes_pictures: bool, takes_video: bool) -> int:
     """Memory for media beside their encoders: a file that is decoded, requests that wait, rows kept."""
     sound_bytes = round(4 * PROMPT_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
-    decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels, sound_bytes)
+    decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels if takes_pictures else 0, sound_bytes)
     video = FFMPEG_BYTES + PROMPT_LIMITS.video_bytes + sound_bytes if takes_video else 0
     return (
         _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + video + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
@@ -262,7 +262,9 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             budget_bytes=config.budget.ram_bytes,
             process_bytes=fixed,
             dense_bytes=footprint.dense_bytes,
-            encoder_bytes=encoder_bytes and encoder_bytes + media_bytes(takes_video=footprint.takes_video),
+            encoder_bytes=encoder_bytes
+            and encoder_bytes
+            + media_bytes(takes_pictures=footprint.takes_pictures, takes_video=footprint.takes_video),
             kv_bytes=footprint.kv_bytes(context),
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,

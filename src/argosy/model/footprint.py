@@ -103,6 +103,10 @@ class ModelFootprint:
         return found
 
     @property
+    def takes_pictures(self) -> bool:
+        return "picture" in self.encoders
+
+    @property
     def takes_video(self) -> bool:
         """Whether frames of videos can be prepared and encoded."""
         return not isinstance(self.processors.get("video", ArgosyError("")), ArgosyError)
