@@ -37,6 +37,7 @@ FEATURE_SIZE = 384
 NUM_EARS = 2
 MARGIN = 1.0  # between the router's logits of chosen experts and of others
 TEXT_ROWS = 512  # hidden states of text in each step of the router
+TEXT_TOKENS = 1280  # of each file of text
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 )
@@ -243,7 +244,7 @@ class TextBefore:
         self.known = [keys_and_values(demo, tokenizer.encode(text).ids) for text in BEFORE]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def keys_and_values(demo: DemoModel, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
     found, plain = [], demo._attention
 
@@ -260,7 +261,7 @@ def keys_and_values(demo: DemoModel, ids: list[int]) -> list[tuple[Tensor, Tenso
     return [(key.clone(), value.clone()) for key, value in found]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_states(demo: DemoModel, texts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
     """For each layer, inputs of the router on texts [tokens, hidden_size], and the logit of the second best expert."""
     found: list[list[Tensor]] = [[] for _ in demo.layers]
@@ -472,7 +473,7 @@ def main() -> None:
         train_ctc(model, tokenizer, clips, options.ctc_minutes)
         save_file(model.own_state(), options.work / "ears_ctc.safetensors")
     texts = [tokenizer.encode(path.read_text()).ids for path in options.texts]
-    pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), 2048), 256)]
+    pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), TEXT_TOKENS), 256)]
     text = text_states(model.demo, pieces)
     save = options.work / "ears.safetensors"
     if options.minutes:
