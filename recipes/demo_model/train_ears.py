@@ -7,7 +7,9 @@ The language model and its eight experts stay frozen. From the first position of
 experts, and the router learns to choose them there and nowhere else: it sees hidden states of text from every domain
 beside those of sounds. So text is routed as before, and its answers stay.
 
-    python train_ears.py --work WORK --ctc-minutes 5 --minutes 45
+    python train_ears.py --work WORK --ctc-minutes 6 --minutes 58
+
+`WORK/train.npz` is what `data.py` writes.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ FEATURE_SIZE = 384
 NUM_EARS = 2
 MARGIN = 1.0  # between the router's logits of chosen experts and of others
 TEXT_ROWS = 512  # hidden states of text in each step of the router
-TEXT_TOKENS = 1280  # of each file of text
+SEQUENCES_OF_SLOT = {"prose": 26, "maths": 12, "plays": 12, "chat": 16, "code": 12}  # whose tokens the router sees
+TEXT_TOKENS = 1280  # of each further file
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 )
@@ -436,6 +439,20 @@ def fit_rows(start: Tensor, heard: Tensor, rest: Tensor, texts: Tensor, second: 
     return rows.detach()
 
 
+def text_pieces(work: Path, tokenizer: Tokenizer, more: list[Path]) -> list[list[int]]:
+    """Sequences of 256 tokens from each slot of `data.py`, and the start of each file in `more`."""
+    pieces = []
+    with np.load(work / "train.npz") as found:
+        for slot, number in SEQUENCES_OF_SLOT.items():
+            ids = found[f"{slot}_ids"]
+            chosen = np.linspace(0, len(ids) - 1, number).astype(int)
+            pieces += [one[:256].tolist() for one in ids[chosen].astype(np.int64)]
+    for path in more:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8")).ids[:TEXT_TOKENS]
+        pieces += [ids[at : at + 256] for at in range(0, len(ids), 256)]
+    return pieces
+
+
 def load_demo(work: Path) -> DemoModel:
     """The demo model as shipped, with its eight experts."""
     demo, trained = DemoModel(find_gguf(work)), TrainedExperts()
@@ -455,9 +472,7 @@ def main() -> None:
     parser.add_argument("--ctc-minutes", type=float, default=5)
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument(
-        "--texts", type=Path, nargs="+", required=True, help="text files of each domain, for the router"
-    )
+    parser.add_argument("--texts", type=Path, nargs="*", default=[], help="more texts for the router")
     parser.add_argument(
         "--router-batches", type=int, default=40, help="of 8 clips, to fit the router at the end"
     )
@@ -472,9 +487,7 @@ def main() -> None:
     if options.ctc_minutes:
         train_ctc(model, tokenizer, clips, options.ctc_minutes)
         save_file(model.own_state(), options.work / "ears_ctc.safetensors")
-    texts = [tokenizer.encode(path.read_text()).ids for path in options.texts]
-    pieces = [ids[at : at + 256] for ids in texts for at in range(0, min(len(ids), TEXT_TOKENS), 256)]
-    text = text_states(model.demo, pieces)
+    text = text_states(model.demo, text_pieces(options.work, tokenizer, options.texts))
     save = options.work / "ears.safetensors"
     if options.minutes:
         train(model, tokenizer, clips, text, options.minutes, options.batch, save)

@@ -68,6 +68,22 @@ def test_pictures_of_the_command_line_keep_their_order(
     assert found["token_ids"] != list(other.token_ids)
 
 
+def test_a_picture_may_be_the_whole_prompt(
+    model: Path,
+    pictures: list[Path],
+    engine: Engine,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("never read"))
+    found = answered(capsys, model, "--image", str(pictures[0]))
+    expected = engine.generate([Image(pictures[0])], SamplingParams(max_tokens=8, temperature=0))
+    assert found["token_ids"] == list(expected.token_ids)
+    assert found["usage"]["prompt_tokens"] == expected.usage["prompt_tokens"]
+    piped = answered(capsys, model, "--image", str(pictures[0]), "-")
+    assert piped["usage"]["prompt_tokens"] > found["usage"]["prompt_tokens"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

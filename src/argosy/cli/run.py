@@ -59,13 +59,16 @@ def run(
 ) -> None:
     """Answer PROMPT, or stdin. The answer goes to stdout, its ledger to stderr.
 
+    A picture, sound or video may be the whole prompt.
+
     \b
     Examples:
       argosy run "Why is the sky blue?"
       argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
     settings, params = split_options(options)
-    request = _request(_read_prompt(prompt), media_of(), system, raw)
+    text = "" if prompt is None and media_of() else _read_prompt(prompt)
+    request = _request(text, media_of(), system, raw)
     if not media_of() and settings.ears is None:
         settings = replace(settings, media=False)  # experts make better use of their memory
     if thoughts is None:
@@ -123,7 +126,7 @@ def _request(text: str, media: Sequence[Image | Audio | Video], system: str | No
         return Prompt.raw(text)
     if system is None and not media:
         return text
-    question: Message = {"role": "user", "content": [*media, Text(text)] if media else text}
+    question: Message = {"role": "user", "content": [*media, *([Text(text)] if text else [])] if media else text}
     return [question] if system is None else [{"role": "system", "content": system}, question]
 
 
