@@ -4,8 +4,8 @@
 
 Runs Argosy on the checkpoints that `build_demo` writes: MODEL with ears, OLD_MODEL without. Speech is made on the
 spot, with voices and scene sentences that training never had. RECORDINGS is a folder of recorded digits (FSDD,
-`7_jackson_3.wav`), which were never trained on. Perplexities are of the held-out streams of `data.py`, in windows of 512
-tokens, as in the model card.
+`7_jackson_3.wav`), which were never trained on. Perplexities are of the held-out streams of `data.py`, in windows of
+512 tokens, as in the model card.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--digits", type=Path)
     parser.add_argument("--clips", type=int, default=160)
-    parser.add_argument("--held-out", type=Path, help="heldout.npz of data.py: texts that hearing must not cost")
+    parser.add_argument(
+        "--held-out", type=Path, help="heldout.npz of data.py: texts that hearing must not cost"
+    )
     options = parser.parse_args()
     print(f"voices: {', '.join(' '.join(voice) for voice in TEST_VOICES)}")
     with Engine.open(options.model, memory="4GiB", context=2048) as engine:

@@ -39,7 +39,13 @@ FEATURE_SIZE = 384
 NUM_EARS = 2
 MARGIN = 1.0  # between the router's logits of chosen experts and of others
 TEXT_ROWS = 512  # hidden states of text in each step of the router
-SEQUENCES_OF_SLOT = {"prose": 26, "maths": 12, "plays": 12, "chat": 16, "code": 12}  # whose tokens the router sees
+SEQUENCES_OF_SLOT = {
+    "prose": 26,
+    "maths": 12,
+    "plays": 12,
+    "chat": 16,
+    "code": 12,
+}  # whose tokens the router sees
 TEXT_TOKENS = 1280  # of each further file
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

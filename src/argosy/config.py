@@ -134,7 +134,8 @@ class EngineConfig(_Strict):
     # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
     look_ahead: bool = True
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
-    media: bool = True  # take pictures, sounds and videos if the model has encoders for them; uses memory
+    # Take pictures, sounds and videos if the model has encoders for them. None: if the budget has room for that, too.
+    media: bool | None = None
     image_tokens: int = (
         1024  # maximum positions of a picture or a group of frames; larger ones are scaled down
     )

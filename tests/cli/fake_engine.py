@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace, TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from argosy.config import MIB, SamplingParams
@@ -55,6 +55,7 @@ class FakeEngine:
     answer: Sequence[str] = ("Paris", " is", " it.")
     family: str = "chatml"
     hears: str = "none"
+    media_faults: Mapping[str, Exception] = MappingProxyType({})
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
     opened: list[dict[str, Any]]

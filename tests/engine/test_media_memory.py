@@ -18,7 +18,7 @@ from argosy.engine import start
 from argosy.engine.media_memory import IDLE_S, MediaMemory
 from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, page_table_bytes, plan_memory
 from argosy.engine.turns import Turns
-from argosy.errors import UsageError
+from argosy.errors import DoesNotFit, UsageError
 from argosy.media.parts import Image
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
@@ -161,6 +161,39 @@ def test_a_plan_lends_what_media_take_only_while_they_are_there(model: Path) -> 
     config = EngineConfig(budget=Budget(ram_bytes=1 << 40), threads=1, expert_slots=6)
     fixed = plan_memory(ModelFootprint(open_model(model), config), config, process_bytes=50 * MIB)
     assert (fixed.num_slots, fixed.lent_slots) == (6, 0)  # whoever fixes the number gets it
+
+
+def open_with(model: Path, budget_bytes: int, **options: Any) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "held_bytes", lambda: 50 * MIB)
+        patch.setattr(start, "process_bytes", lambda tokenizer: 50 * MIB)
+        return Engine.open(
+            model, memory=budget_bytes, threads=1, image_tokens=64, chunk_tokens=16, context=64, **options
+        )
+
+
+def test_a_budget_without_room_for_media_runs_text_and_says_why_it_sees_nothing(model: Path) -> None:
+    with pytest.raises(DoesNotFit) as refused:
+        open_with(model, 1 * MIB, media=True)
+    floor, without = refused.value.facts["needed_bytes"], refused.value.facts["plan"]["encoder_bytes"]
+    with open_with(model, floor) as engine:
+        assert engine.media_kinds[0] == "picture"
+        assert not engine.media_faults
+    with pytest.raises(DoesNotFit, match=r"needs .* of memory, and the budget is"):
+        open_with(model, floor - MIB, media=True)
+    with open_with(model, floor - MIB) as engine:
+        assert engine.plan.encoder_bytes == 0
+        assert engine.media_kinds == ()
+        fault = engine.media_faults["picture"]
+        assert fault.message.startswith("the memory budget has no room for pictures and sound: with them")
+        assert fault.facts["needed_bytes"] == floor
+        assert engine.media_faults["video"] is fault
+        assert engine.generate(TEXTS[0], GREEDY).token_ids
+        assert engine._media is not None
+        with pytest.raises(DoesNotFit, match="no room for pictures and sound"):
+            engine._media.read(Image(np.zeros((8, 8, 3), np.uint8)))
+    with pytest.raises(DoesNotFit, match=r"needs .* of memory, and the budget is"):
+        open_with(model, floor - without - 4 * MIB)  # text alone does not fit either
 
 
 @contextmanager

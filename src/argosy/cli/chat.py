@@ -143,7 +143,9 @@ class Conversation:
 
         part = {"image": Image, "audio": Audio, "video": Video}[kind](path)
         if part.kind not in self._engine.media_kinds:
-            print(f"error: this model does not take a {part.kind}", file=sys.stderr)
+            fault = self._engine.media_faults.get(part.kind)
+            reason = f"this model does not take a {part.kind}" if fault is None else fault.message
+            print(f"error: {reason}", file=sys.stderr)
             return
         try:
             self._attached.append(part.read(PROMPT_LIMITS))

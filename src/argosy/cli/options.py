@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,7 @@ _ENGINE = (
     click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
     click.option("--instruction-set", metavar="NAME", hidden=True, help="Use at most plain, avx2 or avx512."),
-    click.option("--no-media", "media", flag_value=False, default=None, type=bool, help="Take text only."),
+    click.option("--media/--no-media", default=None, help="Needed, or text only; default: if there is room."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
     click.option(
         "--video-tokens", type=int, metavar="N", hidden=True, help="Most positions of a video; default 4096."
@@ -146,11 +147,14 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 @contextmanager
 def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]:
-    """Open the engine of a command, with a progress bar on a terminal."""
+    """Open the engine of a command, with a progress bar on a terminal; say which media it cannot take, and why."""
     from argosy import Engine
     from argosy.cli.output import progress_bar
 
     with progress_bar() as progress:
         engine = Engine.open(model, progress=progress, **settings.for_engine(), **more)
     with engine:
+        for fault in dict.fromkeys(engine.media_faults.values()):
+            hint = f" ({fault.hint})" if fault.hint else ""
+            print(f"note: {fault.message}{hint}", file=sys.stderr)
         yield engine

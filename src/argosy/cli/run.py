@@ -57,9 +57,7 @@ def run(
     thoughts: bool | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, or stdin. The answer goes to stdout, its ledger to stderr.
-
-    A picture, sound or video may be the whole prompt.
+    """Answer PROMPT, media or stdin. The ledger goes to stderr.
 
     \b
     Examples:
@@ -69,8 +67,9 @@ def run(
     settings, params = split_options(options)
     text = "" if prompt is None and media_of() else _read_prompt(prompt)
     request = _request(text, media_of(), system, raw)
-    if not media_of() and settings.ears is None:
-        settings = replace(settings, media=False)  # experts make better use of their memory
+    if settings.media is None and settings.ears is None:
+        # Without media, experts make better use of their memory; with them, too little memory is said at once.
+        settings = replace(settings, media=bool(media_of()))
     if thoughts is None:
         thoughts = sys.stderr.isatty() and not as_json
     with open_engine(model, settings) as engine:
@@ -126,7 +125,10 @@ def _request(text: str, media: Sequence[Image | Audio | Video], system: str | No
         return Prompt.raw(text)
     if system is None and not media:
         return text
-    question: Message = {"role": "user", "content": [*media, *([Text(text)] if text else [])] if media else text}
+    question: Message = {
+        "role": "user",
+        "content": [*media, *([Text(text)] if text else [])] if media else text,
+    }
     return [question] if system is None else [{"role": "system", "content": system}, question]
 
 

@@ -11,7 +11,7 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
@@ -319,6 +319,11 @@ class Engine(BlockingCalls):
     def media_kinds(self) -> tuple[Kind, ...]:
         """What a prompt may have beside text: "picture", "sound"."""
         return () if self._media is None else self._media.kinds
+
+    @property
+    def media_faults(self) -> Mapping[Kind, ArgosyError]:
+        """Why a prompt may not have media of a kind that the model has a tower for, such as too small a budget."""
+        return {} if self._media is None else self._media.faults
 
     @property
     def hears(self) -> Hearing:

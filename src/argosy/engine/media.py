@@ -97,6 +97,11 @@ class PromptMedia:
         return (*self._processors, *(("sound",) if self.hears == "transcript" else ()))
 
     @property
+    def faults(self) -> Mapping[Kind, ArgosyError]:
+        """Why a prompt may not have media of a kind that the model has a tower for."""
+        return self._faults
+
+    @property
     def hears(self) -> Hearing:
         """What becomes of a sound."""
         if "sound" in self._processors:

@@ -336,6 +336,29 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, footprint)
 
 
+def with_media_that_fit(
+    footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int
+) -> ModelFootprint:
+    """The same footprint, or one without media if the budget has no room for them and nothing asked for them."""
+    if config.media is not None or config.ears is not None or not footprint.encoder_bytes:
+        return footprint
+    try:
+        plan_memory(footprint, config, process_bytes=process_bytes)
+    except DoesNotFit as error:
+        needed = error.facts["needed_bytes"]
+        assert isinstance(needed, int)
+        return footprint.without_media(
+            DoesNotFit(
+                f"the memory budget has no room for pictures and sound: with them the model needs "
+                f"{format_bytes(needed)}, and the budget is {format_bytes(config.budget.ram_bytes)}",
+                hint=f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works",
+                needed_bytes=needed,
+                budget_bytes=config.budget.ram_bytes,
+            )
+        )
+    return footprint
+
+
 def _slots_per_state(config: EngineConfig) -> int:
     """Slots of the recurrent state per sequence: a second one to return to if a proposal is rejected."""
     return 2 if config.draft_tokens else 1

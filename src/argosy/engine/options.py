@@ -41,7 +41,7 @@ class EngineOptions(TypedDict, total=False):
     chunk_tokens: int | None
     expert_slots: int | None
     max_sequences: int
-    media: bool
+    media: bool | None
     image_tokens: int
     video_tokens: int
     mmproj: str | Path | None

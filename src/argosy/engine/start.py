@@ -29,6 +29,7 @@ from argosy.engine.memory_plan import (
     plan_memory,
     process_bytes,
     require_mappable,
+    with_media_that_fit,
 )
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
@@ -89,6 +90,7 @@ def start(
     instruction_set = _choose_instruction_set(config.instruction_set)
     footprint = ModelFootprint(files, config)
     ears_files = footprint.ears  # read before memory is measured
+    footprint = with_media_that_fit(footprint, config, process_bytes=held_bytes())
     require_mappable(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -121,7 +123,9 @@ def start(
         grammars = _open_grammars(files, config, tokenizer, eos_ids)
         landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
         landed += page_table_bytes(landed, num_mappings=0)
-        plan = plan_memory(footprint, config, process_bytes=max(held, process_bytes(tokenizer) - landed))
+        measured = max(held, process_bytes(tokenizer) - landed)
+        footprint = with_media_that_fit(footprint, config, process_bytes=measured)
+        plan = plan_memory(footprint, config, process_bytes=measured)
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now

@@ -58,11 +58,13 @@ class ModelFootprint:
 
     def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
         self.files = files
+        self._settings = config
         self.config = files.config
         self.num_experts = len(files.experts)  # routed experts in all layers
         self._kv_dtype = config.kv_dtype
         self._threads = config.threads  # each has scratch memory
-        self._has_media = config.media
+        self._has_media = config.media is not False
+        self._media_fault: ArgosyError | None = None  # why towers are not used
         self._image_tokens = config.image_tokens
         self._ears = config.ears
         self._video_tokens = config.video_tokens
@@ -79,7 +81,15 @@ class ModelFootprint:
             return {}
         from argosy.model.encoders.reading import find_encoders  # imports every tower
 
-        return find_encoders(self.files)
+        found = find_encoders(self.files)
+        fault = self._media_fault
+        return found if fault is None else dict.fromkeys(found, fault)
+
+    def without_media(self, fault: ArgosyError) -> ModelFootprint:
+        """The same model if its towers are not used; `fault` is raised when a prompt has media."""
+        other = ModelFootprint(self.files, self._settings)
+        other._media_fault = fault
+        return other
 
     @cached_property
     def processors(self) -> Mapping[Kind, Processor | ArgosyError]:
@@ -91,11 +101,9 @@ class ModelFootprint:
             except ArgosyError as error:
                 found[kind] = error
         pictures = self.encoders.get("picture")
-        if (
-            pictures is not None
-            and not isinstance(pictures, ArgosyError)
-            and pictures.encoder.video is not None
-        ):
+        if isinstance(pictures, ArgosyError):
+            found["video"] = pictures  # its frames are pictures
+        elif pictures is not None and pictures.encoder.video is not None:
             try:
                 found["video"] = pictures.video_processor(self._video_tokens, self._image_tokens)
             except ArgosyError as error:
