@@ -32,8 +32,10 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
 	@touch $@
 
 demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
-	$(SAY) "asking the demo model; the first time it is built from a 93 MB download, in under a minute"
+	$(SAY) "asking the demo model; the first time it is built from downloads of 164 MB, in about a minute"
 	$(BIN)/argosy run --model demo "What is the capital of France?"
+	$(SAY) "asking it aloud: examples/question.flac is the same question, spoken by a voice it never heard"
+	$(BIN)/argosy run --model demo --audio examples/question.flac
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients

