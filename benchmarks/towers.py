@@ -90,7 +90,7 @@ class Input:
                 "feature_extractor_type": "WhisperFeatureExtractor",
                 "feature_size": raw["num_mel_bins"],
             }
-            return read_sound_processor(features, is_padded=False).prepare(self.media()), ()
+            return read_sound_processor(features, padding="none").prepare(self.media()), ()
         processor = read_picture_processor(
             {
                 "image_processor_type": "Qwen2VLImageProcessorFast",

@@ -32,7 +32,7 @@ def open_ear(work: Path) -> Callable[[np.ndarray], np.ndarray]:
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": files.config.num_mels,
         },
-        is_padded=True,
+        padding="chunk",
     )
 
     def hear(samples: np.ndarray) -> np.ndarray:

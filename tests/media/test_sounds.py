@@ -7,7 +7,7 @@ import pytest
 
 from argosy.errors import BadMedia, CheckpointError, UnsupportedModel
 from argosy.media.resample import Resampler
-from argosy.media.sounds import read_sound_processor
+from argosy.media.sounds import read_sound_processor, silence_after
 from tests.media.samples import SOUND_SETTINGS, wave
 from tests.media.test_pictures import OMNI
 
@@ -17,7 +17,7 @@ def samples_of(seconds: float) -> Any:
 
 
 def test_whisper_hears_thirty_seconds_of_any_sound() -> None:
-    processor = read_sound_processor(SOUND_SETTINGS["whisper"], is_padded=True)
+    processor = read_sound_processor(SOUND_SETTINGS["whisper"], padding="chunk")
     short, long = processor.prepare(samples_of(1)), processor.prepare(samples_of(40))
     assert short.shape == long.shape == (80, 3000)
     assert processor.num_frames(5) == processor.num_frames(10**9) == 3000
@@ -25,7 +25,7 @@ def test_whisper_hears_thirty_seconds_of_any_sound() -> None:
 
 
 def test_without_padding_a_sound_keeps_its_length() -> None:
-    processor = read_sound_processor(OMNI, is_padded=False)
+    processor = read_sound_processor(OMNI, padding="none")
     assert processor.num_bands == 128
     for count in (201, 319, 320, 16_001):
         features = processor.prepare(samples_of(2)[:count])
@@ -33,9 +33,24 @@ def test_without_padding_a_sound_keeps_its_length() -> None:
         assert features.dtype == np.float32
 
 
+def test_frames_of_a_sound_that_silence_follows_are_those_of_a_whole_chunk() -> None:
+    settings = SOUND_SETTINGS["whisper"]
+    followed = read_sound_processor(settings, padding="silence")
+    whole = read_sound_processor(settings, padding="chunk")
+    for count in (1, 120, 160, 16_001, 16_119, 16_121):
+        samples = samples_of(2)[-count:] + np.float32(0.01)
+        features, expected = followed.prepare(samples), whole.prepare(samples)
+        num_frames = features.shape[1]
+        assert num_frames == followed.num_frames(count) == -(-(count + 200) // 160)
+        assert abs(features - expected[:, :num_frames]).max() < 1e-6
+        assert np.array_equal(
+            expected[:, num_frames:], np.full((80, 3000 - num_frames), silence_after(features))
+        )
+
+
 def test_a_long_sound_in_pieces_equals_its_parts() -> None:
     """4096 frames are computed at a time; the frames around that place must not show it."""
-    processor = read_sound_processor(OMNI, is_padded=False)
+    processor = read_sound_processor(OMNI, padding="none")
     samples = samples_of(45)
     whole, part = processor.prepare(samples), processor.prepare(samples[4000 * 160 : 4200 * 160])
     # The loudest value bounds all others, and it differs between the two.
@@ -46,7 +61,7 @@ def test_a_long_sound_in_pieces_equals_its_parts() -> None:
 
 def test_a_sound_too_short_for_a_window_is_refused() -> None:
     with pytest.raises(BadMedia, match="has 200 samples, needed: more than 200"):
-        read_sound_processor(OMNI, is_padded=False).prepare(samples_of(1)[:200])
+        read_sound_processor(OMNI, padding="none").prepare(samples_of(1)[:200])
 
 
 @pytest.mark.parametrize(
@@ -63,13 +78,13 @@ def test_a_sound_too_short_for_a_window_is_refused() -> None:
 )
 def test_a_setting_that_would_change_the_features_is_refused(changed: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModel) as refused:
-        read_sound_processor({**SOUND_SETTINGS["whisper"], **changed}, is_padded=True)
+        read_sound_processor({**SOUND_SETTINGS["whisper"], **changed}, padding="chunk")
     assert refused.value.facts["key"] == next(iter(changed))
 
 
 def test_a_malformed_setting_is_refused() -> None:
     with pytest.raises(CheckpointError, match="hop_length is 0; expected a whole number"):
-        read_sound_processor({**SOUND_SETTINGS["whisper"], "hop_length": 0}, is_padded=True)
+        read_sound_processor({**SOUND_SETTINGS["whisper"], "hop_length": 0}, padding="chunk")
 
 
 @pytest.mark.parametrize(

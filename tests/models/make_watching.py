@@ -63,7 +63,7 @@ class Inputs:
         )
         self.sounds: SoundProcessor | None = None
         if "sound" in self.files:
-            self.sounds = read_sound_processor(raw, is_padded=False)
+            self.sounds = read_sound_processor(raw, padding="none")
         self.patches: dict[str, list[Array]] = {"image": [], "video": []}
         self.grids: dict[str, list[Any]] = {"image": [], "video": []}
         self.seconds: list[float] = []

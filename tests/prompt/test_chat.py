@@ -302,6 +302,17 @@ def test_a_template_that_hides_who_wrote_its_text_is_refused_with_a_way_out() ->
     template.close()
 
 
+def test_the_process_needs_jinja2_alone() -> None:
+    """It is started from the folder of jinja2, and its memory is planned without numpy."""
+    code = (
+        "import sys\n"
+        "import argosy.prompt.template_worker\n"
+        "print(*sorted({'numpy', 'blake3', 'tokenizers', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    assert done.stdout == b"\n"
+
+
 def test_the_process_cannot_open_files() -> None:
     code = (
         "import sys; sys.path[:0] = %r\n"

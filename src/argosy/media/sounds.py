@@ -3,8 +3,8 @@
     float32 [samples]  ->  windows of a Fourier transform  ->  mel bands  ->  log10, at most 80 dB below the loudest
                        ->  float32 [bands, frames]
 
-Whisper always hears 30 seconds: shorter sounds are padded with silence, and longer ones cut. Qwen3-Omni hears a sound
-at its own length.
+Whisper always hears 30 seconds: shorter sounds are padded with silence, and longer ones cut. Others hear a sound
+at its own length, some with silence behind it.
 
 Elsewhere: `decoder.py` decodes and resamples; `model/encoders/` has the encoders.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from argosy.media.settings import PICTURE_KEYS, Settings
 _FLOOR = 1e-10  # of the power in a band
 _RANGE = 8.0  # powers of ten below the loudest that are told apart
 _FRAMES_AT_ONCE = 1024  # bounds the memory of the transform
+Padding = Literal["none", "silence", "chunk"]
 _TOP_HERTZ = 8000.0  # of the highest band
 
 
@@ -34,7 +36,8 @@ class SoundProcessor:
     num_bands: mel bands.
     window: samples of a window, an even number.
     hop: samples from one frame to the next.
-    padded_samples: every sound is padded or cut to this; None: it keeps its length.
+    chunk_samples: every sound is padded or cut to this; None: a sound has its own length.
+    is_followed: silence follows a sound of its own length, as far as the last frame that hears it.
     filters: float64 [frequencies, bands].
     """
 
@@ -42,19 +45,31 @@ class SoundProcessor:
     num_bands: int
     window: int
     hop: int
-    padded_samples: int | None
+    chunk_samples: int | None
+    is_followed: bool
     filters: NDArray[np.float64] = field(repr=False, compare=False)
 
     def num_frames(self, num_samples: int) -> int:
-        """Return the number of frames of a sound; without padding a rest shorter than a hop makes none."""
-        return (num_samples if self.padded_samples is None else self.padded_samples) // self.hop
+        """Return the number of frames of a sound; where nothing follows it, a rest shorter than a hop makes none."""
+        return self._samples_read(num_samples) // self.hop
+
+    def _samples_read(self, num_samples: int) -> int:
+        """Samples that features are made from."""
+        if self.chunk_samples is not None:
+            return self.chunk_samples
+        return (
+            -(-(num_samples + self.window // 2) // self.hop) * self.hop if self.is_followed else num_samples
+        )
 
     def working_bytes(self, num_samples: int) -> int:
         """Most bytes that `prepare` allocates, its result included."""
         frequencies = self.window // 2 + 1
         piece = _FRAMES_AT_ONCE * 8 * (self.window + 5 * frequencies + 2 * self.num_bands)
-        # The samples mirrored at their ends; features as they are, and while they are limited.
-        return 4 * (num_samples + 3 * self.num_frames(num_samples) * self.num_bands) + piece
+        # The samples, padded, and mirrored at their ends; features as they are, and while they are limited.
+        return (
+            4 * (2 * self._samples_read(num_samples) + 3 * self.num_frames(num_samples) * self.num_bands)
+            + piece
+        )
 
     def prepare(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Make features.
@@ -68,9 +83,9 @@ class SoundProcessor:
         Raises:
             BadMedia: the sound is too short for one window.
         """
-        if self.padded_samples is not None:
-            samples = np.pad(samples[: self.padded_samples], (0, max(0, self.padded_samples - samples.size)))
-        elif samples.size <= self.window // 2:
+        if (read := self._samples_read(samples.size)) != samples.size:
+            samples = np.pad(samples[:read], (0, max(0, read - samples.size)))
+        if samples.size <= self.window // 2:
             raise BadMedia(
                 f"the sound is too short: it has {samples.size} samples, needed: more than {self.window // 2}",
                 kind="sound",
@@ -78,7 +93,7 @@ class SoundProcessor:
                 found=samples.size,
             )
         mel = self._log_bands(samples)
-        return np.asarray((np.maximum(mel, mel.max() - np.float32(_RANGE)) + 4) / 4, np.float32)
+        return np.asarray(_scaled(np.maximum(mel, mel.max() - np.float32(_RANGE))), np.float32)
 
     def _log_bands(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log10 of the power in each band: [bands, frames]; frames are centred on multiples of `hop`."""
@@ -95,14 +110,24 @@ class SoundProcessor:
         return logs
 
 
+def _scaled(log_power: Any) -> Any:
+    return (log_power + 4) / 4
+
+
+def silence_after(features: NDArray[np.float32]) -> np.float32:
+    """The value of frames of silence in a sound whose features [bands, frames] are these."""
+    return max(features.max() - np.float32(_RANGE / 4), np.float32(_scaled(np.log10(_FLOOR))))
+
+
 def read_sound_processor(
-    raw: Mapping[str, object], *, is_padded: bool, where: str = "preprocessor_config.json"
+    raw: Mapping[str, object], *, padding: Padding, where: str = "preprocessor_config.json"
 ) -> SoundProcessor:
     """Make the processor that a checkpoint's settings describe.
 
     Args:
         raw: the object in `preprocessor_config.json`, or in `processor_config.json`, where it is `feature_extractor`.
-        is_padded: every sound fills `chunk_length` seconds, as for Whisper; Qwen3-Omni's processor does not pad.
+        padding: "chunk": every sound fills `chunk_length` seconds, as for Whisper; "silence": zeros follow it as far as
+            a frame hears it, for towers that fill their windows with silence themselves; "none": as for Qwen3-Omni.
         where: the name of the file, for errors.
 
     Raises:
@@ -141,7 +166,8 @@ def read_sound_processor(
             supported="even numbers",
         )
     filters = _mel_filters(rate, num_bands, window)
-    return SoundProcessor(rate, num_bands, window, hop, seconds * rate if is_padded else None, filters)
+    chunk = seconds * rate if padding == "chunk" else None
+    return SoundProcessor(rate, num_bands, window, hop, chunk, padding == "silence", filters)
 
 
 def _mel_filters(rate: int, num_bands: int, window: int) -> NDArray[np.float64]:

@@ -5,9 +5,6 @@
     answer -> replay.py -> the same tokens, when its conversation continues
 
 Text from a caller never becomes a control token, whatever it spells and wherever it stands.
+
+Nothing is imported here: the process that renders templates imports one module of this package, and stays small.
 """
-
-from argosy.prompt.messages import Message
-from argosy.prompt.prompt import Prompt
-
-__all__ = ["Message", "Prompt"]

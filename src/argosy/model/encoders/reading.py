@@ -104,7 +104,7 @@ class EncoderFiles:
                 "temporal_patch_size": (processor.frames, getattr(self.config, "patch_frames", 1)),
             }
         else:
-            processor = read_sound_processor(raw, is_padded=False, where=where)
+            processor = read_sound_processor(raw, padding=self.encoder.sound_padding, where=where)
             sizes = {"feature_size": (processor.num_bands, self.config.num_mels)}
         self._require_sizes(sizes, where)
         return processor

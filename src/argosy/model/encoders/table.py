@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from argosy import _native
 from argosy.config import ModelConfig
 from argosy.media.parts import Kind
+from argosy.media.sounds import Padding
 from argosy.model.encoders import (
     EncoderTensor,
     gemma_vision,
@@ -70,6 +71,7 @@ class Encoder:
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
     sees_both_ways: each position of a span sees the whole span in the decoder.
+    sound_padding: what follows a sound (`media/sounds.py`).
     video: how it is used for video; None: it is not.
     """
 
@@ -84,6 +86,7 @@ class Encoder:
     peak_bytes: Callable[[Any, Any], int]
     angles: Callable[[Any, Any], tuple[Rows, float]] | None = None
     sees_both_ways: bool = False
+    sound_padding: Padding = "none"
     marks: tuple[str, str] | None = None
     video: VideoForm | None = None
 
@@ -186,6 +189,7 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             read=lambda own, around, model: whisper_audio.read_config(own, hidden_size=model.hidden_size),
             tensors=whisper_audio.tensors,
             open=whisper_audio.WhisperAudioTower,
+            sound_padding="silence",
             num_positions=lambda config, shape: whisper_audio.num_positions(config, *shape),
             peak_bytes=lambda config, shape: whisper_audio.peak_bytes(config, *shape),
         ),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from argosy.media.sounds import silence_after
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import (
     FLOAT_BYTES,
@@ -34,8 +35,6 @@ from argosy.prompt.media_span import SpanRows
 _NORM_EPS = 1e-5
 _KERNEL = 3
 _FRAMES_PER_POSITION = 2
-# The range of log-mel features below the loudest one, after they are scaled (`media/sounds.py`).
-_FEATURE_RANGE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +217,7 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
         """
         config, ops = self._config, self._operations
         embeddings = np.empty((num_positions(config, features.shape[1]), config.out_size), np.float32)
-        silence = features.max() - np.float32(_FEATURE_RANGE)
+        silence = silence_after(features)
         for window, start in enumerate(range(0, features.shape[1], config.window_frames)):
             heard = np.full((config.num_mels, config.window_frames), silence, np.float32)
             part = features[:, start : start + config.window_frames]

@@ -127,10 +127,10 @@ def open_whisper(path: Path) -> WhisperFiles:
         config, tensors, rules = _read_transformers(path)
     special = _special_tokens(rules, tokenizer, config, path)
     if (path / _PROCESSOR).exists():
-        processor = read_sound_processor(read_object(path / _PROCESSOR), is_padded=True)
+        processor = read_sound_processor(read_object(path / _PROCESSOR), padding="chunk")
     else:
         raw = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": config.num_mels}
-        processor = read_sound_processor(raw, is_padded=True)
+        processor = read_sound_processor(raw, padding="chunk")
     found = (processor.num_bands, processor.num_frames(0))
     if found != (config.num_mels, config.num_frames):
         raise CheckpointError(

@@ -70,16 +70,16 @@ def check_options(options: TranscriptOptions, files: WhisperFiles) -> None:
 def working_bytes(files: WhisperFiles) -> int:
     """Most bytes that the longest sound takes beside the weights: samples, features, one window."""
     num_samples = round(PROMPT_LIMITS.sound_s * files.processor.rate)
-    preparing = replace(files.processor, padded_samples=None).working_bytes(num_samples)
+    preparing = replace(files.processor, chunk_samples=None).working_bytes(num_samples)
     return FLOAT_BYTES * num_samples + preparing + peak_bytes(files.config)
 
 
 def prepare(files: WhisperFiles, samples: NDArray[np.float32]) -> Rows:
     """Features [num_mels, frames] of a sound; one that is shorter than a window is padded with silence."""
     processor = files.processor
-    assert processor.padded_samples is not None
-    if samples.size > processor.padded_samples:
-        processor = replace(processor, padded_samples=None)
+    assert processor.chunk_samples is not None
+    if samples.size > processor.chunk_samples:
+        processor = replace(processor, chunk_samples=None)
     return processor.prepare(samples)
 
 
