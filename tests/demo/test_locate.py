@@ -15,6 +15,7 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
+from argosy.demo.cache import cache_directory
 from tests.models.tiny import qwen2_moe, write_model
 
 
@@ -52,7 +53,7 @@ def test_a_changed_file_gives_another_name(experts: Path) -> None:
 @pytest.mark.parametrize("note", ["", "one line", "a\nb\nc\n", "{key}\n../../etc\n", "{key}\n\xff"])
 def test_an_invalid_version_file_is_written_again(experts: Path, note: str) -> None:
     locate._version()
-    known = locate.cache_directory() / "demo.version"
+    known = cache_directory() / "demo.version"
     key = known.read_text().splitlines()[0]
     known.write_bytes(note.replace("{key}", key).encode("latin-1"))
     assert locate._version() == name_of(b"first")
@@ -122,7 +123,7 @@ def test_an_interrupted_pack_is_finished_by_the_next_call(at: str, builds: list[
 
     assert open_pack(packed) is not None
     assert len(builds) == 1  # the merged model is reused
-    assert names(locate.cache_directory()) == {packed.name}
+    assert names(cache_directory()) == {packed.name}
 
 
 def test_a_damaged_merged_model_is_built_again(builds: list[Path]) -> None:
@@ -142,11 +143,11 @@ def test_leftovers_of_a_finished_pack_are_removed(builds: list[Path]) -> None:
     packed = locate.locate()
     builds[0].mkdir()
     assert locate.locate() == packed
-    assert names(locate.cache_directory()) == {packed.name}
+    assert names(cache_directory()) == {packed.name}
 
 
 def test_leftovers_of_any_version_are_removed_unless_in_use(builds: list[Path]) -> None:
-    cache = locate.cache_directory()
+    cache = cache_directory()
     for name in (
         ".demo-0-1.abcdefgh.partial",
         ".demo-0-1.ijklmnop.partial",

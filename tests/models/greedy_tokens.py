@@ -30,7 +30,7 @@ import numpy as np
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.pack import pack
-from argosy.demo.locate import cache_directory
+from argosy.demo.cache import cache_directory
 from argosy.model.families import open_model
 from tests.models import gguf_models, references
 from tests.models.gguf_delta import write_delta_gguf

