@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "media": set(),
     "guard": set(),
-    "observe": set(),
+    "observe": {"plan"},
     "checkpoint": {"_native"},
     "demo": {"checkpoint", "model"},
     "plan": {"checkpoint", "_native"},

@@ -1,0 +1,106 @@
+"""The curve W(T) that a recorder counts equals the one that a look at every window finds, and its file is strict."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from argosy.errors import UsageError
+from argosy.plan.hit_rate import WINDOWS, ReuseGaps, WorkingSet
+
+
+def choices(
+    num_tokens: int, *, num_experts: int = 12, experts_per_token: int = 3, seed: int = 1
+) -> NDArray[Any]:
+    """Routing in which some experts are popular and a few are never used."""
+    random = np.random.default_rng(seed)
+    taste = random.normal(size=num_experts) - 9.0 * (np.arange(num_experts) < 2)
+    scores = taste + random.normal(size=(num_tokens, num_experts))
+    return np.argsort(-scores, axis=1)[:, :experts_per_token]
+
+
+def gaps_of(experts: NDArray[Any], *, at_once: int, num_experts: int = 12) -> ReuseGaps:
+    gaps = ReuseGaps(num_experts)
+    for start in range(0, len(experts), at_once):
+        gaps.count(experts[start : start + at_once])
+    return gaps
+
+
+def distinct_in_windows(experts: NDArray[Any], window: int) -> list[int]:
+    return [len(set(experts[at : at + window].flat)) for at in range(len(experts) - window + 1)]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 50])
+def test_gaps_give_the_mean_over_all_windows(at_once: int) -> None:
+    experts = choices(50)
+    found = WorkingSet.of({3: [gaps_of(experts, at_once=at_once)]}, num_experts=12, experts_per_token=3)
+
+    assert found.windows == tuple(window for window in WINDOWS if window <= 50)
+    assert found.layers == (3,)
+    expected = [np.mean(distinct_in_windows(experts, window)) for window in found.windows]
+    assert found.distinct[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_timelines_are_joined_window_by_window() -> None:
+    long, short = choices(40), choices(9, seed=2)
+    both = [gaps_of(long, at_once=16), gaps_of(short, at_once=16)]
+    found = WorkingSet.of({0: both}, num_experts=12, experts_per_token=3)
+
+    expected = [
+        np.mean(distinct_in_windows(long, window) + distinct_in_windows(short, window))
+        for window in found.windows
+    ]
+    assert found.num_tokens == 49
+    assert found.distinct[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_no_tokens_have_no_working_set() -> None:
+    with pytest.raises(UsageError, match="no decode token"):
+        WorkingSet.of({0: [ReuseGaps(4)]}, num_experts=4, experts_per_token=2)
+
+
+def recorded() -> WorkingSet:
+    layers = {layer: [gaps_of(choices(30, seed=layer), at_once=30)] for layer in (1, 4)}
+    return WorkingSet.of(layers, num_experts=12, experts_per_token=3)
+
+
+def test_a_file_is_read_back() -> None:
+    one = recorded()
+    again = WorkingSet.from_json(json.dumps(one.as_dict()).encode())
+
+    assert (again.layers, again.windows, again.num_tokens) == (one.layers, one.windows, 30)
+    assert again.distinct == pytest.approx(one.distinct, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"format": "other"}, "format"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts": True}, "num_experts"),
+        ({"experts_per_token": 13}, "experts_per_token"),
+        ({"tokens": 1.5}, "tokens"),
+        ({"windows": []}, "windows"),
+        ({"windows": [1, 5]}, "windows"),
+        ({"windows": None}, "windows"),
+        ({"layers": {}}, "layers"),
+        ({"layers": {"01": [3.0]}}, "layer"),
+        ({"layers": {"1": [3.0, "4"]}}, "layer 1"),
+        ({"windows": [1, 2], "layers": {"1": [3.0, 2.0]}}, "rise"),
+        ({"windows": [1, 2], "layers": {"1": [3.0, 13.0]}}, "rise"),
+        ({"windows": [1, 2], "layers": {"1": [True, 3.0]}}, "layer 1"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(change: dict[str, object], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        WorkingSet.from_json(json.dumps(recorded().as_dict() | change).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"[1]", b'{"format": NaN}', b"x" * (9 << 20)])
+def test_what_is_no_object_is_refused(data: bytes) -> None:
+    with pytest.raises(UsageError, match="working set cannot be read"):
+        WorkingSet.from_json(data)
