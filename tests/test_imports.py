@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "observe": {"plan"},
     "checkpoint": {"_native"},
     "demo": {"checkpoint", "model"},
-    "plan": {"checkpoint", "_native"},
+    "plan": {"experts", "checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
     "model": {"experts", "prompt", "media", "checkpoint", "_native"},
     "serve": {"engine", "prompt", "media", "guard"},

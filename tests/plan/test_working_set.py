@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
-from argosy.plan.hit_rate import WINDOWS, ReuseGaps, WorkingSet
+from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
+from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 
 
 def choices(
@@ -58,13 +59,59 @@ def test_timelines_are_joined_window_by_window() -> None:
     assert found.distinct[0] == pytest.approx(expected, abs=1e-12)
 
 
+def ages_before_each_token(experts: NDArray[Any]) -> list[dict[int, float]]:
+    """Age of every expert used so far, before each token: token by token, as the policy counts."""
+    used: dict[int, tuple[float, int]] = {}  # expert -> uses, and the token of the last
+    found = []
+    for token, row in enumerate(experts):
+        found.append(
+            {
+                expert: (token - last) * (1 + BONUS_TURNS / HALF_LIFE_TURNS) - BONUS_TURNS * np.log2(uses)
+                for expert, (uses, last) in used.items()
+            }
+        )
+        for expert in row:
+            uses, last = used.get(expert, (0.0, 0))
+            used[expert] = 1.0 + uses * 0.5 ** ((token - last) / HALF_LIFE_TURNS), token
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 400])
+def test_experts_up_to_an_age_and_uses_of_them_are_counted(at_once: int) -> None:
+    experts = choices(400)
+    found = WorkingSet.of({0: [gaps_of(experts, at_once=at_once)]}, num_experts=12, experts_per_token=3)
+
+    before = ages_before_each_token(experts)[32:]  # while the cache fills, nothing counts
+    resident = [np.mean([sum(age <= limit for age in ages.values()) for ages in before]) for limit in AGES]
+    uses = [
+        np.mean(
+            [
+                sum(ages.get(expert, np.inf) <= limit for expert in row)
+                for ages, row in zip(before, experts[32:], strict=True)
+            ]
+        )
+        for limit in AGES
+    ]
+    assert found.resident is not None
+    assert found.found is not None
+    assert found.resident[0] == pytest.approx(resident, abs=1e-12)
+    assert found.found[0] == pytest.approx(uses, abs=1e-12)
+    assert 0 < uses[10] < uses[-1]
+
+
+def test_a_short_recording_has_no_ages() -> None:
+    found = WorkingSet.of({0: [gaps_of(choices(32), at_once=32)]}, num_experts=12, experts_per_token=3)
+    assert found.resident is None
+    assert WorkingSet.from_json(json.dumps(found.as_dict()).encode()).found is None
+
+
 def test_no_tokens_have_no_working_set() -> None:
     with pytest.raises(UsageError, match="no decode token"):
         WorkingSet.of({0: [ReuseGaps(4)]}, num_experts=4, experts_per_token=2)
 
 
 def recorded() -> WorkingSet:
-    layers = {layer: [gaps_of(choices(30, seed=layer), at_once=30)] for layer in (1, 4)}
+    layers = {layer: [gaps_of(choices(60, seed=layer), at_once=30)] for layer in (1, 4)}
     return WorkingSet.of(layers, num_experts=12, experts_per_token=3)
 
 
@@ -72,8 +119,10 @@ def test_a_file_is_read_back() -> None:
     one = recorded()
     again = WorkingSet.from_json(json.dumps(one.as_dict()).encode())
 
-    assert (again.layers, again.windows, again.num_tokens) == (one.layers, one.windows, 30)
+    assert (again.layers, again.windows, again.num_tokens) == (one.layers, one.windows, 60)
     assert again.distinct == pytest.approx(one.distinct, abs=1e-4)
+    assert again.resident == pytest.approx(one.resident, abs=1e-4)
+    assert again.found == pytest.approx(one.found, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +137,15 @@ def test_a_file_is_read_back() -> None:
         ({"windows": [1, 5]}, "windows"),
         ({"windows": None}, "windows"),
         ({"layers": {}}, "layers"),
-        ({"layers": {"01": [3.0]}}, "layer"),
-        ({"layers": {"1": [3.0, "4"]}}, "layer 1"),
-        ({"windows": [1, 2], "layers": {"1": [3.0, 2.0]}}, "rise"),
-        ({"windows": [1, 2], "layers": {"1": [3.0, 13.0]}}, "rise"),
-        ({"windows": [1, 2], "layers": {"1": [True, 3.0]}}, "layer 1"),
+        ({"ages": [1, 2]}, "ages"),
+        ({"ages": None, "layers": {"01": {"distinct": [3.0]}}}, "layer"),
+        ({"ages": None, "layers": {"1": [3.0]}}, "layer 1"),
+        ({"ages": None, "layers": {"1": {"distinct": [3.0]}}}, "layer 1"),
+        ({"ages": None, "windows": [1, 2], "layers": {"1": {"distinct": [3.0, "4"]}}}, "layer 1"),
+        ({"ages": None, "windows": [1, 2], "layers": {"1": {"distinct": [True, 3.0]}}}, "layer 1"),
+        ({"ages": None, "windows": [1, 2], "layers": {"1": {"distinct": [3.0, 2.0]}}}, "rise"),
+        ({"ages": None, "windows": [1, 2], "layers": {"1": {"distinct": [3.0, 13.0]}}}, "rise"),
+        ({"windows": [1, 2], "layers": {"1": {"distinct": [3.0, 4.0]}}}, "resident"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(change: dict[str, object], problem: str) -> None:

@@ -1,18 +1,25 @@
 """Predict how often the expert cache has what the router asks for, from how soon experts are asked for again.
 
-    gaps between uses  ->  WorkingSet  W_l(T): mean distinct experts of layer l in T tokens  ->  hit rate at any size
+    uses of experts  ->  ReuseGaps, one a layer  ->  WorkingSet: a few curves a layer  ->  hit rate at any size
 
-A cache that evicts the least recently used expert holds the experts of its last T tokens, for the T at which they fill
-it. The next token misses what it adds to them, so `hit rate = 1 - (W(T + 1) - W(T)) / experts_per_token`
-(P. J. Denning, "The working set model for program behavior", 1968). One curve of a few numbers a layer gives the
-whole range of budgets. It is counted over decode tokens only, and holds no order and no expert's number.
+Two curves of a layer, counted over decode tokens, give the whole range of budgets:
 
-How a recorder makes it: one `ReuseGaps` for each layer of a timeline, where a timeline is the decode tokens of one
-sequence after another. Sequences that run at once have a timeline each. `count` takes the choices of the timeline's
-next tokens, as many at a time as is convenient; `WorkingSet.of` joins layers and timelines. Prompt tokens are left
-out: they sweep through the layers, and the cache treats them apart.
+- **Distinct experts** in T tokens, W(T). A cache that evicts the least recently used expert holds the experts of its
+  last T tokens, for the T at which they fill it; the next token misses what it adds to them (P. J. Denning, "The
+  working set model for program behavior", 1968): `hit rate = 1 - (W(T + 1) - W(T)) / experts_per_token`.
+- **Experts up to an age**. The engine's cache evicts the oldest expert, and its age takes uses into account
+  (`experts/policy.py`). It depends on the layer's past alone and not on the size of the cache. So a cache holds the
+  experts below some age, the one at which they fill it, and the hit rate is the share of uses below that age.
 
-Elsewhere: `experts/policy.py` evicts; `benchmarks/replay.py` replays it on recorded routing.
+The second gives the engine's own hit rate; the first what a chunk or several sequences at once ask for. Neither holds
+the order of uses or the number of an expert.
+
+How a recorder makes a `WorkingSet`: one `ReuseGaps` for each layer of a timeline, where a timeline is the decode tokens
+of one sequence after another. Sequences that run at once have a timeline each. `count` takes the choices of the
+timeline's next tokens, as many at a time as is convenient; `WorkingSet.of` joins layers and timelines, and `as_dict` is
+the file. Prompt tokens are left out: they sweep through the layers, and the cache treats them apart.
+
+Elsewhere: `benchmarks/hit_rate.py` compares predictions with the cache itself on recorded routing.
 """
 
 from __future__ import annotations
@@ -25,21 +32,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
+from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
 from argosy.strict_json import JsonError, parse_json
+
+Floats = NDArray[np.float64]
 
 # Two points for each doubling: 1 2 3 4 6 8 12 ... 16384.
 WINDOWS: tuple[int, ...] = tuple(sorted({1} | {2**n for n in range(1, 15)} | {3 * 2**n for n in range(13)}))
+# Ages in turns of a layer, below zero for experts that were used often.
+AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if window > 8))
+
+_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # of an age in a turn, as `experts/policy.py` has it
+_WARM_TURNS = 32  # of a timeline, before ages count: the cache would still be filling
+_TOGETHER = (
+    128  # tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums
+)
 _FORMAT = "argosy-working-set-1"
-MOST_JSON_BYTES = 8 << 20  # 1000 layers of 28 numbers take 0.5 MB
+MOST_JSON_BYTES = 8 << 20  # 1000 layers take 1 MB
+_MOST_LAYERS = 4096
 
 
 class ReuseGaps:
-    """Counts, for one layer of one timeline, after how many tokens each expert is chosen again.
+    """Counts, for one layer of one timeline, after how many tokens and at what age each expert is chosen again.
 
-    An expert chosen at tokens a < b and not between them has a gap of b - a. For each window length T, it is absent
-    from the windows of T tokens that lie wholly inside a gap longer than T (gap - T of them), before its first use
-    or after its last. So the mean number of distinct experts in a window of T tokens is, exactly and with no window
-    looked at (X. Xiang et al., "HOTL: a higher order theory of locality", ASPLOS 2013):
+    **Distinct experts.** An expert chosen at tokens a < b and not between them has a gap of b - a. For each window
+    length T, it is absent from the windows of T tokens that lie wholly inside a gap longer than T (gap - T of them),
+    before its first use, or after its last. So the mean number of distinct experts in a window of T tokens is, exactly
+    and with no window looked at (X. Xiang et al., "HOTL: a higher order theory of locality", ASPLOS 2013):
 
         W(T) = used - (sum of (gap - T) over gaps > T  +  sum of (first - T) over first > T
                        +  sum of (rest - T) over rest > T) / (tokens - T + 1)
@@ -47,16 +66,23 @@ class ReuseGaps:
     where `used` experts were chosen at all, `first` is the number of the token of an expert's first use (the first
     token has number 1), and `rest` is `tokens + 1` minus the number of its last. For each T the gaps longer than T
     need only their count and their sum; they are kept for each interval between two neighbours in WINDOWS.
+
+    **Ages.** A use at token a gives an expert the age -BONUS_TURNS * log2(uses), with uses that count half after
+    HALF_LIFE_TURNS, and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS. So how many of the tokens until its
+    next use find it no older than each of AGES is a quotient, and whether the next use does is a comparison.
     """
 
     def __init__(self, num_experts: int) -> None:
         self.num_tokens = 0
-        self._first: NDArray[np.int64] = np.zeros(num_experts, np.int64)  # 0: not used yet
+        self._first: NDArray[np.int64] = np.zeros(num_experts, np.int64)  # token; 0: not used yet
         self._last: NDArray[np.int64] = np.zeros(num_experts, np.int64)
-        self._count: NDArray[np.int64] = np.zeros(
+        self._uses: Floats = np.zeros(num_experts)  # at its last use
+        self._gap_count: NDArray[np.int64] = np.zeros(
             len(WINDOWS) + 1, np.int64
-        )  # gaps in (WINDOWS[i-1], WINDOWS[i]]
-        self._total: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)  # the sum of these gaps
+        )  # in (WINDOWS[i-1], WINDOWS[i]]
+        self._gap_total: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
+        self._resident: Floats = np.zeros(len(AGES))  # experts up to each age, summed over tokens
+        self._found: Floats = np.zeros(len(AGES))  # uses of experts up to each age
 
     def count(self, experts: NDArray[np.integer[Any]]) -> None:
         """Count the next tokens.
@@ -64,30 +90,51 @@ class ReuseGaps:
         Args:
             experts: [tokens, experts_per_token], each expert of a row once, in any order.
         """
+        for start in range(0, len(experts), _TOGETHER):
+            self._count(experts[start : start + _TOGETHER])
+
+    def _count(self, experts: NDArray[np.integer[Any]]) -> None:
         num_tokens, experts_per_token = experts.shape
         chosen = experts.ravel()
         order = np.argsort(chosen, kind="stable")  # by expert, then by token
         chosen = chosen[order]
         times = order // experts_per_token + (self.num_tokens + 1)
-        is_new = np.ones(len(chosen), bool)
-        is_new[1:] = chosen[1:] != chosen[:-1]
-        previous = np.empty_like(times)
-        previous[1:] = times[:-1]
-        previous[is_new] = self._last[chosen[is_new]]
-        is_first = previous == 0
-        self._first[chosen[is_first]] = times[is_first]
-        self._last[chosen] = times  # the latest of each expert is written last
-        gaps = (times - previous)[~is_first]
+        starts = np.ones(len(chosen), bool)  # of an expert's uses
+        starts[1:] = chosen[1:] != chosen[:-1]
+        earlier = np.empty_like(times)
+        earlier[1:] = times[:-1]
+        earlier[starts] = self._last[chosen[starts]]
+        is_repeat = earlier > 0
+
+        gaps = (times - earlier)[is_repeat]
         places = np.searchsorted(WINDOWS, gaps, side="left")
-        self._count += np.bincount(places, minlength=len(self._count))
-        self._total += np.bincount(places, weights=gaps, minlength=len(self._total)).astype(np.int64)
+        self._gap_count += np.bincount(places, minlength=len(self._gap_count))
+        self._gap_total += np.bincount(places, weights=gaps, minlength=len(self._gap_total)).astype(np.int64)
+
+        # uses at time t = sum over its uses at times s of 2^((s - t) / HALF_LIFE_TURNS)
+        weights = 2.0 ** ((times - self.num_tokens) / HALF_LIFE_TURNS)
+        before = self._uses * 2.0 ** ((self._last - self.num_tokens) / HALF_LIFE_TURNS)
+        sums = np.cumsum(weights)
+        group = np.cumsum(starts) - 1
+        sums += (before[chosen[starts]] - (sums - weights)[starts])[group]
+        uses = sums / weights
+        earlier_uses = np.empty_like(uses)
+        earlier_uses[1:] = uses[:-1]
+        earlier_uses[starts] = self._uses[chosen[starts]]
+        resident, found = _ages(earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat])
+        self._resident += resident
+        self._found += found
+
+        self._first[chosen[~is_repeat]] = times[~is_repeat]
+        self._last[chosen] = times  # the latest of each expert is written last
+        self._uses[chosen] = uses
         self.num_tokens += num_tokens
 
     def sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Distinct experts summed over all windows of each length in WINDOWS, and the number of these windows."""
         windows = np.array(WINDOWS, np.int64)
-        longer_count = self._count.sum() - np.cumsum(self._count)[:-1]
-        longer_total = self._total.sum() - np.cumsum(self._total)[:-1]
+        longer_count = self._gap_count.sum() - np.cumsum(self._gap_count)[:-1]
+        longer_total = self._gap_total.sum() - np.cumsum(self._gap_total)[:-1]
         absent = longer_total - windows * longer_count
         used = self._first > 0
         for ends in (self._first[used], self.num_tokens + 1 - self._last[used]):
@@ -95,17 +142,36 @@ class ReuseGaps:
         num_windows = np.maximum(self.num_tokens - windows + 1, 0)
         return np.where(num_windows > 0, used.sum() * num_windows - absent, 0), num_windows
 
+    def aged_sums(self) -> tuple[Floats, Floats, int]:
+        """Experts up to each of AGES summed over tokens, uses of experts up to each, and the number of these tokens."""
+        used = self._first > 0
+        ends = np.full(int(used.sum()), self.num_tokens)
+        resident, _ = _ages(self._last[used], ends, self._uses[used])
+        return self._resident + resident, self._found, max(0, self.num_tokens - _WARM_TURNS)
+
+
+def _ages(begins: NDArray[np.int64], ends: NDArray[np.int64], uses: Floats) -> tuple[Floats, Floats]:
+    """Tokens after `begins` up to `ends` that find experts no older than each of AGES, and how many of `ends` do."""
+    youngest = -BONUS_TURNS * np.log2(np.maximum(uses, 1.0))
+    turns = np.floor((np.array(AGES)[:, None] - youngest) / _GROWTH)
+    last = np.minimum(begins + turns, ends)
+    tokens = np.maximum(last - np.maximum(begins, _WARM_TURNS), 0).sum(axis=1)
+    counted = ends > _WARM_TURNS
+    return tokens, ((begins + turns >= ends) & counted).sum(axis=1).astype(np.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
-    """Mean distinct experts of each layer in T tokens, for T in `windows`.
-
-    `windows` begins at 1 and ends at the longest window that was counted; a longer one is extrapolated. In JSON:
+    """What the layers of a model ask for, by window and by age. In JSON, with a layer's number in the model as its key:
 
         {"format": "argosy-working-set-1", "num_experts": 128, "experts_per_token": 8, "tokens": 51200,
-         "windows": [1, 2, 3, 4, ...], "layers": {"0": [8.0, 12.1, ...], "1": ...}}
+         "windows": [1, 2, 3, 4, ...], "ages": [-18, -17, ...],
+         "layers": {"0": {"distinct": [8.0, 12.1, ...], "resident": [0.1, ...], "found": [0.1, ...]}, "1": ...}}
 
-    with a layer's number in the model as its key: layers without routed experts are absent.
+    windows: the beginning of WINDOWS, up to the longest that was counted.
+    distinct: mean distinct experts in each of `windows`.
+    resident, found: means over tokens: experts up to each of AGES before the token, and how many of them it chooses.
+        None if the recording is too short, and in a prior.
     """
 
     num_experts: int
@@ -113,7 +179,9 @@ class WorkingSet:
     num_tokens: int  # counted; 0 for a prior
     windows: tuple[int, ...]
     layers: tuple[int, ...]
-    distinct: NDArray[np.float64]  # [layers, windows]
+    distinct: Floats  # [layers, windows]
+    resident: Floats | None = None  # [layers, ages]
+    found: Floats | None = None
 
     @classmethod
     def of(
@@ -133,6 +201,12 @@ class WorkingSet:
         num_windows = np.sum([counted for _, counted in sums[0]], axis=0)
         kept = [i for i, count in enumerate(num_windows) if count > 0]
         distinct = np.array([sum(found for found, _ in timelines) for timelines in sums], np.float64)
+        aged = [[gaps.aged_sums() for gaps in layers[number]] for number in numbers]
+        num_aged = sum(counted for *_, counted in aged[0])
+        resident, found = (
+            np.array([sum(sums[i] for sums in timelines) for timelines in aged]) / max(1, num_aged)
+            for i in (0, 1)
+        )
         return cls(
             num_experts,
             experts_per_token,
@@ -140,18 +214,27 @@ class WorkingSet:
             tuple(WINDOWS[i] for i in kept),
             tuple(numbers),
             distinct[:, kept] / num_windows[kept],
+            resident if num_aged else None,
+            found if num_aged else None,
         )
 
     def as_dict(self) -> dict[str, object]:
+        def rows(values: Floats) -> list[list[float]]:
+            return [[round(value, 4) for value in row] for row in values.tolist()]
+
+        curves = {"distinct": rows(self.distinct)}
+        if self.resident is not None and self.found is not None:
+            curves |= {"resident": rows(self.resident), "found": rows(self.found)}
         return {
             "format": _FORMAT,
             "num_experts": self.num_experts,
             "experts_per_token": self.experts_per_token,
             "tokens": self.num_tokens,
             "windows": list(self.windows),
+            **({"ages": list(AGES)} if self.resident is not None else {}),
             "layers": {
-                str(layer): [round(value, 4) for value in row]
-                for layer, row in zip(self.layers, self.distinct.tolist(), strict=True)
+                str(layer): {name: values[i] for name, values in curves.items()}
+                for i, layer in enumerate(self.layers)
             },
         }
 
@@ -179,31 +262,49 @@ def _checked(value: object) -> WorkingSet:
     experts_per_token = _whole(value, "experts_per_token", 1, num_experts)
     num_tokens = _whole(value, "tokens", 1, 1 << 60)
     windows = value.get("windows")
-    if not isinstance(windows, list) or tuple(windows) != WINDOWS[: len(windows)] or not windows:
+    if not isinstance(windows, list) or not windows or windows != list(WINDOWS[: len(windows)]):
         raise JsonError(f"has `windows` other than the first of {WINDOWS[:4]}...")
+    ages = value.get("ages")
+    if ages is not None and ages != list(AGES):
+        raise JsonError(f"has `ages` other than {AGES[0]} to {AGES[-1]}")
     layers = value.get("layers")
-    if not isinstance(layers, dict) or not 1 <= len(layers) <= 4096:
-        raise JsonError("has no `layers`, or more than 4096")
-    curves: dict[int, NDArray[np.float64]] = {}
-    for name, row in layers.items():
-        if not name.isascii() or not name.isdigit() or len(name) > 4 or name != str(int(name)):
-            raise JsonError("has a layer whose name is not its number")
-        is_curve = isinstance(row, list) and len(row) == len(windows)
-        if not is_curve or not all(type(item) in (int, float) for item in row):
-            raise JsonError(f"has no number for each of `windows` in layer {name}")
-        curve = np.array(row, np.float64)
-        if np.any(np.diff(curve) < 0) or curve[0] < 0 or curve[-1] > num_experts + 0.001:
-            raise JsonError(f"has numbers in layer {name} that do not rise from 0 to at most {num_experts}")
-        curves[int(name)] = curve
-    numbers = sorted(curves)
+    if not isinstance(layers, dict) or not 1 <= len(layers) <= _MOST_LAYERS:
+        raise JsonError(f"has no `layers`, or more than {_MOST_LAYERS}")
+    names = sorted(layers, key=_layer_number)
+
+    def curve(key: str, num_points: int, most: float) -> Floats:
+        return np.stack([_rising(layers[name], name, key, num_points, most) for name in names])
+
     return WorkingSet(
         num_experts,
         experts_per_token,
         num_tokens,
         tuple(windows),
-        tuple(numbers),
-        np.stack([curves[number] for number in numbers]),
+        tuple(_layer_number(name) for name in names),
+        curve("distinct", len(windows), num_experts),
+        None if ages is None else curve("resident", len(AGES), num_experts),
+        None if ages is None else curve("found", len(AGES), experts_per_token),
     )
+
+
+def _layer_number(name: str) -> int:
+    if not name.isascii() or not name.isdigit() or len(name) > 4 or name != str(int(name)):
+        raise JsonError("has a layer whose name is not its number")
+    return int(name)
+
+
+def _rising(layer: object, name: str, key: str, num_points: int, most: float) -> Floats:
+    row = layer.get(key) if isinstance(layer, dict) else None
+    if (
+        not isinstance(row, list)
+        or len(row) != num_points
+        or not all(type(item) in (int, float) for item in row)
+    ):
+        raise JsonError(f"has no list of {num_points} numbers as `{key}` of layer {name}")
+    curve = np.array(row, np.float64)
+    if np.any(np.diff(curve) < 0) or curve[0] < 0 or curve[-1] > most + 0.001:
+        raise JsonError(f"has numbers as `{key}` of layer {name} that do not rise from 0 to at most {most}")
+    return curve
 
 
 def _whole(value: Mapping[str, object], key: str, least: int, most: int) -> int:
