@@ -28,6 +28,7 @@ SCRIPTS = (
     "busy",
     "footprint",
     "replay",
+    "hit_rate",
     "memory",
     "media_memory",
     "beside_encode",

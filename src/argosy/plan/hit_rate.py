@@ -25,7 +25,7 @@ Elsewhere: `benchmarks/hit_rate.py` compares predictions with the cache itself o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,14 @@ Floats = NDArray[np.float64]
 
 # Two points for each doubling: 1 2 3 4 6 8 12 ... 16384.
 WINDOWS: tuple[int, ...] = tuple(sorted({1} | {2**n for n in range(1, 15)} | {3 * 2**n for n in range(13)}))
+# Measured on recorded answers (`benchmarks/hit_rate.py`), and published spreads of hit rates at one size.
+RECORDED_ERROR, PRIOR_ERROR = 0.03, 0.10
+# Hit rate by share of experts with a slot, for models of which nothing is recorded: fine-grained ones (Qwen3-30B in six
+# domains, GLM-5.2 in service, recorded answers) and Mixtral 8x7B (https://pypi.org/project/moe-policylang/), which
+# balances its eight experts.
+_FINE = ((0.0, 0.03, 0.06, 0.12, 0.25, 0.5, 0.76, 1.0), (0.0, 0.13, 0.35, 0.57, 0.70, 0.89, 0.97, 1.0))
+_COARSE = ((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.195, 0.464, 0.71, 1.0))
+_FEWEST_FINE, _MOST_COARSE = 64, 16  # experts of a layer
 # Ages in turns of a layer, below zero for experts that were used often.
 AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if window > 8))
 
@@ -67,9 +75,10 @@ class ReuseGaps:
     token has number 1), and `rest` is `tokens + 1` minus the number of its last. For each T the gaps longer than T
     need only their count and their sum; they are kept for each interval between two neighbours in WINDOWS.
 
-    **Ages.** A use at token a gives an expert the age -BONUS_TURNS * log2(uses), with uses that count half after
-    HALF_LIFE_TURNS, and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS. So how many of the tokens until its
-    next use find it no older than each of AGES is a quotient, and whether the next use does is a comparison.
+    **Ages.** A use gives an expert the age -BONUS_TURNS * log2(uses), with uses that count half after HALF_LIFE_TURNS,
+    and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS until its next use. How long it was no older than an
+    age follows from its ages at both ends of that time; as above, their number and their sum between two neighbours in
+    AGES are enough. Time is continuous in this, so an expert may count for up to half a token more or less.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -81,8 +90,7 @@ class ReuseGaps:
             len(WINDOWS) + 1, np.int64
         )  # in (WINDOWS[i-1], WINDOWS[i]]
         self._gap_total: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
-        self._resident: Floats = np.zeros(len(AGES))  # experts up to each age, summed over tokens
-        self._found: Floats = np.zeros(len(AGES))  # uses of experts up to each age
+        self._ages = _AgeSums()
 
     def count(self, experts: NDArray[np.integer[Any]]) -> None:
         """Count the next tokens.
@@ -121,9 +129,7 @@ class ReuseGaps:
         earlier_uses = np.empty_like(uses)
         earlier_uses[1:] = uses[:-1]
         earlier_uses[starts] = self._uses[chosen[starts]]
-        resident, found = _ages(earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat])
-        self._resident += resident
-        self._found += found
+        self._ages.add(earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat], is_used=True)
 
         self._first[chosen[~is_repeat]] = times[~is_repeat]
         self._last[chosen] = times  # the latest of each expert is written last
@@ -145,19 +151,49 @@ class ReuseGaps:
     def aged_sums(self) -> tuple[Floats, Floats, int]:
         """Experts up to each of AGES summed over tokens, uses of experts up to each, and the number of these tokens."""
         used = self._first > 0
-        ends = np.full(int(used.sum()), self.num_tokens)
-        resident, _ = _ages(self._last[used], ends, self._uses[used])
-        return self._resident + resident, self._found, max(0, self.num_tokens - _WARM_TURNS)
+        ages = self._ages.copy()
+        ages.add(self._last[used], np.full(int(used.sum()), self.num_tokens), self._uses[used], is_used=False)
+        return *ages.curves(), max(0, self.num_tokens - _WARM_TURNS)
 
 
-def _ages(begins: NDArray[np.int64], ends: NDArray[np.int64], uses: Floats) -> tuple[Floats, Floats]:
-    """Tokens after `begins` up to `ends` that find experts no older than each of AGES, and how many of `ends` do."""
-    youngest = -BONUS_TURNS * np.log2(np.maximum(uses, 1.0))
-    turns = np.floor((np.array(AGES)[:, None] - youngest) / _GROWTH)
-    last = np.minimum(begins + turns, ends)
-    tokens = np.maximum(last - np.maximum(begins, _WARM_TURNS), 0).sum(axis=1)
-    counted = ends > _WARM_TURNS
-    return tokens, ((begins + turns >= ends) & counted).sum(axis=1).astype(np.float64)
+class _AgeSums:
+    """Sums over times from a use of an expert to the next: how long it was no older than each of AGES.
+
+    It ages from `youngest` to `oldest`. Up to an age A it counts for max(0, A - youngest) - max(0, A - oldest), divided
+    by what it ages in a token. The number and the sum of both ends, by interval of AGES, give this for every A.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((2, len(AGES) + 1))  # youngest, oldest; in (AGES[i-1], AGES[i]]
+        self._totals = np.zeros((2, len(AGES) + 1))
+        self._used = np.zeros(len(AGES) + 1)  # by age at the next use
+
+    def copy(self) -> _AgeSums:
+        other = _AgeSums()
+        other._counts, other._totals, other._used = self._counts.copy(), self._totals.copy(), self._used
+        return other
+
+    def add(self, begins: NDArray[np.int64], ends: NDArray[np.int64], uses: Floats, *, is_used: bool) -> None:
+        """Add times after tokens `begins` up to tokens `ends`, which use the expert again if `is_used`."""
+        counted = ends > _WARM_TURNS
+        begins, ends, uses = begins[counted], ends[counted], uses[counted]
+        fresh = -BONUS_TURNS * np.log2(np.maximum(uses, 1.0))
+        ages = fresh + (np.stack([np.maximum(begins, _WARM_TURNS), ends]) - begins) * _GROWTH
+        if is_used:
+            used = np.searchsorted(AGES, ages[1], side="left")
+            self._used += np.bincount(used, minlength=len(self._used))
+        ages += _GROWTH / 2  # a token is at the middle of the time that it stands for
+        for end in range(2):
+            places = np.searchsorted(AGES, ages[end], side="left")
+            self._counts[end] += np.bincount(places, minlength=len(AGES) + 1)
+            self._totals[end] += np.bincount(places, weights=ages[end], minlength=len(AGES) + 1)
+
+    def curves(self) -> tuple[Floats, Floats]:
+        counts, totals = np.cumsum(self._counts, axis=1)[:, :-1], np.cumsum(self._totals, axis=1)[:, :-1]
+        up_to = np.array(AGES) * counts - totals
+        return np.maximum.accumulate(np.maximum(up_to[0] - up_to[1], 0.0) / _GROWTH), np.cumsum(self._used)[
+            :-1
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +253,100 @@ class WorkingSet:
             resident if num_aged else None,
             found if num_aged else None,
         )
+
+    @classmethod
+    def prior(cls, layers: Sequence[int], *, num_experts: int, experts_per_token: int) -> WorkingSet:
+        """What is likely for a model of which nothing is recorded: the curve whose hit rates are the published ones."""
+        fineness = np.log(num_experts / _MOST_COARSE) / np.log(_FEWEST_FINE / _MOST_COARSE)
+        fineness = min(1.0, max(0.0, float(fineness)))
+        distinct = [float(experts_per_token)]
+        for _ in range(WINDOWS[-1] - 1):
+            share = distinct[-1] / num_experts
+            hit_rate = fineness * np.interp(share, *_FINE) + (1.0 - fineness) * np.interp(share, *_COARSE)
+            distinct.append(
+                min(float(num_experts), distinct[-1] + experts_per_token * (1.0 - float(hit_rate)))
+            )
+        row = np.array(distinct)[np.array(WINDOWS) - 1]
+        return cls(num_experts, experts_per_token, 0, WINDOWS, tuple(layers), np.tile(row, (len(layers), 1)))
+
+    @property
+    def error(self) -> float:
+        """By how much a hit rate of a workload like the recorded one may be wrong; for a prior, of any workload."""
+        return RECORDED_ERROR if self.num_tokens else PRIOR_ERROR
+
+    def distinct_in(self, num_tokens: float) -> Floats:
+        """Mean distinct experts [layers] in that many tokens."""
+        rows = np.maximum(self.distinct, 1e-9)
+        if len(self.windows) == 1:
+            return np.minimum(rows[:, 0] * num_tokens, self.num_experts)
+        times = np.log(self.windows)
+        at = float(np.log(num_tokens))
+        right = int(np.clip(np.searchsorted(times, at), 1, len(times) - 1))
+        # W grows like a power of T between two points; beyond the last, as before it.
+        share = (at - times[right - 1]) / (times[right] - times[right - 1])
+        logs = np.log(rows[:, right - 1]) * (1.0 - share) + np.log(rows[:, right]) * share
+        return np.asarray(np.minimum(np.exp(logs), self.num_experts))
+
+    def of_streams(self, num_streams: int) -> tuple[WorkingSet, WorkingSet]:
+        """The same for steps of `num_streams` sequences at once: on one subject, and on unrelated ones.
+
+        `experts_per_token` stays what one token chooses; `distinct_in(1)` is what a step asks for.
+        """
+        if num_streams == 1:
+            return self, self
+        together = np.stack([self.distinct_in(num_streams * window) for window in self.windows], axis=1)
+        apart = self.num_experts * (1.0 - (1.0 - self.distinct / self.num_experts) ** num_streams)
+        return (
+            replace(self, distinct=together, resident=None, found=None),
+            replace(self, distinct=apart, resident=None, found=None),
+        )
+
+    def lru_hit_rate(self, num_slots: float) -> float:
+        """Hit rate of a cache that evicts the least recently used expert of all layers.
+
+        It is 0 when all other layers fill the cache before a layer has its next turn.
+        """
+        one_layer = float(self.distinct_in(1).mean())
+        left = num_slots - (len(self.layers) - 1) * one_layer
+        return self._lru(max(num_slots, len(self.layers) * one_layer)) * float(
+            np.clip(left / one_layer, 0, 1)
+        )
+
+    def hit_rate(self, num_slots: float) -> float:
+        """Hit rate of the engine's cache with that many slots, warm."""
+        if num_slots >= len(self.layers) * self.num_experts:
+            return 1.0
+        if self.resident is None or self.found is None:
+            return self._lru(num_slots)
+        # A layer keeps its last experts, so its share of a full cache never falls below this.
+        floor = min(self.experts_per_token, num_slots // len(self.layers))
+        kept = np.maximum(self.resident, floor)
+        found = np.stack(
+            [
+                np.maximum(uses, np.interp(floor, ages, uses))
+                for ages, uses in zip(self.resident, self.found, strict=True)
+            ]
+        )
+        totals, uses = kept.sum(axis=0), found.sum(axis=0) / (self.experts_per_token * len(self.layers))
+        rate = float(np.interp(num_slots, totals, uses))
+        if np.interp(num_slots, totals, AGES) < 0:
+            # A missing expert is older than all that stay, but it takes a slot until the next layer needs it.
+            rate = float(np.interp(num_slots - self.experts_per_token * (1.0 - rate), totals, uses))
+        return rate
+
+    def _lru(self, num_slots: float) -> float:
+        one, two = self.distinct_in(1).sum(), self.distinct_in(2).sum()
+        if num_slots < one:  # part of the last token's experts are left
+            return float(num_slots / one * (1.0 - (two - one) / one))
+        shortest, longest = 0.0, np.log(4.0 * WINDOWS[-1])
+        for _ in range(40):
+            middle = (shortest + longest) / 2
+            if self.distinct_in(np.exp(middle)).sum() < num_slots:
+                shortest = middle
+            else:
+                longest = middle
+        tokens = float(np.exp(shortest))
+        return float(1.0 - (self.distinct_in(tokens + 1.0).sum() - self.distinct_in(tokens).sum()) / one)
 
     def as_dict(self) -> dict[str, object]:
         def rows(values: Floats) -> list[list[float]]:
