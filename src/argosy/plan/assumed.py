@@ -1,0 +1,62 @@
+"""Describe the files of a model of which only the geometry is known, as `argosy pack` would write them.
+
+    ModelConfig, format  ->  assume_pack  ->  ModelFiles without files
+
+Its dense weights, records and caches have the sizes of a real pack, so the same code plans memory and speed.
+
+Elsewhere: `checkpoint/pack.py` writes packs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, MatrixRef, ModelFiles, Piece, matrix_bytes
+from argosy.checkpoint.geometry import (
+    count_parameters,
+    dense_shapes,
+    expert_shapes,
+    packed_config,
+    packed_format,
+)
+from argosy.checkpoint.manifest import MATRIX_ALIGNMENT, round_up
+from argosy.config import Format, ModelConfig
+
+PACK_FORMATS: tuple[Format, ...] = ("q4", "q8", "bf16")
+_PAGE = 4096
+
+
+def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
+    """The files of a pack of that geometry.
+
+    Args:
+        format: one of PACK_FORMATS.
+        path: what the config was read from.
+    """
+    config = packed_config(config)
+    dense: dict[str, MatrixRef] = {}
+    end = 0
+    for name, shape in dense_shapes(config):
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        stored = packed_format(name, format, config)
+        nbytes = matrix_bytes(stored, rows, cols)
+        dense[name] = MatrixRef(name, path, end, nbytes, stored, rows, cols)
+        end += round_up(nbytes, _PAGE)
+    matrices: list[ExpertMatrix] = []
+    record_bytes = 0
+    for rows, cols in expert_shapes(config):
+        matrices.append(ExpertMatrix(0, record_bytes, format, rows, cols))
+        record_bytes += round_up(matrix_bytes(format, rows, cols), MATRIX_ALIGNMENT)
+    record_bytes = round_up(record_bytes, _PAGE)
+    experts: dict[tuple[int, int], ExpertRecord] = {}
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
+            piece = Piece(path, len(experts) * record_bytes, record_bytes, checksum=0)
+            experts[layer, expert] = ExpertRecord((piece,), *matrices)
+    return ModelFiles(path, config, dense, experts, is_packed=True)
+
+
+def active_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of a model, and those that a token reads: of a separate embedding table it reads one row."""
+    everything, active = count_parameters(config)
+    return everything, active - (0 if config.is_embedding_tied else config.vocab_size * config.hidden_size)
