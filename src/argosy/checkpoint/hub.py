@@ -1,0 +1,318 @@
+"""Read parts of files on the Hugging Face Hub, or on any https server that answers range requests.
+
+    OWNER/NAME, https://...  ->  Source  ->  Hub: names of files, and byte ranges of them
+
+Nothing a server says is trusted. Addresses are https, unless the host is this machine; so are redirects, of which few
+are followed, and the token goes to no other host. The size of each answer is checked before it is read, all answers
+together are bounded, and a request ends after a minute, however slowly bytes come. HF_ENDPOINT names another hub, and
+HF_TOKEN is sent to it; neither is logged or printed.
+
+Elsewhere: `model/remote.py` reads headers of models with it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import IO, NamedTuple
+
+from argosy.checkpoint.untrusted_file import quote
+from argosy.errors import CheckpointError, FetchFailed, UsageError
+from argosy.strict_json import JsonError, parse_json
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+_REQUEST_S = 60.0
+_MOST_REDIRECTS = 4
+_LIST_BYTES = 2 << 20  # of the answer with the names of a repository's files
+_LARGEST_FILE = 1 << 50
+_MOST_NAMES = 10_000
+_READ_BYTES = 1 << 16
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_HUB_NAME = re.compile(rf"({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
+_PATH = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+")
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A repository of a hub, or one file.
+
+    url: of the hub or, without `repository`, of the file.
+    part: which of a repository's GGUF files, a piece of its name such as Q4_K_M; "" leaves it open.
+    """
+
+    url: str
+    repository: str = ""
+    part: str = ""
+
+    @classmethod
+    def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
+        """What `text` names on a hub; None if it has the form of neither OWNER/NAME nor an address.
+
+        Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
+
+        Raises:
+            UsageError: it is an address that is not read.
+        """
+        environment = os.environ if environment is None else environment
+        if found := _HUB_NAME.fullmatch(text):
+            endpoint = environment.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
+            return cls(_checked_address(endpoint.rstrip("/"), "HF_ENDPOINT"), found[1], found[2] or "")
+        if not re.match(r"https?://", text):
+            return None
+        url = _checked_address(text, "the address")
+        parts = urllib.parse.urlsplit(url)
+        if parts.path.endswith(".gguf"):
+            return cls(url)
+        if repository := _HUB_NAME.fullmatch(parts.path.strip("/")):
+            return cls(f"{parts.scheme}://{parts.netloc}", repository[1], repository[2] or "")
+        raise UsageError(
+            f"'{quote(text)}' is no address of a model",
+            hint="give https://HUB/OWNER/NAME, or the address of a .gguf file",
+        )
+
+
+def _checked_address(url: str, what: str) -> str:
+    """`url`, if it is one that may be opened.
+
+    Raises:
+        UsageError: it may not; the message does not repeat what may be a secret.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urllib.parse.urlsplit(""), None
+    if not host or parts.username is not None or parts.query or parts.fragment or not url.isascii():
+        raise UsageError(f"{what} must have the form https://HOST/PATH, without user, query or fragment")
+    if parts.path and not _PATH.fullmatch(parts.path.rstrip("/") or "/-"):
+        raise UsageError(f"{what} has a path with characters that are not allowed")
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_this_machine(host)):
+        raise UsageError(f"{what} must begin with https://, found {quote(parts.scheme)}://")
+    return url
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Range(NamedTuple):
+    """Bytes of a file from an offset, and the size of the whole file."""
+
+    data: bytes
+    file_bytes: int
+
+
+class Hub:
+    """Reads of one source, all together at most `most_bytes`. Safe to use from several threads.
+
+    Args:
+        token: sent to the source's host alone; None: HF_TOKEN, or none.
+    """
+
+    def __init__(self, source: Source, *, most_bytes: int, token: str | None = None) -> None:
+        self.source = source
+        self.bytes_read = 0
+        self._most_bytes = most_bytes
+        self._lock = Lock()
+        token = os.environ.get("HF_TOKEN", "").strip() if token is None else token
+        if not all("!" <= character <= "~" for character in token):
+            raise UsageError("HF_TOKEN must be one line of printable characters without spaces")
+        # A token is for a hub, and not for any server whose file is named.
+        self._redirects = _Redirects(source.url, token if source.repository else "")
+        self._opener = urllib.request.build_opener(self._redirects)
+
+    def names(self) -> tuple[str, list[str]]:
+        """The revision that a repository's main branch stands at, and the names of its files.
+
+        Raises:
+            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed.
+        """
+        data, _ = self._fetch(f"{self.source.url}/api/models/{self.source.repository}", None, _LIST_BYTES)
+        try:
+            answer = parse_json(data)
+        except JsonError as error:
+            raise self._lie(f"its list of files {error.fault}") from error
+        if not isinstance(answer, dict):
+            raise self._lie("its list of files is no object")
+        revision, siblings = answer.get("sha"), answer.get("siblings")
+        if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40,64}", revision):
+            raise self._lie("its list of files has no revision")
+        if not isinstance(siblings, list) or len(siblings) > _MOST_NAMES:
+            raise self._lie(f"its list of files is missing, or has more than {_MOST_NAMES}")
+        names = [sibling.get("rfilename") if isinstance(sibling, dict) else None for sibling in siblings]
+        # A name that could not be part of an address is no file of a model.
+        return revision, [name for name in names if isinstance(name, str) and _PATH.fullmatch("/" + name)]
+
+    def url_of(self, revision: str, name: str) -> str:
+        return f"{self.source.url}/{self.source.repository}/resolve/{revision}/{name}"
+
+    def read(self, url: str, start: int, nbytes: int) -> Range:
+        """At most `nbytes` bytes of a file from `start` on, fewer only at its end.
+
+        Raises:
+            FetchFailed: it cannot be read.   CheckpointError: the server's answer contradicts itself.
+        """
+        return self._fetch(url, start, nbytes)
+
+    def read_all(self, url: str, most_bytes: int) -> bytes:
+        """A whole small file.
+
+        Raises:
+            The same errors as `read`, also if the file is larger.
+        """
+        data, file_bytes = self._fetch(url, 0, most_bytes)
+        if len(data) != file_bytes:
+            raise self._lie(f"{_name(url)} is {file_bytes} bytes long; at most {most_bytes} are read")
+        return data
+
+    def _fetch(self, url: str, start: int | None, most_bytes: int) -> Range:
+        """Bytes of a file from `start` on, or a whole answer if `start` is None."""
+        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "argosy"})
+        if start is not None:
+            request.add_header("Range", f"bytes={start}-{start + most_bytes - 1}")
+        self._redirects.authorize(request)
+        deadline = time.monotonic() + _REQUEST_S
+        try:
+            with self._opener.open(request, timeout=_REQUEST_S) as response:
+                expected, file_bytes = self._announced(response, url, start, most_bytes)
+                with self._lock:
+                    if self.bytes_read + expected > self._most_bytes:
+                        raise self._lie(
+                            f"its headers are larger than the {self._most_bytes} bytes that are read of a model"
+                        )
+                    self.bytes_read += expected
+                return Range(self._body(response, url, expected, deadline), file_bytes)
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise self._refusal(error.code, url) from None
+        except TimeoutError:
+            raise self._failed(url, f"no answer within {_REQUEST_S:.0f} s") from None
+        except urllib.error.URLError as error:
+            raise self._failed(url, quote(str(error.reason))) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._failed(url, quote(str(error)) or type(error).__name__) from None
+
+    def _announced(
+        self, response: http.client.HTTPResponse, url: str, start: int | None, most_bytes: int
+    ) -> tuple[int, int]:
+        """How many bytes of the answer to read, and the size of the file, both proved to be plausible."""
+        length = response.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,18}", length):
+            raise self._lie(f"{_name(url)} comes without its length")
+        if start is None:
+            if int(length) > most_bytes:
+                raise self._lie(f"its answer is {length} bytes long; at most {most_bytes} are read")
+            return int(length), int(length)
+        if response.status == http.HTTPStatus.OK:  # the whole file, whose beginning is enough
+            if start:
+                raise self._failed(url, "the server does not answer range requests")
+            return min(int(length), most_bytes), int(length)
+        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT or found is None:
+            raise self._lie(f"{_name(url)} comes with status {response.status} and no Content-Range")
+        first, last, file_bytes = map(int, found.groups())
+        expected = min(most_bytes, file_bytes - start)
+        if (
+            first != start
+            or last != start + expected - 1
+            or int(length) != expected
+            or file_bytes > _LARGEST_FILE
+        ):
+            raise self._lie(
+                f"{_name(url)}: bytes {start} to {start + most_bytes - 1} were asked for, and {found[0]} of length "
+                f"{length} comes"
+            )
+        return expected, file_bytes
+
+    def _body(self, response: IO[bytes], url: str, expected: int, deadline: float) -> bytes:
+        parts: list[bytes] = []
+        left = expected
+        while left:
+            if time.monotonic() > deadline:
+                raise self._failed(url, f"it took more than {_REQUEST_S:.0f} s")
+            part = response.read(min(left, _READ_BYTES))
+            if not part:
+                raise self._failed(url, f"the connection ended {left} bytes early")
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def _refusal(self, status: int, url: str) -> FetchFailed | CheckpointError:
+        what = self.source.repository or _name(self.source.url)
+        if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            return FetchFailed(
+                f"{what} is not public, or does not exist: the server answers {status}",
+                hint="set HF_TOKEN to a token that may read it",
+                what=what,
+            )
+        if status == http.HTTPStatus.NOT_FOUND:
+            return CheckpointError(f"{what} has no {_name(url)}: the server answers 404", path=url)
+        if status == http.HTTPStatus.TOO_MANY_REQUESTS:
+            return FetchFailed(
+                f"{what}: the server answers 429, too many requests", hint="try again later", what=what
+            )
+        return self._failed(url, f"the server answers {status}")
+
+    def _failed(self, url: str, why: str) -> FetchFailed:
+        what = self.source.repository or _name(self.source.url)
+        return FetchFailed(f"{_name(url)} of {what} cannot be fetched: {why}", what=what)
+
+    def _lie(self, sentence: str) -> CheckpointError:
+        what = self.source.repository or _name(self.source.url)
+        return CheckpointError(f"{what}: {sentence}", path=self.source.url)
+
+
+def _name(url: str) -> str:
+    return urllib.parse.urlsplit(url).path.rpartition("/")[2]
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows few redirects, to https alone; the token goes to the first host alone."""
+
+    max_redirections = _MOST_REDIRECTS
+
+    def __init__(self, url: str, token: str) -> None:
+        self._origin = _origin(url)
+        self._token = token
+
+    def authorize(self, request: urllib.request.Request) -> None:
+        if self._token and _origin(request.full_url) == self._origin:
+            # Unredirected headers do not follow to another host.
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:  # fmt: skip
+        parts = urllib.parse.urlsplit(newurl)
+        is_local = _is_this_machine(self._origin[1]) and _is_this_machine(parts.hostname or "")
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
+            raise FetchFailed(
+                f"the server redirects to {quote(parts.scheme)}://{quote(parts.hostname or '')}; only https is opened",
+                what=_name(req.full_url),
+            )
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            self.authorize(request)
+        return request
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port

@@ -1,0 +1,355 @@
+"""Read the headers of a model that is not on this machine: a few megabytes, however large it is.
+
+    OWNER/NAME, https://...  ->  fetch_headers  ->  a directory of files with holes  ->  open_model, as for any model
+
+Each file in the directory begins with the header of the remote one and is as long, but takes no room: what follows is a
+hole. So every check of a model on disk is made on these, too. `config.json` comes whole.
+
+Tensors of safetensors shards are listed in one file. If the headers of all shards are larger than what is read, those
+of the first ones and the last are, and a layer of which tensors are missing is taken to be like the others of its kind;
+`RemoteHeaders.num_read` says so.
+
+Elsewhere: `checkpoint/hub.py` reads ranges of remote files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from argosy.checkpoint.gguf import GGUF_SUFFIX, read_gguf
+from argosy.checkpoint.hub import Hub, Source
+from argosy.checkpoint.safetensors import (
+    DTYPE_BITS,
+    HEADER_LIMIT_BYTES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorRef,
+    read_header,
+)
+from argosy.checkpoint.untrusted_file import parse_object, quote
+from argosy.config import LayerConfig, ModelConfig
+from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
+from argosy.model.families import CONFIG_FILE, GENERATION_FILE, read_config
+
+Progress = Callable[[str, float], None]
+
+SAFETENSORS_BYTES = 7 << 20  # read of a model as safetensors, config.json and lists of files included
+GGUF_BYTES = 32 << 20  # a header has the vocabulary: 6 to 12 MB
+_CONFIG_BYTES = 1 << 20
+_INDEX_BYTES = 512 << 10  # a larger list of tensors repeats what the headers say, at half of what is read
+_HEADER_BYTES = 6 << 20  # of all shards together
+_FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # of a model's first part, and of the others
+_NUM_AT_ONCE = 8
+_MOST_SHARDS = 2000
+_SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors")
+_GGUF_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_LAYER = re.compile(r"(.*?\blayers\.)(\d{1,6})(\..+)")
+_EXPERT = re.compile(r"(.*\bexperts\.)(\d{1,6})(\..+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHeaders:
+    """The headers of a remote model.
+
+    path: what `open_model` opens.
+    file_bytes: of all the model's files with weights.
+    num_shards, num_read: files with weights, and those of which the header was read.
+    tokenizer_bytes: of its tokenizer.json; 0: it has none, or it is in the GGUF file.
+    """
+
+    path: Path
+    file_bytes: int
+    num_shards: int
+    num_read: int
+    bytes_read: int
+    tokenizer_bytes: int
+
+
+@contextmanager
+def fetch_headers(source: Source, *, progress: Progress | None = None) -> Iterator[RemoteHeaders]:
+    """Fetch the headers of a model into a directory that lasts as long as the context.
+
+    Raises:
+        FetchFailed: the server cannot be reached, or refuses.
+        CheckpointError: there is no model, or an answer is malformed or contradicts itself.
+        UsageError: a repository has several GGUF files, and the source does not say which.
+    """
+    with tempfile.TemporaryDirectory(prefix="argosy-headers-") as directory:
+        yield _fetch(source, Path(directory), progress or (lambda what, share: None))
+
+
+def _fetch(source: Source, directory: Path, tell: Progress) -> RemoteHeaders:
+    tell("reading headers", 0.0)
+    if not source.repository:
+        hub = Hub(source, most_bytes=GGUF_BYTES)
+        stem = source.url.rpartition("/")[0]
+        return _fetch_gguf(hub, [source.url.rpartition("/")[2]], lambda name: f"{stem}/{name}", directory)
+    listing = Hub(source, most_bytes=GGUF_BYTES)
+    revision, names = listing.names()
+
+    def url_of(name: str) -> str:
+        return listing.url_of(revision, name)
+
+    gguf = [name for name in names if name.endswith(GGUF_SUFFIX) and "mmproj" not in name.rpartition("/")[2]]
+    has_tensors = any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
+    if source.part or (gguf and not has_tensors):
+        return _fetch_gguf(listing, _chosen(gguf, source), url_of, directory)
+    hub = Hub(source, most_bytes=SAFETENSORS_BYTES - listing.bytes_read)
+    headers = _fetch_safetensors(hub, names, url_of, directory, tell)
+    tell("done", 1.0)
+    return headers
+
+
+# ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _fetch_safetensors(
+    hub: Hub, names: Sequence[str], url_of: Callable[[str], str], directory: Path, tell: Progress
+) -> RemoteHeaders:
+    if CONFIG_FILE not in names:
+        raise CheckpointError(
+            f"{hub.source.repository} holds no model: looked for {CONFIG_FILE} and for a {GGUF_SUFFIX} file",
+            path=hub.source.url,
+        )
+    for name in (CONFIG_FILE, GENERATION_FILE):
+        if name in names:
+            (directory / name).write_bytes(hub.read_all(url_of(name), _CONFIG_BYTES))
+    _, config = read_config(directory)
+    shards, index = _shards(hub, names, url_of)
+    found, sizes, num_read = _read_shards(hub, shards, url_of, directory, tell)
+    if num_read == len(shards):
+        _require_same_names(index, found)
+    else:
+        found = _completed(found, config)
+    _write_header(directory / SINGLE_FILE, found)
+    tokenizer_bytes = 0
+    if "tokenizer.json" in names:
+        tokenizer_bytes = hub.read(url_of("tokenizer.json"), 0, 1).file_bytes
+    return RemoteHeaders(directory, sum(sizes), len(shards), num_read, hub.bytes_read, tokenizer_bytes)
+
+
+def _shards(
+    hub: Hub, names: Sequence[str], url_of: Callable[[str], str]
+) -> tuple[list[str], Mapping[str, object]]:
+    """The files with weights, and the list of their tensors: empty if there is none, or it is large."""
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE], {}
+    numbered = {int(match[1]): name for name in names if (match := _SHARD.fullmatch(name))}
+    counts = {int(match[2]) for name in names if (match := _SHARD.fullmatch(name))}
+    if (
+        len(counts) != 1
+        or not 1 <= len(numbered) <= _MOST_SHARDS
+        or set(numbered) not in (set(range(1, max(counts) + 1)), set(range(max(counts))))
+    ):
+        raise CheckpointError(
+            f"{hub.source.repository} holds no whole set of safetensors: looked for {SINGLE_FILE}, and for each of "
+            f"model-00001-of-0000N.safetensors; found {len(numbered)}",
+            path=hub.source.url,
+        )
+    index: Mapping[str, object] = {}
+    if INDEX_FILE in names:
+        first = hub.read(url_of(INDEX_FILE), 0, 1)
+        if first.file_bytes <= _INDEX_BYTES:
+            data = hub.read_all(url_of(INDEX_FILE), _INDEX_BYTES)
+            entries = parse_object(data, Path(INDEX_FILE)).get("weight_map")
+            if not isinstance(entries, dict):
+                raise CheckpointError(f"{INDEX_FILE} has no weight_map", path=Path(INDEX_FILE))
+            index = entries
+    return [numbered[number] for number in sorted(numbered)], index
+
+
+def _read_shards(
+    hub: Hub, shards: Sequence[str], url_of: Callable[[str], str], directory: Path, tell: Progress
+) -> tuple[dict[str, TensorRef], list[int], int]:
+    """Tensors by name, the size of every shard, and of how many the header was read.
+
+    Last and first shards come first, because they have the tensors outside layers.
+    """
+    order = [len(shards) - 1, *range(len(shards) - 1)]
+    found: dict[str, TensorRef] = {}
+    sizes = [0] * len(shards)
+    with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
+        starts = pool.map(lambda name: hub.read(url_of(name), 0, 8), shards)
+        lengths = []
+        for number, start in enumerate(starts):
+            lengths.append(_header_bytes(start.data, start.file_bytes, shards[number]))
+            sizes[number] = start.file_bytes
+            tell("reading headers", 0.3 * number / len(shards))
+        chosen: list[int] = []
+        total = 0
+        for number in order:
+            total += lengths[number]
+            if chosen and total > _HEADER_BYTES:
+                break
+            chosen.append(number)
+        headers = pool.map(lambda number: hub.read(url_of(shards[number]), 8, lengths[number]), chosen)
+        for done, (number, header) in enumerate(zip(chosen, headers, strict=True)):
+            path = directory / shards[number]
+            size = lengths[number].to_bytes(8, "little")
+            _write_with_hole(path, size + header.data, sizes[number])
+            for name, ref in read_header(path).items():
+                if name in found:
+                    raise CheckpointError(
+                        f"{shards[number]} holds {quote(name)}, as {found[name].path.name} does"
+                    )
+                found[name] = ref
+            path.unlink()
+            tell("reading headers", 0.3 + 0.7 * done / len(chosen))
+    return found, sizes, len(chosen)
+
+
+def _header_bytes(data: bytes, file_bytes: int, name: str) -> int:
+    """The length of a header, checked before anything is read or allocated for it."""
+    length = int.from_bytes(data, "little")
+    if len(data) < 8 or length > HEADER_LIMIT_BYTES or 8 + length > file_bytes:
+        raise CheckpointError(
+            f"{name} claims a header of {length} bytes; at most {HEADER_LIMIT_BYTES} are read, and the file has "
+            f"{file_bytes}",
+            path=Path(name),
+        )
+    return length
+
+
+def _require_same_names(index: Mapping[str, object], found: Mapping[str, TensorRef]) -> None:
+    for name, shard in index.items():
+        if name not in found or found[name].path.name != shard:
+            where = f"{found[name].path.name} does" if name in found else "no shard does"
+            raise CheckpointError(
+                f"{INDEX_FILE} says that {quote(shard)} holds {quote(name)}, but {where}",
+                path=Path(INDEX_FILE),
+            )
+    if index and len(index) != len(found):
+        extra = next(name for name in found if name not in index)
+        raise CheckpointError(f"{INDEX_FILE} does not list {quote(extra)}", path=Path(INDEX_FILE))
+
+
+_Kind = tuple[str, tuple[int, ...]]  # dtype and shape
+
+
+def _completed(found: Mapping[str, TensorRef], config: ModelConfig) -> dict[str, TensorRef]:
+    """Add the tensors of layers and experts whose headers were not read, as others of their kind have them.
+
+    Layers with equal settings have the same tensors, and so do all experts of a layer.
+    """
+    complete = dict(found)
+    kinds: dict[tuple[str, LayerConfig], dict[str, _Kind]] = {}
+    for name, ref in found.items():
+        if (layer := _LAYER.fullmatch(name)) is None or int(layer[2]) >= config.num_layers:
+            continue
+        tail = _EXPERT.sub(r"\1{}\3", layer[3])
+        kinds.setdefault((layer[1], config.layers[int(layer[2])]), {})[tail] = ref.dtype, ref.shape
+    path = Path(SINGLE_FILE)
+    for prefix in {prefix for prefix, _ in kinds}:
+        for number, settings in enumerate(config.layers):
+            for tail, (dtype, shape) in kinds.get((prefix, settings), {}).items():
+                experts: Sequence[int | None] = range(config.num_experts) if "{}" in tail else (None,)
+                for expert in experts:
+                    name = f"{prefix}{number}{tail.replace('{}', str(expert))}"
+                    if name not in complete:
+                        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+                        complete[name] = TensorRef(name, path, 0, nbytes, dtype, shape)
+    return complete
+
+
+def _write_header(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+    """Write one safetensors file with all the tensors, as a header and a hole."""
+    entries, end = {}, 0
+    for name, ref in tensors.items():
+        entries[name] = {
+            "dtype": ref.dtype, "shape": list(ref.shape), "data_offsets": [end, end + ref.nbytes],
+        }  # fmt: skip
+        end += ref.nbytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    _write_with_hole(path, len(text).to_bytes(8, "little") + text, 8 + len(text) + end)
+
+
+def _write_with_hole(path: Path, beginning: bytes, file_bytes: int) -> None:
+    try:
+        path.write_bytes(beginning)
+        os.truncate(path, file_bytes)
+    except OSError as error:
+        raise DiskFull(
+            f"a file of {file_bytes} bytes, nearly all of it a hole, cannot be made in {path.parent}: {error.strerror}",
+            hint="TMPDIR names another directory",
+            path=path.parent,
+            needed_bytes=len(beginning),
+        ) from error
+
+
+# ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _chosen(names: Sequence[str], source: Source) -> list[str]:
+    """The parts of the one GGUF model that the source names."""
+    wanted = source.part.lower()
+    matching = [name for name in names if wanted in name.lower()]
+    models: dict[str, list[str]] = {}
+    for name in sorted(matching):
+        part = _GGUF_PART.fullmatch(name)
+        models.setdefault(part["stem"] if part else name, []).append(name)
+    if len(models) == 1:
+        parts = next(iter(models.values()))
+        match = _GGUF_PART.fullmatch(parts[0])
+        if match is not None and len(parts) != int(match["count"]):
+            raise CheckpointError(
+                f"{source.repository} has {len(parts)} of the {int(match['count'])} parts of {quote(match['stem'])}",
+                path=source.url,
+            )
+        return parts
+    shown = ", ".join(quote(model.rpartition("/")[2].removesuffix(GGUF_SUFFIX)) for model in list(models)[:8])
+    if not models:
+        raise CheckpointError(
+            f"{source.repository} has no {GGUF_SUFFIX} file with '{quote(source.part)}' in its name",
+            path=source.url,
+        )
+    raise UsageError(
+        f"{source.repository} has {len(models)} models as {GGUF_SUFFIX} files: {shown}",
+        hint=f"name one by a part of its name, for example {source.repository}:Q4_K_M",
+    )
+
+
+def _fetch_gguf(
+    hub: Hub, names: Sequence[str], url_of: Callable[[str], str], directory: Path
+) -> RemoteHeaders:
+    if len(names) == 1 and (part := _GGUF_PART.fullmatch(names[0])) is not None:
+        names = [
+            f"{part['stem']}-{number:05}-of-{part['count']}.gguf"
+            for number in range(1, int(part["count"]) + 1)
+        ]
+    if len(names) > _MOST_SHARDS:
+        raise CheckpointError(f"{quote(names[0])} has more than {_MOST_SHARDS} parts", path=hub.source.url)
+    paths = [directory / name.rpartition("/")[2] for name in names]
+    held: list[int] = []  # bytes of each part
+    for name, path in zip(names, paths, strict=True):
+        first = hub.read(url_of(name), 0, _FIRST_PART_BYTES if held else _FIRST_GGUF_BYTES)
+        _write_with_hole(path, first.data, first.file_bytes)
+        held.append(len(first.data))
+    while True:
+        try:
+            read_gguf(paths[0])
+            break
+        except UnsupportedModel:
+            raise
+        except CheckpointError:
+            # A header that is cut reads as zeros at its end, and zeros are no tensor: perhaps more of it helps.
+            cut = [i for i, path in enumerate(paths) if held[i] < path.stat().st_size]
+            if not cut or hub.bytes_read + sum(held[i] for i in cut) > GGUF_BYTES:
+                raise
+            for i in cut:
+                more = hub.read(url_of(names[i]), held[i], held[i])
+                with paths[i].open("r+b") as file:
+                    file.seek(held[i])
+                    file.write(more.data)
+                held[i] += len(more.data)
+    total = sum(path.stat().st_size for path in paths)
+    return RemoteHeaders(paths[0], total, len(names), len(names), hub.bytes_read, 0)

@@ -1,0 +1,307 @@
+"""The headers of a remote model tell what its files on disk would, from a few megabytes, and no lie gets through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.hub import Source
+from argosy.errors import ArgosyError, CheckpointError, FetchFailed, UsageError
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.remote import RemoteHeaders, fetch_headers
+from tests.families.published import PUBLISHED
+from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
+
+REFERENCE = Path(__file__).parents[1] / "models" / "reference"
+SEEING = Path(__file__).parents[1] / "models" / "reference_seeing"
+SMALL = "mixtral_head_dim_tied_sharded"
+
+
+def fetched(server: Served, part: str = "") -> tuple[ModelFiles, RemoteHeaders]:
+    with fetch_headers(Source(server.url, REPOSITORY, part)) as headers:
+        return open_model(headers.path), headers
+
+
+def sizes(files: ModelFiles) -> tuple[object, ...]:
+    return (
+        files.config,
+        {name: (ref.nbytes, ref.format, ref.rows, ref.cols) for name, ref in files.dense.items()},
+        {key: (record.nbytes, record.formats) for key, record in files.experts.items()},
+        set(files.others),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [SMALL, "deepseek_v3_multi_token_prediction", "gpt_oss_plain", "kimi_k25_deepseek_text_sharded"]
+)
+def test_headers_of_safetensors_are_those_of_the_files(name: str) -> None:
+    with served(directory_files(REFERENCE / name)) as server:
+        remote, headers = fetched(server)
+    assert sizes(remote) == sizes(open_model(REFERENCE / name))
+    weights = [path.stat().st_size for path in (REFERENCE / name).glob("model*.safetensors")]
+    assert headers.file_bytes == sum(weights)
+    assert headers.num_read == headers.num_shards == len(weights)
+
+
+def test_headers_of_a_gguf_are_those_of_the_file() -> None:
+    directory = SEEING / "qwen3_vl_moe" / "gguf"
+    local = open_model(directory / "model.gguf")
+    with served(directory_files(directory)) as server:
+        for part in ("", "MODEL"):
+            remote, headers = fetched(server, part)
+            assert sizes(remote)[:3] == sizes(local)[:3]
+            assert headers.file_bytes == (directory / "model.gguf").stat().st_size
+        with pytest.raises(CheckpointError, match="file with 'q9' in its name"):
+            fetched(server, "q9")
+        with fetch_headers(Source(f"{server.url}/storage/model.gguf")) as one:
+            assert sizes(open_model(one.path))[:3] == sizes(local)[:3]
+
+
+def test_one_of_several_gguf_files_must_be_named() -> None:
+    content = directory_files(SEEING / "qwen3_vl_moe" / "gguf")["model.gguf"]
+    with served({"m-Q4_K_M.gguf": content, "Q8_0/m-Q8_0.gguf": content}) as server:
+        with pytest.raises(UsageError, match="files: m-Q8_0, m-Q4_K_M"):
+            fetched(server)
+        assert fetched(server, "q8_0")[1].num_shards == 1
+
+
+def large_files(name: str, num_shards: int, dtype: str = "BF16") -> dict[str, tuple[bytes, int]]:
+    """A released model as shards of one file each layer or so: headers alone."""
+    raw = next(model.config for model in PUBLISHED if model.name == name)
+    family = FAMILIES[raw["model_type"]]
+    config, layout = family.parse_config(raw), family.LAYOUTS[0]
+
+    def tensors() -> Iterator[tuple[str, tuple[int, ...]]]:
+        for canonical, shape in dense_shapes(config):
+            yield layout.dense_name(canonical), shape
+            if canonical.endswith(".router"):
+                layer = int(canonical.split(".")[1])
+                for expert in range(config.num_experts):
+                    yield from zip(layout.names_of_expert(layer, expert), expert_shapes(config), strict=True)
+
+    listed = list(tensors())
+    per_shard = -(-len(listed) // num_shards)
+    files = {"config.json": encoded(raw)}
+    index = {}
+    for number in range(num_shards):
+        shard, entries, end = f"model-{number + 1:05}-of-{num_shards:06}.safetensors", {}, 0
+        for tensor, shape in listed[number * per_shard : (number + 1) * per_shard]:
+            nbytes = 2 * prod(shape)
+            entries[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+            index[tensor] = shard
+            end += nbytes
+        text = json.dumps(entries).encode()
+        files[shard] = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+    files["model.safetensors.index.json"] = encoded({"weight_map": index})
+    return files
+
+
+def encoded(value: Any) -> tuple[bytes, int]:
+    data = json.dumps(value).encode()
+    return data, len(data)
+
+
+@pytest.mark.parametrize(("name", "num_shards"), [("GLM-4.6", 150), ("DeepSeek-V3", 163), ("Kimi-K2", 200)])
+def test_less_than_8_mb_are_read_of_more_than_600_gb(name: str, num_shards: int) -> None:
+    files = large_files(name, num_shards)
+    with served(files) as server:
+        remote, headers = fetched(server)
+        assert server.bytes_sent < 8_000_000
+    weights = sum(size for shard, (_, size) in files.items() if shard.endswith(".safetensors"))
+    assert headers.file_bytes == weights > 600e9
+    assert 20 < headers.num_read <= headers.num_shards == num_shards
+    assert (name == "Kimi-K2") == (headers.num_read < num_shards)  # its headers have 10 MB
+    assert remote.dense_bytes + remote.expert_bytes == pytest.approx(weights, rel=0.001)
+    assert len(remote.experts) == len(remote.config.moe_layers) * remote.config.num_experts
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Qwen/Qwen3-30B-A3B", Source("https://huggingface.co", "Qwen/Qwen3-30B-A3B")),
+        ("a/b-GGUF:Q4_K_M", Source("https://huggingface.co", "a/b-GGUF", "Q4_K_M")),
+        ("https://hub.example/a/b", Source("https://hub.example", "a/b")),
+        ("https://example.org/x/y.gguf", Source("https://example.org/x/y.gguf")),
+        ("http://127.0.0.1:8000/a/b", Source("http://127.0.0.1:8000", "a/b")),
+        ("./a/b", None),
+        ("a/b/c", None),
+        ("/a/b", None),
+        ("model.gguf", None),
+    ],
+)
+def test_a_source_is_a_name_or_an_address(text: str, expected: Source | None) -> None:
+    assert Source.find(text, {}) == expected
+
+
+def test_another_hub_is_used_if_the_environment_names_it() -> None:
+    assert Source.find("a/b", {"HF_ENDPOINT": "https://mirror.example/"}) == Source(
+        "https://mirror.example", "a/b"
+    )
+    with pytest.raises(UsageError, match="HF_ENDPOINT must begin with https"):
+        Source.find("a/b", {"HF_ENDPOINT": "http://mirror.example"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://example.org/a/b",
+        "http://192.168.0.1/a/b",
+        "https://user:secret@example.org/a/b",
+        "https://example.org/a/b?token=secret",
+        "https://example.org/a",
+        "https://example.org/a/b/c",
+        "https://example.org/a b/c",
+        "https://[::1/a/b",
+        "https://example.org/\u00e4/b",
+        "https://",
+    ],
+)
+def test_other_addresses_are_refused_and_not_repeated(text: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        Source.find(text, {})
+    assert "secret" not in str(refusal.value)
+
+
+def test_the_token_goes_to_the_hub_and_not_to_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    files = directory_files(REFERENCE / SMALL)
+    with served(files) as storage, served(files, token="hf_secret") as server:
+        server.redirect_to = f"{storage.url}/storage/model-00001-of-00002.safetensors"
+        with pytest.raises(CheckpointError):
+            fetched(server)  # both shards come from one file
+        assert {token for _, token in server.tokens} == {"Bearer hf_secret"}
+        assert {token for _, token in storage.tokens} == {None}
+    with served(files, token="other") as server, pytest.raises(FetchFailed, match="not public") as refusal:
+        fetched(server)
+    assert "hf_secret" not in str(refusal.value) + str(refusal.value.facts)
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("lies", "problem"),
+    [
+        ({"Content-Range": "bytes 8-15/100"}, "were asked for"),
+        ({"Content-Range": "bytes 0-7/9999999999999999999999"}, "no Content-Range"),
+        ({"Content-Range": "bytes 0-7/1125899906842625"}, "were asked for"),
+        ({"Content-Range": "nonsense"}, "no Content-Range"),
+        ({"Content-Length": "99999999999"}, "were asked for"),
+        ({"Content-Length": "-1"}, "without its length"),
+        ({"Content-Length": "8, 9"}, "without its length"),
+        ({"status": "500"}, "answers 500"),
+        ({"status": "429"}, "too many requests"),
+        ({"status": "404"}, "answers 404"),
+        ({"status": "204"}, "status 204"),
+    ],
+)
+def test_an_answer_that_contradicts_itself_is_refused(lies: dict[str, str], problem: str) -> None:
+    with (
+        served(directory_files(REFERENCE / SMALL), lies={SHARD: lies}) as server,
+        pytest.raises((CheckpointError, FetchFailed), match=problem),
+    ):
+        fetched(server)
+    assert server.bytes_sent < 1_000_000
+
+
+def changed(name: str, data: bytes, size: int | None = None) -> dict[str, tuple[bytes, int]]:
+    return directory_files(REFERENCE / SMALL) | {name: (data, len(data) if size is None else size)}
+
+
+HUGE = (10**12).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (changed(SHARD, HUGE, 10**13), "claims a header of 1000000000000 bytes"),
+        (changed(SHARD, b"abc"), "claims a header"),
+        (changed(SHARD, (50_000_000).to_bytes(8, "little") + b"{", 10**12), "larger than the"),
+        (changed(SHARD, (2).to_bytes(8, "little") + b"{}", 10**9), "tensors end at byte 10"),
+        (changed(SHARD, (2).to_bytes(8, "little") + b"[]"), "does not start with"),
+        (changed("config.json", b"{}" + b" " * (2 << 20)), "bytes long; at most"),
+        (changed("config.json", b'{"model_type": "gpt2"}'), "model_type 'gpt2'"),
+        (changed("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}'), "says that b holds a"),
+        (changed("model.safetensors.index.json", b"[]"), "expected an object"),
+        (
+            {name: data for name, data in changed("x", b"").items() if name != SHARD},
+            "no whole set of safetensors",
+        ),
+        ({"README.md": (b"", 0)}, "holds no model"),
+        ({"model.gguf": (b"GGUF", 10**12)}, "version"),
+        (
+            {"model.gguf": (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16, 10**12)},
+            "claims|at most|tensors",
+        ),
+    ],
+)
+def test_a_hostile_header_is_refused(files: dict[str, tuple[bytes, int]], problem: str) -> None:
+    with served(files) as server, pytest.raises(ArgosyError, match=problem):
+        fetched(server)
+    assert server.bytes_sent < 40_000_000
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        [],
+        {},
+        {"sha": "main", "siblings": []},
+        {"sha": "a" * 40},
+        {"sha": "a" * 40, "siblings": [{}] * 10_001},
+    ],
+)
+def test_a_malformed_list_of_files_is_refused(listing: object) -> None:
+    with served({}, listing=listing) as server, pytest.raises(CheckpointError, match="list of files"):
+        fetched(server)
+
+
+def test_names_that_lead_elsewhere_are_no_files() -> None:
+    listing = {"sha": "a" * 40, "siblings": [{"rfilename": "../../etc/model.gguf?x"}, {"rfilename": 7}, None]}
+    with served({}, listing=listing) as server, pytest.raises(CheckpointError, match="holds no model"):
+        fetched(server)
+
+
+@pytest.mark.parametrize("target", ["http://example.org/x", "file:///etc/passwd", "ftp://example.org/x"])
+def test_a_redirect_leads_to_https_or_is_refused(target: str) -> None:
+    with (
+        served(directory_files(REFERENCE / SMALL), redirect_to=target) as server,
+        pytest.raises(FetchFailed, match=r"only https is opened|answers 302"),
+    ):
+        fetched(server)
+
+
+def test_redirects_end() -> None:
+    with served(directory_files(REFERENCE / SMALL)) as server:
+        server.redirect_to = f"{server.url}/{REPOSITORY}/resolve/{'a' * 40}/{SHARD}"
+        with pytest.raises(FetchFailed, match="302"):
+            fetched(server)
+
+
+def test_a_server_without_ranges_is_read_no_further_than_needed() -> None:
+    with (
+        served(directory_files(REFERENCE / SMALL), answers_ranges=False) as server,
+        pytest.raises(FetchFailed, match="does not answer range requests"),
+    ):
+        fetched(server)
+
+
+def test_nothing_is_left_behind() -> None:
+    with served(directory_files(REFERENCE / SMALL)) as server:
+        _, headers = fetched(server)
+    assert not headers.path.exists()
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with (
+        pytest.raises(FetchFailed, match="of owner/model cannot be fetched"),
+        fetch_headers(Source("http://127.0.0.1:9", REPOSITORY)),
+    ):
+        pass
