@@ -1,0 +1,338 @@
+"""Measure what a forecast needs to know of this machine, within a minute, and remember it.
+
+    memory, products of every format, reads of the drive, two tiny models  ->  Rates, in the user's cache
+
+Products read weights that are in no cache. The drive is read at several record sizes while products keep the other
+cores busy, because that is how experts arrive. Two tiny models of different depth, run by the engine itself, give the
+time of a layer beside its products, with experts in memory and with experts that are fetched.
+
+Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
+
+Elsewhere: `plan/rates.py` has the form of the result, and guesses for machines that were not measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import numpy as np
+
+from argosy import _native
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
+from argosy.config import MIB, Format, SamplingParams
+from argosy.demo.locate import cache_directory
+from argosy.engine.engine import Engine
+from argosy.errors import DiskFull, UsageError, is_disk_full
+from argosy.model.families import CONFIG_FILE, FAMILIES
+from argosy.plan import machine
+from argosy.plan.rates import MEASURED_SPREAD, Rates
+from argosy.replace_file import replacing
+
+Progress = Callable[[str, float], None]
+
+_ARENA_BYTES, _TILE_BYTES = (
+    192 << 20,
+    4 << 20,
+)  # larger than most last-level caches; of random bytes that repeat
+_COLD_BYTES = 12 << 20  # read in a sample
+_ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
+_SAMPLE_S = 0.2  # for each format, twice
+_DRIVE_S = 0.8  # for each size of record
+_RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
+_NUM_READERS = 4
+_FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
+_SMALLEST_FILE_BYTES = 64 << 20
+_DEPTHS = (4, 20)  # layers of the two tiny models
+_STEPS = 48
+
+
+def calibrate(
+    files: Sequence[Path], *, threads: int | None = None, progress: Progress | None = None
+) -> Rates:
+    """Measure this machine.
+
+    Args:
+        files: of the model that is planned for; the drive is measured by reading the largest. If it is small, or there
+            are none, a temporary file in the current directory is written and read.
+        threads: of products; None: all cores.
+
+    Raises:
+        DiskFull: there is no room for the temporary file.   UsageError: it cannot be written.
+    """
+    tell = progress or (lambda what, share: None)
+    cores = threads or machine.usable_cores()
+    tell("measuring memory", 0.0)
+    memory = max(_native.memory_probe(cores, 512 * MIB) for _ in range(3))
+    runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
+    try:
+        memory, reads, operations = _products(runtime, memory, tell)
+    finally:
+        runtime.close()
+    with _file_to_read(files) as path:
+        drive = _drive(path, cores, tell)
+    layer_s, streamed_layer_s, step_s = _overheads(cores, tell)
+    tell("done", 1.0)
+    return Rates(
+        cores=cores,
+        memory_bytes_per_s=memory,
+        reads=reads,
+        operations=operations,
+        drive=tuple(drive),
+        layer_s=layer_s,
+        streamed_layer_s=streamed_layer_s,
+        step_s=step_s,
+        spread=MEASURED_SPREAD,
+        source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
+    )
+
+
+def load(path: Path) -> Rates | None:
+    """What was measured on this machine for the drive that holds `path`, by this version; None: nothing.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    place = _cache_file(path)
+    if not place.is_file() or place.stat().st_size > MIB:
+        return None
+    return Rates.from_json(place.read_bytes())
+
+
+def save(rates: Rates, path: Path) -> Path:
+    """Keep what was measured; return the file."""
+    place = _cache_file(path)
+    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with replacing(place, mode=0o600) as write:
+        write(json.dumps(rates.as_dict()).encode())
+    return place
+
+
+def _cache_file(path: Path) -> Path:
+    drive = machine.drive_of(path)
+    facts = (
+        machine.cpu_model(), machine.usable_cores(), machine.memory_limit().total_bytes >> 30, os.uname().nodename,
+        drive.device if drive else None, metadata.version("argosy"),
+    )  # fmt: skip
+    return cache_directory() / f"rates-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+
+
+# ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _products(
+    runtime: _native.Runtime, memory: float, tell: Progress
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Memory's rate, the share of it at which products with one token read, and operations a second with many."""
+    arena = _native.Arena(_ARENA_BYTES)
+    bits = np.random.default_rng(0).integers(0, 256, _TILE_BYTES, dtype=np.uint8)
+    # Finite and normal numbers in every format.
+    arena.array().reshape(-1, _TILE_BYTES)[:] = np.bitwise_or(np.bitwise_and(bits, 0x3B), 0x20)
+    rates, operations = {}, {}
+    formats = get_args(Format)
+    try:
+        for number, format in enumerate(formats):
+            tell("measuring products", 0.05 + 0.35 * number / len(formats))
+            size = _native.matrix_bytes(format, _ROWS, _COLS)
+            matrices = [
+                _native.Matrix(arena, i * size, format, _ROWS, _COLS) for i in range(_ARENA_BYTES // size)
+            ]
+            one, many = np.ones((1, _COLS), np.float32), np.ones((_MANY_TOKENS, _COLS), np.float32)
+            cold = max(1, _COLD_BYTES // size)
+            rates[format] = _best(runtime, matrices, one, cold) * cold * size
+            operations[format] = _best(runtime, matrices, many, 2) * 2 * 2 * _MANY_TOKENS * _ROWS * _COLS
+            del matrices
+    finally:
+        arena.close()
+    memory = max(memory, *rates.values())  # a neighbour may have slowed the probe
+    return memory, {format: rate / memory for format, rate in rates.items()}, operations
+
+
+def _best(
+    runtime: _native.Runtime, matrices: Sequence[_native.Matrix], x: np.ndarray[Any, Any], count: int
+) -> float:
+    """Calls a second of products with `count` matrices, each time others: the best, for a neighbour only slows."""
+    outs = [np.empty((len(x), _ROWS), np.float32) for _ in range(count)]
+    best, at = 0.0, 0
+    end = time.perf_counter() + _SAMPLE_S
+    while time.perf_counter() < end:
+        if at + count > len(matrices):
+            at = 0
+        begin = time.perf_counter()
+        _native.matmul(runtime, matrices[at : at + count], x, outs)
+        best = max(best, 1.0 / (time.perf_counter() - begin))
+        at += count
+    return best
+
+
+# ── the drive ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _file_to_read(files: Sequence[Path]) -> Iterator[str]:
+    """A name of a file on the drive to measure: the largest of `files`, or a temporary one."""
+    largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if largest is not None and largest.stat().st_size >= _SMALLEST_FILE_BYTES:
+        yield str(largest)
+        return
+    directory = largest.parent if largest is not None and os.access(largest.parent, os.W_OK) else Path.cwd()
+    room = machine.free_disk_bytes(directory) // 4
+    try:
+        if room < _SMALLEST_FILE_BYTES:
+            raise OSError(28, "no space left")
+        with tempfile.TemporaryFile(dir=directory) as file:
+            _fill(file, min(room, _FILE_BYTES))
+            yield f"/proc/self/fd/{file.fileno()}"
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(
+                f"measuring the drive needs a temporary file in {directory}, which has no room for it",
+                path=directory,
+                needed_bytes=4 * _SMALLEST_FILE_BYTES,
+                free_bytes=4 * room,
+            ) from error
+        raise UsageError(
+            f"measuring the drive needs a temporary file in {directory}: {error.strerror}",
+            hint="run it in a directory of your own, on the drive where the models are",
+        ) from error
+
+
+def _fill(file: IO[bytes], nbytes: int) -> None:
+    generator = np.random.default_rng()
+    for _ in range(nbytes // (8 * MIB)):
+        file.write(generator.bytes(8 * MIB))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _drive(path: str, cores: int, tell: Progress) -> list[tuple[int, float]]:
+    file_bytes = os.stat(path).st_size
+    found = []
+    with _busy(max(1, cores - 1)):
+        for number, record_bytes in enumerate(_RECORD_BYTES):
+            tell("measuring the drive", 0.45 + 0.3 * number / len(_RECORD_BYTES))
+            most = file_bytes // record_bytes
+            few = min(most, max(_NUM_READERS, (32 << 20) // record_bytes))
+            try:
+                first = _native.drive_probe(path, record_bytes, few, _NUM_READERS, True)
+                is_direct = True
+            except RuntimeError:
+                first = _native.drive_probe(path, record_bytes, few, _NUM_READERS, False)
+                is_direct = False
+            count = min(most, max(few, int(first * _DRIVE_S) // record_bytes))
+            found.append(
+                (record_bytes, _native.drive_probe(path, record_bytes, count, _NUM_READERS, is_direct))
+            )
+    return found
+
+
+@contextmanager
+def _busy(threads: int) -> Iterator[None]:
+    """Products that keep `threads` cores busy until the end of the context."""
+    is_over = threading.Event()
+    runtime = _native.Runtime(threads, "off")
+    arena = _native.Arena(64 * MIB)
+    arena.array()[:] = 0x21
+    size = _native.matrix_bytes("q4", _ROWS, _COLS)
+    matrices = [_native.Matrix(arena, i * size, "q4", _ROWS, _COLS) for i in range(64 * MIB // size)]
+    x = np.ones((1, _COLS), np.float32)
+    outs = [np.empty((1, _ROWS), np.float32) for _ in matrices]
+
+    def work() -> None:
+        while not is_over.is_set():
+            _native.matmul(runtime, matrices, x, outs)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        matrices.clear()
+        arena.close()
+        runtime.close()
+
+
+# ── the engine's own time ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _overheads(cores: int, tell: Progress) -> tuple[float, float, float]:
+    """Seconds of a layer beside its products, what is added if experts are fetched, and seconds of a step.
+
+    Products of models this small take no time to speak of.
+    """
+    resident, streamed = [], []
+    with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
+        for number, depth in enumerate(_DEPTHS):
+            tell("running tiny models", 0.8 + 0.1 * number)
+            path = Path(scratch) / str(depth)
+            _write_model(path, depth)
+            resident.append(_token_s(path, cores, expert_slots=None))
+            streamed.append(_token_s(path, cores, expert_slots=depth * _EXPERTS - 1))
+    (few, many), (few_streamed, many_streamed) = resident, streamed
+    layers = _DEPTHS[1] - _DEPTHS[0]
+    layer_s = max(1e-6, (many - few) / layers)
+    streamed_layer_s = max(1e-6, (many_streamed - few_streamed) / layers - layer_s)
+    return layer_s, streamed_layer_s, max(1e-6, few - _DEPTHS[0] * layer_s)
+
+
+_EXPERTS = 16
+
+
+def _write_model(path: Path, depth: int) -> None:
+    """A model with random weights, as small as kernels allow."""
+    raw = {
+        "model_type": "qwen3_moe", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "num_hidden_layers": depth, "num_experts": _EXPERTS, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 512,
+        "norm_topk_prob": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu", "eos_token_id": 0,
+    }  # fmt: skip
+    family = FAMILIES["qwen3_moe"]
+    config, layout = family.parse_config(raw), family.LAYOUTS[0]
+    random = np.random.default_rng(0)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> TensorToWrite:
+        values = random.normal(scale=0.05, size=shape).astype("<f2")
+        return name, "F16", shape, values.tobytes
+
+    tensors = [tensor(layout.dense_name(name), shape) for name, shape in dense_shapes(config)]
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
+            names = layout.names_of_expert(layer, expert)
+            tensors += [tensor(*pair) for pair in zip(names, expert_shapes(config), strict=True)]
+    path.mkdir()
+    (path / CONFIG_FILE).write_text(json.dumps(raw))
+    write_safetensors(path / "model.safetensors", tensors)
+
+
+def _token_s(path: Path, cores: int, *, expert_slots: int | None) -> float:
+    """The median of a decode step's seconds."""
+    with Engine.open(
+        path,
+        memory="2GiB",
+        threads=cores,
+        context=256,
+        max_sequences=1,
+        expert_slots=expert_slots,
+        media=False,
+    ) as engine:
+        sequence = engine.submit([1, 2, 3], SamplingParams(max_tokens=_STEPS, ignore_eos=True))
+        times = []
+        while sequence.result is None:
+            begin = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times[_STEPS // 4 :])

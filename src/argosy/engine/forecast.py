@@ -1,0 +1,251 @@
+"""Forecast whether a model runs in a budget, how fast and where the time goes, from headers and a machine's rates.
+
+    ModelFiles + EngineConfig  ->  memory plan at any budget   (memory_plan.py)
+    memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (plan/speed.py)
+
+Elsewhere: `cli/plan.py` prints it; `plan/money.py` prices it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from argosy.checkpoint.files import ModelFiles, matrix_bytes
+from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig
+from argosy.engine.memory_plan import MemoryPlan, plan_memory
+from argosy.errors import DoesNotFit
+from argosy.model.footprint import ModelFootprint
+from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.rates import Rates
+from argosy.plan.speed import Attention, Decode, Prompt, Work, predict_decode, predict_prompt
+
+Verdict = Literal["no", "thrashes", "streams", "resident"]
+
+PROMPT_TOKENS = (64, 1024, 16_384)  # a question, a page or two, a long document
+_NEAR_ALL = 0.9  # the knee: this share of the speed with every expert in memory
+_NUM_BUDGETS = 16  # of a curve
+# Held by a process that is about to load a model, without its tokenizer: interpreter, libraries, chat templates.
+BARE_PROCESS_BYTES = 150 << 20
+TOKENIZER_BYTES_PER_BYTE = 8  # of tokenizer.json, in memory when it has been read
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Decode of one sequence at one budget."""
+
+    budget_bytes: int
+    num_slots: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a model does on a machine in a budget.
+
+    plan: None if it does not fit; then `refusal` says why, and nothing below it is known.
+    smallest_bytes: the smallest budget that works, with the requested context or else a short one.
+    knee_bytes: the smallest budget with nine tenths of the speed that all experts in memory give.
+    """
+
+    verdict: Verdict
+    plan: MemoryPlan | None
+    refusal: DoesNotFit | None
+    smallest_bytes: int
+    resident_bytes: int  # the smallest budget with every expert in memory, at the same context
+    work: Work
+    rates: Rates
+    working_set: WorkingSet
+    decode: tuple[Decode, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    curve: tuple[Point, ...] = ()
+    knee_bytes: int | None = None
+
+
+class Forecaster:
+    """Forecasts of one model on one machine. Sums over experts are made once, so use one for every budget.
+
+    Args:
+        config: as the engine would run it; its budget is replaced.
+        process_bytes: of the process that will run it, before weights.
+    """
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        config: EngineConfig,
+        rates: Rates,
+        *,
+        working_set: WorkingSet | None = None,
+        process_bytes: int,
+    ) -> None:
+        self._config = config
+        self._rates = rates
+        self._process_bytes = process_bytes
+        self._footprint = ModelFootprint(files, config)
+        self._model = files.config
+        self.work = work_of(files, config.kv_dtype)
+        self._working_set = working_set or WorkingSet.prior(
+            files.config.moe_layers,
+            num_experts=files.config.num_experts,
+            experts_per_token=files.config.experts_per_token,
+        )
+
+    def plan(self, budget_bytes: int) -> MemoryPlan:
+        """The memory plan of a budget.
+
+        Raises:
+            DoesNotFit: it is below the floor.
+        """
+        budget = replace(self._config.budget, ram_bytes=budget_bytes)
+        return plan_memory(
+            self._footprint, replace(self._config, budget=budget), process_bytes=self._process_bytes
+        )
+
+    def forecast(
+        self,
+        budget_bytes: int,
+        *,
+        streams: Sequence[int] = (1,),
+        prompts: Sequence[int] = PROMPT_TOKENS,
+        with_curve: bool = True,
+    ) -> Forecast:
+        """Everything about one budget; decode at half of the context, which is what a long conversation averages."""
+        smallest = self._smallest_bytes()
+        plan, refusal = None, None
+        try:
+            plan = self.plan(budget_bytes)
+        except DoesNotFit as error:
+            refusal = error
+        resident = self._resident_bytes(plan)
+        found = Forecast(
+            verdict="no",
+            plan=plan,
+            refusal=refusal,
+            smallest_bytes=smallest,
+            resident_bytes=resident,
+            work=self.work,
+            rates=self._rates,
+            working_set=self._working_set,
+        )
+        if with_curve:
+            curve = tuple(self._curve(smallest, resident))
+            enough = _NEAR_ALL * curve[-1].tokens_per_s
+            knee = next(point.budget_bytes for point in curve if point.tokens_per_s >= enough)
+            found = replace(found, curve=curve, knee_bytes=knee)
+        if plan is None:
+            return found
+        return replace(
+            found,
+            verdict=verdict_of(plan, self._model),
+            decode=tuple(self.decode(plan, count) for count in streams),
+            prompts=tuple(self.prompt(plan, length) for length in prompts if length < plan.context_tokens),
+        )
+
+    def decode(self, plan: MemoryPlan, streams: int, *, context: int | None = None) -> Decode:
+        """Decode of a plan; `context` positions each, by default half of an equal share of the KV cache."""
+        each = plan.context_tokens // streams // 2 if context is None else context
+        return predict_decode(
+            self.work,
+            self._rates,
+            self._working_set,
+            num_slots=plan.num_slots + plan.lent_slots,
+            context=each,
+            streams=streams,
+        )
+
+    def prompt(self, plan: MemoryPlan, num_tokens: int) -> Prompt:
+        return predict_prompt(
+            self.work,
+            self._rates,
+            self._working_set,
+            num_slots=plan.num_slots + plan.lent_slots,
+            num_tokens=num_tokens,
+            chunk_tokens=plan.chunk_tokens,
+        )
+
+    def _smallest_bytes(self) -> int:
+        try:
+            return self.plan(1).total_bytes
+        except DoesNotFit as refusal:
+            needed = refusal.facts["needed_bytes"]
+            assert isinstance(needed, int)
+            return needed
+
+    def _resident_bytes(self, plan: MemoryPlan | None) -> int:
+        """What every expert in memory takes, with the context of `plan`."""
+        context = self._config.budget.context_tokens or (plan.context_tokens if plan else None)
+        budget = Budget(ram_bytes=1 << 60, context_tokens=context)
+        everything = replace(self._config, budget=budget)
+        return plan_memory(self._footprint, everything, process_bytes=self._process_bytes).total_bytes
+
+    def _curve(self, smallest: int, resident: int) -> list[Point]:
+        points = []
+        for number in range(_NUM_BUDGETS + 1):
+            budget = round(smallest * (resident / smallest) ** (number / _NUM_BUDGETS)) + 1
+            plan = self.plan(budget)
+            speed = self.decode(plan, 1, context=min(1024, plan.context_tokens // 2)).tokens_per_s.likely
+            points.append(Point(budget, plan.num_slots, speed))
+        return points
+
+
+def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
+    """How a model runs in a plan: `thrashes` means that the experts of one token do not stay until the next."""
+    if plan.is_resident:
+        return "resident"
+    one_token = len(model.moe_layers) * model.experts_per_token
+    return "streams" if plan.num_slots + plan.lent_slots >= one_token else "thrashes"
+
+
+def tokenizer_bytes(json_bytes: int, vocab_size: int) -> int:
+    """Likely memory of a tokenizer that is not here, from the size of its file, or else of its vocabulary."""
+    return TOKENIZER_BYTES_PER_BYTE * (json_bytes or 40 * vocab_size)
+
+
+def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
+    """What a model reads and computes."""
+    config = files.config
+    dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, ref in files.dense.items():
+        if name == "embed" and not config.is_embedding_tied:
+            continue
+        dense[ref.format][0] += ref.landed_bytes
+        dense[ref.format][1] += ref.rows * ref.cols
+    expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    records = [files.experts[layer, 0] for layer in config.moe_layers]
+    for record in records:
+        for matrix in (record.gate, record.up, record.down):
+            expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
+            expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
+    return Work(
+        num_layers=config.num_layers,
+        num_moe_layers=len(config.moe_layers),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        dense={format: (nbytes, count) for format, (nbytes, count) in dense.items()},
+        expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
+        record_bytes=sum(record.nbytes for record in records) / max(1, len(records)),
+        attention=_attention(config, 2 if kv_dtype == "f16" else 4),
+    )
+
+
+def _attention(config: ModelConfig, value_bytes: int) -> tuple[Attention, ...]:
+    kinds: Counter[tuple[int, float, float]] = Counter()
+    for number, layer in enumerate(config.layers):
+        if layer.mixer == "delta":
+            continue
+        if layer.mixer == "latent":
+            latent = config.latent
+            assert latent is not None
+            width = latent.kv_rank + latent.rope_dim
+            operations = 2.0 * config.num_heads * (width + latent.kv_rank)
+        else:
+            width = 2 * config.kv_heads_of(number) * config.head_dim_of(number)
+            operations = 4.0 * config.num_heads * config.head_dim_of(number)
+        kinds[layer.sliding_window, width * value_bytes, operations] += 1
+    return tuple(
+        Attention(window, count * token_bytes, count * operations)
+        for (window, token_bytes, operations), count in kinds.items()
+    )

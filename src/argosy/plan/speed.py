@@ -1,0 +1,272 @@
+"""Predict seconds: of a decode step, and of a prompt, from bytes, operations and the rates of a machine.
+
+    Work (what a model reads and computes)  +  Rates  +  WorkingSet  +  slots  ->  Speed
+
+A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
+others are computed, and the last to land is computed after it. A prompt sweeps through the experts once for each chunk,
+reading and computing at once. Each prediction names the part that bounds it.
+
+    layer = before experts + max(experts in memory, latency + misses * record / drive - overlap + one expert)
+
+The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
+maximum of means would flatter. `overlap` is what the early router reads during the time before experts: half of it is
+taken as likely, nothing and all as the ends of the range.
+
+Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb
+from typing import NamedTuple
+
+from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.rates import Rates
+
+
+class Range(NamedTuple):
+    """A prediction: at least, likely, at most."""
+
+    low: float
+    likely: float
+    high: float
+
+    def times(self, factor: float) -> Range:
+        return Range(self.low * factor, self.likely * factor, self.high * factor)
+
+
+class Attention(NamedTuple):
+    """Layers that see equally far: 0 is all positions. Bytes and operations are for a token and a position it sees."""
+
+    window: int
+    token_bytes: float
+    operations: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one model reads and computes.
+
+    dense: bytes and parameters in memory by format, of layers and head; of a table of embeddings only a row is read.
+    expert: the same for one routed expert.
+    record_bytes: of one expert on the drive.
+    attention: kinds of layers with keys and values.
+    """
+
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int  # of a layer
+    experts_per_token: int
+    dense: Mapping[str, tuple[float, float]]
+    expert: Mapping[str, tuple[float, float]]
+    record_bytes: float
+    attention: tuple[Attention, ...]
+
+    @property
+    def dense_bytes(self) -> float:
+        return sum(nbytes for nbytes, _ in self.dense.values())
+
+    @property
+    def expert_bytes(self) -> float:
+        return sum(nbytes for nbytes, _ in self.expert.values())
+
+    def keys_values(self, context: float) -> tuple[float, float]:
+        """Bytes that a token reads, and operations that it takes, with `context` positions before it."""
+        seen = [(one, min(context, one.window or context)) for one in self.attention]
+        return sum(n * one.token_bytes for one, n in seen), sum(n * one.operations for one, n in seen)
+
+    def routed_token_bytes(self) -> float:
+        """Bytes on the drive of the experts that one token chooses: its traffic if none were in memory."""
+        return self.num_moe_layers * self.experts_per_token * self.record_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """A decode step of `streams` sequences. Parts of `step_s` are by name, in seconds."""
+
+    streams: int
+    hit_rate: Range
+    tokens_per_s: Range  # of all streams together
+    parts: Mapping[str, float]  # likely seconds of a step
+    bound: str  # the name of the largest part
+    drive_bytes_per_token: Range
+    memory_bytes_per_token: float
+
+    @property
+    def step_s(self) -> Range:
+        rates = self.tokens_per_s
+        return Range(*(self.streams / rate for rate in (rates.high, rates.likely, rates.low)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Time to the first token of a prompt."""
+
+    num_tokens: int
+    seconds: Range
+    bound: str
+    drive_bytes: float
+
+
+class _Case(NamedTuple):
+    """One end of a range, or its middle."""
+
+    rate_factor: float
+    hit_points: float  # added to the hit rate
+    overlap: float
+    subject: float  # 0: streams on unrelated subjects, 1: on the same
+
+
+def _cases(rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
+    points = working_set.error
+    return (
+        _Case(1 / rates.spread, -points, 0.0, 0.0), _Case(1.0, 0.0, 0.5, 0.5), _Case(rates.spread, points, 1.0, 1.0),
+    )  # fmt: skip
+
+
+def predict_decode(
+    work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, context: int, streams: int = 1
+) -> Decode:
+    """Decode of sequences that have `context` positions each.
+
+    Args:
+        num_slots: experts in memory, all layers together.
+    """
+    found = [
+        _decode_step(work, rates.scaled(case.rate_factor), working_set, num_slots, context, streams, case)
+        for case in _cases(rates, working_set)
+    ]
+    low, likely, high = found
+    return Decode(
+        streams=streams,
+        hit_rate=Range(low.hit_rate, likely.hit_rate, high.hit_rate),
+        tokens_per_s=Range(*(streams / one.seconds for one in found)),
+        parts=likely.parts,
+        bound=_bound(likely.parts),
+        drive_bytes_per_token=Range(*(one.drive_bytes / streams for one in reversed(found))),
+        memory_bytes_per_token=likely.memory_bytes / streams,
+    )
+
+
+class _Step(NamedTuple):
+    seconds: float
+    hit_rate: float
+    parts: dict[str, float]
+    drive_bytes: float
+    memory_bytes: float
+
+
+def _decode_step(
+    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, context: int, streams: int, case: _Case
+) -> _Step:
+    alike, unrelated = working_set.of_streams(streams)
+
+    def mixed(of_alike: float, of_unrelated: float) -> float:
+        return case.subject * of_alike + (1.0 - case.subject) * of_unrelated
+
+    asked = mixed(float(alike.distinct_in(1).mean()), float(unrelated.distinct_in(1).mean()))
+    hit_rate = mixed(alike.hit_rate(num_slots), unrelated.hit_rate(num_slots))
+    is_resident = num_slots >= work.num_moe_layers * work.num_experts
+    if not is_resident:
+        hit_rate = min(1.0, max(0.0, hit_rate + case.hit_points))
+    dense_s = _product_s(work.dense, rates, streams)
+    keys_values, operations = work.keys_values(context)
+    attention_s = streams * max(rates.keys_values_s(keys_values), rates.compute_s("f32", operations))
+    layers = max(1, work.num_moe_layers)
+    rows = streams * work.experts_per_token / asked  # of each expert that is asked for
+    experts_s = asked * _product_s(work.expert, rates, rows)
+    overhead_s = work.num_layers * rates.layer_s + rates.step_s
+    waiting_s = 0.0
+    if not is_resident:
+        overhead_s += work.num_moe_layers * rates.streamed_layer_s
+        before_s = (dense_s + attention_s) / layers + rates.streamed_layer_s
+        record_s = work.record_bytes / rates.drive_rate(work.record_bytes)
+        one_s = experts_s / asked
+        waiting_s = layers * _mean_wait(
+            asked, 1.0 - hit_rate, experts_s, one_s, record_s, rates.drive_latency_s, case.overlap * before_s
+        )
+    parts = {
+        "dense weights": dense_s,
+        "keys and values": attention_s,
+        "experts in memory": layers * experts_s,
+        "waiting for the drive": waiting_s,
+        "overhead": overhead_s,
+    }
+    missed = layers * asked * (1.0 - hit_rate) * work.record_bytes
+    memory_bytes = work.dense_bytes + streams * keys_values + layers * asked * work.expert_bytes
+    return _Step(sum(parts.values()), hit_rate, parts, missed, memory_bytes)
+
+
+def _product_s(weights: Mapping[str, tuple[float, float]], rates: Rates, rows: float) -> float:
+    """Seconds of products with `rows` tokens: weights are read once, and each is used for all rows."""
+    return sum(
+        max(rates.read_s(format, nbytes), rates.compute_s(format, 2.0 * parameters * rows))
+        for format, (nbytes, parameters) in weights.items()
+    )
+
+
+def _mean_wait(
+    asked: float, miss_rate: float, experts_s: float, one_s: float, record_s: float, latency_s: float, overlap_s: float
+) -> float:  # fmt: skip
+    """Mean seconds that a layer takes longer than its experts in memory: the drive lands the last miss, which is then
+    computed. Misses are binomial."""
+    count = max(1, round(asked))
+    share = min(1.0, asked * miss_rate / count)
+    mean = 0.0
+    for misses in range(1, count + 1):
+        chance = comb(count, misses) * share**misses * (1.0 - share) ** (count - misses)
+        reading_s = max(0.0, latency_s + misses * record_s - overlap_s)
+        mean += chance * max(0.0, reading_s + one_s - experts_s)
+    return mean
+
+
+def predict_prompt(
+    work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, num_tokens: int, chunk_tokens: int
+) -> Prompt:
+    """Time from a prompt of that length to its first token, with no other sequence running."""
+    found = [
+        _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens)
+        for case in _cases(rates, working_set)
+    ]
+    slow, likely, fast = found
+    return Prompt(
+        num_tokens=num_tokens,
+        seconds=Range(fast[0], likely[0], slow[0]),
+        bound=_bound(likely[1]),
+        drive_bytes=likely[2],
+    )
+
+
+def _prompt(
+    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, num_tokens: int, chunk_tokens: int
+) -> tuple[float, dict[str, float], float]:
+    layers = work.num_moe_layers
+    missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
+    parts = dict.fromkeys(("dense weights", "attention", "experts", "waiting for the drive", "overhead"), 0.0)
+    drive_bytes = 0.0
+    done = 0
+    while done < num_tokens:
+        tokens = min(chunk_tokens, num_tokens - done)
+        asked = float(working_set.distinct_in(tokens).mean())
+        rows = tokens * work.experts_per_token / asked
+        dense_s = _product_s(work.dense, rates, tokens)
+        attention_s = tokens * rates.compute_s("f32", work.keys_values(done + (tokens + 1) / 2)[1])
+        experts_s = layers * asked * _product_s(work.expert, rates, rows)
+        missed = layers * asked * missing * work.record_bytes
+        reading_s = missed / rates.drive_rate(work.record_bytes)
+        # The next layer's experts are read while this one computes, so the longer of both counts.
+        parts["waiting for the drive"] += max(0.0, reading_s - experts_s - dense_s - attention_s)
+        parts["dense weights"] += dense_s
+        parts["attention"] += attention_s
+        parts["experts"] += experts_s
+        overhead_s = work.num_layers * rates.layer_s + rates.step_s
+        parts["overhead"] += overhead_s + (layers * rates.streamed_layer_s if missing else 0.0)
+        drive_bytes += missed
+        done += tokens
+    return sum(parts.values()), parts, drive_bytes
+
+
+def _bound(parts: Mapping[str, float]) -> str:
+    return max(parts, key=lambda name: parts[name])

@@ -1,0 +1,58 @@
+"""A calibration measures every rate of a forecast, and is kept for its machine, drive and version alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from argosy.engine import calibration
+from argosy.errors import UsageError
+from argosy.plan.rates import Rates, guess
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(calibration, "_DRIVE_S", 0.02)
+    monkeypatch.setattr(calibration, "_STEPS", 12)
+    big = tmp_path / "model.safetensors"
+    big.write_bytes(bytes(96 << 20))
+    told: list[str] = []
+    rates = calibration.calibrate([big], threads=2, progress=lambda what, share: told.append(what))
+
+    assert rates.is_measured
+    assert rates.source.startswith("measured 20")
+    assert rates.reads.keys() == rates.operations.keys() == guess("", 1).reads.keys()
+    assert max(rates.reads.values()) <= 1.0
+    assert [size for size, _ in rates.drive] == [256 << 10, 1 << 20, 4 << 20, 16 << 20]
+    assert Rates.from_json(json.dumps(rates.as_dict()).encode()) == rates
+    assert told[-1] == "done"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_rates_are_kept_privately_for_one_drive_and_version(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibration.load(tmp_path) is None
+    rates = guess("AMD EPYC", 4)
+    place = calibration.save(rates, tmp_path)
+    assert place.parent == own_cache
+    assert place.stat().st_mode & 0o777 == 0o600
+    assert calibration.load(tmp_path) == rates
+    assert calibration.load(Path("/proc")) is None  # another file system
+    monkeypatch.setattr(calibration.metadata, "version", lambda name: "99.0")
+    assert calibration.load(tmp_path) is None
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    place = calibration.save(guess("", 1), tmp_path)
+    place.write_text("{")
+    with pytest.raises(UsageError, match="--calibrate"):
+        calibration.load(tmp_path)

@@ -1,0 +1,168 @@
+"""Predicted seconds follow from bytes, operations and rates; each case is worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from argosy.errors import UsageError
+from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, Rates, guess
+from argosy.plan.speed import Attention, Work, predict_decode, predict_prompt
+
+GB = 10**9
+MEASURED = replace(
+    guess("AMD EPYC", 2, drive_bytes_per_s=2e9),
+    memory_bytes_per_s=10e9,
+    layer_s=1e-4,
+    streamed_layer_s=2e-4,
+    step_s=1e-3,
+    drive_latency_s=1e-4,
+    spread=1.1,
+    reads=dict.fromkeys(guess("", 1).reads, 0.8),
+    operations=dict.fromkeys(guess("", 1).operations, 1e11),
+)
+# Ten layers, 4 of 32 experts of 2 MB; dense weights of 100 MB.
+WORK = Work(
+    num_layers=10,
+    num_moe_layers=10,
+    num_experts=32,
+    experts_per_token=4,
+    dense={"q8": (100e6, 94e6)},
+    expert={"q4": (2e6, 3.6e6)},
+    record_bytes=2e6,
+    attention=(Attention(0, 4000.0, 8000.0), Attention(128, 1000.0, 2000.0)),
+)
+PRIOR = WorkingSet.prior(range(10), num_experts=32, experts_per_token=4)
+ALL = 320
+
+
+def test_a_resident_token_reads_dense_weights_experts_and_keys_and_values() -> None:
+    found = predict_decode(WORK, MEASURED, PRIOR, num_slots=ALL, context=1000)
+
+    assert found.parts["dense weights"] == pytest.approx(100e6 / 8e9)
+    assert found.parts["experts in memory"] == pytest.approx(10 * 4 * 2e6 / 8e9)
+    assert found.parts["keys and values"] == pytest.approx((1000 * 4000 + 128 * 1000) / 5e9)
+    assert found.parts["overhead"] == pytest.approx(10 * 1e-4 + 1e-3)
+    assert found.parts["waiting for the drive"] == 0
+    assert found.tokens_per_s.likely == pytest.approx(1 / sum(found.parts.values()))
+    assert found.tokens_per_s.high == pytest.approx(1.1 * found.tokens_per_s.likely)
+    assert (found.bound, found.hit_rate.likely) == ("dense weights", 1.0)
+    assert found.drive_bytes_per_token.high == 0
+
+
+def test_misses_wait_for_the_drive() -> None:
+    found = predict_decode(WORK, MEASURED, PRIOR, num_slots=80, context=1)
+    rate = PRIOR.hit_rate(80)
+
+    assert found.hit_rate.likely == pytest.approx(rate)
+    assert found.drive_bytes_per_token.likely == pytest.approx(40 * (1 - rate) * 2e6)
+    # Of four experts 0.25 ms each in memory; each miss takes 1 ms on the drive, half a layer's other time is hidden.
+    before = (sum(found.parts[name] for name in ("dense weights", "keys and values"))) / 10 + 2e-4
+    expected = 0.0
+    for misses, ways in ((1, 4), (2, 6), (3, 4), (4, 1)):
+        chance = ways * (1 - rate) ** misses * rate ** (4 - misses)
+        expected += 10 * chance * max(0.0, 1e-4 + misses * 1e-3 - before / 2 + 0.25e-3 - 1e-3)
+    assert found.parts["waiting for the drive"] == pytest.approx(expected)
+    assert found.tokens_per_s.low < found.tokens_per_s.likely < found.tokens_per_s.high
+
+
+def test_the_drive_bounds_a_small_cache_and_memory_a_large_one() -> None:
+    slow = replace(MEASURED, drive=((1 << 20, 0.2e9),))
+    assert predict_decode(WORK, slow, PRIOR, num_slots=40, context=1).bound == "waiting for the drive"
+    assert predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=1).bound == "dense weights"
+    assert predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=10**6).bound == "keys and values"
+
+
+def test_several_streams_share_weights_and_not_keys_and_values() -> None:
+    one, four = (
+        predict_decode(WORK, MEASURED, PRIOR, num_slots=ALL, context=1000, streams=streams)
+        for streams in (1, 4)
+    )
+    assert four.parts["dense weights"] == one.parts["dense weights"]
+    assert four.parts["keys and values"] == pytest.approx(4 * one.parts["keys and values"])
+    assert 1 < four.parts["experts in memory"] / one.parts["experts in memory"] < 4
+    assert one.tokens_per_s.likely < four.tokens_per_s.likely < 4 * one.tokens_per_s.likely
+    assert four.step_s.likely == pytest.approx(4 / four.tokens_per_s.likely)
+
+
+def test_a_prompt_sweeps_once_for_each_chunk_and_takes_the_longer_of_reads_and_products() -> None:
+    sweep = WORK.num_moe_layers * WORK.num_experts * WORK.record_bytes
+    for num_tokens, sweeps in ((1024, 1), (2048, 2)):
+        found = predict_prompt(WORK, MEASURED, PRIOR, num_slots=160, num_tokens=num_tokens, chunk_tokens=1024)
+        assert found.drive_bytes == pytest.approx(sweeps * sweep / 2, rel=0.01)
+    slow = replace(MEASURED, drive=((1 << 20, 0.01e9),))
+    found = predict_prompt(WORK, slow, PRIOR, num_slots=160, num_tokens=64, chunk_tokens=64)
+    assert found.bound == "waiting for the drive"
+    assert found.seconds.likely == pytest.approx(sweep / 2 / 0.01e9, rel=0.05)
+    resident = predict_prompt(WORK, MEASURED, PRIOR, num_slots=ALL, num_tokens=4096, chunk_tokens=512)
+    products = 2 * 4096 * (94e6 + 10 * 4 * 3.6e6) / 1e11
+    attention = sum(8000 * n + 2000 * min(n, 128) for n in range(4096)) / 1e11
+    assert resident.seconds.likely == pytest.approx(products + attention + 8 * 2e-3, rel=0.02)
+    assert resident.seconds.low < resident.seconds.likely < resident.seconds.high
+
+
+def test_small_records_do_not_reach_the_drives_rate() -> None:
+    rates = replace(MEASURED, drive=((1 << 18, 1e9), (1 << 20, 2e9), (1 << 22, 3e9)))
+    assert rates.drive_rate(1 << 17) == 0.5e9
+    assert rates.drive_rate(1 << 20) == 2e9
+    assert rates.drive_rate((1 << 20) + 3 * (1 << 19)) == 2.5e9
+    assert rates.drive_rate(1 << 24) == 3e9
+
+
+@pytest.mark.parametrize(
+    ("cpu", "cores", "family"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", 96, "AMD EPYC, Zen 4 or 5"),
+        ("AMD EPYC 7B13", 8, "AMD EPYC, Zen 2 or 3"),
+        ("Intel(R) Xeon(R) Platinum 8488C", 16, "Intel Xeon, Sapphire Rapids or later"),
+        ("Intel(R) Xeon(R) Platinum 8375C CPU @ 2.90GHz", 16, "Intel Xeon, Ice Lake"),
+        ("AMD Ryzen 9 7950X 16-Core Processor", 16, "AMD Ryzen 7000 or later"),
+        ("AMD Ryzen AI MAX+ 395 w/ Radeon 8060S", 16, "AMD Ryzen AI Max"),
+        ("AMD Ryzen 5 3600 6-Core Processor", 6, "AMD Ryzen, older"),
+        ("13th Gen Intel(R) Core(TM) i7-13700K", 16, "Intel Core, 12th generation or later"),
+        ("Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", 6, "Intel Core, older"),
+        ("Neoverse-V2", 8, "AWS Graviton"),
+        ("something else", 4, "an unknown processor"),
+    ],
+)
+def test_a_guess_names_the_kind_of_processor_and_says_that_it_guesses(
+    cpu: str, cores: int, family: str
+) -> None:
+    rates = guess(cpu, cores)
+    assert family in rates.source
+    assert rates.source.startswith("guessed")
+    assert "drive unknown" in rates.source
+    assert not rates.is_measured
+    assert rates.spread == GUESSED_SPREAD
+    assert rates.memory_bytes_per_s <= max(one.memory_gb_per_s for one in CPU_FAMILIES) * GB
+
+
+def test_rates_are_read_back() -> None:
+    assert Rates.from_json(json.dumps(MEASURED.as_dict()).encode()) == MEASURED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "x"},
+        {"cores": 0},
+        {"memory_bytes_per_s": -1},
+        {"memory_bytes_per_s": True},
+        {"reads": {}},
+        {"reads": dict.fromkeys(MEASURED.reads, 0)},
+        {"drive": []},
+        {"drive": [[1, 2], [1, 3]]},
+        {"drive": [[2, 1e9], [1, 1e9]]},
+        {"drive": [[1]]},
+        {"source": None},
+        {"more": 1},
+        {"step_s": 1e300},
+    ],
+)
+def test_wrong_rates_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="rates of this machine cannot be read"):
+        Rates.from_json(json.dumps(MEASURED.as_dict() | change).encode())
