@@ -28,8 +28,9 @@ PROMPT_TOKENS = (64, 1024, 16_384)  # a question, a page or two, a long document
 _NEAR_ALL = 0.9  # the knee: this share of the speed with every expert in memory
 _NUM_BUDGETS = 16  # of a curve
 # Held by a process that is about to load a model, without its tokenizer: interpreter, libraries, chat templates.
-BARE_PROCESS_BYTES = 150 << 20
-TOKENIZER_BYTES_PER_BYTE = 8  # of tokenizer.json, in memory when it has been read
+BARE_PROCESS_BYTES = 60 << 20
+_TOKENIZER_BYTES_PER_BYTE = 16  # of tokenizer.json, when it has been read: 20 measured of a small one
+_JSON_BYTES_PER_TOKEN = 70  # of a vocabulary and its merges
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,15 @@ class Forecaster:
             prompts=tuple(self.prompt(plan, length) for length in prompts if length < plan.context_tokens),
         )
 
-    def decode(self, plan: MemoryPlan, streams: int, *, context: int | None = None) -> Decode:
-        """Decode of a plan; `context` positions each, by default half of an equal share of the KV cache."""
+    def decode(
+        self, plan: MemoryPlan, streams: int, *, context: int | None = None, hit_rate: float | None = None
+    ) -> Decode:
+        """Decode of a plan.
+
+        Args:
+            context: positions of each sequence; None: half of an equal share of the KV cache.
+            hit_rate: the one that was measured; None: the working set predicts it.
+        """
         each = plan.context_tokens // streams // 2 if context is None else context
         return predict_decode(
             self.work,
@@ -154,6 +162,7 @@ class Forecaster:
             num_slots=plan.num_slots + plan.lent_slots,
             context=each,
             streams=streams,
+            hit_rate=hit_rate,
         )
 
     def prompt(self, plan: MemoryPlan, num_tokens: int) -> Prompt:
@@ -183,8 +192,11 @@ class Forecaster:
 
     def _curve(self, smallest: int, resident: int) -> list[Point]:
         points = []
-        for number in range(_NUM_BUDGETS + 1):
-            budget = round(smallest * (resident / smallest) ** (number / _NUM_BUDGETS)) + 1
+        between = (
+            round(smallest * (resident / smallest) ** (number / _NUM_BUDGETS))
+            for number in range(1, _NUM_BUDGETS)
+        )
+        for budget in (smallest, *between, resident):
             plan = self.plan(budget)
             speed = self.decode(plan, 1, context=min(1024, plan.context_tokens // 2)).tokens_per_s.likely
             points.append(Point(budget, plan.num_slots, speed))
@@ -201,7 +213,7 @@ def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
 
 def tokenizer_bytes(json_bytes: int, vocab_size: int) -> int:
     """Likely memory of a tokenizer that is not here, from the size of its file, or else of its vocabulary."""
-    return TOKENIZER_BYTES_PER_BYTE * (json_bytes or 40 * vocab_size)
+    return _TOKENIZER_BYTES_PER_BYTE * (json_bytes or _JSON_BYTES_PER_TOKEN * vocab_size)
 
 
 def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:

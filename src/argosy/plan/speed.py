@@ -127,15 +127,19 @@ def _cases(rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
 
 
 def predict_decode(
-    work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, context: int, streams: int = 1
-) -> Decode:
+    work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, context: int, streams: int = 1,
+    hit_rate: float | None = None,
+) -> Decode:  # fmt: skip
     """Decode of sequences that have `context` positions each.
 
     Args:
         num_slots: experts in memory, all layers together.
+        hit_rate: if it is known; None: the working set predicts it.
     """
     found = [
-        _decode_step(work, rates.scaled(case.rate_factor), working_set, num_slots, context, streams, case)
+        _decode_step(
+            work, rates.scaled(case.rate_factor), working_set, num_slots, context, streams, case, hit_rate
+        )
         for case in _cases(rates, working_set)
     ]
     low, likely, high = found
@@ -159,18 +163,23 @@ class _Step(NamedTuple):
 
 
 def _decode_step(
-    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, context: int, streams: int, case: _Case
-) -> _Step:
+    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, context: int, streams: int, case: _Case,
+    known: float | None,
+) -> _Step:  # fmt: skip
     alike, unrelated = working_set.of_streams(streams)
 
     def mixed(of_alike: float, of_unrelated: float) -> float:
         return case.subject * of_alike + (1.0 - case.subject) * of_unrelated
 
     asked = mixed(float(alike.distinct_in(1).mean()), float(unrelated.distinct_in(1).mean()))
-    hit_rate = mixed(alike.hit_rate(num_slots), unrelated.hit_rate(num_slots))
     is_resident = num_slots >= work.num_moe_layers * work.num_experts
-    if not is_resident:
-        hit_rate = min(1.0, max(0.0, hit_rate + case.hit_points))
+    if is_resident:
+        hit_rate = 1.0
+    elif known is not None:
+        hit_rate = known
+    else:
+        predicted = mixed(alike.hit_rate(num_slots), unrelated.hit_rate(num_slots))
+        hit_rate = min(1.0, max(0.0, predicted + case.hit_points))
     dense_s = _product_s(work.dense, rates, streams)
     keys_values, operations = work.keys_values(context)
     attention_s = streams * max(rates.keys_values_s(keys_values), rates.compute_s("f32", operations))

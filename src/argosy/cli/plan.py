@@ -1,0 +1,416 @@
+"""`argosy plan`: will it fit, how fast will it be, and what will it cost?"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.options import engine_options
+from argosy.config import format_bytes
+from argosy.errors import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from argosy.engine.forecast import Forecast, Forecaster
+    from argosy.engine.planning import Place, Subject
+    from argosy.plan.money import ApiPrice, Cost, Owner
+    from argosy.plan.speed import Decode, Range
+
+_FITS = {
+    "no": "no",
+    "thrashes": "barely: one token's experts do not stay for the next, so nearly every one is read again",
+    "streams": "yes, it streams",
+    "resident": "yes, with every expert in memory",
+}
+
+
+@click.command("plan")
+@click.argument("model")
+@engine_options
+@click.option(
+    "--machine",
+    default="here",
+    metavar="NAME",
+    help="here, aws:i7i.8xlarge ..., or a CSV FILE:NAME.",
+)
+@click.option(
+    "--streams", default="1,4,8", show_default=True, metavar="N,...", help="Answers generated at once."
+)
+@click.option(
+    "--format",
+    "pack_format",
+    type=click.Choice(["q4", "q8", "bf16"]),
+    help="For a config.json: the pack to assume.",
+)
+@click.option(
+    "--working-set",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Routing recorded by `argosy routes`.",
+)
+@click.option("--api", metavar="PROVIDER/MODEL", help="Compare with this API, as genai-prices names it.")
+@click.option("--api-price", metavar="IN:OUT", help="Or with these dollars per million tokens.")
+@click.option("--price", type=click.FloatRange(0), metavar="USD", help="Purchase price of the machine.")
+@click.option(
+    "--watts", type=click.FloatRange(0), metavar="W", help="What the machine draws while it answers."
+)
+@click.option(
+    "--kwh", type=click.FloatRange(0), default=0.15, show_default=True, metavar="USD", help="Electricity."
+)
+@click.option("--calibrate", is_flag=True, help="Measure this machine first: a minute, remembered.")
+@click.option("--verify", is_flag=True, help="Run the model briefly, and compare.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw speed over memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def plan(
+    model: str, machine: str, streams: str, pack_format: str | None, working_set: Path | None, api: str | None,
+    api_price: str | None, price: float | None, watts: float | None, kwh: float, calibrate: bool, verify: bool,
+    plot: Path | None, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Say whether MODEL fits, how fast it will be, and what it will cost. Reads headers, not weights.
+
+    MODEL is a directory, a GGUF file, a config.json, OWNER/NAME on the Hugging Face Hub (OWNER/NAME:Q4_K_M for one
+    of several GGUF files), or an https address. Exit code 3 means that it does not fit. Speeds are estimates.
+
+    \b
+    Examples:
+      argosy plan Qwen/Qwen3-30B-A3B --memory 16GiB
+      argosy plan ./kimi-k2 --machine aws:i7i.8xlarge --api moonshotai/kimi-k2-0905-preview
+    """
+    from argosy.cli.output import progress_bar
+    from argosy.cli.settings import Settings
+    from argosy.engine import calibration
+    from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
+    from argosy.plan.money import Owner
+
+    counts = _counts(streams)
+    settings = Settings.read(**options)
+    if machine != HERE and (calibrate or verify):
+        raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
+    recorded = None if working_set is None else read_working_set(working_set)
+    api_of = _api_price(api, api_price, model)
+    with (
+        progress_bar() as progress,
+        open_subject(model, format=pack_format or "q4", mmproj=settings.mmproj, progress=progress) as subject,  # type: ignore[arg-type]
+    ):
+        if pack_format is not None and subject.place != "assumed":
+            raise UsageError(
+                "--format is for a config.json, and this model has files, with formats of their own"
+            )
+        if verify and subject.place != "files":
+            raise UsageError("--verify runs the model, and its files are not here")
+        at = subject.files.path if subject.place == "files" else Path.cwd()
+        if calibrate:
+            rates = calibration.calibrate(subject.weights, threads=settings.threads, progress=progress)
+            calibration.save(rates, at)
+        place = find_place(machine, at, threads=settings.threads)
+        found, budget_bytes = forecaster(
+            subject, place, streams=counts, working_set=recorded, **settings.for_engine()
+        )
+        forecast = found.forecast(budget_bytes, streams=counts)
+        row = place.row
+        owner = Owner(
+            usd_per_hour=row.usd_per_hour if row and price is None else None,
+            usd=price if price is not None else row.usd if row and not row.usd_per_hour else None,
+            watts=watts if watts is not None else row.watts if row else None,
+            usd_per_kwh=kwh,
+        )
+        facts = _Facts(subject, place, forecast, found, owner, api_of)
+        if as_json:
+            import json
+
+            print(json.dumps(facts.as_dict(), ensure_ascii=False))
+        else:
+            print(*facts.lines(), sep="\n")
+        if plot is not None:
+            _write_plot(plot, forecast, owner)
+        if verify and forecast.plan is not None:
+            from argosy.engine.verification import verify as run
+
+            result = run(model, subject.files, found, forecast.plan, settings.for_engine())
+            print(json.dumps(result.as_dict()) if as_json else "\n".join(result.lines()))
+    if forecast.refusal is not None:
+        raise DoesNotFit(forecast.refusal.message, hint=forecast.refusal.hint, **forecast.refusal.facts)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not 1 <= len(counts) <= 16 or not all(1 <= count <= 1024 for count in counts):
+        raise UsageError(
+            f"--streams takes 1 to 16 numbers from 1 to 1024, found '{text[:40]}'", hint="for example 1,4,8"
+        )
+    return sorted(set(counts))
+
+
+def _api_price(api: str | None, api_price: str | None, model: str) -> ApiPrice | None:
+    from argosy.plan.money import look_up_price, parse_price
+
+    if api is not None and api_price is not None:
+        raise UsageError("--api and --api-price exclude each other")
+    if api_price is not None:
+        return parse_price(api_price)
+    if api is None:
+        return None
+    found = look_up_price(api)
+    if found is None:
+        raise UsageError(f"genai-prices has no price of '{api}'", hint="`--api-price IN:OUT` gives it")
+    return found
+
+
+class _Facts:
+    """Everything that is printed, as lines and as JSON."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        place: Place,
+        forecast: Forecast,
+        found: Forecaster,
+        owner: Owner,
+        api: ApiPrice | None,
+    ) -> None:
+        self._subject, self._place, self._forecast, self._owner = subject, place, forecast, owner
+        self._costs: list[tuple[int, Cost]] = []
+        if forecast.plan is not None and (owner.is_priced or api is not None):
+            from argosy.plan.money import PROMPT_TOKENS, cost
+
+            prompt_s = found.prompt(forecast.plan, PROMPT_TOKENS).seconds.likely
+            self._costs = [
+                (one.streams, cost(owner, prompt_s=prompt_s, tokens_per_s=one.tokens_per_s.likely, api=api))
+                for one in forecast.decode
+            ]
+
+    def lines(self) -> list[str]:
+        forecast = self._forecast
+        lines = [f"fits      {self._fit()}"]
+        if forecast.decode:
+            first = forecast.decode[0]
+            lines.append(
+                f"speed     {_spread(first.tokens_per_s)} for one answer, estimated; most of its time goes to "
+                f"{first.bound}"
+            )
+        lines += self._budgets()
+        lines += self._model()
+        lines.append(
+            f"machine   {self._place.name}, {format_bytes(self._place.memory_bytes)}; {forecast.rates.source}"
+        )
+        if not forecast.rates.is_measured and self._place.row is None:
+            lines.append("          `--calibrate` measures it in a minute; ranges become narrower")
+        if forecast.plan is not None:
+            lines.append(f"memory    {format_bytes(forecast.plan.total_bytes)}")
+            lines += [
+                f"  {label:<17}{format_bytes(nbytes):>9}{f'  {note}' if note else ''}"
+                for label, nbytes, note in forecast.plan.lines()
+            ]
+        if forecast.decode:
+            lines += _decode_lines(forecast)
+            lines += _prompt_lines(forecast)
+        lines += self._money()
+        return lines
+
+    def _fit(self) -> str:
+        forecast = self._forecast
+        if forecast.plan is None:
+            assert forecast.refusal is not None
+            return f"no: it needs {format_bytes(forecast.smallest_bytes)}"
+        plan = forecast.plan
+        share = 100 * plan.num_slots / max(1, plan.num_experts)
+        where = "" if forecast.verdict == "resident" else f", {share:.0f} % of its experts in memory"
+        takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
+        return f"{_FITS[forecast.verdict]}{where}; {takes}"
+
+    def _budgets(self) -> list[str]:
+        forecast = self._forecast
+        knee = ""
+        if forecast.knee_bytes is not None:
+            knee = f"; 90 % of full speed with {format_bytes(forecast.knee_bytes)}"
+        return [
+            f"budget    smallest {format_bytes(forecast.smallest_bytes)}{knee}; all experts in memory with "
+            f"{format_bytes(forecast.resident_bytes)}"
+        ]
+
+    def _model(self) -> list[str]:
+        from argosy.plan.assumed import active_parameters
+
+        subject, work = self._subject, self._forecast.work
+        everything, active = active_parameters(subject.files.config)
+        files = subject.files
+        where = "its files are here"
+        if subject.place == "assumed":
+            where = f"a config.json alone: assumed to be packed as {files.expert_format}"
+        elif subject.remote is not None:
+            where = f"not here: a download of {subject.remote.file_bytes / 1e9:.1f} GB"
+        lines = [
+            f"model     {subject.name}; {where}",
+            f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "
+            f"{files.expert_format}",
+            f"          a token reads {work.dense_bytes / 1e9:.2f} GB of dense weights and "
+            f"{work.routed_token_bytes() / 1e9:.2f} GB of experts ({work.record_bytes / 1e6:.1f} MB each)",
+        ]
+        remote = subject.remote
+        if remote is not None and remote.num_read < remote.num_shards:
+            lines.append(
+                f"          headers of {remote.num_read} of {remote.num_shards} files were read: layers of the others "
+                "are taken to be alike"
+            )
+        working_set = self._forecast.working_set
+        known = (
+            "recorded"
+            if working_set.num_tokens
+            else "typical of such models: nothing is recorded of this one"
+        )
+        lines.append(f"          hit rates are {known}, within {100 * working_set.error:.0f} points")
+        return lines
+
+    def _money(self) -> list[str]:
+        if not self._costs:
+            return []
+        from argosy.plan.money import sentence
+
+        owner = self._owner
+        basis = []
+        if owner.usd_per_hour is not None:
+            basis.append(f"{owner.usd_per_hour:g} $/h")
+        if owner.usd is not None:
+            basis.append(f"{owner.usd:g} $ over {owner.life_years:g} years")
+        if owner.watts is not None:
+            basis.append(f"{owner.watts:g} W at {owner.usd_per_kwh:g} $/kWh")
+        lines = [
+            f"money     {', '.join(basis) or 'no price of this machine: `--price`, `--watts`'}; estimated"
+        ]
+        for streams, one in self._costs:
+            energy = "" if one.energy_wh is None else f", {one.energy_wh:.2g} Wh an answer"
+            lines.append(
+                f"  {streams:>3} at once     {one.usd_per_m_in:.3g} $ per million tokens in, {one.usd_per_m_out:.3g} $ "
+                f"out{energy}"
+            )
+        if (api := self._costs[-1][1].api) is not None:
+            lines.append(f"  {api.name:<16} {api.usd_per_m_in:g} $ in, {api.usd_per_m_out:g} $ out")
+            if owner.is_priced:
+                cheapest = min((cost for _, cost in self._costs), key=lambda one: one.request_usd)
+                lines += textwrap.wrap(sentence(cheapest), 100, initial_indent="  ", subsequent_indent="  ")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        from argosy.plan.assumed import active_parameters
+
+        subject, place, forecast = self._subject, self._place, self._forecast
+        everything, active = active_parameters(subject.files.config)
+        remote = subject.remote
+        return {
+            "model": {
+                "name": subject.name, "place": subject.place, "family": subject.files.config.family,
+                "num_parameters": everything, "num_active_parameters": active,
+                "expert_format": subject.files.expert_format, "dense_bytes": forecast.work.dense_bytes,
+                "routed_bytes_per_token": forecast.work.routed_token_bytes(),
+                "record_bytes": forecast.work.record_bytes,
+                "download_bytes": remote.file_bytes if remote else None,
+                "headers_read": None if remote is None else [remote.num_read, remote.num_shards],
+            },
+            "machine": {
+                "name": place.name, "memory_bytes": place.memory_bytes, "is_measured": forecast.rates.is_measured,
+                "rates": forecast.rates.as_dict(),
+            },
+            "verdict": forecast.verdict,
+            "fits": forecast.plan is not None,
+            "why": None if forecast.refusal is None else forecast.refusal.message,
+            "smallest_bytes": forecast.smallest_bytes,
+            "knee_bytes": forecast.knee_bytes,
+            "resident_bytes": forecast.resident_bytes,
+            "hit_rate_is_recorded": forecast.working_set.num_tokens > 0,
+            "plan": None if forecast.plan is None else forecast.plan.as_dict(),
+            "decode": [_decode_dict(one) for one in forecast.decode],
+            "prompts": [
+                {
+                    "num_tokens": one.num_tokens, "seconds": one.seconds._asdict(), "bound": one.bound,
+                    "drive_bytes": one.drive_bytes,
+                }
+                for one in forecast.prompts
+            ],
+            "curve": [asdict(point) for point in forecast.curve],
+            "money": [
+                {"streams": streams, **_finite(asdict(one))} for streams, one in self._costs
+            ],
+        }  # fmt: skip
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: a break-even that is never reached is null, and `times` says by how much it is missed."""
+    return {name: None if value == float("inf") else value for name, value in values.items()}
+
+
+def _decode_dict(one: Decode) -> dict[str, Any]:
+    return {
+        "streams": one.streams,
+        "tokens_per_s": one.tokens_per_s._asdict(),
+        "hit_rate": one.hit_rate._asdict(),
+        "drive_bytes_per_token": one.drive_bytes_per_token._asdict(),
+        "drive_bytes_per_day": one.drive_bytes_per_token.likely * one.tokens_per_s.likely * 86_400,
+        "memory_bytes_per_token": one.memory_bytes_per_token,
+        "seconds": dict(one.parts),
+        "bound": one.bound,
+    }
+
+
+def _spread(values: Range) -> str:
+    return f"{_number(values.low)} to {_number(values.high)} tok/s, likely {_number(values.likely)},"
+
+
+def _short(values: Range, scale: float = 1.0, digits: int = 2) -> str:
+    low, likely, high = (_number(value * scale, digits) for value in values)
+    return f"{likely} ({low} to {high})"
+
+
+def _number(value: float, digits: int = 2) -> str:
+    if value >= 10**digits:
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def _decode_lines(forecast: Forecast) -> list[str]:
+    plan = forecast.plan
+    assert plan is not None
+    lines = [
+        f"decode    {'at once':>7}  {'tok/s, all together':<22}{'hit rate':<20}{'drive, GB/token':<22}"
+        f"{'TB/day':>7}  bound by"
+    ]
+    for one in forecast.decode:
+        per_day = one.drive_bytes_per_token.likely * one.tokens_per_s.likely * 86_400 / 1e12
+        hits = f"{one.hit_rate.likely:.2f} ({one.hit_rate.low:.2f} to {one.hit_rate.high:.2f})"
+        lines.append(
+            f"          {one.streams:>7}  {_short(one.tokens_per_s):<22}{hits:<20}"
+            f"{_short(one.drive_bytes_per_token, 1e-9):<22}{_number(per_day):>7}  {one.bound}"
+        )
+    lines.append(f"          with {plan.context_tokens // 2} positions shared by all")
+    return lines
+
+
+def _prompt_lines(forecast: Forecast) -> list[str]:
+    lines = [f"prompts   {'tokens':>7}  {'seconds to first token':<24}bound by"]
+    return lines + [
+        f"          {one.num_tokens:>7}  {_short(one.seconds):<24}{one.bound}" for one in forecast.prompts
+    ]
+
+
+def _write_plot(path: Path, forecast: Forecast, owner: Owner) -> None:
+    from argosy.cli.plot import Line, draw
+    from argosy.config import GIB
+
+    if path.suffix != ".svg":
+        raise UsageError(f"--plot writes an SVG file, found '{path.name}'")
+    points = [(point.budget_bytes / GIB, point.tokens_per_s) for point in forecast.curve]
+    lines = [Line("tok/s, one answer", points)]
+    if owner.is_priced:
+        usd_per_s = (owner.fixed_usd_per_hour + owner.running_usd_per_hour) / 3600
+        lines.append(Line("$ per million tokens out", [(x, 1e6 / y * usd_per_s) for x, y in points]))
+    marks = [] if forecast.knee_bytes is None else [("90 % of full speed", forecast.knee_bytes / GIB)]
+    try:
+        path.write_text(draw(lines, marks, x_label="memory, GiB"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,211 @@
+"""Find the model to plan for, wherever it is, and forecast it on a machine.
+
+    directory, GGUF, demo       ->  its files               ┐
+    config.json                 ->  a pack that it would be ├─>  Subject  ->  forecaster  ->  Forecast
+    OWNER/NAME, https://...     ->  its headers             ┘
+
+Elsewhere: `forecast.py` computes; `cli/plan.py` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.hub import Source
+from argosy.config import DEMO, Budget, Format, parse_size
+from argosy.engine import calibration
+from argosy.engine.forecast import (
+    BARE_PROCESS_BYTES,
+    PROMPT_TOKENS,
+    Forecast,
+    Forecaster,
+    tokenizer_bytes,
+)
+from argosy.engine.memory_plan import TEMPLATE_WORKER_BYTES, process_bytes
+from argosy.engine.options import configure, locate_model, open_files
+from argosy.errors import UsageError
+from argosy.experts.resident import Progress
+from argosy.model.families import config_alone, open_model
+from argosy.model.remote import RemoteHeaders, fetch_headers
+from argosy.plan import machine as this_machine
+from argosy.plan.assumed import assume_pack
+from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
+from argosy.plan.machines import Machine, find_machine
+from argosy.plan.rates import Rates, guess
+from argosy.prompt.tokenizer import Tokenizer
+
+HERE = "here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to plan for.
+
+    place: whether its files are here, only their headers were read, or they are assumed.
+    local_bytes: memory of a process here that has its tokenizer; None if the tokenizer is not here.
+    """
+
+    name: str
+    files: ModelFiles
+    place: Literal["files", "headers", "assumed"]
+    remote: RemoteHeaders | None = None
+    local_bytes: int | None = None
+
+    @property
+    def weights(self) -> list[Path]:
+        """Its files with weights that are here."""
+        if self.place != "files":
+            return []
+        return list({ref.path for ref in self.files.dense.values()} | {
+            piece.path for record in self.files.experts.values() for piece in record.pieces
+        })  # fmt: skip
+
+
+@contextmanager
+def open_subject(
+    model: str, *, format: Format = "q4", mmproj: str | None = None, progress: Progress | None = None
+) -> Iterator[Subject]:
+    """Find a model; a remote one lasts as long as the context.
+
+    Args:
+        format: of the pack that is assumed for a config.json.
+
+    Raises:
+        The errors of `open_model` and `fetch_headers`.
+    """
+    is_here = model == DEMO or Path(model).exists()
+    if not is_here and (source := Source.find(model)) is not None:
+        with fetch_headers(source, progress=progress) as headers:
+            yield Subject(name=model, files=open_model(headers.path), place="headers", remote=headers)
+        return
+    path = locate_model(model, progress)
+    if (config := config_alone(path)) is not None:
+        yield Subject(name=str(path), files=assume_pack(config, format, path), place="assumed")
+        return
+    files = open_files(path, mmproj=mmproj)
+    tokenizer = Tokenizer.open(files.path, files.header)  # kept while the process is measured
+    yield Subject(name=model, files=files, place="files", local_bytes=process_bytes(tokenizer))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """The machine to plan for. `row` is None for this one."""
+
+    name: str
+    row: Machine | None
+    memory_bytes: int
+    budget_bytes: int  # if the caller names none
+    rates: Rates
+
+
+def find_place(text: str, model: Path | None = None, *, threads: int | None = None) -> Place:
+    """This machine, with its measured rates if it has some for the drive of `model`, or another.
+
+    Raises:
+        UsageError: the machine is unknown.
+    """
+    if text != HERE:
+        row = find_machine(text)
+        limit = this_machine.MemoryLimit(row.memory_bytes, row.memory_bytes, "machine")
+        budget_bytes, _ = this_machine.default_budget(limit)
+        return Place(
+            name=row.name,
+            row=row,
+            memory_bytes=row.memory_bytes,
+            budget_bytes=budget_bytes,
+            rates=row.rates(),
+        )
+    limit = this_machine.memory_limit()
+    budget_bytes, _ = this_machine.default_budget(limit)
+    rates = calibration.load(model or Path.cwd())
+    if rates is None:
+        rates = guess(this_machine.cpu_model(), threads or this_machine.usable_cores())
+    return Place(name=HERE, row=None, memory_bytes=limit.total_bytes, budget_bytes=budget_bytes, rates=rates)
+
+
+def forecaster(
+    subject: Subject,
+    place: Place,
+    *,
+    memory: str | int | None = None,
+    streams: Sequence[int] = (1,),
+    working_set: WorkingSet | None = None,
+    **options: Any,
+) -> tuple[Forecaster, int]:
+    """The forecaster of a model on a machine, and the budget in bytes.
+
+    Args:
+        memory: as `Engine.open` takes it, a share being of the machine's memory; None: what is free, less a margin.
+        options: others of `Engine.open`.
+
+    Raises:
+        UsageError: an option is invalid, or the working set is of another model.
+    """
+    budget_bytes = (
+        place.budget_bytes if memory is None else parse_size(memory, total_bytes=place.memory_bytes)
+    )
+    budget = Budget(ram_bytes=budget_bytes, context_tokens=options.pop("context", None))
+    threads = options.pop("threads", None) or place.rates.cores
+    config = configure(
+        subject.name, subject.files, memory=budget, threads=threads, max_sequences=max(8, *streams), **options
+    )
+    if working_set is not None:
+        _require_same_model(working_set, subject.files)
+    held = subject.local_bytes
+    if held is None or place.row is not None:
+        model = subject.files.config
+        json_bytes = subject.remote.tokenizer_bytes if subject.remote else 0
+        held = BARE_PROCESS_BYTES + TEMPLATE_WORKER_BYTES + tokenizer_bytes(json_bytes, model.vocab_size)
+    found = Forecaster(subject.files, config, place.rates, working_set=working_set, process_bytes=held)
+    return found, budget_bytes
+
+
+def plan_remote(
+    model: str,
+    *,
+    memory: str | int | None = None,
+    streams: Sequence[int] = (1,),
+    progress: Progress | None = None,
+) -> tuple[RemoteHeaders, Forecast]:
+    """Plan a model that is not here yet, for this machine: what `pull` asks before it downloads.
+
+    Raises:
+        UsageError: `model` is neither OWNER/NAME nor an address.
+        FetchFailed, CheckpointError: see `fetch_headers`.
+    """
+    if (source := Source.find(model)) is None:
+        raise UsageError(f"'{model}' is no model of a hub", hint="give OWNER/NAME, or an https address")
+    with fetch_headers(source, progress=progress) as headers:
+        subject = Subject(name=model, files=open_model(headers.path), place="headers", remote=headers)
+        found, budget_bytes = forecaster(subject, find_place(HERE), memory=memory, streams=streams)
+        return headers, found.forecast(budget_bytes, streams=streams, prompts=PROMPT_TOKENS, with_curve=False)
+
+
+def read_working_set(path: Path) -> WorkingSet:
+    """A working set that was recorded.
+
+    Raises:
+        UsageError: the file cannot be read, or is none.
+    """
+    try:
+        with path.open("rb") as file:
+            return WorkingSet.from_json(file.read(MOST_JSON_BYTES + 1))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _require_same_model(working_set: WorkingSet, files: ModelFiles) -> None:
+    config = files.config
+    found = len(working_set.layers), working_set.num_experts, working_set.experts_per_token
+    needed = len(config.moe_layers), config.num_experts, config.experts_per_token
+    if found != needed or working_set.layers != config.moe_layers:
+        raise UsageError(
+            f"the working set is of a model with {found[0]} layers of {found[1]} experts, {found[2]} per token; this "
+            f"one has {needed[0]} layers of {needed[1]}, {needed[2]} per token",
+            hint="record one with `argosy routes`",
+        )

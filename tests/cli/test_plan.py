@@ -1,0 +1,240 @@
+"""`argosy plan` answers first, from headers, wherever the model and the machine are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from argosy.cli.main import main
+from argosy.config import GIB, MIB
+from argosy.engine import calibration
+from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.rates import guess
+from tests.families.published import PUBLISHED
+from tests.helpers.hub_server import REPOSITORY, directory_files, served
+
+REFERENCE = Path(__file__).parents[1] / "models" / "reference"
+TINY = REFERENCE / "mixtral_plain"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def kimi(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(next(model.config for model in PUBLISHED if model.name == "Kimi-K2")))
+    return path
+
+
+def facts(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
+    assert main(["plan", *map(str, arguments), "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["plan", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_verdict_comes_first_and_everything_fits_a_screen(
+    kimi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["plan", str(kimi), "--machine", "box:desktop-64", "--api", "moonshotai/kimi-k2-0905-preview"])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+
+    assert lines[0].startswith("fits      yes, it streams, ")
+    assert lines[1].startswith("speed     ")
+    assert "estimated" in lines[1]
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 150
+    text = "\n".join(lines)
+    for expected in (
+        "1026.4 B parameters",
+        "assumed to be packed as q4",
+        "guessed: AMD Ryzen",
+        "times cheaper",
+        "Wh",
+    ):
+        assert expected in text
+
+
+def test_numbers_and_text_say_the_same(kimi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, kimi, "--machine", "box:desktop-64", "--memory", "50%", "--streams", "1,2")
+
+    assert found["verdict"] == "streams"
+    assert found["machine"]["memory_bytes"] == 64 * GIB
+    assert found["plan"]["budget_bytes"] == 32 * GIB
+    assert [one["streams"] for one in found["decode"]] == [1, 2]
+    for one in found["decode"]:
+        rate = one["tokens_per_s"]
+        assert 0 < rate["low"] < rate["likely"] < rate["high"]
+        assert sum(one["seconds"].values()) == pytest.approx(one["streams"] / rate["likely"])
+        assert one["drive_bytes_per_day"] == pytest.approx(
+            one["drive_bytes_per_token"]["likely"] * rate["likely"] * 86_400
+        )
+    assert found["smallest_bytes"] < found["knee_bytes"] < found["resident_bytes"]
+    assert not found["machine"]["is_measured"]
+    assert not found["hit_rate_is_recorded"]
+
+
+def test_a_model_that_does_not_fit_exits_with_3_and_says_what_would(
+    kimi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = facts(capsys, kimi, "--machine", "box:laptop-16", "--memory", "8GiB", code=3)
+    assert (found["fits"], found["verdict"], found["decode"]) == (False, "no", [])
+    assert found["smallest_bytes"] > 8 * GIB
+    assert main(["plan", str(kimi), "--memory", "8GiB"]) == 3
+    both = capsys.readouterr()
+    assert both.out.startswith("fits      no: it needs ")
+    assert "hint: `--memory" in both.err
+
+
+def test_files_on_disk_are_planned_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, TINY, "--memory", "1GiB")
+    assert found["model"]["place"] == "files"
+    assert found["verdict"] == "resident"
+    assert found["machine"]["name"] == "here"
+
+
+def test_a_model_on_a_hub_is_planned_from_its_headers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(directory_files(TINY)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        found = facts(capsys, REPOSITORY, "--memory", "1GiB")
+        local = facts(capsys, TINY, "--memory", "1GiB")
+    assert found["model"]["place"] == "headers"
+    assert found["model"]["download_bytes"] == (TINY / "model.safetensors").stat().st_size
+    for name in ("num_parameters", "dense_bytes", "record_bytes", "expert_format"):
+        assert found["model"][name] == local["model"][name]
+
+
+def test_plan_remote_is_the_function_for_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argosy.engine.planning import plan_remote
+
+    with served(directory_files(TINY)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        headers, forecast = plan_remote(REPOSITORY, memory="1GiB")
+    assert headers.file_bytes == (TINY / "model.safetensors").stat().st_size
+    assert forecast.verdict == "resident"
+
+
+def test_measured_rates_of_this_machine_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import replace
+
+    rates = replace(guess("AMD EPYC", 2), spread=1.1, source="measured 2026-11-27, a test", step_s=0.5)
+    calibration.save(rates, TINY)
+    found = facts(capsys, TINY, "--memory", "1GiB")
+    assert found["machine"]["is_measured"]
+    assert 1.8 < found["decode"][0]["tokens_per_s"]["likely"] < 2.0
+
+
+def test_recorded_routing_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+
+    from argosy.model.families import open_model
+    from argosy.plan.hit_rate import ReuseGaps
+
+    config = open_model(TINY).config
+    gaps = ReuseGaps(config.num_experts)
+    gaps.count(np.tile(np.arange(config.experts_per_token), (64, 1)))
+    recorded = WorkingSet.of(
+        {layer: [gaps] for layer in config.moe_layers},
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+    )
+    path = tmp_path / "working-set.json"
+    path.write_text(json.dumps(recorded.as_dict()))
+    assert facts(capsys, TINY, "--memory", "1GiB", "--working-set", path)["hit_rate_is_recorded"]
+    path.write_text("{}")
+    assert "working set cannot be read" in refusal(capsys, TINY, "--working-set", path)
+    assert "cannot be read: No such file" in refusal(capsys, TINY, "--working-set", tmp_path / "none")
+
+
+def test_prices_and_break_even_are_printed(kimi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, kimi, "--machine", "aws:i7i.8xlarge", "--api-price", "0.6:2.5")
+    one = found["money"][0]
+    speed = found["decode"][0]["tokens_per_s"]["likely"]
+    assert one["usd_per_m_out"] == pytest.approx(3.02 / 3600 / speed * 1e6)
+    assert one["times"] == pytest.approx(one["break_even"])
+    assert one["times"] > 10
+    owned = facts(capsys, kimi, "--machine", "box:desktop-64", "--price", 0, "--watts", 150)["money"][0]
+    seconds = owned["energy_wh"] / 150 * 3600
+    assert owned["request_usd"] == pytest.approx(seconds * 150 / 1000 * 0.15 / 3600)
+    assert owned["api"] is None
+
+
+def test_a_plot_is_an_svg_with_a_line_and_the_knee(kimi: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kimi.svg"
+    assert main(["plan", str(kimi), "--machine", "aws:i7i.8xlarge", "--plot", str(path)]) == 0
+    root = ElementTree.parse(path).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    lines = root.findall(f"{space}polyline")
+    texts = [node.text for node in root.iter(f"{space}text")]
+    assert len(lines) == 2
+    for line in lines:
+        places = [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+        assert len(places) == 17
+        assert [x for x, _ in places] == sorted(x for x, _ in places)
+    assert {"tok/s, one answer", "$ per million tokens out", "memory, GiB", "90 % of full speed"} <= set(
+        texts
+    )
+
+
+def test_verify_runs_the_model_and_names_the_part_that_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY), "--memory", "1GiB", "--verify"]) == 0
+    text = capsys.readouterr().out
+    assert "verified" in text
+    assert "most of the difference is in: " in text
+    rows = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("  decode, tok/s", "  first token", "  memory, peak"))
+    ]
+    assert len(rows) == 3
+    peak = float(rows[2].split()[-2])
+    assert 0 < peak < 1.1 * (GIB / MIB)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--streams", "0"], "--streams takes"),
+        (["--streams", ""], "--streams takes"),
+        (["--streams", "1,x"], "--streams takes"),
+        (["--streams", ",".join(["1"] * 17)], "--streams takes"),
+        (["--machine", "aws:nothing"], "unknown machine"),
+        (["--machine", "box:laptop-16", "--calibrate"], "run on this machine"),
+        (["--machine", "box:laptop-16", "--verify"], "run on this machine"),
+        (["--format", "q8"], "--format is for a config.json"),
+        (["--api", "x/y", "--api-price", "1:2"], "exclude each other"),
+        (["--api", "x/y"], "no price of 'x/y'"),
+        (["--api-price", "1"], "IN:OUT"),
+        (["--plot", "x.png"], "SVG"),
+        (["--memory", "101%"], "more than all"),
+        (["--context", "99999999"], "context of 99999999"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert problem in refusal(capsys, TINY, *arguments)
+
+
+def test_verify_needs_files(kimi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "its files are not here" in refusal(capsys, kimi, "--verify")
+
+
+def test_an_address_that_is_not_read_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must begin with https" in refusal(capsys, "http://example.org/a/b")

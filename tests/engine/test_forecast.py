@@ -1,0 +1,136 @@
+"""A forecast reuses the engine's own memory plan, and its verdicts, budgets and speeds fit together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from argosy.config import GIB, Budget, EngineConfig
+from argosy.engine import planning
+from argosy.engine.forecast import Forecaster, work_of
+from argosy.engine.memory_plan import plan_memory
+from argosy.errors import DoesNotFit, UsageError
+from argosy.model.families import FAMILIES, open_model
+from argosy.model.footprint import ModelFootprint, kv_bytes
+from argosy.plan.assumed import assume_pack
+from argosy.plan.hit_rate import ReuseGaps, WorkingSet
+from argosy.plan.rates import guess
+from tests.families.published import PUBLISHED
+
+REFERENCE = Path(__file__).parents[1] / "models" / "reference"
+PROCESS_BYTES = 100 << 20
+
+
+def config(threads: int = 16, **options: object) -> EngineConfig:
+    return EngineConfig(budget=Budget(ram_bytes=1), threads=threads, **options)  # type: ignore[arg-type]
+
+
+def forecaster(name: str = "Qwen3-30B-A3B", working_set: WorkingSet | None = None) -> Forecaster:
+    raw = next(model.config for model in PUBLISHED if model.name == name)
+    files = assume_pack(FAMILIES[raw["model_type"]].parse_config(raw), "q4", Path("config.json"))
+    rates = guess("AMD Ryzen 9 7950X", 16, drive_bytes_per_s=6e9)
+    return Forecaster(files, config(), rates, working_set=working_set, process_bytes=PROCESS_BYTES)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Forecaster:
+    return forecaster()
+
+
+def test_memory_is_that_of_the_engines_plan(qwen: Forecaster) -> None:
+    found = qwen.forecast(12 * GIB, with_curve=False).plan
+    raw = next(model.config for model in PUBLISHED if model.name == "Qwen3-30B-A3B")
+    files = assume_pack(FAMILIES["qwen3_moe"].parse_config(raw), "q4", Path("config.json"))
+    same = replace(config(), budget=Budget(ram_bytes=12 * GIB))
+    assert found == plan_memory(ModelFootprint(files, same), same, process_bytes=PROCESS_BYTES)
+
+
+def test_the_smallest_budget_fits_and_one_byte_less_does_not(qwen: Forecaster) -> None:
+    smallest = qwen.forecast(1, with_curve=False).smallest_bytes
+    assert qwen.plan(smallest).total_bytes <= smallest
+    with pytest.raises(DoesNotFit):
+        qwen.plan(smallest - 1)
+
+
+def test_verdicts_follow_the_budget() -> None:
+    kimi = forecaster("Kimi-K2")
+    found = {gib: kimi.forecast(gib * GIB, with_curve=False) for gib in (8, 16, 64, 700)}
+
+    assert [one.verdict for one in found.values()] == ["no", "thrashes", "streams", "resident"]
+    assert found[8].plan is None
+    assert found[8].decode == ()
+    assert found[8].refusal is not None
+    # The experts of one token: 60 layers of 8.
+    assert found[16].plan is not None
+    assert found[16].plan.num_slots < 480
+    assert found[16].decode[0].hit_rate.likely < 0.1
+    speeds = [one.decode[0].tokens_per_s.likely for one in found.values() if one.decode]
+    assert speeds == sorted(speeds)
+    assert all(one.resident_bytes == found[8].resident_bytes for one in found.values())
+
+
+def test_the_knee_is_the_smallest_budget_with_nine_tenths_of_the_speed() -> None:
+    found = forecaster("DeepSeek-V3").forecast(64 * GIB)
+    speeds = {point.budget_bytes: point.tokens_per_s for point in found.curve}
+    budgets = list(speeds)
+    assert budgets == sorted(budgets)
+    assert (budgets[0], budgets[-1]) == (found.smallest_bytes, found.resident_bytes)
+    assert found.knee_bytes is not None
+    assert speeds[found.knee_bytes] >= 0.9 * speeds[budgets[-1]]
+    assert all(speed < 0.9 * speeds[budgets[-1]] for at, speed in speeds.items() if at < found.knee_bytes)
+    assert found.knee_bytes < found.resident_bytes
+
+
+def test_prompts_longer_than_the_context_are_left_out(qwen: Forecaster) -> None:
+    found = qwen.forecast(12 * GIB, with_curve=False)
+    assert found.plan is not None
+    assert found.plan.context_tokens == 8192
+    assert [one.num_tokens for one in found.prompts] == [64, 1024]
+    assert found.prompts[0].seconds.likely < found.prompts[1].seconds.likely
+
+
+def test_a_recorded_working_set_replaces_the_prior(qwen: Forecaster) -> None:
+    layers = {}
+    for layer in range(48):
+        gaps = ReuseGaps(128)
+        gaps.count(np.tile(np.arange(8), (100, 1)))  # the same eight experts again and again
+        layers[layer] = [gaps]
+    recorded = WorkingSet.of(layers, num_experts=128, experts_per_token=8)
+    found = forecaster(working_set=recorded).forecast(4 * GIB, with_curve=False)
+    typical = qwen.forecast(4 * GIB, with_curve=False)
+    assert found.decode[0].hit_rate.likely == pytest.approx(1.0, abs=0.01)
+    assert typical.decode[0].hit_rate.likely < 0.8
+    assert found.decode[0].tokens_per_s.likely > typical.decode[0].tokens_per_s.likely
+
+
+def test_work_counts_what_a_token_reads() -> None:
+    files = open_model(REFERENCE / "deepseek_v3_plain")
+    work, model = work_of(files, "f16"), files.config
+    assert work.num_moe_layers == len(model.moe_layers)
+    embedding = files.dense["embed"]
+    assert work.dense_bytes == sum(ref.landed_bytes for ref in files.dense.values()) - embedding.landed_bytes
+    assert work.record_bytes * len(files.experts) == files.expert_bytes
+    bytes_at_100, _ = work.keys_values(100)
+    assert bytes_at_100 == 100 * kv_bytes(model, 1600, "f16") / 1600
+
+
+def test_layers_with_windows_read_no_more_than_their_window() -> None:
+    raw = next(model.config for model in PUBLISHED if model.name == "gpt-oss-20b")
+    files = assume_pack(FAMILIES["gpt_oss"].parse_config(raw), "q4", Path("config.json"))
+    work = work_of(files, "f32")
+    near, far = (work.keys_values(context)[0] for context in (128, 1280))
+    assert far / near == pytest.approx((10 + 1) / 2)  # half of the layers see 128 positions
+
+
+def test_a_working_set_of_another_model_is_refused() -> None:
+    files = open_model(REFERENCE / "mixtral_plain")
+    other = WorkingSet.prior([0, 1], num_experts=64, experts_per_token=2)
+    with pytest.raises(UsageError, match="working set is of a model with 2 layers of 64 experts"):
+        planning.forecaster(
+            planning.Subject(name="x", files=files, place="assumed"),
+            planning.find_place(planning.HERE),
+            working_set=other,
+        )
