@@ -29,6 +29,7 @@ SCRIPTS = (
     "footprint",
     "replay",
     "hit_rate",
+    "plan_accuracy",
     "memory",
     "media_memory",
     "beside_encode",
