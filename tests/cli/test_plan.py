@@ -88,6 +88,14 @@ def test_numbers_and_text_say_the_same(kimi: Path, capsys: pytest.CaptureFixture
     assert not found["hit_rate_is_recorded"]
 
 
+def test_the_environment_speaks_of_this_machine_alone(
+    kimi: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ARGOSY_MEMORY", "2GiB")
+    assert facts(capsys, kimi, "--machine", "box:desktop-64")["plan"]["budget_bytes"] > 60 * GIB
+    assert facts(capsys, TINY)["plan"]["budget_bytes"] == 2 * GIB
+
+
 def test_a_model_that_does_not_fit_exits_with_3_and_says_what_would(
     kimi: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ REVISION = "a" * 40
 class Served:
     """A repository, and what was asked of it.
 
-    lies: response headers by file name that replace the true ones; "status" replaces the status.
+    lies: response headers by file name that replace the true ones; "status" replaces the status, and "stall" keeps the
+        body back.
     """
 
     files: dict[str, tuple[bytes, int]]
@@ -77,8 +79,12 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
             else:
                 first, last = int(asked[1]), min(int(asked[2]), size - 1)
                 status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{size}"}
-            headers |= {key: value for key, value in lie.items() if key != "status"}
+            headers |= {key: value for key, value in lie.items() if key not in ("status", "stall")}
             part = beginning[first : last + 1]
+            if "stall" in lie:
+                self._send(status, b"", headers, 0)
+                time.sleep(1.0)
+                return
             self._send(int(lie.get("status", status)), part, headers, last + 1 - first)
 
         def _send(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from argosy.checkpoint import hub
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.hub import Source
@@ -274,6 +275,16 @@ def test_a_redirect_leads_to_https_or_is_refused(target: str) -> None:
     with (
         served(directory_files(REFERENCE / SMALL), redirect_to=target) as server,
         pytest.raises(FetchFailed, match=r"only https is opened|answers 302"),
+    ):
+        fetched(server)
+
+
+def test_a_server_that_sends_nothing_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_REQUEST_S", 0.3)
+    lies = {SHARD: {"Content-Length": "8", "Content-Range": "bytes 0-7/1000", "stall": "1"}}
+    with (
+        served(directory_files(REFERENCE / SMALL), lies=lies) as server,
+        pytest.raises(FetchFailed, match=r"no answer within|too slowly"),
     ):
         fetched(server)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from argosy.config import Budget, EngineConfig
+from argosy.errors import UnsupportedModel
 from argosy.model.families import FAMILIES
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.assumed import active_parameters, assume_pack
@@ -81,3 +82,10 @@ def test_a_pack_of_a_format_is_planned_like_a_real_one() -> None:
     assert q4.dense_bytes == q8.dense_bytes < bf16.dense_bytes  # only routed experts become q4
     assert q4.num_experts == 58 * 256
     assert q4.resident_bytes == pytest.approx(368e9, rel=0.01)
+
+
+def test_a_config_with_more_experts_than_any_model_is_refused_before_they_are_listed() -> None:
+    raw = next(model.config for model in PUBLISHED if model.name == "Qwen3-30B-A3B")
+    config = FAMILIES["qwen3_moe"].parse_config(raw | {"num_experts": 65_536, "num_hidden_layers": 4096})
+    with pytest.raises(UnsupportedModel, match="268435456 experts together"):
+        assume_pack(config, "q4", Path("config.json"))

@@ -19,8 +19,11 @@ from typing import NamedTuple
 
 from argosy.checkpoint.files import rows_together
 from argosy.config import Format, MixerKind, ModelConfig
+from argosy.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
+
+_MOST_EXPERTS = 1 << 20  # of all layers together; the largest released model has 82,432
 
 
 class ExpertShapes(NamedTuple):
@@ -47,6 +50,22 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "final_norm", (hidden,)
     if not config.is_embedding_tied:
         yield "head", (config.vocab_size, hidden)
+
+
+def require_countable(config: ModelConfig) -> None:
+    """Check that a list with every expert of a config, whose files are not here, can be made.
+
+    Raises:
+        UnsupportedModel: it has too many.
+    """
+    num_experts = len(config.moe_layers) * config.num_experts
+    if num_experts > _MOST_EXPERTS:
+        raise UnsupportedModel(
+            f"its layers have {num_experts} experts together; at most {_MOST_EXPERTS} are counted without their files",
+            key="num_experts",
+            value=num_experts,
+            supported=_MOST_EXPERTS,
+        )
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:

@@ -3,9 +3,9 @@
     OWNER/NAME, https://...  ->  Source  ->  Hub: names of files, and byte ranges of them
 
 Nothing a server says is trusted. Addresses are https, unless the host is this machine; so are redirects, of which few
-are followed, and the token goes to no other host. The size of each answer is checked before it is read, all answers
-together are bounded, and a request ends after a minute, however slowly bytes come. HF_ENDPOINT names another hub, and
-HF_TOKEN is sent to it; neither is logged or printed.
+are followed, and the token goes to no other host. The size of each answer is checked before it is read, and all answers
+together are bounded. A request ends after a minute, and all of them after five, however slowly bytes come. HF_ENDPOINT
+names another hub, and HF_TOKEN is sent to it; neither is logged or printed.
 
 Elsewhere: `model/remote.py` reads headers of models with it.
 """
@@ -31,6 +31,7 @@ from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _REQUEST_S = 60.0
+_ALL_REQUESTS_S = 300.0
 _MOST_REDIRECTS = 4
 _LIST_BYTES = 2 << 20  # of the answer with the names of a repository's files
 _LARGEST_FILE = 1 << 50
@@ -129,6 +130,7 @@ class Hub:
         self.source = source
         self.bytes_read = 0
         self._most_bytes = most_bytes
+        self._until = time.monotonic() + _ALL_REQUESTS_S
         self._lock = Lock()
         token = os.environ.get("HF_TOKEN", "").strip() if token is None else token
         if not all("!" <= character <= "~" for character in token):
@@ -187,9 +189,12 @@ class Hub:
         if start is not None:
             request.add_header("Range", f"bytes={start}-{start + most_bytes - 1}")
         self._redirects.authorize(request)
-        deadline = time.monotonic() + _REQUEST_S
+        deadline = min(time.monotonic() + _REQUEST_S, self._until)
+        timeout_s = deadline - time.monotonic()
+        if timeout_s <= 0:
+            raise self._failed(url, f"all headers took more than {_ALL_REQUESTS_S:.0f} s")
         try:
-            with self._opener.open(request, timeout=_REQUEST_S) as response:
+            with self._opener.open(request, timeout=timeout_s) as response:
                 expected, file_bytes = self._announced(response, url, start, most_bytes)
                 with self._lock:
                     if self.bytes_read + expected > self._most_bytes:
@@ -202,7 +207,7 @@ class Hub:
             error.close()
             raise self._refusal(error.code, url) from None
         except TimeoutError:
-            raise self._failed(url, f"no answer within {_REQUEST_S:.0f} s") from None
+            raise self._failed(url, f"no answer within {timeout_s:.0f} s") from None
         except urllib.error.URLError as error:
             raise self._failed(url, quote(str(error.reason))) from None
         except (OSError, http.client.HTTPException) as error:
@@ -245,7 +250,7 @@ class Hub:
         left = expected
         while left:
             if time.monotonic() > deadline:
-                raise self._failed(url, f"it took more than {_REQUEST_S:.0f} s")
+                raise self._failed(url, "its bytes come too slowly")
             part = response.read(min(left, _READ_BYTES))
             if not part:
                 raise self._failed(url, f"the connection ended {left} bytes early")

@@ -85,7 +85,8 @@ def plan(
     from argosy.plan.money import Owner
 
     counts = _counts(streams)
-    settings = Settings.read(**options)
+    # What the environment says of this machine does not concern another.
+    settings = Settings.read(None if machine == HERE else {}, **options)
     if machine != HERE and (calibrate or verify):
         raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
     recorded = None if working_set is None else read_working_set(working_set)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from argosy.checkpoint.geometry import require_countable
 from argosy.checkpoint.gguf import GGUF_SUFFIX, read_gguf
 from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
@@ -240,6 +241,7 @@ def _completed(found: Mapping[str, TensorRef], config: ModelConfig) -> dict[str,
 
     Layers with equal settings have the same tensors, and so do all experts of a layer.
     """
+    require_countable(config)
     complete = dict(found)
     kinds: dict[tuple[str, LayerConfig], dict[str, _Kind]] = {}
     for name, ref in found.items():

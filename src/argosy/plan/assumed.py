@@ -18,6 +18,7 @@ from argosy.checkpoint.geometry import (
     expert_shapes,
     packed_config,
     packed_format,
+    require_countable,
 )
 from argosy.checkpoint.manifest import MATRIX_ALIGNMENT, round_up
 from argosy.config import Format, ModelConfig
@@ -32,7 +33,11 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
     Args:
         format: one of PACK_FORMATS.
         path: what the config was read from.
+
+    Raises:
+        UnsupportedModel: it has more experts than any model.
     """
+    require_countable(config)
     config = packed_config(config)
     dense: dict[str, MatrixRef] = {}
     end = 0
