@@ -89,7 +89,7 @@ def test_several_streams_share_weights_and_not_keys_and_values() -> None:
     assert four.step_s.likely == pytest.approx(4 / four.tokens_per_s.likely)
 
 
-def test_a_prompt_sweeps_once_for_each_chunk_and_takes_the_longer_of_reads_and_products() -> None:
+def test_a_prompt_sweeps_once_for_each_chunk_and_reads_beside_its_products() -> None:
     sweep = WORK.num_moe_layers * WORK.num_experts * WORK.record_bytes
     for num_tokens, sweeps in ((1024, 1), (2048, 2)):
         found = predict_prompt(WORK, MEASURED, PRIOR, num_slots=160, num_tokens=num_tokens, chunk_tokens=1024)
@@ -98,11 +98,49 @@ def test_a_prompt_sweeps_once_for_each_chunk_and_takes_the_longer_of_reads_and_p
     found = predict_prompt(WORK, slow, PRIOR, num_slots=160, num_tokens=64, chunk_tokens=64)
     assert found.bound == "waiting for the drive"
     assert found.seconds.likely == pytest.approx(sweep / 2 / 0.01e9, rel=0.05)
+    beside = predict_prompt(WORK, MEASURED, PRIOR, num_slots=160, num_tokens=1024, chunk_tokens=1024)
+    products = 2 * 1024 * (94e6 + 10 * 4 * 3.6e6) / 1e11 + sum(
+        (8000 * 512.5 + 2000 * 128) / 1e11 for _ in range(1024)
+    )
+    reads = sweep / 2 / 2e9  # less than the products; half of it is beside them
+    assert beside.seconds.likely == pytest.approx(products + reads / 2 + 2e-3 + 2e-3, rel=0.01)
     resident = predict_prompt(WORK, MEASURED, PRIOR, num_slots=ALL, num_tokens=4096, chunk_tokens=512)
     products = 2 * 4096 * (94e6 + 10 * 4 * 3.6e6) / 1e11
     attention = sum(8000 * n + 2000 * min(n, 128) for n in range(4096)) / 1e11
     assert resident.seconds.likely == pytest.approx(products + attention + 8 * 2e-3, rel=0.02)
     assert resident.seconds.low < resident.seconds.likely < resident.seconds.high
+
+
+# Mid Q4_0 of benchmarks/make_checkpoint.py: 16 layers, 8 of 128 experts of 2.65 MB, 209 MB of dense weights. Two cores of
+# Zen 5 read memory at 88 GB/s and the drive at 4.1 (docs/performance.md).
+MID = Work(
+    num_layers=16,
+    num_moe_layers=16,
+    num_experts=128,
+    experts_per_token=8,
+    dense={"q4": (209e6, 372e6)},
+    expert={"q4": (2.65e6, 4.72e6)},
+    record_bytes=2.65e6,
+    attention=(Attention(0, 65_536.0, 131_072.0),),
+)
+ZEN_5 = replace(
+    guess("AMD EPYC", 2, drive_bytes_per_s=4.1e9),
+    memory_bytes_per_s=88e9,
+    reads=dict.fromkeys(guess("", 1).reads, 0.88),
+    operations=dict.fromkeys(guess("", 1).operations, 0.55 * 2.2e12),
+)
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "hit_rate", "measured"), [(2048, 1.0, 115.2), (1024, 0.852, 36.1), (512, 0.61, 24.0)]
+)
+def test_a_machine_measured_earlier_is_predicted(num_slots: int, hit_rate: float, measured: float) -> None:
+    prior = WorkingSet.prior(range(16), num_experts=128, experts_per_token=8)
+    found = predict_decode(MID, ZEN_5, prior, num_slots=num_slots, context=100, hit_rate=hit_rate)
+    assert found.tokens_per_s.low < measured < found.tokens_per_s.high
+    assert found.tokens_per_s.likely == pytest.approx(measured, rel=0.3)
+    prompt = predict_prompt(MID, ZEN_5, prior, num_slots=512, num_tokens=512, chunk_tokens=512)
+    assert 512 / prompt.seconds.likely == pytest.approx(346, rel=0.15)
 
 
 def test_small_records_do_not_reach_the_drives_rate() -> None:

@@ -52,6 +52,7 @@ _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
 _SAMPLE_S = 0.2  # for each format, twice
 _DRIVE_S = 0.8  # for each size of record
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
+_ALONE_BYTES = 4 << 20  # of a record that is read alone
 _NUM_READERS = 4
 _FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
@@ -82,7 +83,7 @@ def calibrate(
     finally:
         runtime.close()
     with _file_to_read(files) as path:
-        drive = _drive(path, cores, tell)
+        drive, latency_s = _drive(path, cores, tell)
     layer_s, streamed_layer_s, step_s = _overheads(cores, tell)
     tell("done", 1.0)
     return Rates(
@@ -91,6 +92,7 @@ def calibrate(
         reads=reads,
         operations=operations,
         drive=tuple(drive),
+        drive_latency_s=latency_s,
         layer_s=layer_s,
         streamed_layer_s=streamed_layer_s,
         step_s=step_s,
@@ -217,25 +219,31 @@ def _fill(file: IO[bytes], nbytes: int) -> None:
     os.fsync(file.fileno())
 
 
-def _drive(path: str, cores: int, tell: Progress) -> list[tuple[int, float]]:
+def _drive(path: str, cores: int, tell: Progress) -> tuple[list[tuple[int, float]], float]:
+    """Rates by record size, and by how much a record alone takes longer than its share of records read together."""
     file_bytes = os.stat(path).st_size
+    is_direct = True
+
+    def rate(record_bytes: int, readers: int) -> float:
+        nonlocal is_direct
+        most = file_bytes // record_bytes
+        few = min(most, max(readers, (16 << 20) // record_bytes))
+        try:
+            first = _native.drive_probe(path, record_bytes, few, readers, is_direct)
+        except RuntimeError:  # the file system has no direct reads
+            is_direct = False
+            first = _native.drive_probe(path, record_bytes, few, readers, False)
+        count = min(most, max(few, int(first * _DRIVE_S) // record_bytes))
+        return _native.drive_probe(path, record_bytes, count, readers, is_direct)
+
     found = []
     with _busy(max(1, cores - 1)):
         for number, record_bytes in enumerate(_RECORD_BYTES):
             tell("measuring the drive", 0.45 + 0.3 * number / len(_RECORD_BYTES))
-            most = file_bytes // record_bytes
-            few = min(most, max(_NUM_READERS, (32 << 20) // record_bytes))
-            try:
-                first = _native.drive_probe(path, record_bytes, few, _NUM_READERS, True)
-                is_direct = True
-            except RuntimeError:
-                first = _native.drive_probe(path, record_bytes, few, _NUM_READERS, False)
-                is_direct = False
-            count = min(most, max(few, int(first * _DRIVE_S) // record_bytes))
-            found.append(
-                (record_bytes, _native.drive_probe(path, record_bytes, count, _NUM_READERS, is_direct))
-            )
-    return found
+            found.append((record_bytes, rate(record_bytes, _NUM_READERS)))
+        alone = rate(_ALONE_BYTES, 1)
+    together = dict(found)[_ALONE_BYTES]
+    return found, max(1e-5, _ALONE_BYTES / alone - _ALONE_BYTES / together)
 
 
 @contextmanager

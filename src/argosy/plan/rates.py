@@ -25,7 +25,7 @@ _KEYS_AND_VALUES_SHARE = 0.5  # of the memory's rate, at which attention reads i
 MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.5
 _FORMAT = "argosy-rates-1"
 _MOST_RATE = 1e15
-_DRIVE_LATENCY_S = 100e-6
+_DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

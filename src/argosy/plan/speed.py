@@ -4,13 +4,13 @@
 
 A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
 others are computed, and the last to land is computed after it. A prompt sweeps through the experts once for each chunk,
-reading and computing at once. Each prediction names the part that bounds it.
+reading and computing at once for some of the time. Each prediction names the part that takes the longest.
 
     layer = before experts + max(experts in memory, latency + misses * record / drive - overlap + one expert)
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
 maximum of means would flatter. `overlap` is what the early router reads during the time before experts: half of it is
-taken as likely, nothing and all as the ends of the range.
+taken as likely, nothing and all as the ends of the range. The same shares of a prompt's reads are beside its products.
 
 Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
@@ -236,7 +236,7 @@ def predict_prompt(
 ) -> Prompt:
     """Time from a prompt of that length to its first token, with no other sequence running."""
     found = [
-        _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens)
+        _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens, case)
         for case in _cases(rates, working_set)
     ]
     slow, likely, fast = found
@@ -249,7 +249,13 @@ def predict_prompt(
 
 
 def _prompt(
-    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, num_tokens: int, chunk_tokens: int
+    work: Work,
+    rates: Rates,
+    working_set: WorkingSet,
+    num_slots: int,
+    num_tokens: int,
+    chunk_tokens: int,
+    case: _Case,
 ) -> tuple[float, dict[str, float], float]:
     layers = work.num_moe_layers
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
@@ -265,8 +271,10 @@ def _prompt(
         experts_s = layers * asked * _product_s(work.expert, rates, rows)
         missed = layers * asked * missing * work.record_bytes
         reading_s = missed / rates.drive_rate(work.record_bytes)
-        # The next layer's experts are read while this one computes, so the longer of both counts.
-        parts["waiting for the drive"] += max(0.0, reading_s - experts_s - dense_s - attention_s)
+        # The next layer's experts are read while this one computes, but not all of the time.
+        computing_s = experts_s + dense_s + attention_s
+        alone_s = (1.0 - case.overlap) * min(reading_s, computing_s)
+        parts["waiting for the drive"] += max(0.0, reading_s - computing_s) + alone_s
         parts["dense weights"] += dense_s
         parts["attention"] += attention_s
         parts["experts"] += experts_s
