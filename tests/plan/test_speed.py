@@ -111,8 +111,8 @@ def test_a_prompt_sweeps_once_for_each_chunk_and_reads_beside_its_products() -> 
     assert resident.seconds.low < resident.seconds.likely < resident.seconds.high
 
 
-# Mid Q4_0 of benchmarks/make_checkpoint.py: 16 layers, 8 of 128 experts of 2.65 MB, 209 MB of dense weights. Two cores of
-# Zen 5 read memory at 88 GB/s and the drive at 4.1 (docs/performance.md).
+# Mid Q4_0 of benchmarks/make_checkpoint.py: 16 layers, 8 of 128 experts of 2.65 MB, 209 MB of dense weights. Two cores
+# of Zen 5 read memory at 88 GB/s and the drive at 4.1 (docs/performance.md).
 MID = Work(
     num_layers=16,
     num_moe_layers=16,
