@@ -115,6 +115,15 @@ def test_files_on_disk_are_planned_as_they_are(capsys: pytest.CaptureFixture[str
     assert found["machine"]["name"] == "here"
 
 
+def test_a_budget_without_room_for_pictures_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    seeing = REFERENCE.parent / "reference_seeing" / "qwen3_vl_moe"
+    with_pictures = facts(capsys, seeing, "--memory", "3GiB", "--media")
+    assert (with_pictures["fits"], with_pictures["is_text_only"]) == (True, False)
+    assert main(["plan", str(seeing), "--memory", "400MiB"]) == 0
+    assert "text only: there is no room for pictures" in capsys.readouterr().out.splitlines()[0]
+    assert facts(capsys, seeing, "--memory", "400MiB", "--media", code=3)["verdict"] == "no"
+
+
 def test_a_model_on_a_hub_is_planned_from_its_headers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

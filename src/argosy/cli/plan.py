@@ -222,7 +222,8 @@ class _Facts:
         share = 100 * plan.num_slots / max(1, plan.num_experts)
         where = "" if forecast.verdict == "resident" else f", {share:.0f} % of its experts in memory"
         takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
-        return f"{_FITS[forecast.verdict]}{where}; {takes}"
+        left_out = "; text only: there is no room for pictures and sound" if forecast.is_text_only else ""
+        return f"{_FITS[forecast.verdict]}{where}; {takes}{left_out}"
 
     def _budgets(self) -> list[str]:
         forecast = self._forecast
@@ -320,6 +321,7 @@ class _Facts:
             },
             "verdict": forecast.verdict,
             "fits": forecast.plan is not None,
+            "is_text_only": forecast.is_text_only,
             "why": None if forecast.refusal is None else forecast.refusal.message,
             "smallest_bytes": forecast.smallest_bytes,
             "knee_bytes": forecast.knee_bytes,

@@ -33,7 +33,7 @@ from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
 from argosy.config import MIB, Format, SamplingParams
-from argosy.demo.locate import cache_directory
+from argosy.demo.cache import cache_directory
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.model.families import CONFIG_FILE, FAMILIES

@@ -15,7 +15,7 @@ from typing import Literal
 
 from argosy.checkpoint.files import ModelFiles, matrix_bytes
 from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig
-from argosy.engine.memory_plan import MemoryPlan, plan_memory
+from argosy.engine.memory_plan import MemoryPlan, plan_memory, with_media_that_fit
 from argosy.errors import DoesNotFit
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.hit_rate import WorkingSet
@@ -49,6 +49,7 @@ class Forecast:
     plan: None if it does not fit; then `refusal` says why, and nothing below it is known.
     smallest_bytes: the smallest budget that works, with the requested context or else a short one.
     knee_bytes: the smallest budget with nine tenths of the speed that all experts in memory give.
+    is_text_only: it takes pictures or sound, and the budget has no room for them.
     """
 
     verdict: Verdict
@@ -63,6 +64,7 @@ class Forecast:
     prompts: tuple[Prompt, ...] = ()
     curve: tuple[Point, ...] = ()
     knee_bytes: int | None = None
+    is_text_only: bool = False
 
 
 class Forecaster:
@@ -100,10 +102,10 @@ class Forecaster:
         Raises:
             DoesNotFit: it is below the floor.
         """
-        budget = replace(self._config.budget, ram_bytes=budget_bytes)
-        return plan_memory(
-            self._footprint, replace(self._config, budget=budget), process_bytes=self._process_bytes
-        )
+        config = replace(self._config, budget=replace(self._config.budget, ram_bytes=budget_bytes))
+        held = self._process_bytes
+        footprint = with_media_that_fit(self._footprint, config, process_bytes=held)
+        return plan_memory(footprint, config, process_bytes=held)
 
     def forecast(
         self,
@@ -141,6 +143,7 @@ class Forecaster:
         return replace(
             found,
             verdict=verdict_of(plan, self._model),
+            is_text_only=bool(self._footprint.encoder_bytes) and not plan.encoder_bytes,
             decode=tuple(self.decode(plan, count) for count in streams),
             prompts=tuple(self.prompt(plan, length) for length in prompts if length < plan.context_tokens),
         )
