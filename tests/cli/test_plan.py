@@ -192,6 +192,17 @@ def test_prices_and_break_even_are_printed(kimi: Path, capsys: pytest.CaptureFix
     assert owned["api"] is None
 
 
+def test_several_machines_are_planned_on_paper(kimi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = facts(capsys, kimi, "--machine", "4*box:desktop-64", "--network", "25GbE")
+    group = found["group"]
+    assert (group["num_machines"], found["machine"]["name"]) == (4, "box:desktop-64")
+    assert 1.3 < group["speed_up"] < 4
+    assert group["hit_rate"] > found["decode"][0]["hit_rate"]["likely"]
+    assert main(["plan", str(kimi), "--machine", "4*box:desktop-64"]) == 0
+    assert "4 such machines, on paper" in capsys.readouterr().out
+    assert facts(capsys, kimi, "--machine", "box:desktop-64")["group"] is None
+
+
 def test_a_plot_is_an_svg_with_a_line_and_the_knee(kimi: Path, tmp_path: Path) -> None:
     path = tmp_path / "kimi.svg"
     assert main(["plan", str(kimi), "--machine", "aws:i7i.8xlarge", "--plot", str(path)]) == 0
@@ -234,6 +245,9 @@ def test_verify_runs_the_model_and_names_the_part_that_is_off(capsys: pytest.Cap
         (["--machine", "aws:nothing"], "unknown machine"),
         (["--machine", "box:laptop-16", "--calibrate"], "run on this machine"),
         (["--machine", "box:laptop-16", "--verify"], "run on this machine"),
+        (["--machine", "0*box:laptop-16"], "takes N*NAME"),
+        (["--network", "10GbE"], "--machine names one"),
+        (["--machine", "2*box:laptop-16", "--network", "fast"], "gigabits"),
         (["--format", "q8"], "--format is for a config.json"),
         (["--api", "x/y", "--api-price", "1:2"], "exclude each other"),
         (["--api", "x/y"], "no price of 'x/y'"),

@@ -15,6 +15,7 @@ from argosy.errors import DoesNotFit, UsageError
 if TYPE_CHECKING:
     from argosy.engine.forecast import Forecast, Forecaster
     from argosy.engine.planning import Place, Subject
+    from argosy.plan.group import Group
     from argosy.plan.money import ApiPrice, Cost, Owner
     from argosy.plan.speed import Decode, Range
 
@@ -33,7 +34,7 @@ _FITS = {
     "--machine",
     default="here",
     metavar="NAME",
-    help="here, aws:i7i.8xlarge ..., or a CSV FILE:NAME.",
+    help="here, aws:i7i.8xlarge, a CSV FILE:NAME, 4*NAME.",
 )
 @click.option(
     "--streams", default="1,4,8", show_default=True, metavar="N,...", help="Answers generated at once."
@@ -61,12 +62,13 @@ _FITS = {
 )
 @click.option("--calibrate", is_flag=True, help="Measure this machine first: a minute, remembered.")
 @click.option("--verify", is_flag=True, help="Run the model briefly, and compare.")
+@click.option("--network", metavar="SPEED", help="Between machines, with 4*NAME: 10GbE, 25GbE.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw speed over memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def plan(
     model: str, machine: str, streams: str, pack_format: str | None, working_set: Path | None, api: str | None,
     api_price: str | None, price: float | None, watts: float | None, kwh: float, calibrate: bool, verify: bool,
-    plot: Path | None, as_json: bool, **options: Any,
+    network: str | None, plot: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Say whether MODEL fits, how fast it will be, and what it will cost. Reads headers, not weights.
 
@@ -82,9 +84,14 @@ def plan(
     from argosy.cli.settings import Settings
     from argosy.engine import calibration
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
+    from argosy.plan.group import parse_count, parse_network
     from argosy.plan.money import Owner
 
     counts = _counts(streams)
+    num_machines, machine = parse_count(machine)
+    if num_machines == 1 and network is not None:
+        raise UsageError("--network is between machines, and --machine names one", hint="--machine 4*NAME")
+    between = parse_network(network or "10GbE")
     # What the environment says of this machine does not concern another.
     settings = Settings.read(None if machine == HERE else {}, **options)
     if machine != HERE and (calibrate or verify):
@@ -117,7 +124,10 @@ def plan(
             watts=watts if watts is not None else row.watts if row else None,
             usd_per_kwh=kwh,
         )
-        facts = _Facts(subject, place, forecast, found, owner, api_of)
+        group = None
+        if num_machines > 1 and forecast.plan is not None:
+            group = found.group(forecast.plan, num_machines, between)
+        facts = _Facts(subject, place, forecast, found, owner, api_of, group)
         if as_json:
             import json
 
@@ -173,8 +183,10 @@ class _Facts:
         found: Forecaster,
         owner: Owner,
         api: ApiPrice | None,
+        group: Group | None,
     ) -> None:
         self._subject, self._place, self._forecast, self._owner = subject, place, forecast, owner
+        self._group = group
         self._costs: list[tuple[int, Cost]] = []
         if forecast.plan is not None and (owner.is_priced or api is not None):
             from argosy.plan.money import PROMPT_TOKENS, cost
@@ -210,7 +222,23 @@ class _Facts:
         if forecast.decode:
             lines += _decode_lines(forecast)
             lines += _prompt_lines(forecast)
-        lines += self._money()
+        lines += self._group_lines() + self._money()
+        return lines
+
+    def _group_lines(self) -> list[str]:
+        group, owner = self._group, self._owner
+        if group is None:
+            return []
+        lines = [
+            f"group     {group.num_machines} such machines, on paper, for Argosy runs on one so far: "
+            f"{_spread(group.tokens_per_s)} for one answer",
+            f"          {group.speed_up:.2f} times as fast as one; hit rate {group.hit_rate:.2f}; the network takes "
+            f"{group.network_share:.1%} of the time",
+        ]
+        if owner.is_priced:
+            usd_per_s = group.num_machines * (owner.fixed_usd_per_hour + owner.running_usd_per_hour) / 3600
+            usd = usd_per_s * 1e6 / group.tokens_per_s.likely
+            lines.append(f"          {usd:.3g} $ per million tokens out, one answer at a time")
         return lines
 
     def _fit(self) -> str:
@@ -336,11 +364,18 @@ class _Facts:
                 }
                 for one in forecast.prompts
             ],
+            "group": None if self._group is None else _group_dict(self._group),
             "curve": [asdict(point) for point in forecast.curve],
             "money": [
                 {"streams": streams, **_finite(asdict(one))} for streams, one in self._costs
             ],
         }  # fmt: skip
+
+
+def _group_dict(group: Group) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(group), "tokens_per_s": group.tokens_per_s._asdict()}
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

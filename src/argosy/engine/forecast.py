@@ -15,9 +15,16 @@ from typing import Literal
 
 from argosy.checkpoint.files import ModelFiles, matrix_bytes
 from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig
-from argosy.engine.memory_plan import MemoryPlan, plan_memory, with_media_that_fit
+from argosy.engine.memory_plan import (
+    PROCESS_GROWTH_BYTES,
+    MemoryPlan,
+    page_table_bytes,
+    plan_memory,
+    with_media_that_fit,
+)
 from argosy.errors import DoesNotFit
 from argosy.model.footprint import ModelFootprint
+from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
 from argosy.plan.speed import Attention, Decode, Prompt, Work, predict_decode, predict_prompt
@@ -176,6 +183,22 @@ class Forecaster:
             num_slots=plan.num_slots + plan.lent_slots,
             num_tokens=num_tokens,
             chunk_tokens=plan.chunk_tokens,
+        )
+
+    def group(self, plan: MemoryPlan, num_machines: int, network: Network) -> Group:
+        """Decode of one sequence by equal machines: one as planned, the others with nothing but experts."""
+        others = plan.budget_bytes - BARE_PROCESS_BYTES - PROCESS_GROWTH_BYTES - plan.staging_bytes
+        others -= page_table_bytes(others)
+        slots = plan.num_slots + (num_machines - 1) * max(0, others // max(1, plan.slot_bytes))
+        return predict_group(
+            self.work,
+            self._rates,
+            self._working_set,
+            num_machines=num_machines,
+            num_slots=min(slots, plan.num_experts),
+            hidden_size=self._model.hidden_size,
+            network=network,
+            context=plan.context_tokens // 2,
         )
 
     def _smallest_bytes(self) -> int:
