@@ -13,6 +13,7 @@ from argosy.cli.main import main
 from argosy.config import GIB, MIB
 from argosy.engine import calibration
 from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.machine import usable_cores
 from argosy.plan.rates import guess
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, directory_files, served
@@ -150,7 +151,9 @@ def test_plan_remote_is_the_function_for_downloads(monkeypatch: pytest.MonkeyPat
 def test_measured_rates_of_this_machine_are_used(capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import replace
 
-    rates = replace(guess("AMD EPYC", 2), spread=1.1, source="measured 2026-11-27, a test", step_s=0.5)
+    rates = replace(
+        guess("AMD EPYC", usable_cores()), spread=1.1, source="measured 2026-11-27, a test", step_s=0.5
+    )
     calibration.save(rates, TINY)
     found = facts(capsys, TINY, "--memory", "1GiB")
     assert found["machine"]["is_measured"]

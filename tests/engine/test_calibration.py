@@ -9,6 +9,7 @@ import pytest
 
 from argosy.engine import calibration
 from argosy.errors import UsageError
+from argosy.plan.machine import usable_cores
 from argosy.plan.rates import Rates, guess
 
 
@@ -41,18 +42,19 @@ def test_rates_are_kept_privately_for_one_drive_and_version(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert calibration.load(tmp_path) is None
-    rates = guess("AMD EPYC", 4)
+    rates = guess("AMD EPYC", usable_cores())
     place = calibration.save(rates, tmp_path)
     assert place.parent == own_cache
     assert place.stat().st_mode & 0o777 == 0o600
     assert calibration.load(tmp_path) == rates
     assert calibration.load(Path("/proc")) is None  # another file system
+    assert calibration.load(tmp_path, threads=usable_cores() + 1) is None
     monkeypatch.setattr(calibration.metadata, "version", lambda name: "99.0")
     assert calibration.load(tmp_path) is None
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    place = calibration.save(guess("", 1), tmp_path)
+    place = calibration.save(guess("", usable_cores()), tmp_path)
     place.write_text("{")
     with pytest.raises(UsageError, match="--calibrate"):
         calibration.load(tmp_path)

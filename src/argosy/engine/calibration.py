@@ -76,7 +76,7 @@ def calibrate(
     tell = progress or (lambda what, share: None)
     cores = threads or machine.usable_cores()
     tell("measuring memory", 0.0)
-    memory = max(_native.memory_probe(cores, 512 * MIB) for _ in range(3))
+    memory = max(_native.memory_probe(cores, max(512, 8 * cores) * MIB) for _ in range(3))
     runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
     try:
         memory, reads, operations = _products(runtime, memory, tell)
@@ -101,13 +101,16 @@ def calibrate(
     )
 
 
-def load(path: Path) -> Rates | None:
+def load(path: Path, *, threads: int | None = None) -> Rates | None:
     """What was measured on this machine for the drive that holds `path`, by this version; None: nothing.
+
+    Args:
+        threads: with which it was measured; None: all cores.
 
     Raises:
         UsageError: the file is damaged.
     """
-    place = _cache_file(path)
+    place = _cache_file(path, threads or machine.usable_cores())
     if not place.is_file() or place.stat().st_size > MIB:
         return None
     return Rates.from_json(place.read_bytes())
@@ -115,17 +118,17 @@ def load(path: Path) -> Rates | None:
 
 def save(rates: Rates, path: Path) -> Path:
     """Keep what was measured; return the file."""
-    place = _cache_file(path)
+    place = _cache_file(path, rates.cores)
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with replacing(place, mode=0o600) as write:
         write(json.dumps(rates.as_dict()).encode())
     return place
 
 
-def _cache_file(path: Path) -> Path:
+def _cache_file(path: Path, threads: int) -> Path:
     drive = machine.drive_of(path)
     facts = (
-        machine.cpu_model(), machine.usable_cores(), machine.memory_limit().total_bytes >> 30, os.uname().nodename,
+        machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
         drive.device if drive else None, metadata.version("argosy"),
     )  # fmt: skip
     return cache_directory() / f"rates-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"

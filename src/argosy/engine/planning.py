@@ -122,7 +122,7 @@ def find_place(text: str, model: Path | None = None, *, threads: int | None = No
         )
     limit = this_machine.memory_limit()
     budget_bytes, _ = this_machine.default_budget(limit)
-    rates = calibration.load(model or Path.cwd())
+    rates = calibration.load(model or Path.cwd(), threads=threads)
     if rates is None:
         rates = guess(this_machine.cpu_model(), threads or this_machine.usable_cores())
     return Place(name=HERE, row=None, memory_bytes=limit.total_bytes, budget_bytes=budget_bytes, rates=rates)
