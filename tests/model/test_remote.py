@@ -13,10 +13,13 @@ import pytest
 from argosy.checkpoint import hub
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.gguf import read_gguf
 from argosy.checkpoint.hub import Source
 from argosy.errors import ArgosyError, CheckpointError, FetchFailed, UsageError
+from argosy.model import remote
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
+from tests.checkpoint.raw_gguf import RawGguf, entry, tensor
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
 
@@ -44,8 +47,8 @@ def sizes(files: ModelFiles) -> tuple[object, ...]:
 )
 def test_headers_of_safetensors_are_those_of_the_files(name: str) -> None:
     with served(directory_files(REFERENCE / name)) as server:
-        remote, headers = fetched(server)
-    assert sizes(remote) == sizes(open_model(REFERENCE / name))
+        found, headers = fetched(server)
+    assert sizes(found) == sizes(open_model(REFERENCE / name))
     weights = [path.stat().st_size for path in (REFERENCE / name).glob("model*.safetensors")]
     assert headers.file_bytes == sum(weights)
     assert headers.num_read == headers.num_shards == len(weights)
@@ -56,13 +59,57 @@ def test_headers_of_a_gguf_are_those_of_the_file() -> None:
     local = open_model(directory / "model.gguf")
     with served(directory_files(directory)) as server:
         for part in ("", "MODEL"):
-            remote, headers = fetched(server, part)
-            assert sizes(remote)[:3] == sizes(local)[:3]
+            found, headers = fetched(server, part)
+            assert sizes(found)[:3] == sizes(local)[:3]
             assert headers.file_bytes == (directory / "model.gguf").stat().st_size
         with pytest.raises(CheckpointError, match="file with 'q9' in its name"):
             fetched(server, "q9")
         with fetch_headers(Source(f"{server.url}/storage/model.gguf")) as one:
             assert sizes(open_model(one.path))[:3] == sizes(local)[:3]
+
+
+def test_a_gguf_header_is_read_piece_by_piece_until_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_GGUF_BYTES", 700)
+    directory = SEEING / "qwen3_vl_moe" / "gguf"
+    with served(directory_files(directory)) as server:
+        found, headers = fetched(server)
+    assert sizes(found)[:3] == sizes(open_model(directory / "model.gguf"))[:3]
+    assert 700 < headers.bytes_read < headers.file_bytes
+    assert len([path for path, _ in server.tokens if path.endswith("model.gguf")]) > 4
+
+
+def test_parts_of_a_split_gguf_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_GGUF_BYTES", 64)
+    monkeypatch.setattr(remote, "_FIRST_PART_BYTES", 32)
+
+    def part(number: int, name: str) -> tuple[bytes, int]:
+        keys = [("split.no", 2, number), ("split.count", 2, 2), ("split.tensors.count", 5, 2)]
+        data = RawGguf([entry(*key) for key in keys], [tensor(name, [4, 2], 0, 0)], bytes(32)).to_bytes()
+        return data, len(data)
+
+    files = {f"Q/m-0000{number + 1}-of-00002.gguf": part(number, name) for number, name in enumerate("ab")}
+    with served(files) as server:
+        with fetch_headers(Source(server.url, REPOSITORY)) as headers:
+            assert set(read_gguf(headers.path).tensors) == {"a", "b"}
+            assert headers.num_shards == 2
+        with fetch_headers(Source(f"{server.url}/storage/Q/m-00001-of-00002.gguf")) as headers:
+            assert set(read_gguf(headers.path).tensors) == {"a", "b"}
+        del server.files["Q/m-00002-of-00002.gguf"]
+        with pytest.raises(CheckpointError, match="1 of the 2 parts"):
+            fetched(server)
+
+
+def test_a_cut_header_followed_by_zeros_is_never_taken_for_a_whole_one(tmp_path: Path) -> None:
+    whole = RawGguf()
+    path = whole.write(tmp_path / "m.gguf")
+    expected, content = read_gguf(path), path.read_bytes()
+    for cut in range(len(whole.header())):
+        path.write_bytes(content[:cut] + bytes(len(content) - cut))
+        try:
+            found = read_gguf(path)
+        except CheckpointError:
+            continue
+        assert (found.tensors, found.metadata_bytes) == (expected.tensors, expected.metadata_bytes)
 
 
 def test_one_of_several_gguf_files_must_be_named() -> None:
@@ -93,10 +140,11 @@ def large_files(name: str, num_shards: int, dtype: str = "BF16") -> dict[str, tu
     index = {}
     for number in range(num_shards):
         shard, entries, end = f"model-{number + 1:05}-of-{num_shards:06}.safetensors", {}, 0
-        for tensor, shape in listed[number * per_shard : (number + 1) * per_shard]:
+        for name_in_shard, shape in listed[number * per_shard : (number + 1) * per_shard]:
             nbytes = 2 * prod(shape)
-            entries[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
-            index[tensor] = shard
+            offsets = [end, end + nbytes]
+            entries[name_in_shard] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+            index[name_in_shard] = shard
             end += nbytes
         text = json.dumps(entries).encode()
         files[shard] = len(text).to_bytes(8, "little") + text, 8 + len(text) + end
@@ -113,14 +161,14 @@ def encoded(value: Any) -> tuple[bytes, int]:
 def test_less_than_8_mb_are_read_of_more_than_600_gb(name: str, num_shards: int) -> None:
     files = large_files(name, num_shards)
     with served(files) as server:
-        remote, headers = fetched(server)
+        found, headers = fetched(server)
         assert server.bytes_sent < 8_000_000
     weights = sum(size for shard, (_, size) in files.items() if shard.endswith(".safetensors"))
     assert headers.file_bytes == weights > 600e9
     assert 20 < headers.num_read <= headers.num_shards == num_shards
     assert (name == "Kimi-K2") == (headers.num_read < num_shards)  # its headers have 10 MB
-    assert remote.dense_bytes + remote.expert_bytes == pytest.approx(weights, rel=0.001)
-    assert len(remote.experts) == len(remote.config.moe_layers) * remote.config.num_experts
+    assert found.dense_bytes + found.expert_bytes == pytest.approx(weights, rel=0.001)
+    assert len(found.experts) == len(found.config.moe_layers) * found.config.num_experts
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,15 @@ def test_a_machine_measured_earlier_is_predicted(num_slots: int, hit_rate: float
     assert 512 / prompt.seconds.likely == pytest.approx(346, rel=0.15)
 
 
+def test_a_model_without_routed_experts_is_dense_weights_alone() -> None:
+    dense = replace(WORK, num_moe_layers=0, num_experts=0, expert={})
+    nothing = WorkingSet.prior((), num_experts=1, experts_per_token=1)
+    found = predict_decode(dense, MEASURED, nothing, num_slots=0, context=1, streams=2)
+    assert (found.hit_rate.likely, found.parts["experts in memory"]) == (1.0, 0.0)
+    prompt = predict_prompt(dense, MEASURED, nothing, num_slots=0, num_tokens=100, chunk_tokens=50)
+    assert prompt.drive_bytes == 0
+
+
 def test_small_records_do_not_reach_the_drives_rate() -> None:
     rates = replace(MEASURED, drive=((1 << 18, 1e9), (1 << 20, 2e9), (1 << 22, 3e9)))
     assert rates.drive_rate(1 << 17) == 0.5e9

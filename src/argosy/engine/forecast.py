@@ -99,8 +99,8 @@ class Forecaster:
         self.work = work_of(files, config.kv_dtype)
         self._working_set = working_set or WorkingSet.prior(
             files.config.moe_layers,
-            num_experts=files.config.num_experts,
-            experts_per_token=files.config.experts_per_token,
+            num_experts=max(1, files.config.num_experts),
+            experts_per_token=max(1, files.config.experts_per_token),
         )
 
     def plan(self, budget_bytes: int) -> MemoryPlan:

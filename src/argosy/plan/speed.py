@@ -171,7 +171,7 @@ def _decode_step(
     def mixed(of_alike: float, of_unrelated: float) -> float:
         return case.subject * of_alike + (1.0 - case.subject) * of_unrelated
 
-    asked = mixed(float(alike.distinct_in(1).mean()), float(unrelated.distinct_in(1).mean()))
+    asked = mixed(_asked(work, alike, 1), _asked(work, unrelated, 1))
     is_resident = num_slots >= work.num_moe_layers * work.num_experts
     if is_resident:
         hit_rate = 1.0
@@ -183,7 +183,7 @@ def _decode_step(
     dense_s = _product_s(work.dense, rates, streams)
     keys_values, operations = work.keys_values(context)
     attention_s = streams * max(rates.keys_values_s(keys_values), rates.compute_s("f32", operations))
-    layers = max(1, work.num_moe_layers)
+    layers = work.num_moe_layers
     rows = streams * work.experts_per_token / asked  # of each expert that is asked for
     experts_s = asked * _product_s(work.expert, rates, rows)
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
@@ -264,7 +264,7 @@ def _prompt(
     done = 0
     while done < num_tokens:
         tokens = min(chunk_tokens, num_tokens - done)
-        asked = float(working_set.distinct_in(tokens).mean())
+        asked = _asked(work, working_set, tokens)
         rows = tokens * work.experts_per_token / asked
         dense_s = _product_s(work.dense, rates, tokens)
         attention_s = tokens * rates.compute_s("f32", work.keys_values(done + (tokens + 1) / 2)[1])
@@ -283,6 +283,11 @@ def _prompt(
         drive_bytes += missed
         done += tokens
     return sum(parts.values()), parts, drive_bytes
+
+
+def _asked(work: Work, working_set: WorkingSet, num_tokens: int) -> float:
+    """Distinct experts of a layer that so many tokens or steps ask for; 1 where no layer has experts, for divisions."""
+    return float(working_set.distinct_in(num_tokens).mean()) if work.num_moe_layers else 1.0
 
 
 def _bound(parts: Mapping[str, float]) -> str:
