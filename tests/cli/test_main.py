@@ -37,6 +37,19 @@ def test_help_is_under_40_lines_with_two_examples(command: str, capsys: Captured
     assert all(line.strip().startswith("argosy") for line in examples)
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "serve"])
+def test_each_option_of_an_engine_has_a_line_of_help(command: str, capsys: Captured) -> None:
+    assert main([command, "--help"]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  -")]
+    for option in ("--memory", "--instruction-set", "--image-tokens", "--video-tokens", "--mmproj", "--ears"):
+        assert option in shown
+
+
+def test_the_options_for_media_share_a_line_of_help(capsys: Captured) -> None:
+    assert main(["run", "--help"]) == 0
+    assert "  --image, --audio, --video FILE  Show a file" in capsys.readouterr().out
+
+
 def test_the_help_of_serve_shows_the_default_of_every_number(capsys: Captured) -> None:
     assert main(["serve", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

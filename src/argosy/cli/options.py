@@ -26,14 +26,12 @@ _ENGINE = (
     ),
     click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
-    click.option("--instruction-set", metavar="NAME", hidden=True, help="Use at most plain, avx2 or avx512."),
-    click.option("--media/--no-media", default=None, help="Needed, or text only; default: if there is room."),
+    click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
+    click.option("--media/--no-media", default=None, help="Needed, or text only; default: if it fits."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
-    click.option(
-        "--video-tokens", type=int, metavar="N", hidden=True, help="Most positions of a video; default 4096."
-    ),
+    click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
     click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
-    click.option("--ears", metavar="PATH", help="Transcribe sounds: a Whisper model, or tiny.en."),
+    click.option("--ears", metavar="PATH", help="Transcribe sound: Whisper model or tiny.en."),
 )
 _MEDIA = ("image", "audio", "video")
 
@@ -46,12 +44,12 @@ _SAMPLING = (
     ),
     click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens."),
     click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest that sum to X."),
-    click.option("--min-p", type=float, metavar="X", help="Drop tokens under X times the best probability."),
+    click.option("--min-p", type=float, metavar="X", help="Drop tokens below X times the likeliest."),
     click.option(
         "--repetition-penalty", type=float, metavar="X", help="Above 1: repeat prompt and answer less."
     ),
     click.option(
-        "--presence-penalty", type=float, metavar="X", help="Lower the logit of tokens in the answer by X."
+        "--presence-penalty", type=float, metavar="X", help="Lower logits of tokens in the answer by X."
     ),
     click.option("--frequency-penalty", type=float, metavar="X", help="The same, once per occurrence."),
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
@@ -59,7 +57,7 @@ _SAMPLING = (
     click.option(
         "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
     ),
-    click.option("--logprobs", type=int, metavar="N", help="With --json: the N likeliest tokens each step."),
+    click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each step."),
     click.option("--ignore-eos", is_flag=True, hidden=True, help="Continue after the end token."),
 )
 
@@ -76,21 +74,23 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
+class _MediaOption(click.Option):
+    """One of the options for media, which share a line of help."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        if self.name != _MEDIA[0]:
+            return None
+        return ", ".join(f"--{kind}" for kind in _MEDIA) + " FILE", "Show a file to the model; may be repeated."
+
+
 class CommandWithMedia(click.Command):
     """A command with --image, --audio and --video, which keep their order: `media_of` has it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for kind, what in zip(_MEDIA, ("a picture", "a sound", "a video"), strict=True):
-            self.params.append(
-                click.Option(
-                    [f"--{kind}"],
-                    multiple=True,
-                    metavar="FILE",
-                    expose_value=False,
-                    help=f"Show {what} with the prompt; may be repeated.",
-                )
-            )
+        self.params += [
+            _MediaOption([f"--{kind}"], multiple=True, metavar="FILE", expose_value=False) for kind in _MEDIA
+        ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         values, _, order = self.make_parser(ctx).parse_args(list(args))
@@ -112,7 +112,7 @@ def thoughts_option(command: Command) -> Command:
         "--thoughts/--no-thoughts",
         "thoughts",
         default=None,
-        help="Show thoughts on stderr; default: on a terminal.",
+        help="Show thoughts on stderr; default: on a tty.",
     )(command)
 
 
