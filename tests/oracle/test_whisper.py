@@ -10,6 +10,7 @@ import pytest
 
 from argosy import _native
 from argosy.engine.ears import Transcriber
+from argosy.media.transcript import LANGUAGE_NAMES
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import open_whisper
 from argosy.model.whisper.network import Decoding, Whisper
@@ -62,3 +63,9 @@ def test_whisper_equals_transformers(seed: int, tmp_path: Path) -> None:
     with Transcriber.open(tmp_path, threads=1) as transcriber:
         for name in cases_of(tiny):
             require_equal(transcriber, tiny, name, expected)
+
+
+def test_languages_have_the_names_of_the_reference() -> None:
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    assert LANGUAGE_NAMES == LANGUAGES
