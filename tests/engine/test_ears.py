@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
-from argosy.media.parts import Audio, Content, Image, MediaLimits, Text
+from argosy.media.parts import Audio, Content, Image, MediaLimits, Text, TranscribedSounds
 from argosy.media.transcript import Transcript
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Turn
@@ -136,6 +136,43 @@ def test_a_sound_that_is_too_long_is_refused(engine: Engine) -> None:
         engine.ears.transcribe(Audio(np.zeros(601 * RATE, np.float32), rate=RATE))
 
 
+def test_the_sounds_of_a_conversation_are_bounded_together_before_the_work(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sounds of ten minutes are taken, kept transcripts count, and a short sound counts as five seconds."""
+    assert engine.ears is not None
+    engine.ears.forget("")
+    begun: list[float] = []
+
+    class Fake:
+        def __init__(self, files: Any, network: Any, features: Any, duration_s: float, options: Any) -> None:
+            begun.append(duration_s)
+
+        def steps(self) -> Generator[None, None, Transcript]:
+            yield
+            return Transcript(text="", language="en", task="transcribe", duration_s=begun[-1], segments=())
+
+    monkeypatch.setattr("argosy.engine.ears.Transcription", Fake)
+    monkeypatch.setattr("argosy.engine.ears.prepare", lambda files, samples: None)
+    long = [Audio(np.full(600 * RATE, level, np.float32), rate=RATE) for level in (0.0, 0.1, 0.2)]
+    assert engine.prompts.build([*long, Text("?")]).token_ids
+    assert begun == [600.0, 600.0, 600.0]
+    for messages in ([*long, HEARD, Text("?")], [*long, long[0], Text("?")]):
+        with pytest.raises(
+            UsageError, match=r"at most 1,800 seconds together, found at least \d,\d+"
+        ) as refusal:
+            engine.prompts.build(messages)
+        assert not isinstance(refusal.value, BadMedia)  # in history, a damaged one becomes a note
+    assert refusal.value.facts == {"needed": 1800.0, "found": 2400.0}
+    assert begun == [600.0, 600.0, 600.0]
+    limits = MediaLimits(transcribed_s=14)
+    counted = TranscribedSounds(limits)
+    counted.add(0.1)
+    counted.add(7.5)
+    with pytest.raises(UsageError, match=r"found at least 17.5 \(each counts as 5 or more\)"):
+        counted.add(0.1)
+
+
 def test_answers_go_on_while_a_sound_is_transcribed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that leave no time in between and pieces of a transcription take turns."""
     ears = engine.ears
@@ -202,7 +239,7 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
     """Pieces have authors, and only the chat template's may contain control tokens."""
 
     class SeesAndReads:
-        def as_text(self, content: Content, tenant: str) -> str | None:
+        def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
             return "<|im_end|>" if content.kind == "sound" else None
 
         def placeholder(self, content: Content) -> int:
@@ -218,7 +255,7 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
     turn = Turn("user", "What?", pieces=((True, "What?"), picture, HEARD.read(MediaLimits())))
     builder = PromptBuilder(engine.tokenizer, vocab_size=512, media=SeesAndReads())  # type: ignore[arg-type]
     placed: list[Any] = []
-    found = builder._with_media(turn, "", None, placed)
+    found = builder._with_media(turn, "", None, placed, TranscribedSounds(MediaLimits()))
     assert [list(one.segments) for one in placed] == [[picture]]
     assert found.pieces == ((True, "What?"), picture, (True, "<|im_end|>"))
     assert found.content == "What?\n<|im_end|>"

@@ -43,7 +43,7 @@ class Reader:
             )
         return part.read(MediaLimits())
 
-    def as_text(self, content: Content, tenant: str) -> str | None:
+    def as_text(self, content: Content, tenant: str, transcribed: object) -> str | None:
         return None
 
     def placeholder(self, content: Content) -> int:

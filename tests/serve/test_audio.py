@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.media.parts import Audio
+from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
 from argosy.serve import openai_audio
 from argosy.serve.app import make_app
@@ -128,6 +129,26 @@ def test_a_chat_reads_the_transcript(hearing: tuple[Service, str, Transcriber]) 
     assert heard.usage == read.usage or heard.usage.prompt_tokens == read.usage.prompt_tokens  # type: ignore[union-attr]
     assert heard.choices[0].message.content == read.choices[0].message.content
     assert service.model.hears == "transcript"
+
+
+@english
+def test_too_much_sound_in_a_conversation_is_refused_with_both_numbers(
+    hearing: tuple[Service, str, Transcriber], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is spread over turns, and if the transcripts are there already."""
+    limits = replace(PROMPT_LIMITS, transcribed_s=7)
+    monkeypatch.setattr("argosy.prompt.builder.PROMPT_LIMITS", limits)
+    sound = {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(SPEECH).decode(), "format": "wav"},
+    }
+    said = [{"role": "user", "content": [sound]}]
+    body = {"model": "tiny", "messages": said, "max_tokens": 1}
+    assert httpx.post(f"{hearing[1]}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    body["messages"] = [*said, {"role": "assistant", "content": "Yes."}, *said]
+    refused = httpx.post(f"{hearing[1]}/v1/chat/completions", json=body, timeout=60)
+    assert refused.status_code == 400
+    assert "at most 7 seconds together, found at least 10.0" in refused.json()["error"]["message"]
 
 
 @english

@@ -80,7 +80,7 @@ class _MediaOption(click.Option):
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         if self.name != _MEDIA[0]:
             return None
-        return ", ".join(f"--{kind}" for kind in _MEDIA) + " FILE", "Show a file to the model; may be repeated."
+        return f"--{', --'.join(_MEDIA)} FILE", "Show a file to the model; may be repeated."
 
 
 class CommandWithMedia(click.Command):

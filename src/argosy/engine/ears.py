@@ -27,7 +27,7 @@ from argosy.engine.options import TINY_EN, locate_ears
 from argosy.errors import Overloaded, UsageError
 from argosy.experts.resident import Progress
 from argosy.media.decoder import Decoder
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, TranscribedSounds
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import WhisperFiles, open_whisper
@@ -110,8 +110,12 @@ class Transcriber:
         options: TranscriptOptions | None = None,
         *,
         report: Report = lambda transcription: None,
+        transcribed: TranscribedSounds | None = None,
     ) -> Transcript:
         """Transcribe one sound.
+
+        Args:
+            transcribed: counts it with the other sounds of a request.
 
         Raises:
             BadMedia: it cannot be decoded, or is too long.
@@ -128,16 +132,18 @@ class Transcriber:
             self._num_asking += 1
         try:
             with self._one_sound, self.use_memory():
-                return self._transcribe(content, options, report)
+                return self._transcribe(content, options, report, transcribed)
         finally:
             with self._guard:
                 self._num_asking -= 1
 
-    def text_for(self, content: Content, tenant: str) -> str:
+    def text_for(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str:
         """The transcript of a sound, as a prompt has it. Raises what `transcribe` raises."""
         if (kept := self._kept.get(tenant, content.digest)) is None:
-            kept = _Kept(self.transcribe(content).text)
+            kept = _Kept(self.transcribe(content, transcribed=transcribed))
             self._kept.put(tenant, content.digest, kept)
+        else:  # so that a conversation is not taken or refused by what is kept
+            transcribed.add(kept.duration_s)
         self._kept.touch(tenant, [content.digest])
         return f"[transcript of a sound: {kept.text}]" if kept.text else "[a sound in which nobody speaks]"
 
@@ -166,11 +172,19 @@ class Transcriber:
     ) -> None:
         self.close()
 
-    def _transcribe(self, content: Content, options: TranscriptOptions, report: Report) -> Transcript:
+    def _transcribe(
+        self,
+        content: Content,
+        options: TranscriptOptions,
+        report: Report,
+        transcribed: TranscribedSounds | None,
+    ) -> Transcript:
         self._require_open()
         rate = self.files.processor.rate
         samples = self._decoder.sound(content, rate)
         duration_s = samples.size / rate
+        if transcribed is not None:
+            transcribed.add(duration_s)
         features = prepare(self.files, samples)
         del samples
         transcription = Transcription(self.files, self._opened(), features, duration_s, options)
@@ -204,6 +218,6 @@ class Transcriber:
 class _Kept:
     """A transcript that is kept."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.nbytes = len(text.encode()) + 128
+    def __init__(self, transcript: Transcript) -> None:
+        self.text, self.duration_s = transcript.text, transcript.duration_s
+        self.nbytes = len(self.text.encode()) + 128

@@ -31,7 +31,7 @@ from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_tex
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
 from argosy.media.decoder import Decoder
 from argosy.media.frames import open_frames
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, Video
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, TranscribedSounds, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
@@ -138,11 +138,11 @@ class PromptMedia:
             )
         return part.read(PROMPT_LIMITS)
 
-    def as_text(self, content: Content, tenant: str) -> str | None:
+    def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
         """See `MediaReader.as_text`."""
         if content.kind != "sound" or self._ears is None or self.hears == "native":
             return None
-        return self._ears.text_for(content, tenant)
+        return self._ears.text_for(content, tenant, transcribed)
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""

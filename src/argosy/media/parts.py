@@ -38,6 +38,7 @@ class MediaLimits:
     file_bytes: of an encoded file.
     pixels, side: of a picture. The largest side of all four formats is 65535 or less.
     sound_s: seconds of a sound.
+    transcribed_s: seconds of all sounds in a request, if a prompt has their transcripts; see `TranscribedSounds`.
     decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
     wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
     video_bytes: of the encoded file of a video, or of its frames together.
@@ -49,6 +50,7 @@ class MediaLimits:
     pixels: int = 50_000_000
     side: int = 16_384
     sound_s: float = 600.0
+    transcribed_s: float = 1800.0
     decode_bytes: int = 256 << 20
     wall_s: float = 30.0
     video_bytes: int = 64 << 20
@@ -262,6 +264,33 @@ class Video(_Part):
 
 
 Part = Text | Image | Audio | Video
+
+_LEAST_TRANSCRIBED_S = 5.0  # a shorter sound takes as much work: Whisper pads it to a window of 30 seconds
+
+
+class TranscribedSounds:
+    """Counts the sounds of one request that are transcribed for its prompt."""
+
+    def __init__(self, limits: MediaLimits) -> None:
+        self._most_s = limits.transcribed_s
+        self._counted_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one more sound, before the work on it begins.
+
+        Raises:
+            UsageError: the sounds are too long together.
+        """
+        self._counted_s += max(seconds, _LEAST_TRANSCRIBED_S)
+        if self._counted_s > self._most_s:
+            raise UsageError(
+                f"the sounds of a conversation that are transcribed may take at most {self._most_s:,g} seconds "
+                f"together, found at least {self._counted_s:,.1f} (each counts as {_LEAST_TRANSCRIBED_S:g} or more)",
+                hint="leave out earlier sounds, or send their transcripts as text",
+                needed=self._most_s,
+                found=self._counted_s,
+            )
+
 
 LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
 HIGHEST_FRAME_RATE = 1_000

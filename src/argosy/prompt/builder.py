@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import BadMedia, PromptTooLong, UsageError
-from argosy.media.parts import Content, Part
+from argosy.media.parts import PROMPT_LIMITS, Content, Part, TranscribedSounds
 from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
 
@@ -385,7 +385,10 @@ class PromptBuilder:
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
         _require_renderable(turns)
         media: list[_Placed] = []
-        turns = tuple(self._with_media(turn, tenant or "", replace_damaged, media) for turn in turns)
+        transcribed = TranscribedSounds(PROMPT_LIMITS)
+        turns = tuple(
+            self._with_media(turn, tenant or "", replace_damaged, media, transcribed) for turn in turns
+        )
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
         is_continued = add_generation_prompt and turns[-1].role == "assistant"
@@ -406,9 +409,14 @@ class PromptBuilder:
         return self._with_spans(prompt, media, max_tokens)
 
     def _with_media(
-        self, turn: Turn, tenant: str, replace_damaged: ReplaceDamaged | None, media: list[_Placed]
+        self,
+        turn: Turn,
+        tenant: str,
+        replace_damaged: ReplaceDamaged | None,
+        media: list[_Placed],
+        transcribed: TranscribedSounds,
     ) -> Turn:
-        """Read the media of a turn, and add them to `media`.
+        """Read the media of a turn, and add them to `media`, or to `transcribed`.
 
         Text of the caller replaces what the model does not take itself, and what is damaged, if it may.
         """
@@ -429,7 +437,7 @@ class PromptBuilder:
                 continue
             try:
                 content = piece if isinstance(piece, Content) else self._media.read(piece)
-                text = self._media.as_text(content, tenant)
+                text = self._media.as_text(content, tenant, transcribed)
                 if text is None:
                     media.append(
                         _Placed(

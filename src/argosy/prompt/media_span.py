@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
-from argosy.media.parts import Audio, Content, Image, Kind, Video
+from argosy.media.parts import Audio, Content, Image, Kind, TranscribedSounds, Video
 
 DIGEST_BYTES = 32
 EARS_HINT = "open it with ears (`--ears tiny.en`), and it reads the transcripts of sounds"
@@ -86,11 +86,15 @@ class MediaReader(Protocol):
             UsageError: the model does not take its kind, or the source cannot be read.   BadMedia: it is too large.
         """
 
-    def as_text(self, content: Content, tenant: str) -> str | None:
+    def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
         """The text that stands in the prompt for a content that the model does not take itself; None: it does.
+
+        Args:
+            transcribed: counts the sounds of the request that become text.
 
         Raises:
             BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait for theirs.
+            UsageError: the sounds of the request are too long together.
         """
 
     def placeholder(self, content: Content) -> int:
