@@ -16,7 +16,13 @@ import pytest
 from PIL import Image as Pillow
 
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, media_bytes
+from argosy.engine.memory_plan import (
+    BODY_BYTES,
+    MEDIA_BODIES_BYTES,
+    MEDIA_BODY_BYTES,
+    TEXT_BYTES,
+    media_bytes,
+)
 from argosy.guard.keys import KeyRing
 from argosy.serve import kept_items
 from argosy.serve.app import make_app
@@ -135,7 +141,7 @@ def test_pictures_that_do_not_fit_the_memory_for_items_are_not_written(
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gate, str, Service]]:
     model = write_seeing_model(tmp_path_factory.mktemp("bodies") / "model")
     with Engine.open(model, memory="3GiB", threads=1, request_bytes=BODY_BYTES) as engine:
-        assert engine.plan.request_bytes == BODY_BYTES + MEDIA_BODIES_BYTES
+        assert engine.plan.request_bytes == BODY_BYTES + MEDIA_BODIES_BYTES + TEXT_BYTES  # it takes videos
         assert engine.plan.encoder_bytes > media_bytes(takes_pictures=True, takes_video=False)
         with serving(engine) as service:
             gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=4)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
-from argosy.media.parts import Audio, Image, MediaLimits
+from argosy.media.parts import PROMPT_LIMITS, Audio, Image, MediaLimits, TranscribedSounds
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.media_span import MediaSpan
@@ -214,7 +214,7 @@ def test_media_cost_memory_only_where_the_model_takes_them() -> None:
         assert engine.media_kinds == ()
         assert engine.plan.encoder_bytes == 0
         with pytest.raises(UsageError, match="takes text only"):
-            engine.prompts._with_media(_turn(), "", None, [])
+            engine.prompts._with_media(_turn(), "", None, [], TranscribedSounds(PROMPT_LIMITS))
 
 
 def _turn() -> Any:

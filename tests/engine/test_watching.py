@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,17 @@ import argosy.engine.media
 from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
 from argosy.errors import BadMedia, UnsupportedModel
-from argosy.media.frames import Frames
-from argosy.media.parts import Audio, Content, Image, MediaLimits, Video
+from argosy.media.frames import Frame, Frames, each_in_turn
+from argosy.media.parts import (
+    FFMPEG_BYTES,
+    PROMPT_LIMITS,
+    Audio,
+    Content,
+    Image,
+    MediaLimits,
+    TranscribedSounds,
+    Video,
+)
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.media_span import MediaSpan
@@ -57,7 +69,7 @@ def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = 
     assert engine._media is not None
     media = list[Any]()
     turn = Turn("user", "", pieces=tuple(parts_of(reference)))
-    engine.prompts._with_media(turn, tenant, None, media)
+    engine.prompts._with_media(turn, tenant, None, media, TranscribedSounds(PROMPT_LIMITS))
     prompt = Prompt(tuple(reference["prompt"].tolist()), None)
     return engine.prompts._with_spans(prompt, media, None)
 
@@ -76,7 +88,7 @@ def with_tracks(reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
         assert isinstance(data, np.ndarray)
         assert rate is not None
         track = tracks[data.shape]
-        yield Frames(len(data), rate, lambda indices: (data[at] for at in indices), lambda _: track)
+        yield Frames(len(data), rate, each_in_turn(lambda at: data[at], None), lambda _: track)
 
     if tracks:
         monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
@@ -177,6 +189,62 @@ def test_frames_wait_in_bounded_memory_and_give_it_back() -> None:
         assert engine._media._waiting._held_bytes == 0
 
 
+def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never beside a frame, which takes the same memory, and without waiting for the whole film."""
+    happened: list[str] = []
+    frame_of_film = weakref.ref(np.zeros(1))
+
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        media = engine._media
+        assert media is not None
+        film, picture = (np.zeros((*count, 40, 40, 3), np.uint8) for count in ((8,), ()))
+        asking = threading.Thread(target=lambda: media.segments(media.read(Image(picture)), ""))
+        decode = media._decoder.picture
+
+        def decoded(content: Content, *check: Any) -> NDArray[np.uint8]:
+            happened.append("picture")
+            assert frame_of_film() is None
+            return decode(content, *check)
+
+        @contextlib.contextmanager
+        def open_frames(content: Content, *_: Any, turn: Any, **__: Any) -> Iterator[Frames]:
+            def read(indices: Sequence[int]) -> Generator[Frame, None, None]:
+                nonlocal frame_of_film
+                for index in indices:
+                    with turn:
+                        happened.append("frame")
+                        if index == 2:
+                            asking.start()
+                            while not media._one_decoded._waiting:
+                                time.sleep(0.001)
+                        frame = film[index].copy()
+                        frame_of_film = weakref.ref(frame)
+                        yield frame
+                        del frame
+
+            yield Frames(len(film), 4.0, read)
+
+        monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
+        monkeypatch.setattr(media._decoder, "picture", decoded)
+        media.segments(media.read(Video(film, rate=4.0)), "")
+        asking.join()
+    assert happened == ["frame", "frame", "picture", "frame", "frame"]
+
+
+def test_a_refused_video_gives_up_its_turn() -> None:
+    pictures = [np.zeros((40, width, 3), np.uint8) for width in (40, 44)]
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        media = engine._media
+        assert media is not None
+        with pytest.raises(BadMedia, match="must all have the same size") as refusal:
+            media.segments(media.read(Video(pictures, rate=1.0)), "")
+        assert refusal.tb is not None  # it keeps the frames of the functions that it went through
+        asking = threading.Thread(target=lambda: media.segments(media.read(Image(pictures[0])), ""))
+        asking.start()
+        asking.join(20)
+        assert not asking.is_alive()
+
+
 def test_a_video_costs_memory_only_where_the_model_takes_it(tmp_path: Path) -> None:
     source = REFERENCE / "qwen3_vl_moe"
     for name in ("model.safetensors", "preprocessor_config.json", "video_preprocessor_config.json"):
@@ -189,7 +257,10 @@ def test_a_video_costs_memory_only_where_the_model_takes_it(tmp_path: Path) -> N
         with_video = engine.plan.encoder_bytes
     with opened(tmp_path) as engine:
         assert engine.media_kinds == ("picture",)
-        assert with_video - engine.plan.encoder_bytes > MediaLimits().video_bytes
+        limits = MediaLimits()  # of its file, and of a process beside the one that decodes pictures
+        assert (
+            with_video - engine.plan.encoder_bytes > limits.video_bytes + limits.decode_bytes + FFMPEG_BYTES
+        )
         assert engine._media is not None
         with pytest.raises(
             UnsupportedModel, match=r"name no placeholder for videos in the vocabulary \(video_token_id\)"

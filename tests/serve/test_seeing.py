@@ -405,10 +405,13 @@ def video(content: bytes, form: str = "video/mp4") -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": f"data:{form};base64,{encoded(content)}"}}
 
 
-@pytest.mark.skipif(
+needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
     reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",
 )
+
+
+@needs_ffmpeg
 def test_a_video_reaches_the_engine_as_from_python_with_its_sound(
     seeing: Seeing, viewer: httpx.Client
 ) -> None:
@@ -422,6 +425,35 @@ def test_a_video_reaches_the_engine_as_from_python_with_its_sound(
     # Two groups of two frames, a second apart, and two seconds of sound: 13 positions of it a second.
     assert kinds == ["video", "sound", "video", "sound", "picture"]
     assert expected.spans[1][1].num_positions == 13
+
+
+@needs_ffmpeg
+def test_a_picture_does_not_wait_for_a_film(
+    seeing: Seeing, viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_decoded, may_end = threading.Event(), threading.Event()
+    prepare = PromptMedia._prepare_video
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        is_decoded.set()
+        assert may_end.wait(60)
+        return prepare(*given, **more)
+
+    monkeypatch.setattr(PromptMedia, "_prepare_video", slowly)
+    answers: list[httpx.Response] = []
+    film = [video(clip_file(20)), text("chat", "What happens?")]
+    asking = threading.Thread(target=lambda: answers.append(ask(viewer, "chat", film)))
+    asking.start()
+    try:
+        assert is_decoded.wait(60)
+        assert (
+            ask(viewer, "chat", [picture("chat", png(pattern(33, 44))), text("chat", "?")]).status_code == 200
+        )
+        assert not answers
+    finally:
+        may_end.set()
+        asking.join()
+    assert answers[0].status_code == 200
 
 
 def test_a_video_that_cannot_be_shown_is_refused_by_name(viewer: httpx.Client, client: httpx.Client) -> None:

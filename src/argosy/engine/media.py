@@ -18,6 +18,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from argosy.engine.media_memory import MediaMemory
 from argosy.engine.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
+from argosy.engine.turns import Turns
 from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
 from argosy.media.decoder import Decoder
@@ -87,7 +89,9 @@ class PromptMedia:
         self.memory = lend(self._clear)
         if ears is not None:
             ears.use_memory = self.memory.use
-        self._one_decoded = threading.Lock()  # what is decoded is large, so there is one at a time
+        # A decoded picture or sound is large, so there is one at a time. The frames of a video take turns with others.
+        self._one_decoded = Turns()
+        self._one_video = threading.Lock()
         self._waiting = _Room(MEDIA_WAITING_BYTES)
         self._kept: TenantMemory[SpanRows] = TenantMemory(max_bytes=MEDIA_KEPT_BYTES)
 
@@ -199,7 +203,7 @@ class PromptMedia:
         form = files.encoder.video
         assert form is not None
         assert files.video is not None
-        with self.memory.use(), self._one_decoded:
+        with self.memory.use(), self._one_video:
             video = self._prepare_video(content, processor, listens=form.sound is not None)
         groups = processor.groups(len(video.indices))
         frames = self._wait(video.canvases)
@@ -258,16 +262,20 @@ class PromptMedia:
         """Decode the frames that the model looks at, and the sound if it listens."""
         hearing = self._processors.get("sound") if listens else None
         for counts_decoded in (False, True):
-            with open_frames(content, self._decoder, PROMPT_LIMITS, counts_decoded=counts_decoded) as frames:
+            with open_frames(
+                content, self._decoder, PROMPT_LIMITS, turn=self._one_decoded, counts_decoded=counts_decoded
+            ) as frames:
                 indices = processor.sample(frames.num_frames, frames.rate)
-                canvases = processor.resize(frames.at(indices), len(indices))
+                with closing(frames.at(indices)) as chosen:
+                    canvases = processor.resize(chosen, len(indices))
                 if len(canvases) < len(indices):  # not each packet of a file need be a frame
                     continue
                 features = None
                 if isinstance(hearing, SoundProcessor) and frames.sound is not None:
                     samples = frames.sound(hearing.rate)
                     if samples.size > hearing.window:  # less cannot be heard
-                        features = hearing.prepare(samples)
+                        with self._one_decoded:
+                            features = hearing.prepare(samples)
                 seconds = frames.num_frames / frames.rate
                 return _Video(indices.tolist(), frames.rate, seconds, canvases, features)
         raise BadMedia(

@@ -214,7 +214,9 @@ def media_bytes(*, takes_pictures: bool, takes_video: bool) -> int:
     """Memory for media beside their encoders: a file that is decoded, requests that wait, rows kept."""
     sound_bytes = round(4 * PROMPT_LIMITS.sound_s * _HIGHEST_MEDIA_RATE)
     decoded = max(_DECODED_PIXEL_BYTES * PROMPT_LIMITS.pixels if takes_pictures else 0, sound_bytes)
-    video = FFMPEG_BYTES + PROMPT_LIMITS.video_bytes + sound_bytes if takes_video else 0
+    # Pictures are decoded beside a video: ffmpeg needs memory of its own.
+    ffmpeg_bytes = FFMPEG_BYTES + PROMPT_LIMITS.decode_bytes
+    video = ffmpeg_bytes + PROMPT_LIMITS.video_bytes + sound_bytes if takes_video else 0
     return (
         _DECODER_BYTES + PROMPT_LIMITS.decode_bytes + decoded + video + MEDIA_WAITING_BYTES + MEDIA_KEPT_BYTES
     )
@@ -252,6 +254,8 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:
         request_bytes += MEDIA_BODIES_BYTES
+        if footprint.takes_video:
+            request_bytes += TEXT_BYTES  # of a conversation with a video, beside another long one
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         working = footprint.working_bytes(chunk + config.decode_tokens)

@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from types import TracebackType
@@ -131,10 +132,18 @@ class VideoFile:
         require_length(num_frames, rate, self._limits)
         return Track(num_frames, rate, self._probe("a:0", "-show_entries", "stream=codec_type") is not None)
 
-    def frames(self, indices: Sequence[int], track: Track) -> Iterator[NDArray[np.uint8]]:
+    def frames(
+        self,
+        indices: Sequence[int],
+        track: Track,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> Generator[NDArray[np.uint8], None, None]:
         """Yield the frames with these indices, ascending and distinct: uint8 [height, width, 3], turned upright.
 
         There may be fewer: a frame that cannot be decoded is left out, and so are all after the end.
+
+        Args:
+            turn: held while there is a frame; None: nobody else decodes.
 
         Raises:
             BadMedia: it takes too much time, or a frame is too large.
@@ -167,7 +176,8 @@ class VideoFile:
                     raise self._damaged()
                 width, height = int(match[1]), int(match[2])
                 _require_frame(height, width, self._limits)
-                yield np.frombuffer(process.read(3 * height * width), np.uint8).reshape(height, width, 3)
+                with turn or nullcontext():
+                    yield np.frombuffer(process.read(3 * height * width), np.uint8).reshape(height, width, 3)
 
     def sound(self, rate: int) -> NDArray[np.float32]:
         """Decode the sound: float32 [samples], one channel; none if it cannot be decoded.

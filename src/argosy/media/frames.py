@@ -8,7 +8,8 @@ Elsewhere: `videos.py` chooses and scales frames; `ffmpeg.py` decodes files; `de
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,31 +27,42 @@ class Frames:
     """The frames of one video.
 
     rate: frames per second.
-    read: yields the frames with these indices, ascending and distinct; fewer if some cannot be decoded.
+    read: yields the frames with these indices, ascending and distinct; fewer if some cannot be decoded. Close it.
     sound: float32 [samples] at a rate, one channel; None: there is no sound.
     """
 
     num_frames: int
     rate: float
-    read: Callable[[Sequence[int]], Iterator[Frame]]
+    read: Callable[[Sequence[int]], Generator[Frame, None, None]]
     sound: Callable[[int], NDArray[np.float32]] | None = None
 
-    def at(self, indices: NDArray[np.int64]) -> Iterator[Frame]:
-        """Yield the frames with these indices, ascending; some may come twice."""
+    def at(self, indices: NDArray[np.int64]) -> Generator[Frame, None, None]:
+        """Yield the frames with these indices, ascending; some may come twice. Close it: it may hold its turn."""
         distinct = sorted(set(indices.tolist()))
         counts = np.bincount(indices)
-        for index, frame in zip(distinct, self.read(distinct), strict=False):
-            for _ in range(counts[index]):
-                yield frame
+        with closing(self.read(distinct)) as frames:
+            for index in distinct:
+                frame = next(frames, None)
+                if frame is None:
+                    return
+                for _ in range(counts[index]):
+                    yield frame
+                del frame  # its turn ends
 
 
 @contextlib.contextmanager
 def open_frames(
-    content: Content, decoder: Decoder, limits: MediaLimits, *, counts_decoded: bool = False
+    content: Content,
+    decoder: Decoder,
+    limits: MediaLimits,
+    *,
+    turn: AbstractContextManager[object] | None = None,
+    counts_decoded: bool = False,
 ) -> Iterator[Frames]:
     """Open a video; its file is closed at the end.
 
     Args:
+        turn: held while there is a frame, but not while ffmpeg looks for the next one; None: nobody else decodes.
         counts_decoded: see `VideoFile.track`.
 
     Raises:
@@ -63,7 +75,7 @@ def open_frames(
             yield Frames(
                 track.num_frames,
                 track.rate,
-                lambda indices: file.frames(indices, track),
+                lambda indices: file.frames(indices, track, turn),
                 file.sound if track.has_sound else None,
             )
         return
@@ -71,8 +83,19 @@ def open_frames(
     if isinstance(data, tuple):
         pictures = data
         yield Frames(
-            len(pictures), content.rate, lambda indices: (decoder.picture(pictures[at]) for at in indices)
+            len(pictures), content.rate, each_in_turn(lambda at: decoder.picture(pictures[at]), turn)
         )
     else:
         array: NDArray[np.uint8] = data
-        yield Frames(len(array), content.rate, lambda indices: (array[at] for at in indices))
+        yield Frames(len(array), content.rate, each_in_turn(lambda at: array[at], turn))
+
+
+def each_in_turn(
+    frame_at: Callable[[int], Frame], turn: AbstractContextManager[object] | None
+) -> Callable[[Sequence[int]], Generator[Frame, None, None]]:
+    def read(indices: Sequence[int]) -> Generator[Frame, None, None]:
+        for index in indices:
+            with turn or nullcontext():
+                yield frame_at(index)
+
+    return read

@@ -152,6 +152,7 @@ class VideoProcessor:
                 raise BadMedia("the frames of a video must all have the same size", kind="video")
             canvases[made, : size.height, : size.width] = resizer.resize(frame)
             made += 1
+            del frame  # so that it is gone before the next one comes
         return canvases[:made]
 
     def texts(self, times: Sequence[float]) -> list[Texts]:

@@ -64,8 +64,9 @@ def answering(
             if "model" in model.model_fields:
                 service.require_model(body.model)  # type: ignore[attr-defined]
             caller: Caller = request.state.caller
-            has_media = next(media_in(body), None) is not None
-            caller.takes_long = caller.takes_long or (has_media and bool(service.model.media_kinds))
+            kinds = {part.KIND for part in media_in(body)}
+            caller.takes_long = caller.takes_long or bool(kinds and service.model.media_kinds)
+            caller.takes_video = "video" in kinds and "video" in service.model.media_kinds
             made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 

@@ -203,6 +203,7 @@ class Service:
         self._media_hosts = media_hosts
         self._work = WorkQueue()
         self._large_work = WorkQueue(num_threads=1, is_large=True)
+        self._video_work = WorkQueue(num_threads=1, is_large=True)  # pictures do not wait for a film
         self._ears_work = WorkQueue(num_threads=1)  # the transcriber takes one sound at a time
 
     def require_model(self, name: str | None) -> None:
@@ -282,6 +283,8 @@ class Service:
             TooMany: too much work of this caller is already waiting.
         """
         work = self._large_work if caller.takes_long else self._work
+        if caller.takes_video:
+            work = self._video_work
         return await work.run(caller.tenant, call, *args, **named)
 
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:

@@ -97,6 +97,7 @@ class Caller:
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
     share: Share = field(default_factory=lambda: Pool().share())  # of the memory for request bodies
     takes_long: bool = False  # the body is long, or has pictures or sounds to decode
+    takes_video: bool = False  # it has a video to decode
     files: Files = field(default_factory=Files)  # at other hosts, named in the body
 
     @property
