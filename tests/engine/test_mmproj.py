@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.cli.main import main
 from argosy.engine.prefix import identify
@@ -224,8 +228,9 @@ def rewritten(
     changes: dict[str, bytes | None],
     tensors: dict[str, Changed | None],
     family: str = "qwen3_vl_moe",
+    contents: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write the tower beside a model with other entries and tensors, or without them."""
+    """Write the tower beside a model with other entries, tensors and contents of tensors, or without them."""
     source = GGUFReader(gguf_of(family) / "mmproj-model.gguf")
     entries = {
         name: b"".join(bytes(part) for part in each.parts)
@@ -236,6 +241,7 @@ def rewritten(
     data = bytearray()
     for one in source.tensors:
         sizes, kind, values = [int(size) for size in one.shape], int(one.tensor_type), one.data.tobytes()
+        values = contents.get(one.name, values)
         if (changed := tensors.get(one.name, (sizes, kind, len(values)))) is None:
             continue
         listed.append(tensor(one.name, changed[0], changed[1], len(data)))
@@ -303,8 +309,13 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], dict[str, Changed | None], str]
     ),
     "a quantised matrix": (
         {},
-        {"mm.2.weight": ([96, 36], 8, 36 * 3 * 34)},
-        "mm.2.weight is Q8_0; supported: F32, F16, BF16",
+        {"mm.2.weight": ([96, 36], 2, 36 * 3 * 18)},
+        "mm.2.weight is Q4_0; supported: F32, F16, BF16, Q8_0",
+    ),
+    "a quantised bias": (
+        {},
+        {"mm.0.bias": ([96], 8, 3 * 34)},
+        "mm.0.bias is Q8_0, and a norm or a bias is not quantised",
     ),
     "a missing tensor": ({}, {"v.post_ln.bias": None}, "v.post_ln.bias is missing from the 75 tensors"),
     "an extra tensor": (
@@ -318,6 +329,67 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], dict[str, Changed | None], str]
         "v.post_ln.bias is [6, 4], expected [24]",
     ),
 }
+
+
+def quantised(model: Path, family: str, name: str, *, as_floats: bool) -> tuple[Path, int]:
+    """Write the tower beside a model with blocks in place of its matrices, where rows are whole blocks, as
+    llama.cpp's programs do; or with the values of these blocks. Returns the number of these matrices."""
+    source = GGUFReader(gguf_of(family) / "mmproj-model.gguf")
+    values: dict[str, bytes] = {}
+    changed: dict[str, Changed | None] = {}
+    for one in source.tensors:
+        sizes = [int(size) for size in one.shape]
+        if len(sizes) != 2 or sizes[0] % 32:
+            continue
+        blocks = quantize(dequantize(one.data, one.tensor_type), GGMLQuantizationType.Q8_0)
+        made = dequantize(blocks, GGMLQuantizationType.Q8_0).astype(np.float32) if as_floats else blocks
+        values[one.name] = made.tobytes()
+        kind = GGMLQuantizationType.F32 if as_floats else GGMLQuantizationType.Q8_0
+        changed[one.name] = (sizes, int(kind), made.nbytes)
+    return rewritten(model, {}, changed, family, values).rename(model.with_name(name)), len(changed)
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "glm4v_moe"]
+)  # its rows are no blocks
+def test_a_tower_in_blocks_sees_what_the_values_of_its_blocks_see(family: str, tmp_path: Path) -> None:
+    reference = read_safetensors(REFERENCE / family / "ref.safetensors")
+    model = beside(tmp_path, family=family)
+    towers = [
+        quantised(model, family, f"mmproj-{kind}.gguf", as_floats=kind == "F32") for kind in ("F32", "Q8_0")
+    ]
+    assert towers[0][1] == towers[1][1] > 1
+    rows, plans = [], []
+    packed = tmp_path / "pack"
+    for path, mmproj in ((model, towers[0][0]), (model, towers[1][0]), (packed, None)):
+        if path == packed:
+            files = open_model(model, mmproj=towers[1][0])
+            pack(files, packed, format="source", encoder_tensors=tensor_names(find_encoders(files)))
+            verify_pack(packed)
+        with opened(path, **({} if mmproj is None else {"mmproj": mmproj})) as engine:
+            prompt = prompt_of(with_reference_pictures(engine, family), reference)
+            engine.generate(prompt, GREEDY)
+            assert engine._media is not None
+            rows.append(
+                [one for kept in engine._media._kept._tenants.values() for one in kept.turns.values()]
+            )
+            plans.append(engine.plan.encoder_bytes)
+    for expected, *others in zip(*rows, strict=True):
+        for found in others:
+            np.testing.assert_array_equal(found.embeddings, expected.embeddings)
+    assert plans[0] <= plans[1] <= plans[0] + (1 << 20)
+
+
+def test_a_block_whose_scale_is_not_a_number_is_found_when_the_tower_is_read(tmp_path: Path) -> None:
+    model = beside(tmp_path)
+    nan = (np.float16("nan").tobytes() + bytes(32)) * 36 * 3
+    rewritten(model, {}, {"mm.2.weight": ([96, 36], 8, len(nan))}, contents={"mm.2.weight": nan})
+    reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
+    with opened(model) as engine:
+        prompt = prompt_of(with_reference_pictures(engine, "qwen3_vl_moe"), reference)
+        with pytest.raises(CheckpointError, match=r"mm\.2\.weight"):
+            engine.generate(prompt, GREEDY)
+        assert len(engine.generate(Prompt.of([3, 5, 6]), GREEDY).token_ids) == 8
 
 
 @pytest.mark.parametrize("what", FAULTS)

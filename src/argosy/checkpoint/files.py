@@ -92,7 +92,8 @@ class MatrixRef:
     """One dense matrix or vector (rows = 1) in a file; `name` is its name in the file.
 
     `format` is its format in memory. If `block_type` is set, the file holds `nbytes` of blocks instead, row after row,
-    and the reader transcodes them; if these are codes alone, `scales` is the piece with the scales.
+    and the reader transcodes them, or computes their values if `format` is f32; if these are codes alone, `scales` is
+    the piece with the scales.
     If `paired_heads` is set, the rows of that many heads are in the order of a rotary kernel that rotates adjacent
     pairs, and the reader puts them in halves (`in_halves`).
     If `turn` is set, the values of two tensors alternate in the file's `nbytes`; this one has the first, third ... (0)
@@ -118,6 +119,11 @@ class MatrixRef:
     def read_bytes(self) -> int:
         """Bytes that are read."""
         return self.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether the reader computes the values of blocks."""
+        return self.block_type is not None and self.format == "f32"
 
     @property
     def landed_bytes(self) -> int:
@@ -292,7 +298,7 @@ def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
 
 
 def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None = None) -> None:
-    """Refuse a norm or bias that would turn every token into NaN.
+    """Refuse weights that would turn every token into NaN.
 
     Raises:
         CheckpointError: a value is NaN or infinite; gives the tensor, the position and the value.

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -91,7 +92,7 @@ from argosy.checkpoint.manifest import (
     round_up,
     verify_pack,
 )
-from argosy.checkpoint.safetensors import TensorRef
+from argosy.checkpoint.safetensors import DTYPE_BITS, TensorRef
 from argosy.checkpoint.safetensors_write import safetensors_header
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.config import Format, ModelConfig, format_bytes
@@ -298,12 +299,20 @@ def _encoder_units(tensors: list[TensorRef]) -> list[_Unit]:
     """A safetensors file of these tensors; none if there are no tensors."""
     if not tensors:
         return []
-    header = safetensors_header((ref.name, ref.dtype, ref.shape) for ref in tensors)
+    header = safetensors_header((ref.name, *_in_safetensors(ref)) for ref in tensors)
     units = [_Unit(ENCODERS_FILE, 0, len(header), len(header), copied=header)]
     for ref in tensors:
         at = units[-1].end
         units.append(_Unit(ENCODERS_FILE, at, ref.nbytes, at + ref.nbytes, copied=ref))
     return units
+
+
+def _in_safetensors(ref: TensorRef) -> tuple[str, tuple[int, ...]]:
+    """Type and shape of a tensor: blocks of a GGUF file, which safetensors has no type for, are rows of bytes."""
+    if ref.dtype in DTYPE_BITS:
+        return ref.dtype, ref.shape
+    *rows, _ = ref.shape
+    return "U8", (*rows, ref.nbytes // math.prod(rows))
 
 
 def _dense_source(files: ModelFiles, name: str) -> _SourceMatrix:

@@ -1,7 +1,7 @@
 """Read the weights that every token needs into private memory, at drive speed.
 
 Dense weights are read, not mapped: under memory pressure, the system reclaims mapped pages first. Matrices stay in the
-format of their file, or get the slot format of their GGUF blocks; norms and biases become float32.
+format of their file, or get the slot format of their GGUF blocks; norms, biases, and blocks of encoders become float32.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
+from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.checkpoint.latent_up import key_value_matrix, passing_bytes, split, split_shapes
 from argosy.checkpoint.manifest import round_up
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
@@ -53,9 +54,10 @@ class DenseWeights:
 
 
 def _passes_scratch(ref: MatrixRef) -> bool:
-    """Whether it lands in scratch memory first: it is split in two, or its rows of blocks are reordered before they are
-    transcoded, which readers cannot do."""
-    return ref.key_value_rows is not None or (ref.block_type is not None and ref.paired_heads > 0)
+    """Whether it lands in scratch memory first: it is split in two, its rows of blocks are reordered before they are
+    transcoded, or its blocks become floats. Readers can do none of these."""
+    is_reordered = ref.block_type is not None and ref.paired_heads > 0
+    return ref.key_value_rows is not None or is_reordered or ref.is_widened
 
 
 def _scratch_bytes(ref: MatrixRef, alignment: int) -> int:
@@ -87,8 +89,9 @@ def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     if ref.key_value_rows is not None:
         landed = ref.landed_bytes if ref.block_type is not None and ref.scales is None else 0
         return _scratch_bytes(ref, alignment) + landed + passing_bytes(key_value_matrix(ref))
-    if _passes_scratch(ref):
-        return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes
+    if ref.block_type is not None and _passes_scratch(ref):
+        blocks = matrix_bytes(SLOT_FORMATS[ref.block_type], ref.rows, ref.cols)
+        return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes + (blocks if ref.is_widened else 0)
     return ref.nbytes if ref.paired_heads else 0
 
 
@@ -231,8 +234,15 @@ def _read_dense(
         memory = arena.array()[start : start + (ref.landed_bytes if ref.turn is None else ref.nbytes)]
         if ref.block_type is not None and _passes_scratch(ref):
             raw = scratch.array()[ref.offset % alignment :][: ref.nbytes].reshape(ref.rows, -1)
-            blocks = in_halves(raw, ref.paired_heads).reshape(-1).view(np.uint8)
-            memory[:] = _native.transcode(ref.block_type, blocks, ref.rows, ref.cols)
+            blocks = (
+                (in_halves(raw, ref.paired_heads) if ref.paired_heads else raw).reshape(-1).view(np.uint8)
+            )
+            landed = _native.transcode(ref.block_type, blocks, ref.rows, ref.cols)
+            if ref.is_widened:
+                values = _native.dequantize(SLOT_FORMATS[ref.block_type], landed, ref.rows, ref.cols)
+                check_vector(ref.name, values)
+                landed = values.reshape(-1).view(np.uint8)
+            memory[:] = landed
         elif ref.paired_heads:
             memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
         if is_vector(name):

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from argosy import _native
 from argosy.checkpoint.files import MatrixRef, ModelFiles
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, read_gguf
+from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import PROMPT_LIMITS, Kind
@@ -33,7 +34,7 @@ from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoFo
 from argosy.model.families import CONFIG_FILE
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.config_reader import ConfigReader
-from argosy.model.weights import DenseReading, dense_footprint
+from argosy.model.weights import DenseReading, dense_footprint, is_vector
 
 # What is read of a tower between two steps: reads in progress when a step begins compete with those of its experts, so
 # they are few, and wait for those. Waiting for one tensor takes no longer than this, however slow the drive.
@@ -41,7 +42,8 @@ READ_BYTES = 16 << 20
 READ_MS = 5
 MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
 _SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
-_MMPROJ_HINT = "take the F16, BF16 or F32 file; those are published beside quantised ones"
+_MMPROJ_HINT = "take the Q8_0, F16, BF16 or F32 file; those are published beside others"
+_BLOCKS, _BLOCK_VALUES, _BLOCK_BYTES = "Q8_0", 32, 34
 
 Processor = PictureProcessor | SoundProcessor | VideoProcessor
 
@@ -256,8 +258,8 @@ def _read_mmproj(files: ModelFiles) -> dict[Kind, EncoderFiles | ArgosyError]:
 def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: list[str]) -> EncoderFiles:
     assert isinstance(files.mmproj, GgufFile)
     path, kind = files.mmproj.path, tower.encoder.kind
-    of_kind = {name: ref for name, ref in files.others.items() if is_of(kind, name)}
-    accounts = TensorAccounts(path, of_kind, FLOAT_FORMATS, hint=_MMPROJ_HINT)
+    of_kind = {name: _with_blocks(ref) for name, ref in files.others.items() if is_of(kind, name)}
+    accounts = TensorAccounts(path, of_kind, {**FLOAT_FORMATS, _BLOCKS: "f32"}, hint=_MMPROJ_HINT)
     tensors = _take_tensors(accounts, tower.encoder, tower.config, tower.names)
     accounts.refuse_extra(
         files.config, lambda name: name == _SINUSOIDS, f"the tower that {path.name} describes for {kind}s"
@@ -278,6 +280,13 @@ def _in_gguf(tower: TowerInFile, files: ModelFiles, header: GgufFile, tokens: li
     )
 
 
+def _with_blocks(ref: TensorRef) -> TensorRef:
+    """A tensor of a GGUF file; a pack has its blocks as rows of bytes."""
+    if ref.dtype != "U8" or not ref.shape or ref.shape[-1] % _BLOCK_BYTES:
+        return ref
+    return replace(ref, dtype=_BLOCKS, shape=(*ref.shape[:-1], ref.shape[-1] // _BLOCK_BYTES * _BLOCK_VALUES))
+
+
 def _take_tensors(
     accounts: TensorAccounts, encoder: Encoder, config: Any, names: Mapping[str, str]
 ) -> dict[str, MatrixRef]:
@@ -286,8 +295,23 @@ def _take_tensors(
     for canonical, tensor in encoder.tensors(config).items():
         # llama.cpp's converter gives the bias of a convolution two more axes.
         ref, format = accounts.take(names[canonical], tensor.shape, (*tensor.shape, 1, 1))
+        block_type = _BLOCKS if ref.dtype == _BLOCKS else None
+        if block_type is not None and is_vector(canonical):
+            raise CheckpointError(
+                f"{ref.path.name}: {ref.name} is {_BLOCKS}, and a norm or a bias is not quantised",
+                path=ref.path,
+                tensor=ref.name,
+            )
         tensors[canonical] = MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, ref.checksum
+            ref.name,
+            ref.path,
+            ref.offset,
+            ref.nbytes,
+            format,
+            tensor.rows,
+            tensor.cols,
+            ref.checksum,
+            block_type,
         )
     return tensors
 
