@@ -7,8 +7,11 @@ VENV := .venv
 comma := ,
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
-# Run test files in parallel, at most four: a test's engine uses two threads and up to 1 GiB.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# Run test files in parallel, at most four: a test's engine uses two threads and up to 1 GiB. The longest come first
+# (tests/conftest.py); xdist would put files with many tests first, and end with a long file alone.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests start hundreds of Python processes: compile each module once, whatever the environment says.
+PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath build/pycache)" $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Set-up steps are silent for minutes, so announce each of them.
 SAY := @printf '== %s\n'
@@ -38,13 +41,13 @@ demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
 	$(BIN)/argosy run --model demo --audio examples/question.flac
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
+	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
 
 test-native: $(VENV)/.installed  ## the C++ tests
 	$(SAY) "compiling the C++ tests: a minute or two the first time"
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure --parallel 2
 
 # No stack-use-after-return: GCC does aligned 64-byte stores into its fake stack, which is only 32-byte aligned (bug 110027).
 test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the module under ASan, UBSan and ThreadSanitizer
@@ -81,7 +84,7 @@ $(VENV)/.oracle: $(VENV)/.installed
 	@touch $@
 
 test-oracle: $(VENV)/.oracle  ## compare with transformers on freshly made checkpoints
-	$(BIN)/python -m pytest tests/oracle
+	$(PYTEST) tests/oracle
 
 $(VENV)/.clients: $(VENV)/.installed
 	$(SAY) "downloading the clients of model servers (once; minutes)"
@@ -97,7 +100,7 @@ build/clients/node_modules: tests/clients/node/package.json tests/clients/node/p
 	@mkdir -p $@ && touch $@
 
 test-clients: $(VENV)/.clients build/clients/node_modules  ## clients and lm-eval talk to a server of a tiny model
-	$(BIN)/python -m pytest tests/clients
+	$(PYTEST) tests/clients
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(SAY) "downloading ruff, mypy and clang-format (once)"

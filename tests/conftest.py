@@ -1,8 +1,12 @@
-"""Keep a developer's `argosy` settings, and the way the tests were started, from affecting the tests."""
+"""Keep a developer's `argosy` settings, and the way the tests were started, from affecting the tests.
+
+The longest files come first, so that processes that run files side by side end together.
+"""
 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +21,24 @@ SETTINGS = (
     "ARGOSY_ASK_AHEAD",
     "ARGOSY_TRACEBACK",
 )
+
+
+LONGEST = (
+    "engine/test_identity.py",
+    "serve/test_openapi.py",
+    "engine/test_gguf.py",
+    "serve/test_run.py",
+    "prompt/test_tool_prompts.py",
+    "abuse/test_kills.py",
+    "abuse/test_figures.py",
+    "abuse/test_videos.py",
+    "media/test_ffmpeg.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(autouse=True)

@@ -200,18 +200,26 @@ def test_a_model_in_parts_answers_like_the_same_model_in_one_file(
     assert all(np.array_equal(logits[0], each) for each in logits[1:])
 
 
-@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
-@pytest.mark.parametrize(
-    "family",
-    ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe", "minimax_m2", "deepseek_v3"],
+@pytest.fixture(
+    scope="module",
+    params=["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "glm4_moe", "olmoe", "minimax_m2", "deepseek_v3"],
 )
-def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
-    family: str, instruction_set: str, tmp_path: Path
-) -> None:
+def in_place_and_packed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RawConfig, Path, Path]:
+    family, folder = request.param, tmp_path_factory.mktemp("gguf")
     config = config_of(family, num_experts=8, experts_per_token=2)
-    path, packed = tmp_path / "model.gguf", tmp_path / "packed"
+    path, packed = folder / "model.gguf", folder / "packed"
     write_gguf_model(path, config, mixed_small if family == "qwen3_moe" else mixed, seed=4)
     pack(open_model(path), packed, format="source")
+    return config, path, packed
+
+
+@pytest.mark.parametrize("instruction_set", _native.instruction_sets())
+def test_greedy_answers_are_equal_at_every_budget_in_place_and_packed(
+    in_place_and_packed: tuple[RawConfig, Path, Path], instruction_set: str
+) -> None:
+    config, path, packed = in_place_and_packed
     prompt = prompt_ids(config, 4, 19)
     greedy = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=2)
     answers = []

@@ -332,6 +332,16 @@ def test_a_batch_of_eight_changes_nothing(case: Case, slots: str) -> None:
     assert together[0] == resident(case).greedy
 
 
+# How rows and outputs travel does not depend on the instruction set, so one model tries them all.
+@pytest.mark.parametrize(
+    ("case", "instruction_set"),
+    [
+        *((case, _native.instruction_sets()[-1]) for case in CASES),
+        *((("qwen3_moe", "in place"), name) for name in _native.instruction_sets()[:-1]),
+    ],
+    indirect=True,
+    ids=str,
+)
 def test_experts_in_another_process_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket carries rows there and outputs back, in an order other than the router's."""
     runner = ProcessRunner(

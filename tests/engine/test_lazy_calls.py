@@ -25,10 +25,9 @@ FREE = "Let me look: "
 
 
 def grammar_of(name: str, tools: Any = TOOLS, text: str = "ai\n", **more: Any) -> Grammar:
-    builder = FAMILIES[name].builder()
+    builder = FAMILIES[name].shared_builder
     prompt = Prompt(tuple(ids_of(FAMILIES[name], text)), text)
     grammar = builder.grammar(prompt, tools, **more)
-    builder.close()
     assert grammar is not None
     return grammar
 
@@ -95,7 +94,7 @@ def test_one_call_ends_the_answer_when_calls_are_not_parallel(name: str) -> None
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v31", "kimi_k2", "glm", "minimax_m2", "minimax_spelled"])
 def test_a_mark_among_thoughts_does_not_start_a_call(name: str) -> None:
-    mark = next(iter(FAMILIES[name].builder().format.blocks))  # type: ignore[attr-defined]
+    mark = next(iter(FAMILIES[name].shared_builder.format.blocks))  # type: ignore[attr-defined]
     for prompt, opening in (("ai\n", "<think>"), ("ai\n<think>\n", "")):
         constraint = constraint_of(name, grammar_of(name, text=prompt))
         thought = f"{opening}I could write {mark} here</think>"

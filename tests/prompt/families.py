@@ -46,6 +46,14 @@ class Family:
             chat_template=self.template,
         )
 
+    @functools.cached_property
+    def shared_builder(self) -> PromptBuilder:
+        """One builder for all tests, which do not close it: what it found out about the template stays.
+
+        `remembering(memory)` makes a copy for a test with a memory of its own.
+        """
+        return self.builder()
+
     def builder(self, memory: ReplayMemory | None = None) -> PromptBuilder:
         return PromptBuilder(self.tokenizer, vocab_size=self.tokenizer.vocab_size, memory=memory)
 

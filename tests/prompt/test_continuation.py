@@ -4,7 +4,6 @@ continues it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,11 +24,8 @@ REST = " it is cold."
 
 
 @pytest.fixture
-def builders() -> Iterator[dict[str, PromptBuilder]]:
-    made = {name: FAMILIES[name].builder(ReplayMemory()) for name in NAMES}
-    yield made
-    for builder in made.values():
-        builder.close()
+def builders() -> dict[str, PromptBuilder]:
+    return {name: FAMILIES[name].shared_builder.remembering(ReplayMemory()) for name in NAMES}
 
 
 def read(family: Family, builder: PromptBuilder, prompt: Prompt, text: str) -> tuple[list[int], Answer]:

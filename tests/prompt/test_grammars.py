@@ -342,7 +342,7 @@ def test_a_call_grammar_needs_tools_and_a_model_that_can_call_them() -> None:
 
 
 def test_a_builder_makes_the_grammar_of_its_prompt() -> None:
-    builder = FAMILIES["qwen3"].builder()
+    builder = FAMILIES["qwen3"].shared_builder
     prompt = builder.build(
         [{"role": "user", "content": "x"}], tools=TOOLS, variables={"enable_thinking": False}
     )
@@ -359,4 +359,3 @@ def test_a_builder_makes_the_grammar_of_its_prompt() -> None:
     parser = builder.parser(prompt, TOOLS)
     events = parser.push(None, "Hi")
     assert not any(isinstance(event, ToolCallBegin) for event in events)
-    builder.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,11 +65,8 @@ def memory() -> ReplayMemory:
 
 
 @pytest.fixture
-def builders(memory: ReplayMemory) -> Iterator[dict[str, PromptBuilder]]:
-    made = {name: family.builder(memory) for name, family in FAMILIES.items()}
-    yield made
-    for builder in made.values():
-        builder.close()
+def builders(memory: ReplayMemory) -> dict[str, PromptBuilder]:
+    return {name: family.shared_builder.remembering(memory) for name, family in FAMILIES.items()}
 
 
 def sampled_of(family: Family, text: str) -> list[int]:
@@ -319,11 +315,10 @@ def test_nothing_is_remembered_without_messages_or_a_memory(builders: dict[str, 
     builder = builders["qwen2_5"]
     assert not builder.remember("me", builder.build([1, 2]), [3], Answer("x"))
     assert not builder.remember("me", builder.build(USER), [3], Answer("x"))
-    bare = FAMILIES["qwen2_5"].builder()
+    bare = FAMILIES["qwen2_5"].shared_builder
     prompt = bare.build(USER, tenant="me")
     assert prompt == builder.build(USER)
     assert not bare.remember("me", prompt, [3], Answer("x"))
-    bare.close()
 
 
 def test_a_forgotten_tenant_and_a_forgotten_answer_are_rendered(
@@ -338,7 +333,7 @@ def test_a_forgotten_tenant_and_a_forgotten_answer_are_rendered(
 def test_an_answer_is_rendered_if_an_earlier_one_is_forgotten() -> None:
     family = FAMILIES["qwen2_5"]
     memory = ReplayMemory(max_turns=1)
-    builder = family.builder(memory)
+    builder = family.shared_builder.remembering(memory)
     conversation = list(USER)
     for _ in range(2):
         prompt = asked(builder, conversation)
@@ -347,7 +342,6 @@ def test_an_answer_is_rendered_if_an_earlier_one_is_forgotten() -> None:
         conversation += [message_of(answer), *result_of(answer)]
     assert memory.num_turns == 1
     assert is_plain(builder, conversation)
-    builder.close()
 
 
 # The memory
@@ -395,7 +389,7 @@ def test_used_answers_stay_and_one_tenant_does_not_evict_another() -> None:
 def test_the_start_of_a_conversation_is_forgotten_last() -> None:
     family = FAMILIES["qwen2_5"]
     memory = ReplayMemory(max_turns=3)
-    builder = family.builder(memory)
+    builder = family.shared_builder.remembering(memory)
     conversation = list(USER)
     said = []
     for _ in range(6):

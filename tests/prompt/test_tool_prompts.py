@@ -6,7 +6,6 @@ import datetime
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,16 +28,7 @@ from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 CALLING = [family for family in FAMILIES.values() if family.name != "chatml"]
 
-BUILDERS: dict[str, PromptBuilder] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def builders() -> Iterator[None]:
-    for family in FAMILIES.values():
-        BUILDERS[family.name] = family.builder()
-    yield
-    for builder in BUILDERS.values():
-        builder.close()
+BUILDERS = {family.name: family.shared_builder for family in FAMILIES.values()}
 
 
 def call(name: str, arguments: object, call_id: str = "call_1") -> dict[str, object]:
@@ -377,7 +367,7 @@ def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str
             assert found == expected, (mark, said, found - expected, expected - found)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data(), name=st.sampled_from([family.name for family in CALLING]))
 def test_no_mixture_of_markers_becomes_a_control_token(data: st.DataObject, name: str) -> None:
     family = FAMILIES[name]
