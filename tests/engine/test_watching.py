@@ -41,6 +41,9 @@ from tests.models.seeing import GROUP_TOKENS, RATE, REFERENCE, VIDEO_PROMPTS, VI
 
 CASES = [*((family, "video") for family in sorted(VIDEO_PROMPTS)), ("qwen3_omni_moe", "heard")]
 
+# The largest instruction set multiplies in bfloat16 where it can (decision 31).
+EXACT = _native.instruction_sets()[min(2, len(_native.instruction_sets())) - 1]
+
 
 def opened(directory: Path, **options: Any) -> Engine:
     defaults = {"memory": "3GiB", "threads": 2, "image_tokens": GROUP_TOKENS, "video_tokens": VIDEO_TOKENS}
@@ -105,10 +108,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 
 def test_tokens_logits_and_answers_equal_those_of_transformers(case: tuple[str, dict[str, Any]]) -> None:
     family, reference = case
-    # The largest instruction set multiplies in bfloat16 where it can (decision 31).
-    exact = min(2, len(_native.instruction_sets())) - 1
-    instruction_set = _native.instruction_sets()[exact]
-    with opened(REFERENCE / family, prefix_reuse=False, instruction_set=instruction_set) as engine:
+    with opened(REFERENCE / family, prefix_reuse=False, instruction_set=EXACT) as engine:
         prompt = prompt_of(engine, reference)
         assert list(prompt.token_ids or ()) == reference["input_ids"].tolist()
         require_answer(engine, prompt, reference["logits"], reference["greedy"])
@@ -117,6 +117,8 @@ def test_tokens_logits_and_answers_equal_those_of_transformers(case: tuple[str, 
 @pytest.mark.parametrize("options", [{"chunk_tokens": 16, "threads": 1}, {"expert_slots": 4}], ids=str)
 def test_no_setting_changes_an_answer(case: tuple[str, dict[str, Any]], options: dict[str, Any]) -> None:
     family, reference = case
+    if family == "gemma4":  # rounding sends a token of this tiny model to another expert
+        options = options | {"instruction_set": EXACT}
     with opened(REFERENCE / family, **options) as engine:
         for _ in range(2):  # the second finds the prefix
             prompt = prompt_of(engine, reference)

@@ -19,6 +19,7 @@ from tests.media.video_samples import CASES, REFERENCES, VIDEO_SETTINGS, VIDEOS,
 def video_processor(name: str) -> Any:
     """The reference processor with the settings of a family."""
     import transformers
+    from transformers.models.gemma4.video_processing_gemma4 import Gemma4VideoProcessor
     from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
     from transformers.models.glm46v.video_processing_glm46v import Glm46VVideoProcessor
     from transformers.models.kimi_k25.video_processing_kimi_k25 import Kimi_K25VideoProcessor
@@ -32,6 +33,7 @@ def video_processor(name: str) -> Any:
         Glm4vVideoProcessor,
         Glm46VVideoProcessor,
         Kimi_K25VideoProcessor,
+        Gemma4VideoProcessor,
     )
     settings = dict(VIDEO_SETTINGS[name])
     kind = settings.pop("video_processor_type")
@@ -51,6 +53,11 @@ def reference_video(
     )
     patches = np.asarray(made["pixel_values_videos"])
     indices = np.asarray(made["video_metadata"][0].frames_indices)
+    if "video_position_ids" in made:  # Gemma pads each frame, and gives columns and rows instead of a grid
+        places = np.asarray(made["video_position_ids"])
+        columns, rows = places.max(axis=(0, 1)) + 1
+        patches = patches[places[..., 0] >= 0]
+        return patches, np.array([[1, rows, columns]] * len(places)), indices
     return patches.reshape(len(patches), -1), np.asarray(made["video_grid_thw"]), indices
 
 

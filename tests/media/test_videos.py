@@ -71,6 +71,7 @@ TEXTS = {
         ("<|begin_of_image|>", "<|end_of_image|>0.0 seconds"),
         ("<|begin_of_image|>", "<|end_of_image|>2.0 seconds"),
     ],
+    "gemma4": [("00:00 ", ""), (" 00:01 ", ""), (" 00:02 ", "")],
     "kimi_k25": [("00:00:00.000<|media_begin|>video<|media_content|>", "<|media_end|>")],
 }  # fmt: skip
 

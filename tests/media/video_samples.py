@@ -81,10 +81,13 @@ VIDEO_SETTINGS: dict[str, dict[str, Any]] = {
         "size": {"shortest_edge": 12544, "longest_edge": 1003520},
     },
     "kimi_k25": {"video_processor_type": "Kimi_K25VideoProcessor", "max_patches": 60, "fps": 1.5},
+    "gemma4": {"video_processor_type": "Gemma4VideoProcessor", "num_frames": 4},
 }
 
 # What the reference refuses, and we prepare: fewer frames than a group has, or than are asked for.
-NOT_IN_THE_REFERENCE = {("glm46v", "3_frames"), ("kimi_k25", "slow"), ("kimi_k25", "long")}
+NOT_IN_THE_REFERENCE = {
+    ("glm46v", "3_frames"), ("kimi_k25", "slow"), ("kimi_k25", "long"), ("gemma4", "3_frames"), ("gemma4", "2_frames"),
+}  # fmt: skip
 CASES = [
     (name, case) for name in VIDEO_SETTINGS for case in VIDEOS if (name, case) not in NOT_IN_THE_REFERENCE
 ]

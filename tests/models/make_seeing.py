@@ -53,18 +53,24 @@ def load(directory: Path, family: str) -> Any:
     return model.eval()
 
 
+def with_places(patches: list[Array], grids: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of each picture or frame, padded, with their places (column, row), as Gemma takes them."""
+    most = max(len(each) for each in patches)
+    values = np.zeros((len(patches), most, patches[0].shape[1]), np.float32)
+    places = np.full((len(patches), most, 2), -1)
+    for number, (each, (_, rows, cols)) in enumerate(zip(patches, grids, strict=True)):
+        values[number, : len(each)] = each
+        places[number, : len(each)] = np.indices((rows, cols))[::-1].reshape(2, -1).T
+    return torch.tensor(values), torch.tensor(places)
+
+
 def picture_inputs(
     model: Any, processor: PictureProcessor, patches: list[Array], grids: list[tuple[int, int, int]]
 ) -> dict[str, torch.Tensor]:
     """Pictures as the model takes them: patches of all in a row, or of each with their places, padded."""
     if "image_position_ids" in inspect.signature(model.forward).parameters:
-        most = max(len(each) for each in patches)
-        values = np.zeros((len(patches), most, patches[0].shape[1]), np.float32)
-        places = np.full((len(patches), most, 2), -1)  # (column, row)
-        for number, (each, (_, rows, cols)) in enumerate(zip(patches, grids, strict=True)):
-            values[number, : len(each)] = each
-            places[number, : len(each)] = np.indices((rows, cols))[::-1].reshape(2, -1).T
-        return {"pixel_values": torch.tensor(values), "image_position_ids": torch.tensor(places)}
+        values, places = with_places(patches, grids)
+        return {"pixel_values": values, "image_position_ids": places}
     pixel_values = torch.tensor(np.concatenate(patches))
     if processor.order == "planes":
         side = processor.patch_size

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.models.kimi_k25.processing_kimi_k25 import Kimi_K25Processor
 from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import Qwen3OmniMoeProcessor
@@ -29,7 +30,7 @@ from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
-from tests.models.make_seeing import NEW_TOKENS, load
+from tests.models.make_seeing import NEW_TOKENS, load, with_places
 from tests.models.safetensors_file import Array, write_safetensors
 from tests.models.seeing import (
     CONFIGS,
@@ -44,6 +45,9 @@ from tests.models.seeing import (
 
 PICTURE = {"glm4v_moe": "<|begin_of_image|><|image|><|end_of_image|>", "kimi_k25": "<|image_pad|>"}
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+LEAST_MARGIN = 0.1
 
 
 class Inputs:
@@ -67,6 +71,7 @@ class Inputs:
         self.patches: dict[str, list[Array]] = {"image": [], "video": []}
         self.grids: dict[str, list[Any]] = {"image": [], "video": []}
         self.seconds: list[float] = []
+        self.num_frames: list[int] = []
         self.features: list[Array] = []
 
     def picture(self, pixels: Array) -> str:
@@ -91,7 +96,8 @@ class Inputs:
         made = [processor.patches(group) for group in groups]
         self.patches["video"] += [patches for patches, _ in made]
         grids = [grid for _, grid in made]
-        if self.family != "kimi_k25":  # Kimi's groups are videos of their own
+        self.num_frames.append(len(indices))
+        if self.family not in ("kimi_k25", "gemma4"):  # their groups have grids of their own
             grids = [(len(groups), *grids[0][1:])]
         self.grids["video"] += grids
         self.seconds.append(processor.group_frames * len(frames) / rate / len(indices))
@@ -121,6 +127,12 @@ class Inputs:
             own.video_token = "<|kimi_k25_video_placeholder|>"
             given["num_chunks_per_video"] = [len(grids)]
             return str(Kimi_K25Processor.replace_video_token(own, given, 0))
+        if self.family == "gemma4":
+            own.boi_token, own.eoi_token, own.video_token = (
+                f"<|gemma_{name}|>" for name in ("begin", "end", "video")
+            )
+            given["num_soft_tokens_per_video"] = [int(grids[0].prod() // inner.merge_size**2)]
+            return str(Gemma4Processor.replace_video_token(own, given, 0))
         if self.family == "glm4v_moe":
             own.image_token = "<|image|>"
             own.replace_frame_token_id = MethodType(Glm4vProcessor.replace_frame_token_id, own)
@@ -131,6 +143,14 @@ class Inputs:
 
     def arguments(self, *, is_heard: bool) -> dict[str, Any]:
         more: dict[str, Any] = {}
+        if self.family == "gemma4":
+            values, places = with_places(self.patches["video"], self.grids["video"])
+            frames = torch.tensor(self.num_frames)
+            return {
+                "pixel_values_videos": values,
+                "video_position_ids": places,
+                "num_frames_per_video": frames,
+            }
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if self.patches[kind]:
                 values = torch.tensor(np.concatenate(self.patches[kind]))
@@ -153,13 +173,14 @@ class Inputs:
 
 @torch.no_grad()
 def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) -> dict[str, Array] | None:
-    """None if the greedy answer has a control token of media, which the model of transformers would look behind."""
+    """None if the greedy answer has a control token of media, which the model of transformers would look behind, or if
+    rounding could choose another token."""
     inputs = Inputs(directory, family)
     prompt, full = [3, 5, 6], [3, 5, 6]
     is_heard = any(name.startswith("track") for name in media)
     template = VIDEO_PROMPTS[family]
     token = "<|video|>" if family == "glm4v_moe" else "<|video_pad|>"
-    token = template if family == "kimi_k25" else token
+    token = template if family in ("kimi_k25", "gemma4") else token
     for name, value in media.items():
         kind, _, number = name.partition(".")
         if kind == "picture":
@@ -183,7 +204,9 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
         full += [*encode_text(becomes), 12, 20]
     prompt, full = [*prompt, 30, 31], [*full, 30, 31]
     more = inputs.arguments(is_heard=is_heard)
-    controls = set(encode_text("<|image_pad|><|video_pad|><|vision_start|><|audio_start|><|audio_pad|>"))
+    controls = set(
+        encode_text("<|gemma_video|><|image_pad|><|video_pad|><|vision_start|><|audio_start|><|audio_pad|>")
+    )
 
     def run(ids: list[int]) -> Array:
         tokens = torch.tensor([ids])
@@ -192,6 +215,8 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
             own["mm_token_type_ids"] = (tokens == 50).int() + 2 * (tokens == 52).int()
         if family == "glm4v_moe":
             own["mm_token_type_ids"] = 2 * (tokens == 50).int()
+        if family == "gemma4":
+            own["mm_token_type_ids"] = 2 * (tokens == 51).int()
         for one in (model, model.model):
             if hasattr(one, "rope_deltas"):
                 one.rope_deltas = None
@@ -200,8 +225,10 @@ def answer(model: Any, directory: Path, family: str, media: dict[str, Array]) ->
 
     logits, greedy = run(full), list[int]()
     for _ in range(NEW_TOKENS):
-        greedy.append(int(run(full + greedy)[-1].argmax()))
-        if greedy[-1] in controls:
+        scores = run(full + greedy)[-1]
+        second, best = np.sort(scores)[-2:]
+        greedy.append(int(scores.argmax()))
+        if greedy[-1] in controls or best - second < LEAST_MARGIN:
             return None
     return {
         "prompt": np.array(prompt),
@@ -222,7 +249,7 @@ def media_of(family: str, seed: int, *, is_heard: bool) -> dict[str, Array]:
         return (0.3 * rng.standard_normal(round(RATE * seconds))).astype(np.float32)
 
     media = {"video.0": noise(9, 18, 30), "rate.0": np.array([3.0], np.float32)}
-    if family != "glm4v_moe":
+    if family not in ("glm4v_moe", "gemma4"):
         media["picture.0"] = noise(21, 17)
     if family == "qwen3_omni_moe" and not is_heard:
         media["sound.0"] = tone(0.4)

@@ -53,6 +53,8 @@ def with_towers(family: str, raw: dict[str, Any]) -> dict[str, Any]:
     if "media_placeholder_token_id" in own:  # the hub's name for it
         own["media_placeholder_token_id"] = own["image_token_id"]
         own["video_token_id"] = 52
+    if family == "gemma4":
+        own["video_token_id"] = 51
     return raw
 
 
@@ -175,18 +177,18 @@ def processor_config(family: str) -> dict[str, Any]:
     return made
 
 
-VIDEO_TOKENS, GROUP_TOKENS = (
-    32,
-    64,
-)  # most positions of a video, and of a picture or group of frames beside it
+# Most positions of a video, and of a picture or group of frames beside it: the fewest that Gemma takes.
+VIDEO_TOKENS, GROUP_TOKENS = 32, 70
 
 
 def video_processor_config(family: str) -> dict[str, Any]:
-    """A `video_preprocessor_config.json`; empty for Qwen3-Omni, which has none, and for what takes no video."""
-    if family in ("qwen3_omni_moe", "gemma4"):
+    """A `video_preprocessor_config.json`; empty for Qwen3-Omni, which has none."""
+    if family == "qwen3_omni_moe":
         return {}
     made = processor_config(family)
     del made["image_processor_type"]
+    if family == "gemma4":
+        return made | {"video_processor_type": "Gemma4VideoProcessor", "num_frames": 4}
     if family == "kimi_k25":
         return made | {"video_processor_type": "Kimi_K25VideoProcessor", "temporal_patch_size": 4}
     name = "Glm4vVideoProcessor" if family == "glm4v_moe" else "Qwen3VLVideoProcessor"
@@ -202,6 +204,7 @@ _CONTROLS = {
     "vision_start": 53, "begin_of_image": 53, "vision_end": 54, "end_of_image": 54, "audio_start": 55,
     "audio_end": 56, "audio_pad": 57, "begin_of_video": 57, "end_of_video": 58, "media_begin": 60,
     "media_content": 61, "media_end": 62,
+    "gemma_video": 51, "gemma_begin": 52, "gemma_end": 53,
 }  # fmt: skip
 
 
@@ -217,6 +220,7 @@ VIDEO_PROMPTS = {
     "qwen3_omni_moe": "<|vision_start|><|video_pad|><|vision_end|>",
     "glm4v_moe": "<|begin_of_video|><|video|><|end_of_video|>",
     "kimi_k25": "<|kimi_k25_video_placeholder|>",
+    "gemma4": "<|gemma_video|>",
 }
 """What a chat template writes for a video."""
 

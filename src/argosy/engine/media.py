@@ -224,7 +224,7 @@ class PromptMedia:
                 parts = [form.sound[0], *parts, form.sound[1]]
         token_id = files.token_id if form.is_shown_as_pictures else files.video.token_id
 
-        def of_group(part: Group) -> MediaSpan:
+        def of_group(part: Group) -> list[Sequence[int] | MediaSpan]:
             group = groups[part.number]
             chosen = slice(group.start, group.stop)
             shape = processor.grid(video.canvases[chosen])
@@ -232,7 +232,8 @@ class PromptMedia:
             seen = repr(("video", shape, video.indices[chosen], part.num_angles))
             digest = blake3(content.digest + seen.encode()).digest()
             make_rows = self._maker("video", lambda: frames.values[chosen], shape, tenant, digest)
-            return _span("video", files, token_id, shape, digest, make_rows, part)
+            span = _span("video", files, token_id, shape, digest, make_rows, part)
+            return [span] if files.marks is None else [files.marks[:1], span, files.marks[1:]]
 
         def of_sound(part: Sound) -> MediaSpan:
             assert sound is not None
@@ -249,14 +250,15 @@ class PromptMedia:
                 num_angles=part.num_angles,
             )
 
-        return [
-            self._encode_text(part)
-            if isinstance(part, str)
-            else of_group(part)
-            if isinstance(part, Group)
-            else of_sound(part)
-            for part in parts
-        ]
+        made: list[Sequence[int] | MediaSpan] = []
+        for part in parts:
+            if isinstance(part, str):
+                made.append(self._encode_text(part))
+            elif isinstance(part, Group):
+                made += of_group(part)
+            else:
+                made.append(of_sound(part))
+        return made
 
     def _prepare_video(self, content: Content, processor: VideoProcessor, *, listens: bool) -> _Video:
         """Decode the frames that the model looks at, and the sound if it listens."""

@@ -34,7 +34,7 @@ Grid = tuple[int, int, int]
 
 _LONGEST_RATIO = 200  # of the sides of a picture or frame, for Qwen and GLM
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_GEMMA_TOKENS = (70, 140, 280, 560, 1120)
+GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
 
 
@@ -378,15 +378,15 @@ def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
 def _read_gemma(settings: Settings, most_tokens: int | None) -> PictureProcessor:
     patch_size = settings.integer("patch_size", 16, most=256)
     merge_size = settings.integer("pooling_kernel_size", 3, most=16)
-    settings.fixed("max_soft_tokens", 280, *_GEMMA_TOKENS)
+    settings.fixed("max_soft_tokens", 280, *GEMMA_TOKENS)
     tokens = settings.integer("max_soft_tokens", 280)
     settings.fixed("do_resize", True)
     settings.passed("image_seq_length", "size")  # not read by the reference either
     if most_tokens is not None:
-        allowed = [count for count in _GEMMA_TOKENS if count <= min(tokens, most_tokens)]
+        allowed = [count for count in GEMMA_TOKENS if count <= min(tokens, most_tokens)]
         if not allowed:
             raise UsageError(
-                f"the cap on a picture's tokens must be at least {_GEMMA_TOKENS[0]} for this model, found {most_tokens}"
+                f"the cap on a picture's tokens must be at least {GEMMA_TOKENS[0]} for this model, found {most_tokens}"
             )
         tokens = allowed[-1]
     levels = read_levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=False)

@@ -3,15 +3,16 @@
     frames in the file, rate  ->  sample  ->  indices  ->  resize  ->  groups of frames  ->  patches, grid
                                      └──────────────────────────────────────────────────>  times  ->  texts of groups
 
-A tower takes a group of frames at once, two for Qwen and GLM, four for Kimi. In most families text with its time stands
-around each group, so a video becomes many short spans. How many tokens it takes follows from the number of frames, the
-rate, and height and width; `num_tokens` needs no pixels.
+A tower takes a group of frames at once, two for Qwen and GLM, four for Kimi, one for Gemma. In most families text with
+its time stands around each group, so a video becomes many short spans. How many tokens it takes follows from the number
+of frames, the rate, and height and width; `num_tokens` needs no pixels.
 
     Qwen3-VL, Qwen3.5     2 frames a second, 4 to 768 of them; pixels counted over all frames; <1.2 seconds>
     Qwen3-Omni            the same rate; pixels counted in each frame; no text: time is in the rotary positions
     GLM-4.1V to GLM-4.5V  2 frames a second of the first 300 seconds, then fewer; whole seconds after each group
     GLM-4.6V              3 to 0.5 groups a second, by length; seconds with a decimal after each group
     Kimi-K2.5             2 frames a second; each frame as a picture, four in a group; hours:minutes:seconds before it
+    Gemma-4               32 frames of the whole video, each as a picture of 70 tokens; minutes:seconds before it
 
 Elsewhere: `frames.py` finds the frames in a file; `resize.py` scales them; pictures are `pictures.py`.
 """
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.pictures import (
     CLIP_MEAN,
     CLIP_STD,
+    GEMMA_TOKENS,
+    GemmaFit,
     Grid,
     KimiFit,
     QwenFit,
@@ -76,6 +79,8 @@ class VideoProcessor:
     label: the texts of a group, from the times of its first and its last frame.
     surroundings: what the chat template writes around a video's placeholder, and the texts of groups replace.
     levels: float32 [3, 256], what each 8-bit value becomes in each channel.
+    order: of the values in a patch: "planes": channels, frames, then pixels; "pixels": each with its channels.
+    between: stands before the texts of all groups but the first.
     most_tokens, most_group_tokens: caps on the tokens of a video and of a group, below what the model would use.
     """
 
@@ -88,6 +93,8 @@ class VideoProcessor:
     label: Callable[[float, float], Texts]
     surroundings: Texts
     levels: NDArray[np.float32] = field(repr=False, compare=False)
+    order: Literal["planes", "pixels"] = "planes"
+    between: str = ""
     most_tokens: int | None = None
     most_group_tokens: int | None = None
 
@@ -157,7 +164,8 @@ class VideoProcessor:
 
     def texts(self, times: Sequence[float]) -> list[Texts]:
         """The texts of each group, from the times of the frames that were sampled, in seconds."""
-        return [self.label(times[group[0]], times[group[-1]]) for group in self.groups(len(times))]
+        first, *others = (self.label(times[group[0]], times[group[-1]]) for group in self.groups(len(times)))
+        return [first, *(Texts(self.between + before, after) for before, after in others)]
 
     def patches(self, canvases: Frames) -> tuple[NDArray[np.float32], Grid]:
         """Make the patches of one group.
@@ -171,7 +179,10 @@ class VideoProcessor:
         rows, columns = canvases.shape[1] // self.patch_size, canvases.shape[2] // self.patch_size
         if not self.are_joined:
             values = [patch_values(one[None], self.patch_size, 1, self.levels, 1) for one in canvases]
-            return np.concatenate(values).reshape(len(canvases) * rows * columns, -1), self.grid(canvases)
+            made = np.concatenate(values)
+            if self.order == "pixels":
+                made = made.transpose(0, 2, 3, 1)
+            return made.reshape(len(canvases) * rows * columns, -1), self.grid(canvases)
         missing = self.group_frames - len(canvases)
         if missing:  # the last frame is repeated
             canvases = np.concatenate([canvases, np.repeat(canvases[-1:], missing, axis=0)])
@@ -262,6 +273,20 @@ class KimiClipFit:
         return KimiFit(own.patch_size, own.merge_size, most, own.most_on_a_side).size(height, width)
 
 
+@dataclass(frozen=True, slots=True)
+class GemmaClipFit:
+    """Gemma: each frame as a picture."""
+
+    picture: GemmaFit
+
+    def size(self, num_frames: int, height: int, width: int, most_pixels: int | None) -> Size:
+        own = self.picture
+        most = own.most_tokens
+        if most_pixels is not None:
+            most = max(1, min(most, most_pixels // (num_frames * own.factor**2)))
+        return GemmaFit(own.factor, most).size(height, width)
+
+
 # ── which frames ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -290,6 +315,12 @@ def _sample_parts(num_frames: int, rate: float, *, per_second: float) -> Indices
     return np.arange(count) * num_frames // count
 
 
+def _sample_number(num_frames: int, rate: float, *, count: int) -> Indices:
+    """Gemma: the first frame of so many equal parts."""
+    count = min(count, num_frames)
+    return np.arange(count) * num_frames // count
+
+
 def _sample_seconds(num_frames: int, rate: float, *, per_second: float, most_seconds: int) -> Indices:
     """GLM-4.5V: the first frame at or after each fraction of a second; an even number of frames."""
     last, seconds = num_frames - 1, num_frames / rate
@@ -305,6 +336,7 @@ def _sample_seconds(num_frames: int, rate: float, *, per_second: float, most_sec
 
 _GLM_RATES = ((30, 3.0), (300, 1.0), (2400, 0.5))  # up to so many seconds: groups per second
 _GLM_MOST_FRAMES = 640
+_GEMMA_MOST_FRAMES = 1024
 
 
 def _sample_by_length(num_frames: int, rate: float, *, group_frames: int) -> Indices:
@@ -359,6 +391,10 @@ def _glm46_texts(first: float, last: float) -> Texts:
 def _kimi_texts(first: float, last: float) -> Texts:
     clock = time.strftime("%H:%M:%S", time.gmtime(first)) + f".{int(first % 1 * 1000):03d}"
     return Texts(f"{clock}<|media_begin|>video<|media_content|>", "<|media_end|>")
+
+
+def _gemma_texts(first: float, last: float) -> Texts:
+    return Texts(f"{int(first // 60):02d}:{int(first % 60):02d} ")
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -522,10 +558,26 @@ def _read_kimi(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
     )
 
 
+def _read_gemma(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
+    settings.fixed("do_resize", True)
+    patch_size = settings.integer("patch_size", 16, most=256)
+    merge_size = settings.integer("pooling_kernel_size", 3, most=16)
+    settings.fixed("max_soft_tokens", 70, *GEMMA_TOKENS)
+    fit = GemmaClipFit(GemmaFit(patch_size * merge_size, settings.integer("max_soft_tokens", 70)))
+    settings.fixed("fps", None)
+    settings.passed("size")  # not read by the reference either
+    sample = partial(_sample_number, count=settings.integer("num_frames", 32, most=_GEMMA_MOST_FRAMES))
+    levels = read_levels(settings, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), is_normalized=True)
+    return VideoProcessor(
+        patch_size, merge_size, 1, False, fit, sample, _gemma_texts, Texts(), levels, "pixels", " ", **caps
+    )
+
+
 _READERS: dict[str, Callable[[Settings, dict[str, Any]], VideoProcessor]] = {
     "Qwen3VLVideoProcessor": _read_qwen3_vl,
     "Qwen2VLVideoProcessor": _read_omni,
     "Glm4vVideoProcessor": _read_glm,
     "Glm46VVideoProcessor": partial(_read_glm, is_46=True),
     "Kimi_K25VideoProcessor": _read_kimi,
+    "Gemma4VideoProcessor": _read_gemma,
 }

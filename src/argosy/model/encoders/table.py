@@ -163,6 +163,7 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             peak_bytes=gemma_vision.peak_bytes,
             sees_both_ways=True,
             marks=("boi_token_id", "eoi_token_id"),
+            video=VideoForm(),
         ),
     ),
     "kimi_k25": (
