@@ -30,6 +30,7 @@ void bind_kernels(nb::module_& m);
 void bind_recurrent(nb::module_& m);
 void bind_stack(nb::module_& m);
 void bind_probe(nb::module_& m);
+void bind_replay(nb::module_& m);
 void bind_store(nb::module_& m);
 
 // The kernels of the named instruction set; without a name, of the best one here.

@@ -30,4 +30,5 @@ NB_MODULE(_native, m) {
   argosy::bind_recurrent(m);
   argosy::bind_stack(m);
   argosy::bind_probe(m);
+  argosy::bind_replay(m);
 }

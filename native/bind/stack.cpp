@@ -385,7 +385,8 @@ class BoundStack {
              const std::optional<ArrayOf<int32_t>>& state_slots, const std::optional<ArrayOf<float>>& angles,
              const std::optional<ArrayOf<int32_t>>& sees_until,
              const std::optional<OverridesOfArrays>& overrides,
-             const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps) {
+             const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps,
+             const std::optional<OutArrayOf<int32_t>>& choices) {
     const KvCache& kv = stack_->kv();
     StepArrays arrays;
     arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
@@ -424,6 +425,13 @@ class BoundStack {
       require_range("the layer of a tap", layer, 0, last_layer);
       step.taps.push_back({layer, write_array("a tap", hidden, {tokens, hidden_})});
       arrays.written.push_back(hidden);
+    }
+    if (choices) {
+      const int64_t k = stack_->experts_per_token();
+      if (k == 0 || stack_->description().experts_off)
+        refuse("choices need routed experts, and the same number of them for a token in every layer");
+      step.choices = write_array("choices", *choices, {stack_->num_routed_layers(), tokens, k});
+      arrays.written.push_back(*choices);
     }
 
     require_ids("token_ids", step.token_ids, tokens, stack_->description().embedding.rows);
@@ -504,6 +512,8 @@ class BoundStack {
     const size_t shape[2] = {size_t(num_tokens_), size_t(stack_->chosen_per_token())};
     return View<const int32_t>(stack_->expert_ids(), 2, shape, self);
   }
+
+  void forbid(int64_t layer, const std::vector<int32_t>& experts) { stack_->forbid(layer, experts); }
 
   const StackSizes& sizes() const { return stack_->sizes(); }
   int64_t buffer_bytes() const { return stack_->buffer_bytes(); }
@@ -789,12 +799,13 @@ void bind_stack(nb::module_& m) {
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
            "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
            "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{},
-           R"(
+           "choices"_a.noconvert() = nb::none(), R"(
         Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
             logits: [wanted, vocabulary], written at the end of the step.
             taps: layers, and [tokens, hidden] for the hidden state after each of them.
+            choices: [routed layers, tokens, k], for the experts of each token, best first.
             The others are the fields of `model.step.Step`.
 
         Raises:
@@ -835,6 +846,11 @@ void bind_stack(nb::module_& m) {
         A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.)")
+      .def("forbid", &BoundStack::forbid, "layer"_a, "experts"_a, R"(
+        From the next step on, no token chooses these experts of a layer; an empty list allows all again.
+
+        Raises:
+            ValueError: the layer has no such experts, or a group of them would keep too few.)")
       .def_prop_ro("sizes", &BoundStack::sizes)
       .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes,
                    "Bytes of the allocated working memory, without scratch.")

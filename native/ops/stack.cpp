@@ -1,6 +1,7 @@
 #include "ops/stack.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -127,16 +128,21 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
   const auto lock = runtime_.lock();
   runtime_.scratch(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
   for (const Layer& layer : description_.layers) {
-    if (const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn))
-      most_experts_ = std::max(most_experts_, ffn->router.matrix.rows);
+    const RoutedFfn* ffn = std::get_if<RoutedFfn>(&layer.ffn);
+    if (ffn == nullptr) continue;
+    most_experts_ = std::max(most_experts_, ffn->router.matrix.rows);
+    const int64_t k = ffn->router.rule.k;
+    experts_per_token_ = num_routed_layers_ == 0 || experts_per_token_ == k ? k : 0;
+    ++num_routed_layers_;
   }
+  forbidden_.resize(description_.layers.size());
   uses_.resize(description_.layers.size() * size_t(most_experts_));
 }
 
 void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
   step_ = step;
-  layer_ = chosen_per_token_ = 0;
+  layer_ = chosen_per_token_ = num_chosen_layers_ = 0;
   if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
 }
@@ -418,12 +424,50 @@ bool Stack::feed_forward(const RoutedFfn& ffn) {
   return true;
 }
 
-// Computes the router's ids and weights [num_tokens][k] for x [num_tokens][hidden].
-void Stack::choose(const Router& router, const float* x, int32_t* ids, float* weights) {
+// Computes the ids and weights [num_tokens][k] of the layer's router for x [num_tokens][hidden].
+void Stack::choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights) {
   const int64_t tokens = step_.num_tokens, experts = router.matrix.rows;
   matmul(runtime_, {{router.matrix, buffers_.router_logits}}, x, tokens);
   add_bias(runtime_, router.bias, tokens, experts, buffers_.router_logits);
-  route(runtime_, router.rule, buffers_.router_logits, tokens, experts, ids, weights);
+  RouteRule rule = router.rule;
+  std::vector<float> choice_bias;
+  if (const std::vector<int32_t>& forbidden = forbidden_[size_t(layer)]; !forbidden.empty()) {
+    if (rule.choice_bias != nullptr) {
+      choice_bias.assign(rule.choice_bias, rule.choice_bias + experts);
+      rule.choice_bias = choice_bias.data();
+    }
+    for (const int32_t expert : forbidden) {
+      for (int64_t token = 0; token < tokens; ++token)
+        buffers_.router_logits[token * experts + expert] = -INFINITY;
+      if (!choice_bias.empty()) choice_bias[size_t(expert)] = -INFINITY;
+    }
+  }
+  route(runtime_, rule, buffers_.router_logits, tokens, experts, ids, weights);
+}
+
+void Stack::forbid(int64_t layer, std::vector<int32_t> experts) {
+  const auto lock = runtime_.lock();
+  const RoutedFfn* ffn = layer < 0 || layer >= int64_t(description_.layers.size())
+                             ? nullptr
+                             : std::get_if<RoutedFfn>(&description_.layers[size_t(layer)].ffn);
+  if (ffn == nullptr)
+    throw std::invalid_argument("layer " + std::to_string(layer) + " has no routed experts");
+  const RouteRule& rule = ffn->router.rule;
+  const int64_t num_experts = ffn->router.matrix.rows, group_size = num_experts / rule.num_groups;
+  const int64_t needed = (rule.k + rule.kept_groups - 1) / rule.kept_groups;
+  std::vector<int64_t> left(size_t(rule.num_groups), group_size);
+  std::sort(experts.begin(), experts.end());
+  experts.erase(std::unique(experts.begin(), experts.end()), experts.end());
+  for (const int32_t expert : experts) {
+    if (expert < 0 || expert >= num_experts)
+      throw std::invalid_argument("layer " + std::to_string(layer) + " has no expert " +
+                                  std::to_string(expert));
+    if (--left[size_t(expert / group_size)] < needed)
+      throw std::invalid_argument("layer " + std::to_string(layer) +
+                                  " would keep too few experts: a token needs " + std::to_string(needed) +
+                                  " of every " + std::to_string(group_size));
+  }
+  forbidden_[size_t(layer)] = std::move(experts);
 }
 
 // Chooses the experts of each token.
@@ -434,7 +478,11 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
     norm(ffn.router.norm, buffers_.hidden, buffers_.block);
     router_in = buffers_.block;
   }
-  choose(ffn.router, router_in, buffers_.expert_ids, buffers_.routing_weights);
+  choose(ffn.router, layer_, router_in, buffers_.expert_ids, buffers_.routing_weights);
+  if (step_.choices != nullptr) {
+    const int64_t of_layer = step_.num_tokens * k;
+    std::copy_n(buffers_.expert_ids, of_layer, step_.choices + num_chosen_layers_++ * of_layer);
+  }
   if (ffn.norm != nullptr) norm(ffn.norm, buffers_.hidden, buffers_.expert_in);
   chosen_per_token_ = k;
   if (dispatch_.use_count() > 1) dispatch_ = std::make_shared<Dispatch>();  // somebody keeps the last one
@@ -523,7 +571,7 @@ std::vector<std::vector<int32_t>> Stack::look_ahead() {
   std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
   std::vector<float> weights(ids.size());
   norm(router.norm != nullptr ? router.norm : next->ffn_norm, buffers_.hidden, normed);
-  choose(router, normed, ids.data(), weights.data());
+  choose(router, next - layers.begin(), normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
   for (int64_t rank = 0; rank < k; ++rank) {

@@ -183,6 +183,8 @@ struct Step {
     float* hidden;  // [num_tokens][hidden], the hidden state after the layer and its additions
   };
   std::vector<Tap> taps;
+  int32_t* choices =
+      nullptr;            // [routed layers][num_tokens][k], the experts of each token; nullptr: not wanted
   const int64_t* wanted;  // [num_wanted], rows whose logits are wanted; at most max_tokens
   int64_t num_wanted;
   float* logits;  // [num_wanted][vocabulary]
@@ -246,9 +248,16 @@ class Stack {
   // Seconds by Part since the previous call.
   std::array<double, kNumParts> take_seconds();
 
+  // From the next step on, no token chooses these experts of a layer, and the others share its weight as if
+  // the layer had never had them; an empty list allows all again. Throws std::invalid_argument if the layer
+  // has no such experts, or a group of them would keep too few.
+  void forbid(int64_t layer, std::vector<int32_t> experts);
+
   // How often each expert was chosen since the previous call, [layers][most experts of a layer].
   std::vector<int64_t> take_uses();
   int64_t most_experts() const { return most_experts_; }
+  int64_t num_routed_layers() const { return num_routed_layers_; }
+  int64_t experts_per_token() const { return experts_per_token_; }  // of every layer; 0: layers differ
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -262,7 +271,7 @@ class Stack {
   void mix(const LatentAttention& attention);
   bool feed_forward(const DenseFfn& ffn);  // false: the layer waits for experts
   bool feed_forward(const RoutedFfn& ffn);
-  void choose(const Router& router, const float* x, int32_t* ids, float* weights);
+  void choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights);
   void dispatch_tokens(const RoutedFfn& ffn);
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
@@ -298,6 +307,9 @@ class Stack {
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};
   int64_t most_experts_ = 0;  // of a layer
+  int64_t num_routed_layers_ = 0, experts_per_token_ = 0;
+  int64_t num_chosen_layers_ = 0;                // routed layers of the step that have chosen
+  std::vector<std::vector<int32_t>> forbidden_;  // [layers], experts that no token may choose
   std::vector<int64_t> uses_;
 };
 

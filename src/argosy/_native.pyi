@@ -1133,6 +1133,7 @@ class Stack:
         overrides: tuple[NDArray[numpy.int64], NDArray[numpy.float32]] | None = None,
         additions: Sequence[tuple[int, NDArray[numpy.int64], NDArray[numpy.float32]]] = [],
         taps: Sequence[tuple[int, NDArray[numpy.float32]]] = [],
+        choices: NDArray[numpy.int32] | None = None,
     ) -> None:
         """
         Start a step, even if the last one did not finish; nothing is computed yet.
@@ -1140,6 +1141,7 @@ class Stack:
         Args:
             logits: [wanted, vocabulary], written at the end of the step.
             taps: layers, and [tokens, hidden] for the hidden state after each of them.
+            choices: [routed layers, tokens, k], for the experts of each token, best first.
             The others are the fields of `model.step.Step`.
 
         Raises:
@@ -1200,6 +1202,14 @@ class Stack:
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.
         """
 
+    def forbid(self, layer: int, experts: Sequence[int]) -> None:
+        """
+        From the next step on, no token chooses these experts of a layer; an empty list allows all again.
+
+        Raises:
+            ValueError: the layer has no such experts, or a group of them would keep too few.
+        """
+
     @property
     def sizes(self) -> StackSizes: ...
     @property
@@ -1240,4 +1250,22 @@ def ask_ahead_probe(threads: int, instruction_set: str | None = None) -> AskAhea
 def int8_probe(threads: int, instruction_set: str | None = None) -> float:
     """
     Integer operations per second of the instruction that q4 products use; a multiply-add counts as two.
+    """
+
+def replay(
+    experts: NDArray[numpy.uint16],
+    steps: NDArray[numpy.int64],
+    *,
+    num_experts: int,
+    policy: str,
+    num_slots: int,
+    counted_from: int = 0,
+) -> tuple[int, int]:
+    """
+    Lookups and hits that a cache would have had on recorded choices (native/ops/replay.h).
+
+    Args:
+        experts: uint16 [tokens, layers, k].   steps: int64 [tokens], never decreasing; tokens of a step ask together.
+        policy: lru, lfu or optimum.
+        counted_from: the first token that counts; those before it only fill the cache.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,8 +28,17 @@ from tests.model.open_parts import Parts, Residency, Run, decode, make_steps, op
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
-from tests.models.safetensors_file import read_safetensors
-from tests.models.tiny import gpt_oss, minimax_m2, mixtral, qwen2_moe, qwen3_moe, write_model
+from tests.models.safetensors_file import read_safetensors, write_checkpoint
+from tests.models.tiny import (
+    RawConfig,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+    random_tensors,
+    write_model,
+)
 from tests.models.tiny_delta import qwen3_next
 from tests.models.tiny_gemma import gemma4
 
@@ -68,7 +78,11 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def decoder_of(
-    parts: Parts, *, observe: RouteObserver | None = None, clock: PartClock | None = None
+    parts: Parts,
+    *,
+    observe: RouteObserver | None = None,
+    clock: PartClock | None = None,
+    keep_choices: bool = False,
 ) -> Decoder:
     return Decoder(
         parts.config,
@@ -80,6 +94,7 @@ def decoder_of(
         clock=clock or PartClock(),
         recurrent=parts.recurrent(),
         observe=observe,
+        keep_choices=keep_choices,
     )
 
 
@@ -646,3 +661,106 @@ def test_a_signal_ends_a_long_step_between_two_layers(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert np.isnan(logits).all()  # the head has not run
+
+
+@pytest.mark.parametrize("residency", ["resident", "smallest cache"])
+def test_kept_choices_are_those_that_an_observer_hears_and_a_resident_step_does_not_stop_for_them(
+    directory: Path, residency: Any
+) -> None:
+    heard: list[Any] = []
+    with open_parts(directory, residency) as parts:
+        expected = run(parts, decoder_of(parts, observe=lambda layer, ids: heard.append(ids.copy())))
+    with open_parts(directory, residency) as parts:
+        decoder = decoder_of(parts, keep_choices=True)
+        if residency == "resident":
+            decoder._run_experts = None  # type: ignore[method-assign, assignment]
+        found, kept = [], []
+        for step in make_steps(parts.config, STEPS):
+            found.append(decoder.forward(step))
+            assert decoder.choices is not None
+            kept.append(decoder.choices.copy())
+        num_layers = len(parts.config.moe_layers)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for number, choices in enumerate(kept):
+        np.testing.assert_array_equal(choices, heard[number * num_layers : (number + 1) * num_layers])
+
+
+def test_no_token_chooses_a_forbidden_expert_until_it_is_allowed_again(directory: Path) -> None:
+    with open_parts(directory, "resident") as parts:
+        before = run(parts, decoder_of(parts))
+        decoder = decoder_of(parts, keep_choices=True)
+        *_, last = parts.config.moe_layers
+        router = parts.config.router
+        size = parts.config.num_experts // router.num_groups
+        if size == -(-parts.config.experts_per_token // router.kept_groups):
+            with pytest.raises(ValueError, match="too few"):  # every token needs all experts of a group
+                decoder.forbid(last, [1])
+            return
+        decoder.forbid(last, [1])
+        chosen = []
+        for step in make_steps(parts.config, STEPS):
+            decoder.forward(step)
+            assert decoder.choices is not None
+            chosen.append(decoder.choices.copy())
+        assert any((choices[:-1] == 1).any() for choices in chosen) or len(parts.config.moe_layers) == 1
+        assert not any((choices[-1] == 1).any() for choices in chosen)
+        decoder = decoder_of(parts)
+        decoder.forbid(last, [1])
+        decoder.forbid(last, [])
+        for ours, theirs in zip(run(parts, decoder), before, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [mixtral(), qwen2_moe(), minimax_m2(), qwen3_moe(norm_topk_prob=True)],
+    ids=lambda config: str(config["model_type"]),
+)
+def test_a_model_without_an_expert_has_the_bits_of_one_that_never_had_it(
+    config: RawConfig, tmp_path: Path
+) -> None:
+    """The last expert is removed, so that the sums of the others keep their order."""
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    last = config[key] - 1
+    tensors = random_tensors(config, 3, "BF16")
+    fewer = {
+        name: value[:last] if value.shape[0] == config[key] else value
+        for name, value in tensors.items()
+        if f".experts.{last}." not in name
+    }
+    for name, values, count in (("whole", tensors, config[key]), ("fewer", fewer, last)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {key: count}))
+        write_checkpoint(tmp_path / name, {each: ("BF16", value) for each, value in values.items()})
+    with open_parts(tmp_path / "fewer", "resident") as parts:
+        expected = run(parts, decoder_of(parts))
+    with open_parts(tmp_path / "whole", "resident") as parts:
+        with_it = run(parts, decoder_of(parts))
+        decoder = decoder_of(parts)
+        for layer in parts.config.moe_layers:
+            decoder.forbid(layer, [last])
+        found = run(parts, decoder)
+    assert not np.array_equal(with_it[0], expected[0])
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "experts", "message"),
+    [
+        (0, [6], "no expert 6"),
+        (0, [-1], "no expert -1"),
+        (3, [0], "layer 3 has no routed experts"),
+        (-1, [0], "layer -1 has no routed experts"),
+        (0, [0, 1, 2, 3, 4], "too few experts"),
+    ],
+)
+def test_forbidding_is_refused_if_it_cannot_be(
+    layer: int, experts: list[int], message: str, tmp_path: Path
+) -> None:
+    with open_parts(write_model(tmp_path, mixtral(), seed=1), "resident") as parts:
+        decoder = decoder_of(parts)
+        with pytest.raises(ValueError, match=message):
+            decoder.forbid(layer, experts)
+        decoder.forbid(0, [0, 1, 2, 3, 3])  # leaves two, which a token needs

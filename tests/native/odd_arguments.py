@@ -163,6 +163,7 @@ class Case:
             np.zeros((1, 2), np.int32), self.ints(0, 1, 2), self.longs(2), self.floats(1, self.VOCABULARY), None,
             self.floats(3, 3), self.ints(3, 3, 3), (self.longs(0, 2), self.floats(2, self.HIDDEN)),
             [(0, self.longs(1), self.floats(1, self.HIDDEN))], [(0, self.floats(3, self.HIDDEN))],
+            np.zeros((1, 3, 2), np.int32),
         )  # fmt: skip
 
     def store(self) -> Any:
@@ -253,6 +254,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "trim_heap": lambda: (),
         "record_bytes": lambda: (3, True),
         "request_bytes": lambda: ([4096, 2**20],),
+        "replay": lambda: (np.array([[[0, 1]], [[1, 3]], [[2, 0]]], np.uint16), j(0, 0, 1), 4, "lru", 2, 1),
         "drive_probe": lambda: (case.path, 4096, 2, 1, False),
         "Arena": lambda: (1 << 16,),
         "RealFileSystem": lambda: (True,),
@@ -273,7 +275,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     }  # fmt: skip
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
-                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4}  # fmt: skip
+                     "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
+                     "replay": 2}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
@@ -282,6 +285,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "routed_ffn": "router_bias width shared shared_score router_norm norm post_norm shared_post_norm",
         "Layer": "rotary mixer_post_norm ffn_post_norm scale",
         "ExpertTable": "hidden activation",
+        "replay": "num_experts policy num_slots counted_from",
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
         "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
         " expert_scale",
@@ -354,6 +358,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.finish_experts": (lambda: case.stack(steps=2), lambda: ([0, 1],)),
         "Stack.logits": (lambda: case.stack(steps=3), lambda: (j(0, 2), f(2, case.VOCABULARY))),
         "Stack.take_seconds": (case.stack, lambda: ()),
+        "Stack.forbid": (case.stack, lambda: (0, [1, 3])),
         "Stack.take_uses": (case.stack, lambda: (np.zeros((1, 4), np.int64),)),
     }
 
@@ -537,6 +542,7 @@ def walk_orders(case: Case, walker: Walker) -> None:
         "rows": lambda _: (),
         "expert_out": lambda _: (),
         "logits": lambda _: (case.longs(0), case.floats(1, case.VOCABULARY)),
+        "forbid": lambda _: (0, [1]),
     }
     for steps in range(4):
         for first in calls:
