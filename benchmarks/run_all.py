@@ -25,6 +25,7 @@ SCRIPTS = (
     "load",
     "start",
     "python_share",
+    "recording_cost",
     "busy",
     "footprint",
     "replay",

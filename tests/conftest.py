@@ -19,6 +19,7 @@ SETTINGS = (
     "ARGOSY_THREADS",
     "ARGOSY_INSTRUCTION_SET",
     "ARGOSY_ASK_AHEAD",
+    "ARGOSY_RECORD",
     "ARGOSY_TRACEBACK",
 )
 
@@ -42,6 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_from_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
+    # Commands keep counts of routing there.
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "media": set(),
     "guard": set(),
-    "observe": {"plan"},
+    "observe": {"plan", "experts", "checkpoint", "_native"},
     "checkpoint": {"_native"},
     "demo": {"checkpoint", "model"},
     "plan": {"experts", "checkpoint", "_native"},

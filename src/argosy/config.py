@@ -148,11 +148,12 @@ class EngineConfig(_Strict):
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
     replay_bytes: int = 0  # memory for answers kept until their conversation continues; 0: keep none
     request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
+    record_bytes: int = 0  # memory for counts of routing; 0: nothing is recorded
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        for name in ("replay_bytes", "request_bytes", "draft_tokens"):
+        for name in ("replay_bytes", "request_bytes", "record_bytes", "draft_tokens"):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
         if self.image_tokens < FEWEST_IMAGE_TOKENS:

@@ -26,6 +26,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
 
     class Engine(FakeEngine):
         opened: ClassVar[list[dict[str, object]]] = []
+        recorders: ClassVar[list[object]] = []
         asked: ClassVar[list[object]] = []
         params: ClassVar[list[SamplingParams]] = []
 

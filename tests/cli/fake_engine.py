@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from argosy.config import MIB, SamplingParams
 from argosy.engine.ledger import Ledger
@@ -59,11 +59,15 @@ class FakeEngine:
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
     opened: list[dict[str, Any]]
+    recorders: ClassVar[list[Any]] = []
     asked: list[Any]
     params: list[SamplingParams]
 
-    def __init__(self, model: object, *, progress: object = None, **arguments: Any) -> None:
+    def __init__(
+        self, model: object, *, progress: object = None, recorder: object = None, **arguments: Any
+    ) -> None:
         self.before_open()
+        type(self).recorders.append(recorder)
         type(self).opened.append({"model": model, **arguments})
         self.plan = FakePlan()
         self.prompts = FakePrompts(FAMILIES[self.family], type(self).asked)

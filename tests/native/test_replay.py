@@ -54,8 +54,7 @@ def test_each_policy_hits_as_its_rule_says(seed: int, num_slots: int, tokens_a_s
     trace = random_trace(seed)
     steps = [token // tokens_a_step for token in range(len(trace))]
     requests = requests_of(trace, steps)
-    if max(map(len, requests)) > num_slots:
-        num_slots = max(map(len, requests))
+    num_slots = max(num_slots, *map(len, requests))
 
     def last_use(number: int, key: Any) -> int:
         return max(i for i in range(number) if key in requests[i])

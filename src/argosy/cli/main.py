@@ -91,7 +91,7 @@ def cli() -> None:
       argosy show ./Qwen3-30B-A3B --memory 16GiB
 
     `argosy COMMAND --help` explains a command. Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET,
-    ARGOSY_CACHE, ARGOSY_API_KEY, ARGOSY_TRACEBACK, NO_COLOR.
+    ARGOSY_RECORD, ARGOSY_CACHE, ARGOSY_API_KEY, ARGOSY_TRACEBACK, NO_COLOR.
     """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -13,9 +14,12 @@ from argosy.config import SamplingParams
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.checkpoint.files import ModelFiles
     from argosy.cli.settings import Settings
+    from argosy.config import EngineConfig
     from argosy.engine.engine import Engine
     from argosy.media.parts import Audio, Image, Video
+    from argosy.observe.recorder import Recorder
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -26,12 +30,15 @@ _ENGINE = (
     ),
     click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
-    click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
+    click.option("--instruction-set", metavar="NAME", hidden=True, help="Use at most plain, avx2 or avx512."),
     click.option("--media/--no-media", default=None, help="Needed, or text only; default: if it fits."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
     click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
     click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
     click.option("--ears", metavar="PATH", help="Transcribe sound: Whisper model or tiny.en."),
+    click.option(
+        "--no-record", "record", flag_value=False, default=None, type=bool, help="Keep no counts of routing."
+    ),
 )
 _MEDIA = ("image", "audio", "video")
 
@@ -147,14 +154,52 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 @contextmanager
 def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]:
-    """Open the engine of a command, with a progress bar on a terminal; say which media it cannot take, and why."""
+    """Open the engine of a command, with a progress bar on a terminal.
+
+    Says which media it cannot take, and why. Counts its routing, unless that is off.
+    """
     from argosy import Engine
     from argosy.cli.output import progress_bar
 
+    recording = Recording() if settings.record else None
     with progress_bar() as progress:
-        engine = Engine.open(model, progress=progress, **settings.for_engine(), **more)
-    with engine:
-        for fault in dict.fromkeys(engine.media_faults.values()):
-            hint = f" ({fault.hint})" if fault.hint else ""
-            print(f"note: {fault.message}{hint}", file=sys.stderr)
-        yield engine
+        engine = Engine.open(model, progress=progress, recorder=recording, **settings.for_engine(), **more)
+    try:
+        with engine:
+            for fault in dict.fromkeys(engine.media_faults.values()):
+                hint = f" ({fault.hint})" if fault.hint else ""
+                print(f"note: {fault.message}{hint}", file=sys.stderr)
+            yield engine
+    finally:
+        if recording is not None:
+            recording.save()
+
+
+class Recording:
+    """The recorder of a command: an engine calls this to open it, and the command saves it at its end."""
+
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
+        self._path: Path | None = None
+
+    def __call__(self, files: ModelFiles, config: EngineConfig) -> Recorder:
+        from argosy.observe import saved
+        from argosy.observe.recorder import Recorder
+
+        self.recorder, self._path = Recorder(files.config, config), saved.path_of(files)
+        return self.recorder
+
+    def save(self) -> None:
+        """Add the counts to those of earlier runs. A failure is said, and does not end the command."""
+        from argosy.observe import saved
+
+        if self.recorder is None or self._path is None:
+            return
+        try:
+            saved.add(self._path, self.recorder.counts())
+        except OSError as error:
+            print(
+                f"note: the counts of routing cannot be saved in {self._path}: {error.strerror}; "
+                "--no-record keeps none",
+                file=sys.stderr,
+            )

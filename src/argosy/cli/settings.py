@@ -3,6 +3,7 @@
     flags, environment -> Settings -> keyword arguments of Engine
 
 ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are the defaults of the flags with the same names.
+ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`).
 ARGOSY_ASK_AHEAD (off, one_level, two_levels) fixes how products prefetch weights; otherwise that is measured.
 ARGOSY_CACHE is the directory of the demo model (read by `demo/locate.py`), ARGOSY_API_KEY is the key for a running
 server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspelt ARGOSY_ variable is an error.
@@ -25,6 +26,7 @@ KNOWN = (
     "ARGOSY_THREADS",
     "ARGOSY_INSTRUCTION_SET",
     "ARGOSY_ASK_AHEAD",
+    "ARGOSY_RECORD",
     "ARGOSY_CACHE",
     "ARGOSY_API_KEY",
     "ARGOSY_TRACEBACK",
@@ -46,6 +48,7 @@ class Settings:
     mmproj: str | None = None
     ears: str | None = None
     ask_ahead: AskAhead | None = None
+    record: bool = True  # count what routers choose
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **flags: Any) -> Self:
@@ -61,12 +64,13 @@ class Settings:
             "threads": _whole_number(environment, "ARGOSY_THREADS"),
             "instruction_set": environment.get("ARGOSY_INSTRUCTION_SET") or None,
             "ask_ahead": _one_of(environment, "ARGOSY_ASK_AHEAD", get_args(AskAhead)),
+            "record": _one_of(environment, "ARGOSY_RECORD", ("on", "off")) != "off",
         }
         return cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
 
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments for `Engine`, only those that are set."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "record"}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -228,9 +229,12 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable, with_media_that_fit
     from argosy.engine.options import configure
     from argosy.model.footprint import ModelFootprint
+    from argosy.observe.recorder import Recorder
     from argosy.prompt.tokenizer import Tokenizer
 
     config = configure(model, files, **settings.for_engine())
+    if settings.record and files.config.moe_layers:
+        config = replace(config, record_bytes=Recorder(files.config, config).nbytes)
     footprint = ModelFootprint(files, config)
     # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.
     tokenizer, _ears = Tokenizer.open(files.path, files.header), footprint.ears

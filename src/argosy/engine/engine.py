@@ -12,6 +12,7 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
@@ -35,6 +36,7 @@ from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
+from argosy.experts.recording import OpenRecorder, RouteLog, RouteRecorder, StepRoutes
 from argosy.experts.resident import Progress
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
@@ -56,7 +58,8 @@ class Engine(BlockingCalls):
         drafter: proposes tokens, at most `config.draft_tokens` per sequence and step.
         progress: called with the progress of startup.
         observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
-            private.
+            private. Every step stops at every layer to call it; a recorder costs next to nothing.
+        recorder: makes what is told the choices of all steps, some steps at a time; unused without routed experts.
 
     Raises:
         DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
@@ -70,14 +73,20 @@ class Engine(BlockingCalls):
         drafter: Drafter | None = None,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
+        recorder: OpenRecorder | None = None,
     ) -> None:
-        started = start(files, config, progress=progress, observe_routes=observe_routes)
+        told: RouteRecorder | None = None
+        if recorder is not None and files.config.moe_layers and not config.experts_off:
+            told = recorder(files, config)
+            config = replace(config, record_bytes=told.nbytes)
+        started = start(files, config, progress=progress, observe_routes=observe_routes, recorder=told)
         self.config: ModelConfig = files.config
         self.settings = config
         self.plan = plan = started.plan
         self.tokenizer = started.tokenizer
         self._clock, self._store, self._runtime = started.clock, started.store, started.runtime
         self._model, self._cache, self._media = started.model, started.cache, started.media
+        self._log = started.log
         self._scheduler = Scheduler(
             self._cache,
             chunk_tokens=plan.chunk_tokens,
@@ -114,6 +123,7 @@ class Engine(BlockingCalls):
         drafter: Drafter | None = None,
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
+        recorder: OpenRecorder | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
         """Open a model with the settings that are given, and the defaults for the others.
@@ -126,7 +136,14 @@ class Engine(BlockingCalls):
         if (ears := options.get("ears")) is not None:
             options["ears"] = locate_ears(ears, progress)
         config = configure(model, files, **options)
-        return cls(files, config, drafter=drafter, progress=progress, observe_routes=observe_routes)
+        return cls(
+            files,
+            config,
+            drafter=drafter,
+            progress=progress,
+            observe_routes=observe_routes,
+            recorder=recorder,
+        )
 
     # ── one step ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -171,6 +188,8 @@ class Engine(BlockingCalls):
         """Choose tokens, then count what was computed, then end the answers that are finished."""
         answers = self._answers
         self._uses.count(scheduled.step.num_tokens)
+        if self._log is not None:
+            self._note_routes(self._log, scheduled)
         ended = answers.note_prompts(scheduled, self._model, at_once=self.settings.max_sequences)
         rows = scheduled.rows(logits)
         if ended:
@@ -192,6 +211,13 @@ class Engine(BlockingCalls):
             one.sequence.events.extend(one.events)
             made += one.events
         return made
+
+    def _note_routes(self, log: RouteLog, scheduled: Scheduled) -> None:
+        step, decoder, experts = scheduled.step, self._model.decoder, self._model.experts
+        assert decoder.choices is not None
+        assert experts is not None
+        numbers = [sequence.number for sequence in scheduled.sequences]
+        log.note(StepRoutes(decoder.choices, step.is_decode, step.sequence, numbers), experts)
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
         """Run a step with failed reads once more; the second time, end the sequences that need the failed expert."""
@@ -284,6 +310,30 @@ class Engine(BlockingCalls):
         """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
         self._cache.forget_others(tenants)
 
+    def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
+        """From the next step on, let no token choose these experts, by layer, and any other: to see what they do.
+
+        Routers share the weight among the experts that are left, as if they had never known the others.
+
+        Raises:
+            UsageError: a layer has no such experts or would keep too few; or prefixes are reused, which hold what the
+                experts did before.
+        """
+        if self.settings.prefix_reuse:
+            raise UsageError(
+                "experts cannot be forbidden while prefixes are reused",
+                hint="open the engine with prefix_reuse=False",
+            )
+        with self._lock:
+            self._require_open()
+            try:
+                for layer in self.config.moe_layers:
+                    self._model.forbid(layer, ())
+                for layer, forbidden in experts.items():
+                    self._model.forbid(layer, tuple(forbidden))
+            except ValueError as error:
+                raise UsageError(f"these experts cannot be forbidden: {error}") from None
+
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer."""
         out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
@@ -340,6 +390,16 @@ class Engine(BlockingCalls):
         """Totals since the engine started."""
         return self._answers.ledger
 
+    def tell_recorder(self) -> None:
+        """Tell the recorder, if there is one, the steps that it was not told yet; closing does so, too."""
+        with self._lock:
+            self._require_open()
+            self._tell_recorder()
+
+    def _tell_recorder(self) -> None:
+        if self._log is not None and self._model.experts is not None:
+            self._log.flush(self._model.experts)
+
     def facts(self) -> EngineFacts:
         """What the engine runs and uses, for monitoring; taken between two steps."""
         with self._lock:
@@ -369,6 +429,7 @@ class Engine(BlockingCalls):
             for sequence in list(self._sequences):
                 self._finish(sequence, "cancelled")
             self._is_open = False
+            self._tell_recorder()
             self._requests.prompts.close()
             if self._media is not None:
                 self._media.close()

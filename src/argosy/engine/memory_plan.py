@@ -1,6 +1,6 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + replay + requests + working buffers
+    budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + working buffers
              + staging + expert records + page tables + expert cache
 
 Dense weights have the first claim. Next come the KV cache, the recurrent state and its snapshots, the answers that a
@@ -82,6 +82,7 @@ class MemoryPlan:
     num_snapshots: int = 0
     replay_bytes: int = 0  # answers whose tokens are kept until their conversation continues
     request_bytes: int = 0  # request bodies and the data made from them before the engine
+    routing_bytes: int = 0  # counts of what routers choose
     working_bytes: int
     staging_bytes: int  # buffers that readers transcode from
     bookkeeping_bytes: int  # where each expert lies, and when it was last used
@@ -146,6 +147,7 @@ class MemoryPlan:
                 "answers, kept until their conversations continue",
             ),
             Part("request_bytes", "requests", self.request_bytes, "request bodies and long texts"),
+            Part("routing_bytes", "routing", self.routing_bytes, "counts of the experts that tokens choose"),
             Part(
                 "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
@@ -260,6 +262,8 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         working = footprint.working_bytes(chunk + config.decode_tokens)
         working += 3 * 4 * model.vocab_size * config.decode_tokens  # logits, and the sampler's copies of them
+        if config.record_bytes:
+            working += footprint.choices_bytes(chunk + config.decode_tokens)
         if config.kv_dir is not None:
             working += buffer_bytes(footprint.kv_bytes(1), footprint.state_bytes(1))
         without_experts = MemoryPlan(
@@ -276,6 +280,7 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             num_snapshots=num_snapshots,
             replay_bytes=config.replay_bytes,
             request_bytes=request_bytes,
+            routing_bytes=config.record_bytes,
             working_bytes=working,
             staging_bytes=footprint.staging_bytes,
             bookkeeping_bytes=0,

@@ -37,6 +37,7 @@ from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.cache import CachedRunner
+from argosy.experts.recording import RouteLog, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS
@@ -70,6 +71,7 @@ class Started:
     ears: Transcriber | None
     turns: Turns  # held for each step, and for each piece of other work
     model: Model
+    log: RouteLog | None  # None: nothing is recorded
     cache: PrefixCache
 
 
@@ -79,6 +81,7 @@ def start(
     *,
     progress: Progress | None = None,
     observe_routes: RouteObserver | None = None,
+    recorder: RouteRecorder | None = None,
 ) -> Started:
     """Open everything that an engine needs.
 
@@ -129,12 +132,14 @@ def start(
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
+        log = None if recorder is None else _open_log(recorder, files, plan, config)
         model = reading.finish(
             plan.model_sizes(config),
             runtime,
             clock=clock,
             look_ahead=config.look_ahead,
             observe=observe_routes,
+            log=log,
         )
         turns = Turns()
         ears = None
@@ -169,6 +174,7 @@ def start(
         ears=ears,
         turns=turns,
         model=model,
+        log=log,
         cache=cache,
     )
 
@@ -228,6 +234,15 @@ def _start_worker(undo: ExitStack) -> Worker:
     worker = Worker()
     undo.callback(worker.stop)
     return worker
+
+
+def _open_log(recorder: RouteRecorder, files: ModelFiles, plan: MemoryPlan, config: EngineConfig) -> RouteLog:
+    return RouteLog(
+        recorder,
+        plan.model_sizes(config).step_tokens,
+        num_layers=len(files.config.moe_layers),
+        experts_per_token=files.config.experts_per_token,
+    )
 
 
 def _open_media(

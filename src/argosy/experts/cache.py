@@ -267,6 +267,9 @@ class Lease:
         cache._look_ahead[bool(scan)].learn(layer, asked)
         stats.lookups += len(asked)
         stats.hits += len(self._hits)
+        if len(scan) < len(asked):
+            stats.decode_lookups += len(asked) - len(scan)
+            stats.decode_hits += sum(expert not in scan for expert in self._hits) if scan else len(self._hits)
 
     def _end(self) -> None:
         """Give back the held experts, and wait until no read of this lease moves bytes."""

@@ -121,7 +121,14 @@ class ResidentRunner:
     @property
     def stats(self) -> RunnerStats:
         runs = self.resident.num_runs  # the native stack runs experts without asking, so the table counts
-        return RunnerStats(runs, runs, self._bytes_read, compute_s=self._compute_s)
+        return RunnerStats(
+            runs,
+            runs,
+            self._bytes_read,
+            compute_s=self._compute_s,
+            decode_lookups=runs,
+            decode_hits=runs,
+        )
 
     @contextmanager
     def run(

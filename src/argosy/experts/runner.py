@@ -34,7 +34,7 @@ class RunnerStats:
 
     A miss whose read had started before the layer asked counts in `reads_ahead`; a read-ahead that was not needed
     counts in `idle_reads`. `bytes_read` includes both. `compute_s` is the time in which this process computed experts,
-    without those that the native stack ran itself.
+    without those that the native stack ran itself. `decode_hits / decode_lookups` leaves out what only prompts ask for.
     """
 
     lookups: int = 0
@@ -43,6 +43,8 @@ class RunnerStats:
     reads_ahead: int = 0
     idle_reads: int = 0
     compute_s: float = 0.0
+    decode_lookups: int = 0
+    decode_hits: int = 0
 
 
 class ExpertRunner(Protocol):

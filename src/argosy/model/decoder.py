@@ -41,7 +41,8 @@ class Decoder:
         recurrent: the recurrent state of the layers that have one.
         clock: receives the time of each part of a step.
         observe: receives the experts that each token of each layer chose; the array is valid during the call.
-        keep_choices: have `choices` after each step; unlike `observe`, this keeps a step one native call.
+        room_for_choices: gives an array int32 [routed layers, tokens, experts per token] for the choices of a step of
+            so many tokens; `choices` has it. Unlike `observe`, this keeps a step one native call.
     """
 
     def __init__(
@@ -56,14 +57,11 @@ class Decoder:
         clock: PartClock,
         recurrent: _native.RecurrentState | None = None,
         observe: RouteObserver | None = None,
-        keep_choices: bool = False,
+        room_for_choices: Callable[[int], NDArray[np.int32]] | None = None,
     ) -> None:
         self.config = config
-        self._num_chosen = len(config.moe_layers) * config.experts_per_token  # of each token
-        self._choices_memory: NDArray[np.int32] | None = None
-        self._choices: NDArray[np.int32] | None = None
-        if keep_choices and experts is not None and self._num_chosen:
-            self._choices_memory = np.zeros(max_tokens * self._num_chosen, np.int32)
+        self._room_for_choices = room_for_choices
+        self.choices: NDArray[np.int32] | None = None  # of the last step, best first
         self._experts = experts
         self._clock = clock
         self._observe = observe
@@ -99,7 +97,8 @@ class Decoder:
         self._tapped = {}
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
-        self._choices = self._room_for_choices(step.num_tokens)
+        if self._room_for_choices is not None:
+            self.choices = self._room_for_choices(step.num_tokens)
         self._stack.begin(
             step.token_ids,
             step.sequence,
@@ -115,26 +114,12 @@ class Decoder:
             step.overrides,
             step.additions,
             tuple(self._tapped.items()),
-            self._choices,
+            self.choices,
         )
         while (demand := self._stack.advance()) is not None:
             self._run_experts(*demand)
         self._clock.mark_native(self._stack.take_seconds())
         return logits
-
-    def _room_for_choices(self, num_tokens: int) -> NDArray[np.int32] | None:
-        if self._choices_memory is None:
-            return None
-        shape = len(self.config.moe_layers), num_tokens, self.config.experts_per_token
-        return self._choices_memory[: num_tokens * self._num_chosen].reshape(shape)
-
-    @property
-    def choices(self) -> NDArray[np.int32] | None:
-        """The experts that each token of the last step chose, best first: int32 [routed layers, tokens, k].
-
-        Valid until the next step; None without `keep_choices`.
-        """
-        return self._choices
 
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
         """Let no token choose these experts of a layer from the next step on; none of them: allow all again.

@@ -20,6 +20,7 @@ from argosy.experts.files import (
     resident_bytes,
     slot_bytes,
 )
+from argosy.experts.recording import log_bytes
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
@@ -204,6 +205,11 @@ class ModelFootprint:
         native = sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(step_tokens, self._threads)
         native += sizes.dispatch_bytes(step_tokens)
         return native + _STEP_TOKEN_BYTES * step_tokens
+
+    def choices_bytes(self, step_tokens: int) -> int:
+        """The choices of steps that a recorder was not told yet."""
+        layers, k = len(self.config.moe_layers), self.config.experts_per_token
+        return log_bytes(step_tokens, num_layers=layers, experts_per_token=k)
 
     @cached_property
     def _stack_sizes(self) -> _native.StackSizes:

@@ -12,6 +12,7 @@ the store, which models share.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
+from argosy.experts.recording import RouteLog
 from argosy.experts.resident import Progress, ResidentReading, load_resident
 from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
@@ -107,6 +109,7 @@ class ModelReading:
         clock: PartClock,
         look_ahead: bool = True,
         observe: RouteObserver | None = None,
+        log: RouteLog | None = None,
     ) -> Model:
         """Open the model within `sizes`, after `wait`.
 
@@ -133,7 +136,16 @@ class ModelReading:
                 look_ahead=look_ahead,
             )
             experts = CachedRunner(runtime, cache)
-        return Model(self._files.config, self._weights, experts, runtime, sizes, clock=clock, observe=observe)
+        return Model(
+            self._files.config,
+            self._weights,
+            experts,
+            runtime,
+            sizes,
+            clock=clock,
+            observe=observe,
+            log=log,
+        )
 
     def _resident_runner(self, weights: DenseWeights, runtime: _native.Runtime) -> ExpertRunner:
         arithmetic = describe_experts(self._files.config, weights)
@@ -167,6 +179,7 @@ class Model:
         *,
         clock: PartClock,
         observe: RouteObserver | None = None,
+        log: RouteLog | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -187,6 +200,7 @@ class Model:
             clock=clock,
             recurrent=self.recurrent,
             observe=observe,
+            room_for_choices=None if log is None else log.room,
         )
 
     def forward(self, step: Step) -> NDArray[np.float32]:
@@ -200,6 +214,10 @@ class Model:
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         return self.decoder.logits(rows)
+
+    def forbid(self, layer: int, experts: Sequence[int]) -> None:
+        """Let no token choose these experts of a layer from the next step on (`Decoder.forbid`)."""
+        self.decoder.forbid(layer, experts)
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
         """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""

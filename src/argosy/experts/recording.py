@@ -1,0 +1,94 @@
+"""What an engine tells a recorder about routing. Which experts ran can reveal the text: keep it private.
+
+    a step writes its choices in the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RouteRecorder.record
+
+Python that runs once a token runs with cold caches, beside a step that has just read gigabytes. So a step only notes
+what it was, and a recorder counts many tokens at once. Without a recorder, choices are not even copied.
+
+Elsewhere: `observe/` has recorders; the engine knows the protocol alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import EngineConfig
+from argosy.experts.runner import ExpertRunner
+
+LOG_TOKENS = 128
+
+
+class StepRoutes(NamedTuple):
+    """The choices of one step; rows of proposals that are not confirmed are among them, as in the expert cache.
+
+    choices: int32 [routed layers, tokens, experts per token], best first; valid while a recorder is told.
+    is_decode: bool [tokens]; prompt tokens are False.
+    sequence: int32 [tokens], an index of `numbers`.
+    numbers: of the step's sequences, in order of arrival: a later request has a higher number.
+    """
+
+    choices: NDArray[np.int32]
+    is_decode: NDArray[np.bool_]
+    sequence: NDArray[np.int32]
+    numbers: list[int]
+
+
+class RouteRecorder(Protocol):
+    """Is told of every step that ran. `record` must be quick: the next step waits for it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Most bytes that it will ever hold; the memory plan counts them."""
+        ...
+
+    def record(self, steps: Sequence[StepRoutes], lookups: int, hits: int) -> None:
+        """Take steps, in order. `lookups` and `hits` are those of decode after the last one, since the engine began."""
+        ...
+
+
+OpenRecorder = Callable[[ModelFiles, EngineConfig], RouteRecorder]
+
+
+def log_bytes(step_tokens: int, *, num_layers: int, experts_per_token: int) -> int:
+    """Bytes that a `RouteLog` allocates."""
+    return 4 * (LOG_TOKENS + step_tokens) * num_layers * experts_per_token
+
+
+class RouteLog:
+    """Collects the choices of steps until there are LOG_TOKENS tokens of them."""
+
+    def __init__(
+        self, recorder: RouteRecorder, step_tokens: int, *, num_layers: int, experts_per_token: int
+    ) -> None:
+        self._recorder = recorder
+        self._shape = num_layers, experts_per_token
+        nbytes = log_bytes(step_tokens, num_layers=num_layers, experts_per_token=experts_per_token)
+        self._memory: NDArray[np.int32] = np.zeros(nbytes // 4, np.int32)
+        self._full_at = LOG_TOKENS * num_layers * experts_per_token
+        self._begin = self._end = 0  # where the choices of the last step lie
+        self._steps: list[StepRoutes] = []
+
+    def room(self, num_tokens: int) -> NDArray[np.int32]:
+        """Room for the choices of the next step: int32 [routed layers, tokens, experts per token]."""
+        num_layers, k = self._shape
+        self._end = self._begin + num_layers * num_tokens * k
+        return self._memory[self._begin : self._end].reshape(num_layers, num_tokens, k)
+
+    def note(self, routes: StepRoutes, runner: ExpertRunner) -> None:
+        """Note that the step that asked for room last has run."""
+        self._steps.append(routes)
+        self._begin = self._end
+        if self._begin >= self._full_at:
+            self.flush(runner)
+
+    def flush(self, runner: ExpertRunner) -> None:
+        """Tell the recorder all steps that it was not told yet."""
+        stats = runner.stats
+        self._recorder.record(self._steps, stats.decode_lookups, stats.decode_hits)
+        self._steps = []
+        self._begin = 0

@@ -1,0 +1,115 @@
+"""Keep the working set of a model from run to run, in a small file of the user that names no expert.
+
+    Recorder.counts()  ->  add  ->  <data>/argosy/routing/MODEL.json  ->  find
+
+What is kept is, for each layer, how many distinct experts a number of tokens needs: no expert's number, no order, no
+time. Even so, routing is content: only the owner can read the file, a run of fewer than FEWEST_TOKENS adds nothing, and
+`--no-record` (or ARGOSY_RECORD=off) keeps nothing.
+
+Elsewhere: `plan/hit_rate.py` has the curve and its form in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.errors import UsageError
+from argosy.observe.recorder import RoutingCounts
+from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
+from argosy.replace_file import replacing
+
+FEWEST_TOKENS = 256  # decode tokens of a run that is added
+MOST_TOKENS = 1 << 20  # what was saved weighs at most this much, so that it follows what a model is used for
+_ROUTER_BYTES = 1 << 16  # of the first router: no two trainings have the same
+
+
+def directory() -> Path:
+    """`argosy/routing` in the user's data directory."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "argosy" / "routing"
+
+
+def path_of(files: ModelFiles) -> Path:
+    """Where a model's working set is kept, wherever the model is; a file in another format is another model.
+
+    Raises:
+        OSError: the model cannot be read.
+    """
+    config = files.config
+    router = files.dense[f"layers.{config.moe_layers[0]}.router"]
+    with router.path.open("rb") as file:
+        file.seek(router.offset)
+        sample = file.read(min(router.nbytes, _ROUTER_BYTES))
+    sizes = (
+        config.num_layers,
+        config.moe_layers,
+        config.num_experts,
+        config.experts_per_token,
+        config.hidden_size,
+    )
+    return directory() / f"{blake3(repr(sizes).encode() + sample).hexdigest(length=16)}.json"
+
+
+def find(path: Path) -> WorkingSet | None:
+    """The working set that was saved, or None.
+
+    Raises:
+        UsageError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return WorkingSet.from_json(file.read(MOST_JSON_BYTES + 1))
+    except FileNotFoundError:
+        return None
+
+
+def add(path: Path, counts: RoutingCounts) -> bool:
+    """Add what a run recorded to what earlier runs saved; a damaged file is replaced. False: too little to add.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    new = counts.working_set
+    if new is None or new.num_tokens < FEWEST_TOKENS:
+        return False
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with replacing(path) as write:
+        try:
+            old = find(path)
+        except UsageError:
+            old = None
+        merged = new if old is None or not _is_alike(old, new) else merge(old, new)
+        write((json.dumps(merged.as_dict()) + "\n").encode())
+    return True
+
+
+def merge(old: WorkingSet, new: WorkingSet) -> WorkingSet:
+    """The mean of two working sets of a model, by how many windows of each length they counted."""
+    old = replace(old, num_tokens=min(old.num_tokens, MOST_TOKENS))
+    longer = max(old, new, key=lambda one: len(one.windows))
+    total: NDArray[np.float64] = np.zeros(longer.distinct.shape)
+    weights: NDArray[np.float64] = np.zeros(len(longer.windows))
+    for one in (old, new):
+        # At least 1: several answers may together have fewer tokens than windows would need in one.
+        counted = np.maximum(one.num_tokens + 1 - np.array(one.windows, np.float64), 1)
+        weights[: len(counted)] += counted
+        total[:, : len(counted)] += one.distinct * counted
+    # A window that only one of them has may hold less than a shorter one of both.
+    distinct = np.maximum.accumulate(total / weights, axis=1)
+    return replace(longer, num_tokens=old.num_tokens + new.num_tokens, distinct=distinct)
+
+
+def _is_alike(old: WorkingSet, new: WorkingSet) -> bool:
+    return (old.num_experts, old.experts_per_token, old.layers) == (
+        new.num_experts,
+        new.experts_per_token,
+        new.layers,
+    )
