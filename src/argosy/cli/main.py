@@ -24,6 +24,7 @@ _COMMANDS = {
     "transcribe": ("argosy.cli.transcribe", "transcribe", "Write down what is said in sound files."),
     "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
     "plan": ("argosy.cli.plan", "plan", "Say whether a model fits, how fast it will be, and what it costs."),
+    "routes": ("argosy.cli.routes", "routes", "Report what the experts do with texts."),
     "pack": ("argosy.cli.pack", "pack", "Write a model as a pack: one aligned read for each expert."),
     "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
     "serve": ("argosy.cli.serve", "serve", "Serve a model to other tools over HTTP."),
