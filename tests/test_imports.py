@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "plan": {"experts", "checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
     "model": {"experts", "prompt", "media", "checkpoint", "_native"},
-    "serve": {"engine", "prompt", "media", "guard"},
+    "serve": {"engine", "prompt", "media", "guard", "observe"},
     "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "_native"},
     "config": {"errors"},
     "confine": set(),

@@ -33,6 +33,7 @@ experts   hit rate 0.83, 1500 of 6144 in memory, room for 2480
 drive     0.00 GB/s, 11.4 GB read
 requests  0 running of 4 at once, 0 waiting
 KV        18 of 512 blocks in use, 40 kept for later
+cache     over the last 512 tokens: hit rate 0.81, LRU 0.79, best possible 0.90
 use       over 300 tokens; layer 12 is the most uneven: expert 5 has 20.9 % of its uses
 privacy   prompts and answers are not logged; routing traces are off
 """

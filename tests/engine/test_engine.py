@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from argosy import Budget, Engine, SamplingParams
+from argosy.engine.facts import ExpertUses
 from argosy.errors import Overloaded, PromptTooLong, UsageError
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.word_tokenizer import write_word_tokenizer
@@ -409,6 +410,23 @@ def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
         engine.enqueue(engine.prepare(PROMPT, params, num_answers=3))
         with pytest.raises(UsageError, match="num_answers must be at least 1, found 0"):
             engine.prepare(PROMPT, params, num_answers=0)
+
+
+def test_older_windows_of_expert_uses_count_half() -> None:
+    class Decoder:
+        def take_uses(self) -> Any:
+            return np.full((2, 3), 8, np.int64)
+
+    uses = ExpertUses(Decoder())
+    uses.count(255)
+    assert uses.reported is None
+    seen = []
+    for _ in range(3):
+        uses.count(256)
+        assert uses.reported is not None
+        seen.append((uses.reported, int(uses.reported[0, 0]), uses.reported_tokens))
+    assert [(count, tokens) for _, count, tokens in seen] == [(8, 511), (12, 511), (14, 511)]
+    assert seen[0][0][0, 0] == 8  # what was handed out stays
 
 
 def test_facts_count_expert_uses_only_over_many_tokens_at_once(engine: Engine) -> None:

@@ -431,8 +431,11 @@ def test_facts_describe_the_engine_and_rates_cover_the_last_seconds(engine: Engi
         assert facts.new_tok_per_s == pytest.approx(8 / 4, rel=0.3)
         assert facts.bytes_read_per_s > 0
         assert facts.num_steps == 4 + 7
+        assert facts.recent_parts["expert_compute"] > 0
+        assert min(facts.recent_parts.values()) >= 0
         clock.now += 100
         assert loop.snapshot().new_tok_per_s == 0.0
+        assert sum(loop.snapshot().recent_parts.values()) == 0
 
 
 def test_prompts_are_written_to_files_while_the_engine_is_idle(tmp_path: Path) -> None:

@@ -135,6 +135,11 @@ class FakeServer(ThreadingHTTPServer):
                 "bytes_read": 38_000_000 * self.tokens,
                 "drive_bytes_per_s": 2.1e9 if self.running else 0.0,
             },
+            "recent": {"tokens": 512, "hit_rate": 0.81, "lru": 0.79, "optimum": 0.9},
+            "time": {
+                "wall_s": 10.0,
+                "parts": {"router": 0.5, "expert_compute": 6.25, "encoding": 0.0, "other": 3.25},
+            },
             "queue": {"running": self.running, "waiting": 0, "max_sequences": 4},
             "kv": {
                 "blocks_total": 512,

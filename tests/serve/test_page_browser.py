@@ -451,6 +451,11 @@ def test_the_memory_bar_follows_the_engine_and_has_a_text_alternative(browser: B
     assert browser.text("#decode") == "11.4 tok/s"
     assert browser.text("#drive") == "2.10 GB/s"
     assert browser.text("#hit-rate") == "0.83"
+    assert browser.text("#recent") == "0.81; LRU 0.79, best possible 0.90, over 512 tokens"
+    label = browser.one("#time-bar").get_attribute("aria-label")
+    assert (
+        label == "Where the last 10.0 s went: router 0.50 s, expert compute 6.25 s, other, and idle 3.25 s."
+    )
 
 
 def drawn(browser: Browser) -> list[str]:

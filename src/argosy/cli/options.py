@@ -153,15 +153,23 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 
 @contextmanager
-def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]:
+def open_engine(
+    model: str, settings: Settings, *, recording: Recording | None = None, **more: Any
+) -> Iterator[Engine]:
     """Open the engine of a command, with a progress bar on a terminal.
 
     Says which media it cannot take, and why. Counts its routing, unless that is off.
+
+    Args:
+        recording: counts; None: one is made.
     """
     from argosy import Engine
     from argosy.cli.output import progress_bar
 
-    recording = Recording() if settings.record else None
+    if not settings.record:
+        recording = None
+    elif recording is None:
+        recording = Recording()
     with progress_bar() as progress:
         engine = Engine.open(model, progress=progress, recorder=recording, **settings.for_engine(), **more)
     try:
@@ -178,7 +186,8 @@ def open_engine(model: str, settings: Settings, **more: Any) -> Iterator[Engine]
 class Recording:
     """The recorder of a command: an engine calls this to open it, and the command saves it at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps_recent: bool = False) -> None:
+        self._keeps_recent = keeps_recent
         self.recorder: Recorder | None = None
         self._path: Path | None = None
 
@@ -186,7 +195,8 @@ class Recording:
         from argosy.observe import saved
         from argosy.observe.recorder import Recorder
 
-        self.recorder, self._path = Recorder(files.config, config), saved.path_of(files)
+        self._path = saved.path_of(files)
+        self.recorder = Recorder(files.config, config, keeps_recent=self._keeps_recent)
         return self.recorder
 
     def save(self) -> None:

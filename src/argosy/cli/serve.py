@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from argosy.cli.options import engine_options, open_engine
+from argosy.cli.options import Recording, engine_options, open_engine
 from argosy.config import DEMO
 
 _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
@@ -88,6 +88,7 @@ def serve(
     from argosy.cli.settings import Settings
     from argosy.engine.memory_plan import REQUEST_BYTES
     from argosy.guard.keys import KeyFile
+    from argosy.observe.live import LiveCache
     from argosy.serve.media_hosts import MediaHosts
     from argosy.serve.run import bind, make_room_for_files, require_keys
     from argosy.serve.run import serve as run
@@ -102,9 +103,19 @@ def serve(
         "replay_bytes": _REPLAY_BYTES, "request_bytes": REQUEST_BYTES,
     }  # fmt: skip
     make_room_for_files(max_connections)
-    with bind(host, port) as sockets, open_engine(model, settings, **more) as engine:
+    recording = Recording(keeps_recent=True)
+    with (
+        bind(host, port) as sockets,
+        open_engine(model, settings, recording=recording, **more) as engine,
+    ):
+        if recording.recorder is not None and not engine.plan.is_resident:
+            recent_cache = LiveCache(
+                recording.recorder, num_experts=engine.config.num_experts, num_slots=engine.plan.num_slots
+            )
+        else:
+            recent_cache = None
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), sockets, host=host, keys=keys,
             hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
-            any_model=any_model, media_hosts=media_hosts,
+            any_model=any_model, media_hosts=media_hosts, recent_cache=recent_cache,
         )  # fmt: skip

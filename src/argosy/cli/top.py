@@ -42,6 +42,8 @@ _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
 _HOTTEST = 4  # times an equal share of the layer's uses
 
+_RECENT = (("hit rate", "hit_rate"), ("LRU", "lru"), ("best possible", "optimum"))
+
 
 @click.command("top")
 @server_options
@@ -105,6 +107,9 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
         f"KV        {_number(kv.get('blocks_used'))} of {_number(kv.get('blocks_total'))} blocks in use,"
         f" {_number(kv.get('blocks_cached'))} kept for later",
     ]
+    if recent := state.get("recent"):
+        rates = (f"{name} {_number(recent.get(key), '{:.2f}'.format)}" for name, key in _RECENT)
+        lines.append(f"cache     over the last {_number(recent.get('tokens'))} tokens: {', '.join(rates)}")
     if (use := _most_uneven(state)) is not None:
         lines.append(f"use       {use}")
     said = (

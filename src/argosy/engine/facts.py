@@ -40,9 +40,9 @@ class EngineFacts:
     totals: Ledger
     memory: tuple[tuple[str, int, str], ...]  # the memory plan: label, bytes, note
     budget_bytes: int
-    # [layers, experts]: how often each expert was chosen in the last complete window.
+    # [layers, experts]: how often each expert was chosen up to the last complete window; older windows count less.
     expert_uses: NDArray[np.int64] | None
-    expert_use_tokens: int  # tokens of that window
+    expert_use_tokens: int  # tokens that they stand for
 
 
 class _CountsUses(Protocol):
@@ -50,21 +50,28 @@ class _CountsUses(Protocol):
 
 
 class ExpertUses:
-    """How often each expert was chosen, reported only for at least WINDOW_TOKENS tokens at once."""
+    """How often each expert was chosen, reported only for at least WINDOW_TOKENS tokens at once.
+
+    Each window leaves half of what the windows before it counted.
+    """
 
     def __init__(self, decoder: _CountsUses) -> None:
         self._decoder = decoder
         self._num_tokens = 0
         self.num_tokens_run = 0
-        self.last_window: NDArray[np.int64] | None = None
-        self.last_window_tokens = 0
+        self.reported: NDArray[np.int64] | None = None
+        self.reported_tokens = 0
 
     def count(self, num_tokens: int) -> None:
         """Count tokens that ran."""
         self._num_tokens += num_tokens
         self.num_tokens_run += num_tokens
         if self._num_tokens >= WINDOW_TOKENS:
-            self.last_window, self.last_window_tokens = self._decoder.take_uses(), self._num_tokens
+            uses = self._decoder.take_uses()
+            if self.reported is not None:  # a new array: others may still read the last one
+                uses += self.reported // 2
+            self.reported = uses
+            self.reported_tokens = self._num_tokens + self.reported_tokens // 2
             self._num_tokens = 0
 
 
@@ -98,6 +105,6 @@ def collect(
         totals=answers.ledger,
         memory=tuple(plan.lines()),
         budget_bytes=plan.budget_bytes,
-        expert_uses=uses.last_window,
-        expert_use_tokens=uses.last_window_tokens,
+        expert_uses=uses.reported,
+        expert_use_tokens=uses.reported_tokens,
     )

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import NamedTuple
 
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
@@ -29,6 +30,7 @@ from argosy.engine.ledger import Ledger
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
+from argosy.model.clock import PARTS
 
 RATE_SECONDS = 10.0  # rates are means over this many seconds
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
@@ -98,6 +100,7 @@ class LoopFacts:
     new_tok_per_s: float
     prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
+    recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
 
 
 class EngineLoop:
@@ -133,8 +136,7 @@ class EngineLoop:
         self._num_idle_failures = 0
         self._facts = engine.facts()
         self._facts_at = clock()
-        # time, new tokens, tokens run, bytes read
-        self._samples: deque[tuple[float, int, int, int]] = deque()
+        self._samples: deque[_Sample] = deque()
         self._thread = threading.Thread(target=self._run, name="argosy-engine", daemon=True)
         self._thread.start()
 
@@ -190,13 +192,16 @@ class EngineLoop:
     def snapshot(self) -> LoopFacts:
         """Facts as of about the last step, without waiting for one."""
         now = self._clock()
-        samples = [sample for sample in list(self._samples) if now - sample[0] <= RATE_SECONDS]
+        samples = [sample for sample in list(self._samples) if now - sample.at <= RATE_SECONDS]
         rates = [0.0, 0.0, 0.0]
-        if len(samples) > 1 and now > samples[0][0]:
+        parts = dict.fromkeys(PARTS, 0.0)
+        if len(samples) > 1 and now > samples[0].at:
             first, last = samples[0], samples[-1]
             rates = [
-                (after - before) / (now - first[0]) for before, after in zip(first[1:], last[1:], strict=True)
+                (after - before) / (now - first.at)
+                for before, after in zip(first.counts, last.counts, strict=True)
             ]
+            parts = {part: last.parts[part] - first.parts[part] for part in PARTS}
         return LoopFacts(
             engine=self._facts,
             num_steps=self._num_steps,
@@ -205,6 +210,7 @@ class EngineLoop:
             new_tok_per_s=rates[0],
             prompt_tok_per_s=max(0.0, rates[1] - rates[0]),
             bytes_read_per_s=rates[2],
+            recent_parts=parts,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -381,9 +387,18 @@ class EngineLoop:
             self._report(error)
             return
         totals = self._facts.totals
-        self._samples.append((now, totals.new_tokens, self._facts.tokens_run, totals.bytes_read))
-        while now - self._samples[0][0] > RATE_SECONDS:
+        counts = totals.new_tokens, self._facts.tokens_run, totals.bytes_read
+        self._samples.append(_Sample(now, counts, totals.parts))
+        while now - self._samples[0].at > RATE_SECONDS:
             self._samples.popleft()
+
+
+class _Sample(NamedTuple):
+    """Totals at one time."""
+
+    at: float
+    counts: tuple[int, int, int]  # new tokens, tokens run, bytes read
+    parts: Mapping[str, float]
 
 
 def _no_result(sequence: Sequence) -> Result:

@@ -224,8 +224,8 @@ class ModelFootprint:
         if not self.num_experts:
             return 0
         num_layers, num_experts = self.config.num_layers, self.config.num_experts
-        # `Stack.take_uses`: current counts, last reported counts, and those being reported.
-        uses = 3 * 8 * num_layers * num_experts
+        # `Stack.take_uses`: current counts, those being reported, the last reported ones, and half of these.
+        uses = 4 * 8 * num_layers * num_experts
         if num_slots >= self.num_experts:
             return uses + self._resident_records
         return (

@@ -29,7 +29,7 @@ from argosy.plan.hit_rate import WINDOWS, ReuseGaps, WorkingSet
 BLOCK_TOKENS = 128
 MOST_LANES = 8  # of more sequences at once, only uses are counted
 MOST_RECENT_TOKENS = 2048
-_MOST_RECENT_CHOICES = 1 << 18  # of all layers: a replay of them takes a tenth of a second
+_MOST_RECENT_CHOICES = 1 << 19  # of all layers: a replay of them takes a tenth of a second
 _OBJECT_BYTES = 1200  # of the Python objects of one layer of a lane, or of the recorder itself
 
 Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best first

@@ -24,6 +24,7 @@ from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.media.parts import Hearing, Kind
+from argosy.observe.live import LiveCache
 from argosy.prompt.prompt import ToolCalling
 from argosy.serve import anthropic_messages, openai_audio, openai_chat, openai_completions, openai_responses
 from argosy.serve.body import answering
@@ -289,6 +290,7 @@ def _state(request: Request) -> EngineState:
     return state_of(
         state.service.loop.snapshot(), state.service.model, block_tokens=state.block_tokens,
         max_sequences=state.max_sequences, with_heat=key is not None and "admin" in key.scopes,
+        recent=None if state.recent_cache is None else state.recent_cache(),
     )  # fmt: skip
 
 
@@ -428,11 +430,17 @@ def make_app(
     max_sequences: int,
     hosts: Collection[str] = (),
     limits: Limits | None = None,
+    recent_cache: LiveCache | None = None,
 ) -> Gate:
-    """Build the whole server as an ASGI application."""
+    """Build the whole server as an ASGI application.
+
+    Args:
+        recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
+    """
     app = Starlette()
     app.state.service, app.state.page = service, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
+    app.state.recent_cache = recent_cache
     app.state.metrics = Metrics(service.loop.snapshot)
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering

@@ -40,6 +40,7 @@ from argosy.engine.loop import EngineLoop
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
+from argosy.observe.live import LiveCache
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
@@ -357,6 +358,7 @@ def serve(
     keep_billing_line: bool = False,
     any_model: bool = False,
     media_hosts: MediaHosts | None = None,
+    recent_cache: LiveCache | None = None,
 ) -> None:
     """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
 
@@ -365,6 +367,7 @@ def serve(
     Args:
         sockets: from `bind`.
         host: the host to print in the address of the server.
+        recent_cache: tells the hit rate of the last minutes; None: it is not known.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
@@ -408,6 +411,7 @@ def serve(
                 max_sequences=engine.settings.max_sequences,
                 hosts=hosts,
                 limits=limits,
+                recent_cache=recent_cache,
             )
             settings = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections)
             port = sockets[0].getsockname()[1]

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from argosy.engine.facts import WINDOW_TOKENS
 from argosy.engine.loop import LoopFacts
+from argosy.observe.live import RecentCache
 from argosy.serve.core import ModelFacts
 from argosy.serve.fields import Closed
 
@@ -55,6 +56,18 @@ class ExpertState(Closed):
     drive_bytes_per_s: float
 
 
+class RecentState(Closed):
+    tokens: int
+    hit_rate: float
+    lru: float
+    optimum: float
+
+
+class TimeState(Closed):
+    wall_s: float
+    parts: dict[str, float]
+
+
 class QueueState(Closed):
     running: int
     waiting: int
@@ -83,6 +96,8 @@ class EngineState(Closed):
     memory: MemoryState
     speed: SpeedState
     experts: ExpertState
+    recent: RecentState | None
+    time: TimeState
     queue: QueueState
     kv: KvState
     heat: Heat | None
@@ -90,9 +105,19 @@ class EngineState(Closed):
 
 
 def state_of(
-    facts: LoopFacts, model: ModelFacts, *, block_tokens: int, max_sequences: int, with_heat: bool
+    facts: LoopFacts,
+    model: ModelFacts,
+    *,
+    block_tokens: int,
+    max_sequences: int,
+    with_heat: bool,
+    recent: RecentCache | None = None,
 ) -> EngineState:
-    """The state of the engine as JSON."""
+    """The state of the engine as JSON.
+
+    Args:
+        recent: the hit rate of the last minutes beside others; None: not known.
+    """
     engine, totals = facts.engine, facts.engine.totals
     heat: Heat | None = None
     if with_heat and engine.expert_uses is not None and engine.expert_use_tokens >= WINDOW_TOKENS:
@@ -112,6 +137,10 @@ def state_of(
             "total": engine.num_experts, "slots": engine.expert_slots, "resident": engine.num_resident,
             "hit_rate": totals.hit_rate, "bytes_read": totals.bytes_read, "drive_bytes_per_s": facts.bytes_read_per_s,
         },
+        "recent": None if recent is None else {
+            "tokens": recent.tokens, "hit_rate": recent.hit_rate, "lru": recent.lru, "optimum": recent.optimum,
+        },
+        "time": {"wall_s": sum(facts.recent_parts.values()), "parts": dict(facts.recent_parts)},
         "queue": {"running": engine.num_running, "waiting": engine.num_waiting, "max_sequences": max_sequences},
         "kv": {
             "blocks_total": engine.kv_blocks, "blocks_used": engine.kv_blocks_held,

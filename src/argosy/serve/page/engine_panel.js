@@ -77,6 +77,7 @@ class Bar {
 }
 
 const memoryBar = new Bar(byId("memory-bar"), byId("memory-legend"));
+const timeBar = new Bar(byId("time-bar"), byId("time-legend"));
 const answerBar = new Bar(byId("answer-bar"), byId("answer-legend"));
 
 export function showState(state) {
@@ -93,7 +94,39 @@ export function showState(state) {
   const kept = kv.blocks_cached > 0 ? `, ${count(kv.blocks_cached)} kept for later` : "";
   write("kv", isNumber(kv.blocks_used) ? `${count(kv.blocks_used)} of ${count(kv.blocks_total)} in use${kept}` : null);
   write("read", isNumber(experts.bytes_read) ? volume(experts.bytes_read) : null);
+  showRecent(state.recent);
+  showTime(state.time);
   showPrivacy(state.privacy);
+}
+
+/** The hit rate of the last minutes beside what other caches would have done with the same choices. */
+function showRecent(recent) {
+  byId("recent-row").hidden = !recent;
+  if (!recent) return;
+  const rates = `${recent.hit_rate.toFixed(2)}; LRU ${recent.lru.toFixed(2)}, best possible ${recent.optimum.toFixed(2)}`;
+  write("recent", `${rates}, over ${count(recent.tokens)} tokens`);
+}
+
+/** The ledger of the last seconds: its parts sum to the whole. */
+function showTime(time) {
+  byId("time").hidden = !(time?.wall_s > 0);
+  if (!(time?.wall_s > 0)) return;
+  const parts = timeParts(time.parts, { other: "other, and idle" });
+  const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
+  timeBar.show(parts, time.wall_s, `Where the last ${seconds(time.wall_s)} went: ${spoken}.`);
+  write("time-total", `of the last ${seconds(time.wall_s)}`);
+}
+
+/** Parts of a bar from seconds by part. */
+function timeParts(spent, names = {}) {
+  return Object.entries(spent ?? {})
+    .filter(([, size]) => size > 0)
+    .map(([name, size]) => ({
+      name: names[name] ?? name.replaceAll("_", " "),
+      size,
+      hue: PART_HUES[name] ?? "olive",
+      text: seconds(size),
+    }));
 }
 
 function showMemory({ memory: facts, experts = {}, kv = {} }) {
@@ -169,14 +202,7 @@ function showPrivacy(privacy) {
 /** Show the ledger of the last answer: the `timings` of its last chunk. */
 export function showLedger(timings, usage) {
   byId("answer").hidden = false;
-  const parts = Object.entries(timings.parts ?? {})
-    .filter(([, spent]) => spent > 0)
-    .map(([name, spent]) => ({
-      name: name.replaceAll("_", " "),
-      size: spent,
-      hue: PART_HUES[name] ?? "olive",
-      text: seconds(spent),
-    }));
+  const parts = timeParts(timings.parts);
   const whole = parts.reduce((sum, part) => sum + part.size, 0);
   const spoken = parts.map((part) => `${part.name} ${part.text}`).join(", ");
   answerBar.show(parts, whole, `Where the time went: ${spoken}.`);

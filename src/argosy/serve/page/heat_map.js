@@ -25,7 +25,7 @@ export function showHeat(facts) {
     width: Math.max(...layers.map(({ uses }) => uses.length)),
     sums: layers.map(({ uses }) => uses.reduce((sum, use) => sum + use, 0)),
   };
-  byId("heat-tokens").textContent = `over ${count(heat.tokens)} tokens`;
+  byId("heat-tokens").textContent = `over about ${count(heat.tokens)} tokens, the last ones most`;
   draw();
   if (byId("heat").querySelector("details").open) showTable();
   read();

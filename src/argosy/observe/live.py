@@ -1,0 +1,83 @@
+"""The hit rate of the last minutes beside the best possible, for a server's page: `serve/state.py` asks for it.
+
+    last choices of a Recorder  ─ in a thread of its own, at most every EVERY_S seconds ─>  RecentCache
+
+If nobody asks, nothing is replayed. The first half of the tokens fills the replayed cache; the second half counts, if
+it has at least FEWEST_TOKENS. The numbers are sums over all requests, and name no expert.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from argosy import _native
+from argosy.observe.recorder import Recorder
+
+EVERY_S = 10.0
+FEWEST_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RecentCache:
+    """Hit rates over the last `tokens` decode tokens: the engine's, and those that a replay of its choices gives."""
+
+    tokens: int
+    hit_rate: float
+    lru: float
+    optimum: float
+
+
+class LiveCache:
+    """Answers at once with what was found last, and has it found again if that is old.
+
+    Args:
+        num_slots: experts that fit in memory.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, recorder: Recorder, *, num_experts: int, num_slots: int, clock: Callable[[], float] = monotonic
+    ) -> None:
+        self._recorder = recorder
+        self._num_experts = num_experts
+        self._num_slots = num_slots
+        self._clock = clock
+        self._found: RecentCache | None = None
+        self._begun_at: float | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> RecentCache | None:
+        """What was found last; None: too few tokens yet. Never waits for a replay."""
+        with self._lock:
+            is_old = self._begun_at is None or self._clock() - self._begun_at >= EVERY_S
+            if is_old and (self._thread is None or not self._thread.is_alive()):
+                self._begun_at = self._clock()
+                self._thread = threading.Thread(target=self._find, name="argosy-replay", daemon=True)
+                self._thread.start()
+        return self._found
+
+    def _find(self) -> None:
+        recent = self._recorder.recent()
+        half = len(recent.choices) // 2
+        if half < FEWEST_TOKENS:
+            return
+        rates = {}
+        for policy in ("lru", "optimum"):
+            lookups, hits = _native.replay(
+                recent.choices,
+                recent.steps,
+                num_experts=self._num_experts,
+                policy=policy,
+                num_slots=self._num_slots,
+                counted_from=half,
+            )
+            rates[policy] = hits / max(1, lookups)
+        lookups = int(recent.lookups[-1] - recent.lookups[half])
+        hits = int(recent.hits[-1] - recent.hits[half])
+        self._found = RecentCache(
+            len(recent.choices) - half, hits / max(1, lookups), rates["lru"], rates["optimum"]
+        )
