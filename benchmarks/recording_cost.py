@@ -3,8 +3,8 @@
     python benchmarks/recording_cost.py [--model demo] [--memory 1GiB] [--tokens 512] [--repeats 5] [--short]
 
 Two engines answer the same prompts in turns: one with the recorder of `argosy serve`, which keeps the last choices,
-too, and one without. In the first, the processor time inside `Engine._note_routes` is added up: all that recording does in
-Python. What native code does is copy a few numbers a layer. The figure is the share of this time in a step whose
+too, and one without. In the first, the processor time inside `Engine._note_routes` is added up: all that recording does
+in Python. What native code does is copy a few numbers a layer. The figure is the share of this time in a step whose
 processor time is spread evenly over the compute threads, so other work on the machine hardly changes it. The ratio of
 the two engines' rates is printed beside it; that one varies by more than the figure.
 
