@@ -38,6 +38,11 @@ def test_runs_add_up_to_about_what_one_long_run_records(tmp_path: Path) -> None:
     assert alone is not None
     assert found.num_tokens == 1200
     np.testing.assert_allclose(found.distinct, alone.distinct, atol=1e-3)  # the file has four digits
+    assert found.resident is not None
+    assert alone.resident is not None
+    np.testing.assert_allclose(found.resident, alone.resident, atol=1e-3)
+    for slots in (4, 8, 16):
+        assert found.hit_rate(slots) == pytest.approx(alone.hit_rate(slots), abs=1e-3)
 
 
 def test_longer_runs_weigh_more_and_curves_still_rise() -> None:
@@ -70,7 +75,7 @@ def test_only_the_owner_can_read_it_and_it_names_no_expert(tmp_path: Path) -> No
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     facts = json.loads(path.read_text())
-    assert set(facts) == {"format", "num_experts", "experts_per_token", "tokens", "windows", "layers"}
+    assert set(facts) == {"format", "num_experts", "experts_per_token", "tokens", "windows", "ages", "layers"}
 
 
 def test_a_short_run_adds_nothing(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from argosy.config import EngineConfig, ModelConfig
 from argosy.errors import UsageError
 from argosy.experts.recording import StepRoutes
-from argosy.plan.hit_rate import WINDOWS, ReuseGaps, WorkingSet
+from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 
 BLOCK_TOKENS = 128
 MOST_LANES = 8  # of more sequences at once, only uses are counted
 MOST_RECENT_TOKENS = 2048
 _MOST_RECENT_CHOICES = 1 << 19  # of all layers: a replay of them takes a tenth of a second
-_OBJECT_BYTES = 1200  # of the Python objects of one layer of a lane, or of the recorder itself
+_OBJECT_BYTES = 2400  # of the Python objects of one layer of a lane, or of the recorder itself
 
 Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best first
 
@@ -88,7 +88,10 @@ class Recorder:
         """Most bytes that it will ever hold, and that a replay of the last choices takes."""
         num_layers, k = len(self._layers), self._k
         lane = BLOCK_TOKENS * (2 * num_layers * k + 8)
-        lane += num_layers * (2 * 8 * self._num_experts + 2 * 8 * (len(WINDOWS) + 1) + _OBJECT_BYTES)
+        gaps = (
+            3 * self._num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1)
+        )  # numbers of a `ReuseGaps`
+        lane += num_layers * (8 * gaps + _OBJECT_BYTES)
         nbytes = self._most_lanes * (lane + _OBJECT_BYTES) + 4 * self._uses.nbytes + 4 * _OBJECT_BYTES
         if self._recent is not None:
             choices = self._recent.num_tokens * num_layers * k

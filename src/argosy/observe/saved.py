@@ -2,9 +2,9 @@
 
     Recorder.counts()  ->  add  ->  <data>/argosy/routing/MODEL.json  ->  find
 
-What is kept is, for each layer, how many distinct experts a number of tokens needs: no expert's number, no order, no
-time. Even so, routing is content: only the owner can read the file, a run of fewer than FEWEST_TOKENS adds nothing, and
-`--no-record` (or ARGOSY_RECORD=off) keeps nothing.
+What is kept is, for each layer, how many distinct experts a number of tokens needs and how old experts are when they
+are used again: no expert's number, no order, no time. Even so, routing is content: only the owner can read the file, a
+run of fewer than FEWEST_TOKENS adds nothing, and `--no-record` (or ARGOSY_RECORD=off) keeps nothing.
 
 Elsewhere: `plan/hit_rate.py` has the curve and its form in JSON.
 """
@@ -102,9 +102,25 @@ def merge(old: WorkingSet, new: WorkingSet) -> WorkingSet:
         counted = np.maximum(one.num_tokens + 1 - np.array(one.windows, np.float64), 1)
         weights[: len(counted)] += counted
         total[:, : len(counted)] += one.distinct * counted
-    # A window that only one of them has may hold less than a shorter one of both.
-    distinct = np.maximum.accumulate(total / weights, axis=1)
-    return replace(longer, num_tokens=old.num_tokens + new.num_tokens, distinct=distinct)
+    resident, found = (_mean(old, new, of_age) for of_age in ("resident", "found"))
+    return replace(
+        longer,
+        num_tokens=old.num_tokens + new.num_tokens,
+        # A window that only one of them has may hold less than a shorter one of both.
+        distinct=np.maximum.accumulate(total / weights, axis=1),
+        resident=resident,
+        found=found,
+    )
+
+
+def _mean(old: WorkingSet, new: WorkingSet, name: str) -> NDArray[np.float64] | None:
+    """The mean of a curve by age, weighed by tokens; of the one that has it, if only one does."""
+    curves = [(getattr(one, name), one.num_tokens) for one in (old, new)]
+    known = [(curve, tokens) for curve, tokens in curves if curve is not None]
+    if not known:
+        return None
+    total = sum(tokens for _, tokens in known)
+    return np.asarray(sum(curve * (tokens / total) for curve, tokens in known), np.float64)
 
 
 def _is_alike(old: WorkingSet, new: WorkingSet) -> bool:
