@@ -30,7 +30,7 @@ _ENGINE = (
     ),
     click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
     click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
-    click.option("--instruction-set", metavar="NAME", hidden=True, help="Use at most plain, avx2 or avx512."),
+    click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
     click.option("--media/--no-media", default=None, help="Needed, or text only; default: if it fits."),
     click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
     click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
