@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -19,6 +20,7 @@
 #include <utility>
 
 #include "kernels/kernel_table.h"
+#include "ops/rows.h"
 
 namespace argosy {
 
@@ -185,6 +187,29 @@ template <class T>
 T* write_array(const char* name, const OutArrayOf<T>& array, std::initializer_list<int64_t> shape) {
   require_array<T>(name, array, shape);
   return static_cast<T*>(array.data());
+}
+
+template <class ArrayType>
+int64_t row_stride(const ArrayType& array) {
+  return array.size() > 0 ? array.stride(0) : 0;
+}
+
+inline Rows<const float> read_rows(const char* name, const ArrayOf<float>& array,
+                                   std::initializer_list<int64_t> shape) {
+  require_array<float>(name, array, shape, Order::rows);
+  return {static_cast<const float*>(array.data()), row_stride(array)};
+}
+
+// Refuses rows that overlap.
+inline Rows<float> write_rows(const char* name, const OutArrayOf<float>& array,
+                              std::initializer_list<int64_t> shape) {
+  require_array<float>(name, array, shape, Order::rows);
+  const int64_t stride = row_stride(array);
+  if (array.size() > 0 && array.shape(0) > 1 && std::abs(stride) < int64_t(array.size() / array.shape(0))) {
+    refuse("rows of " + std::string(name) + " overlap: they are " + std::to_string(stride) +
+           " elements apart");
+  }
+  return {static_cast<float*>(array.data()), stride};
 }
 
 }  // namespace argosy

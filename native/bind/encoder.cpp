@@ -5,7 +5,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include <cstdlib>
 #include <optional>
 #include <string>
 
@@ -19,6 +18,7 @@ using namespace nb::literals;
 namespace {
 
 using GeluName = Named<std::string, "Gelu">;
+using FinishName = Named<std::string, "Finish">;
 
 Gelu parse_gelu(const std::string& name) {
   if (name == "erf") return Gelu::erf;
@@ -27,27 +27,26 @@ Gelu parse_gelu(const std::string& name) {
   refuse("unknown kind '" + name + "'; known: erf, tanh, quick");
 }
 
-template <class ArrayType>
-int64_t row_stride(const ArrayType& array) {
-  return array.size() > 0 ? array.stride(0) : 0;
+Finish parse_finish(const std::string& name) {
+  if (name == "store") return Finish::store;
+  if (name == "add") return Finish::add;
+  if (name == "multiply") return Finish::multiply;
+  if (name == "gelu_erf") return Finish::gelu_erf;
+  if (name == "gelu_tanh") return Finish::gelu_tanh;
+  if (name == "gelu_quick") return Finish::gelu_quick;
+  if (name == "silu") return Finish::silu;
+  refuse("unknown finish '" + name + "'; known: store, add, multiply, gelu_erf, gelu_tanh, gelu_quick, silu");
 }
 
-Rows<const float> read_rows(const char* name, const ArrayOf<float>& array,
-                            std::initializer_list<int64_t> shape) {
-  require_array<float>(name, array, shape, Order::rows);
-  return {static_cast<const float*>(array.data()), row_stride(array)};
+RoundedKeys rounded_keys(int64_t num_keys, int64_t num_kv_heads, int64_t dim) {
+  require_range("keys", num_keys, 1, kLargestSize);
+  require_range("KV heads", num_kv_heads, 1, kLargestSize);
+  require_range("dim", dim, 0, kLargestSize);
+  return {num_keys, num_kv_heads, dim};
 }
 
-// Refuses rows that overlap.
-Rows<float> write_rows(const char* name, const OutArrayOf<float>& array,
-                       std::initializer_list<int64_t> shape) {
-  require_array<float>(name, array, shape, Order::rows);
-  const int64_t stride = row_stride(array);
-  if (array.size() > 0 && array.shape(0) > 1 && std::abs(stride) < int64_t(array.size() / array.shape(0))) {
-    refuse("rows of " + std::string(name) + " overlap: they are " + std::to_string(stride) +
-           " elements apart");
-  }
-  return {static_cast<float*>(array.data()), stride};
+void require_rounding(const Runtime& runtime) {
+  if (!runtime.rounds()) refuse("this runtime does not round");
 }
 
 }  // namespace
@@ -56,20 +55,24 @@ void bind_encoder(nb::module_& m) {
   m.def(
       "linear",
       [](Runtime& runtime, const Matrix& matrix, const ArrayOf<float>& x, const OutArrayOf<float>& out,
-         const std::optional<ArrayOf<float>>& bias, bool exact) {
+         const std::optional<ArrayOf<float>>& bias, const FinishName& finish, bool exact) {
         const Rows<const float> from = read_rows("x", x, {kAnySize, matrix.view.cols});
         const int64_t num_tokens = int64_t(x.shape(0));
         const Rows<float> to = write_rows("out", out, {num_tokens, matrix.view.rows});
         const float* by = bias ? read_array("bias", *bias, {matrix.view.rows}) : nullptr;
+        const Finish form = parse_finish(finish);
         nb::gil_scoped_release released;
-        linear(runtime, matrix.view, from, num_tokens, by, exact, to);
+        linear(runtime, matrix.view, from, num_tokens, by, exact, form, to);
       },
       "runtime"_a, "matrix"_a, "x"_a, "out"_a.noconvert(), "bias"_a.none() = nb::none(), nb::kw_only(),
-      "exact"_a = false, R"(
+      "finish"_a = FinishName("store"), "exact"_a = false, R"(
     out = x matrix^T + bias, for x [tokens, cols], out [tokens, rows] and bias [rows].
 
     Rows of x and out may be strided; x and out must not overlap. With bf16 weights and 16 tokens or more, x is rounded
-    to bfloat16 if the CPU multiplies that faster, unless `exact`. Sums are float32.)");
+    to bfloat16 if the CPU multiplies that faster (`Runtime.rounds`), unless `exact`. Sums are float32.
+
+    Args:
+        finish: store the result, add it to out, multiply out by it, or store an activation of it.)");
 
   m.def(
       "layer_norm",
@@ -100,15 +103,6 @@ void bind_encoder(nb::module_& m) {
     tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).   quick: x * sigmoid(1.702 x).)");
 
   m.def(
-      "silu",
-      [](Runtime& runtime, const OutArrayOf<float>& x) {
-        float* values = write_array("x", x, {kAnySize, kAnySize});
-        nb::gil_scoped_release released;
-        silu(runtime, int64_t(x.shape(0)), int64_t(x.shape(1)), values);
-      },
-      "runtime"_a, "x"_a.noconvert(), "Replace each element of x [n, cols] by x * sigmoid(x).");
-
-  m.def(
       "attend",
       [](Runtime& runtime, const ArrayOf<float>& query, const ArrayOf<float>& key,
          const ArrayOf<float>& value, float scale, const OutArrayOf<float>& out) {
@@ -134,6 +128,49 @@ void bind_encoder(nb::module_& m) {
     Args:
         query, out: [tokens, heads, dim].
         key, value: [keys, kv_heads, dim], at least one key; kv_heads divides heads.)");
+
+  m.def(
+      "rounded_keys_bytes",
+      [](int64_t num_keys, int64_t num_kv_heads, int64_t dim) {
+        return rounded_keys(num_keys, num_kv_heads, dim).bytes();
+      },
+      "num_keys"_a, "num_kv_heads"_a, "dim"_a, "Bytes that `round_keys` writes.");
+
+  m.def(
+      "round_keys",
+      [](Runtime& runtime, const ArrayOf<float>& key, const ArrayOf<float>& value,
+         const OutArrayOf<uint8_t>& rounded) {
+        const Rows<const float> from = read_rows("key", key, {kAnySize, kAnySize, kAnySize});
+        const RoundedKeys keys =
+            rounded_keys(int64_t(key.shape(0)), int64_t(key.shape(1)), int64_t(key.shape(2)));
+        const Rows<const float> values =
+            read_rows("value", value, {keys.num_keys, keys.num_kv_heads, keys.dim});
+        uint8_t* to = write_array("rounded", rounded, {keys.bytes()});
+        require_rounding(runtime);
+        nb::gil_scoped_release released;
+        round_keys(runtime, keys, from, values, to);
+      },
+      "runtime"_a, "key"_a, "value"_a, "rounded"_a.noconvert(), R"(
+    Round key and value [keys, kv_heads, dim] to bfloat16 for `attend_rounded`, where `Runtime.rounds`.
+
+    Rows may be strided.)");
+
+  m.def(
+      "attend_rounded",
+      [](Runtime& runtime, const ArrayOf<float>& query, const ArrayOf<uint8_t>& rounded, int64_t num_keys,
+         int64_t num_kv_heads, float scale, const OutArrayOf<float>& out) {
+        const Rows<const float> queries = read_rows("query", query, {kAnySize, kAnySize, kAnySize});
+        const int64_t num_queries = int64_t(query.shape(0)), num_heads = int64_t(query.shape(1));
+        const RoundedKeys keys = rounded_keys(num_keys, num_kv_heads, int64_t(query.shape(2)));
+        const uint8_t* from = read_array("rounded", rounded, {keys.bytes()});
+        const Rows<float> to = write_rows("out", out, {num_queries, num_heads, keys.dim});
+        require_size("heads modulo KV heads", num_heads % num_kv_heads, 0);
+        require_rounding(runtime);
+        nb::gil_scoped_release released;
+        attend_rounded(runtime, queries, num_queries, num_heads, keys, from, scale, to);
+      },
+      "runtime"_a, "query"_a, "rounded"_a, "num_keys"_a, "num_kv_heads"_a, "scale"_a, "out"_a.noconvert(), R"(
+    `attend` with keys and values from `round_keys`, and queries and weights rounded to bfloat16; sums are float32.)");
 }
 
 }  // namespace argosy

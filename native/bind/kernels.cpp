@@ -59,6 +59,8 @@ void bind_choice(nb::module_& m) {
       .def_prop_ro("instruction_set",
                    [](const Runtime& self) { return InstructionSetName(self.kernels().name); })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
+      .def_prop_ro("rounds", &Runtime::rounds,
+                   "Whether `linear` may round to bfloat16: the CPU multiplies that faster than float32.")
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>(),
            "End the threads and free the scratch memory; later operations raise ValueError.");
 }
@@ -249,7 +251,7 @@ void bind_layer(nb::module_& m) {
       "rope",
       [](Runtime& runtime, const OutArrayOf<float>& x, const ArrayOf<float>& cosine,
          const ArrayOf<float>& sine, bool is_interleaved) {
-        float* values = write_array("x", x, {kAnySize, kAnySize, kAnySize});
+        const Rows<float> values = write_rows("x", x, {kAnySize, kAnySize, kAnySize});
         const int64_t num_tokens = int64_t(x.shape(0));
         const float* c = read_array("cosine", cosine, {num_tokens, kAnySize});
         const int64_t num_pairs = int64_t(cosine.shape(1));
@@ -260,7 +262,7 @@ void bind_layer(nb::module_& m) {
         rope(runtime, values, num_tokens, int64_t(x.shape(1)), head_dim, c, s, num_pairs, is_interleaved);
       },
       "runtime"_a, "x"_a.noconvert(), "cosine"_a, "sine"_a, "is_interleaved"_a = false, R"(
-    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
+    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs]. Rows of x may be strided.
 
     Dimension i is paired with i + pairs; if interleaved, dimension 2 i is paired with 2 i + 1. Dimensions from
     2 * pairs on do not change.)");

@@ -10,6 +10,7 @@ argosy._native.__prefix__:
     InstructionSet = Literal["plain", "avx2", "avx512"]
     Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
     Gelu = Literal["erf", "tanh", "quick"]
+    Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
     Urgency = Literal["now", "soon", "maybe"]
     # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
     # the number of interleaved matrices with that many rows.

@@ -79,6 +79,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .attend = attend,
       .round_to_panel = nullptr,
       .linear_panel = nullptr,
+      .round_keys = nullptr,
+      .attend_rounded = nullptr,
       .kv_write = kv_write,
       .attention = attention,
       .delta_gates = delta_gates,

@@ -13,6 +13,8 @@ extern const KernelTable kAvx512Kernels;
 void matmul_f8_vbmi(const MatmulArgs& args);
 void round_to_panel_bf16(const PanelArgs& args);
 void linear_panel_bf16(const LinearArgs& args);
+void round_keys_bf16(const RoundKeysArgs& args);
+void attend_rounded_bf16(const AttendRoundedArgs& args);
 #endif
 
 namespace {
@@ -25,6 +27,8 @@ const KernelTable& avx512_kernels() {
     if (__builtin_cpu_supports("avx512bf16")) {
       table.round_to_panel = round_to_panel_bf16;
       table.linear_panel = linear_panel_bf16;
+      table.round_keys = round_keys_bf16;
+      table.attend_rounded = attend_rounded_bf16;
     }
     return table;
   }();

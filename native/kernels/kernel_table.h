@@ -223,6 +223,9 @@ struct LatentAttentionArgs {
 
 enum class Gelu { erf, tanh, quick };
 
+// What becomes of a sum of `linear`: y = sum, y = y + sum, y = y * sum, or y = activation(sum).
+enum class Finish { store, add, multiply, gelu_erf, gelu_tanh, gelu_quick, silu };
+
 // linear with bfloat16 activations: tokens in a panel, and most rows of the weights in a call.
 [[maybe_unused]] static constexpr int64_t kPanelTokens = 64;
 [[maybe_unused]] static constexpr int64_t kLinearRows = 48;
@@ -239,7 +242,7 @@ struct PanelArgs {
   uint8_t* panel;            // where the first of them lies in its panel
 };
 
-// y[t][r - row_begin] = bias[r] + sum over c of W[r][c] * x[t][c], for the tokens of a panel.
+// y[t][r - row_begin] is made of bias[r] + sum over c of W[r][c] * x[t][c], for the tokens of a panel.
 struct LinearArgs {
   const uint8_t* weights;  // the whole matrix
   int64_t cols;
@@ -247,6 +250,7 @@ struct LinearArgs {
   const uint8_t* panel;
   int64_t num_tokens;
   const float* bias;  // of all rows; nullptr: none
+  Finish finish;
   float* y;
   int64_t y_stride;
 };
@@ -264,6 +268,30 @@ struct AttendArgs {
   float* out;
   int64_t out_stride;
   float* scratch;  // attend_scratch_floats(dim)
+};
+
+// attend with everything rounded to bfloat16: keys in a block.
+[[maybe_unused]] static constexpr int64_t kRoundedKeys = 96;
+
+// Keys and values of one head, at most kRoundedKeys.
+struct RoundKeysArgs {
+  const float *key, *value;
+  int64_t key_stride, value_stride;
+  int64_t num_keys, dim;
+  uint8_t* keys;    // [num_keys][dim] bfloat16
+  uint8_t* values;  // [dim][kRoundedKeys] bfloat16
+};
+
+// Queries of one head against all its keys, as in AttendArgs.
+struct AttendRoundedArgs {
+  const float* query;
+  int64_t query_stride, num_queries;
+  const uint8_t *keys, *values;  // those of a block lie after those of the last block
+  int64_t num_keys, dim;
+  float scale;
+  float* out;
+  int64_t out_stride;
+  float* scratch;  // attend_rounded_scratch_floats(dim)
 };
 
 // The arguments of transcode(); panels are strips of strip_rows(type) rows.
@@ -311,9 +339,11 @@ struct KernelTable {
   void (*gelu)(Gelu kind, int64_t n, float* x);
   void (*silu)(int64_t n, float* x);
   void (*attend)(const AttendArgs& args);
-  // Both are nullptr if the CPU has no product of bfloat16.
+  // All are nullptr if the CPU has no product of bfloat16.
   void (*round_to_panel)(const PanelArgs& args);
   void (*linear_panel)(const LinearArgs& args);
+  void (*round_keys)(const RoundKeysArgs& args);
+  void (*attend_rounded)(const AttendRoundedArgs& args);
 
   void (*kv_write)(const KvWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
@@ -340,6 +370,11 @@ static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
 // Queries and running sums, the weights of a block, three numbers for each query, a block of keys and values.
 static inline constexpr int64_t attend_scratch_floats(int64_t dim) {
   return kAttendQueries * (2 * dim + kAttendKeys + 3) + 2 * kAttendKeys * dim;
+}
+
+// Queries and running sums, the scores of a block, three numbers for each query.
+static inline constexpr int64_t attend_rounded_scratch_floats(int64_t dim) {
+  return kPanelTokens * ((dim + 1) / 2 + dim + kRoundedKeys + 3);
 }
 
 // For all experts their scores and their worth in the choice, and the worth of each group.

@@ -5,9 +5,6 @@
 //
 // The clamped gate is only limited from above, and NaN stays NaN in both gate and up.
 //
-// gelu_tanh(x) = 0.5 x (1 + tanh u) is computed as x sigmoid(2 u), which keeps the digits of small results;
-// u = sqrt(2 / pi) (x + 0.044715 x^3).
-//
 //   mul_sigmoid    x *= 1 / (1 + e^-gate): the output gate of attention heads
 //   soft_cap       x = cap * tanh(x / cap), computed as cap * (1 - 2 / (1 + e^(2 x / cap)));
 //                  its error is a few units in the last place of cap
@@ -15,19 +12,13 @@
 
 #include <math.h>
 
-#include "kernels/exp.h"
+#include "kernels/elementwise.h"
 #include "kernels/kernel_table.h"
 
 namespace argosy {
 namespace {
 
-constexpr float kRootOf2OverPi = 0.797884561f, kCubeOfTanh = 0.044715f;
-
 #if !ARGOSY_VECTOR  // the reference
-
-inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)); }
 
 inline float activated(const Activation& activation, float gate, float up) {
   if (activation.kind == Activation::Kind::silu) return gate / (1.0f + expf(-gate)) * up;
@@ -58,16 +49,6 @@ void soft_cap(float cap, int64_t n, float* x) {
 }
 
 #else
-
-inline Vec silu(Vec x) { return div(x, add(broadcast(1.0f), exp(sub(zeros(), x)))); }
-
-// x sigmoid(-minus_u)
-inline Vec gated(Vec x, Vec minus_u) { return div(x, add(broadcast(1.0f), exp(minus_u))); }
-
-inline Vec gelu_tanh(Vec x) {
-  const Vec scaled = mul(x, broadcast(-2.0f * kRootOf2OverPi));
-  return gated(x, fma(mul(mul(scaled, broadcast(kCubeOfTanh)), x), x, scaled));
-}
 
 struct SiluActivation {
   Vec operator()(Vec gate, Vec up) const { return mul(silu(gate), up); }

@@ -14,14 +14,14 @@ void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, 
   });
 }
 
-void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+void rope(Runtime& runtime, Rows<float> x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved) {
   const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, num_heads * head_dim, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
-      table.rope(x + t * num_heads * head_dim, num_heads, head_dim, cosine + t * num_pairs,
-                 sine + t * num_pairs, num_pairs, is_interleaved);
+      table.rope(x.data + t * x.stride, num_heads, head_dim, cosine + t * num_pairs, sine + t * num_pairs,
+                 num_pairs, is_interleaved);
     }
   });
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/kernel_table.h"
+#include "ops/rows.h"
 #include "ops/runtime.h"
 
 namespace argosy {
@@ -12,8 +13,9 @@ namespace argosy {
 void rms_norm(Runtime& runtime, const float* x, const float* weight, float eps, int64_t rows, int64_t cols,
               float* out);
 
-// Rotates x [num_tokens][num_heads][head_dim] in place; cosine and sine are [num_tokens][num_pairs].
-void rope(Runtime& runtime, float* x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
+// Rotates x, num_tokens rows of [num_heads][head_dim] in place; cosine and sine are
+// [num_tokens][num_pairs].
+void rope(Runtime& runtime, Rows<float> x, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
           const float* cosine, const float* sine, int64_t num_pairs, bool is_interleaved);
 
 // Computes ids and weights [num_tokens][k] from logits [num_tokens][num_experts].

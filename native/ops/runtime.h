@@ -41,6 +41,8 @@ class Runtime {
   int num_threads() const { return num_threads_; }
   const KernelTable& kernels() const { return kernels_; }
   const AskAhead& ask_ahead() const { return ask_ahead_; }  // for products that read weights
+  // Whether encoders may round to bfloat16, because the CPU multiplies that faster.
+  bool rounds() const { return kernels_.linear_panel != nullptr; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   // The size that the scratch has after a request for `bytes`, if no request was larger.
   static int64_t scratch_size(int64_t bytes) { return round_up(bytes, 1 << 16); }

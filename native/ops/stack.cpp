@@ -253,8 +253,8 @@ void Stack::rotate(float* x, int64_t num_heads, int64_t head_dim) {
   for (int64_t i = 0; i < layer().rotary; ++i)
     at += step_.num_tokens * description_.rotaries[size_t(i)].num_pairs();
   const Rotary& rotary = description_.rotaries[size_t(layer().rotary)];
-  rope(runtime_, x, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at, buffers_.sine + at,
-       rotary.num_pairs(), rotary.is_interleaved);
+  rope(runtime_, {x, num_heads * head_dim}, step_.num_tokens, num_heads, head_dim, buffers_.cosine + at,
+       buffers_.sine + at, rotary.num_pairs(), rotary.is_interleaved);
 }
 
 // Multiplies the mixer's result by the output matrix and adds the product to the hidden state.

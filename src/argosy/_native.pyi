@@ -33,6 +33,7 @@ from argosy.config import AskAhead, Format, KvDtype
 InstructionSet = Literal["plain", "avx2", "avx512"]
 Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
 Gelu = Literal["erf", "tanh", "quick"]
+Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
 Urgency = Literal["now", "soon", "maybe"]
 # file_id, offset, nbytes, dest_offset. A piece to transcode adds block_type, rows, cols, optionally followed by
 # the number of interleaved matrices with that many rows.
@@ -274,6 +275,12 @@ class Runtime:
     def instruction_set(self) -> InstructionSet: ...
     @property
     def scratch_bytes(self) -> int: ...
+    @property
+    def rounds(self) -> bool:
+        """
+        Whether `linear` may round to bfloat16: the CPU multiplies that faster than float32.
+        """
+
     def close(self) -> None:
         """
         End the threads and free the scratch memory; later operations raise ValueError.
@@ -387,7 +394,7 @@ def rope(
     is_interleaved: bool = False,
 ) -> None:
     """
-    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs].
+    Rotate x [tokens, heads, head_dim] in place, by cosine and sine [tokens, pairs]. Rows of x may be strided.
 
     Dimension i is paired with i + pairs; if interleaved, dimension 2 i is paired with 2 i + 1. Dimensions from
     2 * pairs on do not change.
@@ -633,13 +640,17 @@ def linear(
     out: NDArray[numpy.float32],
     bias: NDArray[numpy.float32] | None = None,
     *,
+    finish: Finish = "store",
     exact: bool = False,
 ) -> None:
     """
     out = x matrix^T + bias, for x [tokens, cols], out [tokens, rows] and bias [rows].
 
     Rows of x and out may be strided; x and out must not overlap. With bf16 weights and 16 tokens or more, x is rounded
-    to bfloat16 if the CPU multiplies that faster, unless `exact`. Sums are float32.
+    to bfloat16 if the CPU multiplies that faster (`Runtime.rounds`), unless `exact`. Sums are float32.
+
+    Args:
+        finish: store the result, add it to out, multiply out by it, or store an activation of it.
     """
 
 def layer_norm(
@@ -661,9 +672,6 @@ def gelu(runtime: Runtime, x: NDArray[numpy.float32], kind: Gelu) -> None:
     tanh: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).   quick: x * sigmoid(1.702 x).
     """
 
-def silu(runtime: Runtime, x: NDArray[numpy.float32]) -> None:
-    """Replace each element of x [n, cols] by x * sigmoid(x)."""
-
 def attend(
     runtime: Runtime,
     query: NDArray[numpy.float32],
@@ -680,6 +688,34 @@ def attend(
     Args:
         query, out: [tokens, heads, dim].
         key, value: [keys, kv_heads, dim], at least one key; kv_heads divides heads.
+    """
+
+def rounded_keys_bytes(num_keys: int, num_kv_heads: int, dim: int) -> int:
+    """Bytes that `round_keys` writes."""
+
+def round_keys(
+    runtime: Runtime,
+    key: NDArray[numpy.float32],
+    value: NDArray[numpy.float32],
+    rounded: NDArray[numpy.uint8],
+) -> None:
+    """
+    Round key and value [keys, kv_heads, dim] to bfloat16 for `attend_rounded`, where `Runtime.rounds`.
+
+    Rows may be strided.
+    """
+
+def attend_rounded(
+    runtime: Runtime,
+    query: NDArray[numpy.float32],
+    rounded: NDArray[numpy.uint8],
+    num_keys: int,
+    num_kv_heads: int,
+    scale: float,
+    out: NDArray[numpy.float32],
+) -> None:
+    """
+    `attend` with keys and values from `round_keys`, and queries and weights rounded to bfloat16; sums are float32.
     """
 
 class Dispatch:

@@ -201,11 +201,17 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "matmul": lambda: (runtime, [m(16, 64), m(20, 64, "f16")], f(3, 64), [f(3, 16), f(3, 20)]),
         "embed": lambda: (runtime, m(8, 64), i(0, 7), f(2, 64)),
         "rms_norm": lambda: (runtime, f(3, 64), f(64), 1e-5, f(3, 64)),
-        "linear": lambda: (runtime, m(16, 64, "bf16"), f(17, 64), f(17, 16), f(16)),
+        "linear": lambda: (runtime, m(16, 64, "bf16"), f(17, 64), f(17, 16), f(16), "add", False),
         "layer_norm": lambda: (runtime, f(3, 64), f(64), f(64), 1e-5, f(3, 64)),
         "gelu": lambda: (runtime, f(3, 64), "erf"),
-        "silu": lambda: (runtime, f(3, 64)),
         "attend": lambda: (runtime, f(3, 4, 16), f(5, 2, 16), f(5, 2, 16), 0.25, f(3, 4, 16)),
+        "rounded_keys_bytes": lambda: (5, 2, 16),
+        "round_keys": lambda: (
+            runtime, f(5, 2, 16), f(5, 2, 16), np.zeros(n.rounded_keys_bytes(5, 2, 16), np.uint8),
+        ),
+        "attend_rounded": lambda: (
+            runtime, f(3, 4, 16), np.zeros(n.rounded_keys_bytes(5, 2, 16), np.uint8), 5, 2, 0.25, f(3, 4, 16),
+        ),
         "rope": lambda: (runtime, f(3, 2, 32), f(3, 8), f(3, 8), False),
         "route": lambda: (runtime, case.routing(), f(3, 4), np.zeros((3, 2), np.int32), f(3, 2)),
         "combine": lambda: (runtime, f(6, 64), f(3, 2), f(3, 64)),
@@ -276,9 +282,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
-                     "replay": 2}  # fmt: skip
+                     "replay": 2,
+                     "linear": 5}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
+        "linear": "finish exact",
         "grouped_query_attention": "num_heads window scale query_bias key_bias value_bias output_bias query_norm"
         " key_norm is_norm_flat limit sinks has_gate value_norm is_causal",
         "gated_delta_net": "z a conv rate dt_bias norm sizes is_tiled state_layer",

@@ -124,6 +124,35 @@ def test_a_rounded_token_gets_the_same_bits_with_any_neighbours_and_threads(inst
         assert np.array_equal(out, together[rows])
 
 
+def finished(finish: str, result: Doubles, before: Floats) -> Doubles:
+    if finish == "add":
+        return before + result
+    if finish == "multiply":
+        return before * result
+    if finish == "silu":
+        return result / (1 + np.exp(-result))
+    return gelu(finish.removeprefix("gelu_"), result) if finish.startswith("gelu_") else result
+
+
+@pytest.mark.parametrize(
+    "finish", ["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
+)
+@pytest.mark.parametrize(("format", "tokens"), [("f32", 70), ("bf16", 5), ("bf16", 70), ("q8", 70)])
+def test_linear_finishes_its_result(
+    runtime: native.Runtime, instruction_set: str, format: str, tokens: int, finish: Any
+) -> None:
+    matrix, weights = matrix_of(format, normal(75, 60))
+    x, bias, around = normal(tokens, 60, seed=1), normal(75, seed=2), normal(tokens, 77, seed=3)
+    before, out = around[:, 1:-1].copy(), around[:, 1:-1]
+    edges = around[:, [0, -1]].copy()
+    native.linear(runtime, matrix, x, out, bias, finish=finish)
+    is_rounded = format == "bf16" and tokens >= 16 and rounds(instruction_set)
+    result = (rounded(x) if is_rounded else x.astype(np.float64)) @ weights.T + bias
+    # With q8, x has 16 bits.
+    assert_close(out, finished(finish, result, before), 1e-4 if format == "q8" else 1e-5)
+    assert np.array_equal(around[:, [0, -1]], edges)
+
+
 def test_linear_takes_quantised_weights(runtime: native.Runtime) -> None:
     matrix, weights = matrix_of("q8", normal(40, 100))
     x, bias = normal(50, 100, seed=1), normal(40, seed=2)
@@ -191,13 +220,6 @@ def test_gelu_keeps_zero_large_numbers_and_nan(runtime: native.Runtime) -> None:
         assert np.isnan(x[0, 4])
 
 
-def test_silu_equals_its_formula(runtime: native.Runtime) -> None:
-    x = np.arange(-20, 20, 0.0371, dtype=np.float32)[:, None]
-    expected = x / (1 + np.exp(-x.astype(np.float64)))
-    native.silu(runtime, x)
-    assert_close(x, expected, 1e-6)
-
-
 # Attention.
 
 
@@ -260,6 +282,72 @@ def test_rows_of_attend_may_be_strided_and_out_may_be_query(runtime: native.Runt
     assert np.array_equal(fused[:, 1:], rest)
 
 
+# Attention in bfloat16.
+
+
+@pytest.fixture
+def rounding_runtime(runtime: native.Runtime, instruction_set: str) -> native.Runtime:
+    assert runtime.rounds == rounds(instruction_set)
+    if not runtime.rounds:
+        pytest.skip("these kernels do not round")
+    return runtime
+
+
+def attend_rounded(
+    runtime: native.Runtime, query: Floats, key: Floats, value: Floats, scale: float
+) -> Floats:
+    memory = np.full(native.rounded_keys_bytes(*key.shape), 0xFF, np.uint8)
+    native.round_keys(runtime, key, value, memory)
+    out = np.full(query.shape, np.nan, np.float32)
+    native.attend_rounded(runtime, query, memory, len(key), key.shape[1], scale, out)
+    return out
+
+
+# Sizes around a vector and a panel of queries, a pair and a block of keys.
+@pytest.mark.parametrize("dim", [1, 15, 64, 72])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 50), (17, 95), (64, 96), (65, 97), (130, 200)])
+def test_attend_rounded_is_attention_of_rounded_numbers(
+    rounding_runtime: native.Runtime, dim: int, heads: tuple[int, int], sizes: tuple[int, int]
+) -> None:
+    query = 3 * normal(sizes[0], heads[0], dim)
+    key, value = normal(sizes[1], heads[1], dim, seed=1), normal(sizes[1], heads[1], dim, seed=2)
+    found = attend_rounded(rounding_runtime, query, key, value, dim**-0.5)
+    log2_of_e = np.float32(math.log2(math.e))
+    seen = rounded(query * np.float32(dim**-0.5 * log2_of_e)) / log2_of_e
+    expected = attention(
+        seen.astype(np.float32), rounded(key).astype(np.float32), rounded(value).astype(np.float32), 1.0
+    )
+    # A weight is rounded by at most 2e-3 of itself, and so is the sum that it is divided by.
+    assert np.abs(found - expected).max() <= 4e-3 * np.abs(value).max()
+
+
+def test_a_query_of_attend_rounded_gets_the_same_bits_with_any_neighbours_and_threads(
+    rounding_runtime: native.Runtime, instruction_set: str
+) -> None:
+    one, three = (native.Runtime(threads, instruction_set=instruction_set) for threads in (1, 3))
+    query, key, value = normal(150, 4, 72), normal(333, 4, 72, seed=1), normal(333, 4, 72, seed=2)
+    together = attend_rounded(one, query, key, value, 0.1)
+    assert np.array_equal(attend_rounded(three, query, key, value, 0.1), together)
+    for rows in (slice(0, 1), slice(5, 22), slice(60, 130), slice(149, 150)):
+        assert np.array_equal(attend_rounded(three, query[rows], key, value, 0.1), together[rows])
+    some_heads = attend_rounded(three, query[:, 1:3], key[:, 1:3], value[:, 1:3], 0.1)
+    assert np.array_equal(some_heads, together[:, 1:3])
+
+
+def test_rows_of_attend_rounded_may_be_strided_and_out_may_be_query(rounding_runtime: native.Runtime) -> None:
+    fused = normal(70, 3, 4, 16)
+    query, key, value = fused[:, 0], fused[:, 1], fused[:, 2]
+    expected = attend_rounded(rounding_runtime, query.copy(), key.copy(), value.copy(), 0.25)
+    assert np.array_equal(attend_rounded(rounding_runtime, query, key, value, 0.25), expected)
+    memory = np.empty(native.rounded_keys_bytes(*key.shape), np.uint8)
+    native.round_keys(rounding_runtime, key, value, memory)
+    rest = fused[:, 1:].copy()
+    native.attend_rounded(rounding_runtime, query, memory, len(key), 4, 0.25, query)
+    assert np.array_equal(query, expected)
+    assert np.array_equal(fused[:, 1:], rest)
+
+
 # Wrong arguments.
 
 
@@ -278,6 +366,8 @@ def test_wrong_arguments_are_refused(runtime: native.Runtime) -> None:
         )
     with pytest.raises(ValueError, match=r"bias has shape \[15\], expected \[16\]"):
         native.linear(runtime, matrix, zeros(3, 32), zeros(3, 16), zeros(15))
+    with pytest.raises(ValueError, match="unknown finish 'exact'; known: store, add, multiply, gelu_erf"):
+        native.linear(runtime, matrix, zeros(3, 32), zeros(3, 16), finish="exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown kind 'exact'; known: erf, tanh, quick"):
         native.gelu(runtime, zeros(1, 1), "exact")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="heads modulo KV heads is 1, expected 0"):
@@ -286,3 +376,16 @@ def test_wrong_arguments_are_refused(runtime: native.Runtime) -> None:
         native.attend(runtime, zeros(3, 2, 8), zeros(0, 2, 8), zeros(0, 2, 8), 1, zeros(3, 2, 8))
     with pytest.raises(ValueError, match="a row of key is not C-contiguous"):
         native.attend(runtime, zeros(3, 2, 8), zeros(5, 4, 8)[:, ::2], zeros(5, 2, 8), 1, zeros(3, 2, 8))
+    with pytest.raises(ValueError, match="keys is 0, expected 1 to"):
+        native.rounded_keys_bytes(0, 2, 8)
+    size = native.rounded_keys_bytes(5, 2, 8)
+    with pytest.raises(ValueError, match=rf"rounded has shape \[{size - 1}\], expected \[{size}\]"):
+        native.round_keys(runtime, zeros(5, 2, 8), zeros(5, 2, 8), np.empty(size - 1, np.uint8))
+    memory = np.empty(size, np.uint8)
+    with pytest.raises(ValueError, match=rf"rounded has shape \[{size - 1}\], expected \[{size}\]"):
+        native.attend_rounded(runtime, zeros(3, 2, 8), memory[1:], 5, 2, 1, zeros(3, 2, 8))
+    with pytest.raises(ValueError, match="heads modulo KV heads is 1, expected 0"):
+        native.attend_rounded(runtime, zeros(3, 3, 8), memory, 5, 2, 1, zeros(3, 3, 8))
+    if not runtime.rounds:
+        with pytest.raises(ValueError, match="this runtime does not round"):
+            native.round_keys(runtime, zeros(5, 2, 8), zeros(5, 2, 8), memory)

@@ -4,7 +4,7 @@
 
 A tower's file has its config (`read_config`), the tensors that it needs (`tensors`), the positions that it fills
 (`num_positions`, `angles`), the memory that it takes (`peak_bytes`), and the tower itself. `encode` is a generator: it
-yields after at most about 2 GFLOP (`blocks.py`), so that decoding goes on beside it, and returns the rows. They are the
+yields after at most about 3 GFLOP (`blocks.py`), so that decoding goes on beside it, and returns the rows. They are the
 same with any number of threads.
 
 Elsewhere: patches and features are made in `media/`; spans are `prompt/media_span.py`; weights are read by

@@ -1,6 +1,6 @@
 """A tower's arithmetic, in blocks of rows that are so small that decoding never waits long for one.
 
-    for each block of rows:  norm -> product -> activation -> ...,  then yield
+    for each block of rows:  norm -> product and activation -> ...,  then yield
 
 The shape of an input says how it is divided. With exact products, the work on a row does not depend on its block.
 
@@ -21,11 +21,14 @@ from argosy.model.weights import DenseWeights
 Rows = NDArray[np.float32]
 Steps = Generator[None, None, None]
 Gelu = Literal["erf", "tanh", "quick"]
+Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]
 Config = TypeVar("Config")
 
 # Between two yields: floating-point operations of products, and rows (for work that the products do not show).
-MOST_FLOP = 2_000_000_000
+MOST_FLOP = 3_000_000_000
 MOST_ROWS = 1024
+# Native products take so many rows at a time; a part of them costs nearly as much.
+_PANEL_ROWS = 64
 
 FLOAT_BYTES = 4
 # Python objects and arrays whose sizes do not depend on the input.
@@ -33,8 +36,9 @@ OVERHEAD_BYTES = 1 << 16
 
 
 def block_rows(num_rows: int, flop_per_row: int) -> int:
-    """Rows of the largest block."""
-    return min(num_rows, MOST_ROWS, max(1, MOST_FLOP // flop_per_row))
+    """Rows of the largest block: whole panels, if one is not too much work."""
+    rows = max(1, MOST_FLOP // flop_per_row)
+    return min(num_rows, MOST_ROWS, rows // _PANEL_ROWS * _PANEL_ROWS or rows)
 
 
 def block_floats(num_rows: int, flop_per_row: int, floats_per_row: int) -> int:
@@ -60,7 +64,8 @@ class Operations:
     """The operations of a tower: its weights by canonical name, and the threads that work on them.
 
     Args:
-        is_exact: products are float32; otherwise the CPU may multiply blocks of rows in bfloat16 (`_native.linear`).
+        is_exact: products and attention are float32; otherwise the CPU may multiply in bfloat16 where weights are
+            bfloat16 (`_native.linear`, `_native.attend_rounded`).
     """
 
     def __init__(self, weights: DenseWeights, runtime: _native.Runtime, *, is_exact: bool) -> None:
@@ -74,13 +79,13 @@ class Operations:
     def vector(self, name: str) -> Rows:
         return self._vectors[name]
 
-    def linear(self, name: str, x: Rows, out: Rows | None = None) -> Rows:
-        """x W^T + bias, if there is a bias: [rows, rows of W]."""
+    def linear(self, name: str, x: Rows, out: Rows | None = None, *, finish: Finish = "store") -> Rows:
+        """x W^T + bias, if there is a bias: [rows, rows of W]; `finish` says what becomes of it."""
         matrix = self._matrices[name]
         if out is None:
             out = np.empty((len(x), matrix.rows), np.float32)
         bias = self._vectors.get(f"{name}_bias")
-        _native.linear(self._runtime, matrix, x, out, bias, exact=self._is_exact)
+        _native.linear(self._runtime, matrix, x, out, bias, finish=finish, exact=self._is_exact)
         return out
 
     def layer_norm(self, name: str, x: Rows, eps: float) -> Rows:
@@ -100,25 +105,29 @@ class Operations:
         _native.gelu(self._runtime, x, kind)
         return x
 
-    def silu(self, x: Rows) -> Rows:
-        """In place."""
-        _native.silu(self._runtime, x)
-        return x
-
-    def gelu_mlp(self, layer: str, hidden: Rows, eps: float, kind: Gelu) -> Steps:
+    def gelu_mlp(self, layer: str, hidden: Rows, eps: float, gelu: Literal["gelu_erf", "gelu_tanh"]) -> Steps:
         """Add the MLP of a layer, LayerNorm `mlp_norm` and matrices `up` and `down`, to `hidden`."""
 
         def work(rows: slice) -> None:
-            wide = self.linear(f"{layer}.up", self.layer_norm(f"{layer}.mlp_norm", hidden[rows], eps))
-            hidden[rows] += self.linear(f"{layer}.down", self.gelu(wide, kind))
+            normed = self.layer_norm(f"{layer}.mlp_norm", hidden[rows], eps)
+            wide = self.linear(f"{layer}.up", normed, finish=gelu)
+            self.linear(f"{layer}.down", wide, hidden[rows], finish="add")
 
         return in_blocks(work, range(len(hidden)), self.flop_per_row(f"{layer}.up", f"{layer}.down"))
 
-    def swiglu(self, name: str, x: Rows, out: Rows | None = None) -> Rows:
+    def gated_mlp(
+        self,
+        name: str,
+        x: Rows,
+        out: Rows | None = None,
+        *,
+        activation: Literal["silu", "gelu_tanh"] = "silu",
+        finish: Finish = "store",
+    ) -> Rows:
         """The matrices `gate`, `up` and `down` of `name`."""
-        wide = self.silu(self.linear(f"{name}.gate", x))
-        wide *= self.linear(f"{name}.up", x)
-        return self.linear(f"{name}.down", wide, out)
+        wide = self.linear(f"{name}.gate", x, finish=activation)
+        self.linear(f"{name}.up", x, wide, finish="multiply")
+        return self.linear(f"{name}.down", wide, out, finish=finish)
 
     def rows_of(self, name: str, ids: NDArray[np.int32]) -> Rows:
         """Rows of a matrix."""
@@ -127,7 +136,7 @@ class Operations:
         return out
 
     def rotate(self, x: Rows, cosine: Rows, sine: Rows, *, is_interleaved: bool) -> None:
-        """Rotate x [rows, heads, head_dim] in place."""
+        """Rotate x [rows, heads, head_dim] in place; rows may be strided."""
         _native.rope(self._runtime, x, cosine, sine, is_interleaved)
 
     def attend_all(self, query: Rows, key: Rows, value: Rows, scale: float, out: Rows) -> None:
@@ -145,8 +154,8 @@ class Operations:
             for name, out in (("q", query), ("k", key), ("v", value)):
                 self.linear(f"{layer}.{name}", normed, out[rows])
 
-        def add(rows: slice, result: Rows) -> None:
-            hidden[rows] += result
+        def add(rows: slice, heads: Rows) -> None:
+            self.linear(f"{layer}.o", heads, hidden[rows], finish="add")
 
         flop = self.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
         yield from in_blocks(project, range(len(hidden)), flop)
@@ -159,7 +168,7 @@ class Operations:
             scale=head_dim**-0.5,
             segments=segments,
             output=f"{layer}.o",
-            finish=add,
+            project=add,
         )
 
     def attend(
@@ -172,37 +181,57 @@ class Operations:
         scale: float,
         segments: Iterable[range],
         output: str,
-        finish: Callable[[slice, Rows], None],
+        project: Callable[[slice, Rows], None],
     ) -> Steps:
         """Attention in which each row sees its whole segment and nothing else, and the product after it.
 
         Args:
             query: [rows, heads * head_dim].   key, value: [rows, KV heads * head_dim].
             segments: ranges of rows that cover all rows.
-            output: the matrix that is applied to the heads' results.
-            finish: receives a block of rows and the product.
+            output: the matrix that `project` applies to the heads' results.
+            project: receives a block of rows, and the heads' results [rows, heads * head_dim].
         """
         query, key, value = (x.reshape(len(x), -1, head_dim) for x in (query, key, value))
+        is_rounded = self._runtime.rounds and not self._is_exact and self._matrices[output].format == "bf16"
 
         def work(rows: slice) -> None:
             heads = np.empty(query[rows].shape, np.float32)
-            self.attend_all(query[rows], key[seen], value[seen], scale, heads)
-            finish(rows, self.linear(output, heads.reshape(len(heads), -1)))
+            if rounded is None:
+                self.attend_all(query[rows], key[seen], value[seen], scale, heads)
+            else:
+                _native.attend_rounded(
+                    self._runtime, query[rows], rounded, len(segment), key.shape[1], scale, heads
+                )
+            project(rows, heads.reshape(len(heads), -1))
 
         for segment in segments:
-            seen = slice(segment.start, segment.stop)
+            seen, rounded = slice(segment.start, segment.stop), None
+            if is_rounded:
+                rounded = np.empty(_native.rounded_keys_bytes(len(segment), *key.shape[1:]), np.uint8)
+                _native.round_keys(self._runtime, key[seen], value[seen], rounded)
             flop = attention_flop(len(segment), query[0].size) + self.flop_per_row(output)
             yield from in_blocks(work, segment, flop)
 
 
 def gelu_mlp_floats(num_rows: int, width: int, mlp_width: int) -> int:
     """Most float32 values that `Operations.gelu_mlp` allocates."""
-    return block_floats(num_rows, 4 * width * mlp_width, 2 * width + mlp_width)
+    return block_floats(num_rows, 4 * width * mlp_width, width + mlp_width)
 
 
 def attention_flop(num_seen: int, width: int) -> int:
     """Floating-point operations of attention for one row, without the product after it."""
     return 4 * num_seen * width
+
+
+def attention_floats(num_seen: int, width: int, key_width: int, output_flop: int, project: int = 0) -> int:
+    """Most float32 values that `Operations.attend` allocates for a segment.
+
+    Args:
+        output_flop: floating-point operations of the product after it, for one row.
+        project: most values that it allocates for a row.
+    """
+    rounded = -(-_native.rounded_keys_bytes(num_seen, 1, key_width) // FLOAT_BYTES)
+    return rounded + block_floats(num_seen, attention_flop(num_seen, width) + output_flop, width + project)
 
 
 class Tower(Generic[Config]):

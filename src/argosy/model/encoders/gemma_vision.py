@@ -23,7 +23,7 @@ from argosy.model.encoders.blocks import (
     Rows,
     Steps,
     Tower,
-    attention_flop,
+    attention_floats,
     block_floats,
     in_blocks,
 )
@@ -155,7 +155,7 @@ def peak_bytes(config: GemmaVisionConfig, grid: Grid) -> int:
         patches * (query + 2 * key)
         + max(
             block_floats(patches, 2 * hidden * (query + 2 * key), hidden + 2 * query + config.head_dim + 8),
-            block_floats(patches, attention_flop(patches, query) + 2 * hidden * query, query + 2 * hidden),
+            attention_floats(patches, query, key, 2 * hidden * query, 2 * hidden),
         ),
         block_floats(patches, 6 * hidden * wide, 3 * hidden + 2 * wide),
         positions * config.out_size
@@ -223,8 +223,8 @@ class GemmaVisionTower(Tower[GemmaVisionConfig]):
             heads = ops.linear(f"{layer}.v", normed).reshape(-1, head_dim)
             value[rows] = ops.rms_norm(None, heads, eps).reshape(len(normed), -1)
 
-        def add(rows: slice, result: Rows) -> None:
-            hidden[rows] += ops.rms_norm(f"{layer}.attn_out_norm", result, eps)
+        def add(rows: slice, heads: Rows) -> None:
+            hidden[rows] += ops.rms_norm(f"{layer}.attn_out_norm", ops.linear(f"{layer}.o", heads), eps)
 
         flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("q", "k", "v")))
         yield from in_blocks(project, range(len(hidden)), flop)
@@ -237,7 +237,7 @@ class GemmaVisionTower(Tower[GemmaVisionConfig]):
             scale=1.0,
             segments=segments,
             output=f"{layer}.o",
-            finish=add,
+            project=add,
         )
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
@@ -245,9 +245,8 @@ class GemmaVisionTower(Tower[GemmaVisionConfig]):
 
         def work(rows: slice) -> None:
             normed = ops.rms_norm(f"{layer}.mlp_norm", hidden[rows], eps)
-            wide = ops.gelu(ops.linear(f"{layer}.gate", normed), "tanh")
-            wide *= ops.linear(f"{layer}.up", normed)
-            hidden[rows] += ops.rms_norm(f"{layer}.mlp_out_norm", ops.linear(f"{layer}.down", wide), eps)
+            result = ops.gated_mlp(layer, normed, activation="gelu_tanh")
+            hidden[rows] += ops.rms_norm(f"{layer}.mlp_out_norm", result, eps)
 
         flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("gate", "up", "down")))
         return in_blocks(work, range(len(hidden)), flop)

@@ -220,7 +220,7 @@ class GlmVisionTower(Tower[GlmVisionConfig]):
 
         def work(rows: slice) -> None:
             normed = ops.rms_norm(f"{layer}.mlp_norm", hidden[rows], self._config.norm_eps)
-            hidden[rows] += ops.swiglu(layer, normed)
+            ops.gated_mlp(layer, normed, hidden[rows], finish="add")
 
         flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("gate", "up", "down")))
         return in_blocks(work, range(len(hidden)), flop)
@@ -240,7 +240,7 @@ class GlmVisionTower(Tower[GlmVisionConfig]):
             )
             joined = ops.linear("merger.in", ops.linear("join", cells))
             merged = ops.gelu(ops.layer_norm("merger.norm", joined, _MERGER_NORM_EPS), "erf")
-            ops.swiglu("merger", merged, embeddings[rows])
+            ops.gated_mlp("merger", merged, embeddings[rows])
 
         names = ("join", *(f"merger.{name}" for name in ("in", "gate", "up", "down")))
         return in_blocks(work, range(len(embeddings)), ops.flop_per_row(*names))

@@ -198,7 +198,7 @@ class MoonViT(Tower[MoonViTConfig]):
             norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
             segments = [range(len(hidden))]
             yield from patch_attention(ops, name, hidden, norm, rotation, segments, config.num_heads)
-            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "tanh")
+            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_tanh")
         embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
         yield from self._project(hidden, grid, embeddings)
         return SpanRows(embeddings)
@@ -233,6 +233,7 @@ class MoonViT(Tower[MoonViTConfig]):
             normed = ops.layer_norm("final_norm", patches.reshape(-1, config.hidden_size), _NORM_EPS)
             mean = normed.reshape(num_frames, -1, config.hidden_size).mean(axis=0)
             x = ops.layer_norm("projector.norm", mean, config.projector_eps).reshape(-1, config.cell_size)
-            ops.linear("projector.down", ops.gelu(ops.linear("projector.up", x), "erf"), embeddings[rows])
+            x = ops.linear("projector.up", x, finish="gelu_erf")
+            ops.linear("projector.down", x, embeddings[rows])
 
         return in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))

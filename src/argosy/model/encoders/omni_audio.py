@@ -23,7 +23,7 @@ from argosy.model.encoders.blocks import (
     Rows,
     Steps,
     Tower,
-    attention_flop,
+    attention_floats,
     block_floats,
     gelu_mlp_floats,
     in_blocks,
@@ -142,7 +142,7 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
         3 * positions * hidden
         + max(
             block_floats(positions, 6 * hidden**2, 2 * hidden),
-            block_floats(window, attention_flop(window, hidden) + 2 * hidden**2, 2 * hidden),
+            attention_floats(window, hidden, hidden, 2 * hidden**2),
         ),
         gelu_mlp_floats(positions, hidden, config.mlp_width),
         positions * config.out_size
@@ -184,12 +184,12 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
             yield from ops.self_attention(
                 f"layers.{layer}", hidden, _NORM_EPS, num_heads=config.num_heads, segments=windows
             )
-            yield from ops.gelu_mlp(f"layers.{layer}", hidden, _NORM_EPS, "erf")
+            yield from ops.gelu_mlp(f"layers.{layer}", hidden, _NORM_EPS, "gelu_erf")
         embeddings = np.empty((len(hidden), config.out_size), np.float32)
 
         def work(rows: slice) -> None:
-            x = ops.linear("output.up", ops.layer_norm("final_norm", hidden[rows], _NORM_EPS))
-            ops.linear("output.down", ops.gelu(x, "erf"), embeddings[rows])
+            x = ops.layer_norm("final_norm", hidden[rows], _NORM_EPS)
+            ops.linear("output.down", ops.linear("output.up", x, finish="gelu_erf"), embeddings[rows])
 
         yield from in_blocks(work, range(len(hidden)), ops.flop_per_row("output.up", "output.down"))
         return SpanRows(embeddings)
@@ -209,7 +209,7 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
         x = np.ascontiguousarray(image[1:-1, 1:-1].transpose(1, 2, 0)).reshape(image.shape[1] - 2, -1)
 
         def work(rows: slice) -> None:
-            out[rows] = ops.linear("join", x[rows])
+            ops.linear("join", x[rows], out[rows])
             out[rows] += self._times[rows]
 
         yield from in_blocks(work, range(len(out)), ops.flop_per_row("join"))
@@ -227,8 +227,8 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
             for down in range(_KERNEL):
                 for right in range(_KERNEL):
                     under[:, :, down, right] = image[2 * at_rows + down, 2 * at_cols + right]
-            pixels = ops.linear(name, under.reshape(len(under), -1))
-            out[1 + at_rows, 1 + at_cols] = ops.gelu(pixels, "erf")
+            pixels = ops.linear(name, under.reshape(len(under), -1), finish="gelu_erf")
+            out[1 + at_rows, 1 + at_cols] = pixels
 
         yield from in_blocks(work, range(height * width), ops.flop_per_row(name))
         return out

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from argosy.model.encoders.blocks import Operations, Rows, Steps, attention_flop, block_floats, in_blocks
+from argosy.model.encoders.blocks import Operations, Rows, Steps, attention_floats, block_floats, in_blocks
 from argosy.model.encoders.grid import Rotation
 
 
@@ -25,32 +25,32 @@ def patch_attention(
     """Add the attention of a layer, with the matrices `{layer}.qkv` and `{layer}.o`, to `hidden` [patches, width]."""
     width = hidden.shape[1]
     head_dim = width // num_heads
-    query_key = np.empty((len(hidden), 2 * width), np.float32)
-    value = np.empty_like(hidden)
+    qkv = np.empty((len(hidden), 3 * width), np.float32)
+    query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
 
     def project(rows: slice) -> None:
-        qkv = operations.linear(f"{layer}.qkv", norm(hidden[rows]))
-        query_key[rows], value[rows] = qkv[:, : 2 * width], qkv[:, 2 * width :]
-        rotation.apply(operations, query_key[rows].reshape(len(qkv), -1, head_dim), rows)
+        operations.linear(f"{layer}.qkv", norm(hidden[rows]), qkv[rows])
+        query_key = qkv[rows, : 2 * width]
+        rotation.apply(operations, query_key.reshape(len(query_key), -1, head_dim), rows)
 
-    def add(rows: slice, result: Rows) -> None:
-        hidden[rows] += result
+    def add(rows: slice, heads: Rows) -> None:
+        operations.linear(f"{layer}.o", heads, hidden[rows], finish="add")
 
     yield from in_blocks(project, range(len(hidden)), operations.flop_per_row(f"{layer}.qkv"))
     yield from operations.attend(
-        query_key[:, :width],
-        query_key[:, width:],
+        query,
+        key,
         value,
         head_dim=head_dim,
         scale=head_dim**-0.5,
         segments=segments,
         output=f"{layer}.o",
-        finish=add,
+        project=add,
     )
 
 
 def patch_attention_floats(num_patches: int, segment: int, width: int, num_heads: int) -> int:
     """Most float32 values that `patch_attention` allocates, for segments of this many patches."""
-    project = block_floats(num_patches, 6 * width**2, 4 * width + width // num_heads + 4)
-    attend = block_floats(segment, attention_flop(segment, width) + 2 * width**2, 2 * width)
+    project = block_floats(num_patches, 6 * width**2, width + width // num_heads + 4)
+    attend = attention_floats(segment, width, width, 2 * width**2)
     return 3 * num_patches * width + max(project, attend)

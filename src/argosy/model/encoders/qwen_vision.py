@@ -230,7 +230,7 @@ class QwenVisionTower(Tower[QwenVisionConfig]):
             name = f"layers.{layer}"
             norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
             yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)
-            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "tanh")
+            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_tanh")
             if layer in config.deepstack_layers:
                 addition = config.deepstack_layers.index(layer)
                 additions[addition] = yield from self._merge(f"deepstack.{addition}", hidden)
@@ -258,7 +258,7 @@ class QwenVisionTower(Tower[QwenVisionConfig]):
         def work(rows: slice) -> None:
             x = cells[rows] if name != "merger" else cells[rows].reshape(-1, self._config.hidden_size)
             normed = ops.layer_norm(f"{name}.norm", x, _NORM_EPS).reshape(-1, self._config.cell_size)
-            ops.linear(f"{name}.down", ops.gelu(ops.linear(f"{name}.up", normed), "erf"), merged[rows])
+            ops.linear(f"{name}.down", ops.linear(f"{name}.up", normed, finish="gelu_erf"), merged[rows])
 
         yield from in_blocks(work, range(len(cells)), ops.flop_per_row(f"{name}.up", f"{name}.down"))
         return merged

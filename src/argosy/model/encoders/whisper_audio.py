@@ -24,7 +24,7 @@ from argosy.model.encoders.blocks import (
     Operations,
     Rows,
     Tower,
-    attention_flop,
+    attention_floats,
     block_floats,
     gelu_mlp_floats,
     in_blocks,
@@ -153,7 +153,7 @@ def window_floats(*, num_mels: int, hidden: int, width: int, positions: int) -> 
         4 * positions * hidden
         + max(
             block_floats(positions, 6 * hidden**2, 2 * hidden),
-            block_floats(positions, attention_flop(positions, hidden) + 2 * hidden**2, 2 * hidden),
+            attention_floats(positions, hidden, hidden, 2 * hidden**2),
         ),
         positions * hidden + gelu_mlp_floats(positions, hidden, width),
     )
@@ -186,7 +186,7 @@ def encode_window(
         yield from ops.self_attention(
             name, hidden, _NORM_EPS, num_heads=num_heads, segments=[range(len(hidden))]
         )
-        yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "erf")
+        yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_erf")
     return ops.layer_norm("encoder.final_norm", hidden, _NORM_EPS)
 
 
@@ -200,7 +200,7 @@ def _convolve(ops: Operations, name: str, x: Rows, *, stride: int) -> Generator[
         under = np.empty((rows.stop - rows.start, x.shape[1], _KERNEL), np.float32)
         for at in range(_KERNEL):
             under[:, :, at] = padded[rows.start * stride + at :: stride][: len(under)]
-        out[rows] = ops.gelu(ops.linear(name, under.reshape(len(under), -1)), "erf")
+        ops.linear(name, under.reshape(len(under), -1), out[rows], finish="gelu_erf")
 
     yield from in_blocks(work, range(len(out)), ops.flop_per_row(name))
     return out
@@ -227,7 +227,7 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
             )
             out = embeddings[window * config.window_rows :][: config.window_rows]
             joined = hidden[: len(out) * config.joined].reshape(len(out), -1)
-            inner = ops.gelu(ops.linear("projector.up", joined), "erf")
+            inner = ops.linear("projector.up", joined, finish="gelu_erf")
             ops.linear("projector.down", inner, out)
             yield
         return SpanRows(embeddings)

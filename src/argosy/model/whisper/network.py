@@ -179,12 +179,12 @@ class Decoding:
         out = np.empty_like(query)
         for row, seen in enumerate(range(start + 1, end + 1)):  # a token sees those before it, and itself
             self._attend(query[row : row + 1], key[:seen], value[:seen], out[row : row + 1])
-        hidden += ops.linear(f"{name}.o", out.reshape(hidden.shape))
+        ops.linear(f"{name}.o", out.reshape(hidden.shape), hidden, finish="add")
 
         query = self._heads(f"{name}.cross.q", ops.layer_norm(f"{name}.cross.attn_norm", hidden, _NORM_EPS))
         self._attend(query, *self._heard[layer], out)
-        hidden += ops.linear(f"{name}.cross.o", out.reshape(hidden.shape))
-        for _ in ops.gelu_mlp(name, hidden, _NORM_EPS, "erf"):
+        ops.linear(f"{name}.cross.o", out.reshape(hidden.shape), hidden, finish="add")
+        for _ in ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_erf"):
             pass  # `feed` has made the rows one block
 
     def _heads(self, name: str, x: Rows) -> Rows:

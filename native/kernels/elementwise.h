@@ -1,0 +1,60 @@
+// elementwise.h: activations of one number, or of a vector of them with the same bits in any lane.
+//
+//   silu        x / (1 + e^-x)
+//   gelu        x * P(normal <= x), in three forms (Hendrycks and Gimpel, arXiv:1606.08415):
+//     erf       0.5 x (1 + erf(x / sqrt 2)). The vector version takes erf from Abramowitz and Stegun,
+//     Handbook
+//               of Mathematical Functions (1964), 7.1.26, whose error is at most 1.5e-7:
+//               1 - erf(z) = (a1 t + ... + a5 t^5) e^-z^2 with t = 1 / (1 + p z), for z >= 0
+//     tanh      0.5 x (1 + tanh u), computed as x sigmoid(2 u), which keeps the digits of small results;
+//               u = sqrt(2 / pi) (x + 0.044715 x^3)
+//     quick     x sigmoid(1.702 x)
+#pragma once
+
+#include <math.h>
+
+#include "kernels/exp.h"
+
+namespace argosy {
+namespace {
+
+constexpr float kQuick = 1.702f, kRootOf2OverPi = 0.797884561f, kCubeOfTanh = 0.044715f;
+
+#if !ARGOSY_VECTOR  // the reference
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+inline float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f)); }
+inline float gelu_tanh(float x) { return x * sigmoid(2.0f * kRootOf2OverPi * (x + kCubeOfTanh * x * x * x)); }
+inline float gelu_quick(float x) { return x * sigmoid(kQuick * x); }
+
+#else
+
+// x sigmoid(-minus_u)
+inline Vec gated(Vec x, Vec minus_u) { return div(x, add(broadcast(1.0f), exp(minus_u))); }
+
+inline Vec silu(Vec x) { return gated(x, sub(zeros(), x)); }
+
+inline Vec gelu_erf(Vec x) {
+  const Vec magnitude = max_or_second(sub(zeros(), x), x);
+  const Vec t = div(broadcast(1.0f), fma(broadcast(0.3275911f * 0.707106781f), magnitude, broadcast(1.0f)));
+  Vec p = broadcast(1.061405429f);
+  p = fma(p, t, broadcast(-1.453152027f));
+  p = fma(p, t, broadcast(1.421413741f));
+  p = fma(p, t, broadcast(-0.284496736f));
+  p = fma(p, t, broadcast(0.254829592f));
+  const Vec beyond = mul(mul(p, t), exp(mul(mul(x, x), broadcast(-0.5f))));  // 1 - erf(|x| / sqrt 2)
+  // For both signs, so that small results are not differences of large ones.
+  return sub(max_or_second(zeros(), x), mul(mul(broadcast(0.5f), magnitude), beyond));
+}
+
+inline Vec gelu_tanh(Vec x) {
+  const Vec scaled = mul(x, broadcast(-2.0f * kRootOf2OverPi));
+  return gated(x, fma(mul(mul(scaled, broadcast(kCubeOfTanh)), x), x, scaled));
+}
+
+inline Vec gelu_quick(Vec x) { return gated(x, mul(x, broadcast(-kQuick))); }
+
+#endif
+
+}  // namespace
+}  // namespace argosy
