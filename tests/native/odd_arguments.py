@@ -282,8 +282,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
-                     "replay": 2,
-                     "linear": 5}  # fmt: skip
+                     "replay": 2, "linear": 5}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "linear": "finish exact",
