@@ -11,7 +11,6 @@ hundreds of targets instead of a few.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from base_model import find_gguf, load_tokenizer
 from pictures import DRAWN, PROPERTIES, SIDE, Picture, use_fonts
 from safetensors.torch import load_file, save_file
+from senses import cosine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tower import CELL, CELLS, GRID, PATCH, Tower, cell_order
@@ -117,63 +117,34 @@ class Words(nn.Module):
         return self.patch_heads[name](F.layer_norm(hidden, hidden.shape[-1:]))
 
 
+def losses_of_rows(words: Words, rows: Tensor, cells: Tensor) -> Tensor:
+    """The mean loss over cells of each property."""
+    found = []
+    for at, name in enumerate(PROPERTIES):
+        weight = torch.tensor([0.2, *[1.0] * (len(PROPERTIES[name]) - 1)]) if name == "kind" else None
+        found.append(cross_entropy(words.of_cells(rows, name), cells[..., at], weight))
+    return torch.stack(found)
+
+
 def losses(tower: Tower, words: Words, pixels: Tensor, cells: Tensor, patches: Tensor) -> Tensor:
-    """The mean loss over cells, then over patches, of each property."""
+    """The mean loss over cells of each property, then over patches."""
     with torch.autocast("cpu", torch.bfloat16):
         rows, hidden = tower(pixels)
     rows, hidden = rows.float(), hidden.float()
-    found = []
-    for at, name in enumerate(PROPERTIES):
-        wanted = cells[..., at].flatten()
-        weight = torch.tensor([0.2, *[1.0] * (len(PROPERTIES[name]) - 1)]) if name == "kind" else None
-        found.append(cross_entropy(words.of_cells(rows, name).flatten(0, 1), wanted, weight))
-    for at, name in enumerate(PATCH_PROPERTIES):
-        wanted = patches[..., at].flatten()
-        found.append(cross_entropy(words.of_patches(hidden, name).flatten(0, 1), wanted, None))
-    return torch.stack(found)
+    of_patches = [
+        cross_entropy(words.of_patches(hidden, name), patches[..., at], None)
+        for at, name in enumerate(PATCH_PROPERTIES)
+    ]
+    return torch.cat([losses_of_rows(words, rows, cells), torch.stack(of_patches)])
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
     if not (wanted >= 0).any():
         return logits.sum() * 0
-    return F.cross_entropy(logits, wanted, weight, ignore_index=NOWHERE)
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight, ignore_index=NOWHERE)
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Optimizer:
-    """Muon for the matrices of the layers, AdamW for the rest."""
-
-    def __init__(self, tower: Tower, words: Words, *, muon: float, adam: float) -> None:
-        matrices = [p for name, p in tower.named_parameters() if p.ndim == 2 and "embed" not in name]
-        known = {id(p) for p in matrices}
-        others = [p for p in (*tower.parameters(), *words.parameters()) if id(p) not in known]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                others if muon else others + matrices, lr=adam, betas=(0.9, 0.98), weight_decay=0.02
-            )
-        ]
-        if muon:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=muon, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-            )
-        for part in self.parts:
-            for group in part.param_groups:
-                group["base"] = group["lr"]
-        self.parameters = [p for part in self.parts for group in part.param_groups for p in group["params"]]
-
-    def step(self, share_of_rate: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = group["base"] * share_of_rate
-            part.step()
-            part.zero_grad()
-
-
-def rate(share: float, step: int) -> float:
-    return min(1, step / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, share))))
 
 
 @torch.no_grad()
@@ -210,9 +181,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="of processor time")
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--name", default="eyes")
-    parser.add_argument("--kinds", default="crowd:3,scene:1", help="pictures to learn from, with weights")
-    parser.add_argument("--muon", type=float, default=0.0)
-    parser.add_argument("--adam", type=float, default=1e-3)
+    parser.add_argument(
+        "--kinds",
+        default="crowd:2,scene:1,words:3,sign:1,chart:3",
+        help="pictures to learn from, with weights",
+    )
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--report-minutes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -225,7 +199,9 @@ def main() -> None:
     if options.resume:
         model.load_state_dict(load_file(options.resume), strict=False)
     kinds = {name: float(weight) for name, weight in (one.split(":") for one in options.kinds.split(","))}
-    optimizer = Optimizer(tower, words, muon=options.muon, adam=options.adam)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
     print(
         f"{sum(p.numel() for p in tower.parameters()):,} weights in the tower, pictures of {SIDE} pixels",
         flush=True,
@@ -240,7 +216,11 @@ def main() -> None:
         found = losses(tower, words, *batch)
         weight = torch.tensor([1.0] * len(PROPERTIES) + [PATCH_SHARE] * len(PATCH_PROPERTIES))
         (found * weight).sum().backward()
-        optimizer.step(rate(minutes / options.minutes, step))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * min(1, step / 100) * cosine(minutes / options.minutes)
+        optimizer.step()
+        optimizer.zero_grad()
         recent.append(found.detach().numpy())
         if step % 100 == 0:
             mean = np.mean(recent[-100:], axis=0)

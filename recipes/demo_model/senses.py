@@ -1,0 +1,200 @@
+"""What ears and eyes share: experts of their own in each layer, and a router that chooses them where they are needed.
+
+    soft tokens of a sense -> demo model, every token to the two experts of that sense -> answer
+                                  |
+                                  +-> inputs of the routers, beside those of text -> fit of the router's rows
+
+The language model and its eight experts stay frozen. From the first position of a sound or picture on, tokens go to
+the two experts of that sense, and the router learns to choose them there and nowhere else: it sees hidden states of
+text from every domain beside those of the sense. So text is routed as before, and its answers stay.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from base_model import find_gguf
+from torch import Tensor, nn
+
+from argosy.demo.experts import TrainedExperts
+from model import NUM_EXPERTS, WIDTH, DemoModel
+
+OWN_EXPERTS = 2  # of a sense, in each layer
+MARGIN = 1.0  # between the router's logits of chosen experts and of others
+TEXT_ROWS = 512  # hidden states of text in each step of the router
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+)
+USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer [KV heads, positions, head_dim]
+
+
+class Sense(nn.Module):
+    """The demo model as it runs from the first position of a sense on: every token goes to the sense's experts.
+
+    `encoder` makes the rows of that sense.
+    """
+
+    def __init__(self, demo: DemoModel, encoder: nn.Module) -> None:
+        super().__init__()
+        self.demo, self.encoder = demo, encoder
+        self.weights = [
+            {name: (tensor if "norm" in name else tensor.bfloat16()) for name, tensor in layer.items()}
+            for layer in demo.layers
+        ]
+        self.embedding = demo.embedding.bfloat16()
+        self.router, self.gate_up, self.down = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        for weights in demo.layers:
+            gate, up = weights["gate_up"].chunk(2)
+            neurons = torch.randperm(len(gate))[: OWN_EXPERTS * WIDTH].view(OWN_EXPERTS, WIDTH)
+            self.gate_up.append(nn.Parameter(torch.cat([gate[neurons], up[neurons]], dim=1).clone()))
+            self.down.append(nn.Parameter(torch.zeros(OWN_EXPERTS, demo.hidden_size, WIDTH)))
+            self.router.append(nn.Parameter(torch.zeros(OWN_EXPERTS, demo.hidden_size)))
+
+    def forward(
+        self,
+        rows: Tensor,
+        before: KeysAndValues,
+        positions: Tensor | None = None,
+        sees: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states after the last norm, and the normed inputs of each layer's router.
+
+        Args:
+            rows: [prompts, rows, hidden_size].
+            before: keys and values of the text before.
+            positions: of each row [prompts, rows], from 0 at the first; None: one after another.
+            sees: whether a row sees another [prompts, rows, rows]; None: those up to its own.
+        """
+        demo, hidden, routed = self.demo, rows, []
+        prompts, num_rows, _ = rows.shape
+        start = before[0][0].shape[1]
+        cos, sin = (table[start:] for table in demo._rotary(start + num_rows))
+        if positions is not None:
+            cos, sin = cos[positions][:, None], sin[positions][:, None]
+        seen = torch.ones(num_rows, num_rows, dtype=torch.bool).tril() if sees is None else sees[:, None]
+        seen = F.pad(seen, (start, 0), value=True)
+        for layer, weights in enumerate(self.weights):
+            normed = F.rms_norm(hidden, (demo.hidden_size,), weights["attention_norm"], demo.eps)
+            hidden = hidden + self._attention(normed, weights, cos, sin, before[layer], seen)
+            normed = F.rms_norm(hidden, (demo.hidden_size,), weights["ffn_norm"], demo.eps)
+            routed.append(normed)
+            low = normed.bfloat16()
+            gate, up = F.linear(low, weights["gate_up"]).chunk(2, dim=-1)
+            out = F.linear(F.silu(gate) * up, weights["down"]).float()
+            share = torch.softmax(F.linear(normed, self.router[layer]), dim=-1)
+            gate, up = (
+                self.gate_up[layer].bfloat16().view(OWN_EXPERTS, 2, WIDTH, -1).transpose(0, 1).flatten(1, 2)
+            )
+            inner = F.silu(F.linear(low, gate)) * F.linear(low, up)
+            inner = inner.view(prompts, num_rows, OWN_EXPERTS, WIDTH) * share[..., None].bfloat16()
+            down = self.down[layer].bfloat16().transpose(0, 1).flatten(1)
+            hidden = hidden + out + F.linear(inner.flatten(2), down).float()
+        return F.rms_norm(hidden, (demo.hidden_size,), demo.final_norm, demo.eps), routed
+
+    def _attention(self, normed, weights, cos, sin, before, seen) -> Tensor:
+        demo = self.demo
+        prompts, num_rows, _ = normed.shape
+        heads = (
+            F.linear(normed.bfloat16(), weights["qkv"])
+            .view(prompts, num_rows, -1, demo.head_dim)
+            .transpose(1, 2)
+        )
+        query_key, value = heads.split([demo.num_heads + demo.num_kv_heads, demo.num_kv_heads], dim=1)
+        first, second = query_key.chunk(2, dim=-1)
+        query_key = (query_key * cos + torch.cat([-second, first], dim=-1) * sin).bfloat16()
+        query, key = query_key.split([demo.num_heads, demo.num_kv_heads], dim=1)
+        key, value = (
+            torch.cat([known.bfloat16().expand(prompts, -1, -1, -1), new], dim=2)
+            for known, new in zip(before, (key, value), strict=True)
+        )
+        repeats = demo.num_heads // demo.num_kv_heads
+        mixed = F.scaled_dot_product_attention(
+            query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), attn_mask=seen
+        )
+        return F.linear(mixed.transpose(1, 2).flatten(2), weights["o"]).float()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The trained weights of the experts and routers."""
+        return {
+            f"layers.{layer}.{kind}": value.detach()
+            for kind in ("router", "gate_up", "down")
+            for layer, value in enumerate(getattr(self, kind))
+        }
+
+
+def cosine(share: float) -> float:
+    return 0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * min(1, share)))
+
+
+@torch.no_grad()
+def keys_and_values(demo: DemoModel, ids: list[int]) -> KeysAndValues:
+    found, plain = [], demo._attention
+
+    def attention(normed, weights, cos, sin):
+        heads = F.linear(normed, weights["qkv"]).view(len(ids), -1, demo.head_dim).transpose(0, 1)
+        _, key, value = heads.split([demo.num_heads, demo.num_kv_heads, demo.num_kv_heads])
+        first, second = key.chunk(2, dim=-1)
+        found.append((key * cos + torch.cat([-second, first], dim=-1) * sin, value))
+        return plain(normed, weights, cos, sin)
+
+    demo._attention = attention
+    demo(torch.tensor([ids]))
+    del demo._attention
+    return [(key.clone(), value.clone()) for key, value in found]
+
+
+@torch.no_grad()
+def text_states(demo: DemoModel, texts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+    """For each layer, inputs of the router on texts [tokens, hidden_size], and the logit of the second best expert."""
+    found: list[list[Tensor]] = [[] for _ in demo.layers]
+    plain = demo._experts
+
+    def experts(layer, normed, *rest):
+        found[layer].append(normed.clone())
+        return plain(layer, normed, *rest)
+
+    demo._experts = experts
+    for ids in texts:
+        demo(torch.tensor([ids]))
+    del demo._experts
+    states = []
+    for layer, parts in enumerate(found):
+        normed = torch.cat(parts)
+        second = F.linear(normed, demo.router[layer]).topk(2, dim=-1).values[:, 1]
+        states.append((normed.clone(), second.clone()))
+    return states
+
+
+def router_loss(
+    model: Sense, routed: list[Tensor], is_real: Tensor, text: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """How far the router is from choosing both experts of the sense where it is, and neither in text."""
+    total = torch.zeros(())
+    for layer, normed in enumerate(routed):
+        own, others = model.router[layer], model.demo.router[layer].detach()
+        sensed = normed[is_real].detach()
+        chosen, rest = F.linear(sensed, own), F.linear(sensed, others)
+        total = total + F.softplus(2 * (rest.amax(-1) - chosen.amin(-1) + MARGIN)).mean()
+        states, second = text[layer]
+        at = torch.randint(len(states), (TEXT_ROWS,))
+        total = total + 2 * F.softplus(2 * (F.linear(states[at], own).amax(-1) - second[at] + MARGIN)).mean()
+    return total / len(routed)
+
+
+def load_demo(work: Path) -> DemoModel:
+    """The demo model as shipped, with its eight experts."""
+    demo, trained = DemoModel(find_gguf(work)), TrainedExperts()
+    with torch.no_grad():
+        for layer in range(demo.num_layers):
+            experts = trained.layer(layer)
+            demo.router[layer].copy_(torch.from_numpy(experts.router))
+            demo.gate_up[layer].copy_(torch.from_numpy(np.concatenate([experts.gate, experts.up], axis=1)))
+            demo.down[layer].copy_(torch.from_numpy(experts.down))
+    assert len(demo.router[0]) == NUM_EXPERTS
+    return demo.requires_grad_(False)
