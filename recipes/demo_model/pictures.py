@@ -14,7 +14,7 @@ import argparse
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -109,10 +109,14 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something in a picture: its box (left, top, right, bottom) in pixels, and its word for each property."""
+    """Something in a picture: its box (left, top, right, bottom) in pixels, and its word for each property.
+
+    letters: of written words, the right end of each.
+    """
 
     box: tuple[float, float, float, float]
     words: dict[str, str]
+    letters: tuple[float, ...] = ()
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -399,7 +403,8 @@ class Canvas:
         self.draw.text((x * FINE, y * FINE), text, font=font(name, fine), fill=ink, anchor="mm")
         half_width, half_height = font(name, fine).getlength(text) / FINE / 2, fine / FINE / 2
         box = (x - half_width, y - half_height, x + half_width, y + half_height)
-        return Mark(box, {"kind": "word", "word": text.lower()})
+        ends = tuple(box[0] + font(name, fine).getlength(text[: at + 1]) / FINE for at in range(len(text)))
+        return Mark(box, {"kind": "word", "word": text.lower()}, ends)
 
     def rectangle(self, box: tuple[float, float, float, float], colour: Colour) -> None:
         self.draw.rectangle(tuple(FINE * at for at in box), fill=colour)
@@ -425,9 +430,10 @@ def words(rng: random.Random, split: str) -> Picture:
     ground, ink = _ink(rng)
     canvas = Canvas(ground)
     taken: list[tuple[float, float, float, float]] = []
-    for _ in range(rng.randint(10, 26)):
+    least = rng.choice((8, 12, 18))
+    for _ in range(300 // least):
         word, name = _cased(rng, rng.choice(WORDS)), rng.choice(FONTS[split])
-        size = rng.choice((rng.uniform(8, 13), rng.uniform(8, 30)))
+        size = rng.uniform(least, 1.8 * least)
         half = font(name, round(size * FINE)).getlength(word) / FINE / 2
         if 2 * half > SIDE - 8:
             continue
@@ -481,7 +487,7 @@ def chart(rng: random.Random, split: str) -> Picture:
     ground = (255, 255, 255) if rng.random() < 0.6 else _vary(rng, (238, 238, 238))
     canvas, name, title = Canvas(ground), rng.choice(FONTS[split]), rng.choice(TITLES)
     mark = canvas.write(title, rng.uniform(80, 112), rng.uniform(11, 15), name, rng.uniform(14, 18), INK)
-    canvas.marks.append(Mark(mark.box, mark.words | {"chart": kind}))
+    canvas.marks.append(replace(mark, words=mark.words | {"chart": kind}))
     colours = rng.sample([one for one in COLOURS if one != "black"], len(labels))
     if kind == "pie":
         _pie(rng, canvas, labels, values, ranks, colours, name)
@@ -544,7 +550,7 @@ def _axes(
             canvas.rectangle(box, ink)
             canvas.marks.append(Mark(box, {"kind": "bar"} | words))
         mark = canvas.write(label, x, bottom + 10, name, size, INK, step - 2)
-        canvas.marks.append(Mark(mark.box, mark.words | words))
+        canvas.marks.append(replace(mark, words=mark.words | words))
 
 
 def _pie(
@@ -573,7 +579,7 @@ def _pie(
         canvas.rectangle((124, row - 5, 134, row + 5), ink)
         half = min(25, font(name, round(size * FINE)).getlength(label) / FINE / 2)
         mark = canvas.write(label, 138 + half, row, name, size, INK, 50)
-        canvas.marks.append(Mark(mark.box, mark.words | words))
+        canvas.marks.append(replace(mark, words=mark.words | words))
         angle += share
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from senses import cosine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tower import CELL, CELLS, GRID, PATCH, Tower, cell_order
+from tower import CELL, CELLS, GRID, HIDDEN_SIZE, PATCH, Tower, cell_order
 
 from argosy.checkpoint.dense import open_dense
 
@@ -34,7 +34,10 @@ SAVE_SECONDS = 300
 NOWHERE = -100
 INNER, OUTER = 0.7, 1.15  # a patch is on a mark up to this part of its half size, and off it from that on
 PATCH_SHARE = 0.5  # of the loss
-PATCH_PROPERTIES = [name for name in PROPERTIES if name not in ("row", "column")]
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+PATCH_PROPERTIES = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("row", "column")} | {
+    "letter": LETTERS
+}
 
 
 # ── targets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,9 +71,13 @@ def patch_targets(picture: Picture) -> np.ndarray:
         down = np.abs(2 * y - top - bottom) / max(bottom - top, PATCH)
         distance = np.hypot(across, down) if "shape" in mark.words else np.maximum(across, down)
         found[distance < OUTER] = NOWHERE
-        for at, name in enumerate(PATCH_PROPERTIES):
+        for at, (name, words) in enumerate(PATCH_PROPERTIES.items()):
             if name in mark.words:
-                found[distance < INNER, at] = PROPERTIES[name].index(mark.words[name])
+                found[distance < INNER, at] = words.index(mark.words[name])
+        if mark.letters:
+            on = (top <= y) & (y <= bottom) & (left <= x) & (x < right)
+            letters = np.searchsorted(mark.letters, x[on], side="right")
+            found[on, -1] = [LETTERS.index(mark.words["word"][letter]) for letter in letters]
     return found
 
 
@@ -106,8 +113,8 @@ class Words(nn.Module):
             rows = torch.stack([embedding[tokenizer.encode(f" {word}").ids].mean(dim=0) for word in words])
             self.register_buffer(f"words_{name}", F.normalize(rows - mean), persistent=False)
             self.bias[name] = nn.Parameter(torch.zeros(len(words)))
-            if name in PATCH_PROPERTIES:
-                self.patch_heads[name] = nn.Linear(192, len(words))
+        for name, words in PATCH_PROPERTIES.items():
+            self.patch_heads[name] = nn.Linear(HIDDEN_SIZE, len(words))
         self.log_scale = nn.Parameter(torch.tensor(1.0))
 
     def of_cells(self, rows: Tensor, name: str) -> Tensor:
