@@ -128,7 +128,7 @@ def losses_of_rows(words: Words, rows: Tensor, cells: Tensor) -> Tensor:
     """The mean loss over cells of each property."""
     found = []
     for at, name in enumerate(PROPERTIES):
-        weight = torch.tensor([0.2, *[1.0] * (len(PROPERTIES[name]) - 1)]) if name == "kind" else None
+        weight = torch.tensor([0.6, *[1.0] * (len(PROPERTIES[name]) - 1)]) if name == "kind" else None
         found.append(cross_entropy(words.of_cells(rows, name), cells[..., at], weight))
     return torch.stack(found)
 

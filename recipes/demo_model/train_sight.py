@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--expert-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-minutes", type=float, default=4)
+    parser.add_argument("--report-pictures", type=int, default=64, help="at the end; half as many before")
     options = parser.parse_args()
     use_fonts(options.fonts)
     torch.manual_seed(options.seed)
@@ -215,12 +216,12 @@ def main() -> None:
             print(f"{minutes:.1f} min, step {step}: answers {mean[0]:.3f}, cells {mean[1]:.3f}", flush=True)
         if minutes - reported > options.report_minutes:
             reported = minutes
-            report(model, tokenizer, kinds, before[0], 32)
+            report(model, tokenizer, kinds, before[0], options.report_pictures // 2)
         if time.monotonic() - saved > SAVE_SECONDS:
             save_file(state_of(model, words), save)
             saved = time.monotonic()
     save_file(state_of(model, words), save)
-    report(model, tokenizer, kinds, before[0], 256)
+    report(model, tokenizer, kinds, before[0], options.report_pictures)
 
 
 def report(

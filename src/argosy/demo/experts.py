@@ -3,7 +3,7 @@
     experts.gguf  ->  TrainedExperts  ->  router, gate, up, down of a layer
 
 The file is GGUF: routers in F32, expert matrices in Q5_0 blocks (5.5 bits per weight), layer by layer, and in F16 the
-projector of the ear. It fits only one base file, and contains its digest.
+projector of the ear and the tower of the eye. It fits only one base file, and contains its digest.
 
 Elsewhere: `recipes/demo_model/` trained and wrote it; `build.py` combines it with the base.
 """
@@ -30,6 +30,8 @@ TENSOR_OF_PART = {
     "up": "ffn_up_exps",
     "down": "ffn_down_exps",
 }
+TOWER_PREFIX = "vision."  # before the names of Qwen3-VL
+TOWER_HEADS_KEY = f"{ARCHITECTURE}.vision_heads"
 TENSOR_OF_PROJECTOR = {"up": "audio.projector.up.weight", "down": "audio.projector.down.weight"}
 
 
@@ -55,6 +57,12 @@ class TrainedExperts:
         self.base_sha256 = file.text(BASE_DIGEST_KEY)
         self.experts_per_token = file.integer(EXPERTS_PER_TOKEN_KEY, least=1)
         self.num_experts, self.width, self.hidden_size = self._tensor("blk.0.ffn_gate_exps.weight").shape
+        self.tower_shapes = {
+            name.removeprefix(TOWER_PREFIX): ref.shape
+            for name, ref in self._tensors.items()
+            if name.startswith(TOWER_PREFIX)
+        }
+        self.tower_heads = file.integer(TOWER_HEADS_KEY, least=1) if self.tower_shapes else 0
         self.num_layers = sum(name.endswith(".ffn_gate_inp.weight") for name in self._tensors)
 
     def layer(self, layer: int) -> RoutedExperts:
@@ -73,6 +81,15 @@ class TrainedExperts:
     def projector(self, part: str) -> NDArray[np.float32]:
         """The matrix `up` or `down` of the projector between Whisper's encoder and the model."""
         return read_values(self._tensor(TENSOR_OF_PROJECTOR[part]))
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is a tower, and so a model with eyes."""
+        return bool(self.tower_shapes)
+
+    def tower(self, name: str) -> NDArray[np.float32]:
+        """A tensor of the tower of the eye."""
+        return read_values(self._tensor(TOWER_PREFIX + name))
 
     def _tensor(self, name: str) -> TensorRef:
         if name not in self._tensors:

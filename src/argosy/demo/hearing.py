@@ -12,7 +12,6 @@ the projector and the experts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from argosy.checkpoint.files import MatrixRef
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode
 from argosy.demo.experts import TrainedExperts
+from argosy.demo.parts import token_id
 from argosy.errors import CheckpointError
 from argosy.model.encoders import whisper_audio
 from argosy.model.encoders.whisper_audio import WhisperAudioConfig
@@ -30,25 +30,17 @@ from argosy.model.whisper.files import WhisperFiles, open_whisper
 
 SECONDS = 5
 _POSITIONS_PER_SECOND = 50
-_PLACEHOLDER = "<empty_output>"  # a special token that the base never uses
 _DTYPE = "F16"
-_CONTENT = "message['content']"
-_OPENING = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-_WITH_PARTS = (
-    "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'audio' %}{{ '"
-    + _PLACEHOLDER
-    + "' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}"
-)
 
 
 class Hearing:
-    """What the demo model gets beside its text: tensors, keys of `config.json`, and files.
+    """What the demo model gets for sounds: tensors, keys of `config.json`, and settings of their preparation.
 
     Args:
         whisper: the directory of tiny.en.   trained: holds the projector.
     """
+
+    content_type, placeholder = "audio", "<empty_output>"  # a special token that the base never uses
 
     def __init__(self, whisper: Path, trained: TrainedExperts) -> None:
         self._files = open_whisper(whisper)
@@ -58,10 +50,6 @@ class Hearing:
     def config(self, directory: Path) -> dict[str, Any]:
         """Keys for `config.json`; the tokenizer is already in `directory`."""
         tower = self._config
-        tokenizer = json.loads((directory / "tokenizer.json").read_text())
-        ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-        if _PLACEHOLDER not in ids:
-            raise CheckpointError(f"the base's tokenizer has no {_PLACEHOLDER}", path=directory)
         return {
             "audio_config": {
                 "activation_function": "gelu",
@@ -73,7 +61,7 @@ class Hearing:
                 "num_hidden_layers": tower.num_layers,
                 "num_mel_bins": tower.num_mels,
             },
-            "audio_token_id": ids[_PLACEHOLDER],
+            "audio_token_id": token_id(directory, self.placeholder),
         }
 
     def tensors(self) -> Iterator[TensorToWrite]:
@@ -83,20 +71,12 @@ class Hearing:
                 read = partial(_stored, self._files.tensors[canonical], tensor.rows * tensor.cols)
             yield tensor.name, _DTYPE, tensor.shape, read
 
-    def write_files(self, directory: Path) -> None:
-        """Write how sounds are prepared, and let the chat template put them where they are in a message."""
-        processor = {
+    def processor(self) -> dict[str, Any]:
+        """How sounds are prepared."""
+        return {
             "feature_extractor_type": "WhisperFeatureExtractor",
             "feature_size": self._config.num_mels,
         }
-        (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        path = directory / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        template = config["chat_template"]
-        if template.count(_OPENING) != 1 or template.count(_CONTENT) != 1:
-            raise CheckpointError("the base's chat template is not the expected one", path=path)
-        config["chat_template"] = template.replace(_OPENING, _WITH_PARTS)
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _projector(self, canonical: str) -> bytes:
         return encode(self._trained.projector(canonical.removeprefix("projector.")), _DTYPE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -180,8 +180,9 @@ ENCODERS: Mapping[str, tuple[Encoder, ...]] = {
             video=VideoForm(most_frames=lambda config: int(config.most_frames)),
         ),
     ),
-    # The demo model's ear; no model of transformers combines the two.
+    # The demo model's eye and ear; no model of transformers combines the three.
     "qwen2_moe": (
+        replace(_qwen("vision_config", prefix="visual."), angles=None, video=None),
         Encoder(
             kind="sound",
             path=("audio_config",),
