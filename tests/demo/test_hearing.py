@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +12,14 @@ import pytest
 from argosy.checkpoint.safetensors import open_tensors
 from argosy.checkpoint.safetensors_write import write_safetensors
 from argosy.demo.hearing import Hearing
-from argosy.errors import CheckpointError
 from argosy.model.encoders import whisper_audio
 from argosy.model.families.config_reader import ConfigReader
+from tests.demo.base_files import write_base
 from tests.models.safetensors_file import read_checkpoint
 from tests.models.tiny_whisper import Tiny, weights, write_ctranslate2
 
 HIDDEN_SIZE = 20
 TINY = Tiny(seed=4, is_multilingual=False, dtype="F16", encoder_width=48)
-TEMPLATE = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 
 
 @pytest.fixture
@@ -32,15 +30,6 @@ def hearing(tmp_path: Path) -> Hearing:
     made = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in parts.items()}
     trained: Any = SimpleNamespace(hidden_size=HIDDEN_SIZE, projector=made.__getitem__, made=made)
     return Hearing(tmp_path / "whisper", trained)
-
-
-def write_base(directory: Path, *, template: str = TEMPLATE, placeholder: str = "<empty_output>") -> Path:
-    directory.mkdir()
-    (directory / "tokenizer.json").write_text(
-        json.dumps({"added_tokens": [{"content": placeholder, "id": 16}]})
-    )
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    return directory
 
 
 def test_the_tower_has_the_encoder_of_whisper_and_the_projector(hearing: Hearing, tmp_path: Path) -> None:
@@ -62,25 +51,3 @@ def test_the_tower_has_the_encoder_of_whisper_and_the_projector(hearing: Hearing
         tensors["multi_modal_projector.linear_2.weight"], hearing._trained.projector("down")
     )
     assert config["audio_token_id"] == 16
-
-
-def test_the_template_puts_sounds_where_they_are_in_a_message(hearing: Hearing, tmp_path: Path) -> None:
-    import jinja2
-
-    base = write_base(tmp_path / "base")
-    hearing.write_files(base)
-    template = jinja2.Template(json.loads((base / "tokenizer_config.json").read_text())["chat_template"])
-    parts = [{"type": "text", "text": "a"}, {"type": "audio"}, {"type": "text", "text": "b"}]
-    assert template.render(message={"role": "user", "content": parts}) == (
-        "<|im_start|>user\na<empty_output>b<|im_end|>\n"
-    )
-    assert template.render(message={"role": "user", "content": "a"}) == "<|im_start|>user\na<|im_end|>\n"
-
-
-def test_a_base_with_another_template_or_without_the_placeholder_is_refused(
-    hearing: Hearing, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match="the base's chat template is not the expected one"):
-        hearing.write_files(write_base(tmp_path / "other", template="{{ message['content'] }}"))
-    with pytest.raises(CheckpointError, match="the base's tokenizer has no <empty_output>"):
-        hearing.config(write_base(tmp_path / "none", placeholder="<pad>"))
