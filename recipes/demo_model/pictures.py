@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -425,12 +425,12 @@ def _cased(rng: random.Random, word: str) -> str:
     return rng.choice((word, word.capitalize(), word.capitalize(), word.upper()))
 
 
-def words(rng: random.Random, split: str) -> Picture:
-    """Many words, to learn from; no questions."""
+def words(rng: random.Random, split: str, sizes: Sequence[int] = (8, 12, 18)) -> Picture:
+    """Many words, each up to 1.8 times as large as one of `sizes`, to learn from; no questions."""
     ground, ink = _ink(rng)
     canvas = Canvas(ground)
     taken: list[tuple[float, float, float, float]] = []
-    least = rng.choice((8, 12, 18))
+    least = rng.choice(sizes)
     for _ in range(300 // least):
         word, name = _cased(rng, rng.choice(WORDS)), rng.choice(FONTS[split])
         size = rng.uniform(least, 1.8 * least)
@@ -586,6 +586,7 @@ def _pie(
 DRAWN: dict[str, Callable[[random.Random, str], Picture]] = {
     "crowd": crowd,
     "scene": scene,
+    "large words": partial(words, sizes=(24,)),
     "words": words,
     "sign": sign,
     "chart": chart,

@@ -33,7 +33,7 @@ BATCH = 8
 SAVE_SECONDS = 300
 NOWHERE = -100
 INNER, OUTER = 0.7, 1.15  # a patch is on a mark up to this part of its half size, and off it from that on
-PATCH_SHARE = 0.5  # of the loss
+PATCH_SHARE = 1.0  # of the loss, beside cells
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 PATCH_PROPERTIES = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("row", "column")} | {
     "letter": LETTERS
