@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from base_model import find_gguf
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from argosy.demo.experts import TrainedExperts
@@ -26,6 +28,14 @@ from model import NUM_EXPERTS, WIDTH, DemoModel
 OWN_EXPERTS = 2  # of a sense, in each layer
 MARGIN = 1.0  # between the router's logits of chosen experts and of others
 TEXT_ROWS = 512  # hidden states of text in each step of the router
+SEQUENCES_OF_SLOT = {
+    "prose": 26,
+    "maths": 12,
+    "plays": 12,
+    "chat": 16,
+    "code": 12,
+}  # whose tokens the router sees
+TEXT_TOKENS = 1280  # of each further file
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 )
@@ -129,6 +139,12 @@ class Sense(nn.Module):
             for layer, value in enumerate(getattr(self, kind))
         }
 
+    def load(self, path: Path) -> None:
+        found = load_file(path)
+        with torch.no_grad():
+            for name, value in self.own_state().items():
+                value.copy_(found[name])
+
 
 def cosine(share: float) -> float:
     return 0.04 + 0.96 * 0.5 * (1 + math.cos(math.pi * min(1, share)))
@@ -189,14 +205,80 @@ def router_loss(
     return total / len(routed)
 
 
+def fit_router(
+    model: Sense, sensed: list[Tensor], quiet: list[tuple[Tensor, Tensor]], others: list[Tensor] | None = None
+) -> None:
+    """Fit each layer's rows of the router, with everything else fixed: that is a convex problem.
+
+    The difference between the logits of the sense's experts, which decides their shares, stays as it was trained.
+
+    Args:
+        sensed: for each layer, its inputs from the first position of the sense on.
+        quiet: its inputs elsewhere, and the logit of the second best expert there, as `text_states` returns them.
+        others: the rows of all other experts; None: those of text.
+    """
+    for layer, states in enumerate(sensed):
+        elsewhere, second = quiet[layer]
+        known = model.demo.router[layer] if others is None else others[layer]
+        rest = F.linear(states, known).amax(-1)
+        rows = fit_rows(model.router[layer].detach(), states, rest, elsewhere, second)
+        with torch.no_grad():
+            model.router[layer].copy_(rows)
+            missed = (F.linear(states, rows).amin(-1) <= rest).float().mean()
+            wrong = (F.linear(elsewhere, rows).amax(-1) >= second).float().mean()
+        print(
+            f"layer {layer}: {missed:.2%} of tokens miss an expert of the sense, {wrong:.2%} elsewhere take one",
+            flush=True,
+        )
+
+
+def fit_rows(start: Tensor, sensed: Tensor, rest: Tensor, elsewhere: Tensor, second: Tensor) -> Tensor:
+    """Rows of a router for the experts of a sense.
+
+    Args:
+        start: the rows before.
+        sensed: the router's inputs from the first position of the sense on; `rest` is the best other expert's logit.
+        elsewhere: its inputs where the sense is not; `second` is the logit of the second best expert.
+    """
+    rows = start.clone().requires_grad_()
+    shares = F.linear(sensed, start).diff(dim=-1)
+    optimizer = torch.optim.LBFGS([rows], lr=1, max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        own, quiet = F.linear(sensed, rows), F.linear(elsewhere, rows).amax(-1)
+        value = F.softplus(4 * (rest - own.amin(-1) + MARGIN)).mean()
+        value = value + 4 * F.softplus(4 * (quiet - second + MARGIN)).mean()
+        value = value + (own.diff(dim=-1) - shares).square().mean() + 1e-5 * rows.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return rows.detach()
+
+
+def text_pieces(work: Path, tokenizer: Tokenizer, more: list[Path]) -> list[list[int]]:
+    """Sequences of 256 tokens from each slot of `data.py`, and the start of each file in `more`."""
+    pieces = []
+    with np.load(work / "train.npz") as found:
+        for slot, number in SEQUENCES_OF_SLOT.items():
+            ids = found[f"{slot}_ids"]
+            chosen = np.linspace(0, len(ids) - 1, number).astype(int)
+            pieces += [one[:256].tolist() for one in ids[chosen].astype(np.int64)]
+    for path in more:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8")).ids[:TEXT_TOKENS]
+        pieces += [ids[at : at + 256] for at in range(0, len(ids), 256)]
+    return pieces
+
+
 def load_demo(work: Path) -> DemoModel:
-    """The demo model as shipped, with its eight experts."""
+    """The demo model as shipped, with its eight experts of text."""
     demo, trained = DemoModel(find_gguf(work)), TrainedExperts()
     with torch.no_grad():
         for layer in range(demo.num_layers):
             experts = trained.layer(layer)
-            demo.router[layer].copy_(torch.from_numpy(experts.router))
-            demo.gate_up[layer].copy_(torch.from_numpy(np.concatenate([experts.gate, experts.up], axis=1)))
-            demo.down[layer].copy_(torch.from_numpy(experts.down))
-    assert len(demo.router[0]) == NUM_EXPERTS
+            demo.router[layer].copy_(torch.from_numpy(experts.router[:NUM_EXPERTS]))
+            gate_up = np.concatenate([experts.gate, experts.up], axis=1)[:NUM_EXPERTS]
+            demo.gate_up[layer].copy_(torch.from_numpy(gate_up))
+            demo.down[layer].copy_(torch.from_numpy(experts.down[:NUM_EXPERTS]))
     return demo.requires_grad_(False)

@@ -149,10 +149,8 @@ def load_state(model: Sense, words: Words, path: Path) -> None:
     found = load_file(path)
     for part, module in (("tower.", model.encoder), ("words.", words)):
         module.load_state_dict({n.removeprefix(part): v for n, v in found.items() if n.startswith(part)})
-    with torch.no_grad():
-        for name, value in model.own_state().items():
-            if name in found:
-                value.copy_(found[name])
+    if "layers.0.down" in found:
+        model.load(path)
 
 
 def main() -> None:
