@@ -40,13 +40,14 @@ class Prompts:
 
     ids: tokens after the picture [pictures, rows].   wanted: the next token, or NO_TARGET.
     positions: of all rows, the picture's included [pictures, CELLS**2 + rows].
-    sees: whether a row sees another.
+    sees: whether a row sees another.   is_real: which rows are not padding.
     """
 
     ids: Tensor
     wanted: Tensor
     positions: Tensor
     sees: Tensor
+    is_real: Tensor
 
 
 def prompts(tokenizer: Tokenizer, asked: list[list[Question]]) -> Prompts:
@@ -70,10 +71,11 @@ def prompts(tokenizer: Tokenizer, asked: list[list[Question]]) -> Prompts:
     sees = (owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)
     picture = torch.arange(cells).expand(len(parts), -1)
     return Prompts(
-        padded(0, 0),
-        padded(1, NO_TARGET),
-        torch.cat([picture, padded(2, 0)], dim=1),
-        sees & sees.new_ones(sees.shape[1:]).tril(),
+        ids=padded(0, 0),
+        wanted=padded(1, NO_TARGET),
+        positions=torch.cat([picture, padded(2, 0)], dim=1),
+        sees=sees & sees.new_ones(sees.shape[1:]).tril(),
+        is_real=owner >= 0,
     )
 
 
