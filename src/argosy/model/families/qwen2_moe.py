@@ -23,7 +23,7 @@ __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_con
 
 MODEL_TYPE = "qwen2_moe"
 GGUF_ARCHITECTURE = "qwen2moe"
-LAYOUTS = make_layouts(passed_over=r"(audio_tower|multi_modal_projector)\..*")
+LAYOUTS = make_layouts(passed_over=r"(audio_tower|multi_modal_projector|visual)\..*")
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:
@@ -63,7 +63,8 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         has_qkv_bias=reader.flag("qkv_bias", True),
         **common,
     )
-    reader.passed("audio_config", "audio_token_id")  # of the demo model's ear (`model/encoders/table.py`)
+    # Of the demo model's ear and eye (`model/encoders/table.py`).
+    reader.passed("audio_config", "audio_token_id", "image_token_id", "vision_config")
     reader.finish()
     return config
 
