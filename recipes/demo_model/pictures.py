@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -111,12 +112,13 @@ Colour = tuple[int, int, int]
 class Mark:
     """Something in a picture: its box (left, top, right, bottom) in pixels, and its word for each property.
 
-    letters: of written words, the right end of each.
+    text: what is written there, in lower case.   ends: where each of its letters ends.
     """
 
     box: tuple[float, float, float, float]
     words: dict[str, str]
-    letters: tuple[float, ...] = ()
+    text: str = ""
+    ends: tuple[float, ...] = ()
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -404,7 +406,8 @@ class Canvas:
         half_width, half_height = font(name, fine).getlength(text) / FINE / 2, fine / FINE / 2
         box = (x - half_width, y - half_height, x + half_width, y + half_height)
         ends = tuple(box[0] + font(name, fine).getlength(text[: at + 1]) / FINE for at in range(len(text)))
-        return Mark(box, {"kind": "word", "word": text.lower()}, ends)
+        known = {"word": text.lower()} if text.lower() in WORDS else {}
+        return Mark(box, {"kind": "word"} | known, text.lower(), ends)
 
     def rectangle(self, box: tuple[float, float, float, float], colour: Colour) -> None:
         self.draw.rectangle(tuple(FINE * at for at in box), fill=colour)
@@ -425,14 +428,16 @@ def _cased(rng: random.Random, word: str) -> str:
     return rng.choice((word, word.capitalize(), word.capitalize(), word.upper()))
 
 
-def words(rng: random.Random, split: str, sizes: Sequence[int] = (8, 12, 18)) -> Picture:
-    """Many words, each up to 1.8 times as large as one of `sizes`, to learn from; no questions."""
+def words(
+    rng: random.Random, split: str, sizes: Sequence[int] = (8, 12, 18), known: Sequence[str] = WORDS
+) -> Picture:
+    """Many words of `known`, each up to 1.8 times as large as one of `sizes`, to learn from; no questions."""
     ground, ink = _ink(rng)
     canvas = Canvas(ground)
     taken: list[tuple[float, float, float, float]] = []
     least = rng.choice(sizes)
-    for _ in range(300 // least):
-        word, name = _cased(rng, rng.choice(WORDS)), rng.choice(FONTS[split])
+    for _ in range(300 // least if known is WORDS else 30):
+        word, name = _cased(rng, rng.choice(known)), rng.choice(FONTS[split])
         size = rng.uniform(least, 1.8 * least)
         half = font(name, round(size * FINE)).getlength(word) / FINE / 2
         if 2 * half > SIDE - 8:
@@ -586,6 +591,7 @@ def _pie(
 DRAWN: dict[str, Callable[[random.Random, str], Picture]] = {
     "crowd": crowd,
     "scene": scene,
+    "letters": partial(words, sizes=(20, 28), known=ascii_lowercase),
     "large words": partial(words, sizes=(24,)),
     "words": words,
     "sign": sign,

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -34,9 +35,8 @@ SAVE_SECONDS = 300
 NOWHERE = -100
 INNER, OUTER = 0.7, 1.15  # a patch is on a mark up to this part of its half size, and off it from that on
 PATCH_SHARE = 1.0  # of the loss, beside cells
-LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 PATCH_PROPERTIES = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("row", "column")} | {
-    "letter": LETTERS
+    "letter": tuple(ascii_lowercase)
 }
 
 
@@ -74,10 +74,10 @@ def patch_targets(picture: Picture) -> np.ndarray:
         for at, (name, words) in enumerate(PATCH_PROPERTIES.items()):
             if name in mark.words:
                 found[distance < INNER, at] = words.index(mark.words[name])
-        if mark.letters:
+        if mark.text:
             on = (top <= y) & (y <= bottom) & (left <= x) & (x < right)
-            letters = np.searchsorted(mark.letters, x[on], side="right")
-            found[on, -1] = [LETTERS.index(mark.words["word"][letter]) for letter in letters]
+            letters = np.searchsorted(mark.ends, x[on], side="right")
+            found[on, -1] = [ascii_lowercase.index(mark.text[letter]) for letter in letters]
     return found
 
 
