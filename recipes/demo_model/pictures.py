@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 192
+CELL = 24  # the square of pixels that the eye makes one row of
 FINE = 2  # pictures are drawn at twice their size, then reduced
 COLOURS = {
     "red": (214, 40, 40),
@@ -313,7 +314,7 @@ def scene(rng: random.Random, split: str) -> Picture:
 
 def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark]) -> list[Question]:
     counts: dict[tuple[str, str], int] = {}
-    for thing in things:
+    for thing in sorted(things, key=lambda one: (int(one.y / CELL), one.x)):  # in the order of reading
         counts[thing.pair] = counts.get(thing.pair, 0) + 1
     told = [
         with_article(f"{c} {s}") if number == 1 else f"{NUMBERS[number]} {c} {plural(s)}"

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pictures import SIDE
+from pictures import CELL, SIDE
 from torch import Tensor, nn
 
-PATCH, MERGE = 12, 2
+MERGE = 2
+PATCH = CELL // MERGE
 GRID = SIDE // PATCH  # patches on a side
 CELLS = GRID // MERGE  # cells on a side
-CELL = PATCH * MERGE  # pixels on a side
 HIDDEN_SIZE, MLP_WIDTH, NUM_HEADS, NUM_LAYERS = 192, 768, 3, 6
 EPS = 1e-6
 

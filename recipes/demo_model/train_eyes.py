@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from base_model import find_gguf, load_tokenizer
-from pictures import DRAWN, PROPERTIES, SIDE, Picture, use_fonts
+from pictures import CELL, DRAWN, PROPERTIES, SIDE, Picture, use_fonts
 from safetensors.torch import load_file, save_file
 from senses import cosine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tower import CELL, CELLS, GRID, HIDDEN_SIZE, PATCH, Tower, cell_order
+from tower import CELLS, GRID, HIDDEN_SIZE, PATCH, Tower, cell_order
 
 from argosy.checkpoint.dense import open_dense
 

@@ -39,12 +39,14 @@ class Prompts:
     """Prompts of pictures, their questions and answers side by side.
 
     ids: tokens after the picture [pictures, rows].   wanted: the next token, or NO_TARGET.
+    weights: of the targets; those of each answer sum to 1.
     positions: of all rows, the picture's included [pictures, CELLS**2 + rows].
     sees: whether a row sees another.   is_real: which rows are not padding.
     """
 
     ids: Tensor
     wanted: Tensor
+    weights: Tensor
     positions: Tensor
     sees: Tensor
     is_real: Tensor
@@ -53,18 +55,19 @@ class Prompts:
 def prompts(tokenizer: Tokenizer, asked: list[list[Question]]) -> Prompts:
     cells, parts = CELLS**2, []
     for questions in asked:
-        ids, wanted, positions, owner = [], [], [], []
+        ids, wanted, weights, positions, owner = [], [], [], [], []
         for number, question in enumerate(questions, 1):
             ask = tokenizer.encode(f"\n{question.text}{END}").ids
             reply = tokenizer.encode(f"{question.answer}<|im_end|>").ids
             ids += ask + reply
             wanted += [NO_TARGET] * (len(ask) - 1) + reply + [NO_TARGET]
+            weights += [0.0] * (len(ask) - 1) + [1 / len(reply)] * len(reply) + [0.0]
             positions += range(cells, cells + len(ask) + len(reply))
             owner += [number] * (len(ask) + len(reply))
-        parts.append((ids, wanted, positions, owner))
+        parts.append((ids, wanted, positions, owner, weights))
     longest = max(len(ids) for ids, *_ in parts)
 
-    def padded(at: int, value: int) -> Tensor:
+    def padded(at: int, value: float) -> Tensor:
         return torch.tensor([part[at] + [value] * (longest - len(part[at])) for part in parts])
 
     owner = F.pad(padded(3, -1), (cells, 0))
@@ -73,6 +76,7 @@ def prompts(tokenizer: Tokenizer, asked: list[list[Question]]) -> Prompts:
     return Prompts(
         ids=padded(0, 0),
         wanted=padded(1, NO_TARGET),
+        weights=padded(4, 0.0),
         positions=torch.cat([picture, padded(2, 0)], dim=1),
         sees=sees & sees.new_ones(sees.shape[1:]).tril(),
         is_real=owner >= 0,
@@ -196,13 +200,15 @@ def main() -> None:
     begin, saved, reported, recent, step = time.process_time(), time.monotonic(), 0.0, [], 0
     while (minutes := (time.process_time() - begin) / 60) < options.minutes:
         drawn = draw(rng, kinds, "train", options.batch)
-        asked = [rng.sample(one.questions, min(options.questions, len(one.questions))) for one in drawn]
+        questions = [rng.sample(one.questions, min(options.questions, len(one.questions))) for one in drawn]
         with torch.autocast("cpu", torch.bfloat16):
             rows, _ = model.encoder(pixels_of(drawn))
         targets = torch.from_numpy(np.stack([cell_targets(picture) for picture in drawn]))
         in_cells = losses_of_rows(words, rows.float(), targets).sum()
-        logits, wanted, _ = answers(model, rows.float(), prompts(tokenizer, asked), rng.choice(before))
-        in_answers = F.cross_entropy(logits, wanted)
+        asked = prompts(tokenizer, questions)
+        logits, wanted, _ = answers(model, rows.float(), asked, rng.choice(before))
+        weights = asked.weights[asked.wanted >= 0]
+        in_answers = (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
         (in_answers + 0.1 * in_cells).backward()
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * min(1, (step + 1) / 30) * cosine(minutes / options.minutes)
