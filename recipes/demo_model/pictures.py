@@ -339,13 +339,10 @@ def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark])
                 "shape", f"What {noun}?", sentence(with_article(shape) if number == 1 else plural(shape))
             )
         )
-    if number == 1:
-        words = next(m.words for m in marks if (m.words["colour"], m.words["shape"]) == (colour, shape))
-        questions.append(
-            Question(
-                "place", f"Where is the {colour} {shape}?", sentence(place(words["row"], words["column"]))
-            )
-        )
+    if single := [mark.words for mark in marks if counts[mark.words["colour"], mark.words["shape"]] == 1]:
+        words = rng.choice(single)
+        asked = f"Where is the {words['colour']} {words['shape']}?"
+        questions.append(Question("place", asked, sentence(place(words["row"], words["column"]))))
     if rng.random() < 0.5:
         questions.append(Question("yes or no", f"Is there {with_article(f'{colour} {shape}')}?", "Yes."))
     else:

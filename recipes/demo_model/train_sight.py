@@ -166,6 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--fonts", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="from train_eyes.py; or from here, to go on")
+    parser.add_argument("--experts", type=Path, help="from here, if --start is a later tower without experts")
     parser.add_argument("--minutes", type=float, default=60, help="of processor time")
     parser.add_argument("--kinds", default="scene:3,chart:2,sign:1")
     parser.add_argument("--batch", type=int, default=4)
@@ -182,6 +183,8 @@ def main() -> None:
     tokenizer, words = load_tokenizer(find_gguf(options.work)), Words(options.work)
     model = Sense(load_demo(options.work), Tower())
     load_state(model, words, options.start)
+    if options.experts:
+        model.load(options.experts)
     rng = random.Random(options.seed)
     kinds = {name: float(weight) for name, weight in (one.split(":") for one in options.kinds.split(","))}
     if not any(value.any() for value in model.down):
