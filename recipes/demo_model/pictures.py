@@ -103,6 +103,7 @@ PROPERTIES: dict[str, tuple[str, ...]] = {
     "word": WORDS,
     "chart": ("bar", "pie", "line"),
     "rank": ("other", "largest", "smallest"),
+    "letter": tuple(ascii_lowercase),
 }
 """The words that marks may have, by property."""
 
@@ -404,8 +405,8 @@ class Canvas:
         half_width, half_height = font(name, fine).getlength(text) / FINE / 2, fine / FINE / 2
         box = (x - half_width, y - half_height, x + half_width, y + half_height)
         ends = tuple(box[0] + font(name, fine).getlength(text[: at + 1]) / FINE for at in range(len(text)))
-        known = {"word": text.lower()} if text.lower() in WORDS else {}
-        return Mark(box, {"kind": "word"} | known, text.lower(), ends)
+        name = "letter" if len(text) == 1 else "word"
+        return Mark(box, {"kind": "word", name: text.lower()}, text.lower(), ends)
 
     def rectangle(self, box: tuple[float, float, float, float], colour: Colour) -> None:
         self.draw.rectangle(tuple(FINE * at for at in box), fill=colour)

@@ -35,10 +35,7 @@ SAVE_SECONDS = 300
 NOWHERE = -100
 INNER, OUTER = 0.7, 1.15  # a patch is on a mark up to this part of its half size, and off it from that on
 PATCH_SHARE = 1.0  # of the loss, beside cells
-PATCH_PROPERTIES = {name: PROPERTIES[name] for name in PROPERTIES if name not in ("row", "column")} | {
-    "letter": tuple(ascii_lowercase)
-}
-
+PATCH_PROPERTIES = {name: words for name, words in PROPERTIES.items() if name not in ("row", "column")}
 
 # ── targets ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -64,6 +61,7 @@ def patch_targets(picture: Picture) -> np.ndarray:
     """The same for the mark that each patch lies on, in `cell_order`; at its edge a patch has no target."""
     found = np.full((GRID**2, len(PATCH_PROPERTIES)), NOWHERE, np.int64)
     found[:, 0] = 0
+    letter_at = list(PATCH_PROPERTIES).index("letter")
     y, x = PATCH * (cell_order().numpy()[None] // np.array([[GRID], [1]]) % GRID) + PATCH / 2
     for mark in picture.marks:
         left, top, right, bottom = mark.box
@@ -77,7 +75,7 @@ def patch_targets(picture: Picture) -> np.ndarray:
         if mark.text:
             on = (top <= y) & (y <= bottom) & (left <= x) & (x < right)
             letters = np.searchsorted(mark.ends, x[on], side="right")
-            found[on, -1] = [ascii_lowercase.index(mark.text[letter]) for letter in letters]
+            found[on, letter_at] = [ascii_lowercase.index(mark.text[letter]) for letter in letters]
     return found
 
 
