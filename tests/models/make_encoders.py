@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from tests.model.encoders.open_tower import PARTS, Part
-from tests.models.safetensors_file import Array, write_safetensors
+from tests.models.safetensors_file import Array, read_safetensors, write_safetensors
 from tests.models.tiny_encoders import (
     CONFIGS,
     REFERENCE,
@@ -60,6 +60,8 @@ def load(directory: Path, part: Part) -> Any:
         how["config"] = transformers.AutoConfig.from_pretrained(directory).thinker_config
     if part.family == "qwen2_moe":
         raw = json.loads((directory / "config.json").read_text())
+        if part.kind == "picture":
+            return load_tower(directory, part, raw["vision_config"])
         text = {"hidden_size": raw["hidden_size"], "num_attention_heads": 1, "num_hidden_layers": 1}
         how["config"] = transformers.VoxtralConfig(
             audio_config=raw["audio_config"], text_config={"model_type": "llama", **text}
@@ -74,11 +76,26 @@ def load(directory: Path, part: Part) -> Any:
     return model.model.eval()
 
 
+def load_tower(directory: Path, part: Part, raw: dict[str, Any]) -> Any:
+    """Load a tower of Qwen3-VL alone."""
+    named = read_safetensors(directory / "model.safetensors")
+    family = transformers.models.qwen3_vl
+    tower = family.modeling_qwen3_vl.Qwen3VLVisionModel(
+        family.configuration_qwen3_vl.Qwen3VLVisionConfig(**raw, attn_implementation="eager")
+    )
+    tower.load_state_dict(
+        {name.removeprefix(part.prefix): torch.tensor(value) for name, value in named.items()}
+    )
+    return tower.eval()
+
+
 @torch.no_grad()
 def answer(model: Any, part: Part, value: Array, shape: tuple[int, ...]) -> Answer:
     """The rows of a picture or video with the grid `shape`, or of a sound with `shape` mel frames."""
     if part.family == "qwen2_moe":
-        return Answer(windows(model, part, value))
+        if part.kind == "sound":
+            return Answer(windows(model, part, value))
+        return Answer(model(torch.tensor(value), grid_thw=torch.tensor([shape])).pooler_output.numpy())
     if part.kind == "sound":
         mask = torch.ones(1, *shape, dtype=torch.long)
         found = model.get_audio_features(torch.tensor(value)[None], feature_attention_mask=mask)

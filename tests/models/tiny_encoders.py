@@ -287,7 +287,7 @@ def gemma4(sizes: Sizes) -> RawConfig:
 
 
 def qwen2_moe(sizes: Sizes) -> RawConfig:
-    """The composition of the demo model: the tower and the projector are Voxtral's."""
+    """The composition of the demo model: the eye's tower is Qwen3-VL's; the ear's and its projector are Voxtral's."""
     return _text(sizes) | {
         "architectures": ["Qwen2MoeForCausalLM"],
         "audio_config": {
@@ -301,7 +301,9 @@ def qwen2_moe(sizes: Sizes) -> RawConfig:
             "num_mel_bins": 20,
         },
         "audio_token_id": 56,
+        "image_token_id": 57,
         "model_type": "qwen2_moe",
+        "vision_config": _qwen_vision(sizes, deepstack_visual_indexes=[], model_type="qwen3_vl"),
     }
 
 

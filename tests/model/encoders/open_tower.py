@@ -132,9 +132,12 @@ PARTS = {
         large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],
         make_input=lambda config, shape, seed: random_input((config.num_mels, *shape), seed),
     ),
+    "qwen2_moe": _part(
+        "qwen2_moe", ENCODERS["qwen2_moe"][0], (), shapes=_stills(_grids), large_shapes=_stills(_large_grids)
+    ),
     "qwen2_moe_audio": _part(
         "qwen2_moe",
-        *ENCODERS["qwen2_moe"],
+        ENCODERS["qwen2_moe"][1],
         ("model.audio_tower.", "model.multi_modal_projector."),
         shapes=lambda config: [(length,) for length in LENGTHS],
         large_shapes=lambda config: [(length,) for length in LARGE_LENGTHS],

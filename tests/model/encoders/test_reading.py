@@ -33,6 +33,7 @@ PLACES: list[tuple[str, str, Kind]] = [
     ("glm4v_moe", "glm4v_moe", "picture"),
     ("kimi_k25", "kimi_k25", "picture"),
     ("gemma4", "gemma4", "picture"),
+    ("qwen2_moe", "qwen2_moe", "picture"),
     ("qwen2_moe_audio", "qwen2_moe", "sound"),
 ]
 
