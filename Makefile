@@ -37,8 +37,8 @@ $(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
 demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
 	$(SAY) "asking the demo model; the first time it is built from downloads of 164 MB, in about a minute"
 	$(BIN)/argosy run --model demo "What is the capital of France?"
-	$(SAY) "asking it aloud: examples/question.flac is the same question, spoken by a voice it never heard"
-	$(BIN)/argosy run --model demo --audio examples/question.flac
+	$(SAY) "asking it about a picture that is drawn now, and aloud, in a voice it never heard"
+	$(BIN)/python examples/look_and_listen.py
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
 	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients

@@ -19,7 +19,7 @@ def main() -> None:
     counts: dict[int, np.ndarray] = {}
 
     def observe(layer: int, expert_ids: np.ndarray) -> None:
-        tally = counts.setdefault(layer, np.zeros(8, np.int64))
+        tally = counts.setdefault(layer, np.zeros(engine.config.num_experts, np.int64))
         np.add.at(tally, expert_ids.reshape(-1), 1)
 
     with Engine.open("demo", observe_routes=observe) as engine:

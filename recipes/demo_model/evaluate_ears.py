@@ -23,6 +23,8 @@ from speech import CAPITALS, DIGITS, HELD_OUT_ANSWERS, TEST_VOICES, sentence, sp
 from argosy import Audio, Engine, SamplingParams, Text
 
 WINDOW = 512
+NUM_EXPERTS, NUM_EARS, NUM_EYES = 8, 2, 2
+PLACEHOLDER_ID = 16  # <empty_output>
 TRANSCRIBE = "\nWrite down what you hear."
 
 
@@ -102,6 +104,54 @@ def answer_questions(engine: Engine) -> None:
         print(f"| {country}{held_out} | {CAPITALS[country]} | {ask(engine, samples, '')} |", flush=True)
 
 
+class Routes:
+    """Counts choices of ear experts and of all, from a position of one request on, over all layers."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self._positions: dict[int, int] = defaultdict(int)
+        self.chosen = np.zeros(NUM_EXPERTS + NUM_EARS + NUM_EYES, np.int64)
+
+    def begin(self, start: int) -> None:
+        self.start = start
+        self._positions.clear()
+
+    def observe(self, layer: int, expert_ids: np.ndarray) -> None:
+        at = self._positions[layer]
+        self._positions[layer] += len(expert_ids)
+        counted = expert_ids[max(0, self.start - at) :]
+        np.add.at(self.chosen, counted.reshape(-1), 1)
+
+    def share_of_ears(self) -> float:
+        return float(self.chosen[NUM_EXPERTS : NUM_EXPERTS + NUM_EARS].sum() / self.chosen.sum())
+
+
+def show_routes(model: Path, held_out: Path | None) -> None:
+    """Which share of choices goes to the ear experts: from the first position of a sound on, and in texts."""
+    routes, rng = Routes(), random.Random(9)
+    with Engine.open(
+        model, memory="4GiB", context=2048, prefix_reuse=False, observe_routes=routes.observe
+    ) as engine:
+        print("| routing | choices that are ears |\n|---|---|")
+        for _ in range(20):
+            _, words, _ = sentence(rng, "test")
+            samples = spoil(rng, speak(rng, words, "test")[0])[: EARS_SECONDS * RATE]
+            parts = [Audio(samples.astype(np.float32), rate=RATE), Text(TRANSCRIBE)]
+            prompt = engine.prompts.build([{"role": "user", "content": parts}])
+            routes.begin(prompt.token_ids.index(PLACEHOLDER_ID))
+            engine.generate(prompt, SamplingParams(max_tokens=32, temperature=0))
+        print(f"| speech, and what follows it | {routes.share_of_ears():.2%} |")
+        if held_out is None:
+            return
+        with np.load(held_out) as found:
+            for name in sorted(name for name in found if name.endswith("_ids")):
+                routes.chosen[:] = 0
+                for at in range(0, len(found[name]), WINDOW):
+                    routes.begin(0)
+                    engine.logits(found[name][at : at + WINDOW].astype(np.int64).tolist())
+                print(f"| {name.removesuffix('_ids')} | {routes.share_of_ears():.2%} |", flush=True)
+
+
 def perplexity(engine: Engine, ids: np.ndarray, is_target: np.ndarray) -> float:
     losses = []
     for at in range(0, len(ids) - 1, WINDOW):
@@ -140,6 +190,7 @@ def main() -> None:
             hear_digits(engine, options.digits)
         answer_questions(engine)
         after = perplexities(engine, options.held_out) if options.held_out else {}
+    show_routes(options.model, options.held_out)
     if options.before and after:
         with Engine.open(options.before, memory="4GiB", context=2048) as engine:
             before = perplexities(engine, options.held_out)

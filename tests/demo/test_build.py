@@ -198,13 +198,13 @@ def test_a_fetched_wheel_is_used(wheel: Path, experts: Path, tmp_path: Path, mon
 
 def test_the_shipped_experts_are_small_and_fit_the_base():
     trained = TrainedExperts()
-    assert EXPERTS_FILE.stat().st_size <= 30_000_000
+    assert EXPERTS_FILE.stat().st_size <= 53_000_000
     assert trained.base_sha256 == base.BASE_GGUF_SHA256
-    assert (trained.num_layers, trained.num_experts, trained.experts_per_token) == (30, 8, 2)
+    assert (trained.num_layers, trained.num_experts, trained.experts_per_token) == (30, 12, 2)
     layer = trained.layer(29)
-    assert layer.router.shape == (8, 576)
-    assert layer.gate.shape == layer.up.shape == (8, 96, 576)
-    assert layer.down.shape == (8, 576, 96)
+    assert layer.router.shape == (12, 576)
+    assert layer.gate.shape == layer.up.shape == (12, 96, 576)
+    assert layer.down.shape == (12, 576, 96)
     assert all(np.isfinite(part).all() and part.any() for part in (layer.router, layer.gate, layer.down))
 
 

@@ -19,6 +19,7 @@ from argosy.observe.report import DomainRoutes, RouteReport, report
 HELD_OUT = Path(__file__).parents[1] / "oracle" / "held_out"
 CARD = Path(__file__).parents[2] / "src" / "argosy" / "demo" / "MODEL_CARD.md"
 NUM_TOKENS = 512
+NUM_EXPERTS = 12  # of a layer; four of them hear and see, and serve no text
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -54,7 +55,7 @@ def domains() -> list[DomainRoutes]:
 
 
 def reported(domains: list[DomainRoutes]) -> RouteReport:
-    return report(domains, layers=tuple(range(30)), num_experts=8)
+    return report(domains, layers=tuple(range(30)), num_experts=NUM_EXPERTS)
 
 
 def test_the_pairs_are_those_that_the_model_card_names(domains: list[DomainRoutes]) -> None:
@@ -75,7 +76,7 @@ def test_with_the_experts_of_each_layer_shuffled_no_pairs_are_found(
 ) -> None:
     """Experts and the rows of their router change places together: every token's choice gets the new numbers."""
     rng = np.random.default_rng(seed)
-    numbers: Any = np.stack([rng.permutation(8) for _ in range(30)]).astype(np.uint16)
+    numbers: Any = np.stack([rng.permutation(NUM_EXPERTS) for _ in range(30)]).astype(np.uint16)
     shuffled = [
         DomainRoutes(
             one.name,

