@@ -5,7 +5,10 @@ The longest files come first, so that processes that run files side by side end 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,15 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_of_a_module_ends_with_it() -> Iterator[None]:
+    """Budgets count what the process holds, and that of the tests would hold more with every module."""
+    yield
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @pytest.fixture(autouse=True)

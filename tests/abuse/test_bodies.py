@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = KeyFile(folder / "keys.json")
     secrets = {name: keys.add(name, scopes=("infer",))[1] for name in ("attacker", "other")}
     model = write_chat_model(folder / "model")
-    with Engine.open(model, memory="1GiB", threads=1, grammars=True) as engine, serving(engine) as service:
+    with Engine.open(model, memory="2GiB", threads=1, grammars=True) as engine, serving(engine) as service:
         gate = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=4)
         for url in start(gate):
             yield Server(gate, url, secrets)

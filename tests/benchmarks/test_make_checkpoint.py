@@ -52,7 +52,7 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
 def test_an_answer_continues_the_document(tmp_path: Path, format: str):
     model = make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded")
     text = document(0, 40)
-    with Engine.open(model, memory="1GiB", context=64) as engine:
+    with Engine.open(model, memory="2GiB", context=64) as engine:
         params = SamplingParams(max_tokens=24, ignore_eos=True)
         assert engine.generate(text[:16], params).token_ids == text[16:]
 

@@ -43,7 +43,7 @@ def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(server: Server) -> Iterator[Engine]:
-    with Engine.open(server.model, memory="1GiB", threads=1) as engine:
+    with Engine.open(server.model, memory="2GiB", threads=1) as engine:
         yield engine
 
 

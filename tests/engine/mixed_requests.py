@@ -70,7 +70,7 @@ def run(directory: Path, prompt: list[int], num_requests: int, **options: Any) -
     from argosy import Engine, SamplingParams
     from argosy.engine.loop import EngineLoop
 
-    settings: dict[str, Any] = {"memory": "1GiB", "expert_slots": 4, "chunk_tokens": 8, "context": 128}
+    settings: dict[str, Any] = {"memory": "2GiB", "expert_slots": 4, "chunk_tokens": 8, "context": 128}
     settings |= {"threads": 3, "readers": 3, "max_sequences": 3} | options
     short = SamplingParams(max_tokens=8, ignore_eos=True)
     with Engine.open(directory, **settings) as engine:

@@ -113,7 +113,7 @@ def test_what_ears_do_not_take_is_refused_by_name(engine: Engine, model: Path) -
         engine.prompts.build([picture, Text("?")])
     with pytest.raises(BadMedia, match="sound"):
         engine.prompts.build([Audio(b"this is no sound at all"), Text("?")])
-    with Engine.open(model, memory="1GiB", threads=1) as deaf:
+    with Engine.open(model, memory="2GiB", threads=1) as deaf:
         assert (deaf.hears, deaf.ears) == ("none", None)
         with pytest.raises(UsageError, match=r"takes text only(.|\n)*--ears tiny.en"):
             deaf.prompts.build([HEARD, Text("?")])

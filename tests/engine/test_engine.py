@@ -25,7 +25,7 @@ PROMPT = REFERENCE.input_ids
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, expert_slots=4) as engine:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, expert_slots=4) as engine:
         yield engine
 
 
@@ -121,19 +121,19 @@ def test_more_requests_than_can_run_at_once_all_get_an_answer(engine: Engine) ->
 
 def test_settings_that_an_engine_cannot_honour_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown instruction set 'sse9'"):
-        Engine.open(REFERENCE.directory, memory="1GiB", instruction_set="sse9")
+        Engine.open(REFERENCE.directory, memory="2GiB", instruction_set="sse9")
     with pytest.raises(UsageError, match="expert_slots must be at least experts_per_token"):
-        Engine.open(REFERENCE.directory, memory="1GiB", expert_slots=1)
+        Engine.open(REFERENCE.directory, memory="2GiB", expert_slots=1)
     with pytest.raises(UsageError, match="unknown unit 'Gigs'"):
         Engine.open(REFERENCE.directory, memory="2Gigs")
 
 
 def test_a_context_longer_than_the_models_is_refused_with_both_numbers() -> None:
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, context=128) as engine:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, context=128) as engine:
         assert engine.plan.context_tokens == 128
     said = r"a context of 129 tokens was requested, and the model supports 128\nhint: `--context 128` is the longest"
     with pytest.raises(UsageError, match=said) as refusal:
-        Engine.open(REFERENCE.directory, memory="1GiB", context=129)
+        Engine.open(REFERENCE.directory, memory="2GiB", context=129)
     assert (refusal.value.facts["needed"], refusal.value.facts["available"]) == (129, 128)
     with pytest.raises(UsageError, match=said):
         Engine.open(REFERENCE.directory, memory=Budget(ram_bytes=1 << 30, context_tokens=129))
@@ -145,7 +145,7 @@ def test_a_model_with_dynamic_scaling_is_refused_a_context_that_would_need_it() 
     )
     said = "of 4096 tokens was requested, and the model supports 128\n.* dynamic rope scaling, .* is not built in"
     with pytest.raises(UsageError, match=said):
-        Engine.open(dynamic.directory, memory="1GiB", context=4096)
+        Engine.open(dynamic.directory, memory="2GiB", context=4096)
 
 
 def test_a_closed_engine_refuses_requests() -> None:
@@ -165,7 +165,7 @@ def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_closed_engine_releases_its_memory() -> None:
-    engine = Engine.open(REFERENCE.directory, memory="1GiB", threads=1)
+    engine = Engine.open(REFERENCE.directory, memory="2GiB", threads=1)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))
     kv, weights = engine._cache._kv, engine._model.weights
     assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
@@ -179,7 +179,7 @@ def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_gi
     monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: REFERENCE.directory)
     with Engine.open("demo", threads=1) as engine:
         assert engine.plan.num_slots == engine.plan.num_experts // 4
-    with Engine.open("demo", threads=1, memory="1GiB") as engine:
+    with Engine.open("demo", threads=1, memory="2GiB") as engine:
         assert engine.plan.is_resident
 
 
@@ -208,7 +208,7 @@ def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
     for file in REFERENCE.directory.iterdir():
         (tmp_path / file.name).symlink_to(file)
     write_word_tokenizer(tmp_path, engine.config.vocab_size)
-    with Engine.open(tmp_path, memory="1GiB", threads=1) as spelling:
+    with Engine.open(tmp_path, memory="2GiB", threads=1) as spelling:
         whole = spelling.generate(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
         stop = whole.text[2:5]
         result = spelling.generate(
@@ -222,7 +222,7 @@ def test_a_result_says_what_stopped_it(engine: Engine, tmp_path: Path) -> None:
 def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A model with a tokenizer whose end token is special."""
     model = write_chat_model(tmp_path_factory.mktemp("chatting") / "model")
-    with Engine.open(model, memory="1GiB", threads=1, grammars=True) as engine:
+    with Engine.open(model, memory="2GiB", threads=1, grammars=True) as engine:
         yield engine
 
 
@@ -304,7 +304,7 @@ def expected_logprobs(engine: Engine, ids: list[int]) -> list[tuple[float, list[
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_tokens: int) -> None:
     with Engine.open(
-        REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=chunk_tokens, max_sequences=3
+        REFERENCE.directory, memory="2GiB", threads=1, chunk_tokens=chunk_tokens, max_sequences=3
     ) as engine:
         expected = expected_logprobs(engine, PROMPT)
         engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a prefix, which must not be used
@@ -334,9 +334,9 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
 def test_a_preempted_prompt_returns_its_log_probabilities_once() -> None:
     params = SamplingParams(max_tokens=30, prompt_logprobs=1, ignore_eos=True)
     prompts = [PROMPT[:10], PROMPT[1:11], PROMPT[2:12], PROMPT[3:13], PROMPT[4:14]]
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8) as engine:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, chunk_tokens=8) as engine:
         alone = [engine.generate(prompt, params) for prompt in prompts]
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, chunk_tokens=8, context=96) as engine:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, chunk_tokens=8, context=96) as engine:
         together = engine.generate_batch(prompts, params)
         assert engine.facts().num_preempted > 0
     assert [(r.token_ids, r.prompt_logprobs) for r in together] == [
@@ -395,7 +395,7 @@ def test_max_tokens_of_zero_needs_prompt_logprobs() -> None:
 
 def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
         kept = [engine.submit(PROMPT, params) for _ in range(3)]
         with pytest.raises(Overloaded, match="too many requests: 1 waiting, and the limit is 1") as refused:
             engine.submit(PROMPT, params)
@@ -430,7 +430,7 @@ def test_older_windows_of_expert_uses_count_half() -> None:
 
 
 def test_facts_count_expert_uses_only_over_many_tokens_at_once(engine: Engine) -> None:
-    with Engine.open(REFERENCE.directory, memory="1GiB", threads=1) as fresh:
+    with Engine.open(REFERENCE.directory, memory="2GiB", threads=1) as fresh:
         assert fresh.facts().expert_uses is None
         for _ in range(3):
             fresh.generate(PROMPT, SamplingParams(max_tokens=90, ignore_eos=True))

@@ -28,7 +28,7 @@ PATIENCE_S = 20.0
 
 def open_engine(directory: Path = REFERENCE.directory, **options: Any) -> Engine:
     return Engine.open(
-        directory, **{"memory": "1GiB", "threads": 1, "expert_slots": 4, "chunk_tokens": 8} | options
+        directory, **{"memory": "2GiB", "threads": 1, "expert_slots": 4, "chunk_tokens": 8} | options
     )
 
 

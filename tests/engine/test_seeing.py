@@ -201,7 +201,7 @@ def test_the_plan_counts_the_largest_picture_that_the_processor_makes() -> None:
 def test_a_cap_below_what_a_processor_can_make_is_told_for_the_first_picture() -> None:
     with opened(REFERENCE / "gemma4", image_tokens=69) as engine:
         assert engine._media is not None
-        assert engine.media_kinds == ()
+        assert engine.media_kinds == ("video",)  # whose frames may be smaller
         with pytest.raises(UsageError, match="must be at least 70 for this model, found 69"):
             engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))
 

@@ -46,7 +46,7 @@ def test_dense_weights_are_being_read_while_the_tokenizer_is_built(
     monkeypatch.setattr(DenseReading, "__init__", note("start", start))
     monkeypatch.setattr(Tokenizer, "open", staticmethod(note("tokenizer", build)))
     monkeypatch.setattr(DenseReading, "finish", note("finish", finish))
-    with Engine.open(directory, memory="1GiB", threads=1):
+    with Engine.open(directory, memory="2GiB", threads=1):
         assert order == ["start", "tokenizer", "finish"]
 
 
@@ -63,7 +63,7 @@ def test_a_tokenizer_that_cannot_be_read_ends_the_reads(
 
     monkeypatch.setattr(DenseReading, "cancel", noted)
     with pytest.raises(CheckpointError, match="not a tokenizer"):
-        Engine.open(directory, memory="1GiB", threads=1)
+        Engine.open(directory, memory="2GiB", threads=1)
     assert pending == [0]
 
 
@@ -89,7 +89,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_experts_are_read_early_only_if_they_fit_with_room_to_spare(
     directory: Path, order: list[str]
 ) -> None:
-    with Engine.open(directory, memory="1GiB", threads=1) as engine:
+    with Engine.open(directory, memory="2GiB", threads=1) as engine:
         assert order == ["experts", "tokenizer"]
         needed, expected = engine.plan.total_bytes, engine.logits([1, 2, 3]).tolist()
     order.clear()
@@ -99,7 +99,7 @@ def test_experts_are_read_early_only_if_they_fit_with_room_to_spare(
         assert engine.logits([1, 2, 3]).tolist() == expected
     order.clear()
     with Engine.open(
-        directory, memory="1GiB", threads=1, expert_slots=engine.config.experts_per_token
+        directory, memory="2GiB", threads=1, expert_slots=engine.config.experts_per_token
     ) as engine:
         assert order == ["tokenizer"]
         assert engine.logits([1, 2, 3]).tolist() == expected
@@ -108,7 +108,7 @@ def test_experts_are_read_early_only_if_they_fit_with_room_to_spare(
 def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
     directory: Path, order: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"memory": "1GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
+    settings: dict[str, Any] = {"memory": "2GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
     with Engine.open(directory, **settings) as engine:
         plan, expected = engine.plan, engine.logits([1, 2, 3]).tolist()
         assert engine._model.experts is not None

@@ -234,7 +234,7 @@ def test_a_kimi_checkpoint_answers_a_conversation_in_place_and_from_a_pack(tmp_p
     answers = []
     for path in (source, tmp_path / "packed"):
         assert has_chat_template(path)
-        with Engine.open(path, memory="1GiB", threads=1) as engine:
+        with Engine.open(path, memory="2GiB", threads=1) as engine:
             tokenizer = engine.tokenizer
             assert tokenizer is not None
             result = engine.generate("二零 <|im_end|>[EOS]", SamplingParams(max_tokens=6, ignore_eos=True))

@@ -27,7 +27,7 @@ from tests.serve.speaking import speaking, write_speaking_model
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     model = write_chat_model(tmp_path_factory.mktemp("serve") / "model")
-    with Engine.open(model, memory="1GiB", threads=2, grammars=True, max_waiting=64) as engine:
+    with Engine.open(model, memory="2GiB", threads=2, grammars=True, max_waiting=64) as engine:
         yield engine
 
 
@@ -86,7 +86,7 @@ def speaking_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
     model = write_speaking_model(tmp_path_factory.mktemp("speaking") / "model")
     with (
         speaking(),
-        Engine.open(model, memory="1GiB", threads=2, grammars=True, max_waiting=64) as engine,
+        Engine.open(model, memory="2GiB", threads=2, grammars=True, max_waiting=64) as engine,
         serving(engine) as service,
     ):
         yield service

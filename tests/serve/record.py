@@ -224,7 +224,7 @@ def own_server() -> Iterator[httpx.Client]:
     with tempfile.TemporaryDirectory() as folder, speaking():
         model = write_speaking_model(Path(folder) / "model")
         with (
-            Engine.open(model, memory="1GiB", threads=2, grammars=True) as engine,
+            Engine.open(model, memory="2GiB", threads=2, grammars=True) as engine,
             serving(engine) as service,
         ):
             for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):

@@ -89,7 +89,7 @@ def test_a_server_with_a_failed_engine_is_neither_ready_nor_healthy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_chat_model(tmp_path / "model")
-    with Engine.open(model, memory="1GiB", threads=1) as engine, serving(engine) as service:
+    with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
         for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
             assert [httpx.get(url + path).status_code for path in ("/health", "/ready")] == [200, 200]
             monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)

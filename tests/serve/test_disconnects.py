@@ -121,7 +121,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyFile, list[tuple[
 def server(tmp_path: Path, keys: tuple[KeyFile, Any]) -> Iterator[Server]:
     model = write_chat_model(tmp_path / "model", context_tokens=CONTEXT_TOKENS)
     with Engine.open(
-        model, memory="1GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
+        model, memory="2GiB", threads=1, expert_slots=4, chunk_tokens=32, max_sequences=4, grammars=True,
         kv_dir=tmp_path / "kv",
     ) as engine:  # fmt: skip
         server = Server(engine, keys[0])

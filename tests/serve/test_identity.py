@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(model: Path, **options: Any) -> Iterator[tuple[Engine, httpx.Client]]:
-    settings = {"memory": "1GiB", "threads": 1, "expert_slots": 5, "chunk_tokens": 24, "max_sequences": 4}
+    settings = {"memory": "2GiB", "threads": 1, "expert_slots": 5, "chunk_tokens": 24, "max_sequences": 4}
     with Engine.open(model, **settings, grammars=True, **options) as engine, serving(engine) as service:
         running = start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=4))
         with httpx.Client(base_url=next(running), timeout=60) as client:

@@ -218,7 +218,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Servi
     keys = KeyFile(root / "keys.json")
     secrets = {name: keys.add(name)[1] for name in ("one", "two")}
     model = write_chat_model(root / "model")
-    with Engine.open(model, memory="1GiB", threads=1) as engine, serving(engine) as service:
+    with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
         for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8)):
             yield url, service, secrets
 

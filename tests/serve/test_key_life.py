@@ -72,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     limits = Limits(file=UseFile(root / "keys.json.use"))
     with (
         pytest.MonkeyPatch.context() as patch,
-        Engine.open(model, memory="1GiB", threads=2, grammars=True, kv_dir=root / "kv") as engine,
+        Engine.open(model, memory="2GiB", threads=2, grammars=True, kv_dir=root / "kv") as engine,
     ):
         patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.02)
         patch.setattr("argosy.serve.key_watch.LOOK_S", 0.02)

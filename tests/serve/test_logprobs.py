@@ -36,7 +36,7 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = tmp_path_factory.mktemp("logprobs") / request.param
     write_model(model, qwen3_moe(vocab_size=640, max_position_embeddings=512), seed=3)
     write_tokenizer(Path(model), text(), {**config, "chat_template": TEMPLATE})
-    with Engine.open(model, memory="1GiB", threads=1) as engine, serving(engine) as service:
+    with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
         for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
             with httpx.Client(base_url=url, timeout=60) as client:
                 yield client

@@ -890,7 +890,7 @@ def real(driver: webdriver.Chrome, tmp_path: Path) -> Iterator[Browser]:
     """The page of the real server, with a tiny model and room for only a few of its experts."""
     model = write_chat_model(tmp_path / "model", context_tokens=4096)
     with (
-        Engine.open(model, memory="1GiB", threads=1, expert_slots=EXPERT_SLOTS, max_sequences=2) as engine,
+        Engine.open(model, memory="2GiB", threads=1, expert_slots=EXPERT_SLOTS, max_sequences=2) as engine,
         serving(engine) as service,
         contextmanager(start)(make_app(service, KeyRing(None), block_tokens=16, max_sequences=2)) as url,
     ):

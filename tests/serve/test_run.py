@@ -118,7 +118,7 @@ def test_conversations_are_rendered_by_the_engines_own_process(
             "another process for chat templates is started, which the memory plan does not count"
         )
 
-    with Engine.open(write_chat_model(tmp_path / "model"), memory="1GiB", threads=1) as engine:
+    with Engine.open(write_chat_model(tmp_path / "model"), memory="2GiB", threads=1) as engine:
         monkeypatch.setattr("argosy.prompt.chat.Worker", refuse)
         prompts = engine.prompts.remembering(ReplayMemory())
         assert prompts.build([{"role": "user", "content": "hi"}], tenant="a").token_ids

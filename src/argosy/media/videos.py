@@ -563,7 +563,10 @@ def _read_gemma(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
     patch_size = settings.integer("patch_size", 16, most=256)
     merge_size = settings.integer("pooling_kernel_size", 3, most=16)
     settings.fixed("max_soft_tokens", 70, *GEMMA_TOKENS)
-    fit = GemmaClipFit(GemmaFit(patch_size * merge_size, settings.integer("max_soft_tokens", 70)))
+    tokens = settings.integer("max_soft_tokens", 70)
+    fit = GemmaClipFit(GemmaFit(patch_size * merge_size, tokens))
+    if caps["most_group_tokens"] is not None:  # the cap alone would count in the memory plan
+        caps = {**caps, "most_group_tokens": min(tokens, caps["most_group_tokens"])}
     settings.fixed("fps", None)
     settings.passed("size")  # not read by the reference either
     sample = partial(_sample_number, count=settings.integer("num_frames", 32, most=_GEMMA_MOST_FRAMES))
