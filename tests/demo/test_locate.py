@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
 from argosy.demo.cache import cache_directory
+from argosy.model.encoders.reading import find_encoders
+from argosy.model.families import open_model
 from tests.models.tiny import qwen2_moe, write_model
 
 
@@ -172,3 +175,14 @@ def test_a_read_only_cache_serves_its_pack(builds: list[Path]) -> None:
     (packed.parent / "demo.lock").unlink()
     (packed.parent / "demo.lock").mkdir()  # a directory, so that not even root can lock it
     assert locate.locate() == packed
+
+
+def test_the_pack_keeps_what_the_model_hears_and_sees_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeing = Path(__file__).parents[1] / "models" / "reference_seeing" / "qwen3_vl_moe"
+    monkeypatch.setattr(
+        build, "build_demo", lambda destination, progress: shutil.copytree(seeing, destination)
+    )
+    locate._make(tmp_path / "demo-x", tmp_path / "demo-x-q8", None)
+    assert {"picture"} == set(find_encoders(open_model(tmp_path / "demo-x-q8")))

@@ -47,6 +47,7 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
     from argosy.checkpoint.upcycle import remove_abandoned
     from argosy.demo.build import build_demo
     from argosy.errors import CheckpointError
+    from argosy.model.encoders.reading import find_encoders, tensor_names
     from argosy.model.families import open_model
 
     remove_abandoned(merged.parent, f".demo-*{PARTIAL_SUFFIX}")
@@ -61,7 +62,9 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
             shutil.rmtree(merged)
     if not merged.exists():
         build_demo(merged, progress=progress)
-    pack(open_model(merged), packed, format="q8", progress=progress)
+    files = open_model(merged)
+    senses = tensor_names(find_encoders(files))
+    pack(files, packed, format="q8", encoder_tensors=senses, progress=progress)
 
 
 def _version() -> str:
