@@ -226,7 +226,7 @@ def _count(parameters: int) -> str:
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
-    from argosy.engine.memory_plan import plan_memory, process_bytes, require_mappable, with_media_that_fit
+    from argosy.engine.memory_plan import plan_with_media, process_bytes, require_mappable
     from argosy.engine.options import configure
     from argosy.model.footprint import ModelFootprint
     from argosy.observe.recorder import Recorder
@@ -238,10 +238,9 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     footprint = ModelFootprint(files, config)
     # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.
     tokenizer, _ears = Tokenizer.open(files.path, files.header), footprint.ears
-    held = process_bytes(tokenizer)
-    footprint = with_media_that_fit(footprint, config, process_bytes=held)
     require_mappable(footprint, config)
-    return plan_memory(footprint, config, process_bytes=held)
+    _, plan = plan_with_media(footprint, config, process_bytes=process_bytes(tokenizer))
+    return plan
 
 
 def _print_json(facts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from argosy.engine.memory_plan import (
     MemoryPlan,
     page_table_bytes,
     plan_memory,
-    with_media_that_fit,
+    plan_with_media,
 )
 from argosy.errors import DoesNotFit
 from argosy.model.footprint import ModelFootprint
@@ -110,9 +110,8 @@ class Forecaster:
             DoesNotFit: it is below the floor.
         """
         config = replace(self._config, budget=replace(self._config.budget, ram_bytes=budget_bytes))
-        held = self._process_bytes
-        footprint = with_media_that_fit(self._footprint, config, process_bytes=held)
-        return plan_memory(footprint, config, process_bytes=held)
+        _, plan = plan_with_media(self._footprint, config, process_bytes=self._process_bytes)
+        return plan
 
     def forecast(
         self,

@@ -345,27 +345,33 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, footprint)
 
 
-def with_media_that_fit(
+def plan_with_media(
     footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int
-) -> ModelFootprint:
-    """The same footprint, or one without media if the budget has no room for them and nothing asked for them."""
-    if config.media is not None or config.ears is not None or not footprint.encoder_bytes:
-        return footprint
+) -> tuple[ModelFootprint, MemoryPlan]:
+    """Plan with media, or without them if the budget has no room for them and the settings leave that open.
+
+    Returns:
+        The footprint that the plan is for, and the plan. Without media, the footprint's towers hold the reason.
+
+    Raises:
+        DoesNotFit: as `plan_memory`.
+    """
     try:
-        plan_memory(footprint, config, process_bytes=process_bytes)
+        return footprint, plan_memory(footprint, config, process_bytes=process_bytes)
     except DoesNotFit as error:
+        if config.media is not None or config.ears is not None or not footprint.encoder_bytes:
+            raise
         needed = error.facts["needed_bytes"]
         assert isinstance(needed, int)
-        return footprint.without_media(
-            DoesNotFit(
-                f"the memory budget has no room for pictures and sound: with them the model needs "
-                f"{format_bytes(needed)}, and the budget is {format_bytes(config.budget.ram_bytes)}",
-                hint=f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works",
-                needed_bytes=needed,
-                budget_bytes=config.budget.ram_bytes,
-            )
-        )
-    return footprint
+    fault = DoesNotFit(
+        f"the memory budget has no room for pictures and sound: with them the model needs {format_bytes(needed)}, "
+        f"and the budget is {format_bytes(config.budget.ram_bytes)}",
+        hint=f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works",
+        needed_bytes=needed,
+        budget_bytes=config.budget.ram_bytes,
+    )
+    footprint = footprint.without_media(fault)
+    return footprint, plan_memory(footprint, config, process_bytes=process_bytes)
 
 
 def _slots_per_state(config: EngineConfig) -> int:
@@ -448,7 +454,7 @@ def require_mappable(footprint: ModelFootprint, config: EngineConfig) -> None:
     if limits == (None, None):
         return
     held = held_bytes()
-    plan = plan_memory(footprint, config, process_bytes=held)
+    _, plan = plan_with_media(footprint, config, process_bytes=held)
     tokenizer_file = footprint.files.path / TOKENIZER_FILE
     json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
     stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()

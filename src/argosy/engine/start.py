@@ -26,10 +26,9 @@ from argosy.engine.memory_plan import (
     MemoryPlan,
     held_bytes,
     page_table_bytes,
-    plan_memory,
+    plan_with_media,
     process_bytes,
     require_mappable,
-    with_media_that_fit,
 )
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
@@ -93,7 +92,6 @@ def start(
     instruction_set = _choose_instruction_set(config.instruction_set)
     footprint = ModelFootprint(files, config)
     ears_files = footprint.ears  # read before memory is measured
-    footprint = with_media_that_fit(footprint, config, process_bytes=held_bytes())
     require_mappable(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
@@ -112,7 +110,7 @@ def start(
         held = held_bytes()
         reading = None
         with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
-            plan = plan_memory(footprint, config, process_bytes=held)
+            _, plan = plan_with_media(footprint, config, process_bytes=held)
             reading = ModelReading(
                 files,
                 store,
@@ -127,8 +125,7 @@ def start(
         landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
         landed += page_table_bytes(landed, num_mappings=0)
         measured = max(held, process_bytes(tokenizer) - landed)
-        footprint = with_media_that_fit(footprint, config, process_bytes=measured)
-        plan = plan_memory(footprint, config, process_bytes=measured)
+        footprint, plan = plan_with_media(footprint, config, process_bytes=measured)
         assert reading is not None
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now

@@ -6,6 +6,7 @@ A memory plan asks here and never recomputes a size. Native code reports what na
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from argosy.model.encoders.table import Shape
     from argosy.model.whisper.files import WhisperFiles
 
+# Properties that depend on the towers.
+_OF_MEDIA = ("encoders", "processors", "low_detail", "encoder_bytes", "unbroken_tokens", "_largest_media")
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
 
@@ -59,7 +62,6 @@ class ModelFootprint:
 
     def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
         self.files = files
-        self._settings = config
         self.config = files.config
         self.num_experts = len(files.experts)  # routed experts in all layers
         self._kv_dtype = config.kv_dtype
@@ -88,7 +90,9 @@ class ModelFootprint:
 
     def without_media(self, fault: ArgosyError) -> ModelFootprint:
         """The same model if its towers are not used; `fault` is raised when a prompt has media."""
-        other = ModelFootprint(self.files, self._settings)
+        other = copy(self)  # with the sums over experts that are made already
+        for name in _OF_MEDIA:
+            vars(other).pop(name, None)
         other._media_fault = fault
         return other
 
