@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from argosy.cli.main import main
-from argosy.cli.output import write_text
+from argosy.cli.output import write_file, write_text
 from argosy.config import SamplingParams
+from argosy.errors import UsageError
 from argosy.prompt.prompt import Prompt
 from tests.cli.fake_engine import FakeEngine
 
@@ -405,3 +406,10 @@ def test_showing_a_config_without_weights_estimates_their_size(tmp_path: Path, c
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"vocab_size": 2**31 - 1}))
     assert main(["show", str(tmp_path)]) == 4
     assert "a matrix of 2147483647 x 2048 is too large" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_an_error_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"picture\.svg cannot be written: No such file or directory"):
+        write_file(tmp_path / "nowhere" / "picture.svg", "<svg/>")
+    write_file(tmp_path / "picture.svg", "<svg/>")
+    assert (tmp_path / "picture.svg").read_text("utf-8") == "<svg/>"

@@ -42,7 +42,7 @@ GGUF_SUFFIX = ".gguf"
 GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
 MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
 
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 MAGIC = b"GGUF"
@@ -241,6 +241,11 @@ class _Split:
         return f"part {self.number + 1} of {self.count} of a model with {self.num_tensors} tensors"
 
 
+def part_name(stem: str, number: int, count: int) -> str:
+    """The name of a part of a split model; parts are numbered from 1."""
+    return f"{stem}-{number:05}-of-{count:05}{GGUF_SUFFIX}"
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file; if it is the first part of a split model, read the headers of the others, too.
 
@@ -251,11 +256,11 @@ def read_gguf(path: Path) -> GgufFile:
     first, split = _read_file(path)
     if split is None or split.count <= 1:
         return first
-    name = _PART_NAME.fullmatch(path.name)
+    name = PART_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != split.count or int(name["number"]) != split.number + 1:
         raise CheckpointError(
             f"{path.name} is {split}, but its name does not end in "
-            f"-{split.number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}, so the other parts cannot be found",
+            f"{part_name('', split.number + 1, split.count)}, so the other parts cannot be found",
             hint="restore the file names under which the parts were published",
             path=path,
         )
@@ -267,7 +272,7 @@ def read_gguf(path: Path) -> GgufFile:
         )
     tensors = dict(first.tensors)
     for number in range(1, split.count):
-        part_path = path.with_name(f"{name['stem']}-{number + 1:05}-of-{split.count:05}{GGUF_SUFFIX}")
+        part_path = path.with_name(part_name(name["stem"], number + 1, split.count))
         if not part_path.exists():
             raise CheckpointError(
                 f"{part_path.name} is missing from {path.parent}: {path.name} is {split}",
@@ -347,8 +352,8 @@ def _take_split(cursor: _Cursor, metadata: dict[str, Value]) -> _Split | None:
 
 def _first_part(path: Path) -> Path:
     """The first part of the model that `path` is a part of, going by its name; otherwise `path`."""
-    if name := _PART_NAME.fullmatch(path.name):
-        return path.with_name(f"{name['stem']}-00001-of-{name['count']}{GGUF_SUFFIX}")
+    if name := PART_NAME.fullmatch(path.name):
+        return path.with_name(part_name(name["stem"], 1, int(name["count"])))
     return path
 
 

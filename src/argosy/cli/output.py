@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
 
 from argosy.config import format_bytes
+from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.engine.ledger import Ledger
@@ -33,6 +35,18 @@ def write_text(text: str, stream: TextIO | None = None) -> None:
     stream = sys.stdout if stream is None else stream
     stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
     stream.flush()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file that the command line names.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 class AnswerWriter:

@@ -437,6 +437,7 @@ def _prompt_lines(forecast: Forecast) -> list[str]:
 
 
 def _write_plot(path: Path, forecast: Forecast, owner: Owner) -> None:
+    from argosy.cli.output import write_file
     from argosy.cli.plot import Line, draw
     from argosy.config import GIB
 
@@ -448,7 +449,4 @@ def _write_plot(path: Path, forecast: Forecast, owner: Owner) -> None:
         usd_per_s = (owner.fixed_usd_per_hour + owner.running_usd_per_hour) / 3600
         lines.append(Line("$ per million tokens out", [(x, 1e6 / y * usd_per_s) for x, y in points]))
     marks = [] if forecast.knee_bytes is None else [("90 % of full speed", forecast.knee_bytes / GIB)]
-    try:
-        path.write_text(draw(lines, marks, x_label="memory, GiB"), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    write_file(path, draw(lines, marks, x_label="memory, GiB"))

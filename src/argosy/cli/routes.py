@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.output import progress_bar
+from argosy.cli.output import progress_bar, write_file
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ def routes(
     name = Path(model).name
     if svg is not None:
         title = f"{name}: how often each expert is chosen"
-        svg.write_text(
-            draw(found.shares, domains=found.domains, layers=found.layers, title=title), encoding="utf-8"
-        )
+        write_file(svg, draw(found.shares, domains=found.domains, layers=found.layers, title=title))
     if as_json:
         _print_json(name, found, realised, changes)
     else:
@@ -160,7 +158,7 @@ def _open(model: str, options: dict[str, Any], num_domains: int, num_tokens: int
 
 
 class _Reader:
-    """An engine that reads texts and tells what it chose and how it was surprised."""
+    """An engine that reads texts, and records its routing and the loss of each token."""
 
     def __init__(self, engine: Engine, trace: TraceRecorder) -> None:
         self.engine = engine
@@ -218,7 +216,7 @@ class _Reader:
         import numpy as np
 
         from argosy import SamplingParams
-        from argosy.observe.report import hit_rates
+        from argosy.observe.replay import hit_rates
 
         engine, plan = self.engine, self.engine.plan
         if plan.is_resident:
@@ -250,7 +248,7 @@ class _Reader:
     def remove(
         self, removals: list[Removal], ids: dict[str, list[list[int]]], most: int, progress: Progress | None
     ) -> list[Change]:
-        """Read the first `most` tokens of each domain without some experts."""
+        """Read the first `most` tokens of each domain again for each removal, with its experts forbidden."""
         from argosy.observe.ablation import compare
 
         if not removals:

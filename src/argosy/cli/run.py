@@ -125,10 +125,8 @@ def _request(text: str, media: Sequence[Image | Audio | Video], system: str | No
         return Prompt.raw(text)
     if system is None and not media:
         return text
-    question: Message = {
-        "role": "user",
-        "content": [*media, *([Text(text)] if text else [])] if media else text,
-    }
+    parts = [*media, Text(text)] if text else [*media]
+    question: Message = {"role": "user", "content": parts if media else text}
     return [question] if system is None else [{"role": "system", "content": system}, question]
 
 

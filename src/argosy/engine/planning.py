@@ -21,7 +21,6 @@ from argosy.config import DEMO, Budget, Format, parse_size
 from argosy.engine import calibration
 from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
-    PROMPT_TOKENS,
     Forecast,
     Forecaster,
     tokenizer_bytes,
@@ -34,7 +33,7 @@ from argosy.model.families import config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
 from argosy.plan import machine as this_machine
 from argosy.plan.assumed import assume_pack
-from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
+from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.machines import Machine, find_machine
 from argosy.plan.rates import Rates, guess
 from argosy.prompt.tokenizer import Tokenizer
@@ -80,8 +79,8 @@ def open_subject(
     """
     is_here = model == DEMO or Path(model).exists()
     if not is_here and (source := Source.find(model)) is not None:
-        with fetch_headers(source, progress=progress) as headers:
-            yield Subject(name=model, files=open_model(headers.path), place="headers", remote=headers)
+        with _remote_subject(model, source, progress) as subject:
+            yield subject
         return
     path = locate_model(model, progress)
     if (config := config_alone(path)) is not None:
@@ -90,6 +89,12 @@ def open_subject(
     files = open_files(path, mmproj=mmproj)
     tokenizer = Tokenizer.open(files.path, files.header)  # kept while the process is measured
     yield Subject(name=model, files=files, place="files", local_bytes=process_bytes(tokenizer))
+
+
+@contextmanager
+def _remote_subject(model: str, source: Source, progress: Progress | None) -> Iterator[Subject]:
+    with fetch_headers(source, progress=progress) as headers:
+        yield Subject(name=model, files=open_model(headers.path), place="headers", remote=headers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,10 +185,10 @@ def plan_remote(
     """
     if (source := Source.find(model)) is None:
         raise UsageError(f"'{model}' is no model of a hub", hint="give OWNER/NAME, or an https address")
-    with fetch_headers(source, progress=progress) as headers:
-        subject = Subject(name=model, files=open_model(headers.path), place="headers", remote=headers)
+    with _remote_subject(model, source, progress) as subject:
+        assert subject.remote is not None
         found, budget_bytes = forecaster(subject, find_place(HERE), memory=memory, streams=streams)
-        return headers, found.forecast(budget_bytes, streams=streams, prompts=PROMPT_TOKENS, with_curve=False)
+        return subject.remote, found.forecast(budget_bytes, streams=streams, with_curve=False)
 
 
 def read_working_set(path: Path) -> WorkingSet:
@@ -193,8 +198,7 @@ def read_working_set(path: Path) -> WorkingSet:
         UsageError: the file cannot be read, or is none.
     """
     try:
-        with path.open("rb") as file:
-            return WorkingSet.from_json(file.read(MOST_JSON_BYTES + 1))
+        return WorkingSet.read(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 

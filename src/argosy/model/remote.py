@@ -26,7 +26,7 @@ from math import prod
 from pathlib import Path
 
 from argosy.checkpoint.geometry import require_countable
-from argosy.checkpoint.gguf import GGUF_SUFFIX, read_gguf
+from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, part_name, read_gguf
 from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,
@@ -39,9 +39,9 @@ from argosy.checkpoint.safetensors import (
 from argosy.checkpoint.untrusted_file import parse_object, quote
 from argosy.config import LayerConfig, ModelConfig
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
+from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, GENERATION_FILE, read_config
-
-Progress = Callable[[str, float], None]
+from argosy.prompt.tokenizer import TOKENIZER_FILE
 
 SAFETENSORS_BYTES = 7 << 20  # read of a model as safetensors, config.json and lists of files included
 GGUF_BYTES = 32 << 20  # a header has the vocabulary: 6 to 12 MB
@@ -52,7 +52,6 @@ _FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # of a model's first p
 _NUM_AT_ONCE = 8
 _MOST_SHARDS = 2000
 _SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors")
-_GGUF_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _LAYER = re.compile(r"(.*?\blayers\.)(\d{1,6})(\..+)")
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d{1,6})(\..+)")
 
@@ -133,8 +132,8 @@ def _fetch_safetensors(
         found = _completed(found, config)
     _write_header(directory / SINGLE_FILE, found)
     tokenizer_bytes = 0
-    if "tokenizer.json" in names:
-        tokenizer_bytes = hub.read(url_of("tokenizer.json"), 0, 1).file_bytes
+    if TOKENIZER_FILE in names:
+        tokenizer_bytes = hub.read(url_of(TOKENIZER_FILE), 0, 1).file_bytes
     return RemoteHeaders(directory, sum(sizes), len(shards), num_read, hub.bytes_read, tokenizer_bytes)
 
 
@@ -297,11 +296,11 @@ def _chosen(names: Sequence[str], source: Source) -> list[str]:
     matching = [name for name in names if wanted in name.lower()]
     models: dict[str, list[str]] = {}
     for name in sorted(matching):
-        part = _GGUF_PART.fullmatch(name)
+        part = PART_NAME.fullmatch(name)
         models.setdefault(part["stem"] if part else name, []).append(name)
     if len(models) == 1:
         parts = next(iter(models.values()))
-        match = _GGUF_PART.fullmatch(parts[0])
+        match = PART_NAME.fullmatch(parts[0])
         if match is not None and len(parts) != int(match["count"]):
             raise CheckpointError(
                 f"{source.repository} has {len(parts)} of the {int(match['count'])} parts of {quote(match['stem'])}",
@@ -323,11 +322,9 @@ def _chosen(names: Sequence[str], source: Source) -> list[str]:
 def _fetch_gguf(
     hub: Hub, names: Sequence[str], url_of: Callable[[str], str], directory: Path
 ) -> RemoteHeaders:
-    if len(names) == 1 and (part := _GGUF_PART.fullmatch(names[0])) is not None:
-        names = [
-            f"{part['stem']}-{number:05}-of-{part['count']}.gguf"
-            for number in range(1, int(part["count"]) + 1)
-        ]
+    if len(names) == 1 and (part := PART_NAME.fullmatch(names[0])) is not None:
+        count = int(part["count"])
+        names = [part_name(part["stem"], number, count) for number in range(1, count + 1)]
     if len(names) > _MOST_SHARDS:
         raise CheckpointError(f"{quote(names[0])} has more than {_MOST_SHARDS} parts", path=hub.source.url)
     paths = [directory / name.rpartition("/")[2] for name in names]

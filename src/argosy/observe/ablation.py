@@ -1,7 +1,7 @@
-"""What removing an expert does to each domain: the losses of the same tokens, without it and with it.
+"""Measure how removing an expert changes the loss of each domain, on the same tokens with and without it.
 
-The router chooses as if it had never known the expert (`Engine.forbid_experts`). So this asks how well others can stand
-in for it, which is less than what it does while it is there: a twin takes over most of the work.
+The router chooses among the remaining experts (`Engine.forbid_experts`). So the change shows how well they replace the
+expert. That is less than the expert contributes while it is present, because a similar one takes over most of its work.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The hit rate of the last minutes beside the best possible, for a server's page: `serve/state.py` asks for it.
+"""Compare the recent hit rate of the expert cache with the best possible one, for a server's page (`serve/state.py`).
 
     last choices of a Recorder  ─ in a thread of its own, at most every EVERY_S seconds ─>  RecentCache
 
-If nobody asks, nothing is replayed. The first half of the tokens fills the replayed cache; the second half counts, if
-it has at least FEWEST_TOKENS. The numbers are sums over all requests, and name no expert.
+Choices are replayed only when somebody asks. The first half of the tokens fills the replayed cache, and the second half
+is counted if it has at least FEWEST_TOKENS. The numbers are sums over all requests, and name no expert.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-from argosy import _native
 from argosy.observe.recorder import Recorder
+from argosy.observe.replay import hit_rates
 
 EVERY_S = 10.0
 FEWEST_TOKENS = 256
@@ -31,7 +31,7 @@ class RecentCache:
 
 
 class LiveCache:
-    """Answers at once with what was found last, and has it found again if that is old.
+    """Returns the last result at once, and starts a new replay if that result is old.
 
     Args:
         num_slots: experts that fit in memory.
@@ -51,7 +51,7 @@ class LiveCache:
         self._lock = threading.Lock()
 
     def __call__(self) -> RecentCache | None:
-        """What was found last; None: too few tokens yet. Never waits for a replay."""
+        """The last result; None until there are enough tokens. Never waits for a replay."""
         with self._lock:
             is_old = self._begun_at is None or self._clock() - self._begun_at >= EVERY_S
             if is_old and (self._thread is None or not self._thread.is_alive()):
@@ -65,17 +65,14 @@ class LiveCache:
         half = len(recent.choices) // 2
         if half < FEWEST_TOKENS:
             return
-        rates = {}
-        for policy in ("lru", "optimum"):
-            lookups, hits = _native.replay(
-                recent.choices,
-                recent.steps,
-                num_experts=self._num_experts,
-                policy=policy,
-                num_slots=self._num_slots,
-                counted_from=half,
-            )
-            rates[policy] = hits / max(1, lookups)
+        rates = hit_rates(
+            recent.choices,
+            recent.steps,
+            num_experts=self._num_experts,
+            slots=self._num_slots,
+            counted_from=half,
+            policies=("lru", "optimum"),
+        )
         lookups = int(recent.lookups[-1] - recent.lookups[half])
         hits = int(recent.hits[-1] - recent.hits[half])
         self._found = RecentCache(

@@ -1,4 +1,4 @@
-"""Count what routers choose while a model runs.
+"""Count which experts routers choose while a model runs.
 
     choices of a step  ->  Recorder  ->  uses of each expert, reuse by the next token, working set
                                      ->  the last choices in order, for a replay
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from argosy.config import EngineConfig, ModelConfig
 from argosy.errors import UsageError
 from argosy.experts.recording import StepRoutes
+from argosy.observe.replay import replay_bytes
 from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 
 BLOCK_TOKENS = 128
@@ -64,7 +65,7 @@ class RecentRoutes:
 
 
 class Recorder:
-    """A `RouteRecorder` (`experts/recording.py`) that counts. One thread records; others may ask at any time."""
+    """A `RouteRecorder` (`experts/recording.py`) that counts choices. One thread records; any thread may read."""
 
     def __init__(self, model: ModelConfig, config: EngineConfig, *, keeps_recent: bool = False) -> None:
         self._layers = model.moe_layers
@@ -88,14 +89,14 @@ class Recorder:
         """Most bytes that it will ever hold, and that a replay of the last choices takes."""
         num_layers, k = len(self._layers), self._k
         lane = BLOCK_TOKENS * (2 * num_layers * k + 8)
-        gaps = (
-            3 * self._num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1)
-        )  # numbers of a `ReuseGaps`
+        # The numbers of a `ReuseGaps`.
+        gaps = 3 * self._num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1)
         lane += num_layers * (8 * gaps + _OBJECT_BYTES)
         nbytes = self._most_lanes * (lane + _OBJECT_BYTES) + 4 * self._uses.nbytes + 4 * _OBJECT_BYTES
         if self._recent is not None:
-            choices = self._recent.num_tokens * num_layers * k
-            nbytes += 2 * self._recent.nbytes + (4 + 8 + 8) * choices + 128 * num_layers * self._num_experts
+            nbytes += 2 * self._recent.nbytes + replay_bytes(
+                self._recent.num_tokens, num_layers=num_layers, num_experts=self._num_experts, k=k
+            )
         return nbytes
 
     def record(self, steps: Sequence[StepRoutes], lookups: int, hits: int) -> None:

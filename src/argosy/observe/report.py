@@ -1,4 +1,4 @@
-"""What experts do with texts of several domains: shares, specialisation, balance, reuse, and caches.
+"""Report how experts are used on texts of several domains: shares, specialisation, balance, reuse, and caches.
 
     choices and losses of each domain  ->  report  ->  `argosy routes`: text, JSON, picture
 
@@ -10,7 +10,7 @@ beside it stands its mean over random labels, and how often random labels gave a
     across layers      experts change their numbers within each layer: only where an expert's number means the same in
                        all layers is there more in common than after such a shuffle
 
-Elsewhere: `trace.py` keeps the choices; `cli/routes.py` has the model read texts; `native/ops/replay` replays caches.
+Elsewhere: `trace.py` keeps the choices; `cli/routes.py` has the model read texts; `replay.py` replays caches.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy import _native
 from argosy.observe.recorder import Choices
+from argosy.observe.replay import hit_rates, replay_bytes
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 
 CLASSES = ("word", "word part", "number", "punctuation", "white space", "other")
 STRETCH = 64  # tokens that keep their domain together in the test: what stands near is alike
 BUDGETS = (6, 12, 25, 50, 75)  # percent of all experts
-POLICIES = ("lru", "lfu", "optimum")
 _SHUFFLES = 999
 _MOST_SHUFFLED = 1 << 32  # numbers that all shuffles may touch: fewer shuffles of larger models
 _CLASS_SHUFFLES = 100  # the fewest that can say p <= 0.01
@@ -161,11 +160,11 @@ class RouteReport:
 def working_bytes(num_tokens: int, *, num_layers: int, num_experts: int, k: int, num_domains: int) -> int:
     """Most bytes that a report on so many tokens takes, their choices included."""
     choices = num_tokens * num_layers * k
-    replay = (2 + 2 + 4 + 8) * choices + 128 * num_layers * num_experts
+    replay = replay_bytes(num_tokens, num_layers=num_layers, num_experts=num_experts, k=k)
     stretches = (num_tokens // STRETCH + num_domains) * num_layers * num_experts * (8 + 4 + 4)
     of_layer = num_tokens * (k * k + 4 * num_experts + 24 * k) + 40 * num_experts**2
     shuffles = (_SHUFFLES + 40 * num_domains) * 8 * num_layers * max(1, num_experts // 16)
-    return 2 * choices + replay + stretches + of_layer + shuffles
+    return 3 * 2 * choices + replay + stretches + of_layer + shuffles
 
 
 def report(
@@ -397,23 +396,6 @@ def _replay(
         slots: hit_rates(trace, num_experts=num_experts, slots=slots, counted_from=len(filled))
         for slots in sorted(budgets)
     }
-
-
-def hit_rates(trace: Choices, *, num_experts: int, slots: int, counted_from: int) -> dict[str, float]:
-    """The hit rate of each policy on tokens that decode one after another."""
-    steps = np.arange(len(trace), dtype=np.int64)
-    found = {}
-    for policy in POLICIES:
-        lookups, hits = _native.replay(
-            np.ascontiguousarray(trace),
-            steps,
-            num_experts=num_experts,
-            policy=policy,
-            num_slots=slots,
-            counted_from=counted_from,
-        )
-        found[policy] = hits / max(1, lookups)
-    return found
 
 
 def _as_dict(found: Specialisation | None) -> dict[str, float] | None:

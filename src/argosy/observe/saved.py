@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from argosy.checkpoint.files import ModelFiles
 from argosy.errors import UsageError
 from argosy.observe.recorder import RoutingCounts
-from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
+from argosy.plan.hit_rate import WorkingSet
 from argosy.replace_file import replacing
 
 FEWEST_TOKENS = 256  # decode tokens of a run that is added
@@ -65,8 +65,7 @@ def find(path: Path) -> WorkingSet | None:
         OSError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return WorkingSet.from_json(file.read(MOST_JSON_BYTES + 1))
+        return WorkingSet.read(path)
     except FileNotFoundError:
         return None
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,8 @@ AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if windo
 
 _GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # of an age in a turn, as `experts/policy.py` has it
 _WARM_TURNS = 32  # of a timeline, before ages count: the cache would still be filling
-_TOGETHER = (
-    128  # tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums
-)
+# Tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums.
+_TOGETHER = 128
 _FORMAT = "argosy-working-set-1"
 MOST_JSON_BYTES = 8 << 20  # 1000 layers take 1 MB
 _MOST_LAYERS = 4096
@@ -86,9 +86,8 @@ class ReuseGaps:
         self._first: NDArray[np.int64] = np.zeros(num_experts, np.int64)  # token; 0: not used yet
         self._last: NDArray[np.int64] = np.zeros(num_experts, np.int64)
         self._uses: Floats = np.zeros(num_experts)  # at its last use
-        self._gap_count: NDArray[np.int64] = np.zeros(
-            len(WINDOWS) + 1, np.int64
-        )  # in (WINDOWS[i-1], WINDOWS[i]]
+        # In (WINDOWS[i-1], WINDOWS[i]].
+        self._gap_count: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
         self._gap_total: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
         self._ages = _AgeSums()
 
@@ -367,6 +366,16 @@ class WorkingSet:
                 for i, layer in enumerate(self.layers)
             },
         }
+
+    @classmethod
+    def read(cls, path: Path) -> WorkingSet:
+        """Read the file that holds what `as_dict` wrote.
+
+        Raises:
+            UsageError: it holds something else.   OSError: it cannot be read.
+        """
+        with path.open("rb") as file:
+            return cls.from_json(file.read(MOST_JSON_BYTES + 1))
 
     @classmethod
     def from_json(cls, data: bytes) -> WorkingSet:
