@@ -5,13 +5,14 @@ The longest files come first, so that processes that run files side by side end 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from argosy import _native
 
 # A shell makes background commands ignore SIGINT, and their children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -50,8 +51,7 @@ def _memory_of_a_module_ends_with_it() -> Iterator[None]:
     """Budgets count what the process holds, and that of the tests would hold more with every module."""
     yield
     gc.collect()
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    _native.trim_heap()
 
 
 @pytest.fixture(autouse=True)

@@ -151,9 +151,9 @@ void bind_encoder(nb::module_& m) {
         round_keys(runtime, keys, from, values, to);
       },
       "runtime"_a, "key"_a, "value"_a, "rounded"_a.noconvert(), R"(
-    Round key and value [keys, kv_heads, dim] to bfloat16 for `attend_rounded`, where `Runtime.rounds`.
+    Round keys and values [keys, kv_heads, dim] to bfloat16, in the layout that `attend_rounded` reads.
 
-    Rows may be strided.)");
+    Needs `Runtime.rounds`. Rows may be strided.)");
 
   m.def(
       "attend_rounded",

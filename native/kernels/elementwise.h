@@ -1,14 +1,14 @@
 // elementwise.h: activations of one number, or of a vector of them with the same bits in any lane.
 //
-//   silu        x / (1 + e^-x)
-//   gelu        x * P(normal <= x), in three forms (Hendrycks and Gimpel, arXiv:1606.08415):
-//     erf       0.5 x (1 + erf(x / sqrt 2)). The vector version takes erf from Abramowitz and Stegun,
-//     Handbook
-//               of Mathematical Functions (1964), 7.1.26, whose error is at most 1.5e-7:
-//               1 - erf(z) = (a1 t + ... + a5 t^5) e^-z^2 with t = 1 / (1 + p z), for z >= 0
-//     tanh      0.5 x (1 + tanh u), computed as x sigmoid(2 u), which keeps the digits of small results;
-//               u = sqrt(2 / pi) (x + 0.044715 x^3)
-//     quick     x sigmoid(1.702 x)
+//   silu         x / (1 + e^-x)
+//   gelu_erf     0.5 x (1 + erf(x / sqrt 2))
+//   gelu_tanh    0.5 x (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)
+//   gelu_quick   x sigmoid(1.702 x)
+//
+// The last three are forms of x * P(normal <= x) (Hendrycks and Gimpel, arXiv:1606.08415). The vector version
+// takes erf from Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26, whose error is at
+// most 1.5e-7: 1 - erf(z) = (a1 t + ... + a5 t^5) e^-z^2 with t = 1 / (1 + p z), for z >= 0. gelu_tanh is
+// computed as x sigmoid(2 u), which loses no digits where the result is small.
 #pragma once
 
 #include <math.h>

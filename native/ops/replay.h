@@ -1,12 +1,15 @@
 // replay.h: the hit rate that a cache of equal slots would have had on recorded choices of experts.
 //
-// All layers share the slots. In one step, a layer asks for the distinct experts of its tokens at once: those
-// in a slot are hits. Then the others get a slot each, and none of this request is evicted for another. The
-// cache is empty at first.
+// The layers share the slots. In each step, a layer requests the distinct experts of its tokens together.
+// Experts that occupy a slot are hits; each of the others then gets a slot, and no expert of a request is
+// evicted for another one of it. The cache starts empty.
 //
-//   lru      evicts the expert that was used longest ago
-//   lfu      evicts the expert that was used least since the beginning, evicted experts' uses included; on a
-//   tie, as lru optimum  evicts the expert that is needed last (Belady 1966): no policy hits more
+//   lru       evicts the expert whose last use is oldest
+//
+//   lfu       evicts the expert with the fewest uses since the start, including uses before an eviction, and
+//             the one that lru would evict if several have the fewest
+//
+//   optimum   evicts the expert whose next use is farthest away (Belady 1966); no policy has more hits
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,6 @@ from argosy.model.whisper.network import Whisper
 
 RATE = 16_000
 EARS_SECONDS = 5
-POSITIONS_PER_SECOND = 50
 
 
 def open_ear(work: Path) -> Callable[[np.ndarray], np.ndarray]:

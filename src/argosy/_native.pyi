@@ -700,9 +700,9 @@ def round_keys(
     rounded: NDArray[numpy.uint8],
 ) -> None:
     """
-    Round key and value [keys, kv_heads, dim] to bfloat16 for `attend_rounded`, where `Runtime.rounds`.
+    Round keys and values [keys, kv_heads, dim] to bfloat16, in the layout that `attend_rounded` reads.
 
-    Rows may be strided.
+    Needs `Runtime.rounds`. Rows may be strided.
     """
 
 def attend_rounded(

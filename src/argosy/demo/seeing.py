@@ -2,7 +2,7 @@
 
     experts.gguf -> tower -> visual.*
 
-The two eye experts of each layer are in `experts.gguf` like the others.
+`experts.gguf` also holds the two eye experts of each layer, beside the other experts.
 
 Elsewhere: `model/encoders/qwen_vision.py` runs the tower; `recipes/demo_model/` trained it.
 """

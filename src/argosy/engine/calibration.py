@@ -1,10 +1,10 @@
-"""Measure what a forecast needs to know of this machine, within a minute, and remember it.
+"""Measure the rates of this machine that a forecast needs, within a minute, and keep them.
 
     memory, products of every format, reads of the drive, two tiny models  ->  Rates, in the user's cache
 
-Products read weights that are in no cache. The drive is read at several record sizes while products keep the other
-cores busy, because that is how experts arrive. Two tiny models of different depth, run by the engine itself, give the
-time of a layer beside its products, with experts in memory and with experts that are fetched.
+Products read weights from memory, not from a CPU cache. The drive is read at several record sizes while products keep
+the other cores busy, as when experts are streamed. The engine runs two tiny models of different depth, which give the
+overhead of a layer beyond its products, with experts in memory and with experts that are read.
 
 Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
 
@@ -13,6 +13,7 @@ Elsewhere: `plan/rates.py` has the form of the result, and guesses for machines 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib import metadata
@@ -36,17 +37,14 @@ from argosy.config import MIB, Format, SamplingParams
 from argosy.demo.cache import cache_directory
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
+from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.plan import machine
 from argosy.plan.rates import MEASURED_SPREAD, Rates
 from argosy.replace_file import replacing
 
-Progress = Callable[[str, float], None]
-
-_ARENA_BYTES, _TILE_BYTES = (
-    192 << 20,
-    4 << 20,
-)  # larger than most last-level caches; of random bytes that repeat
+_ARENA_BYTES = 192 << 20  # larger than most last-level caches
+_TILE_BYTES = 4 << 20  # of random bytes, which repeat
 _COLD_BYTES = 12 << 20  # read in a sample
 _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
 _SAMPLE_S = 0.2  # for each format, twice
@@ -57,6 +55,7 @@ _NUM_READERS = 4
 _FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
 _DEPTHS = (4, 20)  # layers of the two tiny models
+_EXPERTS = 16  # of each layer
 _STEPS = 48
 
 
@@ -161,14 +160,17 @@ def _products(
             del matrices
     finally:
         arena.close()
-    memory = max(memory, *rates.values())  # a neighbour may have slowed the probe
+    memory = max(memory, *rates.values())  # other processes may have slowed the probe
     return memory, {format: rate / memory for format, rate in rates.items()}, operations
 
 
 def _best(
     runtime: _native.Runtime, matrices: Sequence[_native.Matrix], x: np.ndarray[Any, Any], count: int
 ) -> float:
-    """Calls a second of products with `count` matrices, each time others: the best, for a neighbour only slows."""
+    """The highest rate of calls per second, each with the next `count` matrices.
+
+    The highest, because other processes can only slow a call down.
+    """
     outs = [np.empty((len(x), _ROWS), np.float32) for _ in range(count)]
     best, at = 0.0, 0
     end = time.perf_counter() + _SAMPLE_S
@@ -196,7 +198,7 @@ def _file_to_read(files: Sequence[Path]) -> Iterator[str]:
     room = machine.free_disk_bytes(directory) // 4
     try:
         if room < _SMALLEST_FILE_BYTES:
-            raise OSError(28, "no space left")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with tempfile.TemporaryFile(dir=directory) as file:
             _fill(file, min(room, _FILE_BYTES))
             yield f"/proc/self/fd/{file.fileno()}"
@@ -298,9 +300,6 @@ def _overheads(cores: int, tell: Progress) -> tuple[float, float, float]:
     layer_s = max(1e-6, (many - few) / layers)
     streamed_layer_s = max(1e-6, (many_streamed - few_streamed) / layers - layer_s)
     return layer_s, streamed_layer_s, max(1e-6, few - _DEPTHS[0] * layer_s)
-
-
-_EXPERTS = 16
 
 
 def _write_model(path: Path, depth: int) -> None:

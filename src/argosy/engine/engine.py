@@ -59,7 +59,8 @@ class Engine(BlockingCalls):
         progress: called with the progress of startup.
         observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
             private. Every step stops at every layer to call it; a recorder costs next to nothing.
-        recorder: makes what is told the choices of all steps, some steps at a time; unused without routed experts.
+        recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
+            model without routed experts.
 
     Raises:
         DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
@@ -311,9 +312,9 @@ class Engine(BlockingCalls):
         self._cache.forget_others(tenants)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
-        """From the next step on, let no token choose these experts, by layer, and any other: to see what they do.
+        """From the next step on, let no token choose these experts, given by layer. Replaces what was forbidden before.
 
-        Routers share the weight among the experts that are left, as if they had never known the others.
+        Routers distribute the weights among the remaining experts, as if the others had never existed.
 
         Raises:
             UsageError: a layer has no such experts or would keep too few; or prefixes are reused, which hold what the
@@ -391,7 +392,7 @@ class Engine(BlockingCalls):
         return self._answers.ledger
 
     def tell_recorder(self) -> None:
-        """Tell the recorder, if there is one, the steps that it was not told yet; closing does so, too."""
+        """Pass the steps logged so far to the recorder, if there is one. `close` does this, too."""
         with self._lock:
             self._require_open()
             self._tell_recorder()

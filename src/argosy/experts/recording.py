@@ -1,9 +1,9 @@
-"""What an engine tells a recorder about routing. Which experts ran can reveal the text: keep it private.
+"""The protocol between an engine and a recorder of its routing. Routing can reveal the text: keep it private.
 
     a step writes its choices in the room of a RouteLog  ─ every LOG_TOKENS tokens ─>  RouteRecorder.record
 
-Python that runs once a token runs with cold caches, beside a step that has just read gigabytes. So a step only notes
-what it was, and a recorder counts many tokens at once. Without a recorder, choices are not even copied.
+Python code that runs once per token finds cold caches, because each step has just read gigabytes. So a step only logs
+its choices, and a recorder counts many tokens at once. Without a recorder, choices are not even copied.
 
 Elsewhere: `observe/` has recorders; the engine knows the protocol alone.
 """
@@ -39,7 +39,7 @@ class StepRoutes(NamedTuple):
 
 
 class RouteRecorder(Protocol):
-    """Is told of every step that ran. `record` must be quick: the next step waits for it."""
+    """Receives every step that ran. `record` must be fast: the next step waits for it."""
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +87,7 @@ class RouteLog:
             self.flush(runner)
 
     def flush(self, runner: ExpertRunner) -> None:
-        """Tell the recorder all steps that it was not told yet."""
+        """Pass the steps that are logged to the recorder."""
         stats = runner.stats
         self._recorder.record(self._steps, stats.decode_lookups, stats.decode_hits)
         self._steps = []

@@ -436,7 +436,7 @@ def read_video_processor(
             supported=list(_READERS),
         )
     settings = Settings(raw, where)
-    # These describe pictures and returned objects, or switch sampling off; here frames are always sampled.
+    # These keys describe pictures and returned objects, or switch sampling off; Argosy always samples frames.
     settings.passed(
         "image_processor_type", "video_processor_type", "do_sample_frames", "return_metadata", "num_frames"
     )

@@ -5,11 +5,11 @@
 One machine has dense weights, attention and router; all have experts, each expert on two of them. For every layer the
 rows go to the machines that own the chosen experts, and the sums come back; the slower of memory and drive decides how
 long a machine takes, and the slowest machine how long the layer takes. With about one miss in a layer, one drive works
-while the others wait, so a mean load would flatter: layers are drawn at random instead, with a fixed seed.
+while the others wait, so the mean load would be too optimistic: layers are drawn at random instead, with a fixed seed.
 
     network of a layer = 2 latency + machines asked * (2 + 4) bytes * hidden / bandwidth
 
-Rows go out in bfloat16 and come back in float32. Nothing here runs: it says what a group would bring.
+Rows are sent in bfloat16 and returned in float32. This is a prediction: Argosy does not run groups of machines.
 
 Elsewhere: `speed.py` predicts one machine.
 """
@@ -27,11 +27,8 @@ from argosy.plan.rates import Rates
 from argosy.plan.speed import Range, Work
 
 MOST_MACHINES = 64
-_LATENCIES_S = (
-    (100e9 / 8, 20e-6),
-    (25e9 / 8, 30e-6),
-    (0.0, 50e-6),
-)  # one way, from this bandwidth on, stack included
+# One way, network stack included, from this bandwidth (bytes per second) upwards.
+_LATENCIES_S = ((100e9 / 8, 20e-6), (25e9 / 8, 30e-6), (0.0, 50e-6))
 _NUM_LAYERS_DRAWN = 4000
 
 

@@ -1,4 +1,4 @@
-"""Price what a forecast says: per million tokens, per request, beside an API, and where they break even.
+"""Price a forecast: per million tokens, per request, compared with an API, and the break-even between the two.
 
     seconds of a request, a machine's price  ->  Cost  |  Api price  ->  Comparison, and one plain sentence
 

@@ -3,8 +3,8 @@
     CPU name, cores, drive  ->  guess    ->  Rates, with the factor by which they may be wrong
     `--calibrate`           ->  Rates.from_json
 
-Guesses are from a table of CPU families, made of channels times transfers a second, and of what Argosy's benchmarks
-reached on such machines. They are marked as guesses wherever they are printed.
+Guesses come from a table of CPU families: memory channels times transfers per second, and the speeds that Argosy's
+benchmarks reached on such machines. They are labelled as guesses wherever they are printed.
 
 Elsewhere: `engine/calibration.py` measures; `speed.py` turns rates into seconds.
 """
@@ -35,11 +35,11 @@ class Rates:
     reads: share of `memory_bytes_per_s` at which a product reads weights for one token, by format.
     operations: of products for many tokens, by format.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time while other cores compute.
-    layer_s, streamed_layer_s: time of a layer beside its products: threads that meet, router, norms; and if its experts
-        are fetched, Python's decisions in addition.
-    step_s: time of a step beside its layers.
+    layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
+    streamed_layer_s: further overhead if the layer's experts are streamed: decisions in Python.
+    step_s: overhead of a step beyond its layers.
     spread: a rate may be wrong by this factor, either way.
-    source: where the rates are from, for people.
+    source: where the rates come from, in words.
     """
 
     cores: int

@@ -9,8 +9,9 @@ reading and computing at once for some of the time. Each prediction names the pa
     layer = before experts + max(experts in memory, latency + misses * record / drive - overlap + one expert)
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
-maximum of means would flatter. `overlap` is what the early router reads during the time before experts: half of it is
-taken as likely, nothing and all as the ends of the range. The same shares of a prompt's reads are beside its products.
+maximum of means would be too optimistic. `overlap` is what look-ahead reads during the time before the experts: half of
+that time counts as likely, none and all of it are the ends of the range. A prompt's reads overlap its products by the
+same shares.
 
 Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
