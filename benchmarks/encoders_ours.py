@@ -28,7 +28,7 @@ def open_tower(name: str, runtime: _native.Runtime) -> Tower:
     for canonical, tensor in encoder.tensors(config).items():
         ref, format = accounts.take(tensor.name, tensor.shape)
         refs[canonical] = MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols
+            ref.name, ref.path, ref.offset, ref.nbytes, format, tensor.rows, tensor.cols, taps=tensor.taps
         )
     store = _native.Store(2)
     weights = load_dense(store, refs, open_file=functools.cache(store.open))

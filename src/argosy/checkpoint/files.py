@@ -98,6 +98,8 @@ class MatrixRef:
     pairs, and the reader puts them in halves (`in_halves`).
     If `turn` is set, the values of two tensors alternate in the file's `nbytes`; this one has the first, third ... (0)
     or the second, fourth ... (1).
+    If `taps` is set, it is a convolution's weight with so many values of a channel side by side, and the reader puts
+    the channels of each tap side by side (`taps_first`).
     If `key_value_rows` is set, the reader splits the matrix in two (`checkpoint/latent_up.py`).
     """
 
@@ -112,6 +114,7 @@ class MatrixRef:
     block_type: str | None = None
     paired_heads: int = 0
     turn: int | None = None
+    taps: int = 0
     key_value_rows: KeyValueRows | None = None
     scales: Piece | None = None
 
@@ -295,6 +298,14 @@ def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
     """
     pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def taps_first(rows: npt.NDArray[_Value], num_taps: int) -> npt.NDArray[_Value]:
+    """Reorder the columns of a convolution's weight [rows, channels * taps] to [rows, taps * channels].
+
+    Frames and pixels have their channels side by side, so what lies under a kernel is then copied in long runs.
+    """
+    return np.ascontiguousarray(rows.reshape(len(rows), -1, num_taps).swapaxes(1, 2)).reshape(rows.shape)
 
 
 def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None = None) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes
+from argosy.checkpoint.files import MatrixRef, check_vector, in_halves, matrix_bytes, taps_first
 from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.checkpoint.latent_up import key_value_matrix, passing_bytes, split, split_shapes
 from argosy.checkpoint.manifest import round_up
@@ -92,7 +92,7 @@ def _reordering_bytes(ref: MatrixRef, alignment: int) -> int:
     if ref.block_type is not None and _passes_scratch(ref):
         blocks = matrix_bytes(SLOT_FORMATS[ref.block_type], ref.rows, ref.cols)
         return _read_bytes(ref, alignment) + ref.nbytes + ref.landed_bytes + (blocks if ref.is_widened else 0)
-    return ref.nbytes if ref.paired_heads else 0
+    return ref.nbytes if ref.paired_heads or ref.taps else 0
 
 
 def dense_footprint(refs: Mapping[str, MatrixRef], alignment: int = 4096) -> int:
@@ -245,6 +245,9 @@ def _read_dense(
             memory[:] = landed
         elif ref.paired_heads:
             memory[:] = in_halves(memory.reshape(ref.rows, -1), ref.paired_heads).reshape(-1)
+        elif ref.taps:
+            values_of = memory.view(f"V{ref.nbytes // (ref.rows * ref.cols)}").reshape(ref.rows, -1)
+            memory[:] = taps_first(values_of, ref.taps).reshape(-1).view(np.uint8)
         if is_vector(name):
             cols = ref.cols if ref.turn is None else 2 * ref.cols
             values = _native.dequantize(ref.format, memory, ref.rows, cols).reshape(-1)

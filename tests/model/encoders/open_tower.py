@@ -171,6 +171,8 @@ def dense_weights(
         if is_vector(name):
             vectors[name] = value.reshape(-1).astype(np.float32)
             continue
+        if tensor.taps:  # [out, in, height, width] -> [out, height, width, in]
+            value = np.moveaxis(value, 1, -1)
         shape = formats[name]
         out = arena.array()[starts[name] :][: _native.matrix_bytes("bf16", *shape)]
         _native.quantize("bf16", np.ascontiguousarray(value.reshape(shape)), out)

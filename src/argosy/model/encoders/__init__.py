@@ -23,11 +23,14 @@ class EncoderTensor:
 
     The first `row_axes` axes of a matrix are its rows and the others its columns, as in the weight of a convolution,
     [out, in, height, width]. A tensor with one axis is a vector.
+
+    If `taps` is set, it is the weight of a convolution, and lies in memory as [out, height, width, in].
     """
 
     name: str
     shape: tuple[int, ...]
     row_axes: int = 1
+    taps: int = 0
 
     @property
     def rows(self) -> int:
@@ -40,10 +43,10 @@ class EncoderTensor:
 
 
 def with_bias(
-    canonical: str, name: str, shape: tuple[int, ...], *, has_bias: bool = True
+    canonical: str, name: str, shape: tuple[int, ...], *, has_bias: bool = True, taps: int = 0
 ) -> dict[str, EncoderTensor]:
     """The weight `{name}.weight` of this shape, and the bias of its rows if there is one."""
-    tensors = {canonical: EncoderTensor(f"{name}.weight", shape)}
+    tensors = {canonical: EncoderTensor(f"{name}.weight", shape, taps=taps)}
     if has_bias:
         tensors[f"{canonical}_bias"] = EncoderTensor(f"{name}.bias", shape[:1])
     return tensors

@@ -14,6 +14,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from argosy import _native
 from argosy.model.encoders import EncoderTensor, with_bias
@@ -25,6 +26,7 @@ from argosy.model.encoders.blocks import (
     Tower,
     attention_floats,
     block_floats,
+    block_rows,
     gelu_mlp_floats,
     in_blocks,
     sinusoids,
@@ -99,7 +101,7 @@ def tensors(config: OmniAudioConfig) -> dict[str, EncoderTensor]:
     found: dict[str, EncoderTensor] = {}
     for i in range(_NUM_CONVOLUTIONS):
         shape = (channels, channels if i else 1, _KERNEL, _KERNEL)
-        found |= with_bias(f"convolution.{i}", f"conv2d{i + 1}", shape)
+        found |= with_bias(f"convolution.{i}", f"conv2d{i + 1}", shape, taps=_KERNEL**2)
     found |= with_bias("join", "conv_out", (hidden, channels * config.image_rows), has_bias=False)
     for layer in range(config.num_layers):
         name = f"layers.{layer}"
@@ -130,9 +132,9 @@ def peak_bytes(config: OmniAudioConfig, num_frames: int) -> int:
     for _ in range(_NUM_CONVOLUTIONS):
         image = (height + 2) * (width + 2) * num_inputs
         height, width = _halved(height), _halved(width)
-        pixels, taps = height * width, num_inputs * _KERNEL**2
+        taps = num_inputs * _KERNEL**2
         result = (height + 2) * (width + 2) * channels
-        block = block_floats(pixels, 2 * taps * channels, taps + max(num_inputs, channels) + 16)
+        block = _block_lines(height, width, 2 * taps * channels) * width * (taps + channels)
         convolutions.append(image + result + block)
         num_inputs = channels
     joined = 2 * height * width * channels + 4 * width * hidden
@@ -220,18 +222,23 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
         height, width = (_halved(size - 2) for size in image.shape[:2])
         out = np.zeros((height + 2, width + 2, self._config.channels), np.float32)
 
-        def work(rows: slice) -> None:
-            at_rows, at_cols = np.divmod(np.arange(rows.start, rows.stop), width)
-            # The pixels under each kernel, in the order of the weight: channels, rows, columns.
-            under = np.empty((len(at_rows), image.shape[2], _KERNEL, _KERNEL), np.float32)
-            for down in range(_KERNEL):
-                for right in range(_KERNEL):
-                    under[:, :, down, right] = image[2 * at_rows + down, 2 * at_cols + right]
-            pixels = ops.linear(name, under.reshape(len(under), -1), finish="gelu_erf")
-            out[1 + at_rows, 1 + at_cols] = pixels
-
-        yield from in_blocks(work, range(height * width), ops.flop_per_row(name))
+        # [height, width, rows of the kernel, its columns and channels]: pixels of a row of the kernel lie side by side.
+        channels = image.shape[2]
+        lines = sliding_window_view(image.reshape(len(image), -1), _KERNEL * channels, axis=1)
+        lines = lines[:, :: 2 * channels][:, :width]
+        under = sliding_window_view(lines, _KERNEL, axis=0)[::2].transpose(0, 1, 3, 2)
+        step = _block_lines(height, width, ops.flop_per_row(name))
+        for top in range(0, height, step):
+            x = under[top : top + step].reshape(-1, _KERNEL**2 * channels)
+            pixels = ops.linear(name, x, finish="gelu_erf")
+            out[1 + top :][:step, 1:-1][: len(pixels) // width] = pixels.reshape(-1, width, pixels.shape[1])
+            yield
         return out
+
+
+def _block_lines(height: int, width: int, flop_per_pixel: int) -> int:
+    """Lines of pixels that are convolved at once."""
+    return max(1, block_rows(height * width, flop_per_pixel) // width)
 
 
 def _halved(size: int) -> int:

@@ -312,6 +312,7 @@ def _take_tensors(
             tensor.cols,
             ref.checksum,
             block_type,
+            taps=tensor.taps,
         )
     return tensors
 

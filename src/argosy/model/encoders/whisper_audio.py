@@ -15,6 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from argosy.media.sounds import silence_after
 from argosy.model.encoders import EncoderTensor, with_bias
@@ -23,6 +24,7 @@ from argosy.model.encoders.blocks import (
     OVERHEAD_BYTES,
     Operations,
     Rows,
+    Steps,
     Tower,
     attention_floats,
     block_floats,
@@ -97,8 +99,8 @@ def encoder_tensors(
     *, num_layers: int, hidden: int, width: int, num_mels: int, positions: int, prefix: str
 ) -> dict[str, EncoderTensor]:
     """The encoder's tensors by canonical name; in the checkpoint their names begin with `prefix`."""
-    found = with_bias("convolution.0", f"{prefix}conv1", (hidden, num_mels, _KERNEL))
-    found |= with_bias("convolution.1", f"{prefix}conv2", (hidden, hidden, _KERNEL))
+    found = with_bias("convolution.0", f"{prefix}conv1", (hidden, num_mels, _KERNEL), taps=_KERNEL)
+    found |= with_bias("convolution.1", f"{prefix}conv2", (hidden, hidden, _KERNEL), taps=_KERNEL)
     found["encoder.positions"] = EncoderTensor(f"{prefix}embed_positions.weight", (positions, hidden))
     for layer in range(num_layers):
         ours, theirs = f"encoder.layers.{layer}", f"{prefix}layers.{layer}"
@@ -145,11 +147,9 @@ def num_positions(config: WhisperAudioConfig, num_frames: int) -> int:
 
 def window_floats(*, num_mels: int, hidden: int, width: int, positions: int) -> int:
     """Most float32 values that `encode_window` allocates, its result included."""
-    frames, inputs = positions * _FRAMES_PER_POSITION, max(num_mels, hidden)
+    frames = positions * _FRAMES_PER_POSITION
     return max(
-        (frames + 2) * (num_mels + hidden)
-        + positions * hidden
-        + block_floats(frames, 2 * _KERNEL * hidden * inputs, _KERNEL * inputs + 2 * hidden),
+        (frames + 2) * (num_mels + hidden) + positions * hidden,
         4 * positions * hidden
         + max(
             block_floats(positions, 6 * hidden**2, 2 * hidden),
@@ -177,8 +177,14 @@ def encode_window(
     ops: Operations, features: Rows, *, num_layers: int, num_heads: int
 ) -> Generator[None, None, Rows]:
     """Encode mel features [num_mels, frames]; returns [frames / 2, hidden_size]."""
-    x = yield from _convolve(ops, "convolution.0", np.ascontiguousarray(features.T), stride=1)
-    hidden = yield from _convolve(ops, "convolution.1", x, stride=_FRAMES_PER_POSITION)
+    num_mels, num_frames = features.shape
+    width = len(ops.vector("convolution.0_bias"))
+    mels, x = (np.zeros((num_frames + 2, size), np.float32) for size in (num_mels, width))
+    mels[1:-1] = features.T
+    yield from _convolve(ops, "convolution.0", mels, x[1:-1], stride=1)
+    del mels
+    hidden = np.empty((-(-num_frames // _FRAMES_PER_POSITION), width), np.float32)
+    yield from _convolve(ops, "convolution.1", x, hidden, stride=_FRAMES_PER_POSITION)
     del x
     hidden += ops.rows_of("encoder.positions", np.arange(len(hidden), dtype=np.int32))
     for layer in range(num_layers):
@@ -190,20 +196,19 @@ def encode_window(
     return ops.layer_norm("encoder.final_norm", hidden, _NORM_EPS)
 
 
-def _convolve(ops: Operations, name: str, x: Rows, *, stride: int) -> Generator[None, None, Rows]:
-    """Convolve [frames, channels] with kernels of three frames at every `stride`-th frame, then GELU."""
-    padded = np.zeros((len(x) + 2, x.shape[1]), np.float32)
-    padded[1:-1] = x
-    out = np.empty(((len(x) + stride - 1) // stride, len(ops.vector(f"{name}_bias"))), np.float32)
+def _convolve(ops: Operations, name: str, x: Rows, out: Rows, *, stride: int) -> Steps:
+    """Convolve x [frames + 2, channels], a frame of zeros at each end, with kernels of three frames, then GELU.
+
+    Args:
+        stride: frames between the kernels of two rows of `out`.
+    """
+    # The frames under a kernel lie side by side, and share memory with those under the next.
+    under = sliding_window_view(x.reshape(-1), _KERNEL * x.shape[1])[:: stride * x.shape[1]]
 
     def work(rows: slice) -> None:
-        under = np.empty((rows.stop - rows.start, x.shape[1], _KERNEL), np.float32)
-        for at in range(_KERNEL):
-            under[:, :, at] = padded[rows.start * stride + at :: stride][: len(under)]
-        ops.linear(name, under.reshape(len(under), -1), out[rows], finish="gelu_erf")
+        ops.linear(name, under[rows], out[rows], finish="gelu_erf")
 
-    yield from in_blocks(work, range(len(out)), ops.flop_per_row(name))
-    return out
+    return in_blocks(work, range(len(out)), ops.flop_per_row(name))
 
 
 class WhisperAudioTower(Tower[WhisperAudioConfig]):
@@ -227,7 +232,7 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
             )
             out = embeddings[window * config.window_rows :][: config.window_rows]
             joined = hidden[: len(out) * config.joined].reshape(len(out), -1)
-            inner = ops.linear("projector.up", joined, finish="gelu_erf")
-            ops.linear("projector.down", inner, out)
+            ops.linear("projector.down", ops.linear("projector.up", joined, finish="gelu_erf"), out)
+            del hidden, joined, heard
             yield
         return SpanRows(embeddings)

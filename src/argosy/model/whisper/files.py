@@ -175,6 +175,7 @@ def _ref(tensor: EncoderTensor, place: TensorRef) -> MatrixRef:
         tensor.rows,
         tensor.cols,
         place.checksum,
+        taps=tensor.taps,
     )
 
 
