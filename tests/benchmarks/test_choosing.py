@@ -1,0 +1,16 @@
+"""The tables of the guide to machines are those that `argosy plan` would print now."""
+
+from __future__ import annotations
+
+from benchmarks.choosing import MACHINES, MODELS, PAGE, updated
+
+
+def test_the_guide_has_the_tables_of_today() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("| `box:") == len(MODELS) * len(MACHINES)
+    assert updated(page) == page, "`python benchmarks/choosing.py --write` writes them anew"
+
+
+def test_a_changed_table_is_noticed() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert updated(page.replace("| resident |", "| no |", 1)) == page
