@@ -15,7 +15,8 @@
 //
 // Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
 // of a few tiles, and the values of a few columns, stay in the first-level cache while all queries of the
-// call use them.
+// call use them. Blocks lie apart, and hardware starts anew in each: the first queries of a stretch prefetch
+// the next stretch into the second-level cache.
 #pragma once
 
 #include <math.h>
@@ -99,21 +100,27 @@ struct Query {
   int64_t begin, end;   // lanes that the query sees, in the current stretch
 };
 
+// ahead: where the keys and values of the same tile of the next stretch are, or its own.
 struct KeyTile {
   const uint8_t* keys;
   const uint8_t* values;
   int64_t num_keys;
+  const uint8_t* ahead_keys;
+  const uint8_t* ahead_values;
 };
 
 // Computes the scores of kTiles tiles for kCount queries. Each key element is loaded once for all queries,
 // each query element once for all tiles.
-template <class Element, int kCount, int kTiles>
+template <class Element, int kCount, int kTiles, bool kAsksAhead>
 void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_t dim, float scale) {
   const float* q[kCount];
-  const uint8_t* keys[kTiles];
+  const uint8_t *keys[kTiles], *ahead[kTiles];
   Vec score[kCount][kTiles][kTileVecs];
 #pragma GCC unroll 2
-  for (int t = 0; t < kTiles; ++t) keys[t] = tiles[t].keys;
+  for (int t = 0; t < kTiles; ++t) {
+    keys[t] = tiles[t].keys;
+    ahead[t] = tiles[t].ahead_keys;
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     q[i] = queries[i]->q;
@@ -127,6 +134,7 @@ void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_
     Vec key[kTiles][kTileVecs];
 #pragma GCC unroll 2
     for (int t = 0; t < kTiles; ++t) {
+      if constexpr (kAsksAhead) __builtin_prefetch(ahead[t] + d * kKeyTile * Element::kBytes, 0, 2);
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVecs; ++v)
         key[t][v] = Element::load(keys[t] + (d * kKeyTile + v * kLanes) * Element::kBytes);
@@ -193,7 +201,7 @@ inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
 
 // Adds the weighted values of lanes [begin, end), in ascending order, to kVecs vectors of columns starting at
 // d, for kCount queries that see these lanes.
-template <class Element, int kCount, int kVecs>
+template <class Element, int kCount, int kVecs, bool kAsksAhead>
 void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim, int64_t d, int64_t begin,
                 int64_t end) {
   const float* weights[kCount];
@@ -209,7 +217,14 @@ void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim,
     const int64_t first = begin > t * kKeyTile ? begin - t * kKeyTile : 0;
     const int64_t after = end - t * kKeyTile < tile.num_keys ? end - t * kKeyTile : tile.num_keys;
     for (int64_t key = first; key < after; ++key) {
-      const uint8_t* row = tile.values + (key * padded_dim + d) * Element::kBytes;
+      const int64_t at = (key * padded_dim + d) * Element::kBytes;
+      const uint8_t* row = tile.values + at;
+      if constexpr (kAsksAhead) {
+#pragma GCC unroll 4
+        for (int line = 0; line < kVecs * kLanes * Element::kBytes; line += 64) {
+          __builtin_prefetch(tile.ahead_values + at + line, 0, 2);
+        }
+      }
       Vec value[kVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) value[v] = Element::load(row + v * kLanes * Element::kBytes);
@@ -231,6 +246,14 @@ void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim,
 // Does the same for all queries of a stretch, several at once if they see the same lanes.
 template <class Element, int kVecs>
 void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t padded_dim, int64_t d) {
+  const auto add = [&]<int kCount>(Number<kCount>, int64_t i) {
+    const int64_t begin = queries[i]->begin, end = queries[i]->end;
+    if (i == 0) {
+      add_values<Element, kCount, kVecs, true>(queries, tiles, padded_dim, d, begin, end);
+    } else {
+      add_values<Element, kCount, kVecs, false>(queries + i, tiles, padded_dim, d, begin, end);
+    }
+  };
   int64_t i = 0;
   while (i < count) {
     int64_t same = 1;
@@ -239,12 +262,9 @@ void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int
       ++same;
     }
     if (same < kValueQueries) {
-      for (; same > 0; --same, ++i) {
-        add_values<Element, 1, kVecs>(queries + i, tiles, padded_dim, d, queries[i]->begin, queries[i]->end);
-      }
+      for (; same > 0; --same, ++i) add(Number<1>{}, i);
     } else {
-      add_values<Element, kValueQueries, kVecs>(queries + i, tiles, padded_dim, d, queries[i]->begin,
-                                                queries[i]->end);
+      add(Number<kValueQueries>{}, i);
       i += kValueQueries;
     }
   }
@@ -260,14 +280,17 @@ void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, i
     }
     return false;
   };
+  const auto score = [&]<int kCount>(Number<kCount>, int64_t i) {
+    if (!are_seen(i, i + kCount)) return;
+    if (i == 0) {
+      score_tiles<Element, kCount, kTiles, true>(queries, tiles + tile, at, dim, scale);
+    } else {
+      score_tiles<Element, kCount, kTiles, false>(queries + i, tiles + tile, at, dim, scale);
+    }
+  };
   int64_t i = 0;
-  for (; i + kScoreQueries <= count; i += kScoreQueries) {
-    if (!are_seen(i, i + kScoreQueries)) continue;
-    score_tiles<Element, kScoreQueries, kTiles>(queries + i, tiles + tile, at, dim, scale);
-  }
-  with_number<kScoreQueries - 1>(count - i, [&]<int kRest>(Number<kRest>) {
-    if (are_seen(i, count)) score_tiles<Element, kRest, kTiles>(queries + i, tiles + tile, at, dim, scale);
-  });
+  for (; i + kScoreQueries <= count; i += kScoreQueries) score(Number<kScoreQueries>{}, i);
+  with_number<kScoreQueries - 1>(count - i, [&]<int kRest>(Number<kRest> rest) { score(rest, i); });
 }
 
 // Processes tiles [0, num_tiles) of a stretch for the queries that see any of it.
@@ -305,6 +328,14 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
     first = all[i].first < first ? all[i].first : first;
     last = all[i].last > last ? all[i].last : last;
   }
+  const auto keys_of = [&](int64_t tile) {
+    return key_head(kv, a.blocks[tile / per_block], a.kv_head) +
+           tile % per_block * kKeyTile * kv.head_dim * Element::kBytes;
+  };
+  const auto values_of = [&](int64_t tile) {
+    return value_head(kv, a.blocks[tile / per_block], a.kv_head) +
+           tile % per_block * kKeyTile * kv_padded_dim(kv) * Element::kBytes;
+  };
   for (int64_t stretch = first / kStretchKeys; stretch <= last / kStretchKeys; ++stretch) {
     const int64_t start = stretch * kStretchKeys;
     const int64_t tile_begin = first > start ? (first - start) / kKeyTile : 0;
@@ -312,11 +343,13 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
     KeyTile tiles[kStretchTiles] = {};
     for (int64_t t = tile_begin; t < tile_end; ++t) {
       const int64_t tile = stretch * kStretchTiles + t;
-      const int64_t block = a.blocks[tile / per_block];
       const int64_t offset = tile % per_block * kKeyTile;
-      tiles[t].keys = key_head(kv, block, a.kv_head) + offset * kv.head_dim * Element::kBytes;
-      tiles[t].values = value_head(kv, block, a.kv_head) + offset * kv_padded_dim(kv) * Element::kBytes;
+      tiles[t].keys = keys_of(tile);
+      tiles[t].values = values_of(tile);
       tiles[t].num_keys = kv.block_tokens - offset < kKeyTile ? kv.block_tokens - offset : kKeyTile;
+      const int64_t ahead = tile + kStretchTiles <= last / kKeyTile ? tile + kStretchTiles : tile;
+      tiles[t].ahead_keys = keys_of(ahead);
+      tiles[t].ahead_values = values_of(ahead);
     }
     Query* seeing[kMaxQueries];
     int64_t seen = 0;
