@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
 from argosy.engine import calibration
-from argosy.plan.hit_rate import WorkingSet
+from argosy.model.families import open_model
+from argosy.observe import saved
+from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from argosy.plan.machine import usable_cores
 from argosy.plan.rates import guess
 from tests.families.published import PUBLISHED
@@ -25,8 +28,9 @@ TINY = REFERENCE / "mixtral_plain"
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 @pytest.fixture
@@ -165,22 +169,57 @@ def test_measured_rates_of_this_machine_are_used(capsys: pytest.CaptureFixture[s
     assert 1.8 < found["decode"][0]["tokens_per_s"]["likely"] < 2.0
 
 
-def test_recorded_routing_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-
-    from argosy.model.families import open_model
-    from argosy.plan.hit_rate import ReuseGaps
-
+def recorded(num_tokens: int) -> WorkingSet:
+    """Routing of TINY that chooses the same experts again and again."""
     config = open_model(TINY).config
     gaps = ReuseGaps(config.num_experts)
-    gaps.count(np.tile(np.arange(config.experts_per_token), (64, 1)))
-    recorded = WorkingSet.of(
+    gaps.count(np.tile(np.arange(config.experts_per_token), (num_tokens, 1)))
+    return WorkingSet.of(
         {layer: [gaps] for layer in config.moe_layers},
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
     )
+
+
+def test_routing_of_earlier_runs_is_used_unless_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not facts(capsys, TINY, "--memory", "1GiB")["hit_rate_is_recorded"]
+    kept = saved.path_of(open_model(TINY))
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(recorded(512).as_dict()))
+
+    assert facts(capsys, TINY, "--memory", "1GiB")["hit_rate_tokens"] == 512
+    assert main(["plan", str(TINY), "--memory", "1GiB"]) == 0
+    assert "hit rate: from 512 tokens recorded on this machine, within 3 points" in capsys.readouterr().out
+    named = tmp_path / "named.json"
+    named.write_text(json.dumps(recorded(64).as_dict()))
+    assert main(["plan", str(TINY), "--memory", "1GiB", "--working-set", str(named)]) == 0
+    assert f"hit rate: from 64 tokens recorded in {named}, within" in capsys.readouterr().out
+
+    with served(directory_files(TINY)) as server:  # headers alone do not tell which training it is
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert not facts(capsys, REPOSITORY, "--memory", "1GiB")["hit_rate_is_recorded"]
+
+
+def test_a_damaged_record_of_earlier_runs_is_left_out_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = saved.path_of(open_model(TINY))
+    kept.parent.mkdir(parents=True)
+    for damaged, problem in (
+        ("{}", "working set cannot be read"),
+        (json.dumps(recorded(64).as_dict() | {"num_experts": 99}), "of a model with 2 layers of 99 experts"),
+    ):
+        kept.write_text(damaged)
+        assert main(["plan", str(TINY), "--memory", "1GiB"]) == 0
+        printed = capsys.readouterr()
+        assert "hit rate: typical of such models, within 10 points" in printed.out
+        assert printed.err.startswith("note: what earlier runs recorded of its routing is left out: ")
+        assert problem in printed.err
+
+
+def test_recorded_routing_is_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "working-set.json"
-    path.write_text(json.dumps(recorded.as_dict()))
+    path.write_text(json.dumps(recorded(64).as_dict()))
     assert facts(capsys, TINY, "--memory", "1GiB", "--working-set", path)["hit_rate_is_recorded"]
     path.write_text("{}")
     assert "working set cannot be read" in refusal(capsys, TINY, "--working-set", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from argosy.engine.planning import Place, Subject
     from argosy.plan.group import Group
     from argosy.plan.money import ApiPrice, Cost, Owner
+    from argosy.plan.hit_rate import WorkingSet
     from argosy.plan.speed import Decode, Range
 
 _FITS = {
@@ -49,7 +51,7 @@ _FITS = {
     "--working-set",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Routing recorded by `argosy routes`.",
+    help="Routing recorded by `argosy routes`; default: by earlier runs.",
 )
 @click.option("--api", metavar="PROVIDER/MODEL", help="Compare with this API, as genai-prices names it.")
 @click.option("--api-price", metavar="IN:OUT", help="Or with these dollars per million tokens.")
@@ -108,6 +110,8 @@ def plan(
             )
         if verify and subject.place != "files":
             raise UsageError("--verify runs the model, and its files are not here")
+        if recorded is None:
+            recorded = _saved(subject)
         at = subject.files.path if subject.place == "files" else Path.cwd()
         if calibrate:
             rates = calibration.calibrate(subject.weights, threads=settings.threads, progress=progress)
@@ -127,7 +131,7 @@ def plan(
         group = None
         if num_machines > 1 and forecast.plan is not None:
             group = found.group(forecast.plan, num_machines, between)
-        facts = _Facts(subject, place, forecast, found, owner, api_of, group)
+        facts = _Facts(subject, place, forecast, found, owner, api_of, group, working_set)
         if as_json:
             import json
 
@@ -157,6 +161,20 @@ def _counts(text: str) -> list[int]:
     return sorted(set(counts))
 
 
+def _saved(subject: Subject) -> WorkingSet | None:
+    """What earlier runs on this machine recorded of the model."""
+    from argosy.observe import saved
+
+    if subject.place != "files":  # without weights it cannot be told from others of its geometry
+        return None
+    try:
+        return saved.find_for(subject.files)
+    except (UsageError, OSError) as error:
+        reason = error.message if isinstance(error, UsageError) else error.strerror
+        print(f"note: what earlier runs recorded of its routing is left out: {reason}", file=sys.stderr)
+        return None
+
+
 def _api_price(api: str | None, api_price: str | None, model: str) -> ApiPrice | None:
     from argosy.plan.money import look_up_price, parse_price
 
@@ -184,9 +202,10 @@ class _Facts:
         owner: Owner,
         api: ApiPrice | None,
         group: Group | None,
+        working_set_file: Path | None,
     ) -> None:
         self._subject, self._place, self._forecast, self._owner = subject, place, forecast, owner
-        self._group = group
+        self._group, self._working_set_file = group, working_set_file
         self._costs: list[tuple[int, Cost]] = []
         if forecast.plan is not None and (owner.is_priced or api is not None):
             from argosy.plan.money import PROMPT_TOKENS, cost
@@ -287,14 +306,16 @@ class _Facts:
                 f"          headers of {remote.num_read} of {remote.num_shards} files were read: layers of the others "
                 "are taken to be alike"
             )
-        working_set = self._forecast.working_set
-        known = (
-            "recorded"
-            if working_set.num_tokens
-            else "typical of such models: nothing is recorded of this one"
-        )
-        lines.append(f"          hit rates are {known}, within {100 * working_set.error:.0f} points")
+        lines.append(f"          {self._hit_rate_source()}")
         return lines
+
+    def _hit_rate_source(self) -> str:
+        working_set, file = self._forecast.working_set, self._working_set_file
+        within = f"within {100 * working_set.error:.0f} points"
+        if not working_set.num_tokens:
+            return f"hit rate: typical of such models, {within}; no run of this one was recorded"
+        where = "on this machine" if file is None else f"in {file}"
+        return f"hit rate: from {working_set.num_tokens} tokens recorded {where}, {within} for texts like those"
 
     def _money(self) -> list[str]:
         if not self._costs:
@@ -355,6 +376,8 @@ class _Facts:
             "knee_bytes": forecast.knee_bytes,
             "resident_bytes": forecast.resident_bytes,
             "hit_rate_is_recorded": forecast.working_set.num_tokens > 0,
+            "hit_rate_tokens": forecast.working_set.num_tokens,
+            "hit_rate_error": forecast.working_set.error,
             "plan": None if forecast.plan is None else forecast.plan.as_dict(),
             "decode": [_decode_dict(one) for one in forecast.decode],
             "prompts": [

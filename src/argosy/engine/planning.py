@@ -160,7 +160,7 @@ def forecaster(
         subject.name, subject.files, memory=budget, threads=threads, max_sequences=max(8, *streams), **options
     )
     if working_set is not None:
-        _require_same_model(working_set, subject.files)
+        working_set.require_model(subject.files.config)
     held = subject.local_bytes
     if held is None or place.row is not None:
         model = subject.files.config
@@ -201,15 +201,3 @@ def read_working_set(path: Path) -> WorkingSet:
         return WorkingSet.read(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _require_same_model(working_set: WorkingSet, files: ModelFiles) -> None:
-    config = files.config
-    found = len(working_set.layers), working_set.num_experts, working_set.experts_per_token
-    needed = len(config.moe_layers), config.num_experts, config.experts_per_token
-    if found != needed or working_set.layers != config.moe_layers:
-        raise UsageError(
-            f"the working set is of a model with {found[0]} layers of {found[1]} experts, {found[2]} per token; this "
-            f"one has {needed[0]} layers of {needed[1]}, {needed[2]} per token",
-            hint="record one with `argosy routes`",
-        )

@@ -1,6 +1,6 @@
 """Keep the working set of a model from run to run, in a small file of the user that names no expert.
 
-    Recorder.counts()  ->  add  ->  <data>/argosy/routing/MODEL.json  ->  find
+    Recorder.counts()  ->  add  ->  <data>/argosy/routing/MODEL.json  ->  find, find_for  ->  `argosy plan`
 
 What is kept is, for each layer, how many distinct experts a number of tokens needs and how old experts are when they
 are used again: no expert's number, no order, no time. Even so, routing is content: only the owner can read the file, a
@@ -68,6 +68,21 @@ def find(path: Path) -> WorkingSet | None:
         return WorkingSet.read(path)
     except FileNotFoundError:
         return None
+
+
+def find_for(files: ModelFiles) -> WorkingSet | None:
+    """The working set that earlier runs of a model saved on this machine, or None.
+
+    Raises:
+        UsageError: the file is damaged, or of another model.
+        OSError: the file or the model cannot be read.
+    """
+    if not files.config.moe_layers:
+        return None
+    found = find(path_of(files))
+    if found is not None:
+        found.require_model(files.config)
+    return found
 
 
 def add(path: Path, counts: RoutingCounts) -> bool:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.config import ModelConfig
 from argosy.errors import UsageError
 from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
 from argosy.strict_json import JsonError, parse_json
@@ -272,6 +273,21 @@ class WorkingSet:
     def error(self) -> float:
         """By how much a hit rate of a workload like the recorded one may be wrong; for a prior, of any workload."""
         return RECORDED_ERROR if self.num_tokens else PRIOR_ERROR
+
+    def require_model(self, model: ModelConfig) -> None:
+        """Check that this can be the working set of `model`.
+
+        Raises:
+            UsageError: it is that of another one.
+        """
+        found = len(self.layers), self.num_experts, self.experts_per_token
+        needed = len(model.moe_layers), model.num_experts, model.experts_per_token
+        if found != needed or self.layers != model.moe_layers:
+            raise UsageError(
+                f"the working set is of a model with {found[0]} layers of {found[1]} experts, {found[2]} per token; "
+                f"this one has {needed[0]} layers of {needed[1]}, {needed[2]} per token",
+                hint="record one with `argosy routes`",
+            )
 
     def distinct_in(self, num_tokens: float) -> Floats:
         """Mean distinct experts [layers] in that many tokens."""
