@@ -24,12 +24,14 @@ _WARM_TOKENS = 32
 
 
 def working_set(trace: Trace) -> WorkingSet:
-    layers = {}
-    for layer in range(trace.num_layers):
-        gaps = ReuseGaps(trace.num_experts)
-        gaps.count(np.array([token[layer] for token in trace.answer]))
-        layers[layer] = [gaps]
-    return WorkingSet.of(layers, num_experts=trace.num_experts, experts_per_token=trace.experts_per_token)
+    gaps = ReuseGaps(trace.num_layers, trace.num_experts)
+    gaps.count(np.array(trace.answer))
+    return WorkingSet.of(
+        [gaps],
+        layers=range(trace.num_layers),
+        num_experts=trace.num_experts,
+        experts_per_token=trace.experts_per_token,
+    )
 
 
 def replayed(make: type[Argosy | Lru], num_slots: int, trace: Trace) -> float:

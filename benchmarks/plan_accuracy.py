@@ -80,13 +80,13 @@ def record(model: str) -> dict[str, object]:
         config, answer = engine.config, SamplingParams(max_tokens=DOCUMENT_TOKENS - 8, ignore_eos=True)
         for number in range(RECORDED_TOKENS // DOCUMENT_TOKENS + 1):
             engine.generate(document(FIRST_DOCUMENT + 1000 + number, 8), answer)
-    layers = {}
-    for layer, rows in chosen.items():
-        gaps = ReuseGaps(config.num_experts)
-        gaps.count(np.stack(rows))
-        layers[layer] = [gaps]
+    gaps = ReuseGaps(len(chosen), config.num_experts)
+    gaps.count(np.stack([np.stack(chosen[layer]) for layer in sorted(chosen)], axis=1))
     return WorkingSet.of(
-        layers, num_experts=config.num_experts, experts_per_token=config.experts_per_token
+        [gaps],
+        layers=sorted(chosen),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
     ).as_dict()
 
 

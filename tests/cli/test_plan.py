@@ -172,10 +172,12 @@ def test_measured_rates_of_this_machine_are_used(capsys: pytest.CaptureFixture[s
 def recorded(num_tokens: int) -> WorkingSet:
     """Routing of TINY that chooses the same experts again and again."""
     config = open_model(TINY).config
-    gaps = ReuseGaps(config.num_experts)
-    gaps.count(np.tile(np.arange(config.experts_per_token), (num_tokens, 1)))
+    num_layers = len(config.moe_layers)
+    gaps = ReuseGaps(num_layers, config.num_experts)
+    gaps.count(np.tile(np.arange(config.experts_per_token), (num_tokens, num_layers, 1)))
     return WorkingSet.of(
-        {layer: [gaps] for layer in config.moe_layers},
+        [gaps],
+        layers=config.moe_layers,
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
     )

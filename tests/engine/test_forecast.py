@@ -84,21 +84,19 @@ def test_the_knee_is_the_smallest_budget_with_nine_tenths_of_the_speed() -> None
     assert found.knee_bytes < found.resident_bytes
 
 
-def test_prompts_longer_than_the_context_are_left_out(qwen: Forecaster) -> None:
+def test_prompts_longer_than_the_context_are_named(qwen: Forecaster) -> None:
     found = qwen.forecast(12 * GIB, with_curve=False)
     assert found.plan is not None
     assert found.plan.context_tokens == 8192
     assert [one.num_tokens for one in found.prompts] == [64, 1024]
+    assert found.longer_prompts == (16_384,)
     assert found.prompts[0].seconds.likely < found.prompts[1].seconds.likely
 
 
 def test_a_recorded_working_set_replaces_the_prior(qwen: Forecaster) -> None:
-    layers = {}
-    for layer in range(48):
-        gaps = ReuseGaps(128)
-        gaps.count(np.tile(np.arange(8), (100, 1)))  # the same eight experts again and again
-        layers[layer] = [gaps]
-    recorded = WorkingSet.of(layers, num_experts=128, experts_per_token=8)
+    gaps = ReuseGaps(48, 128)
+    gaps.count(np.tile(np.arange(8), (100, 48, 1)))  # the same eight experts again and again
+    recorded = WorkingSet.of([gaps], layers=range(48), num_experts=128, experts_per_token=8)
     found = forecaster(working_set=recorded).forecast(4 * GIB, with_curve=False)
     typical = qwen.forecast(4 * GIB, with_curve=False)
     assert found.decode[0].hit_rate.likely == pytest.approx(1.0, abs=0.01)

@@ -20,11 +20,10 @@ from tests.models.tiny import mixtral, write_model
 
 def counts_of(num_tokens: int, seed: int = 0, num_experts: int = 16, k: int = 2) -> RoutingCounts:
     rng = np.random.default_rng(seed)
-    gaps = {layer: [ReuseGaps(num_experts)] for layer in (1, 3)}
-    for layer in gaps:
-        scores = rng.normal(size=(num_tokens, num_experts)) + rng.normal(size=num_experts)
-        gaps[layer][0].count(np.argsort(-scores)[:, :k])
-    working_set = WorkingSet.of(gaps, num_experts=num_experts, experts_per_token=k)
+    gaps = ReuseGaps(2, num_experts)
+    scores = rng.normal(size=(num_tokens, 2, num_experts)) + rng.normal(size=(2, num_experts))
+    gaps.count(np.argsort(-scores)[..., :k])
+    working_set = WorkingSet.of([gaps], layers=(1, 3), num_experts=num_experts, experts_per_token=k)
     none: Any = np.zeros((2, num_experts), np.int64)
     return RoutingCounts((1, 3), 0, num_tokens, none, none, none[:, 0], num_tokens - 1, working_set)
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from argosy.plan.hit_rate import PRIOR_ERROR, RECORDED_ERROR, WorkingSet
+from argosy.plan.hit_rate import PRIOR_ERROR, RECORDED_ERROR, WorkingSet, typical_hit_rate
 from hit_rate import replayed, working_set
 from replay import Argosy, Lru, Trace, synthetic
 
@@ -82,5 +82,6 @@ def test_a_prior_gives_the_published_rates(
     prior = WorkingSet.prior(range(10), num_experts=num_experts, experts_per_token=experts_per_token)
     for share, rate in published.items():
         assert prior.hit_rate(round(10 * num_experts * share)) == pytest.approx(rate, abs=0.05)
+        assert typical_hit_rate(share, num_experts=num_experts) == pytest.approx(rate, abs=0.05)
     assert prior.error == PRIOR_ERROR
     assert prior.distinct_in(1) == pytest.approx(experts_per_token)

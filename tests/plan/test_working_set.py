@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from argosy.errors import UsageError
 from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
+from argosy.plan import hit_rate
 from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 
 
@@ -25,10 +27,16 @@ def choices(
 
 
 def gaps_of(experts: NDArray[Any], *, at_once: int, num_experts: int = 12) -> ReuseGaps:
-    gaps = ReuseGaps(num_experts)
+    """Of the experts of one layer, or of several: [tokens, (layers,) experts per token]."""
+    experts = experts.reshape(len(experts), -1, experts.shape[-1])
+    gaps = ReuseGaps(experts.shape[1], num_experts)
     for start in range(0, len(experts), at_once):
         gaps.count(experts[start : start + at_once])
     return gaps
+
+
+def joined(*timelines: ReuseGaps, layers: Sequence[int] = (0,)) -> WorkingSet:
+    return WorkingSet.of(timelines, layers=layers, num_experts=12, experts_per_token=3)
 
 
 def distinct_in_windows(experts: NDArray[Any], window: int) -> list[int]:
@@ -38,7 +46,7 @@ def distinct_in_windows(experts: NDArray[Any], window: int) -> list[int]:
 @pytest.mark.parametrize("at_once", [1, 7, 50])
 def test_gaps_give_the_mean_over_all_windows(at_once: int) -> None:
     experts = choices(50)
-    found = WorkingSet.of({3: [gaps_of(experts, at_once=at_once)]}, num_experts=12, experts_per_token=3)
+    found = joined(gaps_of(experts, at_once=at_once), layers=[3])
 
     assert found.windows == tuple(window for window in WINDOWS if window <= 50)
     assert found.layers == (3,)
@@ -48,8 +56,7 @@ def test_gaps_give_the_mean_over_all_windows(at_once: int) -> None:
 
 def test_timelines_are_joined_window_by_window() -> None:
     long, short = choices(40), choices(9, seed=2)
-    both = [gaps_of(long, at_once=16), gaps_of(short, at_once=16)]
-    found = WorkingSet.of({0: both}, num_experts=12, experts_per_token=3)
+    found = joined(gaps_of(long, at_once=16), gaps_of(short, at_once=16))
 
     expected = [
         np.mean(distinct_in_windows(long, window) + distinct_in_windows(short, window))
@@ -79,7 +86,7 @@ def ages_before_each_token(experts: NDArray[Any]) -> list[dict[int, float]]:
 @pytest.mark.parametrize("at_once", [1, 7, 400])
 def test_experts_up_to_an_age_and_uses_of_them_are_counted(at_once: int) -> None:
     experts = choices(400)
-    found = WorkingSet.of({0: [gaps_of(experts, at_once=at_once)]}, num_experts=12, experts_per_token=3)
+    found = joined(gaps_of(experts, at_once=at_once))
 
     before = ages_before_each_token(experts)[32:]  # while the cache fills, nothing counts
     resident = [np.mean([sum(age <= limit for age in ages.values()) for ages in before]) for limit in AGES]
@@ -100,20 +107,36 @@ def test_experts_up_to_an_age_and_uses_of_them_are_counted(at_once: int) -> None
     assert 0 < uses[10] < uses[-1]
 
 
+@pytest.mark.parametrize("choices_together", [1, 128 * 3 * 2, 1 << 13])
+def test_layers_that_are_counted_together_have_the_curves_of_each_alone(
+    choices_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hit_rate, "_CHOICES_TOGETHER", choices_together)
+    layers = [choices(300, seed=layer) for layer in range(5)]
+    together = joined(gaps_of(np.stack(layers, axis=1), at_once=200), layers=range(5))
+    for layer, experts in enumerate(layers):
+        alone = joined(gaps_of(experts, at_once=200))
+        assert together.distinct[layer] == pytest.approx(alone.distinct[0], abs=1e-9)
+        for curve, own in ((together.resident, alone.resident), (together.found, alone.found)):
+            assert curve is not None
+            assert own is not None
+            assert curve[layer] == pytest.approx(own[0], abs=1e-9)
+
+
 def test_a_short_recording_has_no_ages() -> None:
-    found = WorkingSet.of({0: [gaps_of(choices(32), at_once=32)]}, num_experts=12, experts_per_token=3)
+    found = joined(gaps_of(choices(32), at_once=32))
     assert found.resident is None
     assert WorkingSet.from_json(json.dumps(found.as_dict()).encode()).found is None
 
 
 def test_no_tokens_have_no_working_set() -> None:
     with pytest.raises(UsageError, match="no decode token"):
-        WorkingSet.of({0: [ReuseGaps(4)]}, num_experts=4, experts_per_token=2)
+        WorkingSet.of([ReuseGaps(1, 4)], layers=[0], num_experts=4, experts_per_token=2)
 
 
 def recorded() -> WorkingSet:
-    layers = {layer: [gaps_of(choices(60, seed=layer), at_once=30)] for layer in (1, 4)}
-    return WorkingSet.of(layers, num_experts=12, experts_per_token=3)
+    experts = np.stack([choices(60, seed=layer) for layer in (1, 4)], axis=1)
+    return joined(gaps_of(experts, at_once=30), layers=(1, 4))
 
 
 def test_a_file_is_read_back() -> None:

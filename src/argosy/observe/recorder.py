@@ -3,7 +3,7 @@
     choices of a step  ->  Recorder  ->  uses of each expert, reuse by the next token, working set
                                      ->  the last choices in order, for a replay
 
-Every BLOCK_TOKENS tokens of a lane are counted together, with a few operations on arrays a layer. A lane is the decode
+Every BLOCK_TOKENS tokens of a lane are counted together, with a few operations on arrays. A lane is the decode
 tokens of one sequence after another, as one user would see them; sequences that run at once have a lane each.
 
 Which experts ran can reveal the text, so a recorder stays in memory. What is saved names no expert (`saved.py`).
@@ -25,13 +25,14 @@ from argosy.config import EngineConfig, ModelConfig
 from argosy.errors import UsageError
 from argosy.experts.recording import StepRoutes
 from argosy.observe.replay import replay_bytes
-from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
+from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 
 BLOCK_TOKENS = 128
 MOST_LANES = 8  # of more sequences at once, only uses are counted
 MOST_RECENT_TOKENS = 2048
 _MOST_RECENT_CHOICES = 1 << 19  # of all layers: a replay of them takes a tenth of a second
-_OBJECT_BYTES = 2400  # of the Python objects of one layer of a lane, or of the recorder itself
+_OBJECT_BYTES = 2400  # of the Python objects of a lane, or of the recorder itself
+_PAIRS_TOGETHER = 1 << 16  # choices of a token and of the one before it that are compared at once
 
 Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best first
 
@@ -75,6 +76,8 @@ class Recorder:
         self._lane_of: dict[int, _Lane] = {}  # by the number of the sequence
         shape = len(self._layers), self._num_experts
         self._uses: NDArray[np.int64] = np.zeros((2, *shape), np.int64)  # of prompts, of decode
+        # The experts of all layers are numbered together, [layers, 1].
+        self._first_of_layer: NDArray[np.int64] = self._num_experts * np.arange(len(self._layers))[:, None]
         self._num_tokens = [0, 0]
         self._recent: _Ring | None = None
         if keeps_recent:
@@ -89,10 +92,11 @@ class Recorder:
         """Most bytes that it will ever hold, and that a replay of the last choices takes."""
         num_layers, k = len(self._layers), self._k
         lane = BLOCK_TOKENS * (2 * num_layers * k + 8)
-        # The numbers of a `ReuseGaps`.
-        gaps = 3 * self._num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1)
-        lane += num_layers * (8 * gaps + _OBJECT_BYTES)
-        nbytes = self._most_lanes * (lane + _OBJECT_BYTES) + 4 * self._uses.nbytes + 4 * _OBJECT_BYTES
+        lane += ReuseGaps.kept_bytes(num_layers, self._num_experts) + 2 * _OBJECT_BYTES
+        # Beside the lanes: the block that one of them gives, counted; and pairs of choices.
+        block = BLOCK_TOKENS * num_layers * k * (2 + 8) + ReuseGaps.counting_bytes(num_layers, k)
+        pairs = 2 * max(_PAIRS_TOGETHER, num_layers * k * k)
+        nbytes = self._most_lanes * lane + 4 * self._uses.nbytes + 4 * _OBJECT_BYTES + block + pairs
         if self._recent is not None:
             nbytes += 2 * self._recent.nbytes + replay_bytes(
                 self._recent.num_tokens, num_layers=num_layers, num_experts=self._num_experts, k=k
@@ -128,9 +132,13 @@ class Recorder:
         with self._lock:
             for lane in self._lanes:
                 self._count_uses(lane.take(), is_decode=True)
-            gaps = {layer: [lane.gaps[i] for lane in self._lanes] for i, layer in enumerate(self._layers)}
             try:
-                working_set = WorkingSet.of(gaps, num_experts=self._num_experts, experts_per_token=self._k)
+                working_set = WorkingSet.of(
+                    [lane.gaps for lane in self._lanes],
+                    layers=self._layers,
+                    num_experts=self._num_experts,
+                    experts_per_token=self._k,
+                )
             except UsageError:
                 working_set = None
             return RoutingCounts(
@@ -167,8 +175,9 @@ class Recorder:
     def _count_uses(self, choices: NDArray[np.integer], *, is_decode: bool) -> None:
         """Count the uses in choices [tokens, layers, k]."""
         uses = self._uses[int(is_decode)]
-        for layer in range(len(self._layers)):
-            uses[layer] += np.bincount(choices[:, layer].ravel(), minlength=self._num_experts)
+        for start in range(0, len(choices), BLOCK_TOKENS):
+            numbers = choices[start : start + BLOCK_TOKENS] + self._first_of_layer
+            uses += np.bincount(numbers.reshape(-1), minlength=uses.size).reshape(uses.shape)
         self._num_tokens[int(is_decode)] += len(choices)
 
 
@@ -176,7 +185,7 @@ class _Lane:
     """The decode tokens of one sequence after another, counted a block at a time."""
 
     def __init__(self, num_layers: int, num_experts: int, k: int) -> None:
-        self.gaps = [ReuseGaps(num_experts) for _ in range(num_layers)]
+        self.gaps = ReuseGaps(num_layers, num_experts)
         self.reused: NDArray[np.int64] = np.zeros(num_layers, np.int64)
         self.num_following = 0
         # The first row is the token before the block.
@@ -202,11 +211,15 @@ class _Lane:
         end = 1 + self._num_held
         block, before = self._block[1:end], self._block[: end - 1]
         follows = self._numbers[1:end] == self._numbers[: end - 1]
-        for layer, gaps in enumerate(self.gaps):
-            if self._num_held:
-                gaps.count(block[:, layer])
-            pairs = block[follows, layer, :, None] == before[follows, layer, None, :]
-            self.reused[layer] += np.count_nonzero(pairs)
+        if self._num_held:
+            self.gaps.count(block)
+        _, num_layers, k = block.shape
+        num_tokens = max(1, _PAIRS_TOGETHER // (num_layers * k * k))
+        for start in range(0, len(block), num_tokens):
+            rows = slice(start, start + num_tokens)
+            pairs = block[rows, :, :, None] == before[rows, :, None, :]
+            pairs &= follows[rows, None, None, None]
+            self.reused += np.count_nonzero(pairs, axis=(0, 2, 3))
         self.num_following += int(follows.sum())
         taken = block.copy()
         self._block[0], self._numbers[0] = self._block[end - 1], self._numbers[end - 1]

@@ -372,12 +372,12 @@ def _pairs(chosen: NDArray[np.uint16], num_experts: int) -> list[tuple[int, int,
 
 
 def _working_set(domains: Sequence[DomainRoutes], layers: tuple[int, ...], num_experts: int) -> WorkingSet:
-    gaps: dict[int, list[ReuseGaps]] = {layer: [] for layer in layers}
+    timelines = []
     for domain in domains:
-        for i, layer in enumerate(layers):
-            gaps[layer].append(ReuseGaps(num_experts))
-            gaps[layer][-1].count(domain.choices[:, i])
-    return WorkingSet.of(gaps, num_experts=num_experts, experts_per_token=domains[0].choices.shape[2])
+        timelines.append(ReuseGaps(len(layers), num_experts))
+        timelines[-1].count(domain.choices)
+    k = domains[0].choices.shape[2]
+    return WorkingSet.of(timelines, layers=layers, num_experts=num_experts, experts_per_token=k)
 
 
 def _replay(

@@ -14,10 +14,10 @@ Two curves of a layer, counted over decode tokens, give the whole range of budge
 The second gives the engine's own hit rate; the first what a chunk or several sequences at once ask for. Neither holds
 the order of uses or the number of an expert.
 
-How a recorder makes a `WorkingSet`: one `ReuseGaps` for each layer of a timeline, where a timeline is the decode tokens
-of one sequence after another. Sequences that run at once have a timeline each. `count` takes the choices of the
-timeline's next tokens, as many at a time as is convenient; `WorkingSet.of` joins layers and timelines, and `as_dict` is
-the file. Prompt tokens are left out: they sweep through the layers, and the cache treats them apart.
+How a recorder makes a `WorkingSet`: one `ReuseGaps` for each timeline, which is the decode tokens of one sequence after
+another. Sequences that run at once have a timeline each. `count` takes the choices of the timeline's next tokens, as
+many at a time as is convenient; `WorkingSet.of` joins timelines, and `as_dict` is the file. Prompt tokens are left out:
+they sweep through the layers, and the cache treats them apart.
 
 Elsewhere: `benchmarks/hit_rate.py` compares predictions with the cache itself on recorded routing.
 """
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if windo
 
 _GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # of an age in a turn, as `experts/policy.py` has it
 _WARM_TURNS = 32  # of a timeline, before ages count: the cache would still be filling
+_CHOICES_TOGETHER = 8192  # choices that are counted at once, whose arrays stay in a cache
+_ARRAYS_AT_ONCE = 20  # while they are counted, of 8 bytes for each of them
 # Tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums.
 _TOGETHER = 128
 _FORMAT = "argosy-working-set-1"
@@ -62,7 +65,7 @@ _MOST_LAYERS = 4096
 
 
 class ReuseGaps:
-    """Counts, for one layer of one timeline, after how many tokens and at what age each expert is chosen again.
+    """Counts, for each layer of one timeline, after how many tokens and at what age each expert is chosen again.
 
     **Distinct experts.** An expert chosen at tokens a < b and not between them has a gap of b - a. For each window
     length T, it is absent from the windows of T tokens that lie wholly inside a gap longer than T (gap - T of them),
@@ -80,80 +83,138 @@ class ReuseGaps:
     and each further token adds 1 + BONUS_TURNS / HALF_LIFE_TURNS until its next use. How long it was no older than an
     age follows from its ages at both ends of that time; as above, their number and their sum between two neighbours in
     AGES are enough. Time is continuous in this, so an expert may count for up to half a token more or less.
+
+
+    Layers do not depend on each other; they are counted together because a few operations on long arrays take much less
+    time than many on short ones.
     """
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_tokens = 0
-        self._first: NDArray[np.int64] = np.zeros(num_experts, np.int64)  # token; 0: not used yet
-        self._last: NDArray[np.int64] = np.zeros(num_experts, np.int64)
-        self._uses: Floats = np.zeros(num_experts)  # at its last use
+        self.num_layers, self._num_experts = num_layers, num_experts
+        self._first: NDArray[np.int64] = np.zeros(
+            (num_layers, num_experts), np.int64
+        )  # token; 0: not used yet
+        self._last = np.zeros_like(self._first)
+        self._uses: Floats = np.zeros(self._first.shape)  # at its last use
         # In (WINDOWS[i-1], WINDOWS[i]].
-        self._gap_count: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
-        self._gap_total: NDArray[np.int64] = np.zeros(len(WINDOWS) + 1, np.int64)
-        self._ages = _AgeSums()
+        self._gap_count: NDArray[np.int64] = np.zeros((num_layers, len(WINDOWS) + 1), np.int64)
+        self._gap_total = np.zeros_like(self._gap_count)
+        self._ages = _AgeSums(num_layers)
+
+    @staticmethod
+    def kept_bytes(num_layers: int, num_experts: int) -> int:
+        """Bytes of the numbers that one of them keeps."""
+        return 8 * num_layers * (3 * num_experts + 2 * (len(WINDOWS) + 1) + 5 * (len(AGES) + 1))
+
+    @staticmethod
+    def counting_bytes(num_layers: int, experts_per_token: int) -> int:
+        """Most bytes beside them while `count` runs."""
+        choices = min(_CHOICES_TOGETHER, _TOGETHER * num_layers * experts_per_token)
+        return 8 * _ARRAYS_AT_ONCE * choices
 
     def count(self, experts: NDArray[np.integer[Any]]) -> None:
         """Count the next tokens.
 
         Args:
-            experts: [tokens, experts_per_token], each expert of a row once, in any order.
+            experts: [tokens, layers, experts_per_token], each expert of a row once, in any order.
         """
+        experts_per_token = experts.shape[2]
         for start in range(0, len(experts), _TOGETHER):
-            self._count(experts[start : start + _TOGETHER])
+            tokens = experts[start : start + _TOGETHER]
+            num_layers = max(1, _CHOICES_TOGETHER // (len(tokens) * experts_per_token))
+            for layer in range(0, self.num_layers, num_layers):
+                self._count(tokens[:, layer : layer + num_layers], layer)
+            self.num_tokens += len(tokens)
 
-    def _count(self, experts: NDArray[np.integer[Any]]) -> None:
-        num_tokens, experts_per_token = experts.shape
-        chosen = experts.ravel()
-        order = np.argsort(chosen, kind="stable")  # by expert, then by token
+    def _count(self, experts: NDArray[np.integer[Any]], first_layer: int) -> None:
+        """Count tokens of the layers from `first_layer` on."""
+        _, num_layers, experts_per_token = experts.shape
+        here = slice(first_layer, first_layer + num_layers)
+        last, recent_uses = self._last[here].reshape(-1), self._uses[here].reshape(-1)  # views
+        chosen = (experts + self._num_experts * np.arange(num_layers)[:, None]).reshape(
+            -1
+        )  # in the layers here
+        # By layer and expert, then by token; numbers of 16 bits are sorted by counting.
+        order = np.argsort(chosen.astype(np.uint16) if last.size <= 1 << 16 else chosen, kind="stable")
         chosen = chosen[order]
-        times = order // experts_per_token + (self.num_tokens + 1)
+        times = order // (num_layers * experts_per_token) + (self.num_tokens + 1)
         starts = np.ones(len(chosen), bool)  # of an expert's uses
         starts[1:] = chosen[1:] != chosen[:-1]
         earlier = np.empty_like(times)
         earlier[1:] = times[:-1]
-        earlier[starts] = self._last[chosen[starts]]
+        earlier[starts] = last[chosen[starts]]
         is_repeat = earlier > 0
+        layers = first_layer + chosen[is_repeat] // self._num_experts
 
         gaps = (times - earlier)[is_repeat]
-        places = np.searchsorted(WINDOWS, gaps, side="left")
-        self._gap_count += np.bincount(places, minlength=len(self._gap_count))
-        self._gap_total += np.bincount(places, weights=gaps, minlength=len(self._gap_total)).astype(np.int64)
+        places = _WINDOW_OF_GAP[np.minimum(gaps, len(_WINDOW_OF_GAP) - 1)]
+        _add(self._gap_count, layers, places)
+        _add(self._gap_total, layers, places, gaps)
 
         # uses at time t = sum over its uses at times s of 2^((s - t) / HALF_LIFE_TURNS)
         weights = 2.0 ** ((times - self.num_tokens) / HALF_LIFE_TURNS)
-        before = self._uses * 2.0 ** ((self._last - self.num_tokens) / HALF_LIFE_TURNS)
+        before = recent_uses[chosen[starts]] * 2.0 ** (
+            (last[chosen[starts]] - self.num_tokens) / HALF_LIFE_TURNS
+        )
         sums = np.cumsum(weights)
         group = np.cumsum(starts) - 1
-        sums += (before[chosen[starts]] - (sums - weights)[starts])[group]
+        sums += (before - (sums - weights)[starts])[group]
         uses = sums / weights
         earlier_uses = np.empty_like(uses)
         earlier_uses[1:] = uses[:-1]
-        earlier_uses[starts] = self._uses[chosen[starts]]
-        self._ages.add(earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat], is_used=True)
+        earlier_uses[starts] = recent_uses[chosen[starts]]
+        self._ages.add(layers, earlier[is_repeat], times[is_repeat], earlier_uses[is_repeat], is_used=True)
 
-        self._first[chosen[~is_repeat]] = times[~is_repeat]
-        self._last[chosen] = times  # the latest of each expert is written last
-        self._uses[chosen] = uses
-        self.num_tokens += num_tokens
+        self._first[here].reshape(-1)[chosen[~is_repeat]] = times[~is_repeat]
+        last[chosen] = times  # the latest of each expert is written last
+        recent_uses[chosen] = uses
 
     def sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Distinct experts summed over all windows of each length in WINDOWS, and the number of these windows."""
+        """Distinct experts [layers, windows] summed over all windows of each length in WINDOWS, and their number."""
         windows = np.array(WINDOWS, np.int64)
-        longer_count = self._gap_count.sum() - np.cumsum(self._gap_count)[:-1]
-        longer_total = self._gap_total.sum() - np.cumsum(self._gap_total)[:-1]
-        absent = longer_total - windows * longer_count
+
+        def longer(of_gaps: NDArray[np.int64]) -> NDArray[np.int64]:
+            total: NDArray[np.int64] = of_gaps.sum(axis=1, keepdims=True)
+            return total - np.cumsum(of_gaps, axis=1)[:, :-1]
+
+        absent = longer(self._gap_total) - windows * longer(self._gap_count)
         used = self._first > 0
-        for ends in (self._first[used], self.num_tokens + 1 - self._last[used]):
-            absent += np.maximum(ends[None, :] - windows[:, None], 0).sum(axis=1)
+        for layer, of_layer in enumerate(used):
+            first, last = self._first[layer, of_layer], self._last[layer, of_layer]
+            for ends in (first, self.num_tokens + 1 - last):
+                absent[layer] += np.maximum(ends - windows[:, None], 0).sum(axis=1)
         num_windows = np.maximum(self.num_tokens - windows + 1, 0)
-        return np.where(num_windows > 0, used.sum() * num_windows - absent, 0), num_windows
+        distinct = used.sum(axis=1, keepdims=True) * num_windows - absent
+        return np.where(num_windows > 0, distinct, 0), num_windows
 
     def aged_sums(self) -> tuple[Floats, Floats, int]:
-        """Experts up to each of AGES summed over tokens, uses of experts up to each, and the number of these tokens."""
-        used = self._first > 0
+        """Experts [layers, ages] up to each of AGES summed over tokens, uses of experts up to each, and the number of
+        these tokens.
+        """
+        layers, experts = np.nonzero(self._first)
         ages = self._ages.copy()
-        ages.add(self._last[used], np.full(int(used.sum()), self.num_tokens), self._uses[used], is_used=False)
+        ends = np.full(len(layers), self.num_tokens)
+        ages.add(layers, self._last[layers, experts], ends, self._uses[layers, experts], is_used=False)
         return *ages.curves(), max(0, self.num_tokens - _WARM_TURNS)
+
+
+def _add(
+    sums: NDArray[Any], layers: NDArray[np.int64], places: NDArray[Any], values: NDArray[Any] | None = None
+) -> None:
+    """Add values, or else 1, to sums [layers, places]."""
+    num_layers, num_places = sums.shape
+    found = np.bincount(layers * num_places + places, values, minlength=num_layers * num_places)
+    sums += found.reshape(sums.shape).astype(sums.dtype, copy=False)
+
+
+def _places_of(points: Sequence[int], *, least: int) -> NDArray[np.int64]:
+    """For whole numbers from `least` to one beyond the last point: the place of the first point that is not smaller."""
+    return np.searchsorted(points, np.arange(least, points[-1] + 2), side="left")
+
+
+_WINDOW_OF_GAP = _places_of(WINDOWS, least=0)
+_AGE_OF = _places_of(AGES, least=AGES[0])
 
 
 class _AgeSums:
@@ -163,37 +224,56 @@ class _AgeSums:
     by what it ages in a token. The number and the sum of both ends, by interval of AGES, give this for every A.
     """
 
-    def __init__(self) -> None:
-        self._counts = np.zeros((2, len(AGES) + 1))  # youngest, oldest; in (AGES[i-1], AGES[i]]
-        self._totals = np.zeros((2, len(AGES) + 1))
-        self._used = np.zeros(len(AGES) + 1)  # by age at the next use
+    def __init__(self, num_layers: int) -> None:
+        # [layers, places]: youngest, oldest; in (AGES[i-1], AGES[i]]
+        self._counts, self._totals = (
+            [np.zeros((num_layers, len(AGES) + 1)) for _ in range(2)] for _ in range(2)
+        )
+        self._used = np.zeros((num_layers, len(AGES) + 1))  # by age at the next use
 
     def copy(self) -> _AgeSums:
-        other = _AgeSums()
-        other._counts, other._totals, other._used = self._counts.copy(), self._totals.copy(), self._used
+        other = _AgeSums(len(self._used))
+        other._counts, other._totals = (
+            [sums.copy() for sums in both] for both in (self._counts, self._totals)
+        )
+        other._used = self._used
         return other
 
-    def add(self, begins: NDArray[np.int64], ends: NDArray[np.int64], uses: Floats, *, is_used: bool) -> None:
+    def add(
+        self,
+        layers: NDArray[np.int64],
+        begins: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        uses: Floats,
+        *,
+        is_used: bool,
+    ) -> None:
         """Add times after tokens `begins` up to tokens `ends`, which use the expert again if `is_used`."""
-        counted = ends > _WARM_TURNS
-        begins, ends, uses = begins[counted], ends[counted], uses[counted]
+        if not (counted := ends > _WARM_TURNS).all():
+            layers, begins, ends, uses = layers[counted], begins[counted], ends[counted], uses[counted]
         fresh = -BONUS_TURNS * np.log2(np.maximum(uses, 1.0))
-        ages = fresh + (np.stack([np.maximum(begins, _WARM_TURNS), ends]) - begins) * _GROWTH
+        oldest = fresh + (ends - begins) * _GROWTH
         if is_used:
-            used = np.searchsorted(AGES, ages[1], side="left")
-            self._used += np.bincount(used, minlength=len(self._used))
-        ages += _GROWTH / 2  # a token is at the middle of the time that it stands for
-        for end in range(2):
-            places = np.searchsorted(AGES, ages[end], side="left")
-            self._counts[end] += np.bincount(places, minlength=len(AGES) + 1)
-            self._totals[end] += np.bincount(places, weights=ages[end], minlength=len(AGES) + 1)
+            _add(self._used, layers, _age_places(oldest))
+        youngest = fresh + (np.maximum(begins, _WARM_TURNS) - begins) * _GROWTH
+        for end, exact in enumerate((youngest, oldest)):
+            ages = exact + _GROWTH / 2  # a token is at the middle of the time that it stands for
+            places = _age_places(ages)
+            _add(self._counts[end], layers, places)
+            _add(self._totals[end], layers, places, ages)
 
     def curves(self) -> tuple[Floats, Floats]:
-        counts, totals = np.cumsum(self._counts, axis=1)[:, :-1], np.cumsum(self._totals, axis=1)[:, :-1]
-        up_to = np.array(AGES) * counts - totals
-        return np.maximum.accumulate(np.maximum(up_to[0] - up_to[1], 0.0) / _GROWTH), np.cumsum(self._used)[
-            :-1
+        up_to = [
+            np.array(AGES) * np.cumsum(counts, axis=1)[:, :-1] - np.cumsum(totals, axis=1)[:, :-1]
+            for counts, totals in zip(self._counts, self._totals, strict=True)
         ]
+        resident = np.maximum(up_to[0] - up_to[1], 0.0) / _GROWTH
+        return np.maximum.accumulate(resident, axis=1), np.cumsum(self._used, axis=1)[:, :-1]
+
+
+def _age_places(ages: Floats) -> NDArray[np.int64]:
+    """The place of the first of AGES that is not smaller than each age."""
+    return _AGE_OF[np.clip(np.ceil(ages).astype(np.int64) - AGES[0], 0, len(_AGE_OF) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,34 +301,36 @@ class WorkingSet:
 
     @classmethod
     def of(
-        cls, layers: Mapping[int, Sequence[ReuseGaps]], *, num_experts: int, experts_per_token: int
+        cls,
+        timelines: Sequence[ReuseGaps],
+        *,
+        layers: Sequence[int],
+        num_experts: int,
+        experts_per_token: int,
     ) -> WorkingSet:
-        """Join the gaps of each layer: one `ReuseGaps` for each timeline, every layer with the same timelines.
+        """Join the gaps of timelines.
+
+        Args:
+            layers: the layers' numbers in the model, ascending.
 
         Raises:
             UsageError: no token was counted.
         """
-        numbers = sorted(layers)
-        tokens = {sum(gaps.num_tokens for gaps in layers[number]) for number in numbers}
-        assert len(tokens) <= 1, "layers of different timelines"
-        if not tokens or not (num_tokens := tokens.pop()):
+        if not (num_tokens := sum(gaps.num_tokens for gaps in timelines)):
             raise UsageError("no decode token was recorded, so there is no working set")
-        sums = [[gaps.sums() for gaps in layers[number]] for number in numbers]
-        num_windows = np.sum([counted for _, counted in sums[0]], axis=0)
+        sums = [gaps.sums() for gaps in timelines]
+        num_windows = np.sum([counted for _, counted in sums], axis=0)
         kept = [i for i, count in enumerate(num_windows) if count > 0]
-        distinct = np.array([sum(found for found, _ in timelines) for timelines in sums], np.float64)
-        aged = [[gaps.aged_sums() for gaps in layers[number]] for number in numbers]
-        num_aged = sum(counted for *_, counted in aged[0])
-        resident, found = (
-            np.array([sum(sums[i] for sums in timelines) for timelines in aged]) / max(1, num_aged)
-            for i in (0, 1)
-        )
+        distinct = np.sum([found for found, _ in sums], axis=0).astype(np.float64)
+        residents, founds, counts = zip(*(gaps.aged_sums() for gaps in timelines), strict=True)
+        num_aged = sum(counts)
+        resident, found = (np.sum(sums, axis=0) / max(1, num_aged) for sums in (residents, founds))
         return cls(
             num_experts,
             experts_per_token,
             num_tokens,
             tuple(WINDOWS[i] for i in kept),
-            tuple(numbers),
+            tuple(layers),
             distinct[:, kept] / num_windows[kept],
             resident if num_aged else None,
             found if num_aged else None,
@@ -257,15 +339,15 @@ class WorkingSet:
     @classmethod
     def prior(cls, layers: Sequence[int], *, num_experts: int, experts_per_token: int) -> WorkingSet:
         """What is likely for a model of which nothing is recorded: the curve whose hit rates are the published ones."""
-        fineness = np.log(num_experts / _MOST_COARSE) / np.log(_FEWEST_FINE / _MOST_COARSE)
-        fineness = min(1.0, max(0.0, float(fineness)))
-        distinct = [float(experts_per_token)]
+        shares, hit_rates = _typical_hit_rates(num_experts)
+        at, distinct = 1, [float(experts_per_token)]
         for _ in range(WINDOWS[-1] - 1):
             share = distinct[-1] / num_experts
-            hit_rate = fineness * np.interp(share, *_FINE) + (1.0 - fineness) * np.interp(share, *_COARSE)
-            distinct.append(
-                min(float(num_experts), distinct[-1] + experts_per_token * (1.0 - float(hit_rate)))
-            )
+            while share > shares[at]:
+                at += 1
+            along = (share - shares[at - 1]) / (shares[at] - shares[at - 1])
+            hit_rate = hit_rates[at - 1] + along * (hit_rates[at] - hit_rates[at - 1])
+            distinct.append(min(float(num_experts), distinct[-1] + experts_per_token * (1.0 - hit_rate)))
         row = np.array(distinct)[np.array(WINDOWS) - 1]
         return cls(num_experts, experts_per_token, 0, WINDOWS, tuple(layers), np.tile(row, (len(layers), 1)))
 
@@ -408,6 +490,21 @@ class WorkingSet:
             raise UsageError(
                 f"the working set cannot be read: {error}", hint="record it again with `argosy routes`"
             ) from None
+
+
+@cache
+def _typical_hit_rates(num_experts: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Published hit rates of models with so many experts in a layer: by share of experts with a slot, line by line."""
+    fineness = np.log(num_experts / _MOST_COARSE) / np.log(_FEWEST_FINE / _MOST_COARSE)
+    fineness = min(1.0, max(0.0, float(fineness)))
+    shares = sorted({*_FINE[0], *_COARSE[0]})
+    found = fineness * np.interp(shares, *_FINE) + (1.0 - fineness) * np.interp(shares, *_COARSE)
+    return tuple(shares), tuple(found.tolist())
+
+
+def typical_hit_rate(share: float, *, num_experts: int) -> float:
+    """What is likely if `share` of all experts have a slot, for a model of which nothing is recorded."""
+    return float(np.interp(share, *_typical_hit_rates(num_experts)))
 
 
 def _checked(value: object) -> WorkingSet:
