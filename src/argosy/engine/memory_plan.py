@@ -29,6 +29,7 @@ from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
+from argosy.plan.hit_rate import typical_hit_rate
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
@@ -413,8 +414,9 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
     num_sweeps = -(-PLANNED_PROMPT // plan.chunk_tokens)
     tokens = min(PLANNED_PROMPT, plan.chunk_tokens)
     touched = per_layer * (1.0 - (1.0 - model.experts_per_token / per_layer) ** tokens)
+    missed = 1.0 - typical_hit_rate(1.0 - missing, num_experts=per_layer)
     asked = model.experts_per_token * PLANNED_ANSWER
-    return len(model.moe_layers) * (num_sweeps * touched * missing + asked * missing**6)
+    return len(model.moe_layers) * (num_sweeps * touched * missing + asked * missed)
 
 
 def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
