@@ -28,8 +28,8 @@ class Sizes(NamedTuple):
     token_gb: float
 
 
-# Counted by building each model from its config.json with transformers 5.24, rounded as printed here. Kimi-K2's 31.7
-# is our count; its card says 32.
+# Counted by building each model from its config.json with transformers 5.24, without towers for pictures and sound, and
+# rounded as printed here. Kimi-K2's 31.7 is our count; its card says 32.
 SIZES = {
     "Mixtral-8x7B": Sizes(46.7, 12.7, 99.1, 25.4, 6.34),
     "OLMoE-1B-7B": Sizes(6.9, 1.2, 3.5, 3.6, 0.45),

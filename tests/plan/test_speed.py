@@ -208,6 +208,7 @@ def test_rates_are_read_back() -> None:
         {"source": None},
         {"more": 1},
         {"step_s": 1e300},
+        {"encoder_operations": 0},
     ],
 )
 def test_wrong_rates_are_refused(change: dict[str, Any]) -> None:

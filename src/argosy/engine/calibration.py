@@ -1,6 +1,6 @@
 """Measure the rates of this machine that a forecast needs, within a minute, and keep them.
 
-    memory, products of every format, reads of the drive, two tiny models  ->  Rates, in the user's cache
+    memory, products of all formats and of encoders, the drive, two tiny models  ->  Rates, in the user's cache
 
 Products read weights from memory, not from a CPU cache. The drive is read at several record sizes while products keep
 the other cores busy, as when experts are streamed. The engine runs two tiny models of different depth, which give the
@@ -40,7 +40,7 @@ from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.plan import machine
-from argosy.plan.rates import MEASURED_SPREAD, Rates
+from argosy.plan.rates import FORMAT, MEASURED_SPREAD, Rates, guess
 from argosy.replace_file import replacing
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
@@ -79,6 +79,7 @@ def calibrate(
     runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
     try:
         memory, reads, operations = _products(runtime, memory, tell)
+        encoder_operations = _encoder_operations(runtime)
     finally:
         runtime.close()
     with _file_to_read(files) as path:
@@ -90,6 +91,7 @@ def calibrate(
         memory_bytes_per_s=memory,
         reads=reads,
         operations=operations,
+        encoder_operations=encoder_operations,
         drive=tuple(drive),
         drive_latency_s=latency_s,
         layer_s=layer_s,
@@ -128,7 +130,7 @@ def _cache_file(path: Path, threads: int) -> Path:
     drive = machine.drive_of(path)
     facts = (
         machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
-        drive.device if drive else None, metadata.version("argosy"),
+        drive.device if drive else None, metadata.version("argosy"), FORMAT,
     )  # fmt: skip
     return cache_directory() / f"rates-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
 
@@ -182,6 +184,25 @@ def _best(
         best = max(best, 1.0 / (time.perf_counter() - begin))
         at += count
     return best
+
+
+def _encoder_operations(runtime: _native.Runtime) -> float:
+    """Operations a second of `linear`, of which towers for pictures are made, with bfloat16 weights."""
+    size = _native.matrix_bytes("bf16", _ROWS, _COLS)
+    arena = _native.Arena(size)
+    try:
+        arena.array()[:] = 0x3B
+        matrix = _native.Matrix(arena, 0, "bf16", _ROWS, _COLS)
+        x, out = np.ones((_ENCODER_ROWS, _COLS), np.float32), np.empty((_ENCODER_ROWS, _ROWS), np.float32)
+        best, end = 0.0, time.perf_counter() + _SAMPLE_S
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            _native.linear(runtime, matrix, x, out)
+            best = max(best, 1.0 / (time.perf_counter() - begin))
+        del matrix
+    finally:
+        arena.close()
+    return best * 2 * _ENCODER_ROWS * _ROWS * _COLS
 
 
 # ── the drive ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -143,6 +143,20 @@ class ModelFootprint:
         towers = {tower.encoder.kind: tower for tower, _ in self._largest_media}
         return sum(tower.weight_bytes for tower in towers.values()) + max(peaks, default=0)
 
+    def picture_work(self, height: int, width: int) -> tuple[int, int] | None:
+        """Positions of a picture of this size, and floating-point operations to encode it; None if it cannot be taken.
+
+        Raises:
+            BadMedia: the model takes no picture of this size.
+        """
+        from argosy.media.pictures import PictureProcessor
+
+        tower, processor = self.encoders.get("picture"), self.processors.get("picture")
+        if tower is None or isinstance(tower, ArgosyError) or not isinstance(processor, PictureProcessor):
+            return None
+        grid = processor.grid(height, width)
+        return tower.num_positions(grid), tower.flop(grid)
+
     @cached_property
     def unbroken_tokens(self) -> int:
         """The most positions of a picture that see one another, and therefore run in one step; 0 if none do."""

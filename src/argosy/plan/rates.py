@@ -23,7 +23,7 @@ from argosy.strict_json import JsonError, parse_json
 FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
 _KEYS_AND_VALUES_SHARE = 0.5  # of the memory's rate, at which attention reads its cache
 MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.5
-_FORMAT = "argosy-rates-1"
+FORMAT = "argosy-rates-2"
 _MOST_RATE = 1e15
 _DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
 
@@ -34,6 +34,7 @@ class Rates:
 
     reads: share of `memory_bytes_per_s` at which a product reads weights for one token, by format.
     operations: of products for many tokens, by format.
+    encoder_operations: of towers for pictures, whose weights are bfloat16.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time while other cores compute.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed: decisions in Python.
@@ -46,6 +47,7 @@ class Rates:
     memory_bytes_per_s: float
     reads: Mapping[str, float]
     operations: Mapping[str, float]
+    encoder_operations: float
     drive: tuple[tuple[int, float], ...]
     drive_latency_s: float = _DRIVE_LATENCY_S
     layer_s: float
@@ -86,6 +88,7 @@ class Rates:
             self,
             memory_bytes_per_s=self.memory_bytes_per_s * factor,
             operations={name: rate * factor for name, rate in self.operations.items()},
+            encoder_operations=self.encoder_operations * factor,
             drive=tuple((size, rate * factor) for size, rate in self.drive),
             layer_s=self.layer_s / factor,
             streamed_layer_s=self.streamed_layer_s / factor,
@@ -93,7 +96,7 @@ class Rates:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        return {"format": _FORMAT, **asdict(self), "drive": [list(pair) for pair in self.drive]}
+        return {"format": FORMAT, **asdict(self), "drive": [list(pair) for pair in self.drive]}
 
     @classmethod
     def from_json(cls, data: bytes) -> Rates:
@@ -111,8 +114,8 @@ class Rates:
 
 
 def _checked(value: object) -> Rates:
-    if not isinstance(value, dict) or value.pop("format", None) != _FORMAT:
-        raise JsonError(f"is not an object with `format` {_FORMAT!r}")
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise JsonError(f"is not an object with `format` {FORMAT!r}")
     if value.keys() != set(Rates.__dataclass_fields__):
         raise JsonError("has other keys than those that were written")
     formats = set(get_args(Format))
@@ -132,7 +135,8 @@ def _checked(value: object) -> Rates:
     if sizes != sorted(set(sizes)):
         raise JsonError("has a `drive` whose sizes do not rise")
     for name in (
-        "cores", "memory_bytes_per_s", "drive_latency_s", "layer_s", "streamed_layer_s", "step_s", "spread",
+        "cores", "memory_bytes_per_s", "encoder_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "step_s",
+        "spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
@@ -156,24 +160,26 @@ class CpuFamily:
     core_int8_gops: float
     core_f32_gops: float
     source: str
+    has_bf16: bool = False  # vdpbf16ps, which encoders use
 
 
 # Looked up in order. GB/s of a processor: 0.75 x channels x MT/s x 8 bytes, from its maker's data sheet.
 CPU_FAMILIES: tuple[CpuFamily, ...] = (
     CpuFamily("AMD EPYC, Zen 4 or 5", r"EPYC (9|8|4[0-9])|EPYC$|EPYC Processor$", 345, 25, 500, 90,
-              "12 x DDR5-4800; cores as in docs/performance.md, 2026-11"),
+              "12 x DDR5-4800; cores as in docs/performance.md, 2026-11", has_bf16=True),
     CpuFamily("AMD EPYC, Zen 2 or 3", r"EPYC 7", 154, 20, 200, 45,
               "8 x DDR4-3200; cores as in docs/performance.md, 2026-11"),
     CpuFamily("Intel Xeon, Sapphire Rapids or later", r"Xeon.*(Platinum|Gold|Silver) ?[68][45]\d\d|Xeon.* 6\d{3}",
-              230, 12, 450, 80, "8 x DDR5-4800, data sheet, 2026-11"),
+              230, 12, 450, 80, "8 x DDR5-4800, data sheet, 2026-11", has_bf16=True),
     CpuFamily("Intel Xeon, Ice Lake", r"Xeon.*83\d\d|Xeon.*63\d\d", 154, 12, 350, 70,
               "8 x DDR4-3200, data sheet, 2026-11"),
     CpuFamily("Intel Xeon, older", r"Xeon", 105, 11, 150, 45, "6 x DDR4-2933, data sheet, 2026-11"),
     CpuFamily("AWS Graviton", r"Neoverse|Graviton", 230, 12, 150, 30, "8 x DDR5-4800, data sheet, 2026-11"),
     CpuFamily("AMD Threadripper", r"Threadripper", 154, 30, 350, 80, "4 to 8 channels, data sheet, 2026-11"),
-    CpuFamily("AMD Ryzen AI Max", r"Ryzen AI Max", 190, 40, 450, 90, "8 x LPDDR5X-8000, data sheet, 2026-11"),
+    CpuFamily("AMD Ryzen AI Max", r"Ryzen AI Max", 190, 40, 450, 90, "8 x LPDDR5X-8000, data sheet, 2026-11",
+              has_bf16=True),
     CpuFamily("AMD Ryzen 7000 or later", r"Ryzen (AI )?\d \d*[789]\d{3}|Ryzen \d [789]\d{3}", 62, 40, 450, 90,
-              "2 x DDR5-5200, data sheet, 2026-11"),
+              "2 x DDR5-5200, data sheet, 2026-11", has_bf16=True),
     CpuFamily("AMD Ryzen, older", r"Ryzen", 38, 25, 180, 45, "2 x DDR4-3200, data sheet, 2026-11"),
     CpuFamily("Intel Core, 12th generation or later", r"1[2-9]th Gen|Core\(TM\) Ultra|Core\(TM\) \d", 62, 35, 200, 50,
               "2 x DDR5-5200, data sheet, 2026-11"),
@@ -184,6 +190,8 @@ UNKNOWN_CPU = CpuFamily(
 )
 _UNKNOWN_DRIVE_BYTES_PER_S = 2.0e9  # between a SATA drive and a fast NVMe drive
 _READ_SHARE = 0.85  # of memory's rate, as benchmarks/resident.py finds on several machines
+_F32_SHARE = 0.6
+_BF16_SPEED_UP = 2.8  # of encoders, over products of float32 (docs/decisions/0041)
 _INT8_SHARE = 0.55  # of the instruction's peak, as benchmarks/prefill.py finds
 _FULL_RECORD_BYTES = 1 << 20  # smaller records do not reach a drive's rate
 
@@ -195,7 +203,7 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
     operations = {}
     for name in get_args(Format):
         if name in FLOAT_FORMATS:
-            operations[name] = 1e9 * cores * family.core_f32_gops * 0.6
+            operations[name] = 1e9 * cores * family.core_f32_gops * _F32_SHARE
         else:
             passes = 2 if name == "q8" else 1  # activations of q8 have two bytes
             operations[name] = 1e9 * cores * family.core_int8_gops * _INT8_SHARE / passes
@@ -206,6 +214,7 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
         memory_bytes_per_s=memory,
         reads=dict.fromkeys(get_args(Format), _READ_SHARE),
         operations=operations,
+        encoder_operations=operations["f32"] * (_BF16_SPEED_UP if family.has_bf16 else 1.0),
         drive=((_FULL_RECORD_BYTES, drive),),
         layer_s=30e-6,
         streamed_layer_s=200e-6,

@@ -111,6 +111,18 @@ class Prompt:
     drive_bytes: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """Time to the first token of a short prompt with one picture."""
+
+    width: int
+    height: int
+    num_positions: int
+    seconds: Range
+    encoder_s: float  # likely, of `seconds`
+    bound: str
+
+
 class _Case(NamedTuple):
     """One end of a range, or its middle."""
 
@@ -284,6 +296,34 @@ def _prompt(
         drive_bytes += missed
         done += tokens
     return sum(parts.values()), parts, drive_bytes
+
+
+def predict_picture(
+    work: Work, rates: Rates, working_set: WorkingSet, *, width: int, height: int, num_positions: int, flop: float,
+    num_text_tokens: int, num_slots: int, chunk_tokens: int,
+) -> Picture:  # fmt: skip
+    """Time from a prompt with a picture to its first token: the picture is encoded, then its positions are a prompt.
+
+    Args:
+        flop: floating-point operations of the encoder.
+    """
+    num_tokens = num_positions + num_text_tokens
+    seconds, likely = [], {}
+    for case in _cases(rates, working_set):
+        scaled = rates.scaled(case.rate_factor)
+        encoder_s = flop / scaled.encoder_operations
+        prompt_s, parts, _ = _prompt(work, scaled, working_set, num_slots, num_tokens, chunk_tokens, case)
+        seconds.append(encoder_s + prompt_s)
+        if case.rate_factor == 1.0:
+            likely = {"encoder": encoder_s, **parts}
+    return Picture(
+        width=width,
+        height=height,
+        num_positions=num_positions,
+        seconds=Range(seconds[2], seconds[1], seconds[0]),
+        encoder_s=likely["encoder"],
+        bound=_bound(likely),
+    )
 
 
 def _asked(work: Work, working_set: WorkingSet, num_tokens: int) -> float:

@@ -14,6 +14,8 @@ import pytest
 
 from argosy import _native
 from argosy.model.encoders import blocks
+from argosy.model.encoders.reading import EncoderFiles
+from argosy.model.encoders.table import ENCODERS
 from argosy.prompt.media_span import SpanRows
 from tests.model.encoders.open_tower import PARTS, Part, Shape, dense_weights, finish
 from tests.models.references import difference
@@ -139,6 +141,35 @@ def test_rows_of_fast_products_are_near_those_of_transformers(name: str, case: i
         difference(rows.embeddings, reference(name)[2][f"{case}.embeddings"])
         <= LARGEST_DIFFERENCE_IN_BFLOAT16
     )
+
+
+@pytest.mark.parametrize("name", [name for name, part in PARTS.items() if part.kind == "picture"])
+def test_the_operations_of_a_picture_are_known_before_it_is_encoded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, config, tower = open_tower(name)
+    grid = (1, 4 * config.merge, 6 * config.merge)
+    done = 0
+    linear, attend = _native.linear, _native.attend
+
+    def counted_linear(runtime: Any, matrix: Any, x: Array, *rest: Any, **more: Any) -> None:
+        nonlocal done
+        done += 2 * matrix.rows * matrix.cols * len(x)
+        linear(runtime, matrix, x, *rest, **more)
+
+    def counted_attend(runtime: Any, query: Array, key: Array, *rest: Any) -> None:
+        nonlocal done
+        done += 4 * query.size * len(key)
+        attend(runtime, query, key, *rest)
+
+    monkeypatch.setattr(_native, "linear", counted_linear)
+    monkeypatch.setattr(_native, "attend", counted_attend)
+    finish(part.encode(tower, part.make_input(config, grid, 1), grid))
+
+    (encoder,) = [one for one in ENCODERS[part.family] if one.kind == "picture"]
+    tensors: Any = part.tensors(config)
+    files = EncoderFiles(encoder, config, tensors, token_id=0, marks=None, settings=({}, ""))
+    assert files.flop(grid) == done > 0
 
 
 @pytest.mark.parametrize("name", PARTS)

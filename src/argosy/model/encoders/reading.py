@@ -28,7 +28,7 @@ from argosy.media.pictures import PictureProcessor, read_picture_processor
 from argosy.media.settings import PROCESSOR_FILES, VIDEO_FILES
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.media.videos import VideoProcessor, read_video_processor
-from argosy.model.encoders.blocks import FLOAT_BYTES
+from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoForm
 from argosy.model.families import CONFIG_FILE
@@ -163,6 +163,20 @@ class EncoderFiles:
 
     def num_positions(self, shape: Shape) -> int:
         return self.encoder.num_positions(self.config, shape)
+
+    def flop(self, grid: Shape) -> int:
+        """Floating-point operations of the products and of the attention of a picture."""
+        patches, cells = math.prod(grid), self.num_positions(grid)
+        found = 0
+        for name, ref in self.tensors.items():
+            if is_vector(name) or name.startswith("position"):
+                continue
+            # What follows the layers joins patches: it runs once for each position of the prompt.
+            rows = patches if name.startswith(("layers.", "patch")) else cells
+            found += 2 * ref.rows * ref.cols * rows
+        width: int = getattr(self.config, "query_size", self.config.hidden_size)
+        attention: int = self.config.num_layers * patches * attention_flop(math.prod(grid[1:]), width)
+        return found + attention
 
     def peak_bytes(self, shape: Shape) -> int:
         """Most bytes that encoding an input of this shape allocates, with its rows, and a picture's patches."""
