@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -248,7 +249,25 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(
         caught.value
     )
     assert caught.value.exit_code == 5
+    assert "--format" not in str(caught.value)  # no format is small enough
     assert (tmp_path / "packed.partial" / "experts.bin").stat().st_size == 0
+
+
+def test_formats_for_which_there_is_room_are_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, sizes = shutil.disk_usage(tmp_path), {}
+    for format in ("q4", "q8", "bf16"):
+        pack(open_model(source), tmp_path / format, format=format)
+        sizes[format] = sum(path.stat().st_size for path in (tmp_path / format).glob("*.bin"))
+    assert sizes["q4"] < sizes["q8"] < sizes["bf16"]
+    for free, named in ((sizes["q8"], ["q8", "q4"]), (sizes["q8"] - 1, ["q4"])):
+        monkeypatch.setattr(
+            pack_module.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free)
+        )
+        with pytest.raises(DiskFull) as caught:
+            pack(open_model(source), tmp_path / "too large", format="bf16")
+        assert re.findall(r"`--format (\w+)`, which takes", str(caught.value)) == named
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

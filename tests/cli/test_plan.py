@@ -115,6 +115,42 @@ def test_a_model_that_does_not_fit_exits_with_3_and_says_what_would(
     assert "hint: `--memory" in both.err
 
 
+def test_a_budget_beyond_the_machine_is_planned_and_said_not_to_fit_there(
+    kimi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ("--machine", "box:laptop-16", "--memory", "64GiB")
+    assert main(["plan", str(kimi), *budget]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(
+        "fits      not in this machine, which has 16.0 GiB. With the budget: yes, it streams, "
+    )
+    assert facts(capsys, kimi, *budget)["exceeds_machine"]
+    assert not facts(capsys, kimi, "--machine", "box:laptop-16", "--memory", "15GiB")["exceeds_machine"]
+
+
+def test_prompts_that_the_context_has_no_room_for_are_said(
+    kimi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--machine", "box:desktop-64", "--context", "2048")
+    assert facts(capsys, kimi, *short)["prompts_longer_than_the_context"] == [16_384]
+    assert main(["plan", str(kimi), *short]) == 0
+    assert "            16384  longer than the context" in capsys.readouterr().out.splitlines()
+    long = facts(capsys, kimi, "--machine", "box:desktop-64", "--context", "32768")
+    assert long["prompts_longer_than_the_context"] == []
+
+
+def test_the_first_token_after_a_picture_is_predicted_where_the_model_sees(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seeing = REFERENCE.parent / "reference_seeing" / "qwen3_vl_moe"
+    picture = facts(capsys, seeing, "--memory", "3GiB", "--image-tokens", "256")["picture"]
+    assert (picture["width"], picture["height"]) == (1024, 768)
+    assert 0 < picture["encoder_s"] < picture["seconds"]["likely"] < picture["seconds"]["high"]
+    assert main(["plan", str(seeing), "--memory", "3GiB", "--image-tokens", "256"]) == 0
+    assert f"1024 x 768 are {picture['num_positions']} positions" in capsys.readouterr().out
+    assert facts(capsys, TINY, "--memory", "1GiB")["picture"] is None
+
+
 def test_files_on_disk_are_planned_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     found = facts(capsys, TINY, "--memory", "1GiB")
     assert found["model"]["place"] == "files"
@@ -141,6 +177,12 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         found = facts(capsys, REPOSITORY, "--memory", "1GiB")
         local = facts(capsys, TINY, "--memory", "1GiB")
+        monkeypatch.setattr("argosy.plan.machine.free_disk_bytes", lambda path: 12_345)
+        assert facts(capsys, REPOSITORY)["model"]["free_disk_bytes"] == 12_345
+        assert main(["plan", REPOSITORY]) == 0
+        assert f"for which {Path.cwd()} has no room: 0.0 GB are free" in capsys.readouterr().out
+    assert found["model"]["free_disk_bytes"] > 1 << 20
+    assert local["model"]["free_disk_bytes"] is None
     assert found["model"]["place"] == "headers"
     assert found["model"]["download_bytes"] == (TINY / "model.safetensors").stat().st_size
     for name in ("num_parameters", "dense_bytes", "record_bytes", "expert_format"):
@@ -209,7 +251,7 @@ def test_a_damaged_record_of_earlier_runs_is_left_out_and_said(capsys: pytest.Ca
     kept.parent.mkdir(parents=True)
     for damaged, problem in (
         ("{}", "working set cannot be read"),
-        (json.dumps(recorded(64).as_dict() | {"num_experts": 99}), "of a model with 2 layers of 99 experts"),
+        (json.dumps(recorded(64).as_dict() | {"num_experts": 99}), "of a model with 3 layers of 99 experts"),
     ):
         kept.write_text(damaged)
         assert main(["plan", str(TINY), "--memory", "1GiB"]) == 0

@@ -17,6 +17,7 @@ from argosy.cli.main import main
 from argosy.cli.output import write_file, write_text
 from argosy.config import SamplingParams
 from argosy.errors import UsageError
+from argosy.plan.machine import MemoryLimit
 from argosy.prompt.prompt import Prompt
 from tests.cli.fake_engine import FakeEngine
 
@@ -101,6 +102,19 @@ def test_without_options_the_engines_defaults_hold(engine: Engine, capsys: Captu
     assert engine.opened == [{"model": "model", "media": False}]  # no memory for media that are not there
     assert engine.params == [SamplingParams()]
     assert engine.asked == ["Hi"]
+
+
+def test_a_plan_beyond_the_free_memory_is_said_and_run(
+    engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free_mib, is_said in ((200, True), (400, False)):
+        limit = MemoryLimit(1 << 30, free_mib << 20, "a test")
+        monkeypatch.setattr("argosy.plan.machine.memory_limit", lambda limit=limit: limit)
+        assert main(["run", "-q", "-m", "model", "Hi"]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == "Paris is it.\n"
+        assert ("note: the memory plan takes 300 MiB, and there are 200 MiB free" in printed.err) == is_said
+        assert ("`--memory 175MiB` is what is free, less a margin" in printed.err) == is_said
 
 
 def test_raw_text_and_a_system_message_reach_the_engine_as_such(engine: Engine, capsys: Captured) -> None:

@@ -32,6 +32,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rates.source.startswith("measured 20")
     assert rates.reads.keys() == rates.operations.keys() == guess("", 1).reads.keys()
     assert max(rates.reads.values()) <= 1.0
+    assert rates.encoder_operations > 1e8
     assert [size for size, _ in rates.drive] == [256 << 10, 1 << 20, 4 << 20, 16 << 20]
     assert Rates.from_json(json.dumps(rates.as_dict()).encode()) == rates
     assert told[-1] == "done"
@@ -51,6 +52,15 @@ def test_rates_are_kept_privately_for_one_drive_and_version(
     assert calibration.load(tmp_path, threads=usable_cores() + 1) is None
     monkeypatch.setattr(calibration.metadata, "version", lambda name: "99.0")
     assert calibration.load(tmp_path) is None
+
+
+def test_rates_of_another_version_of_the_file_are_measured_again_and_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration.save(guess("", usable_cores()), tmp_path)
+    monkeypatch.setattr(calibration, "FORMAT", "argosy-rates-99")
+    assert calibration.load(tmp_path) is None
+    assert not calibration.rates_here(tmp_path).is_measured
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

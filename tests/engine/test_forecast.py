@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from argosy.config import GIB, Budget, EngineConfig
+from argosy.config import DEMO, GIB, Budget, EngineConfig
 from argosy.engine import planning
 from argosy.engine.forecast import Forecaster, work_of
-from argosy.engine.memory_plan import plan_memory
+from argosy.engine.memory_plan import plan_memory, plan_with_media, quarter_of_experts
+from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
+from argosy.experts.recording import OpenRecorder
+from argosy.model.encoders.reading import EncoderFiles
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
+from argosy.observe.recorder import Recorder
 from argosy.plan.assumed import assume_pack
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from argosy.plan.rates import guess
@@ -121,6 +125,65 @@ def test_layers_with_windows_read_no_more_than_their_window() -> None:
     work = work_of(files, "f32")
     near, far = (work.keys_values(context)[0] for context in (128, 1280))
     assert far / near == pytest.approx((10 + 1) / 2)  # half of the layers see 128 positions
+
+
+def test_a_picture_is_encoded_and_then_read_as_a_prompt() -> None:
+    files = open_model(REFERENCE.parent / "reference_seeing" / "qwen3_vl_moe")
+    rates = replace(guess("AMD Ryzen 9 7950X", 16), encoder_operations=1e9)
+    settings = config(image_tokens=256)
+    found = Forecaster(files, settings, rates, process_bytes=PROCESS_BYTES)
+    plan = found.plan(4 * GIB)
+    picture = found.picture(plan)
+
+    assert picture is not None
+    towers = found._footprint.encoders["picture"]
+    assert isinstance(towers, EncoderFiles)
+    work = found._footprint.picture_work(768, 1024)
+    assert work is not None
+    assert picture.num_positions == work[0] <= 256
+    assert picture.encoder_s == work[1] / 1e9
+    prompt = found.prompt(plan, picture.num_positions + 32)
+    assert picture.seconds.likely == pytest.approx(picture.encoder_s + prompt.seconds.likely)
+    assert picture.seconds.low < picture.seconds.likely < picture.seconds.high
+    assert picture.bound == "encoder"
+    assert found.forecast(4 * GIB, with_curve=False).picture == picture
+    text_only = Forecaster(files, config(media=False), rates, process_bytes=PROCESS_BYTES)
+    assert text_only.forecast(4 * GIB, with_curve=False).picture is None
+
+
+def test_the_demo_model_is_planned_as_it_runs_without_a_budget() -> None:
+    files = open_model(REFERENCE / "qwen3_moe_plain")
+    subject = planning.Subject(name=DEMO, files=files, place="files", local_bytes=PROCESS_BYTES)
+    place = planning.find_place(planning.HERE)
+    found, budget_bytes = planning.forecaster(subject, place)
+    forecast = found.forecast(budget_bytes)
+
+    settings = configure(DEMO, files)
+    _, runs = plan_with_media(ModelFootprint(files, settings), settings, process_bytes=PROCESS_BYTES)
+    assert forecast.plan is not None
+    assert forecast.plan.num_slots == runs.num_slots == quarter_of_experts(files) < len(files.experts)
+    assert forecast.plan.context_tokens == runs.context_tokens
+    assert forecast.plan.chunk_tokens == runs.chunk_tokens
+    assert forecast.fixed_slots == runs.num_slots
+    assert forecast.smallest_bytes < forecast.plan.total_bytes < forecast.resident_bytes
+    assert forecast.curve[-1].num_slots == len(files.experts)
+
+    given, budget_bytes = planning.forecaster(subject, place, memory="4GiB")
+    assert given.forecast(budget_bytes, with_curve=False).verdict == "resident"
+
+
+def test_a_recorder_is_planned_if_there_is_one() -> None:
+    files = open_model(REFERENCE / "qwen3_moe_plain")
+    subject = planning.Subject(name="x", files=files, place="files", local_bytes=PROCESS_BYTES)
+
+    def routing_bytes(recorder: OpenRecorder | None) -> int:
+        found, budget_bytes = planning.forecaster(
+            subject, planning.find_place(planning.HERE), memory="2GiB", recorder=recorder
+        )
+        return found.plan(budget_bytes).routing_bytes
+
+    assert routing_bytes(None) == 0
+    assert routing_bytes(lambda files, config: Recorder(files.config, config)) > 1000
 
 
 def test_a_working_set_of_another_model_is_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from argosy import Engine, SamplingParams
+from argosy.config import KV_BLOCK_TOKENS
 from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, PromptProgress, Request
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
 from tests.models.references import REFERENCES
@@ -433,7 +434,15 @@ def test_facts_describe_the_engine_and_rates_cover_the_last_seconds(engine: Engi
         assert facts.num_steps == 4 + 7
         assert facts.recent_parts["expert_compute"] > 0
         assert min(facts.recent_parts.values()) >= 0
+        decode = facts.recent_decode  # without the steps of the prompt
+        assert decode is not None
+        assert (decode.num_steps, decode.num_tokens) == (7, 7)
+        assert 0 < decode.bytes_read < facts.engine.totals.bytes_read
+        assert 0 <= decode.hits < decode.lookups < facts.engine.totals.lookups
+        assert sum(decode.parts.values()) == pytest.approx(decode.seconds)
+        assert len(PROMPT) <= decode.context <= len(PROMPT) + 2 * KV_BLOCK_TOKENS
         clock.now += 100
+        assert loop.snapshot().recent_decode is None
         assert loop.snapshot().new_tok_per_s == 0.0
         assert sum(loop.snapshot().recent_parts.values()) == 0
 

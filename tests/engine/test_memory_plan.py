@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir
+from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir, KvDtype
 from argosy.engine.memory_plan import (
     GRAMMAR_BYTES,
     MemoryPlan,
     experts_read,
+    held_bytes,
     page_table_bytes,
     plan_memory,
+    require_memory,
 )
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
@@ -25,6 +28,7 @@ from argosy.experts import policy
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
+from argosy.plan.machine import MemoryLimit
 from tests.models.tiny import qwen3_moe, write_model
 
 PROCESS_BYTES = 50 * MIB
@@ -79,6 +83,52 @@ def test_a_refusal_says_what_was_needed_what_was_found_and_what_would_help(files
         "--kv f16",
     ):
         assert word in sentence
+
+
+def test_a_refusal_names_options_with_which_the_budget_is_enough(files: ModelFiles) -> None:
+    footprints = {}
+
+    def needed(context: int, kv_dtype: KvDtype = "f32") -> int:
+        """The smallest budget with these options."""
+        return refusal(1, context, kv_dtype)[0]
+
+    def refusal(ram_bytes: int, context: int, kv_dtype: KvDtype = "f32") -> tuple[int, str]:
+        budget = Budget(ram_bytes=ram_bytes, context_tokens=context)
+        config = EngineConfig(budget=budget, threads=2, chunk_tokens=16, kv_dtype=kv_dtype)
+        footprint = footprints.setdefault(kv_dtype, ModelFootprint(files, config))
+        with pytest.raises(DoesNotFit) as refused:
+            plan_memory(footprint, config, process_bytes=PROCESS_BYTES)
+        found = refused.value.facts["needed_bytes"]
+        assert isinstance(found, int)
+        return found, str(refused.value.hint)
+
+    def says(ram_bytes: int) -> str:
+        return refusal(ram_bytes, 4096)[1].split("; ")[1]
+
+    both = needed(512, "f16")
+    assert both < needed(512) < needed(1024) < needed(2048) < needed(4096, "f16") < needed(4096)
+    assert says(needed(4096, "f16")) == "this budget is enough with `--kv f16` or with `--context 2048`"
+    assert says(needed(4096, "f16") - 1) == "this budget is enough with `--context 2048`"
+    assert says(needed(2048) - 1) == "this budget is enough with `--context 1024`"
+    assert says(needed(512)) == "this budget is enough with `--context 512`"
+    assert says(needed(512) - 1) == "this budget is enough with `--kv f16 --context 512`"
+    least = re.fullmatch(r"`--memory (\d+)MiB --kv f16 --context 512` is the least", says(both - 1))
+    assert least is not None
+    assert 0 <= int(least[1]) * MIB - both < 4 * MIB
+
+
+def test_a_plan_that_takes_more_than_the_machine_has_is_refused(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require(total_bytes: int) -> None:
+        limit = MemoryLimit(total_bytes, total_bytes, "a test")
+        monkeypatch.setattr("argosy.engine.memory_plan.machine.memory_limit", lambda: limit)
+        config = EngineConfig(budget=Budget(ram_bytes=64 * GIB), threads=2)
+        require_memory(ModelFootprint(files, config), config)
+
+    require(held_bytes() + 512 * MIB)  # the budget is larger, and most of it stays unused
+    with pytest.raises(DoesNotFit, match=r"of the budget of 64.0 GiB, and there are .* \(a test\)"):
+        require(held_bytes())
 
 
 def test_a_requested_context_is_kept_or_refused_never_shrunk(files: ModelFiles) -> None:

@@ -22,6 +22,7 @@ import pytest
 from argosy.engine.engine import Engine
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile
+from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.run import bind
 from tests.cli.tiny_chat_model import write_chat_model
@@ -97,6 +98,45 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_finish(model: Path) ->
         assert process.returncode == 0
         assert "POST /v1/chat/completions 200" in log
         assert "canary" not in log
+
+
+def test_metrics_have_predictions_beside_what_decode_took(model: Path) -> None:
+    ask = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 100,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    with served(model) as (url, process):
+        before = httpx.get(f"{url}/metrics").text
+        assert "argosy_expected{" not in before  # nothing was decoded yet
+        assert httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code == 200
+        after = httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        log = end(process)
+
+    def value(name: str, **labels: str) -> float:
+        inner = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        (found,) = re.findall(rf"^{re.escape(f'{name}{{{inner}}}')} (\S+)$", after, re.MULTILINE)
+        return float(found)
+
+    spent = {part: value("argosy_seconds_total", part=part) for part in PARTS}
+    assert min(spent.values()) >= 0
+    assert spent["attention_and_dense"] > 0
+    decode = {
+        kind: value("argosy_expected", quantity="decode", unit="tok/s", value=kind)
+        for kind in ("low", "likely", "high", "measured")
+    }
+    assert 0 < decode["low"] < decode["likely"] < decode["high"]
+    assert decode["measured"] > 0
+    for part in ("attention and dense", "expert compute", "waiting for reads", "overhead"):
+        for kind in ("predicted", "measured"):
+            assert 0 <= value("argosy_decode_step_seconds", part=part, value=kind) < 1
+    (line,) = [line for line in log.splitlines() if line.startswith("expects ")]
+    assert re.match(
+        r"expects \S+ to \S+ tok/s for one answer, bound by .*; first token of a prompt of \d+ after", line
+    )
+    assert "(rates are guessed from the kind of processor: `argosy plan " in line
 
 
 def test_a_server_with_an_unread_log_answers_and_ends(model: Path) -> None:

@@ -741,8 +741,24 @@ class _Writer:
         needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
         needed += sum(path.stat().st_size for path in self._copied) + sum(map(len, self._made.values()))
         free = shutil.disk_usage(self._parent).free
-        if needed > free:
-            raise self._disk_full(needed, free)
+        if needed <= free:
+            return
+        error = self._disk_full(needed, free)
+        if smaller := self._smaller_formats(free):
+            error.hint = f"{error.hint}; or {' or '.join(smaller)}"
+        raise error
+
+    def _smaller_formats(self, free_bytes: int) -> list[str]:
+        """Options for packs that fit in `free_bytes`."""
+        found = []
+        for format in PACK_FORMATS:
+            if format in ("source", self._format) or _quantised_formats(self._files):
+                continue
+            _, units = _plan(self._files, _config_of_pack(self._files, format), format)
+            needed = sum(unit.end - unit.offset for unit in (*units, *self._encoders))
+            if needed <= free_bytes:
+                found.append(f"`--format {format}`, which takes {format_bytes(needed)}")
+        return found
 
     def _open_target(self, name: str) -> int:
         with self._writing():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from argosy.config import SamplingParams
+from argosy.config import MIB, SamplingParams, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.config import EngineConfig
     from argosy.engine.engine import Engine
+    from argosy.experts.recording import OpenRecorder
     from argosy.media.parts import Audio, Image, Video
     from argosy.observe.recorder import Recorder
+    from argosy.plan.hit_rate import WorkingSet
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -177,10 +179,35 @@ def open_engine(
             for fault in dict.fromkeys(engine.media_faults.values()):
                 hint = f" ({fault.hint})" if fault.hint else ""
                 print(f"note: {fault.message}{hint}", file=sys.stderr)
+            if (shortage := _shortage(engine)) is not None:
+                print(f"note: {shortage}", file=sys.stderr)
             yield engine
     finally:
         if recording is not None:
             recording.save()
+
+
+def _shortage(engine: Engine) -> str | None:
+    """What to know if the plan takes more memory than is free now."""
+    from argosy.plan import machine
+
+    limit, needed = machine.memory_limit(), engine.plan.total_bytes
+    if needed <= limit.free_bytes:
+        return None
+    budget_bytes, _ = machine.default_budget(limit)
+    return (
+        f"the memory plan takes {format_bytes(needed)}, and there are {limit}: the system may swap, or end a program; "
+        f"`--memory {budget_bytes // MIB}MiB` is what is free, less a margin"
+    )
+
+
+def recorder_of(settings: Settings) -> OpenRecorder | None:
+    """Opens the recorder that a command would have, for plans: nothing is saved."""
+    if not settings.record:
+        return None
+    from argosy.observe.recorder import Recorder
+
+    return lambda files, config: Recorder(files.config, config)
 
 
 class Recording:
@@ -189,6 +216,7 @@ class Recording:
     def __init__(self, *, keeps_recent: bool = False) -> None:
         self._keeps_recent = keeps_recent
         self.recorder: Recorder | None = None
+        self.known: WorkingSet | None = None  # what earlier runs saved
         self._path: Path | None = None
 
     def __call__(self, files: ModelFiles, config: EngineConfig) -> Recorder:
@@ -196,6 +224,8 @@ class Recording:
         from argosy.observe.recorder import Recorder
 
         self._path = saved.path_of(files)
+        with suppress(OSError, UsageError):  # `save` replaces a damaged file
+            self.known = saved.find_for(files)
         self.recorder = Recorder(files.config, config, keeps_recent=self._keeps_recent)
         return self.recorder
 

@@ -110,6 +110,13 @@ class AnswerWriter:
             sys.stderr.flush()
 
 
+def short_number(value: float, digits: int = 2) -> str:
+    """A number with two digits or all that it has before the point."""
+    if value >= 10**digits:
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
 def ledger_lines(
     ledger: Ledger, plan: MemoryPlan | None = None, finish_reason: str | None = None
 ) -> list[str]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.options import engine_options
+from argosy.cli.options import engine_options, recorder_of
+from argosy.cli.output import short_number
 from argosy.config import format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from argosy.engine.forecast import Forecast, Forecaster
     from argosy.engine.planning import Place, Subject
     from argosy.plan.group import Group
-    from argosy.plan.money import ApiPrice, Cost, Owner
     from argosy.plan.hit_rate import WorkingSet
+    from argosy.plan.money import ApiPrice, Cost, Owner
     from argosy.plan.speed import Decode, Range
 
 _FITS = {
@@ -118,7 +119,12 @@ def plan(
             calibration.save(rates, at)
         place = find_place(machine, at, threads=settings.threads)
         found, budget_bytes = forecaster(
-            subject, place, streams=counts, working_set=recorded, **settings.for_engine()
+            subject,
+            place,
+            streams=counts,
+            working_set=recorded,
+            recorder=recorder_of(settings),
+            **settings.for_engine(),
         )
         forecast = found.forecast(budget_bytes, streams=counts)
         row = place.row
@@ -143,7 +149,14 @@ def plan(
         if verify and forecast.plan is not None:
             from argosy.engine.verification import verify as run
 
-            result = run(model, subject.files, found, forecast.plan, settings.for_engine())
+            result = run(
+                model,
+                subject.files,
+                found,
+                forecast.plan,
+                settings.for_engine(),
+                recorder=recorder_of(settings),
+            )
             print(json.dumps(result.as_dict()) if as_json else "\n".join(result.lines()))
     if forecast.refusal is not None:
         raise DoesNotFit(forecast.refusal.message, hint=forecast.refusal.hint, **forecast.refusal.facts)
@@ -270,17 +283,39 @@ class _Facts:
         where = "" if forecast.verdict == "resident" else f", {share:.0f} % of its experts in memory"
         takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
         left_out = "; text only: there is no room for pictures and sound" if forecast.is_text_only else ""
-        return f"{_FITS[forecast.verdict]}{where}; {takes}{left_out}"
+        verdict = f"{_FITS[forecast.verdict]}{where}; {takes}{left_out}"
+        if self._exceeds_machine:
+            has = format_bytes(self._place.memory_bytes)
+            return f"not in this machine, which has {has}. With the budget: {verdict}"
+        return verdict
+
+    @property
+    def _free_disk_bytes(self) -> int | None:
+        """Room for a download into the current directory."""
+        from argosy.plan import machine
+
+        is_download = self._subject.remote is not None and self._place.row is None
+        return machine.free_disk_bytes(Path.cwd()) if is_download else None
+
+    @property
+    def _exceeds_machine(self) -> bool:
+        plan = self._forecast.plan
+        return plan is not None and plan.total_bytes > self._place.memory_bytes
 
     def _budgets(self) -> list[str]:
         forecast = self._forecast
         knee = ""
         if forecast.knee_bytes is not None:
             knee = f"; 90 % of full speed with {format_bytes(forecast.knee_bytes)}"
-        return [
+        lines = [
             f"budget    smallest {format_bytes(forecast.smallest_bytes)}{knee}; all experts in memory with "
             f"{format_bytes(forecast.resident_bytes)}"
         ]
+        if forecast.fixed_slots is not None:
+            lines.append(
+                "          without `--memory` the demo model streams: a quarter of its experts are in memory"
+            )
+        return lines
 
     def _model(self) -> list[str]:
         from argosy.plan.assumed import active_parameters
@@ -293,6 +328,8 @@ class _Facts:
             where = f"a config.json alone: assumed to be packed as {files.expert_format}"
         elif subject.remote is not None:
             where = f"not here: a download of {subject.remote.file_bytes / 1e9:.1f} GB"
+            if (free := self._free_disk_bytes) is not None and free < subject.remote.file_bytes:
+                where += f", for which {Path.cwd()} has no room: {free / 1e9:.1f} GB are free"
         lines = [
             f"model     {subject.name}; {where}",
             f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "
@@ -315,7 +352,9 @@ class _Facts:
         if not working_set.num_tokens:
             return f"hit rate: typical of such models, {within}; no run of this one was recorded"
         where = "on this machine" if file is None else f"in {file}"
-        return f"hit rate: from {working_set.num_tokens} tokens recorded {where}, {within} for texts like those"
+        return (
+            f"hit rate: from {working_set.num_tokens} tokens recorded {where}, {within} for texts like those"
+        )
 
     def _money(self) -> list[str]:
         if not self._costs:
@@ -362,6 +401,7 @@ class _Facts:
                 "routed_bytes_per_token": forecast.work.routed_token_bytes(),
                 "record_bytes": forecast.work.record_bytes,
                 "download_bytes": remote.file_bytes if remote else None,
+                "free_disk_bytes": self._free_disk_bytes,
                 "headers_read": None if remote is None else [remote.num_read, remote.num_shards],
             },
             "machine": {
@@ -370,6 +410,7 @@ class _Facts:
             },
             "verdict": forecast.verdict,
             "fits": forecast.plan is not None,
+            "exceeds_machine": self._exceeds_machine,
             "is_text_only": forecast.is_text_only,
             "why": None if forecast.refusal is None else forecast.refusal.message,
             "smallest_bytes": forecast.smallest_bytes,
@@ -387,6 +428,10 @@ class _Facts:
                 }
                 for one in forecast.prompts
             ],
+            "prompts_longer_than_the_context": list(forecast.longer_prompts),
+            "picture": None if forecast.picture is None else {
+                **asdict(forecast.picture), "seconds": forecast.picture.seconds._asdict(),
+            },
             "group": None if self._group is None else _group_dict(self._group),
             "curve": [asdict(point) for point in forecast.curve],
             "money": [
@@ -420,18 +465,12 @@ def _decode_dict(one: Decode) -> dict[str, Any]:
 
 
 def _spread(values: Range) -> str:
-    return f"{_number(values.low)} to {_number(values.high)} tok/s, likely {_number(values.likely)},"
+    return f"{short_number(values.low)} to {short_number(values.high)} tok/s, likely {short_number(values.likely)},"
 
 
 def _short(values: Range, scale: float = 1.0, digits: int = 2) -> str:
-    low, likely, high = (_number(value * scale, digits) for value in values)
+    low, likely, high = (short_number(value * scale, digits) for value in values)
     return f"{likely} ({low} to {high})"
-
-
-def _number(value: float, digits: int = 2) -> str:
-    if value >= 10**digits:
-        return f"{value:.0f}"
-    return f"{value:.{digits}g}"
 
 
 def _decode_lines(forecast: Forecast) -> list[str]:
@@ -446,7 +485,7 @@ def _decode_lines(forecast: Forecast) -> list[str]:
         hits = f"{one.hit_rate.likely:.2f} ({one.hit_rate.low:.2f} to {one.hit_rate.high:.2f})"
         lines.append(
             f"          {one.streams:>7}  {_short(one.tokens_per_s):<22}{hits:<20}"
-            f"{_short(one.drive_bytes_per_token, 1e-9):<22}{_number(per_day):>7}  {one.bound}"
+            f"{_short(one.drive_bytes_per_token, 1e-9):<22}{short_number(per_day):>7}  {one.bound}"
         )
     lines.append(f"          with {plan.context_tokens // 2} positions shared by all")
     return lines
@@ -454,9 +493,16 @@ def _decode_lines(forecast: Forecast) -> list[str]:
 
 def _prompt_lines(forecast: Forecast) -> list[str]:
     lines = [f"prompts   {'tokens':>7}  {'seconds to first token':<24}bound by"]
-    return lines + [
+    lines += [
         f"          {one.num_tokens:>7}  {_short(one.seconds):<24}{one.bound}" for one in forecast.prompts
     ]
+    lines += [f"          {length:>7}  longer than the context" for length in forecast.longer_prompts]
+    if (picture := forecast.picture) is not None:
+        lines.append(
+            f"          picture  {_short(picture.seconds):<24}{picture.bound}; {picture.width} x {picture.height} are "
+            f"{picture.num_positions} positions"
+        )
+    return lines
 
 
 def _write_plot(path: Path, forecast: Forecast, owner: Owner) -> None:

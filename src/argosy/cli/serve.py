@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from argosy.cli.options import Recording, engine_options, open_engine
+from argosy.cli.output import short_number
 from argosy.config import DEMO
+from argosy.errors import UsageError
 
+if TYPE_CHECKING:
+    from argosy.engine.forecast import Speeds
+    from argosy.engine.memory_plan import MemoryPlan
+
+_PROMPT_TOKENS = 1024  # of the prompt whose first token is predicted at the start
 _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 
 
@@ -86,7 +95,10 @@ def serve(
     """
     # Imported before the engine, because the memory plan counts the memory that the process already uses.
     from argosy.cli.settings import Settings
+    from argosy.engine import calibration
+    from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import REQUEST_BYTES
+    from argosy.engine.options import locate_model
     from argosy.guard.keys import KeyFile
     from argosy.observe.live import LiveCache
     from argosy.serve.media_hosts import MediaHosts
@@ -114,8 +126,29 @@ def serve(
             )
         else:
             recent_cache = None
+        speeds = None
+        with suppress(UsageError):  # of rates that were kept in a damaged file; `argosy plan` tells
+            rates = calibration.rates_here(locate_model(model), threads=engine.settings.threads)
+            speeds = Speeds(engine.config, engine.work, rates, recording.known)
+            print(_expectation(model, speeds, engine.plan), file=sys.stderr)
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), sockets, host=host, keys=keys,
             hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
             any_model=any_model, media_hosts=media_hosts, recent_cache=recent_cache,
+            speeds=speeds,
         )  # fmt: skip
+
+
+def _expectation(model: str, speeds: Speeds, plan: MemoryPlan) -> str:
+    """What to expect of one answer at a time, in a line."""
+    decode = speeds.decode(plan, 1)
+    prompt = speeds.prompt(plan, min(_PROMPT_TOKENS, plan.context_tokens // 2))
+    rates, seconds = map(short_number, decode.tokens_per_s), map(short_number, prompt.seconds)
+    (slow, _, fast), (soon, _, late) = rates, seconds
+    known = "measured on this machine"
+    if not speeds.rates.is_measured:
+        known = f"guessed from the kind of processor: `argosy plan {model} --calibrate` measures them"
+    return (
+        f"expects {slow} to {fast} tok/s for one answer, bound by {decode.bound}; first token of a prompt of "
+        f"{prompt.num_tokens} after {soon} to {late} s (rates are {known})"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -226,19 +225,19 @@ def _count(parameters: int) -> str:
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
-    from argosy.engine.memory_plan import plan_with_media, process_bytes, require_mappable
-    from argosy.engine.options import configure
+    from argosy.cli.options import recorder_of
+    from argosy.engine.memory_plan import plan_with_media, process_bytes, require_mappable, require_memory
+    from argosy.engine.options import configure, with_recorder
     from argosy.model.footprint import ModelFootprint
-    from argosy.observe.recorder import Recorder
     from argosy.prompt.tokenizer import Tokenizer
 
     config = configure(model, files, **settings.for_engine())
-    if settings.record and files.config.moe_layers:
-        config = replace(config, record_bytes=Recorder(files.config, config).nbytes)
+    config, _ = with_recorder(config, files, recorder_of(settings))
     footprint = ModelFootprint(files, config)
     # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.
     tokenizer, _ears = Tokenizer.open(files.path, files.header), footprint.ears
     require_mappable(footprint, config)
+    require_memory(footprint, config)
     _, plan = plan_with_media(footprint, config, process_bytes=process_bytes(tokenizer))
     return plan
 

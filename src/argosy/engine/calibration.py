@@ -47,6 +47,7 @@ _ARENA_BYTES = 192 << 20  # larger than most last-level caches
 _TILE_BYTES = 4 << 20  # of random bytes, which repeat
 _COLD_BYTES = 12 << 20  # read in a sample
 _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
+_ENCODER_ROWS = 512  # patches in a product, as towers have them
 _SAMPLE_S = 0.2  # for each format, twice
 _DRIVE_S = 0.8  # for each size of record
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
@@ -115,6 +116,16 @@ def load(path: Path, *, threads: int | None = None) -> Rates | None:
     if not place.is_file() or place.stat().st_size > MIB:
         return None
     return Rates.from_json(place.read_bytes())
+
+
+def rates_here(path: Path, *, threads: int | None = None) -> Rates:
+    """What was measured on this machine, as `load` has it, or a guess.
+
+    Raises:
+        UsageError: the file with what was measured is damaged.
+    """
+    measured = load(path, threads=threads)
+    return measured or guess(machine.cpu_model(), threads or machine.usable_cores())
 
 
 def save(rates: Rates, path: Path) -> Path:

@@ -12,7 +12,6 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
@@ -28,15 +27,23 @@ from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
+from argosy.engine.forecast import work_of
 from argosy.engine.ledger import Ledger
-from argosy.engine.options import EngineOptions, configure, locate_ears, locate_model, open_files
+from argosy.engine.options import (
+    EngineOptions,
+    configure,
+    locate_ears,
+    locate_model,
+    open_files,
+    with_recorder,
+)
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import start
 from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
-from argosy.experts.recording import OpenRecorder, RouteLog, RouteRecorder, StepRoutes
+from argosy.experts.recording import OpenRecorder, RouteLog, StepRoutes
 from argosy.experts.resident import Progress
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
@@ -76,13 +83,11 @@ class Engine(BlockingCalls):
         observe_routes: RouteObserver | None = None,
         recorder: OpenRecorder | None = None,
     ) -> None:
-        told: RouteRecorder | None = None
-        if recorder is not None and files.config.moe_layers and not config.experts_off:
-            told = recorder(files, config)
-            config = replace(config, record_bytes=told.nbytes)
+        config, told = with_recorder(config, files, recorder)
         started = start(files, config, progress=progress, observe_routes=observe_routes, recorder=told)
         self.config: ModelConfig = files.config
         self.settings = config
+        self.work = work_of(files, config.kv_dtype)  # what predictions of its speed start from
         self.plan = plan = started.plan
         self.tokenizer = started.tokenizer
         self._clock, self._store, self._runtime = started.clock, started.store, started.runtime

@@ -22,16 +22,27 @@ from argosy.engine.memory_plan import (
     plan_memory,
     plan_with_media,
 )
-from argosy.errors import DoesNotFit
+from argosy.errors import BadMedia, DoesNotFit
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
-from argosy.plan.speed import Attention, Decode, Prompt, Work, predict_decode, predict_prompt
+from argosy.plan.speed import (
+    Attention,
+    Decode,
+    Picture,
+    Prompt,
+    Work,
+    predict_decode,
+    predict_picture,
+    predict_prompt,
+)
 
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 
 PROMPT_TOKENS = (64, 1024, 16_384)  # a question, a page or two, a long document
+PICTURE_WIDTH, PICTURE_HEIGHT = 1024, 768  # of the picture whose first token is predicted
+_PICTURE_TEXT_TOKENS = 32  # of the question beside it
 _NEAR_ALL = 0.9  # the knee: this share of the speed with every expert in memory
 _NUM_BUDGETS = 16  # of a curve
 # Held by a process that is about to load a model, without its tokenizer: interpreter, libraries, chat templates.
@@ -55,7 +66,10 @@ class Forecast:
 
     plan: None if it does not fit; then `refusal` says why, and nothing below it is known.
     smallest_bytes: the smallest budget that works, with the requested context or else a short one.
+    longer_prompts: tokens of prompts that were asked for and are longer than the context.
+    picture: None if the model takes none, or the budget has no room for them, or their processor is not known.
     knee_bytes: the smallest budget with nine tenths of the speed that all experts in memory give.
+    fixed_slots: experts in memory, if the settings fix their number whatever the budget is.
     is_text_only: it takes pictures or sound, and the budget has no room for them.
     """
 
@@ -69,16 +83,68 @@ class Forecast:
     working_set: WorkingSet
     decode: tuple[Decode, ...] = ()
     prompts: tuple[Prompt, ...] = ()
+    longer_prompts: tuple[int, ...] = ()
+    picture: Picture | None = None
     curve: tuple[Point, ...] = ()
     knee_bytes: int | None = None
+    fixed_slots: int | None = None
     is_text_only: bool = False
 
 
-class Forecaster:
+class Speeds:
+    """Predictions of one model's decode and prompts on one machine, for any memory plan.
+
+    Args:
+        working_set: None: what is typical of such models.
+    """
+
+    def __init__(
+        self, model: ModelConfig, work: Work, rates: Rates, working_set: WorkingSet | None = None
+    ) -> None:
+        self.work, self.rates = work, rates
+        self.working_set = working_set or WorkingSet.prior(
+            model.moe_layers,
+            num_experts=max(1, model.num_experts),
+            experts_per_token=max(1, model.experts_per_token),
+        )
+
+    def decode(
+        self, plan: MemoryPlan, streams: int, *, context: int | None = None, hit_rate: float | None = None
+    ) -> Decode:
+        """Decode of a plan.
+
+        Args:
+            context: positions of each sequence; None: half of an equal share of the KV cache.
+            hit_rate: the one that was measured; None: the working set predicts it.
+        """
+        each = plan.context_tokens // streams // 2 if context is None else context
+        return predict_decode(
+            self.work,
+            self.rates,
+            self.working_set,
+            num_slots=plan.num_slots + plan.lent_slots,
+            context=each,
+            streams=streams,
+            hit_rate=hit_rate,
+        )
+
+    def prompt(self, plan: MemoryPlan, num_tokens: int) -> Prompt:
+        return predict_prompt(
+            self.work,
+            self.rates,
+            self.working_set,
+            num_slots=plan.num_slots + plan.lent_slots,
+            num_tokens=num_tokens,
+            chunk_tokens=plan.chunk_tokens,
+        )
+
+
+class Forecaster(Speeds):
     """Forecasts of one model on one machine. Sums over experts are made once, so use one for every budget.
 
     Args:
-        config: as the engine would run it; its budget is replaced.
+        config: as the engine would run it; its budget is replaced. Settings that fix the number of experts in memory
+            count for the budget that is asked for, and not for the budgets it is compared with.
         process_bytes: of the process that will run it, before weights.
     """
 
@@ -91,17 +157,12 @@ class Forecaster:
         working_set: WorkingSet | None = None,
         process_bytes: int,
     ) -> None:
-        self._config = config
-        self._rates = rates
+        super().__init__(files.config, work_of(files, config.kv_dtype), rates, working_set)
+        self.config = config
+        self._with_any_slots = replace(config, expert_slots=None)
         self._process_bytes = process_bytes
         self._footprint = ModelFootprint(files, config)
         self._model = files.config
-        self.work = work_of(files, config.kv_dtype)
-        self._working_set = working_set or WorkingSet.prior(
-            files.config.moe_layers,
-            num_experts=max(1, files.config.num_experts),
-            experts_per_token=max(1, files.config.experts_per_token),
-        )
 
     def plan(self, budget_bytes: int) -> MemoryPlan:
         """The memory plan of a budget.
@@ -109,7 +170,10 @@ class Forecaster:
         Raises:
             DoesNotFit: it is below the floor.
         """
-        config = replace(self._config, budget=replace(self._config.budget, ram_bytes=budget_bytes))
+        return self._plan(self.config, budget_bytes)
+
+    def _plan(self, config: EngineConfig, budget_bytes: int) -> MemoryPlan:
+        config = replace(config, budget=replace(config.budget, ram_bytes=budget_bytes))
         _, plan = plan_with_media(self._footprint, config, process_bytes=self._process_bytes)
         return plan
 
@@ -136,8 +200,9 @@ class Forecaster:
             smallest_bytes=smallest,
             resident_bytes=resident,
             work=self.work,
-            rates=self._rates,
-            working_set=self._working_set,
+            rates=self.rates,
+            working_set=self.working_set,
+            fixed_slots=self.config.expert_slots,
         )
         if with_curve:
             curve = tuple(self._curve(smallest, resident))
@@ -152,35 +217,33 @@ class Forecaster:
             is_text_only=bool(self._footprint.encoder_bytes) and not plan.encoder_bytes,
             decode=tuple(self.decode(plan, count) for count in streams),
             prompts=tuple(self.prompt(plan, length) for length in prompts if length < plan.context_tokens),
+            longer_prompts=tuple(length for length in prompts if length >= plan.context_tokens),
+            picture=self.picture(plan),
         )
 
-    def decode(
-        self, plan: MemoryPlan, streams: int, *, context: int | None = None, hit_rate: float | None = None
-    ) -> Decode:
-        """Decode of a plan.
-
-        Args:
-            context: positions of each sequence; None: half of an equal share of the KV cache.
-            hit_rate: the one that was measured; None: the working set predicts it.
-        """
-        each = plan.context_tokens // streams // 2 if context is None else context
-        return predict_decode(
+    def picture(
+        self, plan: MemoryPlan, *, width: int = PICTURE_WIDTH, height: int = PICTURE_HEIGHT
+    ) -> Picture | None:
+        """A short question about one picture; None if it cannot be asked."""
+        if not plan.encoder_bytes:
+            return None
+        try:
+            found = self._footprint.picture_work(height, width)
+        except BadMedia:
+            return None
+        if found is None or found[0] + _PICTURE_TEXT_TOKENS >= plan.context_tokens:
+            return None
+        num_positions, flop = found
+        return predict_picture(
             self.work,
-            self._rates,
-            self._working_set,
-            num_slots=plan.num_slots + plan.lent_slots,
-            context=each,
-            streams=streams,
-            hit_rate=hit_rate,
-        )
-
-    def prompt(self, plan: MemoryPlan, num_tokens: int) -> Prompt:
-        return predict_prompt(
-            self.work,
-            self._rates,
-            self._working_set,
-            num_slots=plan.num_slots + plan.lent_slots,
-            num_tokens=num_tokens,
+            self.rates,
+            self.working_set,
+            width=width,
+            height=height,
+            num_positions=num_positions,
+            flop=flop,
+            num_text_tokens=_PICTURE_TEXT_TOKENS,
+            num_slots=plan.num_slots,
             chunk_tokens=plan.chunk_tokens,
         )
 
@@ -191,8 +254,8 @@ class Forecaster:
         slots = plan.num_slots + (num_machines - 1) * max(0, others // max(1, plan.slot_bytes))
         return predict_group(
             self.work,
-            self._rates,
-            self._working_set,
+            self.rates,
+            self.working_set,
             num_machines=num_machines,
             num_slots=min(slots, plan.num_experts),
             hidden_size=self._model.hidden_size,
@@ -202,7 +265,7 @@ class Forecaster:
 
     def _smallest_bytes(self) -> int:
         try:
-            return self.plan(1).total_bytes
+            return self._plan(self._with_any_slots, 1).total_bytes
         except DoesNotFit as refusal:
             needed = refusal.facts["needed_bytes"]
             assert isinstance(needed, int)
@@ -210,9 +273,9 @@ class Forecaster:
 
     def _resident_bytes(self, plan: MemoryPlan | None) -> int:
         """What every expert in memory takes, with the context of `plan`."""
-        context = self._config.budget.context_tokens or (plan.context_tokens if plan else None)
+        context = self.config.budget.context_tokens or (plan.context_tokens if plan else None)
         budget = Budget(ram_bytes=1 << 60, context_tokens=context)
-        everything = replace(self._config, budget=budget)
+        everything = replace(self._with_any_slots, budget=budget)
         return plan_memory(self._footprint, everything, process_bytes=self._process_bytes).total_bytes
 
     def _curve(self, smallest: int, resident: int) -> list[Point]:
@@ -222,7 +285,7 @@ class Forecaster:
             for number in range(1, _NUM_BUDGETS)
         )
         for budget in (smallest, *between, resident):
-            plan = self.plan(budget)
+            plan = self._plan(self._with_any_slots, budget)
             speed = self.decode(plan, 1, context=min(1024, plan.context_tokens // 2)).tokens_per_s.likely
             points.append(Point(budget, plan.num_slots, speed))
         return points

@@ -1,4 +1,4 @@
-"""The cost of an answer: tokens, speed, reads, memory, and where the wall time went.
+"""The cost of an answer: tokens, speed, reads, memory, and where the wall time went; and that of decode steps.
 
 A request's ledger is the difference of the engine's counters between its start and its end. Requests that run together
 share steps, so their hit rates and reads are those of the shared steps.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 from argosy.model.clock import PARTS
 
@@ -61,3 +62,48 @@ class Ledger:
             "peak_bytes": self.peak_bytes,
             "parts": dict(self.parts),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSteps:
+    """What steps cost that computed no prompt tokens. `parts` sum to `seconds`.
+
+    context: positions of each sequence, mean over the steps.
+    """
+
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    context: float
+    lookups: int
+    hits: int
+    bytes_read: int
+    parts: Mapping[str, float]
+
+    @classmethod
+    def between(cls, before: Ledger, after: Ledger, *, num_steps: int, context: float) -> Self:
+        """The steps between two ledgers of an engine."""
+        return cls(
+            num_steps=num_steps,
+            num_tokens=after.new_tokens - before.new_tokens,
+            seconds=after.wall_s - before.wall_s,
+            context=context,
+            lookups=after.lookups - before.lookups,
+            hits=after.hits - before.hits,
+            bytes_read=after.bytes_read - before.bytes_read,
+            parts={part: seconds - before.parts[part] for part, seconds in after.parts.items()},
+        )
+
+    def __add__(self, other: DecodeSteps) -> DecodeSteps:
+        num_steps = self.num_steps + other.num_steps
+        context = self.context * self.num_steps + other.context * other.num_steps
+        return DecodeSteps(
+            num_steps=num_steps,
+            num_tokens=self.num_tokens + other.num_tokens,
+            seconds=self.seconds + other.seconds,
+            context=context / num_steps,
+            lookups=self.lookups + other.lookups,
+            hits=self.hits + other.hits,
+            bytes_read=self.bytes_read + other.bytes_read,
+            parts={part: seconds + other.parts[part] for part, seconds in self.parts.items()},
+        )

@@ -20,19 +20,23 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from time import monotonic
 from typing import NamedTuple
 
-from argosy.config import SamplingParams
+from argosy.config import KV_BLOCK_TOKENS, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
-from argosy.engine.ledger import Ledger
+from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
 from argosy.model.clock import PARTS
 
 RATE_SECONDS = 10.0  # rates are means over this many seconds
+DECODE_SECONDS = 60.0  # for which decode steps are kept, and compared with predictions
+_TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
 _WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
 _RETRY_STOPPING_S = 30
@@ -101,6 +105,9 @@ class LoopFacts:
     prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
     recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
+    recent_decode: DecodeSteps | None = (
+        None  # steps of the last DECODE_SECONDS without prompt tokens; None: none
+    )
 
 
 class EngineLoop:
@@ -137,6 +144,7 @@ class EngineLoop:
         self._facts = engine.facts()
         self._facts_at = clock()
         self._samples: deque[_Sample] = deque()
+        self._decodes: deque[tuple[float, DecodeSteps]] = deque()  # from when on, and what they took
         self._thread = threading.Thread(target=self._run, name="argosy-engine", daemon=True)
         self._thread.start()
 
@@ -201,7 +209,9 @@ class EngineLoop:
                 (after - before) / (now - first.at)
                 for before, after in zip(first.counts, last.counts, strict=True)
             ]
-            parts = {part: last.parts[part] - first.parts[part] for part in PARTS}
+            before, after = first.totals.parts, last.totals.parts
+            parts = {part: after[part] - before[part] for part in PARTS}
+        decodes = [steps for at, steps in list(self._decodes) if now - at <= DECODE_SECONDS]
         return LoopFacts(
             engine=self._facts,
             num_steps=self._num_steps,
@@ -211,6 +221,7 @@ class EngineLoop:
             prompt_tok_per_s=max(0.0, rates[1] - rates[0]),
             bytes_read_per_s=rates[2],
             recent_parts=parts,
+            recent_decode=reduce(add, decodes) if decodes else None,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -386,19 +397,46 @@ class EngineLoop:
         except Exception as error:  # observers see the previous facts
             self._report(error)
             return
-        totals = self._facts.totals
-        counts = totals.new_tokens, self._facts.tokens_run, totals.bytes_read
-        self._samples.append(_Sample(now, counts, totals.parts))
+        facts, num_running = self._facts, self._facts.num_running
+        context = facts.kv_blocks_held * KV_BLOCK_TOKENS / num_running if num_running else 0.0
+        sample = _Sample(now, facts.totals, facts.tokens_run, self._num_steps, context)
+        if self._samples and (steps := self._samples[-1].decode_until(sample)) is not None:
+            self._keep_decode(now, steps)
+        self._samples.append(sample)
         while now - self._samples[0].at > RATE_SECONDS:
             self._samples.popleft()
 
+    def _keep_decode(self, now: float, steps: DecodeSteps) -> None:
+        if self._decodes and now - self._decodes[-1][0] < _TOGETHER_SECONDS:
+            begun, earlier = self._decodes[-1]
+            self._decodes[-1] = begun, earlier + steps
+            return
+        self._decodes.append((now, steps))
+        while now - self._decodes[0][0] > DECODE_SECONDS:
+            self._decodes.popleft()
+
 
 class _Sample(NamedTuple):
-    """Totals at one time."""
+    """Totals at one time, and positions of each running sequence."""
 
     at: float
-    counts: tuple[int, int, int]  # new tokens, tokens run, bytes read
-    parts: Mapping[str, float]
+    totals: Ledger
+    tokens_run: int
+    num_steps: int
+    context: float
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """New tokens, tokens run, bytes read."""
+        return self.totals.new_tokens, self.tokens_run, self.totals.bytes_read
+
+    def decode_until(self, later: _Sample) -> DecodeSteps | None:
+        """The steps since this sample; None if one of them had prompt tokens, or there are none."""
+        num_new = later.totals.new_tokens - self.totals.new_tokens
+        num_steps = later.num_steps - self.num_steps
+        if not num_steps or not num_new or later.tokens_run - self.tokens_run != num_new:
+            return None
+        return DecodeSteps.between(self.totals, later.totals, num_steps=num_steps, context=self.context)
 
 
 def _no_result(sequence: Sequence) -> Result:

@@ -18,11 +18,15 @@ What pictures and sounds take is reserved, and lent to experts while there are n
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import MIB, EngineConfig, ModelConfig, format_bytes
+from argosy.config import KIB, MIB, EngineConfig, ModelConfig, format_bytes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
@@ -246,8 +250,18 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
     instead of using the rest of the budget.
 
     Raises:
-        DoesNotFit: names the smallest budget that works, and settings that lower it.
+        DoesNotFit: names the smallest budget that works, and settings with which this one does.
     """
+    best, floor = _search(footprint, config, process_bytes)
+    if best is None:
+        raise _does_not_fit(floor, footprint, config, process_bytes)
+    return best
+
+
+def _search(
+    footprint: ModelFootprint, config: EngineConfig, process_bytes: int
+) -> tuple[MemoryPlan | None, MemoryPlan]:
+    """The best plan that fits; or None, and the smallest plan."""
     model, num_experts, expert_slots = footprint.config, footprint.num_experts, config.expert_slots
     fewest_slots = min(num_experts, model.experts_per_token) if expert_slots is None else expert_slots
     encoder_bytes = footprint.encoder_bytes
@@ -342,8 +356,8 @@ def plan_memory(footprint: ModelFootprint, config: EngineConfig, *, process_byte
             if best.num_slots * 4 >= num_experts:
                 break
         if best is not None:
-            return best
-    raise _does_not_fit(plan(contexts[-1], min(*chunks, contexts[-1]), *counts), config, footprint)
+            return best, best
+    return None, plan(contexts[-1], min(*chunks, contexts[-1]), *counts)
 
 
 def plan_with_media(
@@ -367,7 +381,7 @@ def plan_with_media(
     fault = DoesNotFit(
         f"the memory budget has no room for pictures and sound: with them the model needs {format_bytes(needed)}, "
         f"and the budget is {format_bytes(config.budget.ram_bytes)}",
-        hint=f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works",
+        hint=f"`--memory {_in_mib(needed)}` works",
         needed_bytes=needed,
         budget_bytes=config.budget.ram_bytes,
     )
@@ -404,9 +418,8 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
     A prompt sweeps through the experts once per chunk, so a chunk twice as long halves the prompt's reads; but its
     working buffers take slots, so the answer misses more. Arithmetic is the same for every chunk. The request has a
     prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep needs the experts that a chunk of
-    independent tokens touches, and misses those that are not resident. The answer's miss rate is (1 - share of experts
-    with a slot)^6: recorded answers of three models have hit rates of 0.34 to 0.44, 0.57 to 0.63, 0.79 to 0.83 and 0.85
-    to 0.93 with 6, 12, 25 and 37 % of experts (`benchmarks/replay.py`); this formula gives 0.31, 0.54, 0.82 and 0.94.
+    independent tokens touches, and misses those that are not resident. The answer misses what is typical of models of
+    its kind (`plan/hit_rate.py`): what runs recorded has no say, so that a model always has the same plan.
     """
     per_layer, missing = model.num_experts, 1.0 - plan.num_slots / max(1, plan.num_experts)
     if not missing or not per_layer:
@@ -482,7 +495,31 @@ def require_mappable(footprint: ModelFootprint, config: EngineConfig) -> None:
         )
 
 
-def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: ModelFootprint) -> DoesNotFit:
+def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
+    """Check that the machine has the memory that the plan takes: a larger budget is fine for a model that leaves some.
+
+    Raises:
+        DoesNotFit: it has less.
+    """
+    limit = machine.memory_limit()
+    if config.budget.ram_bytes <= limit.total_bytes:
+        return
+    planned = None
+    with suppress(DoesNotFit):  # raised with better numbers when the tokenizer has been measured
+        _, planned = plan_with_media(footprint, config, process_bytes=held_bytes())
+    if planned is not None and planned.total_bytes > limit.total_bytes:
+        raise DoesNotFit(
+            f"needs {format_bytes(planned.total_bytes)} of the budget of {format_bytes(config.budget.ram_bytes)}, and "
+            f"there are {format_bytes(limit.total_bytes)} ({limit.source})",
+            hint=f"`--memory {machine.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
+            needed_bytes=planned.total_bytes,
+            budget_bytes=limit.total_bytes,
+        )
+
+
+def _does_not_fit(
+    floor: MemoryPlan, footprint: ModelFootprint, config: EngineConfig, process_bytes: int
+) -> DoesNotFit:
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [
         f"{'smallest expert cache' if part.key == 'expert_cache_bytes' else part.label} {format_bytes(part.nbytes)}"
@@ -491,14 +528,9 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: ModelFootp
         if part.nbytes
     ]
     parts = "  " + "  +  ".join(described)
-    hints = [f"`--memory {-(-(needed + PROCESS_VARIES_BYTES) // MIB)}MiB` works"]
-    if floor.context_tokens > SMALLEST_CONTEXT:
-        saved = floor.kv_bytes - footprint.kv_bytes(SMALLEST_CONTEXT)
-        hints.append(f"`--context {SMALLEST_CONTEXT}` needs about {format_bytes(needed - saved)}")
-    if floor.encoder_bytes:
-        hints.append(f"`--no-media` needs {format_bytes(needed - floor.encoder_bytes)}")
-    if config.kv_dtype == "f32":
-        hints.append(f"`--kv f16` needs about {format_bytes(needed - floor.kv_bytes // 2)}")
+    hints = [f"`--memory {_in_mib(needed)}` works"]
+    if (remedy := _what_helps(footprint, config, process_bytes, needed)) is not None:
+        hints.append(remedy)
     hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")
     return DoesNotFit(
         f"needs {format_bytes(needed)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
@@ -507,3 +539,70 @@ def _does_not_fit(floor: MemoryPlan, config: EngineConfig, footprint: ModelFootp
         budget_bytes=budget,
         plan=replace(floor, budget_bytes=budget).as_dict(),
     )
+
+
+def _in_mib(needed_bytes: int) -> str:
+    """A budget of at least `needed_bytes`, as an option has it."""
+    return f"{-(-(needed_bytes + PROCESS_VARIES_BYTES) // MIB)}MiB"
+
+
+class _Remedy(NamedTuple):
+    """An option that makes a plan smaller, and what it changes."""
+
+    option: str
+    apply: Callable[[ModelFootprint, EngineConfig], tuple[ModelFootprint, EngineConfig]]
+
+
+def _remedies(config: EngineConfig, *, has_media: bool) -> list[list[_Remedy]]:
+    """Options that make a plan smaller, one list for each kind, the gentlest first."""
+    kinds: list[list[_Remedy]] = []
+    if config.kv_dtype == "f32":
+        kinds.append(
+            [
+                _Remedy(
+                    "--kv f16", lambda model, config: (model.with_kv("f16"), replace(config, kv_dtype="f16"))
+                )
+            ]
+        )
+    if (context := config.budget.context_tokens or 0) > SMALLEST_CONTEXT:
+        shorter = []
+        while context > SMALLEST_CONTEXT:
+            context = max(SMALLEST_CONTEXT, context // 2)
+            shorter.append(_Remedy(f"--context {context}", partial(_with_context, context)))
+        kinds.append(shorter)
+    if has_media:
+        fault = DoesNotFit("the memory budget has no room for pictures and sound")
+        kinds.append([_Remedy("--no-media", lambda model, config: (model.without_media(fault), config))])
+    return kinds
+
+
+def _with_context(
+    context: int, footprint: ModelFootprint, config: EngineConfig
+) -> tuple[ModelFootprint, EngineConfig]:
+    return footprint, replace(config, budget=replace(config.budget, context_tokens=context))
+
+
+def _what_helps(
+    footprint: ModelFootprint, config: EngineConfig, process_bytes: int, needed_bytes: int
+) -> str | None:
+    """The options with which a budget is enough; or else the smallest budget with all of them, if it needs less."""
+    kinds = _remedies(config, has_media=bool(footprint.encoder_bytes))
+    fitting = []
+    for kind in kinds:
+        for remedy in kind:
+            best, _ = _search(*remedy.apply(footprint, config), process_bytes)
+            if best is not None:
+                fitting.append(f"`{remedy.option}`")
+                break
+    if fitting:
+        return f"this budget is enough with {' or with '.join(fitting)}"
+    if not kinds:
+        return None
+    for kind in kinds:
+        footprint, config = kind[-1].apply(footprint, config)
+    together = " ".join(kind[-1].option for kind in kinds)
+    best, least = _search(footprint, config, process_bytes)
+    if best is not None:
+        return f"this budget is enough with `{together}`"
+    smallest = _in_mib(least.total_bytes)
+    return None if smallest == _in_mib(needed_bytes) else f"`--memory {smallest} {together}` is the least"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -9,6 +10,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import DEMO, AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
 from argosy.engine.memory_plan import quarter_of_experts
 from argosy.errors import ArgosyError, UsageError
+from argosy.experts.recording import OpenRecorder, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.model.families import open_model
 from argosy.plan import machine
@@ -122,6 +124,16 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
             f"expert_slots must be at least experts_per_token = {least}, found {config.expert_slots}"
         )
     return config
+
+
+def with_recorder(
+    config: EngineConfig, files: ModelFiles, recorder: OpenRecorder | None
+) -> tuple[EngineConfig, RouteRecorder | None]:
+    """Open a recorder of routing, if there is one and something to record, and give it memory."""
+    if recorder is None or not files.config.moe_layers or config.experts_off:
+        return config, None
+    opened = recorder(files, config)
+    return replace(config, record_bytes=opened.nbytes), opened
 
 
 def require_context(model: ModelConfig, context_tokens: int | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,9 @@ from argosy.engine.forecast import (
     tokenizer_bytes,
 )
 from argosy.engine.memory_plan import TEMPLATE_WORKER_BYTES, process_bytes
-from argosy.engine.options import configure, locate_model, open_files
+from argosy.engine.options import configure, locate_model, open_files, with_recorder
 from argosy.errors import UsageError
+from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
 from argosy.model.families import config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
@@ -35,7 +36,7 @@ from argosy.plan import machine as this_machine
 from argosy.plan.assumed import assume_pack
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.machines import Machine, find_machine
-from argosy.plan.rates import Rates, guess
+from argosy.plan.rates import Rates
 from argosy.prompt.tokenizer import Tokenizer
 
 HERE = "here"
@@ -127,9 +128,7 @@ def find_place(text: str, model: Path | None = None, *, threads: int | None = No
         )
     limit = this_machine.memory_limit()
     budget_bytes, _ = this_machine.default_budget(limit)
-    rates = calibration.load(model or Path.cwd(), threads=threads)
-    if rates is None:
-        rates = guess(this_machine.cpu_model(), threads or this_machine.usable_cores())
+    rates = calibration.rates_here(model or Path.cwd(), threads=threads)
     return Place(name=HERE, row=None, memory_bytes=limit.total_bytes, budget_bytes=budget_bytes, rates=rates)
 
 
@@ -140,12 +139,15 @@ def forecaster(
     memory: str | int | None = None,
     streams: Sequence[int] = (1,),
     working_set: WorkingSet | None = None,
+    recorder: OpenRecorder | None = None,
     **options: Any,
 ) -> tuple[Forecaster, int]:
     """The forecaster of a model on a machine, and the budget in bytes.
 
     Args:
-        memory: as `Engine.open` takes it, a share being of the machine's memory; None: what is free, less a margin.
+        memory: as `Engine.open` takes it, a share being of the machine's memory; None: what is free, less a margin, of
+            which the demo model takes what it does in `Engine.open`.
+        recorder: as `Engine.open` takes it.
         options: others of `Engine.open`.
 
     Raises:
@@ -154,11 +156,18 @@ def forecaster(
     budget_bytes = (
         place.budget_bytes if memory is None else parse_size(memory, total_bytes=place.memory_bytes)
     )
-    budget = Budget(ram_bytes=budget_bytes, context_tokens=options.pop("context", None))
-    threads = options.pop("threads", None) or place.rates.cores
+    context = options.pop("context", None)
     config = configure(
-        subject.name, subject.files, memory=budget, threads=threads, max_sequences=max(8, *streams), **options
+        subject.name,
+        subject.files,
+        memory=None if memory is None else Budget(ram_bytes=budget_bytes, context_tokens=context),
+        context=context,
+        threads=options.pop("threads", None) or place.rates.cores,
+        max_sequences=max(8, *streams),
+        **options,
     )
+    config = replace(config, budget=replace(config.budget, ram_bytes=budget_bytes))
+    config, _ = with_recorder(config, subject.files, recorder)
     if working_set is not None:
         working_set.require_model(subject.files.config)
     held = subject.local_bytes

@@ -29,6 +29,7 @@ from argosy.engine.memory_plan import (
     plan_with_media,
     process_bytes,
     require_mappable,
+    require_memory,
 )
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
@@ -93,6 +94,7 @@ def start(
     footprint = ModelFootprint(files, config)
     ears_files = footprint.ears  # read before memory is measured
     require_mappable(footprint, config)
+    require_memory(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
         with _thread_limits():

@@ -1,6 +1,7 @@
-"""Run a model briefly, and put what was measured beside what was forecast, part by part.
+"""Put what was measured beside what was forecast, part by part.
 
-    forecast  ->  a prompt and an answer after a warm-up  ->  Verification: predicted, measured, which part is off
+    `argosy plan --verify`: a prompt and an answer after a warm-up  ─┐
+    a server: its recent decode steps (`loop.py`)                   ─┴─>  Verification: predicted, measured, what is off
 
 Predictions of parts take the hit rate that was measured, so that a wrong hit rate shows as such and in no other part.
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ import numpy as np
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.forecast import Forecaster
-from argosy.engine.ledger import Ledger
+from argosy.engine.forecast import Forecaster, Speeds
+from argosy.engine.ledger import DecodeSteps
 from argosy.engine.memory_plan import MemoryPlan
+from argosy.experts.recording import OpenRecorder
 from argosy.plan import machine
 from argosy.plan.speed import Range
 
@@ -94,14 +96,46 @@ class Verification:
         }  # fmt: skip
 
 
+def compare_decode(speeds: Speeds, plan: MemoryPlan, steps: DecodeSteps) -> Verification:
+    """What was predicted of decode steps like these, beside what they took."""
+    streams = max(1, round(steps.num_tokens / steps.num_steps))
+    context = round(steps.context)
+    hit_rate = steps.hits / steps.lookups if steps.lookups else 1.0
+    expected = speeds.decode(plan, streams, context=context)
+    rows = [Row("decode", "tok/s", expected.tokens_per_s, steps.num_tokens / steps.seconds)]
+    if not plan.is_resident:
+        read = steps.bytes_read / steps.num_tokens
+        rows += [
+            Row("hit rate", "share", expected.hit_rate, hit_rate),
+            Row("drive, decode", "MB/token", expected.drive_bytes_per_token.times(1e-6), read / 1e6),
+        ]
+    predicted = speeds.decode(plan, streams, context=context, hit_rate=hit_rate).parts
+    spent = dict(steps.parts)
+    parts: dict[str, tuple[float, float]] = {}
+    for part, names in _PARTS.items():
+        measured = spent.pop(part)
+        parts[part.replace("_", " ")] = (
+            1e3 * sum(predicted[name] for name in names),
+            1e3 * measured / steps.num_steps,
+        )
+    parts["overhead"] = 1e3 * predicted["overhead"], 1e3 * sum(spent.values()) / steps.num_steps
+    return Verification(tuple(rows), parts)
+
+
 def verify(
-    model: str, files: ModelFiles, forecaster: Forecaster, plan: MemoryPlan, options: dict[str, Any]
+    model: str,
+    files: ModelFiles,
+    forecaster: Forecaster,
+    plan: MemoryPlan,
+    options: dict[str, Any],
+    *,
+    recorder: OpenRecorder | None = None,
 ) -> Verification:
     """Run a prompt of random tokens and its answer.
 
     Args:
         plan: what was forecast; the engine gets its budget and its context.
-        options: others of `Engine.open`.
+        options, recorder: as `Engine.open` takes them.
 
     Raises:
         The errors of `Engine.open`.
@@ -110,8 +144,12 @@ def verify(
     room = plan.context_tokens - WARM_TOKENS - ANSWER_TOKENS - 1
     num_tokens = max(1, min(PROMPT_TOKENS, room))
     prompt = random.integers(0, files.config.vocab_size, num_tokens).tolist()
-    options = options | {"memory": plan.budget_bytes, "context": plan.context_tokens, "prefix_reuse": False}
-    with Engine.open(model, **options) as engine:
+    config = forecaster.config
+    options = options | {
+        "memory": plan.budget_bytes, "context": plan.context_tokens, "expert_slots": config.expert_slots,
+        "chunk_tokens": config.chunk_tokens, "prefix_reuse": False,
+    }  # fmt: skip
+    with Engine.open(model, recorder=recorder, **options) as engine:
         # The first prompt pays for memory that the machine has still to give.
         engine.generate(prompt, SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True))
         before = engine.ledger
@@ -125,55 +163,21 @@ def verify(
         prefilled = engine.ledger
         for _ in range(WARM_TOKENS - 1):
             engine.step()
-        warm, began = engine.ledger, time.perf_counter()
-        steps = 0
+        warm, num_steps = engine.ledger, 0
         while sequence.result is None:
             engine.step()
-            steps += 1
-        seconds, after = time.perf_counter() - began, engine.ledger
-        peak = machine.peak_bytes()
-        planned = engine.plan
-    swept = prefilled.bytes_read - before.bytes_read
-    return _compare(
-        forecaster, planned, num_tokens=num_tokens, first_s=first_s, prefill_bytes=swept, steps=steps,
-        seconds=seconds, warm=warm, after=after, peak=peak,
-    )  # fmt: skip
-
-
-def _compare(
-    forecaster: Forecaster, plan: MemoryPlan, *, num_tokens: int, first_s: float, prefill_bytes: int, steps: int,
-    seconds: float, warm: Ledger, after: Ledger, peak: int | None,
-) -> Verification:  # fmt: skip
-    context = num_tokens + WARM_TOKENS + steps // 2
-    decode, prompt = forecaster.decode(plan, 1, context=context), forecaster.prompt(plan, num_tokens)
-    lookups = after.lookups - warm.lookups
-    hit_rate = (after.hits - warm.hits) / lookups if lookups else 1.0
-    rows = [
-        Row("decode", "tok/s", decode.tokens_per_s, steps / seconds),
-        Row(f"first token of {num_tokens}", "s", prompt.seconds, first_s),
-    ]
-    if not plan.is_resident:
-        read = (after.bytes_read - warm.bytes_read) / steps
-        rows += [
-            Row("hit rate", "share", decode.hit_rate, hit_rate),
-            Row("drive, decode", "MB/token", decode.drive_bytes_per_token.times(1e-6), read / 1e6),
-            Row("drive, prompt", "MB", Range(*[prompt.drive_bytes / 1e6] * 3), prefill_bytes / 1e6),
-        ]
+            num_steps += 1
+        context = num_tokens + WARM_TOKENS + num_steps // 2
+        steps = DecodeSteps.between(warm, engine.ledger, num_steps=num_steps, context=context)
+        peak, planned = machine.peak_bytes(), engine.plan
+    compared = compare_decode(forecaster, planned, steps)
+    expected = forecaster.prompt(planned, num_tokens)
+    rows = [*compared.rows, Row(f"first token of {num_tokens}", "s", expected.seconds, first_s)]
+    if not planned.is_resident:
+        swept = prefilled.bytes_read - before.bytes_read
+        rows.append(Row("drive, prompt", "MB", Range(*[expected.drive_bytes / 1e6] * 3), swept / 1e6))
     if peak is not None:
         # Of what is planned, experts and buffers are touched only as far as they are used.
-        rows.append(
-            Row(
-                "memory, peak",
-                "MiB",
-                Range(0.0, plan.total_bytes / 2**20, plan.budget_bytes / 2**20),
-                peak / 2**20,
-            )
-        )
-    predicted = forecaster.decode(plan, 1, context=context, hit_rate=hit_rate).parts
-    spent = {name: after.parts[name] - warm.parts[name] for name in after.parts}
-    parts: dict[str, tuple[float, float]] = {}
-    for part, names in _PARTS.items():
-        measured = spent.pop(part)
-        parts[part.replace("_", " ")] = 1e3 * sum(predicted[name] for name in names), 1e3 * measured / steps
-    parts["overhead"] = 1e3 * predicted["overhead"], 1e3 * sum(spent.values()) / steps
-    return Verification(tuple(rows), parts)
+        most = Range(0.0, planned.total_bytes / 2**20, planned.budget_bytes / 2**20)
+        rows.append(Row("memory, peak", "MiB", most, peak / 2**20))
+    return replace(compared, rows=tuple(rows))

@@ -96,6 +96,12 @@ class ModelFootprint:
         other._media_fault = fault
         return other
 
+    def with_kv(self, kv_dtype: KvDtype) -> ModelFootprint:
+        """The same model with keys and values in another format."""
+        other = copy(self)
+        other._kv_dtype = kv_dtype
+        return other
+
     @cached_property
     def processors(self) -> Mapping[Kind, Processor | ArgosyError]:
         """What prepares media for the towers, or why media of a kind cannot be taken."""

@@ -45,7 +45,7 @@ from argosy.serve.gate import (
 )  # fmt: skip
 from argosy.serve.openapi import Route, document
 from argosy.serve.rules import exactly_one
-from argosy.serve.state import EngineState, Metrics, state_of
+from argosy.serve.state import Compare, EngineState, Metrics, state_of
 from argosy.serve.streams import EventStream, sse
 
 _STATE_S = 0.5
@@ -431,17 +431,19 @@ def make_app(
     hosts: Collection[str] = (),
     limits: Limits | None = None,
     recent_cache: LiveCache | None = None,
+    compare: Compare | None = None,
 ) -> Gate:
     """Build the whole server as an ASGI application.
 
     Args:
         recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
+        compare: puts predictions beside recent decode steps; None: nothing is predicted.
     """
     app = Starlette()
     app.state.service, app.state.page = service, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
     app.state.recent_cache = recent_cache
-    app.state.metrics = Metrics(service.loop.snapshot)
+    app.state.metrics = Metrics(service.loop.snapshot, compare)
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering
         endpoint = answer(route.handler, route.body)

@@ -37,6 +37,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from argosy.config import KV_BLOCK_TOKENS
 from argosy.engine.loop import EngineLoop
+from argosy.engine.verification import compare_decode
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
@@ -52,6 +53,7 @@ from argosy.serve.media_hosts import MediaHosts
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
+    from argosy.engine.forecast import Speeds
 
 log = logging.getLogger("argosy.serve")
 
@@ -359,6 +361,7 @@ def serve(
     any_model: bool = False,
     media_hosts: MediaHosts | None = None,
     recent_cache: LiveCache | None = None,
+    speeds: Speeds | None = None,
 ) -> None:
     """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
 
@@ -368,6 +371,7 @@ def serve(
         sockets: from `bind`.
         host: the host to print in the address of the server.
         recent_cache: tells the hit rate of the last minutes; None: it is not known.
+        speeds: predictions for `/metrics`; None: there are none.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
@@ -412,6 +416,7 @@ def serve(
                 hosts=hosts,
                 limits=limits,
                 recent_cache=recent_cache,
+                compare=None if speeds is None else functools.partial(compare_decode, speeds, engine.plan),
             )
             settings = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections)
             port = sockets[0].getsockname()[1]

@@ -1,21 +1,24 @@
 """The engine's state for the page, `argosy top` and Prometheus: numbers, and no content of requests.
 
 Which experts ran can reveal a text. So the heat map covers at least 256 tokens and needs the scope `admin`, and
-`/metrics` has no label for an expert.
+`/metrics` has no label for an expert. It has predictions beside what recent decode steps took, as
+`argosy plan --verify` prints them.
 
 Elsewhere: the numbers come from `engine/facts.py` and `engine/loop.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from argosy.engine.facts import WINDOW_TOKENS
+from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import LoopFacts
+from argosy.engine.verification import Verification
 from argosy.observe.live import RecentCache
 from argosy.serve.core import ModelFacts
 from argosy.serve.fields import Closed
@@ -151,12 +154,20 @@ def state_of(
     }  # fmt: skip
 
 
-class Metrics:
-    """Prometheus metrics in their own registry; routes and statuses are the only labels."""
+Compare = Callable[[DecodeSteps], Verification]
 
-    def __init__(self, snapshot: Any) -> None:
+
+class Metrics:
+    """Prometheus metrics in their own registry; labels are routes, statuses, and parts of the engine's time.
+
+    Args:
+        compare: puts predictions beside decode steps; None: nothing is predicted.
+    """
+
+    def __init__(self, snapshot: Any, compare: Compare | None = None) -> None:
         self.registry = CollectorRegistry()
         self._snapshot = snapshot
+        self._compare = compare
         self._requests = Counter(
             "argosy_requests", "Answered requests", ["route", "status"], registry=self.registry
         )
@@ -196,3 +207,31 @@ class Metrics:
             if value is not None:
                 metric.add_metric([], value)
             yield metric
+        seconds = counter(
+            "argosy_seconds", "Seconds of the engine by part; `other` includes idle time", labels=["part"]
+        )
+        for part, spent in totals.parts.items():
+            seconds.add_metric([part], spent)
+        yield seconds
+        if self._compare is not None:
+            yield from self._comparison(self._compare, facts.recent_decode)
+
+    @staticmethod
+    def _comparison(compare: Compare, steps: DecodeSteps | None) -> Iterator[Metric]:
+        """Predicted and measured, of steps of the last minute that had no prompt tokens."""
+        quantities = GaugeMetricFamily(
+            "argosy_expected", "Recent decode beside its prediction", labels=["quantity", "unit", "value"]
+        )
+        parts = GaugeMetricFamily(
+            "argosy_decode_step_seconds", "Parts of a recent decode step, predicted at the measured hit rate",
+            labels=["part", "value"],
+        )  # fmt: skip
+        if steps is not None:
+            found = compare(steps)
+            for row in found.rows:
+                for value, number in (*row.predicted._asdict().items(), ("measured", row.measured)):
+                    quantities.add_metric([row.name, row.unit, value], number)
+            for part, pair in found.parts_ms.items():
+                for value, milliseconds in zip(("predicted", "measured"), pair, strict=True):
+                    parts.add_metric([part, value], milliseconds / 1e3)
+        yield from (quantities, parts)
