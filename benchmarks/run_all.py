@@ -31,6 +31,7 @@ SCRIPTS = (
     "replay",
     "hit_rate",
     "plan_accuracy",
+    "plan_memory",
     "memory",
     "media_memory",
     "beside_encode",

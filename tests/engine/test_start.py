@@ -12,7 +12,7 @@ import pytest
 
 from argosy import Engine, _native
 from argosy.checkpoint.gguf import GgufFile
-from argosy.engine.memory_plan import PROCESS_GROWTH_BYTES, TOKENIZER_ROOM_BYTES
+from argosy.engine.memory_plan import TOKENIZER_ROOM_BYTES, growth_bytes
 from argosy.errors import CheckpointError, DoesNotFit
 from argosy.experts.cache import CachedRunner
 from argosy.experts.files import ExpertFiles
@@ -115,7 +115,8 @@ def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
         assert engine._model.experts.resident is not None
         landed_bytes = engine._model.weights.nbytes + engine._model.experts.resident.nbytes
     # This leaves room for one token's experts, but not for all experts.
-    others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + PROCESS_GROWTH_BYTES
+    growth = growth_bytes(engine.settings, plan.context_tokens, has_media=False)
+    others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + growth
     held = plan.budget_bytes - others - engine.config.experts_per_token * plan.slot_bytes
     monkeypatch.setattr("argosy.engine.start.process_bytes", lambda tokenizer: held + landed_bytes)
     order.clear()

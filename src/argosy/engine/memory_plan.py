@@ -42,7 +42,12 @@ MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
 _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
-PROCESS_GROWTH_BYTES = 24 * MIB  # allocator slack, thread stacks
+# What a process grows by after the plan, beside the parts of the plan: allowances, above what was measured.
+PROCESS_GROWTH_BYTES = 4 * MIB  # first use of code and libraries, objects of the engine, the allocator: 3 MiB
+SERVER_GROWTH_BYTES = 18 * MIB  # a server's connections and threads, each with an allocator of its own
+MEDIA_GROWTH_BYTES = 18 * MIB  # libraries for media, which are imported when the model is opened
+THREAD_BYTES = 32 * KIB  # of the stacks of a thread: 12 KiB of its own, and 16 KiB in the kernel
+TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of prefixes: about 100
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
@@ -197,9 +202,23 @@ def held_bytes() -> int:
 
 
 def process_bytes(tokenizer: Tokenizer | None) -> int:
-    """Bytes that this process holds now, plus the worker it will start if the model has a chat template."""
+    """Bytes that this process holds now, plus the worker it will start if the model has a chat template.
+
+    What was freed while files were read is returned to the system first: the engine needs that memory again, and its
+    own parts count it.
+    """
+    _native.trim_heap()
     has_template = tokenizer is not None and tokenizer.chat_template is not None
     return held_bytes() + (TEMPLATE_WORKER_BYTES if has_template else 0)
+
+
+def growth_bytes(config: EngineConfig, context_tokens: int, *, has_media: bool) -> int:
+    """What a process grows by after the plan, beside the parts of the plan."""
+    threads = config.threads + config.readers + _OTHER_THREADS
+    nbytes = PROCESS_GROWTH_BYTES + threads * THREAD_BYTES + context_tokens * TOKEN_OBJECT_BYTES
+    if config.request_bytes:
+        nbytes += SERVER_GROWTH_BYTES
+    return nbytes + (MEDIA_GROWTH_BYTES if has_media else 0)
 
 
 def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
@@ -267,7 +286,7 @@ def _search(
     encoder_bytes = footprint.encoder_bytes
     if footprint.ears_bytes:
         encoder_bytes += footprint.ears_bytes + TRANSCRIPTS_KEPT_BYTES
-    fixed = process_bytes + PROCESS_GROWTH_BYTES + (GRAMMAR_BYTES if config.grammars else 0)
+    fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0)
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:
         request_bytes += MEDIA_BODIES_BYTES
@@ -283,7 +302,7 @@ def _search(
             working += buffer_bytes(footprint.kv_bytes(1), footprint.state_bytes(1))
         without_experts = MemoryPlan(
             budget_bytes=config.budget.ram_bytes,
-            process_bytes=fixed,
+            process_bytes=fixed + growth_bytes(config, context, has_media=bool(encoder_bytes)),
             dense_bytes=footprint.dense_bytes,
             encoder_bytes=encoder_bytes
             and encoder_bytes
