@@ -286,6 +286,9 @@ def _search(
     encoder_bytes = footprint.encoder_bytes
     if footprint.ears_bytes:
         encoder_bytes += footprint.ears_bytes + TRANSCRIPTS_KEPT_BYTES
+    has_media = bool(
+        footprint.encoders or footprint.ears_bytes
+    )  # their modules are imported even if towers are not used
     fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0)
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:
@@ -302,7 +305,7 @@ def _search(
             working += buffer_bytes(footprint.kv_bytes(1), footprint.state_bytes(1))
         without_experts = MemoryPlan(
             budget_bytes=config.budget.ram_bytes,
-            process_bytes=fixed + growth_bytes(config, context, has_media=bool(encoder_bytes)),
+            process_bytes=fixed + growth_bytes(config, context, has_media=has_media),
             dense_bytes=footprint.dense_bytes,
             encoder_bytes=encoder_bytes
             and encoder_bytes
