@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +36,12 @@ from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from common import RESULTS, Report, drop_page_cache
 from engines import FIRST_DOCUMENT, MODELS
 from make_checkpoint import named_model
-from random_weights import DOCUMENT_TOKENS, document, num_continued
+from random_weights import document, num_continued
 
 PREDICTIONS = RESULTS / "plan_predictions.jsonl"
-WARM_TOKENS, TIMED_TOKENS = 48, 64
-RECORDED_TOKENS = 384
+# Of an answer, timed from its first token on: experts change with the document, and the recording has that too.
+ANSWER_TOKENS = 112
+RECORDED_DOCUMENTS = 6
 
 
 class Cell(NamedTuple):
@@ -77,8 +79,8 @@ def record(model: str) -> dict[str, object]:
             chosen.setdefault(layer, []).append(np.array(experts[0]))
 
     with Engine.open(model, memory="90%", context=4096, max_sequences=1, observe_routes=observe) as engine:
-        config, answer = engine.config, SamplingParams(max_tokens=DOCUMENT_TOKENS - 8, ignore_eos=True)
-        for number in range(RECORDED_TOKENS // DOCUMENT_TOKENS + 1):
+        config, answer = engine.config, SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
+        for number in range(RECORDED_DOCUMENTS):
             engine.generate(document(FIRST_DOCUMENT + 1000 + number, 8), answer)
     gaps = ReuseGaps(len(chosen), config.num_experts)
     gaps.count(np.stack([np.stack(chosen[layer]) for layer in sorted(chosen)], axis=1))
@@ -91,46 +93,51 @@ def record(model: str) -> dict[str, object]:
 
 
 def run_cell(job: dict[str, Any]) -> dict[str, Any]:
-    """Decode a document to warm the cache, then others that are timed."""
+    """Answer a document to warm the cache, then others that are timed: two after each other, or `streams` at once."""
     streams, length = job["streams"], max(8, job["context"])
-    total = WARM_TOKENS + TIMED_TOKENS
-    context = job["context_tokens"]
+    rounds = 2 if streams == 1 and length <= 512 else 1
+    answer = SamplingParams(max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    first_s, seconds, tokens, steps, right, asked = 0.0, 0.0, 0, 0, 0, 0
+    decoded = np.zeros(3)  # lookups, hits, bytes read
+    parts: dict[str, float] = defaultdict(float)
     with Engine.open(
         job["model"],
         memory=job["budget_bytes"],
-        context=context,
+        context=job["context_tokens"],
         max_sequences=max(8, streams),
         prefix_reuse=False,
     ) as engine:
-        engine.generate(
-            document(FIRST_DOCUMENT + 500, 8), SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True)
-        )
-        begin, before = time.perf_counter(), engine.ledger
-        prompts = [document(FIRST_DOCUMENT + number, length) for number in range(streams)]
-        sequences = [engine.submit(p, SamplingParams(max_tokens=total, ignore_eos=True)) for p in prompts]
-        while not engine.step():
-            pass
-        first_s, prefilled = time.perf_counter() - begin, engine.ledger
-        while min(len(one.new_ids) for one in sequences) < WARM_TOKENS:
-            engine.step()
-        warm, begin, tokens = engine.ledger, time.perf_counter(), 0
-        while all(one.result is None for one in sequences):
-            tokens += len(engine.step())
-        seconds, after = time.perf_counter() - begin, engine.ledger
+        engine.generate(document(FIRST_DOCUMENT + 500, 8), answer)
+        for number in range(0, rounds * streams, streams):
+            documents = range(FIRST_DOCUMENT + number, FIRST_DOCUMENT + number + streams)
+            begin = time.perf_counter()
+            sequences = [engine.submit(document(one, length), answer) for one in documents]
+            while not all(one.new_ids for one in sequences):
+                engine.step()
+            first_s += (time.perf_counter() - begin) / rounds
+            warm, begin = engine.ledger, time.perf_counter()
+            while all(one.result is None for one in sequences):
+                tokens += len(engine.step())
+                steps += 1
+            seconds, after = seconds + time.perf_counter() - begin, engine.ledger
+            decoded += [
+                after.lookups - warm.lookups,
+                after.hits - warm.hits,
+                after.bytes_read - warm.bytes_read,
+            ]
+            for part, value in after.parts.items():
+                parts[part] += value - warm.parts[part]
+            for one, sequence in zip(documents, sequences, strict=True):
+                right += num_continued(one, length, sequence.new_ids)
+                asked += len(sequence.new_ids)
         planned = engine.plan
-    right = asked = 0
-    for number, one in enumerate(sequences):
-        answer = one.new_ids
-        right += num_continued(FIRST_DOCUMENT + number, length, answer)
-        asked += len(answer)
-    lookups = after.lookups - warm.lookups
+    lookups, hits, bytes_read = map(float, decoded)
     return {
         "tokens_per_s": tokens / seconds,
         "first_s": first_s,
-        "hit_rate": (after.hits - warm.hits) / lookups if lookups else 1.0,
-        "bytes_per_token": (after.bytes_read - warm.bytes_read) / tokens,
-        "prompt_bytes": prefilled.bytes_read - before.bytes_read,
-        "parts": {part: (after.parts[part] - warm.parts[part]) for part in after.parts},
+        "hit_rate": hits / lookups if lookups else 1.0,
+        "bytes_per_token": bytes_read / tokens,
+        "parts": {part: value / steps for part, value in parts.items()},
         "peak_bytes": machine.peak_bytes(),
         "planned_bytes": planned.total_bytes,
         "continued": [right, asked],
@@ -156,7 +163,7 @@ class Predicted(NamedTuple):
 def predict(cell: Cell, model: Path, working_set: WorkingSet) -> Predicted:
     """What is predicted of a cell, and the job that will measure it."""
     length = max(8, cell.context)
-    needed = cell.streams * (length + WARM_TOKENS + TIMED_TOKENS)
+    needed = cell.streams * (length + ANSWER_TOKENS)
     context = max(512, -(-needed // 16) * 16)
     with open_subject(str(model)) as subject:
         found, _ = forecaster(
@@ -167,7 +174,7 @@ def predict(cell: Cell, model: Path, working_set: WorkingSet) -> Predicted:
         span = ends.resident_bytes - ends.smallest_bytes
         budget_bytes = ends.smallest_bytes + span * cell.percent // 100 + (4 << 20)
         plan = found.plan(budget_bytes)
-        decode = found.decode(plan, cell.streams, context=length + WARM_TOKENS + TIMED_TOKENS // 2)
+        decode = found.decode(plan, cell.streams, context=length + ANSWER_TOKENS // 2)
         prompt = found.prompt(plan, length * cell.streams)
         rates = found.forecast(budget_bytes, with_curve=False).rates
     job = {
@@ -186,7 +193,7 @@ def predict(cell: Cell, model: Path, working_set: WorkingSet) -> Predicted:
 
 
 def write_down(facts: dict[str, Any]) -> None:
-    """Append a prediction, and return when it is on the drive."""
+    """Append a prediction, or what was measured, and return when it is on the drive."""
     RESULTS.mkdir(exist_ok=True)
     with PREDICTIONS.open("a") as file:
         file.write(json.dumps({"time": time.time(), **facts}) + "\n")
@@ -234,6 +241,7 @@ def measured(
         write_down(predicted.facts)
         drop_page_cache(model)
         found = in_child("run", predicted.job)
+        write_down({"cell": str(cell), "measured": found})
         if number == 0:
             report.correct(f"{found['continued'][0]}/{found['continued'][1]} tokens continue their documents")
             report.opening()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from argosy import _native
 from argosy.engine import calibration
 from argosy.errors import UsageError
 from argosy.plan.machine import usable_cores
@@ -37,6 +38,26 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Rates.from_json(json.dumps(rates.as_dict()).encode()) == rates
     assert told[-1] == "done"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_ranges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "_ARENA_BYTES", 16 << 20)
+    monkeypatch.setattr(calibration, "_KEYS_BYTES", 1 << 20)
+    rounds = iter((1.0, 4.0, 2.0))
+    current = [0.0]
+
+    def tell(what: str, share: float) -> None:
+        current[0] = next(rounds)
+
+    monkeypatch.setattr(calibration, "_median_s", lambda call: current[0])
+    runtime = _native.Runtime(1)
+    rates, varied = calibration._kernel_rates(runtime, tell)
+    runtime.close()
+    assert varied == 4.0
+    assert rates["operations q4"] == 4 * 64 * 768 * 2048 / 2.0
+    assert rates["keys and values"] == 2 * 1024 * 16 * 128 * 4 / 2.0
 
 
 def test_rates_are_kept_privately_for_one_drive_and_version(

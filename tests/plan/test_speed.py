@@ -24,6 +24,9 @@ MEASURED = replace(
     spread=1.1,
     reads=dict.fromkeys(guess("", 1).reads, 0.8),
     operations=dict.fromkeys(guess("", 1).operations, 1e11),
+    keys_values_bytes_per_s=5e9,
+    attention_operations=1e11,
+    prompt_attention_operations=1e11,
 )
 # Ten layers, 4 of 32 experts of 2 MB; dense weights of 100 MB.
 WORK = Work(
@@ -75,6 +78,18 @@ def test_the_drive_bounds_a_small_cache_and_memory_a_large_one() -> None:
     assert predict_decode(WORK, slow, PRIOR, num_slots=40, context=1).bound == "waiting for the drive"
     assert predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=1).bound == "dense weights"
     assert predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=10**6).bound == "keys and values"
+
+
+def test_heads_that_share_keys_take_the_time_of_their_arithmetic() -> None:
+    slow = replace(MEASURED, attention_operations=4e9)
+    found = predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=1000)
+    assert found.parts["keys and values"] == pytest.approx((1000 * 8000 + 128 * 2000) / 4e9)
+    # A prompt's tokens share passes over keys, which has a rate of its own.
+    prompts = (
+        predict_prompt(WORK, rates, PRIOR, num_slots=ALL, num_tokens=64, chunk_tokens=64)
+        for rates in (MEASURED, slow)
+    )
+    assert next(prompts) == next(prompts)
 
 
 def test_several_streams_share_weights_and_not_keys_and_values() -> None:
@@ -209,6 +224,9 @@ def test_rates_are_read_back() -> None:
         {"more": 1},
         {"step_s": 1e300},
         {"encoder_operations": 0},
+        {"attention_operations": 0},
+        {"prompt_attention_operations": None},
+        {"keys_values_bytes_per_s": "1"},
     ],
 )
 def test_wrong_rates_are_refused(change: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Measure the rates of this machine that a forecast needs, within a minute, and keep them.
 
-    memory, products of all formats and of encoders, the drive, two tiny models  ->  Rates, in the user's cache
+    memory, products, attention, the drive, two tiny models  ->  Rates, in the user's cache
 
 Products read weights from memory, not from a CPU cache. The drive is read at several record sizes while products keep
 the other cores busy, as when experts are streamed. The engine runs two tiny models of different depth, which give the
@@ -21,12 +21,13 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import date
 from importlib import metadata
+from itertools import cycle
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, NamedTuple, get_args
 
 import numpy as np
 
@@ -40,7 +41,7 @@ from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.plan import machine
-from argosy.plan.rates import FORMAT, MEASURED_SPREAD, Rates, guess
+from argosy.plan.rates import FORMAT, MEASURED_SPREAD, MOST_MEASURED_SPREAD, Rates, guess
 from argosy.replace_file import replacing
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
@@ -48,7 +49,9 @@ _TILE_BYTES = 4 << 20  # of random bytes, which repeat
 _COLD_BYTES = 12 << 20  # read in a sample
 _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
 _ENCODER_ROWS = 512  # patches in a product, as towers have them
-_SAMPLE_S = 0.2  # for each format, twice
+_KEYS_BYTES = 64 << 20  # of keys and values, more than most last-level caches hold
+_POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
+_SAMPLE_S, _ROUNDS = 0.1, 3  # for each call
 _DRIVE_S = 0.8  # for each size of record
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _ALONE_BYTES = 4 << 20  # of a record that is read alone
@@ -79,10 +82,11 @@ def calibrate(
     memory = max(_native.memory_probe(cores, max(512, 8 * cores) * MIB) for _ in range(3))
     runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
     try:
-        memory, reads, operations = _products(runtime, memory, tell)
-        encoder_operations = _encoder_operations(runtime)
+        kernels, varied = _kernel_rates(runtime, tell)
     finally:
         runtime.close()
+    reads = {format: kernels[f"reads {format}"] for format in get_args(Format)}
+    memory = max(memory, *reads.values())  # other processes may have slowed the probe
     with _file_to_read(files) as path:
         drive, latency_s = _drive(path, cores, tell)
     layer_s, streamed_layer_s, step_s = _overheads(cores, tell)
@@ -90,15 +94,18 @@ def calibrate(
     return Rates(
         cores=cores,
         memory_bytes_per_s=memory,
-        reads=reads,
-        operations=operations,
-        encoder_operations=encoder_operations,
+        reads={format: rate / memory for format, rate in reads.items()},
+        operations={format: kernels[f"operations {format}"] for format in reads},
+        encoder_operations=kernels["encoder"],
+        keys_values_bytes_per_s=kernels["keys and values"],
+        attention_operations=kernels["attention"],
+        prompt_attention_operations=kernels["prompt attention"],
         drive=tuple(drive),
         drive_latency_s=latency_s,
         layer_s=layer_s,
         streamed_layer_s=streamed_layer_s,
         step_s=step_s,
-        spread=MEASURED_SPREAD,
+        spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
         source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
     )
 
@@ -146,74 +153,115 @@ def _cache_file(path: Path, threads: int) -> Path:
     return cache_directory() / f"rates-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
 
 
-# ── products ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── products and attention ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _products(
-    runtime: _native.Runtime, memory: float, tell: Progress
-) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Memory's rate, the share of it at which products with one token read, and operations a second with many."""
-    arena = _native.Arena(_ARENA_BYTES)
+class _Timed(NamedTuple):
+    """A call to be timed, and how many bytes or operations it takes."""
+
+    name: str
+    call: Callable[[], object]
+    work: float
+
+
+def _kernel_rates(runtime: _native.Runtime, tell: Progress) -> tuple[dict[str, float], float]:
+    """Work per second of each call, and by what factor it varied from round to round.
+
+    The median of rounds that are seconds apart: a forecast is of minutes in which others use the machine as well, so
+    the fastest call would promise too much.
+    """
+    with ExitStack() as memory:
+        calls = [*_products(runtime, memory), _encoder_product(runtime, memory), *_attention(runtime)]
+        medians: dict[str, list[float]] = {one.name: [] for one in calls}
+        for number in range(_ROUNDS):
+            tell("measuring products", 0.05 + 0.4 * number / _ROUNDS)
+            for one in calls:
+                medians[one.name].append(_median_s(one.call))
+        rates = {one.name: one.work / statistics.median(medians[one.name]) for one in calls}
+        varied = statistics.median(max(rounds) / min(rounds) for rounds in medians.values())
+        calls.clear()  # they hold memory that is about to be closed
+    return rates, varied
+
+
+def _median_s(call: Callable[[], object]) -> float:
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + _SAMPLE_S
+    while not times or time.perf_counter() < end:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
+    """Products of each format, with one token and weights that no cache holds, and with many tokens."""
+    arena = memory.enter_context(closing(_native.Arena(_ARENA_BYTES)))
     bits = np.random.default_rng(0).integers(0, 256, _TILE_BYTES, dtype=np.uint8)
     # Finite and normal numbers in every format.
     arena.array().reshape(-1, _TILE_BYTES)[:] = np.bitwise_or(np.bitwise_and(bits, 0x3B), 0x20)
-    rates, operations = {}, {}
-    formats = get_args(Format)
-    try:
-        for number, format in enumerate(formats):
-            tell("measuring products", 0.05 + 0.35 * number / len(formats))
-            size = _native.matrix_bytes(format, _ROWS, _COLS)
-            matrices = [
-                _native.Matrix(arena, i * size, format, _ROWS, _COLS) for i in range(_ARENA_BYTES // size)
-            ]
-            one, many = np.ones((1, _COLS), np.float32), np.ones((_MANY_TOKENS, _COLS), np.float32)
-            cold = max(1, _COLD_BYTES // size)
-            rates[format] = _best(runtime, matrices, one, cold) * cold * size
-            operations[format] = _best(runtime, matrices, many, 2) * 2 * 2 * _MANY_TOKENS * _ROWS * _COLS
-            del matrices
-    finally:
-        arena.close()
-    memory = max(memory, *rates.values())  # other processes may have slowed the probe
-    return memory, {format: rate / memory for format, rate in rates.items()}, operations
+
+    def timed(format: Format, num_tokens: int, count: int) -> Callable[[], object]:
+        """Products with the next `count` matrices."""
+        size = _native.matrix_bytes(format, _ROWS, _COLS)
+        number = _ARENA_BYTES // size
+        matrices = [_native.Matrix(arena, i * size, format, _ROWS, _COLS) for i in range(number)]
+        x = np.ones((num_tokens, _COLS), np.float32)
+        outs = [np.empty((num_tokens, _ROWS), np.float32) for _ in range(count)]
+        starts = cycle(range(0, number - count + 1, count))
+        return lambda: _native.matmul(runtime, matrices[(at := next(starts)) : at + count], x, outs)
+
+    for format in get_args(Format):
+        size = _native.matrix_bytes(format, _ROWS, _COLS)
+        cold = max(1, _COLD_BYTES // size)
+        yield _Timed(f"reads {format}", timed(format, 1, cold), cold * size)
+        yield _Timed(
+            f"operations {format}", timed(format, _MANY_TOKENS, 2), 4.0 * _MANY_TOKENS * _ROWS * _COLS
+        )
 
 
-def _best(
-    runtime: _native.Runtime, matrices: Sequence[_native.Matrix], x: np.ndarray[Any, Any], count: int
-) -> float:
-    """The highest rate of calls per second, each with the next `count` matrices.
-
-    The highest, because other processes can only slow a call down.
-    """
-    outs = [np.empty((len(x), _ROWS), np.float32) for _ in range(count)]
-    best, at = 0.0, 0
-    end = time.perf_counter() + _SAMPLE_S
-    while time.perf_counter() < end:
-        if at + count > len(matrices):
-            at = 0
-        begin = time.perf_counter()
-        _native.matmul(runtime, matrices[at : at + count], x, outs)
-        best = max(best, 1.0 / (time.perf_counter() - begin))
-        at += count
-    return best
+def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
+    """`linear`, of which towers for pictures are made, with bfloat16 weights."""
+    arena = memory.enter_context(closing(_native.Arena(_native.matrix_bytes("bf16", _ROWS, _COLS))))
+    arena.array()[:] = 0x3B
+    matrix = _native.Matrix(arena, 0, "bf16", _ROWS, _COLS)
+    x, out = np.ones((_ENCODER_ROWS, _COLS), np.float32), np.empty((_ENCODER_ROWS, _ROWS), np.float32)
+    return _Timed(
+        "encoder", lambda: _native.linear(runtime, matrix, x, out), 2.0 * _ENCODER_ROWS * _ROWS * _COLS
+    )
 
 
-def _encoder_operations(runtime: _native.Runtime) -> float:
-    """Operations a second of `linear`, of which towers for pictures are made, with bfloat16 weights."""
-    size = _native.matrix_bytes("bf16", _ROWS, _COLS)
-    arena = _native.Arena(size)
-    try:
-        arena.array()[:] = 0x3B
-        matrix = _native.Matrix(arena, 0, "bf16", _ROWS, _COLS)
-        x, out = np.ones((_ENCODER_ROWS, _COLS), np.float32), np.empty((_ENCODER_ROWS, _ROWS), np.float32)
-        best, end = 0.0, time.perf_counter() + _SAMPLE_S
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            _native.linear(runtime, matrix, x, out)
-            best = max(best, 1.0 / (time.perf_counter() - begin))
-        del matrix
-    finally:
-        arena.close()
-    return best * 2 * _ENCODER_ROWS * _ROWS * _COLS
+def _attention(runtime: _native.Runtime) -> Iterator[_Timed]:
+    """Attention of one token whose heads have their own keys (which waits for memory), of one token whose heads share
+    them (which waits for arithmetic), and of many tokens."""
+
+    def timed(num_heads: int, kv_heads: int, num_tokens: int) -> tuple[Callable[[], object], int, int]:
+        """The call, its bytes, and its operations."""
+        num_layers = -(-_KEYS_BYTES // (8 * kv_heads * _HEAD_DIM * _POSITIONS))
+        shape = _native.KvShape.keys_values(kv_heads, _HEAD_DIM)
+        cache = _native.KvCache([shape] * num_layers, _POSITIONS // _BLOCK, _BLOCK, "f32")
+        keys = np.full((_POSITIONS, kv_heads, _HEAD_DIM), 0.1, np.float32)
+        for layer in range(num_layers):
+            _native.kv_write(runtime, cache, layer, keys, keys, np.arange(_POSITIONS))
+        query = np.ones((num_tokens, num_heads, _HEAD_DIM), np.float32)
+        out = np.empty((num_tokens, num_heads * _HEAD_DIM), np.float32)
+        table = np.arange(_POSITIONS // _BLOCK, dtype=np.int32)[None]
+        sequence = np.zeros(num_tokens, np.int32)
+        order = np.arange(_POSITIONS - num_tokens, _POSITIONS, dtype=np.int32)
+        layers = cycle(range(num_layers))
+
+        def call() -> None:
+            _native.attention(runtime, cache, next(layers), query, table, sequence, order, 0.1, 0, out)
+
+        seen = int(order.sum()) + num_tokens
+        return call, 2 * keys.nbytes, 4 * num_heads * _HEAD_DIM * seen
+
+    call, nbytes, _ = timed(16, 16, 1)
+    yield _Timed("keys and values", call, nbytes)
+    call, _, operations = timed(32, 4, 1)
+    yield _Timed("attention", call, operations)
+    call, _, operations = timed(32, 4, _MANY_TOKENS)
+    yield _Timed("prompt attention", call, operations)
 
 
 # ── the drive ───────────────────────────────────────────────────────────────────────────────────────────────────────

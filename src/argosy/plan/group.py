@@ -118,7 +118,7 @@ def _step_s(
     """Seconds of a step, and those of the network in it."""
     chosen = work.experts_per_token
     dense_s = sum(rates.read_s(format, nbytes) for format, (nbytes, _) in work.dense.items())
-    attention_s = rates.keys_values_s(work.keys_values(context)[0])
+    attention_s = rates.attention_s(*work.keys_values(context))
     one_s = sum(rates.read_s(format, nbytes) for format, (nbytes, _) in work.expert.items())
     record_s = work.record_bytes / rates.drive_rate(work.record_bytes)
     experts_s = _slowest_machine_s(machines, chosen, hit_rate, one_s, record_s)

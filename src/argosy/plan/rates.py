@@ -21,9 +21,9 @@ from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
 FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
-_KEYS_AND_VALUES_SHARE = 0.5  # of the memory's rate, at which attention reads its cache
-MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.5
-FORMAT = "argosy-rates-2"
+# A measured machine is taken to vary by what it varied while it was measured, within the first two.
+MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
+FORMAT = "argosy-rates-3"
 _MOST_RATE = 1e15
 _DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
 
@@ -35,6 +35,8 @@ class Rates:
     reads: share of `memory_bytes_per_s` at which a product reads weights for one token, by format.
     operations: of products for many tokens, by format.
     encoder_operations: of towers for pictures, whose weights are bfloat16.
+    keys_values_bytes_per_s: at which attention of one token reads the KV cache, if its arithmetic takes less time.
+    attention_operations: of attention of one token.   prompt_attention_operations: of many tokens of a sequence.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time while other cores compute.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed: decisions in Python.
@@ -48,6 +50,9 @@ class Rates:
     reads: Mapping[str, float]
     operations: Mapping[str, float]
     encoder_operations: float
+    keys_values_bytes_per_s: float
+    attention_operations: float
+    prompt_attention_operations: float
     drive: tuple[tuple[int, float], ...]
     drive_latency_s: float = _DRIVE_LATENCY_S
     layer_s: float
@@ -67,8 +72,13 @@ class Rates:
     def compute_s(self, format: str, operations: float) -> float:
         return operations / self.operations[format]
 
-    def keys_values_s(self, nbytes: float) -> float:
-        return nbytes / (self.memory_bytes_per_s * _KEYS_AND_VALUES_SHARE)
+    def attention_s(self, nbytes: float, operations: float) -> float:
+        """Seconds of attention of one token, which reads so many bytes of keys and values."""
+        return max(nbytes / self.keys_values_bytes_per_s, operations / self.attention_operations)
+
+    def prompt_attention_s(self, operations: float) -> float:
+        """Seconds of attention of many tokens, which share passes over their keys."""
+        return operations / self.prompt_attention_operations
 
     def drive_rate(self, record_bytes: float) -> float:
         """Bytes per second at which records of that size are read."""
@@ -89,6 +99,9 @@ class Rates:
             memory_bytes_per_s=self.memory_bytes_per_s * factor,
             operations={name: rate * factor for name, rate in self.operations.items()},
             encoder_operations=self.encoder_operations * factor,
+            keys_values_bytes_per_s=self.keys_values_bytes_per_s * factor,
+            attention_operations=self.attention_operations * factor,
+            prompt_attention_operations=self.prompt_attention_operations * factor,
             drive=tuple((size, rate * factor) for size, rate in self.drive),
             layer_s=self.layer_s / factor,
             streamed_layer_s=self.streamed_layer_s / factor,
@@ -135,8 +148,8 @@ def _checked(value: object) -> Rates:
     if sizes != sorted(set(sizes)):
         raise JsonError("has a `drive` whose sizes do not rise")
     for name in (
-        "cores", "memory_bytes_per_s", "encoder_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "step_s",
-        "spread",
+        "cores", "memory_bytes_per_s", "encoder_operations", "keys_values_bytes_per_s", "attention_operations",
+        "prompt_attention_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "step_s", "spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
@@ -192,6 +205,8 @@ _UNKNOWN_DRIVE_BYTES_PER_S = 2.0e9  # between a SATA drive and a fast NVMe drive
 _READ_SHARE = 0.85  # of memory's rate, as benchmarks/resident.py finds on several machines
 _F32_SHARE = 0.6
 _BF16_SPEED_UP = 3.2  # of encoders, over products of float32: 353 GFLOP/s on two cores of Zen 4
+# Of memory's rate, and of products of float32 (benchmarks/attention.py on Zen 4, 2026-11).
+_KEYS_VALUES_SHARE, _ATTENTION_SHARE, _PROMPT_ATTENTION_SHARE = 0.5, 1.1, 1.5
 _INT8_SHARE = 0.55  # of the instruction's peak, as benchmarks/prefill.py finds
 _FULL_RECORD_BYTES = 1 << 20  # smaller records do not reach a drive's rate
 
@@ -215,6 +230,9 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
         reads=dict.fromkeys(get_args(Format), _READ_SHARE),
         operations=operations,
         encoder_operations=operations["f32"] * (_BF16_SPEED_UP if family.has_bf16 else 1.0),
+        keys_values_bytes_per_s=memory * _KEYS_VALUES_SHARE,
+        attention_operations=operations["f32"] * _ATTENTION_SHARE,
+        prompt_attention_operations=operations["f32"] * _PROMPT_ATTENTION_SHARE,
         drive=((_FULL_RECORD_BYTES, drive),),
         layer_s=30e-6,
         streamed_layer_s=200e-6,

@@ -195,7 +195,7 @@ def _decode_step(
         hit_rate = min(1.0, max(0.0, predicted + case.hit_points))
     dense_s = _product_s(work.dense, rates, streams)
     keys_values, operations = work.keys_values(context)
-    attention_s = streams * max(rates.keys_values_s(keys_values), rates.compute_s("f32", operations))
+    attention_s = streams * rates.attention_s(keys_values, operations)
     layers = work.num_moe_layers
     rows = streams * work.experts_per_token / asked  # of each expert that is asked for
     experts_s = asked * _product_s(work.expert, rates, rows)
@@ -280,7 +280,7 @@ def _prompt(
         asked = _asked(work, working_set, tokens)
         rows = tokens * work.experts_per_token / asked
         dense_s = _product_s(work.dense, rates, tokens)
-        attention_s = tokens * rates.compute_s("f32", work.keys_values(done + (tokens + 1) / 2)[1])
+        attention_s = tokens * rates.prompt_attention_s(work.keys_values(done + (tokens + 1) / 2)[1])
         experts_s = layers * asked * _product_s(work.expert, rates, rows)
         missed = layers * asked * missing * work.record_bytes
         reading_s = missed / rates.drive_rate(work.record_bytes)
