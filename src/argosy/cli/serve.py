@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,16 +125,16 @@ def serve(
             )
         else:
             recent_cache = None
-        speeds = None
+        speeds = expectation = None
         with suppress(UsageError):  # of rates that were kept in a damaged file; `argosy plan` tells
             rates = calibration.rates_here(locate_model(model), threads=engine.settings.threads)
             speeds = Speeds(engine.config, engine.work, rates, recording.known)
-            print(_expectation(model, speeds, engine.plan), file=sys.stderr)
+            expectation = _expectation(model, speeds, engine.plan)
         run(
             engine, name or Path(model).name.removesuffix(".gguf"), sockets, host=host, keys=keys,
             hosts=allow_host, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
             any_model=any_model, media_hosts=media_hosts, recent_cache=recent_cache,
-            speeds=speeds,
+            speeds=speeds, expectation=expectation,
         )  # fmt: skip
 
 

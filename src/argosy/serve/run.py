@@ -362,6 +362,7 @@ def serve(
     media_hosts: MediaHosts | None = None,
     recent_cache: LiveCache | None = None,
     speeds: Speeds | None = None,
+    expectation: str | None = None,
 ) -> None:
     """Serve `engine` until a signal; keep answers for replay as far as the memory plan has room.
 
@@ -372,6 +373,7 @@ def serve(
         host: the host to print in the address of the server.
         recent_cache: tells the hit rate of the last minutes; None: it is not known.
         speeds: predictions for `/metrics`; None: there are none.
+        expectation: a line to print below the address.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
@@ -424,6 +426,8 @@ def serve(
 
             def started() -> None:
                 print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+                if expectation is not None:
+                    print(expectation, file=sys.stderr, flush=True)
 
             with KeyWatch(ring, limits, service.revoke):
                 try:
