@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from argosy.engine import memory_plan
 from argosy.errors import BadMedia, UsageError
 from argosy.media import ffmpeg
 from argosy.media.decoder import Decoder
 from argosy.media.ffmpeg import VideoFile
 from argosy.media.frames import open_frames
-from argosy.media.parts import MediaLimits, Video
+from argosy.media.parts import FFMPEG_BYTES, MediaLimits, Video
 from tests.media.samples import pattern, png
 
 pytestmark = pytest.mark.skipif(
@@ -160,6 +163,65 @@ def test_a_decoder_that_takes_too_long_is_killed(tmp_path: Path) -> None:
         with pytest.raises(BadMedia, match=r"takes more (than 0\.5 seconds|processor time)"):
             list(file.frames(range(120), track))
     assert time.monotonic() - begin < 10
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Twenty frames of 3840 x 2160, as a telephone films them."""
+    path = tmp_path_factory.mktemp("large") / "large.mp4"
+    source = ("-f", "lavfi", "-i", "testsrc=size=3840x2160:rate=30")
+    made = ("-frames:v", "20", "-pix_fmt", "yuv420p", "-c:v", "libx264", "-preset", "ultrafast")
+    subprocess.run(
+        ["ffmpeg", "-v", "error", *source, *made, "-x264-params", "ref=5:bframes=3", path], check=True
+    )
+    return path.read_bytes()
+
+
+def peak_memory(data: bytes, limits: MediaLimits) -> int:
+    """Decode all frames of a file; returns the most memory, in bytes, that ffmpeg had when a frame came."""
+    peak = num_frames = 0
+    with VideoFile(data, limits) as file:
+        track = file.track()
+        for _ in file.frames(range(track.num_frames), track):
+            num_frames += 1
+            for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split():
+                status = Path(f"/proc/{pid}/status").read_text()
+                # Pages of program files, which the kernel can drop, are not part of it.
+                if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+                    peak = max(peak, int(found[1]) << 10)
+    assert num_frames == track.num_frames
+    return peak
+
+
+def test_frames_of_a_telephone_fit_the_memory_that_the_plan_counts(large: bytes) -> None:
+    """The limit of 512 MiB holds in the kernel; this is whether it is enough."""
+    assert LIMITS.decode_bytes + FFMPEG_BYTES == 512 << 20
+    assert 150 << 20 < peak_memory(large, LIMITS) < 450 << 20
+
+
+def test_a_video_that_needs_more_memory_than_the_limit_is_refused_by_name(
+    large: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = "decoding the video takes more than 256 MiB"
+    with pytest.raises(BadMedia, match=sentence) as refused:
+        peak_memory(large, MediaLimits(decode_bytes=0))
+    assert refused.value.hint == "make its frames smaller"
+    # The same number goes to the kernel and into the plan.
+    planned = [memory_plan.media_bytes(takes_pictures=True, takes_video=True)]
+    monkeypatch.setattr(memory_plan, "FFMPEG_BYTES", 0)
+    planned.append(memory_plan.media_bytes(takes_pictures=True, takes_video=True))
+    assert planned[0] - planned[1] == FFMPEG_BYTES
+
+
+def test_errors_beyond_what_the_pipe_holds_stop_nothing(tmp_path: Path) -> None:
+    """A damaged file makes ffmpeg write megabytes of errors, which nobody reads."""
+    data = bytearray(encoded(tmp_path, np.tile(frames(1), (3000, 1, 1, 1)), "-c:v", "mjpeg", "-f", "avi"))
+    for at in range(20_000, len(data), 97):
+        data[at] ^= 0x55
+    with VideoFile(bytes(data), LIMITS) as file:
+        track = file.track()
+        for _ in file.frames(range(track.num_frames), track):
+            pass
 
 
 def test_without_ffmpeg_the_error_says_what_to_install(

@@ -51,6 +51,8 @@ _FAST_SCALING = "bilinear+accurate_rnd+bitexact"
 _EXIT_SECONDS = 5.0
 # What a program needs to find its shared libraries. All other variables are withheld.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
+_NO_MEMORY = b"Cannot allocate memory"  # among the errors that ffmpeg writes
+_MOST_ERROR_BYTES = 1 << 16  # what a pipe holds
 # Threads of ffmpeg share one heap; otherwise each reserves its own.
 _LESS_MEMORY = {"MALLOC_ARENA_MAX": "1", "AV_LOG_FORCE_NOCOLOR": "1", "LC_ALL": "C"}
 # Sets limits on itself, then becomes the program.
@@ -146,12 +148,12 @@ class VideoFile:
             turn: held while there is a frame; None: nobody else decodes.
 
         Raises:
-            BadMedia: it takes too much time, or a frame is too large.
+            BadMedia: it takes too much time or memory, or a frame is too large.
         """
         process = self._start(
             self._ffmpeg,
             _CPU_SECONDS + _CPU_SECONDS_PER_SECOND * track.num_frames / track.rate,
-            *("-nostdin", "-v", "quiet", "-filter_threads", "1"),
+            *("-nostdin", "-v", "error", "-filter_threads", "1"),
             *self._input("-threads", "1", "-max_pixels", str(self._limits.pixels)),
             *(
                 "-map",
@@ -164,12 +166,14 @@ class VideoFile:
                 str(len(indices)),
             ),
             *("-sws_flags", _FAST_SCALING, "-c:v", "ppm", "-pix_fmt", "rgb24", "-threads", "1"),
-            *("-f", "image2pipe", "pipe:1"),
+            # Otherwise eight frames wait for the pipe.
+            *("-thread_queue_size", "1", "-f", "image2pipe", "pipe:1"),
         )
         with process:
             for _ in indices:
                 header = process.read_header()
                 if not header:
+                    process.require_enough_memory()  # without it, frames are left out
                     break
                 match = re.fullmatch(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n", header)
                 if match is None:
@@ -227,7 +231,7 @@ class VideoFile:
 
     def _start(self, program: str, cpu_s: float, *arguments: str) -> _Process:
         os.lseek(self._file, 0, os.SEEK_SET)
-        memory = self._limits.decode_bytes + FFMPEG_BYTES
+        memory = self._limits.decode_bytes + FFMPEG_BYTES  # the plan counts it (`memory_plan.media_bytes`)
         cpu_s = min(cpu_s, self._limits.video_wall_s)
         return _Process(program, memory, cpu_s, arguments, self._file, self._patience)
 
@@ -271,15 +275,24 @@ class _Process:
         if not sys.executable:
             raise ArgosyError("videos need a Python interpreter to start ffmpeg with limits")
         limiter = [sys.executable, "-I", "-S", "-c", _LIMITER, str(memory), str(-int(-cpu_s // 1))]
-        self._process = subprocess.Popen(
-            [*limiter, program, *arguments],
-            stdin=source,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_LESS_MEMORY | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            cwd="/",
-            bufsize=0,
-        )
+        self._memory = memory
+        # Nobody reads the errors meanwhile: what does not fit into the pipe is lost, and ffmpeg does not wait for room.
+        self._errors, errors = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self._process = subprocess.Popen(
+                [*limiter, program, *arguments],
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_LESS_MEMORY | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                cwd="/",
+                bufsize=0,
+            )
+        except BaseException:
+            os.close(self._errors)
+            raise
+        finally:
+            os.close(errors)
         assert self._process.stdout is not None
         self._source = self._process.stdout.fileno()
         self._poll = select.poll()
@@ -298,6 +311,7 @@ class _Process:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        os.close(self._errors)
 
     def read_header(self) -> bytes:
         """Read up to the third end of line; empty at the end.
@@ -362,8 +376,24 @@ class _Process:
         if self._process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             raise _too_slow("takes more processor time than a video of its length may")
 
+    def require_enough_memory(self) -> None:
+        """Check, at the end, that ffmpeg had enough memory.
+
+        Raises:
+            BadMedia: it had not.
+        """
+        with contextlib.suppress(BlockingIOError):
+            if _NO_MEMORY in os.read(self._errors, _MOST_ERROR_BYTES):
+                raise BadMedia(
+                    f"decoding the video takes more than {self._memory >> 20} MiB",
+                    hint="make its frames smaller",
+                    kind="video",
+                    needed=self._memory,
+                )
+
     def _fail(self) -> NoReturn:
         self._require_within_time()
+        self.require_enough_memory()
         raise BadMedia("the video is damaged: its decoder failed", kind="video")
 
 

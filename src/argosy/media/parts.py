@@ -63,8 +63,8 @@ class MediaLimits:
 PROMPT_LIMITS = MediaLimits(pixels=24_000_000)
 """What an engine takes in a prompt; its memory plan counts on it."""
 
-FFMPEG_BYTES = 128 << 20
-"""Memory of a process of ffmpeg beyond what one file may take to decode: its libraries, stacks and buffers."""
+FFMPEG_BYTES = 256 << 20
+"""Memory of a process of ffmpeg beyond what one file may take to decode: frames that wait between its threads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
