@@ -13,7 +13,7 @@ from argosy.engine.scheduler import MAKING_S, MediaFailed
 from argosy.engine.sequence import Sequence
 from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError, UsageError
-from argosy.prompt.media_span import MakeRows, MediaSpan, SpanRows
+from argosy.prompt.media_span import MakeRows, Making, MediaSpan, SpanRows
 from argosy.prompt.prompt import Prompt
 from tests.engine.scheduling import BLOCK_TOKENS, Rig
 
@@ -125,6 +125,23 @@ def test_rows_that_are_not_needed_any_more_are_not_made_further() -> None:
     spans.drop_rows()
     assert log == ["piece 0", "closed"] * 2
     assert spans.has_rows_until(3, 5) == 3
+
+
+def test_the_share_of_a_span_that_is_made_is_told_as_long_as_it_is_being_made() -> None:
+    def make() -> Making:
+        yield None  # nothing is known yet
+        yield 0.25
+        yield None
+        yield 0.75
+        return SpanRows(np.ones((3, HIDDEN), np.float32))
+
+    spans = spans_of(Prompt.of([1], span(3, make_rows=make), span(2, 2), [3]))
+    told = [spans.share_made]
+    while not spans.make_some(1):
+        told.append(spans.share_made)
+    assert [*told, spans.share_made] == [None, 0.0, 0.25, 0.25, 0.75, None]
+    assert spans.make_some(4)
+    assert spans.share_made is None
 
 
 class Pieces:

@@ -254,9 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._stream()
         total = 400 if "slow" in asked else 40
         for processed in range(0, total + 1, total // 4):
-            self._event(
-                {"choices": [], "prompt_progress": {"processed": processed, "total": total, "cached": 0}}
-            )
+            progress = {"processed": processed, "total": total, "cache": 7}
+            progress |= {"encoded": 0.428} if processed == 0 else {}
+            self._event({"choices": [], "prompt_progress": progress})
             time.sleep(10 * self.server.token_s)
         self._delta({"role": "assistant", "content": ""})
         if "think" in asked:

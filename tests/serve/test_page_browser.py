@@ -163,8 +163,10 @@ def test_the_bar_shows_how_much_of_the_prompt_has_been_read(browser: Browser) ->
         return "word 0" in browser.answer
 
     browser.until(read)
-    assert "Reading the prompt: 100 of 400 tokens" in seen
-    assert "Reading the prompt: 300 of 400 tokens" in seen
+    start = "Reading the prompt: 0 of 400 tokens, 7 from the prefix cache"
+    assert f"{start}; the next file is 42 % encoded" in seen
+    assert "Reading the prompt: 100 of 400 tokens, 7 from the prefix cache" in seen
+    assert "Reading the prompt: 300 of 400 tokens, 7 from the prefix cache" in seen
     assert not browser.one(".turn.assistant .progress").is_displayed()
 
 

@@ -638,6 +638,19 @@ def test_models_lists_what_the_model_takes(viewer: httpx.Client, client: httpx.C
     for one, inputs in ((viewer, ["text", "image", "audio", "video"]), (client, ["text"])):
         for entry in (one.get("/v1/models").json()["data"][0], one.get("/v1/models/tiny").json()):
             assert entry["architecture"] == {"input_modalities": inputs, "output_modalities": ["text"]}
+def test_the_progress_of_an_encode_is_told(viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.engine.scheduler.MAKING_S", 0.0)  # a piece of work for each step
+    seen = [picture("chat", png(pattern(90, 90, seed=seed))) for seed in (21, 22)]  # not encoded before
+    answer = ask(viewer, "chat", seen, stream=True, return_progress=True)
+    chunks = [event["data"] for event in read_events(answer.text) if event["data"] != "[DONE]"]
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    shares = [one["encoded"] for one in told if "encoded" in one]
+    assert shares == 2 * [0, 0.25, 0.5, 0.75]  # the tower has four layers
+    assert told[-1]["processed"] == told[-1]["total"]
+    assert "encoded" not in told[-1]
+    assert [one["processed"] for one in told] == sorted(one["processed"] for one in told)
+
+
 
 
 def test_openais_client_sends_a_picture(seeing: Seeing) -> None:

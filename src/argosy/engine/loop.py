@@ -46,12 +46,16 @@ _AFTER_FAILURE_S = 0.1  # pause after each of them
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """The number of prompt tokens done; `cached` of them came from the prefix cache."""
+    """The number of prompt tokens done; `cached` of them came from the prefix cache.
+
+    encoded: the share of the next picture, sound or group of frames that is encoded, 0 to 1; None: none is waited for.
+    """
 
     answer: int
     processed: int
     total: int
     cached: int
+    encoded: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,8 @@ class Request:
     def __init__(self, sequences: list[Sequence], on_event: Callable[[Event], None]) -> None:
         self._sequences = sequences
         self._on_event: Callable[[Event], None] | None = on_event
-        self._told = [0] * len(sequences)  # prompt tokens reported as done, for each answer
+        # Reported for each answer: prompt tokens that are done, and the share of a picture that is encoded.
+        self._told: list[tuple[int, float | None]] = [(0, None)] * len(sequences)
         self._open = set(range(len(sequences)))  # answers whose end was not reported yet
         self._error: ArgosyError | None = None  # why it is cancelled, unless the caller cancelled it
 
@@ -373,9 +378,14 @@ class EngineLoop:
         processed = min(sequence.num_computed, total)
         if sequence.first_token_at is not None:
             processed = total  # a finished sequence no longer holds its blocks
-        if processed > request._told[answer]:
-            request._told[answer] = processed
-            self._tell(request, PromptProgress(answer, processed, total, sequence.cached_tokens or 0))
+        encoded = None if sequence.spans is None else sequence.spans.share_made
+        told_processed, told_encoded = request._told[answer]
+        if processed > told_processed or (encoded is not None and encoded != told_encoded):
+            request._told[answer] = max(processed, told_processed), encoded
+            cached = sequence.cached_tokens or 0
+            self._tell(
+                request, PromptProgress(answer, max(processed, told_processed), total, cached, encoded)
+            )
 
     def _tell(self, request: Request, event: Event) -> None:
         if request._on_event is None:

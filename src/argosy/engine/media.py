@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
 from argosy.model.encoders.reading import EncoderFiles, Encoders, Processor
 from argosy.model.encoders.table import Shape
-from argosy.prompt.media_span import EARS_HINT, MakeRows, MediaSpan, SpanRows
+from argosy.prompt.media_span import EARS_HINT, MakeRows, Making, MediaSpan, SpanRows
 from argosy.prompt.replay import TenantMemory
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -294,7 +294,7 @@ class PromptMedia:
     def _maker(
         self, kind: Kind, values: Callable[[], NDArray[Any]], shape: Shape, tenant: str, digest: bytes
     ) -> MakeRows:
-        def make_rows() -> SpanRows | Generator[None, None, SpanRows]:
+        def make_rows() -> SpanRows | Making:
             if (kept := self._kept.get(tenant, digest)) is not None:
                 self._kept.touch(tenant, [digest])
                 return kept
@@ -302,9 +302,7 @@ class PromptMedia:
 
         return make_rows
 
-    def _encode(
-        self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes
-    ) -> Generator[None, None, SpanRows]:
+    def _encode(self, kind: Kind, values: NDArray[Any], shape: Shape, tenant: str, digest: bytes) -> Making:
         with self.memory.use():
             tower, processor = (yield from self._encoders.open(_TOWERS[kind])), self._processors[kind]
             if isinstance(processor, SoundProcessor):
@@ -359,7 +357,7 @@ def _span(
     )
 
 
-def _some_rows(make_rows: MakeRows, part: slice) -> Generator[None, None, SpanRows]:
+def _some_rows(make_rows: MakeRows, part: slice) -> Making:
     made = make_rows()
     if not isinstance(made, SpanRows):
         made = yield from made

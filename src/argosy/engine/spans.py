@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import ArgosyError, UsageError
-from argosy.prompt.media_span import MediaSpan, SpanRows
+from argosy.prompt.media_span import Making, MediaSpan, SpanRows
 
 # Offset of the span's part in the block, first position of that part in the span, kind, digest.
 _MARK = struct.Struct("<IQ8s32s")
@@ -48,9 +48,8 @@ class Spans:
         # From the end of a span on, the rotary position of text is its index plus this.
         self._shifts: list[float] = [0]
         self._rows: dict[int, SpanRows] = {}  # of spans that are being computed, by number
-        self._making: tuple[int, Generator[None, None, SpanRows]] | None = (
-            None  # a span's number, and its rows
-        )
+        self._making: tuple[int, Making] | None = None  # a span's number, and its rows
+        self._share_made = 0.0
         for _, span in placed:
             if span.angles is not None and span.angles.shape[0] not in (1, num_axes):
                 raise UsageError(
@@ -133,6 +132,11 @@ class Spans:
         """Whether it has rows that no step has used yet, or makes some."""
         return bool(self._rows) or self._making is not None
 
+    @property
+    def share_made(self) -> float | None:
+        """The share of the span that is being made, 0 to 1; None: none is."""
+        return None if self._making is None else self._share_made
+
     def make_some(self, start: int) -> bool:
         """Do the next piece of work for the rows of the span at position `start`; returns whether they are made.
 
@@ -149,9 +153,10 @@ class Spans:
                 if isinstance(made, SpanRows):
                     self._rows[number] = self._checked(span, made)
                     continue
-                self._making = number, made
+                self._making, self._share_made = (number, made), 0.0
             try:
-                next(self._making[1])
+                if (share := next(self._making[1])) is not None:
+                    self._share_made = share
             except StopIteration as done:
                 self._making = None
                 self._rows[number] = self._checked(span, done.value)

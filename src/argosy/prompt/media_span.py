@@ -32,8 +32,10 @@ class SpanRows:
         return self.embeddings.nbytes + sum(vectors.nbytes for vectors in self.additions.values())
 
 
-MakeRows = Callable[[], SpanRows | Generator[None, None, SpanRows]]
-"""Makes the rows of a span: at once, or in pieces of work that end in a `yield`, between which others may run."""
+Making = Generator[float | None, None, SpanRows]
+"""Pieces of work that end in a `yield`, between which others may run. A number is the share that is done, 0 to 1."""
+MakeRows = Callable[[], SpanRows | Making]
+"""Makes the rows of a span, at once or in pieces."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

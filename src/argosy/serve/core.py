@@ -142,15 +142,17 @@ Read = Callable[[], ChatRequest | TextRequest]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of the prefill, in tokens."""
+    """Progress of the prefill: see `PromptProgress`."""
 
     processed: int
     total: int
     cached: int
+    encoded: float | None
 
     def as_dict(self) -> ReadOfPrompt:
         """The form for OpenAI's dialects, with llama.cpp's field names."""
-        return {"processed": self.processed, "total": self.total, "cache": self.cached}
+        made: ReadOfPrompt = {"processed": self.processed, "total": self.total, "cache": self.cached}
+        return made if self.encoded is None else {**made, "encoded": round(self.encoded, 3)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,7 +558,7 @@ class Answers:
                 if event.answer not in self._num_cached:
                     return []
                 self._num_cached[event.answer] = event.cached
-                return [Progress(event.processed, event.total, event.cached)]
+                return [Progress(event.processed, event.total, event.cached, event.encoded)]
             case AnswerToken(answer=answer, event=token):
                 if self.results[answer] is not None:
                     return []

@@ -309,11 +309,15 @@ class Usage(Closed):
 
 
 class ReadOfPrompt(Closed):
-    """Progress of the prefill in tokens, with llama.cpp's field names."""
+    """Progress of the prefill in tokens, with llama.cpp's field names.
+
+    While a picture, sound or group of frames is encoded, `encoded` is the share of it that is done, 0 to 1.
+    """
 
     processed: int
     total: int
     cache: int
+    encoded: NotRequired[float]
 
 
 class StreamOptions(Strict):

@@ -9,7 +9,6 @@ the decoder are those of text, and the positions of a picture see one another in
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +28,7 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +167,7 @@ def peak_bytes(config: GemmaVisionConfig, grid: Grid) -> int:
 class GemmaVisionTower(Tower[GemmaVisionConfig]):
     """The tower with its projection and weights; `encode` may be run for several pictures at the same time."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+    def encode(self, patches: Rows, grid: Grid) -> Making:
         """Make the rows of a picture.
 
         Args:
@@ -191,6 +190,7 @@ class GemmaVisionTower(Tower[GemmaVisionConfig]):
         yield from self._embed(patches, grid, hidden)
         rotation = _Rotation(grid, config)
         for layer in range(config.num_layers):
+            yield layer / config.num_layers
             yield from self._attention(f"layers.{layer}", hidden, rotation)
             yield from self._feed_forward(f"layers.{layer}", hidden)
         embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)

@@ -8,7 +8,6 @@ RoPE, RMSNorm, SwiGLU. A prompt has a video as separate frames with times betwee
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +39,7 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 __all__ = [
     "GlmVisionConfig", "GlmVisionTower", "num_positions", "peak_bytes", "read_config", "span_angles", "tensors",
@@ -180,7 +179,7 @@ def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
 class GlmVisionTower(Tower[GlmVisionConfig]):
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+    def encode(self, patches: Rows, grid: Grid) -> Making:
         """Make the rows of a picture or video.
 
         Args:
@@ -194,6 +193,7 @@ class GlmVisionTower(Tower[GlmVisionConfig]):
         hidden = np.empty((len(patches), config.hidden_size), np.float32)
         yield from self._embed(patches, grid, places, hidden)
         for layer in range(config.num_layers):
+            yield layer / config.num_layers
             name = f"layers.{layer}"
             norm = partial(ops.rms_norm, f"{name}.attn_norm", eps=config.norm_eps)
             yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)

@@ -9,7 +9,6 @@ picture. Positions in the decoder are those of text.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +40,7 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 _NORM_EPS = 1e-5
 
@@ -173,7 +172,7 @@ def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
 class MoonViT(Tower[MoonViTConfig]):
     """The tower with its projector and weights; `encode` may be run for several pictures at the same time."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+    def encode(self, patches: Rows, grid: Grid) -> Making:
         """Make the rows of a picture or a piece of video.
 
         Args:
@@ -194,6 +193,7 @@ class MoonViT(Tower[MoonViTConfig]):
         hidden = np.empty((len(patches), config.hidden_size), np.float32)
         yield from self._embed(patches, grid, hidden)
         for layer in range(config.num_layers):
+            yield layer / config.num_layers
             name = f"layers.{layer}"
             norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
             segments = [range(len(hidden))]

@@ -33,7 +33,7 @@ from argosy.model.encoders.blocks import (
 )
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.weights import DenseWeights
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 _NUM_CONVOLUTIONS = 3
 _KERNEL = 3
@@ -169,7 +169,7 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
         frequencies = 10_000.0 ** -(np.arange(half) / max(1, half - 1))
         self._times = sinusoids(np.arange(_CHUNK_ROWS), frequencies)
 
-    def encode(self, features: Rows) -> Generator[None, None, SpanRows]:
+    def encode(self, features: Rows) -> Making:
         """Make the rows of a sound.
 
         Args:
@@ -183,6 +183,7 @@ class OmniAudioTower(Tower[OmniAudioConfig]):
         step = config.window_chunks * _CHUNK_ROWS
         windows = [range(start, min(start + step, len(hidden))) for start in range(0, len(hidden), step)]
         for layer in range(config.num_layers):
+            yield layer / config.num_layers
             yield from ops.self_attention(
                 f"layers.{layer}", hidden, _NORM_EPS, num_heads=config.num_heads, segments=windows
             )

@@ -48,7 +48,7 @@ from argosy.model.encoders.grid import (
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 __all__ = [
     "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config", "span_angles",
@@ -212,7 +212,7 @@ def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
 class QwenVisionTower(Tower[QwenVisionConfig]):
     """The tower with its weights; `encode` may be run for several pictures at the same time."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Generator[None, None, SpanRows]:
+    def encode(self, patches: Rows, grid: Grid) -> Making:
         """Make the rows of a picture or video.
 
         Args:
@@ -227,6 +227,7 @@ class QwenVisionTower(Tower[QwenVisionConfig]):
         yield from self._embed(patches, grid, places, hidden)
         additions = {}
         for layer in range(config.num_layers):
+            yield layer / config.num_layers
             name = f"layers.{layer}"
             norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
             yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -23,16 +23,15 @@ from argosy.model.encoders import (
 from argosy.model.encoders.blocks import Rows
 from argosy.model.families.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making
 
 Shape = tuple[int, ...]  # a grid of patches (frames, rows, columns), or the number of mel frames alone
-Encode = Generator[None, None, SpanRows]
 
 
 class Tower(Protocol):
     """Encodes patches of a picture with their grid, or mel features of a sound."""
 
-    def encode(self, values: Rows, *shape: Any) -> Encode: ...
+    def encode(self, values: Rows, *shape: Any) -> Making: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ from argosy.model.encoders.blocks import (
     in_blocks,
 )
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import SpanRows
+from argosy.prompt.media_span import Making, SpanRows
 
 _NORM_EPS = 1e-5
 _KERNEL = 3
@@ -214,7 +214,7 @@ def _convolve(ops: Operations, name: str, x: Rows, out: Rows, *, stride: int) ->
 class WhisperAudioTower(Tower[WhisperAudioConfig]):
     """The tower with its weights; `encode` may be run for several sounds at the same time."""
 
-    def encode(self, features: Rows) -> Generator[None, None, SpanRows]:
+    def encode(self, features: Rows) -> Making:
         """Make the rows of a sound.
 
         Args:
@@ -223,7 +223,8 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
         config, ops = self._config, self._operations
         embeddings = np.empty((num_positions(config, features.shape[1]), config.out_size), np.float32)
         silence = silence_after(features)
-        for window, start in enumerate(range(0, features.shape[1], config.window_frames)):
+        starts = range(0, features.shape[1], config.window_frames)
+        for window, start in enumerate(starts):
             heard = np.full((config.num_mels, config.window_frames), silence, np.float32)
             part = features[:, start : start + config.window_frames]
             heard[:, : part.shape[1]] = part
@@ -234,5 +235,5 @@ class WhisperAudioTower(Tower[WhisperAudioConfig]):
             joined = hidden[: len(out) * config.joined].reshape(len(out), -1)
             ops.linear("projector.down", ops.linear("projector.up", joined, finish="gelu_erf"), out)
             del hidden, joined, heard
-            yield
+            yield (window + 1) / len(starts)
         return SpanRows(embeddings)

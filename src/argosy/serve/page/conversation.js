@@ -271,12 +271,13 @@ class AssistantTurn {
     this.summary.addEventListener("click", () => { this.isFoldTouched = true; });
   }
 
-  showProgress({ processed, total, cached }, say) {
+  showProgress({ processed, total, cache, encoded }, say) {
     if (this.content || this.reasoning || !(total > 0)) return;
     this.bar.max = total;
     this.bar.value = processed;
-    const fromCache = cached > 0 ? `, ${count(cached)} from the prefix cache` : "";
-    this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}`;
+    const fromCache = cache > 0 ? `, ${count(cache)} from the prefix cache` : "";
+    const next = isNumber(encoded) ? `; the next file is ${Math.floor(100 * encoded)} % encoded` : "";
+    this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}${next}`;
     say(`Reading the prompt, ${25 * Math.floor((4 * processed) / total)} percent.`);
   }
 
