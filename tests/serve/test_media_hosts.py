@@ -186,7 +186,7 @@ def test_an_address_of_the_one_form_is_requested_as_it_is(address: str, path: st
     assert head[0] == f"GET {path} HTTP/1.1"
     assert head[1] == f"Host: {HOST}"
     assert sorted(line.lower() for line in head[2:] if line) == [
-        "accept-encoding: identity", "accept: image/*, audio/*", "connection: close",
+        "accept-encoding: identity", "accept: image/*, audio/*, video/*", "connection: close",
     ]  # fmt: skip
 
 

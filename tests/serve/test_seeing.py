@@ -22,11 +22,14 @@ from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
 from argosy.media.pictures import PictureProcessor
+from argosy.serve.anthropic_messages import AddressSource, VideoBlock
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
 from argosy.serve.held import Pool, Share
-from argosy.serve.media_parts import Intake
-from argosy.serve.openai_chat import PictureAddress, PicturePart
+from argosy.serve.media_hosts import Files
+from argosy.serve.media_parts import Intake, MediaPart
+from argosy.serve.openai_chat import PictureAddress, PicturePart, VideoAddress, VideoPart
+from argosy.serve.openai_responses import VideoInput
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start
@@ -401,8 +404,13 @@ def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -
     assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
 
 
-def video(content: bytes, form: str = "video/mp4") -> dict[str, Any]:
-    return {"type": "video_url", "video_url": {"url": f"data:{form};base64,{encoded(content)}"}}
+def video(dialect: str, content: bytes, form: str = "video/mp4") -> dict[str, Any]:
+    data = encoded(content)
+    return {
+        "chat": {"type": "video_url", "video_url": {"url": f"data:{form};base64,{data}"}},
+        "responses": {"type": "input_video", "video_url": f"data:{form};base64,{data}"},
+        "messages": {"type": "video", "source": {"type": "base64", "media_type": form, "data": data}},
+    }[dialect]
 
 
 needs_ffmpeg = pytest.mark.skipif(
@@ -412,12 +420,15 @@ needs_ffmpeg = pytest.mark.skipif(
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("dialect", CHATTING)
 def test_a_video_reaches_the_engine_as_from_python_with_its_sound(
-    seeing: Seeing, viewer: httpx.Client
+    seeing: Seeing, viewer: httpx.Client, dialect: str
 ) -> None:
     file = clip_file(20)
-    answer = ask(viewer, "chat", [text("chat", "What happens?"), video(file), picture("chat", CAT)])
+    content = [text(dialect, "What happens?"), video(dialect, file), picture(dialect, CAT)]
+    answer = ask(viewer, dialect, content)
     assert answer.status_code == 200, answer.text
+    assert "x-replaced-blocks" not in answer.headers
     expected = seeing.service.prompts.build([Text("What happens?"), Video(file), Image(CAT)])
     assert seeing.prompts[-1].token_ids == expected.token_ids
     assert digests(seeing.prompts[-1]) == digests(expected)
@@ -425,6 +436,55 @@ def test_a_video_reaches_the_engine_as_from_python_with_its_sound(
     # Two groups of two frames, a second apart, and two seconds of sound: 13 positions of it a second.
     assert kinds == ["video", "sound", "video", "sound", "picture"]
     assert expected.spans[1][1].num_positions == 13
+    # The same tokens are told before anything is sent to the model.
+    if dialect == "responses":
+        body = {"input": [{"role": "user", "content": content}]}
+        counted = viewer.post("/v1/responses/input_tokens", json=body).json()
+        pictures = sum(span.num_positions for _, span in expected.spans if span.kind != "sound")
+        sounds = sum(span.num_positions for _, span in expected.spans if span.kind == "sound")
+        assert counted["input_tokens_details"] == {"image_tokens": pictures, "audio_tokens": sounds}
+    elif dialect == "messages":
+        body = {"messages": [{"role": "user", "content": content}]}
+        counted = viewer.post("/v1/messages/count_tokens", json=body).json()
+        assert counted["input_tokens"] == len(expected.token_ids)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("dialect", CHATTING)
+def test_a_video_in_the_result_of_a_tool_is_seen(seeing: Seeing, viewer: httpx.Client, dialect: str) -> None:
+    found = [text(dialect, "Here:"), video(dialect, clip_file(20))]
+    answer = converse(viewer, dialect, read_tool(dialect, found, []), tools=TOOLS[dialect])
+    assert answer.status_code == 200, answer.text
+    assert "x-replaced-blocks" not in answer.headers
+    assert [span.kind for _, span in seeing.prompts[-1].spans] == ["video", "sound", "video", "sound"]
+
+
+@needs_ffmpeg
+def test_a_response_that_continues_one_with_a_video_is_prepared_in_the_thread_for_videos(
+    seeing: Seeing, viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask(viewer, "responses", [video("responses", clip_file(20))]).json()
+    threads, build = [], seeing.service.prompts.build
+
+    def built(*given: Any, **more: Any) -> Any:
+        threads.append(threading.current_thread())
+        return build(*given, **more)
+
+    monkeypatch.setattr(seeing.service.prompts, "build", built)
+    earlier = first["id"]
+    for question in ("And?", "And then?"):
+        later = converse(
+            viewer, "responses", [{"role": "user", "content": question}], previous_response_id=earlier
+        )
+        assert later.status_code == 200, later.text
+        earlier = later.json()["id"]
+        assert [span.kind for _, span in seeing.prompts[-1].spans] == ["video", "sound", "video", "sound"]
+    without = ask(viewer, "responses", [text("responses", "Hello")]).json()["id"]
+    converse(viewer, "responses", [{"role": "user", "content": "And?"}], previous_response_id=without)
+    one, other, *without_video = threads
+    assert one is other
+    assert len(without_video) == 2
+    assert one not in without_video
 
 
 @needs_ffmpeg
@@ -441,7 +501,7 @@ def test_a_picture_does_not_wait_for_a_film(
 
     monkeypatch.setattr(PromptMedia, "_prepare_video", slowly)
     answers: list[httpx.Response] = []
-    film = [video(clip_file(20)), text("chat", "What happens?")]
+    film = [video("chat", clip_file(20)), text("chat", "What happens?")]
     asking = threading.Thread(target=lambda: answers.append(ask(viewer, "chat", film)))
     asking.start()
     try:
@@ -456,21 +516,45 @@ def test_a_picture_does_not_wait_for_a_film(
     assert answers[0].status_code == 200
 
 
-def test_a_video_that_cannot_be_shown_is_refused_by_name(viewer: httpx.Client, client: httpx.Client) -> None:
-    address = {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}
+@pytest.mark.parametrize("dialect", CHATTING)
+def test_a_video_that_cannot_be_shown_is_refused_by_name(
+    viewer: httpx.Client, client: httpx.Client, dialect: str
+) -> None:
+    url = "https://example.com/a.mp4"
+    address = {
+        "chat": {"type": "video_url", "video_url": {"url": url}},
+        "responses": {"type": "input_video", "video_url": url},
+        "messages": {"type": "video", "source": {"type": "url", "url": url}},
+    }[dialect]
     for part, sentence in (
-        (address, "expected the data of a video, found an address (https:)"),
-        (video(b"x", "video/ogg"), "expected a video of type video/mp4, video/quicktime, video/webm"),
-        (video(b"#EXTM3U\nfile:///etc/passwd\n"), "the video is in no format that is read"),
+        (address, "expected the data of a video, found an address"),
+        (
+            video(dialect, b"x", "video/ogg"),
+            "expected a video of type video/mp4, video/quicktime, video/webm",
+        ),
+        (video(dialect, b""), "the video is empty: it has 0 bytes"),
+        (video(dialect, b"#EXTM3U\nfile:///etc/passwd\n"), "the video is in no format that is read"),
     ):
-        answer = ask(viewer, "chat", [part])
+        answer = ask(viewer, dialect, [part])
         assert answer.status_code == 400
         assert sentence in answer.json()["error"]["message"]
-    refused = ask(client, "chat", [video(b"x")])
+    refused = ask(client, dialect, [video(dialect, b"x")])
     assert refused.status_code == 400
-    assert (
-        "this model reads text only, and this part has type 'video_url'" in refused.json()["error"]["message"]
-    )
+    said = f"this model reads text only, and this part has type '{address['type']}'"
+    assert said in refused.json()["error"]["message"]
+
+
+def test_only_the_data_of_a_video_is_taken(viewer: httpx.Client) -> None:
+    for dialect, part in (
+        ("chat", {"type": "video_url"}),
+        ("chat", {"type": "video_url", "video_url": "data:video/mp4;base64,AAAA"}),
+        ("responses", {"type": "input_video"}),
+        ("responses", {"type": "input_video", "video_url": None}),
+        ("responses", {"type": "input_video", "video_url": {"url": "data:video/mp4;base64,AAAA"}}),
+        ("messages", {"type": "video"}),
+        ("messages", {"type": "video", "source": {"type": "base64", "data": "AAAA"}}),
+    ):
+        assert ask(viewer, dialect, [part]).status_code == 400, part
 
 
 def test_a_part_of_another_kind_is_replaced_or_refused_with_what_the_model_reads(
@@ -557,6 +641,19 @@ def test_tokens_of_pictures_and_sounds_are_told(seeing: Seeing, viewer: httpx.Cl
     assert {name: details[name] for name in counts} == counts
 
 
+def test_the_progress_of_an_encode_is_told(viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("argosy.engine.scheduler.MAKING_S", 0.0)  # a piece of work for each step
+    seen = [picture("chat", png(pattern(90, 90, seed=seed))) for seed in (21, 22)]  # not encoded before
+    answer = ask(viewer, "chat", seen, stream=True, return_progress=True)
+    chunks = [event["data"] for event in read_events(answer.text) if event["data"] != "[DONE]"]
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    shares = [one["encoded"] for one in told if "encoded" in one]
+    assert shares == 2 * [0, 0.25, 0.5, 0.75]  # the tower has four layers
+    assert told[-1]["processed"] == told[-1]["total"]
+    assert "encoded" not in told[-1]
+    assert [one["processed"] for one in told] == sorted(one["processed"] for one in told)
+
+
 # Memory and time
 
 
@@ -578,6 +675,25 @@ def test_the_size_is_checked_and_charged_before_anything_is_decoded(monkeypatch:
     with pytest.raises(Overloaded):
         Intake(["picture"], pool.share()).piece(part_of(b"x" * (2 << 20)), "here", is_new=True)
     assert pool.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        VideoPart(type="video_url", video_url=VideoAddress(url="https://example.org/a.mp4")),
+        VideoInput(type="input_video", video_url="https://example.org/a.mp4"),
+        VideoBlock(type="video", source=AddressSource(type="url", url="https://example.org/a.mp4")),
+    ],
+)
+def test_a_video_at_an_address_is_taken_once_it_is_fetched(part: MediaPart) -> None:
+    files = Files()
+    intake = Intake(["video"], Pool(2 << 20).share(), files=files)
+    assert intake.piece(part, "here", is_new=True) == ""
+    assert list(files.wanted) == ["https://example.org/a.mp4"]
+    files.found["https://example.org/a.mp4"] = b"film"
+    piece = intake.piece(part, "here", is_new=True)
+    assert isinstance(piece, dict)
+    assert (type(piece["video"]), piece["video"].source) == (Video, b"film")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
@@ -638,22 +754,9 @@ def test_models_lists_what_the_model_takes(viewer: httpx.Client, client: httpx.C
     for one, inputs in ((viewer, ["text", "image", "audio", "video"]), (client, ["text"])):
         for entry in (one.get("/v1/models").json()["data"][0], one.get("/v1/models/tiny").json()):
             assert entry["architecture"] == {"input_modalities": inputs, "output_modalities": ["text"]}
-def test_the_progress_of_an_encode_is_told(viewer: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.engine.scheduler.MAKING_S", 0.0)  # a piece of work for each step
-    seen = [picture("chat", png(pattern(90, 90, seed=seed))) for seed in (21, 22)]  # not encoded before
-    answer = ask(viewer, "chat", seen, stream=True, return_progress=True)
-    chunks = [event["data"] for event in read_events(answer.text) if event["data"] != "[DONE]"]
-    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
-    shares = [one["encoded"] for one in told if "encoded" in one]
-    assert shares == 2 * [0, 0.25, 0.5, 0.75]  # the tower has four layers
-    assert told[-1]["processed"] == told[-1]["total"]
-    assert "encoded" not in told[-1]
-    assert [one["processed"] for one in told] == sorted(one["processed"] for one in told)
 
 
-
-
-def test_openais_client_sends_a_picture(seeing: Seeing) -> None:
+def test_openais_client_sends_a_picture_and_a_sound(seeing: Seeing) -> None:
     with openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="none") as client:
         made = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": question("chat")}],  # type: ignore[list-item, misc]
@@ -665,6 +768,15 @@ def test_openais_client_sends_a_picture(seeing: Seeing) -> None:
             temperature=0, max_output_tokens=NUM_NEW,
         )  # fmt: skip
         assert response.output_text == seeing.python_text
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": [sound(TONE), text("chat", "Who?")]}],  # type: ignore[list-item, misc]
+            max_tokens=1,
+        )  # fmt: skip
+        assert (
+            digests(seeing.prompts[-1])
+            == digests(seeing.service.prompts.build([Audio(TONE), Text("Who?")]))
+            != []
+        )
         with pytest.raises(openai.BadRequestError, match="the picture is empty"):
             client.chat.completions.create(
                 model="tiny", messages=[{"role": "user", "content": [picture("chat", b"")]}]  # type: ignore[list-item, misc]
@@ -685,7 +797,15 @@ def test_anthropics_client_sends_a_picture(seeing: Seeing) -> None:
             )  # fmt: skip
 
 
-def test_the_document_describes_pictures_and_sounds(viewer: httpx.Client) -> None:
+def test_the_document_describes_pictures_sounds_and_videos(viewer: httpx.Client) -> None:
     shown = json.dumps(viewer.get("/openapi.json").json())
-    for name in ("PicturePart", "SoundPart", "PictureInput", "ImageBlock"):
+    for name in (
+        "PicturePart",
+        "SoundPart",
+        "VideoPart",
+        "PictureInput",
+        "VideoInput",
+        "ImageBlock",
+        "VideoBlock",
+    ):
         assert f'"#/components/schemas/{name}"' in shown

@@ -37,7 +37,10 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
 @click.option(
-    "--media-host", multiple=True, metavar="NAME", help="Fetch pictures that requests name, from this host."
+    "--media-host",
+    multiple=True,
+    metavar="NAME",
+    help="Fetch media that requests name, from this host.",
 )
 @click.option("--name", metavar="ID", help="Model name for clients; default: the file name.")
 @click.option("--any-model", is_flag=True, help="Accept every model name that clients send.")

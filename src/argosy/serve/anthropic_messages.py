@@ -96,11 +96,7 @@ class FileIdSource(Lenient):
     type: Literal["file"]
 
 
-class ImageBlock(MediaPart):
-    KIND = "picture"
-    REMEDY = "send the picture itself, as a source of type base64"
-
-    type: Literal["image"]
+class MediaBlock(MediaPart):
     source: Annotated[Base64Source | AddressSource | FileIdSource, Field(discriminator="type")]
 
     def data(self) -> Data | Elsewhere:
@@ -115,6 +111,22 @@ class ImageBlock(MediaPart):
             return 0
         dropped, self.source.data = self.source.data, ""
         return len(dropped)
+
+
+class ImageBlock(MediaBlock):
+    KIND = "picture"
+    REMEDY = "send the picture itself, as a source of type base64"
+
+    type: Literal["image"]
+
+
+class VideoBlock(MediaBlock):
+    """Not part of Anthropic's API; servers of models that watch take it in this form."""
+
+    KIND = "video"
+    REMEDY = "send the video itself, as a source of type base64"
+
+    type: Literal["video"]
 
 
 class Citations(Lenient):
@@ -181,7 +193,8 @@ class ServerBlock(UnreadPart):
 
 
 ResultContent = Annotated[
-    TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | VideoBlock | DocumentBlock | SearchResultBlock | ServerBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -192,7 +205,7 @@ class ToolResultBlock(Lenient):
 
 
 AskingBlock = Annotated[
-    TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ToolResultBlock | ServerBlock,
+    TextBlock | ImageBlock | VideoBlock | DocumentBlock | SearchResultBlock | ToolResultBlock | ServerBlock,
     Field(discriminator="type"),
 ]
 AnsweringBlock = Annotated[
@@ -423,8 +436,8 @@ class _Place:
     where: str
     is_new: bool
 
-    def piece(self, block: ImageBlock | DocumentBlock | ServerBlock) -> Piece:
-        if isinstance(block, ImageBlock):
+    def piece(self, block: MediaBlock | DocumentBlock | ServerBlock) -> Piece:
+        if isinstance(block, MediaBlock):
             return self.intake.piece(block, self.where, is_new=self.is_new)
         reason = _NOT_RUN_HERE if isinstance(block, ServerBlock) else None
         return self.intake.replaced.note(block.type, self.where, is_new=self.is_new, reason=reason)
@@ -438,9 +451,9 @@ def _text(given: str | Sequence[TextBlock]) -> str:
 
 
 def _told(
-    block: TextBlock | ImageBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
+    block: TextBlock | MediaBlock | DocumentBlock | SearchResultBlock | ServerBlock, place: _Place
 ) -> list[Piece]:
-    """Turn a block into texts, which belong on lines of their own, and pictures."""
+    """Turn a block into texts, which belong on lines of their own, pictures and videos."""
     match block:
         case TextBlock():
             return [block.text]

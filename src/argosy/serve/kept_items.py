@@ -35,11 +35,13 @@ class _Kept:
         text: JSON of the output item, or of the list of input items.
         previous_id: the response that this one continues.
         answered_ids: ids of the response's output items.
+        has_video: its input items have a video.
     """
 
     text: bytes
     previous_id: str | None = None
     answered_ids: tuple[str, ...] = ()
+    has_video: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +68,8 @@ class KeptItems:
         previous_id: str | None,
         asked: Sequence[Item] | None,
         answered: Sequence[Item],
+        *,
+        has_video: bool = False,
     ) -> None:
         """Keep the input items of a response, without those of `previous_id`, and its output items.
 
@@ -77,7 +81,7 @@ class KeptItems:
         if asked is None or _num_characters(asked) > self.max_bytes:
             return
         answered_ids = tuple(item["id"] for item in answered)
-        kept = _Kept(_written(asked), previous_id, answered_ids)
+        kept = _Kept(_written(asked), previous_id, answered_ids, has_video)
         self._memory.put(tenant, _response_key(response_id), kept)
         if tenant in self._gone:  # revoked after this answer was finished
             self._memory.forget(tenant)
@@ -122,6 +126,17 @@ class KeptItems:
         # A conversation is useful only as a whole, so the items that all others depend on are dropped last.
         self._memory.touch(tenant, used)
         return [item for turn in reversed(turns) for item in turn]
+
+    def has_video(self, tenant: str, response_id: str) -> bool:
+        """Whether the conversation up to a response has a video, as far as it is kept."""
+        own_id: str | None = response_id
+        for _ in range(MAX_ITEMS):
+            if own_id is None or (found := self._memory.get(tenant, _response_key(own_id))) is None:
+                return False
+            if found.has_video:
+                return True
+            own_id = found.previous_id
+        return False
 
     def forget(self, tenant: str) -> None:
         """Drop all items of a revoked tenant."""

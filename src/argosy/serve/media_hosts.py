@@ -1,4 +1,4 @@
-"""Pictures and sounds at addresses: fetched only from hosts that the operator allows, and only over https.
+"""Pictures, sounds and videos at addresses: fetched only from hosts that the operator allows, and only over https.
 
     https://HOST/PATH  ->  MediaHosts.fetch  ->  one form of address  ->  an allowed host  ->  its addresses, all public
                                              ->  a connection to one of them  ->  200, within size and time
@@ -204,7 +204,7 @@ class MediaHosts:
             connection.auto_open = 0
             connection.request(
                 "GET", target.path,
-                headers={"Accept": "image/*, audio/*", "Accept-Encoding": "identity", "Connection": "close"},
+                headers={"Accept": "image/*, audio/*, video/*", "Accept-Encoding": "identity", "Connection": "close"},
             )  # fmt: skip
             with connection.getresponse() as response:
                 return self._body(response, share)

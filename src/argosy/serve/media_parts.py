@@ -127,6 +127,7 @@ class SoundPart(MediaPart):
 
 
 URL_REMEDY = "send a data URL: data:image/png;base64,..."
+VIDEO_URL_REMEDY = "send a data URL: data:video/mp4;base64,..."
 
 
 def data_of_url(url: str) -> Data | Elsewhere:

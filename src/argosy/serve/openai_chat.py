@@ -59,6 +59,7 @@ from argosy.serve.gate import Caller
 from argosy.serve.logprobs import ScoredToken
 from argosy.serve.media_parts import (
     URL_REMEDY,
+    VIDEO_URL_REMEDY,
     AskedDetail,
     Data,
     Elsewhere,
@@ -117,7 +118,7 @@ class VideoPart(MediaPart):
     """As vLLM's server has it."""
 
     KIND = "video"
-    REMEDY = "send a data URL: data:video/mp4;base64,..."
+    REMEDY = VIDEO_URL_REMEDY
 
     type: Literal["video_url"]
     video_url: VideoAddress

@@ -68,6 +68,7 @@ from argosy.serve.kept_items import KeptItems
 from argosy.serve.logprobs import ScoredToken, Speller
 from argosy.serve.media_parts import (
     URL_REMEDY,
+    VIDEO_URL_REMEDY,
     AskedDetail,
     Data,
     Elsewhere,
@@ -115,11 +116,31 @@ class PictureInput(MediaPart):
         return self.detail
 
 
+class VideoInput(MediaPart):
+    """As the Open Responses specification has it; OpenAI's own models take none."""
+
+    KIND = "video"
+    REMEDY = VIDEO_URL_REMEDY
+
+    type: Literal["input_video"]
+    video_url: str
+
+    def data(self) -> Data | Elsewhere:
+        return data_of_url(self.video_url)
+
+    def drop(self) -> int:
+        dropped, self.video_url = self.video_url, ""
+        return len(dropped)
+
+
 class OtherInput(UnreadPart):
     type: Literal["input_file", "computer_screenshot"]
 
 
-Parts = Text | Many[Annotated[Part | PictureInput | SoundPart | OtherInput, Field(discriminator="type")]]
+Parts = (
+    Text
+    | Many[Annotated[Part | PictureInput | SoundPart | VideoInput | OtherInput, Field(discriminator="type")]]
+)
 
 
 class GivenItem(Lenient):
@@ -579,6 +600,8 @@ def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[
         body.previous_response_id is not None or any(isinstance(item, NamedItem) for item in body.items)
     ):
         caller.takes_long = True  # earlier items may have pictures
+    if (earlier := body.previous_response_id) is not None and "video" in service.model.media_kinds:
+        caller.takes_video |= service.kept.has_video(caller.tenant, earlier)
     return lambda: body.request(service.kept, caller.tenant, service.intake(caller))
 
 
@@ -664,7 +687,10 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             asked = None
             if self._has_input:
                 asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
-            kept.keep(self.caller.tenant, self._id, body.previous_response_id, asked, self._items)
+            has_video = any(part.KIND == "video" for part in media_in(body))
+            kept.keep(
+                self.caller.tenant, self._id, body.previous_response_id, asked, self._items, has_video=has_video
+            )  # fmt: skip
 
         if self._is_kept:
             await asyncio.to_thread(keep)
