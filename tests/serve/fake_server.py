@@ -245,9 +245,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refuses_media is not None:
             self._refuse(*self.server.refuses_media)
             return
-        name, number = ("image_tokens", 256) if part["type"] == "input_image" else ("audio_tokens", 13)
-        answer = {"object": "response.input_tokens", "input_tokens": number + 9}
-        self._json(answer | {"input_tokens_details": {name: number}})
+        counts = {
+            "input_image": {"image_tokens": 256},
+            "input_audio": {"audio_tokens": 13},
+            "input_video": {"image_tokens": 600, "audio_tokens": 40},
+        }[part["type"]]
+        answer = {"object": "response.input_tokens", "input_tokens": sum(counts.values()) + 9}
+        self._json(answer | {"input_tokens_details": counts})
 
     def _answer(self, messages: list[dict[str, Any]]) -> None:
         asked = text_of(messages[-1])

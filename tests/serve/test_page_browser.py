@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import shutil
+import subprocess
 import time
 import wave as wave_file
 from collections.abc import Callable, Iterator
@@ -337,9 +338,13 @@ def test_hostile_markdown_takes_linear_time(browser: Browser) -> None:
         "const [pieces, done] = arguments;"
         "import('/page/markdown.js').then(({ MarkdownView }) => done(pieces.map((piece) => {"
         "  const text = piece.repeat(Math.ceil(40000 / piece.length));"
-        "  const start = performance.now();"
-        "  new MarkdownView(document.createElement('div')).update(text);"
-        "  return performance.now() - start;"
+        "  let best = Infinity;"
+        "  for (let turn = 0; turn < 3 && best > 1000; turn++) {"  # on a busy machine one turn may take long
+        "    const start = performance.now();"
+        "    new MarkdownView(document.createElement('div')).update(text);"
+        "    best = Math.min(best, performance.now() - start);"
+        "  }"
+        "  return best;"
         "})));",
         HOSTILE,
     )
@@ -641,6 +646,93 @@ def test_files_can_be_pasted_and_dropped(seeing: Browser, how: str) -> None:
     assert seeing.complaints() == []
 
 
+needs_ffmpeg = pytest.mark.skipif(
+    shutil.which("ffmpeg") is None, reason="needs the program ffmpeg (`apt install ffmpeg`)"
+)
+
+
+def video_part(content: bytes, form: str = "video/webm") -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": data_url(content, form)}}
+
+
+@pytest.fixture
+def watching(browser: Browser) -> Browser:
+    """The page of a model that takes pictures, sounds and videos."""
+    browser.server.inputs = ["text", "image", "audio", "video"]
+    browser.open()
+    browser.until(lambda: browser.one("#attach").is_displayed())
+    return browser
+
+
+@needs_ffmpeg
+def test_a_video_is_played_counted_and_sent(watching: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "clip.webm"
+    source = ("-f", "lavfi", "-i", "testsrc=size=64x48:rate=10:duration=2")
+    subprocess.run(["ffmpeg", "-v", "error", *source, "-c:v", "libvpx", path], check=True)
+    clip = path.read_bytes()
+    assert "video/mp4" in watching.one("#files").get_attribute("accept").split(",")
+    choose(watching, path)
+    watching.until(lambda: facts(watching) == ["640 tokens"])  # of its frames and its sound
+    player = watching.one("#attachments video")
+    assert player.get_attribute("aria-label") == "clip.webm"
+    shown = "return [arguments[0].videoWidth, arguments[0].duration]"
+    watching.until(lambda: watching.script(shown, player) == [64, 2])
+    assert watching.script("return arguments[0].controls", player)
+    watching.say("What happens?")
+    watching.wait_for_the_answer()
+    content = [video_part(clip), {"type": "text", "text": "What happens?"}]
+    assert last_content(watching) == content
+    assert watching.one(".turn.user video").get_attribute("aria-label") == "clip.webm"
+    counted = [body for path, body in watching.server.requests if path == "/v1/responses/input_tokens"]
+    assert counted[0]["input"][0]["content"] == [
+        {"type": "input_video", "video_url": data_url(clip, "video/webm")}
+    ]
+    watching.say("And then?")
+    watching.until(lambda: len(watching.server.conversations) == 2)
+    assert watching.server.conversations[1][0]["content"] == content
+    assert watching.complaints() == []
+
+
+@pytest.mark.parametrize("how", ["paste", "drop"])
+@pytest.mark.parametrize(
+    ("name", "form", "sent_as"),
+    [
+        ("a.mkv", "", "video/x-matroska"),  # the system knows no type
+        ("b.avi", "video/vnd.avi", "video/x-msvideo"),
+        ("c.m4v", "video/x-m4v", "video/mp4"),
+        ("d.gif", "image/gif", "image/gif"),
+    ],
+)
+def test_videos_can_be_pasted_and_dropped_whatever_their_type_is_called(
+    watching: Browser, how: str, name: str, form: str, sent_as: str
+) -> None:
+    assert give(watching, how, name, form, b"not played")
+    is_picture = sent_as == "image/gif"
+    watching.until(lambda: facts(watching) == [f"{256 if is_picture else 640} tokens"])
+    watching.press(Keys.ENTER)
+    watching.wait_for_the_answer()
+    part = picture_part if is_picture else video_part
+    assert last_content(watching) == [part(b"not played", sent_as)]
+
+
+def test_a_video_that_the_browser_cannot_play_is_sent_without_a_player(watching: Browser) -> None:
+    give(watching, "drop", "clip.avi", "video/x-msvideo", b"RIFF....AVI ")
+    watching.until(lambda: watching.text("#attachments .preview") == "no preview")
+    watching.until(lambda: facts(watching) == ["640 tokens"])
+    watching.press(Keys.ENTER)
+    watching.until(lambda: watching.text(".turn.user .attached") == "no preview")
+    assert last_content(watching) == [video_part(b"RIFF....AVI ", "video/x-msvideo")]
+    assert watching.script(CONTRAST) == []
+
+
+def test_a_picture_without_a_type_is_sent_with_the_type_of_its_name(seeing: Browser) -> None:
+    assert give(seeing, "drop", "cat.png", "", CAT)
+    seeing.until(lambda: facts(seeing) == ["256 tokens"])
+    seeing.press(Keys.ENTER)
+    seeing.wait_for_the_answer()
+    assert last_content(seeing) == [picture_part(CAT)]
+
+
 def test_pasted_text_stays_text_even_with_a_picture_of_it(seeing: Browser) -> None:
     code = GIVEN.replace("const init", "transfer.setData('text/plain', 'words');\nconst init")
     assert not seeing.script(code, "paste", "words.png", "image/png", base64.b64encode(CAT).decode())
@@ -669,12 +761,13 @@ def test_a_file_that_the_model_cannot_take_is_refused_beside_its_name(
     assert not browser.one("#record").is_displayed()
     assert browser.one("#files").get_attribute("accept") == "image/png,image/jpeg,image/webp,image/gif"
     sentence = "This model takes PNG, JPEG, WEBP and GIF pictures."
-    choose(browser, files["notes.txt"], files["tone.wav"])
-    browser.until(lambda: facts(browser) == [sentence, sentence])
+    (files["cat.png"].parent / "clip.mp4").write_bytes(b"ftyp")
+    choose(browser, files["notes.txt"], files["tone.wav"], files["cat.png"].parent / "clip.mp4")
+    browser.until(lambda: facts(browser) == [sentence] * 3)
     browser.one("#prompt").send_keys("hello", Keys.ENTER)
     assert browser.server.conversations == []
     assert browser.one("#send").get_attribute("title") == "Remove the files that cannot be sent."
-    for name in ("notes.txt", "tone.wav"):
+    for name in ("notes.txt", "tone.wav", "clip.mp4"):
         browser.one(f"[aria-label='Remove {name}']").click()
     browser.one("#prompt").send_keys(Keys.ENTER)
     browser.wait_for_the_answer()
@@ -704,18 +797,21 @@ def test_a_picture_above_the_servers_limit_is_scaled_down_and_the_page_says_so(
     assert (sent.size, sent.getpixel((9, 9))[:3]) == ((5366, 4472), (0, 128, 128))  # type: ignore[index]
 
 
-def test_files_that_are_too_large_are_refused_in_the_page(seeing: Browser) -> None:
+def test_files_that_are_too_large_are_refused_in_the_page(watching: Browser) -> None:
     assert (PROMPT_LIMITS.file_bytes, MEDIA_BODY_BYTES) == (32 << 20, 48 << 20)
-    make = "arguments[0].forEach((n, i) => { const t = new DataTransfer(); t.items.add(new File("
-    make += "[new Uint8Array(n * 2 ** 20)], `${i}.wav`, { type: 'audio/wav' })); document.dispatchEvent("
-    make += "new DragEvent('drop', { cancelable: true, dataTransfer: t })); })"
-    seeing.script(make, [33])
-    seeing.until(lambda: facts(seeing) == ["A file may have at most 33.6 MB, and this one has 34.6 MB."])
-    seeing.one("[aria-label='Remove 0.wav']").click()
-    seeing.script(make, [25])
-    seeing.until(lambda: facts(seeing) == ["13 tokens"])
-    seeing.script(make, [25])
-    seeing.until(lambda: len(facts(seeing)) == 2 and "36.2 MB together" in facts(seeing)[1])
+    drop = "const [mebibytes, type] = arguments; const t = new DataTransfer();"
+    drop += "t.items.add(new File([new Uint8Array(mebibytes * 2 ** 20)], 'zeros', { type }));"
+    drop += "document.dispatchEvent(new DragEvent('drop', { cancelable: true, dataTransfer: t }))"
+    watching.script(drop, 33, "audio/wav")
+    watching.until(lambda: facts(watching) == ["A file may have at most 33.6 MB, and this one has 34.6 MB."])
+    watching.one("[aria-label='Remove zeros']").click()
+    watching.script(drop, 35, "video/mp4")
+    watching.until(lambda: facts(watching) == ["A file may have at most 36.2 MB, and this one has 36.7 MB."])
+    watching.one("[aria-label='Remove zeros']").click()
+    watching.script(drop, 25, "audio/wav")
+    watching.until(lambda: facts(watching) == ["13 tokens"])
+    watching.script(drop, 25, "audio/wav")
+    watching.until(lambda: len(facts(watching)) == 2 and "36.2 MB together" in facts(watching)[1])
 
 
 def test_what_the_server_finds_wrong_is_said_beside_the_file(seeing: Browser, files: dict[str, Path]) -> None:

@@ -96,7 +96,7 @@ byId("new").addEventListener("click", () => {
   prompt.focus();
 });
 
-// Pictures and sounds: chosen, pasted, dropped or recorded
+// Pictures, sounds and videos: chosen, pasted, dropped or recorded
 
 byId("attach").addEventListener("click", () => byId("files").click());
 byId("files").addEventListener("change", () => {

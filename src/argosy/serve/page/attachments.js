@@ -1,4 +1,4 @@
-// Pictures and sounds of the next message: read, shown with a preview and their tokens, and removed.
+// Pictures, sounds and videos of the next message: read, shown with a preview and their tokens, and removed.
 //
 //   File  ->  scaled down if the server would refuse it  ->  data URL  ->  preview, tokens  ->  part of a message
 //
@@ -13,16 +13,29 @@ const MOST_PIXELS = 24e6;
 const LONGEST_SIDE = 16384;
 const MOST_FILE_BYTES = 32 * 2 ** 20;
 const MOST_BODY_CHARACTERS = 46 * 2 ** 20;  // leaves room for the text of the conversation
+const MOST_BODY_BYTES = MOST_BODY_CHARACTERS * 0.75;  // as base64
+const MOST_BYTES = { picture: MOST_FILE_BYTES, sound: MOST_FILE_BYTES, video: MOST_BODY_BYTES };
 
+// Types that browsers give files, and what the server calls them: a media type, or the format of a sound.
 const TYPES = {
-  picture: { "image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF" },
+  picture: {
+    "image/png": "image/png", "image/jpeg": "image/jpeg", "image/webp": "image/webp", "image/gif": "image/gif",
+  },
   sound: {
     "audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav", "audio/mpeg": "mp3",
     "audio/mp3": "mp3", "audio/flac": "flac", "audio/x-flac": "flac", "audio/ogg": "ogg",
   },
+  video: {
+    "video/mp4": "video/mp4", "video/x-m4v": "video/mp4", "video/quicktime": "video/quicktime", "video/webm": "video/webm",
+    "video/x-matroska": "video/x-matroska", "video/matroska": "video/x-matroska", "video/x-msvideo": "video/x-msvideo",
+    "video/avi": "video/x-msvideo", "video/vnd.avi": "video/x-msvideo",
+  },
 };
-const NAMES = { picture: "PNG, JPEG, WEBP and GIF pictures", sound: "WAV, MP3, FLAC and OGG sounds" };
-const MODALITIES = { image: "picture", audio: "sound" };
+const NAMES = {
+  picture: "PNG, JPEG, WEBP and GIF pictures", sound: "WAV, MP3, FLAC and OGG sounds",
+  video: "MP4, MOV, WEBM, MKV and AVI videos",
+};
+const MODALITIES = { image: "picture", audio: "sound", video: "video" };
 const TYPING_MS = 700;
 
 /** The kinds of attachments that a model takes, from its entry in /v1/models. */
@@ -88,16 +101,18 @@ export class Attachments {
     try {
       item.kind = this.kindOf(item.file);
       const blob = item.kind === "picture" ? await this.fitted(item) : item.file;
-      if (blob.size > MOST_FILE_BYTES) {
-        throw new Error(`A file may have at most ${volume(MOST_FILE_BYTES)}, and this one has ${volume(blob.size)}.`);
+      if (blob.size > MOST_BYTES[item.kind]) {
+        throw new Error(`A file may have at most ${volume(MOST_BYTES[item.kind])}, and this one has ${volume(blob.size)}.`);
       }
-      const url = await dataUrl(blob);
+      const form = TYPES[item.kind][typeOf(item.file)];
+      const type = item.kind === "sound" ? typeOf(item.file) : form;
+      const url = await dataUrl(blob === item.file ? blob.slice(0, blob.size, type) : blob);
       const together = this.numSent() + url.length + this.items.reduce((sum, other) => sum + (other.url?.length ?? 0), 0);
       if (together > MOST_BODY_CHARACTERS) {
-        throw new Error(`The files of a conversation may have ${volume(MOST_BODY_CHARACTERS * 0.75)} together. `
+        throw new Error(`The files of a conversation may have ${volume(MOST_BODY_BYTES)} together. `
           + "Start a new chat, or choose a smaller file.");
       }
-      item.show(url, TYPES.sound[typeOf(item.file)]);
+      item.show(url, form);
       this.changed();
       const { image_tokens: pictures = 0, audio_tokens: sounds = 0 } = await countMediaTokens(item.inputPart, item.controller.signal);
       item.setTokens(pictures + sounds);
@@ -233,12 +248,16 @@ class Attachment {
 
   /** As Chat Completions has it. */
   get chatPart() {
-    return this.kind === "picture" ? { type: "image_url", image_url: { url: this.url } } : this.soundPart;
+    const { kind, url } = this;
+    if (kind === "sound") return this.soundPart;
+    return kind === "picture" ? { type: "image_url", image_url: { url } } : { type: "video_url", video_url: { url } };
   }
 
   /** As Responses has it, whose route counts tokens. */
   get inputPart() {
-    return this.kind === "picture" ? { type: "input_image", image_url: this.url } : this.soundPart;
+    const { kind, url } = this;
+    if (kind === "sound") return this.soundPart;
+    return kind === "picture" ? { type: "input_image", image_url: url } : { type: "input_video", video_url: url };
   }
 
   get soundPart() {
@@ -248,17 +267,24 @@ class Attachment {
 
 /** A thumbnail, or a player. */
 export function previewOf({ kind, url, name }) {
-  return kind === "picture"
-    ? element("img", { src: url, alt: name })
-    : element("audio", { src: url, controls: true, "aria-label": name, preload: "metadata" });
+  if (kind === "picture") return element("img", { src: url, alt: name });
+  const player = element(kind === "sound" ? "audio" : "video", {
+    src: url, controls: true, "aria-label": name, preload: "metadata",
+  });
+  // The server decodes more formats than browsers do.
+  if (kind === "video") {
+    player.addEventListener("error", () => player.replaceWith(element("span", { class: "unplayable" }, "no preview")));
+  }
+  return player;
 }
 
 const ENDINGS = {
   png: "image/png", jpg: "image/jpeg", jpeg: "image/jpeg", webp: "image/webp", gif: "image/gif", wav: "audio/wav",
-  mp3: "audio/mpeg", flac: "audio/flac", ogg: "audio/ogg",
+  mp3: "audio/mpeg", flac: "audio/flac", ogg: "audio/ogg", mp4: "video/mp4", m4v: "video/mp4", mov: "video/quicktime",
+  webm: "video/webm", mkv: "video/x-matroska", avi: "video/x-msvideo",
 };
 
-/** The type of a file; some systems know none for sounds. */
+/** The type of a file; some systems know none for sounds and videos. */
 function typeOf(file) {
   return file.type || ENDINGS[file.name.split(".").pop().toLowerCase()] || "";
 }

@@ -86,7 +86,7 @@ async function postJson(path, body, signal) {
   return (await request(path, { method: "POST", headers, body: JSON.stringify(body), signal })).json();
 }
 
-/** Tokens of a picture or sound, in the words of Responses: `image_tokens`, `audio_tokens`. */
+/** Tokens of a picture, sound or video, in the words of Responses: `image_tokens`, `audio_tokens`. */
 export async function countMediaTokens(part, signal) {
   const body = { input: [{ role: "user", content: [part] }] };
   return (await postJson("/v1/responses/input_tokens", body, signal)).input_tokens_details ?? {};
