@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Clip(NamedTuple):
         return np.stack([pattern(self.height, self.width, seed=seed) for seed in range(self.num_frames)])
 
 
+@cache
 def clip_file(num_frames: int) -> bytes:
     """An MP4 with frames of 48 x 32, 10 a second, and a tone; needs ffmpeg."""
     frames = Clip(num_frames, 32, 48, 10.0).frames()
