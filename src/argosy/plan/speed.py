@@ -18,6 +18,7 @@ Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import comb
@@ -261,6 +262,21 @@ def predict_prompt(
     )
 
 
+def predict_chunk(
+    work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, num_tokens: int, seen: float
+) -> Range:
+    """Seconds of one chunk, whose tokens see `seen` positions each."""
+    slow, likely, fast = (
+        sum(
+            _chunk(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, seen, case)[
+                0
+            ].values()
+        )
+        for case in _cases(rates, working_set)
+    )
+    return Range(fast, likely, slow)
+
+
 def _prompt(
     work: Work,
     rates: Rates,
@@ -270,32 +286,41 @@ def _prompt(
     chunk_tokens: int,
     case: _Case,
 ) -> tuple[float, dict[str, float], float]:
+    parts: dict[str, float] = defaultdict(float)
+    drive_bytes = 0.0
+    for done in range(0, num_tokens, chunk_tokens):
+        tokens = min(chunk_tokens, num_tokens - done)
+        of_chunk, missed = _chunk(work, rates, working_set, num_slots, tokens, done + (tokens + 1) / 2, case)
+        for part, seconds in of_chunk.items():
+            parts[part] += seconds
+        drive_bytes += missed
+    return sum(parts.values()), parts, drive_bytes
+
+
+def _chunk(
+    work: Work, rates: Rates, working_set: WorkingSet, num_slots: int, tokens: int, seen: float, case: _Case
+) -> tuple[dict[str, float], float]:
+    """Seconds of a chunk by part, and bytes from the drive."""
     layers = work.num_moe_layers
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
-    parts = dict.fromkeys(("dense weights", "attention", "experts", "waiting for the drive", "overhead"), 0.0)
-    drive_bytes = 0.0
-    done = 0
-    while done < num_tokens:
-        tokens = min(chunk_tokens, num_tokens - done)
-        asked = _asked(work, working_set, tokens)
-        rows = tokens * work.experts_per_token / asked
-        dense_s = _product_s(work.dense, rates, tokens)
-        attention_s = tokens * rates.prompt_attention_s(work.keys_values(done + (tokens + 1) / 2)[1])
-        experts_s = layers * asked * _product_s(work.expert, rates, rows)
-        missed = layers * asked * missing * work.record_bytes
-        reading_s = missed / rates.drive_rate(work.record_bytes)
-        # The next layer's experts are read while this one computes, but not all of the time.
-        computing_s = experts_s + dense_s + attention_s
-        alone_s = (1.0 - case.overlap) * min(reading_s, computing_s)
-        parts["waiting for the drive"] += max(0.0, reading_s - computing_s) + alone_s
-        parts["dense weights"] += dense_s
-        parts["attention"] += attention_s
-        parts["experts"] += experts_s
-        overhead_s = work.num_layers * rates.layer_s + rates.step_s
-        parts["overhead"] += overhead_s + (layers * rates.streamed_layer_s if missing else 0.0)
-        drive_bytes += missed
-        done += tokens
-    return sum(parts.values()), parts, drive_bytes
+    asked = _asked(work, working_set, tokens)
+    dense_s = _product_s(work.dense, rates, tokens)
+    attention_s = tokens * rates.prompt_attention_s(work.keys_values(seen)[1])
+    experts_s = layers * asked * _product_s(work.expert, rates, tokens * work.experts_per_token / asked)
+    missed = layers * asked * missing * work.record_bytes
+    reading_s = missed / rates.drive_rate(work.record_bytes)
+    # The next layer's experts are read while this one computes, but not all of the time.
+    computing_s = experts_s + dense_s + attention_s
+    alone_s = (1.0 - case.overlap) * min(reading_s, computing_s)
+    overhead_s = work.num_layers * rates.layer_s + rates.step_s
+    parts = {
+        "dense weights": dense_s,
+        "attention": attention_s,
+        "experts": experts_s,
+        "waiting for the drive": max(0.0, reading_s - computing_s) + alone_s,
+        "overhead": overhead_s + (layers * rates.streamed_layer_s if missing else 0.0),
+    }
+    return parts, missed
 
 
 def predict_picture(
