@@ -1,0 +1,494 @@
+"""Run simulated requests through simulated servers, step by step, and report how long they wait.
+
+    requests + Server (StepTimes, limits)  ->  simulate        ->  Outcome: p50, p90, p99, queue, refusals
+    the same, all requests at once         ->  requests_per_s  ->  what one server can do
+    a target                               ->  servers_needed  ->  the fewest servers that meet it
+    all of these, slow, likely and fast    ->  predict_traffic ->  Prediction
+
+A server composes its steps as `engine/scheduler.py` does, and `tests/engine/test_simulation.py` holds one against the
+other: each sequence that decodes has its token in every step; prompts share the chunk in order of arrival and get at
+most about half of the time while others decode; a sequence starts when there are KV blocks for its prompt; the youngest
+is preempted when none are left. Several decode steps in a row that cannot differ are one step here, so ten thousand
+requests take seconds.
+
+All requests are from one tenant and share no prefix. Clients of refused requests do not come back.
+
+Elsewhere: `traffic.py` has the requests; `step_times.py` says how long a step takes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from argosy.errors import UsageError
+from argosy.plan.step_times import StepTimes
+from argosy.plan.traffic import Request
+
+_WARM_SHARE = 0.1  # of random requests, which come before the queue is as long as it will be
+_SATURATING = 1000  # requests, at least, to find out what a server can do
+_NEVER = math.inf
+MOST_SERVERS = 100
+# Steps of a simulation, at most; a request is a few, besides those of its tokens.
+_MOST_COST, _FIXED_COST = 3e5, 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What a step takes, and how much fits into one.
+
+    context_tokens: of all sequences together, in blocks of `block_tokens`.
+    max_waiting: None: no request is refused because others wait.
+    """
+
+    step_times: StepTimes
+    chunk_tokens: int
+    max_sequences: int
+    max_waiting: int | None
+    context_tokens: int
+    block_tokens: int
+
+
+class Times(NamedTuple):
+    """The mean, and the smallest values that 50, 90 and 99 of 100 do not exceed."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Times:
+        """NaN if there are none."""
+        if not values:
+            return cls(*[math.nan] * 4)
+        return cls(
+            float(np.mean(values)), *np.percentile(values, (50, 90, 99), method="inverted_cdf").tolist()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of requests. Seconds begin when a request comes; refused ones and those of warm-up do not count.
+
+    first_token_s: until its first token.   token_s: mean time between its tokens.   request_s: until its last token.
+    num_running, num_waiting: means over time.   busy: share of the time in which steps run.   All servers together.
+    """
+
+    num_servers: int
+    num_requests: int
+    num_refused: int
+    num_preempted: int
+    first_token_s: Times
+    token_s: Times
+    request_s: Times
+    num_running: float
+    num_waiting: float
+    busy: float
+    tokens_per_s: float
+    seconds: float  # simulated
+
+
+class _Sequence:
+    """A request in a server."""
+
+    __slots__ = (
+        "at_s",
+        "blocks",
+        "computed",
+        "end_s",
+        "first_s",
+        "left",
+        "num_new",
+        "prefill_until",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, most_tokens: int) -> None:
+        self.at_s = request.at_s
+        self.first_s = self.end_s = _NEVER
+        self.tokens = request.prompt_tokens  # known ones: of the prompt, and of the answer so far
+        self.num_new = min(request.answer_tokens, most_tokens - request.prompt_tokens)
+        self.left = self.num_new  # of the answer
+        self.computed = 0
+        self.prefill_until = 0
+        self.blocks = 0
+
+
+class _Running:
+    """A server while it runs. Time passes in `advance` alone."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._times = server.step_times
+        self._free = -(-server.context_tokens // server.block_tokens)
+        self._waiting: deque[_Sequence] = deque()  # in order of arrival
+        self._running: list[_Sequence] = []  # likewise
+        self._owed_s = 0.0  # by prompts to sequences that decode
+        self._decode_s = 0.0  # of the last step without prompts
+        self._num_ended = 0  # in the last step
+        self.now = 0.0  # the end of the last step
+        self.ended: list[_Sequence] = []
+        self.num_refused = self.num_preempted = 0
+        self.busy_s = 0.0
+        self.running_s = self.waiting_s = 0.0  # summed over sequences
+
+    def num_live(self, at_s: float) -> int:
+        """Requests without an answer at a time up to `now`."""
+        return len(self._running) + len(self._waiting) + (self._num_ended if at_s < self.now else 0)
+
+    def submit(self, request: Request) -> None:
+        """A request comes. The server must have advanced to its time, and its context must have room for the prompt."""
+        server, live = self.server, self.num_live(request.at_s)
+        if server.max_waiting is not None and live >= server.max_sequences + server.max_waiting:
+            self.num_refused += 1
+            return
+        self.now = max(self.now, request.at_s)
+        self.waiting_s += self.now - request.at_s  # until the current step ends
+        self._waiting.append(_Sequence(request, server.context_tokens))
+
+    def advance(self, until_s: float) -> None:
+        """Run the steps that begin before a time."""
+        while self.now < until_s and (self._running or self._waiting):
+            self._step(until_s)
+
+    def _step(self, until_s: float) -> None:
+        self._start_waiting()
+        self._grow()
+        decoding = [one for one in self._running if one.computed >= one.prefill_until]
+        streams, seen = len(decoding), sum(one.tokens for one in decoding)
+        if streams and (streams == len(self._running) or self._owed_s > 0.0):
+            self._decode(decoding, seen / streams, until_s, is_owed=streams < len(self._running))
+            return
+        left, positions = self.server.chunk_tokens, 0.0
+        parts = []
+        for one in self._running:
+            if left and one.computed < one.prefill_until:
+                count = min(left, one.prefill_until - one.computed)
+                parts.append((one, count))
+                positions += count * (one.computed + (count + 1) / 2)
+                left -= count
+        tokens = self.server.chunk_tokens - left
+        seconds = self._times.mixed_s(streams, seen / streams if streams else 0.0, tokens, positions / tokens)
+        self._pass(seconds, 1)
+        self._owed_s = self._owed_s + max(0.0, seconds - self._decode_s) if streams else 0.0
+        for one, count in parts:
+            one.computed += count
+        for one in decoding:
+            one.computed += 1
+        self._answer([one for one in self._running if one.computed == one.tokens], 1)
+
+    def _decode(self, decoding: list[_Sequence], context: float, until_s: float, *, is_owed: bool) -> None:
+        """Run decode steps that cannot differ: only the last may end an answer, and none begins after `until_s`."""
+        seconds = self._times.decode_s(len(decoding), context)
+        size = self.server.block_tokens
+        until_end = min(one.left for one in decoding)
+        until_full = min(one.blocks * size - one.tokens for one in decoding) + 1
+        count = min(until_end, until_full, self._times.steps_alike(context))
+        if (until_s - self.now) < count * seconds:
+            count = max(1, math.ceil((until_s - self.now) / seconds))
+        if is_owed and self._owed_s < count * seconds:
+            count = max(1, math.ceil(self._owed_s / seconds))
+        self._pass(seconds, count)
+        self._decode_s = seconds
+        self._owed_s = max(0.0, self._owed_s - count * seconds)
+        for one in decoding:
+            one.computed += count
+        self._answer(decoding, count)
+
+    def _pass(self, seconds: float, count: int) -> None:
+        """Let `count` equal steps pass."""
+        total = seconds * count
+        self.now += total
+        self.busy_s += total
+        self.running_s += total * len(self._running)
+        self.waiting_s += total * len(self._waiting)
+        self._num_ended = 0
+
+    def _answer(self, ready: Sequence[_Sequence], count: int) -> None:
+        """Give sequences their next tokens, one a step, and end those that have all."""
+        for one in ready:
+            one.tokens += count
+            one.left -= count
+            one.first_s = min(one.first_s, self.now)
+            if not one.left:
+                one.end_s = self.now
+                self._running.remove(one)
+                self._free += one.blocks
+                self.ended.append(one)
+                self._num_ended += 1
+
+    def _start_waiting(self) -> None:
+        size = self.server.block_tokens
+        while self._waiting and len(self._running) < self.server.max_sequences:
+            one = self._waiting[0]
+            needed = -(-one.tokens // size)
+            if needed + (len(self._running) + 1 if self._running else 0) > self._free:
+                return
+            self._waiting.popleft()
+            self._free -= needed
+            one.blocks, one.computed, one.prefill_until = needed, 0, one.tokens
+            self._running.append(one)
+
+    def _grow(self) -> None:
+        """Give each sequence that decodes a block for its next token; preempt the youngest if none are left."""
+        size = self.server.block_tokens
+        for one in list(self._running):
+            if one.computed < one.prefill_until or one.tokens <= one.blocks * size:
+                continue
+            while not self._free and one in self._running:
+                self._preempt()
+            if one in self._running:
+                one.blocks += 1
+                self._free -= 1
+
+    def _preempt(self) -> None:
+        youngest = self._running.pop()
+        self._free += youngest.blocks
+        youngest.blocks = 0
+        self._waiting.appendleft(youngest)
+        self.num_preempted += 1
+
+
+def simulate(
+    requests: Sequence[Request], server: Server, *, num_servers: int = 1, warm_share: float = 0.0
+) -> Outcome:
+    """Run requests, in order of arrival, on equal servers.
+
+    Each goes to a server with the fewest requests; among equals, to the next in turn.
+
+    Args:
+        warm_share: of the requests, the first ones, whose times do not count.
+    """
+    servers = [_Running(server) for _ in range(num_servers)]
+    last = 0
+    for request in requests:
+        for one in servers:
+            one.advance(request.at_s)
+        if num_servers > 1:
+            last = min(
+                range(num_servers),
+                key=lambda at: (servers[at].num_live(request.at_s), (at - last - 1) % num_servers),
+            )
+        servers[last].submit(request)
+    for one in servers:
+        one.advance(_NEVER)
+    return _outcome(requests, servers, warm_share)
+
+
+def _outcome(requests: Sequence[Request], servers: Sequence[_Running], warm_share: float) -> Outcome:
+    ended = [one for server in servers for one in server.ended]
+    seconds = max((one.end_s for one in ended), default=0.0) - requests[0].at_s
+    counted_from_s = requests[int(warm_share * len(requests))].at_s
+    counted = [one for one in ended if one.at_s >= counted_from_s]
+    several = [one for one in counted if one.num_new > 1]
+    return Outcome(
+        num_servers=len(servers),
+        num_requests=len(requests),
+        num_refused=sum(one.num_refused for one in servers),
+        num_preempted=sum(one.num_preempted for one in servers),
+        first_token_s=Times.of([one.first_s - one.at_s for one in counted]),
+        token_s=Times.of([(one.end_s - one.first_s) / (one.num_new - 1) for one in several]),
+        request_s=Times.of([one.end_s - one.at_s for one in counted]),
+        num_running=sum(one.running_s for one in servers) / seconds,
+        num_waiting=sum(one.waiting_s for one in servers) / seconds,
+        busy=sum(one.busy_s for one in servers) / seconds / len(servers),
+        tokens_per_s=sum(one.num_new for one in ended) / seconds,
+        seconds=seconds,
+    )
+
+
+def requests_per_s(requests: Sequence[Request], server: Server) -> float:
+    """How many requests of these lengths a server answers in a second while more of them wait.
+
+    If more than that come, the queue grows without bound.
+    """
+    count = max(_SATURATING, 20 * server.max_sequences)
+    mean = sum(_cost(request, server) for request in requests) / len(requests)
+    count = max(4 * server.max_sequences, min(count, int(_MOST_COST / mean)))
+    running = _Running(replace(server, max_waiting=None))
+    for number in range(count):
+        running.submit(requests[number % len(requests)]._replace(at_s=0.0))
+    running.advance(_NEVER)
+    first, last = count // 10, count - count // 10  # between filling up and running empty
+    return (last - first) / (running.ended[last].end_s - running.ended[first].end_s)
+
+
+def _cost(request: Request, server: Server) -> float:
+    """Steps that a simulation takes for a request, about."""
+    return (
+        _FIXED_COST
+        + request.prompt_tokens / server.chunk_tokens
+        + request.answer_tokens / server.block_tokens
+    )
+
+
+def _affordable(requests: Sequence[Request], server: Server) -> int:
+    """How many of the first requests can be simulated within a few seconds."""
+    total = 0.0
+    for number, request in enumerate(requests):
+        total += _cost(request, server)
+        if total > _MOST_COST and number:
+            return number
+    return len(requests)
+
+
+# ── a target ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Target(NamedTuple):
+    """What 99 of 100 requests must not exceed."""
+
+    what: Literal["first-token", "token", "request"]
+    seconds: float
+
+    def is_met(self, outcome: Outcome) -> bool:
+        found = {
+            "first-token": outcome.first_token_s, "token": outcome.token_s, "request": outcome.request_s,
+        }[self.what]  # fmt: skip
+        return not outcome.num_refused and found.p99 <= self.seconds
+
+    def __str__(self) -> str:
+        return f"{_TARGETS[self.what]} within {self.seconds:g} s"
+
+
+_TARGETS = {"first-token": "a first token", "token": "each further token", "request": "a whole answer"}
+_UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
+
+
+def parse_target(text: str) -> Target:
+    """`first-token=2s`, `token=200ms` or `request=1min`.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    found = re.fullmatch(r"(first-token|token|request)=([0-9]{1,6}(?:\.[0-9]{1,6})?)(ms|s|min)", text)
+    if found is None or not float(found[2]):
+        raise UsageError(
+            f"--target takes first-token=2s, token=200ms or request=1min, found '{text[:40]}'",
+            hint="99 of 100 requests must meet it",
+        )
+    return Target(found[1], float(found[2]) * _UNITS[found[3]])  # type: ignore[arg-type]
+
+
+def servers_needed(
+    requests: Sequence[Request], server: Server, target: Target, *, fewest: int = 1, warm_share: float = 0.0
+) -> Outcome | None:
+    """What becomes of requests on the fewest servers that meet a target; None: MOST_SERVERS do not meet it.
+
+    Args:
+        fewest: from which to search.   warm_share: see `simulate`.
+    """
+
+    def attempt(count: int) -> Outcome | None:
+        outcome = simulate(requests, server, num_servers=count, warm_share=warm_share)
+        return outcome if target.is_met(outcome) else None
+
+    too_few, enough, step, best = fewest - 1, fewest, 1, None
+    while enough <= MOST_SERVERS and (best := attempt(enough)) is None:
+        too_few, enough, step = enough, enough + step, 2 * step
+    if best is None:
+        enough = MOST_SERVERS
+        if too_few >= MOST_SERVERS or (best := attempt(enough)) is None:
+            return None
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if (found := attempt(middle)) is None:
+            too_few = middle
+        else:
+            enough, best = middle, found
+    return best
+
+
+# ── all of it ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Case(NamedTuple):
+    """One server, and as many as the target needs, if there is one.
+
+    capacity: requests per second that one server can do.
+    """
+
+    capacity: float
+    outcome: Outcome
+    needed: Outcome | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Requests on servers that are as fast as they may be, likely, and as slow as they may be."""
+
+    rate_per_s: float
+    is_random: bool  # requests come at random; otherwise as a file says
+    num_too_long: int  # for the context; these are refused, and not simulated
+    target: Target | None
+    fast: Case
+    likely: Case
+    slow: Case
+
+    @property
+    def cases(self) -> tuple[Case, Case, Case]:
+        return self.fast, self.likely, self.slow
+
+    def keeps_up(self, case: Case) -> bool:
+        """Whether one server answers as many requests as come. Otherwise times tell only for how long they came."""
+        return self.rate_per_s < case.capacity
+
+
+def predict_traffic(
+    requests: Sequence[Request],
+    servers: tuple[Server, Server, Server],
+    *,
+    rate_per_s: float | None,
+    target: Target | None,
+) -> Prediction:
+    """Simulate requests on one server, and find how many servers a target needs.
+
+    Args:
+        servers: fast, likely and slow ones.
+        rate_per_s: at which requests come at random; None: they come as a file says.
+
+    Raises:
+        UsageError: no prompt fits the context.
+    """
+    context = servers[0].context_tokens
+    fitting = [request for request in requests if request.prompt_tokens < context]
+    if not fitting:
+        raise UsageError(
+            f"the shortest prompt has {min(request.prompt_tokens for request in requests)} tokens, and the context is "
+            f"{context}",
+            hint="`--context` makes it longer",
+        )
+    num_too_long = len(requests) - len(fitting)
+    fitting = fitting[: _affordable(fitting, servers[0])]
+    is_random = rate_per_s is not None
+    if rate_per_s is None:
+        rate_per_s = (len(fitting) - 1) / max(1e-9, fitting[-1].at_s - fitting[0].at_s)
+    warm_share = _WARM_SHARE if is_random else 0.0
+
+    def case(server: Server) -> Case:
+        capacity = requests_per_s(fitting, server)
+        outcome = simulate(fitting, server, warm_share=warm_share)
+        needed = None
+        if target is not None:
+            # With fewer, the queue would grow without bound.
+            fewest = math.floor(rate_per_s / capacity) + 1 if is_random else 1
+            needed = servers_needed(fitting, server, target, fewest=fewest, warm_share=warm_share)
+        return Case(capacity, outcome, needed)
+
+    fast, likely, slow = map(case, servers)
+    return Prediction(
+        rate_per_s=rate_per_s,
+        is_random=is_random,
+        num_too_long=num_too_long,
+        target=target,
+        fast=fast,
+        likely=likely,
+        slow=slow,
+    )
