@@ -195,3 +195,22 @@ def test_a_working_set_of_another_model_is_refused() -> None:
             planning.find_place(planning.HERE),
             working_set=other,
         )
+
+
+def test_servers_have_the_limits_and_the_speed_of_the_plan(qwen: Forecaster) -> None:
+    plan = qwen.plan(12 * GIB)
+    fast, likely, slow = qwen.servers(plan)
+    assert (likely.chunk_tokens, likely.context_tokens) == (plan.chunk_tokens, plan.context_tokens)
+    assert (likely.max_sequences, likely.max_waiting, likely.block_tokens) == (8, None, 16)
+    for streams in (1, 4, 8):
+        low, middle, high = qwen.decode(plan, streams, context=480).step_s
+        found = [one.step_times.decode_s(streams, 480) for one in (fast, likely, slow)]
+        assert found == pytest.approx([low, middle, high], rel=0.05)
+
+
+def test_a_server_runs_no_more_sequences_than_have_a_recurrent_state() -> None:
+    next_model = forecaster("Qwen3-Next-80B-A3B")
+    smallest = next_model.forecast(1, with_curve=False).smallest_bytes
+    plan = next_model.plan(smallest)
+    assert plan.num_states == 1
+    assert next_model.servers(plan)[1].max_sequences == 1

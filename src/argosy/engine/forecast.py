@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from argosy.checkpoint.files import ModelFiles, matrix_bytes
-from argosy.config import Budget, EngineConfig, KvDtype, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, KvDtype, ModelConfig
 from argosy.engine.memory_plan import (
     PROCESS_GROWTH_BYTES,
     MemoryPlan,
@@ -27,6 +27,7 @@ from argosy.model.footprint import ModelFootprint
 from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
+from argosy.plan.simulation import Server
 from argosy.plan.speed import (
     Attention,
     Decode,
@@ -37,6 +38,7 @@ from argosy.plan.speed import (
     predict_picture,
     predict_prompt,
 )
+from argosy.plan.step_times import StepTimes, tabulate
 
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 
@@ -262,6 +264,28 @@ class Forecaster(Speeds):
             network=network,
             context=plan.context_tokens // 2,
         )
+
+    def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
+        """Servers with that plan: as fast as they may be, likely, and as slow as they may be."""
+        at_once, num_slots = self._config.max_sequences, plan.num_slots + plan.lent_slots
+        if plan.num_states:
+            at_once = min(at_once, plan.num_states)
+        fast, likely, slow = tabulate(
+            self.work, self._rates, self._working_set, num_slots=num_slots, most_streams=at_once,
+            chunk_tokens=plan.chunk_tokens, context_tokens=plan.context_tokens,
+        )  # fmt: skip
+
+        def server(times: StepTimes) -> Server:
+            return Server(
+                step_times=times,
+                chunk_tokens=plan.chunk_tokens,
+                max_sequences=at_once,
+                max_waiting=self._config.max_waiting,
+                context_tokens=plan.context_tokens,
+                block_tokens=KV_BLOCK_TOKENS,
+            )
+
+        return server(fast), server(likely), server(slow)
 
     def _smallest_bytes(self) -> int:
         try:
