@@ -17,6 +17,8 @@ from argosy.errors import UsageError
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 KV_BLOCK_TOKENS = 16  # positions of a KV block
+# Of a server, if its command line says nothing else: sequences in one step, and others that may wait.
+SERVED_AT_ONCE, SERVED_WAITING = 16, 64
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}

@@ -11,7 +11,8 @@ import click
 
 from argosy.cli.options import engine_options, recorder_of
 from argosy.cli.output import short_number
-from argosy.config import format_bytes
+from argosy.cli.plan_traffic import Traffic, Wanted
+from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -66,27 +67,30 @@ _FITS = {
 @click.option("--calibrate", is_flag=True, help="Measure this machine first: a minute, remembered.")
 @click.option("--verify", is_flag=True, help="Run the model briefly, and compare.")
 @click.option("--network", metavar="SPEED", help="Between machines, with 4*NAME: 10GbE, 25GbE.")
+@click.option("--rate", type=float, metavar="N", help="Simulate N requests per second, at random times.")
+@click.option("--traffic", metavar="SPEC", help="Tokens: prompt=800~2,answer=200, or a JSONL file.")
+@click.option("--target", metavar="SPEC", help="Machines for first-token=2s, token=1s, request=1min.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw speed over memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def plan(
     model: str, machine: str, streams: str, pack_format: str | None, working_set: Path | None, api: str | None,
     api_price: str | None, price: float | None, watts: float | None, kwh: float, calibrate: bool, verify: bool,
-    network: str | None, plot: Path | None, as_json: bool, **options: Any,
+    network: str | None, rate: float | None, traffic: str | None, target: str | None, plot: Path | None, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Say whether MODEL fits, how fast it will be, and what it will cost. Reads headers, not weights.
-
-    MODEL is a directory, a GGUF file, a config.json, OWNER/NAME on the Hugging Face Hub (OWNER/NAME:Q4_K_M for one
-    of several GGUF files), or an https address. Exit code 3 means that it does not fit. Speeds are estimates.
+    """Say from headers whether MODEL fits, how fast it is, and what it costs. MODEL is a directory, GGUF file or
+    config.json, OWNER/NAME[:Q4_K_M] on the Hugging Face Hub, or an https address. Exit code 3: it does not fit.
 
     \b
     Examples:
       argosy plan Qwen/Qwen3-30B-A3B --memory 16GiB
-      argosy plan ./kimi-k2 --machine aws:i7i.8xlarge --api moonshotai/kimi-k2-0905-preview
+      argosy plan ./kimi-k2 --machine aws:i7i.8xlarge --rate 0.02 --traffic prompt=800~2,answer=200
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine import calibration
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
+    from argosy.engine.step_probe import measured_servers
     from argosy.plan.group import parse_count, parse_network
     from argosy.plan.money import Owner
 
@@ -101,6 +105,13 @@ def plan(
         raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
     recorded = None if working_set is None else read_working_set(working_set)
     api_of = _api_price(api, api_price, model)
+    wanted = Wanted.of(rate, traffic, target)
+    if wanted is not None and num_machines > 1:
+        raise UsageError(
+            f"traffic is simulated on machines with the whole model, and --machine names a group of {num_machines}",
+            hint="`--target` says how many machines are needed",
+        )
+    served = {"max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING} if wanted is not None else {}
     with (
         progress_bar() as progress,
         open_subject(model, format=pack_format or "q4", mmproj=settings.mmproj, progress=progress) as subject,  # type: ignore[arg-type]
@@ -125,6 +136,7 @@ def plan(
             working_set=recorded,
             recorder=recorder_of(settings),
             **settings.for_engine(),
+            **served,
         )
         forecast = found.forecast(budget_bytes, streams=counts)
         row = place.row
@@ -137,7 +149,14 @@ def plan(
         group = None
         if num_machines > 1 and forecast.plan is not None:
             group = found.group(forecast.plan, num_machines, between)
-        facts = _Facts(subject, place, forecast, found, owner, api_of, group, working_set)
+        simulated = None
+        if wanted is not None and forecast.plan is not None:
+            servers = found.servers(forecast.plan)
+            if verify:
+                options = settings.for_engine() | served
+                servers = measured_servers(model, forecast.plan, servers[1], options, progress=progress)
+            simulated = wanted.simulate(servers, owner, are_measured=verify)
+        facts = _Facts(subject, place, forecast, found, owner, api_of, group, working_set, simulated)
         if as_json:
             import json
 
@@ -160,6 +179,11 @@ def plan(
             print(json.dumps(result.as_dict()) if as_json else "\n".join(result.lines()))
     if forecast.refusal is not None:
         raise DoesNotFit(forecast.refusal.message, hint=forecast.refusal.hint, **forecast.refusal.facts)
+
+
+for _option in plan.params:
+    if isinstance(_option, click.Option) and _option.name == "record":
+        _option.hidden = True  # it works, but changes a plan so little that the help has no line for it
 
 
 def _counts(text: str) -> list[int]:
@@ -216,9 +240,11 @@ class _Facts:
         api: ApiPrice | None,
         group: Group | None,
         working_set_file: Path | None,
+        traffic: Traffic | None,
     ) -> None:
         self._subject, self._place, self._forecast, self._owner = subject, place, forecast, owner
         self._group, self._working_set_file = group, working_set_file
+        self._traffic = traffic
         self._costs: list[tuple[int, Cost]] = []
         if forecast.plan is not None and (owner.is_priced or api is not None):
             from argosy.plan.money import PROMPT_TOKENS, cost
@@ -255,7 +281,7 @@ class _Facts:
             lines += _decode_lines(forecast)
             lines += _prompt_lines(forecast)
         lines += self._group_lines() + self._money()
-        return lines
+        return lines if self._traffic is None else lines + self._traffic.lines()
 
     def _group_lines(self) -> list[str]:
         group, owner = self._group, self._owner
@@ -433,6 +459,7 @@ class _Facts:
                 **asdict(forecast.picture), "seconds": forecast.picture.seconds._asdict(),
             },
             "group": None if self._group is None else _group_dict(self._group),
+            "traffic": None if self._traffic is None else self._traffic.as_dict(),
             "curve": [asdict(point) for point in forecast.curve],
             "money": [
                 {"streams": streams, **_finite(asdict(one))} for streams, one in self._costs

@@ -10,7 +10,7 @@ import click
 
 from argosy.cli.options import Recording, engine_options, open_engine
 from argosy.cli.output import short_number
-from argosy.config import DEMO
+from argosy.config import DEMO, SERVED_AT_ONCE, SERVED_WAITING
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 )
 @click.option(
     "--max-sequences",
-    default=16,
+    default=SERVED_AT_ONCE,
     show_default=True,
     type=click.IntRange(1, 1024),
     metavar="N",
@@ -62,7 +62,7 @@ _REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
 )
 @click.option(
     "--max-waiting",
-    default=64,
+    default=SERVED_WAITING,
     show_default=True,
     type=click.IntRange(0),
     metavar="N",

@@ -267,11 +267,11 @@ class Forecaster(Speeds):
 
     def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
         """Servers with that plan: as fast as they may be, likely, and as slow as they may be."""
-        at_once, num_slots = self._config.max_sequences, plan.num_slots + plan.lent_slots
+        at_once, num_slots = self.config.max_sequences, plan.num_slots + plan.lent_slots
         if plan.num_states:
             at_once = min(at_once, plan.num_states)
         fast, likely, slow = tabulate(
-            self.work, self._rates, self._working_set, num_slots=num_slots, most_streams=at_once,
+            self.work, self.rates, self.working_set, num_slots=num_slots, most_streams=at_once,
             chunk_tokens=plan.chunk_tokens, context_tokens=plan.context_tokens,
         )  # fmt: skip
 
@@ -280,7 +280,7 @@ class Forecaster(Speeds):
                 step_times=times,
                 chunk_tokens=plan.chunk_tokens,
                 max_sequences=at_once,
-                max_waiting=self._config.max_waiting,
+                max_waiting=self.config.max_waiting,
                 context_tokens=plan.context_tokens,
                 block_tokens=KV_BLOCK_TOKENS,
             )

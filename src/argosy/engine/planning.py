@@ -163,7 +163,7 @@ def forecaster(
         memory=None if memory is None else Budget(ram_bytes=budget_bytes, context_tokens=context),
         context=context,
         threads=options.pop("threads", None) or place.rates.cores,
-        max_sequences=max(8, *streams),
+        max_sequences=max(options.pop("max_sequences", 8), *streams),
         **options,
     )
     config = replace(config, budget=replace(config.budget, ram_bytes=budget_bytes))
