@@ -32,6 +32,7 @@ SCRIPTS = (
     "hit_rate",
     "plan_accuracy",
     "plan_memory",
+    "traffic",
     "memory",
     "media_memory",
     "beside_encode",
