@@ -60,6 +60,22 @@ def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_range
     assert rates["keys and values"] == 2 * 1024 * 16 * 128 * 4 / 2.0
 
 
+@pytest.mark.parametrize(
+    ("reading_s", "computing_s", "together_s", "overlap"),
+    [
+        (1.0, 2.0, 2.0, 1.0),
+        (1.0, 2.0, 3.0, 0.0),
+        (2.0, 1.0, 2.5, 0.5),
+        (1.0, 1.0, 2.5, 0.0),
+        (1.0, 1.0, 0.9, 1.0),
+    ],
+)
+def test_overlap_is_the_share_of_the_shorter_that_is_hidden(
+    reading_s: float, computing_s: float, together_s: float, overlap: float
+) -> None:
+    assert calibration._overlap(reading_s, computing_s, together_s) == overlap
+
+
 def test_rates_are_kept_privately_for_one_drive_and_version(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

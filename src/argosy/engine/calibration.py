@@ -2,9 +2,9 @@
 
     memory, products, attention, the drive, two tiny models  ->  Rates, in the user's cache
 
-Products read weights from memory, not from a CPU cache. The drive is read at several record sizes while products keep
-the other cores busy, as when experts are streamed. The engine runs two tiny models of different depth, which give the
-overhead of a layer beyond its products, with experts in memory and with experts that are read.
+Products read weights from memory, not from a CPU cache. The drive is read at several record sizes, and then while
+products keep the cores busy, which says how much of one the other hides. The engine runs two tiny models of different
+depth, which give the overhead of a layer beyond its products, with experts in memory and with experts that are read.
 
 Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
 
@@ -52,7 +52,7 @@ _ENCODER_ROWS = 512  # patches in a product, as towers have them
 _KEYS_BYTES = 64 << 20  # of keys and values, more than most last-level caches hold
 _POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
 _SAMPLE_S, _ROUNDS = 0.1, 3  # for each call
-_DRIVE_S = 0.8  # for each size of record
+_DRIVE_S = 0.4  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _ALONE_BYTES = 4 << 20  # of a record that is read alone
 _NUM_READERS = 4
@@ -88,7 +88,7 @@ def calibrate(
     reads = {format: kernels[f"reads {format}"] for format in get_args(Format)}
     memory = max(memory, *reads.values())  # other processes may have slowed the probe
     with _file_to_read(files) as path:
-        drive, latency_s = _drive(path, cores, tell)
+        drive = _drive(path, cores, tell)
     layer_s, streamed_layer_s, step_s = _overheads(cores, tell)
     tell("done", 1.0)
     return Rates(
@@ -100,8 +100,9 @@ def calibrate(
         keys_values_bytes_per_s=kernels["keys and values"],
         attention_operations=kernels["attention"],
         prompt_attention_operations=kernels["prompt attention"],
-        drive=tuple(drive),
-        drive_latency_s=latency_s,
+        drive=drive.rates,
+        drive_latency_s=drive.latency_s,
+        overlap=drive.overlap,
         layer_s=layer_s,
         streamed_layer_s=streamed_layer_s,
         step_s=step_s,
@@ -304,12 +305,21 @@ def _fill(file: IO[bytes], nbytes: int) -> None:
     os.fsync(file.fileno())
 
 
-def _drive(path: str, cores: int, tell: Progress) -> tuple[list[tuple[int, float]], float]:
-    """Rates by record size, and by how much a record alone takes longer than its share of records read together."""
+class _Drive(NamedTuple):
+    """rates: bytes per second by record size.   latency_s: by how much a record alone takes longer than its share of
+    records read together.   overlap: as `Rates` has it."""
+
+    rates: tuple[tuple[int, float], ...]
+    latency_s: float
+    overlap: float
+
+
+def _drive(path: str, cores: int, tell: Progress) -> _Drive:
     file_bytes = os.stat(path).st_size
     is_direct = True
 
-    def rate(record_bytes: int, readers: int) -> float:
+    def read(record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
+        """Bytes, and seconds."""
         nonlocal is_direct
         most = file_bytes // record_bytes
         few = min(most, max(readers, (16 << 20) // record_bytes))
@@ -318,42 +328,81 @@ def _drive(path: str, cores: int, tell: Progress) -> tuple[list[tuple[int, float
         except RuntimeError:  # the file system has no direct reads
             is_direct = False
             first = _native.drive_probe(path, record_bytes, few, readers, False)
-        count = min(most, max(few, int(first * _DRIVE_S) // record_bytes))
-        return _native.drive_probe(path, record_bytes, count, readers, is_direct)
+        count = min(most, max(few, int(first * seconds) // record_bytes))
+        rate = _native.drive_probe(path, record_bytes, count, readers, is_direct)
+        return count * record_bytes, count * record_bytes / rate
 
-    found = []
-    with _busy(max(1, cores - 1)):
-        for number, record_bytes in enumerate(_RECORD_BYTES):
-            tell("measuring the drive", 0.45 + 0.3 * number / len(_RECORD_BYTES))
-            found.append((record_bytes, rate(record_bytes, _NUM_READERS)))
-        alone = rate(_ALONE_BYTES, 1)
-    together = dict(found)[_ALONE_BYTES]
-    return found, max(1e-5, _ALONE_BYTES / alone - _ALONE_BYTES / together)
+    def rate(record_bytes: int, readers: int) -> float:
+        nbytes, seconds = read(record_bytes, readers, _DRIVE_S)
+        return nbytes / seconds
+
+    found: list[list[float]] = [[] for _ in _RECORD_BYTES]
+    for number in range(_ROUNDS):
+        tell("measuring the drive", 0.45 + 0.3 * number / _ROUNDS)
+        for rates, record_bytes in zip(found, _RECORD_BYTES, strict=True):
+            rates.append(rate(record_bytes, _NUM_READERS))
+    together = {size: statistics.median(rates) for size, rates in zip(_RECORD_BYTES, found, strict=True)}
+    alone = rate(_ALONE_BYTES, 1)
+    latency_s = max(1e-5, _ALONE_BYTES / alone - _ALONE_BYTES / together[_ALONE_BYTES])
+    with _busy(cores) as products:
+        time.sleep(_DRIVE_S)
+        computing_alone = products.rate()
+        nbytes, seconds = read(_ALONE_BYTES, _NUM_READERS, 3 * _DRIVE_S)
+        computing = products.rate()
+    reading_s = nbytes / together[_ALONE_BYTES]
+    return _Drive(
+        tuple(together.items()),
+        latency_s,
+        _overlap(reading_s, seconds * computing / computing_alone, seconds),
+    )
+
+
+def _overlap(reading_s: float, computing_s: float, together_s: float) -> float:
+    """How much of the shorter of two kinds of work was hidden, if they take so long alone and together."""
+    return min(1.0, max(0.0, (reading_s + computing_s - together_s) / min(reading_s, computing_s)))
+
+
+class _Products:
+    """Products that run in a thread; counts them."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call, self._is_over = call, threading.Event()
+        self._done, self._counted, self._began = 0, 0, time.perf_counter()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def rate(self) -> float:
+        """Products per second since the last call of this."""
+        now, done = time.perf_counter(), self._done
+        rate = (done - self._counted) / (now - self._began)
+        self._counted, self._began = done, now
+        return max(rate, 1e-9)
+
+    def stop(self) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._is_over.is_set():
+            self._call()
+            self._done += 1
 
 
 @contextmanager
-def _busy(threads: int) -> Iterator[None]:
-    """Products that keep `threads` cores busy until the end of the context."""
-    is_over = threading.Event()
+def _busy(threads: int) -> Iterator[_Products]:
+    """Products with one token on so many cores, until the end of the context."""
     runtime = _native.Runtime(threads, "off")
     arena = _native.Arena(64 * MIB)
     arena.array()[:] = 0x21
     size = _native.matrix_bytes("q4", _ROWS, _COLS)
-    matrices = [_native.Matrix(arena, i * size, "q4", _ROWS, _COLS) for i in range(64 * MIB // size)]
+    matrices = [_native.Matrix(arena, i * size, "q4", _ROWS, _COLS) for i in range(8)]
     x = np.ones((1, _COLS), np.float32)
     outs = [np.empty((1, _ROWS), np.float32) for _ in matrices]
-
-    def work() -> None:
-        while not is_over.is_set():
-            _native.matmul(runtime, matrices, x, outs)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    products = _Products(lambda: _native.matmul(runtime, matrices, x, outs))
     try:
-        yield
+        yield products
     finally:
-        is_over.set()
-        thread.join()
+        products.stop()
         matrices.clear()
         arena.close()
         runtime.close()

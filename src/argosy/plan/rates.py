@@ -23,8 +23,9 @@ from argosy.strict_json import JsonError, parse_json
 FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
 # A measured machine is taken to vary by what it varied while it was measured, within the first two.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
-FORMAT = "argosy-rates-3"
+FORMAT = "argosy-rates-4"
 _MOST_RATE = 1e15
+_OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
 _DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
 
 
@@ -37,7 +38,8 @@ class Rates:
     encoder_operations: of towers for pictures, whose weights are bfloat16.
     keys_values_bytes_per_s: at which attention of one token reads the KV cache, if its arithmetic takes less time.
     attention_operations: of attention of one token.   prompt_attention_operations: of many tokens of a sequence.
-    drive: (record bytes, bytes per second) in ascending order, read a few at a time while other cores compute.
+    drive: (record bytes, bytes per second) in ascending order, read a few at a time.
+    overlap: how much of the shorter of reading and computing is hidden by the longer when both run: 0 to 1.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed: decisions in Python.
     step_s: overhead of a step beyond its layers.
@@ -55,6 +57,7 @@ class Rates:
     prompt_attention_operations: float
     drive: tuple[tuple[int, float], ...]
     drive_latency_s: float = _DRIVE_LATENCY_S
+    overlap: float = _OVERLAP
     layer_s: float
     streamed_layer_s: float
     step_s: float
@@ -153,6 +156,9 @@ def _checked(value: object) -> Rates:
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
+    overlap = value["overlap"]
+    if overlap != 0 and not (_is_rate(overlap) and overlap <= 1):
+        raise JsonError("has `overlap` that is no number from 0 to 1")
     if not isinstance(value["source"], str) or len(value["source"]) > 200:
         raise JsonError("has `source` that is no short text")
     return Rates(**{**value, "drive": tuple(pairs)})

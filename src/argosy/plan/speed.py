@@ -3,15 +3,16 @@
     Work (what a model reads and computes)  +  Rates  +  WorkingSet  +  slots  ->  Speed
 
 A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
-others are computed, and the last to land is computed after it. A prompt sweeps through the experts once for each chunk,
-reading and computing at once for some of the time. Each prediction names the part that takes the longest.
+others are computed, and the last to land is computed after it. A prompt sweeps through the experts once for each chunk.
+Each prediction names the part that takes the longest.
 
-    layer = before experts + max(experts in memory, latency + misses * record / drive - overlap + one expert)
+    layer = before experts + experts in memory + max(0, latency + misses * record / drive - overlap * hiding)
+    hiding = half of the time before experts, in which look-ahead reads, and all experts but the last
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
-maximum of means would be too optimistic. `overlap` is what look-ahead reads during the time before the experts: half of
-that time counts as likely, none and all of it are the ends of the range. A prompt's reads overlap its products by the
-same shares.
+maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 if it computes and reads at once as
+fast as it does each alone, 0 if both together take as long as one after the other, as on virtual machines whose
+drive costs processor time. A prompt's reads overlap its products by the same share.
 
 Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
@@ -129,15 +130,17 @@ class _Case(NamedTuple):
 
     rate_factor: float
     hit_points: float  # added to the hit rate
-    overlap: float
+    overlap: float  # of reading and computing, 0: one after the other
     subject: float  # 0: streams on unrelated subjects, 1: on the same
 
 
 def _cases(rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
-    points = working_set.error
+    points, overlap = working_set.error, rates.overlap
     return (
-        _Case(1 / rates.spread, -points, 0.0, 0.0), _Case(1.0, 0.0, 0.5, 0.5), _Case(rates.spread, points, 1.0, 1.0),
-    )  # fmt: skip
+        _Case(1 / rates.spread, -points, overlap / 2, 0.0),
+        _Case(1.0, 0.0, overlap, 0.5),
+        _Case(rates.spread, points, (1.0 + overlap) / 2, 1.0),
+    )
 
 
 def predict_decode(
@@ -204,11 +207,13 @@ def _decode_step(
     waiting_s = 0.0
     if not is_resident:
         overhead_s += work.num_moe_layers * rates.streamed_layer_s
-        before_s = (dense_s + attention_s) / layers + rates.streamed_layer_s
+        # Look-ahead reads from half of what comes before the experts on; the last to land is computed after it.
+        hiding_s = (
+            (dense_s + attention_s) / layers / 2 + rates.streamed_layer_s + experts_s * (1.0 - 1.0 / asked)
+        )
         record_s = work.record_bytes / rates.drive_rate(work.record_bytes)
-        one_s = experts_s / asked
         waiting_s = layers * _mean_wait(
-            asked, 1.0 - hit_rate, experts_s, one_s, record_s, rates.drive_latency_s, case.overlap * before_s
+            asked, 1.0 - hit_rate, record_s, rates.drive_latency_s, case.overlap * hiding_s
         )
     parts = {
         "dense weights": dense_s,
@@ -230,18 +235,14 @@ def _product_s(weights: Mapping[str, tuple[float, float]], rates: Rates, rows: f
     )
 
 
-def _mean_wait(
-    asked: float, miss_rate: float, experts_s: float, one_s: float, record_s: float, latency_s: float, overlap_s: float
-) -> float:  # fmt: skip
-    """Mean seconds that a layer takes longer than its experts in memory: the drive lands the last miss, which is then
-    computed. Misses are binomial."""
+def _mean_wait(asked: float, miss_rate: float, record_s: float, latency_s: float, hidden_s: float) -> float:
+    """Mean seconds for which a layer waits for reads, of which `hidden_s` are hidden. Misses are binomial."""
     count = max(1, round(asked))
     share = min(1.0, asked * miss_rate / count)
     mean = 0.0
     for misses in range(1, count + 1):
         chance = comb(count, misses) * share**misses * (1.0 - share) ** (count - misses)
-        reading_s = max(0.0, latency_s + misses * record_s - overlap_s)
-        mean += chance * max(0.0, reading_s + one_s - experts_s)
+        mean += chance * max(0.0, latency_s + misses * record_s - hidden_s)
     return mean
 
 
