@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tower import Tower
 from train_ears import Clips, Hearing, heard_states
-from train_eyes import Words
-from train_sight import BEFORE, answers, draw, load_state, pixels_of, prompts, state_of
+from train_eyes import Words, draw, see, weighted
+from train_sight import BEFORE, answers, load_state, pixels_of, prompts, state_of
 
 
 @torch.no_grad()
@@ -36,8 +36,7 @@ def seen_states(
     for number in range(batches):
         drawn = draw(rng, kinds, "train", 4)
         asked = prompts(tokenizer, [rng.sample(one.questions, min(3, len(one.questions))) for one in drawn])
-        with torch.autocast("cpu", torch.bfloat16):
-            rows = model.encoder(pixels_of(drawn))[0].float()
+        rows = see(model.encoder, pixels_of(drawn))[0]
         routed = answers(model, rows, asked, before[number % len(before)])[2]
         for layer, normed in enumerate(routed):
             seen[layer].append(normed[asked.is_real])
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--fonts", type=Path, required=True)
     parser.add_argument("--eyes", type=Path, required=True, help="sight.safetensors; its rows are replaced")
     parser.add_argument("--ears", type=Path, required=True, help="ears.safetensors")
-    parser.add_argument("--kinds", default="scene:3,chart:2,sign:1")
+    parser.add_argument("--kinds", default="scene:4,chart:4,sign:1")
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help="more texts")
     parser.add_argument("--batches", type=int, default=24, help="of 4 pictures, and of 8 sounds")
     options = parser.parse_args()
@@ -73,7 +72,7 @@ def main() -> None:
     del ears, texts, sounds
     model = Sense(demo, Tower())
     load_state(model, words, options.eyes)
-    kinds = {name: float(weight) for name, weight in (one.split(":") for one in options.kinds.split(","))}
+    kinds = weighted(options.kinds)
     before = [keys_and_values(demo, tokenizer.encode(text).ids) for text in BEFORE]
     fit_router(model, seen_states(model, tokenizer, kinds, before, options.batches), quiet, others)
     save_file(state_of(model, words), options.eyes)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -48,37 +49,17 @@ HELD_OUT_PAIRS = {
     ("orange", "circle"),
     ("pink", "diamond"),
 }
-TITLES = (
-    "Sales", "Visitors", "Rainfall", "Votes", "Exports", "Profit", "Energy", "Budget", "Scores", "Prices", "Orders",
-    "Income",
-)  # fmt: skip
+TITLES = ("Sales", "Traffic", "Growth", "Energy", "Budget", "Prices", "Orders", "Income")
 LABELS = (
-    ("apples", "pears", "plums", "grapes", "lemons"),
-    ("cats", "dogs", "birds", "fish", "cows"),
-    ("France", "Italy", "Spain", "Japan", "India"),
+    ("apples", "lemons", "grapes", "nuts"),
+    ("cats", "dogs", "birds", "fish"),
+    ("France", "Italy", "Spain", "Japan"),
     ("north", "south", "east", "west"),
-    ("tea", "coffee", "milk", "juice", "water"),
+    ("tea", "coffee", "milk", "water"),
     ("cars", "buses", "trains", "bikes"),
-    ("Anna", "Ben", "Carla", "David", "Emma"),
-    ("rent", "food", "travel", "books"),
 )
-SIGNS = (
-    "stop",
-    "exit",
-    "open",
-    "closed",
-    "push",
-    "pull",
-    "danger",
-    "sale",
-    "taxi",
-    "hotel",
-    "school",
-    "welcome",
-)
-WORDS = tuple(
-    sorted({word.lower() for word in (*TITLES, *SIGNS, *(one for labels in LABELS for one in labels))})
-)
+SIGNS = ("stop", "exit", "open", "closed", "push", "pull", "danger", "sale", "hotel", "welcome")
+WORDS = (*TITLES, *(label for labels in LABELS for label in labels), *SIGNS)
 FONTS = {
     "train": (
         "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "LiberationSans-Regular", "LiberationSans-Bold",
@@ -99,13 +80,15 @@ PROPERTIES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "row": ("top", "middle", "bottom"),
-    "column": ("left", "middle", "right"),
+    "column": ("left", "center", "right"),
+    "count": NUMBERS[1:],
+    "total": NUMBERS[1:],
     "word": WORDS,
     "chart": ("bar", "pie", "line"),
     "rank": ("other", "largest", "smallest"),
     "letter": tuple(ascii_lowercase),
 }
-"""The words that marks may have, by property."""
+"""The words that marks may have, by property; `total` belongs to the empty ground."""
 
 Colour = tuple[int, int, int]
 
@@ -140,6 +123,7 @@ class Picture:
     pixels: np.ndarray  # uint8 [SIDE, SIDE, 3]
     marks: list[Mark]
     questions: list[Question]
+    total: str = ""  # how many things there are; "" if there is no word for it
 
 
 def third(position: float, names: Sequence[str]) -> str:
@@ -309,11 +293,18 @@ def scene(rng: random.Random, split: str) -> Picture:
     order = [at for at, count in enumerate(counts) for _ in range(count)]
     order.sort(key=lambda at: -sizes[at])
     things = _place(rng, [kinds[at] for at in order], [sizes[at] * rng.uniform(0.9, 1.1) for at in order])
-    marks = [thing.mark for thing in things]
-    return Picture(_paint(rng, things, ground), marks, _scene_questions(rng, things, marks))
+    numbers = Counter(thing.pair for thing in things)
+    marks = [
+        replace(thing.mark, words=thing.mark.words | {"count": NUMBERS[numbers[thing.pair]]})
+        for thing in things
+    ]
+    total = NUMBERS[len(things)] if len(things) < len(NUMBERS) else ""
+    return Picture(_paint(rng, things, ground), marks, _scene_questions(rng, things, marks, total), total)
 
 
-def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark]) -> list[Question]:
+def _scene_questions(
+    rng: random.Random, things: list[Thing], marks: list[Mark], total: str
+) -> list[Question]:
     counts: dict[tuple[str, str], int] = {}
     for thing in sorted(things, key=lambda one: (int(one.y / CELL), one.x)):  # in the order of reading
         counts[thing.pair] = counts.get(thing.pair, 0) + 1
@@ -323,8 +314,8 @@ def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark])
     ]
     asked = rng.choice(("What is in the picture?", "Describe the picture.", "What do you see?"))
     questions = [Question("describe", asked, sentence(listed(told)))]
-    if len(things) < len(NUMBERS):
-        questions.append(Question("total", "How many shapes are there?", sentence(NUMBERS[len(things)])))
+    if total:
+        questions.append(Question("total", "How many shapes are there?", sentence(total)))
     colour, shape = rng.choice(list(counts))
     number = counts[colour, shape]
     questions.append(
@@ -341,9 +332,9 @@ def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark])
             )
         )
     if single := [mark.words for mark in marks if counts[mark.words["colour"], mark.words["shape"]] == 1]:
-        words = rng.choice(single)
-        asked = f"Where is the {words['colour']} {words['shape']}?"
-        questions.append(Question("place", asked, sentence(place(words["row"], words["column"]))))
+        for words in rng.sample(single, min(2, len(single))):
+            asked = f"Where is the {words['colour']} {words['shape']}?"
+            questions.append(Question("place", asked, sentence(place(words["row"], words["column"]))))
     if rng.random() < 0.5:
         questions.append(Question("yes or no", f"Is there {with_article(f'{colour} {shape}')}?", "Yes."))
     else:
@@ -354,13 +345,7 @@ def _scene_questions(rng: random.Random, things: list[Thing], marks: list[Mark])
 
 
 def place(row: str, column: str) -> str:
-    if row == column == "middle":
-        return "in the middle"
-    if row == "middle":
-        return f"on the {column}"
-    if column == "middle":
-        return f"at the {row}"
-    return f"in the {row} {column}"
+    return "in the center" if (row, column) == ("middle", "center") else f"in the {row} {column}"
 
 
 # ── words ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -394,9 +379,17 @@ class Canvas:
         return np.asarray(self.image.reduce(FINE))
 
     def write(
-        self, text: str, x: float, y: float, name: str, size: float, ink: Colour, width: float = SIDE
+        self,
+        text: str,
+        x: float,
+        y: float,
+        name: str,
+        size: float,
+        ink: Colour,
+        width: float = SIDE,
+        word: str = "",
     ) -> Mark:
-        """Write `text` around (x, y), no wider than `width`."""
+        """Write `text` around (x, y), no wider than `width`; `word` is how answers spell it, if otherwise."""
         fine = round(size * FINE)
         wide = font(name, fine).getlength(text)
         if wide > width * FINE:
@@ -406,7 +399,7 @@ class Canvas:
         box = (x - half_width, y - half_height, x + half_width, y + half_height)
         ends = tuple(box[0] + font(name, fine).getlength(text[: at + 1]) / FINE for at in range(len(text)))
         name = "letter" if len(text) == 1 else "word"
-        return Mark(box, {"kind": "word", name: text.lower()}, text.lower(), ends)
+        return Mark(box, {"kind": "word", name: word or text}, text.lower(), ends)
 
     def rectangle(self, box: tuple[float, float, float, float], colour: Colour) -> None:
         self.draw.rectangle(tuple(FINE * at for at in box), fill=colour)
@@ -428,17 +421,17 @@ def _cased(rng: random.Random, word: str) -> str:
 
 
 def words(
-    rng: random.Random, split: str, sizes: Sequence[int] = (8, 12, 18), known: Sequence[str] = WORDS
+    rng: random.Random, split: str, sizes: Sequence[int] = (24,), known: Sequence[str] = WORDS
 ) -> Picture:
     """Many words of `known`, each up to 1.8 times as large as one of `sizes`, to learn from; no questions."""
     ground, ink = _ink(rng)
     canvas = Canvas(ground)
     taken: list[tuple[float, float, float, float]] = []
     least = rng.choice(sizes)
-    for _ in range(300 // least if known is WORDS else 30):
-        word, name = _cased(rng, rng.choice(known)), rng.choice(FONTS[split])
-        size = rng.uniform(least, 1.8 * least)
-        half = font(name, round(size * FINE)).getlength(word) / FINE / 2
+    for _ in range(30):
+        word, name = rng.choice(known), rng.choice(FONTS[split])
+        text, size = _cased(rng, word), rng.uniform(least, 1.8 * least)
+        half = font(name, round(size * FINE)).getlength(text) / FINE / 2
         if 2 * half > SIDE - 8:
             continue
         for _ in range(12):
@@ -446,40 +439,45 @@ def words(
             box = (x - half - 3, y - size / 2 - 2, x + half + 3, y + size / 2 + 2)
             if all(box[0] > b[2] or box[2] < b[0] or box[1] > b[3] or box[3] < b[1] for b in taken):
                 taken.append(box)
-                canvas.marks.append(canvas.write(word, x, y, name, size, ink))
+                canvas.marks.append(canvas.write(text, x, y, name, size, ink, word=word))
                 break
     return Picture(canvas.pixels(), canvas.marks, [])
 
 
 def sign(rng: random.Random, split: str) -> Picture:
-    """One word of `SIGNS`, with or without a board."""
+    """One word of `SIGNS` near the middle, with or without a board."""
     ground, ink = _ink(rng)
     canvas = Canvas(ground)
-    word, name, size = rng.choice(SIGNS), rng.choice(FONTS[split]), rng.uniform(16, 44)
+    word, name, size = rng.choice(SIGNS), rng.choice(FONTS[split]), rng.uniform(24, 36)
     text = _cased(rng, word)
     half = min(SIDE / 2 - 12, font(name, round(size * FINE)).getlength(text) / FINE / 2)
-    x, y = rng.uniform(half + 10, SIDE - half - 10), rng.uniform(size / 2 + 14, SIDE - size / 2 - 14)
+    x, y = (SIDE / 2 + rng.uniform(-8, 8) for _ in range(2))
     if rng.random() < 0.5:
         edge = rng.uniform(5, 9)
         canvas.rectangle((x - half - edge, y - size / 2 - edge, x + half + edge, y + size / 2 + edge), ink)
         ink = ground
-    canvas.marks.append(canvas.write(text, x, y, name, size, ink, SIDE - 24))
+    canvas.marks.append(canvas.write(text, x, y, name, size, ink, SIDE - 24, word))
     asked = rng.choice(("What does the sign say?", "What is written here?", "Read the sign."))
-    return Picture(canvas.pixels(), canvas.marks, [Question("sign", asked, sentence(word))])
+    return Picture(canvas.pixels(), canvas.marks, [Question("sign", asked, f"It says {word}.")])
 
 
 # ── charts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 GREY, INK = (90, 90, 90), (20, 20, 20)
+LABEL_Y = SIDE - 10.0  # of labels below an axis
 ASKED = {
-    "bar": ("Which bar is the tallest?", "Which bar is the shortest?", "How many bars are there?"),
-    "pie": ("Which slice is the largest?", "Which slice is the smallest?", "How many slices are there?"),
-    "line": ("Where is the line highest?", "Where is the line lowest?", "How many points are there?"),
+    "bar": (("tallest bar", "Which bar is the tallest?"), ("shortest bar", "Which bar is the shortest?")),
+    "pie": (
+        ("largest slice", "Which slice is the largest?"),
+        ("smallest slice", "Which slice is the smallest?"),
+    ),
+    "line": (("highest point", "Where is the line highest?"), ("lowest point", "Where is the line lowest?")),
 }
+"""For each kind of chart, questions about the largest and the smallest value: the task, and what is asked."""
 
 
 def chart(rng: random.Random, split: str) -> Picture:
-    """A bar, pie or line chart of three to five values, of which one is clearly the largest and one the smallest."""
+    """A bar, pie or line chart of three or four values, of which one is clearly the largest and one the smallest."""
     kind = rng.choice(tuple(ASKED))
     known = rng.choice(LABELS)
     labels = rng.sample(known, rng.randint(3, len(known)))
@@ -490,7 +488,7 @@ def chart(rng: random.Random, split: str) -> Picture:
     ]
     ground = (255, 255, 255) if rng.random() < 0.6 else _vary(rng, (238, 238, 238))
     canvas, name, title = Canvas(ground), rng.choice(FONTS[split]), rng.choice(TITLES)
-    mark = canvas.write(title, rng.uniform(80, 112), rng.uniform(11, 15), name, rng.uniform(14, 18), INK)
+    mark = canvas.write(title, rng.uniform(92, 100), rng.uniform(12, 14), name, rng.uniform(18, 22), INK)
     canvas.marks.append(replace(mark, words=mark.words | {"chart": kind}))
     colours = rng.sample([one for one in COLOURS if one != "black"], len(labels))
     if kind == "pie":
@@ -499,26 +497,46 @@ def chart(rng: random.Random, split: str) -> Picture:
         if kind == "line" or rng.random() < 0.5:
             colours = [colours[0]] * len(labels)
         _axes(rng, canvas, labels, values, ranks, colours, name, is_line=kind == "line")
-    most, least, number = ASKED[kind]
     questions = [
         Question("chart kind", "What kind of chart is this?", f"A {kind} chart."),
-        Question("chart title", "What is the title of the chart?", f"{title}."),
-        Question("largest", most, sentence(labels[ranks.index("largest")])),
-        Question("smallest", least, sentence(labels[ranks.index("smallest")])),
-        Question("chart count", number, sentence(NUMBERS[len(labels)])),
+        Question("chart title", "What is the title of the chart?", f"The title is {title}."),
     ]
+    for rank, (task, asked) in zip(("largest", "smallest"), ASKED[kind], strict=True):
+        said = f"The line is {task.split()[0]} at" if kind == "line" else f"The {task} is"
+        questions.append(Question(task, asked, f"{said} {labels[ranks.index(rank)]}."))
+    noun, number = {"bar": "bar", "pie": "slice", "line": "point"}[kind], NUMBERS[len(labels)]
+    questions.append(Question("chart count", f"How many {noun}s are there?", sentence(number)))
     if len(set(colours)) > 1:
-        at, noun = rng.randrange(len(labels)), {"bar": "bar", "pie": "slice"}[kind]
+        for rank, (task, _) in zip(("largest", "smallest"), ASKED[kind], strict=True):
+            asked = f"What color is the {task}?"
+            questions.append(Question(f"colour of {task}", asked, sentence(colours[ranks.index(rank)])))
+        at = rng.randrange(len(labels))
         asked = f"What color is the {noun} of {labels[at]}?"
-        questions.append(Question("chart colour", asked, sentence(colours[at])))
-    return Picture(canvas.pixels(), canvas.marks, questions)
+        questions.append(Question("colour by label", asked, sentence(colours[at])))
+    return Picture(canvas.pixels(), canvas.marks, questions, number)
+
+
+def rows_of_words(rng: random.Random, split: str) -> Picture:
+    """Rows of labels, titles and words of signs, each as large as in charts and signs; no questions."""
+    canvas = Canvas((255, 255, 255) if rng.random() < 0.6 else _vary(rng, (238, 238, 238)))
+    for at in range(SIDE // CELL):
+        left, right, name = rng.uniform(6, 12), SIDE - rng.uniform(2, 6), rng.choice(FONTS[split])
+        sort = rng.choice(("label", "label", "title", "sign"))
+        number = {"label": rng.randint(3, 4), "title": 2, "sign": rng.randint(1, 2)}[sort]
+        size = {"label": rng.uniform(13, 16), "title": rng.uniform(18, 22), "sign": rng.uniform(22, 30)}[sort]
+        step, y = (right - left) / number, LABEL_Y - CELL * at + rng.choice((0.0, rng.uniform(-4, 4)))
+        for slot in range(number):
+            word = rng.choice({"label": rng.choice(LABELS), "title": TITLES, "sign": SIGNS}[sort])
+            text, x = _cased(rng, word) if sort == "sign" else word, left + step * (slot + 0.5)
+            canvas.marks.append(canvas.write(text, x, y, name, size, INK, step - 2, word))
+    return Picture(canvas.pixels(), canvas.marks, [])
 
 
 def _values(rng: random.Random, number: int) -> list[float]:
     while True:
         values = [rng.uniform(0.12, 1) for _ in range(number)]
         first, second, *_ = ranked = sorted(values)
-        if second - first > 0.08 and ranked[-1] - ranked[-2] > 0.08:
+        if second - first > 0.12 and ranked[-1] - ranked[-2] > 0.12:
             return values
 
 
@@ -533,10 +551,10 @@ def _axes(
     *,
     is_line: bool,
 ) -> None:
-    left, right, bottom, top = rng.uniform(8, 16), SIDE - rng.uniform(4, 8), SIDE - 20, 34.0
+    left, right, bottom, top = rng.uniform(6, 12), SIDE - rng.uniform(2, 6), LABEL_Y - 10, 36.0
     canvas.line([(left, top - 4), (left, bottom), (right, bottom)], GREY, 1)
     step = (right - left) / len(labels)
-    size, width = rng.uniform(9, 12), rng.uniform(0.2, 0.4)
+    size, width = rng.uniform(13, 16), rng.uniform(0.25, 0.4)
     points = [
         (left + step * (at + 0.5), bottom - value * (bottom - top) / max(values))
         for at, value in enumerate(values)
@@ -545,7 +563,7 @@ def _axes(
         canvas.line(points, COLOURS[colours[0]], 2)
     for (x, y), label, rank, colour in zip(points, labels, ranks, colours, strict=True):
         ink = _vary(rng, COLOURS[colour]) if len(set(colours)) > 1 else COLOURS[colour]
-        words = {"rank": rank, "colour": colour}
+        words = {"rank": rank, "colour": colour, "word": label}
         if is_line:
             canvas.draw.ellipse([FINE * at for at in (x - 3, y - 3, x + 3, y + 3)], fill=ink)
             canvas.marks.append(Mark((x - 3, y - 3, x + 3, y + 3), {"kind": "point"} | words))
@@ -553,7 +571,7 @@ def _axes(
             box = (x - width * step, y, x + width * step, bottom)
             canvas.rectangle(box, ink)
             canvas.marks.append(Mark(box, {"kind": "bar"} | words))
-        mark = canvas.write(label, x, bottom + 10, name, size, INK, step - 2)
+        mark = canvas.write(label, x, LABEL_Y, name, size, INK, step - 2)
         canvas.marks.append(replace(mark, words=mark.words | words))
 
 
@@ -567,18 +585,20 @@ def _pie(
     name: str,
 ) -> None:
     x, y, radius = rng.uniform(58, 64), rng.uniform(100, 116), rng.uniform(46, 54)
-    angle, size, legend = rng.uniform(-180, 180), rng.uniform(9, 13), rng.uniform(44, 60)
+    angle, size, legend = rng.uniform(-180, 180), rng.uniform(13, 16), rng.uniform(54, 60)
     box = [FINE * at for at in (x - radius, y - radius, x + radius, y + radius)]
     for at, (label, value, rank, colour) in enumerate(zip(labels, values, ranks, colours, strict=True)):
         share, ink, words = (
             360 * value / sum(values),
             _vary(rng, COLOURS[colour]),
-            {"rank": rank, "colour": colour},
+            {"rank": rank, "colour": colour, "word": label},
         )
         canvas.draw.pieslice(box, angle, angle + share, fill=ink)
-        middle = math.radians(angle + share / 2)
-        sx, sy = x + 0.65 * radius * math.cos(middle), y + 0.65 * radius * math.sin(middle)
-        canvas.marks.append(Mark((sx - 8, sy - 8, sx + 8, sy + 8), {"kind": "slice"} | words))
+        parts = max(1, int(share / 40))
+        for part in range(parts):
+            middle = math.radians(angle + share * (part + 0.5) / parts)
+            sx, sy = x + 0.65 * radius * math.cos(middle), y + 0.65 * radius * math.sin(middle)
+            canvas.marks.append(Mark((sx - 8, sy - 8, sx + 8, sy + 8), {"kind": "slice"} | words))
         row = legend + 26 * at
         canvas.rectangle((124, row - 5, 134, row + 5), ink)
         half = min(25, font(name, round(size * FINE)).getlength(label) / FINE / 2)
@@ -591,8 +611,8 @@ DRAWN: dict[str, Callable[[random.Random, str], Picture]] = {
     "crowd": crowd,
     "scene": scene,
     "letters": partial(words, sizes=(20, 28), known=ascii_lowercase),
-    "large words": partial(words, sizes=(24,)),
-    "words": words,
+    "large words": words,
+    "rows": rows_of_words,
     "sign": sign,
     "chart": chart,
 }

@@ -12,10 +12,13 @@ text from every domain beside those of the sense. So text is routed as before, a
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from base_model import find_gguf
 from safetensors.torch import load_file
@@ -144,6 +147,28 @@ class Sense(nn.Module):
         with torch.no_grad():
             for name, value in self.own_state().items():
                 value.copy_(found[name])
+
+
+def join() -> int:
+    """Join the other processes if `torchrun` started several; returns the number of this one."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def average(parameters: Iterable[nn.Parameter], numbers: list[float]) -> list[float]:
+    """Average the gradients, and numbers, over all processes."""
+    if not dist.is_initialized():
+        return numbers
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    flat = torch.cat([*(one.flatten() for one in gradients), torch.tensor(numbers)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    *means, means_of_numbers = flat.split([*(one.numel() for one in gradients), len(numbers)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return means_of_numbers.tolist()
 
 
 def cosine(share: float) -> float:

@@ -3,7 +3,8 @@
     picture -> tower of train_eyes.py -> rows in a prompt -> demo model with eye experts -> answers
 
 The questions of a picture share its rows: each sees the picture and itself. The tower goes on learning what lies in
-each cell, so that its rows keep the words of the model.
+each cell, from these pictures and from others without questions, so that its rows keep the words of the model.
+`torchrun --nproc-per-node 2` trains on two cores.
 
     python train_sight.py --work WORK --fonts FONTS --minutes 60
 """
@@ -21,17 +22,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from base_model import find_gguf, load_tokenizer
-from pictures import DRAWN, Picture, Question, use_fonts
+from pictures import Picture, Question, use_fonts
 from safetensors.torch import load_file, save_file
-from senses import END, SYSTEM, USER, KeysAndValues, Sense, cosine, keys_and_values, load_demo
+from senses import (
+    END,
+    SYSTEM,
+    USER,
+    KeysAndValues,
+    Sense,
+    average,
+    cosine,
+    join,
+    keys_and_values,
+    load_demo,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tower import CELLS, Tower
-from train_eyes import Words, cell_targets, losses_of_rows
+from train_eyes import Words, draw, losses, see, weighted, with_targets
 
 BEFORE = (SYSTEM + USER, USER, SYSTEM + USER + "Look at this: ")
 NO_TARGET = -100
 SAVE_SECONDS = 300
+TASK_WEIGHT = {
+    "place": 4.0,
+    "count": 2.0,
+    "total": 2.0,
+    "describe": 2.0,
+    "chart kind": 0.3,
+    "chart title": 0.3,
+    "chart count": 0.3,
+}
+TOWER_SHARE = 0.3  # of the loss of cells and patches, beside that of answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +61,7 @@ class Prompts:
     """Prompts of pictures, their questions and answers side by side.
 
     ids: tokens after the picture [pictures, rows].   wanted: the next token, or NO_TARGET.
-    weights: of the targets; those of each answer sum to 1.
+    weights: of the targets; those of an answer of n tokens sum to n ** 0.5.
     positions: of all rows, the picture's included [pictures, CELLS**2 + rows].
     sees: whether a row sees another.   is_real: which rows are not padding.
     """
@@ -61,7 +83,7 @@ def prompts(tokenizer: Tokenizer, asked: list[list[Question]]) -> Prompts:
             reply = tokenizer.encode(f"{question.answer}<|im_end|>").ids
             ids += ask + reply
             wanted += [NO_TARGET] * (len(ask) - 1) + reply + [NO_TARGET]
-            weights += [0.0] * (len(ask) - 1) + [1 / len(reply)] * len(reply) + [0.0]
+            weights += [0.0] * (len(ask) - 1) + [len(reply) ** -0.5] * len(reply) + [0.0]
             positions += range(cells, cells + len(ask) + len(reply))
             owner += [number] * (len(ask) + len(reply))
         parts.append((ids, wanted, positions, owner, weights))
@@ -93,8 +115,10 @@ def answers(
     return F.linear(chosen.bfloat16(), model.embedding).float(), asked.wanted[asked.wanted >= 0], routed
 
 
-def draw(rng: random.Random, kinds: dict[str, float], split: str, number: int) -> list[Picture]:
-    return [DRAWN[kind](rng, split) for kind in rng.choices(list(kinds), list(kinds.values()), k=number)]
+def choose(rng: random.Random, questions: list[Question], number: int) -> list[Question]:
+    """Some of the questions, those of hard tasks more often."""
+    order = sorted(questions, key=lambda one: rng.random() ** (1 / TASK_WEIGHT.get(one.task, 1.0)))
+    return order[-number:]
 
 
 def pixels_of(pictures: list[Picture]) -> Tensor:
@@ -116,9 +140,7 @@ def right_answers(
     for _ in range(-(-pictures // 8)):
         drawn = draw(rng, kinds, "test", 8)
         asked = prompts(tokenizer, [picture.questions for picture in drawn])
-        with torch.autocast("cpu", torch.bfloat16):
-            rows = model.encoder(pixels_of(drawn))[0].float()
-        logits, wanted, _ = answers(model, rows, asked, before)
+        logits, wanted, _ = answers(model, see(model.encoder, pixels_of(drawn))[0], asked, before)
         is_right = iter((logits.argmax(-1) == wanted).tolist())
         for picture in drawn:
             for question in picture.questions:
@@ -150,13 +172,15 @@ def state_of(model: Sense, words: Words) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in state.items()}
 
 
-def load_state(model: Sense, words: Words, path: Path) -> None:
-    """The tower and its read-out, and the experts if the file has them."""
+def load_state(model: Sense, words: Words, path: Path) -> bool:
+    """Load the tower and its read-out, and the experts if the file has them; returns whether it has."""
     found = load_file(path)
     for part, module in (("tower.", model.encoder), ("words.", words)):
         module.load_state_dict({n.removeprefix(part): v for n, v in found.items() if n.startswith(part)})
-    if "layers.0.down" in found:
+    has_experts = "layers.0.down" in found
+    if has_experts:
         model.load(path)
+    return has_experts
 
 
 def main() -> None:
@@ -165,13 +189,19 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder of the base model; sight.safetensors goes there"
     )
     parser.add_argument("--fonts", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="from train_eyes.py; or from here, to go on")
-    parser.add_argument("--experts", type=Path, help="from here, if --start is a later tower without experts")
-    parser.add_argument("--minutes", type=float, default=60, help="of processor time")
-    parser.add_argument("--kinds", default="scene:3,chart:2,sign:1")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=4, help="of a picture")
-    parser.add_argument("--tower-rate", type=float, default=2e-4)
+    parser.add_argument("--eyes", type=Path, required=True, help="from train_eyes.py; or from here, to go on")
+    parser.add_argument("--experts", type=Path, help="from here, if --eyes is a later tower without experts")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument(
+        "--kinds", default="scene:4,chart:4,sign:1", help="pictures to ask about, with weights"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="pictures of a process in each step")
+    parser.add_argument("--questions", type=int, default=6, help="of a picture")
+    parser.add_argument("--alone", type=int, default=8, help="pictures of a process that only the tower sees")
+    parser.add_argument(
+        "--alone-kinds", default="scene:4,chart:4,rows:3,sign:2", help="their kinds, with weights"
+    )
+    parser.add_argument("--tower-rate", type=float, default=3e-4)
     parser.add_argument("--expert-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-minutes", type=float, default=4)
@@ -180,15 +210,14 @@ def main() -> None:
     use_fonts(options.fonts)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
+    rank, kinds, alone = join(), weighted(options.kinds), weighted(options.alone_kinds)
     tokenizer, words = load_tokenizer(find_gguf(options.work)), Words(options.work)
     model = Sense(load_demo(options.work), Tower())
-    load_state(model, words, options.start)
+    if not load_state(model, words, options.eyes):
+        match_embeddings(model, words, random.Random(options.seed), kinds)
     if options.experts:
         model.load(options.experts)
-    rng = random.Random(options.seed)
-    kinds = {name: float(weight) for name, weight in (one.split(":") for one in options.kinds.split(","))}
-    if not any(value.any() for value in model.down):
-        match_embeddings(model, words, rng, kinds)
+    rng = random.Random(1000 * options.seed + rank)
     before = [keys_and_values(model.demo, tokenizer.encode(text).ids) for text in BEFORE]
     optimizer = torch.optim.AdamW(
         [
@@ -200,37 +229,43 @@ def main() -> None:
     )
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     save = options.work / "sight.safetensors"
-    begin, saved, reported, recent, step = time.process_time(), time.monotonic(), 0.0, [], 0
-    while (minutes := (time.process_time() - begin) / 60) < options.minutes:
-        drawn = draw(rng, kinds, "train", options.batch)
-        questions = [rng.sample(one.questions, min(options.questions, len(one.questions))) for one in drawn]
-        with torch.autocast("cpu", torch.bfloat16):
-            rows, _ = model.encoder(pixels_of(drawn))
-        targets = torch.from_numpy(np.stack([cell_targets(picture) for picture in drawn]))
-        in_cells = losses_of_rows(words, rows.float(), targets).sum()
+    begin, saved, reported, recent, step = time.monotonic(), time.monotonic(), 0.0, [], 0
+    while True:
+        drawn = draw(rng, kinds, "train", options.batch) + draw(rng, alone, "train", options.alone)
+        pixels, cells, patches = with_targets(drawn)
+        rows, hidden = see(model.encoder, pixels)
+        in_tower = losses(words, rows, hidden, cells, patches).sum()
+        questions = [choose(rng, one.questions, options.questions) for one in drawn[: options.batch]]
         asked = prompts(tokenizer, questions)
-        logits, wanted, _ = answers(model, rows.float(), asked, rng.choice(before))
+        logits, wanted, _ = answers(model, rows[: options.batch], asked, rng.choice(before))
         weights = asked.weights[asked.wanted >= 0]
         in_answers = (F.cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
-        (in_answers + 0.1 * in_cells).backward()
+        (in_answers + TOWER_SHARE * in_tower).backward()
+        spent = (time.monotonic() - begin) / 60
+        minutes, *found = average(trained, [spent, in_answers.item(), in_tower.item()])
+        if minutes >= options.minutes:
+            break
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * min(1, (step + 1) / 30) * cosine(minutes / options.minutes)
+            group["lr"] = group["base"] * min(1, (step + 1) / 20) * cosine(minutes / options.minutes)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        recent.append((in_answers.item(), in_cells.item()))
+        recent.append(found)
+        if rank > 0:
+            continue
         if step % 20 == 0:
             mean = np.mean(recent[-20:], axis=0)
-            print(f"{minutes:.1f} min, step {step}: answers {mean[0]:.3f}, cells {mean[1]:.3f}", flush=True)
+            print(f"{minutes:.1f} min, step {step}: answers {mean[0]:.3f}, tower {mean[1]:.3f}", flush=True)
         if minutes - reported > options.report_minutes:
             reported = minutes
             report(model, tokenizer, kinds, before[0], options.report_pictures // 2)
         if time.monotonic() - saved > SAVE_SECONDS:
             save_file(state_of(model, words), save)
             saved = time.monotonic()
-    save_file(state_of(model, words), save)
-    report(model, tokenizer, kinds, before[0], options.report_pictures)
+    if rank == 0:
+        save_file(state_of(model, words), save)
+        report(model, tokenizer, kinds, before[0], options.report_pictures)
 
 
 def report(

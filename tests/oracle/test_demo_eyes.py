@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -24,8 +25,12 @@ LARGEST_DIFFERENCE = 2e-5
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
+def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2] / "recipes" / "demo_model")])
+
+
+@pytest.fixture
+def recipe(recipes: None) -> Any:
     import tower
 
     return tower
@@ -66,3 +71,25 @@ def test_the_tower_of_the_recipe_equals_that_of_transformers_and_of_argosy(recip
         assert difference(found.numpy(), rows) <= LARGEST_DIFFERENCE
         ours = finish(argosy.encode(frames.numpy(), grid))
         assert difference(ours.embeddings, rows) <= LARGEST_DIFFERENCE
+
+
+def test_every_cell_of_a_bar_names_its_label_and_empty_ground_the_number_of_bars(recipes: None) -> None:
+    import pictures
+    import train_eyes
+
+    label, rank = "tea", "largest"
+    words = {"word": label, "rank": rank}
+    bar = pictures.Mark((50, 60, 70, 172), {"kind": "bar"} | words)  # column 2, rows 2 to 6 and a sliver of 7
+    text = pictures.Mark(
+        (36, 175, 84, 189), {"kind": "word"} | words, label, (53, 66, 80)
+    )  # row 7, columns 1 to 3
+    picture = pictures.Picture(np.zeros((192, 192, 3), np.uint8), [bar, text], [], total="three")
+    found = train_eyes.cell_targets(picture).reshape(8, 8, -1)
+
+    def words_of(row: int, column: int) -> dict[str, str]:
+        numbers = zip(pictures.PROPERTIES.items(), found[row, column], strict=True)
+        return {name: known[at] for (name, known), at in numbers if at != train_eyes.NOWHERE}
+
+    assert all(words_of(row, 2) == {"kind": "bar"} | words for row in range(2, 7))
+    assert all(words_of(7, column) == {"kind": "word"} | words for column in (1, 2, 3))
+    assert words_of(0, 0) == {"kind": "nothing", "total": "three"}
