@@ -11,9 +11,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import httpx
 import pytest
@@ -247,7 +248,8 @@ def test_an_allowed_host_is_a_plain_name(name: str) -> None:
 @pytest.mark.parametrize("names", [(), (HOST,), (HOST, "cdn.example.org"), ("localhost",)])
 def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[MediaHosts | None] = []
-    monkeypatch.setattr("argosy.cli.serve.open_engine", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("argosy.cli.serve.open_engine", lambda *_, **__: MagicMock())
+    monkeypatch.setattr("argosy.engine.options.locate_model", Mock(side_effect=UsageError("no model")))
     monkeypatch.setattr("argosy.serve.run.serve", lambda *_, media_hosts, **__: given.append(media_hosts))
     options = [option for name in names for option in ("--media-host", name)]
     result = CliRunner().invoke(serve, ["model", "--port", "0", *options])
