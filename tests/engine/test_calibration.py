@@ -22,6 +22,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(calibration, "_ROUNDS", 2)
     monkeypatch.setattr(calibration, "_DRIVE_S", 0.02)
     monkeypatch.setattr(calibration, "_STEPS", 12)
     big = tmp_path / "model.safetensors"
@@ -45,15 +46,13 @@ def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_range
 ) -> None:
     monkeypatch.setattr(calibration, "_ARENA_BYTES", 16 << 20)
     monkeypatch.setattr(calibration, "_KEYS_BYTES", 1 << 20)
-    rounds = iter((1.0, 4.0, 2.0))
-    current = [0.0]
-
-    def tell(what: str, share: float) -> None:
-        current[0] = next(rounds)
-
-    monkeypatch.setattr(calibration, "_median_s", lambda call: current[0])
     runtime = _native.Runtime(1)
-    rates, varied = calibration._kernel_rates(runtime, tell)
+    kernels = calibration._Kernels(runtime)
+    for seconds in (1.0, 4.0, 2.0):
+        monkeypatch.setattr(calibration, "_median_s", lambda call, seconds=seconds: seconds)
+        kernels.measure()
+    rates, varied = kernels.rates, kernels.varied
+    kernels.close()
     runtime.close()
     assert varied == 4.0
     assert rates["operations q4"] == 4 * 64 * 768 * 2048 / 2.0

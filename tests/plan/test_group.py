@@ -19,6 +19,7 @@ DESKTOP = replace(
     reads=dict.fromkeys(guess("", 1).reads, 1.0),
     layer_s=1e-9,
     streamed_layer_s=1e-9,
+    missing_layer_s=1e-9,
     step_s=1e-9,
 )
 TEN_GBE = Network(bytes_per_s=10e9 / 8)

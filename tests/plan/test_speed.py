@@ -19,6 +19,7 @@ MEASURED = replace(
     memory_bytes_per_s=10e9,
     layer_s=1e-4,
     streamed_layer_s=2e-4,
+    missing_layer_s=1e-3,
     step_s=1e-3,
     drive_latency_s=1e-4,
     spread=1.1,
@@ -71,6 +72,7 @@ def test_misses_wait_for_the_drive() -> None:
         chance = ways * (1 - rate) ** misses * rate ** (4 - misses)
         expected += 10 * chance * max(0.0, 1e-4 + misses * 1e-3 - hidden)
     assert found.parts["waiting for the drive"] == pytest.approx(expected)
+    assert found.parts["overhead"] == pytest.approx(1e-3 + 10 * (1e-4 + 2e-4 + (1 - rate**4) * 1e-3))
     assert found.tokens_per_s.low < found.tokens_per_s.likely < found.tokens_per_s.high
 
 

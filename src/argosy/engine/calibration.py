@@ -51,15 +51,16 @@ _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
 _ENCODER_ROWS = 512  # patches in a product, as towers have them
 _KEYS_BYTES = 64 << 20  # of keys and values, more than most last-level caches hold
 _POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
-_SAMPLE_S, _ROUNDS = 0.1, 3  # for each call
-_DRIVE_S = 0.4  # for each size of record, in each round
+_SAMPLE_S, _ROUNDS = 0.05, 6  # for each call
+_DRIVE_S = 0.25  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _ALONE_BYTES = 4 << 20  # of a record that is read alone
 _NUM_READERS = 4
 _FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
 _DEPTHS = (4, 20)  # layers of the two tiny models
-_EXPERTS = 16  # of each layer
+_EXPERTS, _EXPERTS_PER_TOKEN = 16, 4  # of each layer
+_BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
 _STEPS = 48
 
 
@@ -81,15 +82,18 @@ def calibrate(
     tell("measuring memory", 0.0)
     memory = max(_native.memory_probe(cores, max(512, 8 * cores) * MIB) for _ in range(3))
     runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
-    try:
-        kernels, varied = _kernel_rates(runtime, tell)
-    finally:
-        runtime.close()
+    with closing(runtime), closing(_Kernels(runtime)) as kernels_of, _file_to_read(files) as path:
+        drive_of = _DriveRates(path)
+        # Rounds of both in turn: a neighbour of a virtual machine takes bandwidth for many seconds at a time.
+        for number in range(_ROUNDS):
+            tell("measuring products and the drive", 0.05 + 0.7 * number / _ROUNDS)
+            kernels_of.measure()
+            drive_of.measure()
+        kernels, varied = kernels_of.rates, kernels_of.varied
+        drive = drive_of.result(cores)
     reads = {format: kernels[f"reads {format}"] for format in get_args(Format)}
     memory = max(memory, *reads.values())  # other processes may have slowed the probe
-    with _file_to_read(files) as path:
-        drive = _drive(path, cores, tell)
-    layer_s, streamed_layer_s, step_s = _overheads(cores, tell)
+    overheads = _overheads(cores, tell)
     tell("done", 1.0)
     return Rates(
         cores=cores,
@@ -103,9 +107,10 @@ def calibrate(
         drive=drive.rates,
         drive_latency_s=drive.latency_s,
         overlap=drive.overlap,
-        layer_s=layer_s,
-        streamed_layer_s=streamed_layer_s,
-        step_s=step_s,
+        layer_s=overheads.layer_s,
+        streamed_layer_s=overheads.streamed_layer_s,
+        missing_layer_s=overheads.missing_layer_s,
+        step_s=overheads.step_s,
         spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
         source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
     )
@@ -165,23 +170,37 @@ class _Timed(NamedTuple):
     work: float
 
 
-def _kernel_rates(runtime: _native.Runtime, tell: Progress) -> tuple[dict[str, float], float]:
-    """Work per second of each call, and by what factor it varied from round to round.
+class _Kernels:
+    """Products and attention, whose rates are the medians of rounds.
 
-    The median of rounds that are seconds apart: a forecast is of minutes in which others use the machine as well, so
-    the fastest call would promise too much.
+    A forecast is of minutes in which others use the machine as well, so the fastest call would promise too much.
     """
-    with ExitStack() as memory:
-        calls = [*_products(runtime, memory), _encoder_product(runtime, memory), *_attention(runtime)]
-        medians: dict[str, list[float]] = {one.name: [] for one in calls}
-        for number in range(_ROUNDS):
-            tell("measuring products", 0.05 + 0.4 * number / _ROUNDS)
-            for one in calls:
-                medians[one.name].append(_median_s(one.call))
-        rates = {one.name: one.work / statistics.median(medians[one.name]) for one in calls}
-        varied = statistics.median(max(rounds) / min(rounds) for rounds in medians.values())
-        calls.clear()  # they hold memory that is about to be closed
-    return rates, varied
+
+    def __init__(self, runtime: _native.Runtime) -> None:
+        self._memory = ExitStack()
+        self._calls = [
+            *_products(runtime, self._memory), _encoder_product(runtime, self._memory), *_attention(runtime)
+        ]  # fmt: skip
+        self._medians: dict[str, list[float]] = {one.name: [] for one in self._calls}
+
+    def measure(self) -> None:
+        """Do a round."""
+        for one in self._calls:
+            self._medians[one.name].append(_median_s(one.call))
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Work per second of each call."""
+        return {one.name: one.work / statistics.median(self._medians[one.name]) for one in self._calls}
+
+    @property
+    def varied(self) -> float:
+        """By what factor rates differed from round to round: the median of all calls."""
+        return statistics.median(max(rounds) / min(rounds) for rounds in self._medians.values())
+
+    def close(self) -> None:
+        self._calls.clear()  # they hold memory that is about to be closed
+        self._memory.close()
 
 
 def _median_s(call: Callable[[], object]) -> float:
@@ -314,47 +333,45 @@ class _Drive(NamedTuple):
     overlap: float
 
 
-def _drive(path: str, cores: int, tell: Progress) -> _Drive:
-    file_bytes = os.stat(path).st_size
-    is_direct = True
+class _DriveRates:
+    """Reads of a file, whose rates are the medians of rounds."""
 
-    def read(record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
-        """Bytes, and seconds."""
-        nonlocal is_direct
-        most = file_bytes // record_bytes
+    def __init__(self, path: str) -> None:
+        self._path, self._bytes, self._is_direct = path, os.stat(path).st_size, True
+        self._together: dict[int, list[float]] = {size: [] for size in _RECORD_BYTES}
+        self._alone: list[float] = []
+
+    def measure(self) -> None:
+        """Do a round."""
+        for record_bytes, rates in self._together.items():
+            nbytes, seconds = self._read(record_bytes, _NUM_READERS, _DRIVE_S)
+            rates.append(nbytes / seconds)
+        nbytes, seconds = self._read(_ALONE_BYTES, 1, _DRIVE_S)
+        self._alone.append(nbytes / seconds)
+
+    def result(self, cores: int) -> _Drive:
+        together = {size: statistics.median(rates) for size, rates in self._together.items()}
+        rate = together[_ALONE_BYTES]
+        latency_s = max(1e-5, _ALONE_BYTES / statistics.median(self._alone) - _ALONE_BYTES / rate)
+        with _busy(cores) as products:
+            time.sleep(2 * _DRIVE_S)
+            computing_alone = products.rate()
+            nbytes, seconds = self._read(_ALONE_BYTES, _NUM_READERS, 6 * _DRIVE_S)
+            computing_s = seconds * products.rate() / computing_alone
+        return _Drive(tuple(together.items()), latency_s, _overlap(nbytes / rate, computing_s, seconds))
+
+    def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
+        """Read for about so long; returns bytes and seconds."""
+        most = self._bytes // record_bytes
         few = min(most, max(readers, (16 << 20) // record_bytes))
         try:
-            first = _native.drive_probe(path, record_bytes, few, readers, is_direct)
+            first = _native.drive_probe(self._path, record_bytes, few, readers, self._is_direct)
         except RuntimeError:  # the file system has no direct reads
-            is_direct = False
-            first = _native.drive_probe(path, record_bytes, few, readers, False)
+            self._is_direct = False
+            first = _native.drive_probe(self._path, record_bytes, few, readers, False)
         count = min(most, max(few, int(first * seconds) // record_bytes))
-        rate = _native.drive_probe(path, record_bytes, count, readers, is_direct)
+        rate = _native.drive_probe(self._path, record_bytes, count, readers, self._is_direct)
         return count * record_bytes, count * record_bytes / rate
-
-    def rate(record_bytes: int, readers: int) -> float:
-        nbytes, seconds = read(record_bytes, readers, _DRIVE_S)
-        return nbytes / seconds
-
-    found: list[list[float]] = [[] for _ in _RECORD_BYTES]
-    for number in range(_ROUNDS):
-        tell("measuring the drive", 0.45 + 0.3 * number / _ROUNDS)
-        for rates, record_bytes in zip(found, _RECORD_BYTES, strict=True):
-            rates.append(rate(record_bytes, _NUM_READERS))
-    together = {size: statistics.median(rates) for size, rates in zip(_RECORD_BYTES, found, strict=True)}
-    alone = rate(_ALONE_BYTES, 1)
-    latency_s = max(1e-5, _ALONE_BYTES / alone - _ALONE_BYTES / together[_ALONE_BYTES])
-    with _busy(cores) as products:
-        time.sleep(_DRIVE_S)
-        computing_alone = products.rate()
-        nbytes, seconds = read(_ALONE_BYTES, _NUM_READERS, 3 * _DRIVE_S)
-        computing = products.rate()
-    reading_s = nbytes / together[_ALONE_BYTES]
-    return _Drive(
-        tuple(together.items()),
-        latency_s,
-        _overlap(reading_s, seconds * computing / computing_alone, seconds),
-    )
 
 
 def _overlap(reading_s: float, computing_s: float, together_s: float) -> float:
@@ -411,31 +428,52 @@ def _busy(threads: int) -> Iterator[_Products]:
 # ── the engine's own time ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _overheads(cores: int, tell: Progress) -> tuple[float, float, float]:
-    """Seconds of a layer beside its products, what is added if experts are fetched, and seconds of a step.
+class _Overheads(NamedTuple):
+    """Seconds beside products and reads: of a layer, what is added if its experts are streamed, and what if one of them
+    misses, and of a step."""
 
-    Products of models this small take no time to speak of.
-    """
+    layer_s: float
+    streamed_layer_s: float
+    missing_layer_s: float
+    step_s: float
+
+
+class _Token(NamedTuple):
+    """A decode step of a tiny model: all of its seconds, and those beside arithmetic and waiting; its hit rate."""
+
+    seconds: float
+    beside_s: float
+    hit_rate: float
+
+
+def _overheads(cores: int, tell: Progress) -> _Overheads:
+    """Products of models this small take no time to speak of."""
     resident, streamed = [], []
     with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
         for number, depth in enumerate(_DEPTHS):
             tell("running tiny models", 0.8 + 0.1 * number)
             path = Path(scratch) / str(depth)
             _write_model(path, depth)
-            resident.append(_token_s(path, cores, expert_slots=None))
-            streamed.append(_token_s(path, cores, expert_slots=depth * _EXPERTS - 1))
+            resident.append(_token(path, cores, expert_slots=None))
+            streamed.append(_token(path, cores, expert_slots=depth * _EXPERTS - 1))
+        missing = _token(path, cores, expert_slots=depth * _EXPERTS // 2)
     (few, many), (few_streamed, many_streamed) = resident, streamed
     layers = _DEPTHS[1] - _DEPTHS[0]
-    layer_s = max(1e-6, (many - few) / layers)
-    streamed_layer_s = max(1e-6, (many_streamed - few_streamed) / layers - layer_s)
-    return layer_s, streamed_layer_s, max(1e-6, few - _DEPTHS[0] * layer_s)
+    layer_s = max(1e-6, (many.seconds - few.seconds) / layers)
+    streamed_layer_s = max(1e-6, (many_streamed.seconds - few_streamed.seconds) / layers - layer_s)
+    with_misses = _DEPTHS[1] * (
+        many_streamed.hit_rate**_EXPERTS_PER_TOKEN - missing.hit_rate**_EXPERTS_PER_TOKEN
+    )
+    missing_layer_s = max(1e-6, (missing.beside_s - many_streamed.beside_s) / max(1.0, with_misses))
+    step_s = max(1e-6, few.seconds - _DEPTHS[0] * layer_s)
+    return _Overheads(layer_s, streamed_layer_s, missing_layer_s, step_s)
 
 
 def _write_model(path: Path, depth: int) -> None:
     """A model with random weights, as small as kernels allow."""
     raw = {
         "model_type": "qwen3_moe", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 64, "num_hidden_layers": depth, "num_experts": _EXPERTS, "num_experts_per_tok": 4,
+        "head_dim": 64, "num_hidden_layers": depth, "num_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS_PER_TOKEN,
         "moe_intermediate_size": 64, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 512,
         "norm_topk_prob": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu", "eos_token_id": 0,
     }  # fmt: skip
@@ -457,8 +495,8 @@ def _write_model(path: Path, depth: int) -> None:
     write_safetensors(path / "model.safetensors", tensors)
 
 
-def _token_s(path: Path, cores: int, *, expert_slots: int | None) -> float:
-    """The median of a decode step's seconds."""
+def _token(path: Path, cores: int, *, expert_slots: int | None) -> _Token:
+    """Medians of decode steps."""
     with Engine.open(
         path,
         memory="2GiB",
@@ -469,9 +507,15 @@ def _token_s(path: Path, cores: int, *, expert_slots: int | None) -> float:
         media=False,
     ) as engine:
         sequence = engine.submit([1, 2, 3], SamplingParams(max_tokens=_STEPS, ignore_eos=True))
-        times = []
+        times, beside = [], []
+        before = engine.ledger
         while sequence.result is None:
-            begin = time.perf_counter()
+            begin, earlier = time.perf_counter(), engine.ledger
             engine.step()
             times.append(time.perf_counter() - begin)
-    return statistics.median(times[_STEPS // 4 :])
+            parts = engine.ledger.parts
+            beside.append(sum(parts[part] - earlier.parts[part] for part in _BESIDE))
+        lookups = engine.ledger.lookups - before.lookups
+        hit_rate = (engine.ledger.hits - before.hits) / lookups if lookups else 1.0
+    warm = _STEPS // 4
+    return _Token(statistics.median(times[warm:]), statistics.median(beside[warm:]), hit_rate)

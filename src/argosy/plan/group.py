@@ -126,8 +126,9 @@ def _step_s(
     network_s = 0.0
     if machines > 1:
         network_s = 2 * network.latency_s + others * 6.0 * hidden_size / network.bytes_per_s
-    overhead_s = work.num_layers * rates.layer_s + rates.step_s + work.num_moe_layers * rates.streamed_layer_s
     layers = work.num_moe_layers
+    overhead_s = work.num_layers * rates.layer_s + rates.step_s
+    overhead_s += layers * (rates.streamed_layer_s + (1.0 - hit_rate**chosen) * rates.missing_layer_s)
     return dense_s + attention_s + overhead_s + layers * (experts_s + network_s), layers * network_s
 
 

@@ -23,7 +23,7 @@ from argosy.strict_json import JsonError, parse_json
 FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
 # A measured machine is taken to vary by what it varied while it was measured, within the first two.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
-FORMAT = "argosy-rates-4"
+FORMAT = "argosy-rates-5"
 _MOST_RATE = 1e15
 _OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
 _DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
@@ -41,7 +41,8 @@ class Rates:
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
     overlap: how much of the shorter of reading and computing is hidden by the longer when both run: 0 to 1.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
-    streamed_layer_s: further overhead if the layer's experts are streamed: decisions in Python.
+    streamed_layer_s: further overhead if the layer's experts are streamed.
+    missing_layer_s: further overhead if one of them misses: which to evict, and starting reads.
     step_s: overhead of a step beyond its layers.
     spread: a rate may be wrong by this factor, either way.
     source: where the rates come from, in words.
@@ -60,6 +61,7 @@ class Rates:
     overlap: float = _OVERLAP
     layer_s: float
     streamed_layer_s: float
+    missing_layer_s: float
     step_s: float
     spread: float
     source: str
@@ -108,6 +110,7 @@ class Rates:
             drive=tuple((size, rate * factor) for size, rate in self.drive),
             layer_s=self.layer_s / factor,
             streamed_layer_s=self.streamed_layer_s / factor,
+            missing_layer_s=self.missing_layer_s / factor,
             step_s=self.step_s / factor,
         )
 
@@ -152,7 +155,8 @@ def _checked(value: object) -> Rates:
         raise JsonError("has a `drive` whose sizes do not rise")
     for name in (
         "cores", "memory_bytes_per_s", "encoder_operations", "keys_values_bytes_per_s", "attention_operations",
-        "prompt_attention_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "step_s", "spread",
+        "prompt_attention_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "missing_layer_s", "step_s",
+        "spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
@@ -241,7 +245,8 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
         prompt_attention_operations=operations["f32"] * _PROMPT_ATTENTION_SHARE,
         drive=((_FULL_RECORD_BYTES, drive),),
         layer_s=30e-6,
-        streamed_layer_s=200e-6,
+        streamed_layer_s=50e-6,
+        missing_layer_s=300e-6,
         step_s=300e-6,
         spread=GUESSED_SPREAD,
         source=f"guessed: {family.name}, {cores} cores{told} ({family.source})",

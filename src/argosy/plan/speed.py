@@ -206,7 +206,8 @@ def _decode_step(
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
     waiting_s = 0.0
     if not is_resident:
-        overhead_s += work.num_moe_layers * rates.streamed_layer_s
+        missing = 1.0 - hit_rate**asked  # the chance that a layer misses an expert
+        overhead_s += work.num_moe_layers * (rates.streamed_layer_s + missing * rates.missing_layer_s)
         # Look-ahead reads from half of what comes before the experts on; the last to land is computed after it.
         hiding_s = (
             (dense_s + attention_s) / layers / 2 + rates.streamed_layer_s + experts_s * (1.0 - 1.0 / asked)
@@ -319,7 +320,8 @@ def _chunk(
         "attention": attention_s,
         "experts": experts_s,
         "waiting for the drive": max(0.0, reading_s - computing_s) + alone_s,
-        "overhead": overhead_s + (layers * rates.streamed_layer_s if missing else 0.0),
+        "overhead": overhead_s
+        + (layers * (rates.streamed_layer_s + rates.missing_layer_s) if missing else 0.0),
     }
     return parts, missed
 
