@@ -1,10 +1,11 @@
 """Measure the rates of this machine that a forecast needs, within a minute, and keep them.
 
-    memory, products, attention, the drive, two tiny models  ->  Rates, in the user's cache
+    memory, products, attention, the drive, small models  ->  Rates, in the user's cache
 
 Products read weights from memory, not from a CPU cache. The drive is read at several record sizes, and then while
 products keep the cores busy, which says how much of one the other hides. The engine runs two tiny models of different
-depth, which give the overhead of a layer beyond its products, with experts in memory and with experts that are read.
+depth, which give the overhead of a layer beyond its products, and one with experts of a usual size, which gives that of
+a miss.
 
 Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
 
@@ -58,8 +59,7 @@ _ALONE_BYTES = 4 << 20  # of a record that is read alone
 _NUM_READERS = 4
 _FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
-_DEPTHS = (4, 20)  # layers of the two tiny models
-_EXPERTS, _EXPERTS_PER_TOKEN = 16, 4  # of each layer
+_CHOSEN = 4
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
 _STEPS = 48
 
@@ -428,6 +428,19 @@ def _busy(threads: int) -> Iterator[_Products]:
 # ── the engine's own time ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+class _Size(NamedTuple):
+    """Of a model with random weights in float16."""
+
+    layers: int
+    hidden: int
+    width: int
+    experts: int
+
+
+# Two models as small as kernels allow, and one whose experts are as large as those of real models.
+_FEW, _MANY, _USUAL = _Size(4, 256, 64, 16), _Size(20, 256, 64, 16), _Size(4, 1024, 512, 8)
+
+
 class _Overheads(NamedTuple):
     """Seconds beside products and reads: of a layer, what is added if its experts are streamed, and what if one of them
     misses, and of a step."""
@@ -439,7 +452,7 @@ class _Overheads(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A decode step of a tiny model: all of its seconds, and those beside arithmetic and waiting; its hit rate."""
+    """A decode step of a small model: all of its seconds, and those beside arithmetic and waiting; its hit rate."""
 
     seconds: float
     beside_s: float
@@ -447,34 +460,39 @@ class _Token(NamedTuple):
 
 
 def _overheads(cores: int, tell: Progress) -> _Overheads:
-    """Products of models this small take no time to speak of."""
-    resident, streamed = [], []
     with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
-        for number, depth in enumerate(_DEPTHS):
-            tell("running tiny models", 0.8 + 0.1 * number)
-            path = Path(scratch) / str(depth)
-            _write_model(path, depth)
-            resident.append(_token(path, cores, expert_slots=None))
-            streamed.append(_token(path, cores, expert_slots=depth * _EXPERTS - 1))
-        missing = _token(path, cores, expert_slots=depth * _EXPERTS // 2)
-    (few, many), (few_streamed, many_streamed) = resident, streamed
-    layers = _DEPTHS[1] - _DEPTHS[0]
+
+        def tokens(size: _Size, *shares: float | None) -> list[_Token]:
+            """With every expert in memory, or a share of them."""
+            path = Path(scratch) / f"{size.layers}-{size.hidden}"
+            _write_model(path, size)
+            slots = size.layers * size.experts
+            return [
+                _token(path, cores, expert_slots=None if one is None else min(slots - 1, int(one * slots)))
+                for one in shares
+            ]
+
+        tell("running small models", 0.8)
+        few, few_streamed = tokens(_FEW, None, 1.0)
+        many, many_streamed = tokens(_MANY, None, 1.0)
+        tell("running small models", 0.9)
+        usual, usual_missing = tokens(_USUAL, 1.0, 0.5)
+    layers = _MANY.layers - _FEW.layers
     layer_s = max(1e-6, (many.seconds - few.seconds) / layers)
-    streamed_layer_s = max(1e-6, (many_streamed.seconds - few_streamed.seconds) / layers - layer_s)
-    with_misses = _DEPTHS[1] * (
-        many_streamed.hit_rate**_EXPERTS_PER_TOKEN - missing.hit_rate**_EXPERTS_PER_TOKEN
+    with_misses = _USUAL.layers * (usual.hit_rate**_CHOSEN - usual_missing.hit_rate**_CHOSEN)
+    return _Overheads(
+        layer_s=layer_s,
+        streamed_layer_s=max(1e-6, (many_streamed.seconds - few_streamed.seconds) / layers - layer_s),
+        missing_layer_s=max(1e-6, (usual_missing.beside_s - usual.beside_s) / max(1.0, with_misses)),
+        step_s=max(1e-6, few.seconds - _FEW.layers * layer_s),
     )
-    missing_layer_s = max(1e-6, (missing.beside_s - many_streamed.beside_s) / max(1.0, with_misses))
-    step_s = max(1e-6, few.seconds - _DEPTHS[0] * layer_s)
-    return _Overheads(layer_s, streamed_layer_s, missing_layer_s, step_s)
 
 
-def _write_model(path: Path, depth: int) -> None:
-    """A model with random weights, as small as kernels allow."""
+def _write_model(path: Path, size: _Size) -> None:
     raw = {
-        "model_type": "qwen3_moe", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 64, "num_hidden_layers": depth, "num_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS_PER_TOKEN,
-        "moe_intermediate_size": 64, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 512,
+        "model_type": "qwen3_moe", "hidden_size": size.hidden, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "num_hidden_layers": size.layers, "num_experts": size.experts, "num_experts_per_tok": _CHOSEN,
+        "moe_intermediate_size": size.width, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 512,
         "norm_topk_prob": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu", "eos_token_id": 0,
     }  # fmt: skip
     family = FAMILIES["qwen3_moe"]
