@@ -60,9 +60,13 @@ def main() -> int:
         return Recorder(files.config, config, keeps_recent=True)
 
     spent = 0.0
+    # A recorder takes memory, so the contexts could differ, and with them where an answer ends.
+    same: dict[str, Any] = {
+        "memory": options.memory, "context": num_new + 128, "media": False, "prefix_reuse": False,
+    }  # fmt: skip
     with (
-        Engine.open(options.model, memory=options.memory, prefix_reuse=False) as off,
-        Engine.open(options.model, memory=options.memory, prefix_reuse=False, recorder=open_recorder) as on,
+        Engine.open(options.model, **same) as off,
+        Engine.open(options.model, **same, recorder=open_recorder) as on,
     ):
         plain: Any = on._note_routes
 
