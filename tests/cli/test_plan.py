@@ -361,3 +361,21 @@ def test_verify_needs_files(kimi: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_an_address_that_is_not_read_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "must begin with https" in refusal(capsys, "http://example.org/a/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Qwen3-VL-30B-A3B", "text only, for it does not say what a picture takes"),
+        ("Qwen3-Omni-30B-A3B", "text only, for it does not say what a picture or a sound takes"),
+        ("Kimi-K2", None),
+    ],
+)
+def test_a_config_alone_says_what_its_plan_leaves_out(
+    name: str, told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = next(model.config for model in PUBLISHED if model.name == name)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    main(["plan", str(tmp_path / "config.json"), "--memory", "64GiB", "--machine", "box:desktop-128"])
+    out = capsys.readouterr().out
+    assert (told in " ".join(out.split())) if told else ("text only" not in out)

@@ -353,6 +353,8 @@ class _Facts:
         where = "its files are here"
         if subject.place == "assumed":
             where = f"a config.json alone: assumed to be packed as {files.expert_format}"
+            if subject.left_out:
+                where += f"; text only, for it does not say what a {' or a '.join(subject.left_out)} takes"
         elif subject.remote is not None:
             where = f"not here: a download of {subject.remote.file_bytes / 1e9:.1f} GB"
             if (free := self._free_disk_bytes) is not None and free < subject.remote.file_bytes:

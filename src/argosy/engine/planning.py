@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.hub import Source
-from argosy.config import DEMO, Budget, Format, parse_size
+from argosy.checkpoint.untrusted_file import read_object
+from argosy.config import DEMO, Budget, Format, ModelConfig, parse_size
 from argosy.engine import calibration
 from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
@@ -30,7 +31,8 @@ from argosy.engine.options import configure, locate_model, open_files, with_reco
 from argosy.errors import UsageError
 from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
-from argosy.model.families import config_alone, open_model
+from argosy.media.parts import Kind
+from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
 from argosy.plan import machine as this_machine
 from argosy.plan.assumed import assume_pack
@@ -48,6 +50,7 @@ class Subject:
 
     place: whether its files are here, only their headers were read, or they are assumed.
     local_bytes: memory of a process here that has its tokenizer; None if the tokenizer is not here.
+    left_out: what it takes besides text and its plan leaves out.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Subject:
     place: Literal["files", "headers", "assumed"]
     remote: RemoteHeaders | None = None
     local_bytes: int | None = None
+    left_out: tuple[Kind, ...] = ()
 
     @property
     def weights(self) -> list[Path]:
@@ -85,11 +89,27 @@ def open_subject(
         return
     path = locate_model(model, progress)
     if (config := config_alone(path)) is not None:
-        yield Subject(name=str(path), files=assume_pack(config, format, path), place="assumed")
+        files, left_out = assume_pack(config, format, path), _left_out(config, path)
+        yield Subject(name=str(path), files=files, place="assumed", left_out=left_out)
         return
     files = open_files(path, mmproj=mmproj)
     tokenizer = Tokenizer.open(files.path, files.header)  # kept while the process is measured
     yield Subject(name=model, files=files, place="files", local_bytes=process_bytes(tokenizer))
+
+
+def _left_out(config: ModelConfig, path: Path) -> tuple[Kind, ...]:
+    """What a model takes besides text by its config.json, which does not say how much of it there is."""
+    from argosy.model.encoders.table import ENCODERS  # imports every tower
+
+    raw = read_object(path if path.name == CONFIG_FILE else path / CONFIG_FILE)
+    found = []
+    for encoder in ENCODERS.get(config.family, ()):
+        inner: object = raw
+        for key in encoder.path:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            found.append(encoder.kind)
+    return tuple(found)
 
 
 @contextmanager
