@@ -11,8 +11,8 @@ Each prediction names the part that takes the longest.
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
 maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 if it computes and reads at once as
-fast as it does each alone, 0 if both together take as long as one after the other, as on virtual machines whose
-drive costs processor time. A prompt's reads overlap its products by the same share.
+fast as it does each alone, 0 if both together take as long as one after the other, because the drive costs processor
+time. A prompt's reads overlap its products by the same share.
 
 Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
