@@ -100,7 +100,10 @@ def test_a_served_model_answers_and_sigterm_lets_a_stream_finish(model: Path) ->
         assert "canary" not in log
 
 
-def test_metrics_have_predictions_beside_what_decode_took(model: Path) -> None:
+def test_metrics_have_predictions_beside_what_decode_took(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path))  # this machine may have been calibrated
     ask = {
         "messages": [{"role": "user", "content": "Hi"}],
         "max_tokens": 100,
