@@ -106,15 +106,18 @@ def test_metrics_have_predictions_beside_what_decode_took(
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path))  # this machine may have been calibrated
     ask = {
         "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 100,
+        "max_tokens": 450,
         "temperature": 0,
         "ignore_eos": True,
     }
     with served(model) as (url, process):
         before = httpx.get(f"{url}/metrics").text
         assert "argosy_expected{" not in before  # nothing was decoded yet
-        assert httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code == 200
-        after = httpx.get(f"{url}/metrics").text
+        after, answers = before, 0
+        # Counters are sampled a few times a second; an answer of this model may lie between two samples.
+        while "argosy_expected{" not in after and answers < 200:
+            assert httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=60).status_code == 200
+            after, answers = httpx.get(f"{url}/metrics").text, answers + 1
         process.send_signal(signal.SIGTERM)
         log = end(process)
 
