@@ -10,7 +10,7 @@ import pytest
 
 from argosy.config import DEMO, GIB, Budget, EngineConfig
 from argosy.engine import planning
-from argosy.engine.forecast import Forecaster, work_of
+from argosy.engine.forecast import Forecaster
 from argosy.engine.memory_plan import plan_memory, plan_with_media, quarter_of_experts
 from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
@@ -22,6 +22,7 @@ from argosy.observe.recorder import Recorder
 from argosy.plan.assumed import assume_pack
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from argosy.plan.rates import guess
+from argosy.plan.work import work_of
 from tests.families.published import PUBLISHED
 
 REFERENCE = Path(__file__).parents[1] / "models" / "reference"

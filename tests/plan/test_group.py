@@ -10,7 +10,7 @@ from argosy.errors import UsageError
 from argosy.plan.group import Network, parse_count, parse_network, predict_group
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import guess
-from argosy.plan.speed import Attention, Work
+from argosy.plan.work import Attention, Work
 
 # Equal desktops: memory 60 GB/s, drive 6 GB/s, 10 GbE; no other overhead.
 DESKTOP = replace(

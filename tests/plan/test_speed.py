@@ -11,7 +11,8 @@ import pytest
 from argosy.errors import UsageError
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, Rates, guess
-from argosy.plan.speed import Attention, Work, predict_decode, predict_prompt
+from argosy.plan.speed import predict_decode, predict_prompt
+from argosy.plan.work import Attention, Work
 
 GB = 10**9
 MEASURED = replace(

@@ -27,7 +27,6 @@ from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.facts import EngineFacts, ExpertUses
-from argosy.engine.forecast import work_of
 from argosy.engine.ledger import Ledger
 from argosy.engine.options import (
     EngineOptions,
@@ -47,6 +46,7 @@ from argosy.experts.recording import OpenRecorder, RouteLog, StepRoutes
 from argosy.experts.resident import Progress
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
+from argosy.plan.work import work_of
 from argosy.prompt.builder import PromptBuilder
 
 if TYPE_CHECKING:

@@ -8,13 +8,12 @@ Elsewhere: `cli/plan.py` prints it; `plan/money.py` prices it.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from argosy.checkpoint.files import ModelFiles, matrix_bytes
-from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, KvDtype, ModelConfig
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.engine.memory_plan import (
     PROCESS_GROWTH_BYTES,
     MemoryPlan,
@@ -29,16 +28,15 @@ from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
 from argosy.plan.simulation import Server
 from argosy.plan.speed import (
-    Attention,
     Decode,
     Picture,
     Prompt,
-    Work,
     predict_decode,
     predict_picture,
     predict_prompt,
 )
 from argosy.plan.step_times import StepTimes, tabulate
+from argosy.plan.work import Work, work_of
 
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 
@@ -326,50 +324,3 @@ def verdict_of(plan: MemoryPlan, model: ModelConfig) -> Verdict:
 def tokenizer_bytes(json_bytes: int, vocab_size: int) -> int:
     """Likely memory of a tokenizer that is not here, from the size of its file, or else of its vocabulary."""
     return _TOKENIZER_BYTES_PER_BYTE * (json_bytes or _JSON_BYTES_PER_TOKEN * vocab_size)
-
-
-def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
-    """What a model reads and computes."""
-    config = files.config
-    dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for name, ref in files.dense.items():
-        if name == "embed" and not config.is_embedding_tied:
-            continue
-        dense[ref.format][0] += ref.landed_bytes
-        dense[ref.format][1] += ref.rows * ref.cols
-    expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    records = [files.experts[layer, 0] for layer in config.moe_layers]
-    for record in records:
-        for matrix in (record.gate, record.up, record.down):
-            expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
-            expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
-    return Work(
-        num_layers=config.num_layers,
-        num_moe_layers=len(config.moe_layers),
-        num_experts=config.num_experts,
-        experts_per_token=config.experts_per_token,
-        dense={format: (nbytes, count) for format, (nbytes, count) in dense.items()},
-        expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
-        record_bytes=sum(record.nbytes for record in records) / max(1, len(records)),
-        attention=_attention(config, 2 if kv_dtype == "f16" else 4),
-    )
-
-
-def _attention(config: ModelConfig, value_bytes: int) -> tuple[Attention, ...]:
-    kinds: Counter[tuple[int, float, float]] = Counter()
-    for number, layer in enumerate(config.layers):
-        if layer.mixer == "delta":
-            continue
-        if layer.mixer == "latent":
-            latent = config.latent
-            assert latent is not None
-            width = latent.kv_rank + latent.rope_dim
-            operations = 2.0 * config.num_heads * (width + latent.kv_rank)
-        else:
-            width = 2 * config.kv_heads_of(number) * config.head_dim_of(number)
-            operations = 4.0 * config.num_heads * config.head_dim_of(number)
-        kinds[layer.sliding_window, width * value_bytes, operations] += 1
-    return tuple(
-        Attention(window, count * token_bytes, count * operations)
-        for (window, token_bytes, operations), count in kinds.items()
-    )

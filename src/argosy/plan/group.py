@@ -24,7 +24,8 @@ import numpy as np
 from argosy.errors import UsageError
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
-from argosy.plan.speed import Range, Work
+from argosy.plan.speed import Range
+from argosy.plan.work import Work
 
 MOST_MACHINES = 64
 # One way, network stack included, from this bandwidth (bytes per second) upwards.

@@ -14,7 +14,7 @@ maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 
 fast as it does each alone, 0 if both together take as long as one after the other, because the drive costs processor
 time. A prompt's reads overlap its products by the same share.
 
-Elsewhere: `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
+Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
+from argosy.plan.work import Work
 
 
 class Range(NamedTuple):
@@ -38,51 +39,6 @@ class Range(NamedTuple):
 
     def times(self, factor: float) -> Range:
         return Range(self.low * factor, self.likely * factor, self.high * factor)
-
-
-class Attention(NamedTuple):
-    """Layers that see equally far: 0 is all positions. Bytes and operations are for a token and a position it sees."""
-
-    window: int
-    token_bytes: float
-    operations: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What one model reads and computes.
-
-    dense: bytes and parameters in memory by format, of layers and head; of a table of embeddings only a row is read.
-    expert: the same for one routed expert.
-    record_bytes: of one expert on the drive.
-    attention: kinds of layers with keys and values.
-    """
-
-    num_layers: int
-    num_moe_layers: int
-    num_experts: int  # of a layer
-    experts_per_token: int
-    dense: Mapping[str, tuple[float, float]]
-    expert: Mapping[str, tuple[float, float]]
-    record_bytes: float
-    attention: tuple[Attention, ...]
-
-    @property
-    def dense_bytes(self) -> float:
-        return sum(nbytes for nbytes, _ in self.dense.values())
-
-    @property
-    def expert_bytes(self) -> float:
-        return sum(nbytes for nbytes, _ in self.expert.values())
-
-    def keys_values(self, context: float) -> tuple[float, float]:
-        """Bytes that a token reads, and operations that it takes, with `context` positions before it."""
-        seen = [(one, min(context, one.window or context)) for one in self.attention]
-        return sum(n * one.token_bytes for one, n in seen), sum(n * one.operations for one, n in seen)
-
-    def routed_token_bytes(self) -> float:
-        """Bytes on the drive of the experts that one token chooses: its traffic if none were in memory."""
-        return self.num_moe_layers * self.experts_per_token * self.record_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

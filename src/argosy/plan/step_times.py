@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import Rates
-from argosy.plan.speed import Range, Work, predict_chunk, predict_decode
+from argosy.plan.speed import Range, predict_chunk, predict_decode
+from argosy.plan.work import Work
 
 _CONTEXT_STEP = 64  # positions within which decode steps take equally long
 

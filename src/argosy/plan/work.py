@@ -1,0 +1,110 @@
+"""Count what one model reads and computes for a token: the start of every prediction of its speed.
+
+    ModelFiles, format of the KV cache  ->  work_of  ->  Work
+
+A module of its own, because every engine has its `Work` and few predict anything.
+
+Elsewhere: `speed.py` turns it into seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from argosy.checkpoint.files import ModelFiles, matrix_bytes
+from argosy.config import KvDtype, ModelConfig
+
+
+class Attention(NamedTuple):
+    """Layers that see equally far: 0 is all positions. Bytes and operations are for a token and a position it sees."""
+
+    window: int
+    token_bytes: float
+    operations: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one model reads and computes.
+
+    dense: bytes and parameters in memory by format, of layers and head; of a table of embeddings only a row is read.
+    expert: the same for one routed expert.
+    record_bytes: of one expert on the drive.
+    attention: kinds of layers with keys and values.
+    """
+
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int  # of a layer
+    experts_per_token: int
+    dense: Mapping[str, tuple[float, float]]
+    expert: Mapping[str, tuple[float, float]]
+    record_bytes: float
+    attention: tuple[Attention, ...]
+
+    @property
+    def dense_bytes(self) -> float:
+        return sum(nbytes for nbytes, _ in self.dense.values())
+
+    @property
+    def expert_bytes(self) -> float:
+        return sum(nbytes for nbytes, _ in self.expert.values())
+
+    def keys_values(self, context: float) -> tuple[float, float]:
+        """Bytes that a token reads, and operations that it takes, with `context` positions before it."""
+        seen = [(one, min(context, one.window or context)) for one in self.attention]
+        return sum(n * one.token_bytes for one, n in seen), sum(n * one.operations for one, n in seen)
+
+    def routed_token_bytes(self) -> float:
+        """Bytes on the drive of the experts that one token chooses: its traffic if none were in memory."""
+        return self.num_moe_layers * self.experts_per_token * self.record_bytes
+
+
+def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
+    """What a model reads and computes."""
+    config = files.config
+    dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, ref in files.dense.items():
+        if name == "embed" and not config.is_embedding_tied:
+            continue
+        dense[ref.format][0] += ref.landed_bytes
+        dense[ref.format][1] += ref.rows * ref.cols
+    expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    records = [files.experts[layer, 0] for layer in config.moe_layers]
+    for record in records:
+        for matrix in (record.gate, record.up, record.down):
+            expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
+            expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
+    return Work(
+        num_layers=config.num_layers,
+        num_moe_layers=len(config.moe_layers),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        dense={format: (nbytes, count) for format, (nbytes, count) in dense.items()},
+        expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
+        record_bytes=sum(record.nbytes for record in records) / max(1, len(records)),
+        attention=_attention(config, 2 if kv_dtype == "f16" else 4),
+    )
+
+
+def _attention(config: ModelConfig, value_bytes: int) -> tuple[Attention, ...]:
+    kinds: Counter[tuple[int, float, float]] = Counter()
+    for number, layer in enumerate(config.layers):
+        if layer.mixer == "delta":
+            continue
+        if layer.mixer == "latent":
+            latent = config.latent
+            assert latent is not None
+            width = latent.kv_rank + latent.rope_dim
+            operations = 2.0 * config.num_heads * (width + latent.kv_rank)
+        else:
+            width = 2 * config.kv_heads_of(number) * config.head_dim_of(number)
+            operations = 4.0 * config.num_heads * config.head_dim_of(number)
+        kinds[layer.sliding_window, width * value_bytes, operations] += 1
+    return tuple(
+        Attention(window, count * token_bytes, count * operations)
+        for (window, token_bytes, operations), count in kinds.items()
+    )
