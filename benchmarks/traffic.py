@@ -72,7 +72,7 @@ def servers_of(model: Path, memory: int, threads: int) -> tuple[dict[str, Server
         found, budget_bytes = forecaster(subject, place, memory=memory, **options)
         plan = found.plan(budget_bytes)
         forecast = found.servers(plan)[1]
-    _, measured, _ = measured_servers(str(model), plan, forecast, options)
+    _, measured, _ = measured_servers(str(model), plan, forecast, options | found.engine_options(plan))
     return {MEASURED: measured, FORECAST: forecast}, place.rates.source
 
 

@@ -33,7 +33,7 @@ def measured(model: Path, context: int, at_once: int) -> tuple[Server, tuple[Ser
         )
         plan = found.plan(budget_bytes)
         forecast = replace(found.servers(plan)[1], max_sequences=at_once)
-    return forecast, measured_servers(str(model), plan, forecast, options)
+    return forecast, measured_servers(str(model), plan, forecast, options | found.engine_options(plan))
 
 
 def test_steps_are_measured_as_they_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ class AnswerWriter:
 
 
 def short_number(value: float, digits: int = 2) -> str:
-    """A number with two digits or all that it has before the point."""
+    """Format a number with `digits` significant digits, or with its whole integer part if that is longer."""
     if value >= 10**digits:
         return f"{value:.0f}"
     return f"{value:.{digits}g}"

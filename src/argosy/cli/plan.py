@@ -153,8 +153,7 @@ def plan(
         if wanted is not None and forecast.plan is not None:
             servers = found.servers(forecast.plan)
             if verify:
-                fixed = {"expert_slots": found.config.expert_slots, "chunk_tokens": found.config.chunk_tokens}
-                options = settings.for_engine() | served | fixed
+                options = settings.for_engine() | served | found.engine_options(forecast.plan)
                 servers = measured_servers(model, forecast.plan, servers[1], options, progress=progress)
             simulated = wanted.simulate(servers, owner, are_measured=verify)
         facts = _Facts(subject, place, forecast, found, owner, api_of, group, working_set, simulated)

@@ -57,6 +57,7 @@ _DRIVE_S = 0.25  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _ALONE_BYTES = 4 << 20  # of a record that is read alone
 _NUM_READERS = 4
+_NUM_BUSY = 8  # matrices of the products that keep cores busy: few, so that many products are counted
 _FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
 _CHOSEN = 4
@@ -82,28 +83,28 @@ def calibrate(
     tell("measuring memory", 0.0)
     memory = max(_native.memory_probe(cores, max(512, 8 * cores) * MIB) for _ in range(3))
     runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
-    with closing(runtime), closing(_Kernels(runtime)) as kernels_of, _file_to_read(files) as path:
-        drive_of = _DriveRates(path)
+    with closing(runtime), closing(_Kernels(runtime)) as kernels, _file_to_read(files) as path:
+        reads = _DriveRates(path)
         # Rounds of both in turn: a neighbour of a virtual machine takes bandwidth for many seconds at a time.
         for number in range(_ROUNDS):
             tell("measuring products and the drive", 0.05 + 0.7 * number / _ROUNDS)
-            kernels_of.measure()
-            drive_of.measure()
-        kernels, varied = kernels_of.rates, kernels_of.varied
-        drive = drive_of.result(cores)
-    reads = {format: kernels[f"reads {format}"] for format in get_args(Format)}
-    memory = max(memory, *reads.values())  # other processes may have slowed the probe
+            kernels.measure()
+            reads.measure()
+        rates, varied = kernels.rates, kernels.varied
+        drive = reads.result(cores)
+    of_weights = {format: rates[f"reads {format}"] for format in get_args(Format)}
+    memory = max(memory, *of_weights.values())  # other processes may have slowed the probe
     overheads = _overheads(cores, tell)
     tell("done", 1.0)
     return Rates(
         cores=cores,
         memory_bytes_per_s=memory,
-        reads={format: rate / memory for format, rate in reads.items()},
-        operations={format: kernels[f"operations {format}"] for format in reads},
-        encoder_operations=kernels["encoder"],
-        keys_values_bytes_per_s=kernels["keys and values"],
-        attention_operations=kernels["attention"],
-        prompt_attention_operations=kernels["prompt attention"],
+        reads={format: rate / memory for format, rate in of_weights.items()},
+        operations={format: rates[f"operations {format}"] for format in of_weights},
+        encoder_operations=rates["encoder"],
+        keys_values_bytes_per_s=rates["keys and values"],
+        attention_operations=rates["attention"],
+        prompt_attention_operations=rates["prompt attention"],
         drive=drive.rates,
         drive_latency_s=drive.latency_s,
         overlap=drive.overlap,
@@ -163,7 +164,7 @@ def _cache_file(path: Path, threads: int) -> Path:
 
 
 class _Timed(NamedTuple):
-    """A call to be timed, and how many bytes or operations it takes."""
+    """A call to time, and the bytes it reads or the operations it does."""
 
     name: str
     call: Callable[[], object]
@@ -171,9 +172,9 @@ class _Timed(NamedTuple):
 
 
 class _Kernels:
-    """Products and attention, whose rates are the medians of rounds.
+    """Times products and attention in rounds; their rates are medians.
 
-    A forecast is of minutes in which others use the machine as well, so the fastest call would promise too much.
+    A forecast covers minutes in which others use the machine, too, so the fastest call would promise too much.
     """
 
     def __init__(self, runtime: _native.Runtime) -> None:
@@ -195,7 +196,7 @@ class _Kernels:
 
     @property
     def varied(self) -> float:
-        """By what factor rates differed from round to round: the median of all calls."""
+        """The factor between the fastest and the slowest round: the median of all calls."""
         return statistics.median(max(rounds) / min(rounds) for rounds in self._medians.values())
 
     def close(self) -> None:
@@ -325,8 +326,12 @@ def _fill(file: IO[bytes], nbytes: int) -> None:
 
 
 class _Drive(NamedTuple):
-    """rates: bytes per second by record size.   latency_s: by how much a record alone takes longer than its share of
-    records read together.   overlap: as `Rates` has it."""
+    """What was measured of a drive.
+
+    rates: (record bytes, bytes per second).
+    latency_s: how much longer a record takes alone than its share of records that are read together.
+    overlap: see `Rates`.
+    """
 
     rates: tuple[tuple[int, float], ...]
     latency_s: float
@@ -334,7 +339,7 @@ class _Drive(NamedTuple):
 
 
 class _DriveRates:
-    """Reads of a file, whose rates are the medians of rounds."""
+    """Times reads of a file in rounds; their rates are medians."""
 
     def __init__(self, path: str) -> None:
         self._path, self._bytes, self._is_direct = path, os.stat(path).st_size, True
@@ -361,7 +366,7 @@ class _DriveRates:
         return _Drive(tuple(together.items()), latency_s, _overlap(nbytes / rate, computing_s, seconds))
 
     def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
-        """Read for about so long; returns bytes and seconds."""
+        """Read for about `seconds`; returns the bytes that were read, and the seconds it took."""
         most = self._bytes // record_bytes
         few = min(most, max(readers, (16 << 20) // record_bytes))
         try:
@@ -375,12 +380,12 @@ class _DriveRates:
 
 
 def _overlap(reading_s: float, computing_s: float, together_s: float) -> float:
-    """How much of the shorter of two kinds of work was hidden, if they take so long alone and together."""
+    """The share of the shorter of two kinds of work that the longer one hides, from their times alone and together."""
     return min(1.0, max(0.0, (reading_s + computing_s - together_s) / min(reading_s, computing_s)))
 
 
 class _Products:
-    """Products that run in a thread; counts them."""
+    """Runs products in a thread, and counts them."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call, self._is_over = call, threading.Event()
@@ -389,7 +394,7 @@ class _Products:
         self._thread.start()
 
     def rate(self) -> float:
-        """Products per second since the last call of this."""
+        """Products per second since the previous call."""
         now, done = time.perf_counter(), self._done
         rate = (done - self._counted) / (now - self._began)
         self._counted, self._began = done, now
@@ -407,12 +412,12 @@ class _Products:
 
 @contextmanager
 def _busy(threads: int) -> Iterator[_Products]:
-    """Products with one token on so many cores, until the end of the context."""
+    """Keep `threads` cores busy with products with one token, until the end of the context."""
     runtime = _native.Runtime(threads, "off")
-    arena = _native.Arena(64 * MIB)
-    arena.array()[:] = 0x21
     size = _native.matrix_bytes("q4", _ROWS, _COLS)
-    matrices = [_native.Matrix(arena, i * size, "q4", _ROWS, _COLS) for i in range(8)]
+    arena = _native.Arena(_NUM_BUSY * size)
+    arena.array()[:] = 0x21
+    matrices = [_native.Matrix(arena, i * size, "q4", _ROWS, _COLS) for i in range(_NUM_BUSY)]
     x = np.ones((1, _COLS), np.float32)
     outs = [np.empty((1, _ROWS), np.float32) for _ in matrices]
     products = _Products(lambda: _native.matmul(runtime, matrices, x, outs))
@@ -429,7 +434,7 @@ def _busy(threads: int) -> Iterator[_Products]:
 
 
 class _Size(NamedTuple):
-    """Of a model with random weights in float16."""
+    """The size of a model with random float16 weights."""
 
     layers: int
     hidden: int
@@ -442,8 +447,11 @@ _FEW, _MANY, _USUAL = _Size(4, 256, 64, 16), _Size(20, 256, 64, 16), _Size(4, 10
 
 
 class _Overheads(NamedTuple):
-    """Seconds beside products and reads: of a layer, what is added if its experts are streamed, and what if one of them
-    misses, and of a step."""
+    """Seconds that neither products nor reads explain.
+
+    layer_s: per layer.   streamed_layer_s: more, if the layer's experts are streamed.
+    missing_layer_s: more, if one of them misses.   step_s: per step.
+    """
 
     layer_s: float
     streamed_layer_s: float
@@ -452,7 +460,7 @@ class _Overheads(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A decode step of a small model: all of its seconds, and those beside arithmetic and waiting; its hit rate."""
+    """A decode step of a small model: its seconds, those without arithmetic and waiting, and the hit rate."""
 
     seconds: float
     beside_s: float
@@ -514,7 +522,7 @@ def _write_model(path: Path, size: _Size) -> None:
 
 
 def _token(path: Path, cores: int, *, expert_slots: int | None) -> _Token:
-    """Medians of decode steps."""
+    """Run a small model; returns medians over its decode steps."""
     with Engine.open(
         path,
         memory="2GiB",

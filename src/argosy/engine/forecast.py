@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
@@ -172,6 +172,15 @@ class Forecaster(Speeds):
         """
         return self._plan(self.config, budget_bytes)
 
+    def engine_options(self, plan: MemoryPlan) -> dict[str, Any]:
+        """Options of `Engine.open` with which an engine makes the same plan."""
+        return {
+            "memory": plan.budget_bytes,
+            "context": plan.context_tokens,
+            "expert_slots": self.config.expert_slots,
+            "chunk_tokens": self.config.chunk_tokens,
+        }
+
     def _plan(self, config: EngineConfig, budget_bytes: int) -> MemoryPlan:
         config = replace(config, budget=replace(config.budget, ram_bytes=budget_bytes))
         _, plan = plan_with_media(self._footprint, config, process_bytes=self._process_bytes)
@@ -264,7 +273,7 @@ class Forecaster(Speeds):
         )
 
     def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
-        """Servers with that plan: as fast as they may be, likely, and as slow as they may be."""
+        """The fastest, the likely and the slowest server with that plan."""
         at_once, num_slots = self.config.max_sequences, plan.num_slots + plan.lent_slots
         if plan.num_states:
             at_once = min(at_once, plan.num_states)

@@ -111,7 +111,7 @@ class LoopFacts:
     bytes_read_per_s: float
     recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
     recent_decode: DecodeSteps | None = (
-        None  # steps of the last DECODE_SECONDS without prompt tokens; None: none
+        None  # of the last DECODE_SECONDS, steps without prompt tokens; None: none
     )
 
 
@@ -381,10 +381,10 @@ class EngineLoop:
         encoded = None if sequence.spans is None else sequence.spans.share_made
         told_processed, told_encoded = request._told[answer]
         if processed > told_processed or (encoded is not None and encoded != told_encoded):
-            request._told[answer] = max(processed, told_processed), encoded
-            cached = sequence.cached_tokens or 0
+            processed = max(processed, told_processed)
+            request._told[answer] = processed, encoded
             self._tell(
-                request, PromptProgress(answer, max(processed, told_processed), total, cached, encoded)
+                request, PromptProgress(answer, processed, total, sequence.cached_tokens or 0, encoded)
             )
 
     def _tell(self, request: Request, event: Event) -> None:

@@ -286,9 +286,8 @@ def _search(
     encoder_bytes = footprint.encoder_bytes
     if footprint.ears_bytes:
         encoder_bytes += footprint.ears_bytes + TRANSCRIPTS_KEPT_BYTES
-    has_media = bool(
-        footprint.encoders or footprint.ears_bytes
-    )  # their modules are imported even if towers are not used
+    # Modules for media are imported even if the towers are not used.
+    has_media = bool(footprint.encoders or footprint.ears_bytes)
     fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0)
     request_bytes = config.request_bytes
     if request_bytes and footprint.encoder_bytes:

@@ -44,7 +44,7 @@ _SPREAD = 1.05  # steps of a server may take longer or shorter by this factor
 
 
 class _Measured(NamedTuple):
-    """Seconds of a step, and mean positions that its tokens of answers see."""
+    """Seconds of a step, and the mean number of positions that each decoding sequence sees."""
 
     seconds: float
     seen: float
@@ -57,7 +57,7 @@ def measured_servers(
 
     Args:
         plan, server: what was forecast.
-        options: others of `Engine.open`.
+        options: of `Engine.open`, with which it makes that plan (`Forecaster.engine_options`).
 
     Raises:
         UsageError: the context is too short.   And the errors of `Engine.open`.
@@ -66,10 +66,7 @@ def measured_servers(
         raise UsageError(
             f"measuring steps needs a context of {_LEAST_CONTEXT} tokens, and it has {plan.context_tokens}"
         )
-    options = options | {
-        "memory": plan.budget_bytes, "context": plan.context_tokens, "max_sequences": server.max_sequences,
-        "prefix_reuse": False,
-    }  # fmt: skip
+    options = options | {"max_sequences": server.max_sequences, "prefix_reuse": False}
     with Engine.open(model, progress=progress, **options) as engine:
         probe = _Probe(engine)
         probe.decode(1, _WARM_TOKENS)  # the first steps pay for memory that the machine has still to give
@@ -132,7 +129,7 @@ class _Probe:
         self._random = np.random.default_rng(0)
 
     def decode(self, streams: int, prompt_tokens: int) -> list[_Measured]:
-        """Steps of that many sequences after prompts of that length; none if the context has no room for them."""
+        """Time decode steps of `streams` sequences that begin with `prompt_tokens` tokens; empty if they do not fit."""
         found: list[_Measured] = []
         with self._decoding(streams, prompt_tokens) as sequences:
             while sequences and _goes_on(sequences, found):
@@ -141,12 +138,12 @@ class _Probe:
         return found
 
     def chunk(self, tokens: int) -> float:
-        """Seconds of a step with nothing but a prompt."""
+        """Time a step that computes nothing but a prompt, in seconds."""
         self._submit(tokens, 1)
         return self._step_s()
 
     def beside(self, streams: int, tokens: int) -> list[_Measured]:
-        """Steps with a prompt beside sequences that decode; none if the context has no room for them."""
+        """Time steps that compute a prompt beside `streams` sequences that decode; empty if they do not fit."""
         found: list[_Measured] = []
         if (streams + 1) * (tokens + _SHORT) > self._engine.plan.context_tokens // 2:
             return found
@@ -161,7 +158,7 @@ class _Probe:
 
     @contextmanager
     def _decoding(self, streams: int, prompt_tokens: int) -> Iterator[list[Sequence]]:
-        """Sequences that have begun to decode; none if the context has no room for them."""
+        """Start sequences and wait until they decode; yields none if the context has no room for them."""
         room = self._engine.plan.context_tokens // 2 // streams  # the other half is room to begin and to grow
         prompt_tokens = min(prompt_tokens, room - _LEAST_ANSWER)
         sequences: list[Sequence] = []

@@ -144,11 +144,7 @@ def verify(
     room = plan.context_tokens - WARM_TOKENS - ANSWER_TOKENS - 1
     num_tokens = max(1, min(PROMPT_TOKENS, room))
     prompt = random.integers(0, files.config.vocab_size, num_tokens).tolist()
-    config = forecaster.config
-    options = options | {
-        "memory": plan.budget_bytes, "context": plan.context_tokens, "expert_slots": config.expert_slots,
-        "chunk_tokens": config.chunk_tokens, "prefix_reuse": False,
-    }  # fmt: skip
+    options = options | forecaster.engine_options(plan) | {"prefix_reuse": False}
     with Engine.open(model, recorder=recorder, **options) as engine:
         # The first prompt pays for memory that the machine has still to give.
         engine.generate(prompt, SamplingParams(max_tokens=WARM_TOKENS, ignore_eos=True))

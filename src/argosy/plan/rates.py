@@ -21,7 +21,7 @@ from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
 FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
-# A measured machine is taken to vary by what it varied while it was measured, within the first two.
+# How far rates may be off: what they varied by while they were measured, between the first two; or guessed.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
 FORMAT = "argosy-rates-5"
 _MOST_RATE = 1e15
@@ -36,10 +36,11 @@ class Rates:
     reads: share of `memory_bytes_per_s` at which a product reads weights for one token, by format.
     operations: of products for many tokens, by format.
     encoder_operations: of towers for pictures, whose weights are bfloat16.
-    keys_values_bytes_per_s: at which attention of one token reads the KV cache, if its arithmetic takes less time.
-    attention_operations: of attention of one token.   prompt_attention_operations: of many tokens of a sequence.
+    keys_values_bytes_per_s: at which one token's attention reads the KV cache when memory bounds it.
+    attention_operations: when arithmetic bounds it.
+    prompt_attention_operations: of attention of many tokens of one sequence.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
-    overlap: how much of the shorter of reading and computing is hidden by the longer when both run: 0 to 1.
+    overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed.
     missing_layer_s: further overhead if one of them misses: which to evict, and starting reads.

@@ -108,7 +108,7 @@ def tabulate(
     work: Work, rates: Rates, working_set: WorkingSet, *, num_slots: int, most_streams: int, chunk_tokens: int,
     context_tokens: int,
 ) -> tuple[StepTimes, StepTimes, StepTimes]:  # fmt: skip
-    """Times of all steps that a plan allows: as short as they may be, likely, and as long as they may be."""
+    """Tabulate the times of all steps that a plan allows: the shortest, the likely and the longest."""
     contexts = _points(context_tokens, first=128)
     streams = _points(most_streams, first=1)[1:]
     tokens = _points(chunk_tokens + most_streams, first=1)[1:]

@@ -40,7 +40,7 @@ Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of prompts and answers
 
 
 class Request(NamedTuple):
-    """When it comes, and its tokens."""
+    """A request: its arrival time and its numbers of tokens."""
 
     at_s: float
     prompt_tokens: int
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Length(NamedTuple):
-    """Lognormal; with factor 1, all are equal."""
+    """A lognormal distribution of lengths; with factor 1, all lengths are equal."""
 
     median: int
     factor: float = 1.0
@@ -64,7 +64,7 @@ class Length(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """Lengths that are described."""
+    """Lengths drawn from two distributions."""
 
     prompt: Length
     answer: Length
@@ -78,7 +78,7 @@ class Mix:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Requests of a file. `has_times`: they come when the file says; otherwise `at_s` of each is 0."""
+    """Requests that a file lists. `has_times`: it gives their arrival times; otherwise every `at_s` is 0."""
 
     name: str
     requests: tuple[Request, ...]
