@@ -7,6 +7,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -26,6 +28,7 @@ namespace argosy {
 
 namespace nb = nanobind;
 
+void bind_cluster(nb::module_& m);
 void bind_expert_table(nb::module_& m);
 void bind_encoder(nb::module_& m);
 void bind_kernels(nb::module_& m);
@@ -34,6 +37,7 @@ void bind_stack(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_replay(nb::module_& m);
 void bind_store(nb::module_& m);
+void bind_watermark(nb::module_& m);
 
 // The kernels of the named instruction set; without a name, of the best one here.
 inline const KernelTable& kernels_named(const std::optional<std::string>& instruction_set) {
@@ -85,7 +89,21 @@ template <Text name>
 struct TypeName {};
 
 using InstructionSetName = Named<std::string, "InstructionSet">;
-using AskAheadName = Named<std::string, "AskAhead">;
+// ask_ahead, few_ask_ahead, two_panels_from.
+using NamedTuning = Named<std::tuple<std::string, std::string, int64_t>, "Tuning">;
+
+// Throws std::invalid_argument for an unknown name, or a number out of range.
+inline Tuning parse_tuning(const NamedTuning& named) {
+  const auto& [ask_ahead, few_ask_ahead, two_panels_from] = named.base();
+  if (two_panels_from < kFewestForTwoPanels || two_panels_from > kMostForOnePanel + 1) {
+    throw std::invalid_argument("two_panels_from is " + std::to_string(two_panels_from) + ", expected " +
+                                std::to_string(kFewestForTwoPanels) + " to " +
+                                std::to_string(kMostForOnePanel + 1));
+  }
+  return {.ask_ahead = ask_ahead_named(ask_ahead),
+          .few_ask_ahead = ask_ahead_named(few_ask_ahead),
+          .two_panels_from = two_panels_from};
+}
 
 constexpr int64_t kAnySize = -1;
 

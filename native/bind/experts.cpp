@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bind/matrix.h"
+#include "ops/layer_experts.h"
 
 namespace argosy {
 
@@ -40,7 +41,13 @@ std::shared_ptr<Dispatch> make_dispatch(const ArrayOf<int32_t>& choices, const A
   return dispatch;
 }
 
+int64_t experts_per_token(const Dispatch& dispatch) {
+  if (dispatch.is_list()) refuse("a list of assignments has no experts per token");
+  return dispatch.k();
+}
+
 View<int32_t> copy_of_choices(const Dispatch& dispatch) {
+  if (!dispatch.is_complete()) refuse("this dispatch has some experts of its tokens only");
   const std::vector<int32_t>&starts = dispatch.starts(), &assignments = dispatch.assignments();
   auto choices = std::make_unique<int32_t[]>(assignments.size());
   for (size_t i = 0; i < dispatch.experts().size(); ++i) {
@@ -90,7 +97,7 @@ double run(BoundExpertTable& table, Runtime& runtime, int64_t layer, const std::
            const Dispatch& dispatch, const ArrayOf<float>& rows, const OutArrayOf<float>& out) {
   const int64_t hidden = table.hidden();
   const float* from = read_array("rows", rows, {dispatch.num_tokens(), hidden});
-  float* to = write_array("out", out, {dispatch.num_tokens() * dispatch.k(), hidden});
+  float* to = write_array("out", out, {dispatch.num_assignments(), hidden});
   nb::gil_scoped_release released;
   const auto began = std::chrono::steady_clock::now();
   table.run(runtime, layer, experts, dispatch, from, to);
@@ -108,13 +115,31 @@ void bind_expert_table(nb::module_& m) {
         is_decode: bool [tokens], False for prompt tokens.)")
       .def(nb::new_(&make_dispatch), "choices"_a, "is_decode"_a, "num_experts"_a)
       .def_prop_ro("num_tokens", &Dispatch::num_tokens)
-      .def_prop_ro("experts_per_token", &Dispatch::k)
+      .def_prop_ro("experts_per_token", &experts_per_token, "ValueError in a worker.")
+      .def_prop_ro("num_assignments", &Dispatch::num_assignments)
       .def_prop_ro("experts", &Dispatch::experts, "The experts that any token chose, ascending.")
       .def_prop_ro("scan", &Dispatch::scan, "Those that only prompt tokens chose.")
       .def("assignments", &assignments_of, "expert"_a,
            "The assignments of an expert: token * experts per token + rank, ascending.")
       .def("choices", &copy_of_choices,
-           "The experts of each token, best first: [tokens, experts per token], a new array.");
+           R"(
+        The experts of each token, best first: [tokens, experts per token], a new array.
+
+        Raises:
+            ValueError: `only` or the coordinator left some out.)")
+      .def(
+          "only",
+          [](const Dispatch& dispatch, std::vector<int32_t> experts) {
+            return std::make_shared<Dispatch>(dispatch.only(std::move(experts)));
+          },
+          "experts"_a, R"(
+        The same tokens and assignments, without other experts than these.
+
+        Raises:
+            ValueError: no token chose an expert, or it is named twice.)");
+
+  nb::class_<LayerExperts>(m, "LayerExperts",
+                           "Experts of a layer that run elsewhere, while a step goes on without Python.");
 
   nb::class_<BoundExpertTable>(m, "ExpertTable", R"(
     Routed experts whose weights are in an arena: where each lies, and how to run it.
@@ -156,8 +181,7 @@ void bind_expert_table(nb::module_& m) {
 
         Args:
             rows: [tokens, hidden].
-            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
-                change.
+            out: [assignments, hidden], a row for each assignment; the rows of other experts do not change.
 
         Raises:
             ValueError: no token chose an expert, or it has no place.)");

@@ -1,10 +1,12 @@
 // kernels.cpp: binds matrices, the KV cache and the operations on them.
 
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -25,6 +27,30 @@ using namespace nb::literals;
 
 namespace {
 
+using NamedTunings = std::map<FormatName, NamedTuning>;
+
+Tunings parse_tunings(const NamedTunings& named) {
+  Tunings tunings = default_tunings();
+  for (const auto& [format, tuning] : named) {
+    if (!is_quantized(parse_format(format))) refuse("format '" + format + "' has nothing to tune");
+    tunings[size_t(parse_format(format))] = parse_tuning(tuning);
+  }
+  return tunings;
+}
+
+NamedTuning named_tuning(const Tuning& tuning) {
+  return std::tuple(std::string(tuning.ask_ahead.name), std::string(tuning.few_ask_ahead.name),
+                    tuning.two_panels_from);
+}
+
+NamedTunings named_tunings(const Runtime& runtime) {
+  NamedTunings named;
+  for (int i = int(Format::q8); i < kNumFormats; ++i) {
+    named[std::string(kFormatNames[i])] = named_tuning(runtime.tuning(Format(i)));
+  }
+  return named;
+}
+
 void bind_choice(nb::module_& m) {
   m.def(
       "instruction_sets",
@@ -34,28 +60,33 @@ void bind_choice(nb::module_& m) {
       },
       "The instruction sets that this CPU supports, worst first.");
 
+  m.attr("FEWEST_FOR_TWO_PANELS") = kFewestForTwoPanels;
+  m.attr("MOST_FOR_ONE_PANEL") = kMostForOnePanel;
+  m.def(
+      "default_tuning", [] { return named_tuning(default_tuning()); },
+      "How products run if nothing was measured.");
+
   nb::class_<Runtime>(m, "Runtime", R"(
-    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
+    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory.
 
     Args:
         num_threads: at most 1024.
-        ask_ahead: whether products with one token prefetch quantised weights, and into how many cache levels
-            (`ask_ahead_probe`). It does not affect results. None selects off with AVX-512, one level without.
+        tunings: how products with the weights of each quantised format run (`product_probe` measures it); formats that
+            are left out have `default_tuning()`. It does not affect results.
         instruction_set: one of `instruction_sets()`, for all operations of this runtime; None: the best one.
 
     Raises:
         RuntimeError: the system refuses to start a thread.)")
       .def(
           "__init__",
-          [](Runtime* self, int num_threads, const std::optional<AskAheadName>& ask_ahead,
+          [](Runtime* self, int num_threads, const std::optional<NamedTunings>& tunings,
              const std::optional<std::string>& instruction_set) {
-            new (self)
-                Runtime(num_threads, ask_ahead ? std::optional(ask_ahead_named(*ask_ahead)) : std::nullopt,
-                        kernels_named(instruction_set));
+            const KernelTable& kernels = kernels_named(instruction_set);
+            new (self) Runtime(num_threads, parse_tunings(tunings.value_or(NamedTunings())), kernels);
           },
-          "num_threads"_a, "ask_ahead"_a = nb::none(), "instruction_set"_a = nb::none())
+          "num_threads"_a, "tunings"_a = nb::none(), "instruction_set"_a = nb::none())
       .def_prop_ro("num_threads", &Runtime::num_threads)
-      .def_prop_ro("ask_ahead", [](const Runtime& self) { return AskAheadName(self.ask_ahead().name); })
+      .def_prop_ro("tunings", &named_tunings)
       .def_prop_ro("instruction_set",
                    [](const Runtime& self) { return InstructionSetName(self.kernels().name); })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
@@ -446,48 +477,80 @@ void bind_experts(nb::module_& m) {
     Run one network on all tokens of x [tokens, hidden]: a dense layer or a shared expert.)");
 }
 
-void require_block(const char* name, const KvCache& kv, int64_t block) {
-  require_range(name, block, 0, kv.num_blocks() - 1);
+void require_block(const char* name, const KvCache& kv, int64_t block, bool is_windowed = false) {
+  require_range(name, block, 0, (is_windowed ? kv.num_window_blocks() : kv.num_blocks()) - 1);
 }
 
 using KvDtypeName = Named<std::string, "KvDtype">;
 
-bool is_f16(const std::string& dtype) {
-  if (dtype != "f32" && dtype != "f16") refuse("unknown KV dtype '" + dtype + "'; known: f32, f16");
-  return dtype == "f16";
+KvFormat parse_kv_format(const std::string& dtype) {
+  if (dtype == "f32") return KvFormat::f32;
+  if (dtype == "f16") return KvFormat::f16;
+  if (dtype == "q8") return KvFormat::q8;
+  refuse("unknown KV dtype '" + dtype + "'; known: f32, f16, q8");
 }
 
 void bind_attention(nb::module_& m) {
   nb::class_<KvShape>(m, "KvShape", "The data that a layer keeps per position in a KvCache.")
-      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a, R"(
-        A key and a value for each KV head. Positions per block and value dimensions are padded to 16.)")
+      .def_static("keys_values", &KvShape::keys_values, "kv_heads"_a, "head_dim"_a, "is_windowed"_a = false,
+                  R"(
+        A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
+
+        A windowed layer lies in window blocks, of which a KvCache may have fewer.)")
       .def_static("latent", &KvShape::latent, "dim"_a, "Only one vector, shared by all heads.")
       .def_static("none", [] { return KvShape{}; }, "Nothing: the layer has a recurrent state.");
 
   m.def(
       "kv_cache_bytes",
       [](const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-         const KvDtypeName& dtype) {
-        return KvCache::bytes(layers, num_blocks, block_tokens, is_f16(dtype));
+         const KvDtypeName& dtype, std::optional<int64_t> num_window_blocks) {
+        return KvCache::bytes(layers, {num_blocks, num_window_blocks.value_or(num_blocks)}, block_tokens,
+                              parse_kv_format(dtype));
       },
-      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, "Bytes of a KvCache.");
+      "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, "num_window_blocks"_a.none() = nb::none(),
+      "Bytes of a KvCache.");
 
   nb::class_<KvCache>(m, "KvCache", R"(
-    The data that all layers keep of past positions; memory is committed when it is first written.)")
+    The data that all layers keep of past positions; memory is committed when it is first written.
+
+    Args:
+        num_window_blocks: blocks of windowed layers; None means num_blocks, and that the blocks are the same.)")
       .def(
           "__init__",
-          [](KvCache* self, const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-             const KvDtypeName& dtype) {
-            new (self) KvCache(layers, num_blocks, block_tokens, is_f16(dtype));
+          [](KvCache* self, std::vector<KvShape> layers, int64_t num_blocks, int64_t block_tokens,
+             const KvDtypeName& dtype, std::optional<int64_t> num_window_blocks) {
+            for (KvShape& shape : layers) shape.is_windowed &= num_window_blocks.has_value();
+            new (self) KvCache(std::move(layers), {num_blocks, num_window_blocks.value_or(num_blocks)},
+                               block_tokens, parse_kv_format(dtype));
           },
-          "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a)
+          "layers"_a, "num_blocks"_a, "block_tokens"_a, "dtype"_a, "num_window_blocks"_a.none() = nb::none())
       .def_prop_ro("nbytes", &KvCache::nbytes)
-      .def_prop_ro("block_bytes", &KvCache::block_bytes, "Bytes of one block, all layers.")
+      .def_prop_ro(
+          "block_bytes", [](const KvCache& self) { return self.block_bytes(false); },
+          "Bytes of one block, all layers without window blocks.")
+      .def(
+          "held_bytes",
+          [](KvCache& self, int64_t num_blocks) {
+            require_range("num_blocks", num_blocks, 0, self.num_blocks());
+            return self.held_bytes(num_blocks);
+          },
+          "num_blocks"_a, R"(
+        Most bytes in memory while nothing was written to other blocks than the first `num_blocks`.)")
+      .def(
+          "release",
+          [](KvCache& self, int64_t num_blocks) {
+            require_range("num_blocks", num_blocks, 0, self.num_blocks());
+            nb::gil_scoped_release released;
+            self.release(num_blocks);
+          },
+          "num_blocks"_a, R"(
+        Give the memory of all but the first `num_blocks` back to the system, as far as `held_bytes` says. The data of
+        the others are lost.)")
       .def(
           "copy_out",
           [](KvCache& self, int64_t block, const OutArrayOf<uint8_t>& to) {
             require_block("block", self, block);
-            uint8_t* data = write_array("to", to, {self.block_bytes()});
+            uint8_t* data = write_array("to", to, {self.block_bytes(false)});
             nb::gil_scoped_release released;
             self.copy_out(block, data);
           },
@@ -496,20 +559,21 @@ void bind_attention(nb::module_& m) {
           "copy_in",
           [](KvCache& self, int64_t block, const ArrayOf<uint8_t>& saved) {
             require_block("block", self, block);
-            const uint8_t* data = read_array("saved", saved, {self.block_bytes()});
+            const uint8_t* data = read_array("saved", saved, {self.block_bytes(false)});
             nb::gil_scoped_release released;
             self.copy_in(block, data);
           },
           "block"_a, "saved"_a, "Copy data from `copy_out` into any block of a cache with the same shapes.")
       .def(
           "copy_block",
-          [](KvCache& self, int64_t from, int64_t to) {
-            require_block("from_block", self, from);
-            require_block("to_block", self, to);
+          [](KvCache& self, int64_t from, int64_t to, bool is_windowed) {
+            require_block("from_block", self, from, is_windowed);
+            require_block("to_block", self, to, is_windowed);
             nb::gil_scoped_release released;
-            if (from != to) self.copy_block(from, to);
+            if (from != to) self.copy_block(from, to, is_windowed);
           },
-          "from_block"_a, "to_block"_a);
+          "from_block"_a, "to_block"_a, "is_windowed"_a = false,
+          "Copy a block of all layers without window blocks, or a window block of the others.");
 
   m.def(
       "kv_write",
@@ -522,7 +586,7 @@ void bind_attention(nb::module_& m) {
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* k = read_array("keys", keys, {num_tokens, shape.kv_heads, shape.head_dim});
         const float* v = read_array("values", values, {num_tokens, shape.kv_heads, shape.head_dim});
-        require_slots(kv, at, num_tokens);
+        require_slots(kv, kv.num_blocks_of(layer), at, num_tokens);
         nb::gil_scoped_release released;
         kv_write(runtime, kv.layer(layer), k, v, at, num_tokens);
       },
@@ -556,7 +620,7 @@ void bind_attention(nb::module_& m) {
         batch.window = window;
         batch.sinks = sinks ? read_array("sinks", *sinks, {batch.num_heads}) : nullptr;
         float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * shape.head_dim});
-        require_blocks(kv, batch, int64_t(block_table.shape(0)));
+        require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         attention(runtime, kv.layer(layer), batch, to);
       },
@@ -583,7 +647,7 @@ void bind_attention(nb::module_& m) {
         const int64_t* at = read_array("slots", slots, {kAnySize});
         const int64_t num_tokens = int64_t(slots.shape(0));
         const float* from = read_array("vectors", vectors, {num_tokens, kv.shape(layer).head_dim});
-        require_slots(kv, at, num_tokens);
+        require_slots(kv, kv.num_blocks_of(layer), at, num_tokens);
         nb::gil_scoped_release released;
         latent_write(runtime, kv.latent_layer(layer), from, at, num_tokens);
       },
@@ -612,7 +676,7 @@ void bind_attention(nb::module_& m) {
         batch.order = read_array("order", order, {batch.num_tokens});
         if (sees_until) batch.sees_until = read_array("sees_until", *sees_until, {batch.num_tokens});
         float* to = write_array("out", out, {batch.num_tokens, batch.num_heads * heads.value_dim});
-        require_blocks(kv, batch, int64_t(block_table.shape(0)));
+        require_blocks(kv, kv.num_blocks_of(layer), batch, int64_t(block_table.shape(0)));
         nb::gil_scoped_release released;
         latent_attention(runtime, kv.latent_layer(layer), heads, batch, to);
       },

@@ -129,9 +129,9 @@ inline void require_kind(const KvShape& shape, KvShape::Kind kind) {
          kNames[int(kind)]);
 }
 
-inline void require_slots(const KvCache& kv, const int64_t* slots, int64_t num_tokens) {
+inline void require_slots(const KvCache& kv, int64_t num_blocks, const int64_t* slots, int64_t num_tokens) {
   for (int64_t i = 0; i < num_tokens; ++i)
-    require_range("a slot", slots[i], 0, kv.num_blocks() * kv.block_tokens() - 1);
+    require_range("a slot", slots[i], 0, num_blocks * kv.block_tokens() - 1);
 }
 
 // gate and up [width, hidden], down [hidden, width].
@@ -168,8 +168,9 @@ inline LatentHeads view_latent_heads(const MatrixView& key_up, const MatrixView&
   return heads;
 }
 
-// Checks that every position that a token sees lies in a block of the cache, and that it sees itself.
-inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64_t num_sequences) {
+// Checks that every position that a token sees lies in one of num_blocks blocks, and that it sees itself.
+inline void require_blocks(const KvCache& kv, int64_t num_blocks, const AttentionBatch& batch,
+                           int64_t num_sequences) {
   require_ids("sequence", batch.sequence, batch.num_tokens, num_sequences);
   const int64_t num_positions = batch.max_blocks * kv.block_tokens();
   require_ids("order", batch.order, batch.num_tokens, num_positions);
@@ -187,8 +188,7 @@ inline void require_blocks(const KvCache& kv, const AttentionBatch& batch, int64
     }
     const int32_t* row = batch.block_table + batch.sequence[token] * batch.max_blocks;
     const int64_t first_block = batch.first(token) / kv.block_tokens();
-    require_ids("block_table", row + first_block, last / kv.block_tokens() + 1 - first_block,
-                kv.num_blocks());
+    require_ids("block_table", row + first_block, last / kv.block_tokens() + 1 - first_block, num_blocks);
   }
 }
 

@@ -27,8 +27,10 @@ NB_MODULE(_native, m) {
   argosy::bind_kernels(m);
   argosy::bind_encoder(m);
   argosy::bind_expert_table(m);
+  argosy::bind_cluster(m);
   argosy::bind_recurrent(m);
   argosy::bind_stack(m);
   argosy::bind_probe(m);
   argosy::bind_replay(m);
+  argosy::bind_watermark(m);
 }

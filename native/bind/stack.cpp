@@ -37,7 +37,7 @@ namespace {
 // A call runs this long between two checks for ^C.
 constexpr std::chrono::milliseconds kSignalInterval{50};
 
-constexpr int64_t kMostAxes = 8;  // of rotary positions
+constexpr int64_t kMostAxes = 8;  // rotary position axes
 
 // The Python objects whose memory a description points to.
 struct Kept {
@@ -326,6 +326,7 @@ void require_experts(const RoutedFfn& ffn, const ExpertTable& table, int64_t lay
 }
 
 using OptionalTable = nb::typed<nb::object, BoundExpertTable>;
+using RunningExperts = nb::typed<nb::object, TypeName<"ExpertTable | LayerExperts | None">>;
 using OptionalState = nb::typed<nb::object, RecurrentState>;
 
 class BoundStack {
@@ -334,13 +335,13 @@ class BoundStack {
              const ArrayOf<float>& final_norm, float norm_eps, const std::vector<const Rotary*>& rotaries,
              const ActivationOfNumbers& activation, const std::vector<const BoundLayer*>& layers,
              int64_t max_tokens, const OptionalTable& resident, bool experts_off,
-             const OptionalState& recurrent, float embedding_scale, float logit_cap)
-      : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols) {
+             const OptionalState& recurrent, float embedding_scale, float logit_cap, int64_t first_layer)
+      : resident_(resident), recurrent_(recurrent), hidden_(embedding.view.cols), most_tokens_(max_tokens) {
     RecurrentState* state = recurrent.is_none() ? nullptr : nb::cast<RecurrentState*>(recurrent);
     require_size("columns of head", head.view.cols, hidden_);
-    require_size("number of layers", int64_t(layers.size()), kv.num_layers());
-    ExpertTable* table = resident.is_none() ? nullptr : nb::cast<BoundExpertTable*>(resident);
-    if (table != nullptr) require_size("columns of the experts", table->hidden(), hidden_);
+    require_range("number of layers", int64_t(layers.size()), 0, kv.num_layers());
+    require_range("first_layer", first_layer, 0, kv.num_layers() - int64_t(layers.size()));
+    ExpertTable* table = table_of(resident);
 
     StackDescription description;
     description.embedding = kept_.keep(embedding);
@@ -355,6 +356,7 @@ class BoundStack {
     description.resident = table;
     description.embedding_scale = embedding_scale;
     description.logit_cap = logit_cap;
+    description.first_layer = first_layer;
     for (const BoundLayer* given : layers) {
       const std::string name = item_name("layers", description.layers.size());
       const BoundLayer& layer = require_item(name, given);
@@ -363,16 +365,22 @@ class BoundStack {
       kept_.keep(layer.kept);
       description.layers.push_back(layer.layer);
       const Rotary& rotary = description.rotaries[size_t(layer.layer.rotary)];
-      const KvShape& shape = kv.shape(int64_t(description.layers.size()) - 1);
+      const int64_t number = first_layer + int64_t(description.layers.size()) - 1;
+      const KvShape& shape = kv.shape(number);
       const auto check_mixer = [&](const auto& block) {
         require_fit(block, shape, rotary, hidden_);
         require_state(block, state);
       };
       const auto check_ffn = [&](const auto& block) {
         require_fit(block, hidden_);
-        if (table != nullptr) require_experts(block, *table, int64_t(description.layers.size()) - 1);
+        if (table != nullptr) require_experts(block, *table, number);
       };
       std::visit(check_mixer, layer.layer.mixer);
+      if (shape.is_windowed) {
+        const int64_t window = std::get<GroupedQueryAttention>(layer.layer.mixer).window;
+        require_range(name + ": window", window, 1, INT32_MAX);
+        window_ = std::max(window_, window);
+      }
       std::visit(check_ffn, layer.layer.ffn);
     }
     stack_ = std::make_unique<Stack>(runtime, kv, state, std::move(description), max_tokens);
@@ -386,7 +394,8 @@ class BoundStack {
              const std::optional<ArrayOf<int32_t>>& sees_until,
              const std::optional<OverridesOfArrays>& overrides,
              const std::vector<AdditionOfArrays>& additions, const std::vector<TapOfArray>& taps,
-             const std::optional<OutArrayOf<int32_t>>& choices) {
+             const std::optional<OutArrayOf<int32_t>>& choices,
+             const std::optional<ArrayOf<int32_t>>& window_blocks) {
     const KvCache& kv = stack_->kv();
     StepArrays arrays;
     arrays.read = {token_ids, sequence, slots, is_decode, block_table, order, wanted};
@@ -435,7 +444,7 @@ class BoundStack {
     }
 
     require_ids("token_ids", step.token_ids, tokens, stack_->description().embedding.rows);
-    require_slots(kv, step.slots, tokens);
+    require_slots(kv, kv.num_blocks(), step.slots, tokens);
     AttentionBatch reach = {};
     reach.num_tokens = tokens;
     reach.block_table = step.block_table;
@@ -443,7 +452,14 @@ class BoundStack {
     reach.sequence = step.sequence;
     reach.order = step.order;
     reach.sees_until = step.sees_until;
-    require_blocks(kv, reach, int64_t(block_table.shape(0)));
+    require_blocks(kv, kv.num_blocks(), reach, int64_t(block_table.shape(0)));
+    if (window_ > 0) {
+      if (!window_blocks)
+        refuse("the step needs window_blocks, because windowed layers have blocks of their own");
+      reach.window = window_;
+      find_windows(kv, reach, read_array("window_blocks", *window_blocks, {kv.num_blocks()}), step,
+                   int64_t(block_table.shape(0)));
+    }
     require_rows(step.wanted, step.num_wanted, tokens);
     const RecurrentState* recurrent = stack_->recurrent();
     if (recurrent != nullptr) {
@@ -476,6 +492,13 @@ class BoundStack {
     return stack_->look_ahead();
   }
 
+  void resize(int64_t max_tokens) {
+    require_range("max_tokens", max_tokens, 1, most_tokens_);
+    num_tokens_ = 0;
+    nb::gil_scoped_release released;
+    stack_->resize(max_tokens);
+  }
+
   void run_shared() {
     nb::gil_scoped_release released;
     stack_->run_shared();
@@ -492,6 +515,15 @@ class BoundStack {
     float* out = stack_->expert_out();
     const Dispatch& dispatch = *stack_->dispatch();
     return View<float>(out, {size_t(dispatch.num_tokens() * dispatch.k()), size_t(hidden_)}, owner);
+  }
+
+  void final_states(const ArrayOf<int64_t>& rows, const OutArrayOf<float>& out) {
+    const int64_t* chosen = read_array("rows", rows, {kAnySize});
+    const int64_t num_rows = int64_t(rows.shape(0));
+    float* to = write_array("out", out, {num_rows, hidden_});
+    require_rows(chosen, num_rows, num_tokens_);
+    nb::gil_scoped_release released;
+    stack_->final_states(chosen, num_rows, to);
   }
 
   void logits(const ArrayOf<int64_t>& rows, const OutArrayOf<float>& out) {
@@ -515,12 +547,25 @@ class BoundStack {
 
   void forbid(int64_t layer, const std::vector<int32_t>& experts) { stack_->forbid(layer, experts); }
 
+  void use_experts(const RunningExperts& experts) {
+    LayerExperts* elsewhere = nullptr;
+    ExpertTable* table = nullptr;
+    if (nb::isinstance<LayerExperts>(experts)) {
+      elsewhere = nb::cast<LayerExperts*>(experts);
+      require_size("columns of the experts", elsewhere->hidden(), hidden_);
+    } else {
+      table = table_of(experts);
+    }
+    stack_->use_experts(table, elsewhere);
+    resident_ = experts;
+  }
+
   const StackSizes& sizes() const { return stack_->sizes(); }
   int64_t buffer_bytes() const { return stack_->buffer_bytes(); }
 
-  std::tuple<double, double, double> take_seconds() {
+  std::tuple<double, double, double, double> take_seconds() {
     const auto seconds = stack_->take_seconds();
-    return {seconds[0], seconds[1], seconds[2]};
+    return {seconds[0], seconds[1], seconds[2], seconds[3]};
   }
 
   void take_uses(const OutArrayOf<int64_t>& out) {
@@ -557,6 +602,33 @@ class BoundStack {
     return given;
   }
 
+  // Finds the window blocks of what the step writes, and of what its tokens see in windowed layers.
+  void find_windows(const KvCache& kv, const AttentionBatch& reach, const int32_t* of_block, Step& step,
+                    int64_t num_sequences) {
+    const int64_t size = kv.block_tokens();
+    const auto find = [&](int64_t block) {
+      const int64_t found = of_block[block];
+      require_range(item_name("window_blocks", size_t(block)), found, 0, kv.num_window_blocks() - 1);
+      return found;
+    };
+    window_slots_.resize(size_t(step.num_tokens));
+    window_table_.assign(size_t(num_sequences * step.max_blocks), 0);
+    int64_t known = 0;  // blocks of the sequence before this one are found
+    for (int64_t t = 0; t < step.num_tokens; ++t) {
+      window_slots_[size_t(t)] = find(step.slots[t] / size) * size + step.slots[t] % size;
+      // Tokens of a sequence usually follow each other.
+      if (t == 0 || step.sequence[t] != step.sequence[t - 1] || reach.first(t) < reach.first(t - 1))
+        known = 0;
+      const int64_t row = step.sequence[t] * step.max_blocks;
+      const int64_t end = (reach.until(t) - 1) / size + 1;
+      for (int64_t b = std::max(known, reach.first(t) / size); b < end; ++b)
+        window_table_[size_t(row + b)] = int32_t(find(step.block_table[row + b]));
+      known = std::max(known, end);
+    }
+    step.window_slots = window_slots_.data();
+    step.window_table = window_table_.data();
+  }
+
   const float* read_angles(const ArrayOf<float>& angles, int64_t tokens) const {
     const float* from = read_array("angles", angles, {kAnySize, tokens});
     int64_t num_axes = 1;
@@ -573,10 +645,20 @@ class BoundStack {
     for (int64_t i = 0; i < num_rows; ++i) require_range("a row", rows[i], 0, num_tokens - 1);
   }
 
+  ExpertTable* table_of(const nb::object& resident) const {
+    if (resident.is_none()) return nullptr;
+    ExpertTable* table = nb::cast<BoundExpertTable*>(resident);
+    require_size("columns of the experts", table->hidden(), hidden_);
+    return table;
+  }
+
   Kept kept_;
   nb::object resident_, recurrent_;
-  StepArrays arrays_;  // of the last step
-  int64_t hidden_ = 0, num_tokens_ = 0;
+  StepArrays arrays_;  // kept alive since the last step
+  int64_t hidden_ = 0, most_tokens_ = 0, num_tokens_ = 0;
+  int64_t window_ = 0;                 // the largest of layers with window blocks; 0: there are none
+  std::vector<int64_t> window_slots_;  // window slots of the last step, and so on
+  std::vector<int32_t> window_table_;
   std::unique_ptr<Stack> stack_;
 };
 
@@ -760,12 +842,15 @@ void bind_stack(nb::module_& m) {
         Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.)")
       .def(
           "scratch_bytes",
-          [](const StackSizes& self, int64_t max_tokens, int num_threads) {
+          [](const StackSizes& self, int64_t max_tokens, int num_threads, bool has_quants) {
             require_range("num_threads", num_threads, 1, kMostThreads);
-            return self.scratch_bytes(max_tokens, num_threads);
+            return self.scratch_bytes(max_tokens, num_threads, has_quants);
           },
-          "max_tokens"_a, "num_threads"_a, R"(
-        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.)")
+          "max_tokens"_a, "num_threads"_a, "has_quants"_a = true, R"(
+        Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
+
+        Without `has_quants`, the bytes that operations take if no weights are quantised: the rest of what is reserved
+        is never touched.)")
       .def(
           "__eq__", [](const StackSizes& self, const StackSizes& other) { return self == other; },
           nb::sig("def __eq__(self, other: object, /) -> bool"));
@@ -779,27 +864,28 @@ void bind_stack(nb::module_& m) {
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
         activation: the activation of dense networks and shared experts.
         rotaries: the rotary embeddings that layers choose from.
-        layers: one for each layer of `kv`.
+        layers: with keys and values in the layers of `kv` from `first_layer` on.
         max_tokens: most tokens of a step; working memory is allocated for them.
-        resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
+        resident: a table of every routed expert; see `use_experts`.
         experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers with a gated delta net.
         embedding_scale: multiplies embeddings, but not those that a step gives.
-        logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.)")
+        logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
+        first_layer: the number of the first layer, in `kv` and for those who run its experts.)")
       .def(nb::init<Runtime&, KvCache&, const Matrix&, const Matrix&, const ArrayOf<float>&, float,
                     const std::vector<const Rotary*>&, const ActivationOfNumbers&,
                     const std::vector<const BoundLayer*>&, int64_t, const OptionalTable&, bool,
-                    const OptionalState&, float, float>(),
+                    const OptionalState&, float, float, int64_t>(),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), "runtime"_a, "kv"_a, nb::kw_only(), "embedding"_a,
            "head"_a, "final_norm"_a, "norm_eps"_a, "rotaries"_a, "activation"_a, "layers"_a, "max_tokens"_a,
            "resident"_a.none() = nb::none(), "experts_off"_a = false, "recurrent"_a.none() = nb::none(),
-           "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f)
+           "embedding_scale"_a = 1.0f, "logit_cap"_a = 0.0f, "first_layer"_a = 0)
       .def("begin", &BoundStack::begin, "token_ids"_a, "sequence"_a, "slots"_a, "is_decode"_a,
            "block_table"_a, "order"_a, "wanted"_a, "logits"_a.noconvert(),
            "state_slots"_a.none() = nb::none(), "angles"_a.none() = nb::none(),
            "sees_until"_a.none() = nb::none(), "overrides"_a.none() = nb::none(),
            "additions"_a = std::vector<AdditionOfArrays>{}, "taps"_a.noconvert() = std::vector<TapOfArray>{},
-           "choices"_a.noconvert() = nb::none(), R"(
+           "choices"_a.noconvert() = nb::none(), "window_blocks"_a.none() = nb::none(), R"(
         Start a step, even if the last one did not finish; nothing is computed yet.
 
         Args:
@@ -834,6 +920,8 @@ void bind_stack(nb::module_& m) {
         While a layer waits, where the outputs of its experts belong: [tokens * experts per token, hidden], a view.
 
         Row token * experts per token + rank is for that token and its expert of that rank.)")
+      .def("final_states", &BoundStack::final_states, "rows"_a, "out"_a.noconvert(),
+           "Hidden states [rows, hidden] after the final norm, of any tokens of the finished step.")
       .def("logits", &BoundStack::logits, "rows"_a, "out"_a.noconvert(),
            "Logits [rows, vocabulary] of any tokens of the finished step.")
       .def(
@@ -846,6 +934,12 @@ void bind_stack(nb::module_& m) {
         A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.)")
+      .def("resize", &BoundStack::resize, "max_tokens"_a, R"(
+        Limit the tokens of a step from the next one on, to at most the number at construction. Gives memory that such
+        steps do not need back to the system, and discards the results of the last step.)")
+      .def("use_experts", &BoundStack::use_experts, "experts"_a.none(), R"(
+        Choose who runs the routed experts from the next step on: a table that holds all of them, or other processes.
+        With None, a step stops after each layer has chosen its experts.)")
       .def("forbid", &BoundStack::forbid, "layer"_a, "experts"_a, R"(
         From the next step on, no token chooses these experts of a layer; an empty list allows all again.
 
@@ -855,7 +949,8 @@ void bind_stack(nb::module_& m) {
       .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes,
                    "Bytes of the allocated working memory, without scratch.")
       .def("take_seconds", &BoundStack::take_seconds, R"(
-        Seconds spent in the router, in attention and dense networks, and in routed experts since the last call.)")
+        Seconds since the last call in the router, in attention and dense networks, in routed experts, and waiting for
+        experts that run elsewhere.)")
       .def("take_uses", &BoundStack::take_uses, "out"_a.noconvert(), R"(
         Write how often tokens chose each expert since the last call to `out` [layers, most experts of a layer].)");
 }

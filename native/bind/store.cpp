@@ -32,6 +32,7 @@ using namespace nb::literals;
 using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
 
 constexpr int64_t kMostPieces = int64_t{1} << 20, kMostPieceBytes = int64_t{1} << 50;  // no product overflows
+constexpr int64_t kMostBytesPerSecond = int64_t{1} << 50;
 
 // Python checks for ^C this often while it waits for the drive.
 constexpr std::chrono::milliseconds kSignalInterval{100};
@@ -195,6 +196,24 @@ uint32_t checksum_of(nb::typed<nb::handle, TypeName<"_Buffer">> buffer) {
 }  // namespace
 
 void bind_store(nb::module_& m) {
+  nb::class_<Foreground>(m, "Foreground", R"(
+    Counts work that somebody waits for: `with foreground:` surrounds it. Others give way to it meanwhile: each of their
+    threads works for `share` of the time, above 0 and at most 1.)")
+      .def(nb::init<double>(), "share"_a)
+      .def("__enter__", &Foreground::begin)
+      .def(
+          "__exit__", [](Foreground& foreground, nb::handle, nb::handle, nb::handle) { foreground.end(); },
+          "kind"_a.none(), "error"_a.none(), "trace"_a.none())
+      .def(
+          "give_way",
+          [](Foreground& foreground, double worked_seconds) {
+            nb::gil_scoped_release released;
+            foreground.give_way(worked_seconds);
+          },
+          "worked_seconds"_a, R"(
+        Call it after so many seconds of work in the background: waits until there is no work in the foreground, or
+        until the work took no more than its share of the time.)");
+
   nb::class_<Arena>(m, "Arena", R"(
     One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
 
@@ -205,13 +224,15 @@ void bind_store(nb::module_& m) {
       .def("array", &arena_view, "A view of all bytes. It keeps the memory alive, even after close().")
       .def(
           "populate",
-          [](const Arena& arena) {
-            const auto populate = arena.populating();  // must run before another thread can close the arena
+          [](const Arena& arena, std::shared_ptr<Foreground> foreground) {
+            // Must run before another thread can close the arena.
+            const auto populate = arena.populating(std::move(foreground));
             nb::gil_scoped_release released;
             populate();
           },
-          "Commit all pages, in a background thread; ends early if another thread closes the arena or makes "
-          "it smaller.")
+          "foreground"_a = nb::none(), R"(
+        Commit all pages, in a background thread that gives way to `foreground`; ends early if another thread closes
+        the arena or makes it smaller.)")
       .def("resize", &Arena::resize, nb::call_guard<nb::gil_scoped_release>(), "nbytes"_a, R"(
         Use only the first `nbytes` from now on, at most what the arena was made with. The system gets the pages beyond
         at once; they are zero if the arena grows again. Nothing may be using them.)")
@@ -283,15 +304,23 @@ void bind_store(nb::module_& m) {
   nb::class_<Store>(m, "Store", R"(
     Threads, at most 1024, that read pieces of files into arenas.
 
+    Args:
+        bytes_per_s: imitate a drive that is no faster; None: do not.
+        foreground: read few pieces at once and give way to this work, until `leave_background`; None: do not.
+
     Raises:
         RuntimeError: the system refuses to start a thread.)")
       .def(
           "__init__",
-          [](Store* self, int num_readers, std::shared_ptr<FileSystem> file_system) {
+          [](Store* self, int num_readers, std::shared_ptr<FileSystem> file_system,
+             std::optional<int64_t> bytes_per_s, std::shared_ptr<Foreground> foreground) {
             if (!file_system) file_system = std::make_shared<RealFileSystem>();
-            new (self) Store(num_readers, std::move(file_system));
+            if (bytes_per_s) require_range("bytes_per_s", *bytes_per_s, 1, kMostBytesPerSecond);
+            new (self)
+                Store(num_readers, std::move(file_system), bytes_per_s.value_or(0), std::move(foreground));
           },
-          "num_readers"_a, "file_system"_a = nb::none())
+          "num_readers"_a, "file_system"_a = nb::none(), "bytes_per_s"_a = nb::none(),
+          "foreground"_a = nb::none())
       .def(
           "open",
           [](Store& store, const std::string& path, bool direct) {
@@ -371,6 +400,8 @@ void bind_store(nb::module_& m) {
         bytes_read, with cached_bytes of them from the page cache; reads; busy_seconds of wall time.
 
         read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.)")
+      .def("leave_background", &Store::leave_background, nb::call_guard<nb::gil_scoped_release>(), R"(
+        Read as much at once as the drive takes, and give way to nothing.)")
       .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>(),
            "Join the readers and close the files. Unfinished reads fail.");
 

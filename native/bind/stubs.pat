@@ -3,7 +3,7 @@
 argosy._native.__prefix__:
     # Written by `make stubs` from native/bind: edit it there.
 
-    \from argosy.config import AskAhead, Format, KvDtype
+    \from argosy.config import Format, KvDtype, Tuning
     \from typing import Any, Literal
     \from numpy.typing import NDArray
     \import numpy

@@ -82,6 +82,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .round_keys = nullptr,
       .attend_rounded = nullptr,
       .kv_write = kv_write,
+      .latent_write = latent_write,
       .attention = attention,
       .delta_gates = delta_gates,
       .delta_conv = delta_conv,

@@ -24,6 +24,7 @@
 #include "kernels/exp.h"
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/kv_formats.h"
 #include "kernels/matmul_args.h"
 
 namespace argosy {
@@ -45,17 +46,11 @@ inline float sink_of(const AttentionArgs& a, int64_t head) {
 
 #if !ARGOSY_VECTOR  // the reference
 
-inline float kv_element(const KvLayer& kv, const uint8_t* base, int64_t index) {
-  return kv.is_f16 ? float_from_f16(read_unaligned<uint16_t>(base + 2 * index))
-                   : read_unaligned<float>(base + 4 * index);
-}
-
 inline float attention_score(const AttentionArgs& a, const float* q, int64_t position) {
   const int64_t offset = position % a.kv.block_tokens;
   const uint8_t* keys = key_head(a.kv, a.blocks[position / a.kv.block_tokens], a.kv_head);
-  const int64_t first = offset / kKeyTile * kKeyTile * a.kv.head_dim + offset % kKeyTile;
   float dot = 0.0f;
-  for (int64_t d = 0; d < a.kv.head_dim; ++d) dot += q[d] * kv_element(a.kv, keys, first + d * kKeyTile);
+  for (int64_t d = 0; d < a.kv.head_dim; ++d) dot += q[d] * key_element(a.kv, keys, offset, d);
   return dot * a.scale;
 }
 
@@ -75,9 +70,10 @@ void attention(const AttentionArgs& a) {
       for (int64_t p = first; p <= last; ++p) {
         const float weight = expf(attention_score(a, q, p) - most);
         const uint8_t* values = value_head(a.kv, a.blocks[p / a.kv.block_tokens], a.kv_head);
-        const int64_t at = p % a.kv.block_tokens * kv_padded_dim(a.kv);
         sum += weight;
-        for (int64_t d = 0; d < dim; ++d) out[d] += weight * kv_element(a.kv, values, at + d);
+        for (int64_t d = 0; d < dim; ++d) {
+          out[d] += weight * value_element(a.kv, values, p % a.kv.block_tokens, d);
+        }
       }
       for (int64_t d = 0; d < dim; ++d) out[d] /= sum;
     }
@@ -111,7 +107,7 @@ struct KeyTile {
 
 // Computes the scores of kTiles tiles for kCount queries. Each key element is loaded once for all queries,
 // each query element once for all tiles.
-template <class Element, int kCount, int kTiles, bool kAsksAhead>
+template <class Kv, int kCount, int kTiles, bool kAsksAhead>
 void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_t dim, float scale) {
   const float* q[kCount];
   const uint8_t *keys[kTiles], *ahead[kTiles];
@@ -130,14 +126,24 @@ void score_tiles(Query* const* queries, const KeyTile* tiles, int64_t at, int64_
       for (int v = 0; v < kTileVecs; ++v) score[i][t][v] = zeros();
     }
   }
+  typename Kv::Scale scale_of[kTiles][kTileVecs] = {};
   for (int64_t d = 0; d < dim; ++d) {
     Vec key[kTiles][kTileVecs];
 #pragma GCC unroll 2
     for (int t = 0; t < kTiles; ++t) {
-      if constexpr (kAsksAhead) __builtin_prefetch(ahead[t] + d * kKeyTile * Element::kBytes, 0, 2);
+      if constexpr (Kv::kKeyScaleBytes > 0) {
+        if (d % kKvGroup == 0) {
+#pragma GCC unroll 2
+          for (int v = 0; v < kTileVecs; ++v)
+            scale_of[t][v] = Kv::key_scale(keys[t] + d * kKeyTile * Kv::kBytes, v * kLanes);
+          keys[t] += Kv::kKeyScaleBytes;
+          ahead[t] += Kv::kKeyScaleBytes;
+        }
+      }
+      if constexpr (kAsksAhead) __builtin_prefetch(ahead[t] + d * kKeyTile * Kv::kBytes, 0, 2);
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVecs; ++v)
-        key[t][v] = Element::load(keys[t] + (d * kKeyTile + v * kLanes) * Element::kBytes);
+        key[t][v] = Kv::load(keys[t] + (d * kKeyTile + v * kLanes) * Kv::kBytes, scale_of[t][v]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
@@ -201,10 +207,11 @@ inline void soften(Query& query, const KeyTile* tiles, int64_t padded_dim) {
 
 // Adds the weighted values of lanes [begin, end), in ascending order, to kVecs vectors of columns starting at
 // d, for kCount queries that see these lanes.
-template <class Element, int kCount, int kVecs, bool kAsksAhead>
+template <class Kv, int kCount, int kVecs, bool kAsksAhead>
 void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim, int64_t d, int64_t begin,
                 int64_t end) {
   const float* weights[kCount];
+  const int64_t groups = kv_groups(padded_dim);
   Vec sum[kCount][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
@@ -216,18 +223,25 @@ void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim,
     const KeyTile& tile = tiles[t];
     const int64_t first = begin > t * kKeyTile ? begin - t * kKeyTile : 0;
     const int64_t after = end - t * kKeyTile < tile.num_keys ? end - t * kKeyTile : tile.num_keys;
+    const uint8_t* scales = tile.values + kKeyTile * padded_dim * Kv::kBytes;  // if there are any
     for (int64_t key = first; key < after; ++key) {
-      const int64_t at = (key * padded_dim + d) * Element::kBytes;
+      const int64_t at = (key * padded_dim + d) * Kv::kBytes;
       const uint8_t* row = tile.values + at;
       if constexpr (kAsksAhead) {
 #pragma GCC unroll 4
-        for (int line = 0; line < kVecs * kLanes * Element::kBytes; line += 64) {
+        for (int line = 0; line < kVecs * kLanes * Kv::kBytes; line += 64) {
           __builtin_prefetch(tile.ahead_values + at + line, 0, 2);
         }
       }
       Vec value[kVecs];
+      typename Kv::Scale scale = {};
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) value[v] = Element::load(row + v * kLanes * Element::kBytes);
+      for (int v = 0; v < kVecs; ++v) {
+        // Several vectors begin at a multiple of a group, and one lies within a group.
+        if (v * kLanes % kKvGroup == 0)
+          scale = Kv::value_scale(scales, key * groups + d / kKvGroup + v * kLanes / kKvGroup);
+        value[v] = Kv::load(row + v * kLanes * Kv::kBytes, scale);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const Vec weight = broadcast(weights[i][t * kKeyTile + key]);
@@ -244,14 +258,14 @@ void add_values(Query* const* queries, const KeyTile* tiles, int64_t padded_dim,
 }
 
 // Does the same for all queries of a stretch, several at once if they see the same lanes.
-template <class Element, int kVecs>
+template <class Kv, int kVecs>
 void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t padded_dim, int64_t d) {
   const auto add = [&]<int kCount>(Number<kCount>, int64_t i) {
     const int64_t begin = queries[i]->begin, end = queries[i]->end;
     if (i == 0) {
-      add_values<Element, kCount, kVecs, true>(queries, tiles, padded_dim, d, begin, end);
+      add_values<Kv, kCount, kVecs, true>(queries, tiles, padded_dim, d, begin, end);
     } else {
-      add_values<Element, kCount, kVecs, false>(queries + i, tiles, padded_dim, d, begin, end);
+      add_values<Kv, kCount, kVecs, false>(queries + i, tiles, padded_dim, d, begin, end);
     }
   };
   int64_t i = 0;
@@ -270,7 +284,7 @@ void add_columns(Query* const* queries, int64_t count, const KeyTile* tiles, int
   }
 }
 
-template <class Element, int kTiles>
+template <class Kv, int kTiles>
 void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, int64_t tile, int64_t dim,
                    float scale) {
   const int64_t at = tile * kKeyTile;
@@ -283,9 +297,9 @@ void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, i
   const auto score = [&]<int kCount>(Number<kCount>, int64_t i) {
     if (!are_seen(i, i + kCount)) return;
     if (i == 0) {
-      score_tiles<Element, kCount, kTiles, true>(queries, tiles + tile, at, dim, scale);
+      score_tiles<Kv, kCount, kTiles, true>(queries, tiles + tile, at, dim, scale);
     } else {
-      score_tiles<Element, kCount, kTiles, false>(queries + i, tiles + tile, at, dim, scale);
+      score_tiles<Kv, kCount, kTiles, false>(queries + i, tiles + tile, at, dim, scale);
     }
   };
   int64_t i = 0;
@@ -294,31 +308,29 @@ void score_queries(Query* const* queries, int64_t count, const KeyTile* tiles, i
 }
 
 // Processes tiles [0, num_tiles) of a stretch for the queries that see any of it.
-template <class Element>
+template <class Kv>
 void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count, const KeyTile* tiles,
                     int64_t tile_begin, int64_t tile_end) {
   const int64_t dim = a.kv.head_dim;
   const int64_t padded_dim = kv_padded_dim(a.kv);
   int64_t tile = tile_begin;
   for (; tile + kScoreTiles <= tile_end; tile += kScoreTiles) {
-    score_queries<Element, kScoreTiles>(queries, count, tiles, tile, dim, a.scale);
+    score_queries<Kv, kScoreTiles>(queries, count, tiles, tile, dim, a.scale);
   }
-  for (; tile < tile_end; ++tile) score_queries<Element, 1>(queries, count, tiles, tile, dim, a.scale);
+  for (; tile < tile_end; ++tile) score_queries<Kv, 1>(queries, count, tiles, tile, dim, a.scale);
   for (int64_t i = 0; i < count; ++i) soften(*queries[i], tiles, padded_dim);
   int64_t d = 0;
   for (; d + 4 * kLanes <= padded_dim; d += 4 * kLanes) {
-    add_columns<Element, 4>(queries, count, tiles, padded_dim, d);
+    add_columns<Kv, 4>(queries, count, tiles, padded_dim, d);
   }
-  for (; d < padded_dim; d += kLanes) add_columns<Element, 1>(queries, count, tiles, padded_dim, d);
+  for (; d < padded_dim; d += kLanes) add_columns<Kv, 1>(queries, count, tiles, padded_dim, d);
 }
-
-inline int64_t tiles_per_block(const KvLayer& kv) { return (kv.block_tokens + kKeyTile - 1) / kKeyTile; }
 
 inline int64_t lane_of(const KvLayer& kv, int64_t position) {
   return position / kv.block_tokens * tiles_per_block(kv) * kKeyTile + position % kv.block_tokens;
 }
 
-template <class Element>
+template <class Kv>
 void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
   const KvLayer& kv = a.kv;
   const int64_t per_block = tiles_per_block(kv);
@@ -328,14 +340,12 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
     first = all[i].first < first ? all[i].first : first;
     last = all[i].last > last ? all[i].last : last;
   }
-  const auto keys_of = [&](int64_t tile) {
-    return key_head(kv, a.blocks[tile / per_block], a.kv_head) +
-           tile % per_block * kKeyTile * kv.head_dim * Element::kBytes;
+  const int64_t key_bytes = key_tile_bytes(kv), value_bytes = value_tile_bytes(kv);
+  const auto place_of = [&](int64_t tile) {
+    return (a.blocks[tile / per_block] * kv.kv_heads + a.kv_head) * per_block + tile % per_block;
   };
-  const auto values_of = [&](int64_t tile) {
-    return value_head(kv, a.blocks[tile / per_block], a.kv_head) +
-           tile % per_block * kKeyTile * kv_padded_dim(kv) * Element::kBytes;
-  };
+  const auto keys_of = [&](int64_t tile) { return kv.keys + place_of(tile) * key_bytes; };
+  const auto values_of = [&](int64_t tile) { return kv.values + place_of(tile) * value_bytes; };
   for (int64_t stretch = first / kStretchKeys; stretch <= last / kStretchKeys; ++stretch) {
     const int64_t start = stretch * kStretchKeys;
     const int64_t tile_begin = first > start ? (first - start) / kKeyTile : 0;
@@ -359,7 +369,7 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
       query.end = query.last - start + 1 < kStretchKeys ? query.last - start + 1 : kStretchKeys;
       if (query.begin < query.end) seeing[seen++] = &query;
     }
-    if (seen > 0) attend_stretch<Element>(a, seeing, seen, tiles, tile_begin, tile_end);
+    if (seen > 0) attend_stretch<Kv>(a, seeing, seen, tiles, tile_begin, tile_end);
   }
 }
 
@@ -388,11 +398,7 @@ void attention(const AttentionArgs& a) {
       for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];
       for (int64_t d = 0; d < padded_dim; d += kLanes) store(queries[i].values + d, zeros());
     }
-    if (a.kv.is_f16) {
-      attend_queries<F16Weights>(a, queries, count);
-    } else {
-      attend_queries<F32Weights>(a, queries, count);
-    }
+    with_kv(a.kv.format, [&]<class Kv>(Kv) { attend_queries<Kv>(a, queries, count); });
     for (int64_t i = 0; i < count; ++i) {
       const Vec share = broadcast(1.0f / queries[i].sum);
       for (int64_t d = 0; d < dim; d += kLanes) {

@@ -87,8 +87,9 @@ AskAhead ask_ahead_named(const std::string& name) {
   throw std::invalid_argument("unknown ask_ahead '" + name + "'; known: " + known);
 }
 
-AskAhead default_ask_ahead(const KernelTable& kernels) {
-  return ask_ahead_named(std::string(kernels.name) == "avx512" ? "off" : "one_level");
+Tuning default_tuning() {
+  const AskAhead one_level = ask_ahead_named("one_level");
+  return {.ask_ahead = one_level, .few_ask_ahead = one_level};
 }
 
 }  // namespace argosy

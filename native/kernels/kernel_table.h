@@ -18,16 +18,31 @@
 
 namespace argosy {
 
-// How far ahead a product with one token prefetches quantised weights, in bytes: into the first-level cache,
-// and into the second-level cache; 0 disables it. It changes no result (docs/decisions/0022).
+// How far ahead of what it reads a product prefetches quantised weights, in bytes: into the first-level
+// cache, and into the second-level cache; 0 disables it.
 struct AskAhead {
   const char* name;
   int64_t into_l1, into_l2;
 };
 
-[[maybe_unused]] static constexpr AskAhead kAskAheads[] = {
-    {"off", 0, 0}, {"one_level", 6 << 10, 0}, {"two_levels", 3 << 10, 16 << 10}};
-[[maybe_unused]] static constexpr const AskAhead& kAskNothing = kAskAheads[0];
+[[maybe_unused]] static constexpr AskAhead kAskAheads[] = {{"off", 0, 0},
+                                                           {"one_level", 6 << 10, 0},
+                                                           {"one_level_far", 12 << 10, 0},
+                                                           {"two_levels", 3 << 10, 16 << 10}};
+
+// How products with the weights of one format run on this machine. It changes no result: a probe measures
+// which is fastest (docs/decisions/0069).
+struct Tuning {
+  AskAhead ask_ahead = kAskAheads[0];  // with one token
+  // With as many tokens as one tile takes. If it asks for nothing, the next panels are prefetched into the
+  // second-level cache, as with more tokens.
+  AskAhead few_ask_ahead = kAskAheads[0];
+  // AVX-512: from this many tokens on, a tile takes two panels of 16 rows, and one panel with fewer.
+  int64_t two_panels_from = 4;
+};
+
+// A tile of one panel takes at most eight tokens; with more, two panels share each activation.
+[[maybe_unused]] static constexpr int64_t kFewestForTwoPanels = 2, kMostForOnePanel = 8;
 
 // y[t][r - row_begin] = sum over c of W[r][c] * x[t][c]
 struct MatmulArgs {
@@ -42,28 +57,57 @@ struct MatmulArgs {
   const int32_t* y_index;
   int64_t num_tokens;
   const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
-  AskAhead ask_ahead = kAskNothing;
+  Tuning tuning = {};
 };
 
-// The memory of one layer's keys and values. A block holds, for each KV head,
-//   keys    [tiles of 16 positions][head_dim][16]: one load brings one dimension of sixteen positions;
-//   values  [positions][head_dim padded to 16].
-// Positions of a block are padded to 16. Elements are float32 or float16.
+// The format of keys, values and latent vectors. In q8, 32 dimensions of one position (of one head) are
+// signed bytes that share a float16 scale: an element is its byte times the scale. Scales belong to a
+// position, so that writing one changes no other.
+enum class KvFormat { f32, f16, q8 };
+
+// Keys lie in tiles of sixteen positions.
+[[maybe_unused]] static constexpr int64_t kKeyTile = 16;
+// Dimensions that share a scale, and the bytes of that many in a tile of q8 keys.
+[[maybe_unused]] static constexpr int64_t kKvGroup = 32;
+[[maybe_unused]] static constexpr int64_t kKeyGroupBytes = kKeyTile * (2 + kKvGroup);
+
+// The memory of one layer's keys and values. A block holds, for each KV head, tiles of sixteen positions:
+//   keys    [head_dim][16]: one load brings one dimension of sixteen positions;
+//           q8: for each 32 dimensions (the last group may have fewer) the scales [16], then the bytes
+//           [32][16];
+//   values  [16][head_dim padded to 16];
+//           q8: then the scales [16][groups of 32 dimensions].
+// Positions of a block are padded to 16.
 struct KvLayer {
   uint8_t* keys;
   uint8_t* values;
   int64_t block_tokens, kv_heads, head_dim;
-  bool is_f16;
+  KvFormat format;
 };
 
-static inline int64_t kv_padded_dim(const KvLayer& kv) { return round_up(kv.head_dim, 16); }
-static inline int64_t kv_element_bytes(const KvLayer& kv) { return kv.is_f16 ? 2 : 4; }
-// Bytes of one head in one block.
-static inline int64_t key_head_bytes(const KvLayer& kv) {
-  return round_up(kv.block_tokens, 16) * kv.head_dim * kv_element_bytes(kv);
+static inline int64_t kv_element_bytes(KvFormat format) {
+  return format == KvFormat::f32 ? 4 : format == KvFormat::f16 ? 2 : 1;
 }
+static inline int64_t kv_groups(int64_t dim) { return (dim + kKvGroup - 1) / kKvGroup; }
+// Bytes of the scales of one position's `dim` elements.
+static inline int64_t kv_scale_bytes(KvFormat format, int64_t dim) {
+  return format == KvFormat::q8 ? 2 * kv_groups(dim) : 0;
+}
+static inline int64_t kv_padded_dim(const KvLayer& kv) { return round_up(kv.head_dim, 16); }
+static inline int64_t key_tile_bytes(const KvLayer& kv) {
+  return kKeyTile * (kv.head_dim * kv_element_bytes(kv.format) + kv_scale_bytes(kv.format, kv.head_dim));
+}
+static inline int64_t value_tile_bytes(const KvLayer& kv) {
+  return kKeyTile *
+         (kv_padded_dim(kv) * kv_element_bytes(kv.format) + kv_scale_bytes(kv.format, kv.head_dim));
+}
+static inline int64_t tiles_per_block(const KvLayer& kv) {
+  return (kv.block_tokens + kKeyTile - 1) / kKeyTile;
+}
+// Bytes of one head in one block.
+static inline int64_t key_head_bytes(const KvLayer& kv) { return tiles_per_block(kv) * key_tile_bytes(kv); }
 static inline int64_t value_head_bytes(const KvLayer& kv) {
-  return round_up(kv.block_tokens, 16) * kv_padded_dim(kv) * kv_element_bytes(kv);
+  return tiles_per_block(kv) * value_tile_bytes(kv);
 }
 static inline uint8_t* key_head(const KvLayer& kv, int64_t block, int64_t head) {
   return kv.keys + (block * kv.kv_heads + head) * key_head_bytes(kv);
@@ -72,12 +116,17 @@ static inline uint8_t* value_head(const KvLayer& kv, int64_t block, int64_t head
   return kv.values + (block * kv.kv_heads + head) * value_head_bytes(kv);
 }
 
-// The vectors of one layer with latent attention: [blocks][block_tokens][dim] of float32 or float16.
+// The vectors of one layer with latent attention: [blocks][block_tokens][dim]. A q8 vector has its scales
+// [groups of 32 dimensions] before its bytes.
 struct LatentLayer {
   uint8_t* vectors;
   int64_t block_tokens, dim;
-  bool is_f16;
+  KvFormat format;
 };
+
+static inline int64_t latent_vector_bytes(const LatentLayer& kv) {
+  return kv_scale_bytes(kv.format, kv.dim) + kv.dim * kv_element_bytes(kv.format);
+}
 
 struct KvWriteArgs {
   KvLayer kv;
@@ -88,9 +137,14 @@ struct KvWriteArgs {
   int64_t kv_head;  // the one to write
 };
 
-// Keys lie in tiles of sixteen positions. A call processes four tiles at a time, for up to this many (token,
-// head) pairs at once.
-[[maybe_unused]] static constexpr int64_t kKeyTile = 16;
+struct LatentWriteArgs {
+  LatentLayer kv;
+  const float* vectors;  // [num_tokens][dim]
+  const int64_t* slots;  // block * block_tokens + offset
+  int64_t num_tokens;
+};
+
+// A call processes four tiles at a time, for up to this many (token, head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
 
@@ -103,7 +157,7 @@ struct AttentionArgs {
   const int32_t* order;       // [num_tokens], the index of a token in its sequence
   const int32_t* sees_until;  // [num_tokens], the end of the positions it sees; nullptr: its own is the last
   int64_t num_tokens, num_heads;
-  const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
+  const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
   float scale;
   int64_t window;                // positions begin at order - window + 1; 0: at 0
   float* scratch;                // attention_scratch_floats(head_dim)
@@ -212,7 +266,7 @@ struct LatentColumn {
 // Columns of one sequence against the section of positions that starts at `begin`; every column sees it.
 struct LatentAttentionArgs {
   LatentLayer kv;
-  const int32_t* blocks;  // of the sequence: position p lies in blocks[p / block_tokens]
+  const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
   const LatentColumn* columns;
   int64_t num_columns;
   int64_t begin;
@@ -223,7 +277,7 @@ struct LatentAttentionArgs {
 
 enum class Gelu { erf, tanh, quick };
 
-// What becomes of a sum of `linear`: y = sum, y = y + sum, y = y * sum, or y = activation(sum).
+// How `linear` finishes a sum: y = sum, y = y + sum, y = y * sum, or y = activation(sum).
 enum class Finish { store, add, multiply, gelu_erf, gelu_tanh, gelu_quick, silu };
 
 // linear with bfloat16 activations: tokens in a panel, and most rows of the weights in a call.
@@ -249,7 +303,7 @@ struct LinearArgs {
   int64_t row_begin, row_end;  // at most kLinearRows
   const uint8_t* panel;
   int64_t num_tokens;
-  const float* bias;  // of all rows; nullptr: none
+  const float* bias;  // one for each row; nullptr: none
   Finish finish;
   float* y;
   int64_t y_stride;
@@ -286,7 +340,7 @@ struct RoundKeysArgs {
 struct AttendRoundedArgs {
   const float* query;
   int64_t query_stride, num_queries;
-  const uint8_t *keys, *values;  // those of a block lie after those of the last block
+  const uint8_t *keys, *values;  // each block follows the one before
   int64_t num_keys, dim;
   float scale;
   float* out;
@@ -346,6 +400,7 @@ struct KernelTable {
   void (*attend_rounded)(const AttendRoundedArgs& args);
 
   void (*kv_write)(const KvWriteArgs& args);
+  void (*latent_write)(const LatentWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
   void (*delta_gates)(const DeltaGatesArgs& args);
   void (*delta_conv)(const DeltaConvArgs& args);
@@ -399,9 +454,9 @@ const KernelTable& kernel_table(const std::string& name);
 // The table of the last of instruction_sets().
 const KernelTable& best_kernels();
 
-// The prefetch distances to use when nothing was measured. Without AVX-512 the hardware prefetcher falls
-// behind: a product issues several times as many instructions.
-AskAhead default_ask_ahead(const KernelTable& kernels);
+// For processes without measurements: the choice that lost least on the machines measured
+// (docs/decisions/0069).
+Tuning default_tuning();
 // Throws std::invalid_argument for a name that is not in kAskAheads.
 AskAhead ask_ahead_named(const std::string& name);
 

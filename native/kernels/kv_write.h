@@ -1,15 +1,43 @@
 // kv_write.h: writes the keys and values of new tokens into their KV blocks (layout: kernel_table.h), for one
-// KV head.
+// KV head; and the latent vectors of new tokens.
 //
-// Rounds to nearest even if the cache is float16. Several tokens share cache lines of keys, so threads may
-// split the heads, but not the tokens.
+// Rounds to nearest even if the cache is float16 or q8. A group with an infinity or a NaN gets a scale that
+// is not finite in q8, so that the damage stays visible. Several tokens share cache lines of keys, so threads
+// may split the heads, but not the tokens.
 #pragma once
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/quantize.h"
 
 namespace argosy {
 namespace {
+
+static_assert(kKvGroup == kGroupSize);
+
+// Rounds the first n of 32 values to multiples of a scale, up to 127 of them; the quants after them are zero.
+inline uint16_t quantize_kv_group(const float* values, int64_t n, int8_t (&quants)[kKvGroup]) {
+  const WeightGroup group = load_group(values, n);
+  const uint16_t scale = f16_from_float(group.absmax / 127.0f);
+  const float inverse = 1.0f / float_from_f16(scale);
+  if (inverse < 1e30f && inverse > 0.0f) {
+    round_group(group, inverse, -127.0f, 127.0f, quants);
+  } else {  // the scale is zero, infinite or NaN
+    std::memset(quants, 0, sizeof quants);
+  }
+  return scale;
+}
+
+// Calls put(group, scale, quants, number of quants) for each group of `dim` values.
+template <class Put>
+inline void quantize_kv(const float* values, int64_t dim, const Put& put) {
+  for (int64_t d = 0; d < dim; d += kKvGroup) {
+    const int64_t n = dim - d < kKvGroup ? dim - d : kKvGroup;
+    int8_t quants[kKvGroup];
+    const uint16_t scale = quantize_kv_group(values + d, n, quants);
+    put(d / kKvGroup, scale, quants, n);
+  }
+}
 
 template <class Element>
 inline Element element_from(float value) {
@@ -20,17 +48,26 @@ inline Element element_from(float value) {
   }
 }
 
+struct KvPlace {
+  uint8_t *key_tile, *value_tile;
+  int64_t row;  // row of the tiles
+};
+
+inline KvPlace kv_place(const KvWriteArgs& a, int64_t token) {
+  const KvLayer& kv = a.kv;
+  const int64_t block = a.slots[token] / kv.block_tokens, offset = a.slots[token] % kv.block_tokens;
+  return {key_head(kv, block, a.kv_head) + offset / kKeyTile * key_tile_bytes(kv),
+          value_head(kv, block, a.kv_head) + offset / kKeyTile * value_tile_bytes(kv), offset % kKeyTile};
+}
+
 template <class Element>
 void kv_write_as(const KvWriteArgs& a) {
   const KvLayer& kv = a.kv;
   for (int64_t token = 0; token < a.num_tokens; ++token) {
-    const int64_t block = a.slots[token] / kv.block_tokens;
-    const int64_t offset = a.slots[token] % kv.block_tokens;
+    const KvPlace place = kv_place(a, token);
     const int64_t from = (token * kv.kv_heads + a.kv_head) * kv.head_dim;
-    Element* keys = reinterpret_cast<Element*>(key_head(kv, block, a.kv_head)) +
-                    offset / kKeyTile * kKeyTile * kv.head_dim + offset % kKeyTile;
-    Element* values =
-        reinterpret_cast<Element*>(value_head(kv, block, a.kv_head)) + offset * kv_padded_dim(kv);
+    Element* keys = reinterpret_cast<Element*>(place.key_tile) + place.row;
+    Element* values = reinterpret_cast<Element*>(place.value_tile) + place.row * kv_padded_dim(kv);
     for (int64_t d = 0; d < kv.head_dim; ++d) {
       keys[d * kKeyTile] = element_from<Element>(a.keys[from + d]);
       values[d] = element_from<Element>(a.values[from + d]);
@@ -38,9 +75,61 @@ void kv_write_as(const KvWriteArgs& a) {
   }
 }
 
+void kv_write_q8(const KvWriteArgs& a) {
+  const KvLayer& kv = a.kv;
+  const int64_t dim = kv.head_dim, padded_dim = kv_padded_dim(kv), groups = kv_groups(dim);
+  for (int64_t token = 0; token < a.num_tokens; ++token) {
+    const KvPlace place = kv_place(a, token);
+    const int64_t from = (token * kv.kv_heads + a.kv_head) * dim;
+    quantize_kv(a.keys + from, dim, [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+      uint8_t* scales = place.key_tile + group * kKeyGroupBytes;
+      std::memcpy(scales + 2 * place.row, &scale, sizeof scale);
+      uint8_t* to = scales + 2 * kKeyTile + place.row;
+      for (int64_t d = 0; d < n; ++d) to[d * kKeyTile] = uint8_t(quants[d]);
+    });
+    uint8_t* scales = place.value_tile + kKeyTile * padded_dim;
+    quantize_kv(a.values + from, dim, [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+      std::memcpy(scales + 2 * (place.row * groups + group), &scale, sizeof scale);
+      std::memcpy(place.value_tile + place.row * padded_dim + group * kKvGroup, quants, size_t(n));
+    });
+  }
+}
+
 void kv_write(const KvWriteArgs& args) {
-  if (args.kv.is_f16) return kv_write_as<uint16_t>(args);
-  kv_write_as<float>(args);
+  switch (args.kv.format) {
+    case KvFormat::f32:
+      return kv_write_as<float>(args);
+    case KvFormat::f16:
+      return kv_write_as<uint16_t>(args);
+    case KvFormat::q8:
+      return kv_write_q8(args);
+  }
+}
+
+void latent_write(const LatentWriteArgs& a) {
+  const LatentLayer& kv = a.kv;
+  for (int64_t token = 0; token < a.num_tokens; ++token) {
+    const float* from = a.vectors + token * kv.dim;
+    uint8_t* vector = kv.vectors + a.slots[token] * latent_vector_bytes(kv);
+    uint8_t* to = vector + kv_scale_bytes(kv.format, kv.dim);
+    switch (kv.format) {
+      case KvFormat::f32:
+        std::memcpy(to, from, size_t(kv.dim) * 4);
+        break;
+      case KvFormat::f16:
+        for (int64_t d = 0; d < kv.dim; ++d) {
+          const uint16_t bits = f16_from_float(from[d]);
+          std::memcpy(to + 2 * d, &bits, sizeof bits);
+        }
+        break;
+      case KvFormat::q8:
+        quantize_kv(from, kv.dim, [&](int64_t group, uint16_t scale, const int8_t* quants, int64_t n) {
+          std::memcpy(vector + 2 * group, &scale, sizeof scale);
+          std::memcpy(to + group * kKvGroup, quants, size_t(n));
+        });
+        break;
+    }
+  }
 }
 
 }  // namespace

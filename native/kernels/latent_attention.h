@@ -24,6 +24,7 @@
 #include "kernels/exp.h"
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "kernels/kv_formats.h"
 #include "kernels/matmul_args.h"
 
 namespace argosy {
@@ -37,7 +38,7 @@ inline float* state_sum(float* state, int64_t value_dim) {
 inline const uint8_t* latent_vector(const LatentAttentionArgs& a, int64_t position) {
   const int64_t slot =
       a.blocks[position / a.kv.block_tokens] * a.kv.block_tokens + position % a.kv.block_tokens;
-  return a.kv.vectors + slot * a.kv.dim * (a.kv.is_f16 ? 2 : 4);
+  return a.kv.vectors + slot * latent_vector_bytes(a.kv);
 }
 
 inline int64_t last_of_section(const LatentAttentionArgs& a, const LatentColumn& column) {
@@ -45,11 +46,6 @@ inline int64_t last_of_section(const LatentAttentionArgs& a, const LatentColumn&
 }
 
 #if !ARGOSY_VECTOR  // the reference
-
-inline float latent_element(const LatentAttentionArgs& a, const uint8_t* vector, int64_t d) {
-  return a.kv.is_f16 ? float_from_f16(read_unaligned<uint16_t>(vector + 2 * d))
-                     : read_unaligned<float>(vector + 4 * d);
-}
 
 void latent_attention(const LatentAttentionArgs& a) {
   float scores[kSectionPositions];
@@ -62,7 +58,7 @@ void latent_attention(const LatentAttentionArgs& a) {
       for (int64_t p = a.begin; p <= last; ++p) {
         const uint8_t* vector = latent_vector(a, p);
         float dot = 0.0f;
-        for (int64_t d = 0; d < a.kv.dim; ++d) dot += q[d] * latent_element(a, vector, d);
+        for (int64_t d = 0; d < a.kv.dim; ++d) dot += q[d] * latent_element(a.kv, vector, d);
         scores[p - a.begin] = dot * a.scale;
         most = fmaxf(most, scores[p - a.begin]);
       }
@@ -73,7 +69,7 @@ void latent_attention(const LatentAttentionArgs& a) {
         const float weight = expf(scores[p - a.begin] - most);
         sum += weight;
         for (int64_t d = 0; d < a.value_dim; ++d) {
-          column.state[d * kColumnHeads + head] += weight * latent_element(a, vector, d);
+          column.state[d * kColumnHeads + head] += weight * latent_element(a.kv, vector, d);
         }
       }
       state_most(column.state, a.value_dim)[head] = most;
@@ -227,13 +223,20 @@ void latent_stretch(const LatentAttentionArgs& a, const LatentColumn* columns, c
   });
 }
 
-template <class Element>
+template <class Kv>
 void copy_vectors(const LatentAttentionArgs& a, int64_t begin, int64_t count, int64_t stride, float* to) {
+  const int64_t dim = a.kv.dim;
   for (int64_t p = 0; p < count; ++p, to += stride) {
-    const uint8_t* vector = latent_vector(a, begin + p);
+    const uint8_t* scales = latent_vector(a, begin + p);
+    const uint8_t* vector = scales + kv_scale_bytes(a.kv.format, dim);
     int64_t d = 0;
-    for (; d + kLanes <= a.kv.dim; d += kLanes) store(to + d, Element::load(vector + d * Element::kBytes));
-    if (d < a.kv.dim) store(to + d, Element::load(vector + d * Element::kBytes, a.kv.dim - d));
+    for (int64_t group = 0; d < dim; ++group) {
+      const typename Kv::Scale scale = Kv::value_scale(scales, group);
+      const int64_t end = dim - d < Kv::kGroup ? dim : d + Kv::kGroup;
+      for (; d + kLanes <= end; d += kLanes) store(to + d, Kv::load(vector + d * Kv::kBytes, scale));
+      if (d < end) store(to + d, Kv::load(vector + d * Kv::kBytes, end - d, scale));
+      d = end;
+    }
   }
 }
 
@@ -265,11 +268,7 @@ void latent_attention(const LatentAttentionArgs& a) {
   }
   for (int64_t begin = a.begin; begin <= last; begin += kStretchKeys) {
     const int64_t most = last - begin + 1 < kStretchKeys ? last - begin + 1 : kStretchKeys;
-    if (a.kv.is_f16) {
-      copy_vectors<F16Weights>(a, begin, most, stride, vectors);
-    } else {
-      copy_vectors<F32Weights>(a, begin, most, stride, vectors);
-    }
+    with_kv(a.kv.format, [&]<class Kv>(Kv) { copy_vectors<Kv>(a, begin, most, stride, vectors); });
     const auto seen = [&](int64_t c) {
       const int64_t count = last_of_section(a, a.columns[c]) - begin + 1;
       return count < most ? count : most;

@@ -77,8 +77,9 @@ void matmul_quantized(const MatmulArgs& a) {
 #else
 
 // A QuantizedTile<kFormat, kPanels, kTokens> (quantized_tile_*.h) computes the products of kPanels panels and
-// kTokens tokens: multiply(operands, group, dot); scale(operands, group, dot, sum), which adds the products
-// to the sums; and put, which stores the sums.
+// kTokens tokens: multiply(operands, group, dot); block_scales(operands, group), the scales of a block as
+// floats; scale(operands, group, block scales, dot, sum), which adds the products to the sums; and put, which
+// stores the sums.
 
 // A compile-time number of bytes.
 template <int64_t kBytes>
@@ -90,13 +91,23 @@ template <int64_t kBytes, int kLevel>
   for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, kLevel);
 }
 [[maybe_unused]] constexpr int kIntoL1 = 3, kIntoL2 = 2;
+template <int kLevel>
+struct Level {};
 
-// Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Prefetches kPanels panels
-// starting at `next`, unless it is null, and the lines of y: outputs of routed experts lie far apart in a
-// buffer larger than the cache, and the stores at the end of a tile would wait for their lines one by one.
+// What a tile prefetches as it reads its panels for the first time: lines as far ahead as `distance` says,
+// or, if that is nothing, all of the panels that are read next.
+struct Ahead {
+  AskAhead distance;
+  const uint8_t* next;  // null: none, or it is not the first time
+};
+
+// Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Also prefetches the lines of
+// y: outputs of routed experts lie far apart in a buffer larger than the cache, and the stores at the end of
+// a tile would wait for their lines one by one.
 template <Format kFormat, int kPanels, int kTokens>
-void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* next) {
+void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahead) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
+  constexpr QuantFormat kQuant = quant_format(kFormat);
   const TileOperands<kFormat, kTokens> o(a, row, token);
 #pragma GCC unroll 8
   for (int j = 0; j < kTokens; ++j) {
@@ -104,25 +115,39 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const uint8_t* ne
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) __builtin_prefetch(y + i * kPanelRows, 1, kIntoL1);
   }
-  typename Tile::Sums sum = {};
-  for (int64_t group = 0; group < num_groups(a.cols); ++group) {
-    if (next != nullptr) {
+  const int64_t into_l1 = ahead.distance.into_l1, into_l2 = ahead.distance.into_l2;
+  const uint8_t* const all_of = into_l1 == 0 && into_l2 == 0 ? ahead.next : nullptr;
+  // Each panel is read to its end, and then the one that lies kPanels further.
+  const uint8_t* const end = o.panel + o.stride;
+  const int64_t jump = ahead.next != nullptr ? ahead.next - end : 0;
+  const auto ask = [&]<int64_t kBytes>(const uint8_t* at, Bytes<kBytes>) {
+    const auto ask_at = [&]<int kLevel>(const uint8_t* from, Level<kLevel>) {
 #pragma GCC unroll 2
-      for (int i = 0; i < kPanels; ++i) {
-        const uint8_t* panel = next + i * o.stride;
-        ask_for<quant_format(kFormat).group_bytes(), kIntoL2>(panel + (o.quants(group) - o.panel));
-        ask_for<1, kIntoL2>(panel + (o.block_scales(group) - o.panel));
-      }
+      for (int i = 0; i < kPanels; ++i) ask_for<kBytes, kLevel>(from + i * o.stride);
+    };
+    // A prefetch cannot fault, so an address past the weights is harmless.
+    const auto further = [&](int64_t bytes) { return at + bytes + (at + bytes < end ? 0 : jump); };
+    if (all_of != nullptr) ask_at(all_of + (at - o.panel), Level<kIntoL2>{});
+    if (into_l2 > 0) ask_at(further(into_l2), Level<kIntoL2>{});
+    if (into_l1 > 0) ask_at(further(into_l1), Level<kIntoL1>{});
+  };
+  const int64_t groups = num_groups(a.cols);
+  typename Tile::Sums sum = {};
+  for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
+    ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
+    for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
+      ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
+      typename Tile::Dots dot;
+      Tile::multiply(o, group, dot);
+      // Converted again for each group: a large tile has no registers to keep the scales in.
+      Tile::scale(o, group, Tile::block_scales(o, group), dot, sum);
     }
-    typename Tile::Dots dot;
-    Tile::multiply(o, group, dot);
-    Tile::scale(o, group, dot, sum);
   }
   Tile::put(a, row, token, sum);
 }
 
 // The same for one panel and one token. Reading the weights dominates, so it prefetches them as far ahead as
-// a.ask_ahead says: up to the end of the rows, and from there at next_weights.
+// a.tuning.ask_ahead says: up to the end of the rows, and from there at next_weights.
 template <Format kFormat, bool kAsksL1, bool kAsksL2>
 void run_one_token(const MatmulArgs& a, int64_t row) {
   using Tile = QuantizedTile<kFormat, 1, 1>;
@@ -135,18 +160,19 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
     return at + bytes < end ? at + bytes : next + (at + bytes - end);
   };
   const auto ask = [&]<int64_t kBytes>(const uint8_t* at, Bytes<kBytes>) {
-    if constexpr (kAsksL2) ask_for<kBytes, kIntoL2>(ahead(at, a.ask_ahead.into_l2));
-    if constexpr (kAsksL1) ask_for<kBytes, kIntoL1>(ahead(at, a.ask_ahead.into_l1));
+    if constexpr (kAsksL2) ask_for<kBytes, kIntoL2>(ahead(at, a.tuning.ask_ahead.into_l2));
+    if constexpr (kAsksL1) ask_for<kBytes, kIntoL1>(ahead(at, a.tuning.ask_ahead.into_l1));
   };
   const int64_t groups = num_groups(a.cols);
   typename Tile::Sums sum = {};
   for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
     ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
+    const typename Tile::BlockScales scales = Tile::block_scales(o, block);
     for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
       ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
       typename Tile::Dots dot;
       Tile::multiply(o, group, dot);
-      Tile::scale(o, group, dot, sum);
+      Tile::scale(o, group, scales, dot, sum);
     }
   }
   Tile::put(a, row, 0, sum);
@@ -154,7 +180,7 @@ void run_one_token(const MatmulArgs& a, int64_t row) {
 
 template <Format kFormat>
 void matmul_one_token(const MatmulArgs& a) {
-  const bool asks_l1 = a.ask_ahead.into_l1 > 0, asks_l2 = a.ask_ahead.into_l2 > 0;
+  const bool asks_l1 = a.tuning.ask_ahead.into_l1 > 0, asks_l2 = a.tuning.ask_ahead.into_l2 > 0;
   const auto run = asks_l1 && asks_l2 ? run_one_token<kFormat, true, true>
                    : asks_l1          ? run_one_token<kFormat, true, false>
                    : asks_l2          ? run_one_token<kFormat, false, true>
@@ -166,15 +192,17 @@ void matmul_one_token(const MatmulArgs& a) {
 // a tile of two.
 template <Format kFormat, int kPanels, int kMostTokens>
 void run_panels(const MatmulArgs& a, int64_t row) {
-  // The first pass over the weights waits for memory, so it prefetches the next panels.
   const uint8_t* next = row + kPanels * kPanelRows < a.row_end
                             ? a.weights + (row / kPanelRows + kPanels) * panel_bytes(kFormat, a.cols)
                             : a.next_weights;
   const int64_t tiles = (a.num_tokens + kMostTokens - 1) / kMostTokens;
+  // The first of several tiles waits for memory and the others do not, so it prefetches the next panels.
+  const AskAhead distance = tiles == 1 ? a.tuning.few_ask_ahead : AskAhead{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = a.num_tokens * tile / tiles;
+    const Ahead ahead = {distance, tile == 0 ? next : nullptr};
     with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      run_tile<kFormat, kPanels, kTokens>(a, row, begin, tile == 0 ? next : nullptr);
+      run_tile<kFormat, kPanels, kTokens>(a, row, begin, ahead);
     });
   }
 }
@@ -184,8 +212,7 @@ void matmul_quantized(const MatmulArgs& a) {
   if (a.num_tokens == 1) return matmul_one_token<kFormat>(a);
   int64_t row = a.row_begin;
 #if ARGOSY_AVX512
-  // Up to three tokens take one panel at a time: reading dominates.
-  if (a.num_tokens > 3) {
+  if (a.num_tokens >= a.tuning.two_panels_from) {
     for (; row + kPanelRows < a.row_end; row += 2 * kPanelRows) {
       run_panels<kFormat, 2, two_panels_tokens(kFormat)>(a, row);
     }

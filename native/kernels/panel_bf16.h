@@ -73,7 +73,7 @@ inline void multiply_tile(const PanelRows& rows, const uint8_t* panel, const Beg
       for (int v = 0; v < kVecs; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x[v], weights);
     }
   };
-  constexpr int64_t kLinePairs = 16;  // of a row in a cache line
+  constexpr int64_t kLinePairs = 16;  // pairs of one row in a cache line
   const int64_t pairs = rows.cols / 2;
   for (int64_t line = 0; line < pairs; line += kLinePairs) {
 #pragma GCC unroll 8

@@ -49,11 +49,27 @@ struct QuantizedTile {
     }
   }
 
-  // Adds the dot products of a group to the sums.
-  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
-                                                  Sums& sum) {
+  // The scales of a block, and its mins, if the format has them: of each half of the rows.
+  struct BlockScales {
+    Vec scale[2], min[2];
+  };
+  [[gnu::always_inline]] static inline BlockScales block_scales(const Operands& o, int64_t group) {
+    BlockScales found;
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) scale_half(o, group, half, dot, sum);
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* scales = o.block_scales(group) + half * 8 * 2;
+      found.scale[half] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      found.min[half] = zeros();
+      if constexpr (kQuant.has_min) found.min[half] = F16Weights::load(scales + kPanelRows * 2);
+    }
+    return found;
+  }
+
+  // Adds the dot products of a group to the sums.
+  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group,
+                                                  const BlockScales& of_block, const Dots& dot, Sums& sum) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) scale_half(o, group, half, of_block, dot, sum);
   }
 
   [[gnu::always_inline]] static inline void put(const MatmulArgs& a, int64_t row, int64_t token,
@@ -178,13 +194,12 @@ struct QuantizedTile {
 
   // Adds the dot products of eight rows of a group to the sums.
   [[gnu::always_inline]] static inline void scale_half(const Operands& o, int64_t group, int half,
-                                                       const Dots& dot, Sums& sum) {
+                                                       const BlockScales& of_block, const Dots& dot,
+                                                       Sums& sum) {
     const uint8_t* scales = o.block_scales(group);
     const int64_t first_row = half * 8;
-    const uint8_t* block_scales = scales + first_row * 2;
-    const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(block_scales) : F16Weights::load(block_scales);
-    Vec min = zeros();
-    if constexpr (kQuant.has_min) min = F16Weights::load(scales + (kPanelRows + first_row) * 2);
+    const Vec block_scale = of_block.scale[half];
+    Vec min = of_block.min[half];
     const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
     if constexpr (kQuant.is_paired()) {
       return scale_pairs(o, group, half, block_scale, sub(zeros(), min), subs + 2 * first_row, dot, sum);

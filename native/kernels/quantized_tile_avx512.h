@@ -30,6 +30,22 @@ struct QuantizedTile {
   using Dots = __m512i[kPanels][kTokens][kParts];
   using Sums = Vec[kPanels][kTokens];
 
+  // The scales of a block, and its mins, if the format has them.
+  struct BlockScales {
+    Vec scale[kPanels], min[kPanels];
+  };
+  [[gnu::always_inline]] static inline BlockScales block_scales(const Operands& o, int64_t group) {
+    BlockScales found;
+#pragma GCC unroll 2
+    for (int i = 0; i < kPanels; ++i) {
+      const uint8_t* scales = o.block_scales(group) + i * o.stride;
+      found.scale[i] = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
+      found.min[i] = zeros();
+      if constexpr (kQuant.has_min) found.min[i] = F16Weights::load(scales + kPanelRows * 2);
+    }
+    return found;
+  }
+
   // Computes the exact dot products of a group.
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
     const int64_t x_at = group * kGroupSize;
@@ -80,16 +96,15 @@ struct QuantizedTile {
   }
 
   // Adds the dot products of a group to the sums.
-  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group, const Dots& dot,
-                                                  Sums& sum) {
+  [[gnu::always_inline]] static inline void scale(const Operands& o, int64_t group,
+                                                  const BlockScales& of_block, const Dots& dot, Sums& sum) {
     const int64_t x_scale_at = activation_scales_at(kFormat, o.cols) + group * 4;
     const int64_t x_sum_at = activation_sums_at(o.cols) + group * 4;
 #pragma GCC unroll 2
     for (int i = 0; i < kPanels; ++i) {
       const uint8_t* scales = o.block_scales(group) + i * o.stride;
-      const Vec block_scale = kQuant.is_bf16 ? Bf16Weights::load(scales) : F16Weights::load(scales);
-      Vec min = zeros();
-      if constexpr (kQuant.has_min) min = F16Weights::load(scales + kPanelRows * 2);
+      const Vec block_scale = of_block.scale[i];
+      Vec min = of_block.min[i];
       const uint8_t* subs = scales + kQuant.sub_scales_at() + group % kBlockGroups * kParts * kPanelRows;
       if constexpr (kQuant.is_paired()) {
         scale_pairs(o, group, block_scale, sub(zeros(), min), subs, dot[i], sum[i]);

@@ -64,6 +64,20 @@ struct F16Weights {
   static Vec load(const uint8_t* from, int64_t n) { return _mm256_cvtph_ps(load_16bit(from, n)); }
 };
 
+// The float16 at `from`, in every lane.
+inline Vec broadcast_f16(const uint8_t* from) {
+  return _mm256_cvtph_ps(_mm_set1_epi16(read_unaligned<int16_t>(from)));
+}
+// Signed bytes as floats.
+inline Vec load_i8(const uint8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec load_i8(const uint8_t* from, int64_t n) {
+  uint8_t values[kLanes] = {};
+  std::memcpy(values, from, size_t(n));
+  return load_i8(values);
+}
+
 struct Bf16Weights {
   static constexpr int64_t kBytes = 2;
   static Vec widen(__m128i bits) {

@@ -53,6 +53,18 @@ struct F16Weights {
   }
 };
 
+// The float16 at `from`, in every lane.
+inline Vec broadcast_f16(const uint8_t* from) {
+  return _mm512_cvtph_ps(_mm256_set1_epi16(read_unaligned<int16_t>(from)));
+}
+// Signed bytes as floats.
+inline Vec load_i8(const uint8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec load_i8(const uint8_t* from, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), from)));
+}
+
 struct Bf16Weights {
   static constexpr int64_t kBytes = 2;
   static Vec widen(__m256i bits) {

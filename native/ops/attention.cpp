@@ -32,89 +32,122 @@ std::vector<Run> split_into_runs(const AttentionBatch& batch, int64_t longest) {
 
 constexpr const char* kKvCache = "a KV cache";
 
-int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, bool is_f16) {
+// The places of keys and values are not set.
+KvLayer layer_of(const KvShape& shape, int64_t block_tokens, KvFormat format) {
+  return {nullptr, nullptr, block_tokens, shape.kv_heads, shape.head_dim, format};
+}
+
+int64_t layer_bytes(const KvShape& shape, int64_t num_blocks, int64_t block_tokens, KvFormat format) {
   if (shape.kind == KvShape::Kind::none) return 0;
-  // Check each product first, with room for doubling and rounding up.
-  checked_product(kKvCache, {4, num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
-  int64_t per_head = checked_product(kKvCache, {block_tokens, shape.head_dim});
+  checked_product(kKvCache, {num_blocks, block_tokens, shape.kv_heads, shape.head_dim});
+  // With room for elements, scales, values beside keys, and rounding up, so that nothing below overflows.
+  checked_product(kKvCache,
+                  {64, num_blocks, block_tokens + kKeyTile, shape.kv_heads, shape.head_dim + kKeyTile});
+  const KvLayer layer = layer_of(shape, block_tokens, format);
   if (shape.kind == KvShape::Kind::keys_values) {
-    per_head = checked_product(
-        kKvCache, {round_up(block_tokens, kKeyTile), shape.head_dim + round_up(shape.head_dim, kKeyTile)});
+    return num_blocks * shape.kv_heads * (key_head_bytes(layer) + value_head_bytes(layer));
   }
-  return checked_product(kKvCache, {num_blocks, shape.kv_heads, per_head, is_f16 ? 2 : 4});
+  return num_blocks * block_tokens * latent_vector_bytes({nullptr, block_tokens, shape.head_dim, format});
 }
 
 }  // namespace
 
-int64_t KvCache::bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-                       bool is_f16) {
-  checked_product(kKvCache, {int64_t(layers.size()), num_blocks, block_tokens});
+int64_t KvCache::bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
+                       KvFormat format) {
+  checked_product(kKvCache, {int64_t(layers.size()), counts.num_blocks, block_tokens});
+  checked_product(kKvCache, {int64_t(layers.size()), counts.num_window_blocks, block_tokens});
   int64_t sum = 0;
   for (const KvShape& shape : layers) {
-    const int64_t layer = layer_bytes(shape, num_blocks, block_tokens, is_f16);
+    const int64_t layer = layer_bytes(shape, counts.of(shape), block_tokens, format);
     if (layer > kMostBytes - sum) throw std::invalid_argument("a KV cache would take more than 2^62 bytes");
     sum += layer;
   }
   return sum;
 }
 
-KvCache::KvCache(std::vector<KvShape> layers, int64_t num_blocks, int64_t block_tokens, bool is_f16)
+KvCache::KvCache(std::vector<KvShape> layers, KvBlockCounts counts, int64_t block_tokens, KvFormat format)
     : layers_(std::move(layers)),
-      num_blocks_(num_blocks),
+      counts_(counts),
       block_tokens_(block_tokens),
-      is_f16_(is_f16),
-      nbytes_(bytes(layers_, num_blocks, block_tokens, is_f16)),
+      format_(format),
+      nbytes_(bytes(layers_, counts, block_tokens, format)),
       arena_(size_t(std::max<int64_t>(1, nbytes_))) {
   int64_t end = 0;
   for (const KvShape& shape : layers_) {
     offsets_.push_back(end);
-    end += layer_bytes(shape, num_blocks, block_tokens, is_f16);
+    end += layer_bytes(shape, counts.of(shape), block_tokens, format);
   }
 }
 
 KvLayer KvCache::layer(int64_t index) {
   const KvShape& shape = layers_[size_t(index)];
-  KvLayer layer = {nullptr, nullptr, block_tokens_, shape.kv_heads, shape.head_dim, is_f16_};
+  KvLayer layer = layer_of(shape, block_tokens_, format_);
   layer.keys = arena_.data() + offsets_[size_t(index)];
-  layer.values = layer.keys + num_blocks_ * shape.kv_heads * key_head_bytes(layer);
+  layer.values = layer.keys + counts_.of(shape) * shape.kv_heads * key_head_bytes(layer);
   return layer;
 }
 
 LatentLayer KvCache::latent_layer(int64_t index) {
-  return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, is_f16_};
+  return {arena_.data() + offsets_[size_t(index)], block_tokens_, layers_[size_t(index)].head_dim, format_};
 }
 
-std::vector<KvCache::Part> KvCache::parts() {
+std::vector<KvCache::Part> KvCache::parts(bool is_windowed) {
   std::vector<Part> parts;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const KvShape& shape = layers_[i];
-    const int64_t layer = layer_bytes(shape, 1, block_tokens_, is_f16_);
+    if (shape.is_windowed != is_windowed) continue;
+    const int64_t layer = layer_bytes(shape, 1, block_tokens_, format_);
     if (shape.kind != KvShape::Kind::keys_values) {
       if (layer > 0) parts.push_back({offsets_[i], layer});
       continue;
     }
     const int64_t keys = shape.kv_heads * key_head_bytes(this->layer(int64_t(i)));
     parts.push_back({offsets_[i], keys});
-    parts.push_back({offsets_[i] + num_blocks_ * keys, layer - keys});
+    parts.push_back({offsets_[i] + counts_.of(shape) * keys, layer - keys});
   }
   return parts;
 }
 
+int64_t KvCache::block_bytes(bool is_windowed) const {
+  int64_t sum = 0;
+  for (const KvShape& shape : layers_) {
+    if (shape.is_windowed == is_windowed) sum += layer_bytes(shape, 1, block_tokens_, format_);
+  }
+  return sum;
+}
+
+int64_t KvCache::held_bytes(int64_t num_blocks) {
+  int64_t free_bytes = 0;
+  for (const Part& part : parts(false)) {
+    const int64_t begin = part.offset + num_blocks * part.block_bytes;
+    free_bytes += int64_t(
+        Arena::discarded_bytes(size_t(begin), size_t(part.offset + counts_.num_blocks * part.block_bytes)));
+  }
+  return nbytes_ - free_bytes;
+}
+
+void KvCache::release(int64_t num_blocks) {
+  for (const Part& part : parts(false)) {
+    const int64_t begin = part.offset + num_blocks * part.block_bytes;
+    arena_.discard(size_t(begin), size_t(part.offset + counts_.num_blocks * part.block_bytes));
+  }
+}
+
 void KvCache::copy_out(int64_t block, uint8_t* to) {
-  for (const Part& part : parts()) {
+  for (const Part& part : parts(false)) {
     to = std::copy_n(arena_.data() + part.offset + block * part.block_bytes, part.block_bytes, to);
   }
 }
 
 void KvCache::copy_in(int64_t block, const uint8_t* from) {
-  for (const Part& part : parts()) {
+  for (const Part& part : parts(false)) {
     std::copy_n(from, part.block_bytes, arena_.data() + part.offset + block * part.block_bytes);
     from += part.block_bytes;
   }
 }
 
-void KvCache::copy_block(int64_t from, int64_t to) {
-  for (const Part& part : parts()) {
+void KvCache::copy_block(int64_t from, int64_t to, bool is_windowed) {
+  for (const Part& part : parts(is_windowed)) {
     const uint8_t* source = arena_.data() + part.offset + from * part.block_bytes;
     std::copy_n(source, part.block_bytes, arena_.data() + part.offset + to * part.block_bytes);
   }

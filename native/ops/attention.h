@@ -10,7 +10,7 @@
 
 namespace argosy {
 
-// What a layer stores for each position.
+// The data that a layer stores for each position.
 struct KvShape {
   enum class Kind {
     none,         // nothing: the layer has a recurrent state
@@ -19,21 +19,30 @@ struct KvShape {
   };
   Kind kind = Kind::none;
   int64_t kv_heads = 0, head_dim = 0;
+  bool is_windowed = false;  // the layer has blocks of its own, window blocks
 
-  static KvShape keys_values(int64_t kv_heads, int64_t head_dim) {
-    return {Kind::keys_values, kv_heads, head_dim};
+  static KvShape keys_values(int64_t kv_heads, int64_t head_dim, bool is_windowed = false) {
+    return {Kind::keys_values, kv_heads, head_dim, is_windowed};
   }
   static KvShape latent(int64_t dim) { return {Kind::latent, 1, dim}; }
 };
 
-// The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kernel_table.h).
+// How many blocks there are, for layers that keep all positions and for windowed ones.
+struct KvBlockCounts {
+  int64_t num_blocks, num_window_blocks;
+
+  int64_t of(const KvShape& shape) const { return shape.is_windowed ? num_window_blocks : num_blocks; }
+};
+
+// The KV cache of all layers, in blocks of block_tokens positions (layout: kernels/kernel_table.h). Layers
+// that keep all positions share the numbers of their blocks, and so do windowed layers.
 class KvCache {
  public:
   // Throws std::invalid_argument for a size below 1 or a cache beyond 2^62 bytes.
-  KvCache(std::vector<KvShape> layers, int64_t num_blocks, int64_t block_tokens, bool is_f16);
+  KvCache(std::vector<KvShape> layers, KvBlockCounts counts, int64_t block_tokens, KvFormat format);
 
-  static int64_t bytes(const std::vector<KvShape>& layers, int64_t num_blocks, int64_t block_tokens,
-                       bool is_f16);
+  static int64_t bytes(const std::vector<KvShape>& layers, KvBlockCounts counts, int64_t block_tokens,
+                       KvFormat format);
 
   // The layer must have the matching kind of shape.
   KvLayer layer(int64_t index);
@@ -41,27 +50,37 @@ class KvCache {
 
   const KvShape& shape(int64_t index) const { return layers_[size_t(index)]; }
   int64_t num_layers() const { return int64_t(layers_.size()); }
-  int64_t num_blocks() const { return num_blocks_; }
+  int64_t num_blocks() const { return counts_.num_blocks; }
+  int64_t num_window_blocks() const { return counts_.num_window_blocks; }
+  int64_t num_blocks_of(int64_t layer) const { return counts_.of(shape(layer)); }
   int64_t block_tokens() const { return block_tokens_; }
   int64_t nbytes() const { return nbytes_; }
 
-  // The data of one block in all layers. Nothing else may use the block during a copy.
-  int64_t block_bytes() const { return nbytes_ / num_blocks_; }
+  // How much is in memory at most while nothing was written to blocks from number `num_blocks` on, window
+  // blocks aside, and how to have no more. Layers lie one after another on huge pages, so a part of what
+  // those blocks take stays.
+  int64_t held_bytes(int64_t num_blocks);
+  void release(int64_t num_blocks);
+
+  // The data of one block in all layers that are windowed, or in all others. Nothing else may use the block
+  // during a copy.
+  int64_t block_bytes(bool is_windowed) const;
   void copy_out(int64_t block, uint8_t* to);
   void copy_in(int64_t block, const uint8_t* from);
-  void copy_block(int64_t from, int64_t to);
+  void copy_block(int64_t from, int64_t to, bool is_windowed);
 
  private:
   // For each layer, and separately for its keys and values: the offset of block 0, and the bytes per block.
   struct Part {
     int64_t offset, block_bytes;
   };
-  std::vector<Part> parts();
+  std::vector<Part> parts(bool is_windowed);
 
   std::vector<KvShape> layers_;
-  std::vector<int64_t> offsets_;  // of each layer, in the arena
-  int64_t num_blocks_, block_tokens_;
-  bool is_f16_;
+  std::vector<int64_t> offsets_;  // where each layer begins in the arena
+  KvBlockCounts counts_;
+  int64_t block_tokens_;
+  KvFormat format_;
   int64_t nbytes_;
   Arena arena_;
 };

@@ -44,7 +44,9 @@ void attend(Runtime& runtime, const AttendBatch& batch, Rows<float> out);
 struct RoundedKeys {
   int64_t num_keys, num_kv_heads, dim;
 
-  int64_t keys_bytes() const { return num_keys * dim * 2; }  // of a KV head, before its values
+  int64_t keys_bytes() const {
+    return num_keys * dim * 2;
+  }  // one KV head's keys, which come before its values
   int64_t head_bytes() const { return keys_bytes() + round_up(num_keys, kRoundedKeys) * dim * 2; }
   int64_t bytes() const { return num_kv_heads * head_bytes(); }
 };

@@ -1,6 +1,7 @@
 #include "ops/experts.h"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -21,10 +22,11 @@ void Dispatch::assign(const int32_t* choices, const bool* is_decode, int64_t num
                       int64_t num_experts) {
   num_tokens_ = num_tokens;
   k_ = k;
-  const int64_t num_assignments = num_tokens * k;
+  is_list_ = false;
+  num_assignments_ = num_tokens * k;
   std::vector<int32_t> next(static_cast<size_t>(num_experts));  // assignments, then where the next one goes
   std::vector<bool> decode_wants(static_cast<size_t>(num_experts));
-  for (int64_t a = 0; a < num_assignments; ++a) {
+  for (int64_t a = 0; a < num_assignments_; ++a) {
     const size_t expert = size_t(choices[a]);
     ++next[expert];
     if (is_decode[a / k]) decode_wants[expert] = true;
@@ -39,8 +41,48 @@ void Dispatch::assign(const int32_t* choices, const bool* is_decode, int64_t num
     starts_.push_back(starts_.back() + next[expert]);
     next[expert] = starts_[starts_.size() - 2];
   }
-  assignments_.resize(size_t(num_assignments));
-  for (int64_t a = 0; a < num_assignments; ++a) assignments_[size_t(next[size_t(choices[a])]++)] = int32_t(a);
+  assignments_.resize(size_t(num_assignments_));
+  for (int64_t a = 0; a < num_assignments_; ++a)
+    assignments_[size_t(next[size_t(choices[a])]++)] = int32_t(a);
+}
+
+void Dispatch::list(std::vector<int32_t> experts, std::vector<int32_t> scan, std::vector<int32_t> starts,
+                    std::vector<int32_t> tokens, int64_t num_tokens) {
+  num_tokens_ = num_tokens;
+  k_ = 0;
+  is_list_ = true;
+  experts_ = std::move(experts);
+  scan_ = std::move(scan);
+  starts_ = std::move(starts);
+  tokens_ = std::move(tokens);
+  num_assignments_ = int64_t(tokens_.size());
+  assignments_.resize(tokens_.size());
+  std::iota(assignments_.begin(), assignments_.end(), 0);
+}
+
+Dispatch Dispatch::only(std::vector<int32_t> experts) const {
+  std::sort(experts.begin(), experts.end());
+  Dispatch part;
+  part.num_tokens_ = num_tokens_;
+  part.k_ = k_;
+  part.num_assignments_ = num_assignments_;
+  part.is_list_ = is_list_;
+  part.tokens_ = tokens_;
+  part.starts_.assign(1, 0);
+  for (const int32_t expert : experts) {
+    const int64_t index = index_of(expert);
+    if (index < 0) refuse("no token chose expert " + std::to_string(expert));
+    if (!part.experts_.empty() && part.experts_.back() == expert) {
+      refuse("expert " + std::to_string(expert) + " is named twice");
+    }
+    const auto begin = assignments_.begin();
+    part.assignments_.insert(part.assignments_.end(), begin + starts_[size_t(index)],
+                             begin + starts_[size_t(index) + 1]);
+    part.starts_.push_back(int32_t(part.assignments_.size()));
+    part.experts_.push_back(expert);
+    if (std::binary_search(scan_.begin(), scan_.end(), expert)) part.scan_.push_back(expert);
+  }
+  return part;
 }
 
 int64_t Dispatch::index_of(int32_t expert) const {
@@ -93,6 +135,12 @@ void ExpertTable::place(int64_t layer, int64_t expert, int64_t at) {
   layers_[size_t(layer)].places[size_t(expert)] = at;
 }
 
+bool ExpertTable::has_places(int64_t layer, const std::vector<int32_t>& experts) const {
+  return std::all_of(experts.begin(), experts.end(), [&](int32_t expert) {
+    return expert < num_experts(layer) && layers_[size_t(layer)].places[size_t(expert)] >= 0;
+  });
+}
+
 ExpertView ExpertTable::view(const Placed& layer, int32_t expert) const {
   const auto& [formats, width, biases, starts] = layer.description;
   const uint8_t* memory = data_ + layer.places[size_t(expert)];
@@ -131,7 +179,7 @@ void ExpertTable::run(Runtime& runtime, int64_t layer, const std::vector<int32_t
     starts.push_back(int32_t(row.size()));
   }
   token.reserve(row.size());
-  for (const int32_t assignment : row) token.push_back(int32_t(assignment / dispatch.k()));
+  for (const int32_t assignment : row) token.push_back(dispatch.token_of(assignment));
   swiglu_experts(runtime, views, activation_, rows, dispatch.num_tokens(),
                  {starts.data(), token.data(), row.data()}, out);
   num_runs_ += int64_t(experts.size());

@@ -8,7 +8,8 @@
 //   table.run(runtime, layer, dispatch.experts(), dispatch, rows, out);
 //
 // An assignment is one token and one of its experts: token * k + rank. Each has its own row of `out`, so it
-// does not matter which experts run together, or which run first.
+// does not matter which experts run together, or which run first. A dispatch may also be a list of some
+// assignments of another one, which then have their own numbers.
 #pragma once
 
 #include <array>
@@ -29,8 +30,23 @@ class Dispatch {
   void assign(const int32_t* choices, const bool* is_decode, int64_t num_tokens, int64_t k,
               int64_t num_experts);
 
+  // Takes assignments that are sorted already: experts[i], ascending, has assignments starts[i] to
+  // starts[i + 1], and assignment a is of token tokens[a]. `scan` as below.
+  void list(std::vector<int32_t> experts, std::vector<int32_t> scan, std::vector<int32_t> starts,
+            std::vector<int32_t> tokens, int64_t num_tokens);
+
+  // The same tokens and assignments, without other experts than these. Throws std::invalid_argument for an
+  // expert that no token chose, or that is named twice.
+  Dispatch only(std::vector<int32_t> experts) const;
+
   int64_t num_tokens() const { return num_tokens_; }
-  int64_t k() const { return k_; }
+  bool is_list() const { return is_list_; }
+  bool is_complete() const { return !is_list_ && num_assignments_ == int64_t(assignments_.size()); }
+  int64_t k() const { return k_; }                              // 0 for a list
+  int64_t num_assignments() const { return num_assignments_; }  // with those of experts that only() left out
+  int32_t token_of(int32_t assignment) const {
+    return is_list_ ? tokens_[size_t(assignment)] : int32_t(assignment / k_);
+  }
   const std::vector<int32_t>& experts() const { return experts_; }  // chosen by any token, ascending
   const std::vector<int32_t>& scan() const { return scan_; }        // those that only prompt tokens chose
   // experts()[i] has assignments()[starts()[i]] to assignments()[starts()[i + 1]], ascending.
@@ -40,8 +56,9 @@ class Dispatch {
   int64_t index_of(int32_t expert) const;  // its place in experts(); -1 if no token chose it
 
  private:
-  int64_t num_tokens_ = 0, k_ = 0;
-  std::vector<int32_t> experts_, scan_, starts_, assignments_;
+  int64_t num_tokens_ = 0, k_ = 0, num_assignments_ = 0;
+  bool is_list_ = false;
+  std::vector<int32_t> experts_, scan_, starts_, assignments_, tokens_;
 };
 
 // Biases of all routed experts of a layer; nullptr: none.
@@ -70,9 +87,12 @@ class ExpertTable {
   // From now on the expert's memory begins at byte `at`. Throws std::invalid_argument if it does not fit.
   void place(int64_t layer, int64_t expert, int64_t at);
 
-  // Writes the outputs of `experts` to out [num_tokens * k][hidden], a row for each of their assignments, for
-  // rows [num_tokens][hidden]. Other rows of `out` do not change. Throws std::invalid_argument for an expert
-  // that is named twice, has no place, or that no token chose.
+  // Whether each of `experts` has a place.
+  bool has_places(int64_t layer, const std::vector<int32_t>& experts) const;
+
+  // Writes the outputs of `experts` to out [num_assignments][hidden], a row for each of their assignments,
+  // for rows [num_tokens][hidden]. Other rows of `out` do not change. Throws std::invalid_argument for an
+  // expert that is named twice, has no place, or that no token chose.
   void run(Runtime& runtime, int64_t layer, const std::vector<int32_t>& experts, const Dispatch& dispatch,
            const float* rows, float* out);
 

@@ -86,7 +86,7 @@ struct DeltaWeights {
   const float* rate;     // [value_heads], negative: the decay rate
   const float* dt_bias;  // [value_heads]
   const float* norm;     // [value_dim]
-  float eps;             // of the norm
+  float eps;             // the norm's epsilon
   bool is_tiled;         // value head i uses key head i modulo key heads, not i / (value heads per key head)
 };
 

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/half.h"
 #include "kernels/kernel_table.h"
 #include "ops/checked_size.h"
 
@@ -83,7 +82,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                                .y_index = nullptr,
                                .num_tokens = num_tokens,
                                .next_weights = nullptr,
-                               .ask_ahead = runtime.ask_ahead(),
+                               .tuning = runtime.tuning(matrix.format),
                            });
                            begin = next;
                          }
@@ -243,20 +242,15 @@ void latent_norm(Runtime& runtime, float* vectors, const float* weight, float ep
 
 void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
                   int64_t num_tokens) {
+  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
   runtime.parallel_for(num_tokens, kv.dim * 4, [&](int64_t begin, int64_t end, int) {
-    for (int64_t token = begin; token < end; ++token) {
-      const float* from = vectors + token * kv.dim;
-      uint8_t* to = kv.vectors + slots[token] * kv.dim * (kv.is_f16 ? 2 : 4);
-      if (!kv.is_f16) {
-        std::memcpy(to, from, size_t(kv.dim) * 4);
-        continue;
-      }
-      for (int64_t d = 0; d < kv.dim; ++d) {
-        const uint16_t bits = f16_from_float(from[d]);
-        std::memcpy(to + 2 * d, &bits, 2);
-      }
-    }
+    table.latent_write({
+        .kv = kv,
+        .vectors = vectors + begin * kv.dim,
+        .slots = slots + begin,
+        .num_tokens = end - begin,
+    });
   });
 }
 

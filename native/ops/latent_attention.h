@@ -30,7 +30,7 @@ struct LatentHeads {
 void latent_norm(Runtime& runtime, float* vectors, const float* weight, float eps, int64_t num_tokens,
                  int64_t kv_rank, int64_t dim);
 
-// vectors [num_tokens][dim], rounded to nearest even if the cache is float16. All slots must be in range.
+// vectors [num_tokens][dim], rounded to nearest even if the cache is not float32. All slots must be in range.
 void latent_write(Runtime& runtime, const LatentLayer& kv, const float* vectors, const int64_t* slots,
                   int64_t num_tokens);
 

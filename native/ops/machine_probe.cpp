@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,23 +23,33 @@ namespace {
 
 constexpr int kPasses = 7;
 constexpr int64_t kPart = int64_t{1} << 20;  // a thread claims this much at once
-constexpr int kMostAskAheadThreads = 4;      // more threads would need more memory to read for as long
-constexpr double kAskAheadMargin = 0.03;
 
-// Evicts memory from all caches.
+// Evicts memory from all caches. Every x86-64 processor has CLFLUSH, which takes several times as long.
 #if defined(__x86_64__)
-bool can_flush() {
+bool has_clflushopt() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (ebx & bit_CLFLUSHOPT) != 0;
 }
 void flush(const uint8_t* data, int64_t nbytes) {
-  for (int64_t i = 0; i < nbytes; i += 64) asm volatile("clflushopt %0" : : "m"(data[i]) : "memory");
+  static const bool is_fast = has_clflushopt();
+  for (int64_t i = 0; i < nbytes; i += 64) {
+    if (is_fast) {
+      asm volatile("clflushopt %0" : : "m"(data[i]) : "memory");
+    } else {
+      asm volatile("clflush %0" : : "m"(data[i]) : "memory");
+    }
+  }
   asm volatile("mfence" : : : "memory");
 }
 #else
-bool can_flush() { return false; }
 void flush(const uint8_t*, int64_t) {}
 #endif
+
+void require_within(const char* name, int64_t found, int64_t lowest, int64_t highest) {
+  if (found >= lowest && found <= highest) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(found) + ", expected " +
+                              std::to_string(lowest) + " to " + std::to_string(highest));
+}
 
 // Returns the seconds of the fastest of several passes.
 template <class Pass>
@@ -84,53 +93,70 @@ double memory_probe(const KernelTable& kernels, int threads, int64_t nbytes) {
   return double(parts * kPart) / seconds;
 }
 
-AskAhead ask_ahead_probe(const KernelTable& kernels, int threads) {
+std::vector<double> product_probe(const KernelTable& kernels, int threads, const std::vector<Trial>& trials,
+                                  int64_t nbytes, int passes) {
   require_threads("threads", threads);
-  if (std::string(kernels.name) != "avx512" || !can_flush()) return default_ask_ahead(kernels);
-  constexpr Format kFormat = Format::q4;  // all formats agreed on the measured machines
-  constexpr int64_t kCols = 2048, kRangePanels = 8;
-  const int64_t panel = panel_bytes(kFormat, kCols), panels = kAskAheadProbeBytes / panel;
-  Arena arena(kAskAheadProbeBytes);
-  std::memset(arena.data(), 1, arena.size());
-  std::vector<uint8_t> activations(size_t(activation_bytes(kCols)));
+  require_within("nbytes", nbytes, kFewestProbeBytes, kMostProbeBytes);
+  require_within("passes", passes, 1, kMostPasses);
+  constexpr int64_t kCols = 2048, kRangePanels = 8, kStride = activation_bytes(kCols);
+  int64_t most_tokens = 0, most_outputs = 0;
+  for (const Trial& trial : trials) {
+    if (!is_quantized(trial.format)) throw std::invalid_argument("a trial's format is not quantised");
+    require_within("num_tokens", trial.num_tokens, 1, kMostProbeTokens);
+    const int64_t rows = nbytes / panel_bytes(trial.format, kCols) * kPanelRows;
+    most_tokens = std::max(most_tokens, trial.num_tokens);
+    most_outputs = std::max(most_outputs, rows * trial.num_tokens);
+  }
+  if (trials.empty()) return {};
+  Arena arena(static_cast<size_t>(nbytes));
+  // As a scale in float16 or bfloat16, this is no subnormal number, which would be slow.
+  constexpr int kWeight = 0x3A;
+  std::memset(arena.data(), kWeight, arena.size());
+  std::vector<uint8_t> activations(size_t(most_tokens * kStride));
   const std::vector<float> x(kCols, 1.0f);
-  kernels.quantize_activations(x.data(), kCols, 0, num_groups(kCols), activations.data());
-  std::vector<float> y(size_t(panels * kPanelRows));
-  ThreadPool pool(std::min(threads, kMostAskAheadThreads));
-  const auto read = [&](const AskAhead& ask_ahead) {
+  for (int64_t token = 0; token < most_tokens; ++token) {
+    kernels.quantize_activations(x.data(), kCols, 0, num_groups(kCols), activations.data() + token * kStride);
+  }
+  std::vector<float> y(static_cast<size_t>(most_outputs));
+  ThreadPool pool(threads);
+  const auto multiply = [&](const Trial& trial) {
+    const int64_t panel = panel_bytes(trial.format, kCols), panels = nbytes / panel;
     pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
-      kernels.matmul[int(kFormat)]({
+      kernels.matmul[int(trial.format)]({
           .weights = arena.data(),
           .cols = kCols,
           .row_begin = begin * kPanelRows,
           .row_end = end * kPanelRows,
           .x = activations.data(),
-          .x_stride = 0,
+          .x_stride = kStride,
           .x_index = nullptr,
           .y = y.data() + begin * kPanelRows,
-          .y_stride = 0,
+          .y_stride = panels * kPanelRows,
           .y_index = nullptr,
-          .num_tokens = 1,
-          .next_weights = arena.data() + end * panel,
-          .ask_ahead = ask_ahead,
+          .num_tokens = trial.num_tokens,
+          .next_weights = end < panels ? arena.data() + end * panel : nullptr,
+          .tuning = trial.tuning,
       });
     });
   };
-  std::vector<double> best(std::size(kAskAheads), 1e30);  // seconds
+  std::vector<double> best(trials.size(), 1e30);  // seconds
   // Flushing keeps the weights out of every cache without using more memory than the largest cache. The
-  // settings take turns, because disturbances come and go. The best time of each counts, because a
-  // disturbance only ever slows a pass down.
-  for (int pass = 0; pass < kPasses; ++pass) {
-    for (size_t i = 0; i < best.size(); ++i) {
-      flush(arena.data(), int64_t(arena.size()));  // one thread flushes: two together took longer
+  // trials take turns, because disturbances come and go. The best time of each counts, because a disturbance
+  // only ever slows a pass down.
+  for (int pass = 0; pass < passes; ++pass) {
+    for (size_t i = 0; i < trials.size(); ++i) {
+      flush(arena.data(), nbytes);  // one thread flushes: two together took longer
       const auto start = std::chrono::steady_clock::now();
-      read(kAskAheads[i]);
+      multiply(trials[i]);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
       best[i] = std::min(best[i], taken.count());
     }
   }
-  const size_t fastest = size_t(std::min_element(best.begin(), best.end()) - best.begin());
-  return best[fastest] < (1 - kAskAheadMargin) * best[0] ? kAskAheads[fastest] : kAskNothing;
+  for (size_t i = 0; i < trials.size(); ++i) {
+    const int64_t panel = panel_bytes(trials[i].format, kCols);
+    best[i] = double(nbytes / panel * panel) / best[i];
+  }
+  return best;
 }
 
 double int8_probe(const KernelTable& kernels, int threads) {

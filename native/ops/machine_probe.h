@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/kernel_table.h"
 
@@ -16,13 +17,24 @@ namespace argosy {
 // 4 MiB per thread, OutOfMemory.
 double memory_probe(const KernelTable& kernels, int threads, int64_t nbytes);
 
-// Returns the entry of kAskAheads with which this many threads read the weights of one token fastest with
-// `kernels`; kAskNothing unless another is faster by more than the noise. Takes a few tens of milliseconds
-// and kAskAheadProbeBytes of memory. Kernels without AVX-512 are not measured and use
-// default_ask_ahead(kernels). Throws std::invalid_argument for threads below 1, std::runtime_error if the
-// system refuses a thread, OutOfMemory.
-AskAhead ask_ahead_probe(const KernelTable& kernels, int threads);
-inline constexpr int64_t kAskAheadProbeBytes = int64_t{8} << 20;
+// Products of one format that a probe times.
+struct Trial {
+  Format format;
+  int64_t num_tokens;
+  Tuning tuning;
+};
+
+// Returns, for each trial, the bytes of weights per second that this many threads together read in the
+// fastest of `passes` passes over `nbytes` of weights that no cache holds. The trials take turns. Takes
+// `nbytes` of memory, and a few percent more for what the products write. Throws std::invalid_argument for
+// threads below 1, a format that is not quantised, tokens outside 1 to kMostProbeTokens, nbytes outside
+// kFewestProbeBytes to kMostProbeBytes, or passes outside 1 to kMostPasses; std::runtime_error if the system
+// refuses a thread; OutOfMemory.
+std::vector<double> product_probe(const KernelTable& kernels, int threads, const std::vector<Trial>& trials,
+                                  int64_t nbytes, int passes);
+inline constexpr int64_t kMostProbeTokens = 32;
+inline constexpr int64_t kFewestProbeBytes = int64_t{1} << 20, kMostProbeBytes = int64_t{1} << 30;
+inline constexpr int kMostPasses = 1000;
 
 // Returns integer operations per second, two per multiply-add, of the instruction that products with q4
 // weights use in `kernels`. Throws std::invalid_argument for threads below 1.

@@ -76,7 +76,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .y_index = nullptr,
               .num_tokens = num_tokens,
               .next_weights = next,
-              .ask_ahead = runtime.ask_ahead(),
+              .tuning = runtime.tuning(matrix.format),
           });
         }
       });

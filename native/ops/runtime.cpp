@@ -1,25 +1,22 @@
 #include "ops/runtime.h"
 
-#include <new>
 #include <stdexcept>
 
 #include "store/start_threads.h"
 
 namespace argosy {
 
-namespace {
-constexpr std::align_val_t kScratchAlignment{4096};
+Tunings default_tunings() {
+  Tunings tunings;
+  tunings.fill(default_tuning());
+  return tunings;
 }
 
-Runtime::Runtime(int num_threads, std::optional<AskAhead> ask_ahead, const KernelTable& kernels)
-    : num_threads_(num_threads),
-      kernels_(kernels),
-      ask_ahead_(ask_ahead ? *ask_ahead : default_ask_ahead(kernels)) {
+Runtime::Runtime(int num_threads, std::optional<Tunings> tunings, const KernelTable& kernels)
+    : num_threads_(num_threads), kernels_(kernels), tunings_(tunings ? *tunings : default_tunings()) {
   require_threads("num_threads", num_threads);
   pool_ = std::make_unique<ThreadPool>(num_threads);
 }
-
-void Runtime::FreeScratch::operator()(uint8_t* memory) const { ::operator delete(memory, kScratchAlignment); }
 
 std::unique_lock<std::recursive_mutex> Runtime::lock() {
   std::unique_lock held(mutex_);
@@ -32,10 +29,19 @@ uint8_t* Runtime::scratch(int64_t bytes) {
     scratch_.reset();
     scratch_bytes_ = 0;
     const int64_t size = scratch_size(bytes);
-    scratch_.reset(static_cast<uint8_t*>(::operator new(size_t(size), kScratchAlignment)));
+    scratch_ = std::make_unique<Arena>(size_t(size));
     scratch_bytes_ = size;
   }
-  return scratch_.get();
+  return scratch_ != nullptr ? scratch_->data() : nullptr;
+}
+
+void Runtime::trim(int64_t bytes) {
+  const auto held = lock();
+  if (scratch_size(bytes) < scratch_bytes_) {
+    scratch_.reset();
+    scratch_bytes_ = 0;
+  }
+  scratch(bytes);
 }
 
 void Runtime::close() {

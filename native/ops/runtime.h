@@ -3,16 +3,18 @@
 //   Runtime runtime(2);
 //   matmul(runtime, matrices, x, num_tokens);
 //
-// An operation locks the runtime, requests its scratch once, and splits its work over the pool. Scratch never
-// shrinks.
+// An operation locks the runtime, requests its scratch once, and splits its work over the pool. Scratch
+// grows on demand; trim() shrinks it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
 
 #include "kernels/kernel_table.h"
+#include "store/arena.h"
 #include "store/thread_pool.h"
 
 namespace argosy {
@@ -31,21 +33,29 @@ class ScratchLayout {
   int64_t bytes_ = 0;
 };
 
+// One for each format.
+using Tunings = std::array<Tuning, kNumFormats>;
+
+// default_tuning() of all formats.
+Tunings default_tunings();
+
 class Runtime {
  public:
-  // Without `ask_ahead`, uses default_ask_ahead(kernels). Throws std::invalid_argument for fewer than 1 or
+  // Without `tunings`, uses default_tunings(). Throws std::invalid_argument for fewer than 1 or
   // more than kMostThreads threads, std::runtime_error if the system refuses a thread.
-  explicit Runtime(int num_threads, std::optional<AskAhead> ask_ahead = std::nullopt,
+  explicit Runtime(int num_threads, std::optional<Tunings> tunings = std::nullopt,
                    const KernelTable& kernels = best_kernels());
 
   int num_threads() const { return num_threads_; }
   const KernelTable& kernels() const { return kernels_; }
-  const AskAhead& ask_ahead() const { return ask_ahead_; }  // for products that read weights
+  const Tuning& tuning(Format format) const { return tunings_[size_t(format)]; }
   // Whether encoders may round to bfloat16, because the CPU multiplies that faster.
   bool rounds() const { return kernels_.linear_panel != nullptr; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   // The size that the scratch has after a request for `bytes`, if no request was larger.
   static int64_t scratch_size(int64_t bytes) { return round_up(bytes, 1 << 16); }
+  // Has scratch for requests of at most `bytes`, and gives what is beyond back to the system.
+  void trim(int64_t bytes);
   void close();  // ends the threads and frees the scratch; later operations throw std::invalid_argument
 
   // For operations. Hold the lock from before scratch() to the end of the operation. The thread that holds it
@@ -73,16 +83,12 @@ class Runtime {
   static constexpr int64_t kWorthSharing = int64_t{128} << 10;
   static constexpr int64_t kRangeWork = int64_t{1} << 20;
 
-  struct FreeScratch {
-    void operator()(uint8_t* memory) const;
-  };
-
   int num_threads_;
   const KernelTable& kernels_;
-  AskAhead ask_ahead_;
+  Tunings tunings_;
   std::recursive_mutex mutex_;
   std::unique_ptr<ThreadPool> pool_;
-  std::unique_ptr<uint8_t, FreeScratch> scratch_;
+  std::unique_ptr<Arena> scratch_;
   int64_t scratch_bytes_ = 0;
 };
 

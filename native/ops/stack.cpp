@@ -12,6 +12,9 @@ namespace argosy {
 
 namespace {
 
+// How long a layer waits in native code. Python checks for ^C then, and goes on with the layer.
+constexpr std::chrono::milliseconds kMostWait{50};
+
 // out[n] += x[n]; with x_stride 0, adds x[0] to every row.
 void add_rows(Runtime& runtime, const float* x, int64_t x_stride, int64_t rows, int64_t cols, float* out) {
   const auto lock = runtime.lock();
@@ -139,6 +142,15 @@ Stack::Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDesc
   uses_.resize(description_.layers.size() * size_t(most_experts_));
 }
 
+void Stack::resize(int64_t max_tokens) {
+  const auto lock = runtime_.lock();
+  memory_.resize(size_t(sizes_.buffer_bytes(max_tokens)));
+  buffers_ = sizes_.place_buffers(memory_.data(), max_tokens);
+  max_tokens_ = max_tokens;
+  stage_ = Stage::done;
+  runtime_.trim(sizes_.scratch_bytes(max_tokens, runtime_.num_threads()));
+}
+
 void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
   step_ = step;
@@ -187,7 +199,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
     write_angles();
   } else if (stage == Stage::waits_for_experts) {
     if (num_unfinished_ > 0) {
-      throw std::invalid_argument("layer " + std::to_string(layer_) + " still waits for " +
+      throw std::invalid_argument("layer " + std::to_string(number()) + " still waits for " +
                                   std::to_string(num_unfinished_) + " experts");
     }
     combine_experts(routed_ffn());
@@ -268,7 +280,7 @@ void Stack::add_block(const MatrixView& output, const float* bias) {
 }
 
 void Stack::mix(const GroupedQueryAttention& mixer) {
-  const KvLayer kv = kv_.layer(layer_);
+  const KvLayer kv = kv_.layer(number());
   const int64_t tokens = step_.num_tokens;
   const float eps = description_.norm_eps;
   float *query = buffers_.query, *key = buffers_.key, *value = buffers_.value;
@@ -304,13 +316,14 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   rotate(query, mixer.num_heads, kv.head_dim);
   rotate(key, kv.kv_heads, kv.head_dim);
 
-  kv_write(runtime_, kv, key, value, step_.slots, tokens);
+  const bool is_windowed = kv_.shape(layer_).is_windowed;
+  kv_write(runtime_, kv, key, value, is_windowed ? step_.window_slots : step_.slots, tokens);
   attention(runtime_, kv,
             {
                 .q = query,
                 .num_tokens = tokens,
                 .num_heads = mixer.num_heads,
-                .block_table = step_.block_table,
+                .block_table = is_windowed ? step_.window_table : step_.block_table,
                 .max_blocks = step_.max_blocks,
                 .sequence = step_.sequence,
                 .order = step_.order,
@@ -371,7 +384,7 @@ void Stack::mix(const GatedDeltaNet& net) {
 
 void Stack::mix(const LatentAttention& mixer) {
   const LatentHeads& heads = mixer.heads;
-  const LatentLayer kv = kv_.latent_layer(layer_);
+  const LatentLayer kv = kv_.latent_layer(number());
   const int64_t tokens = step_.num_tokens;
   float *query = buffers_.query, *vectors = buffers_.key;
 
@@ -414,14 +427,31 @@ bool Stack::feed_forward(const DenseFfn& ffn) {
 }
 
 bool Stack::feed_forward(const RoutedFfn& ffn) {
+  has_run_shared_ = false;
   if (!description_.experts_off) dispatch_tokens(ffn);
-  if (!description_.experts_off && description_.resident == nullptr) return false;
+  if (!description_.experts_off && description_.resident == nullptr) return run_elsewhere(ffn);
   add_shared(ffn);
   if (description_.experts_off) return true;
-  description_.resident->run(runtime_, layer_, dispatch_->experts(), *dispatch_, expert_in(ffn),
+  description_.resident->run(runtime_, number(), dispatch_->experts(), *dispatch_, expert_in(ffn),
                              buffers_.expert_out);
   combine_experts(ffn);
   return true;
+}
+
+bool Stack::run_elsewhere(const RoutedFfn& ffn) {
+  if (elsewhere_ == nullptr) return false;
+  if (!elsewhere_->begin(number(), dispatch_, expert_in(ffn), buffers_.expert_out)) return false;
+  if (elsewhere_->wants_guess()) {
+    const int64_t next = next_routed_layer();
+    if (next >= 0) elsewhere_->guess(next, predict(next), !dispatch_->scan().empty());
+  }
+  add_shared(ffn);
+  elsewhere_->run_here(runtime_);
+  mark(Part::expert_compute);
+  const bool is_complete = elsewhere_->wait(kMostWait);
+  mark(Part::waiting);
+  if (is_complete) combine_experts(ffn);
+  return is_complete;
 }
 
 // Computes the ids and weights [num_tokens][k] of the layer's router for x [num_tokens][hidden].
@@ -496,7 +526,7 @@ void Stack::dispatch_tokens(const RoutedFfn& ffn) {
 }
 
 void Stack::add_shared(const RoutedFfn& ffn) {
-  if (!ffn.shared) return;
+  if (!ffn.shared || std::exchange(has_run_shared_, true)) return;
   const int64_t hidden = description_.embedding.cols, tokens = step_.num_tokens;
   swiglu(runtime_, ffn.shared->network, description_.activation, buffers_.normed, tokens, buffers_.block);
   if (ffn.shared->post_norm != nullptr) norm(ffn.shared->post_norm, buffers_.block, buffers_.block);
@@ -537,7 +567,7 @@ void Stack::require_waiting() const {
 
 int64_t Stack::waiting_layer() const {
   require_waiting();
-  return layer_;
+  return number();
 }
 
 std::shared_ptr<const Dispatch> Stack::dispatch() const {
@@ -558,20 +588,31 @@ float* Stack::expert_out() const {
 std::vector<std::vector<int32_t>> Stack::look_ahead() {
   const auto lock = runtime_.lock();
   require_waiting();
-  const int64_t tokens = step_.num_tokens;
+  const int64_t next = next_routed_layer();
+  if (next < 0) return {};
+  start_clock();
+  return predict(next);
+}
+
+// -1: no later layer has routed experts.
+int64_t Stack::next_routed_layer() const {
   const auto& layers = description_.layers;
   const auto next = std::find_if(layers.begin() + layer_ + 1, layers.end(), [](const Layer& layer) {
     return std::holds_alternative<RoutedFfn>(layer.ffn);
   });
-  if (next == layers.end()) return {};
-  start_clock();
-  const Router& router = std::get<RoutedFfn>(next->ffn).router;
+  return next == layers.end() ? -1 : next - layers.begin();
+}
+
+std::vector<std::vector<int32_t>> Stack::predict(int64_t layer) {
+  const int64_t tokens = step_.num_tokens;
+  const Layer& next = description_.layers[size_t(layer)];
+  const Router& router = std::get<RoutedFfn>(next.ffn).router;
   const int64_t experts = router.matrix.rows, k = router.rule.k;
   float* normed = buffers_.block;
   std::vector<int32_t> ids(static_cast<size_t>(tokens * k));
   std::vector<float> weights(ids.size());
-  norm(router.norm != nullptr ? router.norm : next->ffn_norm, buffers_.hidden, normed);
-  choose(router, next - layers.begin(), normed, ids.data(), weights.data());
+  norm(router.norm != nullptr ? router.norm : next.ffn_norm, buffers_.hidden, normed);
+  choose(router, layer, normed, ids.data(), weights.data());
   std::vector<std::vector<int32_t>> by_rank(static_cast<size_t>(k));
   std::vector<bool> is_named(static_cast<size_t>(experts));
   for (int64_t rank = 0; rank < k; ++rank) {
@@ -599,7 +640,7 @@ void Stack::finish_experts(const std::vector<int32_t>& experts) {
   for (const int32_t expert : experts) {
     const int64_t index = dispatch_->index_of(expert);
     if (index < 0 || is_finished_[size_t(index)]) {
-      throw std::invalid_argument("layer " + std::to_string(layer_) + " does not wait for expert " +
+      throw std::invalid_argument("layer " + std::to_string(number()) + " does not wait for expert " +
                                   std::to_string(expert));
     }
     is_finished_[size_t(index)] = true;
@@ -607,14 +648,17 @@ void Stack::finish_experts(const std::vector<int32_t>& experts) {
   }
 }
 
-void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
+void Stack::final_states(const int64_t* rows, int64_t num_rows, float* out) {
   const auto lock = runtime_.lock();
   const int64_t hidden = description_.embedding.cols;
-  for (int64_t i = 0; i < num_rows; ++i) {
-    std::copy_n(buffers_.hidden + rows[i] * hidden, hidden, buffers_.normed + i * hidden);
-  }
-  rms_norm(runtime_, buffers_.normed, description_.final_norm, description_.norm_eps, num_rows, hidden,
-           buffers_.normed);
+  for (int64_t i = 0; i < num_rows; ++i)
+    std::copy_n(buffers_.hidden + rows[i] * hidden, hidden, out + i * hidden);
+  rms_norm(runtime_, out, description_.final_norm, description_.norm_eps, num_rows, hidden, out);
+}
+
+void Stack::logits(const int64_t* rows, int64_t num_rows, float* out) {
+  const auto lock = runtime_.lock();
+  final_states(rows, num_rows, buffers_.normed);
   matmul(runtime_, {{description_.head, out}}, buffers_.normed, num_rows);
   if (description_.logit_cap > 0)
     soft_cap(runtime_, description_.logit_cap, num_rows * description_.head.rows, out);

@@ -11,10 +11,11 @@
 //     }
 //   }
 //
-// A step pauses for experts at every layer with routed experts, or never if it has a table of all of them.
-// Each call is one or more operations of ops/, so its bits equal those of the same operations
-// called one by one: for one row and one token the order of sums is fixed, and every assignment (one token,
-// one of its experts) has its own row until `combine` adds the rows in the router's order.
+// A step pauses for experts at every layer with routed experts. It never does if it has a table of all of
+// them, and only now and then if others run them (layer_experts.h). Each call is one or more operations of
+// ops/, so its bits equal those of the same operations called one by one: for one row and one token the order
+// of sums is fixed, and every assignment (one token, one of its experts) has its own row until `combine` adds
+// the rows in the router's order.
 //
 // To add a kind of mixer or feed-forward network, add an alternative to `Mixer` or `Ffn` and an overload of
 // `mix` or `feed_forward`.
@@ -32,6 +33,7 @@
 #include "ops/experts.h"
 #include "ops/gated_delta.h"
 #include "ops/latent_attention.h"
+#include "ops/layer_experts.h"
 #include "ops/matmul.h"
 #include "ops/rotary.h"
 #include "ops/runtime.h"
@@ -144,11 +146,12 @@ struct StackDescription {
   const float* final_norm;     // [hidden]
   float norm_eps;
   std::vector<Rotary> rotaries;
-  Activation activation;      // of dense networks and shared experts
+  Activation activation;      // in dense networks and shared experts
   bool experts_off;           // leaves routed experts out of every sum
-  ExpertTable* resident;      // holds every routed expert permanently; nullptr: the step pauses for experts
+  ExpertTable* resident;      // holds every routed expert; nullptr: the step pauses for experts
   float embedding_scale = 1;  // multiplies embeddings, but not those that a step gives
   float logit_cap = 0;        // logits become cap * tanh(logit / cap); 0: they stay
+  int64_t first_layer = 0;    // the number of layers[0] in the KV cache and among routed experts
   std::vector<Layer> layers;
 };
 
@@ -163,10 +166,12 @@ struct RowVectors {
 struct Step {
   int64_t num_tokens;
   const int32_t* token_ids;
-  const int32_t* sequence;  // a row of block_table
-  const int64_t* slots;     // destination of keys and values
-  const bool* is_decode;    // false: a prompt token
+  const int32_t* sequence;      // a row of block_table
+  const int64_t* slots;         // destination of keys and values
+  const int64_t* window_slots;  // the same in windowed layers; nullptr if none has blocks of its own
+  const bool* is_decode;        // false: a prompt token
   const int32_t* block_table;
+  const int32_t* window_table;  // the same in windowed layers, where a token sees a block
   int64_t max_blocks;
   const int32_t* state_slots;  // recurrent state slot for each row of block_table; nullptr without one
   const int32_t* order;        // index of each token in its sequence
@@ -191,8 +196,8 @@ struct Step {
 };
 
 // The parts of a step that are timed.
-enum class Part { router, attention_and_dense, expert_compute };
-constexpr int kNumParts = 3;
+enum class Part { router, attention_and_dense, expert_compute, waiting };
+constexpr int kNumParts = 4;
 
 enum class Pause { done, experts, time };
 
@@ -215,7 +220,7 @@ class Stack {
   // After Pause::experts and before the next advance(): run the shared expert, if there is one, and see to it
   // that the outputs of every expert of the dispatch are in expert_out(), in any order. These calls throw
   // std::invalid_argument if no layer waits.
-  int64_t waiting_layer() const;
+  int64_t waiting_layer() const;  // from first_layer on
   std::shared_ptr<const Dispatch> dispatch() const;
   const float* rows() const;  // [tokens][hidden], the input of the routed experts
   float* expert_out() const;  // [tokens * k][hidden], a row for each assignment
@@ -228,8 +233,16 @@ class Stack {
   // token chose, or that has finished already.
   void finish_experts(const std::vector<int32_t>& experts);
 
+  // Computes the hidden states [num_rows][hidden] of rows of the last step after the final norm.
+  void final_states(const int64_t* rows, int64_t num_rows, float* out);
+
   // Computes the logits [num_rows][vocabulary] of rows of the last step, at most max_tokens rows.
   void logits(const int64_t* rows, int64_t num_rows, float* out);
+
+  // From the next step on, steps have at most so many tokens, no more than the stack was made for. Buffers
+  // and the scratch of the runtime have room for them, and the system gets the rest. Throws
+  // std::invalid_argument.
+  void resize(int64_t max_tokens);
 
   const StackDescription& description() const { return description_; }
   int64_t max_tokens() const { return max_tokens_; }
@@ -253,11 +266,20 @@ class Stack {
   // has no such experts, or a group of them would keep too few.
   void forbid(int64_t layer, std::vector<int32_t> experts);
 
+  // From the next step on, this table holds every routed expert, or others run them, until the next call.
+  // With neither, steps pause.
+  void use_experts(ExpertTable* resident, LayerExperts* elsewhere) {
+    description_.resident = resident;
+    elsewhere_ = elsewhere;
+  }
+
   // How often each expert was chosen since the previous call, [layers][most experts of a layer].
   std::vector<int64_t> take_uses();
   int64_t most_experts() const { return most_experts_; }
   int64_t num_routed_layers() const { return num_routed_layers_; }
-  int64_t experts_per_token() const { return experts_per_token_; }  // of every layer; 0: layers differ
+  int64_t experts_per_token() const {
+    return experts_per_token_;
+  }  // the same in every layer; 0: layers differ
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -273,13 +295,17 @@ class Stack {
   bool feed_forward(const RoutedFfn& ffn);
   void choose(const Router& router, int64_t layer, const float* x, int32_t* ids, float* weights);
   void dispatch_tokens(const RoutedFfn& ffn);
+  bool run_elsewhere(const RoutedFfn& ffn);  // false: the layer waits for experts
+  int64_t next_routed_layer() const;
+  std::vector<std::vector<int32_t>> predict(int64_t layer);  // the choice of a later layer, by rank
   void add_shared(const RoutedFfn& ffn);
   void combine_experts(const RoutedFfn& ffn);
   void norm(const float* weight, const float* x, float* out);
   void write_angles();
   void rotate(float* x, int64_t num_heads, int64_t head_dim);  // by the angles of the current layer's rotary
   const Layer& layer() const { return description_.layers[size_t(layer_)]; }
-  const RoutedFfn& routed_ffn() const;  // of the current layer
+  int64_t number() const { return description_.first_layer + layer_; }  // the current layer's
+  const RoutedFfn& routed_ffn() const;                                  // the current layer's
   const float* expert_in(const RoutedFfn& ffn) const;
   float* ffn_sum() const;  // where the networks of the current layer add their outputs
   void require_waiting() const;
@@ -290,9 +316,10 @@ class Stack {
   KvCache& kv_;
   RecurrentState* recurrent_;
   StackDescription description_;
+  LayerExperts* elsewhere_ = nullptr;
   int64_t max_tokens_;
   StackSizes sizes_;
-  Arena memory_;  // of the buffers
+  Arena memory_;  // holds the buffers
   StackBuffers buffers_;
 
   Step step_ = {};
@@ -300,13 +327,14 @@ class Stack {
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
   int64_t chosen_per_token_ = 0;
-  std::shared_ptr<Dispatch> dispatch_ = std::make_shared<Dispatch>();  // of the current layer
+  std::shared_ptr<Dispatch> dispatch_ = std::make_shared<Dispatch>();  // the current layer's
   std::vector<bool> is_finished_;                                      // [experts of the dispatch]
   int64_t num_unfinished_ = 0;
+  bool has_run_shared_ = false;  // the shared expert of the layer that waits
 
   Clock::time_point last_mark_;
   std::array<double, kNumParts> seconds_ = {};
-  int64_t most_experts_ = 0;  // of a layer
+  int64_t most_experts_ = 0;  // in one layer
   int64_t num_routed_layers_ = 0, experts_per_token_ = 0;
   int64_t num_chosen_layers_ = 0;                // routed layers of the step that have chosen
   std::vector<std::vector<int32_t>> forbidden_;  // [layers], experts that no token may choose

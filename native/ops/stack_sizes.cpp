@@ -144,13 +144,13 @@ StackBuffers StackSizes::place_buffers(uint8_t* memory, int64_t max_tokens) cons
   return buffers;
 }
 
-int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads) const {
+int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants) const {
   int64_t widest = std::max({int64_t{1}, hidden_, attended_, query_latent_});
   const int64_t cols = widest;  // the most columns of a matrix outside of the feed-forward networks
   for (const Network& network : networks_) widest = std::max(widest, network.width * network.k);
   checked_product(kWorkingMemory, {64, max_tokens, widest});  // nothing below is larger, so nothing overflows
 
-  int64_t bytes = matmul_scratch_bytes(cols, max_tokens);
+  int64_t bytes = has_quants ? matmul_scratch_bytes(cols, max_tokens) : 0;
   if (num_experts_ > 0) bytes = std::max(bytes, route_scratch_bytes(num_experts_, num_threads));
   if (head_dim_ > 0) bytes = std::max(bytes, attention_scratch_bytes(head_dim_, num_threads));
   for (const LatentSizes& latent : latents_) {
@@ -162,8 +162,8 @@ int64_t StackSizes::scratch_bytes(int64_t max_tokens, int num_threads) const {
     bytes = std::max(bytes, latent_scratch_bytes(heads, max_tokens, num_threads));
   }
   for (const Network& network : networks_) {
-    bytes = std::max(
-        bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k, num_threads));
+    bytes = std::max(bytes, swiglu_scratch_bytes(hidden_, network.width, max_tokens, max_tokens * network.k,
+                                                 num_threads, has_quants));
   }
   return Runtime::scratch_size(bytes);
 }

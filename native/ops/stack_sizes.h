@@ -75,8 +75,8 @@ class StackSizes {
   // step allocates for itself.
   int64_t dispatch_bytes(int64_t max_tokens) const;
   // The most that any operation of a step requests from Runtime::scratch, whatever the formats of the
-  // weights.
-  int64_t scratch_bytes(int64_t max_tokens, int num_threads) const;
+  // weights; less if none of them is quantised, because then no activations are.
+  int64_t scratch_bytes(int64_t max_tokens, int num_threads, bool has_quants = true) const;
 
   bool operator==(const StackSizes&) const = default;
 
@@ -94,7 +94,7 @@ class StackSizes {
   // Columns of the buffers: the most that any layer needs.
   int64_t query_ = 0, attended_ = 0, key_ = 0, value_ = 0, query_latent_ = 0, projected_ = 0;
   int64_t delta_gates_ = 0, num_experts_ = 0, k_ = 0, expert_in_ = 0, ffn_sum_ = 0;
-  int64_t head_dim_ = 0;  // of layers with keys and values
+  int64_t head_dim_ = 0;  // in layers with keys and values
   std::vector<LatentSizes> latents_;
   std::vector<Network> networks_;
 };

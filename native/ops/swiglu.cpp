@@ -81,9 +81,10 @@ bool wants_quants(const std::vector<ExpertView>& experts, MatrixView ExpertView:
 }  // namespace
 
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
-                             int num_threads) {
+                             int num_threads, bool has_quants) {
   // Experts of the same formats take either quants or floats between their products, and quants are larger.
-  const Wanted most = {.x_as_quants = true, .inner_as_quants = true, .inner_as_floats = false};
+  const Wanted most = {
+      .x_as_quants = has_quants, .inner_as_quants = has_quants, .inner_as_floats = !has_quants};
   return lay_out(hidden, width, num_tokens, assignments, num_threads, most).layout.bytes();
 }
 
@@ -146,7 +147,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
         args.y_stride = rows;
         args.num_tokens = count;
         args.next_weights = next;
-        args.ask_ahead = runtime.ask_ahead();
+        args.tuning = runtime.tuning(matrix.format);
         table.matmul[int(matrix.format)](args);
       };
       const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
@@ -206,7 +207,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     args.num_tokens = dispatch.starts[index + 1] - a;
     if (args.num_tokens == 0) return;
     args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
-    args.ask_ahead = runtime.ask_ahead();
+    args.tuning = runtime.tuning(down.format);
     table.matmul[int(down.format)](args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };

@@ -34,8 +34,9 @@ struct Assignments {
 void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, const Activation& activation,
                     const float* x, int64_t num_tokens, const Assignments& dispatch, float* out);
 
-// The most runtime scratch that swiglu_experts takes, if all experts have the same formats.
+// The most runtime scratch that swiglu_experts takes, if all experts have the same formats. has_quants: some
+// of these formats may be quantised.
 int64_t swiglu_scratch_bytes(int64_t hidden, int64_t width, int64_t num_tokens, int64_t assignments,
-                             int num_threads);
+                             int num_threads, bool has_quants);
 
 }  // namespace argosy

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; older kernels refuse it
@@ -42,16 +43,22 @@ Arena::Arena(size_t nbytes) : size_(nbytes), most_(nbytes) {
   populated_->until = nbytes;
 }
 
-// Populating this much takes a few milliseconds; then the loop checks whether to continue.
-constexpr size_t kPopulatedAtOnce = size_t{8} << 20;
+// Populating one huge page takes up to two milliseconds; then the loop checks whether to continue.
+constexpr size_t kPopulatedAtOnce = Arena::kAlignment;
 
-std::function<void()> Arena::populating() const {
-  return [held = mapping_, populated = populated_] {
-    for (size_t at = 0; held; at += kPopulatedAtOnce) {
-      std::lock_guard lock(populated->mutex);
-      if (at >= populated->until) return;
-      const size_t nbytes = std::min(kPopulatedAtOnce, populated->until - at);
-      if (madvise(held.get() + at, nbytes, MADV_POPULATE_WRITE) != 0) return;
+std::function<void()> Arena::populating(std::shared_ptr<Foreground> foreground) const {
+  return [held = mapping_, populated = populated_, foreground = std::move(foreground)] {
+    while (held) {
+      const double start = thread_seconds();
+      {
+        std::lock_guard lock(populated->mutex);
+        const size_t at = populated->done;
+        if (at >= populated->until) return;
+        const size_t nbytes = std::min(kPopulatedAtOnce, populated->until - at);
+        if (madvise(held.get() + at, nbytes, MADV_POPULATE_WRITE) != 0) return;
+        populated->done = at + kPopulatedAtOnce;
+      }
+      if (foreground) foreground->give_way(thread_seconds() - start);
     }
   };
 }
@@ -64,12 +71,34 @@ void Arena::resize(size_t nbytes) {
   }
   std::lock_guard lock(populated_->mutex);
   populated_->until = nbytes;
+  // Pages beyond go, and the last huge page may be populated in part only.
+  populated_->done = std::min(populated_->done, nbytes / kPopulatedAtOnce * kPopulatedAtOnce);
   if (nbytes < size_) {
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     const size_t begin = (nbytes + page - 1) / page * page, end = (size_ + page - 1) / page * page;
     madvise(mapping_.get() + begin, end - begin, MADV_DONTNEED);
   }
   size_ = nbytes;
+}
+
+namespace {
+
+// The huge pages that lie between two offsets: from the first to before the second, if the first is lower.
+std::pair<size_t, size_t> whole_pages(size_t begin, size_t end) {
+  return {(begin + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment,
+          end / Arena::kAlignment * Arena::kAlignment};
+}
+
+}  // namespace
+
+size_t Arena::discarded_bytes(size_t begin, size_t end) {
+  const auto [first, last] = whole_pages(begin, end);
+  return first < last ? last - first : 0;
+}
+
+void Arena::discard(size_t begin, size_t end) {
+  const size_t nbytes = discarded_bytes(begin, std::min(end, size_));
+  if (nbytes > 0) madvise(data() + whole_pages(begin, end).first, nbytes, MADV_DONTNEED);
 }
 
 void Arena::close() {

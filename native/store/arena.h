@@ -13,6 +13,8 @@
 #include <string>
 #include <utility>
 
+#include "store/foreground.h"
+
 namespace argosy {
 
 // The system refused to provide the memory. Python sees a MemoryError with this message.
@@ -31,15 +33,22 @@ class Arena {
 
   explicit Arena(size_t nbytes);
 
-  // Returns a function that populates all pages from the first to the last. Call it on an idle thread: the
-  // first write to a huge page of a virtual machine may take two milliseconds. It returns early once the
-  // arena is closed, and populates nothing beyond the arena's size at any moment.
-  std::function<void()> populating() const;
+  // Returns a function that populates all pages that were not yet, from the first to the last. Call it on an
+  // idle thread: the first write to a huge page of a virtual machine may take two milliseconds. It returns
+  // early once the arena is closed, and populates nothing beyond the arena's size at any moment. It gives way
+  // to `foreground`, if there is one.
+  std::function<void()> populating(std::shared_ptr<Foreground> foreground = nullptr) const;
 
   // Uses only the first `nbytes` from now on, at most what the arena was made with. The pages beyond return
   // to the system at once, and are zero if the arena grows again. The caller makes sure that nothing uses
   // them. Throws std::invalid_argument if `nbytes` is larger, or after close().
   void resize(size_t nbytes);
+
+  // Gives whole huge pages between two offsets back to the system: those are zero when they are next read.
+  // Throws std::invalid_argument after close().
+  void discard(size_t begin, size_t end);
+  // How many bytes discard() gives back.
+  static size_t discarded_bytes(size_t begin, size_t end);
 
   uint8_t* data();  // aligned to kAlignment, zero until written; throws std::invalid_argument after close()
   size_t size() const { return size_; }
@@ -51,10 +60,10 @@ class Arena {
   bool is_closed() const { return mapping_ == nullptr; }
 
  private:
-  // How far a thread may populate the arena.
+  // How far threads have populated the arena, and how far they may.
   struct Populated {
     std::mutex mutex;
-    size_t until;  // guarded by mutex
+    size_t done = 0, until;  // guarded by mutex; `done` is a multiple of kAlignment
   };
 
   size_t size_;

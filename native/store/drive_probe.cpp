@@ -2,16 +2,19 @@
 // last end.
 #include "store/drive_probe.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <latch>
-#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/formats.h"
@@ -39,14 +42,31 @@ class ClosedAtEnd {
   const OpenFile& file_;
 };
 
-std::vector<int64_t> shuffled_records(int64_t num_in_file, int64_t num_records) {
-  std::vector<int64_t> all(static_cast<size_t>(num_in_file));
-  std::iota(all.begin(), all.end(), int64_t{0});
-  std::mt19937_64 random{std::random_device{}()};
+// Returns the offsets of records without holes. A worker's copy of a model has holes, and reading a hole does
+// not touch the drive.
+std::vector<int64_t> records_of_data(const OpenFile& file, int64_t record_bytes) {
+  std::vector<int64_t> offsets;
+  for (int64_t at = 0; at < file.size;) {
+    int64_t data = ::lseek(file.handle, at, SEEK_DATA);
+    if (data < 0 && errno == ENXIO) break;  // nothing but a hole follows
+    if (data < 0) data = at;
+    int64_t end = ::lseek(file.handle, data, SEEK_HOLE);
+    if (end <= data) end = file.size;
+    for (data = round_up(data, file.alignment); data + record_bytes <= end; data += record_bytes) {
+      offsets.push_back(data);
+    }
+    at = end;
+  }
+  return offsets;
+}
+
+std::vector<int64_t> shuffled(std::vector<int64_t> all, int64_t num_records) {
+  // Any seed that differs will do, and std::random_device would need a newer glibc than all else here.
+  std::mt19937_64 random{static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count())};
   std::vector<int64_t> records;
   while (int64_t(records.size()) < num_records) {
     std::shuffle(all.begin(), all.end(), random);
-    const auto wanted = std::min<int64_t>(num_in_file, num_records - int64_t(records.size()));
+    const auto wanted = std::min<int64_t>(int64_t(all.size()), num_records - int64_t(records.size()));
     records.insert(records.end(), all.begin(), all.begin() + wanted);
   }
   return records;
@@ -68,15 +88,15 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
   const ClosedAtEnd closed_at_end(file_system, file);
   if (direct && !file.is_direct) throw std::runtime_error(path + ": " + file.why_not_direct);
   // The comparison keeps round_up from overflowing: no file is large enough.
-  const int64_t num_in_file =
-      record_bytes > file.size ? 0 : file.size / round_up(record_bytes, file.alignment);
-  if (num_in_file < 1) {
+  std::vector<int64_t> of_data;
+  if (record_bytes <= file.size) of_data = records_of_data(file, round_up(record_bytes, file.alignment));
+  if (of_data.empty()) {
     throw std::invalid_argument(path + " holds " + std::to_string(file.size) +
-                                " bytes, too few for one record of " + std::to_string(record_bytes) +
-                                " bytes");
+                                " bytes, holes included, too few for one record of " +
+                                std::to_string(record_bytes) + " bytes");
   }
   record_bytes = round_up(record_bytes, file.alignment);
-  const std::vector<int64_t> records = shuffled_records(num_in_file, num_records);
+  const std::vector<int64_t> records = shuffled(std::move(of_data), num_records);
   if (!direct) file_system.drop_cache(file.handle, 0, 0);
 
   std::atomic<size_t> next{0};
@@ -96,7 +116,7 @@ double drive_probe(const std::string& path, int64_t record_bytes, int64_t num_re
       uint8_t* slot = arena.data() + int64_t(i) % num_slots * record_bytes;
       ssize_t got;
       do {
-        got = file_system.pread(file.handle, slot, size_t(record_bytes), records[i] * record_bytes);
+        got = file_system.pread(file.handle, slot, size_t(record_bytes), records[i]);
       } while (got == -EINTR);
       if (got != record_bytes) error = got < 0 ? int(-got) : EIO;
     }

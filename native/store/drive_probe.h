@@ -9,7 +9,7 @@ namespace argosy {
 // Reads `num_records` records of `record_bytes` in shuffled order from one file. `num_readers` threads share
 // the records and fill one slot after another of an arena of at most 256 MiB on huge pages, whose pages exist
 // before the measurement. Returns bytes per second of wall time. Buffered reads start with a cold page cache.
-// Every record is read once before any is read twice.
+// Every record is read once before any is read twice; holes of the file are not read.
 //
 // Throws std::system_error if the file cannot be opened or read, std::runtime_error if `direct` is requested
 // and refused, std::invalid_argument if the file holds less than one record.

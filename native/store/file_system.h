@@ -23,7 +23,7 @@ struct OpenFile {
   int cached_handle = -1;              // for read_cached; -1: do not use the page cache
   std::vector<bool> cached_stretches;  // per kStretchBytes: whether the page cache held all of it at open
   int64_t size = 0;
-  int64_t alignment = 1;       // of the offset, length and memory address of every read
+  int64_t alignment = 1;       // required of the offset, length and memory address of every read
   bool is_direct = false;      // reads bypass the page cache
   bool drops_cache = false;    // drop the page cache after each read
   std::string why_not_direct;  // empty when is_direct

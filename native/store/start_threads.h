@@ -9,7 +9,7 @@
 
 namespace argosy {
 
-constexpr int kMostThreads = 1024;  // of one kind; a higher count is a mistake
+constexpr int kMostThreads = 1024;  // per kind; a higher count is a mistake
 
 // Throws std::invalid_argument unless `count` is 1 to kMostThreads; `name` names it in the message.
 void require_threads(const std::string& name, int64_t count);

@@ -128,8 +128,13 @@ int64_t Store::request_bytes(const std::vector<int64_t>& piece_bytes) {
          num_parts * int64_t(sizeof(Part));
 }
 
-Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system)
-    : file_system_(std::move(file_system)), num_readers_(num_readers) {
+Store::Store(int num_readers, std::shared_ptr<FileSystem> file_system, int64_t bytes_per_s,
+             std::shared_ptr<Foreground> foreground)
+    : file_system_(std::move(file_system)),
+      num_readers_(num_readers),
+      bytes_per_s_(bytes_per_s),
+      foreground_(std::move(foreground)),
+      is_in_background_(foreground_ != nullptr) {
   require_threads("num_readers", num_readers);
   queue_of_kernel_ = file_system_->read_queue(kMaxBegun);
   for (size_t i = kMaxBegun; i > 0; --i) free_.push_back(i - 1);
@@ -380,6 +385,12 @@ StoreStats Store::stats() const {
   return stats;
 }
 
+void Store::leave_background() {
+  std::unique_lock lock(mutex_);
+  is_in_background_ = false;
+  if (!is_closed_) begin_parts(lock);
+}
+
 void Store::close() {
   std::vector<std::thread> readers;
   {
@@ -396,6 +407,7 @@ void Store::close() {
     }
   }
   reader_needed_.notify_all();
+  closed_.notify_all();
   for (std::thread& reader : readers) reader.join();
   ticket_done_.notify_all();
   std::lock_guard lock(mutex_);
@@ -408,7 +420,13 @@ void Store::serve() {
   while (true) {
     begin_parts(lock);
     if (!landed_.empty()) {
+      const double start = is_in_background_ ? thread_seconds() : 0;
       finish_landed(lock);
+      if (is_in_background_ && !is_closed_) {
+        lock.unlock();
+        foreground_->give_way(thread_seconds() - start);
+        lock.lock();
+      }
     } else if (num_in_flight_ > 0 && !is_reaping_) {
       reap(lock);
     } else if (is_closed_ && num_in_flight_ == 0 && num_submitting_ == 0) {
@@ -424,6 +442,7 @@ void Store::serve() {
 // free, because a part that has begun delays demand reads that arrive later.
 std::deque<Store::Part>* Store::next_queue() {
   const int num_begun = kMaxBegun - int(free_.size());
+  if (is_in_background_ && num_begun >= kMostBegunInBackground) return nullptr;
   const std::array<int, kNumUrgencies> most_begun = {
       kMaxBegun - 1, kMaxBegun - 1 - std::min(num_readers_, kMaxBegun - 1), kMostBegunBeforeGuess - 1};
   for (size_t urgency = 0; urgency < queues_.size(); ++urgency) {
@@ -468,6 +487,12 @@ void Store::begin_parts(std::unique_lock<std::mutex>& lock) {
     part.request->is_begun = true;
     begun.begin_seconds = file_system_->seconds();
     if (free_.size() == kMaxBegun) busy_since_ = begun.begin_seconds;
+    if (bytes_per_s_ > 0) {
+      const std::chrono::duration<double> seconds(double(part.end - part.begin) / double(bytes_per_s_));
+      drive_free_ = std::max(drive_free_, std::chrono::steady_clock::now()) +
+                    std::chrono::ceil<std::chrono::nanoseconds>(seconds);
+      begun.due = drive_free_;
+    }
     const size_t index = free_.back();
     free_.pop_back();
     begun_[index] = begun;
@@ -533,6 +558,7 @@ void Store::finish_landed(std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     outcome = read_part(begun);
     lock.lock();
+    if (bytes_per_s_ > 0) closed_.wait_until(lock, begun.due, [this] { return is_closed_; });
   }
   if (begun.got == Begun::kUnread) --num_unread_;
   if (part.request->pieces[part.piece].transcode) {

@@ -24,6 +24,12 @@
 //
 // Demand reads go first, then certain prefetches, then guesses. Within each class, reads run in the order of
 // the calls.
+//
+// A store can imitate a slower drive: with `bytes_per_s`, a part lands no sooner than a drive of that rate
+// would have read it and all parts that began before it. Bytes from the page cache count, too.
+//
+// A store may begin in the background, to load a model beside others that answer: few parts are in progress
+// then, and its readers give way to work in the foreground.
 #pragma once
 
 #include <array>
@@ -44,6 +50,7 @@
 #include "kernels/transcode.h"
 #include "store/arena.h"
 #include "store/file_system.h"
+#include "store/foreground.h"
 
 namespace argosy {
 
@@ -129,9 +136,13 @@ class Store {
   // A guess begins only while fewer parts than this have begun: enough to keep the drive busy, and a demand
   // read waits for at most this many.
   static constexpr int kMostBegunBeforeGuess = 6;
+  static constexpr int kMostBegunInBackground = 4;
 
+  // `bytes_per_s` of 0: as fast as the drive is. Gives way to `foreground` until leave_background(); null: to
+  // nothing.
   explicit Store(int num_readers,
-                 std::shared_ptr<FileSystem> file_system = std::make_shared<RealFileSystem>());
+                 std::shared_ptr<FileSystem> file_system = std::make_shared<RealFileSystem>(),
+                 int64_t bytes_per_s = 0, std::shared_ptr<Foreground> foreground = nullptr);
   ~Store();
   Store(const Store&) = delete;
   Store& operator=(const Store&) = delete;
@@ -178,6 +189,9 @@ class Store {
   int64_t pending() const;  // tickets that are not done
   StoreStats stats() const;
 
+  // From now on the store reads as much at once as the drive takes, and gives way to nothing.
+  void leave_background();
+
   // Joins the readers; tickets that are not done fail. Calling it again does nothing.
   void close();
 
@@ -198,7 +212,7 @@ class Store {
     size_t piece;
     int64_t begin;  // in the file, aligned
     int64_t end;
-    int64_t panel_begin = 0;  // of the matrix to transcode
+    int64_t panel_begin = 0;  // first panel of the matrix to transcode
     int64_t panel_end = 0;
   };
   struct Outcome {
@@ -214,6 +228,7 @@ class Store {
     ssize_t got = kUnread;      // as returned by FileSystem::pread
     double begin_seconds = 0;
     bool asks_cache = false;
+    std::chrono::steady_clock::time_point due = {};  // it lands no sooner
   };
   class Staging;
 
@@ -238,9 +253,16 @@ class Store {
 
   const std::shared_ptr<FileSystem> file_system_;
   const int num_readers_;
+  const int64_t bytes_per_s_;
+  // Kept to the end, even after leave_background(): whoever frees it may wait for a lock of its owner
+  // (Python's), and readers hold mutex_.
+  const std::shared_ptr<Foreground> foreground_;
   mutable std::mutex mutex_;  // guards everything below
   std::condition_variable reader_needed_;
   std::condition_variable ticket_done_;
+  std::condition_variable closed_;
+  std::chrono::steady_clock::time_point drive_free_ =
+      {};                   // when a drive of bytes_per_s_ has read what has begun
   std::deque<File> files_;  // a deque, because readers keep references
   std::array<std::deque<Part>, kNumUrgencies> queues_;
   std::array<Begun, kMaxBegun> begun_;
@@ -253,6 +275,7 @@ class Store {
   int num_unread_ = 0;      // parts in landed_, or with a reader, that still need pread
   bool is_reaping_ = false;
   std::unordered_map<int64_t, std::unique_ptr<Request>> requests_;
+  bool is_in_background_;  // never without foreground_
   std::vector<std::thread> readers_;
   StoreStats stats_;
   int64_t next_ticket_ = 1;

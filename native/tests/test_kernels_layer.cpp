@@ -289,10 +289,12 @@ void tied_groups_go_to_the_lower_one() {
   }
 }
 
+constexpr KvFormat kKvFormats[] = {KvFormat::f32, KvFormat::f16, KvFormat::q8};
+
 // Sequences of random keys, with NaN in every place that no token may see.
 struct Cache {
-  Cache(int64_t heads, int64_t dim, int64_t block, bool is_f16)
-      : kv({KvShape::keys_values(heads, dim)}, kBlocks, block, is_f16), block_tokens(block) {
+  Cache(int64_t heads, int64_t dim, int64_t block, KvFormat format)
+      : kv({KvShape::keys_values(heads, dim)}, {kBlocks, kBlocks}, block, format), block_tokens(block) {
     const int64_t all = kBlocks * block_tokens;
     const std::vector<float> garbage(size_t(all * heads * dim), NAN);
     std::vector<int64_t> slots;
@@ -350,8 +352,8 @@ void attention_meets_the_reference_in_every_chunk() {
     for (const auto& [heads, kv_heads, dim] : shapes) {
       for (const int64_t block_tokens : {5, 16, 48}) {
         for (const int64_t window : {0, 1, 19}) {
-          const bool is_f16 = (dim + block_tokens + window) % 2 == 0;
-          Cache cache(kv_heads, dim, block_tokens, is_f16);
+          const KvFormat format = kKvFormats[size_t(dim + block_tokens + window) % 3];
+          Cache cache(kv_heads, dim, block_tokens, format);
           const std::vector<float> q = normal(Cache::kLength * heads * dim, 7);
           // Sinks below, among and above the scores.
           const std::vector<float> some = normal(heads, 8, 6.0f);
@@ -391,7 +393,7 @@ void tokens_of_a_span_see_later_ones() {
   for (const KernelTable* table : all_tables()) {
     for (const int64_t block_tokens : {5, 16, 48}) {
       for (const int64_t window : {0, 1, 19}) {
-        Cache cache(kKvHeads, kDim, block_tokens, false);
+        Cache cache(kKvHeads, kDim, block_tokens, KvFormat::f32);
         const auto attend_until = [&](const KernelTable& by, int64_t begin, int64_t end) {
           return attend(by, cache, q, kHeads, begin, end, window, nullptr, until.data());
         };
@@ -403,7 +405,7 @@ void tokens_of_a_span_see_later_ones() {
           CHECK(same_bits(alone, {together.begin() + token * row, together.begin() + (token + 1) * row}));
           for (int64_t head = 0; head < kHeads; ++head) {
             const float* query = q.data() + (token * kHeads + head) * kDim;
-            double sum = 0, value = 0;  // of the first dimension
+            double sum = 0, value = 0;  // `value`: the first dimension
             for (int64_t p = window > 0 ? std::max<int64_t>(0, token - window + 1) : 0;
                  p < until[size_t(token)]; ++p) {
               const int64_t at = (p * kKvHeads + head * kKvHeads / kHeads) * kDim;
@@ -425,7 +427,7 @@ void tokens_of_a_span_see_later_ones() {
 // A sink equals one more position with that score and a value of zero.
 void a_sink_takes_its_share_of_the_weights() {
   constexpr int64_t kHeads = 4, kKvHeads = 2, kDim = 16;
-  Cache cache(kKvHeads, kDim, 16, false);
+  Cache cache(kKvHeads, kDim, 16, KvFormat::f32);
   const std::vector<float> q = normal(Cache::kLength * kHeads * kDim, 7);
   const std::vector<float> sinks = {-1.5f, 0.0f, 3.0f, 40.0f};
   for (const KernelTable* table : all_tables()) {
@@ -453,8 +455,8 @@ void a_sink_takes_its_share_of_the_weights() {
 
 // One sequence's latent vectors, with NaN in every place that no token may see.
 struct LatentCache {
-  LatentCache(int64_t dim, int64_t block, bool is_f16)
-      : kv({KvShape::latent(dim)}, kBlocks, block, is_f16), block_tokens(block) {
+  LatentCache(int64_t dim, int64_t block, KvFormat format)
+      : kv({KvShape::latent(dim)}, {kBlocks, kBlocks}, block, format), block_tokens(block) {
     const std::vector<float> garbage(size_t(kBlocks * block * dim), NAN);
     std::vector<int64_t> slots;
     for (int64_t i = 0; i < kBlocks * block; ++i) slots.push_back(i);
@@ -516,9 +518,10 @@ std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, c
 void latent_attention_meets_the_reference_in_every_chunk() {
   const int64_t shapes[][3] = {{1, 7, 7}, {3, 19, 13}, {16, 40, 32}, {7, 70, 64}};  // heads, dim, value dim
   for (const KernelTable* table : all_tables()) {
+    size_t num_caches = 0;
     for (const auto& [heads, dim, value_dim] : shapes) {
       for (const int64_t block_tokens : {21, 32}) {
-        LatentCache cache(dim, block_tokens, (dim + block_tokens) % 2 == 0);
+        LatentCache cache(dim, block_tokens, kKvFormats[num_caches++ % 3]);
         const int64_t length = LatentCache::kLength;
         const std::vector<float> q = normal(length * heads * dim, 7, 0.5f);
         const std::vector<float> expected = attend_latent(plain(), cache, q, heads, value_dim, 0, length);

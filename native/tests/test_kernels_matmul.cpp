@@ -83,11 +83,33 @@ void what_is_asked_for_ahead_changes_no_bit() {
           for (const AskAhead& ask_ahead : kAskAheads) {
             std::vector<float> y(size_t(rows * tokens), NAN);
             MatmulArgs args = matmul_args(w.view, inputs, tokens, y.data());
-            args.ask_ahead = ask_ahead;
+            args.tuning.ask_ahead = args.tuning.few_ask_ahead = ask_ahead;
             args.next_weights = next.view.data;
             table->matmul[int(format)](args);
             CHECK(same_bits(y, expected));
           }
+        }
+      }
+    }
+  }
+}
+
+void the_panels_of_a_tile_change_no_bit() {
+  constexpr int64_t kRows = 53, kMostTokens = 17;
+  for (const KernelTable* table : all_tables()) {
+    for (const Format format : kFormats) {
+      const int64_t cols = cols_of(format, 300);
+      const Weights w = Weights::random(format, kRows, cols, 3);
+      const Inputs inputs(*table, format, normal(kMostTokens * cols, 5), cols, kMostTokens);
+      for (const int64_t tokens : {2, 3, 5, 8, 9, 17}) {
+        std::vector<float> expected;
+        for (int64_t from = kFewestForTwoPanels; from <= kMostForOnePanel + 1; ++from) {
+          std::vector<float> y(size_t(kRows * tokens), NAN);
+          MatmulArgs args = matmul_args(w.view, inputs, tokens, y.data());
+          args.tuning.two_panels_from = from;
+          table->matmul[int(format)](args);
+          if (expected.empty()) expected = y;
+          CHECK(same_bits(y, expected));
         }
       }
     }
@@ -537,6 +559,7 @@ int main() {
   what_is_no_number_is_seen_while_it_is_transcoded();
   f8_tensors_may_be_transcoded_apart();
   what_is_asked_for_ahead_changes_no_bit();
+  the_panels_of_a_tile_change_no_bit();
   rows_and_tokens_may_be_picked();
   integer_sums_are_exact();
   activations_are_the_same_bytes_everywhere();

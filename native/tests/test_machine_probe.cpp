@@ -46,15 +46,28 @@ void probes_give_plausible_speeds() {
   CHECK_THROWS(std::invalid_argument, int8_probe(plain(), 0));
 }
 
-void the_probe_of_asking_ahead_chooses_one_that_there_is() {
+void a_probe_times_every_trial() {
+  const Tuning apart = {.ask_ahead = ask_ahead_named("two_levels"), .two_panels_from = 2};
+  const std::vector<Trial> trials = {{Format::q4, 1, {}}, {Format::q2_k, 1, apart}, {Format::q8, 32, apart}};
   for (const KernelTable* table : all_tables()) {
-    for (const int threads : {1, 3, 9}) {
-      const AskAhead chosen = ask_ahead_probe(*table, threads);
-      CHECK_EQUAL(ask_ahead_named(chosen.name).into_l2, chosen.into_l2);
-      if (table->name != std::string("avx512")) CHECK_EQUAL(std::string(chosen.name), "one_level");
+    if (table == &plain()) continue;  // it takes seconds
+    for (const int threads : {1, 3}) {
+      const std::vector<double> found = product_probe(*table, threads, trials, kFewestProbeBytes, 1);
+      CHECK_EQUAL(found.size(), trials.size());
+      for (const double bytes_per_s : found) CHECK(bytes_per_s > 1e6 && bytes_per_s < 1e13);
     }
   }
-  CHECK_THROWS(std::invalid_argument, ask_ahead_probe(best_kernels(), 0));
+  CHECK(product_probe(plain(), 1, {}, kFewestProbeBytes, 1).empty());
+  const auto refused = [&](const Trial& trial, int threads, int64_t nbytes, int passes) {
+    CHECK_THROWS(std::invalid_argument, product_probe(plain(), threads, {trial}, nbytes, passes));
+  };
+  refused(trials[0], 0, kFewestProbeBytes, 1);
+  refused(trials[0], 1, kFewestProbeBytes - 1, 1);
+  refused(trials[0], 1, kMostProbeBytes + 1, 1);
+  refused(trials[0], 1, kFewestProbeBytes, 0);
+  refused({Format::f32, 1, {}}, 1, kFewestProbeBytes, 1);
+  refused({Format::q4, 0, {}}, 1, kFewestProbeBytes, 1);
+  refused({Format::q4, kMostProbeTokens + 1, {}}, 1, kFewestProbeBytes, 1);
   CHECK_THROWS(std::invalid_argument, ask_ahead_named("three_levels"));
 }
 
@@ -66,6 +79,6 @@ int main() {
   every_word_is_read();
   every_round_is_multiplied();
   probes_give_plausible_speeds();
-  the_probe_of_asking_ahead_chooses_one_that_there_is();
+  a_probe_times_every_trial();
   return check_result();
 }

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <system_error>
@@ -878,6 +879,94 @@ void a_page_cache_without_the_file_is_asked_rarely() {
   CHECK_EQUAL(store.stats().cached_bytes, 0);
 }
 
+void a_slow_drive_is_imitated_whatever_begins_at_once_and_closing_does_not_wait_for_it() {
+  const TestFile file(4 * Store::kPartBytes);
+  const auto started = std::chrono::steady_clock::now();
+  Store store(2, files(), 100 * Store::kPartBytes);
+  const int id = store.open(file.path());
+  Arena arena{size_t(file.size())};
+  std::vector<int64_t> tickets;
+  for (int64_t at = 0; at < file.size(); at += Store::kPartBytes) {
+    tickets.push_back(store.fetch(arena, {{id, at, Store::kPartBytes, at}}));
+  }
+  for (size_t i = 0; i < tickets.size(); ++i) {
+    CHECK_EQUAL(wait_one(store, tickets[i]).message, "");
+    CHECK(std::chrono::steady_clock::now() - started >= milliseconds(10 * int(i + 1)));
+  }
+  CHECK(holds(arena, 0, file, 0, file.size()));
+  Store slowest(1, files(), 1);
+  const int64_t ticket = slowest.fetch(arena, {{slowest.open(file.path()), 0, kPage, 0}});
+  CHECK(slowest.wait_any({ticket}, milliseconds(20)).empty());
+  slowest.close();
+  CHECK_EQUAL(wait_one(slowest, ticket).ticket, ticket);
+}
+
+void few_parts_are_in_progress_in_the_background() {
+  const TestFile file(40 * kPage);
+  Store store(8, faulty(Fault::delayed, 1, 1'000'000, 0.5), 0, std::make_shared<Foreground>(0.5));
+  const int id = store.open(file.path());
+  Arena arena{size_t(40 * kPage)};
+  const Record record{{{id, 0, kPage, 0}}};
+  std::vector<PlacedRecord> records;
+  for (int64_t i = 0; i < 40; ++i) records.push_back({record, i * kPage});
+  const std::vector<int64_t> tickets = store.fetch(arena, records);
+  // Reads that have begun cannot be dropped, and none of them ends so soon.
+  CHECK_EQUAL(tickets.size() - store.drop(tickets).size(), size_t(Store::kMostBegunInBackground));
+}
+
+// The share is so small that each pause lasts as long as a pause may.
+void readers_in_the_background_pause_while_there_is_a_foreground() {
+  const TestFile file(64 * kPage);
+  const auto foreground = std::make_shared<Foreground>(1e-12);
+  Store store(2, files(), 0, foreground);
+  const int id = store.open(file.path());
+  Arena arena{size_t(64 * kPage)};
+  const auto fetch = [&] {
+    std::vector<int64_t> tickets;
+    for (int64_t i = 0; i < 64; ++i) {
+      tickets.push_back(store.fetch(arena, {{id, i * kPage, kPage, i * kPage}}));
+    }
+    return tickets;
+  };
+  const auto wait = [&](const std::vector<int64_t>& tickets) {
+    for (const int64_t ticket : tickets) CHECK_EQUAL(wait_one(store, ticket).message, "");
+    CHECK(holds(arena, 0, file, 0, 64 * kPage));
+    std::fill_n(arena.data(), arena.size(), uint8_t{0});
+  };
+  wait(fetch());  // nothing is in the foreground
+  foreground->begin();
+  const std::vector<int64_t> tickets = fetch();
+  while (store.pending() == 64) std::this_thread::sleep_for(milliseconds(1));
+  std::this_thread::sleep_for(milliseconds(20));
+  // One part each, and one more where the clock of processor time stood still, as it does in virtual
+  // machines.
+  CHECK(store.pending() > 32);
+  foreground->end();
+  wait(tickets);
+  store.leave_background();
+  foreground->begin();
+  wait(fetch());  // a reader that was about to pause may still do so, once
+  foreground->end();
+}
+
+void what_gives_way_waits_for_its_share_at_most() {
+  Foreground foreground(0.5);
+  foreground.give_way(1e9);  // nothing is in the foreground
+  foreground.begin();
+  const auto start = std::chrono::steady_clock::now();
+  foreground.give_way(0.02);
+  CHECK(std::chrono::steady_clock::now() - start >= milliseconds(20));
+  foreground.give_way(0);
+  foreground.give_way(-1);
+  foreground.give_way(std::numeric_limits<double>::quiet_NaN());
+  std::thread ending([&] { foreground.end(); });
+  foreground.give_way(1e9);
+  ending.join();
+  Foreground all(1);
+  all.begin();
+  all.give_way(1e9);
+}
+
 }  // namespace
 
 int main() {
@@ -906,6 +995,9 @@ int main() {
     what_is_read_ahead_leaves_room_for_what_is_needed();
     everything_arrives_however_much_is_asked_for();
     a_store_ends_with_reads_in_flight();
+    a_slow_drive_is_imitated_whatever_begins_at_once_and_closing_does_not_wait_for_it();
+    few_parts_are_in_progress_in_the_background();
+    readers_in_the_background_pause_while_there_is_a_foreground();
   }
   // One reader takes one part after another, so it is known which parts have begun.
   a_cancelled_ticket_is_forgotten_and_nothing_moves_after();
@@ -915,6 +1007,7 @@ int main() {
   what_nobody_has_begun_is_dropped_without_waiting();
   what_is_dropped_half_way_ends_when_what_has_begun_has_landed();
 
+  what_gives_way_waits_for_its_share_at_most();
   what_the_kernel_does_not_take_is_read_by_threads();
   a_piece_that_cannot_be_meant_is_refused_at_once();
   blocks_that_cannot_be_meant_are_refused_at_once();
