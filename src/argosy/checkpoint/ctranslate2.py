@@ -30,9 +30,9 @@ _MOST_AXES = 4
 
 @dataclass(frozen=True, slots=True)
 class ModelBin:
-    """What a file holds.
+    """The contents of a file.
 
-    name: of the model's kind, such as `WhisperSpec`.
+    name: the kind of model, such as `WhisperSpec`.
     tensors: variables with axes, by name.
     scalars: the values of those without.
     aliases: other name -> name of a variable.

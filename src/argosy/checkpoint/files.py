@@ -30,7 +30,7 @@ from argosy import _native
 from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
-from argosy.config import Format, ModelConfig
+from argosy.config import Format, LayerConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 
 _Value = TypeVar("_Value", bound=np.generic)
@@ -212,6 +212,18 @@ class ExpertRecord:
 
 
 @dataclass(frozen=True)
+class DraftFiles:
+    """The layer with which a checkpoint predicts one token more (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+    Its tensors have the names of the layer after the model's last one.
+    """
+
+    layer: LayerConfig
+    dense: Mapping[str, MatrixRef]
+    experts: Mapping[tuple[int, int], ExpertRecord]
+
+
+@dataclass(frozen=True)
 class ModelFiles:
     """A model on disk. `dense` by canonical name, `experts` by (layer, expert); `others` are tensors that text does not
     need, such as those of vision towers, by their name in the files.
@@ -226,6 +238,8 @@ class ModelFiles:
     others: Mapping[str, TensorRef] = field(default_factory=dict)
     # The header of the file with the vision tower of a GGUF model, whose tensors are `others`; or why it is not used.
     mmproj: GgufFile | ArgosyError | None = None
+    draft: DraftFiles | ArgosyError | None = None  # why it cannot be used; None: there is none
+    num_draft_layers: int = 0  # the last of `config.layers` that only draft
 
     def __post_init__(self) -> None:
         latent, num_heads = self.config.latent, self.config.num_heads
@@ -244,6 +258,46 @@ class ModelFiles:
                     tensor=ref.name,
                 )
         object.__setattr__(self, "dense", dense)
+
+    def with_draft_layer(self) -> ModelFiles:
+        """Return the model with its draft layer appended to its layers.
+
+        Raises:
+            UnsupportedModel: it has none.   ArgosyError: its tensors cannot be used.
+        """
+        if isinstance(self.draft, ArgosyError):
+            raise self.draft
+        if self.draft is None:
+            raise UnsupportedModel(
+                f"{self.path} has no layer for multi-token prediction that can be used",
+                hint="`--speculate lookup` needs none; packs and GGUF files run without theirs",
+                path=self.path,
+                key="num_nextn_predict_layers",
+                value=self.config.num_mtp_layers,
+            )
+        return replace(
+            self,
+            config=replace(self.config, layers=(*self.config.layers, self.draft.layer)),
+            dense={**self.dense, **self.draft.dense},
+            experts={**self.experts, **self.draft.experts},
+            draft=None,
+            num_draft_layers=1,
+        )
+
+    @cached_property
+    def own_config(self) -> ModelConfig:
+        """The configuration without the draft layer."""
+        if not self.num_draft_layers:
+            return self.config
+        return replace(self.config, layers=self.config.layers[: -self.num_draft_layers])
+
+    @cached_property
+    def weight_paths(self) -> list[Path]:
+        """The files that hold its tensors."""
+        pieces = [piece for record in self.experts.values() for piece in record.pieces]
+        paths = {str(ref.path) for ref in self.dense.values()} | {str(piece.path) for piece in pieces}
+        paths |= {str(ref.path) for ref in self.others.values()}
+        return [Path(path) for path in sorted(paths)]
 
     @cached_property
     def dense_bytes(self) -> int:

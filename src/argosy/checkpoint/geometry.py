@@ -23,7 +23,7 @@ from argosy.errors import UnsupportedModel
 
 Shape = tuple[int, ...]
 
-_MOST_EXPERTS = 1 << 20  # of all layers together; the largest released model has 82,432
+_MOST_EXPERTS = 1 << 20  # in all layers together; the largest released model has 82,432
 
 
 class ExpertShapes(NamedTuple):
@@ -50,6 +50,20 @@ def dense_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     yield "final_norm", (hidden,)
     if not config.is_embedding_tied:
         yield "head", (config.vocab_size, hidden)
+
+
+def draft_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """The same for the draft layer, the last of `config.layers`: of a layer, and of what leads to it and to the head.
+
+    It takes draft_join [RMSNorm(embedding of a token), RMSNorm(hidden state that predicted the token)].
+    """
+    hidden, number = config.hidden_size, config.num_layers - 1
+    for name, shape in _layer_shapes(config, number):
+        yield f"layers.{number}.{name}", shape
+    yield f"layers.{number}.draft_token_norm", (hidden,)
+    yield f"layers.{number}.draft_state_norm", (hidden,)
+    yield f"layers.{number}.draft_join", (hidden, 2 * hidden)
+    yield f"layers.{number}.draft_final_norm", (hidden,)
 
 
 def require_countable(config: ModelConfig) -> None:

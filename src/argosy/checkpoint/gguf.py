@@ -42,6 +42,9 @@ GGUF_SUFFIX = ".gguf"
 GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata, without tensors
 MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
 
+_FORMAT_IN_NAME = re.compile(
+    r"(?:^|[-_./])((?:UD-)?(?:I?Q\d+(?:_[A-Z0-9]+)*|MXFP4(?:_[A-Z0-9]+)*|BF16|F16|F32))$", re.IGNORECASE
+)
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
@@ -159,7 +162,7 @@ class GgufFile:
 
     path: Path  # the first part of a split model
     metadata: Mapping[str, Value]
-    tensors: Mapping[str, TensorRef]  # of all parts
+    tensors: Mapping[str, TensorRef]  # from all parts
     metadata_bytes: bytes  # the key-value part exactly as in the file, for a copy without tensors
 
     def integer(self, key: str, default: int | None = None, *, least: int = 0, most: int = 2**31 - 1) -> int:
@@ -355,6 +358,22 @@ def _first_part(path: Path) -> Path:
     if name := PART_NAME.fullmatch(path.name):
         return path.with_name(part_name(name["stem"], 1, int(name["count"])))
     return path
+
+
+def format_in_name(stem: str) -> str:
+    """The format that the name of a GGUF file ends with, such as Q4_K_M or UD-IQ2_XXS; "" if it ends otherwise."""
+    found = _FORMAT_IN_NAME.search(stem)
+    return found[1].upper() if found else ""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever its name: Ollama names them by their digest.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is no regular file.
+    """
+    with open_regular(path) as (descriptor, nbytes):
+        return nbytes >= len(MAGIC) and read_at(descriptor, len(MAGIC), 0, path) == MAGIC
 
 
 def find_gguf(directory: Path) -> Path | None:

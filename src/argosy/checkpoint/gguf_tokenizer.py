@@ -83,7 +83,10 @@ def read_tokenizer(file: GgufFile) -> GgufTokenizer | None:
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kinds[at] == _USER_DEFINED and token:
             core.add_tokens([AddedToken(token, special=False, normalized=False)])
-    config: dict[str, Any] = {"add_bos_token": file.flag("tokenizer.ggml.add_bos_token", adds_bos)}
+    config: dict[str, Any] = {
+        "add_bos_token": file.flag("tokenizer.ggml.add_bos_token", adds_bos),
+        "add_eos_token": file.flag("tokenizer.ggml.add_eos_token", False),
+    }
     for name, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = _special_id(file, role, len(tokens))
         if token_id is not None:
@@ -119,7 +122,7 @@ def tokenizer_files(path: Path) -> tuple[str, dict[str, Any]]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": file.integer(f"{architecture}.context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: text for name, text in read.config.items() if name != "add_bos_token"},
+        **{name: text for name, text in read.config.items() if not name.startswith("add_")},
     }
     if read.chat_template is not None:
         config["chat_template"] = read.chat_template

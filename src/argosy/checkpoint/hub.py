@@ -1,13 +1,15 @@
 """Read parts of files on the Hugging Face Hub, or on any https server that answers range requests.
 
-    OWNER/NAME, https://...  ->  Source  ->  Hub: names of files, and byte ranges of them
+    OWNER/NAME, https://...  ->  Source  ->  Hub: the list of files, byte ranges of them, and whole files as streams
 
 No answer of a server is trusted. Addresses and redirects must use https, unless the host is this machine; few redirects
-are followed, and the token is sent to no other host. The size of each answer is checked before it is read, and their
-total is bounded. A request ends after a minute, and all of them after five, however slowly bytes come. HF_ENDPOINT
-names another hub, and HF_TOKEN is sent to it; neither is logged or printed.
+are followed, and the token is sent to no other host. A list of files comes from the source's own host alone, and none
+of its names leads outside the repository. The size of each answer is checked before it is read, and the total of lists
+and headers is bounded. Such a request ends after a minute, and all of them after five, however slowly bytes come; a
+stream ends if nothing comes for a minute. HF_ENDPOINT names another hub, and HF_TOKEN is sent to it; neither is logged
+or printed. With HF_HUB_OFFLINE nothing is asked.
 
-Elsewhere: `model/remote.py` reads headers of models with it.
+Elsewhere: `model/remote.py` reads headers of models with it, `library/pull.py` fetches whole ones.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import IO, NamedTuple
@@ -33,10 +36,13 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 _REQUEST_S = 60.0
 _ALL_REQUESTS_S = 300.0
 _MOST_REDIRECTS = 4
-_LIST_BYTES = 2 << 20  # of the answer with the names of a repository's files
+_LIST_BYTES = 2 << 20  # for the answer with the names of a repository's files
 _LARGEST_FILE = 1 << 50
 _MOST_NAMES = 10_000
 _READ_BYTES = 1 << 16
+_STREAM_BYTES = 1 << 20  # read from a stream at once
+_LONGEST_LICENCE = 64
+_MOST_LICENCES = 4  # named of one model
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_NAME = re.compile(rf"({_NAME}/{_NAME})(?::([A-Za-z0-9._-]{{1,96}}))?")
@@ -48,17 +54,19 @@ _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 class Source:
     """A repository of a hub, or one file.
 
-    url: of the hub or, without `repository`, of the file.
-    part: which of a repository's GGUF files, a piece of its name such as Q4_K_M; "" leaves it open.
+    url: the hub's address or, without `repository`, the file's.
+    part: selects among a repository's GGUF files by a piece of the name, such as Q4_K_M; "" leaves it open.
+    revision: the branch, tag or commit to read; "": the main branch.
     """
 
     url: str
     repository: str = ""
     part: str = ""
+    revision: str = ""
 
     @classmethod
     def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
-        """What `text` names on a hub; None if it has the form of neither OWNER/NAME nor an address.
+        """The repository that `text` names; None if it has the form of neither OWNER/NAME nor an address.
 
         Forms: OWNER/NAME, OWNER/NAME:Q4_K_M, https://HUB/OWNER/NAME, https://HOST/PATH.gguf.
 
@@ -81,6 +89,11 @@ class Source:
             f"'{quote(text)}' is no address of a model",
             hint="give https://HUB/OWNER/NAME, or the address of a .gguf file",
         )
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision names a commit whole, and no branch or tag."""
+    return re.fullmatch(r"[0-9a-f]{40,64}", revision) is not None
 
 
 def _checked_address(url: str, what: str) -> str:
@@ -112,6 +125,29 @@ def _is_this_machine(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository. `sha256` is known of large files, and `git_sha1`, of the blob in git, of the others."""
+
+    name: str
+    nbytes: int | None = None
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A repository at one revision. `licence` is what its card says, or ""."""
+
+    revision: str
+    files: tuple[RemoteFile, ...]
+    licence: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return [file.name for file in self.files]
+
+
 class Range(NamedTuple):
     """Bytes of a file from an offset, and the size of the whole file."""
 
@@ -132,6 +168,12 @@ class Hub:
         self._most_bytes = most_bytes
         self._until = time.monotonic() + _ALL_REQUESTS_S
         self._lock = Lock()
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise FetchFailed(
+                f"HF_HUB_OFFLINE is set, so no server is asked for {source.repository or _name(source.url)}",
+                hint="unset it, or name a model that is here: `argosy list`",
+                what=source.repository or _name(source.url),
+            )
         token = os.environ.get("HF_TOKEN", "").strip() if token is None else token
         if not all("!" <= character <= "~" for character in token):
             raise UsageError("HF_TOKEN must be one line of printable characters without spaces")
@@ -139,13 +181,17 @@ class Hub:
         self._redirects = _Redirects(source.url, token if source.repository else "")
         self._opener = urllib.request.build_opener(self._redirects)
 
-    def names(self) -> tuple[str, list[str]]:
-        """The revision that a repository's main branch stands at, and the names of its files.
+    def list_files(self) -> Listing:
+        """The files of the repository.
 
         Raises:
-            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed.
+            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed, comes from
+                another host, or names a file outside the repository.
         """
-        data, _ = self._fetch(f"{self.source.url}/api/models/{self.source.repository}", None, _LIST_BYTES)
+        url = f"{self.source.url}/api/models/{self.source.repository}"
+        if self.source.revision:
+            url += f"/revision/{urllib.parse.quote(self.source.revision, safe='')}"
+        data, _ = self._fetch(f"{url}?blobs=true", None, _LIST_BYTES)
         try:
             answer = parse_json(data)
         except JsonError as error:
@@ -153,13 +199,31 @@ class Hub:
         if not isinstance(answer, dict):
             raise self._lie("its list of files is no object")
         revision, siblings = answer.get("sha"), answer.get("siblings")
-        if not isinstance(revision, str) or not re.fullmatch(r"[0-9a-f]{40,64}", revision):
+        if not isinstance(revision, str) or not is_commit(revision):
             raise self._lie("its list of files has no revision")
+        if is_commit(self.source.revision) and self.source.revision != revision:
+            raise self._lie(
+                f"its list of files is of revision {revision}, and {self.source.revision} was asked for"
+            )
         if not isinstance(siblings, list) or len(siblings) > _MOST_NAMES:
             raise self._lie(f"its list of files is missing, or has more than {_MOST_NAMES}")
-        names = [sibling.get("rfilename") if isinstance(sibling, dict) else None for sibling in siblings]
-        # A name that could not be part of an address is no file of a model.
-        return revision, [name for name in names if isinstance(name, str) and _PATH.fullmatch("/" + name)]
+        listed = [self._file(sibling) for sibling in siblings if isinstance(sibling, dict)]
+        files = {file.name: file for file in listed if file is not None}
+        return Listing(revision, tuple(files.values()), _licence(answer))
+
+    def _file(self, sibling: Mapping[str, object]) -> RemoteFile | None:
+        """An entry of the list; None for a name that could not be part of an address, and so is no file of a model."""
+        name, nbytes, lfs = sibling.get("rfilename"), sibling.get("size"), sibling.get("lfs")
+        if not isinstance(name, str):
+            return None
+        if any(part in ("", ".", "..") for part in re.split(r"[/\\]", name)):
+            raise self._lie(f"its list of files has '{quote(name)}', which leads outside the repository")
+        if not _PATH.fullmatch("/" + name):
+            return None
+        if type(nbytes) is not int or not 0 <= nbytes <= _LARGEST_FILE:
+            nbytes = None
+        sha256 = lfs.get("sha256") if isinstance(lfs, dict) else None
+        return RemoteFile(name, nbytes, _hex(sha256, 64), _hex(sibling.get("blobId"), 40))
 
     def url_of(self, revision: str, name: str) -> str:
         return f"{self.source.url}/{self.source.repository}/resolve/{revision}/{name}"
@@ -183,26 +247,66 @@ class Hub:
             raise self._lie(f"{_name(url)} is {file_bytes} bytes long; at most {most_bytes} are read")
         return data
 
+    def stream(self, url: str, start: int, file_bytes: int) -> Iterator[bytes]:
+        """A file of a known size from `start` on, in pieces, to its end. It may take any time, but must not stall.
+
+        Raises:
+            FetchFailed: it cannot be read, or ends early.   CheckpointError: it has another size.
+        """
+        with self._answer(url, start, file_bytes - start, _REQUEST_S) as response:
+            # A server without range requests sends the beginning again.
+            first = 0 if response.status == http.HTTPStatus.OK else start
+            expected, found_bytes = self._announced(response, url, first, file_bytes - first)
+            if found_bytes != file_bytes:
+                raise self._lie(
+                    f"{_name(url)} is {found_bytes} bytes long, and its list of files says {file_bytes}"
+                )
+            while expected:
+                part = response.read1(
+                    min(expected, _STREAM_BYTES)
+                )  # the bytes at hand, so that a kill loses none
+                if not part:
+                    raise self._failed(url, f"the connection ended {expected} bytes early")
+                expected -= len(part)
+                again = min(start - first, len(part))
+                first += again
+                if again < len(part):
+                    yield part[again:]
+
     def _fetch(self, url: str, start: int | None, most_bytes: int) -> Range:
         """Bytes of a file from `start` on, or a whole answer if `start` is None."""
-        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "argosy"})
-        if start is not None:
-            request.add_header("Range", f"bytes={start}-{start + most_bytes - 1}")
-        self._redirects.authorize(request)
         deadline = min(time.monotonic() + _REQUEST_S, self._until)
         timeout_s = deadline - time.monotonic()
         if timeout_s <= 0:
             raise self._failed(url, f"all headers took more than {_ALL_REQUESTS_S:.0f} s")
+        with self._answer(url, start, most_bytes, timeout_s) as response:
+            expected, file_bytes = self._announced(response, url, start, most_bytes)
+            with self._lock:
+                if self.bytes_read + expected > self._most_bytes:
+                    raise self._lie(
+                        f"its headers are larger than the {self._most_bytes} bytes that are read of a model"
+                    )
+                self.bytes_read += expected
+            return Range(self._body(response, url, expected, deadline), file_bytes)
+
+    @contextmanager
+    def _answer(
+        self, url: str, start: int | None, most_bytes: int, timeout_s: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request for at most `most_bytes` from `start` on, or for all if `start` is None.
+
+        Raises:
+            FetchFailed, CheckpointError: also for what goes wrong while the answer is read.
+        """
+        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "argosy"})
+        if start is not None:
+            request.add_header("Range", f"bytes={start}-{start + most_bytes - 1}")
+        self._redirects.authorize(request)
         try:
             with self._opener.open(request, timeout=timeout_s) as response:
-                expected, file_bytes = self._announced(response, url, start, most_bytes)
-                with self._lock:
-                    if self.bytes_read + expected > self._most_bytes:
-                        raise self._lie(
-                            f"its headers are larger than the {self._most_bytes} bytes that are read of a model"
-                        )
-                    self.bytes_read += expected
-                return Range(self._body(response, url, expected, deadline), file_bytes)
+                if start is None and _origin(response.geturl()) != _origin(self.source.url):
+                    raise self._lie("its list of files comes from another host")
+                yield response
         except urllib.error.HTTPError as error:
             error.close()
             raise self._refusal(error.code, url) from None
@@ -266,6 +370,9 @@ class Hub:
                 hint="set HF_TOKEN to a token that may read it",
                 what=what,
             )
+        if status == http.HTTPStatus.NOT_FOUND and "/api/models/" in url:
+            at = f" at revision {self.source.revision}" if self.source.revision else ""
+            return CheckpointError(f"the hub has no model {what}{at}: it answers 404", path=url)
         if status == http.HTTPStatus.NOT_FOUND:
             return CheckpointError(f"{what} has no {_name(url)}: the server answers 404", path=url)
         if status == http.HTTPStatus.TOO_MANY_REQUESTS:
@@ -281,6 +388,23 @@ class Hub:
     def _lie(self, sentence: str) -> CheckpointError:
         what = self.source.repository or _name(self.source.url)
         return CheckpointError(f"{what}: {sentence}", path=self.source.url)
+
+
+def _hex(value: object, length: int) -> str | None:
+    return value if isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{length}}}", value) else None
+
+
+def _licence(answer: Mapping[str, object]) -> str:
+    """The licence in a model's card, such as apache-2.0; "" if it names none."""
+    card = answer.get("cardData")
+    if not isinstance(card, dict):
+        return ""
+    licence = card.get("license")
+    if licence == "other" and isinstance(card.get("license_name"), str):
+        licence = card["license_name"]
+    several = licence if isinstance(licence, list) else [licence]
+    named = [one for one in several[:_MOST_LICENCES] if isinstance(one, str)]
+    return quote(", ".join(one[:_LONGEST_LICENCE] for one in named))[:_LONGEST_LICENCE]
 
 
 def _name(url: str) -> str:
@@ -308,6 +432,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         parts = urllib.parse.urlsplit(newurl)
         is_local = _is_this_machine(self._origin[1]) and _is_this_machine(parts.hostname or "")
         if parts.scheme != "https" and not (parts.scheme == "http" and is_local):
+            fp.close()
             raise FetchFailed(
                 f"the server redirects to {quote(parts.scheme)}://{quote(parts.hostname or '')}; only https is opened",
                 what=_name(req.full_url),

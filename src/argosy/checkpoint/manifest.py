@@ -3,15 +3,20 @@
     DIR/argosy.json           the manifest, written last: formats, a checksum of every record, BLAKE3 of every file
     DIR/dense.bin             dense matrices, each at a multiple of 4096
     DIR/experts.bin           one record per routed expert, at multiples of the stride: gate, up, down, one read
+    DIR/experts-1-of-4.bin    and so on instead, if the pack is divided for workers: one file for each share
     DIR/encoders.safetensors  tensors of the encoders for pictures and sound, unchanged, if the model has any
     DIR/config.json           and the files of the tokenizer and the processors of pictures and sound: copies
     DIR/metadata.gguf         instead of these copies if the pack was made from a GGUF: its metadata, without tensors
 
 Records follow each other, layer by layer and expert by expert, at multiples of 4096, the block size that unbuffered
-reads need. Inside a record each matrix starts at a multiple of 64. All records of a layer have the same layout; if
-formats differ between layers, the manifest lists the formats of gate, up and down for each layer with experts. A
-directory without a manifest is not a pack, so an unfinished pack never opens. The manifest is checked like any other
-file: sizes and shapes must follow from the config, ranges must lie inside the files, and its own BLAKE3 must match.
+reads need. In a divided pack, so they do in the file of each share (`shards.py`). Inside a record each matrix starts at
+a multiple of 64. All records of a layer have the same layout; if formats differ between layers, the manifest lists the
+formats of gate, up and down for each layer with experts. A directory without a manifest is not a pack, so an unfinished
+pack never opens. The manifest is checked like any other file: sizes and shapes must follow from the config, ranges must
+lie inside the files, and its own BLAKE3 must match.
+
+A worker that runs some shards only may have a part of the directory: the manifest, config.json, the files of these
+shards, and dense.bin if experts have biases.
 
 Elsewhere: `pack.py` writes packs; the code that reads a record verifies its checksum.
 """
@@ -39,6 +44,7 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef, read_header
+from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS, shard_of, shards_of_share
 from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
 from argosy.config import Format, ModelConfig
 from argosy.errors import CheckpointError, CorruptRecord
@@ -60,6 +66,11 @@ Progress = Callable[[str, float], None]  # the current task, and the share of it
 def round_up(count: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
+
+
+def expert_file(share: int, num_shares: int) -> str:
+    """The file with the experts of a share, 1 to `num_shares`."""
+    return EXPERTS_FILE if num_shares == 1 else f"experts-{share}-of-{num_shares}.bin"
 
 
 ExpertFormats = tuple[Format, Format, Format]  # gate, up, down
@@ -89,15 +100,16 @@ def record_layout(config: ModelConfig, formats: ExpertFormats) -> RecordLayout:
 
 
 def lay_out_experts(
-    config: ModelConfig, formats_of: Callable[[int], ExpertFormats]
-) -> Iterator[tuple[tuple[int, int], int, RecordLayout]]:
-    """((layer, expert), offset, layout) of every record of a pack, in order."""
-    at = 0
+    config: ModelConfig, formats_of: Callable[[int], ExpertFormats], *, num_shares: int
+) -> Iterator[tuple[tuple[int, int], str, int, RecordLayout]]:
+    """((layer, expert), file, offset, layout) of every record of a pack, in order."""
+    ends = [0] * num_shares
     for layer in config.moe_layers:
         layout = record_layout(config, formats_of(layer))
         for expert in range(config.num_experts):
-            yield (layer, expert), at, layout
-            at += layout.stride
+            share = shard_of(layer, expert) % num_shares
+            yield (layer, expert), expert_file(share + 1, num_shares), ends[share], layout
+            ends[share] += layout.stride
 
 
 def lay_out_dense(config: ModelConfig, format_of: Callable[[str], Format], path: Path) -> list[MatrixRef]:
@@ -122,6 +134,7 @@ class Manifest:
     dense_formats: Mapping[str, Format]
     dense_checksums: Mapping[str, int]
     expert_formats: Mapping[int, ExpertFormats]  # by layer
+    num_shares: int  # files that experts are divided into
     expert_checksums: list[int]  # in record order
     encoder_checksums: Mapping[str, int]  # by tensor; empty if the pack has no encoders
     files: Mapping[str, tuple[int, str]]  # name -> bytes, BLAKE3
@@ -140,6 +153,8 @@ class Manifest:
                 name: {"nbytes": nbytes, "blake3": digest} for name, (nbytes, digest) in self.files.items()
             },
         }
+        if self.num_shares > 1:
+            contents["num_shares"] = self.num_shares
         if self.encoder_checksums:
             contents["encoders"] = {"crc32c_wide": self.encoder_checksums}
         manifest = {"argosy_pack": PACK_VERSION, "blake3": _digest_of(contents), "contents": contents}
@@ -175,9 +190,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{MANIFEST_FILE} does not match its own BLAKE3: it was changed or damaged", path=path
         )
     has_encoders = "encoders" in contents
-    reader.keys(
-        contents, "contents", "format", "config", "dense", "experts", "files", *["encoders"] * has_encoders
-    )
+    optional = [key for key in ("encoders", "num_shares") if key in contents]
+    reader.keys(contents, "contents", "format", "config", "dense", "experts", "files", *optional)
+    num_shares = contents.get("num_shares", 1)
+    if type(num_shares) is not int or not 1 <= num_shares <= NUM_SHARDS:
+        raise reader.wrong("num_shares", num_shares, f"a whole number from 1 to {NUM_SHARDS}")
     dense_formats: dict[str, Format] = {}
     dense_checksums: dict[str, int] = {}
     for name, entry in reader.mapping(contents["dense"], "dense").items():
@@ -211,14 +228,18 @@ def read_manifest(directory: Path) -> Manifest:
         dense_formats=dense_formats,
         dense_checksums=dense_checksums,
         expert_formats=reader.expert_formats(experts["format"], config.moe_layers),
+        num_shares=num_shares,
         expert_checksums=[reader.checksum(value, "experts.crc32c_wide") for value in checksums],
         encoder_checksums=encoder_checksums,
         files=files,
     )
 
 
-def open_pack(directory: str | Path) -> ModelFiles | None:
+def open_pack(directory: str | Path, *, shards: int = ALL_SHARDS) -> ModelFiles | None:
     """The pack in `directory`, or None if it is not one.
+
+    Args:
+        shards: the shards whose experts will be read. For a part of them, files that these do not need may be missing.
 
     Raises:
         CheckpointError: it is an unfinished pack, or its manifest and files do not match.
@@ -234,7 +255,7 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         return None
     manifest = read_manifest(directory)
     config = manifest.config
-    _check_files(directory, manifest)
+    _check_files(directory, manifest, shards)
     expected = [name for name, _ in dense_shapes(config)]
     if sorted(expected) != sorted(manifest.dense_formats):
         odd = sorted(set(expected) ^ set(manifest.dense_formats))[0]
@@ -248,10 +269,15 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
             path=directory,
         )
     dense = lay_out_dense(config, lambda name: manifest.dense_formats[name], directory / DENSE_FILE)
-    records = list(lay_out_experts(config, manifest.expert_formats.__getitem__))
-    experts_end = records[-1][1] + records[-1][2].stride
-    dense_end = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
-    for name, needed in ((DENSE_FILE, dense_end), (EXPERTS_FILE, experts_end)):
+    records = list(
+        lay_out_experts(config, manifest.expert_formats.__getitem__, num_shares=manifest.num_shares)
+    )
+    ends = dict.fromkeys(_expert_files(manifest), 0)
+    ends |= {
+        name: offset + layout.stride for _, name, offset, layout in records
+    }  # the last record of each file decides
+    ends[DENSE_FILE] = round_up(dense[-1].offset + dense[-1].nbytes, FILE_ALIGNMENT)
+    for name, needed in ends.items():
         if manifest.files[name][0] != needed:
             raise CheckpointError(
                 f"{name} has {manifest.files[name][0]} bytes, expected {needed}", path=directory / name
@@ -263,12 +289,12 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
         )
         for ref in dense
     }  # fmt: skip
-    path = directory / EXPERTS_FILE
+    paths = {name: directory / name for name in ends}
     experts = {
         key: ExpertRecord(
-            (Piece(path, offset, layout.nbytes, checksum),), layout.gate, layout.up, layout.down
+            (Piece(paths[name], offset, layout.nbytes, checksum),), layout.gate, layout.up, layout.down
         )
-        for (key, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
+        for (key, name, offset, layout), checksum in zip(records, manifest.expert_checksums, strict=True)
     }
     encoders = _open_encoders(directory, manifest)
     return ModelFiles(directory, config, with_checksums, experts, is_packed=True, others=encoders)
@@ -276,7 +302,10 @@ def open_pack(directory: str | Path) -> ModelFiles | None:
 
 def _open_encoders(directory: Path, manifest: Manifest) -> dict[str, TensorRef]:
     """The tensors of encoders by name; {} if the pack has none."""
-    refs = read_header(directory / ENCODERS_FILE) if ENCODERS_FILE in manifest.files else {}
+    path = directory / ENCODERS_FILE
+    if ENCODERS_FILE in manifest.files and not path.exists():  # a worker's part
+        return {}
+    refs = read_header(path) if ENCODERS_FILE in manifest.files else {}
     if odd := sorted(refs.keys() ^ manifest.encoder_checksums.keys()):
         has_it, lacks_it = (
             (ENCODERS_FILE, MANIFEST_FILE) if odd[0] in refs else (MANIFEST_FILE, ENCODERS_FILE)
@@ -287,11 +316,26 @@ def _open_encoders(directory: Path, manifest: Manifest) -> dict[str, TensorRef]:
     return {name: replace(ref, checksum=manifest.encoder_checksums[name]) for name, ref in refs.items()}
 
 
-def _check_files(directory: Path, manifest: Manifest) -> None:
-    for required in (DENSE_FILE, EXPERTS_FILE):
+def _expert_files(manifest: Manifest) -> list[str]:
+    return [expert_file(share, manifest.num_shares) for share in range(1, manifest.num_shares + 1)]
+
+
+def _check_files(directory: Path, manifest: Manifest, shards: int) -> None:
+    """Compare sizes with the manifest. For a part of the shards, other files may be missing, as `open_pack` says."""
+    expert_files = _expert_files(manifest)
+    for required in (DENSE_FILE, *expert_files):
         if required not in manifest.files:
             raise CheckpointError(f"{MANIFEST_FILE} does not list {required}", path=directory)
+    needed = {
+        name
+        for share, name in enumerate(expert_files, 1)
+        if shards & shards_of_share(share, manifest.num_shares)
+    }
+    if any(".expert_" in name for name in manifest.dense_formats):  # biases of experts
+        needed.add(DENSE_FILE)
     for name, (nbytes, _) in manifest.files.items():
+        if shards != ALL_SHARDS and name not in needed and not (directory / name).exists():
+            continue
         with open_regular(directory / name) as (_, found):
             if found != nbytes:
                 raise CheckpointError(
@@ -343,16 +387,15 @@ def _locate_damage(model: ModelFiles, path: Path) -> CheckpointError:
                 return CorruptRecord(
                     f"{path.name}: {ref.name} changed since the pack was written", path=path, tensor=ref.name
                 )
-    if path.name == EXPERTS_FILE:
-        for (layer, expert), record in model.experts.items():
-            piece = record.pieces[0]
-            if checksum_of(path, piece.offset, piece.nbytes) != piece.checksum:
-                return CorruptRecord(
-                    f"{path.name}: expert {expert} of layer {layer} changed since the pack was written",
-                    path=path,
-                    layer=layer,
-                    expert=expert,
-                )
+    for (layer, expert), record in model.experts.items():
+        piece = record.pieces[0]
+        if piece.path == path and checksum_of(path, piece.offset, piece.nbytes) != piece.checksum:
+            return CorruptRecord(
+                f"{path.name}: expert {expert} of layer {layer} changed since the pack was written",
+                path=path,
+                layer=layer,
+                expert=expert,
+            )
     return CheckpointError(f"{path.name} changed since the pack was written: its BLAKE3 differs", path=path)
 
 

@@ -10,6 +10,8 @@
 
 Tensors of encoders for pictures and sound are copied bit for bit in every format.
 
+With `num_shares`, experts are divided into files by their shards (`shards.py`), so that a worker needs one of them.
+
 The matrix that turns latent vectors into keys and values is written in two halves, as in memory. q8 quantises the key
 half in the order in which it is multiplied; `source` writes the halves only if every weight keeps its bits
 (`latent_up.py`).
@@ -77,7 +79,6 @@ from argosy.checkpoint.latent_up import (
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
     ENCODERS_FILE,
-    EXPERTS_FILE,
     FILE_ALIGNMENT,
     MANIFEST_FILE,
     PACK_VERSION,
@@ -86,17 +87,20 @@ from argosy.checkpoint.manifest import (
     Manifest,
     Progress,
     checksum_of,
+    expert_file,
     lay_out_dense,
     lay_out_experts,
     open_pack,
     round_up,
     verify_pack,
 )
+from argosy.checkpoint.pooling import MODULES_FILE, POOLING_FILE, pooling_config
 from argosy.checkpoint.safetensors import DTYPE_BITS, TensorRef
 from argosy.checkpoint.safetensors_write import safetensors_header
+from argosy.checkpoint.shards import NUM_SHARDS
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.config import Format, ModelConfig, format_bytes
-from argosy.errors import CheckpointError, DiskFull, UsageError, is_disk_full
+from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError, is_disk_full
 from argosy.replace_file import sync
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
@@ -112,7 +116,7 @@ _COPIED_NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json",
     "merges.txt", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
+    "video_preprocessor_config.json", MODULES_FILE, GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
 
@@ -138,6 +142,7 @@ def pack(
     destination: str | Path,
     *,
     format: str,
+    num_shares: int = 1,
     encoder_tensors: Collection[str] = (),
     progress: Progress | None = None,
 ) -> PackReport:
@@ -147,6 +152,7 @@ def pack(
         files: a checkpoint in place, or a pack that is not quantised.
         destination: a directory that does not exist yet; `<destination>.partial` is used until the pack is complete.
         format: bf16, q8, q4 or source.
+        num_shares: the files that experts are divided into, 1 to 64.
         encoder_tensors: names in `files.others` of the tensors that encoders of pictures and sound need.
         progress: called with the current task and the share of it that is done.
 
@@ -159,9 +165,12 @@ def pack(
     started = time.monotonic()
     destination = Path(destination)
     _require_packable(files, destination, format)
+    if not 1 <= num_shares <= NUM_SHARDS:
+        raise UsageError(f"a pack is divided into 1 to {NUM_SHARDS} shards, found {num_shares}")
     assert files.others.keys() >= set(encoder_tensors)
     encoders = [ref for name, ref in files.others.items() if name in encoder_tensors]
-    with _Writer(files, destination, format, encoders, progress or (lambda what, share: None)) as writer:
+    tell = progress or (lambda what, share: None)
+    with _Writer(files, destination, format, num_shares, encoders, tell) as writer:
         writer.write_all()
         packed_bytes = writer.finish()
     return PackReport(
@@ -264,7 +273,9 @@ def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
     return packed_config(files.config) if keeps_bits else files.config
 
 
-def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[MatrixRef], list[_Unit]]:
+def _plan(
+    files: ModelFiles, config: ModelConfig, format: str, num_shares: int
+) -> tuple[list[MatrixRef], list[_Unit]]:
     """Everything that a pack of `config` holds, in the order of writing."""
     units = []
 
@@ -285,13 +296,13 @@ def _plan(files: ModelFiles, config: ModelConfig, format: str) -> tuple[list[Mat
         asked = cast(Format, format)
         return asked, asked, asked
 
-    for (layer, expert), start, layout in lay_out_experts(config, formats_of):
+    for (layer, expert), file, start, layout in lay_out_experts(config, formats_of, num_shares=num_shares):
         record = files.experts[layer, expert]
         parts = tuple(
             (_expert_source(record, name, layer, expert), matrix.format, matrix.offset)
             for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down))
         )
-        units.append(_Unit(EXPERTS_FILE, start, layout.nbytes, start + layout.stride, parts))
+        units.append(_Unit(file, start, layout.nbytes, start + layout.stride, parts))
     return dense, units
 
 
@@ -370,24 +381,27 @@ class _Writer:
         files: ModelFiles,
         destination: Path,
         format: str,
+        num_shares: int,
         encoders: list[TensorRef],
         progress: Progress,
     ) -> None:
         self._files = files
         self._destination = destination
         self._format = format
+        self._num_shares = num_shares
         self._progress = progress
         self._parent = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
         self._config = _config_of_pack(files, format)
-        self._dense, self._units = _plan(files, self._config, format)
+        self._dense, self._units = _plan(files, self._config, format, num_shares)
         self._encoders = _encoder_units(encoders)
         self._units += self._encoders
         self._copied = _files_to_copy(files.path)
         self._made = _files_to_make(files, has_encoders=bool(encoders))
         self._fingerprint = self._source_fingerprint()
         self._checksums: list[int] = []
-        names = (DENSE_FILE, EXPERTS_FILE, *([ENCODERS_FILE] if self._encoders else []))
+        experts = [expert_file(share, num_shares) for share in range(1, num_shares + 1)]
+        names = (DENSE_FILE, *experts, *([ENCODERS_FILE] if self._encoders else []))
         self._hashers = {name: blake3.blake3() for name in names}
         self._targets: dict[str, int] = {}
         self._sources: dict[Path, int] = {}
@@ -458,6 +472,7 @@ class _Writer:
                 layer: _formats_of(self._units[num_dense + index * self._files.config.num_experts])
                 for index, layer in enumerate(self._files.config.moe_layers)
             },
+            num_shares=self._num_shares,
             expert_checksums=self._checksums[num_dense : len(self._checksums) - len(self._encoders)],
             encoder_checksums={
                 unit.copied.name: checksum
@@ -479,7 +494,7 @@ class _Writer:
     # One unit: read slices of the source, convert, write, hash.
 
     def _write_unit(self, unit: _Unit) -> int:
-        if unit.file == EXPERTS_FILE:
+        if len(unit.parts) > 1:  # an expert
             record = np.zeros(unit.end - unit.offset, np.uint8)
             for source, format, at in unit.parts:
                 for start, piece in self._converted(source, format):
@@ -652,6 +667,7 @@ class _Writer:
                 "format": self._format,
                 "source": self._fingerprint,
                 "encoders": self._encoders_digest(),
+                "num_shares": self._num_shares,
             }
         )
         lines = self._read_journal()
@@ -707,6 +723,8 @@ class _Writer:
                 return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
             if earlier["version"] != PACK_VERSION:
                 return "the unfinished pack was made by another version of Argosy"
+            if earlier["num_shares"] != self._num_shares:
+                return f"the unfinished pack has {earlier['num_shares']} shards, but {self._num_shares} were requested"
             if earlier["encoders"] != self._encoders_digest() and earlier["source"] == self._fingerprint:
                 return "the unfinished pack has other encoders"
         except (CheckpointError, KeyError):
@@ -754,7 +772,7 @@ class _Writer:
         for format in PACK_FORMATS:
             if format in ("source", self._format) or _quantised_formats(self._files):
                 continue
-            _, units = _plan(self._files, _config_of_pack(self._files, format), format)
+            _, units = _plan(self._files, _config_of_pack(self._files, format), format, self._num_shares)
             needed = sum(unit.end - unit.offset for unit in (*units, *self._encoders))
             if needed <= free_bytes:
                 found.append(f"`--format {format}`, which takes {format_bytes(needed)}")
@@ -824,11 +842,23 @@ def _formats_of(unit: _Unit) -> ExpertFormats:
     return gate, up, down
 
 
+def goes_with_weights(name: str) -> bool:
+    """Whether a file belongs to config, tokenizer, processors or licence of a model."""
+    return name in _COPIED_NAMES or is_licence(name)
+
+
+def is_licence(name: str) -> bool:
+    return name.startswith(_COPIED_PREFIXES)
+
+
 def _files_to_copy(path: Path) -> list[Path]:
     """The files of config, tokenizer, processors and licence that a model has; of a GGUF only the licence."""
-    directory, others = (path, _COPIED_NAMES) if path.is_dir() else (path.parent, ())
+    directory = path if path.is_dir() else path.parent
     names = sorted(entry.name for entry in directory.iterdir())
-    chosen = [name for name in names if name in others or name.startswith(_COPIED_PREFIXES)]
+    if path.is_dir():
+        chosen = [name for name in names if goes_with_weights(name)]
+    else:
+        chosen = [name for name in names if is_licence(name)]
     paths = [directory / name for name in chosen if (directory / name).is_file()]
     for found in paths:
         if found.stat().st_size > JSON_LIMIT_BYTES:
@@ -839,13 +869,22 @@ def _files_to_copy(path: Path) -> list[Path]:
 
 
 def _files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]:
-    """The metadata of a GGUF as files of the pack: for its tokenizer and chat template, and for its vision tower."""
+    """Files that are not copied as they are: the metadata of a GGUF and of its vision tower; a pooling module."""
     if files.path.is_dir():
-        return {}
+        return _pooling_file(files.path)
     made = {GGUF_METADATA_FILE: metadata_only(read_gguf(files.path))}
     if has_encoders and isinstance(files.mmproj, GgufFile):
         made[MMPROJ_METADATA_FILE] = metadata_only(files.mmproj)
     return made
+
+
+def _pooling_file(directory: Path) -> dict[str, bytes]:
+    """The configuration of an embedding model's pooling module; in the checkpoint it has its own directory."""
+    with suppress(UnsupportedModel):  # the copied list of modules says why
+        if (path := pooling_config(directory)) is not None:
+            with open_regular(path) as (descriptor, size):
+                return {POOLING_FILE: read_at(descriptor, min(size, JSON_LIMIT_BYTES), 0, path)}
+    return {}
 
 
 def _widen(format: Format, raw: Bytes) -> Float32:

@@ -146,7 +146,7 @@ def write_mixture(
     Args:
         experts_of: returns the routed experts of a layer; called once per layer, in order.
         shape: number of experts, experts per token, width.
-        more_config, more_tensors: of an encoder beside the text.
+        more_config, more_tensors: for an encoder beside the text.
     """
     num_experts, experts_per_token, width = shape
     config = mixture_config(dense, num_experts=num_experts, experts_per_token=experts_per_token, width=width)

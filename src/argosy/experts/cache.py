@@ -7,6 +7,9 @@ the reads, and gives out leases; `CachedRunner` computes what a lease hands over
 slots are issued before the first expert is computed. A slot whose expert has been computed is free for the next miss,
 so a layer may ask for more experts than there are slots.
 
+A model that shares its memory may get a slot for every expert. Those that no token asked for are then read, too, a few
+after each lease. Once all are here, native code runs steps without asking, as with `resident.py`.
+
 `guess` tells which experts the next layer will probably ask for, and `look_ahead.LookAhead` decides which of them are
 worth a read. These reads begin once the open lease has issued all of its own reads, in slots of the policy's window;
 the next lease takes them over at whatever stage they are. So the drive does not wait for arithmetic between two layers.
@@ -17,27 +20,46 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
+from typing import Protocol
 
 from argosy import _native
 from argosy.errors import ArgosyError
 from argosy.experts.files import Arithmetic, ExpertFiles, Key
 from argosy.experts.look_ahead import LookAhead
-from argosy.experts.policy import CachePolicy
+from argosy.experts.policy import CachePolicy, Move
 from argosy.experts.runner import Rows, RunnerStats
 
 # Experts that are computed together. The slots of a group are free for other reads only when the group is done, so
 # without this limit a prompt that found half a layer read ahead would keep the drive waiting. Usually more than one
 # token asks for.
 _MOST_IN_GROUP = 8
+_FILLING = 4  # reads at once of experts that no token asked for
+
+
+class Cores(Protocol):
+    """The lock for which steps of several models take turns; whoever runs a step holds it."""
+
+    def acquire(self) -> bool:
+        """Take the lock; returns whether it was free."""
+        ...
+
+    def release(self) -> None: ...
 
 
 class ExpertCache:
     """Equal slots for all experts of all layers. `resize` changes their number between steps.
 
+    Attributes:
+        most_slots: the limit of `resize`.
+        lent: the lock for the cores, which others may take while a lease waits for reads; None: the step keeps it.
+
     Args:
-        num_slots: how many there are at most, and at first.
-        fewest_slots: how many there are at least; None: as many.
+        num_slots: how many there are at most.
+        first_slots: how many there are at first; None: as many.
+        reads_all: read experts that no token asks for, too, while there is a slot for every one.
+        foreground: committing memory gives way to it; None: to nothing.
     """
 
     def __init__(
@@ -48,26 +70,40 @@ class ExpertCache:
         num_slots: int,
         num_layers: int,
         experts_per_token: int,
-        fewest_slots: int | None = None,
+        first_slots: int | None = None,
+        reads_all: bool = False,
         arithmetic: Arithmetic | None = None,
         look_ahead: bool = True,
+        foreground: _native.Foreground | None = None,
     ) -> None:
         self.stats = RunnerStats()
+        self.most_slots = num_slots
+        self.lent: Cores | None = None
+        self._others_run = False  # they had the cores when a lease took them again
+        self._foreground = foreground
+        self._populating: list[threading.Thread] = []
         self._arena = _native.Arena(files.slot_bytes * num_slots)
         self.table = files.table(self._arena, arithmetic or Arithmetic())
+        self._may_fill = reads_all
+        first_slots = num_slots if first_slots is None else first_slots
+        self._arena.resize(first_slots * files.slot_bytes)
+        self._held_slots = first_slots
         self._populate()
         self.policy = CachePolicy(
-            num_slots=num_slots, num_layers=num_layers, experts_per_token=experts_per_token
+            num_slots=first_slots, num_layers=num_layers, experts_per_token=experts_per_token
         )
         self._store = store
         self._files = files
         self._open: Lease | None = None
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
-        # With fewer slots, guesses would take slots that a token itself needs.
-        self._may_guess = look_ahead and (fewest_slots or num_slots) >= 4 * experts_per_token
+        self._wants_guesses = look_ahead
+        self._fewest_for_guesses = 4 * experts_per_token
         self._hint: list[int] = []  # experts of `_hint_layer` not yet requested; the next is last
         self._hint_layer = -1
         self._is_sweep = False  # whether the hint is for a sweep
+        self._experts: dict[int, list[int]] = {}  # by layer, those that may be read here
+        for layer, expert in files.records:
+            self._experts.setdefault(layer, []).append(expert)
         self._kept: set[int] = set()  # resident experts of the hint, pinned until the next lease
         self._early: dict[Key, int] = {}  # reads that no lease waits for: expert -> ticket
 
@@ -80,7 +116,9 @@ class ExpertCache:
         return Lease(self, layer, experts, scan)
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
-        return (is_sweep or self._may_guess) and self._look_ahead[is_sweep].wants_guess
+        # With fewer slots, guesses would take slots that a token itself needs.
+        has_room = self._wants_guesses and self.policy.num_slots >= self._fewest_for_guesses
+        return (is_sweep or has_room) and self._look_ahead[is_sweep].wants_guess
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         self._forget_hint()
@@ -99,29 +137,78 @@ class ExpertCache:
         self._hint, self._hint_layer, self._is_sweep = hint, layer, is_sweep
         self._read_ahead()
 
-    def resize(self, num_slots: int) -> None:
+    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
         """Have so many slots from now on, between two steps; the memory of others goes back to the system at once.
 
-        Experts in slots that go are evicted, whatever their age: moving better ones there would keep steps waiting.
+        The experts that a miss would evict next leave. Others in slots that go are copied to lower ones.
+
+        Args:
+            held_slots: slots that still have memory when this returns, at least `num_slots`: experts may stay there
+                until the next call. None: no more than `num_slots`.
         """
         assert self._open is None
         self._forget_hint()
         while self._early:
             self._collect_early(block=True)
-        is_larger = num_slots > self.policy.num_slots
-        self.policy.resize(num_slots)
-        self._arena.resize(num_slots * self._files.slot_bytes)
-        if is_larger:
+        if num_slots != self.policy.num_slots:
+            self.policy.resize(num_slots)
+        before, held = self._held_slots, num_slots
+        if held_slots is not None:
+            held = max(num_slots, min(held_slots, before))
+        if moves := self.policy.moves(held):
+            self._copy(moves)
+        self._held_slots = held
+        self._arena.resize(held * self._files.slot_bytes)
+        if held > before:
             self._populate()
+
+    def _copy(self, moves: Sequence[Move]) -> None:
+        memory, size = self._arena.array(), self._files.slot_bytes
+        for _, slot, to in moves:
+            memory[to * size : (to + 1) * size] = memory[slot * size : (slot + 1) * size]
+        self.table.place([(key, to * size) for key, _, to in moves])
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no slot is left for another expert, or no expert for another slot."""
+        return self.policy.num_resident >= min(self.policy.num_slots, len(self._files.records))
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every expert has landed; between two steps."""
+        return self.policy.num_resident == len(self._files.records) and not self._early
+
+    def _fill(self, layer: int) -> None:
+        """If there is a slot for every expert, start to read some of a layer that are not here."""
+        policy = self.policy
+        has_room = policy.num_slots >= len(self._files.records)
+        if not (has_room and self._may_fill) or len(self._early) >= _FILLING:
+            return
+        _, missing = policy.find(layer, self._experts.get(layer, ()))
+        admitted: list[tuple[int, int]] = []
+        for expert in missing[: _FILLING - len(self._early)]:
+            slot = policy.admit((layer, expert), is_scan=True)
+            assert slot is not None
+            admitted.append((expert, slot))
+        if admitted:
+            tickets = self._fetch(layer, admitted, urgency="maybe")
+            for (expert, _), ticket in zip(admitted, tickets, strict=True):
+                self._early[layer, expert] = ticket
 
     def close(self) -> None:
         for ticket in self._early.values():
             self._store.cancel(ticket)
         self._arena.close()
+        for thread in self._populating:  # each ends after the piece that it is at
+            thread.join()
 
     def _populate(self) -> None:
         # Otherwise the next prompt's reads would pay for it: a second or more on a virtual machine.
-        threading.Thread(target=self._arena.populate, name="argosy-populate", daemon=True).start()
+        thread = threading.Thread(
+            target=self._arena.populate, args=(self._foreground,), name="argosy-populate", daemon=True
+        )
+        thread.start()
+        self._populating = [*filter(threading.Thread.is_alive, self._populating), thread]
 
     def _fetch(
         self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
@@ -190,11 +277,12 @@ class ExpertCache:
     def _collect_early(self, *, block: bool) -> None:
         """Collect early reads that have ended: free the slots of failed ones, and keep experts that landed."""
         keys = {ticket: key for key, ticket in self._early.items()}
-        for ticket, message, _ in self._store.wait_any(list(keys), None if block else 0):
+        for ticket, message, error in self._store.wait_any(list(keys), None if block else 0):
             key = keys[ticket]
             del self._early[key]
             if message is not None:
                 # It was abandoned halfway; or a lease that needs the expert will read it again and get the error.
+                self._may_fill = self._may_fill and error == "dropped"
                 self.policy.drop(key)
                 continue
             self.policy.unpin(key[0], [key[1]])
@@ -240,6 +328,8 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end()
+        if kind is None:
+            self._cache._fill(self.layer)
 
     def _find(self) -> None:
         cache, layer, asked, scan = self._cache, self.layer, self._asked, self._scan
@@ -303,7 +393,7 @@ class Lease:
                 cache._collect_early(block=True)
                 continue
             failed: ArgosyError | None = None
-            for ticket, message, kind in cache._store.wait_any(list(self._in_flight)):
+            for ticket, message, kind in self._wait():
                 expert = self._in_flight.pop(ticket)
                 key = layer, expert
                 if message is not None:
@@ -317,6 +407,21 @@ class Lease:
                 landed.append(expert)
             if failed is not None:
                 raise failed
+
+    def _wait(self) -> list[tuple[int, str | None, str | None]]:
+        """Wait for a read; while others use the cores, for all in flight: taking them may cost a step of theirs."""
+        cache, tickets = self._cache, list(self._in_flight)
+        if (cores := cache.lent) is None:
+            return cache._store.wait_any(tickets)
+        cores.release()
+        try:
+            done = cache._store.wait_any(tickets)
+            while cache._others_run and len(done) < len(tickets):
+                left = set(tickets).difference(ticket for ticket, _, _ in done)
+                done += cache._store.wait_any(list(left))
+            return done
+        finally:
+            cache._others_run = not cores.acquire()
 
     def _issue(self) -> None:
         """Start reads of missing experts while there are slots, then reads of the hint."""
@@ -342,17 +447,36 @@ class Lease:
 
 
 class CachedRunner:
-    """Runs experts out of a cache, in groups: those that are here, then the others as they land."""
+    """Runs experts out of a cache, in groups: those that are here, then the others as they land.
 
-    resident = None
+    While every expert is here, native code runs them, and nothing ages.
+    """
+
+    elsewhere = None
 
     def __init__(self, runtime: _native.Runtime, cache: ExpertCache) -> None:
         self.cache = cache
         self._runtime = runtime
+        self._num_leased = 0  # experts that ran out of a lease
+
+    @property
+    def resident(self) -> _native.ExpertTable | None:
+        """See `ExpertRunner.resident`."""
+        return self.cache.table if self.cache.has_all else None
 
     @property
     def stats(self) -> RunnerStats:
-        return self.cache.stats
+        """See `ExpertRunner.stats`; what native code runs without asking is a hit."""
+        stats, num_native = self.cache.stats, self.cache.table.num_runs - self._num_leased
+        if not num_native:
+            return stats
+        return replace(
+            stats,
+            lookups=stats.lookups + num_native,
+            hits=stats.hits + num_native,
+            decode_lookups=stats.decode_lookups + num_native,
+            decode_hits=stats.decode_hits + num_native,
+        )
 
     @property
     def num_resident(self) -> int:
@@ -371,6 +495,7 @@ class CachedRunner:
         table, stats = self.cache.table, self.cache.stats
         for group in lease:
             stats.compute_s += table.run(self._runtime, lease.layer, group, dispatch, rows, out)
+            self._num_leased += len(group)
             yield group
 
     def wants_guess(self, *, is_sweep: bool) -> bool:

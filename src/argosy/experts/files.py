@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What experts compute, apart from their weights.
+    """The arithmetic of experts, apart from their weights.
 
     activation: between the products of an expert.
     biases: by layer, those of gate and up, float32 [experts, width], and of down, [experts, hidden]; each may be None.
@@ -120,25 +120,36 @@ def _extent(records: Mapping[Key, ExpertRecord]) -> tuple[int, int]:
 
 
 class ExpertFiles:
-    """Knows the layout of an expert record in memory, and starts reads of several records."""
+    """Knows the layout of an expert record in memory, and starts reads of several records.
+
+    Args:
+        records: where every expert of the model is stored.
+        share: the experts that are read here; None: all of them. `self.records` has these.
+    """
 
     def __init__(
-        self, store: _native.Store, records: Mapping[Key, ExpertRecord], *, open_file: Callable[[str], int]
+        self,
+        store: _native.Store,
+        records: Mapping[Key, ExpertRecord],
+        *,
+        open_file: Callable[[str], int],
+        share: Collection[Key] | None = None,
     ) -> None:
-        self.records = records
+        self.records = records if share is None else {key: records[key] for key in share}
+        self._all_records = records  # a table has a row for every expert of a layer, wherever it runs
         self._store = store
-        paths = {str(piece.path) for record in records.values() for piece in record.pieces}
+        paths = {str(piece.path) for record in self.records.values() for piece in record.pieces}
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
         self._reads: dict[Key, _native.Record] = {}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
-        self.slot_bytes = slot_bytes(records, self.alignment)
+        self.slot_bytes = slot_bytes(self.records, self.alignment)
 
     def table(self, arena: _native.Arena, arithmetic: Arithmetic) -> _native.ExpertTable:
         """The table of experts in an arena; none has a place yet."""
-        some = next(iter(self.records.values()))
+        some = next(iter(self._all_records.values()))
         table = _native.ExpertTable(arena, hidden=some.gate.cols, activation=arithmetic.activation)
-        for layer, num_experts in Counter(layer for layer, _ in self.records).items():
-            one = self.records[layer, 0]
+        for layer, num_experts in Counter(layer for layer, _ in self._all_records).items():
+            one = self._all_records[layer, 0]
             gate_bias, up_bias, down_bias = arithmetic.biases.get(layer, (None, None, None))
             table.add_layer(
                 layer,
@@ -153,7 +164,7 @@ class ExpertFiles:
 
     def _starts(self, key: Key) -> list[int]:
         """Bytes from an expert's place to its gate, up and down."""
-        record = self.records[key]
+        record = self._all_records[key]
         places, _ = _lay_out(record, self.alignment)
         starts = [
             place if piece.transcode else place + piece.offset % self.alignment

@@ -31,6 +31,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush, heapreplace
 from math import log2
+from typing import NamedTuple
 
 from argosy.experts.files import Key, dict_bytes
 
@@ -93,6 +94,14 @@ def bookkeeping_bytes(*, num_slots: int, num_layers: int, num_experts: int) -> i
     )
 
 
+class Move(NamedTuple):
+    """An expert whose slot goes, and the slot that it gets instead."""
+
+    key: Key
+    slot: int
+    to: int
+
+
 class CachePolicy:
     """Tracks which expert is in which slot, and chooses the next one to evict. Moves no bytes."""
 
@@ -100,6 +109,7 @@ class CachePolicy:
         self._experts_per_token = experts_per_token
         self.guess_slots = experts_per_token
         self._free: list[int] = []
+        self._reserved: list[int] = []  # one for each expert in a slot that goes
         self._clock = 0
         self._layers = [_Layer() for _ in range(num_layers)]
         # A heap; entries of an earlier turn, or of a layer at its floor, are void.
@@ -110,20 +120,53 @@ class CachePolicy:
         self.resize(num_slots)
 
     def resize(self, num_slots: int) -> None:
-        """Have so many slots, numbered from 0; experts in slots that go are evicted. None of them may be pinned."""
+        """Have so many slots, numbered from 0.
+
+        If there are more experts than slots, those are evicted that misses of decode would displace next. The others
+        stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.
+        """
         num_layers = len(self._layers)
         self.floor = min(self._experts_per_token, num_slots // max(1, num_layers))
         # A sweep gets at most a quarter of the cache, but never less than one token asks for.
         self.window_slots = max(self._experts_per_token, num_slots // 4)
-        for key in self.resident():
-            if (slot := self.slot(key)) is not None and slot >= num_slots:
-                assert key[1] not in self._layers[key[0]].pinned
-                self.drop(key)
-        kept = [slot for slot in self._free if slot < num_slots]
-        self._free = [*range(num_slots - 1, self.num_slots - 1, -1), *kept]
-        self.num_slots = num_slots
         for layer in range(num_layers):  # the floor is lower, so they may have experts to give
             self._note_oldest(layer)
+        for _ in range(self.num_resident - num_slots):
+            slot = self._from_window(newest=False)
+            if slot is None:
+                slot = self._evict_oldest(None)
+            assert slot is not None  # otherwise more experts are pinned than there will be slots
+        self.num_slots = num_slots
+        used = {slot for here in self._layers for slot in here.slots.values()}
+        used.update(self._window.values())
+        num_beyond = sum(slot >= num_slots for slot in used)
+        # The last one is taken next. Low slots are, so that few experts have to move when there are fewer slots.
+        free = [slot for slot in reversed(range(num_slots)) if slot not in used]
+        self._reserved, self._free = free[:num_beyond], free[num_beyond:]
+
+    def moves(self, num_slots: int) -> list[Move]:
+        """Move the experts in slots from `num_slots` on, which is no less than the number of slots. None may be pinned.
+
+        Returns:
+            What has to be copied now, to slots that hold nothing.
+        """
+        assert num_slots >= self.num_slots
+        moves: list[Move] = []
+        if not self._reserved:
+            return moves
+        for number, here in enumerate(self._layers):
+            going = [(expert, slot) for expert, slot in here.slots.items() if slot >= num_slots]
+            for expert, slot in going:
+                here.slots[expert] = self._move((number, expert), slot, moves)
+        for key, slot in self._window.items():
+            if slot >= num_slots:
+                self._window[key] = self._move(key, slot, moves)
+        return moves
+
+    def _move(self, key: Key, slot: int, moves: list[Move]) -> int:
+        assert key[1] not in self._layers[key[0]].pinned
+        moves.append(Move(key, slot, self._reserved.pop()))
+        return moves[-1].to
 
     def slot(self, key: Key) -> int | None:
         """The slot of a resident expert, or None."""
@@ -216,6 +259,8 @@ class CachePolicy:
             here = self._layers[key[0]]
             slot = here.slots.pop(key[1])
             del here.worth[key[1]]
+        if slot >= self.num_slots:  # that slot goes
+            slot = self._reserved.pop()
         self._free.append(slot)
 
     def _keep(self, layer: int, expert: int, slot: int) -> None:
@@ -246,9 +291,13 @@ class CachePolicy:
         key = next((key for key in keys if key[1] not in self._layers[key[0]].pinned), None)
         return None if key is None else self._window.pop(key)
 
-    def _evict_oldest(self, asking_layer: int) -> int | None:
-        """The slot of the oldest unpinned expert; a layer at its floor gives one only as a last resort."""
-        if len(self._layers[asking_layer].slots) <= self.floor:
+    def _evict_oldest(self, asking_layer: int | None) -> int | None:
+        """The slot of the oldest unpinned expert; a layer at its floor gives one only as a last resort.
+
+        Args:
+            asking_layer: may give one at its floor, too, because it gets one; None: nobody asks.
+        """
+        if asking_layer is not None and len(self._layers[asking_layer].slots) <= self.floor:
             self._note_oldest(asking_layer)
         slot = self._evict(asking_layer, self.floor)
         if slot is None and self.floor:
@@ -257,7 +306,7 @@ class CachePolicy:
             slot = self._evict(asking_layer, 0)
         return slot
 
-    def _evict(self, asking_layer: int, floor: int) -> int | None:
+    def _evict(self, asking_layer: int | None, floor: int) -> int | None:
         slot = None
         pinned: list[tuple[int, tuple[float, int]]] = []  # layer, and its heap entry
         while self._oldest and slot is None:

@@ -24,12 +24,12 @@ LOG_TOKENS = 128
 
 
 class StepRoutes(NamedTuple):
-    """The choices of one step; rows of proposals that are not confirmed are among them, as in the expert cache.
+    """The choices of one step, without those of rejected proposals.
 
     choices: int32 [routed layers, tokens, experts per token], best first; valid while a recorder is told.
     is_decode: bool [tokens]; prompt tokens are False.
     sequence: int32 [tokens], an index of `numbers`.
-    numbers: of the step's sequences, in order of arrival: a later request has a higher number.
+    numbers: the step's sequences, in order of arrival: a later request has a higher number.
     """
 
     choices: NDArray[np.int32]
@@ -47,7 +47,10 @@ class RouteRecorder(Protocol):
         ...
 
     def record(self, steps: Sequence[StepRoutes], lookups: int, hits: int) -> None:
-        """Take steps, in order. `lookups` and `hits` are those of decode after the last one, since the engine began."""
+        """Take steps, in order.
+
+        `lookups` and `hits` are those of decode after the last one, since the engine began; rejected proposals count.
+        """
         ...
 
 
@@ -78,6 +81,18 @@ class RouteLog:
         num_layers, k = self._shape
         self._end = self._begin + num_layers * num_tokens * k
         return self._memory[self._begin : self._end].reshape(num_layers, num_tokens, k)
+
+    def keep(self, choices: NDArray[np.int32], is_kept: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Drop the choices of some tokens of the step that asked for room last; return those that are left.
+
+        Args:
+            choices: the step's choices, from `room`.
+            is_kept: bool [tokens].
+        """
+        left = choices[:, is_kept]
+        room = self.room(left.shape[1])
+        room[:] = left
+        return room
 
     def note(self, routes: StepRoutes, runner: ExpertRunner) -> None:
         """Note that the step that asked for room last has run."""

@@ -102,6 +102,8 @@ def load_resident(
 class ResidentRunner:
     """Every expert in memory (`load_resident`). A run yields all of its experts at once."""
 
+    elsewhere = None
+
     def __init__(
         self,
         runtime: _native.Runtime,

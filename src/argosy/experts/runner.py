@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
+from argosy.checkpoint.files import ModelFiles
 
 Rows = NDArray[np.float32]
 
@@ -52,7 +53,15 @@ class ExpertRunner(Protocol):
 
     @property
     def resident(self) -> _native.ExpertTable | None:
-        """The table of all experts if every one stays in memory here: then native code runs them without Python."""
+        """The table of all experts if every one is in memory now: native code runs the next step without Python."""
+        ...
+
+    @property
+    def elsewhere(self) -> _native.LayerExperts | None:
+        """Runs the next step's experts elsewhere, without Python at each layer; None: the stack stops at each.
+
+        The stack still stops at a layer that fails or takes long; `run` goes on with what was begun.
+        """
         ...
 
     @property
@@ -99,3 +108,40 @@ class ExpertRunner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class ExpertGroup(Protocol):
+    """Other processes that run experts of a model, too: an engine receives one as an argument (`cluster/group.py`)."""
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the engine's own process runs experts, too."""
+        ...
+
+    @property
+    def most_rows(self) -> int:
+        """The most tokens of a step that the others take."""
+        ...
+
+    def nbytes(self, files: ModelFiles) -> int:
+        """Most bytes that it takes in the engine's process."""
+        ...
+
+    def open(
+        self,
+        files: ModelFiles,
+        local: ExpertRunner,
+        *,
+        instruction_set: str,
+        cache_bytes: int,
+        step_tokens: int,
+    ) -> ExpertRunner:
+        """The runner of all of them together, for one engine.
+
+        Args:
+            local: runs experts in this process.
+            instruction_set: the one that the engine's runtime uses; sums depend on it.
+            cache_bytes: memory for experts in `local`.
+            step_tokens: the most tokens of a step.
+        """
+        ...

@@ -49,10 +49,10 @@ _MOST_PROBE_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 32  # P6, width, height and 255
 _FAST_SCALING = "bilinear+accurate_rnd+bitexact"
 _EXIT_SECONDS = 5.0
-# What a program needs to find its shared libraries. All other variables are withheld.
+# The variables by which a program finds its shared libraries. All others are withheld.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 _NO_MEMORY = b"Cannot allocate memory"  # among the errors that ffmpeg writes
-_MOST_ERROR_BYTES = 1 << 16  # what a pipe holds
+_MOST_ERROR_BYTES = 1 << 16  # a pipe holds as much
 # Threads of ffmpeg share one heap; otherwise each reserves its own.
 _LESS_MEMORY = {"MALLOC_ARENA_MAX": "1", "AV_LOG_FORCE_NOCOLOR": "1", "LC_ALL": "C"}
 # Sets limits on itself, then becomes the program.

@@ -1,4 +1,4 @@
-"""What a caller's message is made of: text, pictures, sounds and videos, and their content with its digest.
+"""The parts of a caller's message: text, pictures, sounds and videos, and their content with its digest.
 
     Image("cat.png")  ->  read(limits)  ->  Content: bytes or an array, and 32 bytes that identify it
 
@@ -25,7 +25,7 @@ from argosy.errors import BadMedia, UsageError
 
 Kind = Literal["picture", "sound", "video"]
 Hearing = Literal["none", "native", "transcript"]
-"""What becomes of a sound in a prompt: the model takes none, hears it itself, or reads its transcript."""
+"""How an engine treats a sound in a prompt: it is refused, heard by the model, or transcribed."""
 Detail = Literal["low", "high"]
 LOW_DETAIL_TOKENS = 256  # the most tokens of a picture with low detail
 Source = str | os.PathLike[str] | bytes | NDArray[Any]
@@ -35,13 +35,13 @@ Source = str | os.PathLike[str] | bytes | NDArray[Any]
 class MediaLimits:
     """The largest picture, sound and video that is accepted.
 
-    file_bytes: of an encoded file.
-    pixels, side: of a picture. The largest side of all four formats is 65535 or less.
+    file_bytes: size of an encoded file.
+    pixels, side: size of a picture. The largest side of all four formats is 65535 or less.
     sound_s: seconds of a sound.
     transcribed_s: seconds of all sounds in a request, if a prompt has their transcripts; see `TranscribedSounds`.
     decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
     wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
-    video_bytes: of the encoded file of a video, or of its frames together.
+    video_bytes: size of a video's encoded file, or of its frames together.
     video_frames, video_s: frames and seconds of a video, however few of them a model looks at.
     video_wall_s: seconds that decoding a video may keep us waiting.
     """
@@ -61,7 +61,7 @@ class MediaLimits:
 
 # A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
 PROMPT_LIMITS = MediaLimits(pixels=24_000_000)
-"""What an engine takes in a prompt; its memory plan counts on it."""
+"""The media that an engine accepts in a prompt; its memory plan counts on it."""
 
 FFMPEG_BYTES = 256 << 20
 """Memory of a process of ffmpeg beyond what one file may take to decode: frames that wait between its threads."""
@@ -75,7 +75,7 @@ class Content:
         float32 [samples], or uint8 [frames, height, width, 3]; or the pictures that are the frames of a video.
     digest: 32 bytes; equal for equal content.
     rate: samples or frames per second, unless a file says so.
-    detail: of a picture, see `Image`; part of the digest.
+    detail: how finely a picture is seen, see `Image`; part of the digest.
     """
 
     kind: Kind

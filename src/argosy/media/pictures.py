@@ -32,7 +32,7 @@ from argosy.media.settings import SOUND_KEYS, Settings
 
 Grid = tuple[int, int, int]
 
-_LONGEST_RATIO = 200  # of the sides of a picture or frame, for Qwen and GLM
+_LONGEST_RATIO = 200  # the sides of a picture or frame, for Qwen and GLM
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 GEMMA_TOKENS = (70, 140, 280, 560, 1120)
 _FEWEST_TOKENS = 16  # a cap below this would distort pictures
@@ -77,7 +77,7 @@ class PictureProcessor:
     merge_size: side of the square of patches that becomes one token.
     frames: how often a patch repeats the picture, because the tower takes several frames at once.
     fit: chooses the size.
-    order: of patches and of the values in a patch:
+    order: how patches, and the values in a patch, are ordered:
         "merged": patches of a token together; values as [channels, frames, patch, patch];
         "planes": patches row by row; values as [channels, patch, patch];
         "pixels": patches row by row; values as [patch, patch, channels].
@@ -355,7 +355,7 @@ def _read_kimi(settings: Settings, most_tokens: int | None) -> PictureProcessor:
         own.passed(
             "config_type", "in_patch_limit_each_frame", "in_patch_limit_video", "max_num_frames_each_video"
         )
-        own.passed("sample_fps", "temporal_merge_kernel_size", "timestamp_mode")  # of videos
+        own.passed("sample_fps", "temporal_merge_kernel_size", "timestamp_mode")  # settings of videos
     else:
         patch_size, merge_size = (
             settings.integer("patch_size", 14, most=256),

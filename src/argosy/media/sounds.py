@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from argosy.errors import BadMedia, UnsupportedModel
 from argosy.media.settings import PICTURE_KEYS, Settings
 
-_FLOOR = 1e-10  # of the power in a band
+_FLOOR = 1e-10  # the least power of a band
 _RANGE = 8.0  # powers of ten below the loudest that are told apart
 _FRAMES_AT_ONCE = 1024  # bounds the memory of the transform
 Padding = Literal["none", "silence", "chunk"]
-_TOP_HERTZ = 8000.0  # of the highest band
+_TOP_HERTZ = 8000.0  # upper end of the highest band
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What was said in a sound, with times, and the formats that subtitles are written in."""
+"""Transcripts of speech, with times, and the formats of subtitles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TranscriptOptions:
     logprob_threshold: a result whose tokens are less likely on average looks wrong; None: never.
     no_speech_threshold: a window that looks wrong, and is silent with a higher probability than this, is passed over;
         None: never.
-    seed: of the choices at temperatures above zero.
+    seed: for choices at temperatures above zero.
     """
 
     language: str | None = None
@@ -67,7 +67,7 @@ class Segment:
 
     window_start_s: where the window that it was heard in begins.
     token_ids: as decoded, timestamps included.
-    temperature, average_logprob, compression_ratio, no_speech_probability: of the window that it is part of.
+    temperature, average_logprob, compression_ratio, no_speech_probability: values of the window that it is part of.
     """
 
     window_start_s: float
@@ -83,7 +83,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transcript:
-    """What was said in a sound. `text` is all segments together; `language` a code such as `en`."""
+    """A transcript of speech. `text` is all segments together; `language` a code such as `en`."""
 
     text: str
     language: str

@@ -51,7 +51,7 @@ Frames = NDArray[np.uint8]  # [frames, height, width, 3]
 
 
 class Texts(NamedTuple):
-    """What stands before and after the tokens of a group."""
+    """The texts before and after the tokens of a group."""
 
     before: str = ""
     after: str = ""
@@ -77,9 +77,9 @@ class VideoProcessor:
     fit: chooses the size.
     sample: the indices of frames, in order, from the number of frames and their rate; some may come twice.
     label: the texts of a group, from the times of its first and its last frame.
-    surroundings: what the chat template writes around a video's placeholder, and the texts of groups replace.
+    surroundings: the text that the chat template writes around a video's placeholder, replaced by the texts of groups.
     levels: float32 [3, 256], what each 8-bit value becomes in each channel.
-    order: of the values in a patch: "planes": channels, frames, then pixels; "pixels": each with its channels.
+    order: order of values in a patch: "planes": channels, frames, then pixels; "pixels": each with its channels.
     between: stands before the texts of all groups but the first.
     most_tokens, most_group_tokens: caps on the tokens of a video and of a group, below what the model would use.
     """
@@ -534,7 +534,7 @@ def _read_kimi(settings: Settings, caps: dict[str, Any]) -> VideoProcessor:
         own.fixed("timestamp_mode", "hh:mm:ss.fff")
         own.fixed("in_patch_limit_video", None)
         own.fixed("max_num_frames_each_video", None)
-        own.passed("config_type", "in_patch_limit", "fixed_output_tokens")  # of pictures
+        own.passed("config_type", "in_patch_limit", "fixed_output_tokens")  # settings of pictures
     else:
         settings.fixed("do_resize", True)
         patch_size, merge_size = (

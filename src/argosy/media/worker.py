@@ -51,9 +51,9 @@ _IDLE_SECONDS = 10.0  # after this the process ends and frees its memory; the ne
 # Processor time: one second for any file, and this much for large ones whose size is within the limits.
 _CPU_SECONDS = 1.0
 _CPU_SECONDS_PER_MEGAPIXEL = 0.1
-_CPU_SECONDS_PER_SECOND = 0.01  # of sound
-_PIECE_BYTES = 1 << 20  # of an answer's pixels
-_FRAMES_AT_ONCE = 1 << 14  # of a sound
+_CPU_SECONDS_PER_SECOND = 0.01  # CPU time for each second of sound
+_PIECE_BYTES = 1 << 20  # pixels in one piece of an answer
+_FRAMES_AT_ONCE = 1 << 14  # samples of a sound
 _MOST_CHANNELS = 8
 _SLACK_BYTES = 16 << 20  # for pieces, tables and the decoders' buffers
 

@@ -28,16 +28,17 @@ class PartClock:
         self.seconds["other"] += now - self._last - encoding_s
         self._last = now
 
-    def mark_native(self, spent: tuple[float, float, float]) -> None:
-        """Divide the time since the last mark: native code's router, dense and experts; the rest goes to `other`."""
+    def mark_native(self, spent: tuple[float, float, float, float]) -> None:
+        """Divide the time since the last mark by what native code spent (`Stack.take_seconds`); the rest is `other`."""
         now = perf_counter()
-        router, dense, experts = spent
+        router, dense, experts, waiting = spent
         # No loop: after a step that streamed all weights, Python's own code is out of the CPU cache.
         seconds = self.seconds
         seconds["router"] += router
         seconds["attention_and_dense"] += dense
         seconds["expert_compute"] += experts
-        seconds["other"] += now - self._last - router - dense - experts
+        seconds["waiting_for_reads"] += waiting
+        seconds["other"] += now - self._last - router - dense - experts - waiting
         self._last = now
 
     def mark_run(self, compute_s: float) -> None:

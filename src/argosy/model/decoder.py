@@ -2,11 +2,12 @@
 
     native stack  ─ dispatch, rows ─>  expert runner  ─ groups of outputs ─>  native stack
 
-The layers run in native code. With every expert in memory, a step is one native call. Otherwise the stack stops at each
-layer with routed experts, and an expert runner starts to run them (it issues reads, for instance). Python runs the
-shared expert meanwhile, then takes each group of outputs as it is done. One decoder runs every family; their
-differences are in `ModelConfig`, and a family's file maps its checkpoint to that. All sums have one fixed order, so a
-token's logits depend neither on its step nor on the order in which experts are done.
+The layers run in native code. A step is one native call if every expert is in memory, or if workers run the experts
+and nothing goes wrong. Otherwise the stack stops at each layer with routed experts, and an expert runner starts to run
+them (it issues reads, for instance). Python runs the shared expert meanwhile, then takes each group of outputs as it is
+done. One decoder runs every family; their differences are in `ModelConfig`, and a family's file maps its checkpoint to
+that. All sums have one fixed order, so a token's logits depend neither on its step nor on the order in which experts
+are done.
 
 Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's layers.
 """
@@ -14,6 +15,7 @@ Elsewhere: native/ops/stack.cpp runs a layer; `layers.py` describes a model's la
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,7 @@ class Decoder:
         recurrent: the recurrent state of the layers that have one.
         clock: receives the time of each part of a step.
         observe: receives the experts that each token of each layer chose; the array is valid during the call.
+        layers: those that it runs, one after another; None: all of them.
         room_for_choices: gives an array int32 [routed layers, tokens, experts per token] for the choices of a step of
             so many tokens; `choices` has it. Unlike `observe`, this keeps a step one native call.
     """
@@ -57,16 +60,19 @@ class Decoder:
         clock: PartClock,
         recurrent: _native.RecurrentState | None = None,
         observe: RouteObserver | None = None,
+        layers: range | None = None,
         room_for_choices: Callable[[int], NDArray[np.int32]] | None = None,
     ) -> None:
         self.config = config
         self._room_for_choices = room_for_choices
-        self.choices: NDArray[np.int32] | None = None  # of the last step, best first
+        self.choices: NDArray[np.int32] | None = None  # in the last step, best first
         self._experts = experts
         self._clock = clock
         self._observe = observe
         self._tapped: dict[int, Array] = {}
-        self._next_moe_layer = dict(zip(config.moe_layers, config.moe_layers[1:], strict=False))
+        layers = range(config.num_layers) if layers is None else layers
+        routed = [layer for layer in config.moe_layers if layer in layers]
+        self._next_moe_layer = dict(pairwise(routed))
         embedding = weights.matrices["embed"]
         self._stack = _native.Stack(
             runtime,
@@ -77,14 +83,13 @@ class Decoder:
             norm_eps=config.norm_eps,
             rotaries=[rotary(rope) for rope in config.ropes],
             activation=describe_activation(config),
-            layers=describe_layers(config, weights),
+            layers=describe_layers(config, weights)[layers.start : layers.stop],
             max_tokens=max_tokens,
-            # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
-            resident=None if experts is None or observe is not None else experts.resident,
             experts_off=experts is None,
             recurrent=recurrent,
             embedding_scale=config.embedding_scale,
             logit_cap=config.logit_cap,
+            first_layer=layers.start,
         )
 
     def forward(self, step: Step) -> Array:
@@ -97,6 +102,9 @@ class Decoder:
         self._tapped = {}
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
+        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
+        if self._experts is not None and self._observe is None:
+            self._stack.use_experts(self._experts.resident or self._experts.elsewhere)
         if self._room_for_choices is not None:
             self.choices = self._room_for_choices(step.num_tokens)
         self._stack.begin(
@@ -115,11 +123,19 @@ class Decoder:
             step.additions,
             tuple(self._tapped.items()),
             self.choices,
+            step.window_blocks,
         )
         while (demand := self._stack.advance()) is not None:
             self._run_experts(*demand)
         self._clock.mark_native(self._stack.take_seconds())
         return logits
+
+    def resize(self, max_tokens: int) -> None:
+        """Have memory for steps of at most so many tokens from now on, no more than at first.
+
+        The system gets the rest. What the last step left is lost.
+        """
+        self._stack.resize(max_tokens)
 
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
         """Let no token choose these experts of a layer from the next step on; none of them: allow all again.
@@ -136,6 +152,16 @@ class Decoder:
             KeyError: the step did not tap this layer.
         """
         return self._tapped[layer]
+
+    def hidden(self) -> Array:
+        """The hidden state after the last layer of the last step: float32 [tokens, hidden_size], a new array."""
+        return self._stack.hidden().copy()
+
+    def final_states(self, rows: NDArray[np.int64]) -> Array:
+        """Hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        states = np.empty((len(rows), self.config.hidden_size), np.float32)
+        self._stack.final_states(rows, states)
+        return states
 
     def logits(self, rows: NDArray[np.int64]) -> Array:
         """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, EngineConfig, KvDtype, ModelConfig
+from argosy.config import FLOAT_FORMATS, KV_BLOCK_TOKENS, MIB, EngineConfig, KvDtype, ModelConfig
 from argosy.errors import ArgosyError
 from argosy.experts import policy
 from argosy.experts.files import (
@@ -23,6 +23,7 @@ from argosy.experts.files import (
 )
 from argosy.experts.recording import log_bytes
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
+from argosy.model.draft_layer import MOST_DRAFT_ROWS, joining_bytes
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 
 # Properties that depend on the towers.
 _OF_MEDIA = ("encoders", "processors", "low_detail", "encoder_bytes", "unbroken_tokens", "_largest_media")
+# The context that is planned for if nobody asks for one, of models that support as many tokens.
+DEFAULT_CONTEXT = 8192
+_SMALLEST_PROCESS_BYTES = 96 * MIB  # interpreter, libraries and a small tokenizer, before any weights
+# Keys and values that would take a larger share of the smallest budget are float16 by default.
+_KV_SHARE = 1 / 20
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
 
@@ -42,9 +48,16 @@ def kv_blocks(num_tokens: int) -> int:
     return -(-num_tokens // KV_BLOCK_TOKENS)
 
 
-def kv_bytes(config: ModelConfig, num_tokens: int, kv_dtype: KvDtype) -> int:
-    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks."""
-    return _native.kv_cache_bytes(kv_shapes(config), kv_blocks(num_tokens), KV_BLOCK_TOKENS, kv_dtype)
+def kv_bytes(
+    config: ModelConfig, num_tokens: int, kv_dtype: KvDtype, *, window_blocks: int | None = None
+) -> int:
+    """Bytes of keys and values of all layers for `num_tokens` positions, in whole blocks.
+
+    Args:
+        window_blocks: blocks for layers with a sliding window; None: they keep all positions, too.
+    """
+    blocks = kv_blocks(num_tokens)
+    return _native.kv_cache_bytes(kv_shapes(config), blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
 
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
@@ -54,6 +67,16 @@ def state_bytes(config: ModelConfig, num_states: int) -> int:
     return _native.recurrent_state_bytes(num_states, len(config.delta_layers), config.delta.sizes)
 
 
+def files_to_run(files: ModelFiles, config: EngineConfig) -> ModelFiles:
+    """Returns the files that an engine with these settings reads: with the draft layer if that proposes tokens.
+
+    Raises:
+        UnsupportedModel, CheckpointError: there is no draft layer, or it cannot be used.
+    """
+    needs_draft = config.speculate == "mtp" and not files.num_draft_layers
+    return files.with_draft_layer() if needs_draft else files
+
+
 class ModelFootprint:
     """Bytes of each part of one model, run with the settings of `config`.
 
@@ -61,10 +84,10 @@ class ModelFootprint:
     """
 
     def __init__(self, files: ModelFiles, config: EngineConfig) -> None:
-        self.files = files
-        self.config = files.config
+        self.files = files = files_to_run(files, config)
+        self.config = files.config  # describes all layers, the one that drafts among them
         self.num_experts = len(files.experts)  # routed experts in all layers
-        self._kv_dtype = config.kv_dtype
+        self._wanted_kv_dtype = config.kv_dtype
         self._threads = config.threads  # each has scratch memory
         self._has_media = config.media is not False
         self._media_fault: ArgosyError | None = None  # why towers are not used
@@ -99,12 +122,26 @@ class ModelFootprint:
     def with_kv(self, kv_dtype: KvDtype) -> ModelFootprint:
         """The same model with keys and values in another format."""
         other = copy(self)
-        other._kv_dtype = kv_dtype
+        other.kv_dtype = kv_dtype
         return other
 
     @cached_property
+    def kv_dtype(self) -> KvDtype:
+        """The format of keys and values: the requested one, or what suits the model.
+
+        That is f16 if float32 would take more than a twentieth of the smallest budget that runs the model, with the
+        default context. It follows from the checkpoint alone: a budget must not change which tokens come out.
+        """
+        if self._wanted_kv_dtype is not None:
+            return self._wanted_kv_dtype
+        in_f32 = kv_bytes(self.config, min(self.config.context_tokens, DEFAULT_CONTEXT), "f32")
+        fewest = min(self.num_experts, self.config.experts_per_token)
+        least = _SMALLEST_PROCESS_BYTES + self.dense_bytes + in_f32 + fewest * self.slot_bytes
+        return "f16" if in_f32 > _KV_SHARE * least else "f32"
+
+    @cached_property
     def processors(self) -> Mapping[Kind, Processor | ArgosyError]:
-        """What prepares media for the towers, or why media of a kind cannot be taken."""
+        """The processor of each kind of media, or the error that says why media of that kind are refused."""
         found: dict[Kind, Processor | ArgosyError] = {}
         for kind, tower in self.encoders.items():
             try:
@@ -132,7 +169,7 @@ class ModelFootprint:
 
     @cached_property
     def low_detail(self) -> Processor | None:
-        """What prepares a picture with low detail; None if the model takes no pictures."""
+        """The processor of pictures with low detail; None if the model takes no pictures."""
         tower = self.encoders.get("picture")
         if (
             tower is None
@@ -217,48 +254,75 @@ class ModelFootprint:
         """All experts, one after another."""
         return resident_bytes(self.files.experts)
 
-    def kv_bytes(self, num_tokens: int) -> int:
-        return kv_bytes(self.config, num_tokens, self._kv_dtype)
+    def kv_bytes(self, num_tokens: int, window_blocks: int | None = None) -> int:
+        return kv_bytes(self.config, num_tokens, self.kv_dtype, window_blocks=window_blocks)
+
+    @property
+    def window(self) -> int:
+        """The largest sliding window, if some layers have one and others see everything; otherwise 0."""
+        windows = {layer.sliding_window for layer in self.config.layers if layer.mixer == "attention"}
+        return max(windows) if 0 in windows and not self.config.delta_layers else 0
 
     def state_bytes(self, num_states: int) -> int:
         return state_bytes(self.config, num_states)
 
     def working_bytes(self, step_tokens: int) -> int:
-        """The buffers and scratch memory of a step of at most `step_tokens` tokens."""
+        """The memory of a step of at most `step_tokens` tokens."""
         sizes = self._stack_sizes
-        native = sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(step_tokens, self._threads)
-        native += sizes.dispatch_bytes(step_tokens)
-        return native + _STEP_TOKEN_BYTES * step_tokens
+        others = sizes.dispatch_bytes(step_tokens) + _STEP_TOKEN_BYTES * step_tokens
+        if self.files.num_draft_layers:
+            rows = min(step_tokens, MOST_DRAFT_ROWS)
+            others += sizes.buffer_bytes(rows) + sizes.dispatch_bytes(rows) + joining_bytes(self.config, rows)
+        return self.buffer_bytes(step_tokens) + others
+
+    def buffer_bytes(self, step_tokens: int) -> int:
+        """The buffers and scratch memory of such a step, which a `Decoder` has as long as steps may be so long."""
+        sizes = self._stack_sizes
+        return sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(
+            step_tokens, self._threads, self._has_quants
+        )
 
     def choices_bytes(self, step_tokens: int) -> int:
         """The choices of steps that a recorder was not told yet."""
-        layers, k = len(self.config.moe_layers), self.config.experts_per_token
+        layers, k = len(self.files.own_config.moe_layers), self.config.experts_per_token
         return log_bytes(step_tokens, num_layers=layers, experts_per_token=k)
+
+    @cached_property
+    def _has_quants(self) -> bool:
+        """Whether any weights are quantised, so that activations are, too."""
+        formats = {ref.format for ref in self.files.dense.values()}
+        for record in self.files.experts.values():
+            formats.update(matrix.format for matrix in (record.gate, record.up, record.down))
+        return not formats <= FLOAT_FORMATS
 
     @cached_property
     def _stack_sizes(self) -> _native.StackSizes:
         return stack_sizes(self.config)
 
     def record_bytes(self, num_slots: int, num_lent: int = 0) -> int:
-        """What keeps account of the experts if `num_slots` of them have room: where each is, when it was used.
+        """Bytes of the records about experts, if `num_slots` of them have room: where each is, when it was used.
 
         Args:
             num_lent: how many more have room at times.
         """
         if not self.num_experts:
             return 0
-        num_layers, num_experts = self.config.num_layers, self.config.num_experts
-        # `Stack.take_uses`: current counts, those being reported, the last reported ones, and half of these.
-        uses = 4 * 8 * num_layers * num_experts
         if num_slots >= self.num_experts:
-            return uses + self._resident_records
-        return (
-            uses
-            + self._records
-            + policy.bookkeeping_bytes(
-                num_slots=num_slots + num_lent, num_layers=num_layers, num_experts=num_experts
-            )
+            return self._use_bytes + self._resident_records
+        return self.cache_record_bytes(num_slots + num_lent)
+
+    def cache_record_bytes(self, num_slots: int) -> int:
+        """The same for slots of a cache, whether or not it has one for each expert."""
+        num_layers, num_experts = self.config.num_layers, self.config.num_experts
+        in_policy = policy.bookkeeping_bytes(
+            num_slots=num_slots, num_layers=num_layers, num_experts=num_experts
         )
+        return self._use_bytes + self._records + in_policy
+
+    @property
+    def _use_bytes(self) -> int:
+        """`Stack.take_uses`: current counts, those being reported, the last reported ones, and half of these."""
+        return 4 * 8 * self.config.num_layers * self.config.num_experts
 
     @cached_property
     def _records(self) -> int:

@@ -67,7 +67,7 @@ def describe_activation(config: ModelConfig) -> _native.Activation:
 
 
 def describe_experts(config: ModelConfig, weights: DenseWeights) -> Arithmetic:
-    """What the routed experts compute; it uses the memory of `weights`."""
+    """Describe the arithmetic of the routed experts; it uses the memory of `weights`."""
     vectors = weights.vectors
 
     def bias(layer: int, part: str) -> Vector | None:
@@ -181,7 +181,9 @@ def _latent_dim(config: ModelConfig) -> int:
 
 _KV_SHAPES: Mapping[MixerKind, Callable[[ModelConfig, int], _native.KvShape]] = {
     "attention": lambda config, layer: _native.KvShape.keys_values(
-        config.kv_heads_of(layer), config.head_dim_of(layer)
+        config.kv_heads_of(layer),
+        config.head_dim_of(layer),
+        is_windowed=config.layers[layer].sliding_window > 0,
     ),
     "delta": lambda config, layer: _native.KvShape.none(),
     "latent": lambda config, layer: _native.KvShape.latent(_latent_dim(config)),

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, KvDtype
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
 from argosy.experts.recording import RouteLog
 from argosy.experts.resident import Progress, ResidentReading, load_resident
-from argosy.experts.runner import ExpertRunner
+from argosy.experts.runner import ExpertGroup, ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
+from argosy.model.draft_layer import MOST_DRAFT_ROWS, DraftLayer
 from argosy.model.layers import describe_experts, kv_shapes
 from argosy.model.step import Step
 from argosy.model.weights import DenseReading, DenseWeights
@@ -41,8 +42,10 @@ class ModelSizes:
     kv_dtype: KvDtype
     step_tokens: int  # maximum tokens of a step
     num_states: int  # slots of the recurrent state; ignored if no layer has one
-    expert_slots: int | None  # at most and at first; None: every expert
-    fewest_slots: int | None = None  # at least; None: as many
+    expert_slots: int | None  # at most; None: every expert, packed end to end
+    window_blocks: int | None = None  # for layers with a sliding window; None: as many as the others have
+    first_slots: int | None = None  # at first; None: as many
+    reads_all: bool = False  # those that no token asks for are read, too, once there is a slot for every one
 
 
 class ModelReading:
@@ -110,39 +113,62 @@ class ModelReading:
         look_ahead: bool = True,
         observe: RouteObserver | None = None,
         log: RouteLog | None = None,
+        group: ExpertGroup | None = None,
+        foreground: _native.Foreground | None = None,
     ) -> Model:
         """Open the model within `sizes`, after `wait`.
 
         Experts that were read make way if `sizes` has no room for all of them.
 
+        Args:
+            group: other processes that run experts, too.
+            foreground: committing memory for experts gives way to it; None: to nothing.
+
         Raises:
             ReadFailed, CorruptRecord, CheckpointError: an expert cannot be read.
+            ArgosyError: the group cannot be used.
         """
         assert self._weights is not None
         experts: ExpertRunner | None = None
+        cache: ExpertCache | None = None
+        cache_bytes = 0
         if self._has_experts and sizes.expert_slots is None:
             experts = self._resident_runner(self._weights, runtime)
+            cache_bytes = self._files.expert_bytes
         elif self._has_experts and sizes.expert_slots is not None:
             if self._experts_reading is not None:
                 self._experts_reading.close()
+            expert_files = self._expert_files()
             cache = ExpertCache(
                 self._store,
-                self._expert_files(),
+                expert_files,
                 num_slots=sizes.expert_slots,
-                fewest_slots=sizes.fewest_slots,
+                first_slots=sizes.first_slots,
+                reads_all=sizes.reads_all,
                 num_layers=self._files.config.num_layers,
                 experts_per_token=self._files.config.experts_per_token,
                 arithmetic=describe_experts(self._files.config, self._weights),
                 look_ahead=look_ahead,
+                foreground=foreground,
             )
             experts = CachedRunner(runtime, cache)
+            cache_bytes = cache.policy.num_slots * expert_files.slot_bytes
+        if group is not None and experts is not None:
+            experts = group.open(
+                self._files,
+                experts,
+                instruction_set=runtime.instruction_set,
+                cache_bytes=cache_bytes,
+                step_tokens=sizes.step_tokens,
+            )
         return Model(
-            self._files.config,
+            self._files,
             self._weights,
             experts,
             runtime,
             sizes,
             clock=clock,
+            cache=cache,
             observe=observe,
             log=log,
         )
@@ -167,24 +193,30 @@ class Model:
     Attributes:
         kv: keys and values of all layers, in blocks of `KV_BLOCK_TOKENS` positions.
         recurrent: the recurrent state of the layers that have one; None if no layer has.
+        cache: experts in this process; None if all of them are resident, or there are none.
+        draft: the layer that predicts one token more; None: it is not in memory.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        files: ModelFiles,
         weights: DenseWeights,
         experts: ExpertRunner | None,
         runtime: _native.Runtime,
         sizes: ModelSizes,
         *,
         clock: PartClock,
+        cache: ExpertCache | None = None,
         observe: RouteObserver | None = None,
         log: RouteLog | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = files.own_config
+        self.cache = cache
         self.weights = weights
         self.experts = experts
-        self.kv = _native.KvCache(kv_shapes(config), sizes.kv_blocks, KV_BLOCK_TOKENS, sizes.kv_dtype)
+        self.kv = _native.KvCache(
+            kv_shapes(files.config), sizes.kv_blocks, KV_BLOCK_TOKENS, sizes.kv_dtype, sizes.window_blocks
+        )
         self.recurrent: _native.RecurrentState | None = None
         if config.delta is not None and sizes.num_states:
             self.recurrent = _native.RecurrentState(
@@ -202,6 +234,17 @@ class Model:
             observe=observe,
             room_for_choices=None if log is None else log.room,
         )
+        self.draft: DraftLayer | None = None
+        if files.num_draft_layers:
+            self.draft = DraftLayer(
+                files.config,
+                weights,
+                experts,
+                self.kv,
+                runtime,
+                min(sizes.step_tokens, MOST_DRAFT_ROWS),
+                clock=clock,
+            )
 
     def forward(self, step: Step) -> NDArray[np.float32]:
         """Run a step; return the logits of its wanted rows: float32 [rows, vocab_size], a new array.
@@ -214,6 +257,10 @@ class Model:
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of any rows of the last step: float32 [rows, vocab_size], a new array."""
         return self.decoder.logits(rows)
+
+    def final_states(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
+        return self.decoder.final_states(rows)
 
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
         """Let no token choose these experts of a layer from the next step on (`Decoder.forbid`)."""
@@ -229,4 +276,6 @@ class Model:
 
     def close(self) -> None:
         """Free everything. No step may run; the store must be closed, so that no read moves bytes."""
-        del self.decoder, self.kv, self.recurrent, self.weights, self.experts
+        if self.experts is not None:
+            self.experts.close()
+        del self.decoder, self.draft, self.kv, self.recurrent, self.weights, self.experts, self.cache

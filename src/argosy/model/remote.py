@@ -26,7 +26,7 @@ from math import prod
 from pathlib import Path
 
 from argosy.checkpoint.geometry import require_countable
-from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, part_name, read_gguf
+from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, format_in_name, part_name, read_gguf
 from argosy.checkpoint.hub import Hub, Source
 from argosy.checkpoint.safetensors import (
     DTYPE_BITS,
@@ -47,8 +47,8 @@ SAFETENSORS_BYTES = 7 << 20  # read of a model as safetensors, config.json and l
 GGUF_BYTES = 32 << 20  # a header has the vocabulary: 6 to 12 MB
 _CONFIG_BYTES = 1 << 20
 _INDEX_BYTES = 512 << 10  # a larger list of tensors repeats what the headers say, at half of what is read
-_HEADER_BYTES = 6 << 20  # of all shards together
-_FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # of a model's first part, and of the others
+_HEADER_BYTES = 6 << 20  # all shards together
+_FIRST_GGUF_BYTES, _FIRST_PART_BYTES = 2 << 20, 32 << 10  # a model's first part, and each other one
 _NUM_AT_ONCE = 8
 _MOST_SHARDS = 2000
 _SHARD = re.compile(r"model-(\d{5,6})-of-(\d{5,6})\.safetensors")
@@ -60,10 +60,10 @@ _EXPERT = re.compile(r"(.*\bexperts\.)(\d{1,6})(\..+)")
 class RemoteHeaders:
     """The headers of a remote model.
 
-    path: what `open_model` opens.
-    file_bytes: of all the model's files with weights.
+    path: the path for `open_model`.
+    file_bytes: size of all the model's files with weights.
     num_shards, num_read: files with weights, and those of which the header was read.
-    tokenizer_bytes: of its tokenizer.json; 0: it has none, or it is in the GGUF file.
+    tokenizer_bytes: size of its tokenizer.json; 0: it has none, or it is in the GGUF file.
     """
 
     path: Path
@@ -94,37 +94,58 @@ def _fetch(source: Source, directory: Path, tell: Progress) -> RemoteHeaders:
         stem = source.url.rpartition("/")[0]
         return _fetch_gguf(hub, [source.url.rpartition("/")[2]], lambda name: f"{stem}/{name}", directory)
     listing = Hub(source, most_bytes=GGUF_BYTES)
-    revision, names = listing.names()
+    listed = listing.list_files()
+    names = listed.names
 
     def url_of(name: str) -> str:
-        return listing.url_of(revision, name)
+        return listing.url_of(listed.revision, name)
 
+    weights = choose_weights(names, source)
+    if weights[0].endswith(GGUF_SUFFIX):
+        return _fetch_gguf(listing, weights, url_of, directory)
+    hub = Hub(source, most_bytes=SAFETENSORS_BYTES - listing.bytes_read)
+    headers = _fetch_safetensors(hub, names, weights, url_of, directory, tell)
+    tell("done", 1.0)
+    return headers
+
+
+def choose_weights(names: Sequence[str], source: Source) -> list[str]:
+    """The files with the weights of the model that a source names, among all files of its repository.
+
+    They are the parts of one GGUF model, if the source names a part or there are no safetensors; otherwise all shards.
+
+    Raises:
+        CheckpointError: there is no model, or a part of it is missing.
+        UsageError: there are several GGUF models, and the source does not say which.
+    """
     gguf = [name for name in names if name.endswith(GGUF_SUFFIX) and "mmproj" not in name.rpartition("/")[2]]
     has_tensors = any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
     if source.part or (gguf and not has_tensors):
-        return _fetch_gguf(listing, _chosen(gguf, source), url_of, directory)
-    hub = Hub(source, most_bytes=SAFETENSORS_BYTES - listing.bytes_read)
-    headers = _fetch_safetensors(hub, names, url_of, directory, tell)
-    tell("done", 1.0)
-    return headers
+        return _chosen(gguf, source)
+    if CONFIG_FILE not in names:
+        raise CheckpointError(
+            f"{source.repository} holds no model: looked for {CONFIG_FILE} and for a {GGUF_SUFFIX} file",
+            path=source.url,
+        )
+    return _shards(names, source)
 
 
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _fetch_safetensors(
-    hub: Hub, names: Sequence[str], url_of: Callable[[str], str], directory: Path, tell: Progress
+    hub: Hub,
+    names: Sequence[str],
+    shards: Sequence[str],
+    url_of: Callable[[str], str],
+    directory: Path,
+    tell: Progress,
 ) -> RemoteHeaders:
-    if CONFIG_FILE not in names:
-        raise CheckpointError(
-            f"{hub.source.repository} holds no model: looked for {CONFIG_FILE} and for a {GGUF_SUFFIX} file",
-            path=hub.source.url,
-        )
     for name in (CONFIG_FILE, GENERATION_FILE):
         if name in names:
             (directory / name).write_bytes(hub.read_all(url_of(name), _CONFIG_BYTES))
     _, config = read_config(directory)
-    shards, index = _shards(hub, names, url_of)
+    index = _index(hub, names, url_of)
     found, sizes, num_read = _read_shards(hub, shards, url_of, directory, tell)
     if num_read == len(shards):
         _require_same_names(index, found)
@@ -137,12 +158,10 @@ def _fetch_safetensors(
     return RemoteHeaders(directory, sum(sizes), len(shards), num_read, hub.bytes_read, tokenizer_bytes)
 
 
-def _shards(
-    hub: Hub, names: Sequence[str], url_of: Callable[[str], str]
-) -> tuple[list[str], Mapping[str, object]]:
-    """The files with weights, and the list of their tensors: empty if there is none, or it is large."""
+def _shards(names: Sequence[str], source: Source) -> list[str]:
+    """The safetensors files of a model, in order."""
     if SINGLE_FILE in names:
-        return [SINGLE_FILE], {}
+        return [SINGLE_FILE]
     numbered = {int(match[1]): name for name in names if (match := _SHARD.fullmatch(name))}
     counts = {int(match[2]) for name in names if (match := _SHARD.fullmatch(name))}
     if (
@@ -151,20 +170,23 @@ def _shards(
         or set(numbered) not in (set(range(1, max(counts) + 1)), set(range(max(counts))))
     ):
         raise CheckpointError(
-            f"{hub.source.repository} holds no whole set of safetensors: looked for {SINGLE_FILE}, and for each of "
+            f"{source.repository} holds no whole set of safetensors: looked for {SINGLE_FILE}, and for each of "
             f"model-00001-of-0000N.safetensors; found {len(numbered)}",
-            path=hub.source.url,
+            path=source.url,
         )
-    index: Mapping[str, object] = {}
-    if INDEX_FILE in names:
-        first = hub.read(url_of(INDEX_FILE), 0, 1)
-        if first.file_bytes <= _INDEX_BYTES:
-            data = hub.read_all(url_of(INDEX_FILE), _INDEX_BYTES)
-            entries = parse_object(data, Path(INDEX_FILE)).get("weight_map")
-            if not isinstance(entries, dict):
-                raise CheckpointError(f"{INDEX_FILE} has no weight_map", path=Path(INDEX_FILE))
-            index = entries
-    return [numbered[number] for number in sorted(numbered)], index
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _index(hub: Hub, names: Sequence[str], url_of: Callable[[str], str]) -> Mapping[str, object]:
+    """The shard of each tensor, as the index says; empty if there is none, or it is large."""
+    if SINGLE_FILE in names or INDEX_FILE not in names:
+        return {}
+    if hub.read(url_of(INDEX_FILE), 0, 1).file_bytes > _INDEX_BYTES:
+        return {}
+    entries = parse_object(hub.read_all(url_of(INDEX_FILE), _INDEX_BYTES), Path(INDEX_FILE)).get("weight_map")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{INDEX_FILE} has no weight_map", path=Path(INDEX_FILE))
+    return entries
 
 
 def _read_shards(
@@ -298,8 +320,13 @@ def _chosen(names: Sequence[str], source: Source) -> list[str]:
     for name in sorted(matching):
         part = PART_NAME.fullmatch(name)
         models.setdefault(part["stem"] if part else name, []).append(name)
-    if len(models) == 1:
-        parts = next(iter(models.values()))
+    exact = [
+        parts
+        for stem, parts in models.items()
+        if format_in_name(stem.removesuffix(GGUF_SUFFIX)).lower() == wanted
+    ]
+    if len(models) == 1 or len(exact) == 1:
+        parts = exact[0] if exact else next(iter(models.values()))
         match = PART_NAME.fullmatch(parts[0])
         if match is not None and len(parts) != int(match["count"]):
             raise CheckpointError(

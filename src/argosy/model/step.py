@@ -42,6 +42,8 @@ class Step(NamedTuple):
     overrides: embeddings of media, each row at most once.
     additions: vectors of media for the output of layers, each row at most once in an addition.
     taps: layers whose hidden states after their additions are handed back (`Decoder.tapped`).
+    window_blocks: int32 [KV blocks], the window block of each KV block whose positions a token writes, or sees in a
+        layer with a sliding window; None if such layers have no blocks of their own.
     """
 
     token_ids: NDArray[np.int32]
@@ -57,6 +59,7 @@ class Step(NamedTuple):
     overrides: Overrides | None = None
     additions: tuple[Addition, ...] = ()
     taps: tuple[int, ...] = ()
+    window_blocks: NDArray[np.int32] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -109,7 +109,7 @@ class DenseReading:
 
     Args:
         norm_offset: added to the weights of norms (`ModelConfig.norm_offset`).
-        urgency: of the reads, against those of others (`_native.Store.fetch_many`).
+        urgency: how urgent the reads are, beside those of others (`_native.Store.fetch_many`).
         most_bytes: bytes to be read at any time, unless one tensor has more.
     """
 

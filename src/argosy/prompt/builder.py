@@ -26,6 +26,7 @@ from argosy.prompt.prompt import Prompt, ToolCalling
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
     from argosy.prompt.formats import Answer, Format, Parser
+    from argosy.prompt.infill import Infill, Snippet
     from argosy.prompt.messages import Media, Message, Piece, Turn
     from argosy.prompt.replay import Replay, ReplayMemory
     from argosy.prompt.tokenizer import Segment, Tokenizer
@@ -48,6 +49,14 @@ class _Placed(NamedTuple):
     placeholder: int
     surroundings: tuple[list[int], list[int]]
     segments: Sequence[Sequence[int] | MediaSpan]
+
+
+class Filling(NamedTuple):
+    """A prompt to fill in, the tokens that end the answer, and how many of the first snippets did not fit."""
+
+    prompt: Prompt
+    end_ids: Sequence[int]
+    num_left_out: int
 
 
 class PromptBuilder:
@@ -170,6 +179,89 @@ class PromptBuilder:
                 )
             self._refuse_chat_options(tools, variables)
             return self._checked(Prompt(tuple(ids)))
+
+    def whole_text(self, text: str | Sequence[int]) -> Prompt:
+        """A text as it is, between the tokens that the tokenizer adds to a whole text; or token ids, as they are.
+
+        It may fill the context, because nothing follows it.
+
+        Raises:
+            PromptTooLong: it has more tokens than the context holds.
+            UsageError: it is empty or has an id outside the vocabulary, or the model has no tokenizer.
+        """
+        if not isinstance(text, str):
+            return self._checked(Prompt(tuple(text)))
+        if not text:
+            raise UsageError("a text needs at least one character, and this one is empty")
+        tokenizer = self._needed("text")
+        added, room = self._added_tokens(tokenizer), self._context_tokens
+        try:
+            ids = tokenizer.encode(text, max_tokens=None if room is None else max(0, room - added))
+        except PromptTooLong as error:
+            assert room is not None
+            needed = error.facts["needed"]
+            assert isinstance(needed, int)
+            num_tokens, is_all = needed - 1 + added, not error.facts.get("is_at_least")
+            raise PromptTooLong.of(num_tokens, room, for_answer=0, is_all=is_all) from None
+        return self._checked(Prompt((*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids), text))
+
+    def start_of_text(self, text: str) -> list[int]:
+        """The ids of as much of a text's beginning as the context holds, between those that a whole text has.
+
+        Raises:
+            PromptTooLong: the context has no room for any of the text.   UsageError: as `whole_text`.
+        """
+        tokenizer, room = self._needed("text"), self._context_tokens
+        if room is None:
+            return list(self.whole_text(text).token_ids or ())
+        added = self._added_tokens(tokenizer)
+        if room <= added:
+            raise PromptTooLong.of(added + 1, room, for_answer=0, is_all=False)
+        return [*tokenizer.prefix_ids, *tokenizer.encode_start(text, room - added), *tokenizer.suffix_ids]
+
+    @staticmethod
+    def _added_tokens(tokenizer: Tokenizer) -> int:
+        """The tokens that a whole text has beside its own."""
+        return len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+
+    @property
+    def _context_tokens(self) -> int | None:
+        return None if self._max_tokens is None else self._max_tokens + 1
+
+    def infill(
+        self, before: str, after: str, *, snippets: Sequence[Snippet] = (), reserved_tokens: int = 0
+    ) -> Filling:
+        """The prompt to write what comes between two texts.
+
+        Args:
+            snippets: parts of other files, for the model to read first; those that do not fit are left out.
+            reserved_tokens: room that the snippets leave for the answer.
+
+        Raises:
+            PromptTooLong: the prompt has more tokens than the context holds.
+            UsageError: the model was not trained to fill in, or has no tokenizer.
+        """
+        infill = self._infill
+        if infill is None:
+            raise UsageError(
+                "this model cannot fill in a text: its vocabulary has no tokens for that",
+                hint="use a model that was trained to fill in, such as Qwen3-Coder",
+            )
+        ids, num_left_out = infill.encode_among(
+            snippets, before, after, max_tokens=self._max_tokens, reserved_tokens=reserved_tokens
+        )
+        return Filling(Prompt(tuple(ids), before), infill.end_ids, num_left_out)
+
+    @property
+    def can_infill(self) -> bool:
+        """Whether the model was trained to write what comes between two texts."""
+        return self._tokenizer is not None and self._infill is not None
+
+    @functools.cached_property
+    def _infill(self) -> Infill | None:
+        from argosy.prompt.infill import Infill
+
+        return Infill.of(self._needed("text"))
 
     @property
     def takes_messages(self) -> bool:
@@ -346,10 +438,9 @@ class PromptBuilder:
             return False
         return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
 
-    def forget(self, tenant: str) -> None:
-        """Forget the answers kept for `tenant`."""
-        if self._memory is not None:
-            self._memory.forget(tenant)
+    def forget(self, tenant: str) -> int:
+        """Forget the answers kept for `tenant`; returns their number."""
+        return 0 if self._memory is None else self._memory.forget(tenant)
 
     @functools.cached_property
     def _replay(self) -> Replay | None:

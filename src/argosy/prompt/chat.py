@@ -116,7 +116,7 @@ class ChatTemplate:
 
     @property
     def shape(self) -> Shape:
-        """What the template reads and prints; found once, by rendering a dozen small conversations."""
+        """The messages that the template reads and prints; found once, by rendering a dozen small conversations."""
         if self._found_shape is None:
             answer = self._ask({"read": self.source}, self._render_seconds)
             if "variables" not in answer:

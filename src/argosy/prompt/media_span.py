@@ -18,7 +18,7 @@ EARS_HINT = "open it with ears (`--ears tiny.en`), and it reads the transcripts 
 
 @dataclass(frozen=True, slots=True)
 class SpanRows:
-    """What a model receives at the positions of a span.
+    """The rows that a model receives at the positions of a span.
 
     embeddings: float32 [positions, hidden_size], instead of the embeddings of tokens.
     additions: layer -> float32 [positions, hidden_size], added to the hidden state after that layer (deepstack).
@@ -42,7 +42,7 @@ MakeRows = Callable[[], SpanRows | Making]
 class MediaSpan:
     """One picture, one sound, or one part of a video in a prompt.
 
-    kind: what it is; part of its identity.
+    kind: the kind of media; part of its identity.
     digest: 32 bytes that identify its content, its shape and whatever made its rows: spans with equal digests have
         equal rows. Prefixes are found by it.
     num_positions: how many positions it fills.
@@ -106,7 +106,7 @@ class MediaReader(Protocol):
         """Token ids before and after the placeholder that `segments` replaces with it, where they stand there."""
 
     def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
-        """What stands in the prompt instead of the placeholder: spans, and token ids between them.
+        """The replacement for the placeholder in the prompt: spans, and token ids between them.
 
         Args:
             tenant: the owner; what is kept of the content serves this tenant alone.

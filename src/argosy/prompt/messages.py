@@ -42,7 +42,7 @@ _KEYS = {
 _OTHER_KEYS = ("role", "content", "name")
 # Holds arguments that are not an object, as Anthropic asks for them to be sent back.
 UNREADABLE = "INVALID_JSON"
-_LONGEST_NAME = 256  # of a speaker, a call, or a call's id
+_LONGEST_NAME = 256  # for a speaker, a call, or a call's id
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ class TenantMemory(Generic[T]):
 
     @property
     def nbytes(self) -> int:
-        return sum(tenant.nbytes for tenant in self._tenants.values())
+        return sum(tenant.nbytes for tenant in list(self._tenants.values()))  # others may change it meanwhile
 
     def put(self, tenant: str, key: bytes, turn: T) -> None:
         with self._lock:
@@ -109,10 +109,32 @@ class TenantMemory(Generic[T]):
                 if key in turns:
                     turns.move_to_end(key)
 
-    def forget(self, tenant: str) -> None:
-        """Forget everything of `tenant`."""
+    def remove(self, tenant: str, keys: Iterable[bytes]) -> None:
+        """Remove these values, as far as they are kept."""
         with self._lock:
-            self._tenants.pop(tenant, None)
+            if (held := self._tenants.get(tenant)) is not None:
+                for key in keys:
+                    held.remove(key)
+
+    def remove_oldest(self, is_old: Callable[[T], bool], *, most: int) -> None:
+        """Remove, of each tenant, the values that were least recently used, up to the first that is not old.
+
+        Args:
+            most: limit for all tenants together; the rest is left for another call.
+        """
+        with self._lock:
+            for name, held in list(self._tenants.items()):
+                while most and held.turns and is_old(next(iter(held.turns.values()))):
+                    held.drop_oldest()
+                    most -= 1
+                if not held.turns:
+                    del self._tenants[name]
+
+    def forget(self, tenant: str) -> int:
+        """Forget everything of `tenant`; returns the number of its values."""
+        with self._lock:
+            held = self._tenants.pop(tenant, None)
+            return 0 if held is None else len(held.turns)
 
 
 class ReplayMemory(TenantMemory[Remembered]):
@@ -125,9 +147,13 @@ class _Tenant(Generic[T]):
         self.nbytes = 0
 
     def put(self, key: bytes, turn: T) -> None:
-        old = self.turns.pop(key, None)
-        self.nbytes += turn.nbytes - (0 if old is None else old.nbytes)
+        self.remove(key)
+        self.nbytes += turn.nbytes
         self.turns[key] = turn
+
+    def remove(self, key: bytes) -> None:
+        if (old := self.turns.pop(key, None)) is not None:
+            self.nbytes -= old.nbytes
 
     def drop_oldest(self) -> None:
         _, turn = self.turns.popitem(last=False)

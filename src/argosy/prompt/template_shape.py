@@ -28,7 +28,7 @@ Try = Callable[[Messages, list[dict[str, object]] | None], str | None]
 
 # The first one that a template reads is used.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# What templates call media in a content's parts.
+# The names that templates give to media in a content's parts.
 _TYPES = {"picture": "image", "sound": "audio", "video": "video"}
 
 

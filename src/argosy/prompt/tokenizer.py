@@ -70,6 +70,7 @@ class Tokenizer:
         bos_id: id that starts a text, or None.
         unk_id: id for text without any other id, or None; a text may contain it but cannot spell it.
         prefix_ids: ids before a raw text: BOS where the model's files ask for it.
+        suffix_ids: ids after a whole text, which nothing continues: EOS where the model's files ask for it.
         control_ids: ids that only a template may use.
         special_tokens: `bos_token`, `eos_token` and others as the model's files spell them, for templates.
         chat_template: source of the chat template, or None.
@@ -104,7 +105,7 @@ class Tokenizer:
             self.eos_ids
         )
         self.chat_template = chat_template
-        self.prefix_ids = self._prefix_ids(config)
+        self.prefix_ids, self.suffix_ids = self._affixes(config)
         self._template_controls = functools.lru_cache(maxsize=1024)(self._find_template_controls)
 
     @classmethod
@@ -114,7 +115,7 @@ class Tokenizer:
 
         Args:
             path: a `.gguf` file, or a model's directory.
-            header: of a GGUF file that was already read; if it is the same file, it is not read again.
+            header: a GGUF file's header that was already read; if it is the same file, it is not read again.
 
         Raises:
             CheckpointError: a file cannot be parsed, or is larger than any tokenizer.
@@ -178,14 +179,20 @@ class Tokenizer:
         own = self._id_of("eos_token")
         return tuple(sorted({*listed, *([] if own is None else [own])}))
 
-    def _prefix_ids(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        asked = config.get("add_bos_token")
-        if asked is not None:
-            return (self.bos_id,) if asked and self.bos_id is not None else ()
+    def _affixes(self, config: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         bare = self._core.encode("a", add_special_tokens=False).ids
         full = self._core.encode("a", add_special_tokens=True).ids
         added = next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)
-        return tuple(full[:added])
+        prefix, suffix = tuple(full[:added]), tuple(full[added + len(bare) :])
+        if (asked := config.get("add_bos_token")) is not None:
+            prefix = (self.bos_id,) if asked and self.bos_id is not None else ()
+        if (
+            config.get("add_eos_token") is True
+            and not suffix
+            and (eos := self._id_of("eos_token")) is not None
+        ):
+            suffix = (eos,)
+        return prefix, suffix
 
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Ids of a caller's text. They never include a control token, whatever the text spells.
@@ -196,6 +203,33 @@ class Tokenizer:
                 token, or a run longer than any word without a place to cut.
         """
         return self.encode_segments([(True, text)], max_tokens=max_tokens)
+
+    def encode_start(self, text: str, num_tokens: int) -> list[int]:
+        """The first `num_tokens` ids of a caller's text, or all of them; the rest of a long text is not encoded.
+
+        Raises what `encode` raises for that part, except PromptTooLong.
+        """
+        if len(text) > PIECE_CHARACTERS:
+            with _one_large_text:
+                end = num_found = 0
+                for start, piece in self._cutter.pieces(text, self._bare_ids):
+                    end = start + len(piece)
+                    num_found += len(self._bare_ids(piece))
+                    if num_found >= num_tokens:
+                        break
+            text = text[:end]
+        return self.encode(text)[:num_tokens]
+
+    def encode_later(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+        """Ids of a caller's text without the space that SentencePiece puts before a text. Raises what `encode` raises.
+
+        As in mistral-common, it is encoded behind a symbol whose ids are then left out.
+        """
+        if not self.token_text(self.encode("a")[0]).startswith("▁"):
+            return self.encode(text, max_tokens=max_tokens)
+        symbol = self.encode("☺")
+        most = None if max_tokens is None else max_tokens + len(symbol)
+        return self.encode("☺" + text, max_tokens=most)[len(symbol) :]
 
     def encode_segments(self, segments: Sequence[Segment], *, max_tokens: int | None = None) -> list[int]:
         """Ids of a rendered conversation, as one text; only the template's own text makes control tokens.

@@ -66,7 +66,7 @@ def read_config(reader: ConfigReader, *, hidden_size: int) -> GemmaVisionConfig:
     """Read `vision_config`, as `Gemma4VisionConfig` in transformers 5.24 does.
 
     Args:
-        hidden_size: of the text model.
+        hidden_size: the text model's.
 
     Raises:
         UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.
@@ -74,7 +74,7 @@ def read_config(reader: ConfigReader, *, hidden_size: int) -> GemmaVisionConfig:
     reader.one_of("hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",))
     reader.neutral("use_clipped_linears", False)
     reader.neutral("attention_bias", False, None)
-    # Of the processor, or of the other towers of the family.
+    # The processor or the family's other towers use these keys.
     reader.passed("max_position_embeddings", "default_output_length", "global_head_dim")
     config = GemmaVisionConfig(
         num_layers=reader.integer("num_hidden_layers", default=16, most=MOST_LAYERS),

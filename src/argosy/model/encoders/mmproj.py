@@ -29,7 +29,7 @@ from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.gguf_config import GgufConfigReader
 
 _ARCHITECTURE = "clip"
-_PARTS: Mapping[Kind, str] = {"picture": "vision", "sound": "audio"}  # of the keys
+_PARTS: Mapping[Kind, str] = {"picture": "vision", "sound": "audio"}  # as the keys name them
 _NAMED_BESIDE = "give the file that was published with the model: `--mmproj PATH`"
 
 _LAYER_NAMES = {
@@ -53,12 +53,12 @@ Read = Callable[[GgufConfigReader], dict[str, object]]
 class _Projector:
     """A kind of tower.
 
-    kind: what it takes.
-    families: of a text model in GGUF -> of the checkpoint whose tower it is, a key of `ENCODERS`.
+    kind: the media that it takes.
+    families: a text model's family in GGUF -> the checkpoint whose tower it is, a key of `ENCODERS`.
     placeholder: the token that the chat template writes for a picture or a sound.
     read_config: the tower's config as in that checkpoint's `config.json`.
     read_settings: its `preprocessor_config.json`.
-    names: of tensors outside of layers, by canonical name, without `.weight` or `.bias`.
+    names: tensors outside of layers, by canonical name, without `.weight` or `.bias`.
     stored: how the file differs from the checkpoint, as arguments of the tower's config.
     """
 
@@ -73,7 +73,7 @@ class _Projector:
 
 @dataclass(frozen=True, slots=True)
 class TowerInFile:
-    """What a file says about a tower; `names` are those of its tensors by canonical name."""
+    """A tower as its file describes it; `names` are those of its tensors by canonical name."""
 
     encoder: Encoder
     config: Any
@@ -180,7 +180,7 @@ def _name(canonical: str, layers: str, names: Mapping[str, str], config: Any) ->
         return f"{names[base]}.{kind}"
     first, _, rest = base.partition(".")
     number, _, last = rest.partition(".")
-    if first == "patch":  # of a frame after the first
+    if first == "patch":  # a frame after the first
         return f"{names['patch']}.weight.{number}"
     if first == "deepstack":  # numbered by the layer whose output it takes
         layer, last = config.deepstack_layers[int(number)], _DEEPSTACK_NAMES[last]
@@ -228,7 +228,7 @@ def _read_pixels(reader: GgufConfigReader, least: int, most: int, *, token: int,
     """Limits of a picture's pixels: those of the file, which counts one frame, or those of the released models.
 
     Args:
-        least, most: of the released models, in `frames` frames, where a token has `token` x `token` pixels.
+        least, most: limits of the released models, in `frames` frames, where a token has `token` x `token` pixels.
     """
     pixels = (_patch_size(reader) * _merge_size(reader)) ** 2
     given = {"shortest_edge": "vision.image_min_pixels", "longest_edge": "vision.image_max_pixels"}
@@ -302,7 +302,7 @@ def _read_kimi(reader: GgufConfigReader) -> dict[str, object]:
     reader.neutral("use_gelu", True)
     merge = reader.integer("vision.projector.scale_factor", most=16)
     metadata = reader.file  # these keys lack the prefix of the others
-    reader.integer("vision.image_size")  # of the position table, which has its own keys
+    reader.integer("vision.image_size")  # the position table has its own keys
     reader.integer("vision.image_min_pixels", least=0)  # the reference processor enlarges no picture
     return {
         "hidden_size": reader.integer("vision.embedding_length"),

@@ -60,7 +60,7 @@ class MoonViTConfig:
     most_frames: int
     theta: float
     projector_eps: float
-    pair_order: PairOrder = "alternating"  # of dimensions of queries and keys, in their matrices
+    pair_order: PairOrder = "alternating"  # how dimensions of queries and keys lie in their matrices
 
     @property
     def patch_values(self) -> int:
@@ -81,7 +81,7 @@ def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int
 
     Args:
         wrapper: the config around it, where transformers keeps the keys of the projector; it is not finished here.
-        hidden_size: of the text model.
+        hidden_size: the text model's.
 
     Raises:
         UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.

@@ -40,7 +40,7 @@ from argosy.model.weights import DenseReading, dense_footprint, is_vector
 # they are few, and wait for those. Waiting for one tensor takes no longer than this, however slow the drive.
 READ_BYTES = 16 << 20
 READ_MS = 5
-MEL_FRAMES_PER_SECOND = 100  # of every encoder here: 16,000 samples in hops of 160
+MEL_FRAMES_PER_SECOND = 100  # in every encoder here: 16,000 samples in hops of 160
 _SINUSOIDS = "a.position_embd.weight"  # a table that the tower for sound computes
 _MMPROJ_HINT = "take the Q8_0, F16, BF16 or F32 file; those are published beside others"
 _BLOCKS, _BLOCK_VALUES, _BLOCK_BYTES = "Q8_0", 32, 34
@@ -50,10 +50,10 @@ Processor = PictureProcessor | SoundProcessor | VideoProcessor
 
 @dataclass(frozen=True, slots=True)
 class VideoFiles:
-    """What a checkpoint says of videos.
+    """The video settings of a checkpoint.
 
     token_id: the placeholder that the chat template writes.
-    settings: of the processor, as `EncoderFiles.settings`.
+    settings: the processor's settings, as `EncoderFiles.settings`.
     angles_per_second: the rotary positions that a second takes, in families where they tell time.
     """
 
@@ -70,7 +70,7 @@ class EncoderFiles:
     tensors: by canonical name.
     token_id: the placeholder that the chat template writes.
     marks: token ids before and after a span, if the chat template does not write them.
-    settings: of the processor that prepares media for the tower, and the name of their file; or why there are none.
+    settings: settings of the tower's processor, and the name of their file; or why there are none.
     video: None if the tower is not used for video, or no placeholder for one in the vocabulary is named.
     """
 
@@ -88,7 +88,7 @@ class EncoderFiles:
         return dense_footprint(self.tensors)
 
     def processor(self, image_tokens: int) -> Processor:
-        """What prepares media for the tower; a picture gets at most `image_tokens` positions.
+        """Create the processor of the tower's media; a picture gets at most `image_tokens` positions.
 
         Raises:
             CheckpointError, UnsupportedModel: its settings are missing, malformed, not supported, or for another tower.
@@ -112,7 +112,7 @@ class EncoderFiles:
         return processor
 
     def video_processor(self, video_tokens: int, image_tokens: int) -> VideoProcessor:
-        """What prepares videos for the tower, within so many positions, and so many for a group of frames.
+        """Create the processor of videos, within so many positions, and so many for a group of frames.
 
         Raises:
             CheckpointError, UnsupportedModel: as `processor`; or the checkpoint names no placeholder for videos.
@@ -171,7 +171,7 @@ class EncoderFiles:
         for name, ref in self.tensors.items():
             if is_vector(name) or name.startswith("position"):
                 continue
-            # What follows the layers joins patches: it runs once for each position of the prompt.
+            # The part after the layers joins patches: it runs once for each position of the prompt.
             rows = patches if name.startswith(("layers.", "patch")) else cells
             found += 2 * ref.rows * ref.cols * rows
         width: int = getattr(self.config, "query_size", self.config.hidden_size)

@@ -40,7 +40,7 @@ class VideoForm:
 
     placeholder: key of the token that the chat template writes for a video, beside that of a picture.
     is_shown_as_pictures: its positions carry the token of a picture, not the video's own.
-    most_frames: of the grid of a group, where frames are not joined in patches.
+    most_frames: frames in the grid of a group, where frames are not joined in patches.
     time_key: key of the rotary positions that a second takes, beside `placeholder`; None: time is told in text, and
         each group is placed as a picture is.
     angles: as `Encoder.angles`, for all groups together: from the config, their grid, the seconds between groups, and
@@ -65,12 +65,12 @@ class Encoder:
     placeholders: keys of the placeholder's token id, in the object around that config; the first that exists counts.
     marks: keys of the token ids that the family's processor writes before and after a span; other families have
         such marks in their chat templates.
-    prefix: what the names of its tensors begin with.
+    prefix: how the names of its tensors begin.
     read: the tower's config, from its object and the one around it.
     tensors, num_positions, peak_bytes, open: functions of the tower's file.
     angles: the rotary positions of a span of a shape, and how far the text after it moves on; None: as text.
     sees_both_ways: each position of a span sees the whole span in the decoder.
-    sound_padding: what follows a sound (`media/sounds.py`).
+    sound_padding: how a sound is padded (`media/sounds.py`).
     video: how it is used for video; None: it is not.
     """
 

@@ -66,7 +66,7 @@ def read_config(reader: ConfigReader, *, hidden_size: int) -> WhisperAudioConfig
     """Read `audio_config`, as `VoxtralEncoderConfig` in transformers 5.24 does.
 
     Args:
-        hidden_size: of the decoder; the projector's inner size as well.
+        hidden_size: the decoder's; the projector's inner size as well.
 
     Raises:
         UnsupportedModel: a key or value that is not supported.   CheckpointError: a key is malformed.

@@ -8,7 +8,6 @@ one line in `FAMILIES`. If its GGUF files cannot be read, `GGUF_ARCHITECTURE` is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,12 @@ from argosy.checkpoint.gguf import (
     GgufFile,
     find_gguf,
     find_mmproj,
+    is_gguf,
     read_gguf,
 )
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
+from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
@@ -56,8 +57,6 @@ from argosy.model.families.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 
 
 class Family(Protocol):
@@ -99,13 +98,24 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def open_model(path: str | Path, *, mmproj: str | Path | None = None) -> ModelFiles:
+def open_model(
+    path: str | Path,
+    *,
+    mmproj: str | Path | None = None,
+    tower: Path | None = None,
+    shards: int = ALL_SHARDS,
+    is_copy: bool = False,
+) -> ModelFiles:
     """Find and check all files of a model; reads headers, but no weights.
 
     Args:
-        path: a pack; a checkpoint as on the hub, `config.json` and safetensors; a `.gguf` file, the first
+        path: a pack; a checkpoint as on the hub, `config.json` and safetensors; a GGUF file, the first
             part of a split model, or a directory that holds exactly one model as `.gguf`.
         mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is one.
+        tower: such a file that was found elsewhere. Like the one beside the model, it keeps no text from running if it
+            is damaged.
+        shards: the shards whose experts will be read; a pack may lack the files of others (`manifest.open_pack`).
+        is_copy: whether it may be a worker's copy, in which everything but the copied shards is a hole.
 
     Raises:
         CheckpointError: there is no model, or a file is missing, damaged or contradicts itself.
@@ -113,7 +123,13 @@ def open_model(path: str | Path, *, mmproj: str | Path | None = None) -> ModelFi
         UsageError: `mmproj` is given for a model that is not a GGUF file.
     """
     path = Path(path)
-    files = _open(path, None if mmproj is None else Path(mmproj))
+    if not is_copy and ((path if path.is_dir() else path.parent) / COPY_FILE).exists():
+        raise CheckpointError(
+            f"{path} is a worker's copy, which has only the experts that the worker runs",
+            hint="open the model that it was copied from; `argosy worker DIR --copy` runs the copy",
+            path=path,
+        )
+    files = _open(path, None if mmproj is None else Path(mmproj), tower, shards)
     if mmproj is not None and files.header is None:
         raise UsageError(
             f"{path} is not a GGUF model, so its vision tower is not in a file of its own",
@@ -122,44 +138,33 @@ def open_model(path: str | Path, *, mmproj: str | Path | None = None) -> ModelFi
     return files
 
 
-def _open(path: Path, mmproj: Path | None) -> ModelFiles:
+def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> ModelFiles:
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist", hint=_hint_of_hub(path), path=path)
+        raise CheckpointError(f"{path} does not exist", path=path)
     if not path.is_dir():
-        if path.suffix != GGUF_SUFFIX:
+        if path.suffix != GGUF_SUFFIX and not is_gguf(path):
             raise CheckpointError(
                 f"{path} is a file; a model is a {GGUF_SUFFIX} file, or a directory with {CONFIG_FILE} and safetensors",
                 hint=f"try {path.parent}",
                 path=path,
             )
-        return _open_gguf(path, mmproj)
-    packed = open_pack(path)
+        return _open_gguf(path, mmproj, tower)
+    packed = open_pack(path, shards=shards)
     if packed is not None:
         if not (path / GGUF_METADATA_FILE).exists():
             _require_same_config(packed)
         if (path / MMPROJ_METADATA_FILE).exists():
-            tower = replace(read_gguf(path / MMPROJ_METADATA_FILE), tensors=packed.others)
-            packed = replace(packed, mmproj=tower)
+            metadata = read_gguf(path / MMPROJ_METADATA_FILE)
+            packed = replace(packed, mmproj=replace(metadata, tensors=packed.others))
         return packed
     if not _has_tensors(path) and (gguf := find_gguf(path)) is not None:
-        return _open_gguf(gguf, mmproj)
+        return _open_gguf(gguf, mmproj, tower)
     config_path = path / CONFIG_FILE
     if not config_path.exists() and not config_path.is_symlink():
         raise _without_config(path)
     family, config = read_config(path)
     quantization = read_quantization(read_object(config_path), config_path)
     return read_layout(path, config, family.LAYOUTS, open_tensors(path), quantization)
-
-
-def _hint_of_hub(path: Path) -> str | None:
-    """How to download a model if its name on the Hugging Face Hub was given instead of a directory."""
-    if not _HUB_NAME.fullmatch(str(path)) or path.parent.exists():
-        return None
-    some = ' --include "*Q4_K_M*"' if path.name.lower().endswith("-gguf") else ""
-    return (
-        f"`hf download {path}{some} --local-dir {path.name}` downloads a model of that name from the Hugging Face Hub "
-        f"(`pip install huggingface_hub` installs `hf`); then give ./{path.name}"
-    )
 
 
 def config_alone(path: str | Path) -> ModelConfig | None:
@@ -181,7 +186,7 @@ def _has_tensors(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def _open_gguf(path: Path, mmproj: Path | None) -> ModelFiles:
+def _open_gguf(path: Path, mmproj: Path | None, tower: Path | None) -> ModelFiles:
     file = read_gguf(path)
     kind = file.text("general.type", "model")
     if kind != "model":
@@ -207,21 +212,21 @@ def _open_gguf(path: Path, mmproj: Path | None) -> ModelFiles:
             value=architecture,
             supported=list(families),
         )
-    return _with_mmproj(families[architecture].open_gguf(file), mmproj)
+    return _with_mmproj(families[architecture].open_gguf(file), mmproj, tower)
 
 
-def _with_mmproj(files: ModelFiles, given: Path | None) -> ModelFiles:
+def _with_mmproj(files: ModelFiles, given: Path | None, tower: Path | None) -> ModelFiles:
     """Add the file with the vision tower. One that was only found keeps no text from running, if it is damaged."""
     try:
-        path = given or find_mmproj(files.path)
+        path = given or tower or find_mmproj(files.path)
         if path is None:
             return files
-        tower = read_gguf(path)
+        opened = read_gguf(path)
     except (CheckpointError, UnsupportedModel) as error:
         if given is not None:
             raise
         return replace(files, mmproj=error)
-    return replace(files, mmproj=tower, others=tower.tensors)
+    return replace(files, mmproj=opened, others=opened.tensors)
 
 
 def read_config(directory: Path) -> tuple[Family, ModelConfig]:

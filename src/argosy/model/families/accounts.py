@@ -36,7 +36,7 @@ class TensorAccounts:
         formats: Mapping[str, Format],
         hint: str | None = None,
     ) -> None:
-        self._path = path
+        self.path = path
         self._tensors = tensors
         self._formats = formats
         self._hint = hint
@@ -70,8 +70,8 @@ class TensorAccounts:
         ref = self._tensors.get(name)
         if ref is None:
             raise CheckpointError(
-                f"{name} is missing from the {len(self._tensors)} tensors in {self._path}",
-                path=self._path,
+                f"{name} is missing from the {len(self._tensors)} tensors in {self.path}",
+                path=self.path,
                 tensor=name,
             )
         if ref.shape not in shapes:

@@ -1,7 +1,7 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, and sigmoid routing within the best groups of experts.
 
-Hub files have a layer for multi-token prediction after the model's own layers; it is ignored. If `rope_interleave` is
-false, rotary dimensions are paired in halves.
+Hub files have a layer for multi-token prediction after the model's own layers, which only drafts. If `rope_interleave`
+is false, rotary dimensions are paired in halves.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
     "moe_every_n_layers": (0, 1),
-    "pooling_type": (0,),
+    "pooling_type": (0, 1, 2, 3, 4),  # for embeddings; `checkpoint/pooling.py` reads it
     "rope.scale_linear": (1.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),

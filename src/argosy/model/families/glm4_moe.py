@@ -1,7 +1,7 @@
 """GLM-4.5, 4.6 and 4.7: grouped-query attention with partial rotary embedding, and the router of DeepSeek-V3.
 
 The first layers have dense networks; the others add a shared expert to the routed ones. The large models norm q and k,
-Air does not. The files have a layer for multi-token prediction after the model's own layers; it is ignored.
+Air does not. The files have a layer for multi-token prediction after the model's own layers, which only drafts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["AXES", "GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "p
 
 MODEL_TYPE = "glm4_moe"
 GGUF_ARCHITECTURE = "glm4moe"
-AXES = Axes(is_mixed=False, sections=(8, 12, 12))  # of GLM-4.5V, whose GGUF files have the same architecture
+AXES = Axes(is_mixed=False, sections=(8, 12, 12))  # for GLM-4.5V, whose GGUF files have the same architecture
 
 
 def parse_config(raw: Mapping[str, object]) -> ModelConfig:

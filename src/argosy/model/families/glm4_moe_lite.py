@@ -1,7 +1,7 @@
 """GLM-4.7-Flash: a small GLM-4 mixture of experts with the latent attention and the router of DeepSeek-V3.
 
 Files written by transformers list the dense layers in `mlp_layer_types`; hub files give `first_k_dense_replace`. The
-files have a layer for multi-token prediction after the model's own layers; it is ignored.
+files have a layer for multi-token prediction after the model's own layers, which only drafts.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ be packed, but not run in place. A weight may be codes and scales: `weight` in E
 `weight_packed` with `weight_scale` and `weight_shape`. The first layout whose expert tensors exist is used; if fused
 and transposed tensors have the same name, their shape tells them apart.
 
+If the files have a layer for multi-token prediction with the names of DeepSeek-V3, it is found, too (`DraftFiles`); an
+engine reads it only to speculate. Its copies of embedding and head are those of the model, and are not read.
+
 Every tensor is accounted for: a tensor that is missing, has another shape, has a dtype that no kernel reads, or is
 unexpected is an error that names it. Only known tensors that text does not need are ignored: constants that old
 exporters leave behind (`_LEFTOVERS`), layers for multi-token prediction, and tensors that a layout lists, such as a
@@ -26,6 +29,7 @@ from pathlib import Path
 
 from argosy.checkpoint.files import (
     BYTES_PER_VALUE,
+    DraftFiles,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
@@ -35,10 +39,10 @@ from argosy.checkpoint.files import (
     matrix_bytes,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.config import Format, LayerConfig, ModelConfig
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
 
@@ -61,6 +65,12 @@ ATTENTION_NAMES = {
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
+}
+_DRAFT_NAMES = {
+    "draft_token_norm": "enorm.weight",
+    "draft_state_norm": "hnorm.weight",
+    "draft_join": "eh_proj.weight",
+    "draft_final_norm": "shared_head.norm.weight",
 }
 
 
@@ -86,7 +96,7 @@ class Layout:
         if canonical in _MODEL_NAMES:
             return self.prefix + _MODEL_NAMES[canonical]
         _, layer, last = canonical.split(".")
-        return f"{self.prefix}layers.{layer}.{self.layer_names[last]}"
+        return f"{self.prefix}layers.{layer}.{_DRAFT_NAMES.get(last) or self.layer_names[last]}"
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of an expert's tensors."""
@@ -159,7 +169,26 @@ def read_layout(
     experts = reader.experts(config, layout)
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
-    return ModelFiles(directory, config, dense, experts, others=others)
+    draft = _read_draft(_Accounts(directory, tensors, quantization), config, layout)
+    return ModelFiles(directory, config, dense, experts, others=others, draft=draft)
+
+
+def _read_draft(reader: _Accounts, config: ModelConfig, layout: Layout) -> DraftFiles | ArgosyError | None:
+    """The first layer for multi-token prediction. A damaged one keeps no text from running."""
+    number = config.num_layers
+    if layout.dense_name(f"layers.{number}.draft_join") not in reader:
+        return None
+    layer = next(one for one in reversed(config.layers) if one.is_moe)
+    alone = replace(config, layers=(*(LayerConfig(is_moe=False),) * number, layer))
+    try:
+        dense = {
+            canonical: reader.dense(canonical, shape, layout) for canonical, shape in draft_shapes(alone)
+        }
+        experts = reader.experts(alone, layout)
+        require_one_format_a_layer(experts, reader.path)
+    except (CheckpointError, UnsupportedModel) as error:
+        return error
+    return DraftFiles(layer, dense, experts)
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:

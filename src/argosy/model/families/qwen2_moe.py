@@ -63,7 +63,7 @@ def parse_config(raw: Mapping[str, object]) -> ModelConfig:
         has_qkv_bias=reader.flag("qkv_bias", True),
         **common,
     )
-    # Of the demo model's ear and eye (`model/encoders/table.py`).
+    # The demo model's ear and eye use these keys (`model/encoders/table.py`).
     reader.passed("audio_config", "audio_token_id", "image_token_id", "vision_config")
     reader.finish()
     return config

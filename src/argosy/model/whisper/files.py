@@ -194,7 +194,7 @@ def _require_heads(config: WhisperConfig, path: Path) -> WhisperConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rules:
-    """What files say about decoding; None: nothing.
+    """The rules of decoding in a checkpoint's files; None where a file says nothing.
 
     ids: name of a special token in the files -> its id, to compare with the tokenizer's.
     """

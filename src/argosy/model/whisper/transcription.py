@@ -85,7 +85,7 @@ def prepare(files: WhisperFiles, samples: NDArray[np.float32]) -> Rows:
 
 @dataclass(slots=True)
 class _Result:
-    """What was decoded of a window. `tokens` have no end token."""
+    """The decoded tokens of a window, without the end token."""
 
     tokens: list[int]
     text: str
@@ -104,7 +104,7 @@ class Transcription:
 
     Attributes:
         done_s, duration_s: seconds of the sound that are done, and all of them.
-        segments: what was heard so far.
+        segments: the transcript so far.
 
     Args:
         features: from `prepare`.

@@ -1,0 +1,118 @@
+"""The layer with which a checkpoint predicts one token more (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+    hidden state of position i ─ norm ─┐
+    embedding of token i + 1   ─ norm ─┴─ draft_join ─ layer ─>  state  ─ norm, head ─>  logits of token i + 2
+
+It has keys and values of its own, in the same blocks as those of the model's layers, and its experts are in the same
+cache. Embedding and head are the model's. Its own state can stand for the next position's hidden state, so that it
+drafts further tokens, each less certain than the one before.
+
+The hidden state is that after the model's final norm; at position 0 the embedding counts as zeros (both as vLLM runs
+DeepSeek-V3: `deepseek_mtp.py`).
+
+Elsewhere: `engine/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy import _native
+from argosy.config import ModelConfig
+from argosy.experts.runner import ExpertRunner
+from argosy.model.clock import PartClock
+from argosy.model.decoder import Decoder
+from argosy.model.step import Overrides, Step
+from argosy.model.weights import DenseWeights
+
+Array = NDArray[np.float32]
+
+MOST_DRAFT_ROWS = 256  # most rows of a run: longer prompts take several, so that working memory is small
+MOST_BEHIND = 32  # positions of an answer whose hidden states may wait before they run
+
+
+class DraftLayer:
+    """Runs the last of `config.layers`.
+
+    Args:
+        config: the model's, with its draft layer.
+        kv: keys and values of all layers, those of this one among them.
+        max_tokens: most rows of a run.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DenseWeights,
+        experts: ExpertRunner | None,
+        kv: _native.KvCache,
+        runtime: _native.Runtime,
+        max_tokens: int,
+        *,
+        clock: PartClock,
+    ) -> None:
+        name = f"layers.{config.num_layers - 1}.draft_"
+        self.max_tokens = max_tokens
+        self._hidden, self._vocab, self._eps = config.hidden_size, config.vocab_size, config.norm_eps
+        self._scale = np.float32(config.embedding_scale)
+        self._runtime = runtime
+        self._embedding = weights.matrices["embed"]
+        self._head = self._embedding if config.is_embedding_tied else weights.matrices["head"]
+        self._token_norm, self._state_norm = (
+            weights.vectors[name + "token_norm"],
+            weights.vectors[name + "state_norm"],
+        )
+        self._join, self._final_norm = weights.matrices[name + "join"], weights.vectors[name + "final_norm"]
+        self._decoder = Decoder(
+            config,
+            weights,
+            experts,
+            kv,
+            runtime,
+            max_tokens,
+            clock=clock,
+            layers=range(config.num_layers - 1, config.num_layers),
+        )
+
+    def run(self, step: Step, states: Array) -> Array:
+        """Run rows, at most `max_tokens`; return their states: float32 [rows, hidden_size], a new array.
+
+        Args:
+            step: `token_ids` are those that follow each row's position; no rows are wanted.
+            states: hidden states of the positions, float32 [rows, hidden_size].
+
+        Raises:
+            ReadFailed, CheckpointError: an expert cannot be read.
+        """
+        num_rows = step.num_tokens
+        joined = np.empty((num_rows, 2 * self._hidden), np.float32)
+        embedded = np.empty((num_rows, self._hidden), np.float32)
+        _native.embed(self._runtime, self._embedding, step.token_ids, embedded)
+        embedded *= self._scale
+        embedded[step.order == 0] = 0.0
+        _native.rms_norm(self._runtime, embedded, self._token_norm, self._eps, embedded)
+        joined[:, : self._hidden] = embedded
+        _native.rms_norm(self._runtime, states, self._state_norm, self._eps, embedded)
+        joined[:, self._hidden :] = embedded
+        _native.matmul(self._runtime, [self._join], joined, [embedded])
+        rows = np.arange(num_rows)
+        self._decoder.forward(step._replace(wanted=rows[:0], overrides=Overrides(rows, embedded)))
+        return self._decoder.hidden()
+
+    def logits(self, states: Array) -> Array:
+        """Logits of the tokens after those of the rows: float32 [rows, vocab_size].
+
+        Args:
+            states: from `run`, float32 [rows, hidden_size].
+        """
+        normed = np.empty_like(states)
+        _native.rms_norm(self._runtime, states, self._final_norm, self._eps, normed)
+        logits = np.empty((len(states), self._vocab), np.float32)
+        _native.matmul(self._runtime, [self._head], normed, [logits])
+        return logits
+
+
+def joining_bytes(config: ModelConfig, num_rows: int) -> int:
+    """Bytes of the arrays that `DraftLayer.run` makes, and of those that it gets and gives."""
+    return 4 * num_rows * config.hidden_size * 6
