@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.admission import Admission
+from argosy.engine.energy import EnergyShares
+from argosy.engine.governor import Governor
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import Sampler, with_logprobs
 from argosy.engine.scheduler import Scheduled
@@ -34,7 +36,7 @@ from argosy.plan import machine
 
 @dataclass(slots=True)
 class Accepted:
-    """What one sequence got from a step: an event for each new token, and why the answer ends, if it does."""
+    """One sequence's share of a step: an event for each new token, and why the answer ends, if it does."""
 
     sequence: EngineSequence
     events: list[TokenEvent] = field(default_factory=list)
@@ -59,6 +61,8 @@ class Answers:
         end_ids: tokens that end any answer, unless they are ignored.
         admission: is told when a sequence ends.
         experts: counts look-ups and reads; None where there are no routed experts.
+        energy: has the joules of steps and answers.
+        governor: has the time that proposals won; None: nothing tells.
     """
 
     def __init__(
@@ -68,13 +72,18 @@ class Answers:
         *,
         clock: PartClock,
         experts: ExpertRunner | None,
+        energy: EnergyShares,
+        governor: Governor | None = None,
     ) -> None:
+        self._energy = energy
+        self._governor = governor
         self.sampler = Sampler(end_ids)
         self._admission = admission
         self._end_ids = end_ids
         self._clock = clock
         self._experts = experts
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
+        self._proposed_tokens = self._confirmed_tokens = 0
         clock.mark("other")
         self._seconds_at_start = dict(clock.seconds)
 
@@ -87,10 +96,7 @@ class Answers:
             rows: logits, float32 [1 + proposals, vocab_size].
         """
         accepted = Accepted(sequence)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = perf_counter()
-            self._prompt_tokens += len(sequence.prompt_ids)
-            self._cached_tokens += sequence.cached_tokens or 0
+        self._note_first(sequence)
         if not sequence.max_new_tokens:
             accepted.reason = "length"
             return accepted
@@ -114,6 +120,11 @@ class Answers:
             is_proposed = number < len(proposals) and sampled.token_id == proposals[number]
             if accepted.reason is not None or not is_proposed:
                 break
+        if proposals:
+            self._proposed_tokens += len(proposals)
+            self._confirmed_tokens += accepted.num_confirmed
+            sequence.num_proposed += len(proposals)
+            sequence.num_confirmed += accepted.num_confirmed
         return accepted
 
     def note_prompts(self, scheduled: Scheduled, model: Model, *, at_once: int) -> list[Accepted]:
@@ -145,6 +156,44 @@ class Answers:
                 ended.append(Accepted(sequence, reason="error", error=error))
         return ended
 
+    def pool(self, scheduled: Scheduled, model: Model, *, at_once: int) -> list[Accepted]:
+        """Collect the hidden states of a step that embeddings need.
+
+        A text that is pooled takes no row of logits, and its sum is smaller than one; so the memory plan counts it.
+
+        Args:
+            at_once: hidden states to copy at a time, as many as the plan has rows of logits.
+
+        Returns:
+            The sequences whose embedding is complete.
+        """
+        complete: list[Accepted] = []
+        if scheduled.counts is None:  # every sequence decodes
+            return complete
+        for number, sequence in enumerate(scheduled.sequences):
+            if (pool := sequence.pool) is None:
+                continue
+            rows = np.flatnonzero(scheduled.step.sequence == number)
+            rows = rows[scheduled.step.order[rows] >= pool.needed_from]
+            for start in range(0, len(rows), at_once):
+                pool.add(model.final_states(rows[start : start + at_once]))
+            if not pool.is_complete:
+                continue
+            self._note_first(sequence)
+            try:
+                sequence.embedding = pool.vector()
+                complete.append(Accepted(sequence, reason="stop"))
+            except ArgosyError as error:  # concerns this sequence alone
+                complete.append(Accepted(sequence, reason="error", error=error))
+        return complete
+
+    def _note_first(self, sequence: EngineSequence) -> None:
+        """Count a prompt when it is computed for the first time."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = perf_counter()
+            self._prompt_tokens += len(sequence.prompt_ids)
+            self._cached_tokens += sequence.cached_tokens or 0
+
     def result(
         self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
     ) -> Result:
@@ -163,6 +212,8 @@ class Answers:
             stopped_by=sequence.stopped_by,
             prompt_logprobs=sequence.prompt_logprobs,
             error=error,
+            embedding=sequence.embedding,
+            num_marked=0 if (mark := sequence.sampler_state.mark) is None else mark.num_marked,
         )
         return sequence.result
 
@@ -171,31 +222,44 @@ class Answers:
         """Totals since the engine started."""
         stats = self._experts.stats if self._experts is not None else None
         self._clock.mark("other")
-        seconds = self._clock.seconds
+        seconds, metered = self._clock.seconds, self._energy.total
         return Ledger(
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             new_tokens=self._new_tokens,
+            proposed_tokens=self._proposed_tokens,
+            confirmed_tokens=self._confirmed_tokens,
+            won_s=None if self._governor is None else self._governor.won_s,
             wall_s=sum(seconds.values()) - sum(self._seconds_at_start.values()),
             lookups=stats.lookups if stats else 0,
             hits=stats.hits if stats else 0,
             bytes_read=stats.bytes_read if stats else 0,
             peak_bytes=machine.peak_bytes(),
+            energy_j=None if metered is None else metered.joules,
+            drive_energy_j=None if metered is None else metered.drive_j,
             parts={part: s - self._seconds_at_start[part] for part, s in seconds.items()},
         )
 
     def _ledger_since(self, sequence: EngineSequence) -> Ledger:
         now, before = self.ledger, sequence.counters_at_start
-        first = sequence.first_token_at
+        first, scheduled = sequence.first_token_at, sequence.scheduled_at
+        metered = None if self._energy.total is None else sequence.metered
         return Ledger(
             prompt_tokens=len(sequence.prompt_ids),
             cached_tokens=sequence.cached_tokens or 0,
             new_tokens=len(sequence.new_ids),
+            proposed_tokens=sequence.num_proposed,
+            confirmed_tokens=sequence.num_confirmed,
+            won_s=None if self._governor is None else sequence.won_s,
             wall_s=now.wall_s - before.wall_s,
+            queue_s=None if scheduled is None else scheduled - sequence.started_at,
             time_to_first_token_s=None if first is None else first - sequence.started_at,
+            decode_s=None if first is None else perf_counter() - first,
             lookups=now.lookups - before.lookups,
             hits=now.hits - before.hits,
             bytes_read=now.bytes_read - before.bytes_read,
             peak_bytes=now.peak_bytes,
+            energy_j=None if metered is None else metered.joules,
+            drive_energy_j=None if metered is None else metered.drive_j,
             parts={part: seconds - before.parts[part] for part, seconds in now.parts.items()},
         )

@@ -5,19 +5,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-from argosy.config import SamplingParams
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.config import Pooling, SamplingParams
+from argosy.engine.pooling import shortened
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 
+_EMBEDDED_AT_ONCE = 64  # texts that wait or run together
+
 
 class BlockingCalls(ABC):
-    """`stream`, `generate` and `generate_batch`, on top of `submit`, `step` and `cancel`."""
+    """`stream`, `generate`, `generate_batch` and `embed`, on top of `submit`, `step` and `cancel`."""
 
     @abstractmethod
     def submit(
         self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
     ) -> EngineSequence: ...
+
+    @abstractmethod
+    def prepare_embedding(
+        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = ""
+    ) -> list[EngineSequence]: ...
+
+    @abstractmethod
+    def enqueue(self, sequences: Sequence[EngineSequence], *, has_room: bool = False) -> None: ...
 
     @abstractmethod
     def step(self) -> list[TokenEvent]: ...
@@ -63,3 +77,42 @@ class BlockingCalls(ABC):
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
+
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        pooling: Pooling | None = None,
+        dimensions: int | None = None,
+    ) -> NDArray[np.float32]:
+        """The embeddings of texts, or of lists of token ids: float32 [texts, dimensions], each of length 1.
+
+        A text is taken as it is: an instruction that the model expects before it is up to the caller.
+
+        Args:
+            pooling: the mean of the hidden states, or that of the last token; None: what the checkpoint declares.
+            dimensions: only so many of the first dimensions, for models that were trained for it; None: all.
+
+        Raises:
+            PromptTooLong: a text is longer than the context.
+            UsageError: a text is empty, or the model has fewer dimensions.
+            UnsupportedModel: the checkpoint declares a pooling that is not supported.
+        """
+        vectors = []
+        for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
+            sequences: list[EngineSequence] = []
+            try:
+                for text in texts[start : start + _EMBEDDED_AT_ONCE]:
+                    sequences += self.prepare_embedding(text, pooling=pooling)
+                self.enqueue(sequences)
+                while any(sequence.result is None for sequence in sequences):
+                    self.step()
+                for sequence in sequences:
+                    assert sequence.result is not None
+                    vector = sequence.result.require().embedding
+                    assert vector is not None
+                    vectors.append(vector if dimensions is None else shortened(vector, dimensions))
+            finally:
+                for sequence in sequences:
+                    self.cancel(sequence)
+        return np.array(vectors, np.float32)

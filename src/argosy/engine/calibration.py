@@ -2,10 +2,11 @@
 
     memory, products, attention, the drive, small models  ->  Rates, in the user's cache
 
-Products read weights from memory, not from a CPU cache. The drive is read at several record sizes, and then while
-products keep the cores busy, which says how much of one the other hides. The engine runs two tiny models of different
-depth, which give the overhead of a layer beyond its products, and one with experts of a usual size, which gives that of
-a miss.
+Products of 1 to 64 tokens are timed with weights in a CPU cache, which is arithmetic, and with weights that no cache
+holds: the rest of their time is waiting for memory. The drive is read at several record sizes, and then while products
+keep cores and memory busy, with and without transcoding, which says how much of one the other hides. The engine runs
+two tiny models of different depth, which give the overhead of a layer beyond its products, and two with experts of
+usual sizes, which give that of a miss.
 
 Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
 
@@ -15,7 +16,6 @@ Elsewhere: `plan/rates.py` has the form of the result, and guesses for machines 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import statistics
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import date
+from functools import partial
 from importlib import metadata
 from itertools import cycle
 from pathlib import Path
@@ -36,29 +37,38 @@ from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
 from argosy.config import MIB, Format, SamplingParams
-from argosy.demo.cache import cache_directory
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, FAMILIES
-from argosy.plan import machine
-from argosy.plan.rates import FORMAT, MEASURED_SPREAD, MOST_MEASURED_SPREAD, Rates, guess
+from argosy.plan import machine, tuning
+from argosy.plan.rates import (
+    FORMAT,
+    MEASURED_SPREAD,
+    MOST_MEASURED_SPREAD,
+    NUM_TOKENS,
+    Rates,
+    guess,
+)
 from argosy.replace_file import replacing
+from argosy.user_directories import measurement_file
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
-_TILE_BYTES = 4 << 20  # of random bytes, which repeat
+_TILE_BYTES = 4 << 20  # random bytes, which repeat
 _COLD_BYTES = 12 << 20  # read in a sample
 _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
+_NUM_CACHED = 2  # matrices, 12 MB in float32, which last-level caches hold
 _ENCODER_ROWS = 512  # patches in a product, as towers have them
-_KEYS_BYTES = 64 << 20  # of keys and values, more than most last-level caches hold
+_KEYS_BYTES = 64 << 20  # keys and values: more than most last-level caches hold
 _POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
-_SAMPLE_S, _ROUNDS = 0.05, 6  # for each call
+_SAMPLE_S, _ROUNDS = 0.02, 5  # for each call
 _DRIVE_S = 0.25  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
-_ALONE_BYTES = 4 << 20  # of a record that is read alone
+_ALONE_BYTES = 4 << 20  # a record that is read alone
 _NUM_READERS = 4
-_NUM_BUSY = 8  # matrices of the products that keep cores busy: few, so that many products are counted
-_FILE_BYTES = 512 << 20  # of the temporary file, if no model is there to be read
+_AT_ONCE, _MOST_PIECES = 8, 8192  # matrices of 0.9 MB that are read and transcoded: in flight, and in all
+_NUM_BUSY = 96  # matrices of the products that keep cores busy: more than caches hold, so memory is busy, too
+_FILE_BYTES = 512 << 20  # the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
 _CHOSEN = 4
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
@@ -71,19 +81,19 @@ def calibrate(
     """Measure this machine.
 
     Args:
-        files: of the model that is planned for; the drive is measured by reading the largest. If it is small, or there
+        files: the model's files; the drive is measured by reading the largest. If it is small, or there
             are none, a temporary file in the current directory is written and read.
-        threads: of products; None: all cores.
+        threads: for products; None: as many as an engine has.
 
     Raises:
         DiskFull: there is no room for the temporary file.   UsageError: it cannot be written.
     """
     tell = progress or (lambda what, share: None)
-    cores = threads or machine.usable_cores()
-    tell("measuring memory", 0.0)
-    memory = max(_native.memory_probe(cores, max(512, 8 * cores) * MIB) for _ in range(3))
-    runtime = _native.Runtime(cores, _native.ask_ahead_probe(cores))
-    with closing(runtime), closing(_Kernels(runtime)) as kernels, _file_to_read(files) as path:
+    cores = threads or tuning.measured_threads()
+    tell("measuring products and the drive", 0.0)
+    choices = tuning.choose(cores, _native.instruction_sets()[-1])
+    runtime = _native.Runtime(cores, choices.tunings())
+    with closing(runtime), closing(_Kernels(runtime, cores)) as kernels, _file_to_read(files) as path:
         reads = _DriveRates(path)
         # Rounds of both in turn: a neighbour of a virtual machine takes bandwidth for many seconds at a time.
         for number in range(_ROUNDS):
@@ -91,26 +101,36 @@ def calibrate(
             kernels.measure()
             reads.measure()
         rates, varied = kernels.rates, kernels.varied
+        memory_bytes_per_s = kernels.memory_bytes_per_s
+        keys_values = kernels.share_of_memory("keys and values")
+        waits = {
+            format: tuple(kernels.wait(format, tokens) for tokens in NUM_TOKENS)
+            for format in get_args(Format)
+        }
         drive = reads.result(cores)
-    of_weights = {format: rates[f"reads {format}"] for format in get_args(Format)}
-    memory = max(memory, *of_weights.values())  # other processes may have slowed the probe
     overheads = _overheads(cores, tell)
     tell("done", 1.0)
     return Rates(
         cores=cores,
-        memory_bytes_per_s=memory,
-        reads={format: rate / memory for format, rate in of_weights.items()},
-        operations={format: rates[f"operations {format}"] for format in of_weights},
+        memory_bytes_per_s=memory_bytes_per_s,
+        operations={
+            format: tuple(rates[f"{format} {tokens}"] for tokens in NUM_TOKENS) for format in get_args(Format)
+        },
+        waits=waits,
         encoder_operations=rates["encoder"],
-        keys_values_bytes_per_s=rates["keys and values"],
+        keys_values=keys_values,
         attention_operations=rates["attention"],
         prompt_attention_operations=rates["prompt attention"],
         drive=drive.rates,
         drive_latency_s=drive.latency_s,
         overlap=drive.overlap,
+        transcoding_overlap=drive.transcoding_overlap,
+        read_cpu_s_per_byte=drive.read_cpu_s_per_byte,
+        transcode_cpu_s_per_byte=drive.transcode_cpu_s_per_byte,
         layer_s=overheads.layer_s,
         streamed_layer_s=overheads.streamed_layer_s,
-        missing_layer_s=overheads.missing_layer_s,
+        miss_s=overheads.miss_s,
+        miss_s_per_byte=overheads.miss_s_per_byte,
         step_s=overheads.step_s,
         spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
         source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
@@ -118,28 +138,28 @@ def calibrate(
 
 
 def load(path: Path, *, threads: int | None = None) -> Rates | None:
-    """What was measured on this machine for the drive that holds `path`, by this version; None: nothing.
+    """Load this version's measurements of this machine and of the drive that holds `path`; None if there are none.
 
     Args:
-        threads: with which it was measured; None: all cores.
+        threads: with which it was measured; None: as many as an engine has.
 
     Raises:
         UsageError: the file is damaged.
     """
-    place = _cache_file(path, threads or machine.usable_cores())
+    place = _cache_file(path, threads or tuning.known_threads())
     if not place.is_file() or place.stat().st_size > MIB:
         return None
     return Rates.from_json(place.read_bytes())
 
 
 def rates_here(path: Path, *, threads: int | None = None) -> Rates:
-    """What was measured on this machine, as `load` has it, or a guess.
+    """Load measurements of this machine, as `load` does, or guess.
 
     Raises:
         UsageError: the file with what was measured is damaged.
     """
     measured = load(path, threads=threads)
-    return measured or guess(machine.cpu_model(), threads or machine.usable_cores())
+    return measured or guess(machine.cpu_model(), threads or tuning.known_threads())
 
 
 def save(rates: Rates, path: Path) -> Path:
@@ -157,7 +177,7 @@ def _cache_file(path: Path, threads: int) -> Path:
         machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
         drive.device if drive else None, metadata.version("argosy"), FORMAT,
     )  # fmt: skip
-    return cache_directory() / f"rates-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+    return measurement_file("rates", facts)
 
 
 # ── products and attention ──────────────────────────────────────────────────────────────────────────────────────────
@@ -177,8 +197,9 @@ class _Kernels:
     A forecast covers minutes in which others use the machine, too, so the fastest call would promise too much.
     """
 
-    def __init__(self, runtime: _native.Runtime) -> None:
-        self._memory = ExitStack()
+    def __init__(self, runtime: _native.Runtime, cores: int) -> None:
+        self._memory, self._cores = ExitStack(), cores
+        self._probes: list[float] = []  # seconds for a byte of memory, in each round
         self._calls = [
             *_products(runtime, self._memory), _encoder_product(runtime, self._memory), *_attention(runtime)
         ]  # fmt: skip
@@ -186,6 +207,7 @@ class _Kernels:
 
     def measure(self) -> None:
         """Do a round."""
+        self._probes.append(1.0 / _native.memory_probe(self._cores, max(256, 8 * self._cores) * MIB))
         for one in self._calls:
             self._medians[one.name].append(_median_s(one.call))
 
@@ -193,6 +215,34 @@ class _Kernels:
     def rates(self) -> dict[str, float]:
         """Work per second of each call."""
         return {one.name: one.work / statistics.median(self._medians[one.name]) for one in self._calls}
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """The mean over all rounds: the memory of some virtual machines changes its rate every few seconds."""
+        return len(self._probes) / sum(self._probes)
+
+    def share_of_memory(self, name: str) -> float:
+        """The bytes per second of a call over those of memory in the same round."""
+        work = self._work(name)
+        return statistics.median(
+            work / took * probed for took, probed in zip(self._medians[name], self._probes, strict=True)
+        )
+
+    def wait(self, format: Format, tokens: int) -> float:
+        """`Rates.waits` of a format and a number of tokens, against the memory of the same round."""
+        cold, cached = f"cold {format} {tokens}", f"{format} {tokens}"
+        size = _native.matrix_bytes(format, _ROWS, _COLS)
+        matrices = self._work(cold) / self._work(cached) * _NUM_CACHED
+        shares = [
+            (took / matrices - took_cached / _NUM_CACHED) / (size * probed)
+            for took, took_cached, probed in zip(
+                self._medians[cold], self._medians[cached], self._probes, strict=True
+            )
+        ]
+        return max(1e-9, statistics.median(shares))
+
+    def _work(self, name: str) -> float:
+        return next(one.work for one in self._calls if one.name == name)
 
     @property
     def varied(self) -> float:
@@ -216,16 +266,18 @@ def _median_s(call: Callable[[], object]) -> float:
 
 
 def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
-    """Products of each format, with one token and weights that no cache holds, and with many tokens."""
+    """Products of each format with each of NUM_TOKENS, with weights in a CPU cache and with weights in none."""
     arena = memory.enter_context(closing(_native.Arena(_ARENA_BYTES)))
     bits = np.random.default_rng(0).integers(0, 256, _TILE_BYTES, dtype=np.uint8)
     # Finite and normal numbers in every format.
     arena.array().reshape(-1, _TILE_BYTES)[:] = np.bitwise_or(np.bitwise_and(bits, 0x3B), 0x20)
 
-    def timed(format: Format, num_tokens: int, count: int) -> Callable[[], object]:
-        """Products with the next `count` matrices."""
+    def timed(
+        format: Format, num_tokens: int, count: int, *, all_of: int | None = None
+    ) -> Callable[[], object]:
+        """Products with the next `count` matrices of so many, or of all that there are."""
         size = _native.matrix_bytes(format, _ROWS, _COLS)
-        number = _ARENA_BYTES // size
+        number = all_of or _ARENA_BYTES // size
         matrices = [_native.Matrix(arena, i * size, format, _ROWS, _COLS) for i in range(number)]
         x = np.ones((num_tokens, _COLS), np.float32)
         outs = [np.empty((num_tokens, _ROWS), np.float32) for _ in range(count)]
@@ -235,10 +287,11 @@ def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
     for format in get_args(Format):
         size = _native.matrix_bytes(format, _ROWS, _COLS)
         cold = max(1, _COLD_BYTES // size)
-        yield _Timed(f"reads {format}", timed(format, 1, cold), cold * size)
-        yield _Timed(
-            f"operations {format}", timed(format, _MANY_TOKENS, 2), 4.0 * _MANY_TOKENS * _ROWS * _COLS
-        )
+        for tokens in NUM_TOKENS:
+            work = 2.0 * tokens * _ROWS * _COLS
+            call = timed(format, tokens, _NUM_CACHED, all_of=_NUM_CACHED)
+            yield _Timed(f"{format} {tokens}", call, _NUM_CACHED * work)
+            yield _Timed(f"cold {format} {tokens}", timed(format, tokens, cold), cold * work)
 
 
 def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
@@ -326,16 +379,19 @@ def _fill(file: IO[bytes], nbytes: int) -> None:
 
 
 class _Drive(NamedTuple):
-    """What was measured of a drive.
+    """The measurements of a drive.
 
     rates: (record bytes, bytes per second).
     latency_s: how much longer a record takes alone than its share of records that are read together.
-    overlap: see `Rates`.
+    The others: see `Rates`.
     """
 
     rates: tuple[tuple[int, float], ...]
     latency_s: float
     overlap: float
+    transcoding_overlap: float
+    read_cpu_s_per_byte: float
+    transcode_cpu_s_per_byte: float
 
 
 class _DriveRates:
@@ -358,12 +414,22 @@ class _DriveRates:
         together = {size: statistics.median(rates) for size, rates in self._together.items()}
         rate = together[_ALONE_BYTES]
         latency_s = max(1e-5, _ALONE_BYTES / statistics.median(self._alone) - _ALONE_BYTES / rate)
+        overlaps = []
+        kinds = (partial(self._read, _ALONE_BYTES, _NUM_READERS), self._transcode)
+        cpu_s_per_byte = []
+        for read in kinds:
+            begin = time.process_time()
+            nbytes, _ = read(2 * _DRIVE_S)
+            cpu_s_per_byte.append(max(1e-15, (time.process_time() - begin) / nbytes))
         with _busy(cores) as products:
-            time.sleep(2 * _DRIVE_S)
-            computing_alone = products.rate()
-            nbytes, seconds = self._read(_ALONE_BYTES, _NUM_READERS, 6 * _DRIVE_S)
-            computing_s = seconds * products.rate() / computing_alone
-        return _Drive(tuple(together.items()), latency_s, _overlap(nbytes / rate, computing_s, seconds))
+            for read in kinds:
+                products.rate()
+                time.sleep(2 * _DRIVE_S)
+                computing_alone = products.rate()
+                nbytes, seconds = read(6 * _DRIVE_S)
+                computing_s = seconds * products.rate() / computing_alone
+                overlaps.append(_overlap(nbytes / rate, computing_s, seconds))
+        return _Drive(tuple(together.items()), latency_s, *overlaps, *cpu_s_per_byte)
 
     def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
         """Read for about `seconds`; returns the bytes that were read, and the seconds it took."""
@@ -377,6 +443,39 @@ class _DriveRates:
         count = min(most, max(few, int(first * seconds) // record_bytes))
         rate = _native.drive_probe(self._path, record_bytes, count, readers, self._is_direct)
         return count * record_bytes, count * record_bytes / rate
+
+    def _transcode(self, seconds: float) -> tuple[int, float]:
+        """Read for about `seconds`, and take what is read for blocks of Q4_0 that readers transcode.
+
+        The bytes are no such blocks, so their transcoder may report scales that are not finite, which costs it nothing.
+        """
+        nbytes = _ROWS * _COLS * 18 // 32  # 18 bytes hold 32 weights
+        slot_bytes = _native.matrix_bytes("q4", _ROWS, _COLS)
+        numbers = np.random.default_rng().integers(self._bytes // nbytes, size=_MOST_PIECES)
+        places = [int(number) * nbytes for number in numbers]
+        begin, done = time.perf_counter(), 0
+        with (
+            closing(_native.Store(_NUM_READERS)) as store,
+            closing(_native.Arena(_AT_ONCE * slot_bytes)) as arena,
+        ):
+            file = store.open(self._path, self._is_direct)
+
+            def fetch(number: int, slot: int) -> int:
+                piece = (file, places[number], nbytes, slot * slot_bytes, "Q4_0", _ROWS, _COLS)
+                return store.fetch(arena, [piece])
+
+            in_flight = {fetch(slot, slot): slot for slot in range(_AT_ONCE)}
+            started = _AT_ONCE
+            while in_flight:
+                for ticket, message, kind in store.wait_any(list(in_flight)):
+                    if message is not None and kind != "not finite":
+                        raise OSError(message)
+                    slot = in_flight.pop(ticket)
+                    done += nbytes
+                    if started < len(places) and time.perf_counter() - begin < seconds:
+                        in_flight[fetch(started, slot)] = slot
+                        started += 1
+        return done, time.perf_counter() - begin
 
 
 def _overlap(reading_s: float, computing_s: float, together_s: float) -> float:
@@ -413,7 +512,7 @@ class _Products:
 @contextmanager
 def _busy(threads: int) -> Iterator[_Products]:
     """Keep `threads` cores busy with products with one token, until the end of the context."""
-    runtime = _native.Runtime(threads, "off")
+    runtime = _native.Runtime(threads)
     size = _native.matrix_bytes("q4", _ROWS, _COLS)
     arena = _native.Arena(_NUM_BUSY * size)
     arena.array()[:] = 0x21
@@ -442,20 +541,22 @@ class _Size(NamedTuple):
     experts: int
 
 
-# Two models as small as kernels allow, and one whose experts are as large as those of real models.
-_FEW, _MANY, _USUAL = _Size(4, 256, 64, 16), _Size(20, 256, 64, 16), _Size(4, 1024, 512, 8)
+# Two models as small as kernels allow, and two whose experts are as large as those of real models.
+_FEW, _MANY = _Size(4, 256, 64, 16), _Size(20, 256, 64, 16)
+_MIDDLING, _LARGE = _Size(4, 512, 256, 8), _Size(4, 1024, 512, 8)
 
 
 class _Overheads(NamedTuple):
     """Seconds that neither products nor reads explain.
 
     layer_s: per layer.   streamed_layer_s: more, if the layer's experts are streamed.
-    missing_layer_s: more, if one of them misses.   step_s: per step.
+    miss_s: per expert that misses.   miss_s_per_byte: per byte of its record.   step_s: per step.
     """
 
     layer_s: float
     streamed_layer_s: float
-    missing_layer_s: float
+    miss_s: float
+    miss_s_per_byte: float
     step_s: float
 
 
@@ -484,16 +585,28 @@ def _overheads(cores: int, tell: Progress) -> _Overheads:
         few, few_streamed = tokens(_FEW, None, 1.0)
         many, many_streamed = tokens(_MANY, None, 1.0)
         tell("running small models", 0.9)
-        usual, usual_missing = tokens(_USUAL, 1.0, 0.5)
+        costs = []  # for each miss: bytes of the record, seconds
+        for size in (_MIDDLING, _LARGE):
+            all_here, missing = tokens(size, 1.0, 0.5)
+            misses = size.layers * _CHOSEN * (all_here.hit_rate - missing.hit_rate)
+            record_bytes = 3 * 2 * size.hidden * size.width
+            costs.append((record_bytes, (missing.beside_s - all_here.beside_s) / max(1.0, misses)))
+    miss_s, miss_s_per_byte = _line(*costs)
     layers = _MANY.layers - _FEW.layers
     layer_s = max(1e-6, (many.seconds - few.seconds) / layers)
-    with_misses = _USUAL.layers * (usual.hit_rate**_CHOSEN - usual_missing.hit_rate**_CHOSEN)
     return _Overheads(
         layer_s=layer_s,
         streamed_layer_s=max(1e-6, (many_streamed.seconds - few_streamed.seconds) / layers - layer_s),
-        missing_layer_s=max(1e-6, (usual_missing.beside_s - usual.beside_s) / max(1.0, with_misses)),
+        miss_s=miss_s,
+        miss_s_per_byte=miss_s_per_byte,
         step_s=max(1e-6, few.seconds - _FEW.layers * layer_s),
     )
+
+
+def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    """The line through two points: its value at 0, and its slope. Noise makes neither fall below almost nothing."""
+    slope = max(1e-15, (second[1] - first[1]) / (second[0] - first[0]))
+    return max(1e-6, first[1] - slope * first[0]), slope
 
 
 def _write_model(path: Path, size: _Size) -> None:

@@ -97,6 +97,11 @@ class Constraint:
         """Whether the grammar is complete, so that no token may follow."""
         return self._watch is None and not self._has_let_go and bool(self._matcher.is_stopped())
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the trigger has not appeared yet, so that the answer is free text."""
+        return self._watch is not None
+
     def allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens of the vocabulary may come next, or None while any may.
 
@@ -311,6 +316,11 @@ class GrammarCompiler:
         return self._start(
             _lark(grammar, _Schemas(is_lenient=grammar.is_lenient, is_kept=lambda rule: False))
         )
+
+    def clear(self) -> None:
+        """Forget all grammars."""
+        with self._lock:
+            self._compiled.clear()
 
     def forget(self, tenant: str) -> None:
         with self._lock:

@@ -2,6 +2,8 @@
 
 A draft only saves time: the sampler chooses every token from the model's own logits (`answers.py`), so text with a
 drafter equals text without.
+
+Elsewhere: `lookup.py` is a drafter; `governor.py` says when one may propose.
 """
 
 from __future__ import annotations
@@ -13,8 +15,15 @@ from argosy.engine.sequence import Sequence as EngineSequence
 
 
 class Drafter(Protocol):
-    """Proposes tokens; called once per decoding sequence and step, in the thread that steps the engine."""
+    """Proposes tokens, in the thread that steps the engine."""
 
     def propose(self, sequence: EngineSequence, most: int) -> Sequence[int]:
-        """Guess the tokens that follow `sequence.prompt_ids` and `sequence.new_ids`, at most `most`; may be empty."""
+        """Guess the tokens that follow `sequence.prompt_ids` and `sequence.new_ids`, at most `most`; may be empty.
+
+        Called at most once per decoding sequence and step.
+        """
+        ...
+
+    def forget(self, sequence: EngineSequence) -> None:
+        """Drop what is kept for a sequence that ended or was preempted; it may come again."""
         ...

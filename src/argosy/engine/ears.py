@@ -33,7 +33,7 @@ from argosy.model.weights import load_dense
 from argosy.model.whisper.files import WhisperFiles, open_whisper
 from argosy.model.whisper.network import Whisper
 from argosy.model.whisper.transcription import Transcription, check_options, prepare
-from argosy.plan import machine
+from argosy.plan import tuning
 from argosy.prompt.replay import TenantMemory
 
 _MOST_WAITING = 8  # sounds that wait for the one before them
@@ -51,7 +51,7 @@ class Transcriber:
             print(transcriber.transcribe(Audio("talk.mp3")).text)
 
     Attributes:
-        name: what clients call the checkpoint.
+        name: the checkpoint's name for clients.
 
     Args:
         files: the checkpoint.
@@ -90,7 +90,7 @@ class Transcriber:
 
         Args:
             model: a directory with a checkpoint of `transformers` or CTranslate2, or `tiny.en`, which is fetched once.
-            threads: compute threads; None: the cores this process may use.
+            threads: compute threads; None: as many as an engine has.
 
         Raises:
             FetchFailed: `tiny.en` could not be fetched.
@@ -98,7 +98,7 @@ class Transcriber:
         """
         files = open_whisper(locate_ears(model, progress))
         store = _native.Store(_NUM_READERS)
-        runtime = _native.Runtime(threads or machine.usable_cores())
+        runtime = _native.Runtime(threads or tuning.known_threads())
         decoder = Decoder(PROMPT_LIMITS)
         made = cls(files, store, runtime, turns=threading.RLock(), decoder=decoder)
         made._owns = [decoder.close, store.close, runtime.close]

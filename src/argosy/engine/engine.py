@@ -11,8 +11,12 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -20,32 +24,65 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import DEMO, EngineConfig, ModelConfig, SamplingParams
+from argosy.checkpoint.fingerprint import fingerprint
+from argosy.checkpoint.geometry import count_parameters
+from argosy.checkpoint.pooling import declared_pooling
+from argosy.config import (
+    DEMO,
+    KV_BLOCK_TOKENS,
+    MIB,
+    EngineConfig,
+    ModelConfig,
+    Pooling,
+    SamplingParams,
+    format_bytes,
+)
 from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
+from argosy.engine.energy import EnergyShares
+from argosy.engine.expert_memory import OWN
 from argosy.engine.facts import EngineFacts, ExpertUses
+from argosy.engine.governor import Governor
+from argosy.engine.idle_memory import KV
 from argosy.engine.ledger import Ledger
+from argosy.engine.lookup import LookupDrafter
+from argosy.engine.memory_plan import MemoryPlan, replan, require_budget
+from argosy.engine.mtp import MtpDrafter
 from argosy.engine.options import (
     EngineOptions,
     configure,
     locate_ears,
     locate_model,
     open_files,
+    with_group,
     with_recorder,
 )
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.engine.start import start
-from argosy.errors import ArgosyError, CheckpointError, ReadFailed, RunnerFailed, UsageError
+from argosy.engine.start import Share, start
+from argosy.engine.watermark import Watermark
+from argosy.errors import (
+    ArgosyError,
+    CheckpointError,
+    DoesNotFit,
+    PromptTooLong,
+    ReadFailed,
+    RunnerFailed,
+    UsageError,
+)
 from argosy.experts.recording import OpenRecorder, RouteLog, StepRoutes
 from argosy.experts.resident import Progress
+from argosy.experts.runner import ExpertGroup
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
+from argosy.model.footprint import kv_blocks
+from argosy.model.step import Step
+from argosy.plan.energy import EnergyMeter
 from argosy.plan.work import work_of
 from argosy.prompt.builder import PromptBuilder
 
@@ -62,12 +99,15 @@ class Engine(BlockingCalls):
     Args:
         files: the model, from `open_files`.
         config: every setting, from `configure`; `open` calls both.
-        drafter: proposes tokens, at most `config.draft_tokens` per sequence and step.
+        drafter: proposes tokens, at most `config.draft_tokens` per sequence and step, whether or not that pays;
+            `config.speculate` has drafters of the engine's own, which propose while it does.
         progress: called with the progress of startup.
         observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
             private. Every step stops at every layer to call it; a recorder costs next to nothing.
         recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
             model without routed experts.
+        share: its part of a process that runs other engines, too; None: the budget is its own.
+        experts: other processes that run experts, too, such as a `cluster.Group`; it serves this engine only.
 
     Raises:
         DoesNotFit, UsageError, and `CheckpointError` and related errors: see `errors`.
@@ -82,17 +122,44 @@ class Engine(BlockingCalls):
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
         recorder: OpenRecorder | None = None,
+        share: Share | None = None,
+        experts: ExpertGroup | None = None,
     ) -> None:
+        watermark = None if config.watermark is None else Watermark.read(config.watermark)
+        if drafter is not None and config.speculate != "off":
+            raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")
         config, told = with_recorder(config, files, recorder)
-        started = start(files, config, progress=progress, observe_routes=observe_routes, recorder=told)
+        config = with_group(config, files, experts)
+        started = start(
+            files,
+            config,
+            progress=progress,
+            observe_routes=observe_routes,
+            recorder=told,
+            share=share,
+            experts=experts,
+        )
         self.config: ModelConfig = files.config
         self.settings = config
-        self.work = work_of(files, config.kv_dtype)  # what predictions of its speed start from
+        self._files = files
         self.plan = plan = started.plan
-        self.tokenizer = started.tokenizer
+        self.work = work_of(files, plan.kv_dtype)  # predictions of its speed start from this
+        self.tokenizer = started.vocabulary.tokenizer
         self._clock, self._store, self._runtime = started.clock, started.store, started.runtime
         self._model, self._cache, self._media = started.model, started.cache, started.media
+        self._experts, self._idle = started.experts, started.idle
+        self._footprint = started.footprint
+        self._opened_with = plan
+        self._resizing = threading.Lock()
         self._log = started.log
+        self._governor: Governor | None = None
+        self._mtp: MtpDrafter | None = None
+        if config.speculate != "off":
+            store = started.store
+            self._governor = Governor(config.draft_tokens, lambda: store.stats()["busy_seconds"])
+            if config.speculate == "mtp":
+                self._mtp = MtpDrafter(started.model, KV_BLOCK_TOKENS)
+            drafter = self._mtp or LookupDrafter()
         self._scheduler = Scheduler(
             self._cache,
             chunk_tokens=plan.chunk_tokens,
@@ -100,24 +167,39 @@ class Engine(BlockingCalls):
             num_axes=files.config.rope.num_axes,
             drafter=drafter,
             draft_tokens=config.draft_tokens,
+            governor=self._governor,
         )
         self._requests = Requests(
             started.prompts,
             self.tokenizer,
-            started.grammars,
+            started.vocabulary.grammars,
             self._cache,
             context_tokens=plan.context_tokens,
             chunk_tokens=plan.chunk_tokens,
             model=files.config,
+            watermark=watermark,
         )
+        self._pooling = _find_pooling(files, config)
         self.admission = Admission(config.max_sequences, config.max_waiting)
+        runner = self._model.experts
+        self._energy = EnergyShares(
+            EnergyMeter.find(), lambda: 0 if runner is None else runner.stats.bytes_read
+        )
         self._answers = Answers(
-            started.eos_ids, self.admission, clock=self._clock, experts=self._model.experts
+            started.vocabulary.eos_ids,
+            self.admission,
+            clock=self._clock,
+            experts=runner,
+            energy=self._energy,
+            governor=self._governor,
         )
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
         self._has_failed = False  # the last step failed, and the next one retries it
-        self._lock = started.turns
+        self._lock, self._turns = started.lock, started.turns  # taken in this order
+        self._foreground: AbstractContextManager[object] = nullcontext()  # held for each step
+        self._share = share
+        self._loading = share  # until no expert slot is free for the first time; None: it is over
         self._ears = started.ears
         self._is_open = True
 
@@ -130,12 +212,14 @@ class Engine(BlockingCalls):
         progress: Progress | None = None,
         observe_routes: RouteObserver | None = None,
         recorder: OpenRecorder | None = None,
+        experts: ExpertGroup | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
         """Open a model with the settings that are given, and the defaults for the others.
 
         Args:
-            model: a checkpoint or pack directory, a GGUF file, or `demo` for the embedded default model.
+            model: a checkpoint or pack directory, a GGUF file, the name of a model in the library, or `demo` for the
+                embedded default model.
             options: see `EngineOptions`.
         """
         files = open_files(locate_model(model, progress), mmproj=options.get("mmproj"))
@@ -149,6 +233,7 @@ class Engine(BlockingCalls):
             progress=progress,
             observe_routes=observe_routes,
             recorder=recorder,
+            experts=experts,
         )
 
     # ── one step ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,7 +245,7 @@ class Engine(BlockingCalls):
         the error, and the others continue unaffected. If anything else fails midway, including ^C, every sequence in
         the engine is cancelled.
         """
-        with self._lock:
+        with self._lock, self._foreground, self._turns:
             self._require_open()
             self._cache.write_some()
             if not self._scheduler.has_work:  # another thread's step finished the work
@@ -178,8 +263,9 @@ class Engine(BlockingCalls):
                     self._clock.mark_encoding(self._scheduler.take_making_s())
                 if scheduled is None:  # all that can run are encoders of pictures and sound
                     return []
+                self._energy.begin()
                 try:  # layers -> router -> experts -> kernels
-                    logits = self._model.forward(scheduled.step)
+                    logits = self._forward(scheduled.step)
                 except (CheckpointError, ReadFailed, RunnerFailed) as error:
                     self._recover(scheduled, error)
                     return []
@@ -190,13 +276,43 @@ class Engine(BlockingCalls):
                     self._finish(sequence, "cancelled")
                 raise
 
+    def _forward(self, step: Step) -> NDArray[np.float32]:
+        """Run the layers: float32 [wanted rows, vocab_size]."""
+        if self._idle is not None:
+            self._idle.before_step(step.num_tokens, has_prompts=not step.is_decode.all())
+        began = perf_counter()
+        try:
+            return self._forward_giving_way(step)
+        finally:
+            if self._experts is not None:
+                self._experts.step_s = perf_counter() - began
+
+    def _forward_giving_way(self, step: Step) -> NDArray[np.float32]:
+        """Run the layers.
+
+        The first prompts of a model that is loaded beside others read most of its experts. They lend the cores to
+        others meanwhile. Once no slot is free, the model is like any other, and others that are loaded give way to it.
+        """
+        if (loading := self._loading) is None:
+            return self._model.forward(step)
+        if (cache := self._model.cache) is not None:
+            cache.lent = None if step.is_decode.all() else self._turns
+        logits = self._model.forward(step)
+        if cache is None or cache.is_full:
+            if cache is not None:
+                cache.lent = None
+            self._loading, self._foreground = None, loading.foreground
+            self._store.leave_background()
+        return logits
+
     def _commit(self, scheduled: Scheduled, logits: NDArray[np.float32]) -> list[TokenEvent]:
         """Choose tokens, then count what was computed, then end the answers that are finished."""
         answers = self._answers
+        self._energy.note(scheduled)
         self._uses.count(scheduled.step.num_tokens)
-        if self._log is not None:
-            self._note_routes(self._log, scheduled)
-        ended = answers.note_prompts(scheduled, self._model, at_once=self.settings.max_sequences)
+        at_once = self.settings.max_sequences
+        ended = answers.note_prompts(scheduled, self._model, at_once=at_once)
+        ended += answers.pool(scheduled, self._model, at_once=at_once)
         rows = scheduled.rows(logits)
         if ended:
             failed = [one.sequence for one in ended]
@@ -206,6 +322,9 @@ class Engine(BlockingCalls):
             self._scheduler.commit(scheduled, {one.sequence: one.num_confirmed for one in accepted})
         else:
             self._scheduler.commit(scheduled)
+        if self._log is not None:
+            self._note_routes(self._log, scheduled)
+        self._note_drafts(scheduled, {one.sequence for one in accepted if one.reason is not None})
         for leader, own, _ in rows:
             for follower in self._scheduler.fork(leader) if leader.followers else ():
                 follower.prompt_logprobs = leader.prompt_logprobs
@@ -218,12 +337,27 @@ class Engine(BlockingCalls):
             made += one.events
         return made
 
+    def _note_drafts(self, scheduled: Scheduled, ended: Collection[EngineSequence] = ()) -> None:
+        """Show the draft layer, if there is one, what a step has committed."""
+        if self._mtp is None or self._governor is None:
+            return
+        began = perf_counter()
+        self._mtp.note(scheduled, ended)
+        self._governor.count_upkeep(scheduled.sequences, perf_counter() - began)
+
     def _note_routes(self, log: RouteLog, scheduled: Scheduled) -> None:
-        step, decoder, experts = scheduled.step, self._model.decoder, self._model.experts
-        assert decoder.choices is not None
+        """Note the choices of a step that is committed; tokens that were rejected, or will run again, do not count."""
+        step, choices, experts = scheduled.step, self._model.decoder.choices, self._model.experts
+        assert choices is not None
         assert experts is not None
         numbers = [sequence.number for sequence in scheduled.sequences]
-        log.note(StepRoutes(decoder.choices, step.is_decode, step.sequence, numbers), experts)
+        is_decode, sequence = step.is_decode, step.sequence
+        if scheduled.proposals:
+            computed = np.array([one.num_computed for one in scheduled.sequences])
+            counts = step.order < computed[sequence]
+            choices = log.keep(choices, counts)
+            is_decode, sequence = is_decode[counts], sequence[counts]
+        log.note(StepRoutes(choices, is_decode, sequence, numbers), experts)
 
     def _recover(self, scheduled: Scheduled, error: ArgosyError) -> None:
         """Run a step with failed reads once more; the second time, end the sequences that need the failed expert."""
@@ -244,6 +378,7 @@ class Engine(BlockingCalls):
     ) -> Result:
         self._scheduler.remove(sequence)
         self._sequences.remove(sequence)
+        self._energy.settle()
         return self._answers.result(sequence, reason, error)
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,6 +416,34 @@ class Engine(BlockingCalls):
         self._require_open()
         return self._requests.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
 
+    def prepare_embedding(
+        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = ""
+    ) -> list[EngineSequence]:
+        """Check a text and make the sequence that computes its embedding. Safe from any thread, as `prepare`.
+
+        Args:
+            text: as it is, without a chat template, between the tokens that the tokenizer adds to a text; or token ids.
+            pooling: None: the engine's.
+
+        Raises:
+            PromptTooLong: the text is longer than the context.
+            UnsupportedModel: the checkpoint declares a pooling that is not supported.
+            UsageError: the text is empty, or the model cannot take it.
+        """
+        self._require_open()
+        return [self._requests.prepare_embedding(text, pooling=pooling or self.pooling, tenant=tenant)]
+
+    @property
+    def pooling(self) -> Pooling:
+        """How embeddings are made of hidden states, if a request does not say.
+
+        Raises:
+            UnsupportedModel: the checkpoint declares a pooling that is not supported.
+        """
+        if isinstance(self._pooling, ArgosyError):
+            raise self._pooling
+        return self._pooling
+
     def enqueue(self, sequences: Sequence[EngineSequence], *, has_room: bool = False) -> None:
         """Queue sequences from `prepare`, all or none. With `has_room`, the caller has already checked for room.
 
@@ -291,9 +454,15 @@ class Engine(BlockingCalls):
             self._require_open()
             if not has_room:
                 self.admission.require_room(len(sequences), num_live=len(self._sequences))
+            for one in sequences:  # the context may be shorter than when they were made
+                if len(one.prompt_ids) + one.max_new_tokens > self._requests.context_tokens:
+                    raise PromptTooLong.of(
+                        len(one.prompt_ids), self._requests.context_tokens, for_answer=one.max_new_tokens
+                    )
             counters = self.ledger
             for sequence in sequences:
                 sequence.counters_at_start = counters
+                self._energy.start(sequence)
                 self._sequences.append(sequence)
                 self._scheduler.add(sequence)
 
@@ -315,6 +484,76 @@ class Engine(BlockingCalls):
     def forget_others(self, tenants: Collection[str]) -> None:
         """Forget what earlier processes kept in `kv_dir` for any tenant not listed."""
         self._cache.forget_others(tenants)
+
+    def resize_experts(self, num_slots: int) -> None:
+        """Have so many expert slots from now on, of an engine with a `Share`.
+
+        The memory of slots that go is with the system when this returns. Steps go on meanwhile, a little slower. What
+        is resident decides no token.
+        """
+        self._require_open()
+        experts = self._experts
+        assert experts is not None
+        experts.allow_between_steps(lambda: {OWN: num_slots * self.plan.slot_bytes})
+        with self._lock:
+            self.plan = replace(self.plan, num_slots=num_slots)
+
+    def resize(self, budget_bytes: int) -> MemoryPlan:
+        """Have another memory budget from now on. From any thread; steps go on meanwhile.
+
+        Experts leave first, then KV blocks, with prefixes that are kept in them. A running answer may be computed again
+        because of that, and stays the same. With fewer blocks the context is shorter for new requests. Everything that
+        the plan no longer has is with the system when this returns. A larger budget brings back what left.
+
+        Returns:
+            The plan for the budget.
+
+        Raises:
+            DoesNotFit: it is less than the engine needs now, or more than the machine has; nothing has changed.
+            UsageError: the engine shares its budget with others, or has a fixed number of experts.
+        """
+        if self._share is not None:
+            raise UsageError("models share this budget: resize that of the server")
+        if self.settings.expert_slots is not None:
+            raise UsageError("the number of experts in memory is fixed", hint="leave out `expert_slots`")
+        require_budget(budget_bytes)
+        with self._resizing:
+            with self._lock:
+                self._require_open()
+                plan = self._replan(budget_bytes)
+                experts, idle = self._experts, self._idle
+                if experts is not None and idle is not None:
+                    self._requests.context_tokens = plan.context_tokens
+                    self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
+                    idle.forget_blocks()
+                    experts.most_slots = max(plan.reachable_slots, experts.most_slots)
+            if experts is not None and idle is not None:
+                own_bytes = plan.num_slots * plan.slot_bytes
+                experts.allow_between_steps(lambda: {KV: idle.idle_kv_bytes(), OWN: own_bytes})
+                experts.most_slots = plan.reachable_slots
+            self.plan = plan
+            return plan
+
+    def _replan(self, budget_bytes: int) -> MemoryPlan:
+        opened, cache = self._opened_with, self._model.cache
+        if cache is None or self._idle is None:
+            if budget_bytes < opened.total_bytes:
+                raise DoesNotFit(
+                    f"needs {format_bytes(opened.total_bytes)} of memory, and the budget would be "
+                    f"{format_bytes(budget_bytes)}: all experts lie end to end, and none can leave",
+                    hint=f"start again with `--memory {budget_bytes // MIB}MiB`",
+                    needed_bytes=opened.total_bytes,
+                    budget_bytes=budget_bytes,
+                )
+            return replace(opened, budget_bytes=budget_bytes)
+        return replan(
+            self._footprint,
+            opened,
+            budget_bytes,
+            kv_bytes=self._model.kv.held_bytes,
+            fewest_blocks=max(1, self._scheduler.num_blocks_needed),
+            most_slots=cache.most_slots,
+        )
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """From the next step on, let no token choose these experts, given by layer. Replaces what was forbidden before.
@@ -341,30 +580,50 @@ class Engine(BlockingCalls):
                 raise UsageError(f"these experts cannot be forbidden: {error}") from None
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer."""
+        """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer.
+
+        The array is not part of the memory plan; `read_logits` gives the same rows a few at a time, within it.
+        """
         out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
-        with self._lock:
+
+        def keep(first: int, rows: NDArray[np.float32]) -> None:
+            out[first : first + len(rows)] = rows
+
+        self.read_logits(token_ids, keep)
+        return out
+
+    def read_logits(self, token_ids: Sequence[int], take: Callable[[int, NDArray[np.float32]], None]) -> None:
+        """Call `take` with the next-token logits of all positions, in order, a few at a time.
+
+        Args:
+            take: gets the position of the first row, and the rows: float32 [rows, vocab_size], at most
+                `settings.max_sequences` of them. The memory plan has room for these and two copies.
+
+        Raises:
+            UsageError: the engine has other sequences.
+        """
+        at_once = self.settings.max_sequences
+        with self._lock, self._foreground, self._turns:
             (sequence,) = self.prepare(list(token_ids), SamplingParams(max_tokens=1))
             sequence.can_reuse = False
             self.enqueue([sequence])
             try:
                 if self._sequences[:-1]:
-                    raise UsageError("logits() runs alone; finish or cancel the other sequences first")
+                    raise UsageError("logits are read alone; finish or cancel the other sequences first")
                 at = 0
-                while at < len(out):
+                while at < len(token_ids):
                     self._clock.mark("other")
                     scheduled = self._scheduler.next_step()
                     assert scheduled is not None  # a prompt of ids has no media
-                    self._model.forward(step := scheduled.step)
+                    self._forward(step := scheduled.step)
                     self._scheduler.commit(scheduled)
-                    # A few rows at a time, because the vocabulary is wide.
-                    for start in range(0, step.num_tokens, 16):
-                        rows = np.arange(start, min(start + 16, step.num_tokens))
-                        out[at + rows] = self._model.logits(rows)
+                    self._note_drafts(scheduled)
+                    for start in range(0, step.num_tokens, at_once):
+                        rows = np.arange(start, min(start + at_once, step.num_tokens))
+                        take(at + start, self._model.logits(rows))
                     at += step.num_tokens
             finally:
                 self.cancel(sequence)
-        return out
 
     @property
     def prompts(self) -> PromptBuilder:
@@ -372,8 +631,18 @@ class Engine(BlockingCalls):
         return self._requests.prompts
 
     @property
+    def num_parameters(self) -> int:
+        """Parameters of the model with all of its experts, without encoders."""
+        return count_parameters(self.config)[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """The digest that identifies the model (`checkpoint/fingerprint.py`); it reads samples of the files."""
+        return fingerprint(self._files)
+
+    @property
     def media_kinds(self) -> tuple[Kind, ...]:
-        """What a prompt may have beside text: "picture", "sound"."""
+        """The media that a prompt may contain: "picture", "sound"."""
         return () if self._media is None else self._media.kinds
 
     @property
@@ -383,7 +652,7 @@ class Engine(BlockingCalls):
 
     @property
     def hears(self) -> Hearing:
-        """What becomes of a sound in a prompt: the model takes none, hears it itself, or reads its transcript."""
+        """How the engine treats a sound in a prompt: it is refused, heard by the model, or transcribed."""
         return "none" if self._media is None else self._media.hears
 
     @property
@@ -407,12 +676,12 @@ class Engine(BlockingCalls):
             self._log.flush(self._model.experts)
 
     def facts(self) -> EngineFacts:
-        """What the engine runs and uses, for monitoring; taken between two steps."""
+        """A snapshot for monitoring, taken between two steps."""
         with self._lock:
             self._require_open()
-            lent_slots = 0 if self._media is None else self._media.memory.lent_slots
+            num_slots = self.plan.num_slots if self._experts is None else self._experts.num_slots
             return facts.collect(
-                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan, lent_slots
+                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan, num_slots
             )
 
     @property
@@ -439,11 +708,17 @@ class Engine(BlockingCalls):
             self._requests.prompts.close()
             if self._media is not None:
                 self._media.close()
+            if self._idle is not None:
+                self._idle.close()
+            if self._experts is not None:
+                self._experts.close()
+            self._idle = self._experts = None
             self._cache.close()
             self._store.close()
             self._runtime.close()
             self._model.close()
-            del self._requests, self._uses, self._scheduler, self._cache, self._answers, self._media
+            del self._requests, self._uses, self._scheduler, self._cache, self._mtp
+            del self._answers, self._energy, self._media
 
     def __enter__(self) -> Self:
         return self
@@ -456,3 +731,11 @@ class Engine(BlockingCalls):
     def _require_open(self) -> None:
         if not self._is_open:
             raise UsageError("the engine is closed")
+
+
+def _find_pooling(files: ModelFiles, config: EngineConfig) -> Pooling | ArgosyError:
+    """The pooling of embeddings, or the error to raise when one is wanted: other answers do not need it."""
+    try:
+        return config.pooling or declared_pooling(files) or "last"
+    except CheckpointError as error:
+        return error

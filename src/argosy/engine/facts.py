@@ -31,12 +31,12 @@ class EngineFacts:
     kv_blocks_free: int
     states_held: int
     states_free: int
-    snapshots: int  # of the recurrent state
+    snapshots: int  # copies of recurrent states
     num_experts: int  # routed experts in all layers
     expert_slots: int  # number of experts that fit in memory now
     num_resident: int  # number of experts in memory now
     file_bytes: int  # size of the prefix files
-    tokens_run: int  # of prompts and answers
+    tokens_run: int  # in prompts and answers
     totals: Ledger
     memory: tuple[tuple[str, int, str], ...]  # the memory plan: label, bytes, note
     budget_bytes: int
@@ -82,9 +82,9 @@ def collect(
     answers: Answers,
     uses: ExpertUses,
     plan: MemoryPlan,
-    lent_slots: int,
+    num_slots: int,
 ) -> EngineFacts:
-    """The facts of an engine, between two steps; `lent_slots` of its experts are in memory for pictures and sounds."""
+    """The facts of an engine, between two steps; `num_slots` experts have room at the moment."""
     blocks, states = cache.blocks, cache.states
     return EngineFacts(
         num_running=scheduler.num_running,
@@ -98,7 +98,7 @@ def collect(
         states_free=0 if states is None else states.num_free,
         snapshots=0 if states is None else states.num_snapshots,
         num_experts=plan.num_experts,
-        expert_slots=plan.num_slots + lent_slots,
+        expert_slots=num_slots,
         num_resident=0 if model.experts is None else model.experts.num_resident,
         file_bytes=cache.file_bytes,
         tokens_run=uses.num_tokens_run,

@@ -14,17 +14,12 @@ from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
-from argosy.engine.memory_plan import (
-    PROCESS_GROWTH_BYTES,
-    MemoryPlan,
-    page_table_bytes,
-    plan_memory,
-    plan_with_media,
-)
+from argosy.engine.memory_plan import MemoryPlan, plan_memory, plan_with_media
 from argosy.errors import BadMedia, DoesNotFit
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
+from argosy.plan.machine import PROCESS_GROWTH_BYTES, page_table_bytes
 from argosy.plan.rates import Rates
 from argosy.plan.simulation import Server
 from argosy.plan.speed import (
@@ -41,14 +36,14 @@ from argosy.plan.work import Work, work_of
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 
 PROMPT_TOKENS = (64, 1024, 16_384)  # a question, a page or two, a long document
-PICTURE_WIDTH, PICTURE_HEIGHT = 1024, 768  # of the picture whose first token is predicted
-_PICTURE_TEXT_TOKENS = 32  # of the question beside it
+PICTURE_WIDTH, PICTURE_HEIGHT = 1024, 768  # the picture whose first token is predicted
+_PICTURE_TEXT_TOKENS = 32  # the question beside it
 _NEAR_ALL = 0.9  # the knee: this share of the speed with every expert in memory
-_NUM_BUDGETS = 16  # of a curve
+_NUM_BUDGETS = 16  # on a curve
 # Held by a process that is about to load a model, without its tokenizer: interpreter, libraries, chat templates.
 BARE_PROCESS_BYTES = 60 << 20
-_TOKENIZER_BYTES_PER_BYTE = 16  # of tokenizer.json, when it has been read: 20 measured of a small one
-_JSON_BYTES_PER_TOKEN = 70  # of a vocabulary and its merges
+_TOKENIZER_BYTES_PER_BYTE = 16  # once a tokenizer.json was read: 20 measured with a small one
+_JSON_BYTES_PER_TOKEN = 70  # a vocabulary and its merges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a model does on a machine in a budget.
+    """The fit, speed and cost of a model on a machine within a budget.
 
     plan: None if it does not fit; then `refusal` says why, and nothing below it is known.
     smallest_bytes: the smallest budget that works, with the requested context or else a short one.
@@ -122,7 +117,7 @@ class Speeds:
             self.work,
             self.rates,
             self.working_set,
-            num_slots=plan.num_slots + plan.lent_slots,
+            num_slots=plan.decode_slots(streams * each),
             context=each,
             streams=streams,
             hit_rate=hit_rate,
@@ -145,7 +140,7 @@ class Forecaster(Speeds):
     Args:
         config: as the engine would run it; its budget is replaced. Settings that fix the number of experts in memory
             count for the budget that is asked for, and not for the budgets it is compared with.
-        process_bytes: of the process that will run it, before weights.
+        process_bytes: size of the process that will run it, before weights.
     """
 
     def __init__(
@@ -157,11 +152,11 @@ class Forecaster(Speeds):
         working_set: WorkingSet | None = None,
         process_bytes: int,
     ) -> None:
-        super().__init__(files.config, work_of(files, config.kv_dtype), rates, working_set)
+        self._footprint = ModelFootprint(files, config)
+        super().__init__(files.config, work_of(files, self._footprint.kv_dtype), rates, working_set)
         self.config = config
         self._with_any_slots = replace(config, expert_slots=None)
         self._process_bytes = process_bytes
-        self._footprint = ModelFootprint(files, config)
         self._model = files.config
 
     def plan(self, budget_bytes: int) -> MemoryPlan:
@@ -274,7 +269,7 @@ class Forecaster(Speeds):
 
     def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
         """The fastest, the likely and the slowest server with that plan."""
-        at_once, num_slots = self.config.max_sequences, plan.num_slots + plan.lent_slots
+        at_once, num_slots = self.config.max_sequences, plan.decode_slots(plan.context_tokens // 2)
         if plan.num_states:
             at_once = min(at_once, plan.num_states)
         fast, likely, slow = tabulate(
@@ -303,7 +298,7 @@ class Forecaster(Speeds):
             return needed
 
     def _resident_bytes(self, plan: MemoryPlan | None) -> int:
-        """What every expert in memory takes, with the context of `plan`."""
+        """Bytes that the model takes with every expert in memory, with the context of `plan`."""
         context = self.config.budget.context_tokens or (plan.context_tokens if plan else None)
         budget = Budget(ram_bytes=1 << 60, context_tokens=context)
         everything = replace(self._with_any_slots, budget=budget)

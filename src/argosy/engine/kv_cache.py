@@ -4,7 +4,8 @@
 
 A block is free, held by one or more sequences, or kept: held by none, with a content that another sequence may reuse.
 When free blocks run out, kept blocks are evicted: the least recently used block of the tenant that has the most. So one
-tenant's flood of prompts does not evict what others have kept.
+tenant's flood of prompts does not evict what others have kept. The lowest free block is taken first, so that the memory
+of the highest ones can be used for something else (`idle_memory.py`).
 
 Elsewhere: `prefix.py` looks contents up; keys and values are native memory (`_native.KvCache`).
 """
@@ -13,7 +14,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
+
+from argosy.engine.kv_windows import KvWindows
 
 
 class BlockContent(NamedTuple):
@@ -28,19 +32,31 @@ class BlockContent(NamedTuple):
 class KvBlocks:
     """A pool of blocks of `block_tokens` positions each.
 
+    Attributes:
+        before_use: called with the number of blocks, counted from the first, that may be written from now on; it
+            returns when there is memory for them.
+
     Args:
         forgotten: called with the key of each content that is no longer in any block.
+        windows: where layers with a sliding window keep theirs; None: in the same blocks.
     """
 
     def __init__(
-        self, num_blocks: int, block_tokens: int, forgotten: Callable[[bytes], None] = lambda key: None
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        forgotten: Callable[[bytes], None] = lambda key: None,
+        *,
+        windows: KvWindows | None = None,
     ) -> None:
         self.num_blocks = num_blocks
+        self.windows = windows
         self.block_tokens = block_tokens
         # Counts how often room was made. A sequence that did not fit still does not until this changes.
         self.num_releases = 0
         self._forgotten = forgotten
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.before_use: Callable[[int], None] = lambda num_blocks: None
+        self._free = list(range(num_blocks))  # a heap
         self._holders = [0] * num_blocks
         self._contents: list[BlockContent | None] = [None] * num_blocks
         self._places: dict[bytes, int] = {}
@@ -71,11 +87,35 @@ class KvBlocks:
         """Hand out blocks with no content. The caller has checked that there are enough."""
         assert count <= self.num_available
         while len(self._free) < count:
-            self._free.append(self._evict())
-        blocks = [self._free.pop() for _ in range(count)]
+            self._set_free(self._evict())
+        blocks = [heappop(self._free) for _ in range(count)]
+        if blocks:
+            self.before_use(1 + blocks[-1])
         for block in blocks:
             self._holders[block] = 1
         return blocks
+
+    def resize(self, num_blocks: int) -> None:
+        """Have so many blocks, at most as many as at first. No sequence may hold one that goes."""
+        assert not any(self._holders[num_blocks:])
+        for block in range(num_blocks, self.num_blocks):
+            if (content := self._contents[block]) is not None:
+                self._remove_kept(content.tenant, block)
+                self._drop_content(block)
+                self._set_free(block)
+        self._free = [block for block in self._free if block < num_blocks]
+        self._free += range(self.num_blocks, num_blocks)
+        heapify(self._free)
+        self.num_blocks = num_blocks
+        self.num_releases += 1
+
+    @property
+    def num_used(self) -> int:
+        """Blocks up to the last one that is held or kept."""
+        return next((at + 1 for at in reversed(range(self.num_blocks)) if self._is_used(at)), 0)
+
+    def _is_used(self, block: int) -> bool:
+        return self._holders[block] > 0 or self._contents[block] is not None
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Let one more sequence use blocks that were found. It reads them and never writes them."""
@@ -94,7 +134,7 @@ class KvBlocks:
                 continue
             content = self._contents[block]
             if content is None:
-                self._free.append(block)
+                self._set_free(block)
             else:
                 self._kept.setdefault(content.tenant, OrderedDict())[block] = None
                 self._num_kept += 1
@@ -102,11 +142,23 @@ class KvBlocks:
         blocks.clear()
 
     def keep(self, block: int, content: BlockContent) -> None:
-        """Record the content of a held block, which is not written again. Of two equal blocks the first is found."""
+        """Record the content of a held block, which is not written again.
+
+        Of two equal blocks the first is found, unless what it had of layers with a sliding window is gone.
+        """
         assert self._holders[block] > 0
-        if self._contents[block] is None and content.key not in self._places:
-            self._contents[block] = content
-            self._places[content.key] = block
+        if self._contents[block] is not None:
+            return
+        known = self._places.get(content.key)
+        if known is not None:
+            if self.windows is None or self.windows.has(known):
+                return
+            self._contents[known] = None
+            if not self._holders[known]:
+                self._remove_kept(content.tenant, known)
+                self._set_free(known)
+        self._contents[block] = content
+        self._places[content.key] = block
 
     def find(self, content: BlockContent) -> int | None:
         """The block with this content, every token compared. Hold it before taking any block."""
@@ -117,11 +169,16 @@ class KvBlocks:
         """Make a tenant's contents impossible to find."""
         for block, content in enumerate(self._contents):
             if content is not None and content.tenant == tenant:
+                self._drop_content(block)
                 if self._holders[block] == 0:
                     self._remove_kept(tenant, block)
-                    self._free.append(block)
-                self._drop_content(block)
+                    self._set_free(block)
         self.num_releases += 1
+
+    def _set_free(self, block: int) -> None:
+        heappush(self._free, block)
+        if self.windows is not None:
+            self.windows.drop(block)
 
     def _evict(self) -> int:
         tenant = max(self._kept, key=lambda name: len(self._kept[name]))

@@ -1,7 +1,8 @@
 """The cost of an answer: tokens, speed, reads, memory, and where the wall time went; and that of decode steps.
 
 A request's ledger is the difference of the engine's counters between its start and its end. Requests that run together
-share steps, so their hit rates and reads are those of the shared steps.
+share steps, so their hit rates and reads are those of the shared steps. Energy is different: each request has its own
+share of it (`energy.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,50 @@ from argosy.model.clock import PARTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """Seconds are wall time; bytes are bytes; `parts` sum to `wall_s`."""
+    """Seconds are wall time; bytes are bytes; `parts` sum to `wall_s`.
+
+    `wall_s` begins when a request is queued, `time_to_first_token_s` earlier: when its prompt is built.
+    proposed_tokens, confirmed_tokens: counts of drafts; confirmed ones are among `new_tokens`.
+    won_s: seconds that drafts saved, an estimate: what steps without proposals took lately for as many tokens, less
+        what these steps took. Below zero if they cost time. None: the engine does not speculate.
+    energy_j: joules of the processors and their memory, measured; None: this machine does not tell. The drive's part
+        is not in it.
+    drive_energy_j: the least and the most that the drive may have taken, an estimate; None where `energy_j` is.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     new_tokens: int = 0
+    proposed_tokens: int = 0
+    confirmed_tokens: int = 0
+    won_s: float | None = None
     wall_s: float = 0.0
+    queue_s: float | None = None  # until its first step; None: there was none
     time_to_first_token_s: float | None = None
+    decode_s: float | None = None  # from the first token to the end
     lookups: int = 0
     hits: int = 0
     bytes_read: int = 0
-    peak_bytes: int | None = None  # of the process since it started, without page cache; None: unknown
+    peak_bytes: int | None = None  # since the process started, without page cache; None: unknown
+    energy_j: float | None = None
+    drive_energy_j: tuple[float, float] | None = None
     parts: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @property
+    def total_energy_j(self) -> tuple[float, float] | None:
+        """The least and the most energy: what was measured, with the drive's estimate."""
+        if self.energy_j is None or self.drive_energy_j is None:
+            return None
+        low, high = self.drive_energy_j
+        return self.energy_j + low, self.energy_j + high
+
+    @property
+    def j_per_token(self) -> tuple[float, float] | None:
+        """The least and the most energy per token of the answer, its prompt included."""
+        if self.total_energy_j is None or not self.new_tokens:
+            return None
+        low, high = self.total_energy_j
+        return low / self.new_tokens, high / self.new_tokens
 
     @property
     def hit_rate(self) -> float | None:
@@ -42,16 +75,18 @@ class Ledger:
     @property
     def decode_tok_per_s(self) -> float | None:
         """Answer tokens after the first, per second."""
-        if self.time_to_first_token_s is None or self.new_tokens < 2:
-            return None
-        return (self.new_tokens - 1) / max(1e-9, self.wall_s - self.time_to_first_token_s)
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s and self.new_tokens > 1 else None
 
     def as_dict(self) -> dict[str, object]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "new_tokens": self.new_tokens,
+            "proposed_tokens": self.proposed_tokens,
+            "confirmed_tokens": self.confirmed_tokens,
+            "won_s": self.won_s,
             "wall_s": self.wall_s,
+            "queue_s": self.queue_s,
             "time_to_first_token_s": self.time_to_first_token_s,
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
@@ -60,13 +95,15 @@ class Ledger:
             "hit_rate": self.hit_rate,
             "bytes_read": self.bytes_read,
             "peak_bytes": self.peak_bytes,
+            "energy_j": self.energy_j,
+            "drive_energy_j": None if self.drive_energy_j is None else list(self.drive_energy_j),
             "parts": dict(self.parts),
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSteps:
-    """What steps cost that computed no prompt tokens. `parts` sum to `seconds`.
+    """The cost of steps that computed no prompt tokens. `parts` sum to `seconds`.
 
     context: positions of each sequence, mean over the steps.
     """

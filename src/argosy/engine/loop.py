@@ -19,6 +19,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -111,7 +112,7 @@ class LoopFacts:
     bytes_read_per_s: float
     recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
     recent_decode: DecodeSteps | None = (
-        None  # of the last DECODE_SECONDS, steps without prompt tokens; None: none
+        None  # steps without prompt tokens in the last DECODE_SECONDS; None: there were none
     )
 
 
@@ -136,7 +137,7 @@ class EngineLoop:
         self._changed = threading.Condition()  # guards the attributes below
         self._inbox: list[Request] = []
         self._cancelled: list[Request] = []
-        self._to_forget: list[str] = []
+        self._to_forget: list[tuple[str, ArgosyError]] = []  # tenants, and what their requests end with
         self._revoked: set[str] = set()
         self._num_live = 0  # sequences whose end was not reported yet
         self._is_stopping = False
@@ -171,9 +172,20 @@ class EngineLoop:
             Revoked: the tenant was revoked.
             ArgosyError: what `Engine.prepare` raises.
         """
-        request = Request(
-            self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant), on_event
-        )
+        sequences = self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
+        return self._queue(Request(sequences, on_event), tenant)
+
+    def submit_embedding(
+        self, text: str | SequenceOf[int], on_event: Callable[[Event], None], *, tenant: str = ""
+    ) -> Request:
+        """Check a text and queue it for its embedding, which `AnswerEnd.result` has.
+
+        Raises what `submit` and `Engine.prepare_embedding` raise.
+        """
+        return self._queue(Request(self._engine.prepare_embedding(text, tenant=tenant), on_event), tenant)
+
+    def _queue(self, request: Request, tenant: str) -> Request:
+        num_answers = len(request.seeds)
         with self._changed:
             if self._has_failed:
                 raise _failed()
@@ -199,8 +211,19 @@ class EngineLoop:
         """Remove a tenant for good: before the next step its requests end, and everything kept of it is forgotten."""
         with self._changed:
             self._revoked.add(tenant)
-            self._to_forget.append(tenant)
+            self._to_forget.append((tenant, _revoked()))
             self._changed.notify_all()
+
+    def erase(self, tenant: str) -> None:
+        """Before the next step, end a tenant's requests and forget everything kept of it. It may submit more."""
+        with self._changed:
+            self._to_forget.append((tenant, _erased()))
+            self._changed.notify_all()
+
+    def resize(self, budget_bytes: int) -> None:
+        """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
+        self._engine.resize(budget_bytes)
+        self._facts = self._engine.facts()
 
     def snapshot(self) -> LoopFacts:
         """Facts as of about the last step, without waiting for one."""
@@ -326,14 +349,14 @@ class EngineLoop:
                 self._cancel(request)
         for request in cancelled:
             self._cancel(request)
-        for tenant in to_forget:
-            self._forget(tenant)
+        for tenant, reason in to_forget:
+            self._forget(tenant, reason)
         return not is_closing
 
-    def _forget(self, tenant: str) -> None:
+    def _forget(self, tenant: str, reason: ArgosyError) -> None:
         for request in self._live:
             if request._sequences[0].tenant == tenant:
-                request._error = _revoked()
+                request._error = reason
                 self._cancel(request)
         try:
             self._engine.forget(tenant)
@@ -476,3 +499,7 @@ def _failed() -> Overloaded:
 
 def _revoked() -> Revoked:
     return Revoked("the key was revoked")
+
+
+def _erased() -> ArgosyError:
+    return Overloaded("the data of this key was erased, and with it this request", retry_after_s=1)

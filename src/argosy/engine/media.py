@@ -57,7 +57,7 @@ class PromptMedia:
     """Reads the media of one engine's prompts. Safe from any thread; encoding runs in the engine's own.
 
     Args:
-        processors: what prepares the kinds that the model has an encoder for, or why it cannot take them.
+        processors: for each kind of media, its processor or the error that refuses it.
         low_detail: prepares a picture with low detail; None: the model takes no pictures.
         encode_text: the ids of a text that the model's own processor writes, with its control tokens.
         lend: makes the memory that encoders and the decoder use, from a function that frees it.
@@ -97,7 +97,7 @@ class PromptMedia:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What a prompt may have beside text."""
+        """The media that a prompt may contain."""
         return (*self._processors, *(("sound",) if self.hears == "transcript" else ()))
 
     @property
@@ -107,7 +107,7 @@ class PromptMedia:
 
     @property
     def hears(self) -> Hearing:
-        """What becomes of a sound."""
+        """How the engine treats a sound."""
         if "sound" in self._processors:
             return "native"
         return "none" if self._ears is None else "transcript"
@@ -189,7 +189,7 @@ class PromptMedia:
     ) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
         if isinstance(processor, PictureProcessor):
-            # What the header rules out is refused before it is decoded.
+            # Refuse a picture by its header, before anything is decoded.
             canvas = processor.resize(self._decoder.picture(content, processor.grid))
             rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
             return canvas, (1, rows, cols)
@@ -319,7 +319,7 @@ class PromptMedia:
 class _Video:
     """A decoded video.
 
-    indices: of the frames that the model sees.
+    indices: the frames that the model sees.
     rate, seconds: frames per second and length of the whole.
     canvases: uint8 [frames, height, width, 3].
     features: float32 [bands, mel frames]; None: it has no sound, or the model does not listen.

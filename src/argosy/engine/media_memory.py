@@ -4,10 +4,9 @@
 
 The plan reserves memory for encoders and ears, one encode, and the process that decodes files
 (`memory_plan.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
-with `use`, which returns once the cache has given the slots back and the system has their pages. The cache changes only
-between two steps.
+with `use`, which returns once experts have given it back and the system has their pages.
 
-Elsewhere: `experts/cache.py` gives slots back; `media.py` is who uses the memory.
+Elsewhere: `expert_memory.py` gives it to experts; `media.py` is who uses the memory.
 """
 
 from __future__ import annotations
@@ -18,19 +17,21 @@ from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 
 from argosy import _native
+from argosy.engine.expert_memory import ExpertMemory
 from argosy.errors import UsageError
-from argosy.experts.cache import ExpertCache
 
 # Reading an encoder of 1 GB again takes about a second, and so does reading the experts that it displaces.
 IDLE_S = 60.0
+SOURCE = "pictures, sound"
 
 
 class MediaMemory:
-    """Who has the memory for pictures and sounds at the moment.
+    """Lends the memory for pictures and sounds to experts, and takes it back.
 
     Args:
         clear: frees all that pictures and sounds use of it.
-        cache: the experts that it is lent to, with `num_slots` or `lent_slots` more; None: it is never lent.
+        experts: whom it is lent to; None: it is never lent.
+        nbytes: how much is lent.
         lock: held by whoever runs a step; it goes to whoever has waited longest (`turns.py`).
     """
 
@@ -38,32 +39,33 @@ class MediaMemory:
         self,
         clear: Callable[[], None],
         *,
-        cache: ExpertCache | None,
-        num_slots: int,
-        lent_slots: int,
+        experts: ExpertMemory | None,
+        nbytes: int,
         lock: AbstractContextManager[object],
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._cache = cache
-        self._num_slots = num_slots
-        self._lent_slots = lent_slots
+        self._experts = experts
+        self._nbytes = nbytes
         self._lock = lock
         self._clear = clear
         self._clock = clock
-        self._is_lent = cache is not None and lent_slots > 0  # a cache starts with all its slots
+        self._is_lent = False
         self._is_closed = False
         self._users = threading.Lock()  # guards the next two
         self._num_users = 0
         self._used_at = 0.0
+        if experts is not None and nbytes:
+            self._is_lent = True
+            experts.allow(SOURCE, nbytes)
 
     @property
-    def lent_slots(self) -> int:
-        """Expert slots in this memory now."""
-        return self._lent_slots if self._is_lent else 0
+    def is_lent(self) -> bool:
+        """Whether experts have some of it."""
+        return self._is_lent
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Keep the memory for pictures and sounds; waits for at most a step while experts have it. From any thread.
+        """Keep the memory for pictures and sounds; waits for some steps while experts have it. From any thread.
 
         Raises:
             UsageError: the engine was closed meanwhile.
@@ -84,11 +86,10 @@ class MediaMemory:
     def settle(self) -> None:
         """Lend the memory or take it back, as its users need it. Call it with the lock, between two steps."""
         self._require_open()
-        if self._cache is None or not self._lent_slots:
+        if self._experts is None or not self._nbytes:
             return
         if self._is_lent:
-            if self._num_users:
-                self._cache.resize(self._num_slots)
+            if self._num_users and self._experts.approach({SOURCE: 0}):
                 self._is_lent = False
             return
         with self._users:
@@ -97,7 +98,7 @@ class MediaMemory:
         if is_idle:
             self._clear()
             _native.trim_heap()
-            self._cache.resize(self._num_slots + self._lent_slots)
+            self._experts.allow(SOURCE, self._nbytes)
 
     def close(self) -> None:
         """End: nothing is lent any more. Call it with the lock."""

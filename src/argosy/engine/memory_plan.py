@@ -1,7 +1,7 @@
 """Divide a memory budget before anything is loaded.
 
-    budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + working buffers
-             + staging + expert records + page tables + expert cache
+    budget = process + dense weights + KV cache + recurrent state + replay + requests + routing + group
+             + working buffers + staging + expert records + page tables + expert cache
 
 Dense weights have the first claim. Next come the KV cache, the recurrent state and its snapshots, the answers that a
 server keeps for the next turn, and its memory for requests. Then come working buffers and the staging buffers that
@@ -10,30 +10,44 @@ the whole process, interpreter included, so the plan starts from what the proces
 tables to the process's cgroup, so they are planned as well. A budget below the floor (one token's experts of one layer
 in memory) is refused with the numbers.
 
-What pictures and sounds take is reserved, and lent to experts while there are none (`media_memory.py`).
+What pictures and sounds take is reserved, and lent to experts while there are none (`media_memory.py`). So are KV
+blocks that hold nothing, and buffers for prompts while there are none (`idle_memory.py`).
+
+A running engine may get another budget: `replan` changes what can change then, experts and KV blocks.
 
 `MemoryPlan.parts` is the one list of what the budget pays for: totals, tables and JSON all come from it.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KIB, MIB, EngineConfig, ModelConfig, format_bytes
+from argosy.config import (
+    DRAFTED_AT_ONCE,
+    KIB,
+    KV_BLOCK_TOKENS,
+    MIB,
+    EngineConfig,
+    KvDtype,
+    ModelConfig,
+    format_bytes,
+)
+from argosy.engine.kv_windows import WindowSizes, window_sizes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
-from argosy.model.footprint import ModelFootprint, kv_blocks
+from argosy.model.draft_layer import MOST_BEHIND
+from argosy.model.footprint import DEFAULT_CONTEXT, ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.plan.hit_rate import typical_hit_rate
+from argosy.plan.machine import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
@@ -42,12 +56,15 @@ MEDIA_KEPT_BYTES = 64 * MIB  # rows kept for prompts that repeat a picture
 TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a sound
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
 _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
-# What a process grows by after the plan, beside the parts of the plan: allowances, above what was measured.
-PROCESS_GROWTH_BYTES = 4 * MIB  # first use of code and libraries, objects of the engine, the allocator: 3 MiB
+# Growth of a process after the plan that no part of the plan covers: allowances, above the measured values.
 SERVER_GROWTH_BYTES = 18 * MIB  # a server's connections and threads, each with an allocator of its own
 MEDIA_GROWTH_BYTES = 18 * MIB  # libraries for media, which are imported when the model is opened
-THREAD_BYTES = 32 * KIB  # of the stacks of a thread: 12 KiB of its own, and 16 KiB in the kernel
 TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of prefixes: about 100
+MARKED_ANSWER_BYTES = (
+    12 * KIB
+)  # contexts of an answer with a watermark, as `watermark.MarkedAnswer` keeps them
+# A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
+LOOKUP_TOKEN_BYTES = 20
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
@@ -58,6 +75,7 @@ MEDIA_BODY_BYTES = (
 MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
 TEXT_BYTES = 48 * MIB  # one long conversation, rendered and then encoded piece by piece
 REQUEST_BYTES = BODY_BYTES + TEXT_BYTES
+AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
 TOKENIZER_ROOM_BYTES = 256 * MIB  # kept free when experts are read before the tokenizer is built and measured
 _TOKENIZER_BYTES_PER_BYTE = 32  # per byte of tokenizer.json while it is read: 20 to 26 measured
 _OTHER_THREADS = 8  # threads of the interpreter, the engine and the server, beside compute and reader threads
@@ -86,6 +104,8 @@ class MemoryPlan:
     dense_bytes: int
     encoder_bytes: int = 0  # towers and ears, an encode of each, and the processes that decode files
     kv_bytes: int
+    kv_dtype: KvDtype
+    windows: WindowSizes | None = None  # blocks of layers with a sliding window; None: as many as the others
     state_bytes: int = 0  # recurrent state for num_states sequences
     num_states: int = 0
     snapshot_bytes: int = 0  # recurrent states kept at the end of prefixes
@@ -93,6 +113,7 @@ class MemoryPlan:
     replay_bytes: int = 0  # answers whose tokens are kept until their conversation continues
     request_bytes: int = 0  # request bodies and the data made from them before the engine
     routing_bytes: int = 0  # counts of what routers choose
+    group_bytes: int = 0  # connections to workers that run experts
     working_bytes: int
     staging_bytes: int  # buffers that readers transcode from
     bookkeeping_bytes: int  # where each expert lies, and when it was last used
@@ -101,13 +122,17 @@ class MemoryPlan:
     resident_bytes: int  # all experts, packed end to end
     num_slots: int
     lent_slots: int = 0  # more slots, in the memory for pictures and sounds while there are none
+    idle_slots: int = 0  # more slots at most, in idle memory of prompts and the KV cache
+    idle_buffer_bytes: int = 0  # the part of `working_bytes` that steps without prompt tokens leave idle
+    most_slots: int = 0  # slots at most, if `num_slots` has changed or may change; 0: neither
     num_experts: int  # routed experts in all layers
     context_tokens: int
     chunk_tokens: int
+    held_bytes: int = 0  # the part of `process_bytes` that was in memory already
 
     @property
     def expert_bytes(self) -> int:
-        return self.resident_bytes if self.is_resident else self.num_slots * self.slot_bytes
+        return self.resident_bytes if self.is_packed else self.num_slots * self.slot_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -115,22 +140,41 @@ class MemoryPlan:
 
     @property
     def left_bytes(self) -> int:
-        """What the parts leave of the budget; below zero in a plan that does not fit."""
+        """The rest of the budget after all parts; below zero in a plan that does not fit."""
         return self.budget_bytes - self.total_bytes
 
     @property
     def is_resident(self) -> bool:
         return self.num_slots >= self.num_experts
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether all experts are stored end to end, and not in slots."""
+        return self.is_resident and not self.most_slots
+
+    @property
+    def reachable_slots(self) -> int:
+        """Expert slots while everything that may be lent is lent."""
+        return self.num_slots + self.lent_slots + self.idle_slots
+
+    def decode_slots(self, num_tokens: int) -> int:
+        """Likely expert slots while text is generated, and sequences have so many tokens in all."""
+        idle_bytes = self.idle_buffer_bytes
+        idle_bytes += self.kv_bytes * max(0, self.context_tokens - num_tokens) // self.context_tokens
+        idle_slots = min(self.idle_slots, idle_bytes // max(1, self.slot_bytes))
+        return self.num_slots + self.lent_slots + idle_slots
+
     def model_sizes(self, config: EngineConfig) -> ModelSizes:
         """The model's share of this plan."""
         return ModelSizes(
             kv_blocks=kv_blocks(self.context_tokens),
-            kv_dtype=config.kv_dtype,
+            kv_dtype=self.kv_dtype,
             step_tokens=self.chunk_tokens + config.decode_tokens,
             num_states=self.num_states * _slots_per_state(config) + self.num_snapshots,
-            expert_slots=None if self.is_resident else self.num_slots + self.lent_slots,
-            fewest_slots=self.num_slots,
+            window_blocks=None if self.windows is None else self.windows.num_window_blocks,
+            expert_slots=None if self.is_packed else self.most_slots or self.reachable_slots,
+            first_slots=self.num_slots,
+            reads_all=bool(self.most_slots),
         )
 
     def parts(self) -> list[Part]:
@@ -139,15 +183,20 @@ class MemoryPlan:
         experts = f"{self.num_slots} of {self.num_experts} experts ({share:.0f} %)"
         if self.lent_slots:
             experts += f", {self.num_slots + self.lent_slots} while there are no pictures or sounds"
+        if self.idle_slots:
+            experts += f", up to {self.reachable_slots} in idle memory"
         states, snapshots = (
             f"{self.num_states} sequences at once",
             f"{self.num_snapshots} prompt prefixes",
         )
+        context = f"{self.context_tokens} tokens in {self.kv_dtype}"
+        if self.windows is not None:
+            context += f", {self.windows.num_window_blocks * KV_BLOCK_TOKENS} in layers with a window"
         return [
             Part("process_bytes", "process", self.process_bytes, "interpreter, libraries, tokenizer"),
             Part("dense_bytes", "dense weights", self.dense_bytes),
             Part("encoder_bytes", "pictures, sound", self.encoder_bytes, "encoders, and decoding of files"),
-            Part("kv_bytes", "KV cache", self.kv_bytes, f"{self.context_tokens} tokens"),
+            Part("kv_bytes", "KV cache", self.kv_bytes, context),
             Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
             Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
             Part(
@@ -158,6 +207,7 @@ class MemoryPlan:
             ),
             Part("request_bytes", "requests", self.request_bytes, "request bodies and long texts"),
             Part("routing_bytes", "routing", self.routing_bytes, "counts of the experts that tokens choose"),
+            Part("group_bytes", "group", self.group_bytes, "connections to workers, and what they keep"),
             Part(
                 "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
@@ -189,16 +239,11 @@ class MemoryPlan:
             **{part.key: part.nbytes for part in self.parts()},
             "expert_slots": self.num_slots,
             "lent_expert_slots": self.lent_slots,
+            "idle_expert_slots": self.idle_slots,
             "experts": self.num_experts,
             "context_tokens": self.context_tokens,
             "chunk_tokens": self.chunk_tokens,
         }
-
-
-def held_bytes() -> int:
-    """Bytes that this process holds now, page tables included."""
-    footprint = machine.process_footprint()
-    return footprint.resident_bytes + footprint.page_table_bytes
 
 
 def process_bytes(tokenizer: Tokenizer | None) -> int:
@@ -213,27 +258,16 @@ def process_bytes(tokenizer: Tokenizer | None) -> int:
 
 
 def growth_bytes(config: EngineConfig, context_tokens: int, *, has_media: bool) -> int:
-    """What a process grows by after the plan, beside the parts of the plan."""
+    """Growth of a process after the plan that no part of the plan covers."""
     threads = config.threads + config.readers + _OTHER_THREADS
     nbytes = PROCESS_GROWTH_BYTES + threads * THREAD_BYTES + context_tokens * TOKEN_OBJECT_BYTES
     if config.request_bytes:
         nbytes += SERVER_GROWTH_BYTES
+    if config.watermark is not None:
+        nbytes += (config.max_sequences + (config.max_waiting or 0)) * MARKED_ANSWER_BYTES
+    if config.speculate == "lookup":
+        nbytes += DRAFTED_AT_ONCE * context_tokens * LOOKUP_TOKEN_BYTES
     return nbytes + (MEDIA_GROWTH_BYTES if has_media else 0)
-
-
-def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
-    """Upper bound on page-table bytes for `mapped_bytes` in `num_mappings` places of the address space.
-
-    A table is a page, and an entry takes 8 bytes: 1/512 of memory mapped in 4 KiB pages. Huge pages save nothing: the
-    kernel keeps a table beside each one, in case it has to split that page (measured on Linux 6.18). A mapping may
-    begin and end within a table of each level.
-    """
-    entries = mmap.PAGESIZE // 8
-    nbytes, span = 0, mmap.PAGESIZE
-    while span < max(mapped_bytes, mmap.PAGESIZE) * entries:
-        span *= entries  # one table of this level maps this much
-        nbytes += (-(-mapped_bytes // span) + num_mappings) * mmap.PAGESIZE
-    return nbytes
 
 
 def media_bytes(*, takes_pictures: bool, takes_video: bool) -> int:
@@ -293,13 +327,18 @@ def _search(
     if request_bytes and footprint.encoder_bytes:
         request_bytes += MEDIA_BODIES_BYTES
         if footprint.takes_video:
-            request_bytes += TEXT_BYTES  # of a conversation with a video, beside another long one
+            request_bytes += TEXT_BYTES  # a conversation with a video, beside another long one
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         working = footprint.working_bytes(chunk + config.decode_tokens)
         working += 3 * 4 * model.vocab_size * config.decode_tokens  # logits, and the sampler's copies of them
+        if config.speculate == "mtp":  # hidden states that wait, and logits of a draft
+            working += 4 * (2 * MOST_BEHIND * config.max_sequences * model.hidden_size + model.vocab_size)
         if config.record_bytes:
             working += footprint.choices_bytes(chunk + config.decode_tokens)
+        windows = _windows(footprint, config, context, chunk)
+        if windows is not None:  # native code lists the window blocks of each sequence in a step
+            working += 4 * kv_blocks(context) * config.max_sequences + 8 * (chunk + config.decode_tokens)
         if config.kv_dir is not None:
             working += buffer_bytes(footprint.kv_bytes(1), footprint.state_bytes(1))
         without_experts = MemoryPlan(
@@ -309,7 +348,9 @@ def _search(
             encoder_bytes=encoder_bytes
             and encoder_bytes
             + media_bytes(takes_pictures=footprint.takes_pictures, takes_video=footprint.takes_video),
-            kv_bytes=footprint.kv_bytes(context),
+            kv_bytes=footprint.kv_bytes(context, None if windows is None else windows.num_window_blocks),
+            kv_dtype=footprint.kv_dtype,
+            windows=windows,
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),
             num_states=num_states,
             snapshot_bytes=footprint.state_bytes(num_snapshots),
@@ -317,6 +358,7 @@ def _search(
             replay_bytes=config.replay_bytes,
             request_bytes=request_bytes,
             routing_bytes=config.record_bytes,
+            group_bytes=config.group_bytes,
             working_bytes=working,
             staging_bytes=footprint.staging_bytes,
             bookkeeping_bytes=0,
@@ -326,38 +368,20 @@ def _search(
             num_experts=num_experts,
             context_tokens=context,
             chunk_tokens=chunk,
+            held_bytes=process_bytes,
         )
-
-        def with_slots(num_slots: int, most_lent: int = 0) -> MemoryPlan:
-            """The same plan with `num_slots` experts in memory, and more while there are no pictures or sounds."""
-            num_lent = min(most_lent, num_experts - num_slots)
-            some = replace(
-                without_experts,
-                num_slots=num_slots,
-                lent_slots=num_lent,
-                bookkeeping_bytes=footprint.record_bytes(num_slots, num_lent),
-            )
-            # What is lent is mapped twice: for encoders, and for experts.
-            mapped = some.total_bytes - process_bytes + num_lent * some.slot_bytes
-            return replace(some, page_table_bytes=page_table_bytes(mapped))
-
+        with_slots = partial(_with_slots, footprint, without_experts)
         everything = with_slots(num_experts)
         if expert_slots is None and everything.total_bytes <= config.budget.ram_bytes:
             return everything
         fewest = with_slots(min(num_experts, fewest_slots))
         if expert_slots is not None or fewest.total_bytes > config.budget.ram_bytes:
             return fewest
-        # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
-        slots = min(
-            num_experts,
-            fewest.num_slots + (fewest.budget_bytes - fewest.total_bytes) // max(1, fewest.slot_bytes),
-        )
         lent = lendable_bytes(without_experts.encoder_bytes) // max(1, fewest.slot_bytes)
-        while (found := with_slots(slots, lent)).total_bytes > config.budget.ram_bytes:
-            slots -= -(-(found.total_bytes - found.budget_bytes) // found.slot_bytes)
-            if slots < fewest.num_slots:
-                return fewest  # no room even for the records of what would be lent
-        return found
+        idle_bytes = _idle_buffer_bytes(footprint, config, chunk, has_media=has_media)
+        lending = partial(with_slots, most_lent=lent, idle_buffer_bytes=idle_bytes)
+        # Without room even for the records of lent slots, nothing is lent.
+        return _most_slots(lending, fewest, num_experts) or fewest
 
     contexts = _contexts(model, config)
     chunks = [max(chunk, footprint.unbroken_tokens) for chunk in _chunks(config)]
@@ -379,6 +403,127 @@ def _search(
         if best is not None:
             return best, best
     return None, plan(contexts[-1], min(*chunks, contexts[-1]), *counts)
+
+
+def _with_slots(
+    footprint: ModelFootprint,
+    without_experts: MemoryPlan,
+    num_slots: int,
+    most_lent: int = 0,
+    idle_buffer_bytes: int | None = None,
+) -> MemoryPlan:
+    """A plan with `num_slots` experts in memory, and more while others leave memory idle.
+
+    Args:
+        idle_buffer_bytes: None: no idle memory is lent.
+    """
+    most_slots = without_experts.most_slots or footprint.num_experts
+    lent_slots = min(most_lent, most_slots - num_slots)
+    idle_slots = 0
+    if idle_buffer_bytes is not None:
+        idle_slots = (idle_buffer_bytes + without_experts.kv_bytes) // max(1, without_experts.slot_bytes)
+        idle_slots = min(idle_slots, most_slots - num_slots - lent_slots)
+    some = replace(
+        without_experts,
+        num_slots=num_slots,
+        lent_slots=lent_slots,
+        idle_slots=idle_slots,
+        idle_buffer_bytes=idle_buffer_bytes or 0,
+        bookkeeping_bytes=footprint.cache_record_bytes(num_slots + lent_slots + idle_slots)
+        if without_experts.most_slots
+        else footprint.record_bytes(num_slots, lent_slots + idle_slots),
+    )
+    # Lent memory is mapped twice: for whoever lends it, and for experts.
+    mapped = some.total_bytes - some.held_bytes + (lent_slots + idle_slots) * some.slot_bytes
+    return replace(some, page_table_bytes=page_table_bytes(mapped))
+
+
+def _most_slots(
+    with_slots: Callable[[int], MemoryPlan], fewest: MemoryPlan, most_slots: int
+) -> MemoryPlan | None:
+    """The plan with the most slots that fits; None: not even one with as few as `fewest` has."""
+    # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
+    slot_bytes = max(1, fewest.slot_bytes)
+    slots = min(most_slots, fewest.num_slots + fewest.left_bytes // slot_bytes)
+    while (found := with_slots(slots)).left_bytes < 0:
+        slots -= -(found.left_bytes // slot_bytes)
+        if slots < fewest.num_slots:
+            return None
+    return found
+
+
+def _idle_buffer_bytes(
+    footprint: ModelFootprint, config: EngineConfig, chunk: int, *, has_media: bool
+) -> int:
+    """Buffers that steps without prompt tokens leave idle; none if encoders or a draft layer share them."""
+    if has_media or footprint.files.num_draft_layers:
+        return 0
+    decode = config.decode_tokens
+    return footprint.buffer_bytes(chunk + decode) - footprint.buffer_bytes(decode)
+
+
+def replan(
+    footprint: ModelFootprint,
+    plan: MemoryPlan,
+    budget_bytes: int,
+    *,
+    kv_bytes: Callable[[int], int],
+    fewest_blocks: int,
+    most_slots: int,
+) -> MemoryPlan:
+    """The plan of a running engine in another budget. Experts leave first, then KV blocks; nothing else can change.
+
+    Args:
+        plan: the plan that the engine was opened with.
+        kv_bytes: gives the size of so many KV blocks.
+        fewest_blocks: the need of running and waiting sequences.
+        most_slots: limit of all expert slots together.
+
+    Raises:
+        DoesNotFit: names the smallest budget that works now.
+    """
+    idle_bytes = plan.idle_buffer_bytes if plan.idle_slots else None
+
+    def with_blocks(num_blocks: int) -> MemoryPlan:
+        tokens = min(plan.context_tokens, num_blocks * KV_BLOCK_TOKENS)
+        return replace(
+            plan,
+            budget_bytes=budget_bytes,
+            kv_bytes=kv_bytes(num_blocks),
+            context_tokens=tokens,
+            most_slots=most_slots,
+            num_slots=0,
+        )
+
+    def with_slots(some: MemoryPlan, num_slots: int) -> MemoryPlan:
+        return _with_slots(footprint, some, num_slots, plan.lent_slots, idle_bytes)
+
+    fewest = min(footprint.num_experts, footprint.config.experts_per_token, most_slots)
+    least = with_slots(with_blocks(fewest_blocks), fewest)
+    if least.left_bytes < 0:
+        raise _too_small_now(least)
+    num_blocks, most = fewest_blocks, kv_blocks(plan.context_tokens)
+    while num_blocks < most:
+        middle = (num_blocks + most + 1) // 2
+        if with_slots(with_blocks(middle), fewest).left_bytes < 0:
+            most = middle - 1
+        else:
+            num_blocks = middle
+    some = with_blocks(num_blocks)
+    found = with_slots(some, fewest)
+    return _most_slots(partial(with_slots, some), found, min(footprint.num_experts, most_slots)) or found
+
+
+def _too_small_now(least: MemoryPlan) -> DoesNotFit:
+    parts = "  +  ".join(f"{part.label} {format_bytes(part.nbytes)}" for part in least.parts() if part.nbytes)
+    return DoesNotFit(
+        f"needs {format_bytes(least.total_bytes)} of memory now, and the budget would be "
+        f"{format_bytes(least.budget_bytes)}\n  {parts}",
+        hint=f"{_in_mib(least.total_bytes)} works; KV blocks of answers that run or wait cannot leave",
+        needed_bytes=least.total_bytes,
+        budget_bytes=least.budget_bytes,
+        plan=least.as_dict(),
+    )
 
 
 def plan_with_media(
@@ -408,6 +553,79 @@ def plan_with_media(
     )
     footprint = footprint.without_media(fault)
     return footprint, plan_memory(footprint, config, process_bytes=process_bytes)
+
+
+def plan_share(
+    footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int
+) -> tuple[ModelFootprint, MemoryPlan]:
+    """Plan a model that shares the budget with others of its process: its floor, and how far it can grow.
+
+    Media, context and chunk are those of the model alone in the budget, so they do not depend on other models. The plan
+    has the fewest expert slots that run; `most_slots` is what the budget would leave without other models. Records and
+    page tables are for the most.
+
+    Args:
+        process_bytes: size of the process with everything that its models share.
+
+    Returns:
+        The footprint that the plan is for, as `plan_with_media`.
+
+    Raises:
+        DoesNotFit: as `plan_memory`.
+    """
+    footprint, alone = plan_with_media(footprint, config, process_bytes=process_bytes)
+    fewest = min(footprint.num_experts, footprint.config.experts_per_token)
+
+    def with_most(most_slots: int) -> MemoryPlan:
+        some = replace(
+            alone,
+            num_slots=fewest,
+            lent_slots=0,
+            idle_slots=0,
+            idle_buffer_bytes=0,
+            most_slots=most_slots,
+            bookkeeping_bytes=footprint.cache_record_bytes(most_slots),
+            page_table_bytes=0,
+        )
+        mapped = some.total_bytes - process_bytes + (most_slots - fewest) * some.slot_bytes
+        return replace(some, page_table_bytes=page_table_bytes(mapped))
+
+    # Start too high, because a slot also needs records and page tables.
+    most = min(footprint.num_experts, fewest + max(0, with_most(fewest).left_bytes) // alone.slot_bytes)
+    while most > fewest and (beyond := (most - fewest) * alone.slot_bytes - with_most(most).left_bytes) > 0:
+        most = max(fewest, most - -(-beyond // alone.slot_bytes))
+    return footprint, with_most(most)
+
+
+def shared_bytes(footprints: Sequence[ModelFootprint], *, kept_bytes: int) -> int:
+    """The memory of a server with several models, without the models.
+
+    Call it when tokenizers, grammars and headers of all of them are in memory, and before any weights are.
+
+    Args:
+        kept_bytes: memory that the server has for what it keeps for clients.
+    """
+    _native.trim_heap()
+    requests = REQUEST_BYTES
+    if any(footprint.encoder_bytes for footprint in footprints):
+        requests += MEDIA_BODIES_BYTES
+    if any(footprint.takes_video for footprint in footprints):
+        requests += TEXT_BYTES  # as in `plan_memory`
+    growth = PROCESS_GROWTH_BYTES + SERVER_GROWTH_BYTES + _OTHER_THREADS * THREAD_BYTES
+    return held_bytes() + growth + requests + kept_bytes
+
+
+def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:
+    """Blocks of layers with a sliding window; None: they keep every position, as they also do for `kv_dir`."""
+    if not footprint.window or config.kv_dir is not None:
+        return None
+    return window_sizes(
+        num_blocks=kv_blocks(context),
+        block_tokens=KV_BLOCK_TOKENS,
+        window=footprint.window,
+        max_sequences=config.max_sequences,
+        step_tokens=chunk + config.decode_tokens,
+    )
 
 
 def _slots_per_state(config: EngineConfig) -> int:
@@ -457,7 +675,7 @@ def _contexts(model: ModelConfig, config: EngineConfig) -> list[int]:
     """The requested context, or all candidates, largest first."""
     if wanted := config.budget.context_tokens:
         return [wanted]
-    contexts = [min(model.context_tokens, 8192)]
+    contexts = [min(model.context_tokens, DEFAULT_CONTEXT)]
     while contexts[-1] > SMALLEST_CONTEXT:
         contexts.append(max(SMALLEST_CONTEXT, contexts[-1] // 2))
     return contexts
@@ -538,6 +756,47 @@ def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
         )
 
 
+def machine_bytes() -> int:
+    """The memory that the machine and the cgroups of this process allow."""
+    return machine.memory_limit().total_bytes
+
+
+def require_budget(budget_bytes: int) -> None:
+    """Check that the machine has the memory.
+
+    Raises:
+        DoesNotFit: it has less.
+    """
+    limit = machine.memory_limit()
+    if budget_bytes > limit.total_bytes:
+        raise DoesNotFit(
+            f"the budget is {format_bytes(budget_bytes)}, and there are {format_bytes(limit.total_bytes)} "
+            f"({limit.source})",
+            hint=f"`--memory {machine.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
+            needed_bytes=budget_bytes,
+            budget_bytes=limit.total_bytes,
+        )
+
+
+def require_machine(budget_bytes: int) -> None:
+    """Check that models that share a budget find it on this machine.
+
+    Raises:
+        DoesNotFit: the machine has less memory, or `ulimit` bounds the address space, of which each model reserves as
+            much as it could have alone.
+    """
+    require_budget(budget_bytes)
+    for bound in (machine.address_space_limit(), machine.data_limit()):
+        if bound is not None:
+            raise DoesNotFit(
+                f"several models reserve more address space than they use, and `{bound.command}` lets this process map "
+                f"{format_bytes(bound.limit_bytes)}",
+                hint=f"`{bound.command} unlimited` lifts the limit",
+                needed_bytes=budget_bytes,
+                budget_bytes=bound.limit_bytes,
+            )
+
+
 def _does_not_fit(
     floor: MemoryPlan, footprint: ModelFootprint, config: EngineConfig, process_bytes: int
 ) -> DoesNotFit:
@@ -574,27 +833,28 @@ class _Remedy(NamedTuple):
     apply: Callable[[ModelFootprint, EngineConfig], tuple[ModelFootprint, EngineConfig]]
 
 
-def _remedies(config: EngineConfig, *, has_media: bool) -> list[list[_Remedy]]:
+def _remedies(footprint: ModelFootprint, config: EngineConfig) -> list[list[_Remedy]]:
     """Options that make a plan smaller, one list for each kind, the gentlest first."""
     kinds: list[list[_Remedy]] = []
-    if config.kv_dtype == "f32":
-        kinds.append(
-            [
-                _Remedy(
-                    "--kv f16", lambda model, config: (model.with_kv("f16"), replace(config, kv_dtype="f16"))
-                )
-            ]
-        )
+    formats = get_args(KvDtype)
+    if smaller := formats[formats.index(footprint.kv_dtype) + 1 :]:
+        kinds.append([_Remedy(f"--kv {kv_dtype}", partial(_with_kv, kv_dtype)) for kv_dtype in smaller])
     if (context := config.budget.context_tokens or 0) > SMALLEST_CONTEXT:
         shorter = []
         while context > SMALLEST_CONTEXT:
             context = max(SMALLEST_CONTEXT, context // 2)
             shorter.append(_Remedy(f"--context {context}", partial(_with_context, context)))
         kinds.append(shorter)
-    if has_media:
+    if footprint.encoder_bytes:
         fault = DoesNotFit("the memory budget has no room for pictures and sound")
         kinds.append([_Remedy("--no-media", lambda model, config: (model.without_media(fault), config))])
     return kinds
+
+
+def _with_kv(
+    kv_dtype: KvDtype, footprint: ModelFootprint, config: EngineConfig
+) -> tuple[ModelFootprint, EngineConfig]:
+    return footprint.with_kv(kv_dtype), config
 
 
 def _with_context(
@@ -607,7 +867,7 @@ def _what_helps(
     footprint: ModelFootprint, config: EngineConfig, process_bytes: int, needed_bytes: int
 ) -> str | None:
     """The options with which a budget is enough; or else the smallest budget with all of them, if it needs less."""
-    kinds = _remedies(config, has_media=bool(footprint.encoder_bytes))
+    kinds = _remedies(footprint, config)
     fitting = []
     for kind in kinds:
         for remedy in kind:

@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import DEMO, AskAhead, Budget, EngineConfig, KvDir, KvDtype, ModelConfig, parse_size
-from argosy.engine.memory_plan import quarter_of_experts
+from argosy.config import (
+    DEMO,
+    DRAFT_TOKENS,
+    AskAhead,
+    Budget,
+    EngineConfig,
+    KvDir,
+    KvDtype,
+    ModelConfig,
+    Pooling,
+    Speculate,
+    parse_size,
+)
+from argosy.engine.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK, quarter_of_experts
 from argosy.errors import ArgosyError, UsageError
 from argosy.experts.recording import OpenRecorder, RouteRecorder
 from argosy.experts.resident import Progress
+from argosy.experts.runner import ExpertGroup
+from argosy.library import names
+from argosy.library.places import tower_of
 from argosy.model.families import open_model
-from argosy.plan import machine
+from argosy.plan import machine, tuning
 
 TINY_EN = "tiny.en"
 DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
+
+
+SpeculateOption = Speculate | Literal["auto"]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -26,20 +45,23 @@ class EngineOptions(TypedDict, total=False):
         margin (`plan.machine.default_budget`).
     context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many as
         the budget allows.
-    threads: compute threads; None: the cores this process may use.
+    threads: compute threads; None: as many as `plan.tuning` finds fastest, at most the cores this process may use.
     expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
     ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once: what a model without a tower for sound
         gets of a sound is its transcript.
     kv_dir: a path, or a `KvDir` with its bounds.
+    watermark: the file with its key, from `argosy watermark key`.
     mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
+    speculate: `auto` is `mtp` if the checkpoint has a layer for it, or else `lookup`.
     """
 
     memory: str | int | Budget | None
     context: int | None
     threads: int | None
-    kv_dtype: KvDtype
+    kv_dtype: KvDtype | None
     instruction_set: str | None
     ask_ahead: AskAhead | None
+    tune: bool
     chunk_tokens: int | None
     expert_slots: int | None
     max_sequences: int
@@ -48,34 +70,44 @@ class EngineOptions(TypedDict, total=False):
     video_tokens: int
     mmproj: str | Path | None
     ears: str | Path | None
+    speculate: SpeculateOption
     draft_tokens: int
     readers: int
     look_ahead: bool
     experts_off: bool
     max_waiting: int | None
+    pooling: Pooling | None
     prefix_reuse: bool
     kv_dir: str | Path | KvDir | None
+    watermark: str | Path | None
     grammars: bool
     replay_bytes: int
     request_bytes: int
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a model; makes the demo model on first use."""
+    """Locate a model: `demo`, which is made on first use; a path; an alias; a name in the library, or a part of one.
+
+    A path that exists wins over a name. A `Path` is never a name.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: there is none of that name, or it is not whole.
+    """
     if str(model) == DEMO:
         from argosy.demo.locate import locate
 
         return locate(progress=progress)
-    return Path(model)
+    return model if isinstance(model, Path) else names.locate(model)
 
 
 def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
-    """Find and check all files of a model: `open_model`, and the vision tower in the file that the caller names.
+    """Find and check all files of a model: `open_model`, and the vision tower in the file that the caller names, or
+    where the program keeps it that put the model there.
 
     Raises:
         The same errors as `open_model`, also if the tower in that file cannot be used.
     """
-    files = open_model(path, mmproj=mmproj)
+    files = open_model(path, mmproj=mmproj, tower=None if mmproj is not None else tower_of(path))
     if mmproj is not None:
         from argosy.model.encoders.reading import find_encoders  # imports every tower
 
@@ -86,12 +118,12 @@ def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
 
 
 def locate_ears(ears: str | Path, progress: Progress | None = None) -> Path:
-    """Locate a Whisper checkpoint; `tiny.en` is fetched when it is first used."""
+    """Locate a Whisper checkpoint as any model; `tiny.en` is fetched when it is first used."""
     if str(ears) == TINY_EN:
         from argosy.demo.ears import locate
 
         return locate(progress=progress)
-    return Path(ears)
+    return locate_model(ears)
 
 
 def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOptions]) -> EngineConfig:
@@ -115,8 +147,18 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
         given["kv_dir"] = KvDir(path=Path(kv_dir))
     if (ears := given.get("ears")) is not None:
         given["ears"] = locate_ears(ears)
-    given["threads"] = given.get("threads") or machine.usable_cores()
-    config = EngineConfig.from_mapping({**given, "budget": _budget(memory, context)})
+    if (watermark := given.get("watermark")) is not None:
+        given["watermark"] = Path(watermark)
+    given["threads"] = given.get("threads") or tuning.measured_threads(
+        given.get("instruction_set"), tune=given.get("tune", True)
+    )
+    if given.get("speculate") == "auto":
+        given["speculate"] = (
+            "lookup" if files.draft is None or isinstance(files.draft, ArgosyError) else "mtp"
+        )
+    if given.get("speculate", "off") != "off":
+        given.setdefault("draft_tokens", DRAFT_TOKENS)
+    config = EngineConfig.from_mapping({**given, "budget": budget_of(memory, context)})
     require_context(files.config, config.budget.context_tokens)
     least = files.config.experts_per_token
     if config.expert_slots is not None and config.expert_slots < least:
@@ -134,6 +176,35 @@ def with_recorder(
         return config, None
     opened = recorder(files, config)
     return replace(config, record_bytes=opened.nbytes), opened
+
+
+def with_group(config: EngineConfig, files: ModelFiles, group: ExpertGroup | None) -> EngineConfig:
+    """Give a group of other processes memory, if there is one.
+
+    Raises:
+        UsageError: there is nothing for the group to run.
+    """
+    if group is None:
+        return config
+    if not files.experts or config.experts_off:
+        raise UsageError(
+            f"{files.path} runs without routed experts, so there is nothing for a group of workers to run"
+        )
+    if config.speculate == "mtp":
+        raise UsageError(
+            "workers of a group do not have the experts of the layer for multi-token prediction",
+            hint="`--speculate lookup` works with a group",
+        )
+    most_chunk = group.most_rows - config.decode_tokens
+    if most_chunk < SMALLEST_CHUNK:
+        raise UsageError(
+            f"{config.decode_tokens} tokens may decode in a step, and workers take {group.most_rows} at once",
+            hint="fewer sequences at once (max_sequences) leave room for prompts",
+        )
+    chunk_tokens = min(config.chunk_tokens or RESIDENT_CHUNK, most_chunk)
+    config = replace(config, group_bytes=group.nbytes(files), chunk_tokens=chunk_tokens)
+    # Whoever runs no experts here needs no memory for them.
+    return config if group.runs_here else replace(config, expert_slots=files.config.experts_per_token)
 
 
 def require_context(model: ModelConfig, context_tokens: int | None) -> None:
@@ -155,7 +226,22 @@ def require_context(model: ModelConfig, context_tokens: int | None) -> None:
     )
 
 
-def _budget(memory: str | int | Budget | None, context: int | None) -> Budget:
+def choose_instruction_set(cap: str | None) -> str:
+    """The instruction set of a runtime: the best of this processor, or at most `cap`.
+
+    Raises:
+        UsageError: this processor does not have it.
+    """
+    available = _native.instruction_sets()
+    if cap is None:
+        return available[-1]
+    if cap not in available:
+        raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
+    return cap
+
+
+def budget_of(memory: str | int | Budget | None, context: int | None) -> Budget:
+    """The budget for these options; None for `memory` is what is free, less a margin."""
     if isinstance(memory, Budget):
         return memory
     limit = machine.memory_limit()

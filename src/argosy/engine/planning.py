@@ -1,6 +1,6 @@
 """Find the model to plan for, wherever it is, and forecast it on a machine.
 
-    directory, GGUF, demo       ->  its files               ┐
+    path, name here, demo       ->  its files               ┐
     config.json                 ->  a pack that it would be ├─>  Subject  ->  forecaster  ->  Forecast
     OWNER/NAME, https://...     ->  its headers             ┘
 
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.untrusted_file import read_object
-from argosy.config import DEMO, Budget, Format, ModelConfig, parse_size
+from argosy.config import Budget, Format, ModelConfig, parse_size
 from argosy.engine import calibration
 from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
@@ -26,11 +26,12 @@ from argosy.engine.forecast import (
     Forecaster,
     tokenizer_bytes,
 )
-from argosy.engine.memory_plan import TEMPLATE_WORKER_BYTES, process_bytes
+from argosy.engine.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
 from argosy.engine.options import configure, locate_model, open_files, with_recorder
 from argosy.errors import UsageError
 from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
+from argosy.library.names import find
 from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
@@ -50,7 +51,7 @@ class Subject:
 
     place: whether its files are here, only their headers were read, or they are assumed.
     local_bytes: memory of a process here that has its tokenizer; None if the tokenizer is not here.
-    left_out: what it takes besides text and its plan leaves out.
+    left_out: media that it takes and its plan leaves out.
     """
 
     name: str
@@ -72,18 +73,23 @@ class Subject:
 
 @contextmanager
 def open_subject(
-    model: str, *, format: Format = "q4", mmproj: str | None = None, progress: Progress | None = None
+    model: str,
+    *,
+    format: Format = "q4",
+    mmproj: str | None = None,
+    planner_bytes: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Subject]:
     """Find a model; a remote one lasts as long as the context.
 
     Args:
-        format: of the pack that is assumed for a config.json.
+        format: the format of the pack that is assumed for a config.json.
+        planner_bytes: memory of this process that only planning takes: one that runs the model has not imported it.
 
     Raises:
-        The errors of `open_model` and `fetch_headers`.
+        The errors of `locate_model`, `open_model` and `fetch_headers`.
     """
-    is_here = model == DEMO or Path(model).exists()
-    if not is_here and (source := Source.find(model)) is not None:
+    if find(model) is None and (source := Source.find(model)) is not None:
         with _remote_subject(model, source, progress) as subject:
             yield subject
         return
@@ -94,11 +100,12 @@ def open_subject(
         return
     files = open_files(path, mmproj=mmproj)
     tokenizer = Tokenizer.open(files.path, files.header)  # kept while the process is measured
-    yield Subject(name=model, files=files, place="files", local_bytes=process_bytes(tokenizer))
+    local_bytes = process_bytes(tokenizer) - max(0, planner_bytes - PROCESS_VARIES_BYTES)
+    yield Subject(name=model, files=files, place="files", local_bytes=local_bytes)
 
 
 def _left_out(config: ModelConfig, path: Path) -> tuple[Kind, ...]:
-    """What a model takes besides text by its config.json, which does not say how much of it there is."""
+    """The media that a model takes by its config.json, which does not say how large their weights are."""
     from argosy.model.encoders.table import ENCODERS  # imports every tower
 
     raw = read_object(path if path.name == CONFIG_FILE else path / CONFIG_FILE)
@@ -200,7 +207,7 @@ def forecaster(
 
 
 def plan_remote(
-    model: str,
+    source: Source,
     *,
     memory: str | int | None = None,
     streams: Sequence[int] = (1,),
@@ -209,15 +216,45 @@ def plan_remote(
     """Plan a model that is not here yet, for this machine: what `pull` asks before it downloads.
 
     Raises:
-        UsageError: `model` is neither OWNER/NAME nor an address.
-        FetchFailed, CheckpointError: see `fetch_headers`.
+        The errors of `fetch_headers`.
     """
-    if (source := Source.find(model)) is None:
-        raise UsageError(f"'{model}' is no model of a hub", hint="give OWNER/NAME, or an https address")
-    with _remote_subject(model, source, progress) as subject:
+    with _remote_subject(source.repository or source.url, source, progress) as subject:
         assert subject.remote is not None
         found, budget_bytes = forecaster(subject, find_place(HERE), memory=memory, streams=streams)
         return subject.remote, found.forecast(budget_bytes, streams=streams, with_curve=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A model in one line, and the budgets at which it runs here."""
+
+    family: str
+    format: str
+    num_experts: int
+    experts_per_token: int
+    smallest_bytes: int
+    resident_bytes: int
+
+
+def summarise(path: Path) -> Summary:
+    """Read the headers of a model for `argosy list`.
+
+    Raises:
+        The errors of `open_model`.
+    """
+    files = open_files(path)
+    found, budget_bytes = forecaster(
+        Subject(name=str(path), files=files, place="files"), find_place(HERE, path)
+    )
+    forecast = found.forecast(budget_bytes, streams=(1,), with_curve=False)
+    return Summary(
+        family=files.config.family,
+        format=files.expert_format if files.experts else "dense",
+        num_experts=files.config.num_experts,
+        experts_per_token=files.config.experts_per_token,
+        smallest_bytes=forecast.smallest_bytes,
+        resident_bytes=forecast.resident_bytes,
+    )
 
 
 def read_working_set(path: Path) -> WorkingSet:

@@ -10,6 +10,9 @@ prefix as without. Tenants never share prefixes.
 Where layers have a recurrent state, a prefix is usable only up to a snapshot. Snapshots are taken after the last full
 block of a longer prompt, where prompts were seen to diverge, and every SNAPSHOT_TOKENS of an answer.
 
+Where layers have a sliding window, a prefix is usable if what its next token sees there is left (`kv_windows.py`). The
+ends that are kept for that are the places where snapshots would be taken, and the ends of answers.
+
 Elsewhere: `kv_cache.py` tracks who holds which block; `recurrent_state.py` has the snapshot slots; `prefix_files.py`
 has the files; `scheduler.py` chooses the running sequences.
 """
@@ -52,14 +55,14 @@ class BlockMemory(Protocol):
 
     def copy_in(self, block: int, saved: NDArray[np.uint8]) -> None: ...
 
-    def copy_block(self, from_block: int, to_block: int) -> None: ...
+    def copy_block(self, from_block: int, to_block: int, is_windowed: bool = False) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """The known prefix of a sequence."""
 
-    contents: list[BlockContent]  # of all blocks that may be reused, and of any known after them
+    contents: list[BlockContent]  # all blocks that may be reused, and any known after them
     blocks: list[int]  # blocks in memory to reuse
     num_matching: int  # matching blocks in memory; more than are reused where a snapshot is missing
     num_usable: int  # usable blocks in memory and in files
@@ -95,6 +98,7 @@ class PrefixCache:
         is_on: bool = True,
     ) -> None:
         self.blocks = blocks
+        self.windows = blocks.windows
         self._kv = kv
         self._secret = secret
         self._identity = identity
@@ -122,6 +126,8 @@ class PrefixCache:
         if (files := self._files) is not None:
             while usable < limit and files.has("kv", contents[usable]):
                 usable += 1
+        if self.windows is not None:  # then there are no files
+            usable = self.windows.num_usable(blocks)
         if self.states is not None:
             while usable and not self._has_state(contents[usable - 1]):
                 usable -= 1
@@ -148,6 +154,10 @@ class PrefixCache:
                 sequence.num_computed = num_found * size
             else:
                 sequence.loading = range(num_found, prefix.num_usable)
+        if self.windows is not None:
+            self.windows.begin(sequence, sequence.num_computed)
+            self.windows.keep_end(prefix.blocks)
+            sequence.ends_at = self._snapshots_at(sequence, prefix) if self._is_on else set()
         if self.states is not None and self._is_on:
             sequence.snapshots_at = self._snapshots_at(sequence, prefix)
         if sequence.cached_tokens is None and sequence.loading is None:
@@ -193,6 +203,13 @@ class PrefixCache:
         num_full, num_more = divmod(source.num_computed, self.blocks.block_tokens)
         if num_more:
             self._kv.copy_block(source.blocks[num_full], sequence.blocks[num_full])
+        if (windows := self.windows) is not None:
+            windows.begin(sequence, source.num_computed)
+            if num_more:
+                from_block, to_block = (
+                    int(windows.of_block[one.blocks[num_full]]) for one in (source, sequence)
+                )
+                self._kv.copy_block(from_block, to_block, is_windowed=True)
         if self.states is not None:
             assert source.state_slot is not None
             assert sequence.state_slot is not None
@@ -210,6 +227,9 @@ class PrefixCache:
         contents = sequence.chain.contents(sequence, num_full)
         for index in range(before // size, num_full):
             self.blocks.keep(sequence.blocks[index], contents[index])
+        if self.windows is not None:
+            for end in [end for end in sequence.ends_at if before < end <= at]:
+                self.windows.keep_end(sequence.blocks[: end // size])
         if self.states is not None and at % size == 0:
             key = contents[num_full - 1].key
             if at in sequence.snapshots_at:
@@ -222,6 +242,14 @@ class PrefixCache:
         if self._files is not None and before < len(sequence.prompt_ids) <= at:
             self._write_prompt(sequence, contents)
 
+    def stopped(self, sequence: Sequence) -> None:
+        """Let go of what a sequence sees in layers with a sliding window, before it gives back its blocks."""
+        if self.windows is None:
+            return
+        if self._is_on:
+            self.windows.keep_end(sequence.blocks[: sequence.num_computed // self.blocks.block_tokens])
+        self.windows.end(sequence)
+
     def tokens_to_snapshot(self, sequence: Sequence) -> int:
         """How many tokens may follow the known ones in a step without passing a place where a snapshot is taken."""
         if self.states is None or not self._is_on:
@@ -230,7 +258,7 @@ class PrefixCache:
 
     def want_snapshot(self, sequence: Sequence, contents: list[BlockContent]) -> None:
         """Plan a snapshot where the prompt of `sequence`, now being computed, diverges from another's prefix."""
-        if self.states is None or not self._is_on:
+        if (self.states is None and self.windows is None) or not self._is_on:
             return
         own = sequence.chain.contents(sequence, 0)
         shared = 0
@@ -238,7 +266,8 @@ class PrefixCache:
             if mine.key != other.key:
                 break
             shared += 1
-        sequence.snapshots_at.add(shared * self.blocks.block_tokens)
+        wanted = sequence.snapshots_at if self.states is not None else sequence.ends_at
+        wanted.add(shared * self.blocks.block_tokens)
 
     @property
     def file_bytes(self) -> int:
@@ -345,10 +374,8 @@ def identify(files: ModelFiles, instruction_set: str, *others: object) -> bytes:
     A file is identified by its name, size and modification time, including our kernels: hashing a terabyte would take
     longer than reuse saves.
     """
-    pieces = [piece for record in files.experts.values() for piece in record.pieces]
-    paths = {str(ref.path) for ref in files.dense.values()} | {str(piece.path) for piece in pieces}
-    # Rows of media come from these.
-    paths |= {str(ref.path) for ref in files.others.values()}
+    # Rows of media come from these, too.
+    paths = {str(path) for path in files.weight_paths}
     paths |= {str(path) for name in VIDEO_FILES if (path := files.path / name).is_file()}
     facts = [(Path(path).name, *_size_and_time(path)) for path in (*sorted(paths), _native.__file__)]
     return blake3(repr((files.config, facts, instruction_set, others)).encode()).digest()

@@ -28,7 +28,6 @@ import os
 import queue
 import re
 import shutil
-import stat
 import struct
 import threading
 import time
@@ -45,7 +44,7 @@ from numpy.typing import NDArray
 from argosy.config import KvDir
 from argosy.engine.kv_cache import BlockContent
 from argosy.errors import UsageError
-from argosy.replace_file import replace
+from argosy.private_files import make_private, read_secret
 
 VERSION = 1
 SECRET_BYTES = 32
@@ -57,6 +56,7 @@ _HEADER_BYTES, _MAC_BYTES = 4096, 32  # the payload starts at a page boundary
 _MAGIC = b"ARGOSYKV"
 _KINDS: dict[Kind, int] = {"kv": 0, "state": 1}
 _NAME = re.compile(r"[0-9a-f]{64}\.(kv|state)")
+_SECRET = "secret"  # name of the file
 _TENANT = re.compile(r"[0-9a-f]{32}")
 # Threads: two saturate an idle drive; beside expert reads, four get a third more of its bandwidth.
 _READERS = 4
@@ -78,6 +78,65 @@ def buffer_bytes(block_bytes: int, state_bytes: int) -> int:
 
 
 _Id = tuple[bytes, Kind]  # key of a content
+
+
+def forget_files(directory: Path, tenant: str) -> None:
+    """Delete the files of a tenant in the directory of an engine that is not open."""
+    try:
+        secret = (directory / _SECRET).read_bytes()
+    except OSError:
+        return  # no engine has used it yet
+    if len(secret) == SECRET_BYTES:
+        shutil.rmtree(_tenant_directory(directory, tenant_key(secret, tenant)), ignore_errors=True)
+
+
+def erase_files(directory: Path, tenant: str) -> int:
+    """Delete the files of a tenant in a directory that no engine uses, and in those of several models below it.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        UsageError: an engine uses a directory, or a directory cannot be read.
+    """
+    num_files = 0
+    try:
+        for root in [directory, *(path for path in sorted(directory.iterdir()) if path.is_dir())]:
+            secret = root / _SECRET
+            if not secret.is_file() or secret.stat().st_size != SECRET_BYTES:
+                continue
+            held = _hold(root)
+            try:
+                own = _tenant_directory(root, tenant_key(secret.read_bytes(), tenant))
+                num_files += sum(1 for _ in own.iterdir()) if own.is_dir() else 0
+                forget_files(root, tenant)
+            finally:
+                os.close(held)
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be read: {error.strerror}") from None
+    return num_files
+
+
+def _hold(root: Path) -> int:
+    """Lock a directory for this process; returns the descriptor that holds the lock.
+
+    Raises:
+        UsageError: another process uses it.
+    """
+    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise UsageError(
+            f"{root} is in use by another process",
+            hint="give each engine its own --kv-dir; a running server erases data with `argosy data erase --url URL`",
+        ) from None
+    return held
+
+
+def _tenant_directory(root: Path, key: bytes) -> Path:
+    return root / blake3(b"directory", key=key).hexdigest()[:32]
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
@@ -138,17 +197,10 @@ class PrefixFiles:
         self._rests_until = 0.0
         self._writable: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[_Job | Path | None] = queue.SimpleQueue()
-        _make_private(self._root)
-        self._held = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        make_private(self._root, option="--kv-dir", holds="prompts")
+        self._held = _hold(self._root)
         try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._held)
-            raise UsageError(
-                f"{self._root} is in use by another process", hint="give each engine its own --kv-dir"
-            ) from None
-        try:
-            self.secret = _read_secret(self._root / "secret")
+            self.secret = read_secret(self._root / _SECRET, SECRET_BYTES, lost_with_it="files made with it")
             self._scan()
             self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
             self._reading = _aligned(_reading_bytes(block_bytes, state_bytes))
@@ -275,7 +327,7 @@ class PrefixFiles:
 
     def _find_tenant(self, tenant: str) -> tuple[bytes, Path]:
         key = tenant_key(self.secret, tenant)
-        return key, self._root / blake3(b"directory", key=key).hexdigest()[:32]
+        return key, _tenant_directory(self._root, key)
 
     def _path(self, kind: Kind, content: BlockContent) -> Path:
         return self._tenant(content.tenant)[1] / f"{content.key.hex()}.{kind}"
@@ -432,43 +484,3 @@ def _read_into(path: Path, size: int, buffer: Bytes) -> bool:
 def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-def _make_private(directory: Path) -> None:
-    """Create the directory, or check that only we can access it."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = directory.lstat()
-    except OSError as error:
-        raise UsageError(f"{directory} cannot be used as --kv-dir: {error.strerror}") from None
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
-        raise UsageError(
-            f"{directory} would hold prompts, but other users can access it",
-            hint=f"run `chmod 700 {directory}`, or name a directory that does not exist yet",
-        )
-
-
-def _read_secret(path: Path) -> bytes:
-    """Read the secret of a directory that this process has locked; create one if there is none."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return _write_secret(path)
-    with open(descriptor, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_mode & 0o077:
-            raise UsageError(
-                f"{path} can be read by others", hint="remove it; files made with it become useless"
-            )
-        secret = file.read(SECRET_BYTES + 1)
-    if not secret:
-        return _write_secret(path)
-    if len(secret) != SECRET_BYTES:
-        raise UsageError(f"{path} holds {len(secret)} bytes, expected {SECRET_BYTES}", hint="remove it")
-    return secret
-
-
-def _write_secret(path: Path) -> bytes:
-    """Create a secret, and have it on the drive before anything is written with it."""
-    secret = os.urandom(SECRET_BYTES)
-    replace(path, secret)
-    return secret

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from argosy.config import ModelConfig, SamplingParams
+from argosy.config import ModelConfig, Pooling, SamplingParams
+from argosy.engine.pooling import Pool
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.spans import Spans
+from argosy.engine.watermark import MarkedAnswer, Watermark
 from argosy.errors import PromptTooLong, UsageError
 from argosy.media.parts import Part
 from argosy.prompt.builder import PromptBuilder
@@ -28,10 +30,13 @@ PromptLike = str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt
 class Requests:
     """Makes sequences for one engine.
 
+    Attributes:
+        context_tokens: a prompt and its answer have to fit; it may change.
+
     Args:
         grammars: the compiler, or the error to raise when a request has a grammar.
-        context_tokens: a prompt and its answer have to fit.
         chunk_tokens: most prompt tokens in a step; a span whose positions see one another has to fit.
+        watermark: marks sampled text; None: nothing does.
     """
 
     def __init__(
@@ -44,14 +49,16 @@ class Requests:
         context_tokens: int,
         chunk_tokens: int,
         model: ModelConfig,
+        watermark: Watermark | None = None,
     ) -> None:
         self.prompts = prompts
         self._tokenizer = tokenizer
         self._grammars = grammars
         self._cache = cache
-        self._context_tokens = context_tokens
+        self.context_tokens = context_tokens
         self._chunk_tokens = chunk_tokens
         self._model = model
+        self._watermark = watermark
         self._numbers = itertools.count()
 
     def prepare(
@@ -72,7 +79,7 @@ class Requests:
             raise UsageError(f"num_answers must be at least 1, found {num_answers}")
         built = self.prompts.build(prompt, tenant=tenant)
         prompt_ids = list(built.token_ids or ())
-        available, least = self._context_tokens, max(1, params.min_tokens)
+        available, least = self.context_tokens, max(1, params.min_tokens)
         if len(prompt_ids) + least > available:
             raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
         self._require_possible(params)
@@ -86,7 +93,7 @@ class Requests:
                 params,
                 number=next(self._numbers),
                 max_new_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
-                sampler_state=SamplerState(prompt_ids, seed),
+                sampler_state=SamplerState(prompt_ids, seed, self._mark(params)),
                 chain=self._cache.chain(tenant),
                 decoder=self._decoder_of(built, params),
                 tenant=tenant,
@@ -99,6 +106,27 @@ class Requests:
                 sequences[0].followers.append(sequence)
             sequences.append(sequence)
         return sequences
+
+    def prepare_embedding(
+        self, text: str | Sequence[int], *, pooling: Pooling, tenant: str
+    ) -> EngineSequence:
+        """Check a text and make the sequence that computes its embedding. Raises what `prepare` raises."""
+        started_at = perf_counter()
+        prompt_ids = list(self.prompts.whole_text(text).token_ids or ())
+        if len(prompt_ids) > self.context_tokens:
+            raise PromptTooLong.of(len(prompt_ids), self.context_tokens, for_answer=0)
+        sequence = EngineSequence(
+            prompt_ids,
+            SamplingParams(),
+            number=next(self._numbers),
+            max_new_tokens=0,
+            sampler_state=SamplerState(prompt_ids, seed=0),
+            chain=self._cache.chain(tenant),
+            tenant=tenant,
+            pool=Pool(pooling, len(prompt_ids)),
+        )
+        sequence.started_at = started_at
+        return sequence
 
     def _spans(self, prompt: Prompt, params: SamplingParams) -> Spans | None:
         if not prompt.spans:
@@ -123,6 +151,11 @@ class Requests:
         """Forget a tenant's compiled grammars."""
         if not isinstance(self._grammars, UsageError):
             self._grammars.forget(tenant)
+
+    def _mark(self, params: SamplingParams) -> MarkedAnswer | None:
+        if self._watermark is None or not params.watermark or params.temperature == 0:
+            return None
+        return self._watermark.begin()
 
     def _decoder_of(self, prompt: Prompt, params: SamplingParams) -> StreamDecoder | None:
         if self._tokenizer is None:

@@ -14,14 +14,17 @@
     8. `min_p` keeps the tokens at least p times as likely as the most likely one.
     9. One uniform number picks one of the remaining tokens, ordered from most to least likely.
 
-Steps 1 to 3 and 5 to 8 have the order of transformers. llama.cpp has the same order, except that it applies the
-temperature last. Log-probabilities are the model's own, from the logits before step 0.
+With a watermark, the likeliest of the remaining tokens are reweighed before step 9, unless a grammar decides what may
+come.
+
+Steps 1 to 3 and 5 to 8 have the order of transformers, and so has the watermark. llama.cpp has the same order, except
+that it applies the temperature last. Log-probabilities are the model's own, from the logits before step 0.
 
 The number in step 9 depends only on the seed and the length of the answer so far: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
 
-Elsewhere: `constraint.py` decides what a grammar allows; the engine decides when an answer ends; logits come from
-`model/decoder.py`.
+Elsewhere: `constraint.py` decides what a grammar allows; `watermark.py` reweighs; the engine decides when an answer
+ends; logits come from `model/decoder.py`.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from argosy.errors import ArgosyError, GrammarError, UsageError
 
 if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint
+    from argosy.engine.watermark import MarkedAnswer
 
 Logits = npt.NDArray[np.float32]
 
@@ -49,6 +53,8 @@ _SORTED_AT_ONCE = 2048  # scores; sorting this many costs as much as one pass ov
 # Share of the best token's weight. Lighter tokens rarely decide where a cut or a draw falls.
 _NEAR_THE_BEST = 0.002
 _SMALLEST_TEMPERATURE = 1e-37  # a normal float32
+# Two sums of the same weights differ by less than this share, and a token near the best weighs more.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +76,17 @@ class SamplerState:
     """Everything but logits that the choice of a sequence's next token depends on.
 
     Attributes:
-        seed: of this answer; random if none was given.
+        seed: this answer's seed; random if none was given.
         step: number of answer tokens so far.
+        mark: reweighs tokens for a watermark; None: there is none.
     """
 
-    def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
+    def __init__(
+        self, prompt_ids: Sequence[int], seed: int | None = None, mark: MarkedAnswer | None = None
+    ) -> None:
         self.seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
         self.step = 0
+        self.mark = mark
         self._prompt_ids = np.array(sorted(set(prompt_ids)), np.int64)
         self._counts: dict[int, int] = {}
 
@@ -84,6 +94,8 @@ class SamplerState:
         """Count one token of the answer."""
         self._counts[token_id] = self._counts.get(token_id, 0) + 1
         self.step += 1
+        if self.mark is not None:
+            self.mark.accept(token_id)
 
     def answer_counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Distinct ids of the answer's tokens, and how often each occurs."""
@@ -135,9 +147,10 @@ class Sampler:
         if state.step < params.min_tokens:
             allowed = self._without_ends(allowed, params, logits.size)
         scores = self._adjust(logits, params, state, allowed, best_id)
+        mark = state.mark if constraint is None or constraint.is_waiting else None
         while True:
             if params.temperature > 0:
-                token_id = _draw(scores, params, state.uniform())
+                token_id = _draw(scores, params, state.uniform(), mark)
             else:
                 token_id = best_id if scores is logits else int(scores.argmax())
             if constraint is None:
@@ -219,8 +232,8 @@ def _best(logits: Logits, what: str) -> int:
     return best_id
 
 
-def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
-    """Temperature, truncation, and one draw.
+def _draw(scores: Logits, params: SamplingParams, uniform: float, mark: MarkedAnswer | None = None) -> int:
+    """Temperature, truncation, the watermark, and one draw.
 
     Truncation keeps a leading part of the order that the draw uses, so the weight of that part describes it. No more of
     the vocabulary is sorted than needed to place the cut and the draw.
@@ -237,8 +250,41 @@ def _draw(scores: Logits, params: SamplingParams, uniform: float) -> int:
     if params.min_p > 0.0:
         likely = weights[weights >= params.min_p].sum(dtype=np.float64)
         mass = min(mass, float(likely))
-    at, _ = _reach(scores, weights, uniform * mass, side="right")
+    at = None if mark is None else _draw_marked(scores, weights, ids, mass, uniform * mass, mark)
+    if at is None:
+        at, _ = _reach(scores, weights, uniform * mass, side="right")
     return at if ids is None else int(ids[at])
+
+
+def _draw_marked(
+    scores: Logits, weights: Logits, ids: Ids | None, mass: float, target: float, mark: MarkedAnswer
+) -> int | None:
+    """Draw as `_reach` does, from reweighed tokens.
+
+    Only the likeliest tokens are reweighed: their share of the draws stays what it was, and the tail is too light to
+    be worth its time.
+
+    Args:
+        ids: the token of each score; None: its place.
+        mass: the weight of the leading tokens that are kept.
+        target: where in that weight the draw falls.
+
+    Returns:
+        The place of the token in `scores`; None: the draw is not marked.
+    """
+    near = np.flatnonzero(weights >= _NEAR_THE_BEST)
+    order = _largest(scores[near], min(near.size, _SORTED_AT_ONCE))
+    near = near[order]
+    sums = np.cumsum(weights[near], dtype=np.float64)
+    near = near[: np.searchsorted(sums, mass * (1.0 + _ROUNDING), side="right")]
+    if near.size < 2 or target >= (share := float(sums[near.size - 1])):
+        return None
+    probabilities = weights[near].astype(np.float64) / share
+    reweighed = mark.reweigh(near if ids is None else ids[near], probabilities)
+    if reweighed is None:
+        return None
+    sums = np.cumsum(reweighed)
+    return int(near[min(int(np.searchsorted(sums, target / share * sums[-1], side="right")), near.size - 1)])
 
 
 def _reach(

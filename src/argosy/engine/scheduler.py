@@ -20,7 +20,8 @@ so `commit` comes after sampling: what was computed for a rejected token is over
 state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the confirmed tokens
 then run again.
 
-Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals.
+Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals; `governor.py` says
+whether they pay.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.drafter import Drafter
+from argosy.engine.governor import Governor, Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.sequence import Sequence
 from argosy.errors import ArgosyError
@@ -49,7 +51,7 @@ LOADED_BESIDE_OTHERS, LOADED_ALONE = 8, 128
 # costs little; short enough that no stream visibly pauses, and that a new prompt starts soon.
 MAKING_S = 0.02
 _NONE_CONFIRMED: Mapping[Sequence, int] = MappingProxyType({})
-_SPARE_COLUMNS = 8  # of a block table: this many blocks can be added before a new table is made
+_SPARE_COLUMNS = 8  # this many blocks can be added to a block table before a new table is made
 
 
 class Scheduled(NamedTuple):
@@ -58,7 +60,9 @@ class Scheduled(NamedTuple):
     step: Step
     sequences: list[Sequence]  # rows of `step.block_table`
     counts: list[int] | None  # tokens of each sequence; None: one each, and all of them decode
-    ready: list[Sequence]  # in the order of `step.wanted`: one row each, and one more for every proposal
+    # In the order of `step.wanted`: one row each, and one more for every proposal. A text whose hidden states are
+    # pooled wants no logits.
+    ready: list[Sequence]
     proposals: dict[Sequence, list[int]]  # the last tokens of some decoding sequences, not confirmed yet
 
     def rows(self, logits: NDArray[np.float32]) -> list[tuple[Sequence, NDArray[np.float32], ListLike[int]]]:
@@ -134,7 +138,7 @@ class _Decoding:
     is_decode: NDArray[np.bool_]
     block_table: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None
-    shifts: NDArray[np.float32] | None  # of rotary positions; None: no sequence has media
+    shifts: NDArray[np.float32] | None  # rotary positions' shifts; None: no sequence has media
 
     @classmethod
     def of(cls, sequences: list[Sequence]) -> _Decoding:
@@ -158,6 +162,7 @@ class Scheduler:
         chunk_tokens: maximum prompt tokens in a step.   max_sequences: maximum running sequences.
         num_axes: axes of the model's rotary embedding.
         drafter: proposes at most `draft_tokens` tokens per sequence and step; None: nothing is proposed.
+        governor: lets the drafter propose while that pays; None: always.
         clock: seconds, for `PromptTurns`.
     """
 
@@ -170,16 +175,19 @@ class Scheduler:
         num_axes: int = 1,
         drafter: Drafter | None = None,
         draft_tokens: int = 0,
+        governor: Governor | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self._blocks = cache.blocks
         self._cache = cache
         self._states = cache.states
+        self._windows = cache.windows
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
         self._num_axes = num_axes
         self._drafter = drafter
         self._draft_tokens = draft_tokens
+        self._governor = governor
         self._clock = clock
         self._turns = PromptTurns()
         self._waiting: list[Sequence] = []  # in order of arrival
@@ -227,6 +235,19 @@ class Scheduler:
         self.add(sequence)
         self.num_preempted += 1
 
+    @property
+    def num_blocks_needed(self) -> int:
+        """KV blocks with which each of its sequences can come to its end, one after another."""
+        each = (len(one.prompt_ids) + one.max_new_tokens for one in (*self._running, *self._waiting))
+        return max((self._blocks.blocks_for(count) for count in each), default=0)
+
+    def resize_kv(self, num_blocks: int) -> None:
+        """Have so many KV blocks, between two steps; sequences that hold others wait again, and are recomputed."""
+        for sequence in reversed(list(self._running)):
+            if max(sequence.blocks, default=-1) >= num_blocks:
+                self.preempt(sequence)
+        self._blocks.resize(num_blocks)
+
     def next_step(self) -> Scheduled | None:
         """Returns the next step's tokens. Call it only while `has_work`.
 
@@ -242,8 +263,11 @@ class Scheduler:
             self._load()
             self._grow()
             decoding = [one for one in self._running if not one.is_prefilling]
-            if self._drafter is None and decoding and len(decoding) == len(self._running):
-                return self._decode()
+            if decoding and len(decoding) == len(self._running):
+                proposals = self._propose(decoding)
+                if not proposals and not self._has_reruns(decoding):
+                    return self._decode()
+                return self._gather(_not_computed(decoding), proposals)
             prompts: list[tuple[Sequence, int]] = []
             is_making = False
             if not decoding or self._turns.is_open:
@@ -256,8 +280,9 @@ class Scheduler:
                 self._has_just_made = is_making
                 prompts = self._share_chunk([one for one in can_prefill if not _waits_for_rows(one)])
             if decoding or prompts:
-                pending = [(one, one.num_tokens - one.num_computed) for one in decoding]
-                return self._gather(pending + prompts, self._propose(decoding))
+                # A governor compares steps without prompts.
+                proposals = {} if self._governor is not None else self._propose(decoding)
+                return self._gather(_not_computed(decoding) + prompts, proposals)
             if is_making:
                 return None
             assert self.has_work  # and every running sequence is loading from files
@@ -274,6 +299,8 @@ class Scheduler:
                 sequence.num_computed += 1
                 if not sequence.num_computed % size:
                     self._cache.grown(sequence, sequence.num_computed - 1)
+                    if self._windows is not None:
+                        self._windows.leave(sequence, sequence.num_computed)
             num_prompt, num_decode = 0, len(scheduled.sequences)
         else:
             num_decode = int(scheduled.step.is_decode.sum())
@@ -286,8 +313,23 @@ class Scheduler:
                 before = sequence.num_computed
                 sequence.num_computed += count - num_rejected
                 self._cache.grown(sequence, before)
+                if self._windows is not None:
+                    self._windows.leave(sequence, sequence.num_computed)
                 self._has_come(sequence, sequence.num_computed // size)
-        self._turns.count(self._clock() - self._began_at, num_prompt=num_prompt, num_decode=num_decode)
+        now = self._clock()
+        self._turns.count(now - self._began_at, num_prompt=num_prompt, num_decode=num_decode)
+        if self._governor is None:
+            return
+        if num_prompt:
+            self._governor.count_other()
+            return
+        outcomes = {}
+        for sequence in scheduled.sequences:
+            num_proposed = len(scheduled.proposals.get(sequence, ()))
+            num_confirmed = confirmed.get(sequence, 0)
+            must_rerun = self._states is not None and num_confirmed < num_proposed
+            outcomes[sequence] = Outcome(num_proposed, num_confirmed, must_rerun)
+        self._governor.count(outcomes, seconds=now - self._began_at, now=now)
 
     def failed(self, scheduled: Scheduled) -> None:
         """Record that a step was not computed. Its tokens can run again as if nothing had happened.
@@ -336,6 +378,7 @@ class Scheduler:
         follower.blocks = leader.blocks[:num_full] + self._blocks.take(num_own)
         insort(self._running, follower, key=lambda one: one.number)
         self._cache.copy_beginning(leader, follower)
+        self._note_start(follower)
         return True
 
     # ── choosing sequences ──────────────────────────────────────────────────────────────────────────────────────
@@ -397,9 +440,15 @@ class Scheduler:
             sequence.state_slot = states.take()
         insort(self._running, sequence, key=lambda one: one.number)
         self._cache.begin(sequence, prefix)
+        self._note_start(sequence)
         for content in prefix.contents[prefix.num_matching : prefix.num_blocks]:
             self._coming.setdefault(content.key, sequence)
         return True
+
+    @staticmethod
+    def _note_start(sequence: Sequence) -> None:
+        if sequence.scheduled_at is None:  # not one that was preempted
+            sequence.scheduled_at = perf_counter()
 
     def _stop(self, sequence: Sequence) -> None:
         """Stop a running sequence and free all it holds."""
@@ -407,6 +456,7 @@ class Scheduler:
         if sequence in self._decoding.sequences:  # it gets different blocks if it runs again
             self._decoding = _Decoding.of([])
         self._has_come(sequence, len(sequence.blocks))
+        self._cache.stopped(sequence)
         self._blocks.give_back(sequence.blocks)
         if self._states is not None and sequence.state_slot is not None:
             self._states.give_back(sequence.state_slot)
@@ -416,6 +466,9 @@ class Scheduler:
         sequence.snapshots_at.clear()
         if sequence.spans is not None:
             sequence.spans.drop_rows()
+        for one in (self._drafter, self._governor):
+            if one is not None:
+                one.forget(sequence)
 
     def _has_come(self, sequence: Sequence, num_blocks: int) -> None:
         """Stop others from waiting for the first blocks of a sequence."""
@@ -450,9 +503,9 @@ class Scheduler:
     def _note_growth(self, sequence: Sequence) -> None:
         same = self._decoding
         if sequence in same.sequences:
-            column = len(sequence.blocks) - 1
-            if column < same.block_table.shape[1]:
-                same.block_table[same.sequences.index(sequence), column] = sequence.blocks[-1]
+            count = len(sequence.blocks)
+            if count <= same.block_table.shape[1]:
+                same.block_table[same.sequences.index(sequence), :count] = sequence.blocks
             else:
                 self._decoding = _Decoding.of([])
 
@@ -464,8 +517,11 @@ class Scheduler:
         size = self._blocks.block_tokens
         for sequence in decoding:
             room = (len(sequence.blocks) + self._blocks.num_available) * size - sequence.num_tokens
+            most = self._draft_tokens
+            if self._governor is not None:
+                most = self._governor.most(sequence, len(self._running))
             most = min(
-                self._draft_tokens,
+                most,
                 sequence.max_new_tokens - len(sequence.new_ids) - 1,
                 self._cache.tokens_to_snapshot(sequence),
                 room,
@@ -474,11 +530,17 @@ class Scheduler:
                 continue
             proposals[sequence] = proposed
             num_more = self._blocks.blocks_for(sequence.num_tokens + len(proposed)) - len(sequence.blocks)
-            sequence.blocks += self._blocks.take(max(0, num_more))
+            if num_more > 0:
+                sequence.blocks += self._blocks.take(num_more)
+                self._note_growth(sequence)
             if self._states is not None:
                 assert sequence.state_slot is not None
                 self._states.save(sequence.state_slot)
         return proposals
+
+    def _has_reruns(self, decoding: list[Sequence]) -> bool:
+        """Whether tokens of an answer run again, because a recurrent state went back."""
+        return self._states is not None and any(one.num_tokens - one.num_computed > 1 for one in decoding)
 
     def _may_make(self, decoding: list[Sequence], *, has_prompts: bool) -> bool:
         """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
@@ -584,6 +646,10 @@ class Scheduler:
             for s, at in zip(same.sequences, positions, strict=True)
         ]
         order = np.array(positions, np.int32)
+        if self._windows is not None:
+            for sequence, at in zip(same.sequences, positions, strict=True):
+                if not at % block_tokens:
+                    self._windows.reach(sequence, at + 1)
         step = Step(
             token_ids=np.array([s.new_ids[-1] for s in same.sequences], np.int32),
             sequence=same.rows,
@@ -596,6 +662,7 @@ class Scheduler:
             angles=None
             if same.shifts is None
             else np.tile((order + same.shifts).astype(np.float32), (self._num_axes, 1)),
+            window_blocks=None if self._windows is None else self._windows.of_block,
         )
         return Scheduled(step, same.sequences, None, same.sequences, {})
 
@@ -610,11 +677,13 @@ class Scheduler:
         for row, (sequence, num_known) in enumerate(parts):
             start, proposed = sequence.num_computed, proposals.get(sequence, [])
             token_ids += sequence.tokens_from(start, num_known)
-            if start + num_known == sequence.num_tokens:
+            if start + num_known == sequence.num_tokens and sequence.pool is None:
                 ready.append(sequence)
                 wanted += range(len(token_ids) - 1, len(token_ids) + len(proposed))
             token_ids += proposed
             counts.append(count := num_known + len(proposed))
+            if self._windows is not None:
+                self._windows.reach(sequence, start + count)
             order = np.arange(start, start + count, dtype=np.int32)
             orders.append(order)
             slots.append(
@@ -629,6 +698,7 @@ class Scheduler:
             order=np.concatenate(orders),
             wanted=np.array(wanted, np.int64),
             state_slots=_state_slots(sequences),
+            window_blocks=None if self._windows is None else self._windows.of_block,
         )
         if any(sequence.spans is not None for sequence in sequences):
             step = self._with_media(step, sequences, counts)
@@ -672,6 +742,11 @@ class Scheduler:
                 for layer, parts in sorted(additions.items())
             ),
         )
+
+
+def _not_computed(decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
+    """Decoding sequences, each with the number of its tokens that have not run."""
+    return [(one, one.num_tokens - one.num_computed) for one in decoding]
 
 
 def _waits_for_rows(sequence: Sequence) -> bool:

@@ -7,9 +7,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from argosy.config import SamplingParams
 from argosy.engine.chain import Chain
+from argosy.engine.energy import Metered
 from argosy.engine.ledger import Ledger
+from argosy.engine.pooling import Pool
 from argosy.engine.sampler import SamplerState
 from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError
@@ -38,6 +43,8 @@ class Result:
     stopped_by: the stop string, end token or stop token that ended it; None for any other end.
     prompt_logprobs: if requested, one per prompt token, None for the first.
     error: why the answer could not be finished, with `finish_reason` "error".
+    embedding: the embedding of a text that was submitted for it: float32 [hidden_size], of length 1.
+    num_marked: tokens that were chosen with the watermark.
     """
 
     text: str
@@ -50,6 +57,8 @@ class Result:
     stopped_by: str | int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: ArgosyError | None = None
+    embedding: NDArray[np.float32] | None = None
+    num_marked: int = 0
 
     def require(self) -> Result:
         """Returns this result, if the answer could be finished.
@@ -82,6 +91,7 @@ class Sequence:
         chain: contents of its full KV blocks.
         constraint: the grammar that the answer must follow.
         spans: the media in the prompt, which has placeholders at their positions; None: text alone.
+        pool: collects hidden states of the prompt; then there is no answer, and `max_new_tokens` is 0.
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class Sequence:
         tenant: str = "",
         constraint: Constraint | None = None,
         spans: Spans | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params
@@ -107,7 +118,11 @@ class Sequence:
         self.decoder = decoder
         self.constraint = constraint
         self.spans = spans
+        self.pool = pool
         self.stop_strings = StopStrings(params.stop) if params.stop else None
+        self.metered: Metered | None = None  # the energy that it took; None: nothing measures it
+        self.num_proposed = self.num_confirmed = 0  # tokens of drafts
+        self.won_s = 0.0  # its part of `Governor.won_s`
         self.new_ids: list[int] = []
         self.text = ""
         self.stopped_by: str | int | None = None
@@ -120,7 +135,7 @@ class Sequence:
         self.num_computed = 0  # tokens whose keys and values are in the KV cache
         self.prefill_until = len(prompt_ids)  # number of tokens known when it last started
         self.blocks: list[int] = []
-        self.state_slot: int | None = None  # of the recurrent state, while it runs and some layer has one
+        self.state_slot: int | None = None  # its recurrent state, while it runs and some layer has one
         self.loading: range | None = None  # blocks to load from files before it can run
 
         self.chain = chain
@@ -130,11 +145,14 @@ class Sequence:
         self.leader: Sequence | None = None  # computes the same prompt for both
         self.followers: list[Sequence] = []
         self.snapshots_at: set[int] = set()  # positions at which to snapshot the recurrent state
+        self.ends_at: set[int] = set()  # positions whose prefix is kept in layers with a sliding window
         self.last_snapshot: bytes | None = None  # the latest one taken in the answer
 
+        self.embedding: NDArray[np.float32] | None = None  # set when the pool is complete
         self.result: Result | None = None  # set at the end
         self.events: deque[TokenEvent] = deque()
         self.started_at = 0.0
+        self.scheduled_at: float | None = None  # when it first ran
         self.first_token_at: float | None = None
         self.counters_at_start = Ledger()
 
@@ -148,9 +166,11 @@ class Sequence:
 
     @property
     def reuse_limit(self) -> int:
-        """Most tokens that may be reused: not the last one, and none whose logits are needed."""
+        """Most tokens that may be reused: not the last one, and none whose logits or hidden states are needed."""
         if not self.can_reuse:
             return 0
+        if self.pool is not None:
+            return self.pool.needed_from
         wanted = self.prompt_logprobs
         if wanted is not None and len(wanted) < len(self.prompt_ids):
             return len(wanted) - 1
@@ -164,7 +184,7 @@ class Sequence:
         return self.prompt_ids[start:end] + self.new_ids[: max(0, end - prompt)]
 
     def media_from(self, start: int, count: int) -> bytes:
-        """What identifies the media at positions start to start + count; empty for text."""
+        """A digest of the media at positions start to start + count; empty for text."""
         return b"" if self.spans is None else self.spans.mark(start, count)
 
     def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:

@@ -26,7 +26,7 @@ class Spans:
 
     Args:
         placed: (start, span) pairs, in order and without overlaps.
-        hidden_size, num_layers, num_axes: of the model.
+        hidden_size, num_layers, num_axes: the model's sizes.
 
     Raises:
         UsageError: a span needs more axes than the model's rotary embedding has.
@@ -47,7 +47,7 @@ class Spans:
         self._starts = [start for start, _ in placed]
         # From the end of a span on, the rotary position of text is its index plus this.
         self._shifts: list[float] = [0]
-        self._rows: dict[int, SpanRows] = {}  # of spans that are being computed, by number
+        self._rows: dict[int, SpanRows] = {}  # rows of spans that are being computed, by number
         self._making: tuple[int, Making] | None = None  # a span's number, and its rows
         self._share_made = 0.0
         for _, span in placed:
@@ -77,7 +77,7 @@ class Spans:
                 yield number, at, span, begin, stop
 
     def mark(self, start: int, count: int) -> bytes:
-        """What identifies the media at these positions, beside their placeholders; empty for text."""
+        """A digest of the media at these positions, beside their placeholders; empty for text."""
         return b"".join(
             _MARK.pack(begin - start, begin - at, span.kind.encode(), span.digest)
             for _, at, span, begin, _ in self._within(start, start + count)

@@ -5,6 +5,10 @@
 The tokenizer is built while weights are read. What it takes is known only then, so the budget is divided twice: before
 anything is read, to refuse early, and with the memory that the process then holds. Experts are read early, too, if all
 of them fit beside any tokenizer of reasonable size.
+
+An engine that shares its process with others gets tokenizer and plan in a `Share`: what it takes cannot be measured
+while others run. It reads its experts when they are needed, into slots whose number changes. It begins in the
+background: its reads give way to steps of others, and to theirs.
 """
 
 from __future__ import annotations
@@ -14,37 +18,42 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, AskAhead, EngineConfig
+from argosy.config import KV_BLOCK_TOKENS, EngineConfig
+from argosy.engine.expert_memory import ExpertMemory
+from argosy.engine.idle_memory import IdleMemory
 from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.kv_windows import KvWindows
 from argosy.engine.memory_plan import (
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
-    held_bytes,
-    page_table_bytes,
+    lendable_bytes,
     plan_with_media,
     process_bytes,
     require_mappable,
     require_memory,
 )
+from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
-from argosy.experts.cache import CachedRunner
 from argosy.experts.recording import RouteLog, RouteRecorder
 from argosy.experts.resident import Progress
+from argosy.experts.runner import ExpertGroup
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
-from argosy.model.footprint import ModelFootprint, kv_blocks, kv_bytes, state_bytes
+from argosy.model.footprint import ModelFootprint, files_to_run, kv_blocks, state_bytes
 from argosy.model.model import Model, ModelReading
+from argosy.plan import tuning
+from argosy.plan.machine import held_bytes, may_reserve, memory_limit, page_table_bytes
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
@@ -56,21 +65,62 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """The tokenizer and the grammar compiler of a model."""
+
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
+
+    @classmethod
+    def open(cls, files: ModelFiles, config: EngineConfig) -> Self:
+        """Read a model's tokenizer; it takes up to a second."""
+        tokenizer = Tokenizer.open(files.path, files.header)
+        eos_ids = frozenset(files.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
+        return cls(
+            tokenizer=tokenizer, eos_ids=eos_ids, grammars=_open_grammars(files, config, tokenizer, eos_ids)
+        )
+
+    def forget_grammars(self) -> None:
+        """Forget all compiled grammars; no answer may follow one."""
+        if not isinstance(self.grammars, UsageError):
+            self.grammars.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """The part of a process that an engine has which runs beside others.
+
+    footprint, plan: from `plan_share`, with the number of expert slots to begin with.
+    turns: for the cores, of all engines of the process, so that their steps do not compete.
+    foreground: steps of all engines that are not being loaded.
+    """
+
+    vocabulary: Vocabulary
+    footprint: ModelFootprint
+    plan: MemoryPlan
+    turns: Turns
+    foreground: _native.Foreground
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """What an engine runs with; it closes all of it."""
+    """The parts that an engine runs with; it closes all of them."""
 
     clock: PartClock
     store: _native.Store
     runtime: _native.Runtime
-    tokenizer: Tokenizer | None
-    eos_ids: frozenset[int]
-    grammars: GrammarCompiler | UsageError  # the compiler, or the error to raise when a request has a grammar
+    vocabulary: Vocabulary
     plan: MemoryPlan
     prompts: PromptBuilder
     media: PromptMedia | None  # None: the model takes text only
     ears: Transcriber | None
-    turns: Turns  # held for each step, and for each piece of other work
+    lock: Turns  # guards the engine's state: held for each step, and for each call between two steps
+    turns: Turns  # shares the cores: held for each step, and for each piece of other work
     model: Model
+    footprint: ModelFootprint
+    experts: ExpertMemory | None  # None: the number of experts in memory never changes
+    idle: IdleMemory | None  # None: what prompts and sequences do not need stays unused
     log: RouteLog | None  # None: nothing is recorded
     cache: PrefixCache
 
@@ -82,65 +132,84 @@ def start(
     progress: Progress | None = None,
     observe_routes: RouteObserver | None = None,
     recorder: RouteRecorder | None = None,
+    share: Share | None = None,
+    experts: ExpertGroup | None = None,
 ) -> Started:
     """Open everything that an engine needs.
+
+    Args:
+        share: None: the engine has the budget and the process for itself.
+        experts: other processes that run experts, too; `config.group_bytes` is what that takes here.
 
     Raises:
         DoesNotFit: the budget or an `ulimit` is too small.
         UnsupportedModel, UsageError, and `CheckpointError` and related errors: see `errors`.
     """
+    files = files_to_run(files, config)
     _require_readable(files)
-    instruction_set = _choose_instruction_set(config.instruction_set)
-    footprint = ModelFootprint(files, config)
+    instruction_set = choose_instruction_set(config.instruction_set)
+    footprint = ModelFootprint(files, config) if share is None else share.footprint
     ears_files = footprint.ears  # read before memory is measured
-    require_mappable(footprint, config)
-    require_memory(footprint, config)
+    if share is None:
+        require_mappable(footprint, config)
+        require_memory(footprint, config)
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
         with _thread_limits():
-            store = _native.Store(config.readers)
+            store = _native.Store(config.readers, foreground=None if share is None else share.foreground)
             undo.callback(store.close)
             # Measured before anything is loaded: the plan counts more for the process than this takes.
-            ask_ahead = config.ask_ahead or _measured_ask_ahead(instruction_set, config.threads)
-            runtime = _native.Runtime(config.threads, ask_ahead, instruction_set)
+            choices = tuning.choose(
+                config.threads,
+                instruction_set,
+                tune=config.tune,
+                room_bytes=config.budget.ram_bytes - held_bytes(),
+            )
+            runtime = _native.Runtime(config.threads, choices.tunings(config.ask_ahead), instruction_set)
             undo.callback(runtime.close)
-        prefix_files = _open_prefix_files(files, config, runtime)
+        prefix_files = _open_prefix_files(footprint, config, runtime)
         if prefix_files is not None:
             undo.callback(prefix_files.close)
-        worker = _start_worker(undo) if has_chat_template(files.path) else None
-
-        held = held_bytes()
-        reading = None
-        with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
-            _, plan = plan_with_media(footprint, config, process_bytes=held)
-            reading = ModelReading(
-                files,
-                store,
-                with_experts=plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES,
-                experts_off=config.experts_off,
-                progress=progress,
-            )
+        worker: Worker | None = None
+        if share is not None:
+            vocabulary, plan = share.vocabulary, share.plan
+            reading = ModelReading(files, store, experts_off=config.experts_off, progress=progress)
             undo.callback(reading.cancel)
-        tokenizer = Tokenizer.open(files.path, files.header)
-        eos_ids = frozenset(files.config.eos_ids) | frozenset(tokenizer.eos_ids if tokenizer else ())
-        grammars = _open_grammars(files, config, tokenizer, eos_ids)
-        landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
-        landed += page_table_bytes(landed, num_mappings=0)
-        measured = max(held, process_bytes(tokenizer) - landed)
-        footprint, plan = plan_with_media(footprint, config, process_bytes=measured)
-        assert reading is not None
+            reading.wait()
+        else:
+            if has_chat_template(files.path):
+                worker = _start_worker(undo)
+            vocabulary, footprint, plan, reading = _read_and_plan(
+                files, config, footprint, store, progress, undo
+            )
+        tokenizer = vocabulary.tokenizer
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
         log = None if recorder is None else _open_log(recorder, files, plan, config)
+        sizes = plan.model_sizes(config)
+        most_slots = sizes.expert_slots
+        if share is None and most_slots is not None:
+            sizes = replace(sizes, expert_slots=_reserved_slots(plan, most_slots))
         model = reading.finish(
-            plan.model_sizes(config),
+            sizes,
             runtime,
             clock=clock,
             look_ahead=config.look_ahead,
             observe=observe_routes,
             log=log,
+            group=experts,
+            foreground=None if share is None else share.foreground,
         )
-        turns = Turns()
+        lock, turns = Turns(), Turns() if share is None else share.turns
+        memory = None
+        if model.cache is not None and most_slots is not None:
+            memory = ExpertMemory(
+                model.cache,
+                num_slots=plan.num_slots,
+                slot_bytes=plan.slot_bytes,
+                most_slots=most_slots,
+                lock=lock,
+            )
         ears = None
         decoder = Decoder(PROMPT_LIMITS)
         undo.callback(decoder.close)
@@ -148,7 +217,17 @@ def start(
             from argosy.engine.ears import Transcriber
 
             ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
-        media = _open_media(footprint, store, runtime, decoder, ears, tokenizer, model, plan, turns)
+        media = _open_media(
+            footprint,
+            store,
+            runtime,
+            decoder,
+            ears,
+            tokenizer,
+            plan,
+            lock,
+            lends_to=memory if share is None else None,
+        )
         if media is not None:
             undo.callback(media.close)
         prompts = PromptBuilder(
@@ -159,23 +238,66 @@ def start(
             media=media,
         )
         cache = _open_cache(model, plan, config, prefix_files)
+        idle = None
+        if memory is not None and share is None:
+            idle = IdleMemory(
+                memory,
+                model.kv,
+                cache.blocks,
+                model.decoder,
+                buffer_bytes=footprint.buffer_bytes if plan.idle_buffer_bytes else None,
+                step_tokens=sizes.step_tokens,
+                decode_tokens=config.decode_tokens,
+            )
         undo.pop_all()
     return Started(
         clock=clock,
         store=store,
         runtime=runtime,
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        grammars=grammars,
+        vocabulary=vocabulary,
         plan=plan,
         prompts=prompts,
         media=media,
         ears=ears,
+        lock=lock,
         turns=turns,
         model=model,
+        footprint=footprint,
+        experts=memory,
+        idle=idle,
         log=log,
         cache=cache,
     )
+
+
+def _read_and_plan(
+    files: ModelFiles,
+    config: EngineConfig,
+    footprint: ModelFootprint,
+    store: _native.Store,
+    progress: Progress | None,
+    undo: ExitStack,
+) -> tuple[Vocabulary, ModelFootprint, MemoryPlan, ModelReading]:
+    """Read weights and tokenizer at once, and divide the budget."""
+    held = held_bytes()
+    reading = None
+    with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
+        _, plan = plan_with_media(footprint, config, process_bytes=held)
+        reading = ModelReading(
+            files,
+            store,
+            with_experts=plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES,
+            experts_off=config.experts_off,
+            progress=progress,
+        )
+        undo.callback(reading.cancel)
+    vocabulary = Vocabulary.open(files, config)
+    landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
+    landed += page_table_bytes(landed, num_mappings=0)
+    measured = max(held, process_bytes(vocabulary.tokenizer) - landed)
+    footprint, plan = plan_with_media(footprint, config, process_bytes=measured)
+    assert reading is not None
+    return vocabulary, footprint, plan, reading
 
 
 @contextmanager
@@ -211,21 +333,6 @@ def _require_readable(files: ModelFiles) -> None:
         )
 
 
-def _choose_instruction_set(cap: str | None) -> str:
-    available = _native.instruction_sets()
-    if cap is None:
-        return available[-1]
-    if cap not in available:
-        raise UsageError(f"unknown instruction set '{cap}'; this processor has: {', '.join(available)}")
-    return cap
-
-
-@functools.cache
-def _measured_ask_ahead(instruction_set: str, threads: int) -> AskAhead:
-    """Measured once per argument pair: the machine stays the same."""
-    return _native.ask_ahead_probe(threads, instruction_set)
-
-
 def _start_worker(undo: ExitStack) -> Worker:
     """Start the chat-template process now, so that it is ready for the first prompt."""
     from argosy.prompt.chat import Worker
@@ -239,9 +346,16 @@ def _open_log(recorder: RouteRecorder, files: ModelFiles, plan: MemoryPlan, conf
     return RouteLog(
         recorder,
         plan.model_sizes(config).step_tokens,
-        num_layers=len(files.config.moe_layers),
+        num_layers=len(files.own_config.moe_layers),
         experts_per_token=files.config.experts_per_token,
     )
+
+
+def _reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
+    """The expert slots that get addresses: the budget may become larger while the engine runs."""
+    if not may_reserve():
+        return most_slots
+    return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
 
 
 def _open_media(
@@ -251,9 +365,10 @@ def _open_media(
     decoder: Decoder,
     ears: Transcriber | None,
     tokenizer: Tokenizer | None,
-    model: Model,
     plan: MemoryPlan,
-    turns: Turns,
+    lock: Turns,
+    *,
+    lends_to: ExpertMemory | None,
 ) -> PromptMedia | None:
     if not footprint.encoders and ears is None:
         return None
@@ -263,10 +378,9 @@ def _open_media(
 
     lend = functools.partial(
         MediaMemory,
-        cache=model.experts.cache if isinstance(model.experts, CachedRunner) else None,
-        num_slots=plan.num_slots,
-        lent_slots=plan.lent_slots,
-        lock=turns,
+        experts=lends_to,
+        nbytes=lendable_bytes(plan.encoder_bytes) if plan.lent_slots else 0,
+        lock=lock,
     )
     towers = runnable(footprint.encoders)
     encoders = Encoders(towers, store, runtime, open_file=functools.cache(store.open))
@@ -274,14 +388,15 @@ def _open_media(
 
 
 def _open_prefix_files(
-    files: ModelFiles, config: EngineConfig, runtime: _native.Runtime
+    footprint: ModelFootprint, config: EngineConfig, runtime: _native.Runtime
 ) -> PrefixFiles | None:
     if config.kv_dir is None:
         return None
+    files = footprint.files
     return PrefixFiles(
         config.kv_dir,
-        identity=identify(files, runtime.instruction_set, config.kv_dtype, config.experts_off),
-        block_bytes=kv_bytes(files.config, 1, config.kv_dtype),
+        identity=identify(files, runtime.instruction_set, footprint.kv_dtype, config.experts_off),
+        block_bytes=footprint.kv_bytes(1),
         state_bytes=state_bytes(files.config, 1),
     )
 
@@ -297,6 +412,9 @@ def _open_cache(
         kv_blocks(plan.context_tokens),
         KV_BLOCK_TOKENS,
         forgotten=(lambda key: None) if states is None else states.forget,
+        windows=None
+        if plan.windows is None
+        else KvWindows(kv_blocks(plan.context_tokens), KV_BLOCK_TOKENS, plan.windows),
     )
     return PrefixCache(
         blocks,

@@ -56,8 +56,8 @@ def measured_servers(
     """Run a model with random prompts: fast, likely and slow servers with the steps that were measured.
 
     Args:
-        plan, server: what was forecast.
-        options: of `Engine.open`, with which it makes that plan (`Forecaster.engine_options`).
+        plan, server: the forecast.
+        options: for `Engine.open`, with which it makes that plan (`Forecaster.engine_options`).
 
     Raises:
         UsageError: the context is too short.   And the errors of `Engine.open`.

@@ -1,6 +1,10 @@
 """A lock whose waiters take turns, so that steps of a model and other work of an engine go on side by side.
 
 With an ordinary lock, a thread that frees it and takes it again at once may keep all others out for seconds.
+
+An engine has two. One guards its state: it is held for a whole step, and for every call between two steps. The other
+is for the cores, and engines of one process share it: a step holds it too, and lends it while it waits for reads of a
+model that is still being loaded. Whoever needs both takes the engine's own first.
 """
 
 from __future__ import annotations
@@ -19,16 +23,16 @@ class Turns:
         self._depth = 0
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
 
-    def acquire(self) -> None:
-        """Take the lock, after all that wait for it."""
+    def acquire(self) -> bool:
+        """Take the lock, after all that wait for it; returns whether it was free."""
         own = threading.get_ident()
         with self._guard:
             if self._owner == own:
                 self._depth += 1
-                return
+                return True
             if self._owner is None:
                 self._owner, self._depth = own, 1
-                return
+                return True
             gate = threading.Lock()
             gate.acquire()
             ticket = (own, gate)
@@ -42,6 +46,7 @@ class Turns:
                 else:
                     self._pass_on()
             raise
+        return False
 
     def release(self) -> None:
         """Give it to whoever has waited longest."""

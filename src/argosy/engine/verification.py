@@ -97,7 +97,7 @@ class Verification:
 
 
 def compare_decode(speeds: Speeds, plan: MemoryPlan, steps: DecodeSteps) -> Verification:
-    """What was predicted of decode steps like these, beside what they took."""
+    """Compare the prediction for decode steps like these with their measured times."""
     streams = max(1, round(steps.num_tokens / steps.num_steps))
     context = round(steps.context)
     hit_rate = steps.hits / steps.lookups if steps.lookups else 1.0
@@ -134,7 +134,7 @@ def verify(
     """Run a prompt of random tokens and its answer.
 
     Args:
-        plan: what was forecast; the engine gets its budget and its context.
+        plan: the forecast; the engine gets its budget and its context.
         options, recorder: as `Engine.open` takes them.
 
     Raises:
@@ -173,7 +173,7 @@ def verify(
         swept = prefilled.bytes_read - before.bytes_read
         rows.append(Row("drive, prompt", "MB", Range(*[expected.drive_bytes / 1e6] * 3), swept / 1e6))
     if peak is not None:
-        # Of what is planned, experts and buffers are touched only as far as they are used.
+        # Experts and buffers count in the plan as a whole, and are touched only as far as they are used.
         most = Range(0.0, planned.total_bytes / 2**20, planned.budget_bytes / 2**20)
         rows.append(Row("memory, peak", "MiB", most, peak / 2**20))
     return replace(compared, rows=tuple(rows))

@@ -1,1 +1,1 @@
-"""What routers choose: counted while a model runs, kept, and reported. Nothing here changes what a model computes."""
+"""Routing: counts while a model runs, kept and reported. Nothing here changes what a model computes."""

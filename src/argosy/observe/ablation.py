@@ -56,7 +56,7 @@ def parse_removals(text: str, *, layers: tuple[int, ...], num_experts: int) -> l
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a removal does to a domain. Beyond 4 standard errors, chance is no explanation."""
+    """The effect of a removal on a domain. Beyond 4 standard errors, chance is no explanation."""
 
     removal: str
     domain: str

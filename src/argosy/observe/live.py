@@ -33,8 +33,10 @@ class RecentCache:
 class LiveCache:
     """Returns the last result at once, and starts a new replay if that result is old.
 
+    Attributes:
+        num_slots: experts that fit in memory; may be set when that changes.
+
     Args:
-        num_slots: experts that fit in memory.
         clock: seconds.
     """
 
@@ -43,7 +45,7 @@ class LiveCache:
     ) -> None:
         self._recorder = recorder
         self._num_experts = num_experts
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         self._clock = clock
         self._found: RecentCache | None = None
         self._begun_at: float | None = None
@@ -69,7 +71,7 @@ class LiveCache:
             recent.choices,
             recent.steps,
             num_experts=self._num_experts,
-            slots=self._num_slots,
+            slots=self.num_slots,
             counted_from=half,
             policies=("lru", "optimum"),
         )

@@ -28,10 +28,10 @@ from argosy.observe.replay import replay_bytes
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 
 BLOCK_TOKENS = 128
-MOST_LANES = 8  # of more sequences at once, only uses are counted
+MOST_LANES = 8  # with more sequences at once, only uses are counted
 MOST_RECENT_TOKENS = 2048
-_MOST_RECENT_CHOICES = 1 << 19  # of all layers: a replay of them takes a tenth of a second
-_OBJECT_BYTES = 2400  # of the Python objects of a lane, or of the recorder itself
+_MOST_RECENT_CHOICES = 1 << 19  # in all layers: a replay of them takes a tenth of a second
+_OBJECT_BYTES = 2400  # Python objects of a lane, or of the recorder itself
 _PAIRS_TOGETHER = 1 << 16  # choices of a token and of the one before it that are compared at once
 
 Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best first
@@ -39,7 +39,7 @@ Choices = NDArray[np.uint16]  # [tokens, routed layers, experts per token], best
 
 @dataclass(frozen=True, slots=True)
 class RoutingCounts:
-    """What was recorded so far. Uses reveal text: add up many tokens before showing them."""
+    """The counts recorded so far. Uses reveal text: add up many tokens before showing them."""
 
     layers: tuple[int, ...]  # the routed layers' numbers in the model
     prompt_tokens: int
@@ -75,7 +75,7 @@ class Recorder:
         self._lanes: list[_Lane] = []
         self._lane_of: dict[int, _Lane] = {}  # by the number of the sequence
         shape = len(self._layers), self._num_experts
-        self._uses: NDArray[np.int64] = np.zeros((2, *shape), np.int64)  # of prompts, of decode
+        self._uses: NDArray[np.int64] = np.zeros((2, *shape), np.int64)  # in prompts, in decode
         # The experts of all layers are numbered together, [layers, 1].
         self._first_of_layer: NDArray[np.int64] = self._num_experts * np.arange(len(self._layers))[:, None]
         self._num_tokens = [0, 0]

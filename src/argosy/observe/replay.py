@@ -30,7 +30,7 @@ def hit_rates(
 
     Args:
         choices: [tokens, layers, experts per token].
-        steps: of each token; the tokens of a step ask together. None: tokens decode one after another.
+        steps: each token's step; the tokens of a step ask together. None: tokens decode one after another.
         counted_from: the first token that counts; those before it fill the cache.
     """
     if steps is None:

@@ -85,7 +85,7 @@ class Specialisation:
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     layer: int
-    entropy_bits: float  # of the choices of all domains together
+    entropy_bits: float  # over the choices of all domains together
     balance: float  # 2 ** entropy over the number of experts: 1 if all are used alike
     domain: Specialisation | None  # None: one domain
     token_class: Specialisation
@@ -178,7 +178,7 @@ def report(
     """Report on the choices of each domain, at least one token each.
 
     Args:
-        own_slots: of the engine's cache, to be replayed beside BUDGETS; None: every expert is resident.
+        own_slots: size of the engine's cache, to be replayed beside BUDGETS; None: every expert is resident.
     """
     rng = np.random.default_rng(seed)
     k = domains[0].choices.shape[2]

@@ -12,7 +12,6 @@ Elsewhere: `plan/hit_rate.py` has the curve and its form in JSON.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +24,16 @@ from argosy.errors import UsageError
 from argosy.observe.recorder import RoutingCounts
 from argosy.plan.hit_rate import WorkingSet
 from argosy.replace_file import replacing
+from argosy.user_directories import data_directory
 
 FEWEST_TOKENS = 256  # decode tokens of a run that is added
-MOST_TOKENS = 1 << 20  # what was saved weighs at most this much, so that it follows what a model is used for
-_ROUTER_BYTES = 1 << 16  # of the first router: no two trainings have the same
+MOST_TOKENS = 1 << 20  # saved counts weigh at most this much, so that they follow what a model is used for
+_ROUTER_BYTES = 1 << 16  # read from the first router: no two trainings have the same
 
 
 def directory() -> Path:
     """`argosy/routing` in the user's data directory."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "argosy" / "routing"
+    return data_directory() / "routing"
 
 
 def path_of(files: ModelFiles) -> Path:

@@ -16,7 +16,7 @@ from argosy.observe.recorder import Choices
 class Taken(NamedTuple):
     """Tokens in the order in which they ran.
 
-    lookups, hits: of the experts that decode asked for, since the trace was taken before.
+    lookups, hits: for the experts that decode asked for, since the last trace was taken.
     """
 
     choices: Choices
@@ -29,7 +29,7 @@ class TraceRecorder:
     """A `RouteRecorder` that keeps the choices of at most `num_tokens` tokens until they are taken.
 
     Args:
-        working_bytes: what becomes of them takes so much; the memory plan counts it, too.
+        working_bytes: memory for copies of them; the memory plan counts it, too.
     """
 
     def __init__(self, model: ModelConfig, num_tokens: int, *, working_bytes: int = 0) -> None:

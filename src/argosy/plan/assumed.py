@@ -32,7 +32,7 @@ def assume_pack(config: ModelConfig, format: Format, path: Path) -> ModelFiles:
 
     Args:
         format: one of PACK_FORMATS.
-        path: what the config was read from.
+        path: the file that the config was read from.
 
     Raises:
         UnsupportedModel: it has more experts than any model.

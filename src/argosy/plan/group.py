@@ -7,11 +7,12 @@ rows go to the machines that own the chosen experts, and the sums come back; the
 long a machine takes, and the slowest machine how long the layer takes. With about one miss in a layer, one drive works
 while the others wait, so the mean load would be too optimistic: layers are drawn at random instead, with a fixed seed.
 
-    network of a layer = 2 latency + machines asked * (2 + 4) bytes * hidden / bandwidth
+    network of a layer = 2 latency + (other machines asked + experts chosen there) * 4 bytes * hidden / bandwidth
 
-Rows are sent in bfloat16 and returned in float32. This is a prediction: Argosy does not run groups of machines.
+A row goes to each machine asked, once, and an output comes back for each expert, so that the sums are those of one
+machine; both are float32.
 
-Elsewhere: `speed.py` predicts one machine.
+Elsewhere: `speed.py` predicts one machine; the room `cluster` runs groups.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Group:
     hit_rate: float
     tokens_per_s: Range
     speed_up: float  # over one of them
-    network_share: float  # of a step's time
+    network_share: float  # a part of a step's time
 
 
 def parse_network(text: str) -> Network:
@@ -118,18 +119,26 @@ def _step_s(
 ) -> tuple[float, float]:
     """Seconds of a step, and those of the network in it."""
     chosen = work.experts_per_token
-    dense_s = sum(rates.read_s(format, nbytes) for format, (nbytes, _) in work.dense.items())
+    dense_s = sum(
+        rates.product_s(format, nbytes, parameters, 1)
+        for part in (work.dense, work.head)
+        for format, (nbytes, parameters) in part.items()
+    )
     attention_s = rates.attention_s(*work.keys_values(context))
-    one_s = sum(rates.read_s(format, nbytes) for format, (nbytes, _) in work.expert.items())
-    record_s = work.record_bytes / rates.drive_rate(work.record_bytes)
+    one_s = sum(
+        rates.product_s(format, nbytes, parameters, 1) for format, (nbytes, parameters) in work.expert.items()
+    )
+    record_s = work.record_bytes / rates.drive_rate(work.piece_bytes)
     experts_s = _slowest_machine_s(machines, chosen, hit_rate, one_s, record_s)
-    others = (machines - 1) * (1.0 - (1.0 - 1.0 / machines) ** chosen)  # machines asked, besides the first
+    asked = (machines - 1) * (1.0 - (1.0 - 1.0 / machines) ** chosen)  # machines besides the first
+    outputs = chosen * (1.0 - 1.0 / machines)
     network_s = 0.0
     if machines > 1:
-        network_s = 2 * network.latency_s + others * 6.0 * hidden_size / network.bytes_per_s
+        network_s = 2 * network.latency_s + (asked + outputs) * 4.0 * hidden_size / network.bytes_per_s
     layers = work.num_moe_layers
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
-    overhead_s += layers * (rates.streamed_layer_s + (1.0 - hit_rate**chosen) * rates.missing_layer_s)
+    missed = chosen * (1.0 - hit_rate) / machines  # per layer; each machine handles its own
+    overhead_s += layers * (rates.streamed_layer_s + missed * rates.miss_overhead_s(work.record_bytes))
     return dense_s + attention_s + overhead_s + layers * (experts_s + network_s), layers * network_s
 
 

@@ -53,8 +53,8 @@ _FEWEST_FINE, _MOST_COARSE = 64, 16  # experts of a layer
 # Ages in turns of a layer, below zero for experts that were used often.
 AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if window > 8))
 
-_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # of an age in a turn, as `experts/policy.py` has it
-_WARM_TURNS = 32  # of a timeline, before ages count: the cache would still be filling
+_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # an age grows by this in a turn, as `experts/policy.py` has it
+_WARM_TURNS = 32  # the beginning of a timeline, when the cache would still be filling
 _CHOICES_TOGETHER = 8192  # choices that are counted at once, whose arrays stay in a cache
 _ARRAYS_AT_ONCE = 20  # while they are counted, of 8 bytes for each of them
 # Tokens; uses that count for less than 2^(-128 / HALF_LIFE_TURNS) would be lost in float64 sums.
@@ -139,7 +139,7 @@ class ReuseGaps:
         order = np.argsort(chosen.astype(np.uint16) if last.size <= 1 << 16 else chosen, kind="stable")
         chosen = chosen[order]
         times = order // (num_layers * experts_per_token) + (self.num_tokens + 1)
-        starts = np.ones(len(chosen), bool)  # of an expert's uses
+        starts = np.ones(len(chosen), bool)  # where an expert's uses begin
         starts[1:] = chosen[1:] != chosen[:-1]
         earlier = np.empty_like(times)
         earlier[1:] = times[:-1]
@@ -278,7 +278,7 @@ def _age_places(ages: Floats) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
-    """What the layers of a model ask for, by window and by age. In JSON, with a layer's number in the model as its key:
+    """The experts that a model's layers ask for, by window and by age. In JSON, keyed by a layer's number in the model:
 
         {"format": "argosy-working-set-1", "num_experts": 128, "experts_per_token": 8, "tokens": 51200,
          "windows": [1, 2, 3, 4, ...], "ages": [-18, -17, ...],
@@ -338,7 +338,7 @@ class WorkingSet:
 
     @classmethod
     def prior(cls, layers: Sequence[int], *, num_experts: int, experts_per_token: int) -> WorkingSet:
-        """What is likely for a model of which nothing is recorded: the curve whose hit rates are the published ones."""
+        """The likely curve of a model without recordings: the one whose hit rates are the published ones."""
         shares, hit_rates = _typical_hit_rates(num_experts)
         at, distinct = 1, [float(experts_per_token)]
         for _ in range(WINDOWS[-1] - 1):
@@ -503,7 +503,7 @@ def _typical_hit_rates(num_experts: int) -> tuple[tuple[float, ...], tuple[float
 
 
 def typical_hit_rate(share: float, *, num_experts: int) -> float:
-    """What is likely if `share` of all experts have a slot, for a model of which nothing is recorded."""
+    """The likely hit rate if `share` of all experts have a slot, for a model without recordings."""
     return float(np.interp(share, *_typical_hit_rates(num_experts)))
 
 

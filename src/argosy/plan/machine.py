@@ -8,14 +8,18 @@ guess. Nothing is measured here: `cli/doctor.py` measures.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from argosy.config import MIB, format_bytes
+from argosy.config import KIB, MIB, format_bytes
 
 _ROOT = Path("/")
+# Growth of any of our processes after its memory is planned: allowances, above the measured values.
+PROCESS_GROWTH_BYTES = 4 * MIB  # first use of code and libraries, objects of the engine, the allocator: 3 MiB
+THREAD_BYTES = 32 * KIB  # stacks of a thread: 12 KiB of its own, and 16 KiB in the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,27 @@ def process_footprint(root: Path = _ROOT) -> Footprint:
     return Footprint(resident_bytes, anonymous_bytes, file_bytes, status["VmHWM"], status["VmPTE"])
 
 
+def held_bytes() -> int:
+    """Bytes that this process holds now, page tables included."""
+    footprint = process_footprint()
+    return footprint.resident_bytes + footprint.page_table_bytes
+
+
+def page_table_bytes(mapped_bytes: int, num_mappings: int = 16) -> int:
+    """Upper bound on page-table bytes for `mapped_bytes` in `num_mappings` places of the address space.
+
+    A table is a page, and an entry takes 8 bytes: 1/512 of memory mapped in 4 KiB pages. Huge pages save nothing: the
+    kernel keeps a table beside each one, in case it has to split that page (measured on Linux 6.18). A mapping may
+    begin and end within a table of each level.
+    """
+    entries = mmap.PAGESIZE // 8
+    nbytes, span = 0, mmap.PAGESIZE
+    while span < max(mapped_bytes, mmap.PAGESIZE) * entries:
+        span *= entries  # one table of this level maps this much
+        nbytes += (-(-mapped_bytes // span) + num_mappings) * mmap.PAGESIZE
+    return nbytes
+
+
 def address_space_limit(root: Path = _ROOT) -> MappingLimit | None:
     """RLIMIT_AS, see getrlimit(2); None if there is no limit."""
     return _mapping_limit(root, "Max address space", "ulimit -v", "VmSize")
@@ -114,6 +139,12 @@ def address_space_limit(root: Path = _ROOT) -> MappingLimit | None:
 def data_limit(root: Path = _ROOT) -> MappingLimit | None:
     """RLIMIT_DATA: like `address_space_limit`, for private writable memory."""
     return _mapping_limit(root, "Max data size", "ulimit -d", "VmData")
+
+
+def may_reserve(root: Path = _ROOT) -> bool:
+    """Whether addresses may be mapped that are perhaps never used: no `ulimit` and no strict overcommit counts them."""
+    is_strict = _number(root / "proc/sys/vm/overcommit_memory") == 2
+    return not is_strict and address_space_limit(root) is None and data_limit(root) is None
 
 
 def thread_stack_bytes(root: Path = _ROOT) -> int:
@@ -162,6 +193,14 @@ def usable_cores(root: Path = _ROOT) -> int:
         if (quota := _cpu_quota(group)) is not None:
             cores = min(cores, max(1, int(quota)))
     return cores
+
+
+def physical_cores(root: Path = _ROOT) -> int:
+    """Cores that `usable_cores` has without those that share a core with another: at most `usable_cores`."""
+    cpus = os.sched_getaffinity(0)
+    topology = root / "sys/devices/system/cpu"
+    shared = {_read(topology / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return min(len(shared), usable_cores(root))
 
 
 def cpu_model(root: Path = _ROOT) -> str:

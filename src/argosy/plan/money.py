@@ -26,7 +26,7 @@ _MILLION = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """What a machine costs: rent, or a price and its life; and electricity."""
+    """The costs of a machine: rent, or a price and its life; and electricity."""
 
     usd_per_hour: float | None = None  # rent, for every hour
     usd: float | None = None  # purchase
@@ -66,11 +66,11 @@ class ApiPrice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Of a machine that answers all the time.
+    """The cost of a machine that answers all the time.
 
     break_even: the share of all hours that it must answer, to cost as much as the API; None: there is no API price.
     times: how many times as much a request costs as with the API.
-    energy_wh: of a request; None: the power is unknown.
+    energy_wh: energy of a request; None: the power is unknown.
     """
 
     usd_per_m_in: float
@@ -86,8 +86,8 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
     """Price requests.
 
     Args:
-        prompt_s: of PROMPT_TOKENS, which keep the whole machine busy.
-        tokens_per_s: of all streams together.
+        prompt_s: time of PROMPT_TOKENS, which keep the whole machine busy.
+        tokens_per_s: for all streams together.
     """
     usd_per_s = (owner.fixed_usd_per_hour + owner.running_usd_per_hour) / 3600.0
     request_s = prompt_s + ANSWER_TOKENS / tokens_per_s
@@ -109,7 +109,7 @@ def cost(owner: Owner, *, prompt_s: float, tokens_per_s: float, api: ApiPrice | 
 
 
 def sentence(found: Cost) -> str:
-    """What the comparison says, plainly."""
+    """The result of the comparison, in a plain sentence."""
     assert found.api is not None
     assert found.times is not None
     assert found.break_even is not None

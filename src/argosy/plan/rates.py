@@ -12,38 +12,48 @@ Elsewhere: `engine/calibration.py` measures; `speed.py` turns rates into seconds
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import log2
 from typing import Any, get_args
 
-from argosy.config import Format
+from argosy import _native
+from argosy.config import FLOAT_FORMATS, Format
 from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
-FLOAT_FORMATS = frozenset({"f32", "f16", "bf16", "f8"})
 # How far rates may be off: what they varied by while they were measured, between the first two; or guessed.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
-FORMAT = "argosy-rates-5"
+FORMAT = "argosy-rates-8"
+NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # more are as fast as the last
 _MOST_RATE = 1e15
 _OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
-_DRIVE_LATENCY_S = 300e-6  # of a few records at once, beyond what the drive's rate explains
+_DRIVE_LATENCY_S = 300e-6  # a few records at once take this beyond what the drive's rate explains
+# Medians of cores of Zen 4 and 5 (`--calibrate`, 2026-11).
+_READ_CPU_S_PER_BYTE, _TRANSCODE_CPU_S_PER_BYTE = 50e-12, 300e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """Bytes and operations per second of a machine with all of its cores; a multiply-add is two operations.
 
-    reads: share of `memory_bytes_per_s` at which a product reads weights for one token, by format.
-    operations: of products for many tokens, by format.
-    encoder_operations: of towers for pictures, whose weights are bfloat16.
-    keys_values_bytes_per_s: at which one token's attention reads the KV cache when memory bounds it.
+    operations: rates of products for each of NUM_TOKENS, by format, with cached weights: fewer tokens share the work
+        of unpacking weights.
+    waits: how much longer products take with weights in memory, for each of NUM_TOKENS, by format: as a share of the
+        time in which memory delivers the weights. What arithmetic hides is not in it.
+    encoder_operations: rate of towers for pictures, whose weights are bfloat16.
+    keys_values: share of `memory_bytes_per_s` at which one token's attention reads the KV cache if memory bounds it.
     attention_operations: when arithmetic bounds it.
-    prompt_attention_operations: of attention of many tokens of one sequence.
+    prompt_attention_operations: rate of attention with many tokens of one sequence.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
     overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
+    transcoding_overlap: the same when records are transcoded while they land.
+    read_cpu_s_per_byte: time of one core to read a record, which delays computing when all cores compute.
+    transcode_cpu_s_per_byte: to read and transcode it.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed.
-    missing_layer_s: further overhead if one of them misses: which to evict, and starting reads.
+    miss_s: further overhead of each expert that misses: choosing a slot, starting reads, handing the record over.
+    miss_s_per_byte: and of each byte of its record.
     step_s: overhead of a step beyond its layers.
     spread: a rate may be wrong by this factor, either way.
     source: where the rates come from, in words.
@@ -51,18 +61,22 @@ class Rates:
 
     cores: int
     memory_bytes_per_s: float
-    reads: Mapping[str, float]
-    operations: Mapping[str, float]
+    operations: Mapping[str, tuple[float, ...]]
+    waits: Mapping[str, tuple[float, ...]]
     encoder_operations: float
-    keys_values_bytes_per_s: float
+    keys_values: float
     attention_operations: float
     prompt_attention_operations: float
     drive: tuple[tuple[int, float], ...]
     drive_latency_s: float = _DRIVE_LATENCY_S
     overlap: float = _OVERLAP
+    transcoding_overlap: float = _OVERLAP
+    read_cpu_s_per_byte: float = _READ_CPU_S_PER_BYTE
+    transcode_cpu_s_per_byte: float = _TRANSCODE_CPU_S_PER_BYTE
     layer_s: float
     streamed_layer_s: float
-    missing_layer_s: float
+    miss_s: float
+    miss_s_per_byte: float
     step_s: float
     spread: float
     source: str
@@ -71,16 +85,19 @@ class Rates:
     def is_measured(self) -> bool:
         return self.spread < GUESSED_SPREAD
 
-    def read_s(self, format: str, nbytes: float) -> float:
-        """Seconds to read weights of a format for one token."""
-        return nbytes / (self.memory_bytes_per_s * self.reads[format])
-
-    def compute_s(self, format: str, operations: float) -> float:
-        return operations / self.operations[format]
+    def product_s(self, format: str, nbytes: float, parameters: float, tokens: float) -> float:
+        """Seconds of products of so many tokens with weights of a format, which are read once from memory."""
+        rate = _at(tokens, self.operations[format])
+        return (
+            2.0 * parameters * tokens / rate
+            + _at(tokens, self.waits[format]) * nbytes / self.memory_bytes_per_s
+        )
 
     def attention_s(self, nbytes: float, operations: float) -> float:
         """Seconds of attention of one token, which reads so many bytes of keys and values."""
-        return max(nbytes / self.keys_values_bytes_per_s, operations / self.attention_operations)
+        return max(
+            nbytes / (self.keys_values * self.memory_bytes_per_s), operations / self.attention_operations
+        )
 
     def prompt_attention_s(self, operations: float) -> float:
         """Seconds of attention of many tokens, which share passes over their keys."""
@@ -88,30 +105,33 @@ class Rates:
 
     def drive_rate(self, record_bytes: float) -> float:
         """Bytes per second at which records of that size are read."""
-        before = self.drive[0]
-        if record_bytes <= before[0]:  # smaller records: as many of them in a second
-            return before[1] * record_bytes / before[0]
-        for at in self.drive[1:]:
-            if record_bytes <= at[0]:
-                share = (record_bytes - before[0]) / (at[0] - before[0])
-                return before[1] + share * (at[1] - before[1])
-            before = at
-        return before[1]
+        smallest, rate = self.drive[0]
+        if record_bytes <= smallest:  # as many of them in a second
+            return rate * record_bytes / smallest
+        return _interpolated(self.drive, record_bytes)
+
+    def miss_overhead_s(self, record_bytes: float) -> float:
+        """Seconds of overhead of one expert that misses, beside waiting for its record."""
+        return self.miss_s + record_bytes * self.miss_s_per_byte
 
     def scaled(self, factor: float) -> Rates:
         """The same machine, faster by a factor in everything."""
         return replace(
             self,
             memory_bytes_per_s=self.memory_bytes_per_s * factor,
-            operations={name: rate * factor for name, rate in self.operations.items()},
+            operations={
+                name: tuple(rate * factor for rate in found) for name, found in self.operations.items()
+            },
             encoder_operations=self.encoder_operations * factor,
-            keys_values_bytes_per_s=self.keys_values_bytes_per_s * factor,
             attention_operations=self.attention_operations * factor,
             prompt_attention_operations=self.prompt_attention_operations * factor,
             drive=tuple((size, rate * factor) for size, rate in self.drive),
             layer_s=self.layer_s / factor,
             streamed_layer_s=self.streamed_layer_s / factor,
-            missing_layer_s=self.missing_layer_s / factor,
+            miss_s=self.miss_s / factor,
+            miss_s_per_byte=self.miss_s_per_byte / factor,
+            read_cpu_s_per_byte=self.read_cpu_s_per_byte / factor,
+            transcode_cpu_s_per_byte=self.transcode_cpu_s_per_byte / factor,
             step_s=self.step_s / factor,
         )
 
@@ -133,16 +153,34 @@ class Rates:
             ) from None
 
 
+def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value at `x` between points in ascending order; beyond them, that of the nearest."""
+    before = points[0]
+    for at in points:
+        if x <= at[0]:
+            share = (x - before[0]) / (at[0] - before[0]) if at is not before else 0.0
+            return before[1] + max(0.0, share) * (at[1] - before[1])
+        before = at
+    return before[1]
+
+
+def _at(tokens: float, by_tokens: Sequence[float]) -> float:
+    """The value for so many tokens, from those for NUM_TOKENS."""
+    return _interpolated(
+        [(log2(at), value) for at, value in zip(NUM_TOKENS, by_tokens, strict=True)], log2(tokens)
+    )
+
+
 def _checked(value: object) -> Rates:
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
         raise JsonError(f"is not an object with `format` {FORMAT!r}")
     if value.keys() != set(Rates.__dataclass_fields__):
         raise JsonError("has other keys than those that were written")
     formats = set(get_args(Format))
-    for name in ("reads", "operations"):
+    for name in ("operations", "waits"):
         found = value[name]
-        if not isinstance(found, dict) or found.keys() != formats or not all(map(_is_rate, found.values())):
-            raise JsonError(f"has `{name}` that are not a rate for each format")
+        if not isinstance(found, dict) or found.keys() != formats or not all(map(_are_rates, found.values())):
+            raise JsonError(f"has `{name}` that are not rates for each format")
     drive = value["drive"]
     if not isinstance(drive, list) or not 1 <= len(drive) <= 100:
         raise JsonError("has no list as `drive`")
@@ -155,22 +193,31 @@ def _checked(value: object) -> Rates:
     if sizes != sorted(set(sizes)):
         raise JsonError("has a `drive` whose sizes do not rise")
     for name in (
-        "cores", "memory_bytes_per_s", "encoder_operations", "keys_values_bytes_per_s", "attention_operations",
-        "prompt_attention_operations", "drive_latency_s", "layer_s", "streamed_layer_s", "missing_layer_s", "step_s",
-        "spread",
+        "cores", "memory_bytes_per_s", "encoder_operations", "keys_values", "attention_operations",
+        "prompt_attention_operations", "drive_latency_s", "read_cpu_s_per_byte", "transcode_cpu_s_per_byte", "layer_s",
+        "streamed_layer_s", "miss_s", "miss_s_per_byte", "step_s", "spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
-    overlap = value["overlap"]
-    if overlap != 0 and not (_is_rate(overlap) and overlap <= 1):
-        raise JsonError("has `overlap` that is no number from 0 to 1")
+    for name in ("overlap", "transcoding_overlap"):
+        share = value[name]
+        if share != 0 and not (_is_rate(share) and share <= 1):
+            raise JsonError(f"has `{name}` that is no number from 0 to 1")
     if not isinstance(value["source"], str) or len(value["source"]) > 200:
         raise JsonError("has `source` that is no short text")
-    return Rates(**{**value, "drive": tuple(pairs)})
+    by_tokens = {
+        name: {format: tuple(found) for format, found in value[name].items()}
+        for name in ("operations", "waits")
+    }
+    return Rates(**{**value, **by_tokens, "drive": tuple(pairs)})
 
 
 def _is_rate(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < _MOST_RATE  # type: ignore[operator]
+
+
+def _are_rates(value: object) -> bool:
+    return isinstance(value, list) and len(value) == len(NUM_TOKENS) and all(map(_is_rate, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +225,7 @@ class CpuFamily:
     """A kind of processor: memory it reads in all and with one core, int8 and float32 operations of a core."""
 
     name: str
-    pattern: str  # of the name in /proc/cpuinfo
+    pattern: str  # matches the name in /proc/cpuinfo
     memory_gb_per_s: float  # three quarters of channels times transfers a second times 8 bytes
     core_gb_per_s: float
     core_int8_gops: float
@@ -213,41 +260,56 @@ UNKNOWN_CPU = CpuFamily(
     "an unknown processor", "", 34, 12, 100, 30, "2 channels of DDR4, the least likely to flatter"
 )
 _UNKNOWN_DRIVE_BYTES_PER_S = 2.0e9  # between a SATA drive and a fast NVMe drive
-_READ_SHARE = 0.85  # of memory's rate, as benchmarks/resident.py finds on several machines
+_READ_SHARE = 0.85  # share of memory's rate at which weights are read (benchmarks/resident.py)
 _F32_SHARE = 0.6
-_BF16_SPEED_UP = 3.2  # of encoders, over products of float32: 353 GFLOP/s on two cores of Zen 4
-# Of memory's rate, and of products of float32 (benchmarks/attention.py on Zen 4, 2026-11).
+_BF16_SPEED_UP = 3.2  # encoders over products of float32: 353 GFLOP/s on two cores of Zen 4
+# Shares of memory's rate, and of products of float32 (benchmarks/attention.py on Zen 4, 2026-11).
 _KEYS_VALUES_SHARE, _ATTENTION_SHARE, _PROMPT_ATTENTION_SHARE = 0.5, 1.1, 1.5
-_INT8_SHARE = 0.55  # of the instruction's peak, as benchmarks/prefill.py finds
+# Shares of those operations, for NUM_TOKENS: medians of formats on Zen 4 (`--calibrate`, 2026-11).
+_FLOAT_SHARES, _INT8_SHARES = (0.57, 0.85, 1.0, 0.96, 1.0, 1.0), (0.42, 0.65, 0.85, 0.88, 0.86, 1.0)
+_INT8_SHARE = 0.55  # share of the instruction's peak, as benchmarks/prefill.py finds
 _FULL_RECORD_BYTES = 1 << 20  # smaller records do not reach a drive's rate
+
+
+def unhidden_waits(
+    operations: Mapping[str, tuple[float, ...]], memory_bytes_per_s: float
+) -> dict[str, tuple[float, ...]]:
+    """`Rates.waits` of a machine where the longer of arithmetic and memory hides the shorter."""
+    waits = {}
+    for name in get_args(Format):
+        delivered_s = _native.matrix_bytes(name, 1024, 1024) / 1024**2 / memory_bytes_per_s  # a weight
+        computed_s = [2.0 * tokens / rate for tokens, rate in zip(NUM_TOKENS, operations[name], strict=True)]
+        waits[name] = tuple(max(1e-9, 1.0 / _READ_SHARE - seconds / delivered_s) for seconds in computed_s)
+    return waits
 
 
 def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Rates:
     """Rates of a machine of which only the processor's name and perhaps the drive's rate are known."""
     family = next((one for one in CPU_FAMILIES if re.search(one.pattern, cpu, re.IGNORECASE)), UNKNOWN_CPU)
     memory = 1e9 * min(family.memory_gb_per_s, cores * family.core_gb_per_s)
+    floats = 1e9 * cores * family.core_f32_gops * _F32_SHARE
     operations = {}
     for name in get_args(Format):
-        if name in FLOAT_FORMATS:
-            operations[name] = 1e9 * cores * family.core_f32_gops * _F32_SHARE
-        else:
-            passes = 2 if name == "q8" else 1  # activations of q8 have two bytes
-            operations[name] = 1e9 * cores * family.core_int8_gops * _INT8_SHARE / passes
+        passes = 2 if name == "q8" else 1  # activations of q8 have two bytes
+        most = floats if name in FLOAT_FORMATS else 1e9 * cores * family.core_int8_gops * _INT8_SHARE / passes
+        shares = _FLOAT_SHARES if name in FLOAT_FORMATS else _INT8_SHARES
+        operations[name] = tuple(most * share for share in shares)
     drive = drive_bytes_per_s or _UNKNOWN_DRIVE_BYTES_PER_S
     told = "" if drive_bytes_per_s else ", drive unknown"
     return Rates(
         cores=cores,
         memory_bytes_per_s=memory,
-        reads=dict.fromkeys(get_args(Format), _READ_SHARE),
         operations=operations,
-        encoder_operations=operations["f32"] * (_BF16_SPEED_UP if family.has_bf16 else 1.0),
-        keys_values_bytes_per_s=memory * _KEYS_VALUES_SHARE,
-        attention_operations=operations["f32"] * _ATTENTION_SHARE,
-        prompt_attention_operations=operations["f32"] * _PROMPT_ATTENTION_SHARE,
+        waits=unhidden_waits(operations, memory),
+        encoder_operations=floats * (_BF16_SPEED_UP if family.has_bf16 else 1.0),
+        keys_values=_KEYS_VALUES_SHARE,
+        attention_operations=floats * _ATTENTION_SHARE,
+        prompt_attention_operations=floats * _PROMPT_ATTENTION_SHARE,
         drive=((_FULL_RECORD_BYTES, drive),),
         layer_s=30e-6,
         streamed_layer_s=50e-6,
-        missing_layer_s=300e-6,
+        miss_s=30e-6,
+        miss_s_per_byte=35e-12,
         step_s=300e-6,
         spread=GUESSED_SPREAD,
         source=f"guessed: {family.name}, {cores} cores{told} ({family.source})",

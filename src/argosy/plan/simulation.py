@@ -31,7 +31,7 @@ from argosy.errors import UsageError
 from argosy.plan.step_times import StepTimes
 from argosy.plan.traffic import Request
 
-_WARM_SHARE = 0.1  # of random requests, which come before the queue is as long as it will be
+_WARM_SHARE = 0.1  # random requests that come before the queue is as long as it will be
 _SATURATING = 1000  # requests, at least, to find out what a server can do
 _NEVER = math.inf
 MOST_SERVERS = 100
@@ -41,9 +41,9 @@ _MOST_COST, _FIXED_COST = 3e5, 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """What a step takes, and how much fits into one.
+    """The cost of a step, and how much fits into one.
 
-    context_tokens: of all sequences together, in blocks of `block_tokens`.
+    context_tokens: for all sequences together, in blocks of `block_tokens`.
     max_waiting: None: no request is refused because others wait.
     """
 
@@ -75,7 +75,7 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of requests. Seconds begin when a request comes; refused ones and those of warm-up do not count.
+    """The fate of requests. Seconds begin when a request comes; refused requests and those of the warm-up do not count.
 
     first_token_s: until its first token.   token_s: mean time between its tokens.   request_s: until its last token.
     num_running, num_waiting: means over time.   busy: share of the time in which steps run.   All servers together.
@@ -115,7 +115,7 @@ class _Sequence:
         self.first_s = self.end_s = _NEVER
         self.tokens = request.prompt_tokens  # known ones: of the prompt, and of the answer so far
         self.num_new = min(request.answer_tokens, most_tokens - request.prompt_tokens)
-        self.left = self.num_new  # of the answer
+        self.left = self.num_new  # tokens of the answer
         self.computed = 0
         self.prefill_until = 0
         self.blocks = 0
@@ -131,7 +131,7 @@ class _Running:
         self._waiting: deque[_Sequence] = deque()  # in order of arrival
         self._running: list[_Sequence] = []  # likewise
         self._owed_s = 0.0  # by prompts to sequences that decode
-        self._decode_s = 0.0  # of the last step without prompts
+        self._decode_s = 0.0  # time of the last step without prompts
         self._num_ended = 0  # in the last step
         self.now = 0.0  # the end of the last step
         self.ended: list[_Sequence] = []
@@ -264,7 +264,7 @@ def simulate(
     Each goes to a server with the fewest requests; among equals, to the next in turn.
 
     Args:
-        warm_share: of the requests, the first ones, whose times do not count.
+        warm_share: the first requests' share, whose times do not count.
     """
     servers = [_Running(server) for _ in range(num_servers)]
     last = 0
@@ -343,7 +343,7 @@ def _affordable(requests: Sequence[Request], server: Server) -> int:
 
 
 class Target(NamedTuple):
-    """What 99 of 100 requests must not exceed."""
+    """The limits that 99 of 100 requests must keep."""
 
     what: Literal["first-token", "token", "request"]
     seconds: float
@@ -380,7 +380,7 @@ def parse_target(text: str) -> Target:
 def servers_needed(
     requests: Sequence[Request], server: Server, target: Target, *, fewest: int = 1, warm_share: float = 0.0
 ) -> Outcome | None:
-    """What becomes of requests on the fewest servers that meet a target; None: MOST_SERVERS do not meet it.
+    """Simulate the fewest servers that meet a target; None: MOST_SERVERS do not meet it.
 
     Args:
         fewest: from which to search.   warm_share: see `simulate`.

@@ -3,16 +3,16 @@
     Work (what a model reads and computes)  +  Rates  +  WorkingSet  +  slots  ->  Speed
 
 A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
-others are computed, and the last to land is computed after it. A prompt sweeps through the experts once for each chunk.
-Each prediction names the part that takes the longest.
+others are computed, and the last to land is computed after it. Each miss costs decisions, too. A prompt sweeps through
+the experts once for each chunk. Each prediction names the part that takes the longest.
 
     layer = before experts + experts in memory + max(0, latency + misses * record / drive - overlap * hiding)
     hiding = half of the time before experts, in which look-ahead reads, and all experts but the last
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
 maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 if it computes and reads at once as
-fast as it does each alone, 0 if both together take as long as one after the other, because the drive costs processor
-time. A prompt's reads overlap its products by the same share.
+fast as it does each alone, 0 if both together take as long as one after the other, because the drive, or transcoding
+what it reads, costs processor time. A prompt's reads overlap its products by the same share.
 
 Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
@@ -22,12 +22,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import comb
+from math import comb, expm1
 from typing import NamedTuple
 
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import Rates
+from argosy.plan.rates import NUM_TOKENS, Rates
 from argosy.plan.work import Work
+
+_SOLVING_STEPS = (
+    60  # more than enough for six digits, except next to one token, where every rate is almost zero
+)
+_COVERED = 0.9999  # share of the distribution of tokens over experts
+# Streams on unrelated subjects still share popular experts. Half way between the two bounds predicts the hit rates of 4
+# and 8 streams within 1.5 points (docs/internals/planning.md).
+_LIKELY_SUBJECT = 0.5
 
 
 class Range(NamedTuple):
@@ -47,7 +55,7 @@ class Decode:
 
     streams: int
     hit_rate: Range
-    tokens_per_s: Range  # of all streams together
+    tokens_per_s: Range  # all streams together
     parts: Mapping[str, float]  # likely seconds of a step
     bound: str  # the name of the largest part
     drive_bytes_per_token: Range
@@ -86,15 +94,16 @@ class _Case(NamedTuple):
 
     rate_factor: float
     hit_points: float  # added to the hit rate
-    overlap: float  # of reading and computing, 0: one after the other
-    subject: float  # 0: streams on unrelated subjects, 1: on the same
+    overlap: float  # how much reading and computing overlap; 0: one after the other
+    subject: float  # 0: streams on unrelated subjects; 1: on the same
 
 
-def _cases(rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
-    points, overlap = working_set.error, rates.overlap
+def _cases(work: Work, rates: Rates, working_set: WorkingSet) -> tuple[_Case, _Case, _Case]:
+    points = working_set.error
+    overlap = rates.transcoding_overlap if work.is_transcoded else rates.overlap
     return (
         _Case(1 / rates.spread, -points, overlap / 2, 0.0),
-        _Case(1.0, 0.0, overlap, 0.5),
+        _Case(1.0, 0.0, overlap, _LIKELY_SUBJECT),
         _Case(rates.spread, points, (1.0 + overlap) / 2, 1.0),
     )
 
@@ -113,7 +122,7 @@ def predict_decode(
         _decode_step(
             work, rates.scaled(case.rate_factor), working_set, num_slots, context, streams, case, hit_rate
         )
-        for case in _cases(rates, working_set)
+        for case in _cases(work, rates, working_set)
     ]
     low, likely, high = found
     return Decode(
@@ -153,22 +162,22 @@ def _decode_step(
     else:
         predicted = mixed(alike.hit_rate(num_slots), unrelated.hit_rate(num_slots))
         hit_rate = min(1.0, max(0.0, predicted + case.hit_points))
-    dense_s = _product_s(work.dense, rates, streams)
+    dense_s = _product_s(work.dense, rates, streams) + _product_s(work.head, rates, streams)
     keys_values, operations = work.keys_values(context)
     attention_s = streams * rates.attention_s(keys_values, operations)
     layers = work.num_moe_layers
-    rows = streams * work.experts_per_token / asked  # of each expert that is asked for
-    experts_s = asked * _product_s(work.expert, rates, rows)
+    tokens = max(1.0, streams * work.experts_per_token / asked)  # for each expert that is asked for
+    experts_s = asked * _expert_s(work.expert, rates, tokens)
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
     waiting_s = 0.0
     if not is_resident:
-        missing = 1.0 - hit_rate**asked  # the chance that a layer misses an expert
-        overhead_s += work.num_moe_layers * (rates.streamed_layer_s + missing * rates.missing_layer_s)
+        missed = asked * (1.0 - hit_rate)  # per layer
+        overhead_s += layers * (rates.streamed_layer_s + missed * rates.miss_overhead_s(work.record_bytes))
         # Look-ahead reads from half of what comes before the experts on; the last to land is computed after it.
         hiding_s = (
             (dense_s + attention_s) / layers / 2 + rates.streamed_layer_s + experts_s * (1.0 - 1.0 / asked)
         )
-        record_s = work.record_bytes / rates.drive_rate(work.record_bytes)
+        record_s = work.record_bytes / rates.drive_rate(work.piece_bytes)
         waiting_s = layers * _mean_wait(
             asked, 1.0 - hit_rate, record_s, rates.drive_latency_s, case.overlap * hiding_s
         )
@@ -184,12 +193,32 @@ def _decode_step(
     return _Step(sum(parts.values()), hit_rate, parts, missed, memory_bytes)
 
 
-def _product_s(weights: Mapping[str, tuple[float, float]], rates: Rates, rows: float) -> float:
-    """Seconds of products with `rows` tokens: weights are read once, and each is used for all rows."""
+def _product_s(weights: Mapping[str, tuple[float, float]], rates: Rates, tokens: float) -> float:
     return sum(
-        max(rates.read_s(format, nbytes), rates.compute_s(format, 2.0 * parameters * rows))
+        rates.product_s(format, nbytes, parameters, tokens)
         for format, (nbytes, parameters) in weights.items()
     )
+
+
+def _expert_s(expert: Mapping[str, tuple[float, float]], rates: Rates, mean_tokens: float) -> float:
+    """Mean seconds of an expert that has at least one token, and so many in the mean of such experts.
+
+    Experts have different numbers of tokens. These are taken as Poisson's distribution without zero, because the time
+    of products bends where arithmetic begins to bound it.
+    """
+    if mean_tokens <= 1.0 or mean_tokens >= NUM_TOKENS[-1]:
+        return _product_s(expert, rates, mean_tokens)
+    rate = mean_tokens
+    for _ in range(_SOLVING_STEPS):
+        rate = mean_tokens * -expm1(-rate)
+    chance = rate / max(expm1(rate), 1e-12) if rate > 0 else 1.0
+    seconds, covered, tokens = 0.0, 0.0, 1
+    while covered < _COVERED and tokens <= 4 * NUM_TOKENS[-1]:
+        seconds += chance * _product_s(expert, rates, tokens)
+        covered += chance
+        tokens += 1
+        chance *= rate / tokens
+    return seconds / covered
 
 
 def _mean_wait(asked: float, miss_rate: float, record_s: float, latency_s: float, hidden_s: float) -> float:
@@ -209,7 +238,7 @@ def predict_prompt(
     """Time from a prompt of that length to its first token, with no other sequence running."""
     found = [
         _prompt(work, rates.scaled(case.rate_factor), working_set, num_slots, num_tokens, chunk_tokens, case)
-        for case in _cases(rates, working_set)
+        for case in _cases(work, rates, working_set)
     ]
     slow, likely, fast = found
     return Prompt(
@@ -230,7 +259,7 @@ def predict_chunk(
                 0
             ].values()
         )
-        for case in _cases(rates, working_set)
+        for case in _cases(work, rates, working_set)
     )
     return Range(fast, likely, slow)
 
@@ -262,22 +291,27 @@ def _chunk(
     layers = work.num_moe_layers
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
     asked = _asked(work, working_set, tokens)
-    dense_s = _product_s(work.dense, rates, tokens)
+    dense_s = _product_s(work.dense, rates, tokens) + _product_s(work.head, rates, 1)
     attention_s = tokens * rates.prompt_attention_s(work.keys_values(seen)[1])
-    experts_s = layers * asked * _product_s(work.expert, rates, tokens * work.experts_per_token / asked)
+    of_expert = max(1.0, tokens * work.experts_per_token / asked)
+    experts_s = layers * asked * _expert_s(work.expert, rates, of_expert)
     missed = layers * asked * missing * work.record_bytes
-    reading_s = missed / rates.drive_rate(work.record_bytes)
+    reading_s = missed / rates.drive_rate(work.piece_bytes)
+    # All cores compute, so the readers' processor time slows the products down.
+    cpu_s = rates.transcode_cpu_s_per_byte if work.is_transcoded else rates.read_cpu_s_per_byte
+    lent_s = missed * cpu_s / rates.cores
     # The next layer's experts are read while this one computes, but not all of the time.
-    computing_s = experts_s + dense_s + attention_s
+    computing_s = experts_s + dense_s + attention_s + lent_s
     alone_s = (1.0 - case.overlap) * min(reading_s, computing_s)
-    overhead_s = work.num_layers * rates.layer_s + rates.step_s
+    overhead_s = work.num_layers * rates.layer_s + rates.step_s + lent_s
+    if missing:
+        overhead_s += layers * (rates.streamed_layer_s + asked * missing * rates.miss_s)
     parts = {
         "dense weights": dense_s,
         "attention": attention_s,
         "experts": experts_s,
         "waiting for the drive": max(0.0, reading_s - computing_s) + alone_s,
-        "overhead": overhead_s
-        + (layers * (rates.streamed_layer_s + rates.missing_layer_s) if missing else 0.0),
+        "overhead": overhead_s,
     }
     return parts, missed
 
@@ -293,7 +327,7 @@ def predict_picture(
     """
     num_tokens = num_positions + num_text_tokens
     seconds, likely = [], {}
-    for case in _cases(rates, working_set):
+    for case in _cases(work, rates, working_set):
         scaled = rates.scaled(case.rate_factor)
         encoder_s = flop / scaled.encoder_operations
         prompt_s, parts, _ = _prompt(work, scaled, working_set, num_slots, num_tokens, chunk_tokens, case)

@@ -27,16 +27,16 @@ from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
 SEED = 0
-MOST_REQUESTS = 10_000  # of a simulation
+MOST_REQUESTS = 10_000  # per simulation
 MOST_LINES, MOST_LINE_BYTES = 100_000, 1000
 MOST_TOKENS = 10_000_000
 MOST_RATE = 1e5
 _MOST_FACTOR = 20.0
-_MOST_SECONDS = 1e11  # of `at_s`; clocks that count from 1970 stay far below
+_MOST_SECONDS = 1e11  # limit of `at_s`; clocks that count from 1970 stay far below
 _KEYS = ("prompt_tokens", "answer_tokens", "at_s")
 _PART = re.compile(r"(prompt|answer)=([0-9]{1,8})(?:~([0-9]{1,3}(?:\.[0-9]{1,6})?))?")
 
-Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # of prompts and answers
+Lengths = tuple[NDArray[np.int64], NDArray[np.int64]]  # prompts and answers
 
 
 class Request(NamedTuple):
@@ -199,7 +199,7 @@ def requests_of(source: Mix | Recording, rate_per_s: float | None, *, count: int
     """Requests in order of arrival: at random at a rate, or, without one, when the file says.
 
     Args:
-        count: of random requests, and most of a file's.
+        count: the number of random requests, and the most of a file's.
 
     Raises:
         UsageError: there is neither a rate nor times.

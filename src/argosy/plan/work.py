@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from argosy import _native
 from argosy.checkpoint.files import ModelFiles, matrix_bytes
-from argosy.config import KvDtype, ModelConfig
+from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
 
 
 class Attention(NamedTuple):
@@ -28,26 +29,32 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What one model reads and computes.
+    """The reads and operations of one model.
 
-    dense: bytes and parameters in memory by format, of layers and head; of a table of embeddings only a row is read.
+    dense: bytes and parameters in memory by format, of all layers.
+    head: the same for the head, which only the last token of a prompt needs.
     expert: the same for one routed expert.
-    record_bytes: of one expert on the drive.
+    record_bytes: size of one expert on the drive, read in pieces of `piece_bytes`.
+    is_transcoded: whether readers transcode records to the formats in memory.
     attention: kinds of layers with keys and values.
     """
 
     num_layers: int
     num_moe_layers: int
-    num_experts: int  # of a layer
+    num_experts: int  # per layer
     experts_per_token: int
     dense: Mapping[str, tuple[float, float]]
+    head: Mapping[str, tuple[float, float]]
     expert: Mapping[str, tuple[float, float]]
     record_bytes: float
+    piece_bytes: float
+    is_transcoded: bool = False
     attention: tuple[Attention, ...]
 
     @property
     def dense_bytes(self) -> float:
-        return sum(nbytes for nbytes, _ in self.dense.values())
+        """Bytes of layers and head; one row of the embedding table is read, which counts as nothing."""
+        return sum(nbytes for part in (self.dense, self.head) for nbytes, _ in part.values())
 
     @property
     def expert_bytes(self) -> float:
@@ -64,33 +71,40 @@ class Work:
 
 
 def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
-    """What a model reads and computes."""
+    """Count a model's reads and operations."""
     config = files.config
     dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    head: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    name_of_head = "embed" if config.is_embedding_tied else "head"
     for name, ref in files.dense.items():
-        if name == "embed" and not config.is_embedding_tied:
+        if name == "embed" != name_of_head:
             continue
-        dense[ref.format][0] += ref.landed_bytes
-        dense[ref.format][1] += ref.rows * ref.cols
+        part = head if name == name_of_head else dense
+        part[ref.format][0] += ref.landed_bytes
+        part[ref.format][1] += ref.rows * ref.cols
     expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     records = [files.experts[layer, 0] for layer in config.moe_layers]
     for record in records:
         for matrix in (record.gate, record.up, record.down):
             expert[matrix.format][0] += matrix_bytes(matrix.format, matrix.rows, matrix.cols) / len(records)
             expert[matrix.format][1] += matrix.rows * matrix.cols / len(records)
+    record_bytes = sum(record.nbytes for record in records)
     return Work(
         num_layers=config.num_layers,
         num_moe_layers=len(config.moe_layers),
         num_experts=config.num_experts,
         experts_per_token=config.experts_per_token,
         dense={format: (nbytes, count) for format, (nbytes, count) in dense.items()},
+        head={format: (nbytes, count) for format, (nbytes, count) in head.items()},
         expert={format: (nbytes, count) for format, (nbytes, count) in expert.items()},
-        record_bytes=sum(record.nbytes for record in records) / max(1, len(records)),
-        attention=_attention(config, 2 if kv_dtype == "f16" else 4),
+        record_bytes=record_bytes / max(1, len(records)),
+        piece_bytes=record_bytes / sum(len(record.pieces) for record in records) if records else 1.0,
+        is_transcoded=any(piece.transcode is not None for record in records for piece in record.pieces),
+        attention=_attention(config, kv_dtype),
     )
 
 
-def _attention(config: ModelConfig, value_bytes: int) -> tuple[Attention, ...]:
+def _attention(config: ModelConfig, kv_dtype: KvDtype) -> tuple[Attention, ...]:
     kinds: Counter[tuple[int, float, float]] = Counter()
     for number, layer in enumerate(config.layers):
         if layer.mixer == "delta":
@@ -99,11 +113,13 @@ def _attention(config: ModelConfig, value_bytes: int) -> tuple[Attention, ...]:
             latent = config.latent
             assert latent is not None
             width = latent.kv_rank + latent.rope_dim
+            shape = _native.KvShape.latent(width)
             operations = 2.0 * config.num_heads * (width + latent.kv_rank)
         else:
-            width = 2 * config.kv_heads_of(number) * config.head_dim_of(number)
+            shape = _native.KvShape.keys_values(config.kv_heads_of(number), config.head_dim_of(number))
             operations = 4.0 * config.num_heads * config.head_dim_of(number)
-        kinds[layer.sliding_window, width * value_bytes, operations] += 1
+        token_bytes = _native.kv_cache_bytes([shape], 1, KV_BLOCK_TOKENS, kv_dtype) / KV_BLOCK_TOKENS
+        kinds[layer.sliding_window, token_bytes, operations] += 1
     return tuple(
         Attention(window, count * token_bytes, count * operations)
         for (window, token_bytes, operations), count in kinds.items()

@@ -1,0 +1,244 @@
+"""Let a drafter propose only while that makes answers faster, by what steps take here.
+
+    each step: tokens proposed, seconds  ->  what proposals cost      ┐
+    each answer: confirmed of proposed   ->  how often they are right ┴─>  utility  ->  how many to propose
+
+Tokens of a step share its weights. But more tokens choose more experts, and more of these have to be read. So proposals
+take time, and how much depends on the model, the machine and the budget.
+
+The *utility* of proposing w tokens for an answer, S of which decode, is the tokens per second with them over those
+without:
+
+    (S + expected) / S / cost(S, w)         expected = p + p^2 + ... + p^w
+
+p is the share of this answer's proposals that were right, in which older ones count less. `cost` is the time of a step
+with w proposals over one without: reads of missing experts and the drafter's own time are part of it. It is the median
+of the last such steps, each compared when it ran, because other processes and longer contexts slow both kinds alike.
+
+An answer begins with a trial of single tokens. It goes on with the number of highest utility if that is above
+`ON_ABOVE`, until it is below `OFF_BELOW`. Then it pauses, at first for `FIRST_PAUSE` tokens and for twice as many each
+time, before the next trial.
+
+Nothing is proposed while more than `DRAFTED_AT_ONCE` sequences run, whose tokens share the weights already, nor while
+the drive reads for more than `BUSY` of the time, when every missing expert costs its whole read.
+
+All this decides when tokens come and never which: any choice here gives the same text.
+
+Elsewhere: `scheduler.py` asks before each step, and counts it afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from statistics import median
+from typing import NamedTuple
+
+from argosy.config import DRAFTED_AT_ONCE
+from argosy.engine.sequence import Sequence
+
+ON_ABOVE, OFF_BELOW = 1.05, 1.02
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # tokens
+BUSY, QUIET = (
+    0.8,
+    0.7,
+)  # share of the time in which the drive reads: no proposals above, proposals again below
+TRIED = 2  # single tokens that a trial proposes, whatever they promise
+PLAIN_EVERY = 24  # steps: one without proposals, because what such a step takes changes
+_FEWEST_PLAIN = 2  # steps without proposals before the first one with some
+_PAID_OFF = 16  # proposals since a trial after which the next pause is a short one again
+# A trial begins as if so many proposals had been seen, and so many of them had been right.
+_SEEN, _RIGHT = 2.0, 1.4
+_KEPT = 0.9  # weight of earlier proposals each time that some are counted
+_REMEMBERED = 5  # steps of a kind, whose median counts
+_VALID_STEPS = 256  # after so many steps a cost is forgotten if no step of its kind ran
+_FIRST_COST = 0.3  # price of a proposed token, as a share of a step, until one has been measured
+_BUSY_KEPT = 0.9  # weight of earlier steps in how busy the drive is
+
+
+class Outcome(NamedTuple):
+    """The result of a sequence's proposals in a step.
+
+    must_rerun: its recurrent state went back, so its confirmed tokens run again in the next step.
+    """
+
+    num_proposed: int = 0
+    num_confirmed: int = 0
+    must_rerun: bool = False
+
+
+class _Answer:
+    """The record of a sequence's proposals."""
+
+    def __init__(self) -> None:
+        self.pause = FIRST_PAUSE  # tokens of the next pause
+        self.must_rerun = False
+        self.begin_trial()
+
+    def begin_trial(self) -> None:
+        self.tries_left, self.paused_for = TRIED, 0
+        self.is_on = False
+        self.seen, self.right = _SEEN, _RIGHT
+        self.num_proposed = 0  # since the trial began
+
+    def begin_pause(self) -> None:
+        self.paused_for = self.pause
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def count(self, outcome: Outcome) -> None:
+        self.must_rerun = outcome.must_rerun
+        if self.paused_for:
+            self.paused_for -= 1
+            if not self.paused_for:
+                self.begin_trial()
+        if not outcome.num_proposed:
+            return
+        self.tries_left = max(0, self.tries_left - 1)
+        self.num_proposed += outcome.num_proposed
+        if self.num_proposed >= _PAID_OFF and self.is_on:
+            self.pause = FIRST_PAUSE
+        is_wrong = outcome.num_confirmed < outcome.num_proposed
+        self.seen = _KEPT * self.seen + outcome.num_confirmed + is_wrong
+        self.right = _KEPT * self.right + outcome.num_confirmed
+
+
+class _Cost:
+    """Times of steps of one kind over those of plain steps, and the number of the step that was the last of them."""
+
+    def __init__(self) -> None:
+        self.last: deque[float] = deque(maxlen=_REMEMBERED)
+        self.measured_at = 0
+
+
+class Governor:
+    """Decides how many tokens a drafter may propose for each sequence, and adds up the time that this won.
+
+    Args:
+        draft_tokens: most tokens per sequence and step.
+        busy_s: seconds in which the drive has read so far.
+    """
+
+    def __init__(self, draft_tokens: int, busy_s: Callable[[], float] = lambda: 0.0) -> None:
+        self._draft_tokens = draft_tokens
+        self._busy_s = busy_s
+        self._answers: dict[Sequence, _Answer] = {}
+        self._plain_s: dict[int, deque[float]] = {}  # by number of sequences: seconds of the last steps
+        self._costs: dict[tuple[int, int], _Cost] = {}  # by sequences and tokens proposed
+        # Steps that ran tokens again: seconds beyond a plain step, as a share of it.
+        self._rerun_costs: deque[float] = deque(maxlen=_REMEMBERED)
+        self._num_steps = 0
+        self._num_since_plain = 0  # steps
+        self._busy, self._is_busy = 0.0, False
+        self._last_end: tuple[float, float] | None = (
+            None  # when the last step ended: the time, and `busy_s` then
+        )
+        # An estimate: seconds that the same tokens would have taken without proposals, less those that they took.
+        self.won_s = 0.0
+
+    def most(self, sequence: Sequence, num_sequences: int) -> int:
+        """Returns the number of tokens to propose for one of `num_sequences` sequences that run."""
+        if num_sequences > DRAFTED_AT_ONCE or self._is_busy:
+            return 0
+        plain = self._plain_s.get(num_sequences, ())
+        if len(plain) < _FEWEST_PLAIN or self._num_since_plain >= PLAIN_EVERY:
+            return 0
+        if (answer := self._answers.get(sequence)) is None:
+            answer = self._answers[sequence] = _Answer()
+        if answer.must_rerun or answer.paused_for:
+            return 0
+        if answer.tries_left:
+            return 1
+        utility, width = max(
+            (self.utility(answer.right / answer.seen, num_sequences, width), -width)
+            for width in range(1, self._draft_tokens + 1)
+        )
+        answer.is_on = utility > (OFF_BELOW if answer.is_on else ON_ABOVE)
+        if not answer.is_on:
+            answer.begin_pause()
+            return 0
+        return -width
+
+    def utility(self, right_share: float, num_sequences: int, width: int) -> float:
+        """Tokens per second with `width` proposals for one of the sequences, over those without proposals."""
+        cost = 1.0 + self._extra_cost(num_sequences, width)
+        if self._rerun_costs:
+            cost += (1.0 - math.pow(right_share, width)) * median(self._rerun_costs)
+        expected = math.fsum(math.pow(right_share, rank) for rank in range(1, width + 1))
+        return (num_sequences + expected) / num_sequences / max(cost, 1e-9)
+
+    def _extra_cost(self, num_sequences: int, width: int) -> float:
+        """The cost of `width` proposals beyond a step: measured, or in proportion to the nearest width that was."""
+        measured = [one for one in range(1, self._draft_tokens + 1) if (num_sequences, one) in self._costs]
+        if not measured:
+            return _FIRST_COST * width
+        nearest = max((one for one in measured if one <= width), default=measured[0])
+        return (median(self._costs[num_sequences, nearest].last) - 1.0) * width / nearest
+
+    def count(self, outcomes: Mapping[Sequence, Outcome], *, seconds: float, now: float) -> None:
+        """Count a step in which every sequence decoded.
+
+        Args:
+            outcomes: by sequence, for every one in the step.
+            seconds: duration of the step, with proposing and sampling.
+            now: when it ended.
+        """
+        self._note_drive(now)
+        num_sequences = len(outcomes)
+        is_rerun = False
+        proposed = confirmed = 0
+        for sequence, outcome in outcomes.items():
+            proposed += outcome.num_proposed
+            confirmed += outcome.num_confirmed
+            if (answer := self._answers.get(sequence)) is not None:
+                is_rerun |= answer.must_rerun
+                answer.count(outcome)
+        self._num_since_plain = self._num_since_plain + 1 if proposed or is_rerun else 0
+        plain = self._plain_s.setdefault(num_sequences, deque(maxlen=_REMEMBERED))
+        self._num_steps += 1
+        if not proposed and not is_rerun:
+            plain.append(seconds)
+            return
+        if not plain:
+            return
+        plain_s = median(plain)
+        won_s = plain_s * (1 + confirmed / num_sequences) - seconds
+        self.won_s += won_s
+        for sequence in outcomes:
+            sequence.won_s += won_s / num_sequences
+        if not is_rerun:
+            self._note_cost((num_sequences, proposed), seconds / max(plain_s, 1e-9))
+        elif not proposed:
+            self._rerun_costs.append(seconds / max(plain_s, 1e-9) - 1.0)
+
+    def _note_cost(self, of_kind: tuple[int, int], cost: float) -> None:
+        # Old measurements expire: one slow moment may have made proposals look too expensive to try.
+        old = [kind for kind, one in self._costs.items() if self._num_steps - one.measured_at > _VALID_STEPS]
+        for kind in old:
+            del self._costs[kind]
+        found = self._costs.setdefault(of_kind, _Cost())
+        found.last.append(cost)
+        found.measured_at = self._num_steps
+
+    def count_upkeep(self, sequences: Collection[Sequence], seconds: float) -> None:
+        """Count what the drafter did after a step, whether or not it proposed anything."""
+        self.won_s -= seconds
+        for sequence in sequences:
+            sequence.won_s -= seconds / len(sequences)
+
+    def count_other(self) -> None:
+        """Count a step that ran prompts, too."""
+        self._last_end = None  # reads for prompts say nothing about decoding
+
+    def _note_drive(self, now: float) -> None:
+        busy_s, before = self._busy_s(), self._last_end
+        self._last_end = now, busy_s
+        if before is None or now <= before[0]:
+            return
+        share = min(1.0, (busy_s - before[1]) / (now - before[0]))
+        self._busy = _BUSY_KEPT * self._busy + (1.0 - _BUSY_KEPT) * share
+        self._is_busy = self._busy > (QUIET if self._is_busy else BUSY)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is known of a sequence that ended or was preempted."""
+        self._answers.pop(sequence, None)

@@ -1,0 +1,108 @@
+"""Lend to experts what a moment does not need of the memory for prompts and sequences.
+
+    KV blocks that hold nothing, buffers of steps longer than those that run   ->  `expert_memory.py`
+
+The plan reserves KV blocks for a whole context, and working buffers for a chunk of a prompt. While text is generated,
+steps are short, and sequences seldom fill the context. What they leave holds experts meanwhile.
+
+It is taken back by the step that needs it, before it runs: experts leave, the system has their pages, and only then a
+block or a buffer is written. It is lent again once no step has had prompt tokens for a while, because experts that left
+are read again, and pages that were given back have to be cleared.
+
+Elsewhere: `kv_cache.py` hands out blocks, the lowest first; native code has the memory of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from argosy import _native
+from argosy.engine.expert_memory import ExpertMemory
+from argosy.engine.kv_cache import KvBlocks
+from argosy.model.decoder import Decoder
+
+BUFFERS, KV = "working buffers", "KV cache"  # the sources
+# Steps without prompt tokens before memory is lent again. Prompts that come more often keep it.
+_LENT_AFTER = 8
+_PARTS = 32  # the KV cache changes hands in so many parts
+
+
+class IdleMemory:
+    """Lends the idle memory of prompts and sequences, and takes it back. Call everything with the engine's lock.
+
+    Args:
+        experts: whom it is lent to.
+        buffer_bytes: gives the size of buffers for steps of so many tokens; None: buffers are never lent.
+        step_tokens, decode_tokens: the most tokens of a step, and of one without prompt tokens.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertMemory,
+        kv: _native.KvCache,
+        blocks: KvBlocks,
+        decoder: Decoder,
+        *,
+        buffer_bytes: Callable[[int], int] | None,
+        step_tokens: int,
+        decode_tokens: int,
+    ) -> None:
+        self._experts, self._kv, self._blocks, self._decoder = experts, kv, blocks, decoder
+        self._buffer_bytes = buffer_bytes
+        self._step_tokens, self._decode_tokens = step_tokens, decode_tokens
+        self._part = -(-blocks.num_blocks // _PARTS)
+        self._num_written = 0  # blocks that may have been written, from the first on
+        self._max_tokens = step_tokens  # the most tokens of a step with the present buffers
+        self._num_steps = 0  # since the last one with prompt tokens
+        blocks.before_use = self._have_blocks
+        experts.allow(KV, self.idle_kv_bytes())
+
+    def before_step(self, num_tokens: int, *, has_prompts: bool) -> None:
+        """Have buffers for a step; lend what has been idle for long enough."""
+        self._num_steps = 0 if has_prompts else self._num_steps + 1
+        if num_tokens > self._max_tokens:
+            # As few as do: short prompts leave the rest to experts.
+            self._have_buffers(min(self._step_tokens, 1 << (num_tokens - 1).bit_length()))
+        if self._num_steps == _LENT_AFTER:
+            self._have_buffers(self._decode_tokens)
+            self._keep_blocks(self._blocks.num_used)
+
+    def close(self) -> None:
+        """Let go of the memory, so that it is free when the model is closed."""
+        self._blocks.before_use = lambda num_blocks: None
+        del self._kv, self._blocks, self._decoder
+
+    def forget_blocks(self) -> None:
+        """Give back the memory of KV blocks that are no longer there."""
+        self._num_written = min(self._num_written, self._blocks.num_blocks)
+        self._kv.release(self._num_written)
+
+    def idle_kv_bytes(self) -> int:
+        """The part of the memory for KV blocks that experts may have."""
+        num_blocks = self._blocks.num_blocks
+        return self._kv.held_bytes(num_blocks) - self._kv.held_bytes(self._num_written)
+
+    def _have_blocks(self, num_blocks: int) -> None:
+        if num_blocks > self._num_written:
+            parts = -(-num_blocks // self._part)
+            self._num_written = min(self._blocks.num_blocks, parts * self._part)
+            self._experts.allow(KV, self.idle_kv_bytes())
+
+    def _keep_blocks(self, num_blocks: int) -> None:
+        num_blocks = min(self._blocks.num_blocks, -(-num_blocks // self._part) * self._part)
+        if num_blocks < self._num_written:
+            self._num_written = num_blocks
+            self._kv.release(num_blocks)
+            self._experts.allow(KV, self.idle_kv_bytes())
+
+    def _have_buffers(self, max_tokens: int) -> None:
+        if self._buffer_bytes is None or max_tokens == self._max_tokens:
+            return
+        idle = self._buffer_bytes(self._step_tokens) - self._buffer_bytes(max_tokens)
+        is_more = max_tokens > self._max_tokens
+        if is_more:
+            self._experts.allow(BUFFERS, idle)
+        self._decoder.resize(max_tokens)
+        self._max_tokens = max_tokens
+        if not is_more:
+            self._experts.allow(BUFFERS, idle)

@@ -1,0 +1,195 @@
+"""Models that share one process and one budget: made ready once, then opened and closed as often as needed.
+
+    headers, tokenizer, grammars, chat template  ─ plan ─>  ReadyModel  ─ open ─>  Engine  ─ close ─>  ReadyModel
+
+What is ready stays in memory. So a model that cannot run is refused before anything is served, what the process takes
+is measured while there are no weights, and opening a model reads weights and nothing else.
+
+Elsewhere: `memory_plan.plan_share` plans; `shares.py` divides what floors leave; `serve/models.py` opens and closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+from argosy import _native
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.fingerprint import fingerprint
+from argosy.checkpoint.geometry import count_parameters
+from argosy.config import EngineConfig, ModelConfig
+from argosy.engine.engine import Engine
+from argosy.engine.memory_plan import (
+    TEMPLATE_WORKER_BYTES,
+    MemoryPlan,
+    plan_share,
+    require_machine,
+    shared_bytes,
+)
+from argosy.engine.options import with_recorder
+from argosy.engine.prefix_files import forget_files
+from argosy.engine.start import Share, Vocabulary
+from argosy.engine.turns import Turns
+from argosy.errors import ArgosyError, DoesNotFit
+from argosy.experts.recording import OpenRecorder
+from argosy.experts.resident import Progress
+from argosy.media.parts import Hearing, Kind
+from argosy.model.footprint import ModelFootprint
+from argosy.plan.work import Work, work_of
+from argosy.prompt.builder import PromptBuilder
+from argosy.prompt.prompt import ToolCalling
+from argosy.prompt.tokenizer import Tokenizer
+
+_BACKGROUND_SHARE = 0.1  # a part of the cores, for reading a model while others step
+
+
+class Wanted(NamedTuple):
+    """A model to be made ready."""
+
+    name: str
+    files: ModelFiles
+    config: EngineConfig
+
+
+class ReadyModel:
+    """A model without its weights.
+
+    Attributes:
+        tools: how it learns of tools.
+        variables: its chat template's variables, which callers may set.
+        can_infill: whether it was trained to write what comes between two texts.
+        work: predictions of its speed start from this.
+
+    Args:
+        recorder: opens a recorder of its routing, which the plan gives memory; None: nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        *,
+        turns: Turns,
+        foreground: _native.Foreground,
+        recorder: OpenRecorder | None,
+    ) -> None:
+        self.name, self.files = wanted.name, wanted.files
+        self.config, _ = with_recorder(wanted.config, wanted.files, recorder)
+        self.footprint = ModelFootprint(self.files, self.config)
+        self.work: Work = work_of(self.files, self.footprint.kv_dtype)
+        self._turns, self._foreground = turns, foreground
+        self._vocabulary = Vocabulary.open(self.files, self.config)
+        prompts = PromptBuilder(self._vocabulary.tokenizer, vocab_size=self.files.config.vocab_size)
+        self.tools: ToolCalling = prompts.tool_calling
+        self.variables = prompts.variables
+        self.can_infill = prompts.can_infill
+        prompts.close()
+        self._plan: MemoryPlan | None = None
+        self._process_bytes = 0
+
+    def fit(self, process_bytes: int) -> None:
+        """Plan the model in the budget, in a process that takes so much beside its models.
+
+        Raises:
+            DoesNotFit: the budget is too small for this model alone.
+        """
+        self._process_bytes = process_bytes
+        tokenizer = self._vocabulary.tokenizer
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            process_bytes += TEMPLATE_WORKER_BYTES
+        try:
+            self.footprint, self._plan = plan_share(self.footprint, self.config, process_bytes=process_bytes)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{self.name} {error.message}", hint=error.hint, **error.facts) from None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.files.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._vocabulary.tokenizer
+
+    @property
+    def num_parameters(self) -> int:
+        """As `Engine.num_parameters`."""
+        return count_parameters(self.model)[0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As `Engine.fingerprint`."""
+        return fingerprint(self.files)
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """With the fewest expert slots."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def floor_bytes(self) -> int:
+        """The memory of the model with the fewest expert slots, without that of the process."""
+        return self.plan.total_bytes - self._process_bytes
+
+    @property
+    def media_kinds(self) -> tuple[Kind, ...]:
+        """The media that a prompt may contain."""
+        found = self.footprint.processors.items()
+        return tuple(kind for kind, processor in found if not isinstance(processor, ArgosyError))
+
+    @property
+    def hears(self) -> Hearing:
+        return "native" if "sound" in self.media_kinds else "none"
+
+    def open(
+        self, num_slots: int, *, progress: Progress | None = None, recorder: OpenRecorder | None = None
+    ) -> Engine:
+        """Read the weights; `num_slots` experts have room to begin with.
+
+        Raises:
+            CheckpointError and related errors: a file is damaged, or is no longer there.
+        """
+        share = Share(
+            vocabulary=self._vocabulary,
+            footprint=self.footprint,
+            plan=replace(self.plan, num_slots=num_slots),
+            turns=self._turns,
+            foreground=self._foreground,
+        )
+        return Engine(self.files, self.config, progress=progress, recorder=recorder, share=share)
+
+    def close(self, engine: Engine) -> None:
+        """Close an engine from `open`, and free what it left."""
+        engine.close()
+        self._vocabulary.forget_grammars()
+
+    def forget(self, tenant: str) -> None:
+        """Delete a tenant's prefix files, while the model is not open."""
+        if self.config.kv_dir is not None:
+            forget_files(self.config.kv_dir.path, tenant)
+
+
+def make_ready(
+    wanted: Sequence[Wanted], *, kept_bytes: int, recorder: OpenRecorder | None
+) -> tuple[list[ReadyModel], int]:
+    """Make models ready that share one budget, and plan each of them.
+
+    Args:
+        kept_bytes: memory that the server has for what it keeps for clients.
+
+    Returns:
+        The models, and the memory of the process without their floors.
+
+    Raises:
+        DoesNotFit: the budget is too small for one of the models alone, or larger than the machine's memory.
+        CheckpointError and related errors: a tokenizer cannot be read.
+    """
+    threads, readers = wanted[0].config.threads, wanted[0].config.readers
+    turns, foreground = Turns(), _native.Foreground(min(1.0, _BACKGROUND_SHARE * threads / readers))
+    models = [ReadyModel(one, turns=turns, foreground=foreground, recorder=recorder) for one in wanted]
+    process_bytes = shared_bytes([model.footprint for model in models], kept_bytes=kept_bytes)
+    require_machine(models[0].config.budget.ram_bytes)
+    for model in models:
+        model.fit(process_bytes)
+    return models, process_bytes
