@@ -1,0 +1,1 @@
+"""Several machines run the experts of one model: workers, and the coordinator's expert runner."""

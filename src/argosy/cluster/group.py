@@ -1,0 +1,783 @@
+"""A group: this machine and the workers that run experts for it.
+
+    with Group(["10.0.0.2:7070", "10.0.0.3:7070"], key=read_key(path)) as group:
+        engine = Engine.open("Kimi-K2.pack", memory="64GiB", experts=group)
+
+    hosts  ─ hello ─>  members (offers)  ─ placement ─>  owners of every expert  ─>  ClusterRunner, layer by layer
+
+The engine's thread runs layers; a thread of the group keeps connections: it connects again to workers that went away,
+notices silent ones, and plans owners anew when a worker is added, drained, or away for long. A plan is replaced as a
+whole, between two steps. A worker without files copies them from here, in a thread of its own, and is an owner after
+that.
+
+Elsewhere: `runner.py` sends rows and handles failures within a layer; `placement.py` decides; `worker.py` is the other
+side.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict
+
+import numpy as np
+
+from argosy import _native
+from argosy._native import Owner, Owners
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS
+from argosy.cluster import hello, secure
+from argosy.cluster.copy_link import CopyEnd
+from argosy.cluster.copy_source import COPY_BYTES, CopySource, Pace, serve_copy
+from argosy.cluster.hello import MOST_ROWS, Facts, Offer, Refusal
+from argosy.cluster.identity import fingerprint
+from argosy.cluster.placement import Host, allot, place
+from argosy.cluster.runner import ClusterRunner, most_verification_bytes
+from argosy.cluster.worker_plan import num_experts_by_layer
+from argosy.config import format_bytes
+from argosy.errors import ArgosyError, PeerNotUsable, PeerRefused, UsageError
+from argosy.experts.runner import ExpertRunner
+from argosy.plan import probes
+from argosy.strict_json import JsonError, parse_json
+
+log = logging.getLogger("argosy.cluster")
+
+MOST_HOSTS = 64
+_MORE_HOSTS = 4  # may be added while the group runs, within the planned memory
+LOCAL = "here"  # the name of this machine among the owners
+_CONNECT_S = 2.0
+_LOOK_S = 0.25  # how often the connections are looked after
+_SILENCE_S = 3.0  # a worker that owes something and sends nothing for so long is taken for dead
+_MOST_PAUSE_S = 5.0  # between two attempts to connect
+_AWAY_S = 30.0  # a worker that is away for so long owns nothing any more
+_MOST_COPIES = 2  # at once; further workers wait
+_COPY_BYTES_PER_S = 50e6  # all copies together, while the engine answers a request
+_BUSY_S = 5.0  # the engine counts as answering for so long after the begin of a step
+_MEMBER_BYTES = 64 << 10  # Python objects of one member
+_OWNER_BYTES = 16  # for each owner of an expert: in the table in use, in the next one, and while that is made
+_REMEMBERED_BYTES = 8  # for each expert and each host that may have it in memory
+
+State = Literal["ready", "slow", "copying", "away", "refused", "set aside", "draining"]
+
+
+class HostStatus(TypedDict):
+    """A worker of the group, for people and metrics. Counters are since the group was opened."""
+
+    host: str
+    state: State
+    why: str
+    experts_owned: int
+    slots: int
+    resident: int
+    hit_rate: float | None
+    bytes_read: int
+    peak_bytes: int
+    budget_bytes: int
+    disk_bytes_per_s: float
+    p50_us: float
+    p99_us: float
+    bytes_out: int
+    bytes_in: int
+    experts_run: int
+    experts_rerouted: int
+    late_answers: int
+    verified: int
+    mismatches: int
+    connections: int
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A worker by its address, and what is known of it."""
+
+    name: str
+    address: tuple[str, int]
+    owner: Owner
+    offer: Offer | None = None
+    why: str = "not connected yet"
+    refusal: bool = False  # it refused: no owner, and rarely tried again
+    drained: bool = False
+    away_since: float = 0.0
+    tried_at: float = 0.0
+    is_trying: bool = False  # a thread connects to it
+    pause_s: float = _LOOK_S
+    num_connections: int = 0
+    num_owned: int = 0
+    ended_bytes: list[int] = field(
+        default_factory=lambda: [0, 0, 0]
+    )  # out, in, late answers of ended connections
+    copy_offer: Offer | None = None  # the last one, while it had no files
+    copied_shards: int = 0  # mask of the shards that it was told to copy
+    copied_bytes: int = 0
+    copy_connection: socket.socket | None = None  # while it copies
+
+    @property
+    def state(self) -> State:
+        if self.drained:
+            return "draining"
+        if self.owner.is_set_aside:
+            return "set aside"
+        if self.refusal:
+            return "refused"
+        if self.copy_connection is not None:
+            return "copying"
+        if self.owner.peer is None:
+            return "away"
+        return "slow" if self.owner.is_slow else "ready"
+
+
+def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
+    """The address in `HOST:PORT`, or `[IPV6]:PORT`.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isascii() or not port.isdecimal() or not lowest_port <= int(port) < 65536:
+        raise UsageError(f"'{text}' is not the address of a worker", hint="write HOST:PORT, as 10.0.0.2:7070")
+    return host, int(port)
+
+
+class Group:
+    """Workers that run experts for one engine; `open` is called by the engine.
+
+    Args:
+        hosts: addresses of workers, HOST:PORT.
+        replicas: how many hosts own an expert; fewer if there are fewer.
+        key: the shared key (`hello.read_key`); empty: none.
+        tls: speak TLS (`secure.client_context`); None: plain.
+        verify: the share of answers that another owner computes, too, from 0 to 1.
+        local: whether this machine runs experts, too.
+        disk_bytes_per_s: the rate of this machine's drive; None: measured by `open`.
+        copy_bytes_per_s: the rate at which workers may copy files from here while the engine answers a request.
+
+    Raises:
+        UsageError: an argument is invalid.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        replicas: int = 2,
+        key: bytes = b"",
+        tls: ssl.SSLContext | None = None,
+        verify: float = 0.0,
+        local: bool = True,
+        disk_bytes_per_s: float | None = None,
+        copy_bytes_per_s: float = _COPY_BYTES_PER_S,
+    ) -> None:
+        if not 1 <= replicas <= MOST_HOSTS:
+            raise UsageError(f"replicas must be 1 to {MOST_HOSTS}, found {replicas}")
+        if not 0.0 <= verify <= 1.0:
+            raise UsageError(f"the share of answers to verify must be 0% to 100%, found {verify:.0%}")
+        if copy_bytes_per_s < 1:
+            raise UsageError(
+                f"the rate of copies must be at least 1 byte a second, found {copy_bytes_per_s:g}"
+            )
+        if not hosts or len(hosts) > MOST_HOSTS:
+            raise UsageError(f"a group has 1 to {MOST_HOSTS} workers, found {len(hosts)}")
+        self._replicas = replicas
+        self._key, self._tls = key, tls
+        self._verify, self._runs_here = verify, local
+        self._disk_bytes_per_s = disk_bytes_per_s
+        self._members: dict[str, _Member] = {}  # in the order in which they were named
+        self._changes = threading.RLock()  # guards members, and everything that plans owners
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+        self._exchange: _native.Exchange | None = None
+        self._facts: Facts | None = None
+        self._layout: Owners | None = None
+        self._here: Owner | None = None
+        self._local_host: Host | None = None
+        self._model: ModelFiles | None = None
+        self._runner: ClusterRunner | None = None
+        self._pace = Pace(copy_bytes_per_s, self._is_busy)
+        self._copies = threading.Semaphore(_MOST_COPIES)
+        self._source: CopySource | None = None
+        self._all_met = (
+            threading.Event()
+        )  # every worker was asked once: shards are divided among those that are there
+        for name in hosts:
+            self._new_member(name)
+        self._most_members = min(MOST_HOSTS, len(self._members) + _MORE_HOSTS)
+
+    def _new_member(self, name: str) -> _Member:
+        address = parse_host(name)
+        if name in self._members:
+            raise UsageError(f"{name} is in the group already")
+        member = _Member(name, address, Owner(name))
+        self._members[name] = member
+        return member
+
+    # ── what an engine calls ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def most_rows(self) -> int:
+        """The most tokens of a step that workers take."""
+        return MOST_ROWS
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine runs experts, too."""
+        return self._runs_here
+
+    def nbytes(self, files: ModelFiles) -> int:
+        """Most bytes that the group takes in the engine's process: buffers, and what is known of experts."""
+        config = files.config
+        buffers = _native.exchange_bytes(
+            hidden=config.hidden_size,
+            num_experts=num_experts_by_layer(config),
+            most_rows=MOST_ROWS,
+            most_assignments=MOST_ROWS * config.experts_per_token,
+            num_peers=len(self._members) + _MORE_HOSTS,
+        )
+        num_hosts = len(self._members) + _MORE_HOSTS + 1
+        of_expert = self._replicas * _OWNER_BYTES + num_hosts * _REMEMBERED_BYTES
+        known = config.num_layers * config.num_experts * of_expert
+        each = _MEMBER_BYTES + (secure.BUFFER_BYTES if self._tls else 0)
+        verification = most_verification_bytes(config) if self._verify else 0
+        copies = _MOST_COPIES * COPY_BYTES
+        return buffers + known + (len(self._members) + _MORE_HOSTS) * each + verification + copies
+
+    def open(
+        self,
+        files: ModelFiles,
+        local: ExpertRunner,
+        *,
+        instruction_set: str,
+        cache_bytes: int,
+        step_tokens: int,
+    ) -> ExpertRunner:
+        """Connect to every worker, and return the runner of a model's experts.
+
+        Args:
+            local: runs experts in this process; also those that no worker can run, unless the group says otherwise.
+            instruction_set: the one that the engine's runtime uses.
+            cache_bytes: memory for experts in the local runner.
+            step_tokens: the most tokens of a step.
+
+        Raises:
+            UsageError: the group has an engine already, or steps are too long for workers.
+            PeerRefused: a worker refuses; the message says why.
+            PeerNotUsable: no worker answers.
+        """
+        if self._exchange is not None:
+            raise UsageError("this group has an engine already", hint="make a Group for each engine")
+        if step_tokens > MOST_ROWS:
+            raise UsageError(
+                f"a step of this engine has up to {step_tokens} tokens, and workers take {MOST_ROWS}",
+                hint="a smaller picture or fewer sequences at once make steps shorter",
+            )
+        config = files.config
+        most_assignments = step_tokens * config.experts_per_token
+        self._facts = Facts(
+            version=version("argosy"),
+            kernel=instruction_set,
+            sources=bytes.fromhex(_native.sources_hash()),
+            model=fingerprint(files),
+            most_rows=step_tokens,
+            most_assignments=most_assignments,
+            hidden=config.hidden_size,
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+        )
+        self._model = files
+        self._exchange = exchange = _native.Exchange(
+            hidden=config.hidden_size,
+            num_experts=num_experts_by_layer(config),
+            most_rows=step_tokens,
+            most_assignments=most_assignments,
+        )
+        record_bytes = max(record.nbytes for record in files.experts.values())
+        if self._runs_here:
+            rate = self._disk_bytes_per_s
+            if rate is None:
+                rate = 0.0
+                with suppress(OSError, RuntimeError, ValueError):
+                    some = next(iter(files.experts.values()))
+                    rate = probes.drive_rate(some.pieces[0].path, some.nbytes)
+            self._here = Owner(LOCAL)
+            self._here.set_rates(record_bytes, rate)
+            self._remember(self._here, cache_bytes // max(1, record_bytes))
+            self._here.is_resident = local.resident is not None
+            self._local_host = Host(name=LOCAL, cache_bytes=cache_bytes, disk_bytes_per_s=rate)
+        self._record_bytes = record_bytes
+        try:
+            self._connect_all()
+            self._all_met.set()
+            self._plan_owners()
+        except BaseException:
+            self.close()
+            raise
+        self._keeper = threading.Thread(target=self._keep, name="argosy-group", daemon=True)
+        self._keeper.start()
+        self._runner = ClusterRunner(self, exchange, local, here=self._here, verify=self._verify)
+        return self._runner
+
+    def _remember(self, owner: Owner, num_slots: int) -> None:
+        """Begin to remember which experts an owner has in memory."""
+        assert self._model is not None
+        config = self._model.config
+        owner.remember(num_slots, num_layers=config.num_layers, num_experts=config.num_experts)
+
+    # ── what the runner calls ───────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def layout(self) -> Owners:
+        """The owners of experts now."""
+        assert self._layout is not None
+        return self._layout
+
+    def lost(self, owner: Owner, why: str) -> None:
+        """A worker's connection has ended; it is connected to again in the background."""
+        with self._changes:
+            member = self._members.get(owner.name)
+            if member is None or owner.peer is None:
+                return
+            assert self._exchange is not None
+            stats = self._exchange.stats(owner.peer)
+            for at, count in enumerate((stats.bytes_out, stats.bytes_in, stats.num_late)):
+                member.ended_bytes[at] += count
+            self._exchange.remove(owner.peer)
+            owner.peer = None
+            owner.forget()
+            member.why, member.away_since = why, time.monotonic()
+            member.pause_s, member.tried_at = _LOOK_S, 0.0
+        if not self._stop.is_set() and not member.drained:
+            log.warning("cluster: %s is away: %s", owner.name, why)
+
+    def set_aside(self, owner: Owner, why: str) -> None:
+        """A worker computes something else than others: it is not asked again, until it is added again."""
+        with self._changes:
+            owner.is_set_aside = True
+            member = self._members.get(owner.name)
+            if member is not None:
+                member.why = why
+        log.error("cluster: %s is set aside: %s", owner.name, why)
+
+    # ── members ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, host: str) -> None:
+        """Add a worker, or one again that was drained or set aside. Owners are planned anew; no request notices.
+
+        Raises:
+            UsageError: the address is invalid, the group is full, or it has no engine yet.
+            PeerNotUsable: the worker cannot be used.
+        """
+        self._require_engine()
+        with self._changes:
+            member = self._members.get(host)
+            is_new = member is None
+            if member is None:
+                self._forget_drained()
+                if len(self._members) >= self._most_members:
+                    raise UsageError(
+                        f"the group has {self._most_members} workers already, and memory was planned for no more"
+                    )
+                member = self._new_member(host)
+            member.drained = member.refusal = member.owner.is_set_aside = False
+        try:
+            if member.owner.peer is None:
+                self._connect(member)
+        except PeerNotUsable:
+            if is_new:
+                with self._changes:
+                    del self._members[host]
+            raise
+        self._plan_owners()
+        log.info("cluster: %s was added", host)
+
+    def _forget_drained(self) -> None:
+        """Make room for further members, if the group is full."""
+        for name, member in list(self._members.items()):
+            if len(self._members) < self._most_members:
+                break
+            if member.drained and member.owner.peer is None:
+                del self._members[name]
+
+    def drain(self, host: str) -> None:
+        """Take a worker out of the group: it owns nothing from now on, and is disconnected when it has answered.
+
+        Raises:
+            UsageError: there is no such worker in the group, or it has no engine yet.
+        """
+        self._require_engine()
+        with self._changes:
+            member = self._members.get(host)
+            if member is None:
+                raise UsageError(
+                    f"{host} is not in the group", hint=f"its workers are {', '.join(self._members)}"
+                )
+            member.drained, member.why = True, "drained"
+            _end(member.copy_connection)
+        self._plan_owners()
+        log.info("cluster: %s is drained", host)
+
+    def _require_engine(self) -> None:
+        if self._layout is None:
+            raise UsageError(
+                "this group has no engine yet", hint="open one with Engine.open(..., experts=group)"
+            )
+
+    def status(self) -> list[HostStatus]:
+        """Every worker, in the order in which they were named."""
+        with self._changes:
+            return [self._status_of(member) for member in self._members.values()]
+
+    def _status_of(self, member: _Member) -> HostStatus:
+        owner, offer, exchange = member.owner, member.offer, self._exchange
+        out, received, late = member.ended_bytes
+        p50 = p99 = 0.0
+        told: Mapping[str, Any] = {}
+        if owner.peer is not None and exchange is not None:
+            stats = exchange.stats(owner.peer)
+            out, received, late = out + stats.bytes_out, received + stats.bytes_in, late + stats.num_late
+            p50, p99 = stats.few_rows.p50_us, stats.few_rows.p99_us
+            told = _numbers(exchange.status(owner.peer))
+        lookups = told.get("lookups", 0)
+        return {
+            "host": member.name, "state": member.state, "why": "" if member.state == "ready" else member.why,
+            "experts_owned": member.num_owned, "slots": offer.num_slots if offer else 0,
+            "resident": told.get("resident", 0), "hit_rate": told.get("hits", 0) / lookups if lookups else None,
+            "bytes_read": told.get("bytes_read", 0), "peak_bytes": told.get("peak_bytes", 0),
+            "budget_bytes": told.get("budget_bytes", 0),
+            "disk_bytes_per_s": offer.disk_bytes_per_s if offer else 0.0, "p50_us": p50, "p99_us": p99,
+            "bytes_out": out, "bytes_in": received, "experts_run": owner.num_run,
+            "experts_rerouted": owner.num_rerouted, "late_answers": late, "verified": owner.num_verified,
+            "mismatches": owner.num_mismatches, "connections": member.num_connections,
+        }  # fmt: skip
+
+    # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _connect_all(self) -> None:
+        """Connect to all workers at once.
+
+        Raises:
+            PeerRefused: one refuses for good.   PeerNotUsable: none can be used now.
+        """
+
+        def attempt(member: _Member) -> PeerNotUsable | None:
+            try:
+                self._connect(member)
+            except PeerNotUsable as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(min(8, len(self._members)), "argosy-hello") as pool:
+            errors = [error for error in pool.map(attempt, self._members.values()) if error is not None]
+        for error in errors:
+            if isinstance(error, PeerRefused) and (_is_lasting(error) or len(errors) == len(self._members)):
+                raise error
+        if len(errors) == len(self._members):
+            raise PeerNotUsable(
+                f"no worker of the group answers: {errors[0].message}",
+                hint="`argosy worker MODEL --bind HOST:PORT` starts one on another machine",
+                host=errors[0].facts.get("host"),
+            )
+        for error in errors:
+            log.warning("cluster: %s", error.message)
+
+    def _connect(self, member: _Member) -> None:
+        """Connect to a worker and make it an owner.
+
+        Raises:
+            PeerRefused: it refuses.   PeerNotUsable: it does not answer.
+        """
+        assert self._facts is not None
+        assert self._exchange is not None
+        member.tried_at = time.monotonic()
+        try:
+            connection = socket.create_connection(member.address, timeout=_CONNECT_S)
+        except OSError as error:
+            raise self._unanswered(member, error) from None
+        try:
+            hello.prepare(connection)
+            if self._tls is not None:
+                connection = secure.wrap(connection, self._tls, name=member.address[0])
+            _, offer, copy_key = hello.connect(connection, self._key, self._facts, host=member.name)
+            if copy_key is not None:
+                if not self._key:
+                    raise PeerNotUsable(
+                        f"{member.name} asks for the model's files, and this group has no key",
+                        hint="give every machine a copy of the same key file",
+                        host=member.name,
+                    )
+                self._begin_copy(member, connection, offer, copy_key)
+                return
+            descriptor = secure.plain_end(connection).detach()
+        except OSError as error:
+            connection.close()
+            raise self._unanswered(member, error) from None
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, PeerNotUsable):
+                member.why = error.message
+            raise
+        with self._changes:
+            if self._stop.is_set() or member.owner.peer is not None:  # closed, or another thread was faster
+                socket.socket(fileno=descriptor).close()
+                return
+            owner = member.owner
+            member.offer, member.refusal, member.why, member.copy_offer = offer, False, "", None
+            member.num_connections += 1
+            owner.set_rates(self._record_bytes, offer.disk_bytes_per_s)
+            owner.is_resident = offer.is_resident
+            self._remember(owner, offer.num_slots)
+            owner.is_slow = False
+            owner.peer = self._exchange.add(descriptor)
+
+    @staticmethod
+    def _unanswered(member: _Member, error: OSError) -> PeerNotUsable:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"its certificate is not believed: {error.verify_message}"
+        else:
+            why = error.strerror or str(error) or type(error).__name__
+        member.why = why
+        return PeerNotUsable(f"{member.name} does not answer: {why}", host=member.name)
+
+    def _keep(self) -> None:
+        """Look after connections until the group is closed."""
+        while not self._stop.wait(_LOOK_S):
+            try:
+                self._look_after()
+            except Exception:  # the engine must not lose its keeper; the next round tries again
+                log.exception("cluster: the connections could not be looked after")
+
+    def _look_after(self) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        with self._changes:
+            members = list(self._members.values())
+            by_peer = {member.owner.peer: member for member in members if member.owner.peer is not None}
+        for peer, why in exchange.tend(round(_SILENCE_S * 1e6)):
+            if (member := by_peer.get(peer)) is not None:
+                self.lost(member.owner, why)
+        is_changed = False
+        now = time.monotonic()
+        for member in members:
+            owner, connected = member.owner, member.owner.peer
+            if connected is not None:
+                with suppress(ValueError):  # the engine's thread has just lost it
+                    if not exchange.stats(connected).num_outstanding:
+                        owner.is_slow = False  # it has answered everything
+                        if member.drained:
+                            self.lost(owner, "drained")
+                continue
+            is_copying = member.copy_connection is not None
+            is_wanted = not (member.drained or owner.is_set_aside or member.is_trying or is_copying)
+            if is_wanted and now - member.tried_at >= member.pause_s:
+                member.is_trying = (
+                    True  # a stopped worker takes seconds to time out, and others must not wait
+                )
+                threading.Thread(
+                    target=self._try_again, args=(member,), name="argosy-hello", daemon=True
+                ).start()
+            if member.offer is not None and now - member.away_since > _AWAY_S:
+                is_changed |= member.num_owned > 0
+        if is_changed:
+            self._plan_owners()
+
+    def _try_again(self, member: _Member) -> None:
+        """Connect again; plan owners anew if the worker brings something else than before."""
+        was_owner, offer = member.num_owned > 0, member.offer
+        try:
+            self._connect(member)
+        except PeerRefused as error:
+            if not member.refusal and not self._stop.is_set():
+                log.error("cluster: %s", error)
+            member.refusal, member.pause_s = _is_lasting(error), _MOST_PAUSE_S
+            is_changed = was_owner and member.refusal
+        except PeerNotUsable:
+            member.pause_s = min(2 * member.pause_s, _MOST_PAUSE_S)
+            is_changed = False
+        else:
+            if not self._stop.is_set() and member.copy_connection is None:
+                log.info("cluster: %s is back", member.name)
+            is_changed = not was_owner or member.offer != offer
+        finally:
+            member.is_trying = False
+        if is_changed:
+            self._plan_owners()
+
+    # ── copies ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _is_busy(self) -> bool:
+        runner = self._runner
+        return runner is not None and time.monotonic() - runner.last_run_at < _BUSY_S
+
+    def _begin_copy(self, member: _Member, connection: socket.socket, offer: Offer, key: bytes) -> None:
+        """Let a worker copy files, in a thread that closes the connection."""
+        with self._changes:
+            if self._stop.is_set() or member.copy_connection is not None:
+                connection.close()
+                return
+            member.copy_offer, member.copy_connection = offer, connection
+            member.refusal, member.why = False, "it waits for its files"
+        threading.Thread(
+            target=self._copy, args=(member, connection, key), name="argosy-copy", daemon=True
+        ).start()
+
+    def _copy(self, member: _Member, connection: socket.socket, key: bytes) -> None:
+        pause_s = _LOOK_S
+        try:
+            while not self._all_met.wait(_LOOK_S):
+                if self._stop.is_set():
+                    return
+            if not self._copies.acquire(blocking=False):
+                member.why, pause_s = (
+                    f"it waits until {_MOST_COPIES} others have copied their files",
+                    _MOST_PAUSE_S,
+                )
+                return
+            try:
+                with self._changes:
+                    if self._source is None:
+                        assert self._model is not None
+                        self._source = CopySource(self._model)
+                    shards = member.copied_shards = self._shards_to_copy(member)
+                log.info("cluster: %s copies %d of %d shards", member.name, shards.bit_count(), NUM_SHARDS)
+
+                def sent(nbytes: int) -> None:
+                    member.copied_bytes += nbytes
+                    member.ended_bytes[0] += nbytes
+                    member.why = f"{format_bytes(member.copied_bytes)} of its files are copied"
+
+                end = CopyEnd(connection, key)
+                serve_copy(end, self._source, shards, pace=self._pace, sent=sent, stop=self._stop)
+            finally:
+                self._copies.release()
+        except (ArgosyError, OSError) as error:
+            member.why = error.message if isinstance(error, ArgosyError) else str(error.strerror or error)
+            if not self._stop.is_set() and not member.drained:
+                log.warning("cluster: %s: %s", member.name, member.why)
+            pause_s = _MOST_PAUSE_S
+        finally:
+            connection.close()
+            member.pause_s, member.tried_at = pause_s, time.monotonic()
+            member.copy_connection = None
+
+    def _shards_to_copy(self, member: _Member) -> int:
+        """Mask of the shards for a worker without files: those that it names, or else its allotment."""
+        assert self._model is not None
+        assert member.copy_offer is not None
+        if member.copy_offer.shards:
+            return member.copy_offer.shards
+        members = [one for one in self._members.values() if not (one.drained or one.refusal)]
+        offers = [one.offer or one.copy_offer for one in members]
+        known = [offer.cache_bytes for offer in offers if offer is not None]
+        hosts = [
+            Host(
+                name=one.name,
+                cache_bytes=sum(known) // len(known) if offer is None else offer.cache_bytes,
+                disk_bytes_per_s=0.0 if offer is None else offer.disk_bytes_per_s,
+                shards=(offer.shards if offer is not None else 0) or one.copied_shards or ALL_SHARDS,
+            )
+            for one, offer in zip(members, offers, strict=True)
+        ]
+        place_of = members.index(member)
+        if self._local_host is not None:
+            hosts.append(self._local_host)
+        masks = allot(hosts, expert_bytes=self._model.expert_bytes, replicas=self._replicas)
+        return masks[place_of] or 1  # a worker without any shard would have nothing to start with
+
+    def _plan_owners(self) -> None:
+        """Plan the owners of all experts, and replace the plan in use."""
+        assert self._model is not None
+        with self._changes:
+            now = time.monotonic()
+            members = [
+                (member, member.offer)
+                for member in self._members.values()
+                if member.offer is not None
+                and not (member.drained or member.refusal or member.owner.is_set_aside)
+                and (member.owner.peer is not None or now - member.away_since <= _AWAY_S)
+            ]
+            hosts = [
+                Host(
+                    name=member.name,
+                    cache_bytes=offer.cache_bytes,
+                    disk_bytes_per_s=offer.disk_bytes_per_s,
+                    shards=offer.shards & ALL_SHARDS,
+                )
+                for member, offer in members
+            ]
+            owners = [member.owner for member, _ in members]
+            if self._local_host is not None and self._here is not None:
+                hosts.append(self._local_host)
+                owners.append(self._here)
+            config = self._model.config
+            table = np.full((config.num_layers, config.num_experts, self._replicas), -1, np.int16)
+            if hosts:
+                placed = place(
+                    hosts,
+                    config.moe_layers,
+                    num_experts=config.num_experts,
+                    expert_bytes=self._model.expert_bytes,
+                    replicas=self._replicas,
+                )
+                for layer, of_layer in placed.items():
+                    table[layer] = of_layer
+            counts = np.bincount(table[table >= 0], minlength=len(owners)).tolist()
+            for member in self._members.values():
+                member.num_owned = 0
+            for (member, _), count in zip(members, counts, strict=False):
+                member.num_owned = count
+            self._layout = Owners(owners, table, here=self._here)
+
+    def close(self) -> None:
+        """End all connections. The engine should be closed first. Closing twice is harmless."""
+        self._stop.set()
+        with self._changes:
+            for member in self._members.values():
+                _end(member.copy_connection)
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
+        with self._changes:
+            if self._exchange is not None:
+                for member in self._members.values():
+                    member.owner.peer = None
+                self._exchange.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _end(connection: socket.socket | None) -> None:
+    """End a connection that another thread uses, and closes."""
+    if connection is not None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_lasting(error: PeerRefused) -> bool:
+    """Whether a worker would refuse again: it is neither full nor about to end."""
+    return error.facts.get("reason") not in (Refusal.busy.name, Refusal.draining.name)
+
+
+def _numbers(data: bytes) -> dict[str, int]:
+    """The numbers that a worker tells of itself; nothing if it does not tell any."""
+    with suppress(JsonError):
+        told = parse_json(data)
+        if isinstance(told, dict):
+            return {key: value for key, value in told.items() if type(value) is int and value >= 0}
+    return {}

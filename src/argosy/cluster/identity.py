@@ -1,0 +1,62 @@
+"""Say in 32 bytes which experts a model has: the same on every machine that has the same files.
+
+    records of all experts (sizes, formats, checksums), and samples of their bytes  ->  fingerprint
+
+Reading every byte of a terabyte would take longer than starting a group may. A pack has a checksum for every expert,
+and these are covered, wherever they lie: a worker may have a part of a pack, or a pack that is divided otherwise. Of
+other files, the fingerprint covers the geometry, the sizes of files, where each expert lies, and 4 KiB of a few hundred
+experts: two trainings of one architecture differ in all of them. It does not find a single flipped bit on a drive;
+`--verify` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from blake3 import blake3
+
+from argosy.checkpoint.files import MatrixRef, ModelFiles
+from argosy.checkpoint.fingerprint import SAMPLE_BYTES, Place, middle_of, read_samples
+
+_SAMPLES = 256
+
+
+def fingerprint(files: ModelFiles) -> bytes:
+    """32 bytes that are equal for the same experts in the same form; names of files and directories do not matter.
+
+    Raises:
+        ReadFailed: a file cannot be read.
+    """
+    digest = blake3(repr(files.config).encode())
+    for key in sorted(files.experts):
+        record = files.experts[key]
+        pieces = [
+            (piece.offset if piece.checksum is None else None, piece.nbytes, piece.checksum)
+            for piece in record.pieces
+        ]
+        digest.update(repr((key, record.formats, pieces)).encode())
+    for name, ref in _biases(files):
+        digest.update(repr((name, ref.checksum)).encode())
+    places = list(samples(files))
+    for _, nbytes, sampled in read_samples(sorted({path for path, _, _ in places}), places):
+        digest.update(nbytes.to_bytes(8, "little"))
+        digest.update(sampled)
+    return digest.digest()
+
+
+def samples(files: ModelFiles) -> Iterator[Place]:
+    """(path, offset, bytes) of what a fingerprint reads: parts of what has no checksum."""
+    keys = sorted(files.experts)
+    for key in islice(keys, 0, None, max(1, len(keys) // _SAMPLES)):
+        for piece in files.experts[key].pieces:
+            if piece.checksum is None:
+                yield middle_of(piece.path, piece.offset, piece.nbytes)
+    for _, ref in _biases(files):
+        if ref.checksum is None:
+            yield ref.path, ref.offset, min(ref.nbytes, SAMPLE_BYTES)
+
+
+def _biases(files: ModelFiles) -> list[tuple[str, MatrixRef]]:
+    """Biases of experts are among the dense tensors."""
+    return [(name, ref) for name, ref in sorted(files.dense.items()) if name.endswith("_bias")]

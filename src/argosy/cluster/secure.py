@@ -1,0 +1,145 @@
+"""TLS between machines: a thread carries the bytes of a connection between TLS and a plain pair of sockets.
+
+    native frames  ──  socket pair  ──  thread  ──  TLS  ──  the other machine
+
+Native code sees an ordinary descriptor either way. Each copy costs the exchange of a layer some tens of microseconds,
+so plain connections within a trusted network are the default.
+
+Elsewhere: `hello.py` runs over TLS, too: the certificate says which machine answers, the key who may ask.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from argosy.cluster.hello import HELLO_S
+from argosy.errors import UsageError
+
+_CHUNK_BYTES = 64 << 10
+_MOST_BUFFERED = 256 << 10  # bytes of one direction that wait to be sent
+_LAST_S = 1.0  # to deliver what is buffered when one side ends
+BUFFER_BYTES = 2 * (_MOST_BUFFERED + _CHUNK_BYTES)  # per connection
+
+
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """The worker's side: its certificate, and the certificate's key.
+
+    Raises:
+        UsageError: they cannot be read, or do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{certificate} and {key} cannot be used for TLS: {_reason(error)}") from None
+    return context
+
+
+def client_context(authorities: Path) -> ssl.SSLContext:
+    """The coordinator's side: the certificates that it believes.
+
+    Raises:
+        UsageError: the file cannot be read, or has no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise UsageError(f"{authorities} has no certificates for TLS: {_reason(error)}") from None
+    return context
+
+
+def _reason(error: OSError) -> str:
+    return error.reason if isinstance(error, ssl.SSLError) and error.reason else str(error.strerror or error)
+
+
+def wrap(connection: socket.socket, context: ssl.SSLContext, *, name: str | None) -> ssl.SSLSocket:
+    """Shake hands; `name` is the worker's, which its certificate must have, or None on the worker's own side.
+
+    Raises:
+        OSError: the other side does not speak TLS, has a wrong certificate, or is too slow; the connection is closed.
+    """
+    connection.settimeout(HELLO_S)
+    try:
+        return context.wrap_socket(connection, server_side=name is None, server_hostname=name)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def plain_end(connection: socket.socket) -> socket.socket:
+    """A socket with the plain bytes of a connection: itself, or one end of a pair whose other end a thread carries."""
+    if not isinstance(connection, ssl.SSLSocket):
+        connection.settimeout(None)
+        return connection
+    near, far = socket.socketpair()
+    threading.Thread(target=_carry, args=(connection, far), name="argosy-tls", daemon=True).start()
+    return near
+
+
+def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
+    """Carry bytes both ways until either side ends. One thread: an SSL object must not be used by two at once."""
+    with secure, plain, suppress(OSError):
+        secure.setblocking(False)
+        plain.setblocking(False)
+        to_plain, to_secure = bytearray(), bytearray()
+        poll = select.poll()
+        # TLS may need to read before it can write, and the other way round.
+        read_wants_write = write_wants_read = False
+        while True:
+            secure_events = plain_events = 0
+            if len(to_plain) < _MOST_BUFFERED or write_wants_read:
+                secure_events |= select.POLLIN
+            if (to_secure and not write_wants_read) or read_wants_write:
+                secure_events |= select.POLLOUT
+            if len(to_secure) < _MOST_BUFFERED:
+                plain_events |= select.POLLIN
+            if to_plain:
+                plain_events |= select.POLLOUT
+            poll.register(secure, secure_events)
+            poll.register(plain, plain_events)
+            # Decrypted bytes wait in the SSL object, where poll does not see them.
+            is_ready = secure.pending() > 0 and len(to_plain) < _MOST_BUFFERED
+            poll.poll(0 if is_ready else None)
+            if len(to_plain) < _MOST_BUFFERED:
+                read_wants_write = False
+                try:
+                    part = secure.recv(_CHUNK_BYTES)
+                    if not part:
+                        break
+                    to_plain += part
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLWantWriteError:
+                    read_wants_write = True
+            if len(to_secure) < _MOST_BUFFERED:
+                with suppress(BlockingIOError):
+                    part = plain.recv(_CHUNK_BYTES)
+                    if not part:
+                        break
+                    to_secure += part
+            if to_plain:
+                with suppress(BlockingIOError):
+                    del to_plain[: plain.send(to_plain)]
+            if to_secure:
+                write_wants_read = False
+                try:
+                    del to_secure[: secure.send(to_secure)]
+                except ssl.SSLWantWriteError:
+                    pass
+                except ssl.SSLWantReadError:
+                    write_wants_read = True
+        for end, rest in (
+            (plain, to_plain),
+            (secure, to_secure),
+        ):  # data sent before the other side ended
+            end.settimeout(_LAST_S)
+            with suppress(OSError):
+                end.sendall(rest)

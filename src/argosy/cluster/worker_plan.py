@@ -1,0 +1,186 @@
+"""Divide a worker's budget: experts get what the process and the connections leave.
+
+    budget = process + biases + connections + working buffers + staging + expert records + page tables + expert cache
+
+A worker has no tokenizer, no KV cache and no dense weights but the biases of its experts. As in an engine, experts lie
+end to end if the whole share fits, and otherwise in equal slots.
+
+Elsewhere: `engine/memory_plan.py` divides an engine's budget; `worker.py` opens what is planned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from argosy import _native
+from argosy.checkpoint.files import ExpertRecord, MatrixRef, ModelFiles
+from argosy.checkpoint.shards import shard_of
+from argosy.cluster.secure import BUFFER_BYTES
+from argosy.config import ModelConfig, format_bytes
+from argosy.errors import DoesNotFit, UsageError
+from argosy.experts import policy
+from argosy.experts.files import (
+    Key,
+    bookkeeping_bytes,
+    resident_bookkeeping_bytes,
+    resident_bytes,
+    slot_bytes,
+)
+from argosy.model.weights import dense_footprint
+from argosy.plan.machine import PROCESS_GROWTH_BYTES, THREAD_BYTES, page_table_bytes
+
+_OTHER_THREADS = 8  # accepting, introductions, the ticker, and one for each connection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """How a worker's budget is divided, in bytes. `num_slots` is None if its whole share is resident."""
+
+    budget_bytes: int
+    process_bytes: int
+    bias_bytes: int
+    connection_bytes: int
+    working_bytes: int
+    staging_bytes: int
+    bookkeeping_bytes: int
+    page_table_bytes: int
+    expert_bytes: int
+    slot_bytes: int
+    num_slots: int | None
+    num_experts: int  # in the share
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.parts())
+
+    def parts(self) -> list[tuple[str, int]]:
+        """(label, bytes) of all parts of the budget."""
+        return [
+            ("process", self.process_bytes),
+            ("biases", self.bias_bytes),
+            ("connections", self.connection_bytes),
+            ("working buffers", self.working_bytes),
+            ("staging", self.staging_bytes),
+            ("expert records", self.bookkeeping_bytes),
+            ("page tables", self.page_table_bytes),
+            ("expert cache", self.expert_bytes),
+        ]
+
+
+def share_of(files: ModelFiles, shards: int) -> dict[Key, ExpertRecord]:
+    """The experts of some shards.
+
+    Raises:
+        UsageError: there are none.
+    """
+    share = {key: record for key, record in files.experts.items() if shards >> shard_of(*key) & 1}
+    if not share:
+        raise UsageError(
+            f"{files.path} has no routed experts in these shards" if files.experts
+            else f"{files.path} has no routed experts, so there is nothing for a worker to run"
+        )  # fmt: skip
+    return share
+
+
+def num_experts_by_layer(config: ModelConfig) -> list[int]:
+    """Routed experts of each layer; 0 where a layer has none."""
+    routed = set(config.moe_layers)
+    return [config.num_experts if layer in routed else 0 for layer in range(config.num_layers)]
+
+
+def biases_of(files: ModelFiles) -> Mapping[str, MatrixRef]:
+    """The dense tensors that experts need: their biases."""
+    parts = ("gate", "up", "down")
+    names = {f"layers.{layer}.expert_{part}_bias" for layer in files.config.moe_layers for part in parts}
+    return {name: ref for name, ref in files.dense.items() if name in names}
+
+
+def plan_worker(
+    files: ModelFiles,
+    share: Mapping[Key, ExpertRecord],
+    *,
+    budget_bytes: int,
+    process_bytes: int,
+    threads: int,
+    readers: int,
+    most_rows: int,
+    most_coordinators: int,
+    uses_tls: bool,
+    num_slots: int | None = None,
+) -> WorkerPlan:
+    """Plan a worker's memory.
+
+    Args:
+        process_bytes: size of the process now, with the headers of the model.
+        num_slots: size of the expert cache; None: as many as the budget allows.
+
+    Raises:
+        DoesNotFit: the budget has no room for the experts of one token of one layer.
+    """
+    config = files.config
+    link = _native.worker_link_bytes(
+        hidden=config.hidden_size,
+        num_experts=num_experts_by_layer(config),
+        most_rows=most_rows,
+        most_assignments=most_rows * config.experts_per_token,
+    )
+    sizes = _native.StackSizes(config.hidden_size, 0)
+    sizes.add_routed(config.num_experts, config.experts_per_token, config.expert_width, 0)
+    is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
+    biases = biases_of(files)
+    growth = PROCESS_GROWTH_BYTES + (threads + readers + _OTHER_THREADS + most_coordinators) * THREAD_BYTES
+    each = slot_bytes(share)
+
+    def plan(slots: int | None) -> WorkerPlan:
+        if slots is None:
+            records, experts = resident_bookkeeping_bytes(share), resident_bytes(share)
+        else:
+            records = bookkeeping_bytes(share) + policy.bookkeeping_bytes(
+                num_slots=slots, num_layers=config.num_layers, num_experts=config.num_experts
+            )
+            experts = slots * each
+        parts = {
+            "bias_bytes": dense_footprint(biases) if biases else 0,
+            "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if uses_tls else 0)),
+            "working_bytes": sizes.scratch_bytes(most_rows, threads) + sizes.dispatch_bytes(most_rows),
+            "staging_bytes": readers * _native.STAGING_BYTES if is_transcoded else 0,
+            "bookkeeping_bytes": records,
+            "expert_bytes": experts,
+        }
+        return WorkerPlan(
+            budget_bytes=budget_bytes,
+            process_bytes=process_bytes + growth,
+            page_table_bytes=page_table_bytes(sum(parts.values())),
+            slot_bytes=each,
+            num_slots=slots,
+            num_experts=len(share),
+            **parts,
+        )
+
+    if num_slots is None and (everything := plan(None)).total_bytes <= budget_bytes:
+        return everything
+    fewest = min(len(share), config.experts_per_token)
+    if num_slots is not None:
+        if num_slots < fewest:
+            raise UsageError(f"a worker needs at least {fewest} expert slots, found {num_slots}")
+        return _fitting(plan(min(num_slots, len(share))))
+    least = _fitting(plan(fewest))
+    # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
+    slots = min(len(share), fewest + (budget_bytes - least.total_bytes) // max(1, each))
+    while slots > fewest and (beyond := plan(slots).total_bytes - budget_bytes) > 0:
+        slots = max(fewest, slots - -(-beyond // each))
+    return plan(slots)
+
+
+def _fitting(plan: WorkerPlan) -> WorkerPlan:
+    if plan.total_bytes <= plan.budget_bytes:
+        return plan
+    parts = "  +  ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in plan.parts() if nbytes)
+    raise DoesNotFit(
+        f"this worker needs {format_bytes(plan.total_bytes)} of memory, and the budget is "
+        f"{format_bytes(plan.budget_bytes)}\n  {parts}",
+        hint=f"`--memory {-(-plan.total_bytes // (1 << 20)) + 2}MiB` works",
+        needed_bytes=plan.total_bytes,
+        budget_bytes=plan.budget_bytes,
+    )
