@@ -35,6 +35,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 _VERSION = 1
 _MAX_FILE_BYTES = 1 << 20
 _LONGEST_NAME = 64
+_LONGEST_ID = 256
 _MOST = 10**15  # requests or tokens
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOOK_AGAIN_S = 1.0
@@ -50,7 +51,7 @@ class Key:
 
     id: str
     name: str
-    sha256: str  # of the secret, in hexadecimal
+    sha256: str  # the secret's digest, in hexadecimal
     scopes: tuple[Scope, ...] = ("infer",)
     requests_per_minute: int | None = None
     concurrent_requests: int | None = None
@@ -59,6 +60,8 @@ class Key:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id or not self.id.isprintable():  # it is logged
             raise UsageError(f"id must be printable text, found {_kind(self.id)}")
+        if len(self.id) > _LONGEST_ID:
+            raise UsageError(f"id has {len(self.id)} characters, and may have at most {_LONGEST_ID}")
         if not isinstance(self.name, str):
             raise UsageError(f"name must be text, found {_kind(self.name)}")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
@@ -241,6 +244,10 @@ class KeyRing:
     def ids(self) -> set[str]:
         """Ids of all keys."""
         return {key.id for key in self._keys}
+
+    def id_of(self, name_or_id: str) -> str | None:
+        """The id of the key with this id or name; None: there is none."""
+        return next((key.id for key in self._keys if name_or_id in (key.id, key.name)), None)
 
     def look(self) -> list[str]:
         """Ids of keys that were revoked since the last call; an unreadable file revokes no key."""

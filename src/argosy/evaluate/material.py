@@ -1,0 +1,115 @@
+"""Read the texts on which two models are compared: plain passages, and sentences that differ only in whom they name.
+
+    texts/LANGUAGE.json    passages  |  templates x phrases  |  two endings, the better one first
+    texts/dimensions.json  which groups are compared with one another
+
+Argosy's own, Apache-2.0. The passages say the same in every language. The templates differ from language to language,
+so that all of them are independent samples. A template names a person first and ends well or badly: how a model divides
+its probability between the two endings, and how that depends on the person, is what `scoring.py` measures.
+
+Elsewhere: `questions.py` reads questions of the user's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import blake3
+
+from argosy.errors import UsageError
+
+LANGUAGES = ("en", "de", "es", "fr")
+_FOLDER = Path(__file__).with_name("texts")
+_SLOT = "{who}"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """People of one kind, and the dimension in which they are compared with others."""
+
+    dimension: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A sentence about somebody; `better` and `worse` are its two ends."""
+
+    language: str
+    start: str
+    better: str
+    worse: str
+
+    def texts(self, phrase: str) -> tuple[str, str]:
+        """The sentence about `phrase`, with its better and its worse end."""
+        named = self.start.replace(_SLOT, phrase)
+        named = named[0].upper() + named[1:]
+        return named + self.better, named + self.worse
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The texts of some languages.
+
+    passages: one text for each language.
+    groups: those of a dimension follow one another.
+    phrases: by language and group, in the form that stands first in a sentence.
+    digest: BLAKE3 of the files, so that two reports are known to compare the same texts.
+    """
+
+    languages: tuple[str, ...]
+    passages: tuple[str, ...]
+    groups: tuple[Group, ...]
+    templates: tuple[Template, ...]
+    phrases: dict[str, tuple[str, ...]]
+    digest: str
+
+    def texts(self) -> list[str]:
+        """All sentences: template by template, group by group, the better end before the worse one."""
+        return [
+            text
+            for template in self.templates
+            for phrase in self.phrases[template.language]
+            for text in template.texts(phrase)
+        ]
+
+
+def read_material(languages: Sequence[str] = LANGUAGES) -> Material:
+    """The texts of these languages, in the order of `LANGUAGES`.
+
+    Raises:
+        UsageError: there are none in a language, or none is named.
+    """
+    for language in languages:
+        if language not in LANGUAGES:
+            raise UsageError(f"there are no texts in '{language[:40]}'; known: {', '.join(LANGUAGES)}")
+    if not languages:
+        raise UsageError(f"no language is named; known: {', '.join(LANGUAGES)}")
+    return _read(tuple(one for one in LANGUAGES if one in languages))
+
+
+@functools.cache
+def _read(languages: tuple[str, ...]) -> Material:
+    hasher = blake3.blake3()
+    passages: list[str] = []
+    templates: list[Template] = []
+    phrases: dict[str, tuple[str, ...]] = {}
+    data = (_FOLDER / "dimensions.json").read_bytes()
+    hasher.update(data)
+    groups = tuple(
+        Group(dimension, name)
+        for dimension, names in json.loads(data)["dimensions"].items()
+        for name in names
+    )
+    for language in languages:
+        data = (_FOLDER / f"{language}.json").read_bytes()
+        hasher.update(data)
+        read = json.loads(data)
+        passages.append("\n\n".join(read["passages"]))
+        templates += [Template(language, *parts) for parts in read["templates"]]
+        phrases[language] = tuple(read["groups"][group.name] for group in groups)
+    return Material(languages, tuple(passages), groups, tuple(templates), phrases, hasher.hexdigest())

@@ -1,0 +1,161 @@
+"""Measure drift: open the reference, let it read, close it, and do the same with the candidate.
+
+The two are never in memory together, so each has the whole budget: a model that runs in production fits here, too.
+
+Elsewhere: `scoring.py` reads, `drift.py` compares, `cli/eval.py` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.fingerprint import fingerprint
+from argosy.checkpoint.manifest import MANIFEST_FILE
+from argosy.config import DEMO
+from argosy.engine.engine import Engine
+from argosy.engine.options import configure, locate_model, open_files
+from argosy.errors import UsageError
+from argosy.evaluate.drift import Drift, compare
+from argosy.evaluate.material import Material
+from argosy.evaluate.questions import Question
+from argosy.evaluate.row_file import RowFile
+from argosy.evaluate.scoring import Progress, Scores, Tokens, engine_options, score, tokens_of
+from argosy.prompt.tokenizer import Tokenizer
+from argosy.user_directories import cache_directory
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One of the two models. `identity` is the same for the same files; `settings` may change which tokens come."""
+
+    name: str
+    identity: str
+    family: str
+    dense_formats: tuple[str, ...]
+    expert_format: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, files: ModelFiles, settings: Mapping[str, Any]) -> Subject:
+        return cls(
+            name,
+            identity_of(files),
+            files.config.family,
+            tuple(dict.fromkeys(ref.format for ref in files.dense.values())),
+            files.expert_format if files.experts else "none",
+            dict(settings),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "identity": self.identity,
+            "family": self.family,
+            "dense_formats": list(self.dense_formats),
+            "expert_format": self.expert_format,
+            "settings": dict(self.settings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The two models that were compared, and the result."""
+
+    reference: Subject
+    candidate: Subject
+    drift: Drift
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = self.drift.as_dict()
+        return {
+            "argosy_drift": facts.pop("argosy_drift"),
+            "argosy": metadata.version("argosy"),
+            "reference": self.reference.as_dict(),
+            "candidate": self.candidate.as_dict(),
+            **facts,
+        }
+
+
+def identity_of(files: ModelFiles) -> str:
+    """The identity of a model in reports and on cards.
+
+    A pack's identity is the BLAKE3 of its manifest, which covers every byte. The identity of other files is their
+    fingerprint, which covers the place and form of every tensor, and samples.
+    """
+    if files.is_packed:
+        return f"blake3:{blake3.blake3((files.path / MANIFEST_FILE).read_bytes()).hexdigest()}"
+    return f"samples:{fingerprint(files)}"
+
+
+def measure_drift(
+    reference: str | Path,
+    candidate: str | Path,
+    material: Material,
+    questions: Sequence[Question] = (),
+    *,
+    options: Mapping[str, Any],
+    candidate_settings: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Report:
+    """Compare two models, or one with itself under other settings.
+
+    Args:
+        options: for `Engine.open`, for both.
+        candidate_settings: options that only the candidate gets, and that may change which tokens come.
+
+    Raises:
+        UsageError: the two do not write texts in the same tokens.   DiskFull: there is no room for the logits.
+        And what `Engine.open` raises.
+    """
+    names = [str(reference), str(candidate)]
+    files = [open_files(locate_model(model, progress)) for model in (reference, candidate)]
+    sizes = [one.config.vocab_size for one in files]
+    if sizes[0] != sizes[1]:
+        raise _other_tokens(names, f"their vocabularies have {sizes[0]} and {sizes[1]} tokens")
+    context_tokens = min(one.config.context_tokens for one in files)
+    tokens, theirs = (
+        _tokens_of(name, one, material, questions, context_tokens)
+        for name, one in zip(names, files, strict=True)
+    )
+    if not tokens.equals(theirs):
+        raise _other_tokens(names, "their tokenizers split the same text in different ways")
+    del theirs
+    settings: list[Mapping[str, Any]] = [{}, candidate_settings]
+    scores: list[Scores] = []
+    with RowFile(cache_directory(), tokens.num_rows, sizes[0]) as rows:
+        for number, one in enumerate(files):
+            given = {**options, **engine_options(tokens, one.config), **settings[number]}
+            with Engine(one, configure(names[number], one, **given), progress=progress) as engine:
+                scores.append(score(engine, tokens, rows, is_reference=number == 0, progress=progress))
+    first, second = (
+        Subject.of(_shown_name(name), one, own) for name, one, own in zip(names, files, settings, strict=True)
+    )
+    return Report(first, second, compare(material, questions, *scores))
+
+
+def _tokens_of(
+    name: str, files: ModelFiles, material: Material, questions: Sequence[Question], context_tokens: int
+) -> Tokens:
+    tokenizer = Tokenizer.open(files.path, files.header)
+    if tokenizer is None:
+        raise UsageError(f"{name} has no tokenizer, so no text can be compared")
+    return tokens_of(material, questions, tokenizer, context_tokens=context_tokens)
+
+
+def _other_tokens(names: Sequence[str], why: str) -> UsageError:
+    return UsageError(
+        f"{names[0]} and {names[1]} cannot be compared token by token: {why}",
+        hint="drift is what compression changes: compare a checkpoint with a pack of it, or with another format",
+    )
+
+
+def _shown_name(model: str) -> str:
+    """A name for the report, which people pass on: of a path its last part alone."""
+    return model if model == DEMO else Path(model).name or model

@@ -1,0 +1,100 @@
+"""Keep rows of logits of one model until another one has read the same texts.
+
+Exact divergences need the whole vocabulary at every position: a gigabyte or so, more than a budget may have left, and
+only one of the two models is in memory at a time. So the rows go through a file without a name in Argosy's cache
+directory. The file is gone when the process ends, however it ends. Rows leave the page cache once they are written or
+read, because the page cache counts as memory of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.errors import DiskFull, UsageError, room_for
+from argosy.plan import machine
+
+_WRITTEN_BYTES = 8 << 20  # at most so many written bytes lie in the page cache
+_RESERVE_BYTES = 64 << 20  # bytes of the drive that stay free
+_HINT = "free some space, or name a directory on another drive with ARGOSY_CACHE"
+
+
+class RowFile:
+    """Rows of float32, written once from the first to the last, then read once in the same order.
+
+    Args:
+        directory: made if it is missing.
+        num_rows, row_values: rows that will be written, and values of each.
+
+    Raises:
+        DiskFull: there is no room for them.   UsageError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, num_rows: int, row_values: int) -> None:
+        self._directory, self._row_values = directory, row_values
+        needed_bytes = num_rows * row_values * 4
+        free_bytes = machine.free_disk_bytes(directory)
+        if needed_bytes + _RESERVE_BYTES > free_bytes:
+            raise DiskFull(
+                f"the reference's logits take {needed_bytes / 1e9:.1f} GB while the candidate is read, and "
+                f"{free_bytes / 1e9:.1f} GB are free in {directory}",
+                hint=_HINT,
+                path=directory,
+                needed_bytes=needed_bytes + _RESERVE_BYTES,
+                free_bytes=free_bytes,
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # `__exit__` closes it
+        except OSError as error:
+            raise UsageError(
+                f"{directory} cannot be written: {error.strerror}",
+                hint="ARGOSY_CACHE names another directory",
+            ) from error
+        self._written = self._read = self._synced = 0
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        """Write rows: float32 [rows, row_values].
+
+        Raises:
+            DiskFull: there is no room left.
+        """
+        left = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        with room_for("the reference's logits", self._directory, hint=_HINT):
+            while left:
+                count = os.pwrite(self._file.fileno(), left, self._written)
+                self._written += count
+                left = left[count:]
+            if self._written - self._synced >= _WRITTEN_BYTES:
+                os.fdatasync(self._file.fileno())
+                self._leave_page_cache(self._synced, self._written)
+                self._synced = self._written
+
+    def take(self, count: int) -> NDArray[np.float32]:
+        """The next `count` rows: float32 [count, row_values]."""
+        rows = np.empty((count, self._row_values), np.float32)
+        start, left = self._read, rows.reshape(-1).view(np.uint8).data
+        while left:
+            found = os.preadv(self._file.fileno(), [left], self._read)
+            assert found  # as many rows were written
+            self._read += found
+            left = left[found:]
+        self._leave_page_cache(start, self._read)
+        return rows
+
+    def _leave_page_cache(self, start: int, end: int) -> None:
+        os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,410 @@
+"""The lines of an audit chain: how one is sealed, read back, and how a whole directory of them is verified.
+
+    {"seq":7,"time":"...","kind":"request", ... ,"prev":"<SHA-256 of line 6>","mac":"<HMAC-SHA-256 of all before>"}
+
+    <dir>/audit-000001.jsonl ...   the lines; the chain goes on from file to file
+    <dir>/head                     the last line that is on the drive: its number, SHA-256 and HMAC
+    <dir>/key                      the key of the HMACs, unless another file is named
+
+Whoever changes, drops, inserts or reorders lines without the key breaks a `prev` or a `mac`. Whoever removes the end of
+the chain contradicts `head`. Whoever puts back an older directory, `head` included, contradicts an anchor: a number and
+a SHA-256 that was kept elsewhere, for example in the server's log.
+
+Elsewhere: `audit.py` writes the lines; what a request said is `sealed.py`, and a line has only the hash of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from argosy.errors import ArgosyError, UsageError
+from argosy.strict_json import JsonError, parse_json
+
+KEY_BYTES = 32
+MAX_LINE_BYTES = 64 << 10
+HEAD, KEY = "head", "key"  # names of files
+_FILE = re.compile(r"audit-([0-9]{6,12})\.jsonl")
+_LINE = re.compile(rb'(\{"seq":.*),"mac":"([0-9a-f]{64})"\}')
+_BEGINNING = b'{"seq":'
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_FAULTS = 20
+_MAX_HEAD_BYTES = 512
+
+
+class ChainBroken(ArgosyError):
+    """A chain was changed, or part of it is missing."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A line of the chain, by its number and SHA-256. Line 0 is the place before the first line."""
+
+    seq: int = 0
+    sha256: str = "0" * 64
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.sha256}"
+
+    @classmethod
+    def parse(cls, text: str) -> Head:
+        """The head in `SEQ:SHA256`.
+
+        Raises:
+            UsageError: the text is something else.
+        """
+        seq, _, sha256 = text.strip().partition(":")
+        if not re.fullmatch(r"[0-9]{1,15}", seq) or not _SHA256.fullmatch(sha256):
+            raise UsageError(
+                f"an anchor is SEQ:SHA256, found {text[:100]!a}",
+                hint="the server's log has one an hour, after 'audit anchor'",
+            )
+        return cls(int(seq), sha256)
+
+
+# ── lines ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def seal(
+    key: bytes, head: Head, kind: str, facts: Mapping[str, object], written_at: float
+) -> tuple[bytes, Head]:
+    """Write the line after `head`.
+
+    Args:
+        facts: values that JSON can write; no name is seq, time, kind, prev or mac.
+        written_at: seconds since 1970.
+
+    Returns:
+        The line with its newline, and the new head.
+
+    Raises:
+        ValueError: the line would be longer than MAX_LINE_BYTES.
+    """
+    time = datetime.fromtimestamp(written_at, UTC).isoformat(timespec="milliseconds")
+    body = {"seq": head.seq + 1, "time": time, "kind": kind, **facts, "prev": head.sha256}
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    line = text + b',"mac":"' + _mac(key, text).encode() + b'"}'
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"an audit line would have {len(line)} bytes; the most is {MAX_LINE_BYTES}")
+    return line + b"\n", Head(head.seq + 1, hashlib.sha256(line).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line whose HMAC is valid, or was not checked."""
+
+    head: Head
+    prev: str
+    kind: str
+    facts: Mapping[str, Any]  # all of it
+
+
+def open_line(line: bytes, key: bytes | None) -> Line:
+    """Read a line without its newline; without a key, its HMAC is not checked.
+
+    Raises:
+        ValueError: it is not a line that `seal` wrote with this key; the message says why.
+    """
+    found = _LINE.fullmatch(line)
+    if found is None:
+        raise ValueError("it is not a line of an audit chain")
+    text, mac = found[1], found[2].decode()
+    if key is not None and not hmac.compare_digest(_mac(key, text), mac):
+        raise ValueError("its HMAC is wrong: the line was changed, or written with another key")
+    try:
+        facts = parse_json(line)
+    except JsonError as error:
+        raise ValueError(str(error)) from None
+    assert isinstance(facts, dict)  # it begins with {
+    seq, prev, kind = facts.get("seq"), facts.get("prev"), facts.get("kind")
+    if type(seq) is not int or not isinstance(prev, str) or not isinstance(kind, str):
+        raise ValueError("it lacks seq, prev or kind")
+    return Line(Head(seq, hashlib.sha256(line).hexdigest()), prev, kind, facts)
+
+
+def _mac(key: bytes, text: bytes) -> str:
+    return hmac.new(key, text, hashlib.sha256).hexdigest()
+
+
+def seal_head(key: bytes, head: Head) -> bytes:
+    """The content of the file `head`; its length changes only with the number of digits."""
+    text = f"{head}\n".encode()
+    return text + _mac(key, b"head " + text).encode() + b"\n"
+
+
+def read_head(directory: Path, key: bytes | None) -> Head:
+    """The stored head.
+
+    Raises:
+        UsageError: it is missing, damaged, or was written with another key.
+    """
+    path = directory / HEAD
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_HEAD_BYTES)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    text, newline, rest = data.partition(b"\n")
+    try:
+        head = Head.parse(text.decode("ascii", "replace"))
+    except UsageError:
+        raise UsageError(f"{path} is damaged") from None
+    if key is not None and seal_head(key, head) != text + newline + rest:
+        raise UsageError(f"{path} was changed, or written with another key")
+    return head
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_name(number: int) -> str:
+    return f"audit-{number:06}.jsonl"
+
+
+def chain_files(directory: Path) -> list[tuple[int, Path]]:
+    """The files of a chain, oldest first, with their numbers.
+
+    Raises:
+        UsageError: the directory cannot be read.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            found = [
+                (int(match[1]), Path(entry.path))
+                for entry in entries
+                if (match := _FILE.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False)
+            ]
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be read: {error.strerror}") from None
+    return sorted(found)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of a file: its last whole line, and what follows it.
+
+    line: None: the file has no whole line.
+    whole_bytes: the size of the file up to and with its last newline.
+    """
+
+    line: bytes | None
+    whole_bytes: int
+    cut: bytes
+
+
+def read_end(path: Path) -> End:
+    """Read the end of a file, at most the two longest lines of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(0, size - 2 * MAX_LINE_BYTES)
+        file.seek(begin)
+        data = file.read(size - begin)
+    whole, newline, cut = data.rpartition(b"\n")
+    if not newline:
+        return End(None, 0, cut)
+    return End(whole.rpartition(b"\n")[2], size - len(cut), cut)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file with their newlines. One that is too long comes in parts, none of which is valid."""
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            yield line
+
+
+# ── verification ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Report:
+    """The findings of `verify`.
+
+    Attributes:
+        faults: a sentence each, at most 20 of them; none: the chain is valid.
+        num_faults: the number of all faults.
+        notes: changes of the chain that its writer knew of, or that a crash made.
+        kinds: number of lines by their kind.
+        num_lost: requests that could not be recorded, as the writer says itself.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    num_faults: int = 0
+    notes: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    num_files: int = 0
+    first: Line | None = None
+    last: Line | None = None
+    num_lost: int = 0
+    num_objects: int = 0  # contents that are there
+    num_erased: int = 0  # contents that are not there any more
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.num_faults
+
+    def add_fault(self, text: str) -> None:
+        self.num_faults += 1
+        if self.num_faults <= _MOST_FAULTS:
+            self.faults.append(text)
+
+
+CheckObject = Callable[
+    [str, str, str], "bool | None"
+]  # (key id, request id, SHA-256) -> None: it is not there
+
+
+def verify(
+    directory: Path,
+    key: bytes | None,
+    *,
+    anchors: Sequence[Head] = (),
+    check_object: CheckObject | None = None,
+    see: Callable[[Line], None] = lambda line: None,
+) -> Report:
+    """Read a whole chain and check it. A server may be writing to it.
+
+    Args:
+        key: None: only the hashes are checked, which whoever may write the files can make anew.
+        anchors: heads that were kept elsewhere.
+        check_object: says whether the content of a request is the one of that hash.
+        see: is called with every valid line, in order.
+
+    Raises:
+        UsageError: the directory cannot be read.
+    """
+    report = Report()
+    stored: Head | None = None
+    try:
+        stored = read_head(directory, key)  # first: what is written from now on comes after it
+    except UsageError as error:
+        report.add_fault(error.message)
+    reader = _Reader(directory, key, report, [*anchors, *([] if stored is None else [stored])])
+    for line in reader.lines():
+        see(line)
+        content = line.facts.get("content")
+        if check_object is not None and isinstance(content, dict):
+            _check_object(line, content, check_object, report)
+    reader.check_ends(stored, anchors)
+    if key is None:
+        report.notes.append("the HMACs were not checked, because no key was given")
+    elif report.num_faults and not report.kinds:
+        report.notes.append("no line is valid: is this the right key?")
+    return report
+
+
+def _check_object(line: Line, content: dict[str, Any], check_object: CheckObject, report: Report) -> None:
+    names = line.facts.get("key"), line.facts.get("request_id"), content.get("sha256")
+    if not all(isinstance(name, str) for name in names):
+        report.add_fault(f"line {line.head.seq}: it does not name its content")
+        return
+    is_same = check_object(*names)  # type: ignore[arg-type]
+    if is_same is None:
+        report.num_erased += 1
+    else:
+        report.num_objects += 1
+        if not is_same:
+            report.add_fault(f"the content of {names[1]} was changed")
+
+
+class _Reader:
+    """Reads the files of a chain from the first line to the last one."""
+
+    def __init__(self, directory: Path, key: bytes | None, report: Report, wanted: Sequence[Head]) -> None:
+        self._directory, self._key, self._report = directory, key, report
+        self._wanted = {head.seq: "" for head in wanted}  # their SHA-256, as it is read
+        self._expired: list[tuple[object, object]] = []  # (seq, SHA-256) of the last lines of removed files
+        self._head: Head | None = None
+        self._begins_after = Head()
+        self._cut = b""
+
+    def lines(self) -> Iterator[Line]:
+        files = chain_files(self._directory)
+        self._report.num_files = len(files)
+        for at, (_, path) in enumerate(files):
+            for number, line in enumerate(_lines(path), 1):
+                where = f"{path.name} line {number}"
+                if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES and at == len(files) - 1:
+                    self._cut = line
+                elif (found := self._take(line.removesuffix(b"\n"), where)) is not None:
+                    yield found
+
+    def _take(self, line: bytes, where: str) -> Line | None:
+        report, before = self._report, self._head
+        try:
+            found = open_line(line, self._key)
+        except ValueError as error:
+            report.add_fault(f"{where}: {error}")
+            # Go on after it, so that one changed line is not reported as many.
+            self._head = None if before is None else Head(before.seq + 1, hashlib.sha256(line).hexdigest())
+            return None
+        if report.first is None:
+            report.first, self._begins_after = found, Head(found.head.seq - 1, found.prev)
+        elif before is not None and (found.head.seq, found.prev) != (before.seq + 1, before.sha256):
+            report.add_fault(f"{where}: line {found.head.seq} of the chain does not follow line {before.seq}")
+        self._head = found.head
+        report.last = found
+        report.kinds[found.kind] += 1
+        if found.head.seq in self._wanted:
+            self._wanted[found.head.seq] = found.head.sha256
+        if found.kind == "expired":
+            self._expired.append((found.facts.get("last_seq"), found.facts.get("last_sha256")))
+        if isinstance(lost := found.facts.get("lost"), int):
+            report.num_lost += lost
+        if isinstance(cut := found.facts.get("cut_bytes"), int) and cut:
+            report.notes.append(
+                f"line {found.head.seq}: the process before ended within a line, which is lost"
+            )
+        return found
+
+    def check_ends(self, stored: Head | None, anchors: Sequence[Head]) -> None:
+        """Check the two ends of the chain, which the lines themselves cannot prove."""
+        report, last = self._report, Head() if self._report.last is None else self._report.last.head
+        begin = self._begins_after
+        if begin.seq == 0 and begin.sha256 != Head().sha256:
+            report.add_fault("line 1 does not begin a chain")
+        elif begin.seq and (begin.seq, begin.sha256) not in self._expired:
+            report.add_fault(f"lines 1 to {begin.seq} are missing, and no line says that they expired")
+        elif begin.seq:
+            report.notes.append(f"lines 1 to {begin.seq} have expired")
+        for head, what in (
+            *((head, "the anchor") for head in anchors),
+            *(((stored, HEAD),) if stored else ()),
+        ):
+            if head.seq > last.seq:
+                lost = head.seq - last.seq
+                report.add_fault(
+                    f"{what} says that line {head.seq} was written, and the last {lost} of them are missing"
+                )
+            elif head.seq < begin.seq:
+                report.notes.append(f"{what} names line {head.seq}, which has expired")
+            elif (begin.sha256 if head.seq == begin.seq else self._wanted[head.seq]) != head.sha256:
+                report.add_fault(f"{what} and line {head.seq} do not agree")
+        if self._cut:
+            self._check_cut(last)
+
+    def _check_cut(self, last: Head) -> None:
+        """A line that a crash has cut begins like one, and nothing follows a line that says the writer has stopped."""
+        begin = _BEGINNING + f"{last.seq + 1},".encode()
+        is_stopped = self._report.last is not None and self._report.last.kind == "stop"
+        length = min(len(begin), len(self._cut))
+        if is_stopped or self._cut[:length] != begin[:length]:
+            self._report.add_fault(f"{len(self._cut)} bytes after line {last.seq} are no part of the chain")
+        else:
+            self._report.notes.append(
+                f"the line after {last.seq} is cut: it is being written, or a crash cut it"
+            )

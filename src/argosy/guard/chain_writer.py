@@ -1,0 +1,229 @@
+"""Append to an audit chain on a drive that may be full, in a process that may be killed.
+
+    append  ->  a whole line in the newest file, or the file as it was
+    sync    ->  the drive has it, and then `head` says so
+
+A line that a kill has cut is replaced by the next process, which says so in its first line. `head` names only lines
+that are on the drive, so neither a kill nor a power cut lets it name a line that is missing: if one is, somebody
+removed it, and the chain is not continued.
+
+Elsewhere: the format, and how a chain is verified, are `chain.py`; when to write what is `audit.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from argosy.errors import UsageError
+from argosy.guard.chain import (
+    HEAD,
+    KEY,
+    KEY_BYTES,
+    MAX_LINE_BYTES,
+    Head,
+    chain_files,
+    file_name,
+    open_line,
+    read_end,
+    read_head,
+    seal,
+    seal_head,
+)
+from argosy.private_files import make_private, read_secret
+from argosy.replace_file import replace, sync
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class ChainWriter:
+    """The chain in a directory. One process at a time writes to it.
+
+    Args:
+        key_file: the key of the HMACs; None: a file in the directory. It is made for a new chain.
+        max_file_bytes, max_file_s: a file that would exceed one of them ends, and the chain goes on in the next.
+        clock: seconds since 1970.
+
+    Attributes:
+        head: the last line.
+        cut_bytes: the size of a cut line of an earlier process; the first line that is appended replaces it.
+        is_synced: whether the drive has all lines.
+
+    Raises:
+        UsageError: the directory or the key cannot be used, another process writes there, or the chain is damaged.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        key_file: Path | None,
+        *,
+        max_file_bytes: int,
+        max_file_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        make_private(directory, option="--audit", holds="the audit")
+        self._directory, self._clock = directory, clock
+        self._max_file_bytes, self._max_file_s = max_file_bytes, max_file_s
+        self.cut_bytes = 0
+        self._ends_cut = False
+        self.is_synced = True
+        with contextlib.ExitStack() as opened:
+            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            opened.callback(os.close, self._lock)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(
+                    f"{directory} is in use by another server",
+                    hint="give each server its own --audit; a running one erases by `argosy data erase --url URL`",
+                ) from None
+            try:
+                self.key = self._find_key(key_file or directory / KEY)
+                self.head = self._find_end()
+                self._head_file = os.open(directory / HEAD, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                opened.callback(os.close, self._head_file)
+                self._open_file()
+            except OSError as error:
+                raise UsageError(
+                    f"{error.filename or directory} cannot be used for the audit: {error.strerror}"
+                ) from None
+            self._closing = opened.pop_all()
+
+    def _find_key(self, path: Path) -> bytes:
+        is_new = not chain_files(self._directory) and not (self._directory / HEAD).exists()
+        if not is_new and not path.exists():
+            raise UsageError(
+                f"{self._directory} has an audit, and its key {path} is missing",
+                hint="--audit-key-file names it; or begin a new audit in another directory",
+            )
+        key = read_secret(path, KEY_BYTES, lost_with_it="the audit and contents made with it")
+        if is_new:
+            replace(self._directory / HEAD, seal_head(key, Head()))
+        return key
+
+    def _find_end(self) -> Head:
+        """The last line of the chain, which must be the one that `head` names, or come after it."""
+        try:
+            stored = read_head(self._directory, self.key)
+            found = Head()
+            for _, path in reversed(chain_files(self._directory)):
+                if (line := read_end(path).line) is not None:
+                    found = open_line(line, self.key).head
+                    break
+            if found.seq < stored.seq or (found.seq == stored.seq and found != stored):
+                raise ValueError(f"{HEAD} names line {stored.seq}, and the last line is {found.seq}")
+        except (ValueError, UsageError) as error:
+            raise UsageError(
+                f"the audit in {self._directory} is damaged: {error}",
+                hint=f"`argosy audit verify {self._directory}` says more; keep it, and begin a new one elsewhere",
+            ) from None
+        return found
+
+    def _open_file(self) -> None:
+        """Open the newest file after its last whole line, or the first one."""
+        files = chain_files(self._directory)
+        if not files:
+            self._number, self._file = 0, -1
+            self._next_file()
+            return
+        self._number, path = files[-1]
+        end = read_end(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._size, self.cut_bytes, self._ends_cut = end.whole_bytes, len(end.cut), bool(end.cut)
+        self._begun_at = _first_time(path) or self._clock()
+
+    def append(self, kind: str, facts: Mapping[str, object]) -> Head:
+        """Write a line after the last one; returns the new head.
+
+        Raises:
+            OSError: it cannot be written; the chain is as it was.
+            ValueError: it is too long.
+        """
+        if self._ends_cut:
+            os.ftruncate(self._file, self._size)
+            self._ends_cut = False
+        now = self._clock()
+        line, head = seal(self.key, self.head, kind, facts, now)
+        is_old = now - self._begun_at >= self._max_file_s
+        if self._size and (is_old or self._size + len(line) > self._max_file_bytes):
+            self.sync()
+            self._next_file()
+        num_written = 0
+        try:
+            while num_written < len(line):
+                num_written += os.pwrite(self._file, line[num_written:], self._size + num_written)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(line)
+        self.head = head
+        self.is_synced = False
+        return head
+
+    def sync(self) -> None:
+        """Wait until the drive has all lines, then let `head` name the last one.
+
+        Raises:
+            OSError: the drive or its file system refuses.
+        """
+        if self.is_synced:
+            return
+        os.fdatasync(self._file)
+        # In place and in one call, because a reader, or a kill, must find either the old one or the new one.
+        os.pwrite(self._head_file, seal_head(self.key, self.head), 0)
+        self.is_synced = True
+
+    def expire(self, before: float) -> int:
+        """Remove the oldest files, as far as they were last written before this time; returns how many.
+
+        A line says which one goes before it goes, so the chain can be verified without it.
+
+        Raises:
+            OSError: a line cannot be written, or a file not removed.
+            ValueError: the file that should go is damaged, and stays.
+        """
+        num_removed = 0
+        for number, path in chain_files(self._directory):
+            if number == self._number or path.stat().st_mtime >= before:
+                break
+            line = read_end(path).line
+            if line is None:
+                raise ValueError(f"{path.name} has no whole line")
+            last = open_line(line, self.key).head
+            self.append("expired", {"file": path.name, "last_seq": last.seq, "last_sha256": last.sha256})
+            self.sync()
+            path.unlink()
+            num_removed += 1
+        return num_removed
+
+    def close(self) -> None:
+        """Close the files. Closing twice is harmless."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._closing.close()
+
+    def _next_file(self) -> None:
+        path = self._directory / file_name(self._number + 1)
+        file = os.open(path, _NEW_FILE, 0o600)
+        sync(self._directory)
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._number = file, self._number + 1
+        self._size, self._begun_at = 0, self._clock()
+
+
+def _first_time(path: Path) -> float | None:
+    """When the first line of a file was written; None: there is none."""
+    with path.open("rb") as file:
+        line = file.readline(MAX_LINE_BYTES + 1)
+    try:
+        return datetime.fromisoformat(open_line(line.removesuffix(b"\n"), None).facts["time"]).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,123 @@
+"""How models that judge texts are asked, and how their answers are read: one form for each family.
+
+    messages, a policy  ─ a form by name ─>  messages for the model's own chat template  ->  its answer  ->  Verdict
+
+The operator names the form, because a model's files do not. An answer in no known form is a failure, never a pass.
+The models find what they were trained to find: published recall is far from 1 (docs/guides/responsible-use.md).
+
+Elsewhere: `serve/check_by_model.py` runs the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from argosy.guard.verdict import CheckFailed, Verdict
+from argosy.strict_json import JsonError, parse_json
+
+Role = Literal["user", "assistant"]
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardForm:
+    """One way of asking.
+
+    messages: makes the conversation that the model is given, from the role of who says a text, the text, and a policy.
+    read: reads the model's answer. Raises CheckFailed.
+    max_tokens: the longest answer.
+    takes_policy: the operator's own policy, in words, is part of the question.
+    """
+
+    messages: Callable[[Role, str, str], Sequence[Message]]
+    read: Callable[[str], Verdict]
+    max_tokens: int
+    takes_policy: bool = False
+
+
+def _as_said(role: Role, text: str, policy: str) -> Sequence[Message]:
+    """The chat templates of these models write the question themselves, about the last turn."""
+    said = {"role": role, "content": text}
+    return [said] if role == "user" else [{"role": "user", "content": ""}, said]
+
+
+# MLCommons' taxonomy, as the model cards of Llama-Guard 3 and 4 list it.
+_HAZARDS: Mapping[str, str] = {
+    "S1": "violence", "S2": "illicit", "S3": "sexual/crimes", "S4": "sexual/minors", "S5": "defamation",
+    "S6": "specialized-advice", "S7": "privacy", "S8": "intellectual-property", "S9": "illicit/violent", "S10": "hate",
+    "S11": "self-harm", "S12": "sexual", "S13": "elections", "S14": "code-interpreter-abuse",
+}  # fmt: skip
+
+
+def _read_llama_guard(answer: str) -> Verdict:
+    """`safe`, or `unsafe` and a line of categories."""
+    lines = answer.split()
+    if lines == ["safe"]:
+        return Verdict()
+    if not lines or lines[0] != "unsafe":
+        raise CheckFailed("the guard model answered neither safe nor unsafe")
+    named = re.findall(r"\bS[0-9]{1,2}\b", answer)
+    return Verdict(True, {_HAZARDS.get(name, name): 1.0 for name in named} or {"unsafe": 1.0})
+
+
+# The categories of Qwen3Guard's technical report (arXiv:2510.14276).
+_OF_QWEN: Mapping[str, str] = {
+    "Violent": "violence", "Non-violent Illegal Acts": "illicit", "Sexual Content or Sexual Acts": "sexual",
+    "PII": "privacy", "Suicide & Self-Harm": "self-harm", "Unethical Acts": "unethical",
+    "Politically Sensitive Topics": "politically-sensitive", "Copyright Violation": "intellectual-property",
+    "Jailbreak": "jailbreak",
+}  # fmt: skip
+_SAFETY = re.compile(r"^Safety: (Safe|Unsafe|Controversial)\s*$", re.MULTILINE)
+_OF_SAFETY = re.compile(r"^Categories: (.+?)\s*$", re.MULTILINE)
+
+
+def _read_qwen3guard(answer: str) -> Verdict:
+    """`Safety: Unsafe`, then `Categories: Violent, PII`; what is controversial is not flagged, but scored."""
+    safety = _SAFETY.search(answer)
+    if safety is None:
+        raise CheckFailed("the guard model's answer has no line `Safety: ...`")
+    named = _OF_SAFETY.search(answer)
+    names = [] if named is None else [name for name in _OF_QWEN if name in named[1]]
+    score = {"Safe": 0.0, "Controversial": 0.4, "Unsafe": 1.0}[safety[1]]
+    scores = {_OF_QWEN[name]: score for name in names} if score else {}
+    return Verdict(safety[1] == "Unsafe", scores or ({"unsafe": score} if score else {}))
+
+
+_OWN_POLICY = (
+    "{policy}\n\nJudge the content by the policy above. Answer with JSON only, in this form: "
+    '{{"violation": 0 or 1, "category": a short name, or null}}'
+)
+
+
+def _by_policy(role: Role, text: str, policy: str) -> Sequence[Message]:
+    """gpt-oss-safeguard reads the policy as its instructions and the content as the user's message (OpenAI's guide)."""
+    return [
+        {"role": "system", "content": _OWN_POLICY.format(policy=policy)},
+        {"role": "user", "content": text},
+    ]
+
+
+def _read_safeguard(answer: str) -> Verdict:
+    start, end = answer.find("{"), answer.rfind("}")
+    try:
+        found = parse_json(answer[start : end + 1])
+    except JsonError:
+        raise CheckFailed("the guard model's answer is not JSON") from None
+    if not isinstance(found, dict) or found.get("violation") not in (0, 1):
+        raise CheckFailed('the guard model\'s answer has no `"violation": 0` or `1`')
+    if not found["violation"]:
+        return Verdict()
+    category = found.get("category")
+    name = category.strip().lower()[:64] if isinstance(category, str) else ""
+    return Verdict(True, {name or "policy": 1.0})
+
+
+GUARD_FORMS: Mapping[str, GuardForm] = {
+    "llama-guard": GuardForm(_as_said, _read_llama_guard, max_tokens=64),
+    "qwen3guard": GuardForm(_as_said, _read_qwen3guard, max_tokens=128),
+    # It thinks before it answers.
+    "gpt-oss-safeguard": GuardForm(_by_policy, _read_safeguard, max_tokens=2048, takes_policy=True),
+}

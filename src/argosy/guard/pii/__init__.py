@@ -1,0 +1,1 @@
+"""Personal data and secrets in texts: found, replaced by placeholders, and put back."""

@@ -1,0 +1,101 @@
+"""Telephone numbers: sequences of digits that the numbering plans of Google's libphonenumber know.
+
+A number begins with a country code, or has the form that people of one of the given regions write. Digits without a
+separator are a national number only with the leading zero of its region: ten digits in a row may be anything.
+
+Elsewhere: other entities are `entities.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from argosy.errors import UsageError
+from argosy.guard.pii.entities import Candidate, Rule
+
+_PATTERN = r"(?:\(?\+ ?|\()?[0-9](?:[ ()./\-]{0,3}[0-9]){6,18}"
+_FEWEST_DIGITS, _MOST_DIGITS = 7, 15
+_MOST_TRIED = 4  # ends of a candidate: a price or a date may follow a number
+# Reading a candidate takes some 50 microseconds. A text has room for so many, and one more for every so many bytes;
+# beyond them a number with a country code is believed, and another one is not looked at.
+MOST_READ, _BYTES_OF_ANOTHER = 512, 256
+_IN_NUMBER = re.compile(rb"[0-9][ .\-/_]?\Z")
+_NO_PHONE = re.compile(r"[0-9]+\.[0-9]+|[0-9]{1,4}([./\-])[0-9]{1,2}\1[0-9]{2,4}")  # a decimal, a date
+_GROUP_END = re.compile(r"[0-9](?=[^0-9]|$)")
+
+
+def rule(regions: Sequence[str], options: Any) -> tuple[Rule, Any]:
+    """The rule for telephone numbers, and its compiled pattern.
+
+    Args:
+        regions: ISO 3166 codes of the regions whose national forms are numbers, such as DE.
+        options: for RE2.
+
+    Raises:
+        UsageError: a region is unknown.
+    """
+    import re2
+
+    made = Rule("phone", _PATTERN, _Phones(regions).read, is_number=True)
+    return made, re2.compile(_PATTERN.encode(), options)
+
+
+class _Phones:
+    def __init__(self, regions: Sequence[str]) -> None:
+        import phonenumbers
+
+        self._library: Any = phonenumbers
+        for region in regions:
+            if region not in phonenumbers.SUPPORTED_REGIONS:
+                raise UsageError(f"unknown region {region[:8]!a}; expected an ISO code such as DE or US")
+        # Each with the prefix that national numbers begin with, as people write them.
+        self._regions = [
+            (region, phonenumbers.ndd_prefix_for_region(region, True) or "") for region in regions
+        ]
+
+    def read(self, found: Candidate) -> Candidate | None:
+        """The telephone number that a candidate begins with."""
+        if found.text.startswith("(") and ")" not in found.text:
+            found = found.beginning(found.start + 1)
+        if found.before.isalnum() or found.before in (b".", b"-", b"_", b"/", b"$", b"=", b"+"):
+            return None
+        is_international = found.text.startswith(("+", "(+", "00"))
+        if not is_international and _IN_NUMBER.search(found.data, max(0, found.start - 2), found.start):
+            return None  # a later group of something longer
+        if _NO_PHONE.fullmatch(found.text):
+            return None
+        if found.number > MOST_READ + len(found.data) // _BYTES_OF_ANOTHER:
+            return found if is_international else None
+        ends = [at.end() for at in _GROUP_END.finditer(found.text)]
+        for end in ends[: -_MOST_TRIED - 1 : -1]:
+            number = found.ending(found.start + end)
+            if re.match(rb"[0-9A-Za-z_]|[.\-]?[0-9]", number.after):
+                continue
+            text = number.text
+            num_digits = sum(map(str.isdecimal, text))
+            if _FEWEST_DIGITS <= num_digits <= _MOST_DIGITS and self._is_number(
+                text, num_digits, is_international
+            ):
+                return number
+        return None
+
+    def _is_number(self, text: str, num_digits: int, is_international: bool) -> bool:
+        if is_international:
+            return self._is_valid("+" + text[2:] if text.startswith("00") else text.lstrip("("), None)
+        for region, prefix in self._regions:
+            begins_at_home = prefix == "0" and text.lstrip("(").startswith("0")
+            is_separated = prefix != "0" and num_digits < len(text)
+            if (begins_at_home or is_separated) and self._is_valid(text, region):
+                return True
+        return False
+
+    def _is_valid(self, text: str, region: str | None) -> bool:
+        try:
+            number = self._library.parse(text, region)
+        except self._library.NumberParseException:
+            return False
+        if region is None:
+            return bool(self._library.is_valid_number(number))
+        return bool(self._library.is_valid_number_for_region(number, region))

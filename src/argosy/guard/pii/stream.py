@@ -1,0 +1,170 @@
+"""Find values in a text that is still being written, and hold back no more of it than could become one.
+
+    pieces  ->  held text  ─ no value can begin before and end behind this place ─>  Passed: text, or a value
+
+Only the end of a text is held back: its last word, and the words before it as far as a value may have spaces between
+them. So ordinary prose is a word behind, and a row of digit groups at most SPACED_BYTES. What passes, joined, is the
+text; and its values are those that `Finder.find` finds in the whole of it.
+
+Elsewhere: a placeholder that is being written is held by `placeholders.Restorer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from argosy.guard.pii.entities import PRIVATE_KEY_BEGINS, PRIVATE_KEY_ENDS, SECRET_NAMES, SPACED_BYTES, Entity
+from argosy.guard.pii.finder import Finder
+from argosy.guard.pii.spelling import plain
+
+MOST_HELD = 8192  # characters: a longer word is passed on as far as it is no value
+_READ_AT_ONCE = 1 << 16
+_REST_OF_WORD, _REST_OF_KEY = re.compile(r"(?=\s)"), re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
+_MARK = 64  # longer than the mark that ends a key
+_WORD = re.compile(rb"[^ \t\n]+")
+# A group of a number, or what stands between two groups.
+_OF_NUMBER = re.compile(rb"[^0-9]*[0-9].*|[()./\-+_]+|[A-Z]{1,4}", re.DOTALL)
+_AT_OR_DOT = rb"(?i:at|arroba|arobase|klammeraffe|dot|punkt|point|punto|@|\.|%40|&#0?64;)"
+_COULD_JOIN = frozenset(
+    word[:length].encode()
+    for word in (
+        "at",
+        "arroba",
+        "arobase",
+        "klammeraffe",
+        "dot",
+        "punkt",
+        "point",
+        "punto",
+        "%40",
+        "&#64;",
+        "&#064;",
+    )
+    for length in range(1, len(word) + 1)
+)
+_JOINS = re.compile(rb"[(\[{<]?" + _AT_OR_DOT + rb"[)\]}>]?|[(\[{<]|[)\]}>]|[:=]")
+# As the end of a word, or as its beginning.
+_JOINS_NEXT = re.compile(rb"(?:@|%40|&#0?64;|[:=][\"']?|[(\[{<]" + _AT_OR_DOT + rb"?[)\]}>]?|[)\]}>])$")
+_JOINS_LAST = re.compile(rb"(?:@|%40|&#0?64;|[:=]|[(\[{<]|" + _AT_OR_DOT + rb"?[)\]}>])")
+_NAMES_SECRET = re.compile(rb"(?i:" + SECRET_NAMES.encode() + rb")[\"']?$")
+
+
+class Passed(NamedTuple):
+    """A part of the text; `entity` is None if it is no value."""
+
+    text: str
+    entity: Entity | None
+
+
+def parts_of(text: str, finder: Finder) -> Iterator[Passed]:
+    """A whole text in parts. A long one is read piece by piece: finding takes many times the memory of a piece."""
+    stream = FindingStream(finder)
+    for start in range(0, len(text), _READ_AT_ONCE):
+        yield from stream.push(text[start : start + _READ_AT_ONCE])
+    yield from stream.finish()
+
+
+class FindingStream:
+    """One text, piece by piece."""
+
+    def __init__(self, finder: Finder) -> None:
+        self._finder = finder
+        self._held = ""
+        self._rest_of: Entity | None = None  # a value longer than MOST_HELD, of which more may come
+        self._is_key = False  # whether that value is a private key
+
+    def push(self, text: str) -> list[Passed]:
+        """Take the next piece; return what can be decided now."""
+        self._held += text
+        return self._pass(is_end=False)
+
+    def finish(self) -> list[Passed]:
+        """Return the rest; another text may follow."""
+        return self._pass(is_end=True)
+
+    def _pass(self, *, is_end: bool) -> list[Passed]:
+        passed = self._pass_rest(is_end)
+        if not self._held or self._rest_of is not None:
+            return passed
+        given = plain(self._held)
+        found = self._finder.find_plain(given)
+        until = len(self._held) if is_end else given.place(open_from(given.data))
+        for value in found:
+            if value.start < until < value.end:
+                until = value.start
+        if not is_end and len(self._held) - until > MOST_HELD:
+            until = len(self._held) - MOST_HELD
+            for value in found:
+                if value.start < until < value.end:
+                    until = value.end
+                    self._rest_of = value.entity if until == len(self._held) else None
+                    self._is_key = self._held.startswith(PRIVATE_KEY_BEGINS.decode(), value.start)
+        at = 0
+        for value in found:
+            if value.end <= until:
+                passed += _text(self._held[at : value.start])
+                passed.append(Passed(self._held[value.start : value.end], value.entity))
+                at = value.end
+        passed += _text(self._held[at:until])
+        self._held = self._held[until:]
+        return passed
+
+    def _pass_rest(self, is_end: bool) -> list[Passed]:
+        """More of a value that is longer than what can be held back: a word, or a key up to its end."""
+        if self._rest_of is None or not self._held:
+            return []
+        entity, end = self._rest_of, _REST_OF_KEY if self._is_key else _REST_OF_WORD
+        found = end.search(self._held)
+        until = (
+            found.end()
+            if found is not None
+            else len(self._held) - (0 if is_end or not self._is_key else _MARK)
+        )
+        if found is not None or is_end:
+            self._rest_of = None
+        passed, self._held = self._held[: max(0, until)], self._held[max(0, until) :]
+        return [Passed(passed, entity)] if passed else []
+
+
+def _text(text: str) -> Iterator[Passed]:
+    if text:
+        yield Passed(text, None)
+
+
+def open_from(data: bytes) -> int:
+    """Where in a text that may go on the first value could begin that is not complete yet."""
+    line = data.rfind(b"\n") + 1
+    words = list(_WORD.finditer(data, max(line, len(data) - 2 * SPACED_BYTES)))
+    start = len(data)
+    if words:
+        if words[0].start() > line and len(words) == 1:  # a long word began before
+            return _word_start(data, words[0].start())
+        start, last = words[-1].start(), words[-1][0]
+        if words[-1].end() == len(data) and last.lower() in _COULD_JOIN:
+            last = b"@"  # a word for it is being written
+        for word in reversed(words[:-1]):
+            if len(data) - start > SPACED_BYTES or not _may_join(word[0], last):
+                break
+            start, last = word.start(), word[0]
+    key = data.rfind(PRIVATE_KEY_BEGINS)
+    if key >= 0:
+        end = data.find(PRIVATE_KEY_ENDS, key)
+        if end < 0 or data.find(b"-----", end + len(PRIVATE_KEY_ENDS)) < 0:
+            start = min(start, key)
+    return _word_start(data, start)
+
+
+def _word_start(data: bytes, at: int) -> int:
+    return max(data.rfind(white, 0, at) for white in (b" ", b"\t", b"\n")) + 1 if at < len(data) else at
+
+
+def _may_join(word: bytes, following: bytes) -> bool:
+    """Whether a value may have these two words, with a space between them."""
+    if _OF_NUMBER.fullmatch(word) and _OF_NUMBER.fullmatch(following):
+        return True
+    return bool(
+        _JOINS.fullmatch(word) or _JOINS.fullmatch(following) or _JOINS_NEXT.search(word)
+        or _JOINS_LAST.match(following) or _NAMES_SECRET.search(word)
+    )  # fmt: skip

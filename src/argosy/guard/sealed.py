@@ -1,0 +1,216 @@
+"""Texts of requests and answers, for an audit that keeps them: an encrypted file each, under the key of its tenant.
+
+    <audit dir>/content/<tenant>/key             32 random bytes, encrypted with a key made of the audit's own
+    <audit dir>/content/<tenant>/<request id>    AES-256-GCM of the content; the request id is authenticated, too
+
+The chain has only the SHA-256 of an encrypted file. So erasing a file, or a tenant's key and with it all of that
+tenant's contents, leaves the chain valid. Names of tenants are hashes.
+
+Erasing overwrites the key once and removes it. A drive that keeps old blocks, a snapshot or a backup may still have it.
+
+Elsewhere: the chain is `chain.py`; who may write here, and when, is `audit.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from argosy.errors import UsageError
+from argosy.replace_file import replace, sync
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+CONTENT = "content"  # name of the directory
+MAX_BYTES = 8 << 20  # per object; a larger file is none of ours
+_KEY = "key"
+_NONCE_BYTES, _TAG_BYTES = 12, 16
+_REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
+_GOING = ".erasing-"
+
+
+def require_cryptography() -> None:
+    """Check that contents can be encrypted.
+
+    Raises:
+        UsageError: the package for that is not installed.
+    """
+    _cipher(bytes(32))
+
+
+def _cipher(key: bytes) -> AESGCM:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError:
+        raise UsageError(
+            "contents are encrypted with the package cryptography, which is not installed",
+            hint="pip install 'argosy[audit]'",
+        ) from None
+    return AESGCM(key)
+
+
+class SealedContents:
+    """The contents in an audit's directory. One process at a time writes; any number may read.
+
+    Args:
+        audit_key: the key of the chain's HMACs.
+    """
+
+    def __init__(self, directory: Path, audit_key: bytes) -> None:
+        self._root = directory / CONTENT
+        self._wrapping_key = hmac.new(audit_key, b"argosy audit content", hashlib.sha256).digest()
+
+    def put(self, key_id: str, request_id: str, content: bytes) -> str:
+        """Encrypt and write a content; returns the SHA-256 of the encrypted file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        directory = self._directory(key_id)
+        cipher = _cipher(self._tenant_key(directory))
+        nonce = os.urandom(_NONCE_BYTES)
+        data = nonce + cipher.encrypt(nonce, content, request_id.encode())
+        replace(directory / _name(request_id), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def get(self, key_id: str, request_id: str) -> bytes | None:
+        """The content of a request; None: it or its key was erased.
+
+        Raises:
+            UsageError: it was changed, or encrypted with another key.
+        """
+        directory = self._directory(key_id)
+        data, wrapped = _read(directory / _name(request_id)), _read(directory / _KEY)
+        if data is None or wrapped is None:
+            return None
+        return _decrypt(_decrypt(self._wrapping_key, wrapped, b"key"), data, request_id.encode())
+
+    def is_same(self, key_id: str, request_id: str, sha256: str) -> bool | None:
+        """Whether the encrypted file has this SHA-256; None: there is none, or nothing can decrypt it any more."""
+        directory = self._directory(key_id)
+        if not _REQUEST_ID.fullmatch(request_id):
+            return False
+        data = _read(directory / request_id)
+        if data is None or not (directory / _KEY).exists():
+            return None
+        return hashlib.sha256(data).hexdigest() == sha256
+
+    def erase(self, key_id: str) -> int:
+        """Erase a tenant's key and contents; returns the number of contents.
+
+        Raises:
+            OSError: they cannot be removed.
+        """
+        directory = self._directory(key_id)
+        if not directory.is_dir():
+            return 0
+        # Renamed first: a kill from here on leaves nothing that can be found, and `sweep` removes the rest.
+        going = self._root / f"{_GOING}{directory.name}-{os.urandom(4).hex()}"
+        directory.rename(going)
+        sync(self._root)
+        return _remove(going)
+
+    def sweep(self, before: float) -> int:
+        """Remove the contents written before this time, in seconds since 1970; returns how many.
+
+        Raises:
+            OSError: they cannot be removed.
+        """
+        num_removed = 0
+        for directory in self._directories():
+            if directory.name.startswith(_GOING):
+                _remove(directory)
+                continue
+            with os.scandir(directory) as entries:
+                old = [
+                    Path(entry.path)
+                    for entry in entries
+                    if _REQUEST_ID.fullmatch(entry.name)
+                    and entry.stat(follow_symlinks=False).st_mtime < before
+                ]
+            for path in old:
+                path.unlink()
+            num_removed += len(old)
+        return num_removed
+
+    def size(self, key_id: str | None = None) -> tuple[int, int]:
+        """Number and bytes of the contents, of all tenants or of one."""
+        directories = self._directories() if key_id is None else [self._directory(key_id)]
+        sizes = [
+            entry.stat(follow_symlinks=False).st_size
+            for directory in directories
+            if directory.is_dir()
+            for entry in os.scandir(directory)
+            if _REQUEST_ID.fullmatch(entry.name)
+        ]
+        return len(sizes), sum(sizes)
+
+    def _directories(self) -> Iterator[Path]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._root) as entries:
+            yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+    def _directory(self, key_id: str) -> Path:
+        return (
+            self._root / hashlib.sha256(b"tenant " + key_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        )
+
+    def _tenant_key(self, directory: Path) -> bytes:
+        """The key of a tenant, made when it is first needed. It is read each time: it may have been erased."""
+        wrapped = _read(directory / _KEY)
+        if wrapped is not None:
+            return _decrypt(self._wrapping_key, wrapped, b"key")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key, nonce = os.urandom(32), os.urandom(_NONCE_BYTES)
+        replace(directory / _KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, b"key"))
+        return key
+
+
+def _name(request_id: str) -> str:
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise ValueError("not a request id")
+    return request_id
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a file, at most MAX_BYTES; None: there is no such file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb", buffering=0) as file:
+        return file.read(MAX_BYTES)
+
+
+def _decrypt(key: bytes, data: bytes, bound_to: bytes) -> bytes:
+    cipher = _cipher(key)
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        if len(data) < _NONCE_BYTES + _TAG_BYTES:
+            raise InvalidTag
+        return cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], bound_to)
+    except InvalidTag:
+        raise UsageError("a content of the audit was changed, or encrypted with another key") from None
+
+
+def _remove(directory: Path) -> int:
+    """Overwrite and remove the key of a directory that is going, then its contents; returns their number."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(directory / _KEY, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, bytes(os.fstat(descriptor).st_size), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        (directory / _KEY).unlink()
+    num_contents = sum(_REQUEST_ID.fullmatch(name) is not None for name in os.listdir(directory))
+    shutil.rmtree(directory)
+    return num_contents

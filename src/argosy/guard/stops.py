@@ -1,0 +1,123 @@
+"""Stops: models, keys and persons whose requests the operator refuses and whose answers end.
+
+    POST /v1/engine/stops  ->  Stops.set  ->  FILE, for the next process  ->  is_stopped, for each request and token
+
+It works at once and needs no restart. Stopping a key deletes nothing of it, unlike revoking it.
+
+Elsewhere: the route is `serve/stops.py`; revoking a key is `keys.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from argosy.errors import ArgosyError, UsageError
+from argosy.replace_file import replacing
+from argosy.strict_json import JsonError, parse_json
+
+Kind = Literal["model", "key", "user"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MOST_STOPPED = 10_000  # per kind
+LONGEST_NAME = 512
+_MOST_FILE_BYTES = 32 << 20
+_VERSION = 1
+
+
+class Stopped(ArgosyError):
+    """The operator has stopped the model or the key of a request."""
+
+    http_status = 403
+
+
+class Stops:
+    """Any thread may use it.
+
+    Args:
+        path: where it is kept; None: until the process ends.
+
+    Raises:
+        UsageError: the file cannot be read, or is not one of stops.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._names: dict[Kind, frozenset[str]] = {kind: frozenset() for kind in KINDS}
+        if path is not None:
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the file again, if there is one. Raises UsageError, and then nothing changes."""
+        if self.path is None:
+            return
+        try:
+            with self.path.open("rb") as file:
+                data = file.read(_MOST_FILE_BYTES + 1)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read: {error.strerror}") from None
+        with self._lock:
+            try:
+                self._names = _names_in(data)
+            except ValueError as error:
+                raise UsageError(f"{self.path} is not a file of stops: {error}") from None
+
+    def is_stopped(self, kind: Kind, name: str) -> bool:
+        return name in self._names[kind]
+
+    def require(self, kind: Literal["model", "key"], name: str) -> None:
+        """Check that the operator has not stopped a model or a key.
+
+        Raises:
+            Stopped: it is stopped.
+        """
+        if self.is_stopped(kind, name):
+            raise Stopped(f"the operator of this server has stopped this {kind}", code=f"{kind}_stopped")
+
+    def set(self, kind: Kind, name: str, *, is_stopped: bool) -> None:
+        """Stop something, or let it go on; keep that in the file.
+
+        Raises:
+            UsageError: too much is stopped already, or the file cannot be written.
+        """
+        with self._lock:
+            names = self._names[kind] | {name} if is_stopped else self._names[kind] - {name}
+            if len(names) > MOST_STOPPED:
+                raise UsageError(f"at most {MOST_STOPPED} of one kind can be stopped")
+            made = {**self._names, kind: names}
+            if self.path is not None:
+                listed: dict[str, object] = {"version": _VERSION}
+                for one, kept in made.items():
+                    listed[one] = sorted(kept)
+                try:
+                    with replacing(self.path) as write:
+                        write(json.dumps(listed, indent=2).encode())
+                except OSError as error:
+                    raise UsageError(f"{self.path} cannot be written: {error.strerror}") from None
+            self._names = made
+
+    def listed(self) -> Mapping[Kind, list[str]]:
+        """All that is stopped, by kind."""
+        return {kind: sorted(names) for kind, names in self._names.items()}
+
+
+def _names_in(data: bytes) -> dict[Kind, frozenset[str]]:
+    if len(data) > _MOST_FILE_BYTES:
+        raise ValueError(f"it has more than {_MOST_FILE_BYTES} bytes")
+    try:
+        given = parse_json(data)
+    except JsonError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(given, dict) or given.keys() != {"version", *KINDS} or given["version"] != _VERSION:
+        raise ValueError(f"it has no version {_VERSION}, or other fields than {', '.join(KINDS)}")
+    for kind in KINDS:
+        names = given[kind]
+        is_list = isinstance(names, list) and len(names) <= MOST_STOPPED
+        if not is_list or not all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names):
+            raise ValueError(f"{kind} is no list of at most {MOST_STOPPED} names")
+    return {kind: frozenset(given[kind]) for kind in KINDS}

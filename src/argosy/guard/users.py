@@ -1,0 +1,55 @@
+"""Limits and a block list for the persons behind a key, as far as its client names them.
+
+    `safety_identifier`, `user` or `metadata.user_id`  ->  Users.admit  ->  the request goes on, 403 or 429
+
+One key often serves many persons. A name means something only together with its key, and is kept as a keyed digest that
+no other process can make. A client that names nobody, or names somebody else, is not held back: the key's own limits
+are `limits.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+
+from argosy.errors import ArgosyError
+from argosy.guard.buckets import Buckets
+from argosy.guard.limits import TooMany
+
+MOST_USERS = 1 << 16
+
+
+class UserBlocked(ArgosyError):
+    """The operator has blocked the person that a request names."""
+
+    http_status = 403
+
+
+class Users:
+    """Any thread may use it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._buckets = Buckets(clock, most_names=MOST_USERS)
+        self._secret = secrets.token_bytes(32)
+
+    def admit(self, tenant: str, user: str, per_minute: int | None, *, is_blocked: bool) -> None:
+        """Count a request of a person.
+
+        Raises:
+            UserBlocked: the operator blocks them.
+            TooMany: they have used up their requests.
+        """
+        if is_blocked:
+            raise UserBlocked(
+                "the operator of this server does not accept requests of this user", code="user_blocked"
+            )
+        if per_minute is None:
+            return
+        name = hashlib.blake2b(
+            f"{tenant}\0{user}".encode("utf-8", "surrogatepass"), key=self._secret
+        ).hexdigest()
+        wait_s = self._buckets.take(name, per_minute)
+        if wait_s:
+            raise TooMany(f"a user may make {per_minute} requests per minute", retry_after_s=wait_s)

@@ -1,0 +1,174 @@
+"""Lists of words and phrases that are not allowed, in the clear or as hashes.
+
+    FILE: one phrase a line, or `sha256:HEX NUM_WORDS`  ->  WordList  ->  judge a text, or a stream of it
+
+Phrases are compared word by word: in NFKC, in lower case, without characters that nobody sees, and with letters that
+look Latin taken for Latin ones. A hash is the SHA-256 of a phrase in that form, its words joined by single spaces; so a
+list can be passed on without its words. What stands between words does not matter.
+
+A stream is held back by as many words as the longest phrase has, so no part of a phrase is passed on.
+
+Elsewhere: which list a policy uses is `policy.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from argosy.errors import UsageError
+from argosy.guard.pii.spelling import UNSEEN, latin_of
+from argosy.guard.verdict import Verdict
+
+MOST_WORDS = 16  # per phrase
+MOST_HELD = (
+    8192  # characters of a stream: a phrase with more than that between its words is passed on in part
+)
+MOST_PHRASES = 200_000
+_WORD = re.compile(rf"(?:[^\W_]|[{UNSEEN}])*[^\W_](?:[^\W_]|[{UNSEEN}])*")
+_UNSEEN = re.compile(f"[{UNSEEN}]+")
+_HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")
+_READ_AT_ONCE = 1 << 14  # characters of a whole text: words take many times the memory of their text
+_LONGEST_WORD = 64  # characters that are compared; no phrase has a longer word
+
+
+@functools.lru_cache(1 << 14)
+def _compared(word: str) -> str:
+    return latin_of(unicodedata.normalize("NFKC", _UNSEEN.sub("", word)).casefold())
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    text: str
+    start: int
+    end: int
+
+
+def _words(text: str) -> list[_Word]:
+    return [
+        _Word(_compared(match[0][:_LONGEST_WORD]), match.start(), match.end())
+        for match in _WORD.finditer(text)
+    ]
+
+
+def digest_of(phrase: str) -> str:
+    """The line of a list that stands for a phrase."""
+    words = [word.text for word in _words(phrase)]
+    return f"sha256:{_digest(words)} {len(words)}"
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+class WordList:
+    """A list; any thread may use it.
+
+    Args:
+        text: the content of its file.
+        name: the file's name, for errors.
+        category: the category that a phrase of the list stands for.
+
+    Raises:
+        UsageError: a line has no word, too many of them, or the list too many lines.
+    """
+
+    def __init__(self, text: str, name: str, *, category: str) -> None:
+        self._category = category
+        self._phrases: set[tuple[str, ...]] = set()
+        self._hashes: set[str] = set()
+        self._lengths: set[int] = set()  # lengths of phrases in the clear, in words
+        self._hashed_lengths: set[int] = set()
+        for number, line in enumerate(text.splitlines(), 1):
+            stripped = line.strip()
+            if not stripped or stripped.startswith("#"):
+                continue
+            if len(self._phrases) + len(self._hashes) >= MOST_PHRASES:
+                raise UsageError(f"{name} has more than {MOST_PHRASES} phrases, which is the limit")
+            try:
+                self._add(stripped)
+            except ValueError as error:
+                raise UsageError(f"{name}, line {number}: {error}") from None
+        self.most_words = max((*self._lengths, *self._hashed_lengths), default=0)
+
+    def _add(self, line: str) -> None:
+        if line.startswith("sha256:"):
+            found = _HASHED.fullmatch(line)
+            if found is None:
+                raise ValueError("a hash has the form `sha256:HEX NUM_WORDS`, HEX 64 digits in lower case")
+            length = int(found[2] or 1)
+            self._hashes.add(found[1])
+            lengths = self._hashed_lengths
+        else:
+            words = tuple(word.text for word in _words(line))
+            length = len(words)
+            self._phrases.add(words)
+            lengths = self._lengths
+        if not 1 <= length <= MOST_WORDS:
+            raise ValueError(f"a phrase has 1 to {MOST_WORDS} words, found {length}")
+        lengths.add(length)
+
+    def judge(self, text: str) -> Verdict:
+        """Whether a whole text has a phrase of the list."""
+        stream = self.stream()
+        for start in range(0, len(text), _READ_AT_ONCE):
+            stream.push(text[start : start + _READ_AT_ONCE])
+        stream.finish()
+        return Verdict(True, {self._category: 1.0}) if stream.is_flagged else Verdict()
+
+    def _has_phrase(self, words: list[_Word]) -> bool:
+        texts = [word.text for word in words]
+        return any(
+            tuple(part) in self._phrases for length in self._lengths for part in _windows(texts, length)
+        ) or any(
+            _digest(part) in self._hashes
+            for length in self._hashed_lengths
+            for part in _windows(texts, length)
+        )
+
+    def stream(self) -> ListStream:
+        """Judge a text that comes in pieces."""
+        return ListStream(self)
+
+
+def _windows(words: list[str], length: int) -> Iterator[list[str]]:
+    return (words[at : at + length] for at in range(len(words) - length + 1))
+
+
+class ListStream:
+    """One text, piece by piece.
+
+    is_flagged: a phrase was found; nothing more is passed on.
+    """
+
+    def __init__(self, words: WordList) -> None:
+        self._list = words
+        self._held = ""
+        self.is_flagged = False
+
+    def push(self, text: str) -> str:
+        """Take the next piece; return what is no part of a phrase."""
+        self._held += text
+        return self._pass(is_end=False)
+
+    def finish(self) -> str:
+        """Return the rest; another text may follow."""
+        return self._pass(is_end=True)
+
+    def _pass(self, *, is_end: bool) -> str:
+        words = _words(self._held)
+        whole = words if is_end or not words or words[-1].end < len(self._held) else words[:-1]
+        self.is_flagged = self.is_flagged or self._list._has_phrase(whole)
+        if self.is_flagged:
+            self._held = ""
+            return ""
+        keep = 0 if is_end else self._list.most_words
+        until = words[-keep].start if 0 < keep <= len(words) else (len(self._held) if keep == 0 else 0)
+        if keep:
+            until = max(until, len(self._held) - MOST_HELD)
+        passed, self._held = self._held[:until], self._held[until:]
+        return passed
