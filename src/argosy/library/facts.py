@@ -1,0 +1,62 @@
+"""Remember what the headers of models say, so that a list of them reads no header twice.
+
+One file in the user's cache directory. An entry is of files with the same sizes and times, read by the same version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+from argosy.library.places import Model
+from argosy.plan import machine
+from argosy.replace_file import replacing
+from argosy.strict_json import JsonError, parse_json
+from argosy.user_directories import cache_directory
+
+_MOST_BYTES = 4 << 20
+_MOST_ENTRIES = 1000
+
+
+class FactsCache:
+    """Facts by model: plain JSON objects. `save` writes what is new."""
+
+    def __init__(self) -> None:
+        self._path = cache_directory() / "library-facts.json"
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._is_changed = False
+        with suppress(OSError, JsonError):
+            if self._path.stat().st_size <= _MOST_BYTES:
+                raw = parse_json(self._path.read_bytes())
+                if isinstance(raw, dict):
+                    self._facts = {key: value for key, value in raw.items() if isinstance(value, dict)}
+
+    def get(self, model: Model) -> dict[str, Any] | None:
+        return self._facts.get(_key(model))
+
+    def put(self, model: Model, facts: dict[str, Any]) -> None:
+        self._facts[_key(model)] = facts
+        self._is_changed = True
+
+    def save(self) -> None:
+        """Save the facts; if they cannot be written, they are read again the next time."""
+        if not self._is_changed:
+            return
+        newest = dict(list(self._facts.items())[-_MOST_ENTRIES:])
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as write:
+                write(json.dumps(newest).encode())
+
+
+def _key(model: Model) -> str:
+    towers = () if model.tower is None else (model.tower,)
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
+    config = model.path / "config.json"
+    if config.exists():
+        files.append((str(config), config.stat().st_size, config.stat().st_mtime_ns))
+    known = (metadata.version("argosy"), machine.usable_cores(), str(model.path), files)
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]

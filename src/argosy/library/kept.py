@@ -1,0 +1,169 @@
+"""Argosy's own records of models: aliases, when each was last used, and which were pulled.
+
+One small file in the user's data directory, which only its owner reads. Changes are made one process at a time, and a
+crash leaves the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from argosy.errors import UsageError
+from argosy.replace_file import replacing
+from argosy.strict_json import JsonError, parse_json
+from argosy.user_directories import data_directory
+
+MAIN = "main"  # the branch that a repository's name means
+_MOST_BYTES = 8 << 20
+_MOST_USED = 1000  # models whose last use is remembered
+_VERSION = 1
+_LATEST = 1 << 37  # latest time; later ones have no date
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+_MOST_CHARACTERS = 128  # per revision
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A model that Argosy fetched, or began to fetch.
+
+    revision: the commit.
+    blobs: digests of its files, as the hub's cache names them.
+    asked: the branch, tag or commit that was asked for; "": the main branch.
+    licence: as the hub's card stated it then; "": not stated.
+    accepted_at: when the user agreed to fetch it under that licence, in seconds since 1970; 0: nobody was asked.
+    """
+
+    repository: str
+    revision: str
+    nbytes: int
+    blobs: tuple[str, ...]
+    asked: str = ""
+    licence: str = ""
+    accepted_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The file's contents: names by alias, seconds since 1970 by a model's name, and pulled models by name."""
+
+    aliases: dict[str, str] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+    pulled: dict[str, Pulled] = field(default_factory=dict)
+
+
+def is_revision(text: str) -> bool:
+    """Whether a text can be a branch, a tag or a commit, and a path below `refs` in the hub's cache."""
+    return len(text) <= _MOST_CHARACTERS and _REVISION.fullmatch(text) is not None
+
+
+def path() -> Path:
+    return data_directory() / "library.json"
+
+
+def read() -> Kept:
+    """Read the records.
+
+    Raises:
+        UsageError: the file cannot be read, or is damaged.
+    """
+    place = path()
+    try:
+        if place.stat().st_size > _MOST_BYTES:
+            raise _damaged(place, f"is larger than {_MOST_BYTES} bytes")
+        return _parse(place.read_bytes(), place)
+    except FileNotFoundError:
+        return Kept()
+    except OSError as error:
+        raise UsageError(f"{place} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def changing() -> Iterator[Kept]:
+    """Change the records: they are written at the end of the context, unless it raises.
+
+    Raises:
+        UsageError: the file is damaged, or cannot be written.
+    """
+    place = path()
+    try:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with replacing(place) as write:
+            kept = read()
+            before = _to_json(kept)
+            yield kept
+            if (after := _to_json(kept)) != before:
+                write(after)
+    except OSError as error:
+        raise UsageError(f"{place} cannot be written: {error.strerror}") from error
+
+
+def note_use(name: str) -> None:
+    """Remember that a model is used now. What cannot be written is not remembered."""
+    with suppress(UsageError), changing() as kept:
+        kept.used[name] = int(time.time())
+        for old in sorted(kept.used, key=lambda one: kept.used[one])[:-_MOST_USED]:
+            del kept.used[old]
+
+
+def _to_json(kept: Kept) -> bytes:
+    return (json.dumps({"version": _VERSION, **asdict(kept)}, indent=1) + "\n").encode()
+
+
+def _parse(data: bytes, place: Path) -> Kept:
+    try:
+        raw = parse_json(data)
+    except JsonError as error:
+        raise _damaged(place, error.fault) from error
+    if not isinstance(raw, dict) or raw.get("version") != _VERSION:
+        raise _damaged(place, f"is not of version {_VERSION}")
+    aliases, used, pulled = (raw.get(name) for name in ("aliases", "used", "pulled"))
+    if not (isinstance(aliases, dict) and isinstance(used, dict) and isinstance(pulled, dict)):
+        raise _damaged(place, "has no aliases, used or pulled")
+    if not all(isinstance(target, str) for target in aliases.values()):
+        raise _damaged(place, "has an alias that stands for no text")
+    if not all(type(when) is int for when in used.values()):
+        raise _damaged(place, "has a time that is no whole number")
+    return Kept(aliases, used, {name: _pulled(value, place) for name, value in pulled.items()})
+
+
+def _pulled(value: Any, place: Path) -> Pulled:
+    fields: Mapping[str, Any] = value if isinstance(value, dict) else {}
+    repository, revision, nbytes, blobs = (
+        fields.get(name) for name in ("repository", "revision", "nbytes", "blobs")
+    )
+    # Files that were written before have none of these.
+    asked, licence, accepted_at = (
+        fields.get(name, default) for name, default in (("asked", ""), ("licence", ""), ("accepted_at", 0))
+    )
+    if (
+        not isinstance(repository, str)
+        or not _REPOSITORY.fullmatch(repository)
+        or not isinstance(revision, str)
+        or not _DIGEST.fullmatch(revision)
+        or not isinstance(asked, str)
+        or (asked and not is_revision(asked))
+        or not isinstance(licence, str)
+        or type(accepted_at) is not int
+        or not 0 <= accepted_at < _LATEST
+        or type(nbytes) is not int
+        or not isinstance(blobs, list)
+        # They become names of files that are deleted.
+        or not all(isinstance(blob, str) and _DIGEST.fullmatch(blob) for blob in blobs)
+    ):
+        raise _damaged(place, "describes a model that was pulled in another way than expected")
+    return Pulled(repository, revision, nbytes, tuple(blobs), asked, licence, accepted_at)
+
+
+def _damaged(place: Path, fault: str) -> UsageError:
+    return UsageError(
+        f"{place} {fault}", hint="it has the aliases of models and what was pulled: correct it, or remove it"
+    )

@@ -1,0 +1,222 @@
+"""Find a model by what a caller writes: `demo`, a path, an alias, a name, or a part that only one name has.
+
+A path that exists always wins, so that a command that names a file never begins to mean another. A name of the form
+OWNER/NAME is whole: it is never taken for a part of a longer one.
+
+Elsewhere: `places.py` finds the models; `engine/options.py` has `locate_model`, which every command calls.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from argosy.checkpoint.gguf import GGUF_SUFFIX
+from argosy.checkpoint.untrusted_file import quote
+from argosy.config import DEMO
+from argosy.errors import CheckpointError, UsageError
+from argosy.library import kept
+from argosy.library.places import Found, Model, find_models
+
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MOST_SHOWN = 12
+
+
+def find(text: str) -> Model | Path | None:
+    """Find a model by `text`: `demo`, a path that exists or that an alias stands for, a model of the library, or None.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: parts of the model are missing.
+    """
+    if text == DEMO or _exists(text):
+        return Path(text)
+    return _find(text, find_models())
+
+
+class Named(NamedTuple):
+    """The result of looking up a text.
+
+    path: None: nothing that is here.
+    name: the whole name of the model, or the path that the text is an alias of; None for `demo` and paths.
+    """
+
+    text: str
+    path: Path | None
+    name: str | None
+
+
+def look_up(text: str) -> Named:
+    """Look a text up in the library, once.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: parts of the model are missing.
+    """
+    if text == DEMO or _exists(text):
+        return Named(text, Path(text), None)
+    model = find(text)
+    if model is None:
+        return Named(text, None, None)
+    return Named(text, model, str(model)) if isinstance(model, Path) else Named(text, model.path, model.name)
+
+
+def find_exactly(text: str, models: Sequence[Model]) -> Model | None:
+    """The model of that name, be it whole or not; a part of a name is not enough.
+
+    Raises:
+        UsageError: several models match.
+    """
+    return _named(text, models, allow_part=False)
+
+
+def locate(text: str) -> Path:
+    """The path of what `text` names. A text that can only be a path is one, whether it exists or not.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: there is none, or parts of it are missing.
+    """
+    if text == DEMO or _exists(text):
+        return Path(text)
+    found = find_models()
+    model = _find(text, found)
+    if model is None and _is_path(text):
+        return Path(text)
+    if model is None:
+        raise _unknown(text, found)
+    return model if isinstance(model, Path) else model.path
+
+
+def add_alias(alias: str, target: str) -> str:
+    """Let `alias` stand for a model, by its whole name, or for a path; returns which.
+
+    Raises:
+        UsageError: it cannot be an alias, or several models match the target.   CheckpointError: the target is nowhere.
+    """
+    if not _ALIAS.fullmatch(alias) or alias == DEMO:
+        raise UsageError(
+            f"'{quote(alias)}' cannot be an alias",
+            hint=f"an alias has at most 64 letters, digits, '.', '_' and '-', and is not '{DEMO}'",
+        )
+    found = find_models()
+    if any(model.name == alias for model in found.models):
+        raise UsageError(f"'{alias}' is the name of a model already")
+    if _exists(target):
+        whole = str(Path(target).resolve())
+    else:
+        model = _find(target, found)
+        if model is None:
+            raise _unknown(target, found)
+        whole = str(model) if isinstance(model, Path) else model.name
+    with kept.changing() as known:
+        known.aliases[alias] = whole
+    return whole
+
+
+def remove_alias(alias: str) -> str:
+    """Forget an alias; returns what it stood for.
+
+    Raises:
+        UsageError: there is no such alias.
+    """
+    with kept.changing() as known:
+        if alias not in known.aliases:
+            raise UsageError(
+                f"'{quote(alias)}' is no alias",
+                hint="`argosy alias` lists them",
+            )
+        return known.aliases.pop(alias)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # no name of a file is as long as that
+        return False
+
+
+def _find(text: str, found: Found) -> Model | Path | None:
+    aliases = kept.read().aliases
+    if text in aliases:
+        target = aliases[text]
+        if Path(target).is_absolute():
+            if not _exists(target):
+                raise CheckpointError(f"the alias '{text}' stands for {target}, which does not exist")
+            return Path(target)
+        if (model := _named(target, found.models, allow_part=False)) is None:
+            raise CheckpointError(
+                f"the alias '{text}' stands for {quote(target)}, which is not here",
+                hint=f"`argosy alias {text} --remove` forgets it",
+            )
+    elif (model := _named(text, found.models, allow_part=True)) is None:
+        return None
+    if model.num_missing:
+        at = f" --revision {model.asked}" if model.asked else ""
+        raise CheckpointError(
+            f"{model.name} is not whole: {model.num_missing} of its files are missing from {model.path}",
+            hint=f"`argosy pull {model.name}{at}` fetches them" if model.place == "hub" else None,
+        )
+    return model
+
+
+def _named(text: str, models: Sequence[Model], *, allow_part: bool) -> Model | None:
+    """The model with that name; otherwise with that name but for its owner or format; otherwise with it as a part."""
+    wanted = text.lower()
+    repository, _, part = wanted.partition(":")
+
+    def is_short_form(model: Model) -> bool:
+        whole, _, format = model.name.lower().partition(":")
+        short = whole.rpartition("/")[2]
+        return repository in (whole, short) and part in ("", format)
+
+    def is_part(model: Model) -> bool:
+        whole, _, format = model.name.lower().partition(":")
+        if "/" in repository:
+            return repository == whole and part in format
+        return wanted in model.name.lower() or (bool(part) and repository in whole and part in format)
+
+    for matches in (
+        lambda model: model.name.lower() == wanted,
+        is_short_form,
+        *([is_part] if allow_part else []),
+    ):
+        # The same name at two places is one model, and the first place has it.
+        matching = {model.name: model for model in reversed(models) if matches(model)}
+        if len(matching) > 1:
+            names = sorted(matching)
+            more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+            raise UsageError(
+                f"'{quote(text)}' matches {len(names)} models: {', '.join(names[:_MOST_SHOWN])}{more}",
+                hint="give the whole name of one, or `argosy alias NAME TARGET`",
+            )
+        if matching:
+            return next(iter(matching.values()))
+    return None
+
+
+def _unknown(text: str, found: Found) -> CheckpointError:
+    """Says what is near, and how to get the model."""
+    if _is_path(text):
+        return CheckpointError(f"{quote(text)} does not exist", path=Path(text))
+    from argosy.checkpoint.hub import Source  # imports HTTP, which an engine does not need
+
+    names = [*(model.name for model in found.models), *kept.read().aliases]
+    short = {name.rpartition("/")[2].lower(): name for name in names}
+    near = difflib.get_close_matches(text.rpartition("/")[2].lower(), short, n=3, cutoff=0.6)
+    said = f"; near: {', '.join(short[name] for name in near)}" if near else ""
+    if "/" in text and Source.find(text, {}) is not None:
+        hint = f"`argosy pull {text}` fetches it from the hub, and `argosy plan {text}` says first whether it fits"
+    else:
+        hint = (
+            "`argosy list` shows the models that are here; `argosy pull OWNER/NAME` fetches one from the hub"
+        )
+    return CheckpointError(f"no model here is named '{quote(text)}'{said}", hint=hint, path=Path(text))
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text that is neither here nor a model can only be a path."""
+    path = Path(text)
+    parts = len(path.parts)
+    is_below = parts > 1 and _exists(str(path.parent))
+    return text.startswith(("/", ".", "~")) or is_below or path.suffix == GGUF_SUFFIX or parts > 2

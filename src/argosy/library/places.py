@@ -1,0 +1,481 @@
+"""Find the models that programs on this machine keep, and use them in place.
+
+    hub        HF_HUB_CACHE, HF_HOME/hub        models--OWNER--NAME/snapshots/REVISION/..., links to ../../blobs
+    LM Studio  ~/.lmstudio/models, or another   OWNER/NAME/*.gguf
+               that its settings.json names
+    Ollama     OLLAMA_MODELS, ~/.ollama/models  manifests/HOST/OWNER/NAME/TAG, blobs/sha256-...
+
+These files were written by other programs, and may be half written or hostile. A directory that cannot be read, a
+link that is broken or leads out of its place, a manifest that contradicts itself: each is passed over with a note, and
+never followed. Nothing is opened but small manifests; `open_model` says whether a model is sound.
+
+Elsewhere: `names.py` chooses one of the models by its name; `pull.py` adds to the hub's cache.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, format_in_name
+from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE
+from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, read_at
+from argosy.errors import CheckpointError, UsageError
+from argosy.library import kept
+from argosy.library.kept import Pulled
+
+Place = Literal["hub", "LM Studio", "Ollama"]
+
+CONFIG_FILE = "config.json"
+_MOST_ENTRIES = 20_000  # per directory
+_MOST_NOTES = 50
+_MANIFEST_BYTES = 1 << 20
+_SETTINGS_BYTES = 4 << 20  # LM Studio's settings
+_MOST_LAYERS = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REVISION = re.compile(r"[0-9a-f]{40,64}")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\.safetensors")
+_TOWERS = ("F16", "BF16", "Q8_0", "F32")  # best first: exact enough, and small
+_OLLAMA_HOST, _OLLAMA_OWNER = "registry.ollama.ai", "library"
+_WEIGHTS, _TOWER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that is here.
+
+    name: OWNER/NAME, OWNER/NAME:Q4_K_M, or Ollama's NAME:TAG.
+    path: the path for `open_model`.
+    root: the directory of its place. Every path below is inside it, also with links resolved.
+    files: with weights, as the place names them.
+    tower: the file with its vision tower, if that is not beside its weights under a name that says so.
+    num_missing: parts of it that are not here.
+    manifest: Ollama's manifest.
+    asked: the revision of its pull, if that was not the main branch.
+    """
+
+    name: str
+    place: Place
+    root: Path
+    path: Path
+    files: tuple[Path, ...]
+    tower: Path | None = None
+    num_missing: int = 0
+    manifest: Path | None = None
+    asked: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, its tower included."""
+        towers = () if self.tower is None else (self.tower,)
+        return sum(path.stat().st_size for path in {*self.files, *towers} if path.exists())
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The models of all places, and what was passed over."""
+
+    models: list[Model] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        if len(self.notes) < _MOST_NOTES:
+            self.notes.append(sentence)
+
+
+def find_models(environment: Mapping[str, str] | None = None) -> Found:
+    """The models of all places: the hub's first, then LM Studio's, then Ollama's, each by name."""
+    found = Found()
+    models = [
+        _hub_models(hub_cache(environment), _pinned(found), found),
+        *(_lm_studio_models(root, found) for root in _lm_studio(environment, found)),
+        *(_ollama_models(root, found) for root in _ollama(environment)),
+    ]
+    for of_place in models:
+        found.models.extend(sorted(of_place, key=lambda model: model.name.lower()))
+    return found
+
+
+def hub_cache(environment: Mapping[str, str] | None = None) -> Path:
+    """The directory of the hub's cache, as the hub's own client chooses it."""
+    environment = os.environ if environment is None else environment
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if own := environment.get(name):
+            return Path(own).expanduser().absolute()
+    home = environment.get("HF_HOME")
+    if not home:
+        caches = environment.get("XDG_CACHE_HOME") or _home(environment) / ".cache"
+        home = str(Path(caches) / "huggingface")
+    return Path(home).expanduser().absolute() / "hub"
+
+
+def repository_folder(repository: str) -> str:
+    """The directory of a repository in the hub's cache."""
+    return "models--" + repository.replace("/", "--")
+
+
+def tower_of(model: Path) -> Path | None:
+    """The vision tower of a GGUF model, if its place keeps it elsewhere than beside the model.
+
+    The hub's repositories have quantisations in folders of their own and the tower above them; Ollama's manifests name
+    the tower's blob.
+    """
+    if model.parent.name == "blobs" and (model.parent.parent / "manifests").is_dir():
+        root = model.parent.parent
+        towers = {
+            one.tower for one in _ollama_models(root, Found()) if one.path == model and one.tower is not None
+        }
+        return towers.pop() if len(towers) == 1 else None
+    snapshot = model.parent.parent
+    if snapshot.parent.name != "snapshots" or not _REVISION.fullmatch(snapshot.name):
+        return None
+    names = [entry.name for entry in _entries(model.parent, Found()) if _is_tower(entry.name)]
+    if names:
+        return None  # beside it, where `open_model` finds it
+    root = snapshot.parent.parent.parent
+    above = [entry.name for entry in _entries(snapshot, Found()) if _is_tower(entry.name)]
+    chosen = choose_tower(above)
+    return snapshot / chosen if chosen is not None and _lies_in(root, snapshot / chosen) else None
+
+
+def choose_tower(names: Sequence[str]) -> str | None:
+    """One of several files with the same vision tower in different formats."""
+    towers = [name for name in sorted(names) if _is_tower(name.rpartition("/")[2])]
+
+    def rank(name: str) -> int:
+        format = format_in_name(name.removesuffix(GGUF_SUFFIX))
+        return _TOWERS.index(format) if format in _TOWERS else len(_TOWERS)
+
+    return min(towers, key=rank, default=None)
+
+
+def gguf_names(repository: str, stems: Sequence[str]) -> dict[str, str]:
+    """The library's name of each GGUF model in a repository, by the stem of its file: OWNER/NAME:FORMAT, if that is
+    no other's name, too.
+    """
+    parts = {stem: format_in_name(stem) for stem in stems}
+    alone = {part for part in parts.values() if part and list(parts.values()).count(part) == 1}
+    return {
+        stem: f"{repository}:{part if part in alone else stem.rpartition('/')[2]}"
+        for stem, part in parts.items()
+    }
+
+
+# ── the hub's cache ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pinned(found: Found) -> dict[str, list[tuple[str, Pulled]]]:
+    """The models that were pulled at a revision other than the main branch, by repository."""
+    try:
+        pulled = kept.read().pulled
+    except UsageError as error:
+        found.note(error.message)
+        return {}
+    pinned: dict[str, list[tuple[str, Pulled]]] = {}
+    for name, one in pulled.items():
+        if one.asked:
+            pinned.setdefault(one.repository, []).append((name, one))
+    return pinned
+
+
+def _hub_models(
+    root: Path, pinned: Mapping[str, Sequence[tuple[str, Pulled]]], found: Found
+) -> Iterator[Model]:
+    """The models of each repository at its main branch; those in `pinned` at the revision of their pull."""
+    for folder in _entries(root, found):
+        kind, _, name = folder.name.partition("--")
+        parts = name.split("--")
+        if kind != "models" or not 1 <= len(parts) <= 2 or not all(map(_NAME.fullmatch, parts)):
+            continue
+        if folder.is_symlink():
+            found.note(f"{folder} is a link, which is not followed")
+            continue
+        repository, snapshots = "/".join(parts), _snapshots(folder, found)
+
+        def models_at(snapshot: Path, repository: str = repository) -> Iterator[Model]:
+            files = _files(root, snapshot, found, depth=2)
+            return _models_in(snapshot, files, repository, place="hub", root=root)
+
+        own = [(name, one) for name, one in pinned.get(repository, ()) if one.revision in snapshots]
+        newest = _snapshot(folder, snapshots)
+        models = {} if newest is None else {model.name: model for model in models_at(newest)}
+        for name, one in own:
+            at = {model.name: model for model in models_at(snapshots[one.revision])}
+            if name in at:
+                models[name] = replace(at[name], asked=one.asked)
+        yield from models.values()
+
+
+def _snapshots(folder: Path, found: Found) -> dict[str, Path]:
+    """The snapshots of a repository by their commit."""
+    return {
+        entry.name: entry
+        for entry in _entries(folder / "snapshots", found)
+        if _REVISION.fullmatch(entry.name) and not entry.is_symlink()
+    }
+
+
+def _snapshot(folder: Path, snapshots: Mapping[str, Path]) -> Path | None:
+    """The revision that `main` points to, or else the newest one."""
+    if (found := snapshots.get(read_ref(folder / "refs" / kept.MAIN))) is not None:
+        return found
+    return max(snapshots.values(), key=lambda entry: entry.lstat().st_mtime, default=None)
+
+
+def read_ref(path: Path) -> str:
+    """The commit that a branch or tag of the hub's cache points to; "" if that cannot be read."""
+    try:
+        with open_regular(path) as (descriptor, nbytes):
+            return read_at(descriptor, min(nbytes, 100), 0, path).decode("ascii", "replace").strip()
+    except CheckpointError:
+        return ""
+
+
+def _models_in(
+    directory: Path, files: Mapping[str, Path], name: str, *, place: Place, root: Path
+) -> Iterator[Model]:
+    """The models in a directory of a repository: one of safetensors, or any number of GGUF files."""
+    if CONFIG_FILE in files:
+        shards = [SINGLE_FILE] if SINGLE_FILE in files else [file for file in files if _SHARD.fullmatch(file)]
+        if shards or INDEX_FILE in files:
+            yield Model(
+                name=name,
+                place=place,
+                root=root,
+                path=directory,
+                files=tuple(files[file] for file in shards),
+                num_missing=_num_missing(shards, _SHARD),
+            )
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        base = file.rpartition("/")[2]
+        if base.endswith(GGUF_SUFFIX) and not _is_tower(base):
+            part = PART_NAME.fullmatch(file)
+            models.setdefault(part["stem"] if part else file.removesuffix(GGUF_SUFFIX), []).append(file)
+    towers = [file for file in files if _is_tower(file.rpartition("/")[2])]
+    names = gguf_names(name, list(models))
+    for stem, parts in models.items():
+        beside = [tower for tower in towers if tower.rpartition("/")[0] == stem.rpartition("/")[0]]
+        above = [tower for tower in towers if "/" not in tower]
+        tower = choose_tower(beside or above)
+        yield Model(
+            name=names[stem],
+            place=place,
+            root=root,
+            path=files[parts[0]],
+            files=tuple(files[part] for part in parts),
+            tower=None if tower is None else files[tower],
+            num_missing=_num_missing(parts, PART_NAME),
+        )
+
+
+def _num_missing(names: Sequence[str], pattern: re.Pattern[str]) -> int:
+    parts = [match for name in names if (match := pattern.fullmatch(name))]
+    return max(0, max((int(part["count"]) for part in parts), default=1) - len(names))
+
+
+# ── LM Studio ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _lm_studio(environment: Mapping[str, str] | None, found: Found) -> list[Path]:
+    """The folders of models: the one that the settings of LM Studio name, and the one that it has otherwise."""
+    user = _home(os.environ if environment is None else environment)
+    homes = [user / ".lmstudio", user / ".cache" / "lm-studio"]
+    pointer = user / ".lmstudio-home-pointer"  # to the home that it uses, if it was started
+    try:
+        with open_regular(pointer) as (descriptor, nbytes):
+            homes.insert(0, Path(os.fsdecode(read_at(descriptor, min(nbytes, 4096), 0, pointer)).strip()))
+    except CheckpointError:
+        pass
+    folders: list[Path] = []
+    for home in dict.fromkeys(path for path in homes if path.is_absolute() and "\0" not in str(path)):
+        named = _named_folder(home / "settings.json", found)
+        folders += [home / "models"] if named is None else [named, home / "models"]
+    return list(dict.fromkeys(folders))
+
+
+def _named_folder(settings: Path, found: Found) -> Path | None:
+    """The folder of models that settings of LM Studio name; None if they name none."""
+    if not os.path.lexists(settings):
+        return None
+    try:
+        with open_regular(settings) as (descriptor, nbytes):
+            if nbytes > _SETTINGS_BYTES:
+                raise CheckpointError(f"it is {nbytes} bytes long; at most {_SETTINGS_BYTES} are read")
+            raw = parse_object(read_at(descriptor, nbytes, 0, settings), settings)
+    except CheckpointError as error:
+        found.note(f"{settings} is passed over: {error.message}")
+        return None
+    folder = raw.get("downloadsFolder")
+    if folder is None:
+        return None
+    if not isinstance(folder, str) or not Path(folder).is_absolute() or "\0" in folder:
+        found.note(f"{settings} names the folder '{quote(folder)}', which is no absolute path")
+        return None
+    return Path(folder)
+
+
+def _lm_studio_models(root: Path, found: Found) -> Iterator[Model]:
+    for owner in _entries(root, found):
+        if owner.is_symlink() or not owner.is_dir() or not _NAME.fullmatch(owner.name):
+            continue
+        for folder in _entries(owner, found):
+            if folder.is_symlink() or not folder.is_dir() or not _NAME.fullmatch(folder.name):
+                continue
+            files = _files(root, folder, found, depth=1)
+            name = f"{owner.name}/{folder.name}"
+            yield from _models_in(folder, files, name, place="LM Studio", root=root)
+
+
+# ── Ollama ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ollama(environment: Mapping[str, str] | None) -> list[Path]:
+    environment = os.environ if environment is None else environment
+    if own := environment.get("OLLAMA_MODELS"):
+        return [Path(own).expanduser().absolute()]
+    return [_home(environment) / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+
+
+def _ollama_models(root: Path, found: Found) -> Iterator[Model]:
+    for host, owner, name, manifest in ollama_manifests(root, found):
+        try:
+            layers = _layers(root, manifest)
+            weights = [blob for kind, blob in layers if kind == _WEIGHTS]
+            if not weights:
+                continue  # an adapter, or a model that runs elsewhere
+            if len(weights) > 1:
+                raise CheckpointError(f"it has {len(weights)} files with weights; models of one are read")
+            towers = [blob for kind, blob in layers if kind == _TOWER]
+        except CheckpointError as error:
+            found.note(f"{manifest} is passed over: {error.message}")
+            continue
+        shown = name if (host, owner) == (_OLLAMA_HOST, _OLLAMA_OWNER) else f"{owner}/{name}"
+        shown = shown if host == _OLLAMA_HOST else f"{host}/{shown}"
+        yield Model(
+            name=f"{shown}:{manifest.name}",
+            place="Ollama",
+            root=root,
+            path=weights[0],
+            files=tuple(weights),
+            tower=towers[0] if len(towers) == 1 else None,
+            manifest=manifest,
+        )
+
+
+def ollama_manifests(root: Path, found: Found) -> Iterator[tuple[str, str, str, Path]]:
+    """Host, owner, name and manifest of every model of Ollama."""
+
+    def folders(directory: Path) -> Iterator[Path]:
+        for entry in _entries(directory, found):
+            if _NAME.fullmatch(entry.name) and not entry.is_symlink() and entry.is_dir():
+                yield entry
+
+    for host in folders(root / "manifests"):
+        for owner in folders(host):
+            for name in folders(owner):
+                for manifest in _entries(name, found):
+                    if not _NAME.fullmatch(manifest.name):
+                        continue
+                    if manifest.is_symlink() or not manifest.is_file():
+                        found.note(f"{manifest} is no regular file, and is passed over")
+                        continue
+                    yield host.name, owner.name, name.name, manifest
+
+
+def manifest_digests(manifest: Path) -> list[tuple[str, str, int]]:
+    """Media type, digest in hex and size of each layer of a manifest, its config included.
+
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    with open_regular(manifest) as (descriptor, nbytes):
+        if nbytes > _MANIFEST_BYTES:
+            raise CheckpointError(f"it is {nbytes} bytes long; at most {_MANIFEST_BYTES} are read")
+        raw = parse_object(read_at(descriptor, nbytes, 0, manifest), manifest)
+    layers = raw.get("layers")
+    if not isinstance(layers, list) or len(layers) > _MOST_LAYERS:
+        raise CheckpointError(f"its layers are missing, or more than {_MOST_LAYERS}")
+    found = []
+    for layer in [*layers, *([raw["config"]] if "config" in raw else [])]:
+        fields = layer if isinstance(layer, dict) else {}
+        kind, digest, size = fields.get("mediaType"), fields.get("digest"), fields.get("size")
+        match = _DIGEST.fullmatch(digest) if isinstance(digest, str) else None
+        if not isinstance(kind, str) or match is None or type(size) is not int:
+            raise CheckpointError(
+                f"it has a layer with digest '{quote(digest)}', expected sha256: and 64 digits"
+            )
+        found.append((kind, match[1], size))
+    return found
+
+
+def _layers(root: Path, manifest: Path) -> list[tuple[str, Path]]:
+    """Media type and blob of the layers with weights."""
+    found = []
+    for kind, digest, size in manifest_digests(manifest):
+        if kind not in (_WEIGHTS, _TOWER):
+            continue
+        blob = root / "blobs" / f"sha256-{digest}"
+        if not _lies_in(root, blob):
+            raise CheckpointError(
+                f"the blob sha256-{digest[:12]}... is not there, or is a link that leads outside"
+            )
+        if blob.stat().st_size != size:
+            raise CheckpointError(
+                f"the blob sha256-{digest[:12]}... is {blob.stat().st_size} bytes long, and it says {size}"
+            )
+        found.append((kind, blob))
+    return found
+
+
+# ── files of others ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _entries(directory: Path, found: Found) -> list[Path]:
+    """The entries of a directory by name; none, with a note, if it cannot be read."""
+    try:
+        with os.scandir(directory) as entries:
+            listed = [directory / entry.name for _, entry in zip(range(_MOST_ENTRIES), entries, strict=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        found.note(f"{directory} cannot be read: {error.strerror}")
+        return []
+    return sorted(listed)
+
+
+def _files(root: Path, directory: Path, found: Found, *, depth: int) -> dict[str, Path]:
+    """The regular files below a directory by their names in it, and links to such that lie in `root`."""
+    files: dict[str, Path] = {}
+    for entry in _entries(directory, found):
+        if entry.is_dir() and not entry.is_symlink():
+            if depth > 1:
+                below = _files(root, entry, found, depth=depth - 1)
+                files |= {f"{entry.name}/{name}": path for name, path in below.items()}
+        elif _lies_in(root, entry):
+            files[entry.name] = entry
+        elif entry.is_symlink():
+            found.note(f"{entry} is passed over: it is a link that is broken or leads out of {root}")
+    return files
+
+
+def _lies_in(root: Path, path: Path) -> bool:
+    """Whether a path, with links resolved, is a regular file in `root`."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    return target.is_relative_to(root.resolve()) and target.is_file()
+
+
+def _is_tower(name: str) -> bool:
+    return "mmproj" in name and name.endswith(GGUF_SUFFIX)
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("HOME") or Path.home())

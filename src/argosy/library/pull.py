@@ -1,0 +1,433 @@
+"""Fetch a model from a hub into the hub's cache, where other programs find it, too.
+
+    OWNER/NAME[:Q4_K_M]  ->  look_up  ->  Download: one commit, the files that are needed, what is here of them
+                         ->  fetch    ->  blobs/DIGEST, then links to them in snapshots/COMMIT
+
+Each file is written from its beginning to its end, as DIGEST.incomplete, and becomes a blob when its digest is right.
+A pull that ends, in whatever way, leaves beginnings of files, and the next one continues them. The hub's own locks let
+one process at a time write a blob, so two pulls of a model share its files. A snapshot gets its links when all its
+blobs are there.
+
+Elsewhere: `checkpoint/hub.py` trusts no answer; `cli/pull.py` asks before it fetches.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME
+from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, RemoteFile, Source
+from argosy.checkpoint.pack import goes_with_weights, is_licence
+from argosy.checkpoint.safetensors import INDEX_FILE
+from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
+from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
+from argosy.library import kept
+from argosy.library.places import choose_tower, gguf_names, hub_cache, repository_folder
+from argosy.model.remote import choose_weights
+from argosy.plan import machine
+from argosy.replace_file import replace as replace_file
+from argosy.replace_file import sync
+
+PARTIAL_SUFFIX = ".incomplete"
+_LIST_BYTES = 4 << 20
+_NUM_AT_ONCE = 4  # files
+_MOST_FAILURES = 5  # in a row, without a byte between them
+_READ_BYTES = 1 << 20
+_RESERVE_BYTES = 64 << 20  # stay free on the drive
+_TICK_S, _GRACE_S = 0.2, 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """The files that a pull fetches.
+
+    source: the repository at one commit.
+    asked: the branch, tag or commit that was asked for; "": the main branch.
+    name: the model's name in the library.
+    licence: as its card has it, or "".
+    files: weights first, then what goes with them. All have a size and a digest.
+    root: the hub's cache.
+    """
+
+    source: Source
+    asked: str
+    name: str
+    licence: str
+    files: tuple[RemoteFile, ...]
+    root: Path
+
+    @property
+    def nbytes(self) -> int:
+        return sum(blob.nbytes for blob in self.blobs)
+
+    @property
+    def here_bytes(self) -> int:
+        """Bytes of it that are in the cache, beginnings of files included."""
+        return sum(blob.here_bytes for blob in self.blobs)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / repository_folder(self.source.repository)
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshots" / self.source.revision
+
+    @property
+    def blobs(self) -> list[Blob]:
+        """Its files by content: two with the same content are one blob."""
+        return list({blob.digest: blob for blob in map(self.blob_of, self.files)}.values())
+
+    def blob_of(self, file: RemoteFile) -> Blob:
+        digest = file.sha256 or file.git_sha1
+        assert digest is not None
+        assert file.nbytes is not None
+        return Blob(file.name, digest, file.nbytes, self.folder / "blobs" / digest)
+
+    @property
+    def path(self) -> Path:
+        """The path for `open_model` after the download."""
+        weights = self.files[0].name
+        return self.snapshot / weights if weights.endswith(GGUF_SUFFIX) else self.snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file by its content. `digest` is its SHA-256, or the SHA-1 of its blob in git, which has 40 digits."""
+
+    name: str
+    digest: str
+    nbytes: int
+    path: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+
+    @property
+    def is_here(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.nbytes
+
+    @property
+    def here_bytes(self) -> int:
+        if self.is_here:
+            return self.nbytes
+        with suppress(OSError):
+            return min(self.partial.stat().st_size, self.nbytes)
+        return 0
+
+    def hasher(self) -> hashlib._Hash:
+        if len(self.digest) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.nbytes, usedforsecurity=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """How far a fetch is. `waits_for` names files that another program is fetching."""
+
+    done_bytes: int
+    total_bytes: int
+    waits_for: tuple[str, ...] = ()
+
+
+Watch = Callable[[Moment], None]
+
+
+def look_up(text: str, revision: str | None = None) -> Download:
+    """Ask the hub for the files of a model, and choose those that are needed. No weights are read.
+
+    Args:
+        revision: a branch, tag or commit; None: the main branch.
+
+    Raises:
+        UsageError: `text` is no model of this hub, or does not say which of several, or the revision has no such form.
+        FetchFailed: the hub cannot be reached, or refuses.
+        CheckpointError: there is no model, or the answer is malformed or has no digests.
+    """
+    source = Source.find(text)
+    endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    if source is None or not source.repository:
+        raise UsageError(
+            f"'{quote(text)}' is no model of a hub",
+            hint="give OWNER/NAME, or OWNER/NAME:Q4_K_M for a GGUF file",
+        )
+    if source.url != endpoint:
+        raise UsageError(
+            f"{quote(text)} is on another hub than {endpoint}, whose models the cache holds under the same names",
+            hint=f"`HF_ENDPOINT={source.url} argosy pull {source.repository}` asks that one",
+        )
+    if revision is not None and not kept.is_revision(revision):
+        raise UsageError(
+            f"'{quote(revision)}' cannot be a revision",
+            hint="give a branch, a tag or a commit, such as v1.0 or refs/pr/1",
+        )
+    asked = "" if revision in (None, kept.MAIN) else revision
+    source = replace(source, revision=asked)
+    listing = Hub(source, most_bytes=_LIST_BYTES).list_files()
+    weights = choose_weights(listing.names, source)
+    chosen = dict.fromkeys((*weights, *_beside(weights, listing.names)))
+    files = {file.name: file for file in listing.files}
+    for name in chosen:
+        _require_known(source, files[name])
+    stem = weights[0].removesuffix(GGUF_SUFFIX)
+    if part := PART_NAME.fullmatch(weights[0]):
+        stem = part["stem"]
+    is_gguf = weights[0].endswith(GGUF_SUFFIX)
+    return Download(
+        source=replace(source, revision=listing.revision),
+        asked=asked,
+        name=gguf_names(source.repository, [stem])[stem] if is_gguf else source.repository,
+        licence=listing.licence,
+        files=tuple(files[name] for name in chosen),
+        root=hub_cache(),
+    )
+
+
+def _beside(weights: list[str], names: list[str]) -> list[str]:
+    """The files that a model needs beside its weights."""
+    top = [name for name in names if "/" not in name and goes_with_weights(name)]
+    if not weights[0].endswith(GGUF_SUFFIX):
+        return [*top, *(name for name in names if name == INDEX_FILE)]
+    licences = [name for name in top if is_licence(name)]
+    folder = weights[0].rpartition("/")[0]
+    beside = [name for name in names if name.rpartition("/")[0] == folder]
+    tower = choose_tower(beside) or choose_tower([name for name in names if "/" not in name])
+    return licences if tower is None else [tower, *licences]
+
+
+def _require_known(source: Source, file: RemoteFile) -> None:
+    if file.nbytes is None or (file.sha256 is None and file.git_sha1 is None):
+        raise CheckpointError(
+            f"{source.repository}: the hub's list of files has no size and digest of {quote(file.name)}",
+            path=source.url,
+        )
+    if file.sha256 is None and file.nbytes > JSON_LIMIT_BYTES:
+        raise CheckpointError(
+            f"{source.repository}: {quote(file.name)} is {file.nbytes} bytes long, and has no SHA-256",
+            path=source.url,
+        )
+
+
+def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at: int | None = None) -> Path:
+    """Fetch what is not here, check it, and link it; returns what `open_model` opens.
+
+    Args:
+        watch: called a few times a second.
+        accepted_at: when the user agreed to its licence, in seconds since 1970; None: nobody was asked now, and what
+            was agreed to before holds as long as the licence is the same.
+
+    Raises:
+        DiskFull: there is no room for it.   UsageError: the cache cannot be written.
+        FetchFailed: the connection failed again and again; what came is kept.
+        CheckpointError: a file has another size or digest than the hub's list says; it is not kept.
+    """
+    missing_bytes = download.nbytes - download.here_bytes
+    free_bytes = machine.free_disk_bytes(download.root)
+    if missing_bytes and missing_bytes + _RESERVE_BYTES > free_bytes:
+        raise DiskFull(
+            f"{download.name} needs {missing_bytes / 1e9:.1f} GB more, and {free_bytes / 1e9:.1f} GB are free in "
+            f"{download.root}",
+            hint="free some space, or name a directory on another drive with HF_HUB_CACHE",
+            path=download.root,
+            needed_bytes=missing_bytes + _RESERVE_BYTES,
+            free_bytes=free_bytes,
+        )
+    with kept.changing() as known:  # before the first byte, so that `rm` knows whose an unfinished pull is
+        if accepted_at is None:
+            earlier = known.pulled.get(download.name)
+            is_same = earlier is not None and earlier.licence == download.licence
+            accepted_at = earlier.accepted_at if earlier is not None and is_same else 0
+        known.pulled[download.name] = kept.Pulled(
+            download.source.repository,
+            download.source.revision,
+            download.nbytes,
+            tuple(blob.digest for blob in download.blobs),
+            download.asked,
+            download.licence,
+            accepted_at,
+        )
+    try:
+        with room_for(
+            download.name, download.root, hint="free some space, and run the same command again: it continues"
+        ):
+            (download.folder / "blobs").mkdir(parents=True, exist_ok=True)
+            _Fetching(download, watch).run()
+            _link(download)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or download.root} cannot be written: {error.strerror}",
+            hint="HF_HUB_CACHE names another directory",
+        ) from error
+    return download.path
+
+
+class _Fetching:
+    """The threads that fetch the blobs of a download. They are daemons: ^C does not wait for a server."""
+
+    def __init__(self, download: Download, watch: Watch) -> None:
+        self._download, self._watch = download, watch
+        self._hub = Hub(download.source, most_bytes=_LIST_BYTES)
+        self._blobs = sorted(download.blobs, key=lambda blob: blob.nbytes)  # small files first
+        self._next = iter(self._blobs)
+        self._waits: dict[str, str] = {}  # names of files by digest
+        self._lock, self._stop, self._has_ended = Lock(), Event(), Event()
+        self._num_running = _NUM_AT_ONCE
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        for _ in range(self._num_running):
+            Thread(target=self._work, daemon=True).start()
+        try:
+            while not self._has_ended.wait(_TICK_S):
+                self._watch(self._moment())
+                if self._stop.is_set():  # one failed; another may wait for its server for a minute
+                    self._has_ended.wait(_GRACE_S)
+                    break
+        finally:
+            self._stop.set()
+        if self._failure is not None:
+            raise self._failure
+        self._watch(self._moment())
+
+    def _moment(self) -> Moment:
+        with self._lock:
+            waits_for = tuple(self._waits.values())
+        done_bytes = sum(blob.here_bytes for blob in self._blobs)
+        return Moment(done_bytes, sum(blob.nbytes for blob in self._blobs), waits_for)
+
+    def _work(self) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    blob = next(self._next, None)
+                if blob is None:
+                    return
+                if not blob.is_here:
+                    self._fetch(blob)
+        except BaseException as failure:  # it is raised where the caller waits
+            with self._lock:
+                self._failure = self._failure or failure
+            self._stop.set()
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                if not self._num_running:
+                    self._has_ended.set()
+
+    def _fetch(self, blob: Blob) -> None:
+        locks = self._download.root / ".locks" / self._download.folder.name
+        locks.mkdir(parents=True, exist_ok=True)
+        with self._locked(locks / f"{blob.digest}.lock", blob) as is_locked:
+            if not is_locked or blob.is_here:
+                return
+            is_continued = blob.here_bytes > 0
+            while not self._stop.is_set():
+                found = self._complete(blob)
+                if found == blob.digest:
+                    sync(blob.partial)
+                    blob.partial.replace(blob.path)
+                    sync(blob.path.parent)
+                    return
+                if found is None:
+                    return
+                blob.partial.unlink()
+                if not is_continued:
+                    raise CheckpointError(
+                        f"{blob.name} is not what the hub says: its digest is {found}, expected {blob.digest}",
+                        hint="it was removed; if the same command fails again, do not trust the server",
+                        path=blob.path,
+                    )
+                is_continued = False  # a power cut may have damaged its beginning: fetch it once more
+
+    def _complete(self, blob: Blob) -> str | None:
+        """Append what is missing of a blob; returns its digest, or None if the fetch ends."""
+        descriptor = os.open(
+            blob.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        try:
+            if os.fstat(descriptor).st_size > blob.nbytes:
+                os.ftruncate(descriptor, 0)
+            hasher, done_bytes = blob.hasher(), 0
+            while part := os.pread(descriptor, _READ_BYTES, done_bytes):
+                hasher.update(part)
+                done_bytes += len(part)
+                if self._stop.is_set():
+                    return None
+            url = self._hub.url_of(self._download.source.revision, blob.name)
+            num_failures = 0
+            while done_bytes < blob.nbytes:
+                before = done_bytes
+                try:
+                    for part in self._hub.stream(url, done_bytes, blob.nbytes):
+                        append(descriptor, part)
+                        hasher.update(part)
+                        done_bytes += len(part)
+                        if self._stop.is_set():
+                            return None
+                except FetchFailed:
+                    num_failures = 0 if done_bytes > before else num_failures + 1
+                    if num_failures >= _MOST_FAILURES or self._stop.wait(min(2**num_failures, 30) / 2):
+                        raise
+            return hasher.hexdigest()
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _locked(self, path: Path, blob: Blob) -> Iterator[bool]:
+        """Wait until no other program fetches the blob; False: the fetch ended first."""
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    with self._lock:
+                        self._waits[blob.digest] = blob.name
+                    if not self._stop.wait(_TICK_S):
+                        continue
+                    yield False
+                    return
+                is_there = False
+                with suppress(FileNotFoundError):
+                    # Its last holder may have removed it, and then the next one would not see this lock.
+                    is_there = os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False))
+                if is_there:
+                    with self._lock:
+                        self._waits.pop(blob.digest, None)
+                    yield True
+                    return
+            finally:
+                os.close(lock)
+
+
+def append(descriptor: int, data: bytes) -> None:
+    """Write all of `data` at the end of a file."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _link(download: Download) -> None:
+    """Make the snapshot, and let the branch or tag that was asked for point to it, as the hub's own client does."""
+    for file in download.files:
+        link = download.snapshot / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(download.blob_of(file).path, link.parent)
+        if link.is_symlink() and os.readlink(link) == target:
+            continue
+        beside = link.with_name(f".{link.name}.new")
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(target)
+        beside.replace(link)
+    if download.asked != download.source.revision:
+        ref = download.folder / "refs" / (download.asked or kept.MAIN)
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(ref, download.source.revision.encode(), 0o644)

@@ -1,0 +1,211 @@
+"""Remove a model: say first which files that deletes, how many bytes, and whose they are.
+
+    name  ->  plan_removal  ->  Removal  ->  remove
+
+Only files of the model go. A file stays if another snapshot of the hub's cache, another model of the folder or another
+manifest of Ollama uses it.
+
+Elsewhere: `cli/library.py` asks before files of another program are deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from argosy.checkpoint.untrusted_file import quote
+from argosy.errors import CheckpointError, UsageError
+from argosy.library import kept
+from argosy.library.names import find_exactly
+from argosy.library.places import (
+    Found,
+    Model,
+    find_models,
+    hub_cache,
+    manifest_digests,
+    ollama_manifests,
+    read_ref,
+    repository_folder,
+)
+from argosy.library.pull import PARTIAL_SUFFIX
+
+_WHOSE = {
+    "hub": "another program put it into the hub's cache, which hf and transformers share",
+    "LM Studio": "it is LM Studio's",
+    "Ollama": "it is Ollama's; `ollama rm` does the same",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """The files that the removal of a model deletes.
+
+    whose: the program that these files belong to; None if Argosy pulled them.
+    files: to delete, links included.
+    top: the directory in which folders that become empty go, too.
+    num_shared: files that stay because something else uses them.
+    """
+
+    name: str
+    whose: str | None
+    files: tuple[Path, ...]
+    top: Path
+    nbytes: int
+    num_shared: int = 0
+
+
+def plan_removal(name: str) -> Removal:
+    """List the files to delete for the model of that name.
+
+    Raises:
+        UsageError: no model has that name, it is being fetched, or what it shares cannot be told.
+    """
+    found = find_models()
+    model = find_exactly(name, found.models)
+    pulled = kept.read().pulled
+    if model is None:
+        for whole, one in pulled.items():
+            if whole.lower() == name.lower():
+                return _of_hub(whole, hub_cache(), one.repository, one, found=found)
+        raise UsageError(
+            f"no model is named '{quote(name)}'",
+            hint="`argosy list` shows the names; `argosy alias NAME --remove` forgets an alias",
+        )
+    match model.place:
+        case "hub":
+            repository = model.name.partition(":")[0]
+            record = pulled.get(model.name)
+            return _of_hub(model.name, model.root, repository, record, model=model, found=found)
+        case "Ollama":
+            return _of_ollama(model, found)
+        case "LM Studio":
+            return _of_lm_studio(model, found)
+
+
+def remove(removal: Removal) -> None:
+    """Delete the files, the folders that are then empty, and what Argosy knows of the model.
+
+    Raises:
+        UsageError: a file cannot be deleted; those before it are.
+    """
+    try:
+        for path in removal.files:
+            path.unlink(missing_ok=True)
+        for folder in sorted({parent for path in removal.files for parent in path.parents}, reverse=True):
+            if folder != removal.top and folder.is_relative_to(removal.top):
+                with suppress(OSError):
+                    folder.rmdir()
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be deleted: {error.strerror}") from error
+    with kept.changing() as known:
+        known.pulled.pop(removal.name, None)
+        known.used.pop(removal.name, None)
+        for alias in [alias for alias, target in known.aliases.items() if target == removal.name]:
+            del known.aliases[alias]
+
+
+def _removal(name: str, whose: str | None, files: Iterable[Path], top: Path, num_shared: int = 0) -> Removal:
+    chosen = tuple(dict.fromkeys(files))
+    nbytes = sum(path.lstat().st_size for path in chosen if path.is_file() and not path.is_symlink())
+    return Removal(name=name, whose=whose, files=chosen, top=top, nbytes=nbytes, num_shared=num_shared)
+
+
+def _of_hub(
+    name: str,
+    root: Path,
+    repository: str,
+    pulled: kept.Pulled | None,
+    *,
+    model: Model | None = None,
+    found: Found,
+) -> Removal:
+    """Plan the removal of a model in the hub's cache, or of an unfinished pull if there is no model yet."""
+    folder = root / repository_folder(repository)
+    _require_idle(root, folder, name)
+    links = [path for path in _walk(folder / "snapshots") if path.is_symlink() or path.is_file()]
+    going: set[Path] = set()
+    refs: list[Path] = []  # to the snapshot that goes
+    if model is not None:
+        snapshots = folder / "snapshots"
+        snapshot = snapshots / model.path.relative_to(snapshots).parts[0]
+        others = [one for one in found.models if one.path != model.path and one.path.is_relative_to(snapshot)]
+        going = set(model.files) if others else {link for link in links if link.is_relative_to(snapshot)}
+        refs = [] if others else [ref for ref in _walk(folder / "refs") if read_ref(ref) == snapshot.name]
+    used = {_blob(link) for link in links if link not in going}
+    for other, one in kept.read().pulled.items():
+        if other != name and one.repository == repository:  # half fetched, it has no links yet
+            used |= {path for digest in one.blobs for path in _blob_files(folder, digest)}
+    blobs = {_blob(link) for link in going}
+    if pulled is not None:
+        blobs |= {path for digest in pulled.blobs for path in _blob_files(folder, digest)}
+    gone = [
+        *going,
+        *refs,
+        *(blob for blob in blobs - used if os.path.lexists(blob) and blob.parent == folder / "blobs"),
+    ]
+    if model is not None and going >= set(links):  # no snapshot stays, so references and leftovers go, too
+        gone += [path for path in _walk(folder) if path not in used]
+        gone += _walk(root / ".locks" / folder.name)
+    whose = None if pulled is not None else _WHOSE["hub"]
+    return _removal(name, whose, gone, root, sum(os.path.lexists(blob) for blob in blobs & used))
+
+
+def _blob_files(folder: Path, digest: str) -> tuple[Path, Path]:
+    """A blob, and its beginning while it is fetched."""
+    blobs = folder / "blobs"
+    return blobs / digest, blobs / f"{digest}{PARTIAL_SUFFIX}"
+
+
+def _blob(link: Path) -> Path:
+    """The target of a snapshot's link, one step far; the path itself if it is no link."""
+    return Path(os.path.normpath(link.parent / os.readlink(link))) if link.is_symlink() else link
+
+
+def _require_idle(root: Path, folder: Path, name: str) -> None:
+    for path in _walk(root / ".locks" / folder.name):
+        with suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{name} is being fetched now", hint="end that first") from None
+            finally:
+                os.close(lock)
+
+
+def _of_lm_studio(model: Model, found: Found) -> Removal:
+    folder = model.path if model.path.is_dir() else model.path.parent
+    others = [one for one in found.models if one.name != model.name and folder in (one.path, one.path.parent)]
+    files = list(model.files) if others else _walk(folder)
+    return _removal(model.name, _WHOSE["LM Studio"], files, model.root, len(others))
+
+
+def _of_ollama(model: Model, found: Found) -> Removal:
+    assert model.manifest is not None
+    try:
+        mine = {digest for _, digest, _ in manifest_digests(model.manifest)}
+        used = {
+            digest
+            for *_, manifest in ollama_manifests(model.root, found)
+            if manifest != model.manifest
+            for _, digest, _ in manifest_digests(manifest)
+        }
+    except CheckpointError as error:
+        raise UsageError(
+            f"what {model.name} shares with other models of Ollama cannot be told: {error.message}",
+            hint=f"`ollama rm {model.name}` removes it",
+        ) from error
+    blobs = [model.root / "blobs" / f"sha256-{digest}" for digest in sorted(mine - used)]
+    files = [model.manifest, *(blob for blob in blobs if os.path.lexists(blob))]
+    return _removal(model.name, _WHOSE["Ollama"], files, model.root, len(mine & used))
+
+
+def _walk(directory: Path) -> list[Path]:
+    """Everything below a directory that is no directory. Links are not followed."""
+    return [Path(folder) / name for folder, folders, names in os.walk(directory) for name in (*names, *(
+        name for name in folders if (Path(folder) / name).is_symlink()
+    ))]  # fmt: skip
