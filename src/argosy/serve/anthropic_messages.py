@@ -30,7 +30,7 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step
+from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step, service_of
 from argosy.serve.fields import (
     Closed,
     Flag,
@@ -564,7 +564,7 @@ class TokenUse(Closed):
 
 
 class End(Closed):
-    stop_reason: Literal["end_turn", "max_tokens", "tool_use", "stop_sequence"] | None
+    stop_reason: Literal["end_turn", "max_tokens", "tool_use", "stop_sequence", "refusal"] | None
     stop_sequence: str | None
 
 
@@ -633,7 +633,7 @@ def _reading(body: CountBody, service: Service, caller: Caller) -> Callable[[], 
 
 async def count_tokens(body: CountBody, request: Request) -> Counted:
     """Count the tokens of a conversation."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     caller: Caller = request.state.caller
     num_tokens, _ = await service.count_tokens(_reading(body, service, caller), caller)
     return {"input_tokens": num_tokens}
@@ -654,7 +654,12 @@ class MessagesExchange(Exchange[MessagesBody, Event]):
         super().__init__(body, service, caller)
         self._num_closed = 0  # blocks
         self._open: str | None = None  # type of the open block
-        self._pieces: list[str] = []  # of the block that is folded
+        self._pieces: list[str] = []  # pieces of the block that is folded
+
+    @property
+    def user(self) -> str | None:
+        named = (self.body.metadata or {}).get("user_id")
+        return named if isinstance(named, str) and named else None
 
     def reads(self) -> list[Read]:
         return [_reading(self.body, self.service, self.caller)]
@@ -771,7 +776,7 @@ def _end(step: Ended) -> End:
     stopped_by = step.result.stopped_by
     if step.finish == "stop" and isinstance(stopped_by, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stopped_by}
-    reasons: dict[str, Literal["end_turn", "max_tokens", "tool_use"]] = {
-        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use",
+    reasons: dict[str, Literal["end_turn", "max_tokens", "tool_use", "refusal"]] = {
+        "stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal",
     }  # fmt: skip
     return {"stop_reason": reasons[step.finish], "stop_sequence": None}

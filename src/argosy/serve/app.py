@@ -24,11 +24,28 @@ from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.media.parts import Hearing, Kind
-from argosy.observe.live import LiveCache
 from argosy.prompt.prompt import ToolCalling
-from argosy.serve import anthropic_messages, openai_audio, openai_chat, openai_completions, openai_responses
+from argosy.serve import (
+    anthropic_messages,
+    llama_infill,
+    llama_server,
+    memory,
+    ollama,
+    ollama_models,
+    openai_audio,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_moderations,
+    openai_responses,
+    rerank,
+    stops,
+)
+from argosy.serve.audited import Auditor
 from argosy.serve.body import answering
-from argosy.serve.core import Service
+from argosy.serve.check_by_model import ModelJudge
+from argosy.serve.cluster import WorkerList, Workers, add_worker, drain_worker, list_workers
+from argosy.serve.core import Service, service_of
 from argosy.serve.fields import MAX_TOKENS, Closed, Flag, Messages, Strict, Text, TokenId, Tools, few
 from argosy.serve.form import answering_form
 from argosy.serve.gate import (
@@ -36,17 +53,23 @@ from argosy.serve.gate import (
     Caller,
     Gate,
     GoneAway,
+    OllamaError,
     OpenAIError,
     Policy,
     Refused,
+    Screens,
     dialect_of,
     error_body,
     error_headers,
 )  # fmt: skip
+from argosy.serve.models import Listing, Models, State, models_of, use_model
 from argosy.serve.openapi import Route, document
+from argosy.serve.origins import Origins
 from argosy.serve.rules import exactly_one
-from argosy.serve.state import Compare, EngineState, Metrics, state_of
-from argosy.serve.streams import EventStream, sse
+from argosy.serve.screening import Guarding
+from argosy.serve.state import EngineState, MemoryState, Metrics, state_of
+from argosy.serve.streams import JSON_LINES, EventStream, sse
+from argosy.serve.transparency import Practice, Transparency, transparency
 
 _STATE_S = 0.5
 _PAGE_TYPES = {
@@ -62,7 +85,7 @@ class TokenizeBody(Strict):
 
     RULES = (exactly_one("content", "prompt"),)
 
-    content: Text | None = None
+    content: Text | None = Field(None, examples=["Hello"])
     prompt: Text | None = None
     add_special: Flag = False
     add_special_tokens: Flag = False
@@ -113,6 +136,11 @@ class Capabilities(Closed):
 
 
 class Model(Closed):
+    """A model of the server.
+
+    state: `ready` in memory, `loading`, `unloaded` until a request needs it, `failed` if it could not be opened.
+    """
+
     id: str
     object: Literal["model"]
     created: int
@@ -122,9 +150,10 @@ class Model(Closed):
     architecture: Modalities
     supported_parameters: list[str]
     capabilities: Capabilities
+    state: State
 
 
-class Models(Closed):
+class ModelList(Closed):
     object: Literal["list"]
     data: list[Model]
 
@@ -153,26 +182,27 @@ class Rendered(Closed):
 
 async def health(request: Request) -> Health:
     """Check that the process works: 503 if the engine has failed for good and the server must be restarted."""
-    _require_engine(request.app.state.service)
+    _require_engines(models_of(request))
     return {"status": "ok"}
 
 
 async def openapi(request: Request) -> Response:
     """This document."""
-    return Response(await asyncio.to_thread(_document), media_type="application/json")
+    text = await asyncio.to_thread(_document, request.app.state.base_path)
+    return Response(text, media_type="application/json")
 
 
 async def ready(request: Request) -> Ready:
     """Check that the server accepts requests."""
-    service: Service = request.app.state.service
-    if service.is_draining:
+    models = models_of(request)
+    if models.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
-    _require_engine(service)
+    _require_engines(models)
     return {"status": "ready"}
 
 
-def _require_engine(service: Service) -> None:
-    if service.loop.snapshot().has_failed:
+def _require_engines(models: Models) -> None:
+    if any(service.loop.snapshot().has_failed for service in models.services()):
         raise Overloaded("the engine has failed", retry_after_s=30, hint="restart the server")
 
 
@@ -185,11 +215,10 @@ _TOOL_PARAMETERS = ("tools", "tool_choice", "parallel_tool_calls")
 _MODALITIES: Mapping[Kind, str] = {"picture": "image", "sound": "audio", "video": "video"}
 
 
-def _model(service: Service) -> Model:
-    """Describe the model. The first call renders its chat template, so run it in a thread."""
-    model, tools = service.model, service.prompts.tool_calling
+def _model(listing: Listing) -> Model:
+    model, tools = listing.facts, listing.tools
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
-    more += ["reasoning_effort"] if service.has_efforts else []
+    more += ["reasoning_effort"] if listing.has_efforts else []
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
@@ -198,6 +227,7 @@ def _model(service: Service) -> Model:
             "output_modalities": ["text"],
         },
         "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools, "sound": model.hears},
+        "state": listing.state,
     }  # fmt: skip
 
 
@@ -220,29 +250,33 @@ def _ears(service: Service) -> Model:
         "context_length": context_tokens, "max_model_len": context_tokens,
         "architecture": {"input_modalities": ["audio"], "output_modalities": ["text"]},
         "supported_parameters": list(_EARS_PARAMETERS), "capabilities": {"tools": "none", "sound": "native"},
+        "state": "ready",
     }  # fmt: skip
 
 
-async def models(request: Request) -> Models:
-    """List the served model, and the one that transcribes if there is one."""
-    service: Service = request.app.state.service
-    found = [await asyncio.to_thread(_model, service)]
-    return {"object": "list", "data": found if service.ears is None else [*found, _ears(service)]}
+async def models(request: Request) -> ModelList:
+    """List the models of the server, and the one that transcribes if there is one."""
+    found = models_of(request)
+    data = [_model(listing) for listing in await asyncio.to_thread(found.listed)]
+    if (hearing := found.hearing()) is not None:
+        data.append(_ears(hearing))
+    return {"object": "list", "data": data}
 
 
 async def model(request: Request) -> Model:
     """Describe the model with this id."""
-    service: Service = request.app.state.service
+    found = models_of(request)
     name = request.path_params["id"]
-    if service.ears is not None and name == service.ears_id:
-        return _ears(service)
-    service.require_model(name)
-    return await asyncio.to_thread(_model, service)
+    hearing = found.hearing()
+    if hearing is not None and name == hearing.ears_id:
+        return _ears(hearing)
+    (listing,) = await asyncio.to_thread(found.listed, name)
+    return _model(listing)
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     """Tokenize a text. Nothing in the text becomes a control token."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     has_prefix = body.add_special or body.add_special_tokens
     caller: Caller = request.state.caller
     tokens = await service.run(caller, service.prompts.tokenize, body.text, add_prefix=has_prefix)
@@ -251,14 +285,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
 
 async def detokenize(body: DetokenizeBody, request: Request) -> Detokenized:
     """Turn token ids into text."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     text = await service.run(request.state.caller, service.prompts.detokenize, body.tokens)
     return {"content": text, "prompt": text}
 
 
 async def tokenizer_info(request: Request) -> TokenizerInfo:
     """Show special tokens and chat template, for clients that leave tokenizing to the server."""
-    service: Service = request.app.state.service
+    service = await use_model(request)
     if service.tokenizer is None:
         raise Refused(404, "this model has no tokenizer")
     special = service.tokenizer.special_tokens
@@ -270,7 +304,7 @@ async def tokenizer_info(request: Request) -> TokenizerInfo:
 
 async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     """Render a conversation with the model's chat template."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     caller: Caller = request.state.caller
 
     def apply() -> str:
@@ -288,9 +322,8 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
 def _state(request: Request) -> EngineState:
     state, key = request.app.state, request.state.caller.key
     return state_of(
-        state.service.loop.snapshot(), state.service.model, block_tokens=state.block_tokens,
-        max_sequences=state.max_sequences, with_heat=key is not None and "admin" in key.scopes,
-        recent=None if state.recent_cache is None else state.recent_cache(),
+        state.models, block_tokens=state.block_tokens, max_sequences=state.max_sequences,
+        with_heat=key is not None and "admin" in key.scopes, workers=state.workers,
     )  # fmt: skip
 
 
@@ -303,11 +336,42 @@ async def engine_events(request: Request) -> Response:
     """Stream the state of the engine, twice a second."""
 
     async def states() -> AsyncIterator[bytes]:
-        while not request.app.state.service.is_draining:
+        while not models_of(request).is_draining:
             yield sse(_state(request))
             await asyncio.sleep(_STATE_S)
 
     return EventStream(states(), request.state.caller)
+
+
+class Erasure(Closed):
+    """The data that were erased for a key.
+
+    key: its id.
+    responses: stored responses and their items.
+    answers: answers that were kept for replay.
+    audit_contents: contents of requests in the audit; null: the server has no audit.
+    """
+
+    object: Literal["erasure"]
+    key: str
+    responses: int
+    answers: int
+    audit_contents: int | None
+
+
+async def erase_data(request: Request) -> Erasure:
+    """Erase what is kept of a key, by its id or name: stored responses, answers, prefixes, and contents of the audit.
+
+    Its running requests end. The key itself and its counts stay; revoking it removes them, too.
+    """
+    state, given = request.app.state, request.path_params["key"]
+    key_id = state.ring.id_of(given) or given  # a key that was revoked may still have contents in the audit
+    found = models_of(request)
+    responses, answers = await asyncio.to_thread(found.erase, key_id)
+    contents = None if state.auditor is None else await asyncio.to_thread(state.auditor.erase, key_id)
+    return {
+        "object": "erasure", "key": key_id, "responses": responses, "answers": answers, "audit_contents": contents,
+    }  # fmt: skip
 
 
 async def metrics(request: Request) -> Response:
@@ -321,6 +385,11 @@ async def metrics(request: Request) -> Response:
 async def page(request: Request) -> Response:
     """Show the chat page."""
     return _file(request, "index.html")
+
+
+async def docs(request: Request) -> Response:
+    """Show a reader of /openapi.json."""
+    return _file(request, "docs.html")
 
 
 async def favicon(request: Request) -> Response:
@@ -351,19 +420,30 @@ def _read_page() -> dict[str, tuple[bytes, str]]:
 
 
 def _get(path: str, handler: Callable[..., Any], scope: KeyScope | None, **described: Any) -> Route:
-    return Route(policy=Policy(method="GET", path=path, scope=scope), handler=handler, **described)
+    policy = Policy(method="GET", path=path, scope=scope, screens="nothing")
+    return Route(policy=policy, handler=handler, **described)
 
 
 def _post(
-    path: str, handler: Callable[..., Any], answer: Any, *, takes_media: bool = False, **described: Any
-) -> Route:
-    policy = Policy(method="POST", path=path, scope="infer", is_counted=True, takes_media=takes_media)
+    path: str, handler: Callable[..., Any], answer: Any, *, screens: Screens | None = None,
+    takes_media: bool = False, **described: Any,
+) -> Route:  # fmt: skip
+    policy = Policy(
+        method="POST", path=path, scope="infer", screens=screens, is_counted=True, takes_media=takes_media
+    )
     return Route(policy=policy, handler=handler, answer=answer, **described)
+
+
+def _admin(path: str, handler: Callable[..., Any], answer: Any, **described: Any) -> Route:
+    return Route(
+        policy=Policy(method="POST", path=path, scope="admin", screens="nothing"), handler=handler, answer=answer,
+        **described,
+    )  # fmt: skip
 
 
 def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
     policy = Policy(
-        method="POST", path=path, scope="infer", is_counted=True, takes_form=True,
+        method="POST", path=path, scope="infer", screens="nothing", is_counted=True, takes_form=True,
         max_body_bytes=openai_audio.MOST_BODY_BYTES,
     )  # fmt: skip
     return Route(
@@ -377,73 +457,154 @@ ROUTES = (
     _get("/ready", ready, None, answer=Ready),
     _get("/openapi.json", openapi, None, answer=dict[str, Any]),
     _get("/", page, None, media=_FILES[:1]),
+    _get("/docs", docs, None, media=_FILES[:1]),
     _get("/favicon.ico", favicon, None, media=(_PAGE_TYPES["svg"],)),
     _get("/page/{name}", page_file, None, media=_FILES),
-    _get("/v1/models", models, "infer", answer=Models),
+    _get("/v1/models", models, "infer", answer=ModelList),
     _get("/v1/models/{id}", model, "infer", answer=Model),
     _get("/metrics", metrics, "metrics", media=("text/plain",)),
     _get("/v1/engine/state", engine_state, "metrics", answer=EngineState),
     _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
-    _post("/tokenize", tokenize, Tokenized),
-    _post("/detokenize", detokenize, Detokenized),
+    _get("/v1/cluster", list_workers, "metrics", answer=WorkerList),
+    _admin("/v1/cluster/add", add_worker, WorkerList, refusals=("409",)),
+    _admin("/v1/cluster/drain", drain_worker, WorkerList, refusals=("409",)),
+    Route(
+        policy=Policy(method="DELETE", path="/v1/engine/data/{key}", scope="admin", screens="nothing"),
+        handler=erase_data, answer=Erasure,
+    ),
+    _get("/v1/engine/transparency", transparency, "infer", answer=Transparency),
+    _get("/v1/engine/stops", stops.stops, "admin", answer=stops.Stopped),
+    _admin("/v1/engine/memory", memory.resize, MemoryState, refusals=("409",)),
+    _admin("/v1/engine/stops", stops.stop, stops.Stopped, refusals=("404",)),
+    _post("/tokenize", tokenize, Tokenized, screens="nothing"),
+    _post("/detokenize", detokenize, Detokenized, screens="nothing"),
     _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
-    _post("/apply-template", apply_template, Rendered, takes_media=True),
+    _post("/apply-template", apply_template, Rendered, screens="nothing", takes_media=True),
     _post(
-        "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion,
+        "/v1/chat/completions", openai_chat.chat_completions, openai_chat.ChatCompletion, screens="answers",
         takes_media=True, events=openai_chat.ChatChunk | OpenAIError, has_done=True,
     ),
     _post(
-        "/v1/completions", openai_completions.completions, openai_completions.Completion,
+        "/v1/completions", openai_completions.completions, openai_completions.Completion, screens="answers",
         events=openai_completions.Completion | OpenAIError, has_done=True,
     ),
+    _post("/v1/embeddings", openai_embeddings.embeddings, openai_embeddings.Embeddings, screens="texts"),
+    _post("/v1/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
+    _post("/rerank", rerank.rerank, rerank.Reranked, screens="texts", refusals=("404",)),
     _post(
-        "/v1/responses", openai_responses.responses, openai_responses.Answer, takes_media=True,
+        "/v1/moderations", openai_moderations.moderations, openai_moderations.Moderated, screens="texts",
+        refusals=("404",),
+    ),
+    _post(
+        "/v1/responses", openai_responses.responses, openai_responses.Answer, screens="answers", takes_media=True,
         events=openai_responses.Event, refusals=("404",),
     ),
     _post(
         "/v1/responses/input_tokens", openai_responses.input_tokens, openai_responses.InputTokens,
-        takes_media=True, refusals=("404",),
+        screens="nothing", takes_media=True, refusals=("404",),
+    ),
+    _get(
+        "/v1/responses/{id}", openai_responses.stored_response, "infer", answer=openai_responses.Answer,
+        query={"stream": {"enum": ["false"]}},
+    ),
+    Route(
+        policy=Policy(method="DELETE", path="/v1/responses/{id}", scope="infer", screens="nothing"),
+        handler=openai_responses.delete_response, answer=openai_responses.Deleted,
+    ),
+    _get(
+        "/v1/responses/{id}/input_items", openai_responses.input_items, "infer", answer=openai_responses.InputItems,
+        query=openai_responses.INPUT_ITEMS_QUERY,
     ),
     _post(
-        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message, takes_media=True,
+        "/v1/messages", anthropic_messages.messages, anthropic_messages.Message, screens="answers", takes_media=True,
         events=anthropic_messages.Event | AnthropicError,
     ),
     _form("/v1/audio/transcriptions", openai_audio.transcriptions, events=openai_audio.Event | OpenAIError),
     _form("/v1/audio/translations", openai_audio.translations),
     _post(
-        "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted, takes_media=True,
+        "/v1/messages/count_tokens", anthropic_messages.count_tokens, anthropic_messages.Counted, screens="nothing",
+        takes_media=True,
+    ),
+    _post(
+        "/api/chat", ollama.chat, ollama.ChatLine, screens="answers", takes_media=True,
+        events=ollama.ChatLine | OllamaError, encoding=JSON_LINES,
+    ),
+    _post(
+        "/api/generate", ollama.generate, ollama.GenerateLine, screens="answers", takes_media=True,
+        events=ollama.GenerateLine | OllamaError, encoding=JSON_LINES,
+    ),
+    _post("/api/embed", ollama.embed, ollama.OllamaEmbeddings, screens="texts"),
+    _post("/api/embeddings", ollama.old_embed, ollama.OldEmbedding, screens="texts"),
+    _post("/api/show", ollama_models.show, ollama_models.Shown, screens="nothing"),
+    _get("/api/tags", ollama_models.tags, "infer", answer=ollama_models.OllamaModels),
+    _get("/api/ps", ollama_models.ps, "infer", answer=ollama_models.LoadedModels),
+    _get("/api/version", ollama_models.api_version, None, answer=ollama_models.ApiVersion),
+    _post(
+        "/infill", llama_infill.infill, llama_infill.Filled, screens="answers",
+        events=llama_infill.InfillPiece | llama_infill.Filled | OpenAIError,
+    ),
+    _get(
+        "/props", llama_server.props, "infer", answer=llama_server.Props, query=llama_server.MODEL_QUERY,
+        refusals=("404",),
+    ),
+    _get(
+        "/slots", llama_server.slots, "metrics", answer=list[llama_server.Slot], query=llama_server.MODEL_QUERY,
+        refusals=("404",),
     ),
 )  # fmt: skip
 
 
 @functools.cache
-def _document() -> str:
+def _document(base_path: str) -> str:
     """Build the document on first use: it takes a tenth of a second, which would delay the start."""
-    return json.dumps(document(ROUTES, version("argosy")))
+    return json.dumps(document(ROUTES, version("argosy"), base_path=base_path))
 
 
 def make_app(
-    service: Service,
+    served: Models | Service,
     ring: KeyRing,
     *,
     block_tokens: int,
     max_sequences: int,
     hosts: Collection[str] = (),
+    origins: Origins | None = None,
     limits: Limits | None = None,
-    recent_cache: LiveCache | None = None,
-    compare: Compare | None = None,
+    base_path: str = "",
+    workers: Workers | None = None,
+    auditor: Auditor | None = None,
+    co2_grams_per_kwh: float | None = None,
+    guarding: Guarding | None = None,
+    practice: Practice | None = None,
+    memory_watch: memory.MemoryWatch | None = None,
 ) -> Gate:
     """Build the whole server as an ASGI application.
 
     Args:
-        recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
-        compare: puts predictions beside recent decode steps; None: nothing is predicted.
+        served: the models, or the service of the only one.
+        base_path: the beginning of all paths, or nothing.
+        workers: run experts for the model; None: it runs alone.
+        auditor: records requests; None: nobody does.
+        co2_grams_per_kwh: emissions of the electricity here; None: unknown.
+        guarding: policies, and what is stopped; None: there are none.
+        practice: how the server treats texts, for `/v1/engine/transparency`; None: it keeps nothing.
+        memory_watch: keeps the budget within limits; None: only who asks for another budget changes it.
+
+    Raises:
+        UsageError: a policy asks a model that the server does not have.
     """
+    models = served if isinstance(served, Models) else Models.of(served)
+    guarding = Guarding() if guarding is None else guarding
+    guarding.require_models(models.names)
+    guarding.ask_model = ModelJudge(models)
     app = Starlette()
-    app.state.service, app.state.page = service, _read_page()
+    app.state.guarding, app.state.practice = guarding, Practice() if practice is None else practice
+    app.state.models, app.state.page = models, _read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
-    app.state.recent_cache = recent_cache
-    app.state.metrics = Metrics(service.loop.snapshot, compare)
+    app.state.base_path = base_path
+    app.state.metrics = Metrics(models, workers, co2_grams_per_kwh=co2_grams_per_kwh)
+    app.state.memory_watch = memory.MemoryWatch(models) if memory_watch is None else memory_watch
+    app.state.workers, app.state.ring, app.state.auditor = workers, ring, auditor
+    app.state.metrics.registry.register(guarding)
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering
         endpoint = answer(route.handler, route.body)
@@ -452,7 +613,9 @@ def make_app(
         app.add_exception_handler(kind, _answer_error)
     return Gate(
         app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
-        takes_media=bool(service.model.media_kinds), observe=app.state.metrics.observe,
+        origins=origins, hints=ollama.HINTS,
+        takes_media=models.takes_media, observe=app.state.metrics.observe,
+        metrics=app.state.metrics.answers, base_path=base_path, auditor=auditor, guarding=guarding,
     )  # fmt: skip
 
 

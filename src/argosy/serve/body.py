@@ -25,10 +25,12 @@ from starlette.responses import JSONResponse, Response
 
 from argosy.errors import UsageError
 from argosy.prompt.json_text import count_values
-from argosy.serve.core import Service
+from argosy.serve.core import Work
+from argosy.serve.fields import Strict
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
 from argosy.serve.media_parts import media_in
+from argosy.serve.models import use_model
 from argosy.strict_json import parse_json
 
 _READ_AT_ONCE_BYTES = 32 << 10  # a longer body is read in a thread, so other requests do not wait
@@ -48,11 +50,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def answering(
-    handler: Callable[..., Awaitable[Any]], model: type[BaseModel] | None
+    handler: Callable[..., Awaitable[Any]], model: type[Strict] | None
 ) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint of a route: `handler(body, request)`, or `handler(request)` if the route takes no body.
 
-    If a body names a model, it must be the served one.
+    The model that a body names is in memory before the handler runs, and stays until the request has ended, if the body
+    needs it.
     """
 
     async def answer(request: Request) -> Response:
@@ -60,13 +63,13 @@ def answering(
             made = await handler(request)
         else:
             body = await read_model(request, model)
-            service: Service = request.app.state.service
-            if "model" in model.model_fields:
-                service.require_model(body.model)  # type: ignore[attr-defined]
-            caller: Caller = request.state.caller
-            kinds = {part.KIND for part in media_in(body)}
-            caller.takes_long = caller.takes_long or bool(kinds and service.model.media_kinds)
-            caller.takes_video = "video" in kinds and "video" in service.model.media_kinds
+            if body.needs_model:
+                service = await use_model(request, getattr(body, "model", None))
+                caller: Caller = request.state.caller
+                caller.stops.require("model", service.model.id)
+                kinds = {part.KIND for part in media_in(body)}
+                caller.takes_long = caller.takes_long or bool(kinds and service.model.media_kinds)
+                caller.takes_video = "video" in kinds and "video" in service.model.media_kinds
             made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 
@@ -89,8 +92,8 @@ async def read_model(request: Request, model: type[Model]) -> Model:
         caller.takes_long = True
         parts = [data]
         del data  # the thread frees the bytes as soon as it has decoded them
-        service: Service = request.app.state.service
-        return await service.run(caller, lambda: validated(parts.pop(), model, caller.share))
+        work: Work = request.app.state.models.work
+        return await work.run(caller, lambda: validated(parts.pop(), model, caller.share))
     except BaseException:
         caller.share.release()  # at once: what is left of a refused body is still read and dropped
         raise

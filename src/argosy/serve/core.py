@@ -14,24 +14,30 @@ engine's thread is `engine/loop.py`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from argosy.config import Grammar, SamplingParams
+from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.sequence import Result, TokenLogprob
-from argosy.errors import ArgosyError
+from argosy.engine.verification import Verification
+from argosy.errors import ArgosyError, UsageError
 from argosy.media.parts import Content, Hearing, Kind
 from argosy.media.transcript import Transcript, TranscriptOptions
+from argosy.observe.live import LiveCache
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
+from argosy.serve.answer_metrics import AnswerWatch, Operation
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
@@ -42,10 +48,14 @@ from argosy.serve.tool_use import ToolChoice, ToolUse
 from argosy.serve.work import WorkQueue, give_memory_back
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from argosy.engine.ears import Report, Transcriber
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
+    from argosy.prompt.reranking import Reranking
     from argosy.prompt.tokenizer import Tokenizer
+    from argosy.serve.screening import ScreenedAnswer, Screening
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,9 +69,11 @@ _MEDIA_TOKENS: Mapping[Kind, MediaTokens] = {
     "sound": "audio_tokens",
 }
 
-Finish = Literal["stop", "length", "tool_calls"]
+Finish = Literal["stop", "length", "tool_calls", "content_filter"]
 ANY_EARS = "whisper-1"  # the name that clients of OpenAI send
 MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
+_USER_FIELDS = ("safety_identifier", "user")  # name the person behind a request
+_SCREENED_AT_ONCE = 64  # steps, if so many have arrived
 
 
 class Loop(Protocol):
@@ -72,11 +84,26 @@ class Loop(Protocol):
         num_answers: int = 1, tenant: str = "",
     ) -> Any: ...  # fmt: skip
 
+    def submit_embedding(
+        self, text: str | Sequence[int], on_event: Callable[[Event], None], *, tenant: str = ""
+    ) -> Any: ...
+
     def cancel(self, request: Any) -> None: ...
 
     def revoke(self, tenant: str) -> None: ...
 
+    def erase(self, tenant: str) -> None: ...
+
+    def resize(self, budget_bytes: int) -> None: ...
+
     def snapshot(self) -> LoopFacts: ...
+
+    def drain(self, timeout_s: float) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+Compare = Callable[[DecodeSteps], Verification]  # puts predictions beside recent decode steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +117,12 @@ class ModelFacts:
     num_experts: int
     experts_per_token: int
     vocab_size: int
-    media_kinds: tuple[Kind, ...] = ()  # what a prompt may have beside text
-    hears: Hearing = "none"  # what becomes of a sound in a prompt
+    num_parameters: int = 0
+    weight_bytes: int = 0
+    media_kinds: tuple[Kind, ...] = ()  # media that a prompt may contain
+    hears: Hearing = "none"  # how a sound in a prompt is treated
+    hidden_size: int = 0  # dimensions of an embedding
+    fingerprint: str = ""  # says which model it is, as `checkpoint/fingerprint.py` does
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -99,11 +130,13 @@ class ModelFacts:
 class TextRequest:
     """A text, or token ids, to be continued.
 
+    suffix: the text after the gap that the model fills after `prompt`, which is a text; None: there is no gap.
     ignored: names of fields that were given and have no effect.
     """
 
     prompt: str | Sequence[int]
     params: SamplingParams
+    suffix: str | None = None
     num_answers: int = 1
     ignored: Sequence[str] = ()
 
@@ -177,8 +210,46 @@ class Ended:
 Step = Progress | Said | Ended
 
 
+class Work:
+    """The threads for the work before the engines. All models of a server share them: the memory plan counts one long
+    text at a time."""
+
+    def __init__(self) -> None:
+        self._small = WorkQueue()
+        self._large = WorkQueue(num_threads=1, is_large=True)
+        self._video = WorkQueue(num_threads=1, is_large=True)  # pictures do not wait for a film
+        self.ears = WorkQueue(num_threads=1)  # the transcriber takes one sound at a time
+
+    async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Run the work before the engine in a thread. Raises what `call` raises.
+
+        Raises:
+            TooMany: too much work of this caller is already waiting.
+        """
+        queue = self._large if caller.takes_long else self._small
+        if caller.takes_video:
+            queue = self._video
+        return await queue.run(caller.tenant, call, *args, **named)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the model that a request's body names, or else of the first one.
+
+    The model of a body is in memory before its handler runs, if the body needs it. A handler without a body calls
+    `models.use_model`, or asks `models_of` for what is known of models that may not be in memory.
+    """
+    service: Service = request.state.service
+    return service
+
+
 class Service:
-    """One model, for all dialects."""
+    """One model, for all dialects.
+
+    Args:
+        work: threads for the work before the engine; None: its own.
+        recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
+        compare: None: nothing is predicted.
+    """
 
     def __init__(
         self,
@@ -190,38 +261,26 @@ class Service:
         keep_billing_line: bool = False,
         kept: KeptItems | None = None,
         any_model: bool = False,
+        work: Work | None = None,
         media_hosts: MediaHosts | None = None,
         ears: Transcriber | None = None,
+        reranking: Reranking | None = None,
+        recent_cache: LiveCache | None = None,
+        compare: Compare | None = None,
     ) -> None:
         self.loop = loop
+        self.recent_cache, self.compare = recent_cache, compare
         self.kept = KeptItems() if kept is None else kept
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.model = model
-        self.is_draining = False
         self.keep_billing_line = keep_billing_line
         self.ears = ears
-        self._any_model = any_model
+        self.reranking = reranking
+        self.any_model = any_model
         self._media_hosts = media_hosts
-        self._work = WorkQueue()
-        self._large_work = WorkQueue(num_threads=1, is_large=True)
-        self._video_work = WorkQueue(num_threads=1, is_large=True)  # pictures do not wait for a film
-        self._ears_work = WorkQueue(num_threads=1)  # the transcriber takes one sound at a time
-
-    def require_model(self, name: str | None) -> None:
-        """Check that a request names the served model; None leaves the choice to the server.
-
-        Raises:
-            Refused: the request names another model, and the server does not accept every name.
-        """
-        if name not in (None, self.model.id) and not self._any_model:
-            raise Refused(
-                404,
-                f"the model {json.dumps(name)} does not exist; this server has: {self.model.id}",
-                hint="`argosy serve --any-model` accepts every model name",
-                param="model",
-                code="model_not_found",
-            )
+        self.work = Work() if work is None else work
+        self._digests = _digests(model, tokenizer)
 
     @property
     def ears_id(self) -> str:
@@ -235,12 +294,8 @@ class Service:
             Refused: it does not, or the request names another model.
         """
         if self.ears is None:
-            raise Refused(
-                404,
-                "this server does not transcribe sounds",
-                hint="start it with ears: `argosy serve --ears tiny.en`",
-            )
-        if name not in (None, self.ears_id, ANY_EARS) and not self._any_model:
+            raise no_ears()
+        if name not in (None, self.ears_id, ANY_EARS) and not self.any_model:
             raise Refused(
                 404,
                 f"the model {json.dumps(name)} does not transcribe; this server has: {self.ears_id}",
@@ -259,6 +314,7 @@ class Service:
         """
         ears = self.ears
         assert ears is not None
+        caller.answered_by(self.ears_id)
 
         def transcribe() -> Transcript:
             try:
@@ -266,7 +322,7 @@ class Service:
             finally:
                 give_memory_back()
 
-        return await self._ears_work.run(caller.tenant, transcribe)
+        return await self.work.ears.run(caller.tenant, transcribe)
 
     @property
     def has_efforts(self) -> bool:
@@ -274,7 +330,7 @@ class Service:
         return bool(self._effort("medium"))
 
     def intake(self, caller: Caller) -> Intake:
-        """What takes the pictures and sounds of a caller's request."""
+        """Create the intake for the pictures and sounds of a caller's request."""
         files = None if self._media_hosts is None else caller.files
         return Intake(self.model.media_kinds, caller.share, files=files)
 
@@ -284,10 +340,7 @@ class Service:
         Raises:
             TooMany: too much work of this caller is already waiting.
         """
-        work = self._large_work if caller.takes_long else self._work
-        if caller.takes_video:
-            work = self._video_work
-        return await work.run(caller.tenant, call, *args, **named)
+        return await self.work.run(caller, call, *args, **named)
 
     async def run_reading(self, caller: Caller, call: Callable[[], T]) -> T:
         """Run a call that reads a request. If it needs files from other hosts, fetch them, and run the call again.
@@ -318,21 +371,93 @@ class Service:
             ArgosyError: what `run`, `reads`, `PromptBuilder.build` or `EngineLoop.submit` raised. Nothing of the
                 request is left running.
         """
+        caller.answered_by(self.model.id, self._digests)
+        caller.require_unstopped()
         answers = Answers(self, caller, asyncio.get_running_loop())
+        screening = caller.screening
 
         def begin(read: Read) -> dict[str, str]:
             with _holding_media(caller):
                 request = read()
                 caller.files.require_all()
+                if screening is not None:
+                    request, _ = self._screened(request, screening, caller)
+                    if not screening.policy.watermark:
+                        request = replace(request, params=replace(request.params, watermark=False))
                 answers.add(*self._prepared(request, caller.tenant), request.num_answers)
                 return self._headers(request)
 
         try:
+            if screening is not None and screening.asks_about_input:
+                for read in reads:  # read twice: what is asked takes long, and a prompt may have pictures
+                    asked = partial(self._asked_texts, read, caller, screening)
+                    await screening.require_allowed(await self.run_reading(caller, asked))
             found = [await self.run_reading(caller, partial(begin, read)) for read in reads]
         except BaseException:
             answers.cancel()
             raise
         return answers, found[0]
+
+    def _asked_texts(self, read: Read, caller: Caller, screening: Screening) -> list[str]:
+        with _holding_media(caller):
+            request = read()
+            caller.files.require_all()
+            return self._screened(request, screening, caller, counts=False)[1]
+
+    def _screened(
+        self, request: ChatRequest | TextRequest, screening: Screening, caller: Caller, *, counts: bool = True
+    ) -> tuple[ChatRequest | TextRequest, list[str]]:
+        """Check a request; return what the model gets, and the texts of it for checks that ask somebody.
+
+        Raises:
+            Blocked: the policy does not allow a text.
+            UsageError: the request cannot be checked: it asks for log-probabilities of what may be held back, or its
+                prompt has values to replace and is token ids.
+        """
+        screen, params = screening.screen, request.params
+        if screening.policy.changes_answers and (
+            params.logprobs is not None or params.prompt_logprobs is not None
+        ):
+            raise UsageError(
+                "log-probabilities would show text before it is checked, which the policy of this server does",
+                param="logprobs", hint="leave them out",
+            )  # fmt: skip
+        # They are counted and may be blocked, so they are not without effect.
+        ignored = [name for name in request.ignored if name not in _USER_FIELDS]
+        if isinstance(request, ChatRequest):
+            messages, tools, texts = screen.conversation(request.messages, request.tools, counts=counts)
+            caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
+            return replace(request, messages=messages, tools=tools, ignored=ignored), texts
+        if not isinstance(request.prompt, str):
+            text = "" if self.tokenizer is None else self.tokenizer.decode(request.prompt, keep_special=True)
+            made = screen.text(text, counts=counts)
+            if made != text:
+                raise UsageError(
+                    "the policy of this server replaces values in the prompt, and this one is token ids",
+                    param="prompt", hint="send the prompt as text",
+                )  # fmt: skip
+            return replace(request, ignored=ignored), [text]
+        texts = [request.prompt, *(() if request.suffix is None else (request.suffix,))]
+        made_texts = [screen.text(text, counts=counts) for text in texts]
+        suffix = made_texts[1] if len(made_texts) > 1 else None
+        return replace(request, prompt=made_texts[0], suffix=suffix, ignored=ignored), made_texts
+
+    async def screened_texts(
+        self, texts: Sequence[str | Sequence[int]], caller: Caller
+    ) -> list[str | Sequence[int]]:
+        """Check texts that a model gets and does not answer; return what it gets. Raises what `open` raises."""
+        screening = caller.screening
+        if screening is None:
+            return list(texts)
+
+        def check() -> list[tuple[ChatRequest | TextRequest, list[str]]]:
+            made = (TextRequest(prompt=one, params=SamplingParams()) for one in texts)
+            return [self._screened(one, screening, caller) for one in made]
+
+        checked = await self.run(caller, check)
+        if screening.asks_about_input:
+            await screening.require_allowed([text for _, asked in checked for text in asked])
+        return [request.prompt for request, _ in checked if isinstance(request, TextRequest)]
 
     async def count_tokens(
         self, read: Callable[[], ChatRequest], caller: Caller
@@ -354,6 +479,15 @@ class Service:
         self.prompts.forget(tenant)
         self.kept.forget(tenant)
 
+    def erase(self, tenant: str) -> int:
+        """End the running requests of a tenant, and delete what is kept of it here; it may send more requests.
+
+        Returns:
+            The number of answers that were kept for replay. Prefixes go before the engine's next step.
+        """
+        self.loop.erase(tenant)
+        return self.prompts.forget(tenant)
+
     def _build(self, request: ChatRequest, use: ToolUse, tenant: str, *, is_counted: bool = False) -> Prompt:
         return self.prompts.build(
             request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted,
@@ -365,7 +499,12 @@ class Service:
     ) -> tuple[Prompt, SamplingParams, ToolUse]:
         params = request.params
         if isinstance(request, TextRequest):
-            text = request.prompt
+            text, suffix = request.prompt, request.suffix
+            # Editors send an empty suffix at the end of a file, whatever the model.
+            if isinstance(text, str) and (suffix or (suffix is not None and self.prompts.can_infill)):
+                filling = self.prompts.infill(text, suffix)
+                stops = (*params.stop_token_ids, *filling.end_ids)
+                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse()
             prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
             return prompt, params, ToolUse()
         use = _tool_use(request)
@@ -391,18 +530,38 @@ class Service:
 
     def _effort(self, effort: str | None) -> dict[str, Any]:
         """The template variables for `effort`; empty if the template has none."""
-        if effort is None:
-            return {}
-        is_known = "reasoning_effort" in self.prompts.variables
-        said = {"reasoning_effort": effort} if is_known and effort != "none" else {}
-        return self._switches(effort != "none") | said
+        return {} if effort is None else effort_variables(effort, self.prompts.variables)
 
     def _switches(self, thinks: bool | None) -> dict[str, Any]:
         """The template variables that switch thinking; empty if the template has none."""
-        if thinks is None:
-            return {}
-        known = self.prompts.variables
-        return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
+        return {} if thinks is None else _switches(thinks, self.prompts.variables)
+
+
+def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """SHA-256 of what decides the answers of a model, as far as it is known."""
+    found = {"model_sha256": model.fingerprint} if model.fingerprint else {}
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        found["template_sha256"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    return found
+
+
+def effort_variables(effort: str, known: Collection[str]) -> dict[str, Any]:
+    """The variables for a reasoning effort, of those that a chat template knows."""
+    said = {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
+    return _switches(effort != "none", known) | said
+
+
+def _switches(thinks: bool, known: Collection[str]) -> dict[str, Any]:
+    return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
+
+
+def no_ears() -> Refused:
+    """The refusal of a server that cannot transcribe."""
+    return Refused(
+        404,
+        "this server does not transcribe sounds",
+        hint="start it with ears: `argosy serve --ears tiny.en`",
+    )
 
 
 def media_tokens(prompts: Iterable[Prompt]) -> dict[MediaTokens, int]:
@@ -446,7 +605,7 @@ class Answers:
     def __init__(self, service: Service, caller: Caller, events: asyncio.AbstractEventLoop) -> None:
         self.prompts: list[Prompt] = []
         self.results: list[Result | None] = []
-        self.num_prompt_tokens = 0  # of all prompts, as the following
+        self.num_prompt_tokens = 0  # over all prompts, as the following
         self.num_new_tokens = 0
         self.num_reasoning_tokens = 0
         self._service, self._caller, self._events = service, caller, events
@@ -460,6 +619,7 @@ class Answers:
         self._some = asyncio.Event()
         self._is_woken = False  # the event loop will look, so it needs no second signal
         self._is_behind = False
+        self._screened: list[ScreenedAnswer] = []  # all answers, if there is a policy
 
     def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
         """Queue a prompt in the engine; only the one prompt of a conversation has tools.
@@ -471,13 +631,27 @@ class Answers:
             self._parsers.append(self._service.prompts.parser(prompt, use.callable) if is_parsed else None)
             self._said.append([])
             self.results.append(None)
+            if self._caller.screening is not None and self._caller.screening.policy.checks_answers:
+                self._screened.append(self._caller.screening.answer())
         self.prompts.append(prompt)
         self._num_cached[first] = 0
         self._use = use
+        caller, model = self._caller, self._service.model.id
+        watches: list[AnswerWatch] = []
+        if caller.metrics is not None:
+            operation: Operation = "text_completion" if prompt.trace is None else "chat"
+            watches = [caller.metrics.watch(model, operation, caller.began) for _ in range(num_answers)]
 
         def deliver(event: Event) -> None:
             if isinstance(event, AnswerToken):  # counted here, because the client may be gone
-                self._caller.count(new=1)
+                caller.count(new=1)
+                if watches:
+                    watches[event.answer].token()
+            elif isinstance(event, AnswerEnd):
+                caller.finishes.append(event.result.finish_reason)
+                caller.num_marked_tokens += event.result.num_marked
+                if watches:
+                    watches[event.answer].end(event.result)
             if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
                 self._is_behind = True
                 self._events.call_soon_threadsafe(self.cancel)
@@ -512,11 +686,53 @@ class Answers:
             self._service.loop.cancel(request)
 
     async def steps(self) -> AsyncGenerator[Step, None]:
-        """Yield every step until the last answer has ended.
+        """Yield every step until the last answer has ended, as far as the key's policy lets it pass.
 
         Raises:
             ArgosyError: an answer cannot be finished.
         """
+        screening = self._caller.screening
+        async with aclosing(self._own_steps()) as steps:
+            if not self._screened or screening is None:
+                async for step in steps:
+                    yield step
+                return
+            waiting: list[Step] = []
+            async for step in steps:
+                waiting.append(step)
+                if self._arrived and len(waiting) < _SCREENED_AT_ONCE and not isinstance(step, Ended):
+                    continue
+                passed = [made for one in _joined(waiting) for made in await self._screen(one)]
+                for made in passed if screening.policy.changes_answers else waiting:
+                    yield made
+                waiting = []
+
+    async def _screen(self, step: Step) -> list[Step]:
+        """Return the parts of a step that the checks let pass."""
+        if isinstance(step, Progress):
+            return [step]
+        screened, number = self._screened[step.answer], step.answer
+        made: list[Step] = []
+        events: list[SaidEvent] = []
+        is_end, text = isinstance(step, Ended), ""
+        if self._parsers[number] is None:
+            text = await screened.take_text("" if isinstance(step, Ended) else step.text, is_end=is_end)
+        elif isinstance(step, Ended):
+            events = await screened.finish()
+        else:
+            events = await screened.take(step.events)
+        if events or text:
+            made.append(Said(number, tuple(events), text, None))
+        if isinstance(step, Ended):
+            return [*made, replace(step, finish="content_filter") if screened.is_blocked else step]
+        if screened.is_blocked and all(
+            result is not None or other.is_blocked
+            for result, other in zip(self.results, self._screened, strict=True)
+        ):
+            self.cancel()
+        return made
+
+    async def _own_steps(self) -> AsyncGenerator[Step, None]:
         turn_began = time.monotonic()
         while self._num_open:
             if not self._arrived:
@@ -526,6 +742,7 @@ class Answers:
                 await asyncio.sleep(0)
                 turn_began = time.monotonic()
             event = self._arrived.popleft()
+            self._caller.require_unstopped()
             steps = self._step(event)
             if isinstance(event, AnswerEnd):
                 await self._remember(event)
@@ -543,7 +760,8 @@ class Answers:
 
     async def _remember(self, end: AnswerEnd) -> None:
         """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
-        if self._parsers[end.answer] is not None:
+        is_blocked = bool(self._screened) and self._screened[end.answer].is_blocked
+        if self._parsers[end.answer] is not None and not is_blocked:
             tenant, token_ids, said = (
                 self._caller.tenant,
                 end.result.token_ids,
@@ -594,6 +812,8 @@ class Answers:
                 f"the client read the answer too slowly: more than {MOST_UNREAD} events waited",
                 hint="read faster, or request fewer answers and no log-probabilities",
             )
+        if self._screened and self._screened[answer].is_blocked:
+            return [Ended(answer, "content_filter", result)]
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
         steps: list[Step] = []
@@ -608,3 +828,19 @@ class Answers:
         if num_whole == num_begun > 0:
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
+
+
+def _joined(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, with what one answer said in steps that follow each other joined, so that it is checked at once."""
+    last: Said | None = None
+    for step in steps:
+        if isinstance(step, Said) and last is not None and last.answer == step.answer:
+            last = Said(step.answer, (*last.events, *step.events), last.text + step.text, None)
+            continue
+        if last is not None:
+            yield last
+        last = step if isinstance(step, Said) else None
+        if last is None:
+            yield step
+    if last is not None:
+        yield last

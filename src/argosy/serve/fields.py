@@ -91,6 +91,7 @@ NumBest = Annotated[int, Field(ge=0, le=20, strict=True), WHOLE]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False, strict=True)]
 _BIASES = Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}})
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Dimensions = Annotated[int, Field(ge=1, le=1 << 16, strict=True), WHOLE]  # length of an embedding
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31, strict=True), WHOLE]
 # The value of a chat template variable: an effort, a switch, a number of tokens.
 Setting = (
@@ -103,13 +104,14 @@ TemplateVariable = Literal["clear_thinking", "enable_thinking", "reasoning_effor
 Short = Annotated[str, Field(min_length=1, max_length=256)]  # a name, an id
 Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4 << 20)]
+SomeText = Annotated[Text, Field(min_length=1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 # Every list in a request has a bound, and validation stops at its first invalid item: a report of every item would take
 # a thousand times the memory of the body. `tests/serve/test_bounds.py` finds lists and objects without a bound.
 Item = TypeVar("Item")
 MAX_ITEMS = 4096
-MAX_FIELDS = 256  # of an object with known fields; a larger object is refused as a whole
+MAX_FIELDS = 256  # per object with known fields; a larger object is refused as a whole
 Messages = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 Tools = Field(max_length=512, fail_fast=True)
 
@@ -201,6 +203,11 @@ class Strict(_Part):
 
     model_config = ConfigDict(extra="forbid")
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether a request with this body needs its model in memory."""
+        return True
+
 
 class Lenient(_Part):
     """Unknown fields have no effect; `x-ignored-params` lists them."""
@@ -284,12 +291,22 @@ class ThoughtTokens(Closed):
 
 
 class Timings(Closed):
-    """The ledger of an answer; null means unknown."""
+    """The ledger of an answer; null means unknown.
+
+    proposed_tokens, confirmed_tokens: drafts, if the server speculates; confirmed ones are among `new_tokens`.
+    won_s: seconds that drafts saved, an estimate; null if the server does not speculate.
+    energy_j: joules of processors and their memory, as measured, this answer's share of its steps.
+    drive_energy_j: the least and the most of the drive for it, an estimate.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    proposed_tokens: int
+    confirmed_tokens: int
+    won_s: float | None
     wall_s: float
+    queue_s: float | None
     time_to_first_token_s: float | None
     prefill_tok_per_s: float | None
     decode_tok_per_s: float | None
@@ -298,6 +315,8 @@ class Timings(Closed):
     hit_rate: float | None
     bytes_read: int
     peak_bytes: int | None
+    energy_j: float | None
+    drive_energy_j: list[float] | None
     parts: dict[str, float]
 
 
@@ -404,6 +423,11 @@ class ForOpenAI(Strict):
     max_tool_calls: NoEffect[Annotated[int, Field(ge=1, le=1 << 20, strict=True), WHOLE]] = None
     verbosity: NoEffect[Short] = None
     guided_decoding_backend: NoEffect[Short] = None
+
+    @property
+    def named_user(self) -> str | None:
+        """The person behind the request: `safety_identifier`, or its older name `user`."""
+        return self.safety_identifier or self.user or None
 
 
 class ThinkingSwitch(Strict):

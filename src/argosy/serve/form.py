@@ -22,11 +22,12 @@ from starlette.responses import Response
 
 from argosy.errors import UsageError
 from argosy.serve.body import refusal
-from argosy.serve.core import Service
+from argosy.serve.core import no_ears
 from argosy.serve.gate import FORM_TYPE
+from argosy.serve.models import models_of
 
 _MOST_PARTS = 64
-_MOST_TEXT_BYTES = 64 << 10  # of all fields that are not files together
+_MOST_TEXT_BYTES = 64 << 10  # all fields that are not files together
 _LONGEST_NAME = 64
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -95,8 +96,9 @@ def answering_form(
     """The endpoint of a route that takes a form, `handler(body, request)`; only a server with ears has such a route."""
 
     async def answer(request: Request) -> Response:
-        service: Service = request.app.state.service
-        service.require_ears()  # before a long body is read
+        if (service := models_of(request).hearing()) is None:  # before a long body is read
+            raise no_ears()
+        request.state.service = service
         body = await read_form(request, model)
         service.require_ears(body.model)  # type: ignore[attr-defined]
         return await handler(body, request)

@@ -1,13 +1,16 @@
 """Checks that every request passes before its route runs, and the response to every failure.
 
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
+                          └── a preflight of an allowed origin is answered here
 
 Every route is in the table with its policy; anything else is 404. The path is the one that the client sent
-(`scope["path"]`). HEAD is answered like GET, without the body. The log has the request's id, the method, the route's
-template, the status, times and token counts, and no content. An unexpected exception becomes "internal error"; the log
-says where it was raised (`log.py`), and both have the id.
+(`scope["path"]`), without the base path. HEAD is answered like GET, without the body. The log has the request's id, the
+method, the route's template, the status, times, token counts, the model and the key's id, and no content. An unexpected
+exception becomes "internal error"; the log says where it was raised (`log.py`), and both have the id. A trace id that
+the client sends in `traceparent` goes into the JSON log and the audit, and nothing else of that header does.
 
-Elsewhere: the table is `app.py`; keys and limits are the room `guard`.
+Elsewhere: the table is `app.py`; the audit is `audited.py`; allowed origins are `origins.py`; keys and limits are the
+room `guard`.
 """
 
 from __future__ import annotations
@@ -20,21 +23,27 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired
+from typing import Literal, NotRequired, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argosy.engine.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
+from argosy.guard.audit import Content
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
+from argosy.guard.stops import Stops
+from argosy.guard.strangers import Stranger, Strangers
+from argosy.serve.answer_metrics import AnswerMetrics
 from argosy.serve.fields import Closed
 from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
 from argosy.serve.media_hosts import Files
+from argosy.serve.origins import Headers, Origins, granted
+from argosy.serve.screening import Guarding, Screening
 
 log = logging.getLogger("argosy.serve")
 
@@ -46,9 +55,12 @@ BODY_S = 60.0
 # For the rest of the body of a refused request.
 _DISCARD_S = 5.0
 _MOST_DISCARDED_BYTES = 2 * MEDIA_BODY_BYTES
-_NAME = r"[A-Za-z0-9._-]{1,253}"  # of a host; also an IPv4 address
+_NAME = r"[A-Za-z0-9._-]{1,253}"  # a host's name; also an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
+CHOSEN_POLICY = "x-argosy-policy"  # the header with which a request names its policy
+GENERATED = (b"x-ai-generated", b"1")  # header of answers that a model wrote
 _ONCE = (
+    CHOSEN_POLICY,
     "host",
     "content-length",
     "authorization",
@@ -57,7 +69,11 @@ _ONCE = (
     "content-type",
     "transfer-encoding",
 )
-Dialect = Literal["openai", "anthropic"]
+_TRACE = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
+Dialect = Literal["openai", "anthropic", "ollama"]
+Screens = Literal["answers", "texts", "nothing"]
 
 SECURITY_HEADERS = (
     # data: for previews of attached pictures and sounds, which cannot run anything.
@@ -70,11 +86,16 @@ SECURITY_HEADERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """Who may use a route, and the body that it takes; with `scope` None, everyone."""
+    """Access to a route: the scope that it needs, None for everyone, and the largest body that it takes.
+
+    screens: what the key's content policy is applied to: texts that a model gets, or its answers as well. Every route
+        says so; None fails a test.
+    """
 
     method: str
     path: str
     scope: KeyScope | None
+    screens: Screens | None = None
     is_counted: bool = False  # the key's limits apply
     takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
     takes_form: bool = False  # the body is a form with a file, not JSON
@@ -83,22 +104,48 @@ class Policy:
 
 def dialect_of(path: str) -> Dialect:
     """The dialect of errors at `path`."""
+    if path.startswith("/api/"):
+        return "ollama"
     return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
 @dataclass(slots=True)
 class Caller:
-    """The client of a request and the tokens it used so far, even if the client leaves before the end."""
+    """The client of a request and the tokens it used so far, even if the client leaves before the end.
+
+    began: when the request arrived, by the monotonic clock.
+    model: the id of the model that answers; empty until one does.
+    digests: SHA-256 of what decides its answers, by name, for the audit.
+    trace_id: the client's trace, 32 hexadecimal digits (W3C Trace Context).
+    finishes: why each answer ended.
+    is_recorded: the audit will have a line of the request.
+    verdicts: the guards' decisions, a word or two each, and never a word of the text.
+    screening: by the policy of the key; None: nothing is checked.
+    """
 
     key: Key | None = None
     limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
+    num_marked_tokens: int = 0  # chosen with the watermark
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
-    share: Share = field(default_factory=lambda: Pool().share())  # of the memory for request bodies
+    share: Share = field(default_factory=lambda: Pool().share())  # its part of the memory for request bodies
     takes_long: bool = False  # the body is long, or has pictures or sounds to decode
     takes_video: bool = False  # it has a video to decode
     files: Files = field(default_factory=Files)  # at other hosts, named in the body
+    ending: contextlib.ExitStack = field(
+        default_factory=contextlib.ExitStack
+    )  # closed when the request has ended
+    metrics: AnswerMetrics | None = None
+    began: float = field(default_factory=time.monotonic)
+    model: str = ""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    trace_id: str | None = None
+    finishes: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+    is_recorded: bool = False
+    screening: Screening | None = None
+    stops: Stops = field(default_factory=Stops)
 
     @property
     def tenant(self) -> str:
@@ -124,12 +171,36 @@ class Caller:
             )
             raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
 
+    def require_unstopped(self) -> None:
+        """Check that the operator has stopped neither the key nor the model that answers.
+
+        Raises:
+            Stopped: one of them is stopped.
+        """
+        if self.key is not None:
+            self.stops.require("key", self.key.id)
+            self.stops.require("key", self.key.name)
+        if self.model:
+            self.stops.require("model", self.model)
+
+    def answered_by(self, model: str, digests: Mapping[str, str] | None = None) -> None:
+        """Note the id of the model that answers the request, and the SHA-256 of what decides its answers."""
+        if self.metrics is not None and not self.model:
+            self.metrics.count_request(model, self.key_id)
+        self.model, self.digests = model, digests or {}
+
+    @property
+    def key_id(self) -> str:
+        return "none" if self.key is None else self.key.id
+
     def count(self, *, prompt: int = 0, new: int = 0) -> None:
         """Count more tokens. Any thread may call this, even after the request has ended."""
         self.num_prompt_tokens += prompt
         self.num_new_tokens += new
         if self.limits is not None and self.key is not None:
             self.limits.count(self.key, prompt + new)
+        if self.metrics is not None:
+            self.metrics.count_tokens(self.model, self.key_id, prompt=prompt, new=new)
 
 
 class Refused(ArgosyError):
@@ -190,9 +261,15 @@ class AnthropicError(Closed):
     request_id: NotRequired[str]
 
 
+class OllamaError(Closed):
+    """An error."""
+
+    error: str
+
+
 def error_body(
     error: BaseException, dialect: Dialect, request_id: str
-) -> tuple[int, OpenAIError | AnthropicError]:
+) -> tuple[int, OpenAIError | AnthropicError | OllamaError]:
     """Status and body of a failure in the dialect's shape and words; our own faults have the id that is in the log."""
     status = error.http_status if isinstance(error, ArgosyError) else 500
     message, is_ours = str(error), status >= 500 and status != 503
@@ -201,6 +278,8 @@ def error_body(
     if is_ours:  # the full message, which may contain paths, is not sent
         known = f"{type(error).__name__}: the answer could not be finished"
         message = f"{known if isinstance(error, ArgosyError) else 'internal error'} (request {request_id})"
+    if dialect == "ollama":
+        return status, {"error": message}
     unnamed = "invalid_request_error" if status < 500 else "api_error"
     kind, anthropic = _TYPES.get(status, (unnamed.replace("api_error", "server_error"), unnamed))
     if dialect == "anthropic":
@@ -227,7 +306,7 @@ def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
     if not (isinstance(needed, int) and isinstance(available, int) and isinstance(new, int)):
         return str(error)
     prompt, least = needed - new, "at least " if error.facts.get("is_at_least") else ""
-    if dialect == "openai":
+    if dialect != "anthropic":
         said = (
             f"This model's maximum context length is {available} tokens. However, you requested {least}{needed} tokens"
             f" ({prompt} in the messages, {new} in the completion)."
@@ -249,11 +328,12 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
     retry = getattr(error, "retry_after_s", None)
     if retry is not None:
         headers["retry-after"] = str(int(retry))
-    if status == 405 and isinstance(error, ArgosyError):
-        headers["allow"] = str(error.facts["allow"])
+    for status_with, name in ((405, "allow"), (308, "location")):
+        if status == status_with and isinstance(error, ArgosyError):
+            headers[name] = str(error.facts[name])
     if status in (401, 403):  # some clients would retry for minutes, and the key would still be refused
         headers["x-should-retry"] = "false"
-    if status in (408, 413, 503) or isinstance(error, BadFrame):
+    if status in (408, 413, 503) or isinstance(error, BadFrame | Stranger):
         headers["connection"] = "close"
     return headers
 
@@ -261,7 +341,31 @@ def error_headers(error: BaseException, status: int) -> dict[str, str]:
 def report(error: BaseException, caller: Caller) -> None:
     """Log an unexpected exception."""
     if not isinstance(error, ArgosyError):
-        log.error("%s internal error: %s", caller.request_id, where_it_failed(error))
+        where = where_it_failed(error)
+        facts = {"event": "internal_error", "request_id": caller.request_id, "where": where}
+        log.error("%s internal error: %s", caller.request_id, where, extra={"facts": facts})
+
+
+class Heard(Protocol):
+    """Takes what a request says and is answered."""
+
+    def ask(self, data: bytes) -> None: ...
+
+    def answer(self, data: bytes) -> None: ...
+
+    def content(self) -> Content: ...
+
+
+class Auditing(Protocol):
+    """The part of `Auditor` that the gate uses."""
+
+    def require_room(self) -> None: ...
+
+    def listen(self) -> Heard | None: ...
+
+    def note(
+        self, caller: Caller, policy: Policy, *, status: int, seconds: float, heard: Heard | None
+    ) -> None: ...
 
 
 @dataclass(slots=True)
@@ -277,8 +381,14 @@ class Gate:
 
     Args:
         hosts: host names that the server answers to, besides addresses and `localhost`.
+        origins: origins whose pages may use the server.
+        hints: for a path that is not in the table, what to do instead, by the beginning of the path.
         takes_media: the model takes pictures or sounds.
         observe: is called with (route, status, seconds) for every request.
+        metrics: takes the times and tokens of answers; None: nobody asks for them.
+        base_path: the beginning of all paths, or nothing.
+        auditor: records the requests that do work or change something; None: nobody does.
+        guarding: policies, and what is stopped; None: there are none.
     """
 
     def __init__(
@@ -289,15 +399,27 @@ class Gate:
         limits: Limits,
         *,
         hosts: Collection[str] = (),
+        origins: Origins | None = None,
+        hints: Mapping[str, str] | None = None,
         takes_media: bool = False,
         observe: Callable[[str, int, float], None] = lambda route, status, seconds: None,
+        metrics: AnswerMetrics | None = None,
+        base_path: str = "",
+        auditor: Auditing | None = None,
+        guarding: Guarding | None = None,
     ) -> None:
         self._app = app
+        self._auditor = auditor
+        self._guarding = Guarding() if guarding is None else guarding
         self._table = [(policy, _pattern(policy.path)) for policy in policies]
         self._ring = ring
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
-        self._observe = observe
+        self._origins = Origins() if origins is None else origins
+        self._hints = {} if hints is None else hints
+        self._observe, self._metrics = observe, metrics
+        self._base_path = base_path
+        self._strangers = Strangers()
         self._takes_media = takes_media
         self.bodies = Pool(BODY_BYTES + (MEDIA_BODIES_BYTES if takes_media else 0))
 
@@ -309,16 +431,24 @@ class Gate:
             return
         began, count = time.monotonic(), _Count()
         policy: Policy | None = None
-        caller, dialect = Caller(limits=self._limits, share=self.bodies.share()), dialect_of(scope["path"])
+        is_within = scope["path"].startswith(f"{self._base_path}/")
+        if is_within:
+            scope = {**scope, "path": scope["path"][len(self._base_path) :]}
+        caller = Caller(limits=self._limits, share=self.bodies.share(), metrics=self._metrics, began=began)
+        dialect = dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
         body = _Body(receive, caller.share.hold)
+        for_pages: Headers = []
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
                 count.status, count.has_begun = message["status"], True
                 own = {name for name, _ in message.get("headers", ())}
-                extra = [pair for pair in (*SECURITY_HEADERS, named) if pair[0] not in own]
+                told = [*SECURITY_HEADERS, named, *for_pages]
+                if policy is not None and policy.screens == "answers" and message["status"] == 200:
+                    told.append(GENERATED)
+                extra = [pair for pair in told if pair[0] not in own]
                 # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
                 if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
                     is_read = await body.discard()
@@ -328,6 +458,8 @@ class Gate:
                 if scope["method"] == "HEAD":  # complete, even where GET would stream
                     await send({"type": "http.response.body"})
             elif scope["method"] != "HEAD":
+                if body.heard is not None:
+                    body.heard.answer(message.get("body", b""))
                 await send(message)
 
         try:
@@ -335,28 +467,20 @@ class Gate:
                 raise Overloaded("the server has reached its limit on connections", retry_after_s=1)
             headers = _headers(scope)
             body.is_awaited = "expect" in headers
+            caller.trace_id = _trace_id(headers)
             self._check_host(headers)
-            policy = self._route(scope["method"], scope["path"])
-            self._check_origin(scope["method"], headers)
-            caller.key = self._admit(policy, headers)
-            if policy.scope is not None:
-                caller.require(policy.scope)
-            if scope["method"] == "POST":
-                _require_type(policy, headers)
-            body.max_bytes = policy.max_body_bytes
-            if policy.takes_media and self._takes_media:
-                body.max_bytes = MEDIA_BODY_BYTES
-            body.require_allowed(int(headers.get("content-length", "0") or 0))
-            scope.setdefault("state", {})["caller"] = caller
-            if policy.is_counted and caller.key is not None:
-                self._limits.begin(caller.key)
-            try:
-                method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                await self._app({**scope, "method": method}, body.receive, send_on)
-            finally:
-                caller.share.release()
-                if policy.is_counted and caller.key is not None:
-                    self._limits.end(caller.key)
+            if not is_within:
+                raise self._elsewhere(scope)
+            for_pages += self._origins.headers(headers)
+            asked = self._origins.asked_method(scope["method"], headers)
+            policy = self._route(asked or scope["method"], scope["path"])
+            if asked is not None:  # without a key: browsers send none with a preflight
+                await send_on(
+                    {"type": "http.response.start", "status": 204, "headers": granted(asked, headers)}
+                )
+                await send_on({"type": "http.response.body"})
+            else:
+                await self._pass_on(policy, headers, caller, body, scope, send_on)
         except GoneAway:
             count.status = count.status or 499
         except Exception as error:
@@ -366,28 +490,90 @@ class Gate:
         seconds = time.monotonic() - began
         route = policy.path if policy is not None else "none"
         self._observe(route, count.status, seconds)
+        facts = {
+            "event": "request", "request_id": caller.request_id,
+            "method": scope["method"] if policy is not None else "-", "route": route, "status": count.status,
+            "seconds": round(seconds, 3),
+            "prompt_tokens": caller.num_prompt_tokens, "new_tokens": caller.num_new_tokens,
+            "model": caller.model or None, "key": None if caller.key is None else caller.key.id,
+            **({} if caller.trace_id is None else {"trace_id": caller.trace_id}),
+        }  # fmt: skip
+        if self._auditor is not None and policy is not None and caller.is_recorded:
+            self._auditor.note(caller, policy, status=count.status, seconds=seconds, heard=body.heard)
         log.info(
-            "%s %s %s %d %.3f s, %d prompt, %d new", caller.request_id,
-            scope["method"] if policy is not None else "-", route, count.status, seconds,
-            caller.num_prompt_tokens, caller.num_new_tokens,
+            "%(request_id)s %(method)s %(route)s %(status)d %(seconds).3f s,"
+            " %(prompt_tokens)d prompt, %(new_tokens)d new",
+            facts, extra={"facts": facts},
         )  # fmt: skip
+
+    async def _pass_on(
+        self, policy: Policy, headers: dict[str, str], caller: Caller, body: _Body, scope: Scope, send: Send
+    ) -> None:
+        """Let the route answer, if the request passes the checks of its policy.
+
+        Raises:
+            Refused: it does not.
+        """
+        if self._auditor is not None and _is_recorded(policy):
+            # First, and without a line: refusals of all kinds must not take the room of requests that are running.
+            self._auditor.require_room()
+            caller.is_recorded = True
+        self._check_origin(scope, headers)
+        caller.key = self._admit(policy, headers, scope.get("client"))
+        if policy.scope is not None:
+            caller.require(policy.scope)
+        caller.stops = self._guarding.stops
+        caller.require_unstopped()
+        if policy.screens in ("answers", "texts"):
+            chosen = headers.get(CHOSEN_POLICY)
+            caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
+        if scope["method"] == "POST":
+            _require_type(policy, headers)
+        body.max_bytes = policy.max_body_bytes
+        if policy.takes_media and self._takes_media:
+            body.max_bytes = MEDIA_BODY_BYTES
+        body.require_allowed(int(headers.get("content-length", "0") or 0))
+        scope.setdefault("state", {})["caller"] = caller
+        if self._auditor is not None and policy.is_counted:
+            body.heard = self._auditor.listen()
+        if policy.is_counted and caller.key is not None:
+            self._limits.begin(caller.key)
+        try:
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self._app({**scope, "method": method}, body.receive, send)
+        finally:
+            caller.ending.close()
+            caller.share.release()
+            if policy.is_counted and caller.key is not None:
+                self._limits.end(caller.key)
+
+    def _elsewhere(self, scope: Scope) -> Refused:
+        """The answer to a path outside the base path; a browser is led from the base path to the page."""
+        if scope["path"] == self._base_path and scope["method"] in ("GET", "HEAD"):
+            return Refused(308, "the page is at this path with a slash", location=f"{self._base_path}/")
+        return Refused(
+            404, "there is no such path", hint=f"all paths of this server begin with {self._base_path}/"
+        )
 
     def _route(self, method: str, path: str) -> Policy:
         found = [policy for policy, pattern in self._table if pattern.fullmatch(path)]
+        found = [policy for policy in found if policy.path == path] or found  # a name in the table is no id
         for policy in found:
             if policy.method == method or (policy.method, method) == ("GET", "HEAD"):
                 return policy
         if not found:
-            raise Refused(404, "there is no such path", hint="/openapi.json lists all paths")
+            hint = self._hints.get("/".join(path.split("/", 3)[:3]), "/openapi.json lists all paths")
+            raise Refused(404, "there is no such path", hint=hint)
         methods = {policy.method for policy in found}
         known = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         raise Refused(405, f"this path accepts {known}", allow=known)
 
-    def _admit(self, policy: Policy, headers: dict[str, str]) -> Key | None:
+    def _admit(self, policy: Policy, headers: dict[str, str], client: tuple[str, int] | None) -> Key | None:
         if policy.scope is None:
             return None
         key = self._ring.find(_secret(headers) if self._ring.is_needed else None)
         if key is None:
+            self._strangers.count("" if client is None else client[0])
             raise Refused(
                 401,
                 "a valid API key is required",
@@ -405,15 +591,28 @@ class Gate:
                 403, "the server does not answer to this host name", hint="start it with --allow-host NAME"
             )
 
-    def _check_origin(self, method: str, headers: dict[str, str]) -> None:
-        if method in ("GET", "HEAD"):
+    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+        if scope["method"] in ("GET", "HEAD") or self._origins.allow(headers):
             return
-        own = [f"{scheme}://{headers['host'].lower()}" for scheme in ("http", "https")]
+        # A proxy that is not believed, or does not say, may speak TLS to a client of a plain connection.
+        schemes = ("https",) if scope["scheme"] == "https" else ("http", "https")
+        own = [f"{scheme}://{headers['host'].lower()}" for scheme in schemes]
         if (
             headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
             or headers.get("origin", own[0]).lower() not in own
         ):
             raise Refused(403, "requests from pages of other sites are refused")
+
+
+def _is_recorded(policy: Policy) -> bool:
+    """Whether the audit has a line for each request of a route: those that do work or change something."""
+    return policy.scope is not None and policy.method != "GET"
+
+
+def _trace_id(headers: Mapping[str, str]) -> str | None:
+    """The client's trace id, if the request is part of a trace."""
+    found = _TRACE.fullmatch(headers.get("traceparent", ""))
+    return None if found is None else found["trace_id"]
 
 
 def _require_type(policy: Policy, headers: dict[str, str]) -> None:
@@ -478,11 +677,13 @@ class _Body:
     is_whole: all of the body has been read.
     is_awaited: the client sends the body only after a 100 Continue.
     max_bytes: the largest body that is read.
+    heard: takes the body, too; None: nobody else does.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
         """`hold` is called with the memory of each part, and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
+        self.heard: Heard | None = None
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False
         self.is_awaited = False
@@ -509,6 +710,8 @@ class _Body:
         self._size += num_bytes
         self.require_allowed(self._size)
         self._hold(num_bytes + num_bytes // 8)  # a buffer that grows has some room to spare
+        if self.heard is not None:
+            self.heard.ask(message.get("body", b""))
         return message
 
     def require_allowed(self, num_bytes: int) -> None:

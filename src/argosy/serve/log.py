@@ -5,28 +5,48 @@
 Logging never waits for the reader of the log. If stderr is a pipe that is read slowly or not at all, lines are dropped,
 and their number follows the next line that gets through.
 
+A line is text for people, or a JSON object for programs. A record's `facts`, if it has them, are the members of that
+object; otherwise it has the text as `message`.
+
 Elsewhere: the log line of each request is `gate.py`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
 import select
 import threading
 import traceback
+from datetime import UTC, datetime
+from typing import Literal
 
 MOST_LINES = 4096  # waiting to be written; a few hundred bytes each
 _CLOSE_S = 1.0  # for the waiting lines at the end
 
 
+LogFormat = Literal["text", "json"]
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", None) or {"event": "message", "message": record.getMessage()}
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": at, "level": record.levelname.lower(), **facts})
+
+
 class LogWriter(logging.Handler):
     """Writes log records to `descriptor` until closed."""
 
-    def __init__(self, descriptor: int, *, most_lines: int = MOST_LINES) -> None:
+    def __init__(
+        self, descriptor: int, *, log_format: LogFormat = "text", most_lines: int = MOST_LINES
+    ) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setFormatter(
+            _JsonLines() if log_format == "json" else logging.Formatter("%(asctime)s %(message)s")
+        )
         self._descriptor = descriptor
         self._lines: queue.Queue[str | None] = queue.Queue(most_lines)
         self._is_closed = False
@@ -59,7 +79,7 @@ class LogWriter(logging.Handler):
             line = self._lines.get()
             said = [] if line is None else [line]
             if num_dropped := self._take_dropped():
-                said.append(f"{num_dropped} log lines were dropped: they were not read fast enough")
+                said.append(self.format(_dropped(num_dropped)))
             try:
                 self._write("".join(f"{one}\n" for one in said).encode("utf-8", "replace"))
             except OSError:  # the reader is gone
@@ -82,6 +102,11 @@ class LogWriter(logging.Handler):
                 ready = select.poll()
                 ready.register(self._descriptor, select.POLLOUT)
                 ready.poll()
+
+
+def _dropped(num_lines: int) -> logging.LogRecord:
+    text = f"{num_lines} log lines were dropped: they were not read fast enough"
+    return logging.makeLogRecord({"msg": text, "levelname": "WARNING", "levelno": logging.WARNING})
 
 
 def where_it_failed(error: BaseException) -> str:

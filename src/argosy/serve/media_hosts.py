@@ -23,17 +23,18 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from argosy.errors import UsageError
 from argosy.media.parts import PROMPT_LIMITS, MediaLimits
 from argosy.serve.held import Share
+from argosy.serve.timed_connection import TimedConnection
 from argosy.serve.work import WorkQueue
 
 FETCH_S = 20.0  # for one file, after its host's name was looked up, which takes as long as the system allows
-MOST_FILES = 16  # of one request
+MOST_FILES = 16  # per request
 _NUM_AT_ONCE = 4
-_MOST_WAITING = 64  # of one key
+_MOST_WAITING = 64  # per key
 _MOST_TRIED = 4  # addresses of a host
 _PORT = 443
 _READ_BYTES = 1 << 16
@@ -140,7 +141,7 @@ class MediaHosts:
                     f"--media-host must be the name of a host, found {name!r:.80}",
                     hint="give the name alone, such as images.example.org: no scheme, port, path, wildcard or address",
                 )
-        self._names = frozenset(name.lower() for name in names)
+        self.names = frozenset(name.lower() for name in names)
         self._network = network()
         self._limits, self._fetch_s = limits, fetch_s
         self._work = WorkQueue(num_threads=_NUM_AT_ONCE, max_waiting=_MOST_WAITING)
@@ -188,7 +189,7 @@ class MediaHosts:
         found = None if len(address) > _LONGEST_ADDRESS else _ADDRESS.fullmatch(address)
         if found is None:
             raise _Fault("an address must have the form https://HOST/PATH, without user, port or fragment")
-        if (host := found["host"].lower()) not in self._names:
+        if (host := found["host"].lower()) not in self.names:
             raise _Fault("its host is none of those that this server may fetch from")
         return _Target(host, (found["path"] or "/") + (found["query"] or ""))
 
@@ -200,7 +201,7 @@ class MediaHosts:
             connection = http.client.HTTPConnection(
                 target.host
             )  # the port is the scheme's, so the header has none
-            connection.sock = _Timed(connected, deadline)
+            connection.sock = TimedConnection(connected, deadline)
             connection.auto_open = 0
             connection.request(
                 "GET", target.path,
@@ -249,45 +250,9 @@ class MediaHosts:
                 raise _Fault(f"the file has more than {most:,} bytes")
             share.hold(len(piece) + len(piece) // 8)  # a buffer that grows has some room to spare
             content.write(piece)
-        if response.length:  # what is missing of the announced length
+        if response.length:  # bytes missing from the announced length
             raise _Fault("its answer is incomplete")
         return content.getvalue()
-
-
-class _Timed:
-    """A connection for `http.client` whose every read and write ends at the deadline."""
-
-    def __init__(self, connected: socket.socket, deadline: float) -> None:
-        self._connected, self._deadline = connected, deadline
-
-    def sendall(self, data: Any) -> None:
-        self._limit()
-        self._connected.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        assert mode == "rb"
-        return io.BufferedReader(_TimedReader(self._connected, self._limit))
-
-    def close(self) -> None:
-        """Close nothing: `http.client` calls this before it reads an answer without a length."""
-
-    def _limit(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._connected.settimeout(left)
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, connected: socket.socket, limit: Callable[[], None]) -> None:
-        self._connected, self._limit = connected, limit
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._limit()
-        return self._connected.recv_into(buffer)
 
 
 def is_public(address: str) -> bool:

@@ -29,7 +29,7 @@ from argosy.serve.held import Share
 from argosy.serve.media_hosts import Files
 from argosy.serve.replaced import Replaced
 
-# What clients may call the data. The decoder goes by the content.
+# Names that clients may give the data. The decoder goes by the content.
 _FORMS: Mapping[Kind, tuple[str, ...]] = {
     "picture": ("image/png", "image/jpeg", "image/webp", "image/gif"),
     "sound": ("wav", "mp3", "flac", "ogg"),
@@ -47,7 +47,7 @@ _OTHER_SPELLINGS = {
     "audio/flac": "flac", "audio/ogg": "ogg",
 }  # fmt: skip
 _LONGEST_SHOWN = 64
-_LONGEST_HEAD = 1024  # of a data URL, up to its comma
+_LONGEST_HEAD = 1024  # a data URL up to its comma
 _DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may run in between
 
 AskedDetail = Literal["low", "high", "auto", "original"]
@@ -57,13 +57,13 @@ Piece = str | dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Base64, and what the client calls its content: a media type or a format.
+    """Base64, and what the client calls its content: a media type or a format; None if it does not say.
 
     start: where the base64 begins in `text`; cutting it out would copy megabytes.
     """
 
     text: str = field(repr=False)
-    form: str
+    form: str | None
     start: int = 0
 
     @property
@@ -92,7 +92,7 @@ class MediaPart(Lenient):
 
     @abstractmethod
     def data(self) -> Data | Elsewhere:
-        """What the client sent."""
+        """The data that the client sent, or their address."""
 
     @abstractmethod
     def drop(self) -> int:
@@ -146,9 +146,9 @@ class Intake:
     """Takes the pictures, sounds and videos of one request.
 
     Args:
-        kinds: what the model takes beside text.
+        kinds: media that the model takes beside text.
         share: the memory that the request holds; decoded bytes are added to it.
-        files: what was fetched from other hosts, and is to be fetched; None: nothing is.
+        files: data fetched from other hosts, or still to be fetched; None: nothing is fetched.
 
     Attributes:
         replaced: the notes in place of what the model cannot read.
@@ -183,7 +183,7 @@ class Intake:
         if kind not in self._kinds:
             return self.replaced.note(part.type, where, is_new=is_new)
         sent, forms = part.data(), _FORMS[kind]
-        form = sent.form.lower() if isinstance(sent, Data) else ""
+        form = sent.form.lower() if isinstance(sent, Data) and sent.form is not None else None
         remedy = part.REMEDY
         if isinstance(sent, Elsewhere) and sent.address is not None and self._files is not None:
             content = self._files.found.get(sent.address)
@@ -197,7 +197,7 @@ class Intake:
             fault = f"expected the data of a {kind}, found {sent.found}"
             if self._files is None:
                 remedy = f"this server opens no address and keeps no files; {remedy}"
-        elif _OTHER_SPELLINGS.get(form, form) not in forms:
+        elif form is not None and _OTHER_SPELLINGS.get(form, form) not in forms:
             fault = f"expected a {kind} of type {', '.join(forms[:-1])} or {forms[-1]}"
             fault += f", found {json.dumps(form[:_LONGEST_SHOWN])}"
         else:

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import Content
 from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions, as_dict
-from argosy.serve.core import Service
+from argosy.serve.core import service_of
 from argosy.serve.fields import Closed, Flag, Short, Strict, few
 from argosy.serve.gate import Caller
 from argosy.serve.streams import EventStream, sse, until_gone
@@ -191,7 +191,7 @@ class _Work:
     """One transcription: it runs in a thread, and its events arrive here."""
 
     def __init__(self, body: TranslationBody, options: TranscriptOptions, request: Request) -> None:
-        service: Service = request.app.state.service
+        service = service_of(request)
         self._service, self._options = service, options
         self._caller: Caller = request.state.caller
         self._content = _content(body)

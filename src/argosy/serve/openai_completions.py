@@ -1,7 +1,8 @@
 """OpenAI's Completions: POST /v1/completions, which continues text or token ids.
 
 `echo` with `logprobs` returns the log-probability of every prompt token, which lm-eval uses for scoring. Several
-prompts run together; a stream sends their choices as they are made.
+prompts run together; a stream sends their choices as they are made. With `suffix` the model fills in what stands
+between the two texts, if it was trained to (`prompt/infill.py`).
 
 Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`; answers are `core.py`.
 """
@@ -45,7 +46,7 @@ from argosy.serve.gate import Caller
 from argosy.serve.logprobs import finite
 from argosy.serve.openai_chunks import ChunkExchange, join
 from argosy.serve.respond import respond
-from argosy.serve.rules import absent, any_of, at_most_one, given
+from argosy.serve.rules import any_of, at_most_one, given
 from argosy.serve.structured_outputs import Formed
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 _MAX_PROMPTS = 64
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
-_FALSE = {"enum": [False, None]}
 
 
 class CompletionBody(Formed, Thinking, OpenAISampling):
@@ -64,7 +64,6 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
             {"properties": {"max_tokens": {"not": {"const": 0}}}},
             given("logprobs", echo={"const": True}),
         ),
-        any_of({"properties": {"echo": _FALSE}}, {"properties": {"stream": _FALSE}}, absent("logprobs")),
     )
 
     prompt: (
@@ -73,6 +72,7 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
         | Annotated[list[Text], few(_MAX_PROMPTS, at_least=1)]
         | Annotated[list[Ids], few(_MAX_PROMPTS, at_least=1)]
     ) = Field(examples=["Once upon a time"])
+    suffix: Text | None = Field(None, description="The text behind the gap that the model fills in.")
     max_tokens: NumTokens | MinusOne | None = None
     echo: Flag | None = None
     logprobs: NumBest | None = None
@@ -100,6 +100,10 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
                 hint="leave out stream or echo",
                 param="echo",
             )
+        if self.suffix is not None and self.echo:
+            raise UsageError("a prompt with a suffix cannot be echoed", hint="leave out echo", param="echo")
+        if self.suffix is not None and not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise UsageError("a suffix needs a prompt of text, found token ids", param="suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise UsageError("best_of must equal n: every answer is returned", param="best_of")
         return SamplingParams(
@@ -128,7 +132,7 @@ class TextChoice(Closed):
     index: int
     text: str
     logprobs: Scored | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "content_filter"] | None
 
 
 class Completion(Closed):
@@ -155,7 +159,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
 
     def __init__(self, body: CompletionBody, service: Service, caller: Caller) -> None:
         super().__init__(body, service, caller)
-        self._begun: dict[int, _Offsets] = {}  # of the tokens of answers that have begun
+        self._begun: dict[int, _Offsets] = {}  # token offsets of answers that have begun
 
     def reads(self) -> Sequence[Read]:
         return [partial(self._read, prompt) for prompt in self.body.prompts]
@@ -166,8 +170,9 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
 
     def _read(self, prompt: str | Sequence[int]) -> TextRequest:
         return TextRequest(
-            prompt=prompt, params=self._params, num_answers=self.body.n or 1, ignored=self.body.ignored()
-        )
+            prompt=prompt, params=self._params, suffix=self.body.suffix, num_answers=self.body.n or 1,
+            ignored=self.body.ignored(),
+        )  # fmt: skip
 
     def take(self, step: Step) -> list[Completion]:
         if isinstance(step, Progress):
@@ -208,7 +213,8 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
         if not self.body.echo:
             return ""
         if prompt.text or tokenizer is None:
-            return prompt.text
+            screening = self.caller.screening
+            return prompt.text if screening is None else screening.screen.restore(prompt.text)
         return tokenizer.decode(prompt.token_ids or (), keep_special=self.keeps_special)
 
     def _prompt(self, number: int) -> Prompt:
@@ -259,5 +265,5 @@ class _Offsets:
         return found
 
 
-def _reason(step: Ended) -> Literal["stop", "length"]:
-    return "length" if step.finish == "length" else "stop"
+def _reason(step: Ended) -> Literal["stop", "length", "content_filter"]:
+    return "stop" if step.finish == "tool_calls" else step.finish

@@ -1,12 +1,12 @@
-"""OpenAI's Responses: POST /v1/responses and /v1/responses/input_tokens.
+"""OpenAI's Responses API: POST /v1/responses and /v1/responses/input_tokens, GET and DELETE of stored responses.
 
 A client sends the whole conversation, or refers to items that the server still has, by `item_reference` and
-`previous_response_id` (`kept_items.py`). Responses cannot be fetched or deleted by id.
+`previous_response_id` (`kept_items.py`). A response that is still kept can be fetched and deleted by its id.
 A stream numbers its events. Each piece of an answer is an output item that is added, filled by deltas, and done. The
-last event is `response.completed`, `response.incomplete` or `response.failed`. Tools that OpenAI would run itself are
-left out and named in `x-ignored-params`.
+last event is `response.completed`, `response.incomplete` or `response.failed`.
 
-Elsewhere: the path of a request is `respond.py`; answers are `core.py`.
+Elsewhere: what requests may say is `openai_responses_bodies.py`; the path of a request is `respond.py`; answers are
+`core.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Annotated, Any, Literal, NotRequired, cast
+from typing import Any, Literal, NotRequired, cast
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from argosy.config import Grammar, SamplingParams
 from argosy.errors import PromptTooLong, UsageError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import (
@@ -32,387 +30,17 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step
-from argosy.serve.fields import (
-    MAX_ITEMS,
-    Closed,
-    Effort,
-    Flag,
-    ForOpenAI,
-    FreeForm,
-    FreeObject,
-    Lenient,
-    Many,
-    Messages,
-    NoEffect,
-    NoFlag,
-    NumBest,
-    ObjectSchema,
-    PromptTokens,
-    Sampling,
-    Short,
-    Strict,
-    Text,
-    Thinking,
-    ThoughtTokens,
-    TokenLimit,
-    ToolName,
-    Tools,
-    few,
-    limit_of,
-    schema_form,
-    strays,
-)  # fmt: skip
-from argosy.serve.gate import Caller, error_body
-from argosy.serve.kept_items import KeptItems
+from argosy.serve.core import ChatRequest, Ended, Read, Said, Service, Step, service_of
+from argosy.serve.fields import Closed, PromptTokens, ThoughtTokens, limit_of
+from argosy.serve.gate import Caller, OpenAIError, Refused, error_body
 from argosy.serve.logprobs import ScoredToken, Speller
-from argosy.serve.media_parts import (
-    URL_REMEDY,
-    VIDEO_URL_REMEDY,
-    AskedDetail,
-    Data,
-    Elsewhere,
-    Intake,
-    MediaPart,
-    Piece,
-    SoundPart,
-    content_of,
-    data_of_url,
-    media_in,
-)  # fmt: skip
-from argosy.serve.replaced import Replaced, UnreadPart, last_asked
+from argosy.serve.media_parts import Data, media_in
+from argosy.serve.models import models_of
+from argosy.serve.openai_responses_bodies import NamedItem, ReasoningOptions, ResponsesBody, TextOptions
 from argosy.serve.respond import Exchange, respond
 from argosy.serve.streams import sse
-from argosy.serve.tool_use import ToolChoice, ToolMode
 
-_LOGPROBS = "message.output_text.logprobs"  # in `include`
-
-
-class Part(Lenient):
-    type: Literal["input_text", "output_text", "reasoning_text", "summary_text", "text"]
-    text: Text
-
-
-class PictureInput(MediaPart):
-    KIND = "picture"
-    REMEDY = URL_REMEDY
-
-    type: Literal["input_image"]
-    image_url: str | None = None
-    file_id: Short | None = None
-    detail: AskedDetail | None = None
-
-    def data(self) -> Data | Elsewhere:
-        if self.image_url is None:
-            return Elsewhere("no image_url" if self.file_id is None else "a file id")
-        return data_of_url(self.image_url)
-
-    def drop(self) -> int:
-        dropped, self.image_url = self.image_url or "", None
-        return len(dropped)
-
-    @property
-    def detail_asked(self) -> AskedDetail | None:
-        return self.detail
-
-
-class VideoInput(MediaPart):
-    """As the Open Responses specification has it; OpenAI's own models take none."""
-
-    KIND = "video"
-    REMEDY = VIDEO_URL_REMEDY
-
-    type: Literal["input_video"]
-    video_url: str
-
-    def data(self) -> Data | Elsewhere:
-        return data_of_url(self.video_url)
-
-    def drop(self) -> int:
-        dropped, self.video_url = self.video_url, ""
-        return len(dropped)
-
-
-class OtherInput(UnreadPart):
-    type: Literal["input_file", "computer_screenshot"]
-
-
-Parts = (
-    Text
-    | Many[Annotated[Part | PictureInput | SoundPart | VideoInput | OtherInput, Field(discriminator="type")]]
-)
-
-
-class GivenItem(Lenient):
-    """Part of a conversation. The id and status of an item from an earlier answer have no effect."""
-
-    id: str | None = None
-    status: str | None = None
-
-
-class MessageItem(GivenItem):
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Parts
-
-
-class CallItem(GivenItem):
-    type: Literal["function_call"]
-    call_id: Short
-    name: Short
-    arguments: Text
-
-
-class ResultItem(GivenItem):
-    type: Literal["function_call_output"]
-    call_id: Short
-    output: Parts
-
-
-class ThoughtItem(GivenItem):
-    type: Literal["reasoning"]
-    content: Parts | None = None
-    summary: Many[Part] | None = None
-
-
-class NamedItem(Strict):
-    """A reference to an item of an earlier response, which the server may still have."""
-
-    type: Literal["item_reference"] = "item_reference"
-    id: Short
-
-
-def _kind(item: object) -> str | None:
-    if isinstance(item, dict):
-        is_name = {name for name, value in item.items() if value is not None} - {"type"} == {"id"}
-        return str(item.get("type") or ("item_reference" if is_name else "message"))
-    return getattr(item, "type", None)
-
-
-KnownItem = MessageItem | CallItem | ResultItem | ThoughtItem
-Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")]
-    | Annotated[ThoughtItem, Tag("reasoning")]
-    | Annotated[NamedItem, Tag("item_reference")],
-    Discriminator(_kind),
-]
-_ITEMS: TypeAdapter[list[KnownItem | NamedItem]] = TypeAdapter(list[Item])
-
-
-class FunctionTool(Lenient):
-    type: Literal["function"]
-    name: ToolName
-    description: Text | None = None
-    parameters: ObjectSchema | None = None
-    strict: Flag | None = None
-
-
-class HostedTool(Lenient):
-    """A tool that OpenAI would run; it is left out here."""
-
-    type: Annotated[
-        str, Field(pattern=r"^[a-z0-9_]{1,64}$", json_schema_extra={"not": {"const": "function"}})
-    ]
-
-
-AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
-    Discriminator(lambda tool: "function" if _kind(tool) == "function" else "hosted"),
-]
-
-
-class ChosenFunction(Strict):
-    type: Literal["function"]
-    name: ToolName
-
-    def asked(self) -> ToolChoice:
-        return ToolChoice("required", (self.name,))
-
-
-class AllowedFunctions(Strict):
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[ChosenFunction], Tools]
-
-    def asked(self) -> ToolChoice:
-        return ToolChoice(self.mode, tuple(tool.name for tool in self.tools))
-
-
-class FlatSchemaForm(Strict):
-    type: Literal["json_schema"]
-    name: str | None = Field(None, max_length=256)
-    description: str | None = None
-    schema_: FreeObject = Field(alias="schema")
-    strict: Flag | None = None
-
-    def asked(self) -> Grammar:
-        return schema_form(self.schema_)
-
-
-class TextOptions(Strict):
-    format: Annotated[FreeForm | FlatSchemaForm, Field(discriminator="type")] | None = None
-    verbosity: str | None = Field(None, max_length=64)
-
-
-class ReasoningOptions(Strict):
-    effort: Effort | None = None
-    summary: str | None = Field(None, max_length=64)
-    generate_summary: str | None = Field(None, max_length=64)
-
-
-class ResponsesBody(Thinking, ForOpenAI, Sampling):
-    input: Text | Annotated[list[Item], Messages] = Field(examples=["Hello"])
-    previous_response_id: Short | None = None
-    store: Flag | None = Field(
-        None, description="Unless false, items are kept so that later requests can refer to them."
-    )
-    instructions: Text | None = None
-    max_output_tokens: TokenLimit | None = None
-    top_logprobs: NumBest | None = None
-    tools: Annotated[list[AnyTool], Tools] | None = None
-    tool_choice: (
-        ToolMode | Annotated[ChosenFunction | AllowedFunctions, Field(discriminator="type")] | None
-    ) = None
-    parallel_tool_calls: Flag | None = None
-    text: TextOptions | None = None
-    reasoning: ReasoningOptions | None = None
-    include: Annotated[list[Short], few(32)] | None = None
-    truncation: NoEffect[Literal["disabled"]] = None
-    background: NoFlag | None = None
-    stream_options: NoEffect[FreeObject] = None
-
-    @property
-    def items(self) -> Sequence[KnownItem | NamedItem]:
-        """The items that the client sent."""
-        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-
-    def request(self, kept: KeptItems, tenant: str, intake: Intake) -> ChatRequest:
-        """The whole conversation, with earlier items from `kept`.
-
-        Raises:
-            Refused: an item is no longer kept.
-        """
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += _messages(self._conversation(kept, tenant), intake)
-        form = None if self.text is None else self.text.format
-        return ChatRequest(
-            messages=messages,
-            params=SamplingParams(
-                max_tokens=limit_of(self.max_output_tokens),
-                logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-                **self.sampling(),
-            ),
-            tools=[_tool(tool) for tool in self.tools or () if isinstance(tool, FunctionTool)],
-            tool_choice=ToolChoice.of(self.tool_choice),
-            parallel=self.parallel_tool_calls is not False,
-            form=None if form is None else form.asked(),
-            effort=None if self.reasoning is None else self.reasoning.effort,
-            effort_field="reasoning.effort",
-            thinks=self.thinks,
-            thinks_fields=self.switches(),
-            replaced=intake.replaced,
-            ignored=[*self.ignored(), *(["store"] if self.store and not kept.can_keep else ())],
-        )
-
-    def _conversation(self, kept: KeptItems, tenant: str) -> list[KnownItem]:
-        earlier = self.previous_response_id
-        before = [] if earlier is None else _ITEMS.validate_python(kept.conversation(tenant, earlier))
-        found: list[KnownItem] = []
-        for item in (*before, *self.items):
-            if isinstance(item, NamedItem):
-                named = _ITEMS.validate_python([kept.item(tenant, item.id)])
-                found += [one for one in named if not isinstance(one, NamedItem)]
-            else:
-                found.append(item)
-        if len(found) > MAX_ITEMS:
-            raise UsageError(
-                f"the conversation has {len(found)} items; the maximum is {MAX_ITEMS}", param="input"
-            )
-        return found
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.top_logprobs is not None or _LOGPROBS in (self.include or ())
-
-    def ignored(self) -> list[str]:
-        names = super().ignored()
-        names += sorted({f"include.{name}"[:64] for name in self.include or () if name != _LOGPROBS})
-        for where, options in (("text", self.text), ("reasoning", self.reasoning)):
-            names += [
-                f"{where}.{name}" for name in ("verbosity", "summary", "generate_summary")
-                if getattr(options, name, None) is not None
-            ]  # fmt: skip
-        names += sorted({f"tools.{tool.type}" for tool in self.tools or () if isinstance(tool, HostedTool)})
-        names += strays("tools", (tool for tool in self.tools or () if isinstance(tool, FunctionTool)))
-        return names + strays("input", self.items)
-
-
-def _tool(tool: FunctionTool) -> dict[str, Any]:
-    known = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": tool.model_dump(include=set(known), exclude_unset=True)}
-
-
-def _messages(items: Sequence[KnownItem], intake: Intake) -> list[dict[str, Any]]:
-    """Convert items to messages: consecutive thoughts, text and calls of the assistant become one message.
-
-    Notes replace parts that the model cannot read; in the user's newest turn such parts are refused.
-    """
-    if isinstance(items[-1], MessageItem) and items[-1].role == "assistant":
-        raise UsageError("the last item is from the assistant, so there is nothing to answer", param="input")
-    asked_now = last_asked(item.role if isinstance(item, MessageItem) else "" for item in items)
-    made: list[dict[str, Any]] = []
-    for at, item in enumerate(items):
-        if isinstance(item, ResultItem):
-            content = _content(item.output, intake, f"input.{at}.output")
-            made.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
-        elif isinstance(item, MessageItem) and item.role != "assistant":
-            content = _content(item.content, intake, f"input.{at}.content", is_new=at == asked_now)
-            made.append({"role": item.role, "content": content})
-        else:
-            if not made or made[-1]["role"] != "assistant":
-                made.append({"role": "assistant", "content": ""})
-            _add(made[-1], item, intake.replaced)
-    return made
-
-
-def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem, replaced: Replaced) -> None:
-    match item:
-        case MessageItem():
-            message["content"] += _text(item.content, replaced)
-        case ThoughtItem():
-            thought = _text(item.content or item.summary or "", replaced)
-            message["reasoning_content"] = message.get("reasoning_content", "") + thought
-        case CallItem():
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            message.setdefault("tool_calls", []).append(call)
-
-
-def _content(parts: Parts, intake: Intake, where: str, *, is_new: bool = False) -> str | list[dict[str, Any]]:
-    if isinstance(parts, str):
-        return parts
-    pieces: list[Piece] = []
-    for at, part in enumerate(parts):
-        match part:
-            case Part():
-                pieces.append(part.text)
-            case MediaPart():
-                pieces.append(intake.piece(part, f"{where}.{at}", is_new=is_new))
-            case OtherInput():
-                pieces.append(intake.replaced.note(part.type, f"{where}.{at}", is_new=is_new))
-    return content_of(pieces, between="")
-
-
-def _text(parts: Parts | Sequence[Part], replaced: Replaced) -> str:
-    """What the assistant said or thought; a prompt has no pictures there."""
-    if isinstance(parts, str):
-        return parts
-    return "".join(
-        part.text if isinstance(part, Part) else replaced.note(part.type, "input", is_new=False)
-        for part in parts
-    )
+_MOST_LISTED = 100  # input items in a list
 
 
 class OutputText(Closed):
@@ -476,7 +104,7 @@ class Failure(Closed):
 
 
 class Incomplete(Closed):
-    reason: Literal["max_output_tokens"]
+    reason: Literal["max_output_tokens", "content_filter"]
 
 
 class Answer(Closed):
@@ -585,7 +213,7 @@ Event = (
 
 async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """Count the tokens of a conversation."""
-    service: Service = request.app.state.service
+    service = service_of(request)
     caller: Caller = request.state.caller
     num_tokens, of_media = await service.count_tokens(_reading(body, service, caller), caller)
     return {
@@ -610,6 +238,80 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     return await respond(ResponsesExchange, body, request)
 
 
+class Deleted(Closed):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputItems(Closed):
+    """Input items of a response, newest first unless `order=asc`."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+async def stored_response(request: Request) -> Answer:
+    """Show a response that is still kept."""
+    if request.query_params.get("stream", "false") != "false":
+        raise UsageError(
+            "a response that is kept cannot be streamed", hint="leave out stream", param="stream"
+        )
+    kept, caller = models_of(request).kept, request.state.caller
+    found = await asyncio.to_thread(kept.response, caller.tenant, request.path_params["id"])
+    return cast(Answer, found)
+
+
+async def delete_response(request: Request) -> Deleted:
+    """Delete a response that is still kept."""
+    response_id = request.path_params["id"]
+    models_of(request).kept.delete(request.state.caller.tenant, response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+INPUT_ITEMS_QUERY: dict[str, dict[str, Any]] = {
+    "limit": {"type": "integer", "minimum": 1, "maximum": _MOST_LISTED, "default": 20},
+    "order": {"enum": ["asc", "desc"], "default": "desc"},
+    "after": {"type": "string"},
+}
+
+
+async def input_items(request: Request) -> InputItems:
+    """List the input items of a response that is still kept."""
+    query, caller = request.query_params, request.state.caller
+    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= _MOST_LISTED):
+        raise UsageError(f"limit must be a number from 1 to {_MOST_LISTED}", param="limit")
+    if order not in ("asc", "desc"):
+        raise UsageError("order must be asc or desc", param="order")
+    found = await asyncio.to_thread(models_of(request).kept.asked, caller.tenant, request.path_params["id"])
+    if order == "desc":
+        found.reverse()
+    ids = [item["id"] for item in found]
+    if after is not None and after not in ids:
+        raise Refused(404, f"Item with id '{after[:64]}' not found.", param="after")
+    start = 0 if after is None else ids.index(after) + 1
+    end = start + int(limit)
+    return {
+        "object": "list", "data": [_shown(item) for item in found[start:end]],
+        "first_id": ids[start] if start < len(ids) else None,
+        "last_id": ids[start:end][-1] if start < len(ids) else None,
+        "has_more": end < len(ids),
+    }  # fmt: skip
+
+
+def _shown(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An input item as OpenAI shows it: a message has a type and parts, even if it was sent as a text."""
+    shown = {"type": "message", "status": "completed", **item}
+    if shown["type"] == "message" and isinstance(shown["content"], str):
+        kind = "output_text" if shown["role"] == "assistant" else "input_text"
+        shown["content"] = [{"type": kind, "text": shown["content"]}]
+    return shown
+
+
 class ResponsesExchange(Exchange[ResponsesBody, Event]):
     names_events = True
     streams_overflow = True  # Codex shortens a conversation that is too long only if a stream says so
@@ -624,9 +326,14 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         self._number = 0
         self._items: list[SaidItem] = []
         self._is_open = False
-        self._logprobs: list[ScoredToken] = []  # of tokens whose text is not sent yet
+        self._logprobs: list[ScoredToken] = []  # tokens whose text is not sent yet
         self._usage: ResponseUsage | None = None  # set at the end
         self._status: Literal["completed", "incomplete"] = "completed"
+        self._is_filtered = False  # the policy ended the answer
+
+    @property
+    def user(self) -> str | None:
+        return self.body.named_user
 
     def reads(self) -> list[Read]:
         return [_reading(self.body, self.service, self.caller)]
@@ -642,7 +349,8 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
                     self._logprobs.append(self._speller.scored(step.logprob, self.body.top_logprobs or 0))
                 return [event for said in step.events for event in self._say(said)]
             case Ended():
-                self._status = "incomplete" if step.finish == "length" else "completed"
+                self._status = "incomplete" if step.finish in ("length", "content_filter") else "completed"
+                self._is_filtered = step.finish == "content_filter"
         return []
 
     async def end(self) -> list[Event]:
@@ -655,8 +363,9 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             "output_tokens_details": {"reasoning_tokens": answers.num_reasoning_tokens},
             "total_tokens": answers.num_prompt_tokens + answers.num_new_tokens,
         }
-        await self._keep()
-        return [*shut, self._event(f"response.{status}", response=self._response(status))]
+        response = self._response(status)
+        await self._keep(response)
+        return [*shut, self._event(f"response.{status}", response=response)]
 
     def fold(self, event: Event) -> None:
         self._last = event
@@ -668,7 +377,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         _, body = error_body(error, "openai", self.caller.request_id)
         response = self._response("failed")
         code: FailureCode = "context_length_exceeded" if isinstance(error, PromptTooLong) else "server_error"
-        response["error"] = {"code": code, "message": body["error"]["message"]}
+        response["error"] = {"code": code, "message": cast(OpenAIError, body)["error"]["message"]}
         return sse(self._event("response.failed", response=response), "response.failed")
 
     def drop_media(self) -> None:
@@ -679,8 +388,8 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             self._has_input &= not num_bytes
             super().drop_media()
 
-    async def _keep(self) -> None:
-        """Keep the items before the end is sent, so the next request finds them; in a thread, as this takes long."""
+    async def _keep(self, response: Answer) -> None:
+        """Keep the response before its end is sent, so the next request finds it; in a thread, as this takes long."""
         body, kept = self.body, self.service.kept
 
         def keep() -> None:
@@ -689,7 +398,8 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
                 asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
             has_video = any(part.KIND == "video" for part in media_in(body))
             kept.keep(
-                self.caller.tenant, self._id, body.previous_response_id, asked, self._items, has_video=has_video
+                self.caller.tenant, self._id, body.previous_response_id, asked, self._items, answer=response,
+                has_video=has_video,
             )  # fmt: skip
 
         if self._is_kept:
@@ -793,7 +503,9 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         choice = body.tool_choice
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {
+                "reason": "content_filter" if self._is_filtered else "max_output_tokens",
+            } if status == "incomplete" else None,
             "instructions": body.instructions, "model": self.service.model.id,
             "output": list(self._items),
             "parallel_tool_calls": body.parallel_tool_calls is not False,

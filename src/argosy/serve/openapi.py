@@ -3,8 +3,8 @@
     ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
 
 Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler returns,
-an error is the type that `gate.error_body` returns, and the statuses follow from the policy. Event streams are
-described as in OpenAPI 3.2: by `itemSchema`, whose `data` is JSON text described by `contentSchema`.
+an error is the type that `gate.error_body` returns, and the statuses follow from the policy. Streams are described as
+in OpenAPI 3.2, by `itemSchema`: a line of JSON, or an event whose `data` is JSON text described by `contentSchema`.
 
 Elsewhere: the table is `app.py`.
 """
@@ -12,15 +12,15 @@ Elsewhere: the table is `app.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from argosy.serve.gate import FORM_TYPE, AnthropicError, OpenAIError, Policy, dialect_of
-from argosy.serve.streams import DONE
+from argosy.serve.gate import FORM_TYPE, AnthropicError, OllamaError, OpenAIError, Policy, dialect_of
+from argosy.serve.streams import DONE, JSON_LINES, SSE, Encoding
 
 _REFUSALS = {
     "400": "The request is invalid.",
@@ -28,6 +28,7 @@ _REFUSALS = {
     "403": "The key lacks the required scope, or the request's host or origin is not allowed.",
     "404": "The path, model or item does not exist.",
     "408": "The body took too long to arrive.",
+    "409": "The server runs without workers, or not with this one.",
     "413": "The body is too large.",
     "415": "The content type is not the one that the route takes.",
     "429": "The key has reached one of its limits.",
@@ -42,7 +43,11 @@ _NOTES = {
     for name, description in {
         "x-ignored-params": "Fields that were accepted and have no effect.",
         "x-replaced-blocks": "Number of blocks, by type, that the model cannot read; notes replace them.",
+        "x-truncated-texts": "Number of texts of which only the beginning, as much as fits, is embedded.",
     }.items()
+}
+_GENERATED = {
+    "x-ai-generated": {"description": "A model wrote the answer.", "schema": {"const": "1"}, "required": True}
 }
 _BYTES: dict[str, Any] = {"type": "string"}
 
@@ -53,18 +58,22 @@ class Route:
 
     answer: type of the handler's JSON answer; None if the answer is not JSON.
     events: type of the data of each event that the handler may stream instead; None if it does not stream.
+    encoding: how the stream writes events.
     has_done: the last event is DONE.
     media: content types other than JSON.
     refusals: statuses of the handler's refusals, besides those that follow from the policy.
+    query: schemas of the parameters in the query that the handler reads, by name.
     """
 
     policy: Policy
     handler: Callable[..., Any]
     answer: Any = None
     events: Any = None
+    encoding: Encoding = SSE
     has_done: bool = False
     media: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def body(self) -> Any:
@@ -72,10 +81,10 @@ class Route:
         return get_type_hints(self.handler).get("body")
 
 
-def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
-    """Build the OpenAPI document of `routes`."""
+def document(routes: Sequence[Route], version: str, *, base_path: str = "") -> dict[str, Any]:
+    """Build the OpenAPI document of `routes`, whose paths follow `base_path` on the server."""
     inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
-    errors = {"openai": OpenAIError, "anthropic": AnthropicError}
+    errors = {"openai": OpenAIError, "anthropic": AnthropicError, "ollama": OllamaError}
     for name, error in errors.items():
         inputs.append((name, "serialization", TypeAdapter(error)))
     for route in routes:
@@ -92,6 +101,7 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Argosy", "version": version},
+        **({"servers": [{"url": base_path}]} if base_path else {}),
         "paths": paths,
         "components": {
             "schemas": shared.get("$defs", {}),
@@ -109,17 +119,19 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {media: {"schema": _BYTES} for media in route.media}
     if route.answer is not None:
         content["application/json"] = {"schema": schemas[f"answer {key}"]}
-    if route.events is not None:
+    if route.encoding is JSON_LINES:
+        content[JSON_LINES.media_type] = {"itemSchema": schemas[f"events {key}"]}
+    elif route.events is not None:
         data: dict[str, Any] = {
             "type": "string", "contentMediaType": "application/json", "contentSchema": schemas[f"events {key}"],
         }  # fmt: skip
         if route.has_done:
             data = {"anyOf": [{"const": DONE}, data]}
         event = {"type": "object", "properties": {"event": _BYTES, "data": data}, "required": ["data"]}
-        content["text/event-stream"] = {"itemSchema": event}
+        content[SSE.media_type] = {"itemSchema": event}
     answered: dict[str, Any] = {"description": "The answer.", "content": content}
     if policy.is_counted:
-        answered["headers"] = _NOTES
+        answered["headers"] = _NOTES | (_GENERATED if policy.screens == "answers" else {})
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__, "summary": (route.handler.__doc__ or "").strip(),
         "responses": {"200": answered} | {status: _refused(status, policy, schemas) for status in _statuses(route)},
@@ -130,6 +142,11 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": text} for name in names
         ]
+    if route.query:
+        operation.setdefault("parameters", []).extend(
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in route.query.items()
+        )
     if route.body is not None:
         media = FORM_TYPE if policy.takes_form else "application/json"
         body = {media: {"schema": schemas[f"body {key}"]}}

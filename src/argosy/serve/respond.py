@@ -3,10 +3,10 @@
     handler  ->  respond  ->  Service.open: reads, in a thread  ->  Answers.steps  ->  begin, take, end: events
                                                     stream: each event is sent        whole: fold, then whole
 
-A dialect is one file: the model of its body, which becomes a `ChatRequest`; the types of its events and its whole
-answer; an `Exchange`, which turns steps into events; and a handler for each route, which calls `respond`. The rest
-happens here: work in threads, admission, headers, errors, and cancelling an answer whose client has left. A whole
-answer is folded from the events of its own stream, so the two always agree.
+A dialect is one file, or two if its bodies are large: the model of its body, which becomes a `ChatRequest`; the types
+of its events and its whole answer; an `Exchange`, which turns steps into events; and a handler for each route, which
+calls `respond`. The rest happens here: work in threads, admission, headers, errors, and cancelling an answer whose
+client has left. A whole answer is folded from the events of its own stream, so the two always agree.
 
 Elsewhere: prompts and steps are `core.py`; bytes on the connection are `streams.py`; routes are `app.py`. A new
 dialect can start from the one in `tests/serve/test_respond.py`.
@@ -17,19 +17,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from argosy.errors import PromptTooLong
-from argosy.serve.core import Answers, Read, Service, Step
-from argosy.serve.fields import Sampling
+from argosy.serve.core import Answers, Read, Service, Step, service_of
 from argosy.serve.gate import Caller, Dialect
 from argosy.serve.media_parts import media_in
-from argosy.serve.streams import DONE, EventStream, error_event, sse, until_gone
+from argosy.serve.streams import COMMENT, DONE, SSE, Encoding, EventStream, error_event, sse, until_gone
 
-Body = TypeVar("Body", bound=Sampling)
+
+class Asked(Protocol):
+    """The body of a request for an answer."""
+
+    @property
+    def stream(self) -> bool | None: ...
+
+
+Body = TypeVar("Body", bound=Asked)
 Event = TypeVar("Event", bound=Mapping[str, Any])
 
 
@@ -38,6 +45,7 @@ class Exchange(ABC, Generic[Body, Event]):
 
     Attributes:
         errors: the shape of errors.
+        encoding: how a stream writes events.
         names_events: each event is named after its `type`.
         ends_with_done: `DONE` follows the last event.
         streams_overflow: a stream whose prompt is too long begins, then fails; otherwise it is refused with a status.
@@ -47,6 +55,7 @@ class Exchange(ABC, Generic[Body, Event]):
     answers: Answers
 
     errors: ClassVar[Dialect] = "openai"
+    encoding: ClassVar[Encoding] = SSE
     names_events: ClassVar[bool] = False
     ends_with_done: ClassVar[bool] = False
     streams_overflow: ClassVar[bool] = False
@@ -60,6 +69,11 @@ class Exchange(ABC, Generic[Body, Event]):
 
         Such a function raises ArgosyError if the request is refused.
         """
+
+    @property
+    def user(self) -> str | None:
+        """The person behind the request, as its client names them; None: it does not."""
+        return None
 
     def drop_media(self) -> None:
         """Forget the data of pictures and sounds; the prompt is built, and an answer may take minutes."""
@@ -86,6 +100,10 @@ class Exchange(ABC, Generic[Body, Event]):
     def whole(self) -> Mapping[str, Any]:
         """The whole answer, after all events were folded."""
 
+    def idle(self) -> bytes:
+        """Encode what a stream sends while there are no events: something that changes nothing for the client."""
+        return COMMENT
+
     def failed(self, error: Exception) -> bytes:
         """Encode the last event of a stream that fails."""
         return error_event(error, self.errors, self.caller)
@@ -98,9 +116,11 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
         ArgosyError: the request is refused, or a whole answer cannot be finished.
         GoneAway: the client disconnected before its whole answer was sent.
     """
-    service: Service = request.app.state.service
+    service = service_of(request)
     caller: Caller = request.state.caller
     exchange = kind(body, service, caller)
+    if caller.screening is not None and (user := exchange.user) is not None:
+        caller.screening.admit(user)
     try:
         exchange.answers, headers = await service.open(exchange.reads(), caller)
     except PromptTooLong as error:
@@ -110,8 +130,9 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
     exchange.drop_media()
     if body.stream:
         return EventStream(
-            streamed(exchange), caller, exchange.answers.cancel, headers=headers, failed=exchange.failed
-        )
+            streamed(exchange), caller, exchange.answers.cancel, encoding=kind.encoding, idle=exchange.idle(),
+            headers=headers, failed=exchange.failed,
+        )  # fmt: skip
     return JSONResponse(
         await until_gone(request.receive, folded(exchange), exchange.answers.cancel), headers=headers
     )
@@ -155,4 +176,4 @@ async def _refused(exchange: Exchange[Body, Event], error: PromptTooLong) -> Asy
 
 
 def _encoded(exchange: Exchange[Body, Event], event: Event) -> bytes:
-    return sse(event, event["type"] if exchange.names_events else None)
+    return exchange.encoding.write(event, event["type"] if exchange.names_events else None)

@@ -1,15 +1,17 @@
 """Start and stop the server. On SIGTERM it refuses new requests, waits for running ones, then ends the rest.
 
     bind  ->  (the engine is opened)  ->  serve: listen, answer, drain
+          ->  (models are made ready)  ->  serve_several: the same
 
 This file alone knows uvicorn. It relies on members that uvicorn does not document and may change in any minor release,
 so `pyproject.toml` bounds its version:
 
     Server       startup, shutdown, capture_signals, handle_exit, should_exit, force_exit, server_state.connections
-    H11Protocol  its module, its arguments, app_state, connections, cycle.response_complete, loop, transport
+    H11Protocol  its module, its arguments, app_state, client, connections, cycle.response_complete, loop, scheme,
+                 transport
     Config       `http` as a function that makes a protocol
 
-Elsewhere: the application is `app.py`; options are `cli/serve.py`.
+Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; options are `cli/serve.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import hashlib
 import ipaddress
+import json
 import logging
 import os
 import resource
@@ -26,34 +30,45 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from argosy.config import KV_BLOCK_TOKENS
-from argosy.engine.loop import EngineLoop
-from argosy.engine.verification import compare_decode
 from argosy.errors import UsageError
+from argosy.guard.audit import Audit, AuditSettings
+from argosy.guard.chain import Head
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
-from argosy.observe.live import LiveCache
-from argosy.prompt.replay import ReplayMemory
+from argosy.observe.recorder import Recorder
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
+from argosy.serve.audited import Auditor
+from argosy.serve.cluster import Workers
+from argosy.serve.core import Work
 from argosy.serve.gate import NO_ROOM, Gate
-from argosy.serve.kept_items import KeptItems
+from argosy.serve.kept_items import KEPT_S, SWEEP_S, KeptItems
 from argosy.serve.key_watch import KeyWatch
-from argosy.serve.log import LogWriter, where_it_failed
+from argosy.serve.listen import SOCKET_CLIENT, Certificate, Front, Listener
+from argosy.serve.log import LogFormat, LogWriter, where_it_failed
 from argosy.serve.media_hosts import MediaHosts
+from argosy.serve.memory import MemoryWatch
+from argosy.serve.models import Memory, Models
+from argosy.serve.opened import Common, EngineSource, Recording, facts_of, service_for
+from argosy.serve.origins import Origins
+from argosy.serve.screening import Guarding
+from argosy.serve.transparency import Practice
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
     from argosy.engine.forecast import Speeds
+    from argosy.engine.shared import ReadyModel
 
 log = logging.getLogger("argosy.serve")
 
@@ -61,7 +76,6 @@ MAX_CONNECTIONS = 512
 # This many connections beyond the limit get an error; any more are closed without an answer.
 _TOLD_CONNECTIONS = 64
 _OTHER_FILES = 256  # open files besides connections: for prompts, for the usage of keys
-_BACKLOG = 1024  # connections that the kernel queues for the server
 _SAID_EVERY_S = 60.0  # how often to log that connections cannot be accepted
 KEEP_ALIVE_S = 15  # longest idle time of a connection
 HEADER_S = 15.0  # longest time for the head of a request
@@ -89,6 +103,27 @@ def require_keys(host: str, keys: Path | None) -> None:
         )
 
 
+def require_keys_behind_proxy(front: Front, keys: Path | None) -> None:
+    """Require keys where a proxy admits other machines.
+
+    Raises:
+        UsageError: a proxy is named, and there are no keys.
+    """
+    if keys is None and front.proxies:
+        raise UsageError(
+            "--forwarded-from names a proxy, which admits other machines, and there are no keys",
+            hint="`argosy keys add NAME --keys FILE`, then `argosy serve ... --keys FILE`",
+        )
+
+
+def address_of(listener: Listener, host: str, front: Front) -> str:
+    """The address of a server, for people."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}{front.base_path}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{front.scheme}://{shown}:{listener.getsockname()[1]}{front.base_path}"
+
+
 def make_room_for_files(max_connections: int) -> None:
     """Raise the limit on open files to its maximum: a server at that limit cannot accept a connection.
 
@@ -111,19 +146,8 @@ def _num_open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-class _Listener(socket.socket):
-    """A socket from which asyncio accepts connections one at a time.
-
-    asyncio accepts as many connections in a row as the backlog it asks for. At the limit on open files, it would fail,
-    report and schedule a retry for each of them.
-    """
-
-    def listen(self, backlog: int = 1, /) -> None:
-        super().listen(_BACKLOG)
-
-
 @contextmanager
-def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
+def bind(host: str, port: int) -> Iterator[list[Listener]]:
     """Bind sockets to all addresses of `host`, without listening yet.
 
     They are bound before the model is loaded, so that a port in use is reported at once. They listen only after it is
@@ -140,11 +164,11 @@ def bind(host: str, port: int) -> Iterator[list[socket.socket]]:
             hint="use --host 127.0.0.1, or 0.0.0.0 for all addresses",
         ) from None
     with ExitStack() as stack:
-        sockets: list[socket.socket] = []
+        sockets: list[Listener] = []
         fault: OSError | None = None
         for family, kind, protocol, _, address in dict.fromkeys(found):
             try:
-                one = stack.enter_context(_Listener(family, kind, protocol))
+                one = stack.enter_context(Listener(family, kind, protocol))
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -193,13 +217,16 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if transport.get_extra_info("socket").family == socket.AF_UNIX:
+            self.client = (SOCKET_CLIENT, 0)
         beyond = len(self.connections) - self._max_connections
         if beyond > _TOLD_CONNECTIONS:
             transport.abort()
             return
         if beyond > 0:
             self.app_state = {**self.app_state, NO_ROOM: True}
-        transport.set_write_buffer_limits(high=0)  # writing is paused whenever data is pending
+        # Writing is paused whenever data is pending. asyncio pauses above the limit, but with TLS already at the limit.
+        transport.set_write_buffer_limits(high=1 if self.scheme == "https" else 0)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._expect_head()
 
@@ -243,23 +270,56 @@ class TimedProtocol(H11Protocol):
         self._stuck_timer = self.loop.call_later(STUCK_S, check)
 
 
+class Lifecycle(Protocol):
+    """The parts that a server opens before it listens and ends before it stops.
+
+    is_draining: no new requests are taken.
+    """
+
+    is_draining: bool
+
+    async def preload(self, names: Sequence[str]) -> None: ...
+
+    def drop_expired(self) -> None:
+        """Free what was kept for clients and is too old; called every SWEEP_S."""
+
+    async def drain(self, timeout_s: float) -> bool: ...
+
+    async def stop(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class _Server(uvicorn.Server):
     """uvicorn with our own start, signals and shutdown.
 
     Args:
+        models: or the servers of a router.
+        preload: names of models that are loaded before the server listens.
         started: called when the server listens.
+        certificate: is read again on SIGHUP; None: the server has none.
+        guarding: its policies are read again on SIGHUP.
+        beside: runs while the server listens, until it is cancelled; None: nothing does.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
-        service: Service,
-        loop: EngineLoop,
+        models: Lifecycle,
         drain_s: float,
         started: Callable[[], None],
+        preload: Sequence[str],
+        certificate: Certificate | None = None,
+        guarding: Guarding | None = None,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         super().__init__(config)
-        self._service, self._loop, self._drain_s, self._started = service, loop, drain_s, started
+        self._beside = beside
+        self._running_beside: asyncio.Task[None] | None = None
+        self._guarding = guarding
+        self._models, self._drain_s, self._started, self._preload = models, drain_s, started, preload
+        self._certificate = certificate
+        self._sweep: asyncio.TimerHandle | None = None
         self._said_at: float | None = None
         self._is_told_twice = False
 
@@ -273,21 +333,84 @@ class _Server(uvicorn.Server):
                     signal.signal(number, handler)
 
         handle_with(self.handle_exit)
+        self._handle_hangup_with(self._handle_hangup)
         try:
             yield
         finally:
             # Everything is closed, and Python handlers stop working before the interpreter exits.
             handle_with(signal.SIG_IGN)
+            self._handle_hangup_with(signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends the server. Both lead to exit code 0."""
         self._is_told_twice = self.should_exit
         self.should_exit = True
 
+    def _handle_hangup_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+        """Without anything to read again, SIGHUP keeps its meaning."""
+        has_files = self._certificate is not None or self._guarding is not None
+        if has_files and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, handler)
+
+    def _handle_hangup(self, sig: int, frame: FrameType | None) -> None:
+        """Reload later, because the log must not be written in a signal handler: its queue may be locked."""
+        asyncio.get_running_loop().call_soon_threadsafe(self._reload)
+
+    def _reload(self) -> None:
+        if self._certificate is not None:
+            try:
+                self._certificate.reload()
+            except UsageError as error:
+                log.error("tls: the certificate in use stays: %s", error)
+            else:
+                log.info("tls: the certificate was read again")
+        if self._guarding is not None:
+            threading.Thread(target=self._reload_policies, args=[self._guarding], daemon=True).start()
+
+    def _reload_policies(self, guarding: Guarding) -> None:
+        try:
+            guarding.reload()
+        except UsageError as error:
+            log.error("policy: the policies in use stay: %s", error)
+        else:
+            log.info("policy: the policies were read again, sha256 %s", guarding.digest)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._report)
-        await super().startup(sockets)
-        self._started()
+        events = asyncio.get_running_loop()
+        events.set_exception_handler(self._report)
+        if self._certificate is not None:  # uvicorn leaves a minute to clients that shake hands slowly
+            events.create_server = functools.partial(  # type: ignore[method-assign]
+                events.create_server, ssl_handshake_timeout=HEADER_S
+            )
+        try:
+            await self._load_first()
+            if not self.should_exit:
+                await super().startup(sockets)
+                self._drop_expired()
+                if self._beside is not None:
+                    self._running_beside = asyncio.create_task(self._beside())
+                self._started()
+        except BaseException:
+            await self._models.close()
+            raise
+        if self.should_exit:  # uvicorn ends without a shutdown then
+            await self._models.close()
+
+    def _drop_expired(self) -> None:
+        """Now and then, free what is too old, even if no request comes."""
+        self._models.drop_expired()
+        self._sweep = asyncio.get_running_loop().call_later(SWEEP_S, self._drop_expired)
+
+    async def _load_first(self) -> None:
+        """Load the models that were asked for; a signal ends that."""
+        loading = asyncio.create_task(self._models.preload(self._preload))
+        while not loading.done():
+            await asyncio.wait([loading], timeout=_LOOK_S)
+            if self.should_exit:
+                await self._models.stop()
+                await asyncio.wait([loading])
+                return
+        loading.result()
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log a failure outside any request. The message that asyncio prints would quote the objects involved."""
@@ -301,12 +424,15 @@ class _Server(uvicorn.Server):
             log.error("event loop: %s", where_it_failed(error))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.is_draining = True
-
+        self._models.is_draining = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._running_beside is not None:
+            self._running_beside.cancel()
         ending = asyncio.create_task(self._end_answers())
         await super().shutdown(sockets)
         ending.cancel()
-        await asyncio.to_thread(self._loop.close)
+        await self._models.close()
 
     async def _end_answers(self) -> None:
         """Let answers finish within `drain_s`, then end the rest with an error.
@@ -315,9 +441,9 @@ class _Server(uvicorn.Server):
         """
         until = time.monotonic() + self._drain_s
         while not self._is_told_twice and time.monotonic() < until:
-            if await asyncio.to_thread(self._loop.drain, _LOOK_S):
+            if await self._models.drain(_LOOK_S):
                 break
-        await asyncio.to_thread(self._loop.close)  # running requests get an error
+        await self._models.stop()  # running requests get an error
         while not self._is_told_twice:
             await asyncio.sleep(_LOOK_S)
         await asyncio.sleep(_LAST_WORDS_S)
@@ -326,8 +452,12 @@ class _Server(uvicorn.Server):
         self.force_exit = True
 
 
-def uvicorn_config(app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Config:
+def uvicorn_config(
+    app: Gate, *, grace_s: float, max_connections: int = MAX_CONNECTIONS, front: Front | None = None
+) -> uvicorn.Config:
     """Configure uvicorn to run `app` without logs and server headers, and with short timeouts."""
+    front = front or Front()
+    certificate = front.certificate
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # its tracebacks could quote content
     return uvicorn.Config(
         app,
@@ -339,28 +469,98 @@ def uvicorn_config(app: Gate, *, grace_s: float, max_connections: int = MAX_CONN
         access_log=False,
         server_header=False,
         date_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(front.proxies),
+        forwarded_allow_ips=list(front.proxies),
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.context,
         timeout_keep_alive=KEEP_ALIVE_S,
         h11_max_incomplete_event_size=32 << 10,
         timeout_graceful_shutdown=int(grace_s),
-        backlog=1,  # see _Listener
+        backlog=1,  # see Listener
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Settings of a server that do not depend on its models.
+
+    host: the host to print in the address of the server.
+    keys: the file with the API keys of clients; None: nobody needs a key.
+    store: keep responses in memory, for clients that refer to them, for `store_s` after they were last used.
+    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    front: TLS, proxies, and the base path.
+    workers: run experts for the model; None: it runs alone.
+    audit: where requests are recorded; None: nowhere.
+    co2_grams_per_kwh: emissions of the electricity here, for `/metrics`.
+    guarding: policies, and what is stopped; None: there are none.
+    has_watermark: the engines mark what they sample.
+    prefix_files_s: how long they keep prefixes in files; None: they do not.
+    """
+
+    host: str
+    keys: Path | None = None
+    hosts: Collection[str] = ()
+    origins: Origins | None = None
+    drain_s: float = 30.0
+    max_connections: int = MAX_CONNECTIONS
+    keep_billing_line: bool = False
+    any_model: bool = False
+    store: bool = True
+    store_s: float = KEPT_S
+    rerank: str | None = None
+    media_hosts: MediaHosts | None = None
+    front: Front = field(default_factory=Front)
+    guarding: Guarding | None = None
+    log_format: LogFormat = "text"
+    workers: Workers | None = None
+    audit: AuditSettings | None = None
+    co2_grams_per_kwh: float | None = None
+    has_watermark: bool = False
+    prefix_files_s: float | None = None
+
+    @property
+    def practice(self) -> Practice:
+        """How the server treats texts, as it tells its users."""
+        return Practice(
+            has_watermark=self.has_watermark, responses_s=self.store_s if self.store else None,
+            prefix_files_s=self.prefix_files_s, audit=self.audit,
+        )  # fmt: skip
+
+    @property
+    def keeps_content(self) -> bool:
+        """Whether the audit has what requests say."""
+        return self.audit is not None and self.audit.with_content
+
+    @property
+    def policy_sha256(self) -> str:
+        """SHA-256 of the settings that decide what requests may do and what is kept of them."""
+        deciding = {
+            "keys": self.keys is not None, "any_model": self.any_model, "rerank": self.rerank,
+            "media_hosts": [] if self.media_hosts is None else sorted(self.media_hosts.names),
+            "store_s": self.store_s if self.store else 0,
+            "audit_content": self.keeps_content, "watermark": self.has_watermark,
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+    def common(self, ring: KeyRing, *, kept_bytes: int) -> Common:
+        """The parts that all models of the server share; `kept_bytes` is memory for items that clients refer to."""
+        return Common(
+            ring=None if self.keys is None else ring,
+            kept=KeptItems(max_bytes=kept_bytes if self.store else 0, kept_s=self.store_s),
+            work=Work(),
+            keep_billing_line=self.keep_billing_line,
+            any_model=self.any_model,
+            media_hosts=self.media_hosts,
+            rerank=self.rerank,
+        )
 
 
 def serve(
     engine: Engine,
     name: str,
-    sockets: Sequence[socket.socket],
+    sockets: Sequence[Listener],
+    settings: ServerSettings,
     *,
-    host: str,
-    keys: Path | None = None,
-    hosts: Collection[str] = (),
-    drain_s: float = 30.0,
-    max_connections: int = MAX_CONNECTIONS,
-    keep_billing_line: bool = False,
-    any_model: bool = False,
-    media_hosts: MediaHosts | None = None,
-    recent_cache: LiveCache | None = None,
+    recorder: Recorder | None = None,
     speeds: Speeds | None = None,
     expectation: str | None = None,
 ) -> None:
@@ -369,75 +569,205 @@ def serve(
     After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        sockets: from `bind`.
-        host: the host to print in the address of the server.
-        recent_cache: tells the hit rate of the last minutes; None: it is not known.
+        sockets: from `bind` or `bind_file`.
+        recorder: has the choices of recent tokens; None: nothing is recorded.
         speeds: predictions for `/metrics`; None: there are none.
         expectation: a line to print below the address.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
     """
-    require_keys(host, keys)
-    make_room_for_files(max_connections)
+    facts = facts_of(
+        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media_kinds,
+        hears=engine.hears, fingerprint=engine.fingerprint,
+    )  # fmt: skip
+    # A quarter is for items that clients refer to; the rest is for tokens of answers.
+    kept_bytes = engine.plan.replay_bytes // 4 if settings.store else 0
+    with _keyed(settings) as (ring, limits, auditor):
+        service = service_for(
+            engine, facts, settings.common(ring, kept_bytes=kept_bytes),
+            replay_bytes=engine.plan.replay_bytes - kept_bytes, recorder=recorder, speeds=speeds,
+        )  # fmt: skip
+        try:
+            _run(
+                Models.of(service), ring, limits, sockets, settings, max_sequences=engine.settings.max_sequences,
+                expectation=expectation, auditor=auditor,
+            )  # fmt: skip
+        finally:
+            service.loop.close()
+
+
+def serve_several(
+    models: Sequence[ReadyModel],
+    process_bytes: int,
+    sockets: Sequence[Listener],
+    settings: ServerSettings,
+    *,
+    kept_bytes: int,
+    record: Callable[[], Recording] | None,
+    speeds: Mapping[str, Speeds],
+    idle_unload_s: float | None,
+    preload: Sequence[str] = (),
+    note_use: Callable[[str], None] | None = None,
+) -> None:
+    """Serve models that share a budget until a signal, as `serve` does one.
+
+    Args:
+        models, process_bytes: from `make_ready`.
+        kept_bytes: memory for items that clients refer to.
+        record: makes what records the routing of a model while it is open; None: nothing is recorded.
+        speeds: predictions for `/metrics`, by model.
+        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
+        preload: names of models to load before the server listens.
+        note_use: called with the name of each model that is opened, in a thread.
+
+    Raises:
+        UsageError: another process has started to listen there in the meantime.
+        ArgosyError: a model that is loaded first cannot be opened, or does not fit.
+    """
+    with _keyed(settings) as (ring, limits, auditor):
+        common = settings.common(ring, kept_bytes=kept_bytes)
+        memory = Memory(budget_bytes=models[0].config.budget.ram_bytes, process_bytes=process_bytes)
+        sources = [
+            EngineSource(ready, common, record=record, speeds=speeds.get(ready.name), note_use=note_use)
+            for ready in models
+        ]
+        shared = Models.sharing(
+            sources, memory, any_model=settings.any_model, idle_unload_s=idle_unload_s, work=common.work,
+            kept=common.kept,
+        )  # fmt: skip
+        _run(
+            shared, ring, limits, sockets, settings, max_sequences=models[0].config.max_sequences, preload=preload,
+            auditor=auditor,
+        )  # fmt: skip
+
+
+@contextmanager
+def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor | None]]:
+    """The keys and limits of a server, its log and its audit, until it ends."""
+    keys = settings.keys
+    require_keys(settings.host, keys)
+    require_keys_behind_proxy(settings.front, keys)
+    make_room_for_files(settings.max_connections)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the model's
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
-    if keys is not None:
-        engine.forget_others(["", *ring.ids])  # drops tenants whose keys were revoked while no server ran
-    writer = LogWriter(sys.stderr.fileno())
+    with logging_to_stderr(settings.log_format), ExitStack() as closing:
+        closing.callback(limits.close)
+        auditor = None
+        if settings.audit is not None:
+            audit = _open_audit(settings.audit, settings.policy_sha256)
+            closing.callback(audit.close)
+            auditor = Auditor(audit, policy=settings.policy_sha256)
+        yield ring, limits, auditor
+
+
+@contextmanager
+def logging_to_stderr(log_format: LogFormat) -> Iterator[None]:
+    """Write the log of a server to stderr until it ends."""
+    writer = LogWriter(sys.stderr.fileno(), log_format=log_format)
     log.setLevel(logging.INFO)
     log.handlers = [writer]
-    config = engine.config
-    model = ModelFacts(
-        id=name,
-        family=config.family,
-        context_tokens=engine.plan.context_tokens,
-        num_layers=len(config.layers),
-        num_experts=config.num_experts,
-        experts_per_token=config.experts_per_token,
-        vocab_size=config.vocab_size,
-        media_kinds=engine.media_kinds,
-        hears=engine.hears,
-    )
-    # A quarter is for items that clients refer to; the rest is for tokens of answers.
-    kept_bytes = engine.plan.replay_bytes // 4
-    prompts = engine.prompts.remembering(ReplayMemory(max_bytes=engine.plan.replay_bytes - kept_bytes))
     try:
-        with EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))) as loop:
-            service = Service(
-                loop, prompts, engine.tokenizer, model, keep_billing_line=keep_billing_line, any_model=any_model,
-                kept=KeptItems(max_bytes=kept_bytes), media_hosts=media_hosts, ears=engine.ears,
-            )  # fmt: skip
-            app = make_app(
-                service,
-                ring,
-                block_tokens=KV_BLOCK_TOKENS,
-                max_sequences=engine.settings.max_sequences,
-                hosts=hosts,
-                limits=limits,
-                recent_cache=recent_cache,
-                compare=None if speeds is None else functools.partial(compare_decode, speeds, engine.plan),
-            )
-            settings = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections)
-            port = sockets[0].getsockname()[1]
-            shown = f"[{host}]" if ":" in host else host
-
-            def started() -> None:
-                print(f"serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-                if expectation is not None:
-                    print(expectation, file=sys.stderr, flush=True)
-
-            with KeyWatch(ring, limits, service.revoke):
-                try:
-                    _Server(settings, service, loop, drain_s, started).run(list(sockets))
-                except OSError as error:
-                    if error.errno != errno.EADDRINUSE:
-                        raise
-                    raise _cannot_listen(error, host, port) from None
+        yield
     finally:
-        try:
-            limits.close()
-        finally:
-            writer.close()
+        writer.close()
+
+
+def _open_audit(settings: AuditSettings, policy: str) -> Audit:
+    def announce(head: Head) -> None:
+        log.info("audit anchor %s", head, extra={"facts": {"event": "audit_anchor", "anchor": str(head)}})
+
+    facts = {"version": version("argosy"), "policy": policy}
+    return Audit(settings, facts=facts, report=lambda text: log.error("%s", text), announce=announce)
+
+
+def _run(
+    models: Models,
+    ring: KeyRing,
+    limits: Limits,
+    sockets: Sequence[Listener],
+    settings: ServerSettings,
+    *,
+    max_sequences: int,
+    preload: Sequence[str] = (),
+    expectation: str | None = None,
+    auditor: Auditor | None = None,
+) -> None:
+    watch = MemoryWatch(models)
+    app = make_app(
+        models,
+        ring,
+        memory_watch=watch,
+        block_tokens=KV_BLOCK_TOKENS,
+        max_sequences=max_sequences,
+        hosts=settings.hosts,
+        origins=settings.origins,
+        limits=limits,
+        base_path=settings.front.base_path,
+        workers=settings.workers,
+        auditor=auditor,
+        co2_grams_per_kwh=settings.co2_grams_per_kwh,
+        guarding=settings.guarding,
+        practice=settings.practice,
+    )
+
+    def started(address: str) -> None:
+        name = ", ".join(models.names)
+        if settings.log_format == "json":
+            log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
+            return
+        sys.stderr.write(
+            f"serving {name} at {address}\n"
+        )  # in one write, because another thread writes log lines
+        if expectation is not None:
+            print(expectation, file=sys.stderr, flush=True)
+
+    with KeyWatch(ring, limits, models.revoke):
+        run_app(
+            app, models, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
+            max_connections=settings.max_connections, preload=preload, guarding=settings.guarding, beside=watch.run,
+        )  # fmt: skip
+
+
+def run_app(
+    app: Gate,
+    lifecycle: Lifecycle,
+    sockets: Sequence[Listener],
+    started: Callable[[str], None],
+    *,
+    host: str,
+    front: Front,
+    drain_s: float,
+    max_connections: int = MAX_CONNECTIONS,
+    preload: Sequence[str] = (),
+    guarding: Guarding | None = None,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Serve `app` until a signal.
+
+    Args:
+        started: is called with the address once the server listens.
+        host: the host in that address.
+        preload: for `lifecycle`, before the server listens.
+        guarding: its policies are read again on SIGHUP; None: there are none.
+        beside: runs while the server listens, until it is cancelled; None: nothing does.
+
+    Raises:
+        UsageError: another process has started to listen there in the meantime.
+    """
+    config = uvicorn_config(app, grace_s=drain_s + 5, max_connections=max_connections, front=front)
+    if front.certificate is not None:
+        for one in sockets:
+            one.limit(max_connections + _TOLD_CONNECTIONS)
+    address = address_of(sockets[0], host, front)
+    try:
+        server = _Server(
+            config, lifecycle, drain_s, lambda: started(address), preload, front.certificate, guarding, beside
+        )
+        server.run(list(sockets))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise _cannot_listen(error, host, sockets[0].getsockname()[1]) from None

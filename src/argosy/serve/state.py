@@ -9,19 +9,22 @@ Elsewhere: the numbers come from `engine/facts.py` and `engine/loop.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from argosy.engine.facts import WINDOW_TOKENS
-from argosy.engine.ledger import DecodeSteps
+from argosy.engine.energy import co2_grams
+from argosy.engine.facts import WINDOW_TOKENS, EngineFacts
+from argosy.engine.ledger import Ledger
 from argosy.engine.loop import LoopFacts
-from argosy.engine.verification import Verification
-from argosy.observe.live import RecentCache
-from argosy.serve.core import ModelFacts
+from argosy.serve.answer_metrics import AnswerMetrics
+from argosy.serve.cluster import Workers, WorkerState, worker_metrics
+from argosy.serve.core import Service
 from argosy.serve.fields import Closed
+from argosy.serve.models import Memory, Models, Standing, State
 
 
 class ModelState(Closed):
@@ -94,7 +97,30 @@ class Privacy(Closed):
     traces: bool
 
 
+class SharingState(Closed):
+    """A model of the server.
+
+    memory_bytes: its part of a budget that models share; 0 if the server has one model.
+    """
+
+    id: str
+    state: State
+    memory_bytes: int
+    expert_slots: int
+    experts_resident: int
+    experts: int
+    running: int
+    waiting: int
+    decode_tok_per_s: float
+
+
 class EngineState(Closed):
+    """The state of a server. If it has several models, `model` is the one used last, with its numbers.
+
+    workers: machines that run experts; empty: the server runs alone.
+    """
+
+    models: list[SharingState]
     model: ModelState
     memory: MemoryState
     speed: SpeedState
@@ -104,37 +130,50 @@ class EngineState(Closed):
     queue: QueueState
     kv: KvState
     heat: Heat | None
+    workers: list[WorkerState]
     privacy: Privacy
 
 
+def memory_of(models: Models) -> MemoryState:
+    """The memory budget of the server, and what it is used for."""
+    shown = models.shown()
+    engine = _nothing().engine if shown is None else shown.loop.snapshot().engine
+    memory = engine.memory
+    if models.memory is not None:
+        memory = tuple(_memory_lines(models.memory, models.facts()))
+    return {
+        "budget_bytes": models.budget_bytes, "peak_bytes": engine.totals.peak_bytes,
+        "lines": [{"name": name, "bytes": count, "note": note} for name, count, note in memory],
+    }  # fmt: skip
+
+
 def state_of(
-    facts: LoopFacts,
-    model: ModelFacts,
+    models: Models,
     *,
     block_tokens: int,
     max_sequences: int,
     with_heat: bool,
-    recent: RecentCache | None = None,
+    workers: Workers | None = None,
 ) -> EngineState:
-    """The state of the engine as JSON.
-
-    Args:
-        recent: the hit rate of the last minutes beside others; None: not known.
-    """
+    """The state of the server as JSON."""
+    shown = models.shown()
+    if shown is None:
+        model, facts, recent = models.facts()[0].facts, _nothing(), None
+    else:
+        model, facts = shown.model, shown.loop.snapshot()
+        recent = None if shown.recent_cache is None else shown.recent_cache()
     engine, totals = facts.engine, facts.engine.totals
     heat: Heat | None = None
     if with_heat and engine.expert_uses is not None and engine.expert_use_tokens >= WINDOW_TOKENS:
         heat = {"tokens": engine.expert_use_tokens, "layers": engine.expert_uses.tolist()}
     return {
+        "models": [_sharing(one) for one in models.facts()],
         "model": {
             "id": model.id, "family": model.family, "context_tokens": model.context_tokens,
             "num_layers": model.num_layers, "num_experts": model.num_experts,
             "experts_per_token": model.experts_per_token,
         },
-        "memory": {
-            "budget_bytes": engine.budget_bytes, "peak_bytes": totals.peak_bytes,
-            "lines": [{"name": name, "bytes": count, "note": note} for name, count, note in engine.memory],
-        },
+        "memory": memory_of(models),
         "speed": {"decode_tok_per_s": facts.new_tok_per_s, "prefill_tok_per_s": facts.prompt_tok_per_s},
         "experts": {
             "total": engine.num_experts, "slots": engine.expert_slots, "resident": engine.num_resident,
@@ -150,88 +189,221 @@ def state_of(
             "blocks_cached": engine.kv_blocks_kept, "block_tokens": block_tokens,
         },
         "heat": heat,
+        "workers": [] if workers is None else list(workers.status()),
         "privacy": {"logging": False, "traces": False},
     }  # fmt: skip
 
 
-Compare = Callable[[DecodeSteps], Verification]
+def _sharing(one: Standing) -> SharingState:
+    facts = _nothing() if one.service is None else one.service.loop.snapshot()
+    engine = facts.engine
+    return {
+        "id": one.facts.id, "state": one.state, "memory_bytes": one.memory_bytes, "expert_slots": engine.expert_slots,
+        "experts_resident": engine.num_resident, "experts": engine.num_experts,
+        "running": engine.num_running, "waiting": engine.num_waiting, "decode_tok_per_s": facts.new_tok_per_s,
+    }  # fmt: skip
 
 
-class Metrics:
-    """Prometheus metrics in their own registry; labels are routes, statuses, and parts of the engine's time.
+def _memory_lines(memory: Memory, standing: Sequence[Standing]) -> Iterator[tuple[str, int, str]]:
+    yield "process", memory.process_bytes, "interpreter, tokenizers, requests"
+    for one in standing:
+        if one.memory_bytes:
+            yield one.facts.id, one.memory_bytes - one.expert_bytes, "without its share of experts"
+            yield f"experts of {one.facts.id}", one.expert_bytes, one.state
 
-    Args:
-        compare: puts predictions beside decode steps; None: nothing is predicted.
-    """
 
-    def __init__(self, snapshot: Any, compare: Compare | None = None) -> None:
-        self.registry = CollectorRegistry()
-        self._snapshot = snapshot
-        self._compare = compare
+def _nothing() -> LoopFacts:
+    """The facts of a model that is not in memory."""
+    engine = EngineFacts(
+        num_running=0, num_waiting=0, num_preempted=0, kv_blocks=0, kv_blocks_held=0, kv_blocks_kept=0,
+        kv_blocks_free=0, states_held=0, states_free=0, snapshots=0, num_experts=0, expert_slots=0, num_resident=0,
+        file_bytes=0, tokens_run=0, totals=Ledger(), memory=(), budget_bytes=0, expert_uses=None, expert_use_tokens=0,
+    )  # fmt: skip
+    return LoopFacts(
+        engine=engine, num_steps=0, is_stopping=False, has_failed=False, new_tok_per_s=0.0, prompt_tok_per_s=0.0,
+        bytes_read_per_s=0.0, recent_parts=Ledger().parts,
+    )  # fmt: skip
+
+
+class RequestMetrics:
+    """How many requests were answered, and how long that took."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
-            "argosy_requests", "Answered requests", ["route", "status"], registry=self.registry
+            "argosy_requests", "Answered requests", ["route", "status"], registry=registry
         )
         self._seconds = Histogram(
             "argosy_request_seconds", "Time from the first byte in to the last byte out", ["route"],
-            buckets=(0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 1800), registry=self.registry,
+            buckets=(0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 1800), registry=registry,
         )  # fmt: skip
-        self.registry.register(self)
 
     def observe(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
+
+class Metrics:
+    """Prometheus metrics in their own registry; labels are routes, statuses, and parts of the engine's time.
+
+    If the server has several models, those of an engine have the label `model`, while it is in memory. Energy is there
+    only where it is measured.
+
+    Args:
+        co2_grams_per_kwh: emissions of the electricity here; None: there is no metric of it.
+    """
+
+    def __init__(
+        self, models: Models, workers: Workers | None = None, *, co2_grams_per_kwh: float | None = None
+    ) -> None:
+        self._co2_grams_per_kwh = co2_grams_per_kwh
+        self.registry = CollectorRegistry()
+        self._models, self._workers = models, workers
+        self.observe = RequestMetrics(self.registry).observe
+        self.answers = AnswerMetrics(self.registry)
+        ProcessCollector(registry=self.registry)
+        self.registry.register(self)
+
     def collect(self) -> Iterator[Metric]:
-        facts: LoopFacts = self._snapshot()
-        engine, totals, decode_rate = facts.engine, facts.engine.totals, facts.new_tok_per_s
+        is_one = self._models.memory is None
+        of_model = [] if is_one else ["model"]
+        known = [
+            ([] if is_one else [one.model.id], one, one.loop.snapshot()) for one in self._models.services()
+        ]
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
-        for family, name, what, value in (
-            (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
-            (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),
-            (counter, "argosy_expert_lookups", "Expert lookups", totals.lookups),
-            (counter, "argosy_expert_hits", "Expert lookups that found the expert in memory", totals.hits),
-            (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
-            (counter, "argosy_steps", "Engine steps", facts.num_steps),
-            (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
-            (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
-            (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
-            (gauge, "argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
-            (gauge, "argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
-            (gauge, "argosy_experts", "Experts in all layers", engine.num_experts),
-            (gauge, "argosy_experts_resident", "Experts in memory", engine.num_resident),
-            (gauge, "argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
-            (gauge, "argosy_budget_bytes", "Memory budget", engine.budget_bytes),
-            (gauge, "argosy_decode_tokens_per_second", "Recent generated tokens per second", decode_rate),
-        ):
-            metric = family(name, what)
-            if value is not None:
-                metric.add_metric([], value)
-            yield metric
+        found: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for labels, _, facts in known:
+            engine, totals, decode_rate = facts.engine, facts.engine.totals, facts.new_tok_per_s
+            for family, name, what, value in (
+                (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
+                (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),
+                (
+                    counter,
+                    "argosy_proposed_tokens",
+                    "Tokens proposed ahead of the model",
+                    totals.proposed_tokens,
+                ),
+                (
+                    counter,
+                    "argosy_confirmed_tokens",
+                    "Proposed tokens that the model chose",
+                    totals.confirmed_tokens,
+                ),
+                (
+                    gauge,
+                    "argosy_speculation_won_seconds",
+                    "Seconds that proposals saved, estimated",
+                    totals.won_s,
+                ),
+                (counter, "argosy_expert_lookups", "Expert lookups", totals.lookups),
+                (
+                    counter,
+                    "argosy_expert_hits",
+                    "Expert lookups that found the expert in memory",
+                    totals.hits,
+                ),
+                (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
+                (counter, "argosy_steps", "Engine steps", facts.num_steps),
+                (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
+                (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
+                (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
+                (gauge, "argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
+                (gauge, "argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
+                (gauge, "argosy_experts", "Experts in all layers", engine.num_experts),
+                (gauge, "argosy_expert_slots", "Experts that have room in memory", engine.expert_slots),
+                (gauge, "argosy_experts_resident", "Experts in memory", engine.num_resident),
+                (gauge, "argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
+                (
+                    gauge,
+                    "argosy_budget_bytes",
+                    "Memory budget",
+                    engine.budget_bytes if is_one else self._models.budget_bytes,
+                ),
+                (gauge, "argosy_decode_tokens_per_second", "Recent generated tokens per second", decode_rate),
+            ):
+                metric = found.setdefault(name, family(name, what, labels=of_model))
+                if value is not None:
+                    metric.add_metric(labels, value)
+        yield from found.values()
+        yield from self._energy(of_model, known)
+        if self._models.memory is not None:
+            yield gauge(
+                "argosy_models_bytes", "Memory of the process and its models", self._models.held_bytes
+            )
+        kept_bytes = self._models.kept.nbytes
+        yield gauge("argosy_kept_responses_bytes", "Memory of stored responses and their items", kept_bytes)
         seconds = counter(
-            "argosy_seconds", "Seconds of the engine by part; `other` includes idle time", labels=["part"]
+            "argosy_seconds",
+            "Seconds of the engine by part; `other` includes idle time",
+            labels=[*of_model, "part"],
         )
-        for part, spent in totals.parts.items():
-            seconds.add_metric([part], spent)
+        for labels, _, facts in known:
+            for part, spent in facts.engine.totals.parts.items():
+                seconds.add_metric([*labels, part], spent)
         yield seconds
-        if self._compare is not None:
-            yield from self._comparison(self._compare, facts.recent_decode)
+        build = gauge("argosy_build_info", "Always 1; the version is a label", labels=["version", "python"])
+        build.add_metric([version("argosy"), platform.python_version()], 1)
+        yield build
+        if self._workers is not None:
+            yield from worker_metrics(self._workers)
+        if any(service.compare is not None for _, service, _ in known):
+            yield from self._comparison(of_model, known)
+
+    def _energy(
+        self, of_model: list[str], known: Sequence[tuple[list[str], Service, LoopFacts]]
+    ) -> Iterator[Metric]:
+        measured = [
+            (labels, facts.engine.totals)
+            for labels, _, facts in known
+            if facts.engine.totals.energy_j is not None
+        ]
+        if not measured:
+            return
+        joules = CounterMetricFamily(
+            "argosy_energy_joules",
+            "Energy of processors and their memory during steps, measured",
+            labels=of_model,
+        )
+        drive = CounterMetricFamily(
+            "argosy_drive_energy_joules", "Energy of the drive for the bytes read, estimated",
+            labels=[*of_model, "bound"],
+        )  # fmt: skip
+        co2 = CounterMetricFamily(
+            "argosy_co2_grams", "CO2 of both, at the configured factor", labels=[*of_model, "bound"]
+        )
+        for labels, totals in measured:
+            assert totals.energy_j is not None
+            joules.add_metric(labels, totals.energy_j)
+            for bound, of_drive, total in zip(
+                ("low", "high"), totals.drive_energy_j or (), totals.total_energy_j or (), strict=True
+            ):
+                drive.add_metric([*labels, bound], of_drive)
+                if self._co2_grams_per_kwh is not None:
+                    co2.add_metric([*labels, bound], co2_grams((total, total), self._co2_grams_per_kwh)[0])
+        yield from (joules, drive)
+        if self._co2_grams_per_kwh is not None:
+            yield co2
 
     @staticmethod
-    def _comparison(compare: Compare, steps: DecodeSteps | None) -> Iterator[Metric]:
+    def _comparison(
+        of_model: list[str], known: Sequence[tuple[list[str], Service, LoopFacts]]
+    ) -> Iterator[Metric]:
         """Predicted and measured, of steps of the last minute that had no prompt tokens."""
         quantities = GaugeMetricFamily(
-            "argosy_expected", "Recent decode beside its prediction", labels=["quantity", "unit", "value"]
-        )
+            "argosy_expected", "Recent decode beside its prediction",
+            labels=[*of_model, "quantity", "unit", "value"],
+        )  # fmt: skip
         parts = GaugeMetricFamily(
             "argosy_decode_step_seconds", "Parts of a recent decode step, predicted at the measured hit rate",
-            labels=["part", "value"],
+            labels=[*of_model, "part", "value"],
         )  # fmt: skip
-        if steps is not None:
-            found = compare(steps)
+        for labels, service, facts in known:
+            if service.compare is None or facts.recent_decode is None:
+                continue
+            found = service.compare(facts.recent_decode)
             for row in found.rows:
                 for value, number in (*row.predicted._asdict().items(), ("measured", row.measured)):
-                    quantities.add_metric([row.name, row.unit, value], number)
+                    quantities.add_metric([*labels, row.name, row.unit, value], number)
             for part, pair in found.parts_ms.items():
                 for value, milliseconds in zip(("predicted", "measured"), pair, strict=True):
-                    parts.add_metric([part, value], milliseconds / 1e3)
+                    parts.add_metric([*labels, part, value], milliseconds / 1e3)
         yield from (quantities, parts)

@@ -1,6 +1,8 @@
-"""Send answers whole, or as server-sent events. A client that disconnects cancels its answer.
+"""Send answers whole, or as a stream of events. A client that disconnects cancels its answer.
 
-Elsewhere: the content is up to each dialect.
+    an event  ->  Encoding.write  ->  bytes: a server-sent event, or a line of JSON
+
+Elsewhere: the content and the encoding are up to each dialect.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -19,21 +22,43 @@ from argosy.serve.gate import Caller, Dialect, GoneAway, error_body, report
 
 KEEP_ALIVE_S = 10.0
 DONE = "[DONE]"  # OpenAI's last event
+COMMENT = b": keep-alive\n\n"  # clients skip it
 
 T = TypeVar("T")
 
 
 def sse(data: object, event: str | None = None) -> bytes:
-    """Encode one event."""
+    """Encode one server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     head = b"" if event is None else f"event: {event}\n".encode()
     return head + f"data: {text}\n\n".encode("utf-8", "replace")
 
 
+def json_line(data: object, event: str | None = None) -> bytes:
+    """Encode one event as a line of JSON, which has no place for its name."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a stream writes its events.
+
+    media_type: the content type of the stream.
+    write: encodes the data of an event, given its name if it has one.
+    """
+
+    media_type: str
+    write: Callable[[object, str | None], bytes]
+
+
+SSE = Encoding("text/event-stream", sse)
+JSON_LINES = Encoding("application/x-ndjson", json_line)
+
+
 def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
     """Encode a failure as the last event of a stream."""
     _, body = error_body(error, dialect, caller.request_id)
-    return sse(body, "error" if dialect == "anthropic" else None)
+    return json_line(body) if dialect == "ollama" else sse(body, "error" if dialect == "anthropic" else None)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
@@ -62,14 +87,12 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they are made, a comment every KEEP_ALIVE_S of silence, and a failure as the last event.
+    """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
 
     `failed` encodes a failure, if the dialect has its own event for it. `close` is always called at the end, even if
     the client left before the first event was requested. The next event is requested once the last has been sent. The
     connection drops a client that reads nothing (`run.TimedProtocol`).
     """
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -77,14 +100,19 @@ class EventStream(Response):
         caller: Caller,
         close: Callable[[], None] = lambda: None,
         *,
+        encoding: Encoding = SSE,
+        idle: bytes = COMMENT,
         failed: Callable[[Exception], bytes] | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={"x-accel-buffering": "no", **(headers or {})})
+        super().__init__(
+            headers={"x-accel-buffering": "no", **(headers or {})}, media_type=encoding.media_type
+        )
         del self.headers["content-length"]
         self._parts = parts
         self._close = close
         self._caller = caller
+        self._idle = idle
         self._failed = failed or (lambda error: error_event(error, "openai", caller))
         self._written_at = time.monotonic()
 
@@ -118,6 +146,6 @@ class EventStream(Response):
         while True:
             idle_s = time.monotonic() - self._written_at
             if idle_s >= KEEP_ALIVE_S:
-                await write(b": keep-alive\n\n")
+                await write(self._idle)
                 idle_s = 0.0
             await asyncio.sleep(KEEP_ALIVE_S - idle_s)

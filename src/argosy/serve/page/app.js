@@ -1,26 +1,68 @@
-// The page: connects the user's input with the conversation, the engine's state and the settings.
+// The page: connects the user's input with the conversation, the list of conversations, the engine's state and settings.
 //
 // Nothing is read from the address, so no link can make this page send a request to the model.
 
 import { Attachments, kindsOf } from "./attachments.js";
+import { Chats } from "./chats.js";
 import { Conversation } from "./conversation.js";
 import { showLedger, showState } from "./engine_panel.js";
 import { showHeat, watchHeat } from "./heat_map.js";
+import { Models } from "./models.js";
 import { canRecord, Recorder } from "./recorder.js";
-import { getJson, key, setKey, watchEngine } from "./server.js";
+import { getJson, key, watchEngine } from "./server.js";
+import { DEFAULTS, Drawer, numChanged } from "./settings.js";
+import { asMarkdown } from "./tree.js";
+import { count, isNumber } from "./units.js";
 
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt");
-const settings = { model: null, system: "", temperature: null, maxTokens: null };
 
 const conversation = new Conversation({
   log: byId("conversation"),
   scroll: byId("scroll"),
   status: byId("status"),
-  settings: () => settings,
+  settings: () => chats.record.settings,
+  model: () => models.current?.id ?? null,
+  onKeep: (record, tree, messages) => chats.keep(record, tree, messages),
+  onChange: showConversation,
   onBusy: showBusy,
   onLedger: showLedger,
+  onIgnored: showIgnored,
   onRefused: askForKey,
+});
+
+const chats = new Chats({
+  conversation,
+  notify,
+  ask,
+  onOpen() {
+    models.want(chats.record.settings.model);
+    showSettings();
+  },
+  onChoose: () => openSheet(null),
+});
+
+const models = new Models({
+  onChoose: (id) => chats.changeSettings({ ...chats.record.settings, model: id }),
+  onLearned: showPractice,
+  onChange() {
+    offerAttachments(models.current ? kindsOf(models.current) : []);
+    showContext();
+  },
+  onRefused: askForKey,
+});
+
+const drawer = new Drawer({
+  settings: () => chats.record.settings,
+  onSave(settings) {
+    chats.changeSettings(settings);
+    showSettings();
+  },
+  onKey() {
+    byId("notice").hidden = true;
+    models.learn();
+    follow();
+  },
 });
 
 const attachments = new Attachments({
@@ -32,12 +74,64 @@ const attachments = new Attachments({
   onRefused: askForKey,
 });
 
+// The shown conversation
+
+function showConversation() {
+  const { isEmpty, record } = conversation;
+  byId("welcome").hidden = !isEmpty;
+  byId("chat-bar").hidden = isEmpty;
+  if (document.activeElement !== byId("title")) byId("title").value = record.title;
+  showContext();
+  chats.catchUp();
+}
+
+/** How much of the context the conversation takes, and whether the next message fits. */
+function showContext() {
+  const limit = models.current?.context_length ?? models.current?.max_model_len;
+  const { tokens } = conversation;
+  const node = byId("context");
+  node.hidden = !isNumber(limit);
+  if (!isNumber(limit)) return;
+  const next = attachments.tokens;
+  const left = Math.max(0, limit - (tokens ?? 0));
+  const isTight = next > left;
+  node.classList.toggle("warning", isTight);
+  if (isTight) node.textContent = `This message has about ${count(next)} tokens, and ${count(left)} of the context are left.`;
+  else if (tokens === null) node.textContent = `Context: ${count(limit)} tokens`;
+  else node.textContent = `Context: ${count(tokens)} of ${count(limit)} tokens, ${count(left)} left`;
+}
+
+/** Whether answers carry a watermark; that a machine writes them is in the page itself. */
+async function showPractice() {
+  try {
+    const { watermark } = await getJson("/v1/engine/transparency");
+    byId("watermark").hidden = watermark?.is_on !== true;
+  } catch {
+    byId("watermark").hidden = true;  // not known
+  }
+}
+
+byId("title").addEventListener("change", () => {
+  chats.rename(byId("title").value);
+  byId("title").value = chats.record.title;
+});
+byId("title").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") prompt.focus();
+});
+byId("copy-chat").hidden = !navigator.clipboard;
+byId("copy-chat").addEventListener("click", async () => {
+  await navigator.clipboard.writeText(asMarkdown(chats.record.title, conversation.path));
+  byId("copy-chat").textContent = "Copied";
+  setTimeout(() => { byId("copy-chat").textContent = "Copy all"; }, 1500);
+});
+byId("export-chat").addEventListener("click", () => chats.exportShown());
+byId("print-chat").addEventListener("click", () => window.print());
+
 // The message field
 
 function showBusy(isBusy) {
   byId("send").hidden = isBusy;
   byId("stop").hidden = !isBusy;
-  byId("welcome").hidden = conversation.turns.length > 0;
   if (document.activeElement === document.body) prompt.focus();  // the focused button is gone
 }
 
@@ -57,6 +151,7 @@ function showWhetherReady() {
   // Not `disabled`: the tab key should reach the button after the message, not the engine's panel.
   byId("send").setAttribute("aria-disabled", String(!isReady()));
   byId("send").title = attachments.obstacle ?? "";
+  showContext();
 }
 
 function send() {
@@ -82,21 +177,29 @@ prompt.addEventListener("keydown", (event) => {
 });
 byId("stop").addEventListener("click", () => conversation.stop());
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !byId("settings").open) conversation.stop();
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  const toggle = Object.entries(SHEETS).find(([sheet]) => byId(sheet).classList.contains("open"))?.[1];
+  if (!toggle) return conversation.stop();
+  openSheet(null);
+  byId(toggle).focus();
 });
 
 byId("new").addEventListener("click", () => {
-  if (!conversation.turns.length) return prompt.focus();
-  const bringBack = conversation.clear();
-  byId("welcome").hidden = false;
-  notify("news", "The conversation was cleared.", "Undo", () => {
-    bringBack();
-    byId("welcome").hidden = true;
-  });
+  openSheet(null);
+  const { isEmpty, record, tree } = conversation;
+  if (isEmpty) return prompt.focus();
+  chats.startNew(record.settings);
+  chats.show();
+  if (!record.isKept) {
+    notify("news", "The conversation was cleared.", "Undo", () => {
+      conversation.show(record, tree);
+      showSettings();
+    });
+  }
   prompt.focus();
 });
 
-// Pictures, sounds and videos: chosen, pasted, dropped or recorded
+// Files: chosen, pasted, dropped or recorded
 
 byId("attach").addEventListener("click", () => byId("files").click());
 byId("files").addEventListener("change", () => {
@@ -111,7 +214,7 @@ function attach(files) {
 
 document.addEventListener("paste", (event) => {
   const { files, types } = event.clipboardData;
-  if (!files.length || types.includes("text/plain") || byId("settings").open) return;
+  if (!files.length || types.includes("text/plain") || document.querySelector("dialog[open]")) return;
   event.preventDefault();
   attach(files);
 });
@@ -178,19 +281,20 @@ byId("record").addEventListener("click", record);
 
 function offerAttachments(kinds) {
   attachments.kinds = kinds;
-  byId("attach").hidden = !kinds.length;
   byId("record").hidden = !kinds.includes("sound") || !canRecord();
   byId("files").accept = attachments.accept;
 }
 
-// Notices
+// Notices and questions
 
-function notify(kind, text, action, act) {
+/** Show a sentence, with a button if there is something to do about it. */
+function notify(kind, text, action = null, act = null) {
   byId("notice").dataset.kind = kind;
   byId("notice-text").textContent = text;
   byId("notice").hidden = false;
   const offered = byId("notice-action");
-  offered.textContent = action;
+  offered.hidden = action === null;
+  offered.textContent = action ?? "";
   offered.onclick = () => {
     byId("notice").hidden = true;
     act();
@@ -201,47 +305,55 @@ byId("notice-close").addEventListener("click", () => { byId("notice").hidden = t
 
 function askForKey(error) {
   const text = key() ? `The key was refused: ${error.message}` : "This server needs an API key.";
-  notify("warning", text, "Enter key", openSettings);
+  notify("warning", text, "Enter key", () => drawer.open());
+}
+
+/** Ask before something that cannot be undone. Gives whether the user agrees. */
+function ask(question, action) {
+  const dialog = byId("question");
+  byId("question-text").textContent = question;
+  byId("question-yes").textContent = action;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+const SWITCHES = { enable_thinking: "This model has no switch for thinking: that setting had no effect." };
+
+function showIgnored(names) {
+  const text = names.map((name) => SWITCHES[name]).find(Boolean);
+  if (text) notify("news", text);
 }
 
 // Settings
 
-const number = (id) => (byId(id).value === "" ? null : byId(id).valueAsNumber);
+byId("open-settings").addEventListener("click", () => drawer.open());
 
-function openSettings() {
-  byId("key").value = key();
-  byId("system").value = settings.system;
-  byId("temperature").value = settings.temperature ?? "";
-  byId("max-tokens").value = settings.maxTokens ?? "";
-  byId("settings").returnValue = "";
-  byId("settings").showModal();
+function showSettings() {
+  const changed = numChanged(chats.record.settings);
+  byId("open-settings").title = changed ? `Settings, ${changed} changed` : "Settings";
+  byId("open-settings").classList.toggle("changed", changed > 0);
 }
 
-byId("open-settings").addEventListener("click", openSettings);
-byId("cancel-settings").addEventListener("click", () => byId("settings").close());
-byId("settings").addEventListener("close", () => {
-  if (byId("settings").returnValue !== "save") return;
-  const typed = byId("key").value.trim();
-  const isOtherKey = typed !== key();
-  setKey(typed);
-  Object.assign(settings, {
-    system: byId("system").value.trim(),
-    temperature: number("temperature"),
-    maxTokens: number("max-tokens"),
-  });
-  if (isOtherKey) {
-    byId("notice").hidden = true;
-    learnModel();
-    follow();
+// The panels at the sides, which are sheets on narrow screens
+
+const SHEETS = { chats: "toggle-chats", engine: "toggle-engine" };
+
+/** Open one of the sheets, or with null none. */
+function openSheet(name) {
+  for (const [sheet, toggle] of Object.entries(SHEETS)) {
+    byId(sheet).classList.toggle("open", sheet === name);
+    byId(toggle).setAttribute("aria-expanded", String(sheet === name));
   }
-});
+}
+
+for (const [sheet, toggle] of Object.entries(SHEETS)) {
+  byId(toggle).addEventListener("click", () => openSheet(byId(sheet).classList.contains("open") ? null : sheet));
+}
 
 // The engine
-
-byId("toggle-engine").addEventListener("click", () => {
-  const isOpen = byId("engine").classList.toggle("open");
-  byId("toggle-engine").setAttribute("aria-expanded", String(isOpen));
-});
 
 const CONNECTION = { open: "connected", closed: "not connected", refused: "key needed" };
 
@@ -251,33 +363,15 @@ function showConnection(change, error) {
   node.dataset.state = change;
   node.textContent = CONNECTION[change];
   if (change === "refused") askForKey(error);
-  if (change === "open" && settings.model === null) learnModel();
+  if (change === "open") models.learn();
 }
 
-function showModel(id, family) {
-  settings.model = id;
-  byId("model").textContent = id;
-  byId("model").title = family ? `${id}, ${family}` : id;
-  document.title = `${id} \u2013 Argosy`;
-}
-
-async function learnModel() {
-  try {
-    const { data } = await getJson("/v1/models");
-    if (data?.length) {
-      showModel(data[0].id);
-      offerAttachments(kindsOf(data[0]));
-    }
-  } catch (error) {
-    if (error.status === 401 || error.status === 403) askForKey(error);
-  }
-}
-
+chats.startNew(DEFAULTS);
+chats.start();
 watchHeat();
 grow();
-learnModel();
+models.learn();
 const follow = watchEngine((state) => {
-  if (state.model && settings.model === null) showModel(state.model.id, state.model.family);
   showState(state);
   showHeat(state.heat);
 }, showConnection);

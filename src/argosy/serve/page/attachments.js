@@ -1,11 +1,14 @@
-// Pictures, sounds and videos of the next message: read, shown with a preview and their tokens, and removed.
+// The files of the next message: read, shown with a preview and their tokens, and removed.
 //
-//   File  ->  scaled down if the server would refuse it  ->  data URL  ->  preview, tokens  ->  part of a message
+//   picture, sound, video  ->  scaled down if the server would refuse it  ->  data URL  ->  part of a message
+//   any other file  ->  text, if it is text in UTF-8  ->  quoted in the message
 //
-// They exist only in this page's memory, like the conversation, and every turn sends them again. What is wrong with a
-// file is said beside it; while something is, the message cannot be sent.
+// Every turn sends the files of its conversation again. What is wrong with a file is said beside it; while something is,
+// the message cannot be sent.
 
 import { countMediaTokens, countTextTokens } from "./server.js";
+import { LONGEST_NAME, quoted, readText, TEXT_ACCEPT } from "./text_files.js";
+import { newId } from "./tree.js";
 import { button, count, element, volume } from "./units.js";
 
 // The server's limits (PROMPT_LIMITS in media/parts.py, MEDIA_BODY_BYTES in engine/memory_plan.py).
@@ -31,12 +34,82 @@ const TYPES = {
     "video/avi": "video/x-msvideo", "video/vnd.avi": "video/x-msvideo",
   },
 };
+// Media types of the formats of sounds. Those of pictures and videos are media types already.
+const SOUND_TYPES = { wav: "audio/wav", mp3: "audio/mpeg", flac: "audio/flac", ogg: "audio/ogg" };
+/** The formats of each kind: the only ones that a kept or imported file can have. */
+export const FORMATS = Object.fromEntries(Object.entries(TYPES).map(([kind, types]) => [kind, [...new Set(Object.values(types))]]));
+export const mediaType = (kind, format) => (kind === "sound" ? SOUND_TYPES[format] : format);
+/** Bytes of media that one conversation may keep in the browser. */
+export const MOST_KEPT_BYTES = 64 * 2 ** 20;
+
 const NAMES = {
   picture: "PNG, JPEG, WEBP and GIF pictures", sound: "WAV, MP3, FLAC and OGG sounds",
   video: "MP4, MOV, WEBM, MKV and AVI videos",
 };
 const MODALITIES = { image: "picture", audio: "sound", video: "video" };
 const TYPING_MS = 700;
+const LONG_TEXT = 1000;  // characters of a message whose tokens are counted even without files
+
+/** A text file, as its conversation has it. */
+export class TextFile {
+  kind = "text";
+
+  constructor({ name, text }) {
+    this.name = name;
+    this.text = text;
+  }
+
+  get size() {
+    return this.text.length;
+  }
+
+  get record() {
+    return { kind: this.kind, name: this.name, text: this.text };
+  }
+}
+
+/** A picture, sound or video, as its conversation has it; `url` is null if its bytes were not kept. */
+export class Media {
+  constructor({ id = newId(), kind, name, format, blob = null, url = null }) {
+    Object.assign(this, { id, kind, name, format, blob, url });
+  }
+
+  /** One that was kept: `blob` is null if its bytes were not. */
+  static async kept(record, blob) {
+    return new Media({ ...record, blob, url: blob && (await dataUrl(blob)) });
+  }
+
+  get size() {
+    return this.url?.length ?? 0;
+  }
+
+  get record() {
+    return { id: this.id, kind: this.kind, name: this.name, format: this.format };
+  }
+
+  get data() {
+    return this.url.slice(this.url.indexOf(",") + 1);
+  }
+
+  /** As Chat Completions has it. */
+  get chatPart() {
+    const { kind, url } = this;
+    if (url === null) return { type: "text", text: `(The file ${this.name} was not kept.)` };
+    if (kind === "sound") return this.soundPart;
+    return kind === "picture" ? { type: "image_url", image_url: { url } } : { type: "video_url", video_url: { url } };
+  }
+
+  /** As Responses has it, whose route counts tokens. */
+  get inputPart() {
+    const { kind, url } = this;
+    if (kind === "sound") return this.soundPart;
+    return kind === "picture" ? { type: "input_image", image_url: url } : { type: "input_video", video_url: url };
+  }
+
+  get soundPart() {
+    return { type: "input_audio", input_audio: { data: this.data, format: this.format } };
+  }
+}
 
 /** The kinds of attachments that a model takes, from its entry in /v1/models. */
 export function kindsOf(model) {
@@ -45,7 +118,7 @@ export function kindsOf(model) {
 
 export class Attachments {
   /**
-   * `parts`: the elements `list` and `total`; `numSent()` gives the characters of attachments in the conversation;
+   * `parts`: the elements `list` and `total`; `numSent()` gives the characters of files in the conversation;
    * `onChange()` is called whenever something changes, `onRemoved()` when the user has removed a file, and
    * `onRefused(error)` if the server refuses the key.
    */
@@ -58,13 +131,18 @@ export class Attachments {
 
   /** What a file dialog should offer. */
   get accept() {
-    return this.kinds.flatMap((kind) => Object.keys(TYPES[kind])).join(",");
+    return [...this.kinds.flatMap((kind) => Object.keys(TYPES[kind])), TEXT_ACCEPT].join(",");
   }
 
   /** Why the message cannot be sent yet, or null. */
   get obstacle() {
     if (this.items.some((item) => item.error)) return "Remove the files that cannot be sent.";
-    return this.items.some((item) => !item.url) ? "A file is still being read." : null;
+    return this.items.some((item) => !item.content) ? "A file is still being read." : null;
+  }
+
+  /** Tokens of the next message, as far as they are counted. */
+  get tokens() {
+    return this.items.reduce((sum, item) => sum + (item.tokens ?? 0), 0) + (this.text.tokens ?? 0);
   }
 
   add(files) {
@@ -85,7 +163,7 @@ export class Attachments {
     this.onRemoved();
   }
 
-  /** Give the items away, as parts of a message that is sent. */
+  /** Give the files away to the message that is sent. */
   take() {
     const taken = this.items;
     this.items = [];
@@ -94,28 +172,24 @@ export class Attachments {
       item.node.remove();
     }
     this.changed();
-    return taken;
+    return taken.map(({ content }) => content);
   }
 
   async read(item) {
+    const { signal } = item.controller;
     try {
-      item.kind = this.kindOf(item.file);
-      const blob = item.kind === "picture" ? await this.fitted(item) : item.file;
-      if (blob.size > MOST_BYTES[item.kind]) {
-        throw new Error(`A file may have at most ${volume(MOST_BYTES[item.kind])}, and this one has ${volume(blob.size)}.`);
-      }
-      const form = TYPES[item.kind][typeOf(item.file)];
-      const type = item.kind === "sound" ? typeOf(item.file) : form;
-      const url = await dataUrl(blob === item.file ? blob.slice(0, blob.size, type) : blob);
-      const together = this.numSent() + url.length + this.items.reduce((sum, other) => sum + (other.url?.length ?? 0), 0);
+      const kind = this.kindOf(item.file);
+      const content = kind === "text"
+        ? new TextFile({ name: item.name, text: await readText(item.file) })
+        : await this.readMedia(item, kind);
+      const together = this.numSent() + this.items.reduce((sum, other) => sum + (other.content?.size ?? 0), content.size);
       if (together > MOST_BODY_CHARACTERS) {
         throw new Error(`The files of a conversation may have ${volume(MOST_BODY_BYTES)} together. `
           + "Start a new chat, or choose a smaller file.");
       }
-      item.show(url, form);
+      item.show(content);
       this.changed();
-      const { image_tokens: pictures = 0, audio_tokens: sounds = 0 } = await countMediaTokens(item.inputPart, item.controller.signal);
-      item.setTokens(pictures + sounds);
+      item.setTokens(kind === "text" ? await countTextTokens(quoted(content), signal) : await mediaTokens(content, signal));
     } catch (error) {
       if (error.name === "AbortError") return;
       if (error.status === 401 || error.status === 403) this.onRefused(error);
@@ -127,11 +201,26 @@ export class Attachments {
     this.changed();
   }
 
+  async readMedia(item, kind) {
+    const format = TYPES[kind][typeOf(item.file)];
+    const fitted = kind === "picture" ? await this.fitted(item) : item.file;
+    if (fitted.size > MOST_BYTES[kind]) {
+      throw new Error(`A file may have at most ${volume(MOST_BYTES[kind])}, and this one has ${volume(fitted.size)}.`);
+    }
+    // A picture that was scaled down has a type of its own.
+    const own = fitted === item.file ? format : fitted.type;
+    const blob = fitted.slice(0, fitted.size, mediaType(kind, own));
+    return new Media({ kind, name: item.name, format: own, blob, url: await dataUrl(blob) });
+  }
+
+  /** The kind of media that a file is, or "text" for any other. */
   kindOf(file) {
-    const kind = this.kinds.find((one) => typeOf(file) in TYPES[one]);
+    const type = typeOf(file);
+    const kind = this.kinds.find((one) => type in TYPES[one]);
     if (kind) return kind;
+    if (!/^(image|audio|video)\//.test(type) || type === "image/svg+xml") return "text";
     const taken = this.kinds.map((one) => NAMES[one]).join(", ");
-    throw new Error(taken ? `This model takes ${taken}.` : "This model takes text only.");
+    throw new Error(taken ? `This model takes text files, ${taken}.` : "This model takes text files only.");
   }
 
   /** The picture itself, or a smaller one if the server would refuse it. */
@@ -165,7 +254,8 @@ export class Attachments {
   setText(value) {
     clearTimeout(this.text.timer);
     if (value !== this.text.value) this.text = { value, tokens: value ? null : 0, timer: null };
-    if (this.items.length && this.text.tokens === null) this.text.timer = setTimeout(() => this.countText(), TYPING_MS);
+    const isCounted = this.items.length > 0 || value.length >= LONG_TEXT;
+    if (isCounted && this.text.tokens === null) this.text.timer = setTimeout(() => this.countText(), TYPING_MS);
     this.showTotal();
   }
 
@@ -177,6 +267,7 @@ export class Attachments {
       return;  // only a number is missing
     }
     this.showTotal();
+    this.onChange();
   }
 
   changed() {
@@ -194,15 +285,19 @@ export class Attachments {
   }
 }
 
+async function mediaTokens(content, signal) {
+  const { image_tokens: pictures = 0, audio_tokens: sounds = 0 } = await countMediaTokens(content.inputPart, signal);
+  return pictures + sounds;
+}
+
 class Attachment {
-  url = null;
-  kind = null;
+  content = null;
   tokens = null;
   error = null;
 
   constructor(file, remove) {
     this.file = file;
-    this.name = file.name || "picture";
+    this.name = (file.name || "picture").slice(-LONGEST_NAME);
     this.controller = new AbortController();
     this.preview = element("span", { class: "preview" });
     this.facts = element("span", { class: "facts-line" }, "reading");
@@ -212,10 +307,9 @@ class Attachment {
       button("\u2715", remove, { class: "quiet", "aria-label": `Remove ${this.name}` }));
   }
 
-  show(url, format) {
-    this.url = url;
-    this.format = format;
-    this.preview.replaceChildren(previewOf(this));
+  show(content) {
+    this.content = content;
+    if (content.kind !== "text") this.preview.replaceChildren(previewOf(content));
     this.update();
   }
 
@@ -241,32 +335,12 @@ class Attachment {
     const size = this.tokens === null ? null : `${count(this.tokens)} tokens`;
     this.facts.textContent = [size, ...this.remarks].filter(Boolean).join(", ") || "counting tokens";
   }
-
-  get data() {
-    return this.url.slice(this.url.indexOf(",") + 1);
-  }
-
-  /** As Chat Completions has it. */
-  get chatPart() {
-    const { kind, url } = this;
-    if (kind === "sound") return this.soundPart;
-    return kind === "picture" ? { type: "image_url", image_url: { url } } : { type: "video_url", video_url: { url } };
-  }
-
-  /** As Responses has it, whose route counts tokens. */
-  get inputPart() {
-    const { kind, url } = this;
-    if (kind === "sound") return this.soundPart;
-    return kind === "picture" ? { type: "input_image", image_url: url } : { type: "input_video", video_url: url };
-  }
-
-  get soundPart() {
-    return { type: "input_audio", input_audio: { data: this.data, format: this.format } };
-  }
 }
 
-/** A thumbnail, or a player. */
-export function previewOf({ kind, url, name }) {
+/** A thumbnail, a player, a text to unfold, or the name of a file that was not kept. */
+export function previewOf({ kind, url, name, text }) {
+  if (kind === "text") return textPreview(name, text);
+  if (url === null) return element("span", { class: "chip" }, `${name} (not kept)`);
   if (kind === "picture") return element("img", { src: url, alt: name });
   const player = element(kind === "sound" ? "audio" : "video", {
     src: url, controls: true, "aria-label": name, preload: "metadata",
@@ -276,6 +350,16 @@ export function previewOf({ kind, url, name }) {
     player.addEventListener("error", () => player.replaceWith(element("span", { class: "unplayable" }, "no preview")));
   }
   return player;
+}
+
+function textPreview(name, text) {
+  const lines = count(text.replace(/\n$/, "").split("\n").length);
+  const fold = element("details", { class: "chip" },
+    element("summary", {}, `${name} `, element("small", {}, lines === "1" ? "1 line" : `${lines} lines`)));
+  fold.addEventListener("toggle", () => {
+    if (fold.open && fold.children.length === 1) fold.append(element("pre", { tabindex: "0" }, text));
+  });
+  return fold;
 }
 
 const ENDINGS = {

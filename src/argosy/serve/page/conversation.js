@@ -1,213 +1,311 @@
-// A conversation: its messages, the answer as it arrives, and the actions on it.
+// The shown conversation: its messages, the answer as it arrives, and the actions on them.
 //
-//   send, regenerate, edit  ->  messages  ->  server.complete  ->  nodes
+//   send, edit, regenerate, continue  ->  tree  ->  path  ->  server.complete  ->  nodes
 //
-// The messages exist only in this object. Arriving text is drawn at most once per frame, however many chunks arrived.
-// Reasoning and failed answers are not sent back to the model. Two user messages in a row, which some chat templates
-// refuse, are sent as one.
+// The messages are a tree (`tree.js`); keeping them is `chats.js`. Arriving text is drawn at most once per frame, however
+// many chunks arrived. Reasoning and failed answers are not sent back to the model. Two user messages in a row, which
+// some chat templates refuse, are sent as one.
 
 import { previewOf } from "./attachments.js";
 import { MarkdownView } from "./markdown.js";
 import { complete } from "./server.js";
+import { sampling } from "./settings.js";
+import { quoted } from "./text_files.js";
+import { LONGEST_NOTE, messageAsMarkdown, newId, Tree } from "./tree.js";
 import { button, copyButton, count, element, isNumber, rate, seconds, volume } from "./units.js";
 
-const ENDINGS = {
-  length: "The answer reached its maximum length.",
-  content_filter: "The server's policy blocked the answer.",
-};
+const TOO_LONG = "The answer reached its maximum length.";
+const ENDINGS = { length: TOO_LONG, content_filter: "The server's policy blocked the answer." };
+const KEEP_MS = 2000;  // how often a growing answer is kept
 
 export class Conversation {
   /**
-   * `parts`: the elements `log`, `scroll`, `status`; `settings()` gives model, system, temperature, maxTokens;
-   * `onBusy(isBusy)`, `onLedger(timings, usage)` and `onRefused(error)` are called for other parts of the page.
+   * `parts`: the elements `log`, `scroll`, `status`; `settings()` and `model()` give what the next request uses;
+   * `onKeep(record, tree, messages)` is called with messages to keep, `onChange()` whenever other messages are shown,
+   * `onBusy(isBusy)`, `onLedger(timings, usage)`, `onIgnored(names)` and `onRefused(error)` for other parts of the page.
    */
   constructor(parts) {
     Object.assign(this, parts);
-    this.turns = [];
     this.controller = null;
+    this.record = null;
+    this.tree = new Tree();
+    this.views = new Map();
+    this.editing = null;
   }
 
   get isBusy() {
     return this.controller !== null;
   }
 
-  send(text, attachments = []) {
-    if (this.isBusy || !(text.trim() || attachments.length)) return;
-    this.add(userTurn(text, attachments));
-    this.answer();
+  get isEmpty() {
+    return this.tree.leaf === null;
   }
 
-  /** Characters of all attachments, which every request carries again. */
+  get path() {
+    return this.tree.path();
+  }
+
+  /** Whether other messages may be put in place of the shown ones without a loss. */
+  get isAtRest() {
+    return !this.isBusy && this.editing === null;
+  }
+
+  /** Characters of all files, which every request carries again. */
   get numAttached() {
-    return this.turns.flatMap((turn) => turn.attachments ?? []).reduce((sum, { url }) => sum + url.length, 0);
+    return this.path.flatMap(({ attachments }) => attachments).reduce((sum, { size }) => sum + size, 0);
+  }
+
+  /** Tokens of the shown messages after the last answer; null if no answer has told them. */
+  get tokens() {
+    return this.path.findLast(({ tokens }) => isNumber(tokens))?.tokens ?? null;
+  }
+
+  /** Show another conversation. A running answer stops, and what has arrived of it is kept. */
+  show(record, tree) {
+    this.stop();
+    if (this.isBusy) {
+      this.controller = null;
+      this.log.removeAttribute("aria-busy");
+      this.onBusy(false);
+    }
+    Object.assign(this, { record, tree, editing: null, views: new Map() });
+    this.render();
+    this.follow();
+  }
+
+  /** Show the same conversation with messages that another tab has added. */
+  update(tree) {
+    this.tree = tree;
+    this.keepEnd(() => this.render());
+  }
+
+  send(text, attachments = []) {
+    if (this.isBusy || !(text.trim() || attachments.length)) return;
+    this.ask(this.tree.leaf, text, attachments);
+  }
+
+  ask(parent, text, attachments) {
+    const question = { id: newId(), parent, role: "user", created: Date.now(), text, attachments };
+    this.tree.add(question);
+    this.onKeep(this.record, this.tree, [question]);
+    this.begin(question.id);
+  }
+
+  /** Answer a question once more, beside the answers it has. */
+  begin(parent) {
+    const answer = {
+      id: newId(), parent, role: "assistant", created: Date.now(), text: "", attachments: [], reasoning: "",
+      state: "running", note: "", model: this.model(), tokens: null, ledger: "",
+    };
+    this.tree.add(answer);
+    this.answer(answer, false);
   }
 
   stop() {
     this.controller?.abort();
   }
 
-  regenerate() {
-    if (this.isBusy || this.turns.at(-1)?.role !== "assistant") return;
-    this.turns.pop().node.remove();
-    this.answer();
-  }
-
-  /** Remove all turns; the returned function restores them. */
-  clear() {
-    this.stop();
-    const old = this.turns;
-    this.turns = [];
-    this.log.replaceChildren();
-    return () => {
-      this.turns = old;
-      this.log.replaceChildren(...old.map((turn) => turn.node));
-    };
-  }
-
-  edit() {
+  /** A failed answer is tried again in its place; any other keeps its branch. */
+  regenerate(message) {
     if (this.isBusy) return;
-    const turn = this.turns.findLast((other) => other.role === "user");
-    if (!turn || turn.editor) return;
-    const field = element("textarea", { "aria-label": "Your last message", rows: "3" });
-    field.value = turn.content;
+    if (message.state !== "failed") return void this.begin(message.parent);
+    Object.assign(message, { text: "", reasoning: "", state: "running", note: "", model: this.model(), tokens: null, ledger: "" });
+    this.views.delete(message.id);
+    this.tree.select(message);
+    this.answer(message, false);
+  }
+
+  continue(message) {
+    if (this.isBusy) return;
+    Object.assign(message, { state: "running", note: "", ledger: "" });
+    this.answer(message, true);
+  }
+
+  /** Show another version of a message, and keep the keyboard on the arrows. */
+  turnTo(version, step) {
+    this.tree.select(version);
+    this.onKeep(this.record, this.tree, []);
+    this.render();
+    const { tools } = this.viewOf(version);
+    (tools.querySelector(`[data-step="${step}"]:not([disabled])`) ?? tools.querySelector("[data-step]:not([disabled])")).focus();
+  }
+
+  edit(message) {
+    if (!this.isAtRest) return;
+    const view = this.viewOf(message);
+    const field = element("textarea", { "aria-label": "Your message", rows: "3" });
+    field.value = message.text;
     const close = () => {
-      turn.editor.remove();
-      turn.editor = null;
-      turn.body.hidden = turn.tools.hidden = false;
-      turn.tools.querySelector("button")?.focus();
+      this.editing.remove();
+      this.editing = null;
+      view.body.hidden = view.tools.hidden = false;
+      this.onChange();
+    };
+    const cancel = () => {
+      close();
+      [...view.tools.querySelectorAll("button")].find(({ textContent }) => textContent === "Edit")?.focus();
     };
     const save = () => {
-      if (!(field.value.trim() || turn.attachments.length)) return;
-      const text = field.value;
-      const first = this.turns.indexOf(turn);
-      for (const gone of this.turns.splice(first)) gone.node.remove();
-      this.send(text, turn.attachments);
+      if (!(field.value.trim() || message.attachments.length)) return;
+      close();
+      this.ask(message.parent, field.value, message.attachments);
     };
     field.addEventListener("keydown", (event) => {
       if (event.isComposing) return;
-      if (event.key === "Escape") { event.stopPropagation(); close(); }
+      if (event.key === "Escape") { event.stopPropagation(); cancel(); }
       if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); save(); }
     });
-    turn.editor = element("div", { class: "editor" }, field,
-      element("div", { class: "buttons" }, button("Cancel", close), button("Send again", save, { class: "primary" })));
-    turn.body.hidden = turn.tools.hidden = true;
-    turn.node.append(turn.editor);
+    this.editing = element("div", { class: "editor" }, field,
+      element("div", { class: "buttons" }, button("Cancel", cancel), button("Send again", save, { class: "primary" })));
+    view.body.hidden = view.tools.hidden = true;
+    view.node.append(this.editing);
     field.focus();
     field.setSelectionRange(field.value.length, field.value.length);
   }
 
-  add(turn) {
-    this.turns.push(turn);
-    this.log.append(turn.node);
+  // What is shown
+
+  /** Show the selected path. Nodes of messages that stay keep their place, and so players and selections survive. */
+  render() {
+    const nodes = this.path.map((message) => this.viewOf(message).node);
+    const { children } = this.log;
+    let same = 0;
+    while (same < nodes.length && children[same] === nodes[same]) same += 1;
+    while (children.length > same) this.log.lastElementChild.remove();
+    this.log.append(...nodes.slice(same));
     this.offerTools();
-    this.follow();
-    return turn;
+    this.onChange();
   }
 
-  /** Only the last exchange can be edited or regenerated, so only it has the buttons. */
+  viewOf(message) {
+    const known = this.views.get(message.id);
+    if (known?.message === message) return known;
+    const view = message.role === "user" ? new QuestionView(message) : new AnswerView(message);
+    this.views.set(message.id, view);
+    return view;
+  }
+
   offerTools() {
-    const lastUser = this.turns.findLast((turn) => turn.role === "user");
-    for (const turn of this.turns) {
-      if (turn.role === "user") {
-        const isEditable = turn === lastUser && !this.isBusy;
-        turn.tools.replaceChildren(...(isEditable ? [button("Edit", () => this.edit(), { class: "quiet" })] : []));
-      } else {
-        const tools = [];
-        if (turn.state !== "running" && turn.content) tools.push(copyButton(turn.content, "Copy the answer"));
-        if (turn.state !== "running" && turn === this.turns.at(-1)) {
-          const label = turn.state === "failed" ? "Try again" : "Regenerate";
-          tools.push(button(label, () => this.regenerate(), { class: "quiet" }));
-        }
-        turn.tools.replaceChildren(...tools.filter(Boolean));
-      }
+    const { path } = this;
+    for (const message of path) {
+      const tools = message.state === "running" ? [] : this.toolsOf(message, message === path.at(-1));
+      this.viewOf(message).tools.replaceChildren(...tools.filter(Boolean));
     }
   }
 
-  messages() {
-    const { system } = this.settings();
-    const said = system ? [{ role: "system", content: system }] : [];
-    for (const { role, content, state, attachments = [] } of this.turns) {
-      const last = said.at(-1);
-      const parts = [...attachments.map((one) => one.chatPart), ...(content.trim() ? [{ type: "text", text: content }] : [])];
-      const whole = attachments.length ? parts : content;
-      if (role === "user" && last?.role === "user") last.content = joined(last.content, whole);
-      else if (role === "user" || (content && state !== "failed")) said.push({ role, content: whole });
-    }
-    return said;
+  toolsOf(message, isLast) {
+    const quiet = { class: "quiet" };
+    const isQuestion = message.role === "user";
+    const markdown = messageAsMarkdown(message);
+    const tools = [markdown && copyButton(markdown, isQuestion ? "Copy the message" : "Copy the answer")];
+    if (this.isBusy) return tools;
+    if (isQuestion && isLast) tools.push(button("Get an answer", () => this.begin(message.id), quiet));
+    if (isQuestion) tools.push(button("Edit", () => this.edit(message), quiet));
+    else if (message.state === "failed") tools.push(button("Try again", () => this.regenerate(message), quiet));
+    else tools.push(button("Regenerate", () => this.regenerate(message), quiet));
+    const isUnfinished = message.state === "stopped" || message.note === TOO_LONG;
+    if (isLast && isUnfinished && message.text) tools.push(button("Continue", () => this.continue(message), quiet));
+    return [this.arrows(message), ...tools];
   }
 
-  async answer() {
-    const { model, temperature, maxTokens } = this.settings();
-    const body = { model, messages: this.messages() };
-    if (isNumber(temperature)) body.temperature = temperature;
-    if (isNumber(maxTokens)) body.max_tokens = maxTokens;
-    const turn = new AssistantTurn();
-    this.controller = new AbortController();
-    this.add(turn);
+  /** Buttons to move between the versions of a message; null if there is only one. */
+  arrows(message) {
+    const versions = this.tree.versions(message);
+    if (versions.length < 2) return null;
+    const at = versions.indexOf(message);
+    const arrow = (step, sign, name) => button(sign, () => this.turnTo(versions[at + step], step), {
+      class: "quiet arrow", "aria-label": name, "data-step": step, disabled: !versions[at + step],
+    });
+    return element("span", { class: "versions", role: "group", "aria-label": "Versions" },
+      arrow(-1, "\u2039", "Previous version"),
+      element("span", {}, `${at + 1} of ${versions.length}`),
+      arrow(1, "\u203a", "Next version"));
+  }
+
+  /** Get the answer from the server: a new one, or the rest of one that was stopped. */
+  async answer(message, isContinued) {
+    const { record, tree } = this;
+    const isShown = () => this.tree === tree;
+    const settings = this.settings();
+    const path = tree.path(message.id);
+    const body = {
+      model: this.model(),
+      messages: chatMessages(settings.system, isContinued ? path : path.slice(0, -1)),
+      ...sampling(settings),
+    };
+    const controller = new AbortController();
+    this.controller = controller;
     this.log.setAttribute("aria-busy", "true");  // read aloud once complete, not word by word
+    this.render();
+    const view = this.viewOf(message);
+    view.wait();
+    this.follow();
     this.onBusy(true);
     this.say("Waiting for the model.");
     let finish = null;
     let failure = null;
+    let keptAt = performance.now();
     try {
-      for await (const chunk of complete(body, this.controller.signal)) {
+      const { signal } = controller;
+      for await (const chunk of complete(body, { signal, onIgnored: (names) => this.onIgnored(names) })) {
         if (chunk.error) throw new Error(chunk.error.message ?? "The answer was cut off.");
-        if (chunk.prompt_progress) turn.showProgress(chunk.prompt_progress, (text) => this.say(text));
+        if (chunk.prompt_progress) view.showProgress(chunk.prompt_progress, (text) => this.say(text));
         const choice = chunk.choices?.[0];
         const delta = choice?.delta ?? {};
         const reasoning = delta.reasoning_content ?? delta.reasoning;
-        if (reasoning) turn.addReasoning(reasoning);
-        if (delta.content) turn.addContent(delta.content);
+        if (reasoning) view.addReasoning(reasoning);
+        if (delta.content) view.addText(delta.content);
         if (choice?.finish_reason) finish = choice.finish_reason;
+        if (isNumber(chunk.usage?.total_tokens)) message.tokens = chunk.usage.total_tokens;
         if (chunk.timings) {
-          turn.showLedger(chunk.timings);
+          message.ledger = ledgerOf(chunk.timings);
           this.onLedger(chunk.timings, chunk.usage);
         }
-        this.draw(turn);
+        this.draw(view);
+        if (performance.now() - keptAt > KEEP_MS) {
+          keptAt = performance.now();
+          this.onKeep(record, tree, [message]);
+        }
       }
       if (finish === null) throw new Error("The connection ended before the answer did.");
     } catch (error) {
       failure = error;
     }
+    Object.assign(message, failure ? this.failed(failure, isContinued) : { state: "done", note: ENDINGS[finish] ?? "" });
+    view.end();
+    this.onKeep(record, tree, [message]);
+    if (failure?.status === 401 || failure?.status === 403) this.onRefused(failure);
+    if (!isShown() || this.controller !== controller) return;
     this.controller = null;
+    this.say({ done: "The answer is complete.", stopped: "Stopped.", failed: "The answer failed." }[message.state]);
     this.keepEnd(() => {
-      if (failure) this.fail(turn, failure);
-      else this.succeed(turn, finish);
-      turn.draw();
+      view.draw();
       this.log.removeAttribute("aria-busy");
       this.offerTools();
+      this.onChange();
       this.onBusy(false);
     });
   }
 
-  succeed(turn, finish) {
-    turn.finish("done", ENDINGS[finish]);
-    this.say("The answer is complete.");
-  }
-
-  fail(turn, error) {
-    if (error.name === "AbortError") {
-      turn.finish("stopped", "Stopped.");
-      this.say("Stopped.");
-      return;
-    }
+  /** What an answer becomes by an error. An answer that was continued keeps what it had. */
+  failed(error, isContinued) {
+    if (error.name === "AbortError") return { state: "stopped", note: "Stopped." };
     const wait = error.retryAfter ? `; try again in ${error.retryAfter} s` : "";
     const [fact, ...hint] = error.message.split("\n");
-    turn.finish("failed", [fact + wait, ...hint].join("\n"));
-    this.say("The answer failed.");
-    if (error.status === 401 || error.status === 403) this.onRefused(error);
+    const note = [fact + wait, ...hint].join("\n").slice(0, LONGEST_NOTE);
+    return { state: isContinued ? "stopped" : "failed", note };
   }
 
   say(text) {
     if (this.status.textContent !== text) this.status.textContent = text;
   }
 
-  draw(turn) {
-    if (turn.isDrawing) return;
-    turn.isDrawing = true;
+  draw(view) {
+    if (view.isDrawing) return;
+    view.isDrawing = true;
     requestAnimationFrame(() => {
-      turn.isDrawing = false;
-      this.keepEnd(() => turn.draw());
+      view.isDrawing = false;
+      this.keepEnd(() => view.draw());
     });
   }
 
@@ -228,6 +326,31 @@ export class Conversation {
   }
 }
 
+/** The messages of a request. */
+function chatMessages(system, path) {
+  const said = system ? [{ role: "system", content: system }] : [];
+  for (const message of path) {
+    const last = said.at(-1);
+    if (message.role === "assistant") {
+      if (message.text && message.state !== "failed") said.push({ role: "assistant", content: message.text });
+    } else if (last?.role === "user") {
+      last.content = joined(last.content, contentOf(message));
+    } else {
+      said.push({ role: "user", content: contentOf(message) });
+    }
+  }
+  return said;
+}
+
+/** Text files are quoted before the words; pictures, sounds and videos are parts before the text. */
+function contentOf({ text, attachments }) {
+  const media = attachments.filter(({ kind }) => kind !== "text");
+  const files = attachments.filter(({ kind }) => kind === "text").map(quoted);
+  const words = files.length ? [...files, text].filter((one) => one.trim()).join("\n\n") : text;
+  if (!media.length) return words;
+  return [...media.map((one) => one.chatPart), ...(words.trim() ? [{ type: "text", text: words }] : [])];
+}
+
 /** Two user messages as one: text, or parts if one of them has parts. */
 function joined(one, other) {
   if (typeof one === "string" && typeof other === "string") return `${one}\n\n${other}`;
@@ -235,44 +358,62 @@ function joined(one, other) {
   return [...parts(one), ...parts(other)];
 }
 
-function userTurn(content, attachments) {
-  const body = element("div", { class: "body" });
-  if (attachments.length) {
-    body.append(element("ul", { class: "attached", "aria-label": "Attachments" },
-      ...attachments.map((one) => element("li", {}, previewOf(one)))));
-  }
-  if (content.trim()) body.append(element("p", { class: "said" }, content));
-  const tools = element("div", { class: "tools" });
-  const node = element("article", { class: "turn user", "aria-label": "You" }, body, tools);
-  return { role: "user", content, attachments, node, body, tools };
+function ledgerOf(timings) {
+  return [
+    isNumber(timings.new_tokens) && `${count(timings.new_tokens)} tokens`,
+    isNumber(timings.decode_tok_per_s) && `${rate(timings.decode_tok_per_s)} tok/s`,
+    isNumber(timings.time_to_first_token_s) && `first after ${seconds(timings.time_to_first_token_s)}`,
+    isNumber(timings.hit_rate) && `hit rate ${timings.hit_rate.toFixed(2)}`,
+    isNumber(timings.bytes_read) && timings.bytes_read > 0 && `${volume(timings.bytes_read)} read`,
+  ].filter(Boolean).join(" \u00b7 ");
 }
 
-class AssistantTurn {
-  role = "assistant";
-  content = "";
-  reasoning = "";
-  state = "running";
-
-  constructor() {
-    this.bar = element("progress", { "aria-label": "Reading the prompt" });
-    this.progressText = element("span", {}, "Waiting for the model");
-    this.progress = element("div", { class: "progress" }, this.progressText, this.bar);
-    this.summary = element("summary", {}, "Thinking");
-    this.thoughts = element("div", { class: "text" });
-    this.fold = element("details", { class: "reasoning", hidden: true }, this.summary, this.thoughts);
-    this.body = element("div", { class: "text" });
-    this.note = element("p", { class: "note", hidden: true });
-    this.ledger = element("p", { class: "ledger", hidden: true });
+class QuestionView {
+  constructor(message) {
+    const { text, attachments } = message;
+    this.message = message;
+    this.body = element("div", { class: "body" });
+    if (attachments.length) {
+      this.body.append(element("ul", { class: "attached", "aria-label": "Attachments" },
+        ...attachments.map((one) => element("li", {}, previewOf(one)))));
+    }
+    if (text.trim()) this.body.append(element("p", { class: "said" }, text));
     this.tools = element("div", { class: "tools" });
-    this.node = element("article", { class: "turn assistant", "aria-label": "Argosy", "data-state": "running" },
+    this.node = element("article", { class: "turn user", "aria-label": "You" }, this.body, this.tools);
+  }
+}
+
+class AnswerView {
+  constructor(message) {
+    this.message = message;
+    this.bar = element("progress", { "aria-label": "Reading the prompt" });
+    this.progressText = element("span");
+    this.progress = element("div", { class: "progress", hidden: true }, this.progressText, this.bar);
+    this.summary = element("summary", {}, "Thoughts");
+    this.thoughts = element("div", { class: "text" });
+    this.fold = element("details", { class: "reasoning" }, this.summary, this.thoughts);
+    this.body = element("div", { class: "text" });
+    this.note = element("p", { class: "note" });
+    this.ledger = element("p", { class: "ledger" });
+    this.tools = element("div", { class: "tools" });
+    this.node = element("article", { class: "turn assistant", "aria-label": "Argosy" },
       this.progress, this.fold, this.body, this.note, element("div", { class: "foot" }, this.tools, this.ledger));
     this.view = new MarkdownView(this.body);
     this.thoughtsView = new MarkdownView(this.thoughts);
     this.summary.addEventListener("click", () => { this.isFoldTouched = true; });
+    this.draw();
+  }
+
+  /** Show that the model is asked. */
+  wait() {
+    this.progressText.textContent = "Waiting for the model";
+    this.progress.hidden = false;
+    this.isBegun = false;
+    this.draw();
   }
 
   showProgress({ processed, total, cache, encoded }, say) {
-    if (this.content || this.reasoning || !(total > 0)) return;
+    if (this.isBegun || !(total > 0)) return;
     this.bar.max = total;
     this.bar.value = processed;
     const fromCache = cache > 0 ? `, ${count(cache)} from the prefix cache` : "";
@@ -282,22 +423,27 @@ class AssistantTurn {
   }
 
   addReasoning(text) {
-    if (!this.reasoning) {
+    if (!this.thoughtFrom) {
       this.thoughtFrom = performance.now();
-      this.fold.hidden = false;
+      this.summary.textContent = "Thinking";
       this.fold.open = true;
-      this.progress.hidden = true;
     }
-    this.reasoning += text;
+    this.begin();
+    this.message.reasoning += text;
   }
 
-  addContent(text) {
-    if (!this.content) {
+  addText(text) {
+    if (this.thoughtFrom) {
       this.endReasoning();
       if (!this.isFoldTouched) this.fold.open = false;
-      this.progress.hidden = true;
     }
-    this.content += text;
+    this.begin();
+    this.message.text += text;
+  }
+
+  begin() {
+    this.isBegun = true;
+    this.progress.hidden = true;
   }
 
   endReasoning() {
@@ -306,29 +452,21 @@ class AssistantTurn {
     this.thoughtFrom = null;
   }
 
-  showLedger(timings) {
-    const parts = [
-      isNumber(timings.new_tokens) && `${count(timings.new_tokens)} tokens`,
-      isNumber(timings.decode_tok_per_s) && `${rate(timings.decode_tok_per_s)} tok/s`,
-      isNumber(timings.time_to_first_token_s) && `first after ${seconds(timings.time_to_first_token_s)}`,
-      isNumber(timings.hit_rate) && `hit rate ${timings.hit_rate.toFixed(2)}`,
-      isNumber(timings.bytes_read) && timings.bytes_read > 0 && `${volume(timings.bytes_read)} read`,
-    ].filter(Boolean);
-    this.ledger.textContent = parts.join(" \u00b7 ");
-    this.ledger.hidden = parts.length === 0;
-  }
-
-  finish(state, note) {
-    this.state = state;
+  end() {
     this.endReasoning();
     this.progress.hidden = true;
-    this.node.dataset.state = state;
-    this.note.textContent = note ?? "";
-    this.note.hidden = !note;
+    this.draw();
   }
 
   draw() {
-    if (this.reasoning) this.thoughtsView.update(this.reasoning);
-    this.view.update(this.content);
+    const { reasoning, text, note, ledger, state } = this.message;
+    this.node.dataset.state = state;
+    this.fold.hidden = !reasoning;
+    this.thoughtsView.update(reasoning);
+    this.view.update(text);
+    for (const [node, words] of [[this.note, note], [this.ledger, ledger]]) {
+      node.textContent = words;
+      node.hidden = !words;
+    }
   }
 }

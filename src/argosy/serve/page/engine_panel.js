@@ -82,6 +82,8 @@ const answerBar = new Bar(byId("answer-bar"), byId("answer-legend"));
 
 export function showState(state) {
   showMemory(state);
+  showModels(state);
+  showWorkers(state);
   const { speed = {}, experts = {}, queue = {}, kv = {} } = state;
   write("decode", rate(speed.decode_tok_per_s), "tok/s");
   write("prefill", rate(speed.prefill_tok_per_s), "tok/s");
@@ -155,6 +157,49 @@ function showMemory({ memory: facts, experts = {}, kv = {} }) {
   showPeak(facts, whole);
 }
 
+/** The state of each model, if there are several, and its share of the memory. */
+function showModels({ models = [] }) {
+  byId("sharing").hidden = models.length < 2;
+  if (models.length < 2) return;
+  write("sharing-total", `${count(models.filter(({ state }) => state === "ready").length)} of ${count(models.length)} in memory`);
+  writeList("sharing-facts", models.map((model) => [model.id, standing(model)]));
+}
+
+/** Rows of a name and texts; nodes stay as long as the texts do. */
+function writeList(id, rows) {
+  const list = byId(id);
+  const shown = JSON.stringify(rows);
+  if (list.dataset.shown === shown) return;
+  list.dataset.shown = shown;
+  list.replaceChildren(...rows.map(([name, ...texts]) => {
+    const told = texts.map((text) => element("dd", {}, text));
+    return element("div", {}, element("dt", { title: name }, name), ...told);
+  }));
+}
+
+/** The machines that run experts for this server, as `argosy top` shows them. */
+function showWorkers({ workers = [] }) {
+  byId("workers").hidden = workers.length === 0;
+  write("workers-total", `${count(workers.filter(({ state }) => state === "ready").length)} of ${count(workers.length)} ready`);
+  writeList("workers-facts", workers.map((worker) => [worker.host, worker.state, ...work(worker)]));
+}
+
+function work(worker) {
+  const hits = isNumber(worker.hit_rate) ? `, hit rate ${worker.hit_rate.toFixed(2)}` : "";
+  const [p50, p99] = [worker.p50_us, worker.p99_us].map((us) => (us / 1e3).toFixed(2));
+  const lines = [
+    `${count(worker.resident)} of ${count(worker.experts_owned)} experts in memory${hits}`,
+    `round trip ${p50} ms, 99th percentile ${p99} ms; ${count(worker.experts_rerouted)} experts rerouted`,
+    `${volume(worker.bytes_out)} sent, ${volume(worker.bytes_in)} received`,
+  ];
+  return worker.why ? [...lines, worker.why] : lines;
+}
+
+function standing({ state, memory_bytes: bytes, running }) {
+  const held = bytes > 0 ? `, ${memory(bytes)}` : "";
+  return `${state}${held}${running > 0 ? `, ${count(running)} running` : ""}`;
+}
+
 function showPeak({ peak_bytes: peak }, whole) {
   let mark = byId("memory-bar").querySelector(".peak");
   if (!isNumber(peak)) return mark?.remove();
@@ -195,7 +240,7 @@ function showPrivacy(privacy) {
   const traces = privacy.traces
     ? "Routing traces are on: they can reveal the text."
     : "Routing traces are off.";
-  write("privacy", `${logging} ${traces} This page keeps the conversation only in this tab.`);
+  write("privacy", `${logging} ${traces}`);
   byId("privacy").classList.toggle("warning", Boolean(privacy.logging || privacy.traces));
 }
 

@@ -1,4 +1,5 @@
-// Syntax colours: one tokenizer for what most languages share: comments, strings, numbers and keywords.
+// Syntax colours: one tokenizer for what most languages share: comments, strings, numbers, keywords and calls; and for
+// diffs, the lines that were added and removed.
 //
 // It builds text and spans, never markup, and every character of the text stays. Each match consumes the text it has
 // examined, so time is linear. A long block is coloured up to a bound; the rest stays plain.
@@ -63,13 +64,17 @@ const NAMES = {
   json: "json jsonc json5 jsonl",
   css: "css scss less",
   markup: "html xml svg vue xhtml",
+  diff: "diff patch",
 };
 const KIND_OF = new Map(
   Object.entries(NAMES).flatMap(([kind, names]) => names.split(" ").map((name) => [name, kind])));
 
 const rules = new Map();  // by kind, built on first use
 
+const DIFF = { pattern: /(?<comment>^(?:@@|diff |index |--- |\+\+\+ ).*)|(?<added>^\+.*)|(?<removed>^-.*)/gm };
+
 function ruleFor(kind) {
+  if (kind === "diff") return DIFF;
   if (!rules.has(kind)) {
     const [comment, string, words] = KINDS[kind];
     const number = "\\b(?:0[xX][\\da-fA-F_]+|0[bB][01_]+|\\d[\\d_]*(?:\\.\\d+)?(?:[eE][+-]?\\d+)?)[a-zA-Z]*\\b";
@@ -94,11 +99,12 @@ export function highlight(text, language) {
   let plainFrom = 0;
   let spans = 0;
   for (const match of text.slice(0, MOST_CHARACTERS).matchAll(pattern)) {
-    const { comment, string, number } = match.groups;
-    const name = comment ? "comment" : string ? "string" : number ? "number" : isKeyword(match[0]) && "keyword";
-    if (!name) continue;
+    const name = Object.keys(match.groups).find((group) => match.groups[group] !== undefined);
+    const isCall = name === "word" && text[match.index + match[0].length] === "(";
+    const shown = name !== "word" ? name : isKeyword(match[0]) ? "keyword" : isCall && "call";
+    if (!shown) continue;
     if (plainFrom < match.index) nodes.push(text.slice(plainFrom, match.index));
-    nodes.push(element("span", { class: `code-${name}` }, match[0]));
+    nodes.push(element("span", { class: `code-${shown}` }, match[0]));
     plainFrom = match.index + match[0].length;
     spans += 1;
     if (spans === MOST_SPANS) break;

@@ -15,7 +15,7 @@ export class Recorder {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { channelCount: 1 } });
     const context = new AudioContext();
     try {
-      await context.audioWorklet.addModule("/page/recorder_worklet.js");
+      await context.audioWorklet.addModule(new URL("recorder_worklet.js", import.meta.url));
       return new Recorder(stream, context, onTime, onEnd);
     } catch (error) {
       end(stream, context);

@@ -1,7 +1,7 @@
 // Requests to the page's own server, with the key, and event streams read from fetch.
 //
 // EventSource cannot send a key, so both the engine's events and an answer are parsed here. The key is kept in
-// sessionStorage, which ends with the tab; nothing else is stored.
+// sessionStorage, which ends with the tab. Conversations are kept elsewhere: `store.js`.
 
 const KEY = "argosy-key";
 
@@ -25,7 +25,9 @@ async function request(path, options = {}) {
   if (key()) headers.Authorization = `Bearer ${key()}`;
   let response;
   try {
-    response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+    // The page may have a base path: addresses are taken from the page's own.
+    const address = new URL(path.slice(1), document.baseURI);
+    response = await fetch(address, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server does not answer.");
@@ -51,8 +53,9 @@ export async function getJson(path, signal) {
 }
 
 /** The JSON objects of an event stream, until it ends or sends `[DONE]`. Keep-alive comments are skipped. */
-export async function* events(path, options = {}) {
+export async function* events(path, options = {}, onResponse = () => {}) {
   const response = await request(path, options);
+  onResponse(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const broken = (error) => {
     throw error.name === "AbortError" ? error : new ServerError("The connection to the server was lost.");
@@ -92,12 +95,12 @@ export async function countMediaTokens(part, signal) {
   return (await postJson("/v1/responses/input_tokens", body, signal)).input_tokens_details ?? {};
 }
 
-export async function countTextTokens(text) {
-  return (await postJson("/tokenize", { content: text })).count;
+export async function countTextTokens(text, signal) {
+  return (await postJson("/tokenize", { content: text }, signal)).count;
 }
 
-/** The chunks of a chat completion. */
-export function complete(body, signal) {
+/** The chunks of a chat completion. `onIgnored(names)` is called with the fields that had no effect, if there are any. */
+export function complete(body, { signal, onIgnored }) {
   return events("/v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -109,6 +112,9 @@ export function complete(body, signal) {
       timings: true,
     }),
     signal,
+  }, (response) => {
+    const names = response.headers.get("x-ignored-params");
+    if (names) onIgnored(names.split(", "));
   });
 }
 

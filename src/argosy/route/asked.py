@@ -1,0 +1,134 @@
+"""The facts about a request that a router needs: its size, whether it can be repeated, and who must answer it.
+
+    path, body  ->  read_asked  ->  Asked, whose body has a seed
+
+An answer can be repeated by another server if it follows from its request: greedy answers do, and sampled ones do with
+a seed. A request without one gets a random seed here, which changes nothing for its client: the server would have
+drawn one. A request that refers to kept responses goes to the server that keeps them, and no other can repeat it.
+
+Elsewhere: servers check bodies (`serve/body.py`), so only what is needed here is read, and nothing is refused that a
+server would accept.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import RootModel
+
+from argosy.route.prefixes import Mark, Prefixes, parts_of
+from argosy.serve.body import validated
+from argosy.serve.held import Share
+
+# Routes whose answers are generated, and where their bodies have the seed: in `options`, or at the top.
+_OLLAMA = ("/api/chat", "/api/generate")
+_GENERATED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", *_OLLAMA)
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_MOST_REFERENCES = 1024
+
+
+class AnyObject(RootModel[dict[str, Any]]):
+    """A JSON object; what is in it is up to a server."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Asked:
+    """A request, as the router sees it.
+
+    Attributes:
+        route: the path without its query.
+        method, path, headers, body: as a server gets them.
+        streams: the answer is a stream of events.
+        limit: most tokens of the answer, if the request says it.
+        references: ids of responses and items that a server must have kept.
+        is_repeatable: another server may answer it, even if one has begun to.
+        marks: digests of the beginnings of its prompt.
+    """
+
+    route: str
+    method: str
+    path: str
+    headers: Sequence[tuple[bytes, bytes]]
+    body: bytes = b""
+    limit: int | None = None
+    references: Sequence[str] = ()
+    is_repeatable: bool = True
+    marks: Sequence[Mark] = ()
+
+
+def read_asked(
+    asked: Asked, share: Share, keep: Callable[[int], None], prefixes: Prefixes, tenant: bytes
+) -> None:
+    """Read the JSON body of `asked`, and give it a seed if its answer is generated.
+
+    Args:
+        share: the memory for parsing; it is given back.
+        keep: takes memory for a body that is longer than the one that came.
+        tenant: the caller's key; empty if there is none.
+
+    Raises:
+        UsageError: the body is no JSON object that every reader reads alike.
+        Refused, Overloaded: parsing it would take too much memory.
+    """
+    route = asked.route
+    try:
+        body = validated(asked.body, AnyObject, share).root
+        options = body.get("options")
+        inside = options if route in _OLLAMA and isinstance(options, dict) else {}
+        limits = [*(body.get(name) for name in _LIMITS), inside.get("num_predict")]
+        asked.limit = next((one for one in limits if type(one) is int and one > 0), None)
+        model = body.get("model")
+        if route == "/v1/responses":
+            asked.references = _references(body)
+            asked.is_repeatable = not asked.references
+        if route in _GENERATED:
+            asked.marks = prefixes.marks(tenant, model if isinstance(model, str) else "", parts_of(body))
+            asked.body = _seeded(asked.body, body, route, keep)
+    finally:
+        share.release()
+
+
+def _references(body: Mapping[str, Any]) -> Sequence[str]:
+    """The ids of what a server must have kept for this request."""
+    items = body.get("input")
+    named = [
+        item.get("id")
+        for item in (items if isinstance(items, list) else [])
+        if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"})
+    ]
+    return [one for one in (body.get("previous_response_id"), *named) if isinstance(one, str)][
+        :_MOST_REFERENCES
+    ]
+
+
+def _seeded(data: bytes, body: dict[str, Any], route: str, keep: Callable[[int], None]) -> bytes:
+    """The body with a seed, unless it has one."""
+    seed = secrets.randbits(63)
+    options = body.get("options")
+    if route in _OLLAMA:
+        if options is not None and not isinstance(options, dict):
+            return data  # a server refuses it
+        holder = {} if options is None else options
+        if holder.get("seed") not in (None, -1):
+            return data
+        if "options" not in body:
+            return _with_first(data, f'"options":{{"seed":{seed}}}', has_more=bool(body))
+        body["options"] = {**holder, "seed": seed}
+    elif "seed" not in body:
+        return _with_first(data, f'"seed":{seed}', has_more=bool(body))
+    elif body["seed"] in (None, -1):
+        body["seed"] = seed
+    else:
+        return data
+    keep(4 * len(data))  # written as text, then as bytes
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _with_first(data: bytes, member: str, *, has_more: bool) -> bytes:
+    """A JSON object with one more member, whose other bytes stay as they are."""
+    start = data.index(b"{") + 1
+    return data[:start] + member.encode() + (b"," if has_more else b"") + data[start:]

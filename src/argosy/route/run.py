@@ -1,0 +1,73 @@
+"""Start and stop a router, as `serve/run.py` does a server.
+
+Elsewhere: the application is `app.py`; options are `cli/route.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.limits import Limits
+from argosy.route.app import make_router
+from argosy.route.servers import Fleet, Health
+from argosy.route.upstream import Address
+from argosy.serve.key_watch import KeyWatch
+from argosy.serve.listen import Front, Listener
+from argosy.serve.log import LogFormat
+from argosy.serve.origins import Origins
+from argosy.serve.run import MAX_CONNECTIONS, logging_to_stderr, make_room_for_files, run_app
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    """Settings of a router.
+
+    addresses: the servers' addresses.
+    host: the host to print in the address of the router.
+    keys: the file with the API keys of clients; None: the router asks for none, and its servers may.
+    """
+
+    addresses: Sequence[Address]
+    host: str
+    keys: Path | None = None
+    hosts: Collection[str] = ()
+    origins: Origins | None = None
+    drain_s: float = 30.0
+    max_connections: int = MAX_CONNECTIONS
+    front: Front = field(default_factory=Front)
+    log_format: LogFormat = "text"
+    health: Health = field(default_factory=Health)
+
+
+def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
+    """Pass requests to the servers until a signal.
+
+    Args:
+        sockets: from `serve.run.bind` or `serve.listen.bind_file`.
+
+    Raises:
+        UsageError: another process has started to listen there in the meantime.
+    """
+    make_room_for_files(2 * settings.max_connections)  # each request has a connection to a server
+    ring = KeyRing(None if settings.keys is None else KeyFile(settings.keys))
+    # Usage is kept by the servers: each request is counted there, and here only for the limits per minute.
+    limits = Limits(known=ring.ids)
+    fleet = Fleet(settings.addresses, settings.health)
+    app = make_router(
+        fleet, ring, hosts=settings.hosts, origins=settings.origins, limits=limits,
+        base_path=settings.front.base_path,
+    )  # fmt: skip
+
+    def started(address: str) -> None:
+        # In one write, because another thread writes log lines.
+        sys.stderr.write(f"routing {address} to {', '.join(map(str, settings.addresses))}\n")
+
+    with logging_to_stderr(settings.log_format), KeyWatch(ring, limits, lambda key_id: None):
+        run_app(
+            app, fleet, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
+            max_connections=settings.max_connections,
+        )  # fmt: skip

@@ -1,0 +1,55 @@
+"""Ask a model of this server whether a text is allowed.
+
+    role, text  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
+
+The question runs like any request of the same key, so nothing is shared between tenants; its tokens count for nobody.
+It is loaded if it is not in memory, like any model of the server.
+
+Elsewhere: `screening.py` calls this, within the time of the check.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, aclosing
+
+from argosy.config import SamplingParams
+from argosy.guard.guard_models import GUARD_FORMS
+from argosy.guard.keys import Key
+from argosy.guard.policy import ModelCheck
+from argosy.guard.verdict import Verdict
+from argosy.prompt.formats.events import TextDelta
+from argosy.serve.core import ChatRequest, Said
+from argosy.serve.gate import Caller
+from argosy.serve.models import Models
+
+
+class ModelJudge:
+    """Asks the models of a server."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def __call__(self, check: ModelCheck, role: str, text: str, key: Key | None) -> Verdict:
+        """The verdict of a model on a text.
+
+        Raises:
+            CheckFailed: the answer has no known form.
+            ArgosyError: the model cannot be loaded, or has no room for the question.
+        """
+        form = GUARD_FORMS[check.form]
+        request = ChatRequest(
+            messages=form.messages("assistant" if role == "assistant" else "user", text, check.policy),
+            params=SamplingParams(max_tokens=form.max_tokens, temperature=0.0),
+        )
+        with ExitStack() as until:
+            service = await self._models.use(check.model, until)
+            answers, _ = await service.open([lambda: request], Caller(key=key))
+            said: list[str] = []
+            try:
+                async with aclosing(answers.steps()) as steps:
+                    async for step in steps:
+                        if isinstance(step, Said):
+                            said += [event.text for event in step.events if isinstance(event, TextDelta)]
+            finally:
+                answers.cancel()
+        return form.read("".join(said))

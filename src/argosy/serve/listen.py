@@ -1,0 +1,247 @@
+"""Where a server listens besides TCP addresses: a socket file, TLS; and which proxies it believes.
+
+    options  ->  Front  ->  bind_file, Certificate  ->  run.py
+
+Elsewhere: TCP addresses are `run.py`; options are `cli/listening.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from argosy.errors import UsageError
+
+BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+SOCKET_CLIENT = "unix"  # the address of every client of a socket file
+_BACKLOG = 1024  # connections that the kernel queues for the server
+_LONGEST_PATH = 107  # bytes; Linux has room for no more
+_MOST_FILE_BYTES = 1 << 20  # certificates with their chain
+
+
+class Listener(socket.socket):
+    """A socket from which asyncio accepts connections one at a time.
+
+    asyncio accepts as many connections in a row as the backlog it asks for. At the limit on open files, it would fail,
+    report and schedule a retry for each of them.
+    """
+
+    _most_open: int | None = None
+
+    def listen(self, backlog: int = 1, /) -> None:
+        super().listen(_BACKLOG)
+
+    def limit(self, most_open: int) -> None:
+        """Close new connections while `most_open` are open.
+
+        With TLS a connection reaches the protocol, which counts connections, only after its handshake.
+        """
+        self._most_open = most_open
+        self._accepted: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        connection, address = super().accept()
+        if self._most_open is not None:
+            if sum(one.fileno() >= 0 for one in self._accepted) >= self._most_open:
+                connection.close()
+                raise ConnectionAbortedError  # asyncio waits for the next connection
+            self._accepted.add(connection)
+        return connection, address
+
+
+@contextmanager
+def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
+    """Bind a socket to the file `path`, without listening yet; remove the file at the end.
+
+    A lock file beside it excludes other servers, also those that have not begun to listen. A socket that nobody
+    answers was left by a server that was killed, and is replaced.
+
+    Raises:
+        UsageError: somebody listens there, or the file is not a socket, or it cannot be made.
+    """
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UsageError(
+            f"--listen unix:{path} is too long: a socket's path may have {_LONGEST_PATH} bytes",
+            hint="use a shorter path, such as /run/argosy.sock",
+        )
+    lock_path = path.with_name(f".{path.name}.lock")
+    try:
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"no socket can be made in {path.parent}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(path) from None
+        _remove_stale(path)
+        with Listener(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            before = os.umask(0o177)  # nobody else may connect before the mode is set
+            try:
+                listener.bind(str(path))
+            except OSError as error:
+                raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+            finally:
+                os.umask(before)
+            made = path.stat(follow_symlinks=False)
+            try:
+                path.chmod(mode)
+                yield [listener]
+            finally:
+                with suppress(OSError):
+                    if os.path.samestat(made, path.stat(follow_symlinks=False)):
+                        path.unlink()
+                with suppress(OSError):
+                    lock_path.unlink()
+    finally:
+        os.close(lock)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        found = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise UsageError(
+            f"{path} exists and is not a socket", hint="move it away, or choose another path for --listen"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ETIMEDOUT):  # its queue is full, so it is in use
+                raise UsageError(f"{path} cannot be replaced: {error.strerror}") from None
+            raise _in_use(path) from None
+        else:
+            raise _in_use(path)
+
+
+def _in_use(path: Path) -> UsageError:
+    return UsageError(
+        f"another server listens on {path}, or is about to", hint="stop it, or choose another path"
+    )
+
+
+class Certificate:
+    """A certificate and its key, which TLS connections use from TLS 1.2 on.
+
+    Args:
+        certificate, key: PEM files; the certificate's file may go on with its chain.
+
+    Raises:
+        UsageError: a file cannot be read, they do not belong together, or others may use the key.
+    """
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self._certificate, self._key = certificate, key
+        self.context = self._read()
+
+    def reload(self) -> None:
+        """Read both files again, for the connections that come from now on.
+
+        Raises:
+            UsageError: the files cannot be used; the certificate in use stays.
+        """
+        self._read()  # checks the files, and changes nothing
+        self._load(self.context)
+
+    def _read(self) -> ssl.SSLContext:
+        for path in (self._certificate, self._key):
+            try:
+                facts = path.stat()
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+            if not stat.S_ISREG(facts.st_mode) or facts.st_size > _MOST_FILE_BYTES:
+                raise UsageError(f"{path} is not a PEM file of at most {_MOST_FILE_BYTES} bytes")
+            if path == self._key and facts.st_mode & (stat.S_IRWXO | stat.S_IWGRP):
+                raise UsageError(
+                    f"other users can access the key {path}: its mode is {stat.S_IMODE(facts.st_mode):04o}",
+                    hint=f"`chmod 600 {path}`, or 640 if its group is that of the server",
+                )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+        context.set_alpn_protocols(["http/1.1"])
+        self._load(context)
+        return context
+
+    def _load(self, context: ssl.SSLContext) -> None:
+        def refuse() -> NoReturn:  # otherwise OpenSSL would ask on the terminal
+            raise UsageError(
+                f"the key {self._key} is encrypted, and the server cannot ask for its password",
+                hint="`openssl pkey -in KEY -out PLAIN_KEY` writes it without one; protect that file by its mode",
+            )
+
+        try:
+            context.load_cert_chain(self._certificate, self._key, password=refuse)
+        except ssl.SSLError as error:
+            reason = (error.reason or "unknown").replace("_", " ").lower()
+            raise UsageError(
+                f"{self._certificate} and {self._key} are not a certificate and its key: {reason}",
+                hint="both are PEM files; the certificate comes first in its file, then its chain",
+            ) from None
+        except OSError as error:
+            raise UsageError(f"the certificate or its key cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    """How requests reach the server.
+
+    certificate: the server speaks TLS with it; None: plain HTTP.
+    proxies: networks whose word about a client's address and scheme is taken (X-Forwarded-For, X-Forwarded-Proto), and
+        `unix` for the clients of a socket file.
+    base_path: the beginning of all paths, such as `/argosy`, or nothing.
+
+    Raises:
+        UsageError: a network or the path is invalid.
+    """
+
+    certificate: Certificate | None = None
+    proxies: tuple[str, ...] = ()
+    base_path: str = ""
+
+    def __post_init__(self) -> None:
+        for network in self.proxies:
+            _require_network(network)
+        if self.base_path and not BASE_PATH.fullmatch(self.base_path):
+            raise UsageError(
+                f"--base-path must begin with / and end without one, found '{self.base_path}'",
+                hint="for example --base-path /argosy",
+            )
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.certificate is None else "https"
+
+
+def _require_network(text: str) -> None:
+    if text == SOCKET_CLIENT:
+        return
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        raise UsageError(
+            f"--forwarded-from takes an address, a network or `{SOCKET_CLIENT}`, found '{text}'",
+            hint="for example --forwarded-from 127.0.0.1 or 10.0.0.0/24",
+        ) from None
+    if not network.prefixlen:
+        raise UsageError(
+            f"--forwarded-from {text} would believe every client", hint="name the proxy's own address"
+        )

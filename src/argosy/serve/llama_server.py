@@ -1,0 +1,83 @@
+"""GET /props and /slots of llama-server, as far as clients read them.
+
+Both describe the model that `?model=` names, as with llama-server's router, or else the first. None is loaded for that.
+
+Elsewhere: llama-server's /tokenize, /detokenize and /apply-template are `app.py`; `/v1/engine/state` says more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+
+from starlette.requests import Request
+
+from argosy.serve.fields import Closed
+from argosy.serve.models import models_of
+
+MODEL_QUERY = {"model": {"type": "string", "maxLength": 256}}
+
+
+class SlotSettings(Closed):
+    n_ctx: int
+
+
+class TakenMedia(Closed):
+    vision: bool
+    audio: bool
+
+
+class Props(Closed):
+    """The server and its model. `model_path` is the model's name: the server shows no paths."""
+
+    default_generation_settings: SlotSettings
+    total_slots: int
+    model_alias: str
+    model_path: str
+    modalities: TakenMedia
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    build_info: str
+
+
+class Slot(Closed):
+    """Room for one answer; a sequence has no fixed one, so those that run come first."""
+
+    id: int
+    is_processing: bool
+    n_ctx: int
+
+
+async def props(request: Request) -> Props:
+    """Describe the server and its model, as llama-server does."""
+    (listing,) = await asyncio.to_thread(models_of(request).listed, _named(request))
+    model, tokenizer = listing.facts, listing.tokenizer
+    special = {} if tokenizer is None else tokenizer.special_tokens
+    return {
+        "default_generation_settings": {"n_ctx": model.context_tokens},
+        "total_slots": request.app.state.max_sequences,
+        "model_alias": model.id,
+        "model_path": model.id,
+        "modalities": {"vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds},
+        "chat_template": (tokenizer.chat_template if tokenizer is not None else None) or "",
+        "bos_token": special.get("bos_token") or "",
+        "eos_token": special.get("eos_token") or "",
+        "build_info": f"argosy-{version('argosy')}",
+    }
+
+
+async def slots(request: Request) -> list[Slot]:
+    """Show how many answers are generated, as llama-server does."""
+    (standing,) = models_of(request).facts(_named(request))
+    service = standing.service
+    num_running = 0 if service is None else service.loop.snapshot().engine.num_running
+    return [
+        {"id": at, "is_processing": at < num_running, "n_ctx": standing.facts.context_tokens}
+        for at in range(request.app.state.max_sequences)
+    ]
+
+
+def _named(request: Request) -> str:
+    """The model that a request is about."""
+    return request.query_params.get("model") or models_of(request).names[0]

@@ -1,0 +1,750 @@
+"""The models of a server: which are in memory, and how they share the budget.
+
+    name  ─ find ─>  entry: unloaded -> loading -> ready -> unloaded  ─ use ─>  Service, until the request has ended
+                       ─ open fails ─>  failed  ─ the next request, after a while ─>  loading
+
+A server with one model has it ready from start to end, and nothing here moves. A server with several loads a model when
+a request first names it. A model takes its floor, and `engine/shares.py` divides what the floors leave among the models
+in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit otherwise,
+after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model whose floor
+does not fit beside models that answer is refused.
+
+Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
+waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
+read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
+one model, and is with the system, before another one may use it. So the sum never exceeds the budget.
+
+Elsewhere: `opened.py` opens an engine; `core.py` has the service of one model; `body.py` calls `use_model`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
+
+from argosy.config import MIB, format_bytes
+from argosy.engine.memory_plan import require_budget
+from argosy.engine.shares import IN_USE_S, Claim, divide
+from argosy.errors import ArgosyError, DoesNotFit, Overloaded
+from argosy.prompt.prompt import ToolCalling
+from argosy.serve.core import ModelFacts, Service, Work
+from argosy.serve.gate import Caller, Refused
+from argosy.serve.kept_items import KeptItems
+from argosy.serve.log import where_it_failed
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from argosy.prompt.tokenizer import Tokenizer
+
+log = logging.getLogger("argosy.serve")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+State = Literal["unloaded", "loading", "ready", "failed"]
+
+LATEST = ":latest"  # the tag that a name without a tag means, for clients of Ollama
+
+LOOK_S = 1.0  # how often to look for idle models, and for models that could use more memory
+_RETRY_S = 10.0  # a model that could not be opened is not tried again before
+_RETRY_STOPPING_S = 30
+
+
+class Served(Protocol):
+    """A model in memory."""
+
+    @property
+    def service(self) -> Service: ...
+
+    def resize(self, num_slots: int) -> None:
+        """Have so many expert slots; the memory of others is with the system when this returns."""
+        ...
+
+    def close(self) -> None:
+        """End running requests, and free the memory."""
+        ...
+
+
+class Source(Protocol):
+    """A model that can be brought into memory, as often as needed."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def tools(self) -> ToolCalling: ...
+
+    @property
+    def has_efforts(self) -> bool: ...
+
+    @property
+    def can_infill(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+
+    @property
+    def floor_bytes(self) -> int:
+        """Memory of the model with `fewest_slots` experts, without what models share."""
+        ...
+
+    @property
+    def slot_bytes(self) -> int: ...
+
+    @property
+    def fewest_slots(self) -> int: ...
+
+    @property
+    def most_slots(self) -> int: ...
+
+    def open(self, num_slots: int, go_on: Callable[[], None]) -> Served:
+        """Bring the model into memory, with so many expert slots; `go_on` raises if it is no longer wanted."""
+        ...
+
+    def forget(self, tenant: str) -> None:
+        """Delete what files keep of a revoked tenant, while the model is not in memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """The budget of a server with several models, and what its process takes beside them."""
+
+    budget_bytes: int
+    process_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The facts about a model that clients may know."""
+
+    facts: ModelFacts
+    state: State
+    tools: ToolCalling
+    has_efforts: bool
+    can_infill: bool
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """A model now.
+
+    service: None: it is not in memory.
+    memory_bytes: its part of the memory that models share; `expert_bytes` of it can be taken while it runs.
+    unloads_in_s: seconds until it is unloaded if no request uses it; None: no time is set.
+    """
+
+    facts: ModelFacts
+    state: State
+    service: Service | None
+    memory_bytes: int
+    expert_bytes: int
+    unloads_in_s: float | None
+
+
+class _Entry:
+    """A model of the server."""
+
+    def __init__(self, facts: ModelFacts, *, source: Source | None, served: Served | None = None) -> None:
+        self.facts = facts
+        self.source = source
+        self.served = served
+        self.is_loading = False  # it has memory, and is being read
+        self.is_leaving = False  # it is being closed, and still has memory
+        self.fault: ArgosyError | None = None  # why it could not be opened
+        self.failed_at = 0.0
+        self.num_uses = 0  # requests that use it, or wait for it
+        self.used_at = 0.0
+        self.num_slots = 0  # expert slots beyond its floor
+        self.opening: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.facts.id
+
+    @property
+    def state(self) -> State:
+        if self.served is not None and not self.is_leaving:
+            return "ready"
+        if self.is_loading:
+            return "loading"
+        return "unloaded" if self.fault is None else "failed"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it has memory."""
+        return self.served is not None or self.is_loading
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state == "ready" and not self.num_uses
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it has now, of what models share."""
+        if self.source is None or not self.is_here:
+            return 0
+        return self.source.floor_bytes + self.num_slots * self.source.slot_bytes
+
+
+class _Lasting:
+    """The only model of a server: whoever opened it closes it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def resize(self, num_slots: int) -> None:
+        """Nobody else needs its memory."""
+
+    def close(self) -> None:
+        self.service.loop.close()
+
+
+class Models:
+    """All models of a server, by name; the first one answers requests that name none.
+
+    Args:
+        memory: None: there is one model, which is in memory already.
+        any_model: unknown names mean the first model.
+        idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
+        work: threads for the work before the engines.
+        kept: items of earlier responses, of all models.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[_Entry],
+        *,
+        memory: Memory | None,
+        any_model: bool,
+        idle_unload_s: float | None = None,
+        work: Work,
+        kept: KeptItems,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.is_draining = False
+        self.work = work
+        self.kept = kept
+        self.memory = memory
+        self._entries = list(entries)
+        self._any_model = any_model
+        self._idle_unload_s = idle_unload_s
+        self._clock = clock
+        self._revoked: set[str] = set()
+        self._moving = asyncio.Lock()
+        # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
+        self._threads = ThreadPoolExecutor(2 * len(self._entries), thread_name_prefix="argosy-models")
+        self._looking: asyncio.Task[None] | None = None
+        self._is_closed = asyncio.Event()
+
+    @classmethod
+    def of(cls, service: Service) -> Models:
+        """A server's only model, which is in memory from start to end."""
+        entry = _Entry(service.model, source=None, served=_Lasting(service))
+        return cls([entry], memory=None, any_model=service.any_model, work=service.work, kept=service.kept)
+
+    @classmethod
+    def sharing(
+        cls,
+        sources: Sequence[Source],
+        memory: Memory,
+        *,
+        any_model: bool = False,
+        idle_unload_s: float | None = None,
+        work: Work | None = None,
+        kept: KeptItems | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> Models:
+        """Models that share a budget; none is in memory yet."""
+        return cls(
+            [_Entry(source.facts, source=source) for source in sources],
+            memory=memory, any_model=any_model, idle_unload_s=idle_unload_s, work=work or Work(),
+            kept=KeptItems() if kept is None else kept, clock=clock,
+        )  # fmt: skip
+
+    # ── for requests ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self._entries]
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether any model takes pictures or sounds."""
+        return any(entry.facts.media_kinds for entry in self._entries)
+
+    @property
+    def budget_bytes(self) -> int:
+        """The memory budget of the server now."""
+        if self.memory is not None:
+            return self.memory.budget_bytes
+        return sum(service.loop.snapshot().engine.budget_bytes for service in self.services())
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the process and its models have now, of a budget that models share."""
+        process_bytes = 0 if self.memory is None else self.memory.process_bytes
+        return process_bytes + sum(entry.held_bytes for entry in self._entries)
+
+    def _find(self, name: str | None) -> _Entry:
+        found = {entry.name: entry for entry in self._entries}
+        for wanted in () if name is None else (name, name.removesuffix(LATEST), name + LATEST):
+            if wanted in found:
+                return found[wanted]
+        if name is None or self._any_model:
+            return self._entries[0]
+        raise Refused(
+            404,
+            f"the model {json.dumps(name)} does not exist; this server has: {', '.join(self.names)}",
+            hint="`argosy serve --any-model` accepts every model name",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def use(self, name: str | None, until: ExitStack) -> Service:
+        """The service of a model, which is loaded if it is not in memory. It stays until `until` is closed.
+
+        Raises:
+            Refused: there is no such model.
+            Overloaded: it does not fit beside models that answer now, or the server is stopping.
+            ArgosyError: it cannot be opened.
+        """
+        entry = self._find(name)
+        entry.num_uses += 1  # from now on it stays
+        until.callback(self._end_use, entry)
+        while entry.served is None or entry.is_leaving:
+            if entry.opening is None:
+                entry.opening = asyncio.create_task(self._open(entry))
+                entry.opening.add_done_callback(_retrieve)  # all who wait may have gone
+            await asyncio.shield(entry.opening)
+        if entry.source is not None and self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+        return entry.served.service
+
+    def _end_use(self, entry: _Entry) -> None:
+        entry.num_uses -= 1
+        entry.used_at = self._clock()
+
+    def services(self) -> list[Service]:
+        """The services of the models in memory, the first one first."""
+        return [entry.served.service for entry in self._entries if entry.served is not None]
+
+    def hearing(self) -> Service | None:
+        """The service with ears, if there is one: a server of several models has none."""
+        served = self._entries[0].served
+        if self.memory is not None or served is None or served.service.ears is None:
+            return None
+        return served.service
+
+    def shown(self) -> Service | None:
+        """The service of the model in memory that was used last."""
+        ready = [entry for entry in self._entries if entry.served is not None]
+        ready.sort(key=lambda entry: (entry.num_uses > 0, entry.used_at))
+        return ready[-1].served.service if ready and ready[-1].served is not None else None
+
+    def facts(self, name: str | None = None) -> list[Standing]:
+        """The standing of each model, or of the one with this name.
+
+        Raises:
+            Refused: there is no such model.
+        """
+        return [self._standing(entry) for entry in self._named(name)]
+
+    def _standing(self, entry: _Entry) -> Standing:
+        unloads_in_s = None
+        if self._idle_unload_s is not None and entry.source is not None:
+            idle_s = 0.0 if entry.num_uses else self._clock() - entry.used_at
+            unloads_in_s = max(0.0, self._idle_unload_s - idle_s)
+        return Standing(
+            facts=entry.facts,
+            state=entry.state,
+            service=None if entry.served is None else entry.served.service,
+            memory_bytes=entry.held_bytes,
+            expert_bytes=0 if entry.source is None else entry.num_slots * entry.source.slot_bytes,
+            unloads_in_s=unloads_in_s,
+        )
+
+    def listed(self, name: str | None = None) -> list[Listing]:
+        """All models, or the one with this name. The first call may render a chat template: run it in a thread.
+
+        Raises:
+            Refused: there is no such model.
+        """
+        return [self._listing(entry) for entry in self._named(name)]
+
+    def _named(self, name: str | None) -> list[_Entry]:
+        return self._entries if name is None else [self._find(name)]
+
+    @staticmethod
+    def _listing(entry: _Entry) -> Listing:
+        if entry.source is not None:
+            source = entry.source
+            tools, has_efforts, can_infill = source.tools, source.has_efforts, source.can_infill
+            tokenizer = source.tokenizer
+        else:
+            assert entry.served is not None
+            service = entry.served.service
+            tools, has_efforts = service.prompts.tool_calling, service.has_efforts
+            can_infill, tokenizer = service.prompts.can_infill, service.tokenizer
+        return Listing(
+            facts=entry.facts, state=entry.state, tools=tools, has_efforts=has_efforts, can_infill=can_infill,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+
+    async def resize(self, budget_bytes: int) -> None:
+        """Have another memory budget from now on; requests go on meanwhile.
+
+        Experts leave first; then KV blocks of the only model, or idle models. The memory is with the system when this
+        returns.
+
+        Raises:
+            DoesNotFit: it is less than answers need now, or more than the machine has; nothing has changed.
+            Overloaded: a model is being loaded.
+        """
+        if self.memory is None:
+            for service in self.services():
+                await self._in_thread(service.loop.resize, budget_bytes)
+            return
+        await self._in_thread(require_budget, budget_bytes)
+        # Whoever asks may leave, and what has begun is finished.
+        await asyncio.shield(asyncio.create_task(self._resize(self.memory, budget_bytes)))
+
+    async def _resize(self, memory: Memory, budget_bytes: int) -> None:
+        async with self._moving:
+            here = [one for one in self._entries if one.is_here and one.source is not None]
+            if any(one.is_loading for one in here):
+                raise Overloaded(
+                    "a model is being loaded, and its share is fixed until then", retry_after_s=1
+                )
+            free_bytes = self._bytes_beside_floors() - memory.budget_bytes + budget_bytes
+            leaving: list[_Entry] = []
+            for idle in sorted((one for one in here if one.is_idle), key=lambda one: one.used_at):
+                if free_bytes >= 0:
+                    break
+                assert idle.source is not None
+                leaving.append(idle)
+                free_bytes += idle.source.floor_bytes
+            if free_bytes < 0:
+                needed = budget_bytes - free_bytes
+                raise DoesNotFit(
+                    f"models that answer now need {format_bytes(needed)} of memory, and the budget would be "
+                    f"{format_bytes(budget_bytes)}",
+                    hint=f"{-(-needed // MIB)}MiB works now",
+                    needed_bytes=needed,
+                    budget_bytes=budget_bytes,
+                )
+            for idle in leaving:
+                idle.is_leaving = True
+            for idle in leaving:
+                await self._unload(idle)
+            self.memory = replace(memory, budget_bytes=budget_bytes)
+            await self._divide()
+
+    async def unload(self, name: str | None) -> bool:
+        """Unload a model now, unless a request uses it. A model that was not loaded here stays.
+
+        Returns:
+            Whether it is out of memory.
+
+        Raises:
+            Refused: there is no such model.
+        """
+        entry = self._find(name)
+        if entry.source is None:
+            return False
+        # Whoever asks may leave, and what has begun is finished.
+        return await asyncio.shield(asyncio.create_task(self._unload_if_idle(entry)))
+
+    async def _unload_if_idle(self, entry: _Entry) -> bool:
+        async with self._moving:
+            if entry.is_idle:
+                await self._unload(entry)
+            return not entry.is_here
+
+    def revoke(self, tenant: str) -> None:
+        """End all requests of a revoked tenant, and delete all of its data. Any thread may call this."""
+        self._revoked.add(tenant)
+        for entry in self._entries:
+            if (served := entry.served) is not None:
+                served.service.revoke(tenant)
+            elif entry.source is not None:
+                entry.source.forget(tenant)
+        self.kept.forget(tenant)
+
+    def drop_expired(self) -> None:
+        """Free stored responses that are too old."""
+        self.kept.drop_expired()
+
+    def erase(self, tenant: str) -> tuple[int, int]:
+        """End the running requests of a tenant, and delete what is kept of it. Any thread may call this.
+
+        Returns:
+            The number of stored responses with their items, and of answers that were kept for replay.
+        """
+        num_answers = 0
+        for entry in self._entries:
+            if (served := entry.served) is not None:
+                num_answers += served.service.erase(tenant)
+            elif entry.source is not None:
+                entry.source.forget(tenant)
+        return self.kept.erase(tenant), num_answers
+
+    # ── the life of the server ──────────────────────────────────────────────────────────────────────────────────
+
+    async def preload(self, names: Sequence[str]) -> None:
+        """Load models one after another. Raises what `use` raises."""
+        for name in names:
+            with ExitStack() as used:
+                await self.use(name, used)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Let no model take new requests, and wait until running ones end.
+
+        Returns:
+            False if `timeout_s` passes first.
+        """
+        self.is_draining = True
+        waits = [self._in_thread(service.loop.drain, timeout_s) for service in self.services()]
+        return all(await asyncio.gather(*waits))
+
+    async def stop(self) -> None:
+        """End running requests, and loads."""
+        self.is_draining = True
+        await asyncio.gather(*(self._in_thread(service.loop.close) for service in self.services()))
+
+    async def close(self) -> None:
+        """End everything, and free the models that were loaded here. Closing twice is harmless."""
+        if self._is_closed.is_set():
+            return
+        self._is_closed.set()
+        await self.stop()
+        if self._looking is not None:
+            await self._looking
+        opening = [entry.opening for entry in self._entries if entry.opening is not None]
+        await asyncio.gather(*opening, return_exceptions=True)
+        async with self._moving:
+            for entry in self._entries:
+                if entry.served is not None:
+                    await self._unload(entry)
+        self._threads.shutdown()
+
+    # ── moving memory ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _open(self, entry: _Entry) -> None:
+        """Make room for a model, and read it."""
+        try:
+            async with self._moving:
+                if entry.served is not None and not entry.is_leaving:
+                    return
+                self._require_wanted()
+                if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
+                    raise entry.fault.with_traceback(None)
+                await self._make_room(entry)
+            log.info("models: %s is loaded, with %s", entry.name, format_bytes(entry.held_bytes))
+            await self._read(entry)
+        finally:
+            entry.opening = None
+
+    async def _read(self, entry: _Entry) -> None:
+        source = entry.source
+        assert source is not None
+        try:
+            served = await self._in_thread(
+                source.open, source.fewest_slots + entry.num_slots, self._require_wanted
+            )
+        except Exception as error:
+            entry.is_loading, entry.num_slots = False, 0
+            if self.is_draining:
+                raise _stopping() from None
+            log.error("models: %s cannot be opened: %s", entry.name, where_it_failed(error))
+            entry.fault = (
+                error if isinstance(error, ArgosyError) else ArgosyError("the model cannot be opened")
+            )
+            entry.failed_at = self._clock()
+            raise entry.fault from None
+        entry.served, entry.is_loading, entry.fault = served, False, None
+        entry.used_at = self._clock()
+        for tenant in tuple(self._revoked):  # its key was revoked while the model was read
+            served.service.revoke(tenant)
+
+    def _require_wanted(self) -> None:
+        """Raise if the server is stopping. Any thread may call this."""
+        if self.is_draining:
+            raise _stopping()
+
+    async def _make_room(self, entry: _Entry) -> None:
+        """Take the floor of a model from others, and its share of what floors leave; `_moving` is held.
+
+        Raises:
+            Overloaded: the floors of models that answer leave too little. Nothing has changed then.
+        """
+        assert entry.source is not None
+        needed, free_bytes = entry.source.floor_bytes, self._bytes_beside_floors()
+        leaving: list[_Entry] = []
+        for idle in sorted((one for one in self._entries if one.is_idle), key=lambda one: one.used_at):
+            if needed <= free_bytes:
+                break
+            assert idle.source is not None
+            leaving.append(idle)
+            free_bytes += idle.source.floor_bytes
+        if needed > free_bytes:
+            raise self._no_room(entry, free_bytes)
+        for idle in leaving:
+            idle.is_leaving = True
+        for idle in leaving:
+            await self._unload(idle)
+        await self._divide(entry)
+
+    def _bytes_beside_floors(self) -> int:
+        """The rest of the budget after the process and the floors of the models in memory."""
+        assert self.memory is not None
+        floors = sum(
+            one.source.floor_bytes for one in self._entries if one.is_here and one.source is not None
+        )
+        return self.memory.budget_bytes - self.memory.process_bytes - floors
+
+    def _no_room(self, entry: _Entry, free_bytes: int) -> Overloaded:
+        assert self.memory is not None
+        assert entry.source is not None
+        needed = entry.source.floor_bytes
+        busy = [one for one in self._entries if one.is_here and not one.is_idle]
+        held = [(one.name, one.source.floor_bytes) for one in busy if one.source is not None]
+        parts = "  +  ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in held)
+        enough = -(-(self.memory.budget_bytes + needed - free_bytes) // MIB)
+        return Overloaded(
+            f"{entry.name} needs {format_bytes(needed)}, and models that answer now leave {format_bytes(free_bytes)} "
+            f"of the budget of {format_bytes(self.memory.budget_bytes)}\n  {parts}  (without experts)",
+            retry_after_s=int(_RETRY_S),
+            hint=f"try again when {' or '.join(name for name, _ in held)} has answered, "
+            f"or start the server with `--memory {enough}MiB`",
+            needed_bytes=needed,
+            free_bytes=free_bytes,
+        )
+
+    async def _divide(self, joining: _Entry | None = None) -> None:
+        """Give each model its share of the memory for experts; `_moving` is held. Shrink some before others grow.
+
+        joining: a model that is about to be read; it takes its floor and its share.
+        """
+        free_bytes = self._bytes_beside_floors()
+        if joining is not None:
+            assert joining.source is not None
+            free_bytes -= joining.source.floor_bytes
+        sharing: list[tuple[_Entry, Source]] = []
+        for entry in self._entries:
+            if entry.source is None:
+                continue
+            if entry is joining or entry.state == "ready":
+                sharing.append((entry, entry.source))
+            elif entry.is_loading:
+                free_bytes -= entry.num_slots * entry.source.slot_bytes  # fixed until it is read
+        now = self._clock()
+        slots = divide(free_bytes, [self._claim(*one, now, is_joining=one[0] is joining) for one in sharing])
+        shares = list(zip(sharing, slots, strict=True))
+        for (entry, source), num_slots in shares:
+            if num_slots < entry.num_slots and entry.served is not None:
+                await self._in_thread(entry.served.resize, source.fewest_slots + num_slots)
+                entry.num_slots = num_slots
+        for (entry, source), num_slots in shares:
+            if num_slots > entry.num_slots and entry.served is not None:
+                entry.num_slots = num_slots  # first: what is allowed counts as used
+                await self._in_thread(entry.served.resize, source.fewest_slots + num_slots)
+        if joining is not None:
+            (joining.num_slots,) = (num_slots for (entry, _), num_slots in shares if entry is joining)
+            joining.is_loading = True
+        assert self.memory is not None
+        assert self.held_bytes <= self.memory.budget_bytes
+
+    @staticmethod
+    def _claim(entry: _Entry, source: Source, now: float, *, is_joining: bool) -> Claim:
+        return Claim(
+            slot_bytes=max(1, source.slot_bytes),
+            most_slots=source.most_slots - source.fewest_slots,
+            num_slots=entry.num_slots,
+            used_at=entry.used_at,
+            is_in_use=is_joining or entry.num_uses > 0 or now - entry.used_at < IN_USE_S,
+        )
+
+    async def _unload(self, entry: _Entry) -> None:
+        """Free a model's memory; `_moving` is held."""
+        assert entry.served is not None
+        entry.is_leaving = True
+        try:
+            await self._in_thread(entry.served.close)
+        except Exception as error:
+            log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
+        entry.served, entry.is_leaving, entry.num_slots = None, False, 0
+        if entry.source is not None and not self.is_draining:
+            log.info("models: %s is unloaded", entry.name)
+
+    async def _look(self) -> None:
+        """Now and then, unload models that are idle for long, and give models that answer what they can use."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._is_closed.wait()
+            if self._is_closed.is_set():
+                return
+            try:
+                async with self._moving:
+                    await self._look_once()
+            except Exception as error:  # look again after any failure
+                log.error("models: %s", where_it_failed(error))
+
+    async def _look_once(self) -> None:
+        now = self._clock()
+        for entry in self._entries:
+            if (
+                self._idle_unload_s is not None
+                and entry.is_idle
+                and now - entry.used_at >= self._idle_unload_s
+            ):
+                await self._unload(entry)
+        if any(self._could_use_more(entry) for entry in self._entries):
+            await self._divide()
+
+    @staticmethod
+    def _could_use_more(entry: _Entry) -> bool:
+        source = entry.source
+        if source is None or entry.state != "ready" or not entry.num_uses:
+            return False
+        return entry.num_slots < source.most_slots - source.fewest_slots
+
+    def _in_thread(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **named))
+
+
+def models_of(request: Request) -> Models:
+    """All models of the server."""
+    models: Models = request.app.state.models
+    return models
+
+
+async def use_model(request: Request, name: str | None = None) -> Service:
+    """The service of the model that a request names, for the rest of the request; None: the first model.
+
+    The model is loaded if it is not in memory, and stays until the request has ended. Raises what `Models.use` raises.
+    """
+    caller: Caller = request.state.caller
+    service = await models_of(request).use(name, caller.ending)
+    request.state.service = service
+    return service
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+def _stopping() -> Overloaded:
+    return Overloaded("the server is stopping", retry_after_s=_RETRY_STOPPING_S)

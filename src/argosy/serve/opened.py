@@ -1,0 +1,260 @@
+"""A model in memory, as a server has it: the engine, the thread that steps it, and the service.
+
+    ReadyModel  ─ EngineSource.open ─>  OpenedModel: Engine, EngineLoop, Service  ─ close ─>  ReadyModel
+
+Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared.py` has models without weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from argosy.config import EngineConfig, ModelConfig
+from argosy.engine.engine import Engine
+from argosy.engine.ledger import DecodeSteps
+from argosy.engine.loop import EngineLoop
+from argosy.engine.memory_plan import MemoryPlan
+from argosy.engine.shared import ReadyModel
+from argosy.engine.verification import Verification, compare_decode
+from argosy.guard.keys import KeyRing
+from argosy.media.parts import Hearing, Kind
+from argosy.observe.live import LiveCache
+from argosy.observe.recorder import Recorder
+from argosy.prompt.prompt import ToolCalling
+from argosy.prompt.replay import ReplayMemory
+from argosy.prompt.reranking import RERANK_FORMS, Reranking
+from argosy.prompt.tokenizer import Tokenizer
+from argosy.serve.core import ModelFacts, Service, Work, effort_variables
+from argosy.serve.kept_items import KeptItems
+from argosy.serve.log import where_it_failed
+from argosy.serve.media_hosts import MediaHosts
+
+if TYPE_CHECKING:
+    from argosy.engine.forecast import Speeds
+
+Progress = Callable[[str, float], None]
+
+log = logging.getLogger("argosy.serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The parts that all models of a server share.
+
+    ring: prefix files of tenants without a key are deleted when a model is opened; None: the server has no keys.
+    kept: items of earlier responses.
+    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    """
+
+    ring: KeyRing | None
+    kept: KeptItems
+    work: Work
+    keep_billing_line: bool = False
+    any_model: bool = False
+    media_hosts: MediaHosts | None = None
+    rerank: str | None = None
+
+
+class Recording(Protocol):
+    """Opens the recorder of a model's routing (`experts/recording.py`), and saves what it counted."""
+
+    recorder: Recorder | None
+
+    def __call__(self, files: Any, config: EngineConfig) -> Recorder: ...
+
+    def save(self) -> None: ...
+
+
+class OpenedModel:
+    """A model that its source opened. `close` frees its memory."""
+
+    def __init__(
+        self,
+        ready: ReadyModel,
+        facts: ModelFacts,
+        common: Common,
+        num_slots: int,
+        *,
+        progress: Progress,
+        recording: Recording | None,
+        speeds: Speeds | None,
+    ) -> None:
+        self._ready, self._recording = ready, recording
+        self._engine = ready.open(num_slots, progress=progress, recorder=recording)
+        try:
+            self.service = service_for(
+                self._engine, facts, common, replay_bytes=self._engine.plan.replay_bytes,
+                recorder=None if recording is None else recording.recorder, speeds=speeds,
+            )  # fmt: skip
+        except BaseException:
+            ready.close(self._engine)
+            raise
+
+    def resize(self, num_slots: int) -> None:
+        """See `models.Served`."""
+        self._engine.resize_experts(num_slots)
+        if self.service.recent_cache is not None:
+            self.service.recent_cache.num_slots = num_slots
+
+    def close(self) -> None:
+        """See `models.Served`."""
+        self.service.loop.close()
+        self._ready.close(self._engine)
+        if self._recording is not None:
+            self._recording.save()
+
+
+def service_for(
+    engine: Engine,
+    facts: ModelFacts,
+    common: Common,
+    *,
+    replay_bytes: int,
+    recorder: Recorder | None,
+    speeds: Speeds | None,
+) -> Service:
+    """Start the thread that steps an engine; whoever closes the engine closes the service's `loop` first.
+
+    Args:
+        replay_bytes: for answers whose tokens are kept until their conversation continues.
+        recorder: has the choices of recent tokens; None: nothing is recorded.
+        speeds: predictions of its speed; None: there are none.
+    """
+
+    def compare(steps: DecodeSteps) -> Verification:
+        assert speeds is not None
+        return compare_decode(speeds, engine.plan, steps)
+
+    recent_cache = None
+    if recorder is not None and not engine.plan.is_packed:
+        plan = engine.plan
+        num_experts, num_slots = engine.config.num_experts, plan.decode_slots(plan.context_tokens // 2)
+        recent_cache = LiveCache(recorder, num_experts=num_experts, num_slots=num_slots)
+    reranking = None
+    if common.rerank is not None:
+        form, context_tokens = RERANK_FORMS[common.rerank], engine.plan.context_tokens
+        reranking = Reranking(form, engine.tokenizer, context_tokens=context_tokens)
+    if common.ring is not None:
+        engine.forget_others(["", *common.ring.ids])  # drops tenants whose keys were revoked meanwhile
+    return Service(
+        EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))),
+        engine.prompts.remembering(ReplayMemory(max_bytes=replay_bytes)),
+        engine.tokenizer,
+        facts,
+        keep_billing_line=common.keep_billing_line,
+        any_model=common.any_model,
+        kept=common.kept,
+        work=common.work,
+        media_hosts=common.media_hosts,
+        ears=engine.ears,
+        reranking=reranking,
+        recent_cache=recent_cache,
+        compare=None if speeds is None else compare,
+    )
+
+
+class EngineSource:
+    """A `models.Source`: opens engines of a model that is ready.
+
+    Args:
+        record: makes what records the routing while the model is open; None: nothing is recorded.
+        speeds: predictions of its speed; None: there are none.
+        note_use: called, in a thread, with the model's name when it is opened; None: nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        ready: ReadyModel,
+        common: Common,
+        *,
+        record: Callable[[], Recording] | None,
+        speeds: Speeds | None = None,
+        note_use: Callable[[str], None] | None = None,
+    ) -> None:
+        self._ready = ready
+        self._common = common
+        self._record = record
+        self._speeds = speeds
+        self._note_use = note_use
+        self.facts = facts_of(
+            ready.name, ready.model, ready.plan, num_parameters=ready.num_parameters, media_kinds=ready.media_kinds,
+            hears=ready.hears, fingerprint=ready.fingerprint,
+        )  # fmt: skip
+
+    @property
+    def tools(self) -> ToolCalling:
+        return self._ready.tools
+
+    @property
+    def can_infill(self) -> bool:
+        return self._ready.can_infill
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._ready.tokenizer
+
+    @cached_property
+    def has_efforts(self) -> bool:
+        return bool(effort_variables("medium", self._ready.variables))
+
+    @property
+    def floor_bytes(self) -> int:
+        return self._ready.floor_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._ready.plan.slot_bytes
+
+    @property
+    def fewest_slots(self) -> int:
+        return self._ready.plan.num_slots
+
+    @property
+    def most_slots(self) -> int:
+        return self._ready.plan.most_slots
+
+    def open(self, num_slots: int, go_on: Callable[[], None]) -> OpenedModel:
+        """See `models.Source`."""
+        opened = OpenedModel(
+            self._ready, self.facts, self._common, num_slots, progress=lambda task, share: go_on(),
+            recording=None if self._record is None else self._record(), speeds=self._speeds,
+        )  # fmt: skip
+        if self._note_use is not None:
+            self._note_use(self._ready.name)
+        return opened
+
+    def forget(self, tenant: str) -> None:
+        """See `models.Source`."""
+        self._ready.forget(tenant)
+
+
+def facts_of(
+    name: str,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    *,
+    num_parameters: int,
+    media_kinds: tuple[Kind, ...],
+    hears: Hearing,
+    fingerprint: str,
+) -> ModelFacts:
+    """The facts about a model that clients may know."""
+    return ModelFacts(
+        id=name,
+        family=model.family,
+        context_tokens=plan.context_tokens,
+        num_layers=len(model.layers),
+        num_experts=model.num_experts,
+        experts_per_token=model.experts_per_token,
+        vocab_size=model.vocab_size,
+        num_parameters=num_parameters,
+        weight_bytes=plan.dense_bytes + plan.resident_bytes,
+        media_kinds=media_kinds,
+        hears=hears,
+        hidden_size=model.hidden_size,
+        fingerprint=fingerprint,
+    )

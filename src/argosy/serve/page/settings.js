@@ -1,0 +1,68 @@
+// Settings of a conversation: the system message, how the model samples, and the server's key, in a drawer.
+//
+// The key belongs to the tab (`server.js`). Everything else belongs to the conversation, and a new one starts with it.
+
+import { key, setKey } from "./server.js";
+
+/** Null, or an empty system message, leaves a choice to the server. */
+export const DEFAULTS = Object.freeze({
+  model: null, system: "", temperature: null, topP: null, maxTokens: null, seed: null, thinking: null,
+});
+
+const NAMES = {
+  temperature: "temperature", topP: "top_p", maxTokens: "max_tokens", seed: "seed", thinking: "enable_thinking",
+};
+const FIELDS = { temperature: "temperature", topP: "top-p", maxTokens: "max-tokens", seed: "seed" };
+const THINKING = { "": null, on: true, off: false };
+
+/** The fields of a request that these settings ask for. */
+export function sampling(settings) {
+  const given = Object.entries(NAMES).filter(([name]) => settings[name] !== null);
+  return Object.fromEntries(given.map(([name, field]) => [field, settings[name]]));
+}
+
+/** How many settings differ from their defaults. */
+export function numChanged(settings) {
+  return Object.keys(DEFAULTS).filter((name) => name !== "model" && settings[name] !== DEFAULTS[name]).length;
+}
+
+const byId = (id) => document.getElementById(id);
+
+export class Drawer {
+  /** `settings()` gives those to show; `onSave(settings)` takes changed ones, `onKey()` is called for another key. */
+  constructor(parts) {
+    Object.assign(this, parts);
+    const drawer = byId("settings");
+    byId("cancel-settings").addEventListener("click", () => drawer.close());
+    byId("reset-settings").addEventListener("click", () => this.fill(DEFAULTS));
+    drawer.addEventListener("click", (event) => { if (event.target === drawer) drawer.close(); });  // on what is behind
+    drawer.addEventListener("close", () => { if (drawer.returnValue === "save") this.save(); });
+  }
+
+  get isOpen() {
+    return byId("settings").open;
+  }
+
+  open() {
+    byId("key").value = key();
+    this.fill(this.settings());
+    byId("settings").returnValue = "";
+    byId("settings").showModal();
+  }
+
+  fill(settings) {
+    byId("system").value = settings.system;
+    for (const [name, id] of Object.entries(FIELDS)) byId(id).value = settings[name] ?? "";
+    byId("thinking").value = Object.keys(THINKING).find((word) => THINKING[word] === settings.thinking);
+  }
+
+  save() {
+    const typed = byId("key").value.trim();
+    const isOtherKey = typed !== key();
+    setKey(typed);
+    const chosen = { ...this.settings(), system: byId("system").value.trim(), thinking: THINKING[byId("thinking").value] };
+    for (const [name, id] of Object.entries(FIELDS)) chosen[name] = byId(id).value === "" ? null : byId(id).valueAsNumber;
+    this.onSave(chosen);
+    if (isOtherKey) this.onKey();
+  }
+}
