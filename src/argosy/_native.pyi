@@ -20,13 +20,13 @@ Constants:
     STAGING_BYTES: most bytes that one reader of a `Store` holds for transcoding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy
 from numpy.typing import NDArray
 
-from argosy.config import AskAhead, Format, KvDtype
+from argosy.config import Format, KvDtype, Tuning
 
 # Written by `make stubs` from native/bind: edit it there.
 
@@ -45,6 +45,21 @@ Piece = (
 _DeltaSizes = tuple[int, int, int, int, int]  # key heads, value heads, key dim, value dim, conv width
 _Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
+class Foreground:
+    """
+    Counts work that somebody waits for: `with foreground:` surrounds it. Others give way to it meanwhile: each of their
+    threads works for `share` of the time, above 0 and at most 1.
+    """
+
+    def __init__(self, share: float) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, kind: object | None, error: object | None, trace: object | None) -> None: ...
+    def give_way(self, worked_seconds: float) -> None:
+        """
+        Call it after so many seconds of work in the background: waits until there is no work in the foreground, or
+        until the work took no more than its share of the time.
+        """
+
 class Arena:
     """
     One private block of memory, aligned to 2 MiB and on huge pages; a page takes memory when it is first written.
@@ -59,9 +74,10 @@ class Arena:
     def array(self) -> NDArray[numpy.uint8]:
         """A view of all bytes. It keeps the memory alive, even after close()."""
 
-    def populate(self) -> None:
+    def populate(self, foreground: Foreground | None = None) -> None:
         """
-        Commit all pages, in a background thread; ends early if another thread closes the arena or makes it smaller.
+        Commit all pages, in a background thread that gives way to `foreground`; ends early if another thread closes
+        the arena or makes it smaller.
         """
 
     def resize(self, nbytes: int) -> None:
@@ -132,11 +148,21 @@ class Store:
     """
     Threads, at most 1024, that read pieces of files into arenas.
 
+    Args:
+        bytes_per_s: imitate a drive that is no faster; None: do not.
+        foreground: read few pieces at once and give way to this work, until `leave_background`; None: do not.
+
     Raises:
         RuntimeError: the system refuses to start a thread.
     """
 
-    def __init__(self, num_readers: int, file_system: FileSystem | None = None) -> None: ...
+    def __init__(
+        self,
+        num_readers: int,
+        file_system: FileSystem | None = None,
+        bytes_per_s: int | None = None,
+        foreground: Foreground | None = None,
+    ) -> None: ...
     def open(self, path: str, direct: bool = True) -> int:
         """
         Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
@@ -225,6 +251,9 @@ class Store:
         read_seconds are summed over reads, from begin to end; checksum_ and transcode_seconds are summed over readers.
         """
 
+    def leave_background(self) -> None:
+        """Read as much at once as the drive takes, and give way to nothing."""
+
     def close(self) -> None:
         """Join the readers and close the files. Unfinished reads fail."""
 
@@ -250,14 +279,21 @@ def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int
 def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
+FEWEST_FOR_TWO_PANELS: int = 2
+
+MOST_FOR_ONE_PANEL: int = 8
+
+def default_tuning() -> Tuning:
+    """How products run if nothing was measured."""
+
 class Runtime:
     """
-    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory that only grows.
+    The kernels of one instruction set, a pool of threads, including the caller, and scratch memory.
 
     Args:
         num_threads: at most 1024.
-        ask_ahead: whether products with one token prefetch quantised weights, and into how many cache levels
-            (`ask_ahead_probe`). It does not affect results. None selects off with AVX-512, one level without.
+        tunings: how products with the weights of each quantised format run (`product_probe` measures it); formats that
+            are left out have `default_tuning()`. It does not affect results.
         instruction_set: one of `instruction_sets()`, for all operations of this runtime; None: the best one.
 
     Raises:
@@ -265,12 +301,15 @@ class Runtime:
     """
 
     def __init__(
-        self, num_threads: int, ask_ahead: AskAhead | None = None, instruction_set: str | None = None
+        self,
+        num_threads: int,
+        tunings: Mapping[Format, Tuning] | None = None,
+        instruction_set: str | None = None,
     ) -> None: ...
     @property
     def num_threads(self) -> int: ...
     @property
-    def ask_ahead(self) -> AskAhead: ...
+    def tunings(self) -> dict[Format, Tuning]: ...
     @property
     def instruction_set(self) -> InstructionSet: ...
     @property
@@ -521,9 +560,11 @@ class KvShape:
     """The data that a layer keeps per position in a KvCache."""
 
     @staticmethod
-    def keys_values(kv_heads: int, head_dim: int) -> KvShape:
+    def keys_values(kv_heads: int, head_dim: int, is_windowed: bool = False) -> KvShape:
         """
         A key and a value for each KV head. Positions per block and value dimensions are padded to 16.
+
+        A windowed layer lies in window blocks, of which a KvCache may have fewer.
         """
 
     @staticmethod
@@ -534,22 +575,47 @@ class KvShape:
     def none() -> KvShape:
         """Nothing: the layer has a recurrent state."""
 
-def kv_cache_bytes(layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: KvDtype) -> int:
+def kv_cache_bytes(
+    layers: Sequence[KvShape],
+    num_blocks: int,
+    block_tokens: int,
+    dtype: KvDtype,
+    num_window_blocks: int | None = None,
+) -> int:
     """Bytes of a KvCache."""
 
 class KvCache:
     """
     The data that all layers keep of past positions; memory is committed when it is first written.
+
+    Args:
+        num_window_blocks: blocks of windowed layers; None means num_blocks, and that the blocks are the same.
     """
 
     def __init__(
-        self, layers: Sequence[KvShape], num_blocks: int, block_tokens: int, dtype: KvDtype
+        self,
+        layers: Sequence[KvShape],
+        num_blocks: int,
+        block_tokens: int,
+        dtype: KvDtype,
+        num_window_blocks: int | None = None,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block, all layers."""
+        """Bytes of one block, all layers without window blocks."""
+
+    def held_bytes(self, num_blocks: int) -> int:
+        """
+        Most bytes in memory while nothing was written to other blocks than the first `num_blocks`.
+        """
+
+    def release(self, num_blocks: int) -> None:
+        """
+        Give the memory of all but the first `num_blocks` back to the system, as far as `held_bytes` says. The data of
+        the others are lost.
+        """
 
     def copy_out(self, block: int, to: NDArray[numpy.uint8]) -> None:
         """Copy a whole block into `to` [block_bytes]."""
@@ -559,7 +625,10 @@ class KvCache:
         Copy data from `copy_out` into any block of a cache with the same shapes.
         """
 
-    def copy_block(self, from_block: int, to_block: int) -> None: ...
+    def copy_block(self, from_block: int, to_block: int, is_windowed: bool = False) -> None:
+        """
+        Copy a block of all layers without window blocks, or a window block of the others.
+        """
 
 def kv_write(
     runtime: Runtime,
@@ -733,7 +802,11 @@ class Dispatch:
     @property
     def num_tokens(self) -> int: ...
     @property
-    def experts_per_token(self) -> int: ...
+    def experts_per_token(self) -> int:
+        """ValueError in a worker."""
+
+    @property
+    def num_assignments(self) -> int: ...
     @property
     def experts(self) -> list[int]:
         """The experts that any token chose, ascending."""
@@ -750,7 +823,23 @@ class Dispatch:
     def choices(self) -> NDArray[numpy.int32]:
         """
         The experts of each token, best first: [tokens, experts per token], a new array.
+
+        Raises:
+            ValueError: `only` or the coordinator left some out.
         """
+
+    def only(self, experts: Sequence[int]) -> Dispatch:
+        """
+        The same tokens and assignments, without other experts than these.
+
+        Raises:
+            ValueError: no token chose an expert, or it is named twice.
+        """
+
+class LayerExperts:
+    """
+    Experts of a layer that run elsewhere, while a step goes on without Python.
+    """
 
 class ExpertTable:
     """
@@ -812,12 +901,529 @@ class ExpertTable:
 
         Args:
             rows: [tokens, hidden].
-            out: [tokens * experts per token, hidden], a row for each assignment; the rows of other experts do not
-                change.
+            out: [assignments, hidden], a row for each assignment; the rows of other experts do not change.
 
         Raises:
             ValueError: no token chose an expert, or it has no place.
         """
+
+class LinkError(ConnectionError):
+    pass
+
+class ExchangeTimes:
+    """
+    Microseconds from sending requests to their last outputs: a moving average, in which the latest counts for an
+    eighth, and quantiles of the latest 64.
+    """
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def ewma_us(self) -> float: ...
+    @property
+    def p50_us(self) -> float: ...
+    @property
+    def p99_us(self) -> float: ...
+
+class PeerStats:
+    """
+    One connection of an `Exchange`, up to now. `queued_bytes` wait for the socket; `num_late` experts were answered
+    after somebody else, or after their ticket was forgotten. Requests of at most 32 rows are in `few_rows`.
+    """
+
+    @property
+    def is_connected(self) -> bool: ...
+    @property
+    def failure(self) -> str:
+        """Why it is not connected; empty if it is."""
+
+    @property
+    def num_outstanding(self) -> int:
+        """Requests without a complete answer."""
+
+    @property
+    def oldest_outstanding_us(self) -> int: ...
+    @property
+    def num_late(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def queued_bytes(self) -> int: ...
+    @property
+    def few_rows(self) -> ExchangeTimes: ...
+    @property
+    def many_rows(self) -> ExchangeTimes: ...
+
+class ExchangeEvent:
+    """
+    Without a failure: the outputs of `experts` are in `out`. With one: the peer does not send those of `experts`.
+
+    ended: the connection was closed or lost. protocol: the peer broke the protocol. silent: it sent nothing for too
+    long. These close the connection. refused: the peer refused the request, with `code`. full: it has 16 requests
+    without an answer, and this one was not sent.
+    """
+
+    @property
+    def peer(self) -> int: ...
+    @property
+    def experts(self) -> list[int]: ...
+    @property
+    def failure(self) -> Literal["ended", "refused", "protocol", "silent", "full"] | None: ...
+    @property
+    def code(self) -> int: ...
+    @property
+    def message(self) -> str: ...
+
+class Exchange:
+    """
+    The coordinator's connections to its workers. Any thread may call it; no call waits for a peer but `receive`.
+
+    Args:
+        num_experts: routed experts of each layer; 0: a layer without.
+        most_rows, most_assignments: limits of one request; the workers' limits are the same.
+    """
+
+    def __init__(
+        self, *, hidden: int, num_experts: Sequence[int], most_rows: int, most_assignments: int
+    ) -> None: ...
+    def add(self, fd: int) -> int:
+        """
+        Take over a connected stream socket with a `WorkerLink` at its other end; return the peer's id.
+
+        Raises:
+            ValueError: `fd` is not such a socket, and stays the caller's; or there are 256 peers.
+        """
+
+    def remove(self, peer: int) -> None:
+        """Close a connection and forget its statistics."""
+
+    @property
+    def peers(self) -> list[int]:
+        """Those that are connected."""
+
+    def send(
+        self,
+        layer: int,
+        dispatch: Dispatch,
+        rows: NDArray[numpy.float32],
+        out: NDArray[numpy.float32],
+        shares: Mapping[int, Sequence[int]],
+    ) -> int:
+        """
+        Ask peers for outputs of a dispatch; return a ticket, which must be forgotten in the end.
+
+        `rows` and `out` stay in use until then; `out` is written only inside `receive`. A peer that is gone or full is
+        an event of the ticket.
+
+        Args:
+            rows: [tokens, hidden].   out: [assignments, hidden].
+            shares: the experts that each peer runs.
+
+        Raises:
+            ValueError: no token chose an expert, a request exceeds the limits, no peer ever had an id, or there are 64
+                tickets. Nothing was sent then.
+        """
+
+    def resend(self, ticket: int, shares: Mapping[int, Sequence[int]]) -> None:
+        """
+        Ask further peers. Experts whose outputs are there are left out; whoever answers first wins.
+        """
+
+    def receive(self, ticket: int, timeout_us: int) -> list[ExchangeEvent]:
+        """
+        Wait for events of a ticket: none if the time is over, or if no peer owes it anything.
+        """
+
+    def drop(self, ticket: int, experts: Sequence[int]) -> None:
+        """
+        The caller writes the outputs of these experts from now on; answers that still arrive for them are dropped.
+
+        Raises:
+            ValueError: no token chose an expert; nothing was dropped then.
+        """
+
+    def forget(self, ticket: int) -> None:
+        """
+        Cancel what was not answered. Nothing reads `rows` or writes `out` after this.
+        """
+
+    def guess(self, peer: int, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        """
+        Tell a peer which experts it may be asked for next (`ExpertRunner.guess`); dropped if the peer is gone or
+        full.
+        """
+
+    def tend(self, silence_us: int) -> list[tuple[int, str]]:
+        """
+        Ping idle peers, drop late answers, and give up peers that owe something and sent nothing for `silence_us`.
+
+        To be called about once a second from a background thread. Leaves peers alone that a ticket waits for.
+
+        Returns:
+            the peers that failed in here, and why.
+        """
+
+    def status(self, peer: int) -> bytes:
+        """The status of a worker when it last answered `tend`; empty before."""
+
+    def stats(self, peer: int) -> PeerStats: ...
+    def inject(
+        self,
+        peer: int,
+        *,
+        delay_us: int = 0,
+        bytes_per_s: int | None = None,
+        bytes_to_live: int | None = None,
+        is_stalled: bool = False,
+    ) -> None:
+        """
+        For tests and benchmarks: make a connection faulty from now on.
+
+        Args:
+            delay_us: from `send` to the first byte on the wire.
+            bytes_per_s: in each direction.
+            bytes_to_live: after so many bytes in both directions, the connection is lost.
+            is_stalled: nothing moves.
+        """
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all buffers now."""
+
+    def close(self) -> None:
+        """Close all connections."""
+
+class Owner:
+    """
+    A host that can run experts: a worker, or this machine. Any thread may read and change it.
+
+    Attributes:
+        peer: its connection; None: there is none, or it is this machine.
+        is_slow: it was late, and still owes an answer.
+        is_set_aside: it computed something else than others.
+        is_resident: it has every expert in memory.
+        num_run, num_rerouted, num_verified, num_mismatches: experts, counted once for each layer and step, that it
+            ran; that were asked of it and then of another; that another computed, too; and whose bits differed then.
+    """
+
+    def __init__(self, name: str) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def peer(self) -> int | None: ...
+    @peer.setter
+    def peer(self, peer: int | None) -> None: ...
+    @property
+    def is_slow(self) -> bool: ...
+    @is_slow.setter
+    def is_slow(self, arg: bool, /) -> None: ...
+    @property
+    def is_set_aside(self) -> bool: ...
+    @is_set_aside.setter
+    def is_set_aside(self, arg: bool, /) -> None: ...
+    @property
+    def is_resident(self) -> bool: ...
+    @is_resident.setter
+    def is_resident(self, arg: bool, /) -> None: ...
+    @property
+    def num_run(self) -> int: ...
+    @num_run.setter
+    def num_run(self, arg: int, /) -> None: ...
+    @property
+    def num_rerouted(self) -> int: ...
+    @num_rerouted.setter
+    def num_rerouted(self, arg: int, /) -> None: ...
+    @property
+    def num_verified(self) -> int: ...
+    @num_verified.setter
+    def num_verified(self, arg: int, /) -> None: ...
+    @property
+    def num_mismatches(self) -> int: ...
+    @num_mismatches.setter
+    def num_mismatches(self, arg: int, /) -> None: ...
+    def set_rates(self, record_bytes: int, disk_bytes_per_s: float) -> None:
+        """
+        Estimate what an expert of so many bytes takes here; 0 for the drive: unknown.
+        """
+
+    @property
+    def hit_s(self) -> float:
+        """Seconds of an expert in memory."""
+
+    @property
+    def miss_s(self) -> float:
+        """Seconds of an expert that is read first."""
+
+    def remember(self, num_slots: int, *, num_layers: int, num_experts: int) -> None:
+        """
+        From now on remember the last `num_slots` experts that it ran, and no earlier one.
+
+        Takes 8 bytes for each expert of the model.
+        """
+
+    def forget(self) -> None:
+        """Remember none: it may have been started again."""
+
+    def note(self, layer: int, experts: Sequence[int]) -> None:
+        """It has run these experts."""
+
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether it probably has an expert in memory."""
+
+    @property
+    def num_remembered(self) -> int: ...
+
+class Owners:
+    """
+    The owners of every expert of a model. It never changes: a new plan is another table.
+
+    Args:
+        hosts: workers, and this machine if it runs experts.
+        table: int16 [layers, experts, replicas], indices of `hosts`, the first owner before the second; -1: none.
+        here: this machine, one of `hosts`; None: it runs no experts.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Owner], table: NDArray[numpy.int16], here: Owner | None = None
+    ) -> None: ...
+    @property
+    def hosts(self) -> list[Owner]: ...
+    @property
+    def here(self) -> Owner: ...
+    def owners_of(self, layer: int, expert: int) -> list[Owner]: ...
+    def candidates(self, layer: int, expert: int, tried: Sequence[Owner]) -> list[Owner]:
+        """
+        The hosts that can be asked for an expert now, besides those that were tried.
+
+        They are the owners that are expected to answer in time; without one, this machine; without it, slow owners.
+        """
+
+    def choose(self, layer: int, experts: Sequence[int]) -> list[tuple[Owner, list[int]]]:
+        """
+        Give each expert of a layer to a candidate: one that has it in memory, otherwise the one that is done first.
+
+        Assigns hits first, because a busy drive does not delay them, and then each miss to the host with the shorter
+        queue; on a tie the first owner wins. Leaves out experts without a candidate.
+
+        Returns:
+            owners with their experts, in the order of `experts`.
+        """
+
+    def split_guess(self, layer: int, by_rank: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """
+        Split a guess of a layer's experts among the hosts that will be asked.
+
+        Returns:
+            experts by host and rank; nothing for a host that has everything in memory.
+        """
+
+    def is_usable(self, owner: Owner) -> bool:
+        """Whether an owner can be asked now and is expected to answer in time."""
+
+class AskedCounts:
+    """
+    Experts that were asked of owners, counted once for each layer and step; a hit was probably in its memory.
+    """
+
+    @property
+    def lookups(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def decode_lookups(self) -> int: ...
+    @property
+    def decode_hits(self) -> int: ...
+
+class BegunLayer:
+    """
+    A layer whose experts were asked of owners. The one who takes it over forgets its ticket.
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def owners(self) -> Owners:
+        """The table that it began with."""
+
+    @property
+    def done(self) -> list[int]:
+        """Experts whose outputs are there."""
+
+    @property
+    def shares(self) -> list[tuple[Owner, int, list[int], float]]:
+        """
+        (owner, peer, experts that it still owes, deadline in seconds of `time.monotonic`).
+        """
+
+    @property
+    def failures(self) -> list[ExchangeEvent]: ...
+
+class GroupExperts(LayerExperts):
+    """
+    The experts of a group's layers, run by their owners without Python while nothing goes wrong.
+
+    When an owner fails, is late, or takes long, the stack stops at the layer; `take_over` returns what was begun.
+    """
+
+    def __init__(self, exchange: Exchange) -> None: ...
+    def use(self, owners: Owners, table: ExpertTable | None) -> None:
+        """
+        Before a step: set the owners of experts.
+
+        Args:
+            table: experts in memory here. None: a step stops at a layer of which this machine runs experts.
+        """
+
+    def take_over(self) -> BegunLayer | None:
+        """
+        The layer at which the stack stopped, as far as it was begun; None: it was not.
+        """
+
+    def abandon(self) -> None:
+        """Forget a layer that was begun, if there is one."""
+
+    def guess(
+        self, owners: Owners, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool
+    ) -> list[list[int]]:
+        """
+        Pass a guess (`ExpertRunner.guess`) on to the workers that will be asked; return the ranks of this machine.
+        """
+
+    @staticmethod
+    def wants_guess(owners: Owners) -> bool:
+        """Whether a guess would be of use to a worker."""
+
+    def patience_s(self, owner: Owner, peer: int, layer: int, num_rows: int, experts: Sequence[int]) -> float:
+        """
+        Seconds until an answer is late: max(4 * usual, 50 ms + bytes / bandwidth).
+
+        While the times of an owner are hardly known, it has a second, twice the time of its reads, and some more.
+        """
+
+    def count_asked(self, owner: Owner, layer: int, dispatch: Dispatch, experts: Sequence[int]) -> None:
+        """Count experts that are asked of a worker."""
+
+    @property
+    def counts(self) -> AskedCounts: ...
+
+class WorkerRequest:
+    """
+    Rows and assignments of a request, with numbers of their own. The arrays are the link's memory, which the next
+    request overwrites.
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def dispatch(self) -> Dispatch: ...
+    @property
+    def rows(self) -> NDArray[numpy.float32]:
+        """[rows, hidden]"""
+
+    @property
+    def out(self) -> NDArray[numpy.float32]:
+        """[assignments, hidden], to be written."""
+
+class WorkerGuess:
+    """What the coordinator may ask for next."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def by_rank(self) -> list[list[int]]: ...
+    @property
+    def is_sweep(self) -> bool: ...
+
+class WorkerLink:
+    """
+    A worker's end of one connection: one request after another. One thread serves it; `interrupt`, `close` and
+    `status` are for any.
+
+    Takes over `fd`, a connected stream socket. Its memory is `worker_link_bytes`, from the start.
+
+    Raises:
+        ValueError: `fd` is not such a socket, and stays the caller's.   MemoryError.
+    """
+
+    def __init__(
+        self, fd: int, *, hidden: int, num_experts: Sequence[int], most_rows: int, most_assignments: int
+    ) -> None: ...
+    def next(
+        self, most_ms: int | None = None
+    ) -> WorkerRequest | WorkerGuess | Literal["interrupted", "idle"] | None:
+        """
+        Wait for a request or a guess; "idle" after `most_ms`, "interrupted" after `interrupt`, None at the end.
+
+        Raises:
+            LinkError: the coordinator broke the protocol, or the connection was lost inside a request; it is closed.
+            ValueError: the current request has experts without an answer, or another thread serves the link.
+        """
+
+    def answer(self, experts: Sequence[int]) -> None:
+        """
+        Send the outputs of some experts of the request, each once. Does nothing if the request was cancelled.
+
+        Raises:
+            LinkError: the connection was lost.   ValueError: an expert waits for no answer.
+        """
+
+    def refuse(self, code: int, message: str) -> None:
+        """End the request without the outputs that were not sent."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """
+        Whether nobody wants the request any more; it has ended then. Never waits.
+        """
+
+    def serve_resident(self, runtime: Runtime, table: ExpertTable) -> bool:
+        """
+        Answer requests from a table, without Python.
+
+        Returns:
+            False when the connection has ended. True after `interrupt`, and when a request needs an expert that has no
+            place, which `next` then returns.
+
+        Raises:
+            what `next` and `ExpertTable.run` raise.
+        """
+
+    def interrupt(self) -> None:
+        """
+        Make the call of `next` or `serve_resident` that runs, or the following one, return.
+        """
+
+    @property
+    def status(self) -> bytes:
+        """At most 4096 bytes that the coordinator sees after `Exchange.tend`."""
+
+    @status.setter
+    def status(self, arg: bytes, /) -> None: ...
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of its buffers."""
+
+    def close(self) -> None:
+        """End the connection; a call of `next` that runs returns None."""
+
+def worker_link_bytes(
+    *, hidden: int, num_experts: Sequence[int], most_rows: int, most_assignments: int
+) -> int:
+    """Bytes of the buffers of a `WorkerLink`."""
+
+def exchange_bytes(
+    *, hidden: int, num_experts: Sequence[int], most_rows: int, most_assignments: int, num_peers: int
+) -> int:
+    """Most bytes of the buffers of an `Exchange`."""
+
+def sources_hash() -> str:
+    """
+    64 hexadecimal digits: a hash of the sources that decide the bits of a sum; the compiler is not part of it.
+    """
 
 def recurrent_state_bytes(num_slots: int, num_layers: int, sizes: _DeltaSizes) -> int:
     """Bytes of a RecurrentState."""
@@ -1108,9 +1714,12 @@ class StackSizes:
         Most bytes that a step allocates: a layer's dispatch, and arrays of experts that run or are predicted.
         """
 
-    def scratch_bytes(self, max_tokens: int, num_threads: int) -> int:
+    def scratch_bytes(self, max_tokens: int, num_threads: int, has_quants: bool = True) -> int:
         """
         Bytes of scratch memory that a Stack reserves in its Runtime: no operation of a step takes more.
+
+        Without `has_quants`, the bytes that operations take if no weights are quantised: the rest of what is reserved
+        is never touched.
         """
 
     def __eq__(self, other: object, /) -> bool: ...
@@ -1125,13 +1734,14 @@ class Stack:
         embedding, head: [vocabulary, hidden].   final_norm: [hidden].
         activation: the activation of dense networks and shared experts.
         rotaries: the rotary embeddings that layers choose from.
-        layers: one for each layer of `kv`.
+        layers: with keys and values in the layers of `kv` from `first_layer` on.
         max_tokens: most tokens of a step; working memory is allocated for them.
-        resident: has every routed expert, permanently. None: a step stops when a layer has chosen its experts.
+        resident: a table of every routed expert; see `use_experts`.
         experts_off: leave routed experts out of every sum.
         recurrent: the state of the layers with a gated delta net.
         embedding_scale: multiplies embeddings, but not those that a step gives.
         logit_cap: logits become cap * tanh(logit / cap); 0 means that they stay.
+        first_layer: the number of the first layer, in `kv` and for those who run its experts.
     """
 
     def __init__(
@@ -1152,6 +1762,7 @@ class Stack:
         recurrent: RecurrentState | None = None,
         embedding_scale: float = 1.0,
         logit_cap: float = 0.0,
+        first_layer: int = 0,
     ) -> None: ...
     def begin(
         self,
@@ -1170,6 +1781,7 @@ class Stack:
         additions: Sequence[tuple[int, NDArray[numpy.int64], NDArray[numpy.float32]]] = [],
         taps: Sequence[tuple[int, NDArray[numpy.float32]]] = [],
         choices: NDArray[numpy.int32] | None = None,
+        window_blocks: NDArray[numpy.int32] | None = None,
     ) -> None:
         """
         Start a step, even if the last one did not finish; nothing is computed yet.
@@ -1223,6 +1835,11 @@ class Stack:
         Row token * experts per token + rank is for that token and its expert of that rank.
         """
 
+    def final_states(self, rows: NDArray[numpy.int64], out: NDArray[numpy.float32]) -> None:
+        """
+        Hidden states [rows, hidden] after the final norm, of any tokens of the finished step.
+        """
+
     def logits(self, rows: NDArray[numpy.int64], out: NDArray[numpy.float32]) -> None:
         """Logits [rows, vocabulary] of any tokens of the finished step."""
 
@@ -1236,6 +1853,18 @@ class Stack:
         A read-only view of the experts that tokens chose in the layer that chose last: [tokens, k], best first.
 
         k is 0 until a layer of the last step has chosen. The view is valid until the next layer chooses.
+        """
+
+    def resize(self, max_tokens: int) -> None:
+        """
+        Limit the tokens of a step from the next one on, to at most the number at construction. Gives memory that such
+        steps do not need back to the system, and discards the results of the last step.
+        """
+
+    def use_experts(self, experts: ExpertTable | LayerExperts | None | None) -> None:
+        """
+        Choose who runs the routed experts from the next step on: a table that holds all of them, or other processes.
+        With None, a step stops after each layer has chosen its experts.
         """
 
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
@@ -1252,9 +1881,10 @@ class Stack:
     def buffer_bytes(self) -> int:
         """Bytes of the allocated working memory, without scratch."""
 
-    def take_seconds(self) -> tuple[float, float, float]:
+    def take_seconds(self) -> tuple[float, float, float, float]:
         """
-        Seconds spent in the router, in attention and dense networks, and in routed experts since the last call.
+        Seconds since the last call in the router, in attention and dense networks, in routed experts, and waiting for
+        experts that run elsewhere.
         """
 
     def take_uses(self, out: NDArray[numpy.int64]) -> None:
@@ -1272,15 +1902,23 @@ def memory_probe(threads: int, nbytes: int, instruction_set: str | None = None) 
         ValueError: threads below 1, or less than 4 MiB per thread.   MemoryError: not enough memory.
     """
 
-def ask_ahead_probe(threads: int, instruction_set: str | None = None) -> AskAhead:
+def product_probe(
+    threads: int,
+    trials: Sequence[tuple[Format, int, Tuning]],
+    nbytes: int,
+    passes: int,
+    instruction_set: str | None = None,
+) -> list[float]:
     """
-    The `ask_ahead` with which this machine reads the weights of one token fastest; off on a tie.
+    Bytes of weights per second that products read, for each trial: a quantised format, tokens, and a tuning.
 
-    It takes some tens of milliseconds, and 8 MiB of memory while it runs. Without AVX-512 it measures nothing.
+    The weights are in no cache, and the best of `passes` passes counts; the trials take turns. A pass over 8 MiB takes
+    one to three milliseconds. Takes `nbytes` of memory while it runs, and up to a fifth more for 32 tokens.
 
     Raises:
-        ValueError: threads below 1.   MemoryError: not enough memory.
-        RuntimeError: the system refuses to start a thread.
+        ValueError: threads below 1, a format that is not quantised, tokens outside 1 to 32, nbytes outside 1 MiB to
+            1 GiB, or passes outside 1 to 1000.
+        MemoryError: not enough memory.   RuntimeError: the system refuses to start a thread.
     """
 
 def int8_probe(threads: int, instruction_set: str | None = None) -> float:
@@ -1304,4 +1942,21 @@ def replay(
         experts: uint16 [tokens, layers, k].   steps: int64 [tokens], never decreasing; tokens of a step ask together.
         policy: lru, lfu or optimum.
         counted_from: the first token that counts; those before it only fill the cache.
+    """
+
+def ngram_words(key: bytes, ngrams: NDArray[numpy.uint32], words: NDArray[numpy.uint64]) -> None:
+    """
+    Keyed bits of n-grams, for a watermark (native/ops/watermark.h).
+
+    Args:
+        key: 16 bytes.   ngrams: uint32 [n, size], 1 to 63 ids each.   words: uint64 [n], overwritten.
+    """
+
+def tournament(words: NDArray[numpy.uint64], weights: NDArray[numpy.float64], *, depth: int) -> None:
+    """
+    Reweigh tokens by a tournament of `depth` rounds (native/ops/watermark.h).
+
+    Args:
+        words: uint64 [tokens], the bits of each.   weights: float64 [tokens], which sum to 1; changed in place.
+        depth: 0 to 64.
     """

@@ -10,28 +10,51 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 from argosy.errors import UsageError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 KV_BLOCK_TOKENS = 16  # positions of a KV block
-# Of a server, if its command line says nothing else: sequences in one step, and others that may wait.
+# A server's defaults: sequences in one step, and others that may wait.
 SERVED_AT_ONCE, SERVED_WAITING = 16, 64
+# A watermark prefers tokens by the key and this many tokens before them, in a tournament of so many rounds.
+WATERMARK_CONTEXT, WATERMARK_DEPTH = 4, 30
+DRAFTED_AT_ONCE = 2  # while more sequences run, the engine's own drafters propose nothing
+DRAFT_TOKENS = 3  # default limit of proposals per sequence and step
+MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a prompt
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
-KvDtype = Literal["f32", "f16"]
-AskAhead = Literal["off", "one_level", "two_levels"]
+# Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kernel_table.h).
+KvDtype = Literal["f32", "f16", "q8"]
+AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
+Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
+# The drafter (`engine/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
+Speculate = Literal["off", "lookup", "mtp"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 Format = Literal[
     "f32", "f16", "bf16", "f8",
     "q8", "q4", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "q2_k", "q3_k", "iq4_nl", "iq4_xs", "mxfp4",
     "int4",
 ]  # fmt: skip
+FLOAT_FORMATS: frozenset[Format] = frozenset({"f32", "f16", "bf16", "f8"})  # activations stay float32
+
+
+class Tuning(NamedTuple):
+    """How products with the weights of one format run; no result depends on it.
+
+    ask_ahead: how far ahead a product with one token prefetches weights.
+    few_ask_ahead: the same of one with a few tokens; off: it prefetches the next rows as a whole.
+    two_panels_from: with AVX-512, the tokens from which a tile takes two panels of 16 rows at once, from 2 to 9.
+    """
+
+    ask_ahead: AskAhead
+    few_ask_ahead: AskAhead
+    two_panels_from: int
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
@@ -61,6 +84,20 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
     if size <= 0:
         raise UsageError(f"a size must be above zero, found '{text}'")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """Turn `90s`, `10m`, `1.5h`, `30d` or a plain number of seconds into seconds.
+
+    Raises:
+        UsageError: `text` is not a time, or is not above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)\s*", text)
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+    seconds = 0.0 if match is None else float(match[1]) * units[match[2]]
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"'{text}' is not a time above zero", hint="write 90s, 10m, 1h or 30d")
+    return seconds
 
 
 def format_bytes(count: float) -> str:
@@ -120,13 +157,14 @@ FEWEST_VIDEO_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Strict):
-    """How one engine runs. Only `kv_dtype` and `instruction_set` can change which tokens come out."""
+    """How one engine runs. Only `kv_dtype`, `instruction_set` and `watermark` can change which tokens come out."""
 
     budget: Budget
     threads: int
-    kv_dtype: KvDtype = "f32"
+    kv_dtype: KvDtype | None = None  # None: what suits the model (`ModelFootprint.kv_dtype`)
     instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
-    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: a short measurement decides
+    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: as measured for each format
+    tune: bool = True  # run products as measured on this machine, once; False: as the defaults say
     # Maximum prompt tokens in one step; None: the memory plan decides. It is raised for models whose pictures have to
     # run in one step, to the largest picture.
     chunk_tokens: int | None = None
@@ -143,19 +181,23 @@ class EngineConfig(_Strict):
     )
     video_tokens: int = 4096  # maximum positions of a video, all frames together; larger ones are scaled down
     ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
-    draft_tokens: int = 0  # most tokens that a drafter may propose per sequence and step
+    speculate: Speculate = "off"  # propose tokens, to confirm several in one step; no answer changes
+    draft_tokens: int = 0  # most tokens that are proposed per sequence and step
     max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
+    pooling: Pooling | None = None  # for embeddings; None: as the checkpoint declares, or else the last token
     prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
+    watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: there is none
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
     replay_bytes: int = 0  # memory for answers kept until their conversation continues; 0: keep none
     request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
     record_bytes: int = 0  # memory for counts of routing; 0: nothing is recorded
+    group_bytes: int = 0  # memory for connections to workers that run experts; 0: there are none
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        for name in ("replay_bytes", "request_bytes", "record_bytes", "draft_tokens"):
+        for name in ("replay_bytes", "request_bytes", "record_bytes", "group_bytes", "draft_tokens"):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
         if self.image_tokens < FEWEST_IMAGE_TOKENS:
@@ -167,6 +209,15 @@ class EngineConfig(_Strict):
             raise UsageError(
                 f"video_tokens must be at least {FEWEST_VIDEO_TOKENS}, found {self.video_tokens}"
             )
+        if self.speculate not in get_args(Speculate):
+            known = ", ".join(get_args(Speculate))
+            raise UsageError(f"unknown speculate '{self.speculate}'; known: {known}")
+        if self.speculate != "off" and not self.draft_tokens:
+            raise UsageError("draft_tokens must be at least 1 to speculate, found 0")
+        if self.draft_tokens > MOST_DRAFT_TOKENS:
+            raise UsageError(f"draft_tokens must be at most {MOST_DRAFT_TOKENS}, found {self.draft_tokens}")
+        if self.pooling not in (None, *get_args(Pooling)):
+            raise UsageError(f"pooling must be mean or last, found '{self.pooling}'")
         if self.kv_dir is not None and not self.prefix_reuse:
             raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
         for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
@@ -176,13 +227,16 @@ class EngineConfig(_Strict):
         if self.ask_ahead not in (None, *get_args(AskAhead)):
             known = ", ".join(get_args(AskAhead))
             raise UsageError(f"unknown ask_ahead '{self.ask_ahead}'; known: {known}")
-        if self.kv_dtype not in ("f32", "f16"):
-            raise UsageError(f"kv_dtype must be f32 or f16, found '{self.kv_dtype}'")
+        if self.kv_dtype not in (None, *get_args(KvDtype)):
+            raise UsageError(f"kv_dtype must be f32, f16 or q8, found '{self.kv_dtype}'")
 
     @property
     def decode_tokens(self) -> int:
         """Most tokens of decoding sequences in a step: one each, and the proposals after it."""
-        return self.max_sequences * (1 + self.draft_tokens)
+        drafted = self.max_sequences
+        if self.speculate != "off":
+            drafted = min(drafted, DRAFTED_AT_ONCE)
+        return self.max_sequences + drafted * self.draft_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +318,7 @@ class SamplingParams(_Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
     grammar: Grammar | None = None
+    watermark: bool = True  # mark what is sampled, if the engine has a key for that
 
     def __post_init__(self) -> None:
         least = 1 if self.prompt_logprobs is None else 0
@@ -421,7 +476,7 @@ MixerKind = Literal["attention", "latent", "delta"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """What differs from layer to layer."""
+    """The settings that differ from layer to layer."""
 
     is_moe: bool
     mixer: MixerKind = "attention"
@@ -478,7 +533,7 @@ class ModelConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they stay
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
-    num_mtp_layers: int = 0  # multi-token prediction layers, after `layers` in the files, never in memory
+    num_mtp_layers: int = 0  # for multi-token prediction, after `layers` in the files; speculation reads one
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
 

@@ -12,10 +12,12 @@
     │   ├── UnsupportedModel                 4           500   the model needs mathematics that is not built in
     │   └── CorruptRecord                    4           500   bytes changed since the pack was written
     ├── ReadFailed                           4           500   the drive or file system refused a read
-    ├── RunnerFailed                         4           500   a process that runs experts did not answer
+    ├── RunnerFailed                         4           503   no process or machine could run an expert
     ├── DiskFull                             5           507   no room for the data to write
     ├── FetchFailed                          1           502   a download failed
-    └── ServerNotUsable                      1           502   no answer, the key refused, or not an Argosy server
+    ├── ServerNotUsable                      1           502   no answer, the key refused, or not an Argosy server
+    └── PeerNotUsable                        1           503   a machine of a group does not answer
+        └── PeerRefused                      1           503   it refuses, or has another key, model or version
 
 Each error carries its facts as attributes, so the command line and the server say the same sentence. `hint`, if set,
 says what to do next. `assert` is for conditions that only our own mistake can break.
@@ -24,6 +26,12 @@ says what to do next. `assert` is for conditions that only our own mistake can b
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 
 class ArgosyError(Exception):
@@ -53,7 +61,7 @@ class PromptTooLong(UsageError):
     """Prompt and answer do not fit the context.
 
     Facts: `needed` and `available`, in tokens. `for_answer` says how many of the needed tokens are for the answer, if
-    more than one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
+    not one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
     rewords the message for the clients of each dialect (`serve/gate.py`).
     """
 
@@ -63,14 +71,17 @@ class PromptTooLong(UsageError):
     ) -> PromptTooLong:
         """Refuse a prompt of `num_tokens`; with `is_all` false it was not counted to its end."""
         counted = "" if is_all else "at least "
-        room = "one" if for_answer == 1 else str(for_answer)
+        room = (
+            ""
+            if not for_answer
+            else f", including at least {'one' if for_answer == 1 else for_answer} for the answer"
+        )
         return cls(
-            f"the prompt has {counted}{num_tokens} tokens, and the context holds {context_tokens}"
-            f", including at least {room} for the answer",
+            f"the prompt has {counted}{num_tokens} tokens, and the context holds {context_tokens}{room}",
             hint="shorten the prompt, or raise --context up to the model's limit (this needs more memory)",
             needed=num_tokens + for_answer,
             available=context_tokens,
-            **({"for_answer": for_answer} if for_answer > 1 else {}),
+            **({"for_answer": for_answer} if for_answer != 1 else {}),
             **({} if is_all else {"is_at_least": True}),
         )
 
@@ -137,9 +148,10 @@ class ReadFailed(ArgosyError):
 
 
 class RunnerFailed(ArgosyError):
-    """A process or machine that runs experts did not answer; facts: `layer`, and `expert` if it concerns one."""
+    """No process or machine could run an expert; facts: `layer`, and `expert` and `shard` if it concerns one."""
 
     exit_code = 4
+    http_status = 503
 
 
 class DiskFull(ArgosyError):
@@ -154,6 +166,21 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@contextmanager
+def room_for(what: str, directory: Path, *, hint: str) -> Iterator[None]:
+    """Turn an error that says `directory` is full into `DiskFull`: "no room for WHAT in DIRECTORY", and the hint.
+
+    Raises:
+        DiskFull: the body of the context found no room.   OSError: any other error of the body, unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(f"no room for {what} in {directory}", hint=hint, path=directory) from error
+        raise
+
+
 class FetchFailed(ArgosyError):
     """A download failed; facts: `what`."""
 
@@ -164,3 +191,13 @@ class ServerNotUsable(ArgosyError):
     """Nothing answers there, the key is refused, or it is not an Argosy server; facts: `url`, `status`, `is_absent`."""
 
     http_status = 502
+
+
+class PeerNotUsable(ArgosyError):
+    """A worker or coordinator is gone, is too slow, or does not speak the protocol of a group; facts: `host`."""
+
+    http_status = 503
+
+
+class PeerRefused(PeerNotUsable):
+    """A worker and a coordinator cannot work together; facts: `host`, and `reason`, the name of a `hello.Refusal`."""

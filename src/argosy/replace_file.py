@@ -12,25 +12,34 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_LOOK_S = 0.05  # between two looks at a lock with a deadline
+
 
 @contextlib.contextmanager
-def replacing(path: Path, *, mode: int = 0o600) -> Iterator[Callable[[bytes], None]]:
+def replacing(
+    path: Path, *, mode: int = 0o600, wait_s: float | None = None
+) -> Iterator[Callable[[bytes], None]]:
     """Yield a function that replaces `path`, while no other process can. It need not be called.
 
     A symbolic link stays a link. The new file gets the old file's mode and, if we may set it, its owner; if there was
     no old file, it gets `mode`.
 
+    Args:
+        wait_s: for another writer, at most; None: as long as it takes.
+
     Raises:
+        TimeoutError: the other writer took longer.
         OSError: the directory cannot be written, or its drive is full; `path` is then unchanged.
     """
     path = Path(os.path.realpath(path))
     # The lock is a separate file: the next writer would not see a lock on a file that is replaced.
     # The kernel releases it when the process ends, so a crash leaves nothing locked.
     lock_path = path.with_name(f".{path.name}.lock")
-    lock = _locked(lock_path)
+    lock = _locked(lock_path, None if wait_s is None else time.monotonic() + wait_s)
     try:
         yield lambda data: replace(path, data, mode)
     finally:
@@ -60,13 +69,13 @@ def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
     sync(path.parent)  # otherwise a power cut may bring the old file back, and with it a revoked key
 
 
-def _locked(path: Path) -> int:
-    """Create a lock file and lock it; returns its descriptor."""
+def _locked(path: Path, deadline: float | None) -> int:
+    """Create a lock file and lock it; returns its descriptor. Raises TimeoutError at the deadline."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             _give_to_owner_of(path.parent, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, path, deadline)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False)):
                     return lock
@@ -74,6 +83,17 @@ def _locked(path: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)  # its last holder removed it, so the next writer would not see it
+
+
+def _lock(lock: int, path: Path, deadline: float | None) -> None:
+    if deadline is None:
+        return fcntl.flock(lock, fcntl.LOCK_EX)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{path} stayed locked")
+        time.sleep(_LOOK_S)
 
 
 def sync(path: Path) -> None:

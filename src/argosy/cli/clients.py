@@ -3,8 +3,9 @@
     Connection  ->  SETUPS[client]  ->  Setup: files to print or to change, and notes
 
 The names were checked against the clients' documentation in November 2026: Claude Code 2.1, Codex 0.169, opencode 1.18
-(its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml of schema v1. Time limits are
-raised where a client has them: the prefill may take minutes when experts come from the drive.
+(its version 2 reads the same file), Open WebUI 0.12, Continue's config.yaml of schema v1, the packages of Ollama for
+Python and for node 0.6, Zed's openai_compatible providers, aider 0.86, llm 0.36, and the forms of Cline, Roo Code and
+Jan. Time limits are raised where a client has them: the prefill may take minutes when experts come from the drive.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from argosy.cli.edit_file import (
     merge_environment,
     merge_json,
     merge_toml,
+    merge_yaml_items,
     merge_yaml_list,
 )
+from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.prompt.prompt import ToolCalling
 
 KEY_VARIABLE = "ARGOSY_API_KEY"
+_REFERENCE = f'"${KEY_VARIABLE}"'  # in a shell
 _NO_KEY = "none"  # clients require a key; a server without keys ignores it
 _HOUR_MS = 3_600_000
 _LONGEST_OUTPUT_TOKENS = 32_000
@@ -84,8 +88,15 @@ class SettingsFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    files: tuple[SettingsFile, ...]
-    place: str | None = None  # where `shown` of the first file belongs, if not in the file itself
+    """`form` is for clients that keep their settings where no other program can change them: what to type, line by
+    line. They have no files.
+    """
+
+    files: tuple[SettingsFile, ...] = ()
+    form: str = ""
+    place: str | None = (
+        None  # where the form, or `shown` of the first file, belongs, if not in the file itself
+    )
     notes: tuple[str, ...] = field(default=())
 
 
@@ -105,12 +116,7 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
             "API_TIMEOUT_MS": str(_HOUR_MS),
         }
 
-    reference = f'"${KEY_VARIABLE}"'
-    token = connection.secret(reference)
-    shown = "".join(
-        f"export {name}={value if value == reference else shlex.quote(value)}\n"
-        for name, value in values(token).items()
-    )
+    shown = _exports(values(connection.secret(_REFERENCE)))
     written = {"env": values(connection.key or _NO_KEY)}
     path = file or _home(environment, "CLAUDE_CONFIG_DIR", ".claude") / "settings.json"
     return Setup(
@@ -229,6 +235,33 @@ def _opencode(connection: Connection, file: Path | None, environment: Mapping[st
     )
 
 
+def _environment_setup(
+    connection: Connection,
+    values: Callable[[str], dict[str, str]],
+    path: Path,
+    *,
+    place: str,
+    notes: tuple[str, ...] = (),
+) -> Setup:
+    """A client that reads its settings from variables: shown for a shell, written to a file of variables.
+
+    Args:
+        values: the variables, given the key.
+    """
+    written = values(connection.key or _NO_KEY)
+    return Setup(
+        files=(
+            SettingsFile(
+                path=path,
+                shown=_exports(values(connection.secret(_REFERENCE))),
+                change=lambda text: merge_environment(text, written),
+            ),
+        ),
+        place=place,
+        notes=notes,
+    )
+
+
 def _open_webui(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
     def values(key: str) -> dict[str, str]:
         return {
@@ -238,20 +271,32 @@ def _open_webui(connection: Connection, file: Path | None, environment: Mapping[
             "AIOHTTP_CLIENT_TIMEOUT": str(_HOUR_MS // 1000),
         }
 
-    reference = f'"${KEY_VARIABLE}"'
-    shown = "".join(
-        f"export {name}={value if value == reference else shlex.quote(value)}\n"
-        for name, value in values(connection.secret(reference)).items()
-    )
-    written = values(connection.key or _NO_KEY)
     path = file or Path("open-webui.env")
-    return Setup(
-        files=(SettingsFile(path=path, shown=shown, change=lambda text: merge_environment(text, written)),),
+    return _environment_setup(
+        connection,
+        values,
+        path,
         place=f"in the shell of `open-webui serve`; --write puts them into {path}, for `docker run --env-file`",
         notes=(
             "they apply at the first start; later use Admin Settings, Connections, or ENABLE_PERSISTENT_CONFIG=False",
             "in a container 127.0.0.1 is the container itself: use `--url http://host.docker.internal:8080`, and a"
             " server that listens there, with a key",
+        ),
+    )
+
+
+def _ollama(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
+    def values(key: str) -> dict[str, str]:
+        return {"OLLAMA_HOST": connection.url} | ({} if connection.key is None else {"OLLAMA_API_KEY": key})
+
+    path = file or Path("ollama.env")
+    return _environment_setup(
+        connection,
+        values,
+        path,
+        place=f"in the shell of a client that speaks Ollama's API; --write puts them into {path}",
+        notes=(
+            f"the model's name is {connection.model}; argosy commands fetch and delete models, not this API",
         ),
     )
 
@@ -289,9 +334,145 @@ def _continue(connection: Connection, file: Path | None, environment: Mapping[st
     )
 
 
+def _zed(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
+    written = {
+        "language_models": {
+            "openai_compatible": {
+                # Zed reads the key from the provider's name in capitals, with _API_KEY: from ARGOSY_API_KEY.
+                "Argosy": {
+                    "api_url": f"{connection.url}/v1",
+                    "available_models": [
+                        {
+                            "name": connection.model,
+                            "display_name": connection.model,
+                            "max_tokens": connection.context_tokens,
+                            "max_output_tokens": connection.output_tokens,
+                            "capabilities": {
+                                "tools": connection.tools != "none",
+                                "images": "image" in connection.inputs,
+                                "parallel_tool_calls": connection.tools != "none",
+                                "prompt_cache_key": False,
+                            },
+                        }
+                    ],
+                }
+            }
+        },
+        "agent": {"default_model": {"provider": "Argosy", "model": connection.model}},
+    }
+    path = file or _home(environment, "XDG_CONFIG_HOME", ".config") / "zed" / "settings.json"
+    needed = f"Zed uses no provider without a key: export {KEY_VARIABLE}={_NO_KEY} in its shell"
+    return Setup(
+        files=(
+            SettingsFile(path=path, shown=as_json(written), change=lambda text: merge_json(text, written)),
+        ),
+        notes=_variable_note(connection) or (needed,),
+    )
+
+
+def _aider(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
+    def values(key: str) -> dict[str, str]:
+        return {
+            "OPENAI_API_BASE": f"{connection.url}/v1",
+            "OPENAI_API_KEY": key,
+            "AIDER_MODEL": f"openai/{connection.model}",  # the prefix selects the protocol
+            "AIDER_TIMEOUT": str(_HOUR_MS // 1000),
+            "AIDER_SHOW_MODEL_WARNINGS": "false",  # it knows no prices of this model
+        }
+
+    path = file or Path("aider.env")
+    return _environment_setup(
+        connection,
+        values,
+        path,
+        place=f"in the shell that starts `aider`; --write puts them into {path}, for `aider --env-file`",
+    )
+
+
+def _llm(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
+    """An entry of the list of models that speak OpenAI's API."""
+    item = [
+        f"- model_id: {json.dumps(f'argosy/{connection.model}', ensure_ascii=False)}",
+        f"  model_name: {json.dumps(connection.model, ensure_ascii=False)}",
+        "  aliases: [argosy]",
+        f"  api_base: {json.dumps(f'{connection.url}/v1')}",
+        *([] if connection.key is None else ["  api_key_name: argosy"]),
+        *(["  supports_tools: true"] if connection.tools != "none" else []),
+        "  supports_schema: true",
+        *(["  vision: true"] if "image" in connection.inputs else []),
+        *(["  audio: true"] if "audio" in connection.inputs else []),
+    ]
+    directory = environment.get("LLM_USER_PATH")
+    if directory is None:
+        directory = str(_home(environment, "XDG_CONFIG_HOME", ".config") / "io.datasette.llm")
+    path = file or Path(directory) / "extra-openai-models.yaml"
+    stored = "llm keeps keys itself: `llm keys set argosy` asks for it"
+    return Setup(
+        files=(
+            SettingsFile(
+                path=path,
+                shown="".join(f"{line}\n" for line in item),
+                change=lambda text: merge_yaml_items(text, item, _is_model_of_ours),
+            ),
+        ),
+        notes=(
+            '`llm -m argosy "Why is the sky blue?"` asks it',
+            *(() if connection.key is None else (stored,)),
+        ),
+    )
+
+
+def _form(
+    fields: Callable[[Connection], Mapping[str, object]], place: str, *, notes: tuple[str, ...] = ()
+) -> Callable[[Connection, Path | None, Mapping[str, str]], Setup]:
+    def setup(connection: Connection, file: Path | None, environment: Mapping[str, str]) -> Setup:
+        if file is not None:
+            raise UsageError("--file names a settings file, and this client's settings are typed into it")
+        form = "".join(f"{name}: {value}\n" for name, value in fields(connection).items())
+        return Setup(form=form, place=place, notes=notes)
+
+    return setup
+
+
+def _cline_fields(connection: Connection) -> dict[str, object]:
+    """The names of the fields are those of Cline and of Roo Code, which grew from it."""
+    return {
+        "API Provider": "OpenAI Compatible",
+        "Base URL": f"{connection.url}/v1",
+        "API Key": connection.secret(f"the text of {KEY_VARIABLE}"),
+        "Model ID": connection.model,
+        "Context Window Size": connection.context_tokens,
+        "Max Output Tokens": connection.output_tokens,
+        "Supports Images": "yes" if "image" in connection.inputs else "no",
+    }
+
+
+def _jan_fields(connection: Connection) -> dict[str, object]:
+    return {
+        "API Format": "OpenAI-compatible",
+        "Provider Name": "Argosy",
+        "Base URL": f"{connection.url}/v1",
+        "API Key": connection.secret(f"the text of {KEY_VARIABLE}"),
+        "Model ID": connection.model,
+    }
+
+
+def _is_model_of_ours(entry: object) -> bool:
+    """Whether `_llm` wrote this entry, for whichever model."""
+    return isinstance(entry, Mapping) and entry.get("model_id") == f"argosy/{entry.get('model_name')}"
+
+
 def _is_entry_of_ours(entry: object) -> bool:
     """Whether `_continue` wrote this entry, for whichever model."""
     return isinstance(entry, Mapping) and entry.get("name") == f"Argosy {entry.get('model')}"
+
+
+def _exports(values: Mapping[str, str]) -> str:
+    """Lines of a shell; a reference to the key stays one."""
+    return "".join(
+        f"export {name}={value if value == _REFERENCE else shlex.quote(value)}\n"
+        for name, value in values.items()
+    )
 
 
 def _variable_note(connection: Connection) -> tuple[str, ...]:
@@ -311,5 +492,19 @@ SETUPS: dict[str, Callable[[Connection, Path | None, Mapping[str, str]], Setup]]
     "codex": _codex,
     "opencode": _opencode,
     "openwebui": _open_webui,
+    "ollama": _ollama,
     "continue": _continue,
+    "zed": _zed,
+    "aider": _aider,
+    "llm": _llm,
+    "cline": _form(_cline_fields, "in the settings panel of Cline"),
+    "roo": _form(_cline_fields, "in the settings panel of Roo Code"),
+    "jan": _form(
+        _jan_fields,
+        "in Jan under Settings, Model Providers, Add Provider",
+        notes=(
+            "Jan names itself to servers on its own machine: start this one with"
+            " `argosy serve --allow-origin tauri://localhost`",
+        ),
+    ),
 }

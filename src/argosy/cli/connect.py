@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from argosy.cli.remote import Server
     from argosy.prompt.prompt import ToolCalling
 
-CLIENTS = ("claude-code", "codex", "opencode", "openwebui", "continue")
+CLIENTS = (
+    "claude-code", "codex", "opencode", "openwebui", "ollama", "continue", "zed", "aider", "llm", "cline", "roo",
+    "jan",
+)  # fmt: skip
 _CONTEXT_TOKENS = 32_768  # if the server does not say
 
 
@@ -142,6 +145,9 @@ def _part(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def print_files(setup: Setup) -> None:
     place = setup.place
+    if setup.form:
+        print(f"{place}:", file=sys.stderr, flush=True)
+        print(setup.form, end="", flush=True)
     for file in setup.files:
         print(f"{place or file.path}:", file=sys.stderr, flush=True)
         print(file.shown, end="", flush=True)
@@ -149,9 +155,18 @@ def print_files(setup: Setup) -> None:
 
 
 def write_files(setup: Setup) -> None:
-    """Change every file; the file that refers to the others comes last."""
+    """Change every file; the file that refers to the others comes last.
+
+    Raises:
+        UsageError: a file cannot be changed, or the client has none.
+    """
     from argosy.cli.edit_file import edit_file
 
+    if not setup.files:
+        raise UsageError(
+            "this client keeps its settings where no other program can change them",
+            hint="leave out --write, and type them into it",
+        )
     for file in reversed(setup.files):
         is_changed, backup = edit_file(file.path, file.change)
         kept = f"; the old one is {backup}" if backup is not None else ""

@@ -12,21 +12,17 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from argosy.config import GIB, KIB, MIB, format_bytes
-from argosy.errors import DiskFull, UsageError
+from argosy.errors import DiskFull, UsageError, is_disk_full
 
 if TYPE_CHECKING:
     from argosy.cli.output import Progress
+    from argosy.cli.settings import Settings
 
 _RECORD_BYTES = (256 * KIB, MIB, 4 * MIB)
 _NUM_READERS = (1, 4)
 _SMALLEST_FILE_BYTES = 64 * MIB
 _CHUNK_BYTES = 8 * MIB
 _CELL_SECONDS = 0.25
-_PREFETCH = {
-    "off": "by the hardware only",
-    "one_level": "one level: products also prefetch weights",
-    "two_levels": "two levels: products also prefetch weights, into both private caches",
-}
 # Streaming from a slower drive takes patience: a token of a large model misses a GB or so.
 _SLOW_BYTES_PER_S = 0.5e9
 
@@ -39,9 +35,12 @@ _SLOW_BYTES_PER_S = 0.5e9
     help="Directory on the drive to measure: where models are, or will be.",
 )
 @click.option("--size", metavar="SIZE", default="1GiB", help="Size of the temporary file (default: 1GiB).")
+@click.option("--tune", is_flag=True, help="Measure again how products run fastest, and keep that.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def doctor(path: Path, size: str, as_json: bool) -> None:
+def doctor(path: Path, size: str, tune: bool, as_json: bool) -> None:
     """Show cores, memory limits and the drive of this machine, with advice.
+
+    Which kernels run was measured when a model first ran here; --tune measures it again.
 
     The drive is measured with a temporary file, which takes at most a tenth of the free space and is removed
     afterwards.
@@ -55,7 +54,7 @@ def doctor(path: Path, size: str, as_json: bool) -> None:
     from argosy.config import parse_size
 
     size_bytes = parse_size(size)
-    facts = machine_facts(path)
+    facts = machine_facts(path, tune=tune)
     with progress_bar() as progress:
         facts["drive"] |= measure_drive(path, size_bytes, progress)
     facts["advice"] = advice(facts)
@@ -67,8 +66,8 @@ def doctor(path: Path, size: str, as_json: bool) -> None:
         print(*fact_lines(facts), sep="\n")
 
 
-def machine_facts(path: Path) -> dict[str, Any]:
-    """Facts about the machine that do not need measuring the drive."""
+def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
+    """Facts about the machine that do not need measuring the drive; `tune` measures its choices again."""
     from argosy import _native
     from argosy.cli.settings import Settings
     from argosy.plan import machine
@@ -86,7 +85,7 @@ def machine_facts(path: Path) -> dict[str, Any]:
         "cpu": machine.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
-        "ask_ahead": settings.ask_ahead or _native.ask_ahead_probe(machine.usable_cores(), chosen),
+        "choices": _choices(settings, chosen, tune=tune),
         "memory": {
             "total_bytes": limit.total_bytes,
             "free_bytes": limit.free_bytes,
@@ -101,6 +100,34 @@ def machine_facts(path: Path) -> dict[str, Any]:
             "device": drive.device if drive else None,
             "read_ahead_kb": drive.read_ahead_kb if drive else None,
             "free_bytes": machine.free_disk_bytes(path),
+        },
+    }
+
+
+def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[str, Any]:
+    """How products run: as measured when a model first ran here, or now."""
+    from argosy.plan import tuning
+
+    threads = settings.threads or tuning.known_threads(instruction_set)
+    choices = tuning.measure(threads, instruction_set) if tune else tuning.kept(threads, instruction_set)
+    why_not = "nothing was measured yet: the first model that runs does, and so does `argosy doctor --tune`"
+    number = tuning.kept_threads(instruction_set)
+    return {
+        "is_used": tuning.is_on(),
+        "threads": threads,
+        "all_cores_gain": None if number is None else number.gain,
+        "fixed_ask_ahead": settings.ask_ahead,
+        "file": str(tuning.kept_file(instruction_set)),
+        "why_not_kept": why_not if choices is None else choices.why_not,
+        "default": tuning.default_tuning()._asdict(),
+        "formats": {
+            name: {
+                **choice.tuning._asdict(),
+                "bytes_per_s": choice.bytes_per_s,
+                "gain": choice.gain,
+                "few_tokens_gain": choice.few_tokens_gain,
+            }
+            for name, choice in ({} if choices is None else choices.formats).items()
         },
     }
 
@@ -125,7 +152,7 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
             _fill(file, file_bytes, tell)
             measured, why_not_direct = _measure(f"/proc/self/fd/{file.fileno()}", file_bytes, tell)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise DiskFull(
                 f"the temporary file needs {format_bytes(file_bytes)} in {path}, which has no room for it",
                 hint="choose a smaller --size",
@@ -241,7 +268,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"cores     {facts['cores']} usable, {facts['cpu']}",
         f"  instruction sets  {', '.join(facts['instruction_sets'])}; {facts['instruction_set']} is used",
-        f"  prefetch          {_PREFETCH[facts['ask_ahead']]}",
+        *_choice_lines(facts["choices"]),
         f"memory    {free} free of {total} ({memory['limited_by']})",
         f"  default budget    {format_bytes(memory['default_budget_bytes'])},"
         f" a margin of {format_bytes(memory['margin_bytes'])} left free",
@@ -261,6 +288,39 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"  random reads      not measured: {drive['why_not_measured']}")
     lines.append(f"advice    {facts['advice']}")
     return lines
+
+
+def _choice_lines(choices: dict[str, Any]) -> list[str]:
+    threads, default, fixed = choices["threads"], choices["default"], choices["fixed_ask_ahead"]
+    lines = [f"  threads           {threads}"]
+    if (gain := choices["all_cores_gain"]) is not None:
+        lines[0] += f"; one for each usable core in place of each physical one: {_gain(gain)}, measured"
+    if not choices["is_used"]:
+        return [*lines, "  products          as the defaults say: ARGOSY_TUNE is off"]
+    if not choices["formats"]:
+        return [*lines, f"  products          as the defaults say; {choices['why_not_kept']}"]
+    why_not = choices["why_not_kept"]
+    kept = f"kept in {choices['file']}" if why_not is None else f"not kept: {why_not}"
+    lines += [
+        f"  products          measured with {threads} thread{'s' * (threads > 1)}, {kept}",
+        f"    {'':<8}{'one token: prefetch':<21}{'GB/s':>5}{'gain':>7}"
+        f"   {'few tokens: prefetch, two panels':<34}{'gain':>5}",
+    ]
+    for name, choice in choices["formats"].items():
+        few = f"{choice['few_ask_ahead']}, from {choice['two_panels_from']} tokens"
+        lines.append(
+            f"    {name:<8}{choice['ask_ahead']:<21}{choice['bytes_per_s'] / 1e9:>5.1f}{_gain(choice['gain']):>7}"
+            f"   {few:<34}{_gain(choice['few_tokens_gain']):>5}"
+        )
+    usual = f"{default['ask_ahead']}; {default['few_ask_ahead']}, from {default['two_panels_from']} tokens"
+    lines.append(f"    gains are over the defaults: {usual}")
+    if fixed is not None:
+        lines.append(f"    ARGOSY_ASK_AHEAD={fixed} is used for every format")
+    return lines
+
+
+def _gain(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.0f} %"
 
 
 def _table(drive: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Change some settings in another program's file, and keep everything else.
 
-    text, or None  ->  merge_json | merge_toml | merge_yaml_list | merge_environment  ->  text  ->  edit_file
+    text, or None  ->  merge_json | merge_toml | merge_yaml... | merge_environment  ->  text  ->  edit_file
 
 Comments, order and unknown settings stay. A change is refused if its result, parsed again, differs from the old
 settings in anything else; so is JSON with comments, because they would be lost. The old file is kept beside it.
@@ -152,7 +152,7 @@ def merge_toml(
     expected = {**found, **root, outer: {**others, inner: {**values, **kept}}}
     if found == expected:
         return text
-    # What is new goes before and after the old text: inside it, a comment could come to stand above another setting.
+    # New text goes before and after the old text: inside it, a comment could come to stand above another setting.
     before = as_toml({key: value for key, value in root.items() if key not in found})
     after = [] if inner in others else [f"[{outer}.{inner}]", *as_toml(values)]
     with _changing():
@@ -208,11 +208,39 @@ def merge_yaml_list(
         if at is not None:
             first, stop = node.value[at].start_mark.line, _line_after(node.value[at])
         margin = " " * node.start_mark.column if entries else "  "
-        lines = text.splitlines()
-        made = "\n".join([*lines[:first], *(margin + line for line in item), *lines[stop:], ""])
+        made = _with_lines(text, first, stop, item, margin)
         entries[at or 0 : 0 if at is None else at + 1] = _parsed_yaml("\n".join(item))[0]
         _require_equal(_parsed_yaml(made)[0], {**found, key: entries})
     return made
+
+
+def merge_yaml_items(text: str | None, item: Sequence[str], is_ours: Callable[[object], bool]) -> str:
+    """Put `item`, the lines of one entry, in place of the entry that `is_ours` in a file that is a list, or last.
+
+    Not first, because a comment at the start of the file may be about the file or about its first entry.
+    """
+    found, node = _parsed_yaml(text := text or "")
+    entries = [] if found is None else found  # None: no more than comments
+    if not isinstance(entries, list):
+        raise _Unreadable("it is not a list")
+    at = next((at for at, entry in enumerate(entries) if is_ours(entry)), len(entries))
+    with _changing():
+        if at < len(entries):
+            first, stop = node.value[at].start_mark.line, _line_after(node.value[at])
+        else:
+            text = text.rstrip()
+            first = stop = len(text.splitlines())
+        margin = " " * node.start_mark.column if entries else ""
+        made = _with_lines(text, first, stop, item, margin)
+        entries[at : at + 1] = _parsed_yaml("\n".join(item))[0]
+        _require_equal(_parsed_yaml(made)[0], entries)
+    return made
+
+
+def _with_lines(text: str, first: int, stop: int, new: Sequence[str], margin: str) -> str:
+    """The text with `new` lines, indented by `margin`, in place of those from `first` up to `stop`."""
+    lines = text.splitlines()
+    return "\n".join([*lines[:first], *(margin + line for line in new), *lines[stop:], ""])
 
 
 def _parsed_yaml(text: str) -> tuple[Any, Any]:

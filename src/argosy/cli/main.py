@@ -10,10 +10,14 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from argosy.errors import ArgosyError, DiskFull, is_disk_full
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130
 
@@ -23,18 +27,41 @@ _COMMANDS = {
     "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
     "transcribe": ("argosy.cli.transcribe", "transcribe", "Write down what is said in sound files."),
     "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
-    "plan": ("argosy.cli.plan", "plan", "Say whether a model fits, how fast it will be, and what it costs."),
+    "plan": ("argosy.cli.plan", "plan", "Say whether a model fits, how fast it will be, what it costs."),
     "routes": ("argosy.cli.routes", "routes", "Report what the experts do with texts."),
+    "eval": ("argosy.cli.eval", "eval_group", "Say how far a model has drifted from its reference."),
+    "card": ("argosy.cli.card", "card", "Write a card of a model: licence, hashes, drift, limits."),
     "pack": ("argosy.cli.pack", "pack", "Write a model as a pack: one aligned read for each expert."),
+    "pull": ("argosy.cli.pull", "pull", "Fetch a model from a hub, after saying whether it fits."),
+    "list": ("argosy.cli.library", "list_models", "List the models that are here."),
+    "rm": ("argosy.cli.library", "rm", "Remove a model."),
+    "alias": ("argosy.cli.library", "alias", "Give a model a short name."),
     "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
     "serve": ("argosy.cli.serve", "serve", "Serve a model to other tools over HTTP."),
+    "worker": ("argosy.cli.worker", "worker", "Run experts for engines on other machines."),
+    "cluster": ("argosy.cli.cluster", "cluster", "Show, add or drain the workers of a server."),
+    "route": ("argosy.cli.route", "route", "Pass requests on to several servers."),
+    "memory": ("argosy.cli.memory", "memory", "Change the memory budget of a running server."),
     "keys": ("argosy.cli.keys", "keys", "Make, list and revoke the API keys of a server."),
+    "audit": ("argosy.cli.audit", "audit", "Verify, show and export the audit of a server."),
+    "watermark": (
+        "argosy.cli.watermark",
+        "watermark",
+        "Make the key of a watermark, and detect it in a text.",
+    ),
+    "data": ("argosy.cli.data", "data", "List what is kept of people, and erase what belongs to a key."),
     "connect": (
         "argosy.cli.connect",
         "connect",
         "Print the settings for an editor or agent that uses a server.",
     ),
     "top": ("argosy.cli.top", "top", "Watch a running server: memory, speed, experts, queue."),
+    "bench": ("argosy.cli.bench", "bench", "Measure a model's speed here: lines for a bug report."),
+    "completion": (
+        "argosy.cli.completion",
+        "completion",
+        "Print a script that completes commands in a shell.",
+    ),
     "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
 }
 
@@ -51,6 +78,17 @@ class _Commands(click.Group):
         module, attribute, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        return [
+            CompletionItem(name, help=line)
+            for name, (_, _, line) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -91,8 +129,8 @@ def cli() -> None:
       argosy run "Why is the sky blue?"
       argosy show ./Qwen3-30B-A3B --memory 16GiB
 
-    `argosy COMMAND --help` explains a command. Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET,
-    ARGOSY_RECORD, ARGOSY_CACHE, ARGOSY_API_KEY, ARGOSY_TRACEBACK, NO_COLOR.
+    Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET, ARGOSY_RECORD, ARGOSY_CACHE, ARGOSY_API_KEY,
+    ARGOSY_TRACEBACK, NO_COLOR.
     """
 
 
@@ -101,6 +139,10 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # show '?' for characters that the terminal cannot show
+        if asked := os.environ.get("_ARGOSY_COMPLETE"):
+            from argosy.cli import completion
+
+            return completion.answer(cli, asked)
         with cli.make_context("argosy", list(sys.argv[1:] if args is None else args)) as context:
             cli.invoke(context)
         sys.stdout.flush()

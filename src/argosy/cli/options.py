@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from argosy.cli import completion
+from argosy.cli.help_all import Command as CommandWithFurther
+from argosy.cli.help_all import Further
 from argosy.config import MIB, SamplingParams, format_bytes
 from argosy.errors import UsageError
 
@@ -19,27 +22,102 @@ if TYPE_CHECKING:
     from argosy.config import EngineConfig
     from argosy.engine.engine import Engine
     from argosy.experts.recording import OpenRecorder
+    from argosy.experts.runner import ExpertGroup
+    from argosy.library.names import Named
     from argosy.media.parts import Audio, Image, Video
     from argosy.observe.recorder import Recorder
     from argosy.plan.hit_rate import WorkingSet
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_ENGINE = (
-    click.option("--memory", metavar="SIZE", help="Budget of the whole process: 8GiB, 8GB, 75%."),
+
+class SharedLine(click.Option):
+    """An option that shares a line of help with others: `line` of the first one, and None of the others."""
+
+    def __init__(self, *args: Any, line: tuple[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._line = line
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        return self._line
+
+
+_SIZING = (
+    click.option(
+        "--memory",
+        metavar="SIZE",
+        shell_complete=completion.memory_sizes,
+        help="Budget of the whole process: 8GiB, 8GB, 75%.",
+    ),
     click.option(
         "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
     ),
-    click.option("--context", type=click.IntRange(min=1), metavar="N", help="Context length in tokens."),
-    click.option("--kv", "kv_dtype", type=click.Choice(["f32", "f16"]), help="Format of the KV cache."),
-    click.option("--instruction-set", metavar="NAME", help="Use at most plain, avx2 or avx512."),
-    click.option("--media/--no-media", default=None, help="Needed, or text only; default: if it fits."),
-    click.option("--image-tokens", type=int, metavar="N", help="Most positions of a picture; default 1024."),
-    click.option("--video-tokens", type=int, metavar="N", help="Most positions of a video; default 4096."),
-    click.option("--mmproj", metavar="FILE", help="Vision tower of a GGUF; default: beside it."),
+    click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="N",
+        shell_complete=completion.context_sizes,
+        help="Context length in tokens.",
+    ),
+    click.option(
+        "--kv",
+        "kv_dtype",
+        cls=Further,
+        type=click.Choice(["f32", "f16", "q8"]),
+        help="Format of the KV cache; default: f16 for most models.",
+    ),
+    click.option(
+        "--instruction-set",
+        cls=Further,
+        metavar="NAME",
+        shell_complete=completion.instruction_sets,
+        help="Use at most plain, avx2 or avx512.",
+    ),
+)
+_ENGINE = (
+    *_SIZING,
+    click.option("--media/--no-media", default=None, help="Media, or text only; default: if it fits."),
+    click.option(
+        "--image-tokens",
+        cls=Further,
+        type=int,
+        metavar="N",
+        help="Most positions of a picture; default 1024.",
+    ),
+    click.option(
+        "--video-tokens", cls=Further, type=int, metavar="N", help="Most positions of a video; default 4096."
+    ),
+    click.option(
+        "--mmproj",
+        cls=Further,
+        metavar="FILE",
+        shell_complete=completion.files,
+        help="Vision tower of a GGUF; default: beside it.",
+    ),
     click.option("--ears", metavar="PATH", help="Transcribe sound: Whisper model or tiny.en."),
     click.option(
-        "--no-record", "record", flag_value=False, default=None, type=bool, help="Keep no counts of routing."
+        "--speculate",
+        cls=Further,
+        type=click.Choice(["off", "lookup", "mtp", "auto"]),
+        help="Propose tokens ahead while it pays; same text.",
+    ),
+    click.option(
+        "--no-tune",
+        "tune",
+        cls=Further,
+        flag_value=False,
+        default=None,
+        type=bool,
+        help="Run products as the defaults say.",
+    ),
+    click.option(
+        "--no-record",
+        "record",
+        cls=Further,
+        flag_value=False,
+        default=None,
+        type=bool,
+        help="Keep no counts of routing.",
     ),
 )
 _MEDIA = ("image", "audio", "video")
@@ -51,24 +129,52 @@ _SAMPLING = (
     click.option(
         "-t", "--temperature", type=float, metavar="X", help="0, the default, picks the likeliest token."
     ),
-    click.option("--top-k", type=int, metavar="N", help="Sample from the N likeliest tokens."),
-    click.option("--top-p", type=float, metavar="X", help="Sample from the likeliest that sum to X."),
-    click.option("--min-p", type=float, metavar="X", help="Drop tokens below X times the likeliest."),
     click.option(
-        "--repetition-penalty", type=float, metavar="X", help="Above 1: repeat prompt and answer less."
+        "--top-k",
+        cls=SharedLine,
+        line=("--top-k, --top-p, --min-p N", "Sample from the likeliest tokens only."),
+        type=int,
+    ),
+    click.option("--top-p", cls=SharedLine, type=float),
+    click.option("--min-p", cls=SharedLine, type=float),
+    click.option(
+        "--repetition-penalty", cls=Further, type=float, metavar="X", help="Above 1: repeat less of prompt and answer."
     ),
     click.option(
-        "--presence-penalty", type=float, metavar="X", help="Lower logits of tokens in the answer by X."
+        "--presence-penalty", cls=Further, type=float, metavar="X", help="Lower logits of tokens in the answer by X."
     ),
-    click.option("--frequency-penalty", type=float, metavar="X", help="The same, once per occurrence."),
+    click.option(
+        "--frequency-penalty", cls=Further, type=float, metavar="X", help="Lower them by X per occurrence."
+    ),
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be repeated."),
     click.option(
-        "--logit-bias", multiple=True, metavar="ID=X", help="Add X to a token's logit; may be repeated."
+        "--logit-bias", cls=Further, multiple=True, metavar="ID=X", help="Add X to the logit of a token."
     ),
-    click.option("--logprobs", type=int, metavar="N", help="With --json: N likeliest tokens each step."),
-    click.option("--ignore-eos", is_flag=True, hidden=True, help="Continue after the end token."),
-)
+    click.option(
+        "--logprobs", cls=Further, type=int, metavar="N", help="With --json: N likeliest tokens each step."
+    ),
+    click.option("--ignore-eos", cls=Further, is_flag=True, help="Continue after the end token."),
+)  # fmt: skip
+
+
+co2_option = click.option(
+    "--co2-grams-per-kwh", type=click.FloatRange(0, 10_000), metavar="G", cls=Further,
+    help="CO2 of the electricity here, shown where energy is measured.",
+)  # fmt: skip
+
+
+watermark_option = click.option(
+    "--watermark", type=click.Path(path_type=Path), metavar="FILE", cls=Further,
+    help="Key of a watermark in sampled text: docs/guides/responsible-use.md.",
+)  # fmt: skip
+
+
+def sizing_options(command: Command) -> Command:
+    """The options that decide how fast an engine answers text."""
+    for option in reversed(_SIZING):
+        command = option(command)
+    return command
 
 
 def engine_options(command: Command) -> Command:
@@ -83,22 +189,22 @@ def sampling_options(command: Command) -> Command:
     return command
 
 
-class _MediaOption(click.Option):
-    """One of the options for media, which share a line of help."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        if self.name != _MEDIA[0]:
-            return None
-        return f"--{', --'.join(_MEDIA)} FILE", "Show a file to the model; may be repeated."
-
-
-class CommandWithMedia(click.Command):
+class CommandWithMedia(CommandWithFurther):
     """A command with --image, --audio and --video, which keep their order: `media_of` has it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += [
-            _MediaOption([f"--{kind}"], multiple=True, metavar="FILE", expose_value=False) for kind in _MEDIA
+            SharedLine(
+                [f"--{kind}"],
+                line=(f"--{', --'.join(_MEDIA)} FILE", "Show a file to the model; may be repeated.")
+                if kind == _MEDIA[0]
+                else None,
+                multiple=True,
+                expose_value=False,
+                shell_complete=completion.files,
+            )
+            for kind in _MEDIA
         ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -156,7 +262,12 @@ def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
 
 @contextmanager
 def open_engine(
-    model: str, settings: Settings, *, recording: Recording | None = None, **more: Any
+    model: str | Named,
+    settings: Settings,
+    *,
+    recording: Recording | None = None,
+    group: ExpertGroup | None = None,
+    **more: Any,
 ) -> Iterator[Engine]:
     """Open the engine of a command, with a progress bar on a terminal.
 
@@ -164,16 +275,31 @@ def open_engine(
 
     Args:
         recording: counts; None: one is made.
+        group: other processes that run experts, too.
     """
     from argosy import Engine
     from argosy.cli.output import progress_bar
+    from argosy.library import kept, names
 
+    if group is not None:
+        more["experts"] = group
+    text, path, name = names.look_up(model) if isinstance(model, str) else model
+    if name is not None and name.lower() != text.lower():
+        print(f"note: {text} is {name}", file=sys.stderr)
     if not settings.record:
         recording = None
     elif recording is None:
         recording = Recording()
     with progress_bar() as progress:
-        engine = Engine.open(model, progress=progress, recorder=recording, **settings.for_engine(), **more)
+        engine = Engine.open(
+            path if path is not None and name is not None else text,
+            progress=progress,
+            recorder=recording,
+            **settings.for_engine(),
+            **more,
+        )
+    if name is not None:
+        kept.note_use(name)
     try:
         with engine:
             for fault in dict.fromkeys(engine.media_faults.values()):
@@ -188,7 +314,7 @@ def open_engine(
 
 
 def _shortage(engine: Engine) -> str | None:
-    """What to know if the plan takes more memory than is free now."""
+    """A warning if the plan takes more memory than is free now."""
     from argosy.plan import machine
 
     limit, needed = machine.memory_limit(), engine.plan.total_bytes
@@ -216,7 +342,7 @@ class Recording:
     def __init__(self, *, keeps_recent: bool = False) -> None:
         self._keeps_recent = keeps_recent
         self.recorder: Recorder | None = None
-        self.known: WorkingSet | None = None  # what earlier runs saved
+        self.known: WorkingSet | None = None  # recorded by earlier runs
         self._path: Path | None = None
 
     def __call__(self, files: ModelFiles, config: EngineConfig) -> Recorder:

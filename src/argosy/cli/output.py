@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,21 +21,84 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-# Text from a model must not control the terminal.
+FITS = {  # by the verdict of a forecast
+    "no": "no",
+    "thrashes": "barely: one token's experts do not stay for the next, so nearly every one is read again",
+    "streams": "yes, it streams",
+    "resident": "yes, with every expert in memory",
+}
+
+# Text from a model must not control the terminal, nor let a line show in another order than it has.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}"
-    for code in (*range(0x20), *range(0x7F, 0xA0))
+    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\n\t"
 }
 
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+_CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
 
 
-def write_text(text: str, stream: TextIO | None = None) -> None:
-    """Show a model's text as it is generated; on a terminal, control characters become U+FFFD."""
+def write_text(text: str, stream: TextIO | None = None, *, code: FencedCode | None = None) -> None:
+    """Show a model's text as it is generated; on a terminal, control characters become U+FFFD.
+
+    Args:
+        code: marks code in the text.
+    """
     stream = sys.stdout if stream is None else stream
-    stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
+    shown = text.translate(_CONTROLS) if stream.isatty() else text
+    stream.write(shown if code is None else code.push(shown))
     stream.flush()
+
+
+class FencedCode:
+    """Marks code between Markdown fences in a text that comes in pieces: fences are dim, code has a colour.
+
+    The beginning of a line waits until it is clear whether it is a fence.
+    """
+
+    _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^`\n]{0,80})\n?")
+    _MAY_BE_FENCE = re.compile(r" {0,3}(?:`{0,2}|~{0,2}|(?:`{3,}|~{3,})[^`\n]{0,80})")
+
+    def __init__(self) -> None:
+        self._held = ""  # the beginning of a line
+        self._is_inside_line = False
+        self._mark = ""  # the fence that opened the code; empty: there is none
+
+    def push(self, text: str) -> str:
+        """Returns what can be shown."""
+        shown: list[str] = []
+        for part in re.findall(r"[^\n]*\n|[^\n]+", text):
+            if self._is_inside_line:
+                shown.append(part)
+            else:
+                self._held += part
+                if not part.endswith("\n") and self._MAY_BE_FENCE.fullmatch(self._held):
+                    continue
+                shown.append(self._line(self._held))
+                self._held = ""
+            self._is_inside_line = not part.endswith("\n")
+        return "".join(shown)
+
+    def finish(self) -> str:
+        """Returns what is left to show. The colour ends, too, if the text ended within code."""
+        held, self._held = self._line(self._held), ""
+        colour = _NOT_CODE if self._mark else ""
+        self._mark = ""
+        return held + colour
+
+    def _line(self, line: str) -> str:
+        found = self._FENCE.fullmatch(line)
+        if found is None:
+            return line
+        mark, rest = found.groups()
+        if not self._mark:
+            self._mark = mark
+            return f"{_DIM}{line}{_NOT_DIM}{_CODE}"
+        if mark.startswith(self._mark) and not rest.strip():
+            self._mark = ""
+            return f"{_NOT_CODE}{_DIM}{line}{_NOT_DIM}"
+        return line
 
 
 def write_file(path: Path, text: str) -> None:
@@ -60,7 +124,9 @@ class AnswerWriter:
         self._parser = parser
         self._shows_text = shows_text
         self._shows_thoughts = shows_thoughts
-        self._is_dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        has_colour = not os.environ.get("NO_COLOR")
+        self._is_dim = sys.stderr.isatty() and has_colour
+        self._code = FencedCode() if sys.stdout.isatty() and has_colour else None
         self._is_thinking = False  # the last thing shown was a thought
         self._events: list[Event] = []
 
@@ -71,6 +137,9 @@ class AnswerWriter:
         if kind is None and self._parser is not None:
             self._take(self._parser.finish())
         self._end_thoughts()
+        if self._code is not None:
+            sys.stdout.write(self._code.finish())
+            sys.stdout.flush()
 
     def push(self, token: TokenEvent) -> None:
         from argosy.prompt.formats import TextDelta
@@ -93,7 +162,7 @@ class AnswerWriter:
         for event in events:
             if isinstance(event, TextDelta) and self._shows_text:
                 self._end_thoughts()
-                write_text(event.text)
+                write_text(event.text, code=self._code)
             elif isinstance(event, ReasoningDelta) and self._shows_thoughts:
                 self._begin_thoughts()
                 write_text(event.text, sys.stderr)
@@ -110,6 +179,15 @@ class AnswerWriter:
             sys.stderr.flush()
 
 
+def disk_size(nbytes: int) -> str:
+    """Bytes on a drive or a line, in its own units: `18.6 GB`, `271 MB`, `4 kB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            value = nbytes / size
+            return f"{value:.1f} {unit}" if unit == "GB" and value < 1000 else f"{value:.0f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def short_number(value: float, digits: int = 2) -> str:
     """Format a number with `digits` significant digits, or with its whole integer part if that is longer."""
     if value >= 10**digits:
@@ -118,9 +196,17 @@ def short_number(value: float, digits: int = 2) -> str:
 
 
 def ledger_lines(
-    ledger: Ledger, plan: MemoryPlan | None = None, finish_reason: str | None = None
+    ledger: Ledger,
+    plan: MemoryPlan | None = None,
+    finish_reason: str | None = None,
+    *,
+    co2_grams_per_kwh: float | None = None,
 ) -> list[str]:
-    """The use of memory and time as lines of text."""
+    """The use of memory, time and energy as lines of text.
+
+    Args:
+        co2_grams_per_kwh: emissions of the electricity here; None: unknown, and no emission is shown.
+    """
     ended = f", {finish_reason}" if finish_reason else ""
     found = f" ({ledger.cached_tokens} from the prefix cache)" if ledger.cached_tokens else ""
     lines = [f"tokens   {ledger.prompt_tokens} prompt{found}, {ledger.new_tokens} new{ended}"]
@@ -133,6 +219,11 @@ def ledger_lines(
         speed.append(f"first token after {ledger.time_to_first_token_s:.2f} s")
     if speed:
         lines.append("speed    " + ", ".join(speed))
+    if ledger.proposed_tokens:
+        drafts = f"{ledger.confirmed_tokens} of {ledger.proposed_tokens} proposed tokens confirmed"
+        if ledger.won_s is not None:
+            drafts += f", {abs(ledger.won_s):.2f} s {'saved' if ledger.won_s >= 0 else 'lost'} (estimate)"
+        lines.append("drafts   " + drafts)
     if ledger.hit_rate is not None:
         read = (
             f"{ledger.bytes_read / 1e9:.2f} GB"
@@ -146,6 +237,7 @@ def ledger_lines(
     lines.append(peak if plan is None else f"{peak}, planned {format_bytes(plan.total_bytes)}")
     if plan is not None:
         lines += plan_lines(plan)
+    lines += _energy_lines(ledger, co2_grams_per_kwh)
     lines.append(f"time     {ledger.wall_s:.3f} s")
     lines += [
         f"  {part.replace('_', ' '):<20}{seconds:>10.3f} s"
@@ -153,6 +245,28 @@ def ledger_lines(
         if seconds
     ]
     return lines
+
+
+def _energy_lines(ledger: Ledger, co2_grams_per_kwh: float | None) -> list[str]:
+    """The energy, where it is measured: what is measured, then the drive's estimate, then both."""
+    total, drive, per_token = ledger.total_energy_j, ledger.drive_energy_j, ledger.j_per_token
+    if total is None or drive is None or ledger.energy_j is None:
+        return []
+    line = f"energy   {short_number(ledger.energy_j, 3)} J measured"
+    if drive[1]:
+        line += f", drive about {short_number(drive[0])} to {short_number(drive[1])} J"
+    if per_token is not None:
+        line += f", {_range(per_token)} J for each token"
+    if co2_grams_per_kwh is not None:
+        from argosy.engine.energy import co2_grams
+
+        line += f", {_range(co2_grams(total, co2_grams_per_kwh))} g CO2"
+    return [line]
+
+
+def _range(numbers: tuple[float, float]) -> str:
+    low, high = (short_number(number) for number in numbers)
+    return low if low == high else f"{low} to {high}"
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:

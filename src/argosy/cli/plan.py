@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from argosy.cli import completion
+from argosy.cli.help_all import Command, Further
 from argosy.cli.options import engine_options, recorder_of
-from argosy.cli.output import short_number
+from argosy.cli.output import FITS, short_number
 from argosy.cli.plan_traffic import Traffic, Wanted
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, format_bytes
 from argosy.errors import DoesNotFit, UsageError
@@ -23,16 +25,9 @@ if TYPE_CHECKING:
     from argosy.plan.money import ApiPrice, Cost, Owner
     from argosy.plan.speed import Decode, Range
 
-_FITS = {
-    "no": "no",
-    "thrashes": "barely: one token's experts do not stay for the next, so nearly every one is read again",
-    "streams": "yes, it streams",
-    "resident": "yes, with every expert in memory",
-}
 
-
-@click.command("plan")
-@click.argument("model")
+@click.command("plan", cls=Command)
+@click.argument("model", shell_complete=completion.models)
 @engine_options
 @click.option(
     "--machine",
@@ -46,6 +41,7 @@ _FITS = {
 @click.option(
     "--format",
     "pack_format",
+    cls=Further,
     type=click.Choice(["q4", "q8", "bf16"]),
     help="For a config.json: the pack to assume.",
 )
@@ -56,21 +52,35 @@ _FITS = {
     help="Routing recorded by `argosy routes`; default: by earlier runs.",
 )
 @click.option("--api", metavar="PROVIDER/MODEL", help="Compare with this API, as genai-prices names it.")
-@click.option("--api-price", metavar="IN:OUT", help="Or with these dollars per million tokens.")
+@click.option(
+    "--api-price", cls=Further, metavar="IN:OUT", help="Compare with these dollars per million tokens."
+)
 @click.option("--price", type=click.FloatRange(0), metavar="USD", help="Purchase price of the machine.")
 @click.option(
-    "--watts", type=click.FloatRange(0), metavar="W", help="What the machine draws while it answers."
+    "--watts",
+    cls=Further,
+    type=click.FloatRange(0),
+    metavar="W",
+    help="Power draw while the machine answers.",
 )
 @click.option(
-    "--kwh", type=click.FloatRange(0), default=0.15, show_default=True, metavar="USD", help="Electricity."
+    "--kwh",
+    cls=Further,
+    type=click.FloatRange(0),
+    default=0.15,
+    show_default=True,
+    metavar="USD",
+    help="Electricity.",
 )
 @click.option("--calibrate", is_flag=True, help="Measure this machine first: a minute, remembered.")
 @click.option("--verify", is_flag=True, help="Run the model briefly, and compare.")
-@click.option("--network", metavar="SPEED", help="Between machines, with 4*NAME: 10GbE, 25GbE.")
+@click.option("--network", cls=Further, metavar="SPEED", help="Between machines, with 4*NAME: 10GbE, 25GbE.")
 @click.option("--rate", type=float, metavar="N", help="Simulate N requests per second, at random times.")
 @click.option("--traffic", metavar="SPEC", help="Tokens: prompt=800~2,answer=200, or a JSONL file.")
 @click.option("--target", metavar="SPEC", help="Machines for first-token=2s, token=1s, request=1min.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw speed over memory.")
+@click.option(
+    "--plot", cls=Further, type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw speed over memory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def plan(
     model: str, machine: str, streams: str, pack_format: str | None, working_set: Path | None, api: str | None,
@@ -78,8 +88,8 @@ def plan(
     network: str | None, rate: float | None, traffic: str | None, target: str | None, plot: Path | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Say from headers whether MODEL fits, how fast it is, and what it costs. MODEL is a directory, GGUF file or
-    config.json, OWNER/NAME[:Q4_K_M] on the Hugging Face Hub, or an https address. Exit code 3: it does not fit.
+    """Say from headers whether MODEL fits, how fast it is, and what it costs. MODEL is a name or path, config.json,
+    OWNER/NAME[:Q4_K_M] on the Hugging Face Hub, or an https address. Exit code 3: it does not fit.
 
     \b
     Examples:
@@ -88,18 +98,23 @@ def plan(
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
+    from argosy.engine.engine import Engine  # noqa: F401  all that a process which runs the model imports
+    from argosy.plan.machine import held_bytes
+
+    before = held_bytes()
     from argosy.engine import calibration
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
     from argosy.engine.step_probe import measured_servers
     from argosy.plan.group import parse_count, parse_network
     from argosy.plan.money import Owner
 
+    planner_bytes = held_bytes() - before
     counts = _counts(streams)
     num_machines, machine = parse_count(machine)
     if num_machines == 1 and network is not None:
         raise UsageError("--network is between machines, and --machine names one", hint="--machine 4*NAME")
     between = parse_network(network or "10GbE")
-    # What the environment says of this machine does not concern another.
+    # This machine's environment says nothing about another machine.
     settings = Settings.read(None if machine == HERE else {}, **options)
     if machine != HERE and (calibrate or verify):
         raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
@@ -114,7 +129,13 @@ def plan(
     served = {"max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING} if wanted is not None else {}
     with (
         progress_bar() as progress,
-        open_subject(model, format=pack_format or "q4", mmproj=settings.mmproj, progress=progress) as subject,  # type: ignore[arg-type]
+        open_subject(
+            model,
+            format=pack_format or "q4",  # type: ignore[arg-type]
+            mmproj=settings.mmproj,
+            planner_bytes=planner_bytes,
+            progress=progress,
+        ) as subject,
     ):
         if pack_format is not None and subject.place != "assumed":
             raise UsageError(
@@ -181,11 +202,6 @@ def plan(
         raise DoesNotFit(forecast.refusal.message, hint=forecast.refusal.hint, **forecast.refusal.facts)
 
 
-for _option in plan.params:
-    if isinstance(_option, click.Option) and _option.name == "record":
-        _option.hidden = True  # it works, but changes a plan so little that the help has no line for it
-
-
 def _counts(text: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
@@ -199,7 +215,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _saved(subject: Subject) -> WorkingSet | None:
-    """What earlier runs on this machine recorded of the model."""
+    """The working set that earlier runs on this machine recorded of the model."""
     from argosy.observe import saved
 
     if subject.place != "files":  # without weights it cannot be told from others of its geometry
@@ -288,8 +304,8 @@ class _Facts:
         if group is None:
             return []
         lines = [
-            f"group     {group.num_machines} such machines, on paper, for Argosy runs on one so far: "
-            f"{_spread(group.tokens_per_s)} for one answer",
+            f"group     {group.num_machines} such machines, one of which answers: {_spread(group.tokens_per_s)} "
+            "for one answer",
             f"          {group.speed_up:.2f} times as fast as one; hit rate {group.hit_rate:.2f}; the network takes "
             f"{group.network_share:.1%} of the time",
         ]
@@ -309,7 +325,7 @@ class _Facts:
         where = "" if forecast.verdict == "resident" else f", {share:.0f} % of its experts in memory"
         takes = f"{format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}"
         left_out = "; text only: there is no room for pictures and sound" if forecast.is_text_only else ""
-        verdict = f"{_FITS[forecast.verdict]}{where}; {takes}{left_out}"
+        verdict = f"{FITS[forecast.verdict]}{where}; {takes}{left_out}"
         if self._exceeds_machine:
             has = format_bytes(self._place.memory_bytes)
             return f"not in this machine, which has {has}. With the budget: {verdict}"
@@ -317,11 +333,12 @@ class _Facts:
 
     @property
     def _free_disk_bytes(self) -> int | None:
-        """Room for a download into the current directory."""
+        """Room for a download."""
+        from argosy.library.places import hub_cache
         from argosy.plan import machine
 
         is_download = self._subject.remote is not None and self._place.row is None
-        return machine.free_disk_bytes(Path.cwd()) if is_download else None
+        return machine.free_disk_bytes(hub_cache()) if is_download else None
 
     @property
     def _exceeds_machine(self) -> bool:
@@ -344,6 +361,7 @@ class _Facts:
         return lines
 
     def _model(self) -> list[str]:
+        from argosy.library.places import hub_cache
         from argosy.plan.assumed import active_parameters
 
         subject, work = self._subject, self._forecast.work
@@ -357,7 +375,7 @@ class _Facts:
         elif subject.remote is not None:
             where = f"not here: a download of {subject.remote.file_bytes / 1e9:.1f} GB"
             if (free := self._free_disk_bytes) is not None and free < subject.remote.file_bytes:
-                where += f", for which {Path.cwd()} has no room: {free / 1e9:.1f} GB are free"
+                where += f", for which {hub_cache()} has no room: {free / 1e9:.1f} GB are free"
         lines = [
             f"model     {subject.name}; {where}",
             f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "

@@ -1,4 +1,4 @@
-"""What `argosy plan --rate` prints: times of simulated requests, and the machines that a target needs."""
+"""The output of `argosy plan --rate`: times of simulated requests, and the machines that a target needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMES: tuple[tuple[str, Callable[[Outcome], Times]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the command line asks for.
+    """The traffic that the command line asks for.
 
     rate_per_s: None: requests come as the file says.
     """

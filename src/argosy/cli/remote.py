@@ -9,10 +9,13 @@ Responses are bounded, and `quote` makes their text safe for a terminal.
 from __future__ import annotations
 
 import http.client
+import json
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote as urlquote
 from urllib.parse import urlsplit
 
 import click
@@ -41,13 +44,15 @@ def server_options(command: Command) -> Command:
 
 
 class Server:
-    """One server, by its address without a path. The constructor sends no request."""
+    """One server, by its address and, if it has one, its base path. The constructor sends no request."""
 
     def __init__(self, url: str, key: str | None = None) -> None:
         """
         Raises:
             UsageError: `url` is not the address of a server.
         """
+        from argosy.serve.listen import BASE_PATH
+
         try:
             parts = urlsplit(url)
             self._port = parts.port
@@ -57,12 +62,18 @@ class Server:
             raise UsageError(
                 f"--url must be a server's address, found '{quote(url)}'", hint=f"for example {DEFAULT_URL}"
             )
-        if parts.path.strip("/") or parts.query or parts.fragment or parts.username is not None:
+        base_path = parts.path.rstrip("/")
+        own_path = re.sub("(/v1)+$", "", base_path)  # clients of OpenAI's API are given an address with it
+        is_path = not base_path or BASE_PATH.fullmatch(base_path) is not None
+        has_more = bool(parts.query or parts.fragment) or parts.username is not None
+        if own_path != base_path or not is_path or has_more:
+            shown = own_path if is_path else ""
             raise UsageError(
-                f"--url must be an address without path, query or user, found '{quote(url)}'",
-                hint=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
+                f"--url must be an address, or one with the server's --base-path, found '{quote(url)}'",
+                hint=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{shown}",
             )
-        self.url = f"{parts.scheme}://{parts.netloc}"
+        self.url = f"{parts.scheme}://{parts.netloc}{base_path}"
+        self._base_path = base_path
         self._host = parts.hostname
         self._is_secure = parts.scheme == "https"
         self._key = key
@@ -81,6 +92,29 @@ class Server:
         """The engine's state now."""
         return self._checked(self._get_json("/v1/engine/state"))
 
+    def erase(self, key: str) -> dict[str, Any]:
+        """Erase what the server keeps of a key, by its name or id; returns what that was."""
+        path = f"/v1/engine/data/{urlquote(key, safe='')}"
+        answer = self._parsed(self._read("DELETE", path))
+        names = {"key", "responses", "answers", "audit_contents"}
+        if not isinstance(answer, dict) or not names <= answer.keys():
+            raise self._stranger("it does not say what it erased")
+        return answer
+
+    def resize(self, size: str) -> dict[str, Any]:
+        """Give the server another memory budget; returns what it is used for."""
+        with self._ask("POST", "/v1/engine/memory", {"memory": size}) as response:
+            answer = self._parsed(response.read(_LONGEST_BYTES))
+        lines = answer.get("lines") if isinstance(answer, dict) else None
+        if (
+            not isinstance(answer, dict)
+            or not isinstance(answer.get("budget_bytes"), int)
+            or not isinstance(lines, list)
+            or not all(_is_line(line) for line in lines)
+        ):
+            raise self._stranger("its memory cannot be read")
+        return answer
+
     def states(self) -> Iterator[dict[str, Any]]:
         """The engine's state, twice a second, until the server ends the stream."""
         with self._get("/v1/engine/events") as response:
@@ -98,17 +132,35 @@ class Server:
                         yield self._checked(self._parsed(b"\n".join(data)))
                     data, size = [], 0
 
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers of the server's group."""
+        return self._workers(self._get_json("/v1/cluster"))
+
+    def change_worker(self, what: str, host: str) -> list[dict[str, Any]]:
+        """Add or drain a worker; return all of them."""
+        with self._ask("POST", f"/v1/cluster/{what}", {"host": host}) as response:
+            return self._workers(self._parsed(response.read(_LONGEST_BYTES)))
+
+    def _workers(self, answer: object) -> list[dict[str, Any]]:
+        entries = answer.get("workers") if isinstance(answer, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise self._stranger("its workers cannot be read")
+        return entries
+
     def _checked(self, state: object) -> dict[str, Any]:
         if not isinstance(state, dict) or not isinstance(state.get("memory"), dict) or "experts" not in state:
             raise self._stranger("its state cannot be read")
         return state
 
     def _get_json(self, path: str) -> object:
-        with self._get(path) as response:
+        return self._parsed(self._read("GET", path))
+
+    def _read(self, method: str, path: str) -> bytes:
+        with self._ask(method, path) as response:
             body = response.read(_LONGEST_BYTES + 1)
         if len(body) > _LONGEST_BYTES:
             raise self._stranger(f"its answer to {path} is too long")
-        return self._parsed(body)
+        return body
 
     def _parsed(self, body: bytes) -> object:
         try:
@@ -116,15 +168,22 @@ class Server:
         except JsonError as error:
             raise self._stranger("its answer is not JSON") from error
 
+    def _get(self, path: str) -> AbstractContextManager[http.client.HTTPResponse]:
+        return self._ask("GET", path)
+
     @contextmanager
-    def _get(self, path: str) -> Iterator[http.client.HTTPResponse]:
+    def _ask(self, method: str, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=_TIMEOUT_S)
         headers = {"Accept": "application/json, text/event-stream"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
-            connection.request("GET", path, headers=headers)
+            if body is None:
+                connection.request(method, self._base_path + path, headers=headers)
+            else:
+                headers["Content-Type"] = "application/json"
+                connection.request(method, self._base_path + path, json.dumps(body), headers)
             response = connection.getresponse()
             if response.status != http.HTTPStatus.OK:
                 raise self._refusal(response, path)
@@ -171,3 +230,9 @@ class Server:
             url=self.url,
             status=status,
         )
+
+
+def _is_line(line: object) -> bool:
+    """Whether it is a part of a server's memory."""
+    kinds = {"name": str, "bytes": int, "note": str}
+    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from argosy.cli import completion
 from argosy.cli.output import progress_bar, write_file
 from argosy.errors import UsageError
 
@@ -32,7 +33,7 @@ _WINDOWS_SHOWN = (1, 8, 64, 512, 4096)
 
 
 @click.command("routes")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", shell_complete=completion.models)
 @click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, dir_okay=False)
 )
@@ -110,7 +111,7 @@ def routes(
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """What the engine's own cache did while it answered, and what others would have done with the same choices."""
+    """Hits of the engine's own cache while it answered, and of other policies with the same choices."""
 
     slots: int
     hit_rate: float
@@ -232,7 +233,7 @@ class _Reader:
             parts.append(self._trace.take())
         filling, counted = parts
         chosen = [part.choices[part.is_decode] for part in parts]
-        slots = plan.num_slots + plan.lent_slots
+        slots = plan.decode_slots(_PROMPT + _ANSWER)
         return Realised(
             slots,
             counted.hits / max(1, counted.lookups),

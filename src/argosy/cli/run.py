@@ -1,34 +1,47 @@
-"""`argosy run`: answer one prompt."""
+"""`argosy run`: answer one prompt. The answer alone goes to stdout.
+
+Elsewhere: `texts.py` reads files and stdin.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from argosy.cli import completion
+from argosy.cli.group_options import group_options, take_group
 from argosy.cli.options import (
     CommandWithMedia,
+    co2_option,
     engine_options,
     media_of,
     open_engine,
     sampling_options,
     split_options,
     thoughts_option,
+    watermark_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
+from argosy.cli.texts import prompt_text, read_file, text_or_file
 from argosy.config import DEMO
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.config import Grammar, SamplingParams
     from argosy.engine.engine import Engine
     from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result
     from argosy.media.parts import Audio, Image, Video
     from argosy.prompt.formats import Answer
     from argosy.prompt.messages import Message
+
+_SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 128 Ki characters
 
 
 @click.command("run", cls=CommandWithMedia)
@@ -38,50 +51,85 @@ if TYPE_CHECKING:
     "--model",
     default=DEMO,
     metavar="MODEL",
-    help="Model directory or GGUF; default: the demo.",
+    shell_complete=completion.models,
+    help="Model: a name or path; default: the demo.",
 )
-@click.option("--system", metavar="TEXT", help="System message before the prompt.")
+@click.option(
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="Text before the prompt; may be repeated.",
+)
+@click.option("--system", metavar="TEXT", help="System message; @FILE reads it from a file.")
+@click.option(
+    "--json-schema",
+    metavar="FILE",
+    shell_complete=completion.files,
+    help="The answer is JSON that follows this schema.",
+)
 @click.option("--raw", is_flag=True, help="Continue the text without a chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
+@co2_option
+@watermark_option
 @thoughts_option
 @engine_options
+@group_options
 @sampling_options
 def run(
     prompt: str | None,
     model: str,
+    files: tuple[str, ...],
     system: str | None,
+    json_schema: str | None,
     raw: bool,
     as_json: bool,
     quiet: bool,
+    co2_grams_per_kwh: float | None,
     thoughts: bool | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT, media or stdin. The ledger goes to stderr.
+    """Answer PROMPT about files, media and stdin. The ledger goes to stderr.
 
     \b
     Examples:
-      argosy run "Why is the sky blue?"
+      argosy run -f notes.txt "Summarise this."
       argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
+    wanted = take_group(options)
     settings, params = split_options(options)
-    text = "" if prompt is None and media_of() else _read_prompt(prompt)
+    if raw and system is not None:
+        raise UsageError("--raw and --system exclude each other: raw text has no system message")
+    form = None if json_schema is None else _read_schema(Path(json_schema))
+    system = None if system is None else text_or_file(system)
+    text = prompt_text(prompt, files, has_media=bool(media_of()), is_raw=raw)
     request = _request(text, media_of(), system, raw)
     if settings.media is None and settings.ears is None:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
         settings = replace(settings, media=bool(media_of()))
     if thoughts is None:
         thoughts = sys.stderr.isatty() and not as_json
-    with open_engine(model, settings) as engine:
+    more: dict[str, Any] = {} if form is None else {"grammars": True}
+    with wanted.open(model) as group, open_engine(model, settings, group=group, **more) as engine:
         parses = engine.prompts.takes_messages and not raw
         result, answer = _answer(
-            engine, request, params, parses=parses, shows_text=not as_json, shows_thoughts=thoughts
+            engine, request, params, form, parses=parses, shows_text=not as_json, shows_thoughts=thoughts
         )
         if as_json:
-            print(_as_json(result, answer, engine))
+            print(_as_json(result, answer, engine, co2_grams_per_kwh))
         elif not quiet:
-            lines = ledger_lines(result.ledger, engine.plan, result.finish_reason)
+            lines = ledger_lines(
+                result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh
+            )
             print(*lines, *_ears_lines(engine), sep="\n", file=sys.stderr)
+    if form is not None and result.finish_reason == "length":
+        raise UsageError(
+            f"the answer was cut off after {len(result.token_ids)} tokens, before its JSON was complete",
+            hint="allow a longer one with -n, or a larger --context",
+        )
 
 
 def _ears_lines(engine: Engine) -> list[str]:
@@ -94,29 +142,34 @@ def _ears_lines(engine: Engine) -> list[str]:
     return [f"ears     {sounds} transcribed: the model read the text, and did not hear it"]
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        raise UsageError(
-            "run needs a prompt", hint='`argosy run "Why is the sky blue?"`, or pass text on stdin'
-        )
+def _read_schema(path: Path) -> Grammar:
+    """The form of answers that follow the JSON schema in a file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no schema.   GrammarError: the schema exceeds a bound.
+    """
+    from argosy.config import Grammar
+    from argosy.engine.grammar_bounds import require_schema_bounds, require_size
+    from argosy.prompt.formats.lark import without_annotations
+    from argosy.strict_json import JsonError, parse_json
+
     try:
-        text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the text on stdin is not UTF-8: {error.reason} at byte {error.start}") from None
-    text = text.removesuffix("\n")
-    if not text:
-        raise UsageError("run needs a prompt, and stdin is empty")
-    return text
+        schema = parse_json(read_file(path, _SCHEMA_BYTES))
+    except JsonError as error:
+        raise UsageError(f"{path}: {error}", hint="--json-schema takes a file with one JSON schema") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{path}: a JSON schema is an object, found {type(schema).__name__}")
+    plain = without_annotations(schema)
+    require_schema_bounds(plain)
+    text = json.dumps(plain)
+    require_size(text)
+    return Grammar(kind="json_schema", text=text)
 
 
 def _request(text: str, media: Sequence[Image | Audio | Video], system: str | None, raw: bool) -> PromptLike:
     from argosy.media.parts import Text
     from argosy.prompt.prompt import Prompt
 
-    if raw and system is not None:
-        raise UsageError("--raw and --system exclude each other: raw text has no system message")
     if raw and media:
         raise UsageError(
             "--raw and media exclude each other: raw text has no place for a picture, sound or video"
@@ -131,9 +184,18 @@ def _request(text: str, media: Sequence[Image | Audio | Video], system: str | No
 
 
 def _answer(
-    engine: Engine, request: PromptLike, params: Any, *, parses: bool, shows_text: bool, shows_thoughts: bool
+    engine: Engine,
+    request: PromptLike,
+    params: SamplingParams,
+    form: Grammar | None,
+    *,
+    parses: bool,
+    shows_text: bool,
+    shows_thoughts: bool,
 ) -> tuple[Result, Answer]:
     prompt = engine.prompts.build(request)
+    if form is not None:
+        params = replace(params, grammar=engine.prompts.grammar(prompt, form=form) if parses else form)
     parser = engine.prompts.parser(prompt) if parses else None
     result = None
     with AnswerWriter(parser, shows_text=shows_text, shows_thoughts=shows_thoughts) as writer:
@@ -147,8 +209,8 @@ def _answer(
     return result, answer
 
 
-def _as_json(result: Result, answer: Answer, engine: Engine) -> str:
-    import json
+def _as_json(result: Result, answer: Answer, engine: Engine, co2_grams_per_kwh: float | None) -> str:
+    from argosy.engine.energy import co2_grams
 
     facts: dict[str, Any] = {
         "text": answer.text,
@@ -161,6 +223,8 @@ def _as_json(result: Result, answer: Answer, engine: Engine) -> str:
         "ledger": result.ledger.as_dict(),
         "plan": engine.plan.as_dict(),
     }
+    if co2_grams_per_kwh is not None and (joules := result.ledger.total_energy_j) is not None:
+        facts["co2_grams"] = list(co2_grams(joules, co2_grams_per_kwh))
     if result.logprobs is not None:
         facts["logprobs"] = [
             {

@@ -4,7 +4,8 @@
 
 ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are the defaults of the flags with the same names.
 ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`).
-ARGOSY_ASK_AHEAD (off, one_level, two_levels) fixes how products prefetch weights; otherwise that is measured.
+ARGOSY_TUNE (on, off) says whether products run as measured on this machine (read by `plan/tuning.py`), and
+ARGOSY_ASK_AHEAD fixes how they prefetch weights.
 ARGOSY_CACHE is the directory of the demo model (read by `demo/locate.py`), ARGOSY_API_KEY is the key for a running
 server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspelt ARGOSY_ variable is an error.
 """
@@ -26,6 +27,7 @@ KNOWN = (
     "ARGOSY_THREADS",
     "ARGOSY_INSTRUCTION_SET",
     "ARGOSY_ASK_AHEAD",
+    "ARGOSY_TUNE",
     "ARGOSY_RECORD",
     "ARGOSY_CACHE",
     "ARGOSY_API_KEY",
@@ -47,7 +49,10 @@ class Settings:
     video_tokens: int | None = None
     mmproj: str | None = None
     ears: str | None = None
+    watermark: Path | None = None
     ask_ahead: AskAhead | None = None
+    speculate: str | None = None
+    tune: bool | None = None
     record: bool = True  # count what routers choose
 
     @classmethod
@@ -59,6 +64,7 @@ class Settings:
         """
         environment = os.environ if environment is None else environment
         refuse_misspelt(environment)
+        _one_of(environment, "ARGOSY_TUNE", ("on", "off"))
         values: dict[str, Any] = {
             "memory": environment.get("ARGOSY_MEMORY") or None,
             "threads": _whole_number(environment, "ARGOSY_THREADS"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from argosy.cli import completion
 from argosy.cli.options import engine_options
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("show")
-@click.argument("model", default=DEMO)
+@click.argument("model", default=DEMO, shell_complete=completion.models)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def show(model: str, as_json: bool, **options: Any) -> None:
@@ -135,7 +136,7 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """Bytes of a model as a checkpoint and as packs, and of its KV cache."""
     from argosy.checkpoint.files import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
-    from argosy.config import Format
+    from argosy.config import Format, KvDtype
     from argosy.model.footprint import kv_bytes
 
     def dense_bytes(format: Format) -> int:
@@ -155,7 +156,7 @@ def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
             format: {"dense_bytes": dense_bytes(format), "expert_bytes": expert_bytes(format)}
             for format in formats
         },
-        "kv_bytes_per_token": {kind: kv_bytes(config, tokens, kind) // tokens for kind in ("f32", "f16")},
+        "kv_bytes_per_token": {kind: kv_bytes(config, tokens, kind) // tokens for kind in get_args(KvDtype)},
     }
 
 
@@ -195,7 +196,8 @@ def config_lines(facts: dict[str, Any]) -> list[str]:
         f"  family        {facts['family']}",
         *_geometry_lines(facts),
         f"  would take    {', '.join(sizes)} (used by every token + routed experts)",
-        f"  KV cache      {format_bytes(per_token['f32'])} per token, {format_bytes(per_token['f16'])} with --kv f16",
+        f"  KV cache      {format_bytes(per_token['f16'])} per token, {format_bytes(per_token['f32'])} with --kv f32,"
+        f" {format_bytes(per_token['q8'])} with --kv q8",
     ]
 
 

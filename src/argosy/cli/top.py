@@ -86,8 +86,27 @@ def state_lines(state: dict[str, Any], url: str) -> list[str]:
             f"   {_name(line.get('note'), '')}".rstrip()
             for line in memory.get("lines", ())
         ),
+        *_model_lines(state),
         *_running_lines(state),
     ]
+
+
+def _model_lines(state: dict[str, Any]) -> list[str]:
+    """The state of each model, if there are several: its memory, and its share of the limit."""
+    models = state.get("models") or ()
+    if len(models) < 2:
+        return []
+    limit = _whole(state["memory"].get("budget_bytes"))
+    num_ready = sum(model.get("state") == "ready" for model in models)
+    lines = [f"models    {num_ready} of {len(models)} in memory"]
+    for model in models:
+        num_bytes, running = _whole(model.get("memory_bytes")), _whole(model.get("running"))
+        facts = [_name(model.get("state"))]
+        facts += [f"{100 * num_bytes / limit:.0f} % of the limit"] if num_bytes and limit else []
+        facts += [f"{running} running"] if running else []
+        held = format_bytes(num_bytes) if num_bytes else UNKNOWN
+        lines.append(f"  {_name(model.get('id')):<20}{held:>10}   {', '.join(facts)}")
+    return lines
 
 
 def _running_lines(state: dict[str, Any]) -> list[str]:
@@ -112,11 +131,31 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
         lines.append(f"cache     over the last {_number(recent.get('tokens'))} tokens: {', '.join(rates)}")
     if (use := _most_uneven(state)) is not None:
         lines.append(f"use       {use}")
+    if workers := [one for one in state.get("workers") or () if isinstance(one, dict)]:
+        lines += [f"worker    {line}" for line in worker_lines(workers)]
     said = (
         "prompts and answers are logged" if privacy.get("logging") else "prompts and answers are not logged"
     )
     traces = "on: they can reveal the text" if privacy.get("traces") else "off"
     lines.append(f"privacy   {said}; routing traces are {traces}")
+    return lines
+
+
+def worker_lines(workers: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each worker, and one more for what is wrong with it."""
+    lines: list[str] = []
+    for one in workers:
+        rate = _number(one.get("hit_rate"), lambda value: f"{100 * value:.0f} %")
+        p50, p99 = (_number(one.get(key), lambda us: f"{us / 1e3:.2f}") for key in ("p50_us", "p99_us"))
+        sent, received = (_number(one.get(key), format_bytes) for key in ("bytes_out", "bytes_in"))
+        lines.append(
+            f"{_name(one.get('host')):<22}{_name(one.get('state')):<10} "
+            f"{_number(one.get('resident'))} of {_number(one.get('experts_owned'))} experts in memory, "
+            f"hits {rate}, {p50} ms (p99 {p99}), {sent} out, {received} in, "
+            f"{_number(one.get('experts_rerouted'))} rerouted"
+        )
+        if why := one.get("why"):
+            lines.append(f"  {_name(why)}")
     return lines
 
 

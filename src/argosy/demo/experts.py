@@ -20,7 +20,6 @@ from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.upcycle import RoutedExperts
 from argosy.errors import CheckpointError
 
-EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
 ARCHITECTURE = "argosy-demo-experts"
 BASE_DIGEST_KEY = f"{ARCHITECTURE}.base_sha256"
 EXPERTS_PER_TOKEN_KEY = f"{ARCHITECTURE}.experts_per_token"
@@ -38,7 +37,7 @@ TENSOR_OF_PROJECTOR = {"up": "audio.projector.up.weight", "down": "audio.project
 class TrainedExperts:
     """The opened experts file; a layer is dequantised on request."""
 
-    def __init__(self, path: Path = EXPERTS_FILE) -> None:
+    def __init__(self, path: Path) -> None:
         """Open `path`.
 
         Raises:
@@ -50,7 +49,7 @@ class TrainedExperts:
         except CheckpointError as error:
             raise CheckpointError(
                 f"{path.name} cannot be read: {error.message}",
-                hint="it is part of Argosy; reinstall Argosy",
+                hint="`pip install --force-reinstall argosy-demo` brings it again",
                 path=path,
             ) from error
         self._tensors = file.tensors

@@ -34,7 +34,7 @@ _DTYPE = "F16"
 
 
 class Hearing:
-    """What the demo model gets for sounds: tensors, keys of `config.json`, and settings of their preparation.
+    """The demo model's parts for sounds: tensors, keys of `config.json`, and settings of their preparation.
 
     Args:
         whisper: the directory of tiny.en.   trained: holds the projector.

