@@ -11,7 +11,15 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 
-EVERYONE = {"config", "confine", "errors", "replace_file", "strict_json"}
+EVERYONE = {
+    "config",
+    "confine",
+    "errors",
+    "private_files",
+    "replace_file",
+    "strict_json",
+    "user_directories",
+}
 MAY_IMPORT = {
     "prompt": {"media", "checkpoint"},
     "media": set(),
@@ -23,12 +31,19 @@ MAY_IMPORT = {
     "experts": {"checkpoint", "_native"},
     "model": {"experts", "prompt", "media", "checkpoint", "_native"},
     "serve": {"engine", "prompt", "media", "guard", "observe"},
-    "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "_native"},
+    "route": {"serve", "guard"},
+    "batch": {"engine"},
+    "evaluate": {"engine", "prompt", "model", "checkpoint", "library", "plan"},
+    "library": {"model", "checkpoint", "plan"},
+    "cluster": {"experts", "checkpoint", "model", "plan", "_native"},
+    "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "library", "_native"},
     "config": {"errors"},
     "confine": set(),
     "errors": set(),
+    "private_files": {"errors", "replace_file"},
     "replace_file": set(),
     "strict_json": set(),
+    "user_directories": set(),
 }
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 
@@ -74,15 +89,23 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_no_dialect_imports_another() -> None:
-    dialects = {"anthropic_messages", "openai_chat", "openai_completions", "openai_responses"}
-    found = {
-        path.stem: imported
+    names = ("anthropic_messages", "ollama", "openai_chat", "openai_completions", "openai_responses")
+    dialect_of = {
+        path.stem: name
         for path in modules()
-        if path.stem in dialects
-        for _, imported in imports(path)
-        if dialects - {path.stem} & set(imported.split("."))
+        for name in names
+        if room_of(path) == "serve" and path.stem in (name, f"{name}_bodies", f"{name}_models")
     }
-    assert found == {}
+    assert set(dialect_of.values()) == set(names)
+    found = [
+        f"{path.stem} imports {imported}"
+        for path in modules()
+        if path.stem in dialect_of
+        for _, imported in imports(path)
+        for part in imported.split(".")
+        if dialect_of.get(part, dialect_of[path.stem]) != dialect_of[path.stem]
+    ]
+    assert found == []
 
 
 def test_nothing_imports_torch_or_reads_a_pickle() -> None:

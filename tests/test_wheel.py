@@ -59,7 +59,7 @@ def test_a_wheel_has_every_file_of_the_package(installed: Path) -> None:
         cwd=SOURCES, capture_output=True, text=True, check=True,
     )  # fmt: skip
     names = listed.stdout.split()
-    for needed in ("serve/page/index.html", "demo/experts.gguf", "_native.pyi", "py.typed"):
+    for needed in ("serve/page/index.html", "_native.pyi", "py.typed"):
         assert needed in names
     for name in names:
         assert (installed / "argosy" / name).read_bytes() == (SOURCES / name).read_bytes(), name

@@ -10,7 +10,7 @@ random blocks of the wanted size; each weight is then its block's value.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +132,14 @@ def write_gguf_model(
     tensors_per_part: int = 0,
     has_bare_first_part: bool = False,
     sections: tuple[int, ...] = (),
+    metadata: Mapping[str, int] | None = None,
 ) -> Path:
     """Write `path`, and the dequantised weights to a directory named `<path>.f32`; return that directory.
 
     With `split_experts`, every expert is a separate tensor, as in files of early 2024. Without `split_kv`, keys and
     values of latent attention share one tensor, as in files from before April 2025. With `tensors_per_part`, the model
     is split into parts beside `path`, the first of which may have no tensors. With `sections`, the sizes of the
-    position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V.
+    position axes, the model is the text part of Qwen3-VL-MoE or GLM-4.5V. `metadata` has further numbers by their keys.
     """
     rng = np.random.default_rng([seed, 3])
     exact: dict[str, Array] = {}
@@ -157,6 +158,8 @@ def write_gguf_model(
         writer.add_rope_dimension_sections([*sections, 0])
         if architecture == "qwen3moe":
             writer.add_num_deepstack_layers(3)
+    for key, number in (metadata or {}).items():
+        writer.add_uint32(key, number)
     stacks: dict[str, list[Array]] = {}
     for hub_name, values in random_tensors(config, seed, "F32").items():
         if not is_in_gguf(hub_name, config):

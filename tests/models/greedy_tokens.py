@@ -30,8 +30,8 @@ import numpy as np
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.pack import pack
-from argosy.demo.cache import cache_directory
 from argosy.model.families import open_model
+from argosy.user_directories import cache_directory
 from tests.models import gguf_models, references
 from tests.models.gguf_delta import write_delta_gguf
 from tests.models.hub_quantised import write_fp8_model, write_int4_model

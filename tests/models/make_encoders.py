@@ -38,7 +38,7 @@ from tests.models.tiny_encoders import (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What transformers makes of an input: rows, and their rotary positions if the family has its own."""
+    """The rows that transformers makes of an input, and their rotary positions if the family has its own."""
 
     embeddings: Array
     additions: tuple[Array, ...] = ()

@@ -51,7 +51,7 @@ LEAST_MARGIN = 0.1
 
 
 class Inputs:
-    """What a prompt's media become, for a model of transformers."""
+    """A prompt's media in the form of transformers."""
 
     def __init__(self, directory: Path, family: str) -> None:
         raw = json.loads((directory / "preprocessor_config.json").read_text())

@@ -31,7 +31,7 @@ _DTYPES = {"float32": "F32", "int64": "I64"}
 
 @torch.no_grad()
 def answers(directory: Path, tiny: Tiny) -> dict[str, Array]:
-    """What the checkpoint in `directory` computes, by name."""
+    """The outputs of the checkpoint in `directory`, by name."""
     model, info = transformers.WhisperForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

@@ -2,7 +2,8 @@
 
     reference/<name>/   config.json, weights, ref.safetensors, reference.json
 
-`make_models.py` writes them; the configurations are `configurations.py`.
+`make_models.py` writes them, and `make_embeddings.py` the embeddings of some of their prompts; the configurations are
+`configurations.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from tests.models.safetensors_file import Array, read_safetensors
 
 DIRECTORY = Path(__file__).parent / "reference"
+EMBEDDINGS = Path(__file__).parent / "embeddings.safetensors"
 
 # On these models, float32 sums in another order differ by a few 1e-6 of the largest logit; one wrong flag changes it by
 # more than 1e-2. The bound leaves room for other processors only.
@@ -47,6 +49,11 @@ class Reference:
         return [int(i) for i in self.tensors["greedy"]]
 
 
+# Those with committed embeddings (`make_embeddings.py`): one of each kind of mixer, norm and embedding.
+EMBEDDED = (
+    "deepseek_v3_plain", "gemma4_plain", "glm4_moe_plain", "gpt_oss_plain", "mixtral_plain", "olmoe_plain",
+    "qwen3_moe_plain", "qwen3_next_plain",
+)  # fmt: skip
 REFERENCES = tuple(Reference(directory) for directory in sorted(DIRECTORY.iterdir()))
 
 

@@ -68,7 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a chat template writes for media, in the families for which llama.cpp's converter writes towers.
+# Texts that chat templates write for media, in the families for which llama.cpp's converter writes towers.
 MMPROJ_PLACEHOLDERS = {
     "qwen3_vl_moe": {"image_token_id": "<|image_pad|>"},
     "qwen3_5_moe": {"image_token_id": "<|image_pad|>"},
@@ -222,7 +222,7 @@ VIDEO_PROMPTS = {
     "kimi_k25": "<|kimi_k25_video_placeholder|>",
     "gemma4": "<|gemma_video|>",
 }
-"""What a chat template writes for a video."""
+"""The text that a chat template writes for a video, as token ids."""
 
 
 def prompt_of(family: str, placeholders: list[int]) -> list[int]:

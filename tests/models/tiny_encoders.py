@@ -26,7 +26,7 @@ LARGE_GRIDS = ((1, 24, 20), (1, 1, 240), (4, 11, 11))
 # Mel frames of a sound: shorter than a chunk of 100, whole chunks, and more than a window of attention.
 LENGTHS = (37, 100, 130, 517)
 LARGE_LENGTHS = (90, 12_040)
-# Of a video of Qwen3-Omni.
+# In a video of Qwen3-Omni.
 SECONDS_PER_FRAME = 0.7
 ANGLES_PER_SECOND = 13
 

@@ -1,4 +1,4 @@
-"""What is asked of tiny Whisper checkpoints, by `make_whisper.py` and by the tests."""
+"""The cases for tiny Whisper checkpoints, used by `make_whisper.py` and by the tests."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def require_equal(transcriber: Transcriber, tiny: Tiny, name: str, expected: Map
         same = slice(pairs[0] if pairs else None)
         assert tokens[same] == wanted[same]
         return
-    # Of a pair of timestamps at the end of a window, transformers keeps both.
+    # transformers keeps both timestamps of a pair at the end of a window.
     end = tiny.id_of("endoftext")
     assert [token for token in tokens if token < end] == [token for token in wanted if token < end]
     times = np.array([(segment.start_s, segment.end_s) for segment in segments])

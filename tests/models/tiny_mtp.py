@@ -1,0 +1,78 @@
+"""Tiny checkpoints with a layer for multi-token prediction, as DeepSeek-V3 and GLM-4.5 have on the hub.
+
+It is one layer more than the model has, with two norms and a matrix before it and a norm after it; and copies of the
+model's embedding and head.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from tests.models.numpy_model import NumpyModel, Spans
+from tests.models.safetensors_file import Array, write_checkpoint
+from tests.models.tiny import RawConfig, random_tensors
+
+
+def write_mtp_model(directory: Path, config: RawConfig, *, seed: int, left_out: str | None = None) -> Path:
+    """Write a model of this config, and its draft layer without the tensor that is left out; return `directory`."""
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    longer = config | {"num_hidden_layers": layers + 1, "num_nextn_predict_layers": 0}
+    tensors = random_tensors(longer, seed, "F32")
+    rng, prefix = np.random.default_rng(seed), f"model.layers.{layers}."
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{prefix}{name}.weight"] = (1 + 0.2 * rng.standard_normal(hidden)).astype(np.float32)
+    join = rng.standard_normal((hidden, 2 * hidden)) * hidden**-0.5
+    tensors[f"{prefix}eh_proj.weight"] = join.astype(np.float32)
+    tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+    tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"]
+    if left_out is not None:
+        del tensors[prefix + left_out]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}) + "\n")
+    write_checkpoint(directory, {name: ("F32", tensor) for name, tensor in tensors.items()})
+    return directory
+
+
+class NumpyDraft:
+    """The draft layer in float64, in one pass over all tokens."""
+
+    def __init__(self, directory: Path) -> None:
+        self.model, self.layer = NumpyModel(directory), NumpyModel(directory)
+        number = self.model.config["num_hidden_layers"]
+        prefix = f"model.layers.{number}."
+        own = self.model.tensors
+        self.layer.tensors = {
+            **{name: own[name] for name in ("model.embed_tokens.weight", "lm_head.weight")},
+            **{name.replace(prefix, "model.layers.0."): own[name] for name in own if name.startswith(prefix)},
+            "model.norm.weight": own[prefix + "shared_head.norm.weight"],
+        }
+        # The layer has experts, so the first layers that have none are gone with the others.
+        self.layer.config = self.layer.config | {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+        self.layer.windows = self.layer.windows[:1] or [0]
+
+    def logits(self, token_ids: list[int], drafted: list[int] = []) -> Array:  # noqa: B006
+        """Return its logits after `token_ids` and the tokens that it drafted before: float64 [vocab]."""
+        self.model.logits(token_ids)
+        states = self.model.norm("model.norm", self.model.hidden_states[-1])[:-1]
+        known = [*token_ids[1:], *drafted]
+        for at in range(len(drafted) + 1):
+            logits = self._run(known[: len(states)], states)
+            if at < len(drafted):
+                states = np.concatenate([states, self.layer.hidden_states[-1][-1:]])
+        return logits[-1]
+
+    def _run(self, following: list[int], states: Array) -> Array:
+        embedded = self.layer.tensors["model.embed_tokens.weight"][following].copy()
+        embedded[0] = 0.0
+        joined = np.concatenate(
+            [
+                self.layer.norm("model.layers.0.enorm", embedded),
+                self.layer.norm("model.layers.0.hnorm", states),
+            ],
+            axis=1,
+        )
+        inputs = joined @ self.layer.tensors["model.layers.0.eh_proj.weight"].T
+        return self.layer.logits(following, Spans(embeddings=(np.arange(len(inputs)), inputs)))
