@@ -1,4 +1,4 @@
-"""What a pack's bytes mean, in plain numpy and Python: the tests' own decoder, independent of the kernels.
+"""The meaning of a pack's bytes, in plain numpy and Python: the tests' own decoder, independent of the kernels.
 
 q8, q4    groups of 32 columns share a float16 scale; a panel of 16 rows holds the scales, then the quants, per group
 checksum  crc32c of four quarters, then crc32c of the four results

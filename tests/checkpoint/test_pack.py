@@ -13,12 +13,15 @@ import pytest
 
 from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.files import MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.manifest import expert_file
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, round_to_bf16, verify_pack
-from argosy.errors import CheckpointError, UsageError
+from argosy.checkpoint.shards import ALL_SHARDS, shard_of, shards_of_share
+from argosy.errors import CheckpointError, CorruptRecord, UsageError
 from argosy.model.families import open_model
 from tests.checkpoint import packed_formats
+from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array, read_checkpoint, write_checkpoint
-from tests.models.tiny import RawConfig, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
+from tests.models.tiny import RawConfig, gpt_oss, mixtral, qwen2_moe, qwen3_moe, random_tensors, write_model
 
 every_format = pytest.mark.parametrize("format", PACK_FORMATS)
 
@@ -308,3 +311,89 @@ def test_verify_reads_every_byte_of_an_intact_pack(tmp_path: Path) -> None:
 
     assert (report.num_files, report.nbytes) == (3, total)
     assert read_checkpoint(tmp_path / "source")  # the source is untouched
+
+
+# ── divided for workers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pack, and the same in three shards."""
+    root = tmp_path_factory.mktemp("divided")
+    source = open_model(write_model(root / "source", qwen3_moe(), seed=5))
+    pack(source, root / "whole", format="q4")
+    pack(source, root / "divided", format="q4", num_shares=3)
+    return root / "whole", root / "divided"
+
+
+def test_a_divided_pack_has_the_same_records_in_a_file_for_each_share(divided: tuple[Path, Path]) -> None:
+    whole, parts = (open_model(path) for path in divided)
+    assert parts.config == whole.config
+    assert list(parts.experts) == list(whole.experts)
+    ends: dict[Path, int] = {}
+    for key, record in parts.experts.items():
+        (piece,) = record.pieces
+        assert piece.path.name == expert_file(1 + shard_of(*key) % 3, 3)
+        assert piece.offset == ends.get(piece.path, 0)  # one after the other, without gaps
+        ends[piece.path] = piece.offset + -(-piece.nbytes // 4096) * 4096
+        for name in ("gate", "up", "down"):
+            assert expert_bytes(parts, key, name) == expert_bytes(whole, key, name)
+    assert {path: path.stat().st_size for path in ends} == ends
+    assert verify_pack(divided[1]).num_files == verify_pack(divided[0]).num_files + 2
+
+
+def test_a_part_of_a_divided_pack_is_opened_for_its_shards_and_for_no_others(
+    divided: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("argosy.json", "config.json", expert_file(2, 3)):
+        (tmp_path / name).write_bytes((divided[1] / name).read_bytes())
+    second = shards_of_share(2, 3)
+    files = open_model(tmp_path, shards=second)
+    assert files.experts.keys() == open_model(divided[1]).experts.keys()
+    for shards in (ALL_SHARDS, shards_of_share(1, 3), second | shards_of_share(3, 3)):
+        with pytest.raises(CheckpointError, match=r"is missing from"):
+            open_model(tmp_path, shards=shards)
+    for share in (1, 3):
+        (tmp_path / expert_file(share, 3)).write_bytes((divided[1] / expert_file(share, 3)).read_bytes())
+    with pytest.raises(CheckpointError, match=r"dense\.bin is missing"):
+        open_model(tmp_path)
+    (tmp_path / expert_file(2, 3)).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"has 3 bytes; argosy\.json says"):
+        open_model(tmp_path, shards=second)
+
+
+def test_a_part_needs_the_dense_file_if_experts_have_biases(tmp_path: Path) -> None:
+    source = write_mxfp4_model(
+        tmp_path / "source", gpt_oss(hidden_size=64, intermediate_size=32, num_local_experts=4), seed=5
+    )
+    pack(open_model(source), tmp_path / "packed", format="source", num_shares=2)
+    (tmp_path / "packed" / expert_file(2, 2)).unlink()
+    open_model(tmp_path / "packed", shards=shards_of_share(1, 2))
+    (tmp_path / "packed" / "dense.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"dense\.bin is missing"):
+        open_model(tmp_path / "packed", shards=shards_of_share(1, 2))
+
+
+def test_damage_in_one_of_the_files_is_found_and_named(divided: tuple[Path, Path], tmp_path: Path) -> None:
+    for path in divided[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (piece,) = open_model(tmp_path).experts[1, 3].pieces
+    with piece.path.open("r+b") as file:
+        file.seek(piece.offset + 5)
+        file.write(b"\xff\xfe")
+    with pytest.raises(CorruptRecord, match=rf"{piece.path.name}: expert 3 of layer 1 changed"):
+        verify_pack(tmp_path)
+
+
+@pytest.mark.parametrize("num_shares", [0, 65])
+def test_a_pack_has_1_to_64_shards(num_shares: int, divided: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="1 to 64 shards"):
+        pack(open_model(divided[0]), tmp_path / "packed", format="source", num_shares=num_shares)
+
+
+def test_more_shards_than_experts_leave_empty_files(divided: tuple[Path, Path], tmp_path: Path) -> None:
+    pack(open_model(divided[0]), tmp_path / "packed", format="source", num_shares=64)
+    files = open_model(tmp_path / "packed")
+    sizes = [(tmp_path / "packed" / expert_file(share, 64)).stat().st_size for share in range(1, 65)]
+    assert sizes.count(0) == 64 - len({shard_of(*key) for key in files.experts})
+    assert expert_bytes(files, (1, 3), "up") == expert_bytes(open_model(divided[0]), (1, 3), "up")

@@ -294,6 +294,34 @@ def test_a_disk_that_fills_up_is_reported_and_the_pack_resumes_later(
     assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
 
 
+def test_a_divided_pack_resumes_and_one_that_is_divided_otherwise_starts_over(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = os.pwrite, 106
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "full")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(DiskFull):
+        pack_to(source, tmp_path / "packed", num_shares=3)
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "packed.partial", tmp_path / "other.partial")
+
+    report = pack_to(source, tmp_path / "packed", num_shares=3)
+    assert report.resumed_bytes > (tmp_path / "packed" / "dense.bin").stat().st_size  # experts, too
+    pack_to(source, tmp_path / "undisturbed", num_shares=3)
+    assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+
+    report = pack_to(source, tmp_path / "other", num_shares=2)
+    assert report.restarted_because == "the unfinished pack has 3 shards, but 2 were requested"
+    assert not (tmp_path / "other" / "experts-3-of-3.bin").exists()
+
+
 CHANGING_CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "unlink")
 
 

@@ -36,3 +36,6 @@ class RandomDrafter:
         is_right = rng.random(len(proposed)) < self.right_share
         self.num_proposed += len(proposed)
         return [right[i] if i < len(right) and is_right[i] else wrong for i, wrong in enumerate(proposed)]
+
+    def forget(self, sequence: EngineSequence) -> None:
+        pass

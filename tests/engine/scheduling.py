@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from argosy.config import SamplingParams
 from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sampler import SamplerState
@@ -23,8 +24,13 @@ BLOCK_TOKENS = 4
 class NotedTokens:
     """KV blocks that record the tokens each position was computed from: its own and all before it."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, windows: KvWindows | None = None) -> None:
         self.noted: list[list[tuple[int, ...] | None]] = [[None] * BLOCK_TOKENS for _ in range(num_blocks)]
+        self.windows = windows
+        num_window_blocks = 0 if windows is None else windows.sizes.num_window_blocks
+        self.noted_windows: list[list[tuple[int, ...] | None]] = [
+            [None] * BLOCK_TOKENS for _ in range(num_window_blocks)
+        ]
 
     def copy_out(self, block: int, to: NDArray[np.uint8]) -> None:
         raise NotImplementedError
@@ -32,8 +38,9 @@ class NotedTokens:
     def copy_in(self, block: int, saved: NDArray[np.uint8]) -> None:
         raise NotImplementedError
 
-    def copy_block(self, from_block: int, to_block: int) -> None:
-        self.noted[to_block] = list(self.noted[from_block])
+    def copy_block(self, from_block: int, to_block: int, is_windowed: bool = False) -> None:
+        noted = self.noted_windows if is_windowed else self.noted
+        noted[to_block] = list(noted[from_block])
 
     def run(self, scheduled: Scheduled) -> None:
         """Write what the step writes, and check that each token finds everything before it."""
@@ -47,6 +54,14 @@ class NotedTokens:
             for before in range(at):
                 block = int(step.block_table[row, before // BLOCK_TOKENS])
                 assert self.noted[block][before % BLOCK_TOKENS] == tokens[: before + 1]
+            if self.windows is not None:
+                of_block = step.window_blocks
+                assert of_block is not None
+                self.noted_windows[of_block[slot // BLOCK_TOKENS]][slot % BLOCK_TOKENS] = tokens
+                for seen in range(max(0, at - self.windows.sizes.window + 1), at):
+                    place = int(of_block[step.block_table[row, seen // BLOCK_TOKENS]])
+                    assert place != NONE
+                    assert self.noted_windows[place][seen % BLOCK_TOKENS] == tokens[: seen + 1]
 
 
 class NotedStates:
@@ -85,12 +100,17 @@ class Rig:
         reuse: bool = False,
         states: StateSlots | None = None,
         clock: Callable[[], float] = lambda: 0.0,
+        windows: WindowSizes | None = None,
     ) -> None:
+        self.windows = None if windows is None else KvWindows(num_blocks, BLOCK_TOKENS, windows)
         self.blocks = KvBlocks(
-            num_blocks, BLOCK_TOKENS, forgotten=states.forget if states else lambda key: None
+            num_blocks,
+            BLOCK_TOKENS,
+            forgotten=states.forget if states else lambda key: None,
+            windows=self.windows,
         )
         self.states = states
-        self.memory = NotedTokens(num_blocks)
+        self.memory = NotedTokens(num_blocks, self.windows)
         self.cache = PrefixCache(
             self.blocks, self.memory, secret=bytes(32), identity=b"", states=states, is_on=reuse
         )
@@ -179,6 +199,15 @@ class Rig:
             slots = [one.state_slot for one in running]
             assert len(set(slots)) == len(slots) == self.states.num_sequences - self.states.num_free
             assert len(self.states._unused) + self.states.num_snapshots == self.states.most_snapshots
+        if (windows := self.windows) is not None:
+            places = [place for place in windows.of_block.tolist() if place != NONE]
+            assert sorted(places + windows._free) == list(range(windows.sizes.num_window_blocks))
+            assert set(windows._in_use) == set(running)
+            assert not any(windows.has(block) for block in blocks._free)
+            users = [one.blocks[at] for one in running for at in windows._in_use[one]]
+            assert all(windows._users[block] == users.count(block) for block in range(blocks.num_blocks))
+            assert not set(windows._idle) & set(users)
+            assert len(windows._ends) <= windows.sizes.most_ends
 
 
 def num_prefill(scheduled: Scheduled) -> int:

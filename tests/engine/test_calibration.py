@@ -32,8 +32,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     assert rates.is_measured
     assert rates.source.startswith("measured 20")
-    assert rates.reads.keys() == rates.operations.keys() == guess("", 1).reads.keys()
-    assert max(rates.reads.values()) <= 1.0
+    assert rates.waits.keys() == rates.operations.keys() == guess("", 1).waits.keys()
     assert rates.encoder_operations > 1e8
     assert [size for size, _ in rates.drive] == [256 << 10, 1 << 20, 4 << 20, 16 << 20]
     assert Rates.from_json(json.dumps(rates.as_dict()).encode()) == rates
@@ -47,16 +46,26 @@ def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_range
     monkeypatch.setattr(calibration, "_ARENA_BYTES", 16 << 20)
     monkeypatch.setattr(calibration, "_KEYS_BYTES", 1 << 20)
     runtime = _native.Runtime(1)
-    kernels = calibration._Kernels(runtime)
+    kernels = calibration._Kernels(runtime, 1)
+    monkeypatch.setattr(calibration._native, "memory_probe", lambda threads, nbytes: 1e6)
+    cold = {id(one.call) for one in kernels._calls if one.name.startswith("cold ")}
     for seconds in (1.0, 4.0, 2.0):
-        monkeypatch.setattr(calibration, "_median_s", lambda call, seconds=seconds: seconds)
+        # A call with cold weights has 12 MiB of them, which is more matrices than a call with cached ones.
+        monkeypatch.setattr(
+            calibration, "_median_s", lambda call, seconds=seconds: seconds * (20 if id(call) in cold else 1)
+        )
         kernels.measure()
-    rates, varied = kernels.rates, kernels.varied
+    rates, varied, wait = kernels.rates, kernels.varied, kernels.wait("q4", 64)
+    share = kernels.share_of_memory("keys and values")
     kernels.close()
     runtime.close()
     assert varied == 4.0
-    assert rates["operations q4"] == 4 * 64 * 768 * 2048 / 2.0
+    assert rates["q4 64"] == 4 * 64 * 768 * 2048 / 2.0
     assert rates["keys and values"] == 2 * 1024 * 16 * 128 * 4 / 2.0
+    assert share == pytest.approx(rates["keys and values"] / 1e6)
+    nbytes = _native.matrix_bytes("q4", 768, 2048)
+    matrices = (12 << 20) // nbytes
+    assert wait == pytest.approx((40.0 / matrices - 2.0 / 2) / (nbytes / 1e6))
 
 
 @pytest.mark.parametrize(

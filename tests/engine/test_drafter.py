@@ -41,12 +41,15 @@ def delta_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> tuple[list[Result], int]:
-    """Run the requests together; return their results and the number of steps."""
+    """Run the requests together; return their results and the number of steps after the last prompt.
+
+    How many steps prompts take depends on how long steps take, so they do not count.
+    """
     sequences = [engine.submit(list(prompt), params) for prompt, params in requests]
     steps = 0
     while any(one.result is None for one in sequences):
+        steps += all(one.new_ids for one in sequences)
         engine.step()
-        steps += 1
     return [one.result for one in sequences if one.result is not None], steps
 
 

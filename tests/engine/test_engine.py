@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -110,7 +111,22 @@ def test_the_ledger_adds_up(engine: Engine) -> None:
     assert ledger.bytes_read > 0
     assert ledger.time_to_first_token_s is not None
     assert 0 < ledger.time_to_first_token_s < ledger.wall_s
+    assert ledger.decode_s is not None
+    assert 0 < ledger.decode_s < ledger.wall_s
     assert engine.ledger.new_tokens >= 8
+
+
+def test_building_a_prompt_does_not_count_as_decoding(engine: Engine) -> None:
+    (sequence,) = engine.prepare(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+    sequence.started_at -= 100.0  # as if its prompt had taken so long
+    engine.enqueue([sequence])
+    while sequence.result is None:
+        engine.step()
+    ledger = sequence.result.ledger
+    assert ledger.time_to_first_token_s is not None
+    assert ledger.time_to_first_token_s > 100
+    assert ledger.decode_tok_per_s == pytest.approx(7 / (ledger.decode_s or 0))
+    assert (ledger.decode_s or 0) < ledger.wall_s
 
 
 def test_more_requests_than_can_run_at_once_all_get_an_answer(engine: Engine) -> None:
@@ -171,6 +187,20 @@ def test_a_closed_engine_releases_its_memory() -> None:
     assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
     engine.close()
     assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the local name and the argument
+
+
+@pytest.mark.parametrize("expert_slots", [None, 4])
+def test_a_closed_engine_releases_the_memory_of_experts(expert_slots: int | None) -> None:
+    engine = Engine.open(REFERENCE.directory, memory="2GiB", threads=1, expert_slots=expert_slots)
+    engine.generate(PROMPT, SamplingParams(max_tokens=2))
+    runner: Any = engine._model.experts
+    arena = runner._arena if expert_slots is None else runner.cache._arena
+    experts = weakref.ref(runner)
+    del runner
+    engine.close()
+    assert experts() is None
+    with pytest.raises(ValueError, match="the arena is closed"):
+        arena.array()
 
 
 def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_given(

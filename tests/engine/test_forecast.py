@@ -111,13 +111,13 @@ def test_a_recorded_working_set_replaces_the_prior(qwen: Forecaster) -> None:
 
 def test_work_counts_what_a_token_reads() -> None:
     files = open_model(REFERENCE / "deepseek_v3_plain")
-    work, model = work_of(files, "f16"), files.config
+    work, model = work_of(files, "q8"), files.config
     assert work.num_moe_layers == len(model.moe_layers)
     embedding = files.dense["embed"]
     assert work.dense_bytes == sum(ref.landed_bytes for ref in files.dense.values()) - embedding.landed_bytes
     assert work.record_bytes * len(files.experts) == files.expert_bytes
     bytes_at_100, _ = work.keys_values(100)
-    assert bytes_at_100 == 100 * kv_bytes(model, 1600, "f16") / 1600
+    assert bytes_at_100 == 100 * kv_bytes(model, 1600, "q8") / 1600
 
 
 def test_layers_with_windows_read_no_more_than_their_window() -> None:

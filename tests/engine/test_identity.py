@@ -6,13 +6,13 @@ weights in place and packed, whatever instruction sets other engines in the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +21,9 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.config import AskAhead
 from argosy.model.families import open_model
+from argosy.plan import tuning
 from tests.experts.process_runner import ProcessRunner
+from tests.helpers.tunings import keep, random_tunings, use_cache
 from tests.models.hub_quantised import write_fp8_model, write_int4_model
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.safetensors_file import Array
@@ -39,6 +41,8 @@ from tests.models.tiny import (
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_gemma import gemma4
 from tests.models.tiny_latent import deepseek_v3, kimi_k2
+
+Value = TypeVar("Value")
 
 NUM_NEW = 12
 GREEDY = SamplingParams(max_tokens=NUM_NEW, temperature=0, ignore_eos=True, logprobs=3)
@@ -140,6 +144,15 @@ class Case:
     directory: Path
     config: RawConfig
     instruction_set: str
+    turn: int = 0
+
+    def in_turn(self, ways: Sequence[Value]) -> Value:
+        """The way that it is this case's turn to try.
+
+        Models and instruction sets take turns, so that every pair of a model and a way, and of an instruction set and
+        a way, is tried where there are as many instruction sets as ways. What a way does depends on neither.
+        """
+        return ways[self.turn % len(ways)]
 
     @property
     def prompt(self) -> list[int]:
@@ -213,7 +226,9 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 def case(
     request: pytest.FixtureRequest, directories: dict[tuple[str, str], Path], instruction_set: str
 ) -> Iterator[Case]:
-    return Case(directories[request.param], (CONFIGS | QUANTISED)[request.param[0]], instruction_set)
+    config = (CONFIGS | QUANTISED)[request.param[0]]
+    turn = CASES.index(request.param) + _native.instruction_sets().index(instruction_set)
+    return Case(directories[request.param], config, instruction_set, turn)
 
 
 @cache
@@ -227,8 +242,9 @@ def resident(case: Case) -> Answers:
     return answers_of_resident(case.directory, case.instruction_set, tuple(case.prompt))
 
 
-@pytest.mark.parametrize("share", [0, 0.25, 0.5], ids=["floor", "quarter", "half"])
-def test_a_small_expert_cache_changes_nothing(case: Case, share: float) -> None:
+@pytest.mark.parametrize("size", ["floor", "share"])
+def test_a_small_expert_cache_changes_nothing(case: Case, size: str) -> None:
+    share = case.in_turn([0.25, 0.5]) if size == "share" else 0
     num_slots = max(case.experts_per_token, int(share * case.num_experts))
     with case.engine(expert_slots=num_slots) as engine:
         assert engine.plan.num_slots == num_slots
@@ -241,10 +257,27 @@ def test_two_threads_change_nothing(case: Case) -> None:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
-@pytest.mark.parametrize("ask_ahead", get_args(AskAhead))
-def test_reading_ahead_of_products_changes_nothing(case: Case, ask_ahead: AskAhead) -> None:
-    with case.engine(threads=2, ask_ahead=ask_ahead) as engine:
-        assert engine._runtime.ask_ahead == ask_ahead
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    use_cache(monkeypatch, tmp_path_factory.getbasetemp() / "tuned")
+    yield
+    tuning._chosen.cache_clear()
+
+
+def test_how_products_are_tuned_changes_nothing(case: Case, tuned: None) -> None:
+    # Without tuning, as all other engines here run, and with it: as measured, at random, and fixed by the caller.
+    way = case.in_turn(["measured", "random", "fixed"])
+    threads = {"measured": 2, "random": 3, "fixed": 2}[way]
+    options: dict[str, Any] = {"ask_ahead": case.in_turn(get_args(AskAhead))} if way == "fixed" else {}
+    expected = random_tunings(case.turn)
+    if way == "random":
+        keep(expected, threads, case.instruction_set)
+    with case.engine(threads=threads, **options) as engine:
+        found = engine._runtime.tunings
+        assert way != "random" or found == expected
+        assert way != "fixed" or {each for one, few, _ in found.values() for each in (one, few)} == {
+            options["ask_ahead"]
+        }
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
@@ -253,9 +286,8 @@ def test_two_threads_and_the_smallest_cache_change_nothing(case: Case) -> None:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 3])
-def test_prompt_chunks_change_nothing(case: Case, chunk_tokens: int) -> None:
-    with case.engine(chunk_tokens=chunk_tokens, expert_slots=case.num_experts // 2) as engine:
+def test_prompt_chunks_change_nothing(case: Case) -> None:
+    with case.engine(chunk_tokens=case.in_turn([1, 3]), expert_slots=case.num_experts // 2) as engine:
         Answers.of(engine, case.prompt).assert_equal(resident(case))
 
 
@@ -269,15 +301,16 @@ def test_a_warm_cache_changes_nothing(case: Case) -> None:
 
 
 def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Case) -> None:
-    with case.engine(kv_dtype="f16") as engine:
+    # f16 has 11 bits, q8 eight; one wrong expert or position would move logits by a third of their size or more.
+    kv_dtype, change = case.in_turn((("f16", 0.01), ("q8", 0.04)))
+    with case.engine(kv_dtype=kv_dtype) as engine:
         rounded = Answers.of(engine, case.prompt)
     with case.engine(
-        kv_dtype="f16", chunk_tokens=3, threads=2, expert_slots=case.experts_per_token
+        kv_dtype=kv_dtype, chunk_tokens=3, threads=2, expert_slots=case.experts_per_token
     ) as engine:
         Answers.of(engine, case.prompt).assert_equal(rounded)
     assert not np.array_equal(rounded.logits, resident(case).logits)
-    # Keys and values have 11 bits; one wrong expert or position would move logits by a third of their size or more.
-    assert np.median(abs(rounded.logits - resident(case).logits)) < 0.01 * abs(resident(case).logits).max()
+    assert np.median(abs(rounded.logits - resident(case).logits)) < change * abs(resident(case).logits).max()
 
 
 @pytest.mark.skipif(_native.instruction_sets() == ["plain"], reason="this processor has one instruction set")
@@ -318,18 +351,16 @@ def test_engines_with_different_instruction_sets_step_in_turn_and_each_keeps_its
         together.assert_equal(by_itself)
 
 
-@pytest.mark.parametrize("slots", ["floor", "all"])
-def test_a_batch_of_eight_changes_nothing(case: Case, slots: str) -> None:
+def test_a_batch_of_eight_changes_nothing(case: Case) -> None:
     prompts = [case.prompt] + [prompt_ids(case.config, seed, 1 + 6 * seed) for seed in range(7)]
     params = [GREEDY, SAMPLED] * 4
-    num_slots = case.experts_per_token if slots == "floor" else None
     with case.engine() as engine:
         alone = [visible(engine.generate(prompt, own)) for prompt, own in zip(prompts, params, strict=True)]
-    with case.engine(expert_slots=num_slots, chunk_tokens=16, threads=2) as engine:
-        together = [visible(result) for result in engine.generate_batch(prompts, params)]
-
-    assert together == alone
-    assert together[0] == resident(case).greedy
+    for num_slots in (case.experts_per_token, None):
+        with case.engine(expert_slots=num_slots, chunk_tokens=16, threads=2) as engine:
+            together = [visible(result) for result in engine.generate_batch(prompts, params)]
+        assert together == alone
+    assert alone[0] == resident(case).greedy
 
 
 # How rows and outputs travel does not depend on the instruction set, so one model tries them all.

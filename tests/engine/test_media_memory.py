@@ -15,28 +15,30 @@ import pytest
 from argosy import Engine, SamplingParams
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine import start
+from argosy.engine.expert_memory import ExpertMemory
 from argosy.engine.media_memory import IDLE_S, MediaMemory
-from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, page_table_bytes, plan_memory
+from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, UsageError
 from argosy.media.parts import Image
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
+from argosy.plan.machine import page_table_bytes
 from argosy.prompt.prompt import Prompt
 from tests.models.seeing import with_towers, write
 from tests.models.tiny_wrappers import qwen3_vl_moe
 
-NUM_SLOTS, LENT_SLOTS = 10, 30
+NUM_SLOTS, LENT_SLOTS, SLOT_BYTES = 10, 30, 1 * MIB
 
 
 class Slots:
     """An expert cache that notes how many slots it has."""
 
     def __init__(self) -> None:
-        self.noted = [NUM_SLOTS + LENT_SLOTS]
+        self.noted = [NUM_SLOTS]
 
-    def resize(self, num_slots: int) -> None:
-        self.noted.append(num_slots)
+    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
+        self.noted.append(num_slots if held_slots is None else held_slots)
 
 
 class Lender:
@@ -46,11 +48,18 @@ class Lender:
         self.now = 1000.0
         self.cache, self.lock = Slots(), Turns()
         self.cleared: list[int] = []
+        self.experts = ExpertMemory(
+            self.cache,
+            num_slots=NUM_SLOTS,
+            slot_bytes=SLOT_BYTES,
+            most_slots=NUM_SLOTS + LENT_SLOTS,
+            lock=self.lock,
+            clock=lambda: self.now,
+        )
         self.memory = MediaMemory(
             lambda: self.cleared.append(self.cache.noted[-1]),
-            cache=self.cache,  # type: ignore[arg-type]
-            num_slots=NUM_SLOTS,
-            lent_slots=LENT_SLOTS,
+            experts=self.experts,
+            nbytes=LENT_SLOTS * SLOT_BYTES,
             lock=self.lock,
             clock=lambda: self.now,
         )
@@ -59,10 +68,11 @@ class Lender:
 def test_it_is_lent_until_a_picture_comes_and_again_after_a_minute_without() -> None:
     lender = Lender()
     lender.memory.settle()
-    assert lender.memory.lent_slots == LENT_SLOTS
+    assert lender.experts.lent_slots == LENT_SLOTS
     with lender.memory.use():
-        assert lender.memory.lent_slots == 0
-        assert lender.cache.noted == [NUM_SLOTS + LENT_SLOTS, NUM_SLOTS]
+        assert not lender.memory.is_lent
+        assert lender.experts.lent_slots == 0
+        assert lender.cache.noted == [NUM_SLOTS, NUM_SLOTS + LENT_SLOTS, NUM_SLOTS]
         lender.now += 10 * IDLE_S
         lender.memory.settle()  # it is still used
     lender.now += IDLE_S - 1
@@ -71,12 +81,12 @@ def test_it_is_lent_until_a_picture_comes_and_again_after_a_minute_without() -> 
         pass
     lender.now += IDLE_S - 1
     lender.memory.settle()
-    assert lender.cache.noted[1:] == [NUM_SLOTS]
+    assert lender.cache.noted[2:] == [NUM_SLOTS]
     assert not lender.cleared
     lender.now += 1
     lender.memory.settle()
     assert lender.cleared == [NUM_SLOTS]  # before experts have it
-    assert lender.cache.noted[1:] == [NUM_SLOTS, NUM_SLOTS + LENT_SLOTS]
+    assert lender.cache.noted[2:] == [NUM_SLOTS, NUM_SLOTS + LENT_SLOTS]
 
 
 def test_a_picture_from_another_thread_waits_for_the_end_of_a_step_and_no_longer() -> None:
@@ -93,7 +103,7 @@ def test_a_picture_from_another_thread_waits_for_the_end_of_a_step_and_no_longer
         thread.start()
         has_begun.wait()
         assert not has_memory.wait(0.05)
-        assert lender.cache.noted == [NUM_SLOTS + LENT_SLOTS]
+        assert lender.cache.noted[-1] == NUM_SLOTS + LENT_SLOTS
         while not lender.memory._num_users:
             pass
         lender.memory.settle()  # before the next step
@@ -259,12 +269,12 @@ def test_a_picture_that_comes_while_a_text_is_answered_changes_no_token(model: P
         while len(talker.new_ids) < 10:
             engine.step()
         picture = engine.submit(prompt_of(engine, 0), GREEDY)
-        assert engine._media.memory.lent_slots == 0
+        assert not engine._media.memory.is_lent
         while picture.result is None:
             engine.step()
         now += IDLE_S
         engine.step()
-        assert engine._media.memory.lent_slots > 0
+        assert engine._media.memory.is_lent
         while talker.result is None:
             engine.step()
         assert talker.result.token_ids == expected

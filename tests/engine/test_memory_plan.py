@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -17,8 +17,6 @@ from argosy.engine.memory_plan import (
     GRAMMAR_BYTES,
     MemoryPlan,
     experts_read,
-    held_bytes,
-    page_table_bytes,
     plan_memory,
     require_memory,
 )
@@ -26,9 +24,11 @@ from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import policy
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
-from argosy.model.families import open_model
+from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
-from argosy.plan.machine import MemoryLimit
+from argosy.plan.assumed import assume_pack
+from argosy.plan.machine import MemoryLimit, held_bytes, page_table_bytes
+from tests.families.published import PUBLISHED
 from tests.models.tiny import qwen3_moe, write_model
 
 PROCESS_BYTES = 50 * MIB
@@ -80,7 +80,7 @@ def test_a_refusal_says_what_was_needed_what_was_found_and_what_would_help(files
         "KV cache",
         "4096 tokens",
         "--context",
-        "--kv f16",
+        "--kv q8",
     ):
         assert word in sentence
 
@@ -105,16 +105,48 @@ def test_a_refusal_names_options_with_which_the_budget_is_enough(files: ModelFil
     def says(ram_bytes: int) -> str:
         return refusal(ram_bytes, 4096)[1].split("; ")[1]
 
-    both = needed(512, "f16")
-    assert both < needed(512) < needed(1024) < needed(2048) < needed(4096, "f16") < needed(4096)
+    both = needed(512, "q8")
+    assert both < needed(512) < needed(1024) < needed(4096, "q8")
+    assert needed(4096, "q8") < needed(2048) < needed(4096, "f16") < needed(4096)
     assert says(needed(4096, "f16")) == "this budget is enough with `--kv f16` or with `--context 2048`"
-    assert says(needed(4096, "f16") - 1) == "this budget is enough with `--context 2048`"
-    assert says(needed(2048) - 1) == "this budget is enough with `--context 1024`"
+    assert says(needed(4096, "f16") - 1) == "this budget is enough with `--kv q8` or with `--context 2048`"
+    assert says(needed(4096, "q8") - 1) == "this budget is enough with `--context 1024`"
+    assert says(needed(2048) - 1) == "this budget is enough with `--kv q8` or with `--context 1024`"
     assert says(needed(512)) == "this budget is enough with `--context 512`"
-    assert says(needed(512) - 1) == "this budget is enough with `--kv f16 --context 512`"
-    least = re.fullmatch(r"`--memory (\d+)MiB --kv f16 --context 512` is the least", says(both - 1))
+    assert says(needed(512) - 1) == "this budget is enough with `--kv q8 --context 512`"
+    least = re.fullmatch(r"`--memory (\d+)MiB --kv q8 --context 512` is the least", says(both - 1))
     assert least is not None
     assert 0 <= int(least[1]) * MIB - both < 4 * MIB
+
+
+def test_the_format_of_keys_and_values_follows_from_the_model_alone(files: ModelFiles) -> None:
+    """f16 where float32 would take more than a twentieth of the smallest budget, and otherwise f32."""
+
+    def formats(files: ModelFiles, **options: Any) -> set[str]:
+        found = set()
+        for ram_bytes, context in itertools.product((20 * GIB, 500 * GIB), (None, 512, 4096)):
+            budget = Budget(ram_bytes=ram_bytes, context_tokens=context)
+            config = EngineConfig(budget=budget, threads=2, **options)
+            planned = plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
+            assert planned.kv_bytes == kv_bytes(files.config, planned.context_tokens, planned.kv_dtype)
+            assert planned.model_sizes(config).kv_dtype == planned.kv_dtype
+            found.add(planned.kv_dtype)
+        return found
+
+    raw = next(model.config for model in PUBLISHED if model.name == "Qwen3-30B-A3B")
+    large = assume_pack(FAMILIES["qwen3_moe"].parse_config(raw), "q4", Path("config.json"))
+    assert formats(large) == {"f16"}
+    assert formats(files) == {"f32"}
+    for kv_dtype in get_args(KvDtype):
+        assert formats(large, kv_dtype=kv_dtype) == formats(files, kv_dtype=kv_dtype) == {kv_dtype}
+    shared = ModelFootprint(large, EngineConfig(budget=Budget(ram_bytes=1), threads=2))
+    dense_bytes = 19 * kv_bytes(large.config, 8192, "f32") - 96 * MIB - 8 * shared.slot_bytes
+    for more, expected in ((0, "f32"), (-20, "f16")):
+        footprint = ModelFootprint(large, EngineConfig(budget=Budget(ram_bytes=1), threads=2))
+        footprint.dense_bytes = dense_bytes + more
+        assert footprint.kv_dtype == expected
+    with pytest.raises(UsageError, match="kv_dtype must be f32, f16 or q8, found 'q4'"):
+        EngineConfig(budget=Budget(ram_bytes=1), threads=2, kv_dtype="q4")  # type: ignore[arg-type]
 
 
 def test_a_plan_that_takes_more_than_the_machine_has_is_refused(

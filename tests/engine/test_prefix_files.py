@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from argosy.config import KvDir
 from argosy.engine import prefix_files
 from argosy.engine.kv_cache import BlockContent
-from argosy.engine.prefix_files import PrefixFiles
+from argosy.engine.prefix_files import PrefixFiles, erase_files, forget_files
 from argosy.errors import UsageError
 
 BLOCK_BYTES, STATE_BYTES = 3000, 5000
@@ -401,4 +401,33 @@ def test_after_a_kill_no_file_is_partial(tmp_path: Path, delay_s: float) -> None
         payload = read(files, BlockContent(key, key, key, ""))
         assert payload is not None
         assert (payload == int.from_bytes(key, "little") % 251).all()
+    files.close()
+
+
+def test_files_of_a_tenant_are_erased_and_counted_in_the_directories_of_several_models(
+    tmp_path: Path,
+) -> None:
+    for name in ("one", "other"):
+        files = open_files(tmp_path / name)
+        write(files, content(1, tenant="a"), content(2, tenant="b"))
+        files.close()
+    assert erase_files(tmp_path, "a") == 2
+    assert erase_files(tmp_path, "a") == 0
+    assert erase_files(tmp_path / "one", "b") == 1
+    files = open_files(tmp_path / "other")
+    with pytest.raises(UsageError, match="other is in use by another process"):
+        erase_files(tmp_path, "b")
+    assert is_whole(files, content(2, tenant="b"))
+    files.close()
+
+
+def test_a_tenant_is_forgotten_while_no_engine_uses_the_directory(tmp_path: Path) -> None:
+    forget_files(tmp_path, "a")  # nothing is there yet
+    files = open_files(tmp_path)
+    write(files, content(1, tenant="a"), content(2, tenant="b"))
+    files.close()
+    forget_files(tmp_path, "a")
+    files = open_files(tmp_path)
+    assert not files.has("kv", content(1, tenant="a"))
+    assert is_whole(files, content(2, tenant="b"))
     files.close()

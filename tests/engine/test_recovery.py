@@ -50,7 +50,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> list[_native.FaultyFileSystem]:
     """List file systems; the next engine opens with the last one."""
     file_systems: list[_native.FaultyFileSystem] = []
     plain = _native.Store
-    monkeypatch.setattr(_native, "Store", lambda readers: plain(readers, file_systems[-1]))
+    monkeypatch.setattr(_native, "Store", lambda readers, **rest: plain(readers, file_systems[-1], **rest))
     return file_systems
 
 

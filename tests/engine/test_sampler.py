@@ -260,7 +260,7 @@ def test_the_logits_are_left_unchanged() -> None:
 class OnlyThese:
     """A grammar that always allows the same tokens."""
 
-    is_finished = False
+    is_finished = is_waiting = False
 
     def __init__(self, *token_ids: int) -> None:
         self._mask = np.zeros(6, np.bool_)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from argosy.engine.kv_windows import WindowSizes
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.scheduler import Scheduled
 from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill
@@ -383,6 +384,7 @@ asked = st.tuples(
     st.integers(1, 5),
     st.integers(10, 24),
     st.sampled_from([None, 0, 1, 3]),
+    st.sampled_from([None, 1, 2, 5, 8, 9]),
     st.data(),
 )
 @settings(deadline=None, max_examples=200)
@@ -392,10 +394,21 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
     max_sequences: int,
     num_blocks: int,
     num_snapshots: int | None,
+    window: int | None,
     data: st.DataObject,
 ) -> None:
-    """Sequences come, fork, find prefixes, are preempted, fail, finish or are cancelled, also with recurrent states."""
-    states = None
+    """Sequences come, fork, find prefixes, are preempted, fail, finish or are cancelled.
+
+    Some models have recurrent states, and some have layers with a sliding window, with as few blocks as can be enough.
+    """
+    states = windows = None
+    if window is not None:
+        seen, step_blocks = (
+            -(-(window - 1) // BLOCK_TOKENS) + 1,
+            -(-(chunk_tokens + max_sequences) // BLOCK_TOKENS),
+        )
+        windows = WindowSizes(max_sequences * (seen + 1) + step_blocks, window, most_ends=2)
+        num_snapshots = None
     if num_snapshots is not None:
         num_slots = max(1, max_sequences - 1)
         noted = NotedStates(num_slots + num_snapshots)
@@ -406,6 +419,7 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
         max_sequences=max_sequences,
         reuse=True,
         states=states,
+        windows=windows,
     )
     left = sorted(coming, key=lambda one: one[2])
     for step in range(2000):
@@ -444,3 +458,65 @@ def test_whatever_comes_and_goes_each_answer_is_computed_from_its_own_tokens_and
     assert len(rig.finished) == len(rig.sequences)
     assert rig.blocks.num_held == 0
     assert states is None or states.num_free == states.num_sequences
+
+
+# ── fewer blocks ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 8)), min_size=1, max_size=6),
+    st.lists(st.integers(0, 24), min_size=1, max_size=12),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_sequence_comes_to_its_end_while_blocks_come_and_go(
+    asked: list[tuple[int, int]], sizes: list[int], reuse: bool
+) -> None:
+    rig = Rig(num_blocks=24, reuse=reuse)
+    sequences = [rig.sequence(*one, first_id=40 * (number % 3)) for number, one in enumerate(asked)]
+    rig.add(*sequences)
+    for number in range(400):
+        if not rig.scheduler.has_work:
+            break
+        num_blocks = max(sizes[number % len(sizes)], rig.scheduler.num_blocks_needed)
+        rig.scheduler.resize_kv(num_blocks)
+        rig.require_sound()
+        assert rig.blocks.num_blocks == num_blocks
+        assert rig.blocks.num_used <= num_blocks
+        rig.step()
+    rig.scheduler.resize_kv(24)
+    rig.run()
+    assert sorted(rig.finished, key=lambda one: one.number) == sequences
+    assert rig.blocks.num_held == 0
+    assert rig.blocks.num_available == 24
+
+
+def test_fewer_blocks_preempt_those_who_hold_others_and_forget_the_prefixes_there() -> None:
+    rig = Rig(num_blocks=16, chunk_tokens=32, reuse=True)
+    first, second = rig.sequence(8, max_new=8), rig.sequence(8, max_new=8, first_id=50)
+    rig.add(first, second)
+    rig.step()
+    assert max(first.blocks) < min(second.blocks)  # the lowest free block is taken first
+    rig.scheduler.resize_kv(len(first.blocks) + 1)
+    assert rig.running == [first]
+    assert second.num_computed == 0
+    assert rig.scheduler.num_blocks_needed == 4
+    rig.scheduler.resize_kv(4)
+    rig.run()
+    assert rig.finished == [first, second]
+
+
+def test_whoever_uses_blocks_says_so_before() -> None:
+    rig = Rig(num_blocks=16)
+    used: list[int] = []
+    rig.blocks.before_use = used.append
+    blocks = rig.blocks.take(3)
+    assert used == [3]
+    more = rig.blocks.take(2)
+    rig.blocks.give_back(blocks)
+    assert used == [3, 5]
+    assert rig.blocks.num_used == 5
+    assert rig.blocks.take(1) == [0]
+    assert used == [3, 5, 1]
+    rig.blocks.give_back(more)
+    assert rig.blocks.num_used == 1

@@ -59,3 +59,18 @@ def test_its_owner_may_take_it_again() -> None:
     other.start()
     other.join(5)
     assert not other.is_alive()
+
+
+def test_it_tells_whether_it_was_free() -> None:
+    turns, was_free = Turns(), []
+    assert turns.acquire()
+    assert turns.acquire()
+    other = threading.Thread(target=lambda: was_free.append(turns.acquire()))
+    other.start()
+    while not turns._waiting:
+        pass
+    turns.release()
+    assert not was_free
+    turns.release()
+    other.join()
+    assert was_free == [False]

@@ -75,7 +75,7 @@ class ProcessRunner:
         deaths: how many of the processes do so.
     """
 
-    resident = None
+    resident = elsewhere = None
 
     def __init__(
         self,

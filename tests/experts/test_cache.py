@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -98,6 +99,74 @@ def test_hits_come_first_and_together() -> None:
         groups = rig.run(0, [0, 1, 2, 3, 4, 5])
         assert groups[0] == [1, 3, 5]
         assert all_of(groups[1:]) == [0, 2, 4]
+
+
+def test_closing_waits_for_the_thread_that_commits_memory() -> None:
+    class SlowArena:
+        def __init__(self) -> None:
+            self.closing, self.populated = threading.Event(), 0
+
+        def populate(self, foreground: object = None) -> None:
+            self.closing.wait(30)
+            self.populated += 1
+
+        def close(self) -> None:
+            self.closing.set()
+
+    cache = Rig(num_slots=4).cache
+    cache._arena.close()
+    cache._arena = arena = SlowArena()  # type: ignore[assignment]
+    cache._populate()
+    cache._populate()
+    cache.close()
+    assert arena.populated == 2
+    assert "argosy-populate" not in [thread.name for thread in threading.enumerate()]
+
+
+class Cores:
+    """The turns of several models; `others` are in the way when they are taken again."""
+
+    def __init__(self, store: FakeStore, *, others: bool) -> None:
+        self._store, self._others = store, others
+        self.are_ours = True
+        self.in_flight: list[int] = []  # the reads in flight whenever they were taken again
+
+    def release(self) -> None:
+        assert self.are_ours
+        self.are_ours = False
+
+    def acquire(self) -> bool:
+        assert not self.are_ours
+        self.are_ours = True
+        self.in_flight.append(len(self._store.in_flight))
+        return not self._others
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_lease_lends_the_cores_while_it_waits_and_takes_them_seldom_once_others_use_them(
+    others: bool,
+) -> None:
+    rig = Rig(num_slots=8, seed=5)
+    rig.cache.lent = cores = Cores(rig.store, others=others)
+    kept: list[bool] = []  # whether the cores were kept during a wait
+    wait_any = rig.store.wait_any
+
+    def watched(*args: Any) -> list[tuple[int, str | None, str | None]]:
+        kept.append(cores.are_ours)
+        return wait_any(*args)
+
+    rig.store.wait_any = watched  # type: ignore[method-assign]
+    with rig.cache.lease(0, list(range(NUM_EXPERTS))) as lease:
+        for group in lease:
+            assert cores.are_ours  # experts are computed
+            rig.check(0, group)
+    assert len(kept) > 2
+    assert not any(kept)
+    assert cores.in_flight[0] > 0
+    assert any(cores.in_flight[1:]) == (not others)
+    rig.cache.lent = None
+    rig.run(2, [0, 1])
+    assert kept[-1]
 
 
 def test_all_misses_are_issued_before_the_first_wait() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 from hypothesis import given, settings
@@ -39,6 +40,19 @@ def decode(policy: CachePolicy, token: list[list[int]]) -> None:
 def sweep(policy: CachePolicy, *, num_layers: int, num_experts: int) -> None:
     for layer in range(num_layers):
         lease(policy, layer, range(num_experts), is_scan=True)
+
+
+def evicted_next(policy: CachePolicy, *, num_slots: int) -> set[Key]:
+    """The experts beyond `num_slots` that misses of decode evict, if they come in a layer of their own."""
+    trial = copy.deepcopy(policy)
+    trial.floor = min(trial.guess_slots, num_slots // len(trial._layers))
+    for layer in range(len(trial._layers)):
+        trial._note_oldest(layer)
+    trial._layers.append(policy_module._Layer())
+    trial._free.clear()
+    for number in range(policy.num_resident - num_slots):
+        assert trial.admit((len(trial._layers) - 1, number), is_scan=False) is not None
+    return policy.resident() - trial.resident()
 
 
 def check(policy: CachePolicy, pinned: dict[Key, int]) -> None:
@@ -117,13 +131,26 @@ def test_the_number_of_slots_may_change_between_leases(
     for number, (layer, experts, is_scan) in enumerate(asked):
         before = {key: policy.slot(key) for key in policy.resident()}
         num_slots = max(k, sizes[number % len(sizes)])
+        next_to_go = evicted_next(policy, num_slots=num_slots)
+        held = num_slots + number % 3
         policy.resize(num_slots)
-        assert {key: policy.slot(key) for key in policy.resident()} == {
-            key: slot for key, slot in before.items() if slot is not None and slot < num_slots
+        moves = policy.moves(max(held, num_slots))
+        kept = {key: slot for key, slot in before.items() if key not in next_to_go}
+        moved = {key: to for key, _, to in moves}
+        assert policy.resident() == kept.keys()
+        assert {key: slot for key, slot, _ in moves} == {
+            key: slot for key, slot in kept.items() if slot is not None and slot >= held
         }
+        assert all(slot < num_slots for slot in moved.values())
+        assert {key: policy.slot(key) for key in kept} == kept | moved
+        assert not set(moved.values()) & {slot for key, slot in kept.items() if key not in moved}
         lease(policy, layer, experts, is_scan=is_scan)
-        check(policy, {})
+        if number % 2:
+            for key in sorted(policy.resident())[:2]:  # their bytes never arrived
+                policy.drop(key)
         assert policy.num_resident == len(policy.resident()) <= num_slots
+        policy.moves(num_slots)
+        check(policy, {})
         new = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
         assert (policy.floor, policy.window_slots) == (new.floor, new.window_slots)
     trial = [policy.admit((0, 1000 + i), is_scan=False) for i in range(num_slots)]
@@ -241,6 +268,35 @@ def test_decode_that_fits_the_cache_never_misses_again() -> None:
     for token in tokens * 3:
         for layer, experts in enumerate(token):
             assert lease(policy, layer, experts) == 2
+
+
+def test_with_fewer_slots_the_experts_stay_that_are_used_most() -> None:
+    policy = CachePolicy(num_slots=24, num_layers=2, experts_per_token=2)
+    for number in range(8):  # 0 and 1 in every token, and each of the others once
+        decode(policy, [[0, 1, 2 + number]] * 2)
+    lease(policy, 0, [20, 21, 22, 23], is_scan=True)
+    assert policy.num_resident == 24
+    slots = {key: policy.slot(key) for key in policy.resident()}
+    policy.resize(20)
+    assert policy.moves(20) == []  # the experts that were only swept in had the last slots
+    assert not policy.resident() & {(0, expert) for expert in (20, 21, 22, 23)}
+    policy.resize(6)
+    assert len(policy.moves(20)) == 0
+    moves = policy.moves(10) + policy.moves(6)
+    assert policy.resident() == {(layer, expert) for layer in range(2) for expert in (0, 1, 9)}
+    assert {move.key for move in moves} == {key for key in policy.resident() if slots[key] >= 6}
+
+
+def test_an_expert_that_is_being_read_stays_while_slots_go() -> None:
+    policy = CachePolicy(num_slots=6, num_layers=1, experts_per_token=2)
+    assert policy.admit((0, 5), is_scan=True) == 0  # its read has begun
+    lease(policy, 0, [0, 1, 2, 3, 4])
+    policy.resize(2)
+    assert policy.resident() == {(0, 4), (0, 5)}
+    assert policy.moves(2) == [((0, 4), 5, 1)]
+    policy.unpin(0, [5])
+    policy.resize(1)
+    assert policy.moves(1) == [((0, 4), 1, 0)]
 
 
 def test_a_layer_keeps_its_share_while_others_request_experts() -> None:

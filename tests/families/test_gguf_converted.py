@@ -175,7 +175,11 @@ HARMLESS = {
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
 }
-DEFAULTS = {("attention.causal", True), ("expert_weights_norm", True)}  # the same as an absent key
+DEFAULTS = {
+    ("attention.causal", True),
+    ("expert_weights_norm", True),
+    ("pooling_type", 3),
+}  # the same as an absent key
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

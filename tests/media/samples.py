@@ -225,7 +225,7 @@ def heard(features: NDArray[np.float32], samples: NDArray[np.float32]) -> NDArra
 
 
 def summary(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """What is kept of a result: values at fixed places, the first and the last among them, and the mean."""
+    """The kept part of a result: values at fixed places, the first and the last among them, and the mean."""
     flat = values.ravel()
     places = np.linspace(0, flat.size - 1, NUM_PLACES).astype(np.int64)
     return np.array([*flat[places], flat.mean(dtype=np.float64)])

@@ -86,7 +86,7 @@ VIDEO_SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4": {"video_processor_type": "Gemma4VideoProcessor", "num_frames": 4},
 }
 
-# What the reference refuses, and we prepare: fewer frames than a group has, or than are asked for.
+# The reference refuses these, and we prepare them: fewer frames than a group has, or than are asked for.
 NOT_IN_THE_REFERENCE = {
     ("glm46v", "3_frames"), ("kimi_k25", "slow"), ("kimi_k25", "long"), ("gemma4", "3_frames"), ("gemma4", "2_frames"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from argosy import _native
 from argosy.checkpoint.files import KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
 from argosy.checkpoint.gguf import SLOT_FORMATS
-from argosy.config import Format, LatentConfig
+from argosy.config import Format, KvDtype, LatentConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
@@ -111,13 +111,13 @@ def test_decode_equals_prefill(instruction_set: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(decoder.forward(step)[0], together[at])
 
 
-@pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
-def test_the_cache_holds_one_vector_for_each_position_and_layer(dtype: str, element: int) -> None:
+@pytest.mark.parametrize(("dtype", "nbytes"), [("f32", 576 * 4), ("f16", 576 * 2), ("q8", 576 + 2 * 18)])
+def test_the_cache_holds_one_vector_for_each_position_and_layer(dtype: KvDtype, nbytes: int) -> None:
     latent = replace(PLAIN_QUERY, kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128)
     config = latent_config(latent, num_heads=64)
     kimi_k2 = replace(config, layers=config.layers[:1] * 61)
-    assert kv_bytes(kimi_k2, 4096, dtype) == 4096 * 61 * (512 + 64) * element
-    assert _native.KvCache(kv_shapes(kimi_k2), 2, 16, dtype).nbytes == 32 * 61 * 576 * element
+    assert kv_bytes(kimi_k2, 4096, dtype) == 4096 * 61 * nbytes
+    assert _native.KvCache(kv_shapes(kimi_k2), 2, 16, dtype).nbytes == 32 * 61 * nbytes
 
 
 # ── how kv_up is split ──────────────────────────────────────────────────────────────────────────────────────────

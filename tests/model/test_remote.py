@@ -312,9 +312,13 @@ def test_a_malformed_list_of_files_is_refused(listing: object) -> None:
         fetched(server)
 
 
-def test_names_that_lead_elsewhere_are_no_files() -> None:
-    listing = {"sha": "a" * 40, "siblings": [{"rfilename": "../../etc/model.gguf?x"}, {"rfilename": 7}, None]}
-    with served({}, listing=listing) as server, pytest.raises(CheckpointError, match="holds no model"):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("../../etc/model.gguf", "leads outside"), ("model.gguf?x", "holds no model"), (7, "holds no model")],
+)
+def test_names_that_lead_elsewhere_are_no_files(name: object, problem: str) -> None:
+    listing = {"sha": "a" * 40, "siblings": [{"rfilename": name}, None]}
+    with served({}, listing=listing) as server, pytest.raises(CheckpointError, match=problem):
         fetched(server)
 
 

@@ -18,6 +18,7 @@ import gc
 import os
 import random
 import resource
+import socket
 import sys
 import tempfile
 import warnings
@@ -38,12 +39,16 @@ SCALARS: tuple[Any, ...] = (
     np.datetime64(0, "s"), np.timedelta64(0, "s"),
 )  # fmt: skip
 HEADROOM_BYTES = 3 << 30
+MADE_BY_OTHERS = {
+    "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
+    "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer",
+}  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
 # Arguments that fill so much memory, or start so many threads.
 FILLS_MEMORY = {
     "memory_probe": 2**29,
     "int8_probe": 64,
-    "ask_ahead_probe": 64,
+    "product_probe": 64,
     "Runtime": 64,
     "Store": 64,
     "drive_probe": 2**20,
@@ -57,6 +62,8 @@ class Case:
 
     def __init__(self, native: Any, runtime: Any, path: str) -> None:
         self.native, self.runtime, self.path = native, runtime, path
+        self._fds: dict[int, int] = {}  # sockets that a call may take over, and their inodes
+        self._kept: Any = None
 
     def floats(self, *shape: int) -> Any:
         return np.full(shape, 0.25, np.float32)
@@ -122,6 +129,60 @@ class Case:
 
     def dispatch(self) -> Any:
         return self.native.Dispatch(np.array([[0, 1], [1, 3], [3, 0]], np.int32), np.zeros(3, np.bool_), 4)
+
+    def limits(self) -> dict[str, Any]:
+        return {"hidden": 64, "num_experts": [4], "most_rows": 8, "most_assignments": 16}
+
+    def fd(self) -> int:
+        """A connected socket whose other end is closed; those that nobody took over are closed."""
+        for fd, inode in self._fds.items():
+            with contextlib.suppress(OSError):
+                if os.fstat(fd).st_ino == inode:
+                    os.close(fd)
+        fd = socket.socketpair()[0].detach()
+        self._fds = {fd: os.fstat(fd).st_ino}
+        return fd
+
+    def host(self) -> Any:
+        host = self.native.Owner("10.0.0.2:7070")
+        host.remember(2, num_layers=1, num_experts=4)
+        host.peer = 1
+        return host
+
+    def hosts(self) -> list[Any]:
+        return [self.host(), self.host()]
+
+    def owners(self) -> Any:
+        return self.native.Owners(self.hosts(), np.array([[[0], [1], [0], [1]]], np.int16))
+
+    def group_experts(self) -> Any:
+        experts = self.native.GroupExperts(self.exchange())
+        experts.use(self.owners(), None)
+        return experts
+
+    def exchange(self) -> Any:
+        """With a peer that takes everything and never answers, and a ticket that waits for nobody."""
+        exchange = self.native.Exchange(**self.limits())
+        ours, theirs = socket.socketpair()
+        self._kept = theirs
+        peer = exchange.add(ours.detach())
+        exchange.send(0, self.dispatch(), self.floats(3, 64), self.floats(6, 64), {peer: []})
+        return exchange
+
+    def link(self, *, has_request: bool = True) -> Any:
+        """The other end has sent a request, or is closed."""
+        ours, theirs = socket.socketpair()
+        link = self.native.WorkerLink(theirs.detach(), **self.limits())
+        if has_request:
+            self._kept = exchange = self.native.Exchange(**self.limits())
+            peer = exchange.add(ours.detach())
+            exchange.send(0, self.dispatch(), self.floats(3, 64), self.floats(6, 64), {peer: [0, 3]})
+        return link
+
+    def asked_link(self) -> Any:
+        link = self.link()
+        link.next(0)
+        return link
 
     def stack_sizes(self) -> Any:
         sizes = self.native.StackSizes(64, 8)
@@ -255,25 +316,46 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
         "int8_probe": lambda: (1, "plain"),
-        "ask_ahead_probe": lambda: (1, n.instruction_sets()[-1]),
+        "product_probe": lambda: (1, [("q4", 2, ("off", "one_level", 4))], 1 << 20, 1, n.instruction_sets()[-1]),
+        "default_tuning": lambda: (),
         "crc32c_wide": lambda: (b"bytes",),
         "trim_heap": lambda: (),
         "record_bytes": lambda: (3, True),
         "request_bytes": lambda: ([4096, 2**20],),
         "replay": lambda: (np.array([[[0, 1]], [[1, 3]], [[2, 0]]], np.uint16), j(0, 0, 1), 4, "lru", 2, 1),
+        "ngram_words": lambda: (bytes(16), np.zeros((3, 5), np.uint32), np.zeros(3, np.uint64)),
+        "tournament": lambda: (np.zeros(3, np.uint64), np.full(3, 1 / 3), 30),
         "drive_probe": lambda: (case.path, 4096, 2, 1, False),
         "Arena": lambda: (1 << 16,),
         "RealFileSystem": lambda: (True,),
         "FaultyFileSystem": lambda: (1, "eio", 1, 0.0, n.RealFileSystem()),
         "Record": lambda: ([(0, 0, 4096, 0), (0, 0, 2 * 18 * 16, 0, "Q4_0", 16, 64)], None),
-        "Store": lambda: (1, n.RealFileSystem()),
-        "Runtime": lambda: (2, "two_levels", "plain"),
+        "Store": lambda: (1, n.RealFileSystem(), 10**9, n.Foreground(1.0)),
+        "Foreground": lambda: (0.5,),
+        "Runtime": lambda: (2, {"q4": ("two_levels", "off", 9)}, "plain"),
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
         "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0, f(4)),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),
         "RecurrentState": lambda: (2, 1, case.sizes),
         "Rotary": lambda: (np.ones(8), 1.0, True, (0, 1, 2, 0, 1, 2, 0, 0)),
         "StackSizes": lambda: (64, 8),
+        "Exchange": lambda: (64, [0, 4], 8, 16),
+        "WorkerLink": lambda: (case.fd(), 64, [0, 4], 8, 16),
+        "LinkError": lambda: ("the connection was lost",),
+        "worker_link_bytes": lambda: (64, [0, 4], 8, 16),
+        "exchange_bytes": lambda: (64, [0, 4], 8, 16, 3),
+        "sources_hash": lambda: (),
+        "ExchangeTimes": lambda: (),
+        "PeerStats": lambda: (),
+        "ExchangeEvent": lambda: (),
+        "WorkerRequest": lambda: (),
+        "WorkerGuess": lambda: (),
+        "LayerExperts": lambda: (),
+        "AskedCounts": lambda: (),
+        "BegunLayer": lambda: (),
+        "Owner": lambda: ("10.0.0.2:7070",),
+        "Owners": lambda: (case.hosts(), np.zeros((1, 4, 1), np.int16), None),
+        "GroupExperts": lambda: (case.exchange(),),
         "FileSystem": lambda: (),
         "KvShape": lambda: (),
         "Mixer": lambda: (),
@@ -282,7 +364,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     # Arguments behind these are given by name.
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
-                     "replay": 2, "linear": 5}  # fmt: skip
+                     "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
+                     "exchange_bytes": 0}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "linear": "finish exact",
@@ -293,6 +376,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Layer": "rotary mixer_post_norm ffn_post_norm scale",
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
+        "tournament": "depth",
+        "Exchange": "hidden num_experts most_rows most_assignments",
+        "WorkerLink": "hidden num_experts most_rows most_assignments",
+        "worker_link_bytes": "hidden num_experts most_rows most_assignments",
+        "exchange_bytes": "hidden num_experts most_rows most_assignments num_peers",
         "multi_head_latent_attention": "num_heads rope_dim scale norm_eps kv_norm query_down query_norm",
         "Routing": "score choice_bias num_groups kept_groups group_score renormalize renormalize_eps scale"
         " expert_scale",
@@ -308,7 +396,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
 
     methods: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
         "Arena.array": (case.arena, lambda: ()),
-        "Arena.populate": (case.arena, lambda: ()),
+        "Arena.populate": (case.arena, lambda: (n.Foreground(0.5),)),
         "Arena.resize": (case.arena, lambda: (1 << 15,)),
         "Arena.close": (case.arena, lambda: ()),
         "Store.open": (case.store, lambda: (case.path, True)),
@@ -324,6 +412,11 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Store.cancel": (case.store, lambda: (1,)),
         "Store.pending": (case.store, lambda: ()),
         "Store.stats": (case.store, lambda: ()),
+        "Store.leave_background": (
+            lambda: n.Store(1, n.RealFileSystem(False), foreground=n.Foreground(0.1)),
+            lambda: (),
+        ),
+        "Foreground.give_way": (lambda: n.Foreground(0.5), lambda: (0.1,)),
         "Store.close": (case.store, lambda: ()),
         "Runtime.close": (lambda: n.Runtime(2), lambda: ()),
         "KvShape.keys_values": (lambda: n.KvShape, lambda: (1, 32)),
@@ -331,6 +424,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "KvShape.none": (lambda: n.KvShape, lambda: ()),
         "KvCache.copy_out": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
         "KvCache.copy_in": (case.kv, lambda: (0, np.zeros(case.kv().block_bytes, np.uint8))),
+        "KvCache.held_bytes": (case.kv, lambda: (2,)),
+        "KvCache.release": (case.kv, lambda: (2,)),
         "KvCache.copy_block": (case.kv, lambda: (0, 3)),
         "RecurrentState.position": (case.state, lambda: (0,)),
         "RecurrentState.restart": (case.state, lambda: (0,)),
@@ -339,6 +434,45 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "RecurrentState.copy_slot": (case.state, lambda: (0, 1)),
         "Dispatch.assignments": (case.dispatch, lambda: (3,)),
         "Dispatch.choices": (case.dispatch, lambda: ()),
+        "Dispatch.only": (case.dispatch, lambda: ([3, 0],)),
+        "Exchange.add": (case.exchange, lambda: (case.fd(),)),
+        "Exchange.remove": (case.exchange, lambda: (1,)),
+        "Exchange.send": (
+            case.exchange,
+            lambda: (0, case.dispatch(), f(3, 64), f(6, 64), {1: [0, 3]}),
+        ),
+        "Exchange.resend": (case.exchange, lambda: (1, {1: [1]})),
+        "Exchange.receive": (case.exchange, lambda: (1, 0)),
+        "Exchange.drop": (case.exchange, lambda: (1, [1])),
+        "Exchange.forget": (case.exchange, lambda: (1,)),
+        "Exchange.tend": (case.exchange, lambda: (10**6,)),
+        "Exchange.status": (case.exchange, lambda: (1,)),
+        "Exchange.stats": (case.exchange, lambda: (1,)),
+        "Exchange.close": (case.exchange, lambda: ()),
+        "Owner.set_rates": (case.host, lambda: (10**6, 1e9)),
+        "Owner.forget": (case.host, lambda: ()),
+        "Owner.note": (case.host, lambda: (0, [0, 3])),
+        "Owner.has": (case.host, lambda: (0, 3)),
+        "Owners.owners_of": (case.owners, lambda: (0, 3)),
+        "Owners.candidates": (case.owners, lambda: (0, 3, [case.host()])),
+        "Owners.choose": (case.owners, lambda: (0, [0, 3])),
+        "Owners.split_guess": (case.owners, lambda: (0, [[1], [0, 2]])),
+        "Owners.is_usable": (case.owners, lambda: (case.host(),)),
+        "GroupExperts.use": (case.group_experts, lambda: (case.owners(), case.table())),
+        "GroupExperts.take_over": (case.group_experts, lambda: ()),
+        "GroupExperts.abandon": (case.group_experts, lambda: ()),
+        "GroupExperts.wants_guess": (lambda: n.GroupExperts, lambda: (case.owners(),)),
+        "GroupExperts.patience_s": (case.group_experts, lambda: (case.host(), 1, 0, 3, [0, 3])),
+        "GroupExperts.count_asked": (case.group_experts, lambda: (case.host(), 0, case.dispatch(), [0, 3])),
+        "WorkerLink.next": (lambda: case.link(has_request=False), lambda: (0,)),
+        "WorkerLink.answer": (case.asked_link, lambda: ([3, 0],)),
+        "WorkerLink.refuse": (case.asked_link, lambda: (5, "why")),
+        "WorkerLink.serve_resident": (
+            lambda: case.link(has_request=False),
+            lambda: (runtime, case.table()),
+        ),
+        "WorkerLink.interrupt": (case.link, lambda: ()),
+        "WorkerLink.close": (case.link, lambda: ()),
         "ExpertTable.place": (lambda: case.table(is_placed=False), lambda: ([((0, 1), 64), ((0, 3), 0)],)),
         "ExpertTable.run": (case.table, lambda: (runtime, 0, [0, 3], case.dispatch(), f(3, 64), f(6, 64))),
         "Rotary.angles": (
@@ -354,6 +488,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "StackSizes.dispatch_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.buffer_bytes": (case.stack_sizes, lambda: (8,)),
         "StackSizes.scratch_bytes": (case.stack_sizes, lambda: (8, 2)),
+        "Stack.resize": (lambda: case.stack(steps=2), lambda: (1,)),
         "Stack.hidden": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.expert_ids": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.begin": (case.stack, case.step),
@@ -364,6 +499,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Stack.expert_out": (lambda: case.stack(steps=2), lambda: ()),
         "Stack.finish_experts": (lambda: case.stack(steps=2), lambda: ([0, 1],)),
         "Stack.logits": (lambda: case.stack(steps=3), lambda: (j(0, 2), f(2, case.VOCABULARY))),
+        "Stack.final_states": (lambda: case.stack(steps=3), lambda: (j(0, 2), f(2, case.HIDDEN))),
+        "Stack.use_experts": (case.stack, lambda: (case.table(),)),
         "Stack.take_seconds": (case.stack, lambda: ()),
         "Stack.forbid": (case.stack, lambda: (0, [1, 3])),
         "Stack.take_uses": (case.stack, lambda: (np.zeros((1, 4), np.int64),)),
@@ -386,6 +523,18 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
             "up_bias": f(4, 32), "down_bias": f(4, 64),
         },
     )  # fmt: skip
+    calls["Exchange.guess"] = lambda: (case.exchange().guess, (1, 0, [[1], [0, 2]]), {"is_sweep": True})
+    calls["Owner.remember"] = lambda: (case.host().remember, (2,), {"num_layers": 1, "num_experts": 4})
+    calls["GroupExperts.guess"] = lambda: (
+        case.group_experts().guess,
+        (case.owners(), 0, [[1], [0, 2]]),
+        {"is_sweep": True},
+    )
+    calls["Exchange.inject"] = lambda: (
+        case.exchange().inject,
+        (1,),
+        {"delay_us": 0, "bytes_per_s": 10**9, "bytes_to_live": 10**6, "is_stalled": False},
+    )
     return calls
 
 
@@ -540,6 +689,7 @@ def describe(value: Any) -> str:
 
 def walk_orders(case: Case, walker: Walker) -> None:
     """The methods of a Stack in every order of two or three, from every stage of a step."""
+    table = case.table()
     calls: dict[str, Callable[[Any], tuple[Any, ...]]] = {
         "begin": lambda _: case.step(),
         "advance": lambda _: (),
@@ -549,6 +699,8 @@ def walk_orders(case: Case, walker: Walker) -> None:
         "rows": lambda _: (),
         "expert_out": lambda _: (),
         "logits": lambda _: (case.longs(0), case.floats(1, case.VOCABULARY)),
+        "final_states": lambda _: (case.longs(0), case.floats(1, case.HIDDEN)),
+        "use_experts": lambda _: (table,),
         "forbid": lambda _: (0, [1]),
     }
     for steps in range(4):
@@ -583,7 +735,7 @@ def main() -> int:
             return 1
         for name, make in calls.items():
             if options.only in (None, name):
-                if name in ("FileSystem", "KvShape", "Mixer", "Ffn"):  # nothing makes one by itself
+                if name in MADE_BY_OTHERS:
                     walker.call(name, getattr(native, name), (), {}, "made by itself")
                 else:
                     walker.walk(name, make, random.Random(name))

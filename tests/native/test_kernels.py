@@ -7,13 +7,15 @@ order differ by about n * 2^-24 of the sum of magnitudes; `close` allows this fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from argosy import _native as native
+from argosy.config import KvDtype
+from tests.native.kv_formats import rounded
 
 Floats = NDArray[np.float32]
 FORMATS = ["f32", "f16", "bf16", "q8", "q4"]
@@ -489,6 +491,29 @@ def test_experts_add_their_biases_and_clamp_inner_values(runtime: native.Runtime
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_products_take_as_much_scratch_as_the_sizes_say(format: str) -> None:
+    has_quants = format in ("q8", "q4")
+    experts = Experts(format, num=1, hidden=200, width=4800)
+    x = normal(300, 200, seed=9)
+    sizes = native.StackSizes(200, 0)
+    sizes.add_dense(4800)
+    most, needed = sizes.scratch_bytes(300, 2), sizes.scratch_bytes(300, 2, has_quants)
+    assert (needed < most) is not has_quants
+    for run in (
+        lambda runtime: native.swiglu(
+            runtime, *(experts.matrix(0, i) for i in range(3)), x, np.empty_like(x)
+        ),
+        lambda runtime: native.matmul(
+            runtime, [experts.matrix(0, 0)], x, [np.empty((300, 4800), np.float32)]
+        ),
+    ):
+        runtime = native.Runtime(2)
+        run(runtime)
+        assert runtime.scratch_bytes <= needed
+        runtime.close()
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_an_expert_gives_a_token_the_same_bits_alone_and_among_others(
     instruction_set: str, format: str
 ) -> None:
@@ -544,14 +569,23 @@ class Conversation:
         return np.array(out), np.abs(v).max()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim"), [(4, 4, 16), (8, 2, 64), (6, 2, 20), (12, 1, 128), (3, 1, 7)]
+    ("heads", "kv_heads", "dim", "block_tokens", "window", "dtype"),
+    [  # every pair of a format with another size
+        (*shape, block_tokens, window, get_args(KvDtype)[(i + j + k) % 3])
+        for i, shape in enumerate([(4, 4, 16), (8, 2, 64), (6, 2, 20), (12, 1, 128), (3, 1, 7)])
+        for j, block_tokens in enumerate([16, 5, 32])
+        for k, window in enumerate([0, 1, 20])
+    ],
 )
-@pytest.mark.parametrize("block_tokens", [16, 5, 32])
-@pytest.mark.parametrize("window", [0, 1, 20])
 def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
-    runtime: native.Runtime, dtype: str, heads: int, kv_heads: int, dim: int, block_tokens: int, window: int
+    runtime: native.Runtime,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    window: int,
+    dtype: KvDtype,
 ) -> None:
     length = 75
     needed = -(-length // block_tokens)
@@ -559,14 +593,14 @@ def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     kv = native.KvCache(shapes, 2 * needed + 3, block_tokens, dtype)
     order = np.random.default_rng(0).permutation(2 * needed + 3).tolist()
     k, v = normal(2, length, kv_heads, dim), normal(2, length, kv_heads, dim, seed=1)
-    if dtype == "f16":
-        k, v = k.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
     # The content of other sequences' blocks and beyond the end must not matter.
     everything = np.arange((2 * needed + 3) * block_tokens, dtype=np.int64)
     garbage = np.full((len(everything), kv_heads, dim), np.nan, np.float32)
     native.kv_write(runtime, kv, 1, garbage, garbage, everything)
     tables = [order[:needed], order[needed : 2 * needed]]
     talks = [Conversation(runtime, kv, tables[i], block_tokens, k[i], v[i]) for i in range(2)]
+    for talk in talks:
+        talk.k, talk.v = rounded(talk.k, dtype), rounded(talk.v, dtype)
     block_table = np.array(tables, np.int32)
     q = normal(2, length, heads, dim, seed=2)
 
@@ -592,10 +626,12 @@ def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
     assert np.array_equal(mixed[[1, 2, 6]], alone[1][[3, 4, 60]])
 
 
-@pytest.mark.parametrize(("dtype", "element"), [("f32", 4), ("f16", 2)])
-def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(dtype: str, element: int) -> None:
+@pytest.mark.parametrize(("dtype", "element", "scale"), [("f32", 4, 0), ("f16", 2, 0), ("q8", 1, 2)])
+def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(
+    dtype: KvDtype, element: int, scale: int
+) -> None:
     keys_values, latent, none = (
-        native.KvShape.keys_values(3, 20),
+        native.KvShape.keys_values(3, 52),
         native.KvShape.latent(7),
         native.KvShape.none(),
     )
@@ -605,9 +641,10 @@ def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(dtype: str
         assert kv.nbytes == native.kv_cache_bytes(layers, 5, 9, dtype)
         return kv.nbytes
 
-    # Positions of a block and dimensions of values are padded to 16; latent vectors are not.
-    assert nbytes(keys_values) == 5 * 16 * 3 * (20 + 32) * element
-    assert nbytes(latent) == 5 * 9 * 7 * element
+    # Positions of a block and dimensions of values are padded to 16; latent vectors are not. In q8, 32 dimensions of a
+    # position share a scale.
+    assert nbytes(keys_values) == 5 * 16 * 3 * ((52 + 64) * element + 2 * 2 * scale)
+    assert nbytes(latent) == 5 * 9 * (7 * element + scale)
     assert nbytes(none) == 0
     assert nbytes(none, latent, keys_values, latent) == nbytes(keys_values) + 2 * nbytes(latent)
     for refused in ([], [native.KvShape.latent(0)], [native.KvShape.keys_values(1, 1 << 61)]):
@@ -615,9 +652,9 @@ def test_the_size_of_a_kv_cache_follows_from_the_shapes_of_its_layers(dtype: str
             native.kv_cache_bytes(refused, 5, 9, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", get_args(KvDtype))
 def test_copying_a_block_copies_everything_its_layers_keep_and_nothing_else(
-    runtime: native.Runtime, dtype: str
+    runtime: native.Runtime, dtype: KvDtype
 ) -> None:
     shapes = [native.KvShape.keys_values(2, 20), native.KvShape.none(), native.KvShape.latent(7)]
     block_tokens, num_blocks = 5, 4
@@ -663,6 +700,32 @@ def test_an_operation_refuses_a_layer_that_keeps_something_else(runtime: native.
     for layer, kept in enumerate(("latent vectors", "nothing")):
         with pytest.raises(ValueError, match=f"keeps {kept}, expected one that keeps keys and values"):
             native.kv_write(runtime, kv, layer, normal(1, 1, 8), normal(1, 1, 8), np.zeros(1, np.int64))
+
+
+def test_bytes_of_keys_and_values_hide_no_damage_and_keep_zeros(runtime: native.Runtime) -> None:
+    """Each case is one value in the second group of the only key and value that a token sees."""
+    table, zero = np.array([[0]], np.int32), np.zeros(1, np.int32)
+    for wrong in (np.nan, np.inf, -np.inf, 1e9):  # the last has no float16 scale
+        kv = native.KvCache([native.KvShape.keys_values(1, 64), native.KvShape.latent(64)], 1, 16, "q8")
+        k, v, out = normal(1, 1, 64), normal(1, 1, 64, seed=1), np.empty((1, 64), np.float32)
+        v[0, 0, 40] = wrong
+        native.kv_write(runtime, kv, 0, k, v, np.zeros(1, np.int64))
+        native.attention(runtime, kv, 0, normal(1, 1, 64), table, zero, zero, 0.3, 0, out)
+        assert np.array_equal(out[0, :32], rounded(v[..., :32], "q8")[0, 0])
+        assert np.isnan(out[0, 32:]).all()
+        k[0, 0, 40] = wrong
+        native.kv_write(runtime, kv, 0, k, normal(1, 1, 64), np.zeros(1, np.int64))
+        native.attention(runtime, kv, 0, normal(1, 1, 64), table, zero, zero, 0.3, 0, out)
+        assert np.isnan(out).all()
+    kv = native.KvCache([native.KvShape.keys_values(1, 64)], 1, 16, "q8")
+    v = normal(1, 1, 64, seed=1)
+    v[0, 0, :32] = 0
+    # The scale is the smallest of float16, which is 1.4 times too small: quants stop at 127.
+    v[0, 0, 32:] *= np.float32(127 * 1.4 * 2.0**-24) / abs(v[0, 0, 32:]).max()
+    native.kv_write(runtime, kv, 0, normal(1, 1, 64), v, np.zeros(1, np.int64))
+    native.attention(runtime, kv, 0, normal(1, 1, 64), table, zero, zero, 0.3, 0, out)
+    assert not out[0, :32].any()
+    assert np.abs(out[0, 32:] - v[0, 0, 32:]).max() < 127 * 0.41 * 2.0**-24
 
 
 def test_large_scores_neither_overflow_nor_vanish(runtime: native.Runtime) -> None:
@@ -738,7 +801,7 @@ def test_attention_refuses_positions_outside_the_cache(runtime: native.Runtime) 
         native.attention(runtime, kv, 1, q, table, zero, zero, 1.0, 0, out)
     with pytest.raises(ValueError, match="a slot is 32, expected 0 to 31"):
         native.kv_write(runtime, kv, 0, q[:, :2].copy(), q[:, :2].copy(), np.array([32], np.int64))
-    with pytest.raises(ValueError, match="unknown KV dtype 'f64'; known: f32, f16"):
+    with pytest.raises(ValueError, match="unknown KV dtype 'f64'; known: f32, f16, q8"):
         native.KvCache([native.KvShape.none()], 1, 16, "f64")
 
 

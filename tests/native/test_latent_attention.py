@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from argosy import _native as native
-from argosy.config import Format
+from argosy.config import Format, KvDtype
+from tests.native.kv_formats import rounded
 
 Floats = NDArray[np.float32]
 SCALE = 0.21
@@ -56,7 +57,7 @@ class Case:
     def __init__(
         self,
         sizes: Sizes,
-        dtype: Literal["f32", "f16"],
+        dtype: KvDtype,
         *,
         format: Format = "f32",
         block_tokens: int = 16,
@@ -89,8 +90,7 @@ class Case:
             slots = blocks[position // block_tokens].astype(np.int64) * block_tokens + position % block_tokens
             native.latent_write(runtime, self.kv, 1, vectors, slots)
         runtime.close()
-        if dtype == "f16":
-            self.vectors = self.vectors.astype(np.float16).astype(np.float32)
+        self.vectors = rounded(self.vectors, dtype)
 
     def attend(
         self, sequence: list[int], position: list[int], *, until: list[int] | None = None, threads: int = 1
@@ -132,12 +132,12 @@ class Case:
         return np.einsum("hp,hpv->hv", weights, values).reshape(-1)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", get_args(KvDtype))
 @pytest.mark.parametrize(
     ("sizes", "block_tokens"), [(SMALL, 16), (SMALL, 5), (ODD_HEADS, 16), (ODD_HEADS, 7), (WIDE, 32)]
 )
 def test_absorbed_equals_plain_and_a_token_alone_equals_itself_in_a_chunk(
-    dtype: Literal["f32", "f16"], sizes: Sizes, block_tokens: int
+    dtype: KvDtype, sizes: Sizes, block_tokens: int
 ) -> None:
     case = Case(sizes, dtype, block_tokens=block_tokens)
     together = case.attend([0] * LENGTH, list(range(LENGTH)), threads=2)

@@ -322,6 +322,20 @@ def test_the_probe_returns_a_bandwidth_or_the_reason_for_none(file: Path) -> Non
         drive_probe("nothing here", PAGE, 1, 1, False)
 
 
+def test_the_probe_reads_no_holes_which_would_make_a_drive_look_fast(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    with path.open("wb") as file:
+        file.truncate(64 * PAGE)
+    with pytest.raises(ValueError, match="holes included"):
+        drive_probe(str(path), PAGE, 1, 1, False)
+    with path.open("r+b") as file:
+        file.seek(32 * PAGE)
+        file.write(bytes(2 * PAGE))
+    assert drive_probe(str(path), 2 * PAGE, 3, 1, False) > 0
+    with pytest.raises(ValueError, match="holes included"):
+        drive_probe(str(path), 3 * PAGE, 1, 1, False)
+
+
 def test_a_closed_store_refuses_fetches(file: Path) -> None:
     store = Store(1, RealFileSystem())
     file_id = store.open(str(file))

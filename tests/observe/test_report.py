@@ -75,7 +75,7 @@ def test_in_a_model_with_shuffled_experts_a_number_means_nothing_across_layers(s
     assert found.served_by == {}
     assert found.across_domain is not None
     assert not found.across_domain.is_significant
-    # What its layers do stays visible.
+    # The effect on its layers stays visible.
     assert all(one.domain is not None and one.domain.is_significant for one in found.per_layer)
 
 

@@ -1,4 +1,4 @@
-"""What is kept between runs is the owner's, names no expert, and grows with every long enough run."""
+"""The kept curve is the owner's, names no expert, and grows with every long enough run."""
 
 from __future__ import annotations
 

@@ -206,6 +206,18 @@ def test_usable_cores_are_the_affinity_mask_or_a_smaller_quota(
     assert machine.usable_cores(fake.root) == 3
 
 
+def test_threads_of_one_core_count_once_as_physical_cores(
+    fake: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.write("proc/self/cgroup", "0::/\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 4, 5})
+    assert machine.physical_cores(fake.root) == 5  # nothing is known
+    for cpu in range(6):
+        siblings = f"{cpu % 3},{cpu % 3 + 3}\n"
+        fake.write(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", siblings)
+    assert machine.physical_cores(fake.root) == 3
+
+
 def test_the_drive_is_that_of_the_longest_matching_mount_point(fake: FakeMachine, tmp_path: Path) -> None:
     data = tmp_path / "data set"
     data.mkdir()

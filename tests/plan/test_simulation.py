@@ -89,7 +89,7 @@ def test_with_one_place_and_exponential_requests_the_queue_is_m_m_1(load: float)
 
 
 def standard_error(load: float) -> float:
-    """Of the mean wait of NUM requests in an M/M/1 queue, over that mean (N. Blomqvist, 1967). M/D/1 varies less."""
+    """Relative standard error of the mean wait of NUM requests, M/M/1 (N. Blomqvist, 1967). M/D/1 varies less."""
     variance = load * (2 + 5 * load - 4 * load**2 + load**3) / (1 - load) ** 4 / NUM
     return math.sqrt(variance) / (load / (1 - load))
 

@@ -10,7 +10,7 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, Rates, guess
+from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, NUM_TOKENS, Rates, guess, unhidden_waits
 from argosy.plan.speed import predict_decode, predict_prompt
 from argosy.plan.work import Attention, Work
 
@@ -20,13 +20,16 @@ MEASURED = replace(
     memory_bytes_per_s=10e9,
     layer_s=1e-4,
     streamed_layer_s=2e-4,
-    missing_layer_s=1e-3,
+    miss_s=5e-5,
+    miss_s_per_byte=1e-11,
     step_s=1e-3,
     drive_latency_s=1e-4,
     spread=1.1,
-    reads=dict.fromkeys(guess("", 1).reads, 0.8),
-    operations=dict.fromkeys(guess("", 1).operations, 1e11),
-    keys_values_bytes_per_s=5e9,
+    waits=dict.fromkeys(guess("", 1).waits, (1.25,) * len(NUM_TOKENS)),
+    read_cpu_s_per_byte=1e-11,
+    transcode_cpu_s_per_byte=4e-10,
+    operations=dict.fromkeys(guess("", 1).operations, (1e11,) * len(NUM_TOKENS)),
+    keys_values=0.5,
     attention_operations=1e11,
     prompt_attention_operations=1e11,
 )
@@ -37,19 +40,29 @@ WORK = Work(
     num_experts=32,
     experts_per_token=4,
     dense={"q8": (100e6, 94e6)},
+    head={},
     expert={"q4": (2e6, 3.6e6)},
     record_bytes=2e6,
+    piece_bytes=2e6,
     attention=(Attention(0, 4000.0, 8000.0), Attention(128, 1000.0, 2000.0)),
 )
 PRIOR = WorkingSet.prior(range(10), num_experts=32, experts_per_token=4)
 ALL = 320
 
 
+def product_s(nbytes: float, parameters: float, tokens: float = 1) -> float:
+    """Seconds of a product with the rates of MEASURED."""
+    return 1.25 * nbytes / 10e9 + 2 * parameters * tokens / 1e11
+
+
+DENSE_S, EXPERT_S = product_s(100e6, 94e6), product_s(2e6, 3.6e6)
+
+
 def test_a_resident_token_reads_dense_weights_experts_and_keys_and_values() -> None:
     found = predict_decode(WORK, MEASURED, PRIOR, num_slots=ALL, context=1000)
 
-    assert found.parts["dense weights"] == pytest.approx(100e6 / 8e9)
-    assert found.parts["experts in memory"] == pytest.approx(10 * 4 * 2e6 / 8e9)
+    assert found.parts["dense weights"] == pytest.approx(DENSE_S)
+    assert found.parts["experts in memory"] == pytest.approx(10 * 4 * EXPERT_S)
     assert found.parts["keys and values"] == pytest.approx((1000 * 4000 + 128 * 1000) / 5e9)
     assert found.parts["overhead"] == pytest.approx(10 * 1e-4 + 1e-3)
     assert found.parts["waiting for the drive"] == 0
@@ -65,15 +78,17 @@ def test_misses_wait_for_the_drive() -> None:
 
     assert found.hit_rate.likely == pytest.approx(rate)
     assert found.drive_bytes_per_token.likely == pytest.approx(40 * (1 - rate) * 2e6)
-    # Four experts take 0.25 ms each in memory, and each miss 1 ms on the drive; half of what can hide it does.
+    # Each miss takes 1 ms on the drive; half of what can hide it does.
     before = (sum(found.parts[name] for name in ("dense weights", "keys and values"))) / 10
-    hidden = (before / 2 + 2e-4 + 3 * 0.25e-3) / 2
+    hidden = (before / 2 + 2e-4 + 3 * EXPERT_S) / 2
     expected = 0.0
     for misses, ways in ((1, 4), (2, 6), (3, 4), (4, 1)):
         chance = ways * (1 - rate) ** misses * rate ** (4 - misses)
         expected += 10 * chance * max(0.0, 1e-4 + misses * 1e-3 - hidden)
     assert found.parts["waiting for the drive"] == pytest.approx(expected)
-    assert found.parts["overhead"] == pytest.approx(1e-3 + 10 * (1e-4 + 2e-4 + (1 - rate**4) * 1e-3))
+    assert found.parts["overhead"] == pytest.approx(
+        1e-3 + 10 * (1e-4 + 2e-4 + 4 * (1 - rate) * (5e-5 + 2e6 * 1e-11))
+    )
     assert found.tokens_per_s.low < found.tokens_per_s.likely < found.tokens_per_s.high
 
 
@@ -106,6 +121,10 @@ def test_a_machine_that_cannot_read_and_compute_at_once_waits_longer() -> None:
     assert alone.parts["waiting for the drive"] == pytest.approx(
         missed * 1e-3 + 10 * (1 - PRIOR.hit_rate(80) ** 4) * 1e-4
     )
+    # Records that are transcoded as they land have a rate of their own.
+    packed = replace(MEASURED, overlap=1.0, transcoding_overlap=0.0)
+    assert predict_decode(replace(WORK, is_transcoded=True), packed, PRIOR, num_slots=80, context=1) == alone
+    assert predict_decode(WORK, packed, PRIOR, num_slots=80, context=1) == beside
     # The range has the other possibilities.
     assert alone.tokens_per_s.high > half.tokens_per_s.likely
     assert beside.tokens_per_s.low < half.tokens_per_s.likely
@@ -116,7 +135,7 @@ def test_several_streams_share_weights_and_not_keys_and_values() -> None:
         predict_decode(WORK, MEASURED, PRIOR, num_slots=ALL, context=1000, streams=streams)
         for streams in (1, 4)
     )
-    assert four.parts["dense weights"] == one.parts["dense weights"]
+    assert four.parts["dense weights"] == pytest.approx(product_s(100e6, 94e6, 4))
     assert four.parts["keys and values"] == pytest.approx(4 * one.parts["keys and values"])
     assert 1 < four.parts["experts in memory"] / one.parts["experts in memory"] < 4
     assert one.tokens_per_s.likely < four.tokens_per_s.likely < 4 * one.tokens_per_s.likely
@@ -136,10 +155,18 @@ def test_a_prompt_sweeps_once_for_each_chunk_and_reads_beside_its_products() -> 
     products = 2 * 1024 * (94e6 + 10 * 4 * 3.6e6) / 1e11 + sum(
         (8000 * 512.5 + 2000 * 128) / 1e11 for _ in range(1024)
     )
+    products += 1.25 * (100e6 + 10 * 32 * 2e6) / 10e9
     reads = sweep / 2 / 2e9  # less than the products; half of it is beside them
-    assert beside.seconds.likely == pytest.approx(products + reads / 2 + 2e-3 + 2e-3, rel=0.01)
+    decisions = 10 * (2e-4 + 16 * 5e-5)
+    lent = sweep / 2 * 1e-11 / 2  # of two cores
+    assert beside.seconds.likely == pytest.approx(products + reads / 2 + 2e-3 + decisions + lent, rel=0.01)
+    transcoded = replace(WORK, is_transcoded=True)
+    longer = predict_prompt(
+        transcoded, MEASURED, PRIOR, num_slots=160, num_tokens=1024, chunk_tokens=1024
+    ).seconds.likely
+    assert longer - beside.seconds.likely == pytest.approx(sweep / 2 * (4e-10 - 1e-11) / 2)
     resident = predict_prompt(WORK, MEASURED, PRIOR, num_slots=ALL, num_tokens=4096, chunk_tokens=512)
-    products = 2 * 4096 * (94e6 + 10 * 4 * 3.6e6) / 1e11
+    products = 2 * 4096 * (94e6 + 10 * 4 * 3.6e6) / 1e11 + 8 * 1.25 * (100e6 + 10 * 32 * 2e6) / 10e9
     attention = sum(8000 * n + 2000 * min(n, 128) for n in range(4096)) / 1e11
     assert resident.seconds.likely == pytest.approx(products + attention + 8 * 2e-3, rel=0.02)
     assert resident.seconds.low < resident.seconds.likely < resident.seconds.high
@@ -153,15 +180,17 @@ MID = Work(
     num_experts=128,
     experts_per_token=8,
     dense={"q4": (209e6, 372e6)},
+    head={},
     expert={"q4": (2.65e6, 4.72e6)},
     record_bytes=2.65e6,
+    piece_bytes=2.65e6,
     attention=(Attention(0, 65_536.0, 131_072.0),),
 )
 ZEN_5 = replace(
     guess("AMD EPYC", 2, drive_bytes_per_s=4.1e9),
     memory_bytes_per_s=88e9,
-    reads=dict.fromkeys(guess("", 1).reads, 0.88),
-    operations=dict.fromkeys(guess("", 1).operations, 0.55 * 2.2e12),
+    operations=(_OPERATIONS := dict.fromkeys(guess("", 1).operations, (0.55 * 2.2e12,) * len(NUM_TOKENS))),
+    waits=unhidden_waits(_OPERATIONS, 88e9),
 )
 
 
@@ -184,6 +213,73 @@ def test_a_model_without_routed_experts_is_dense_weights_alone() -> None:
     assert (found.hit_rate.likely, found.parts["experts in memory"]) == (1.0, 0.0)
     prompt = predict_prompt(dense, MEASURED, nothing, num_slots=0, num_tokens=100, chunk_tokens=50)
     assert prompt.drive_bytes == 0
+
+
+def test_products_compute_and_wait_for_memory_at_rates_of_their_number_of_tokens() -> None:
+    rates = replace(
+        MEASURED,
+        operations={**MEASURED.operations, "q4": (1e9, 2e9, 4e9, 4e9, 4e9, 8e9)},
+        waits={**MEASURED.waits, "q4": (0.8, 0.6, 0.4, 0.4, 0.4, 0.1)},
+    )
+    for tokens, operations, waits in (
+        (1, 1e9, 0.8),
+        (2**1.5, 3e9, 0.5),  # half way between 2 and 4
+        (64, 8e9, 0.1),
+        (256, 8e9, 0.1),
+    ):
+        seconds = tokens * 2e6 / operations + waits * 8e6 / 10e9
+        assert rates.product_s("q4", 8e6, 1e6, tokens) == pytest.approx(seconds)
+        # Memory that is twice as fast halves the waiting and nothing else.
+        faster = replace(rates, memory_bytes_per_s=20e9)
+        assert seconds - faster.product_s("q4", 8e6, 1e6, tokens) == pytest.approx(waits * 8e6 / 20e9)
+
+
+def test_a_guess_hides_the_shorter_of_arithmetic_and_memory() -> None:
+    rates = guess("AMD EPYC 7B13", 8)
+    nbytes, parameters = 18e6, 32e6  # q4
+    read_s = nbytes / 0.85 / rates.memory_bytes_per_s
+    for tokens, operations in zip(NUM_TOKENS, rates.operations["q4"], strict=True):
+        longer = max(read_s, 2 * parameters * tokens / operations)
+        assert rates.product_s("q4", nbytes, parameters, tokens) == pytest.approx(longer, rel=1e-3)
+
+
+def test_experts_differ_in_their_numbers_of_tokens() -> None:
+    # Four of 32 experts for each of 8 tokens: an expert that is asked for has more than one in the mean.
+    bent = replace(MEASURED, operations={**MEASURED.operations, "q4": (8e9, 8e9, 8e9, 8e9, 8e9, 8e9)})
+    asked = float(PRIOR.distinct_in(8).mean())
+    found = predict_prompt(WORK, bent, PRIOR, num_slots=ALL, num_tokens=8, chunk_tokens=8)
+    of_means = 10 * asked * bent.product_s("q4", 2e6, 3.6e6, 32 / asked)
+    likely = predict_prompt(
+        WORK, replace(bent, spread=1.0), PRIOR, num_slots=ALL, num_tokens=8, chunk_tokens=8
+    )
+    # Bound by arithmetic, seconds are proportional to tokens, so their distribution does not matter.
+    assert likely.seconds.likely == found.seconds.likely
+    rest = predict_prompt(replace(WORK, expert={}), bent, PRIOR, num_slots=ALL, num_tokens=8, chunk_tokens=8)
+    assert found.seconds.likely - rest.seconds.likely == pytest.approx(of_means, rel=1e-3)
+    # Where some experts are bound by memory and others by arithmetic, it does: none is faster than both bounds.
+    half = replace(bent, operations=(bound := {**MEASURED.operations, "q4": (50e9,) * len(NUM_TOKENS)}))
+    half = replace(half, waits={**MEASURED.waits, "q4": unhidden_waits(bound, 10e9)["q4"]})
+    found = predict_prompt(WORK, half, PRIOR, num_slots=ALL, num_tokens=8, chunk_tokens=8)
+    of_means = 10 * asked * half.product_s("q4", 2e6, 3.6e6, 32 / asked)
+    assert found.seconds.likely - rest.seconds.likely > 1.02 * of_means
+
+
+def test_only_the_last_token_of_a_prompt_needs_the_head() -> None:
+    with_head = replace(WORK, head={"q8": (80e6, 75e6)})
+    seconds = product_s(80e6, 75e6)
+    for tokens in (1, 100):
+        prompts = [
+            predict_prompt(
+                work, MEASURED, PRIOR, num_slots=ALL, num_tokens=tokens, chunk_tokens=100
+            ).seconds.likely
+            for work in (with_head, WORK)
+        ]
+        assert prompts[0] - prompts[1] == pytest.approx(seconds)
+    answers = [
+        predict_decode(work, MEASURED, PRIOR, num_slots=ALL, context=1).parts["dense weights"]
+        for work in (with_head, WORK)
+    ]
+    assert answers[0] - answers[1] == pytest.approx(seconds)
 
 
 def test_small_records_do_not_reach_the_drives_rate() -> None:
@@ -233,8 +329,10 @@ def test_rates_are_read_back() -> None:
         {"cores": 0},
         {"memory_bytes_per_s": -1},
         {"memory_bytes_per_s": True},
-        {"reads": {}},
-        {"reads": dict.fromkeys(MEASURED.reads, 0)},
+        {"waits": {}},
+        {"waits": dict.fromkeys(MEASURED.waits, (0.0,) * len(NUM_TOKENS))},
+        {"operations": dict.fromkeys(MEASURED.operations, 1e11)},
+        {"operations": dict.fromkeys(MEASURED.operations, (1e11,))},
         {"drive": []},
         {"drive": [[1, 2], [1, 3]]},
         {"drive": [[2, 1e9], [1, 1e9]]},
@@ -246,8 +344,11 @@ def test_rates_are_read_back() -> None:
         {"attention_operations": 0},
         {"overlap": 1.5},
         {"overlap": -0.1},
+        {"transcoding_overlap": None},
+        {"miss_s_per_byte": 0},
         {"prompt_attention_operations": None},
-        {"keys_values_bytes_per_s": "1"},
+        {"keys_values": "1"},
+        {"transcode_cpu_s_per_byte": 0},
     ],
 )
 def test_wrong_rates_are_refused(change: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def choices(
 
 
 def gaps_of(experts: NDArray[Any], *, at_once: int, num_experts: int = 12) -> ReuseGaps:
-    """Of the experts of one layer, or of several: [tokens, (layers,) experts per token]."""
+    """Count reuse gaps of one layer, or of several: experts [tokens, (layers,) experts per token]."""
     experts = experts.reshape(len(experts), -1, experts.shape[-1])
     gaps = ReuseGaps(experts.shape[1], num_experts)
     for start in range(0, len(experts), at_once):
@@ -101,7 +101,7 @@ def test_experts_up_to_an_age_and_uses_of_them_are_counted(at_once: int) -> None
     ]
     assert found.resident is not None
     assert found.found is not None
-    # Of three experts a token, each may count for half a token more or less; most of this cancels.
+    # With three experts a token, each may count for half a token more or less; most of this cancels.
     assert found.resident[0] == pytest.approx(resident, abs=0.1)
     assert found.found[0] == pytest.approx(uses, abs=1e-12)
     assert 0 < uses[10] < uses[-1]

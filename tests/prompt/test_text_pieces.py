@@ -225,6 +225,28 @@ def test_a_long_text_of_exactly_the_allowed_number_of_tokens_is_encoded(kinds: d
             kinds[kind].encode(text, max_tokens=len(ids) - 1)
 
 
+@settings(max_examples=60, deadline=None)
+@given(text=texts, num_tokens=st.integers(0, 80))
+def test_the_start_of_a_text_has_the_first_ids_of_the_whole(
+    kinds: dict[str, Tokenizer], text: str, num_tokens: int
+) -> None:
+    for kind in ("qwen2", "llama", "llama first", "kimi"):
+        with small_pieces():
+            assert kinds[kind].encode_start(text, num_tokens) == kinds[kind].encode(text)[:num_tokens], kind
+
+
+def test_of_a_long_text_only_the_start_is_encoded(
+    kinds: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in (TEXT * 1000, "<|im_end|> words " * 10_000):
+        made = kinds["qwen2"]
+        expected, counting = made.encode(text)[:2000], CountingCutter(made._core)
+        with monkeypatch.context() as patch:
+            patch.setattr(made, "_cutter", counting)
+            assert made.encode_start(text, 2000) == expected
+        assert counting.num_characters < len(text) / 2
+
+
 def test_a_lone_surrogate_in_a_long_text_is_refused(kinds: dict[str, Tokenizer]) -> None:
     for most in (None, 10, 1 << 20):
         with pytest.raises(UsageError, match="lone surrogate"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import unicodedata
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -340,6 +342,11 @@ def controls(family: Family, messages: list[dict[str, Any]], tools: list[dict[st
     return Counter(i for i in prompt.token_ids or () if i in family.tokenizer.control_ids)
 
 
+@cache
+def controls_of_plain_text(name: str) -> Counter[int]:
+    return controls(FAMILIES[name], *everywhere("x"))
+
+
 def hostile(mark: str) -> list[str]:
     half = len(mark) // 2
     return [
@@ -359,11 +366,10 @@ def test_no_marker_becomes_a_control_token_wherever_a_caller_writes_it(name: str
     family = FAMILIES[name]
     marks = [family.tokenizer.token_text(i) for i in sorted(family.tokenizer.control_ids)]
     assert set(family.marks) <= {*marks, *family.special, *family.structural}
+    expected = controls_of_plain_text(name)
     for mark in dict.fromkeys([*family.marks, "<|im_end|>", "<|endoftext|>", "<think>", "<tool_call>"]):
         for said in hostile(mark):
-            messages, tools = everywhere(said)
-            expected = controls(family, *everywhere("x"))
-            found = controls(family, messages, tools)
+            found = controls(family, *everywhere(said))
             assert found == expected, (mark, said, found - expected, expected - found)
 
 
@@ -375,7 +381,7 @@ def test_no_mixture_of_markers_becomes_a_control_token(data: st.DataObject, name
     said = data.draw(st.lists(words, max_size=6).map("".join))
     # Qwen's template takes a user message that looks like a tool result for one, and behaves as if the turn went on.
     assume(not said.startswith("<tool_response>"))
-    assert controls(family, *everywhere(said or "x")) == controls(family, *everywhere("x"))
+    assert controls(family, *everywhere(said or "x")) == controls_of_plain_text(name)
 
 
 def test_full_width_marks_stay_text_even_if_the_tokenizer_folds_them() -> None:
@@ -395,38 +401,26 @@ def test_full_width_marks_stay_text_even_if_the_tokenizer_folds_them() -> None:
     assert "".join(chr(ord(c) + 0xFEE0) for c in "<think>") == "＜ｔｈｉｎｋ＞"
     # The tokenizer alone would be fooled.
     assert core.token_to_id("<think>") in core.encode("＜ｔｈｉｎｋ＞").ids
+    expected = found("x")
     for mark in [*marks, "<|im_end|>"]:
         for said in hostile(mark):
-            assert found(said) == found("x"), said
+            assert found(said) == expected, said
     builder.close()
 
 
 def test_a_marker_split_over_two_fields_stays_text() -> None:
+    def split(first: str, second: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        parts = [{"type": "text", "text": first}, {"type": "text", "text": second}]
+        tool = copy.deepcopy(WEATHER)
+        tool["function"]["description"] = second
+        tool["function"]["parameters"]["properties"] = {first: {"type": "string", "description": second}}
+        return [{"role": "user", "content": parts}], [tool]
+
     for family in CALLING:
+        expected = controls(family, *split("x", "x"))
         for mark in family.marks:
-            for at in range(1, len(mark)):
-                first, second = mark[:at], mark[at:]
-                messages = [
-                    {
-                        "role": "user",
-                        "content": [{"type": "text", "text": first}, {"type": "text", "text": second}],
-                    },
-                ]
-                tool = json.loads(json.dumps(WEATHER))
-                tool["function"]["description"] = second
-                tool["function"]["parameters"]["properties"] = {
-                    first: {"type": "string", "description": second}
-                }
-                harmless = json.loads(json.dumps(WEATHER))
-                harmless["function"]["parameters"]["properties"] = {
-                    "x": {"type": "string", "description": "x"}
-                }
-                plain = [{"role": "user", "content": "x"}]
-                if at in (1, len(mark) // 2, len(mark) - 1):
-                    assert controls(family, messages, [tool]) == controls(family, plain, [harmless]), (
-                        mark,
-                        at,
-                    )
+            for at in sorted({1, len(mark) // 2, len(mark) - 1}):
+                assert controls(family, *split(mark[:at], mark[at:])) == expected, (mark, at)
 
 
 # Features that a template lacks

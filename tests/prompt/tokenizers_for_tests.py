@@ -20,6 +20,7 @@ from tokenizers import (
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 STRUCTURAL = ["<think>", "</think>", "<tool_call>"]  # added, not flagged special
+FIM = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|file_sep|>", "<|repo_name|>"]
 
 TEXT = """The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!
 def add(a, b):
@@ -59,6 +60,25 @@ def byte_level_json(structural: tuple[str, ...] = tuple(STRUCTURAL)) -> str:
     )
     core.train_from_iterator(TEXT.splitlines(keepends=True) * 3, trainer)
     core.add_tokens([AddedToken(text, normalized=False) for text in structural])
+    return core.to_str()
+
+
+def filling_json(*words: str) -> str:
+    """A byte-level tokenizer with the tokens to fill in, and with further words, each one token."""
+    state = json.loads(byte_level_json())
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    structural = [token["content"] for token in state["added_tokens"] if token["content"] not in vocab]
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in vocab]
+    free = len(vocab)
+    for word in words:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = free
+                merges.append([word[: end - 1], word[end - 1]])
+                free += 1
+    core = Tokenizer.from_str(json.dumps(state))
+    core.add_tokens([AddedToken(token, normalized=False) for token in structural])
+    core.add_special_tokens([AddedToken(token, normalized=False) for token in FIM])
     return core.to_str()
 
 

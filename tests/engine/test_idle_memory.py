@@ -1,0 +1,324 @@
+"""Buffers of prompts and KV blocks that hold nothing are lent to experts, and taken back before a step uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams, _native
+from argosy.config import MIB, Budget, EngineConfig
+from argosy.engine import start
+from argosy.engine.expert_memory import ExpertMemory
+from argosy.engine.idle_memory import IdleMemory
+from argosy.engine.kv_cache import BlockContent, KvBlocks
+from argosy.engine.memory_plan import MemoryPlan, plan_memory
+from argosy.engine.turns import Turns
+from argosy.errors import DoesNotFit, PromptTooLong, UsageError
+from argosy.model.families import open_model
+from argosy.model.footprint import ModelFootprint, kv_blocks
+from argosy.plan.machine import process_footprint
+from tests.models.tiny import qwen3_moe, write_model
+
+# ── with a cache that only counts ───────────────────────────────────────────────────────────────────────────────────
+
+NUM_BLOCKS, SLOT_BYTES, BUFFER_BYTES = 1024, 1 * MIB, 64 * 1024  # buffers: for each token
+STEP_TOKENS, DECODE_TOKENS = 512, 8
+SHAPES = [_native.KvShape.keys_values(4, 128)]  # keys and values of a block take 32 KiB each
+
+
+class Lender:
+    """Idle memory, and a cache and a decoder that note what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+        self.experts = ExpertMemory(self, num_slots=10, slot_bytes=SLOT_BYTES, most_slots=1000, lock=Turns())
+        self.kv = _native.KvCache(SHAPES, NUM_BLOCKS, 16, "f32")
+        self.blocks = KvBlocks(NUM_BLOCKS, 16)
+        self.memory = IdleMemory(
+            self.experts,
+            self.kv,
+            self.blocks,
+            Buffers(self.told),  # type: ignore[arg-type]
+            buffer_bytes=lambda tokens: tokens * BUFFER_BYTES,
+            step_tokens=STEP_TOKENS,
+            decode_tokens=DECODE_TOKENS,
+        )
+
+    def resize(self, num_slots: int, *, held_slots: int | None = None) -> None:
+        assert held_slots == num_slots  # steps take it at once
+        self.told.append(("slots", num_slots))
+
+    def decode(self, num_steps: int = 1) -> None:
+        for _ in range(num_steps):
+            self.memory.before_step(2, has_prompts=False)
+
+
+class Buffers:
+    def __init__(self, told: list[tuple[str, int]]) -> None:
+        self._told = told
+
+    def resize(self, max_tokens: int) -> None:
+        self._told.append(("tokens", max_tokens))
+
+
+def test_blocks_are_lent_until_they_are_used_and_again_when_nothing_holds_them() -> None:
+    lender = Lender()
+    assert lender.kv.nbytes == 64 * MIB
+    assert lender.told == [("slots", 10 + 64)]
+    held = lender.blocks.take(1)
+    assert lender.told[1:] == [("slots", 10 + 60)]  # 32 blocks are 1 MiB of keys, and huge pages change hands
+    held += lender.blocks.take(31)
+    assert len(lender.told) == 2
+    held += lender.blocks.take(100)
+    assert lender.told[2:] == [("slots", 10 + 64 - 12)]
+    lender.blocks.give_back(held)
+    assert len(lender.told) == 3
+    lender.decode(8)
+    assert lender.told[3:] == [("tokens", 8), ("slots", 10 + 52 + 31), ("slots", 10 + 64 + 31)]
+
+
+def test_prefixes_that_are_kept_keep_their_memory() -> None:
+    lender = Lender()
+    held = lender.blocks.take(64)
+    lender.blocks.keep(held[40], BlockContent(b"1", b"0", bytes(64), ""))
+    lender.blocks.give_back(held)
+    lender.decode(8)
+    assert lender.experts.num_slots == 10 + 64 - 4 + 31
+    lender.blocks.forget("")
+    lender.memory.before_step(2, has_prompts=True)
+    lender.decode(8)
+    assert lender.experts.num_slots == 10 + 64 + 31
+
+
+def test_buffers_are_lent_after_steps_without_prompts_and_a_prompt_takes_what_it_needs() -> None:
+    lender = Lender()
+    lender.memory.before_step(512, has_prompts=True)
+    lender.decode(7)
+    lender.memory.before_step(30, has_prompts=True)
+    lender.decode(7)
+    assert lender.told[1:] == []  # prompts come too often
+    lender.decode(1)
+    assert lender.told[1:] == [
+        ("tokens", 8),
+        ("slots", 10 + 64 + 31),
+    ]  # first the pages go, then experts come
+    lender.decode(20)
+    lender.memory.before_step(20, has_prompts=True)
+    assert lender.told[3:] == [("slots", 10 + 64 + 30), ("tokens", 32)]  # experts go, then the buffers grow
+    lender.memory.before_step(33, has_prompts=True)
+    lender.memory.before_step(512, has_prompts=True)
+    assert lender.told[5:] == [("slots", 102), ("tokens", 64), ("slots", 74), ("tokens", 512)]
+    lender.decode(8)
+    assert lender.experts.num_slots == 10 + 64 + 31
+
+
+def test_the_memory_of_blocks_is_with_the_system_while_it_is_lent() -> None:
+    kv = _native.KvCache(SHAPES, NUM_BLOCKS, 16, "f32")
+    block = np.arange(kv.block_bytes, dtype=np.uint8)
+    before = process_footprint().resident_bytes
+    for number in range(NUM_BLOCKS):
+        kv.copy_in(number, block)
+    assert process_footprint().resident_bytes - before > 60 * MIB
+    assert [kv.held_bytes(count) for count in (0, 1, 64, 65, NUM_BLOCKS)] == [
+        0, 4 * MIB, 4 * MIB, 8 * MIB, 64 * MIB,
+    ]  # fmt: skip
+    kv.release(65)
+    assert process_footprint().resident_bytes - before < 12 * MIB
+    out = np.empty_like(block)
+    for number in range(65):
+        kv.copy_out(number, out)
+        assert np.array_equal(out, block)
+    kv.copy_out(NUM_BLOCKS - 1, out)
+    assert not out.any()
+    for wrong in (-1, NUM_BLOCKS + 1):
+        with pytest.raises(ValueError, match="num_blocks"):
+            kv.release(wrong)
+        with pytest.raises(ValueError, match="num_blocks"):
+            kv.held_bytes(wrong)
+
+
+# ── whole engines ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+PROMPTS = [list(range(3, 103)), [5, 9, 12], [7] * 40]
+HELD, CONTEXT, MISSING = 50 * MIB, 65536, 80
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 96 experts of 0.75 MiB each, and a context of 48 MiB."""
+    directory = tmp_path_factory.mktemp("idle") / "model"
+    raw = qwen3_moe(
+        num_experts=32, moe_intermediate_size=4096, max_position_embeddings=CONTEXT, head_dim=16,
+    )  # fmt: skip
+    write_model(directory, raw, seed=5)
+    return directory
+
+
+OPTIONS: dict[str, Any] = {"threads": 1, "context": CONTEXT, "chunk_tokens": 256, "max_sequences": 4}
+
+
+def planned(model: Path, budget_bytes: int) -> MemoryPlan:
+    config = EngineConfig(
+        budget=Budget(ram_bytes=budget_bytes, context_tokens=CONTEXT),
+        threads=1,
+        chunk_tokens=256,
+        max_sequences=4,
+    )
+    return plan_memory(ModelFootprint(open_model(model), config), config, process_bytes=HELD)
+
+
+@pytest.fixture(scope="module")
+def answers(model: Path) -> list[list[int]]:
+    with Engine.open(model, memory="3GiB", prefix_reuse=False, **OPTIONS) as engine:
+        assert engine.plan.is_resident
+        return [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS]
+
+
+@pytest.fixture
+def tight(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An engine whose budget has room for a quarter of the experts."""
+    monkeypatch.setattr(start, "held_bytes", lambda: HELD)  # the size of a test process varies
+    monkeypatch.setattr(start, "process_bytes", lambda tokenizer: HELD)
+    everything = planned(model, 1 << 40)
+    budget = everything.total_bytes - MISSING * everything.slot_bytes
+    with Engine.open(model, memory=budget, **OPTIONS) as engine:
+        yield engine
+
+
+def test_a_plan_counts_what_lending_takes(model: Path) -> None:
+    everything = planned(model, 1 << 40)
+    assert everything.idle_slots == 0
+    tight = planned(model, everything.total_bytes - MISSING * everything.slot_bytes)
+    assert 0 < tight.num_slots < 24
+    assert tight.total_bytes <= tight.budget_bytes
+    idle = tight.idle_buffer_bytes + tight.kv_bytes
+    assert tight.num_slots + tight.idle_slots == min(96, tight.num_slots + idle // tight.slot_bytes)
+    assert tight.decode_slots(CONTEXT) == tight.num_slots + min(
+        tight.idle_slots, tight.idle_buffer_bytes // tight.slot_bytes
+    )
+    assert tight.decode_slots(0) == tight.num_slots + tight.idle_slots
+    assert tight.as_dict()["idle_expert_slots"] == tight.idle_slots
+    assert "in idle memory" in tight.parts()[-1].note
+
+
+def test_answers_are_the_same_while_memory_is_lent_and_taken_back(
+    tight: Engine, answers: list[list[int]]
+) -> None:
+    plan, cache, buffers = tight.plan, tight._model.cache, tight._model.decoder._stack
+    assert cache is not None
+    most, fewest = (plan.idle_buffer_bytes // plan.slot_bytes, plan.num_slots)
+    assert most > 4
+    whole = buffers.buffer_bytes
+    for prompt, expected in zip(PROMPTS * 2, answers * 2, strict=True):
+        sequence = tight.submit(prompt, GREEDY)
+        seen = []
+        while sequence.result is None:
+            tight.step()
+            seen.append((tight.facts().expert_slots, buffers.buffer_bytes))
+            assert cache._arena.nbytes == seen[-1][0] * cache._files.slot_bytes
+        assert sequence.new_ids == expected
+        assert seen[-1][0] >= fewest + most
+        assert seen[-1][1] < whole / 8
+        if len(prompt) - (sequence.cached_tokens or 0) > 64:
+            assert seen[0][0] < seen[-1][0]
+            assert seen[0][1] > seen[-1][1]
+
+
+def test_logits_at_every_position_need_the_buffers_of_a_whole_chunk(tight: Engine) -> None:
+    tight.generate(PROMPTS[1], GREEDY)
+    assert tight._model.decoder._stack.buffer_bytes < tight._model.decoder._stack.sizes.buffer_bytes(256)
+    assert np.isfinite(tight.logits(list(range(3, 103)) * 3)).all()
+
+
+# ── another budget ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_budget_may_change_in_the_middle_of_answers(
+    tight: Engine, model: Path, answers: list[list[int]]
+) -> None:
+    opened = tight.plan
+    slot = opened.slot_bytes
+    budgets = [
+        opened.budget_bytes - 6 * slot, opened.budget_bytes + 20 * slot, opened.total_bytes - 8 * slot,
+        opened.budget_bytes + 100 * slot, opened.budget_bytes,
+    ]  # fmt: skip
+    sequences = [tight.submit(prompt, GREEDY) for prompt in PROMPTS]
+    seen = []
+    while any(one.result is None for one in sequences):
+        plan = tight.resize(budgets[len(seen) % len(budgets)])
+        assert plan is tight.plan
+        assert plan.total_bytes <= plan.budget_bytes
+        assert not plan.is_packed
+        facts = tight.facts()
+        assert facts.budget_bytes == plan.budget_bytes
+        seen.append(facts.expert_slots)
+        tight.step()
+    assert [one.new_ids for one in sequences] == answers
+    assert max(seen) == 96
+    assert min(seen) < opened.num_slots + opened.idle_slots
+    assert tight.resize(opened.budget_bytes).num_slots == opened.num_slots
+
+
+def test_below_the_fewest_experts_kv_blocks_leave_that_no_answer_needs(
+    tight: Engine, answers: list[list[int]]
+) -> None:
+    opened, blocks = tight.plan, tight._cache.blocks
+    running = tight.submit(PROMPTS[0], GREEDY)
+    waiting = [tight.submit(PROMPTS[2], GREEDY) for _ in range(6)]
+    tight.step()
+    with pytest.raises(
+        DoesNotFit, match=r"needs .* of memory now, and the budget would be 1.0 MiB"
+    ) as refused:
+        tight.resize(1 * MIB)
+    assert tight.plan is opened
+    needed = refused.value.facts["needed_bytes"]
+    assert isinstance(needed, int)
+    assert needed < opened.total_bytes - opened.num_slots * opened.slot_bytes
+    plan = tight.resize(needed)
+    assert plan.num_slots == 2
+    assert blocks.num_blocks == kv_blocks(plan.context_tokens) < kv_blocks(CONTEXT)
+    assert plan.context_tokens >= len(PROMPTS[0]) + 24
+    with pytest.raises(PromptTooLong):
+        tight.submit([3] * 60_000)
+    while any(one.result is None for one in (running, *waiting)):
+        tight.step()
+    assert running.new_ids == answers[0]
+    assert all(one.new_ids == answers[2] for one in waiting)
+    tight.resize(opened.budget_bytes)
+    assert blocks.num_blocks == kv_blocks(CONTEXT)
+    assert tight.generate([3] * 600, SamplingParams(max_tokens=1)).token_ids
+
+
+def test_a_request_that_was_made_for_a_longer_context_is_refused(tight: Engine) -> None:
+    sequences = tight.prepare([3] * 60_000)
+    with pytest.raises(DoesNotFit) as refused:
+        tight.resize(1 * MIB)
+    tight.resize(refused.value.facts["needed_bytes"])  # type: ignore[arg-type]
+    with pytest.raises(PromptTooLong):
+        tight.enqueue(sequences)
+
+
+def test_an_engine_with_all_experts_end_to_end_keeps_them(model: Path) -> None:
+    with Engine.open(model, memory="3GiB", **OPTIONS) as engine:
+        total = engine.plan.total_bytes
+        with pytest.raises(DoesNotFit, match="all experts lie end to end, and none can leave"):
+            engine.resize(total - 1)
+        assert engine.resize(total).budget_bytes == engine.plan.budget_bytes == total
+        with pytest.raises(DoesNotFit, match=r"the budget is .*, and there are"):
+            engine.resize(1 << 60)
+
+
+def test_a_fixed_number_of_experts_stays_and_a_closed_engine_has_no_budget(model: Path) -> None:
+    engine = Engine.open(model, memory="3GiB", expert_slots=6, **OPTIONS)
+    with pytest.raises(UsageError, match="the number of experts in memory is fixed"):
+        engine.resize(2 << 30)
+    engine.close()
+    engine = Engine.open(model, memory="3GiB", **OPTIONS)
+    engine.close()
+    with pytest.raises(UsageError, match="the engine is closed"):
+        engine.resize(2 << 30)

@@ -1,0 +1,148 @@
+"""A model that is loaded beside others gives way to them until its experts are in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import SamplingParams
+from argosy.engine.engine import Engine
+from argosy.engine.options import configure, open_files
+from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from tests.cli.tiny_chat_model import write_chat_model
+
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
+PROMPT = np.random.default_rng(3).integers(0, 400, 9).tolist()
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> list[ReadyModel]:
+    path = write_chat_model(tmp_path_factory.mktemp("loading") / "model")
+    files = open_files(path)
+    config = configure(path, files, memory="2GiB", threads=1)
+    ready, _ = make_ready(
+        [Wanted(name, files, config) for name in ("one", "two")], kept_bytes=0, recorder=None
+    )
+    return ready
+
+
+@pytest.fixture
+def engines(ready: list[ReadyModel]) -> Iterator[tuple[Engine, Engine]]:
+    """Two engines that share the cores; none has experts in memory."""
+    opened = [one.open(one.plan.num_slots) for one in ready]
+    yield opened[0], opened[1]
+    for one, engine in zip(ready, opened, strict=True):
+        one.close(engine)
+
+
+class Watched:
+    """The store of an engine's experts; calls `meanwhile` before each wait for reads."""
+
+    def __init__(self, engine: Engine, meanwhile: Any) -> None:
+        self._cache = engine._model.cache
+        self._store, self.meanwhile = self._cache._store, meanwhile
+        self._cache._store = self
+
+    def wait_any(self, *args: Any) -> Any:
+        self.meanwhile()
+        return self._store.wait_any(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_steps_of_others_run_while_a_first_prompt_waits_for_its_experts(
+    engines: tuple[Engine, Engine],
+) -> None:
+    busy, loading = engines
+    expected = busy.generate(PROMPT, PARAMS).token_ids
+    other = busy.submit(PROMPT, PARAMS)
+    num_steps = 0
+
+    def step_of_the_other() -> None:
+        nonlocal num_steps
+        if other.result is None:
+            num_steps += 1
+            stepper = threading.Thread(target=busy.step, daemon=True)
+            stepper.start()
+            stepper.join(30)
+            assert not stepper.is_alive()  # it did not wait for the cores
+
+    Watched(loading, step_of_the_other)
+    first = loading.submit(PROMPT, PARAMS)
+    loading.step()
+    assert num_steps >= 1
+    assert len(first.new_ids) == 1
+    while first.result is None:
+        loading.step()
+    while other.result is None:
+        busy.step()
+    assert first.new_ids == other.new_ids == expected
+
+
+def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(engines: tuple[Engine, Engine]) -> None:
+    _, engine = engines
+    lent: list[bool] = []
+    Watched(engine, lambda: lent.append(engine._turns._owner is None))
+    sequence = engine.submit(PROMPT, PARAMS)
+    engine.step()
+    assert any(lent)
+    assert engine._model.cache.is_full
+    lent.clear()
+    while sequence.result is None:
+        engine.step()
+    engine.generate([*PROMPT, 3], PARAMS)
+    assert lent  # it waited for reads
+    assert not any(lent)
+
+
+def test_steps_are_in_the_foreground_once_no_slot_is_free(
+    ready: list[ReadyModel], engines: tuple[Engine, Engine]
+) -> None:
+    _, engine = engines
+    is_ahead = threading.Event()
+    waited: list[bool] = []
+
+    def give_way(seconds: float) -> None:
+        # In the foreground, whoever gives way waits until the step is over.
+        threading.Thread(
+            target=lambda: (ready[1]._foreground.give_way(3600), is_ahead.set()), daemon=True
+        ).start()
+        waited.append(not is_ahead.wait(seconds))
+
+    watched = Watched(engine, lambda: waited or give_way(30))
+    engine.generate(PROMPT, PARAMS)
+    assert waited == [False]
+    is_ahead.clear()
+    waited.clear()
+    watched.meanwhile = lambda: waited or give_way(0.1)
+    engine.generate([*PROMPT, 3], PARAMS)
+    assert waited == [True]
+    assert is_ahead.wait(30)
+
+
+def test_nothing_commits_memory_after_an_engine_is_closed(ready: list[ReadyModel]) -> None:
+    with ready[0]._foreground:  # threads that give way take long
+        engine = ready[0].open(ready[0].plan.most_slots)
+        ready[0].close(engine)
+        assert "argosy-populate" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_calls_of_an_engine_do_not_wait_for_steps_of_others(engines: tuple[Engine, Engine]) -> None:
+    busy, loading = engines
+
+    def calls() -> None:
+        sequence = busy.submit(PROMPT, PARAMS)
+        busy.facts()
+        busy.resize_experts(busy.plan.num_slots)
+        busy.cancel(sequence)
+
+    with loading._lock, loading._turns:  # a step
+        caller = threading.Thread(target=calls, daemon=True)
+        caller.start()
+        caller.join(30)
+        assert not caller.is_alive()

@@ -1,0 +1,185 @@
+"""A checkpoint's own draft layer predicts what numpy says, and neither its drafts nor its faults change an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from argosy import Engine, SamplingParams
+from argosy.engine.sequence import Sequence
+from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
+from argosy.model.draft_layer import MOST_BEHIND
+from argosy.model.families import open_model
+from tests.engine.random_drafter import RandomDrafter
+from tests.models.tiny import glm4_moe, prompt_ids, write_model
+from tests.models.tiny_latent import deepseek_v3
+from tests.models.tiny_mtp import NumpyDraft, write_mtp_model
+
+CONFIGS = {
+    "deepseek_v3": deepseek_v3(max_position_embeddings=256),
+    "glm4_moe": glm4_moe(max_position_embeddings=256),
+}
+SETTINGS: dict[str, Any] = {"memory": "2GiB", "threads": 1, "max_sequences": 2, "chunk_tokens": 16}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mtp_model(tmp_path_factory.mktemp("mtp") / "model", CONFIGS[request.param], seed=3)
+
+
+def vocab_size(model: Path) -> int:
+    return open_model(model).config.vocab_size
+
+
+def params(temperature: float, max_tokens: int = 40) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=5, ignore_eos=True)
+
+
+def run(engine: Engine, prompts: list[list[int]], temperature: float) -> list[Sequence]:
+    sequences = [engine.submit(prompt, params(temperature)) for prompt in prompts]
+    while engine.has_work:
+        engine.step()
+    return sequences
+
+
+def test_it_predicts_what_numpy_says(model: Path) -> None:
+    """Prompts of several chunks, with a prefix that another one computed, answers with right and wrong drafts."""
+    draft, size = NumpyDraft(model), vocab_size(model)
+    first = prompt_ids({"vocab_size": size}, 1, 40)
+    # Two blocks are shared, and the token after them is the same.
+    prompts = [first, [*first[:33], *first[:5]]]
+    answers = []
+    with Engine.open(model, **SETTINGS) as engine:
+        answers = [[*one.prompt_ids, *one.new_ids] for one in run(engine, prompts, 0.0)]
+    with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        mtp = engine._mtp
+        assert mtp is not None
+        engine._scheduler._drafter = others = RandomDrafter(1, size, answers)
+        others.forget = mtp.forget  # type: ignore[method-assign]
+        engine._scheduler._governor = None
+        for prompt, answer in zip(prompts, answers, strict=True):
+            sequence = engine.submit(prompt, params(0.0))
+            while len(sequence.new_ids) < 25:
+                engine.step()
+            known = [*prompt, *sequence.new_ids]
+            assert known == answer[: len(known)]
+            # float32 beside float64, over two models of three layers
+            drafted = mtp.propose(sequence, 3)
+            state = mtp._followed[sequence].state
+            assert state is not None
+            assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=2e-3)
+            room = 16 * len(sequence.blocks) - (len(known) - 1)  # positions that have a KV block
+            assert len(drafted) == min(3, room + 1)
+            for at, token in enumerate(drafted):
+                expected = draft.logits(known, drafted[:at])
+                assert expected[token] > expected.max() - 4e-3
+            engine.cancel(sequence)
+            assert sequence not in mtp._followed
+
+        # Nobody asked for drafts of this answer. What follows it in a conversation finds its draft keys and values.
+        whole = engine.submit(first, params(0.0, max_tokens=57))
+        behind = []
+        while engine.has_work:
+            engine.step()
+            behind += [one.num_behind for one in mtp._followed.values()]
+        assert MOST_BEHIND // 2 < max(behind) < MOST_BEHIND
+        known = [*first, *whole.new_ids, 5, 6, 7]
+        sequence = engine.submit(known, params(0.0))
+        while len(sequence.new_ids) < 3:
+            engine.step()
+        assert sequence.cached_tokens == (len(known) - 4) // 16 * 16
+        known += sequence.new_ids
+        mtp.propose(sequence, 1)
+        state = mtp._followed[sequence].state
+        assert state is not None
+        assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=2e-3)
+
+
+@pytest.mark.parametrize("slots", [None, "fewest"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_is_the_same_with_it(model: Path, slots: str | None, temperature: float) -> None:
+    size = vocab_size(model)
+    prompts = [prompt_ids({"vocab_size": size}, seed, 20 + 9 * seed) for seed in range(2)]
+    with Engine.open(model, **SETTINGS) as engine:
+        expected = [one.new_ids for one in run(engine, prompts, temperature)]
+        experts = engine.plan.num_experts
+    more = {} if slots is None else {"expert_slots": open_model(model).config.experts_per_token}
+    with Engine.open(model, speculate="mtp", **SETTINGS, **more) as engine:
+        assert [one.new_ids for one in run(engine, prompts, temperature)] == expected
+        assert [one.new_ids for one in run(engine, prompts, temperature)] == expected
+        assert engine.ledger.proposed_tokens > 0
+        assert engine.plan.num_experts == experts + open_model(model).config.num_experts
+        # Callers see the model, whose layers are those of its config.
+        assert engine.config == open_model(model).config
+
+
+def test_the_plan_counts_the_layer(model: Path) -> None:
+    with Engine.open(model, **SETTINGS) as plain, Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        assert engine.plan.dense_bytes > plain.plan.dense_bytes
+        assert engine.plan.kv_bytes > plain.plan.kv_bytes
+        more_bytes = engine.plan.working_bytes - plain.plan.working_bytes
+        assert engine._model.draft is not None
+        assert more_bytes >= engine._model.draft._decoder._stack.buffer_bytes
+        assert engine.plan.resident_bytes > plain.plan.resident_bytes
+        assert engine._model.weights.nbytes <= engine.plan.dense_bytes
+
+
+def test_auto_takes_it_where_it_is(model: Path, tmp_path: Path) -> None:
+    with Engine.open(model, speculate="auto", **SETTINGS) as engine:
+        assert engine.settings.speculate == "mtp"
+    without = write_model(tmp_path / "model", CONFIGS["deepseek_v3"], seed=1)
+    with Engine.open(without, speculate="auto", **SETTINGS) as engine:
+        assert engine.settings.speculate == "lookup"
+    with pytest.raises(UnsupportedModel, match="has no layer for multi-token prediction"):
+        Engine.open(without, speculate="mtp", **SETTINGS)
+
+
+def test_a_damaged_layer_keeps_no_text_from_running(tmp_path: Path) -> None:
+    damaged = write_mtp_model(tmp_path / "model", CONFIGS["deepseek_v3"], seed=1, left_out="hnorm.weight")
+    with Engine.open(damaged, speculate="auto", **SETTINGS) as engine:
+        assert engine.settings.speculate == "lookup"
+        assert len(engine.generate([5, 6, 7], params(0.0)).token_ids) == 40
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.hnorm\.weight is missing"):
+        Engine.open(damaged, speculate="mtp", **SETTINGS)
+
+
+def test_answers_go_on_when_an_expert_of_the_layer_cannot_be_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = prompt_ids({"vocab_size": vocab_size(model)}, 1, 40)
+    with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        expected = engine.generate(prompt, params(0.0)).token_ids
+        mtp = engine._mtp
+        assert mtp is not None
+
+        def fail(*ignored: object) -> None:
+            raise ReadFailed("the drive is gone")
+
+        monkeypatch.setattr(mtp._layer, "run", fail)
+        assert engine.generate(prompt, params(0.0)).token_ids == expected
+        assert str(mtp.fault) == "the drive is gone"
+        assert not mtp._followed
+
+
+def test_workers_of_a_group_have_no_draft_layer(model: Path) -> None:
+    with pytest.raises(UsageError, match="workers of a group do not have the experts"):
+        Engine.open(model, speculate="mtp", experts=_Group(), **SETTINGS)
+
+
+class _Group:
+    runs_here, most_rows = True, 1 << 20
+
+    def nbytes(self, files: object) -> int:
+        return 0
+
+    def open(self, *ignored: object, **options: object) -> Any:
+        raise AssertionError
+
+
+def test_logits_of_a_prompt_do_not_change(model: Path) -> None:
+    prompt = prompt_ids({"vocab_size": vocab_size(model)}, 2, 30)
+    with Engine.open(model, **SETTINGS) as plain, Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        assert np.array_equal(plain.logits(prompt), engine.logits(prompt))
