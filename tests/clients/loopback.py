@@ -25,9 +25,11 @@ import pytest
 
 from tests.clients.conftest import ROOT
 
-MODULES = ROOT / "build" / "clients" / "node_modules"
-# The programs that the packages' launchers would run; the packages are installed without running their scripts.
+CLIENTS = ROOT / "build" / "clients"
+MODULES = CLIENTS / "node_modules"
+# The programs that npm's packages would start; they are installed without running their scripts.
 PROGRAMS = {
+    "aider": CLIENTS / "aider/bin/aider",
     "claude": MODULES / "@anthropic-ai/claude-code-linux-x64/claude",
     "codex": MODULES / "@openai/codex-linux-x64/vendor/x86_64-unknown-linux-musl/bin/codex",
     "opencode": MODULES / "opencode-linux-x64-baseline/bin/opencode",
@@ -41,7 +43,9 @@ def require_program(name: str) -> Path:
     """Return the path of an agent, or skip the test."""
     path = PROGRAMS[name]
     if not path.is_file():
-        pytest.skip(f"{name} is not installed; `make test-clients` does that where npm is there")
+        pytest.skip(
+            f"{name} is not installed; `make test-clients` does that (aider: Python 3.12 at most; others: npm)"
+        )
     return path
 
 

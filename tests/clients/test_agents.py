@@ -1,4 +1,4 @@
-"""Claude Code, Codex and opencode as users install them: each answers, uses a tool, and survives known session killers.
+"""Claude Code, Codex, opencode and aider as users install them: each answers, works, survives known session killers.
 
 Every test is one or two turns of the real program, isolated with a server in one namespace (`loopback.py`).
 """
@@ -39,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Iterator[
         "#claude-picture": [call("Read", f'{{"file_path": {picture}}}'), "I cannot see it."],
         "#codex-note": [call("exec_command", f'{{"cmd": "cat {project}/note.txt"}}'), "At nine."],
         "#opencode-note": [call("read", f'{{"filePath": {note}}}'), "At nine."],
+        "#aider-note": "note.txt\n```\nThe harbour opens at ten.\n```\n",
     }
     directory = tmp_path_factory.mktemp("server")
     with served(directory, scripts, "--context", str(CONTEXT_TOKENS)) as loopback:
@@ -197,6 +198,29 @@ def test_opencode_reads_a_file_and_continues(server: Loopback, home: Path, proje
     assert (used["tool"], used["state"]["status"]) == ("read", "completed")
     assert "The harbour opens at nine." in used["state"]["output"]
     assert [part["text"] for part in parts if part["type"] == "text"] == ["At nine."]
+
+
+class Aider(Agent):
+    PROGRAM, CLIENT = "aider", "aider"
+
+    def ask(self, text: str, *files: str) -> Done:
+        """One turn. aider uses no tools: it puts whole files into its prompt, and the answer has whole files."""
+        command = [self._program, "--env-file", "aider.env", "--message", text, "--yes-always", "--no-git"]
+        command += ["--no-check-update", "--analytics-disable", "--no-pretty", *files]
+        return self._server.run(command, home=self._home, work=self._project)
+
+
+@pytest.mark.parametrize("how", [(), ("--no-stream",)], ids=["streamed", "whole"])
+def test_aider_writes_the_file_that_the_answer_holds(
+    server: Loopback, home: Path, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    project = tmp_path / "own"
+    project.mkdir()
+    note = project / "note.txt"
+    note.write_text("The harbour opens at nine.\n")
+    done = Aider(server, home, project).ask("#aider-note", *how, "note.txt")
+    assert done.status == 0, done.stderr
+    assert note.read_text() == "The harbour opens at ten.\n", done.stdout
 
 
 def _png(width: int = 32, height: int = 32) -> bytes:

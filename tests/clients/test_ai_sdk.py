@@ -16,14 +16,14 @@ FOLDER = ROOT / "build" / "clients"
 SCRIPTS = Path(__file__).parent / "node"
 
 
-def converse(script: str, server: Server) -> dict[str, Any]:
-    """Run a conversation in node; return the facts that it prints last."""
+def converse(script: str, url: str, *, package: str = "ai") -> dict[str, Any]:
+    """Run a conversation in node with a package of npm; return the facts that it prints last."""
     if shutil.which("node") is None:
-        pytest.skip("node is not there, so the AI SDK cannot run")
-    if not (FOLDER / "node_modules" / "ai").is_dir():
-        pytest.skip("the AI SDK is not installed; `make test-clients` does that where npm is there")
+        pytest.skip(f"node is not there, so the package {package} cannot run")
+    if not (FOLDER / "node_modules" / package).is_dir():
+        pytest.skip(f"{package} is not installed; `make test-clients` does that where npm is there")
     shutil.copy(SCRIPTS / script, FOLDER)  # node looks for modules beside the script
-    command = ["node", FOLDER / script, server.url]
+    command = ["node", FOLDER / script, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     made: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -33,7 +33,7 @@ def converse(script: str, server: Server) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(server: Server) -> dict[str, Any]:
     before = server.num_new_tokens
-    made = converse("conversation.mjs", server)
+    made = converse("conversation.mjs", server.url)
     server.require_freed(before + 300)  # 300 for the turns before the abandoned one
     return made
 
@@ -63,7 +63,7 @@ def test_leaving_a_stream_frees_the_engine(found: dict[str, Any]) -> None:
 
 
 def test_earlier_answers_sent_back_as_references_are_found(server: Server) -> None:
-    made = converse("responses.mjs", server)
+    made = converse("responses.mjs", server.url)
     assert made["calls"] == [["get_weather", {"city": "Oslo"}], ["get_weather", {"city": "Rome", "days": 2}]]
     assert made["texts"] == ["It is sunny in both.", "It is well, thank you."]
     assert "item_reference" in made["sent"][-1]  # otherwise the SDK has changed and this test proves nothing

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
 from tests.clients.conftest import Server
@@ -90,3 +92,21 @@ def test_leaving_a_stream_frees_the_engine(model: ChatOpenAI, server: Server) ->
     before = server.num_new_tokens
     asyncio.run(leave())
     server.require_freed(before)
+
+
+def test_embeddings_find_the_document_that_was_stored(server: Server) -> None:
+    """By default it sends token ids of OpenAI's own tokenizer; texts are what another model needs."""
+    with httpx.Client() as own:  # one of its making would stay open
+        model = OpenAIEmbeddings(
+            base_url=f"{server.url}/v1", api_key=SecretStr("none"), model="tiny", check_embedding_ctx_length=False,
+            http_client=own,
+        )  # fmt: skip
+        texts = [
+            "The quick brown fox jumps over the lazy dog.",
+            "Pack my box.",
+            "def add(a, b): return a + b",
+        ]
+        store = InMemoryVectorStore.from_texts(texts, model)
+        retriever = store.as_retriever(search_kwargs={"k": 1})
+        assert [retriever.invoke(text)[0].page_content for text in texts] == texts
+        assert len(model.embed_query("a")) == len(model.embed_documents(["a", "b"])[1])

@@ -1,4 +1,4 @@
-"""The `llm` command, with the server configured as one of its OpenAI-compatible models."""
+"""The `llm` command, with the settings that `argosy connect llm --write` gives it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ import pytest
 from tests.clients.conftest import Server
 
 LLM = Path(sys.executable).with_name("llm")
-MODEL = """- model_id: tiny
-  model_name: tiny
-  api_base: "{url}/v1"
-  can_stream: true
-  supports_tools: true
-  supports_schema: true
-"""
 WEATHER = """def get_weather(city: str, days: int = 1) -> str:
     "Weather of a city"
     return "#sunny"
@@ -30,14 +23,17 @@ WEATHER = """def get_weather(city: str, days: int = 1) -> str:
 
 @pytest.fixture
 def environment(server: Server, tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "extra-openai-models.yaml").write_text(MODEL.format(url=server.url))
-    return os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    connect = [sys.executable, "-m", "argosy", "connect", "llm", "--url", server.url, "--write"]
+    subprocess.run(connect, env=environment, capture_output=True, timeout=60, check=True)
+    assert (tmp_path / "extra-openai-models.yaml").is_file()
+    return environment
 
 
 @pytest.fixture
 def llm(environment: dict[str, str]) -> Callable[..., str]:
     def run(*arguments: str) -> str:
-        command = [LLM, "-m", "tiny", "--no-log", *arguments]
+        command = [LLM, "-m", "argosy", "--no-log", *arguments]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -65,7 +61,7 @@ def test_a_schema_is_followed(llm: Callable[..., str]) -> None:
 
 def test_interrupting_the_command_frees_the_engine(server: Server, environment: dict[str, str]) -> None:
     before = server.num_new_tokens
-    command = [LLM, "-m", "tiny", "--no-log", "#long"]
+    command = [LLM, "-m", "argosy", "--no-log", "#long"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:

@@ -166,3 +166,35 @@ def test_chat_returns_a_truncated_call_and_accepts_it_back(client: openai.OpenAI
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "#sunny"} for call in calls]
     again = client.chat.completions.create(messages=[*said("#weather"), message, *results], **more)  # type: ignore[list-item]
     assert again.choices[0].message.content == "It is sunny in both."
+
+
+def test_embeddings_in_both_encodings(client: openai.OpenAI) -> None:
+    """The client asks for base64 unless it is told otherwise, and decodes it."""
+    texts = ["How are you?", "I am well."]
+    decoded = client.embeddings.create(model="tiny", input=texts)
+    assert [one.index for one in decoded.data] == [0, 1]
+    assert decoded.usage.prompt_tokens == decoded.usage.total_tokens > 0
+    numbers = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    for one, other in zip(decoded.data, numbers.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, rel=1e-6)
+        assert sum(value * value for value in one.embedding) == pytest.approx(1, abs=1e-5)
+    short = client.embeddings.create(model="tiny", input=texts[0], dimensions=4)
+    assert len(short.data[0].embedding) == 4
+    with pytest.raises(openai.BadRequestError, match="dimensions must be from 1 to"):
+        client.embeddings.create(model="tiny", input="a", dimensions=4096)
+
+
+def test_a_response_is_retrieved_listed_and_deleted(client: openai.OpenAI) -> None:
+    made = client.responses.create(model="tiny", input="#plain", store=True)
+    found = client.responses.retrieve(made.id)
+    assert found.output_text == made.output_text == "It is well, thank you."
+    items = list(client.responses.input_items.list(made.id))
+    assert [item.content[0].text for item in items] == ["#plain"]  # type: ignore[union-attr]
+    client.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_completions_refuse_a_suffix_by_name_if_the_model_cannot_fill_in(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="cannot fill in a text"):
+        client.completions.create(model="tiny", prompt="a", suffix="b")

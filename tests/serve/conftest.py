@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -21,7 +21,13 @@ from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.fake_server import fake_server
 from tests.serve.speaking import speaking, write_speaking_model
+
+if TYPE_CHECKING:
+    from selenium import webdriver
+
+    from tests.serve.page_browser import Browser
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +49,7 @@ def serving(engine: Engine) -> Iterator[Service]:
     facts = ModelFacts(
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
         num_experts=config.num_experts, experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
-        media_kinds=engine.media_kinds, hears=engine.hears,
+        media_kinds=engine.media_kinds, hears=engine.hears, hidden_size=config.hidden_size,
     )  # fmt: skip
     prompts = PromptBuilder(
         engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(),
@@ -101,3 +107,27 @@ def speaking_url(speaking_service: Service) -> Iterator[str]:
 def speaker(speaking_url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=speaking_url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    from tests.serve.page_browser import open_chromium
+
+    driver = open_chromium()
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
+    """Chromium with the page of a fake server, whose address no test has used before."""
+    from tests.serve.page_browser import Browser
+
+    with fake_server() as server:
+        browser = Browser(driver, server.url)
+        browser.server = server
+        browser.complaints()  # clears the messages of the test before
+        yield browser
+        driver.get("about:blank")

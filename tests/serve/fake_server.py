@@ -1,7 +1,8 @@
 """A fake server without a model, with the routes that the page, `top` and `connect` read.
 
 Its answer depends on the last message: `think` reasons first, `slow` continues until it is stopped, `fail` breaks off,
-`busy` and `too long` are refused, `markdown` answers with every construct. It records every request for the test.
+`busy` and `too long` are refused, `markdown` answers with every construct, `hostile` with markup that would do harm.
+It records every request for the test.
 """
 
 from __future__ import annotations
@@ -54,6 +55,26 @@ def f(x):
 ![picture](https://example.org/p.png) <img src=x onerror="alert(1)">"""
 
 
+HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(1)><svg onload=alert(1)>
+<iframe src="https://example.org/"></iframe><style>body{display:none}</style><base href="https://example.org/">
+<meta http-equiv="refresh" content="0;url=https://example.org/"><form action="https://example.org/"><input></form>
+
+![a](https://example.org/a.png) ![b](data:image/svg+xml,<svg/onload=alert(1)>) [![c](https://example.org/c.png)](x)
+[js](javascript:alert(1)) [JS](JaVaScRiPt:alert(1)) [data](data:text/html,<script>alert(1)</script>)
+[v](vbscript:x) [quote](https://example.org/"onmouseover="alert(1)) <https://example.org/auto>
+[ref]: https://example.org/ref [blob](blob:https://example.org/1) [file](file:///etc/passwd)
+[own](/page/app.js) &lt;script&gt;
+
+```html"><script>alert(1)</script>
+</code></pre><script>alert(1)</script>
+```
+
+| <b>x</b> | ![d](https://example.org/d.png) |
+|---|---|
+| <img src=x onerror=alert(1)> | [y](javascript:alert(1)) |
+"""
+
+
 def text_of(message: dict[str, Any]) -> str:
     """The text of a message, whose content may have parts."""
     content = message["content"]
@@ -63,27 +84,32 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 class FakeServer(ThreadingHTTPServer):
-    """The fake server; `key`, `shows_heat`, `expert_slots` and `token_s` may be changed while it runs."""
+    """The fake server; its attributes up to `running` may be changed while it runs."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.key: str | None = None
+        self.base_path = ""
         self.shows_heat = True
         self.tools = "native"
         self.inputs = ["text"]
+        self.has_watermark = False
+        self.others: list[dict[str, Any]] = []  # further entries in /v1/models
+        self.ignored = ""  # fields without effect
         self.refuses_media: tuple[int, str] | None = None  # status and message for a count of tokens
         self.token_s = 0.005
         self.tokens = 300
         self.expert_slots = 2480
+        self.sharing: list[dict[str, Any]] = []  # `models` of the state, if there are several
         self.running = 0
         self.requests: list[tuple[str, Any]] = []
         self.disconnects = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        return f"http://127.0.0.1:{self.server_port}{self.base_path}"
 
     @property
     def conversations(self) -> list[list[dict[str, Any]]]:
@@ -106,6 +132,7 @@ class FakeServer(ThreadingHTTPServer):
         slots = self.expert_slots
         resident = min(slots, 1200 + self.tokens)
         return {
+            "models": self.sharing,
             "model": {
                 "id": MODEL,
                 "family": "qwen3_moe",
@@ -153,8 +180,8 @@ class FakeServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def fake_server() -> Iterator[FakeServer]:
-    server = FakeServer()
+def fake_server(port: int = 0) -> Iterator[FakeServer]:
+    server = FakeServer(port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -192,8 +219,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        is_within = path.startswith(f"{self.server.base_path}/")
+        path = path.removeprefix(self.server.base_path)
         self.server.requests.append((path, None))
-        if path == "/":
+        if not is_within:
+            self._refuse(404, f"there is nothing at {path}")
+        elif path == "/":
             self._file("index.html")
         elif path.startswith("/page/"):
             self._file(path.removeprefix("/page/"))
@@ -206,7 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
                 "architecture": {"input_modalities": self.server.inputs, "output_modalities": ["text"]},
                 "capabilities": {"tools": self.server.tools},
             }
-            self._json({"object": "list", "data": [entry | about]})
+            self._json({"object": "list", "data": [entry | about, *self.server.others]})
+        elif path == "/v1/engine/transparency":
+            self._json({"object": "transparency", "watermark": {"is_on": self.server.has_watermark}})
         elif path == "/v1/engine/state":
             self._json(self.server.state())
         elif path == "/v1/engine/events":
@@ -296,6 +329,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _words(self, asked: str, num_messages: int) -> list[str]:
+        if "hostile" in asked:
+            return [HOSTILE[at : at + 50] for at in range(0, len(HOSTILE), 50)]
         if "markdown" in asked:
             return [MARKDOWN[at : at + 7] for at in range(0, len(MARKDOWN), 7)]
         if "slow" in asked:
@@ -343,6 +378,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self) -> None:
         self.send_response(200)
+        if self.server.ignored:
+            self.send_header("x-ignored-params", self.server.ignored)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()

@@ -83,6 +83,83 @@ def _second_turn(dialect: str) -> dict[str, Any]:
     return asked
 
 
+def _asked_of_ollama(
+    said: str, *, is_chat: bool = True, max_tokens: int = 200, stop: list[str] | None = None, tools: bool = False,
+    schema: bool = False, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A request body of Ollama for a whole answer."""
+    options = {"temperature": 0, "num_predict": max_tokens} | ({} if stop is None else {"stop": stop})
+    given: dict[str, Any] = {"model": "tiny:latest", "stream": False, "options": options}
+    given |= {"messages": [{"role": "user", "content": said}]} if is_chat else {"prompt": said}
+    given |= {"tools": TOOLS["chat"]} if tools else {}
+    given |= {"format": ANSWER_SCHEMA} if schema else {}
+    return given | more
+
+
+def _cases_of_ollama() -> Iterator[tuple[str, dict[str, Any]]]:
+    second = _asked_of_ollama("#weather", tools=True)
+    arguments = ({"city": "Oslo"}, {"city": "Rome", "days": 2})
+    second["messages"] += [
+        {
+            "role": "assistant", "content": "Let me look.",
+            "tool_calls": [{"function": {"name": "get_weather", "arguments": given}} for given in arguments],
+        },
+        *({"role": "tool", "tool_name": "get_weather", "content": "#sunny"} for _ in arguments),
+    ]  # fmt: skip
+    both: dict[str, dict[str, Any]] = {
+        "plain": {"said": "#plain"},
+        "thoughts": {"said": "#think"},
+        "tools": {"said": "#weather", "tools": True},
+        "thoughtful_tools": {"said": "#thoughtful", "tools": True},
+        "interleaved": {"said": "#interleaved"},
+        "schema": {"said": "#json", "schema": True},
+        "json": {"said": "#json", "format": "json"},
+        "logprobs": {"said": "#quote", "logprobs": True, "top_logprobs": 1},
+        "stop": {"said": "#plain", "stop": ["thank"]},
+        "length": {"said": "#long", "max_tokens": 5},
+        "empty": {"said": "#empty"},
+        "failed": {"said": "#fail"},
+        # Cut in the arguments of the second call, and before the name of a call is known.
+        "cut_call": {"said": "#thoughtful", "tools": True, "max_tokens": 125},
+        "cut_name": {"said": "#weather", "tools": True, "max_tokens": 16},
+        "generate_plain": {"said": "#plain", "is_chat": False},
+        "generate_thoughts": {"said": "#think", "is_chat": False, "system": "Be brief."},
+        "generate_raw": {"said": "A raw #plain", "is_chat": False, "raw": True},
+        "generate_schema": {"said": "#json", "schema": True, "is_chat": False},
+        "generate_length": {"said": "#long", "max_tokens": 5, "is_chat": False},
+        "generate_failed": {"said": "#fail", "is_chat": False},
+    }
+    bodies = {name: _asked_of_ollama(**options) for name, options in both.items()} | {"second_turn": second}
+    for name, body in bodies.items():
+        yield f"ollama_{name}", body
+        yield f"ollama_{name}_stream", {key: value for key, value in body.items() if key != "stream"}
+    ignored = _asked_of_ollama("#plain", keep_alive="5m", think="high")
+    ignored["options"] |= {"num_ctx": 4096, "num_gpu": 1, "mirostat": 2}
+    yield "ollama_ignored", ignored
+    yield "ollama_load", {"model": "tiny", "messages": []}
+    yield "ollama_generate_load", {"model": "tiny"}
+    yield "ollama_unknown_field", _asked_of_ollama("#plain", frobnicate=1)
+    yield "ollama_too_long", _asked_of_ollama("Ω" * 5000)
+    yield "ollama_generate_unload", {"model": "tiny", "keep_alive": 0}
+    yield "ollama_embed", {"model": "tiny", "input": ["How are you?", "Well."], "dimensions": 4}
+    yield (
+        "ollama_embed_one",
+        {"model": "tiny:latest", "input": "How are you?", "dimensions": 4, "truncate": True},
+    )
+    yield "ollama_embed_none", {"model": "tiny", "input": "", "keep_alive": "5m"}
+    yield "ollama_embed_too_long", {"model": "tiny", "input": ["Hi", "Ω" * 5000], "truncate": False}
+    yield "ollama_embeddings", {"model": "tiny", "prompt": "How are you?", "options": {"num_ctx": 4096}}
+    yield "ollama_embeddings_none", {"model": "tiny"}
+    yield "ollama_generate_template", _asked_of_ollama("#plain", is_chat=False, template="{{ .Prompt }}")
+
+
+def _path(name: str) -> str:
+    if name.startswith("ollama_"):
+        route = name.split("_")[1]
+        return f"/api/{route if route in ('generate', 'embed', 'embeddings') else 'chat'}"
+    return PATHS[name.partition("_")[0]]
+
+
 def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     both: dict[str, dict[str, Any]] = {
         "plain": {"said": "#plain"},
@@ -145,17 +222,19 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "responses_state", _asked("responses", "#plain", previous_response_id="resp_1")
 
 
-CASES = dict(_cases())
+CASES = dict([*_cases(), *_cases_of_ollama()])
 
 
 def record(client: httpx.Client, name: str) -> Transcript:
     """Send the request, and record the answer."""
-    request = {"method": "POST", "path": PATHS[name.partition("_")[0]], "body": CASES[name]}
+    request = {"method": "POST", "path": _path(name), "body": CASES[name]}
     answer = client.request(request["method"], request["path"], json=request["body"])
     headers = {header: answer.headers[header] for header in HEADERS if header in answer.headers}
     made: Transcript = {"request": request, "status": answer.status_code, "headers": headers}
     if headers["content-type"].startswith("text/event-stream"):
         made["events"] = list(read_events(answer.text))
+    elif headers["content-type"] == "application/x-ndjson":
+        made["events"] = [{"event": None, "data": json.loads(line)} for line in read_lines(answer.text)]
     else:
         made["body"] = answer.json()
     return made | _Normal().of({key: made[key] for key in ("events", "body") if key in made})
@@ -175,6 +254,17 @@ def read_events(text: str) -> Iterator[dict[str, Any]]:
         yield {"event": event, "data": data if data == "[DONE]" else json.loads(data)}
 
 
+def read_lines(text: str) -> list[str]:
+    """The lines of a stream of JSON lines: each has an end, and none is empty."""
+    assert text.endswith("\n")
+    lines = text[:-1].split("\n")
+    assert all(lines)
+    return lines
+
+
+_TIMES = ("created", "created_at", "total_duration", "prompt_eval_duration", "eval_duration")
+
+
 class _Normal:
     """Numbers ids in order of appearance, and sets times to zero."""
 
@@ -183,9 +273,7 @@ class _Normal:
 
     def of(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                key: 0 if key in ("created", "created_at") else self.of(part) for key, part in value.items()
-            }
+            return {key: _zero(part) if key in _TIMES else self.of(part) for key, part in value.items()}
         if isinstance(value, list):
             return [self.of(part) for part in value]
         if isinstance(value, float):
@@ -193,6 +281,10 @@ class _Normal:
         if isinstance(value, str) and (found := _ID.fullmatch(value)):
             return self._ids.setdefault(value, f"{found[1]}{len(self._ids)}")
         return value
+
+
+def _zero(time: float | str) -> int | str:
+    return "1970-01-01T00:00:00.000000Z" if isinstance(time, str) else 0
 
 
 def _written(transcript: Transcript) -> str:

@@ -15,6 +15,7 @@ from schemathesis.core.failures import Failure
 REASONS = (
     # One part of the body refers to another.
     r"message \d+: tool_call_id '.*' matches no call in an earlier message",
+    r"message \d+: the result of a tool, and no earlier call",
     r"tool_choice names '.*', which is not among the tools",
     r"tool_choice requires a tool call, and there are no tools",
     r"tool \d+: the name '.*' is used twice",
@@ -35,6 +36,11 @@ REASONS = (
     r"This model's maximum context length is \d+ tokens",
     r"prompt is too long: \d+ tokens",
     r"input length and `min_tokens` exceed context limit",
+    r"dimensions must be from 1 to \d+ with this model",
+    r"this model cannot fill in a text",
+    r"a suffix needs a prompt of text, found token ids",
+    r"a prompt with a suffix cannot be echoed",
+    r"log-probabilities of a prompt cannot be streamed",
     r"a prompt needs at least one token, and this one is empty",
     r"(token id|stop_token_ids names token|logit_bias names token) \d+",
     r".*: (this model reads text only|this server does not run Anthropic's tools), and this part has type",
@@ -58,6 +64,7 @@ def allowed_data_is_refused_for_a_reason_of_the_guide(
     meta = case.meta
     if response.status_code != 400 or meta is None or not meta.generation.mode.is_positive:
         return
-    message = json.loads(response.content)["error"]["message"]
+    error = json.loads(response.content)["error"]
+    message = error if isinstance(error, str) else error["message"]  # Ollama's errors are texts
     if not any(re.match(reason, message, re.DOTALL) for reason in REASONS):
         raise UnexplainedRefusal(operation=case.operation.label, title="Unexplained refusal", message=message)

@@ -25,6 +25,7 @@ from unittest import mock
 
 from argosy.engine import answers, requests
 from argosy.engine.sampler import Sampler, SamplerState
+from argosy.engine.watermark import MarkedAnswer
 from argosy.errors import GrammarError
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.families import FAMILIES
@@ -55,6 +56,14 @@ SCRIPTS: dict[str, Script] = {
     "#long": "word " * 400,
     "#empty": "",
     "#fail": "It is",  # then the answer fails
+    "#greet": "I wrote to <EMAIL_1> and called <PHONE_1>; <EMAIL_9> is nobody.",
+    "#mail": call("get_weather", '{"city": "<EMAIL_1>"}'),
+    "#moon": "Tonight there is a Blue  Moon in the sky, they say.",
+    "#lunar": "Well.\n" + call("get_weather", '{"city": "blue moon"}'),
+    "#own": "Ask ann@example.org or anyone else in the office.",
+    "#unsafe": "unsafe\nS1",
+    "#safe": "safe",
+    "#odd": "I am not sure.",
 }
 
 WEATHER: dict[str, Any] = {
@@ -106,8 +115,10 @@ def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
     tokenizer, stack, scripts = FAMILY.tokenizer, ExitStack(), {**SCRIPTS, **(more or {})}
 
     class ScriptedState(SamplerState):
-        def __init__(self, prompt_ids: Sequence[int], seed: int | None = None) -> None:
-            super().__init__(prompt_ids, seed)
+        def __init__(
+            self, prompt_ids: Sequence[int], seed: int | None = None, mark: MarkedAnswer | None = None
+        ) -> None:
+            super().__init__(prompt_ids, seed, mark)
             key, answer = _answer(tokenizer.decode(list(prompt_ids), keep_special=True), scripts)
             self.fails = key == "#fail"
             end = "" if self.fails else END

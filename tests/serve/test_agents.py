@@ -1,4 +1,4 @@
-"""What agents need from a server: continued turns, tools for every model, and a list of its capabilities."""
+"""Agents need three things from a server: continued turns, tools for every model, and a list of its capabilities."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses/input_tokens": {"input": "Hi"},
     "/v1/messages": {"messages": SAY, "max_tokens": 1},
     "/v1/messages/count_tokens": {"messages": SAY},
+    "/api/chat": {"messages": SAY, "options": {"num_predict": 1}, "stream": False},
+    "/api/generate": {"prompt": "Hi", "options": {"num_predict": 1}, "stream": False},
+    "/api/show": {"name": "tiny"},
+    "/api/embed": {"input": "Hi"},
+    "/api/embeddings": {"prompt": "Hi"},
+    "/v1/embeddings": {"input": "Hi"},
     "/tokenize": {"content": "Hi"},
     "/detokenize": {"tokens": [1]},
 }
@@ -37,7 +44,8 @@ TOLD = (
 def test_every_route_whose_body_names_a_model_is_tested_here() -> None:
     takes_json = [route for route in ROUTES if not route.policy.takes_form]  # forms: `test_audio.py`
     named = {r.policy.path for r in takes_json if "model" in getattr(r.body, "model_fields", ())}
-    assert named == BODIES.keys()
+    # These need a reranker or a model that fills in: `test_embeddings.py`. A moderation's model is a check.
+    assert named - {"/rerank", "/v1/rerank", "/infill", "/v1/moderations"} == BODIES.keys()
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -48,6 +56,8 @@ def test_an_unknown_model_is_not_found_and_the_served_model_or_no_name_is_accept
     assert answer.status_code == 404
     if path.startswith("/v1/messages"):
         assert answer.json() == {"type": "error", "error": {"type": "not_found_error", "message": TOLD}}
+    elif path.startswith("/api/"):
+        assert answer.json() == {"error": TOLD}
     else:
         known = {"type": "not_found_error", "param": "model", "code": "model_not_found"}
         assert answer.json() == {"error": {"message": TOLD, **known}}
@@ -69,6 +79,23 @@ def test_with_any_model_every_name_means_the_served_model(lenient: str, path: st
     assert answer.status_code == 200
     assert answer.json().get("model", "tiny") == "tiny"
     assert httpx.get(f"{lenient}/v1/models/claude-opus-4-5").json()["id"] == "tiny"
+
+
+def test_clients_of_llama_server_find_the_context_and_the_slots_and_no_path_or_content(
+    client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    props = client.get("/props").json()
+    context_tokens = service.model.context_tokens
+    assert props["default_generation_settings"]["n_ctx"] == context_tokens
+    assert props["model_path"] == props["model_alias"] == "tiny"
+    assert props["modalities"] == {"vision": False, "audio": False}
+    assert props["chat_template"] == client.get("/tokenizer_info").json()["chat_template"]
+    assert props["total_slots"] == 8
+    facts = service.loop.snapshot()
+    two_run = replace(facts, engine=replace(facts.engine, num_running=2))
+    monkeypatch.setattr(service.loop, "snapshot", lambda: two_run)
+    slots = [{"id": at, "is_processing": at < 2, "n_ctx": context_tokens} for at in range(8)]
+    assert client.get("/slots").json() == slots
 
 
 def test_the_icon_is_at_the_path_that_browsers_request(client: httpx.Client) -> None:

@@ -21,7 +21,7 @@ from argosy.serve.core import Answers, Said, Service
 from argosy.serve.fields import MAX_FIELDS
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
-from argosy.serve.openai_responses import ResponsesBody
+from argosy.serve.openai_responses_bodies import ResponsesBody
 from tests.serve.fake_server import POLICY
 from tests.serve.record import read_events
 
@@ -497,7 +497,7 @@ REFUSED_EARLY = {
         lambda client, path: client.post(path, json={}, headers={"origin": "http://evil.example"}),
     ),
     "another host": (403, lambda client, path: client.post(path, json={}, headers={"host": "evil.example"})),
-    "no such path": (404, lambda client, path: client.post(path + "/x", json={})),
+    "no such path": (404, lambda client, path: client.post(path + "/x/y", json={})),
     "too large": (413, lambda client, path: client.post(path, content=b" " * (9 << 20), headers=JSON)),
 }
 JSON = {"content-type": "application/json"}
@@ -542,7 +542,7 @@ def unbounded(schema: Any, seen: set[int], where: str) -> Iterator[str]:
 
 def test_every_list_and_object_of_a_request_is_bounded_and_validation_stops_at_the_first_wrong_item() -> None:
     models = [route.body for route in ROUTES if route.body is not None]
-    assert len(models) == 11
+    assert len(models) == 25
     seen: set[int] = set()
     for model in models:
         assert list(unbounded(model.__pydantic_core_schema__, seen, model.__name__)) == []

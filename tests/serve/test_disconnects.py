@@ -315,8 +315,16 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
         events.call_soon_threadsafe = counted  # type: ignore[method-assign]
         other = asyncio.ensure_future(others())
         await asyncio.sleep(0)
-        caller: Any = SimpleNamespace(tenant="", count=lambda **_: None)
-        service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts())
+        caller: Any = SimpleNamespace(
+            tenant="",
+            count=lambda **_: None,
+            metrics=None,
+            finishes=[],
+            num_marked_tokens=0,
+            screening=None,
+            require_unstopped=lambda: None,
+        )
+        service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts(), model=SimpleNamespace(id="tiny"))
         prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))
         answers = Answers(service, caller, events)
         answers.add(prompt, SamplingParams(), ToolUse(), 1)

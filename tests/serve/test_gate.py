@@ -60,7 +60,8 @@ def test_a_key_is_limited_by_its_scope_its_rate_and_its_revocation(
     url, secret = keyed
     headers = {"Authorization": f"Bearer {secret}"}
     assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
-    assert httpx.get(f"{url}/metrics", headers=headers).status_code == 403
+    for path in ("/metrics", "/slots"):
+        assert httpx.get(url + path, headers=headers).status_code == 403
     statuses = [httpx.post(f"{url}/tokenize", json={"content": "a"}, headers=headers) for _ in range(4)]
     assert [answer.status_code for answer in statuses] == [200, 200, 200, 429]
     assert int(statuses[-1].headers["Retry-After"]) > 0
@@ -105,7 +106,7 @@ def test_requests_that_a_foreign_page_could_send_are_refused(
     assert client.post("/tokenize", json={"content": "a"}, headers=headers).status_code == status
 
 
-@pytest.mark.parametrize("path", ["/docs", "/redoc", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
+@pytest.mark.parametrize("path", ["/redoc", "/api/none", "/page/../app.py", "/page/%2e%2e%2fapp.py"])
 def test_a_path_that_is_not_in_the_table_is_not_found(client: httpx.Client, path: str) -> None:
     assert client.get(path).status_code == 404
 
@@ -148,7 +149,7 @@ def test_no_text_from_a_client_is_logged(client: httpx.Client, caplog: pytest.Lo
 def test_the_state_has_the_facts_that_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
     state = client.get("/v1/engine/state").json()
     assert state.keys() == {
-        "model", "memory", "speed", "experts", "recent", "time", "queue", "kv", "heat", "privacy",
+        "models", "model", "memory", "speed", "experts", "recent", "time", "queue", "kv", "heat", "privacy", "workers",
     }  # fmt: skip
     assert state["time"]["wall_s"] == pytest.approx(sum(state["time"]["parts"].values()))
     experts = state["experts"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,10 +14,13 @@ import pytest
 
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.prompt.builder import PromptBuilder
+from argosy.serve import run
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
+from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Refused
-from argosy.serve.kept_items import KeptItems
+from argosy.serve.kept_items import KEPT_S, KeptItems
+from argosy.serve.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import TOOLS
@@ -83,11 +89,110 @@ def test_a_tenant_that_stores_a_lot_evicts_only_its_own_items() -> None:
     assert kept.item("small", "msg_1")
 
 
+def test_a_whole_response_is_found_listed_and_deleted() -> None:
+    kept = KeptItems()
+    answer = {"id": "resp_1", "status": "completed", "output": [message(1), message(2)]}
+    asked = [{"role": "user", "content": "question"}, {"id": "own", "role": "user", "content": "more"}]
+    kept.keep("a", "resp_1", None, asked, [message(1), message(2)], answer=answer)
+    assert kept.response("a", "resp_1") == answer
+    first, second = kept.asked("a", "resp_1")
+    assert second == asked[1]
+    assert first == {**asked[0], "id": first["id"]}  # an id to continue a list after
+    for act in (kept.response, kept.asked, kept.delete):
+        with pytest.raises(Refused, match="Response with id 'resp_1' not found") as refused:
+            act("b", "resp_1")
+        assert refused.value.http_status == 404
+    kept.delete("a", "resp_1")
+    assert kept.nbytes == 0
+    with pytest.raises(Refused):
+        kept.response("a", "resp_1")
+    with pytest.raises(Refused):
+        kept.item("a", "msg_1")
+
+
+def test_a_response_without_one_of_its_items_is_not_found() -> None:
+    kept = KeptItems(max_bytes=20_000)
+    kept.keep("a", "resp_1", None, [], [message(1)], answer={"id": "resp_1"})
+    kept.response("a", "resp_1")
+    for number in range(2, 20):
+        keep(kept, "a", number, text="x" * 2_000)
+    with pytest.raises(Refused, match="not found"):
+        kept.response("a", "resp_1")
+
+
+def test_what_is_not_used_for_a_day_is_dropped() -> None:
+    now = [0.0]
+    kept = KeptItems(clock=lambda: now[0])
+    for number in (1, 2):
+        kept.keep("a", f"resp_{number}", None, [], [message(number)], answer={"id": f"resp_{number}"})
+    now[0] = KEPT_S - 1
+    assert kept.response("a", "resp_2")["id"] == "resp_2"
+    now[0] = KEPT_S + 1
+    with pytest.raises(Refused):
+        kept.response("a", "resp_1")
+    with pytest.raises(Refused):
+        kept.item("a", "msg_1")
+    assert kept.response("a", "resp_2")["output"] == [message(2)]
+    one = kept.nbytes
+    kept.drop_expired()
+    assert 0 < kept.nbytes < one  # not only out of reach, but gone
+    now[0] = 3 * KEPT_S
+    kept.drop_expired()
+    assert kept.nbytes == 0
+    with pytest.raises(Refused):
+        kept.response("a", "resp_2")
+
+
+def test_a_sweep_drops_only_so_many_at_a_time() -> None:
+    now = [0.0]
+    kept = KeptItems(clock=lambda: now[0])
+    for number in range(700):
+        kept.keep(f"tenant {number % 7}", f"resp_{number}", None, [], [message(number)])
+    one = kept.nbytes / 1400
+    now[0] = KEPT_S + 1
+    kept.drop_expired()
+    assert kept.nbytes == pytest.approx((1400 - 1024) * one, rel=0.05)
+    kept.drop_expired()
+    assert kept.nbytes == 0
+
+
+def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    kept = KeptItems(clock=lambda: now[0])
+    facts = ModelFacts(
+        id="tiny", family="none", context_tokens=8, num_layers=1, num_experts=1, experts_per_token=1, vocab_size=8
+    )  # fmt: skip
+    snapshot = SimpleNamespace(engine=SimpleNamespace(budget_bytes=1 << 30))
+    loop: Any = SimpleNamespace(close=lambda: None, drain=lambda timeout_s: True, snapshot=lambda: snapshot)
+    models = Models.of(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, kept=kept))
+    monkeypatch.setattr(run, "SWEEP_S", 0.01)
+    app = make_app(models, KeyRing(None), block_tokens=16, max_sequences=8)
+    listens = threading.Event()
+    server = run._Server(run.uvicorn_config(app, grace_s=5), models, 1.0, listens.set, [])
+    with run.bind("127.0.0.1", 0) as sockets:
+        thread = threading.Thread(target=server.run, args=[sockets])
+        thread.start()
+        try:
+            assert listens.wait(60)
+            keep(kept, "a", 1)
+            assert kept.nbytes > 0
+            now[0] = KEPT_S + 1
+            deadline = time.monotonic() + 60
+            while kept.nbytes:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 def test_without_a_budget_nothing_is_kept() -> None:
     kept = KeptItems(max_bytes=0)
     assert not kept.can_keep
     keep(kept, "a", 1)
     assert kept.nbytes == 0
+    with pytest.raises(Refused, match="--no-store"):
+        kept.response("a", "resp_1")
 
 
 # ── over the wire ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,6 +223,23 @@ def results(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for item in items
         if item["type"] == "function_call"
     ]
+
+
+def test_metrics_tell_the_memory_of_what_is_kept(speaker: httpx.Client, speaking_service: Service) -> None:
+    def told() -> float:
+        (line,) = [
+            line
+            for line in speaker.get("/metrics").text.splitlines()
+            if line.startswith("argosy_kept_responses_bytes ")
+        ]
+        return float(line.partition(" ")[2])
+
+    before = told()
+    assert before == speaking_service.kept.nbytes
+    kept = ask(speaker, "#plain")
+    assert told() == speaking_service.kept.nbytes > before
+    assert speaker.delete(f"/v1/responses/{kept['id']}").status_code == 200
+    assert told() == before
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -192,6 +314,66 @@ def test_a_server_without_a_budget_reports_that_it_stores_nothing(
     assert answer.headers["x-ignored-params"] == "store"
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_response_is_fetched_as_it_was_sent_and_deleted(speaker: httpx.Client, streamed: bool) -> None:
+    asked = GREEDY | {"input": "#thoughtful", "tools": TOOLS["responses"], "stream": streamed}
+    answer = speaker.post("/v1/responses", json=asked)
+    sent = json.loads(answer.text.strip().rpartition("data: ")[2])["response"] if streamed else answer.json()
+    path = f"/v1/responses/{sent['id']}"
+    found = speaker.get(path)
+    assert found.status_code == 200
+    assert found.json() == sent
+    assert speaker.delete(path).json() == {"id": sent["id"], "object": "response", "deleted": True}
+    for method, at in (("GET", path), ("DELETE", path), ("GET", f"{path}/input_items")):
+        refused = speaker.request(method, at)
+        assert refused.status_code == 404
+        assert refused.json()["error"]["message"].startswith(f"Response with id '{sent['id']}' not found.")
+    later = speaker.post("/v1/responses", json=GREEDY | {"input": "x", "previous_response_id": sent["id"]})
+    assert later.json()["error"]["code"] == "previous_response_not_found"
+
+
+def test_input_items_are_listed_page_by_page(speaker: httpx.Client) -> None:
+    items = [{"role": "user", "content": "#plain"}, {"role": "assistant", "content": "Well."}]
+    items += [
+        {"role": "user", "content": [{"type": "input_text", "text": f"#plain {at}"}]} for at in range(3)
+    ]
+    path = f"/v1/responses/{ask(speaker, items)['id']}/input_items"
+    listed = speaker.get(path, params={"order": "asc"}).json()
+    assert (listed["object"], listed["has_more"]) == ("list", False)
+    texts = [item["content"][0]["text"] for item in listed["data"]]
+    assert texts == ["#plain", "Well.", "#plain 0", "#plain 1", "#plain 2"]
+    assert [item["content"][0]["type"] for item in listed["data"]][:3] == [
+        "input_text",
+        "output_text",
+        "input_text",
+    ]
+    assert all(item["type"] == "message" and item["id"] for item in listed["data"])
+    ids = [item["id"] for item in listed["data"]]
+    assert (listed["first_id"], listed["last_id"]) == (ids[0], ids[-1])
+    newest = speaker.get(path, params={"limit": 2}).json()
+    assert [item["id"] for item in newest["data"]] == ids[:2:-1]
+    assert newest["has_more"] is True
+    rest = speaker.get(path, params={"limit": 100, "after": newest["last_id"]}).json()
+    assert [item["id"] for item in rest["data"]] == ids[2::-1]
+    assert rest["has_more"] is False
+    past = speaker.get(path, params={"after": ids[0]}).json()
+    assert (past["data"], past["first_id"], past["has_more"]) == ([], None, False)
+    for wrong in ({"limit": "0"}, {"limit": "101"}, {"limit": "x"}, {"limit": "٣"}, {"order": "up"}):
+        assert speaker.get(path, params=wrong).status_code == 400
+    assert speaker.get(path, params={"after": "none"}).status_code == 404
+
+
+def test_a_path_of_the_table_is_no_id(speaker: httpx.Client) -> None:
+    refused = speaker.get("/v1/responses/input_tokens")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_a_kept_response_is_not_streamed(speaker: httpx.Client) -> None:
+    path = f"/v1/responses/{ask(speaker, '#plain')['id']}"
+    assert speaker.get(path, params={"stream": "true"}).status_code == 400
+    assert speaker.get(path, params={"stream": "false"}).status_code == 200
+
+
 def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_service: Service) -> None:
     before = speaking_service.kept.nbytes
     assert speaker.post("/v1/responses", json=GREEDY | {"input": "#fail"}).status_code == 400
@@ -201,7 +383,7 @@ def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_serv
 def test_a_stored_conversation_has_the_same_limit_on_items_as_a_sent_one(
     speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.openai_responses.MAX_ITEMS", 4)
+    monkeypatch.setattr("argosy.serve.openai_responses_bodies.MAX_ITEMS", 4)
     first = ask(speaker, "#plain")
     second = ask(speaker, "#plain", previous_response_id=first["id"])
     refused = speaker.post(

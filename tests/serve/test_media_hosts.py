@@ -250,7 +250,10 @@ def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: p
     given: list[MediaHosts | None] = []
     monkeypatch.setattr("argosy.cli.serve.open_engine", lambda *_, **__: MagicMock())
     monkeypatch.setattr("argosy.engine.options.locate_model", Mock(side_effect=UsageError("no model")))
-    monkeypatch.setattr("argosy.serve.run.serve", lambda *_, media_hosts, **__: given.append(media_hosts))
+    monkeypatch.setattr(
+        "argosy.serve.run.serve",
+        lambda engine, name, sockets, settings, **_: given.append(settings.media_hosts),
+    )
     options = [option for name in names for option in ("--media-host", name)]
     result = CliRunner().invoke(serve, ["model", "--port", "0", *options])
     if names == ("localhost",):
@@ -258,7 +261,7 @@ def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: p
         assert given == []
         return
     assert result.exception is None
-    assert [one and one._names for one in given] == [frozenset(names) if names else None]
+    assert [one and one.names for one in given] == [frozenset(names) if names else None]
 
 
 # Answers

@@ -29,108 +29,8 @@ from argosy.serve.app import make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import pattern, png, wav, wave
 from tests.serve.conftest import serving, start
-from tests.serve.fake_server import FakeServer, fake_server
+from tests.serve.page_browser import CONTRAST, Browser, Keys, seen_on, webdriver
 from tests.serve.seeing_model import write_seeing_model
-
-selenium = pytest.importorskip("selenium", reason="selenium is not installed: pip install 'argosy[browser]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not CHROMIUM or not DRIVER:
-    pytest.skip("Chromium and chromedriver are not installed", allow_module_level=True)
-
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-
-PATIENCE_S = 20
-
-
-class Browser:
-    """The page as a person uses it: what they do, and what they see."""
-
-    server: FakeServer  # set except in the tests of the real server
-
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
-        self.driver = driver
-        self.url = url
-
-    def open(self, path: str = "/") -> None:
-        self.driver.get(self.url + path)
-        self.until(lambda: self.text("#connection") == "connected")
-
-    def one(self, selector: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list[WebElement]:
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector: str) -> str:
-        return self.script("return document.querySelector(arguments[0])?.textContent ?? ''", selector)  # type: ignore[no-any-return]
-
-    def script(self, code: str, *arguments: object) -> Any:
-        return self.driver.execute_script(code, *arguments)  # type: ignore[no-untyped-call]
-
-    def until(self, is_so: Callable[[], object]) -> None:
-        WebDriverWait(self.driver, PATIENCE_S, poll_frequency=0.03).until(lambda _: is_so())
-
-    def say(self, text: str) -> None:
-        self.one("#prompt").send_keys(text, Keys.ENTER)
-
-    def press(self, *keys: str) -> None:
-        webdriver.ActionChains(self.driver).send_keys(*keys).perform()
-
-    def press_with_shift(self, key: str) -> None:
-        webdriver.ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
-
-    def press_button(self, name: str) -> None:
-        self.driver.find_element(By.XPATH, f"//button[normalize-space()='{name}']").click()
-
-    @property
-    def answer(self) -> str:
-        return self.text(".turn.assistant:last-child > .text")
-
-    def wait_for_the_answer(self, state: str = "done") -> None:
-        self.until(lambda: self.all(f".turn.assistant:last-child[data-state={state}]"))
-
-    @property
-    def focus(self) -> str:
-        """The id of the focused element, or its text."""
-        return self.script("const at = document.activeElement; return at.id || at.textContent")  # type: ignore[no-any-return]
-
-    def complaints(self) -> list[str]:
-        """Messages in the browser's console since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    # A microphone that beeps once a second, and a user who allows it.
-    for argument in ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1280,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-@pytest.fixture
-def browser(driver: webdriver.Chrome) -> Iterator[Browser]:
-    with fake_server() as server:
-        browser = Browser(driver, server.url)
-        browser.server = server
-        browser.complaints()  # clears the messages of the test before
-        yield browser
-        driver.get("about:blank")
-
 
 # A conversation
 
@@ -199,17 +99,18 @@ def test_regenerate_sends_the_same_request_without_the_old_answer(browser: Brows
     assert len(browser.all(".turn")) == 2
 
 
-def test_only_the_last_message_can_be_edited(browser: Browser) -> None:
+def test_a_message_can_be_edited_or_left_as_it_is(browser: Browser) -> None:
     browser.open()
     for text in ("first", "secnod"):
         browser.say(text)
         browser.wait_for_the_answer()
         browser.until(lambda text=text: text in browser.answer and browser.one("#send").is_displayed())
-    assert len([button for button in browser.all("button") if button.text == "Edit"]) == 1
-    browser.press_button("Edit")
+    edit = "[aria-label=You]:nth-last-child(2) .tools button:last-child"
+    browser.one(edit).click()
     browser.press(Keys.ESCAPE)
     assert [said.text for said in browser.all(".said")] == ["first", "secnod"]
-    browser.press_button("Edit")
+    assert browser.focus == "Edit"
+    browser.one(edit).click()
     field = browser.one(".editor textarea")
     field.clear()
     field.send_keys("second")
@@ -300,8 +201,9 @@ def test_a_failed_answer_is_not_sent_back_and_two_questions_in_a_row_are_joined(
     assert browser.server.conversations[1] == [{"role": "user", "content": "think, fail\n\nhello"}]
 
 
-def test_a_new_chat_forgets_the_conversation_and_can_be_undone(browser: Browser) -> None:
+def test_a_new_chat_without_keeping_forgets_the_conversation_and_can_be_undone(browser: Browser) -> None:
     browser.open()
+    browser.one("#keeping").click()
     browser.say("one")
     browser.wait_for_the_answer()
     browser.press_button("New chat")
@@ -321,8 +223,11 @@ def test_a_new_chat_stops_the_running_answer(browser: Browser) -> None:
     browser.until(lambda: "word 2" in browser.answer)
     browser.press_button("New chat")
     browser.until(lambda: browser.server.disconnects == 1)
-    browser.press_button("Undo")
-    assert browser.text(".turn.assistant .note") == "Stopped."
+    assert browser.one("#send").is_displayed()
+    browser.until(lambda: browser.all("#chat-list .chat"))
+    browser.one("#chat-list .chat").click()
+    browser.until(lambda: browser.text(".turn.assistant .note") == "Stopped.")
+    assert "word 2" in browser.answer
     assert browser.one("#send").is_displayed()
 
 
@@ -374,13 +279,14 @@ def test_nothing_moves_when_reduced_motion_is_preferred(browser: Browser) -> Non
 CODE = {
     "python": (
         "# why\nx = f(1.5, 'a\\'b')\nreturn x",
-        {"comment": 1, "number": 1, "string": 1, "keyword": 1},
+        {"comment": 1, "number": 1, "string": 1, "keyword": 1, "call": 1},
     ),
     "js": (
         "const a = `b\n${c}`; // d\n/* e\nf */ 0xff",
         {"keyword": 1, "string": 1, "comment": 2, "number": 1},
     ),
     "rust": ("fn f<'a>(x: &'a str) { 'x' }", {"keyword": 1, "string": 1}),
+    "diff": ("@@ -1 +1 @@\n-a\n+b\n c", {"comment": 1, "removed": 1, "added": 1}),
     "SQL": ("SELECT 1 FROM t -- all", {"keyword": 2, "number": 1, "comment": 1}),
     "sh": ('echo "$#" # done', {"string": 1, "comment": 1}),
     "json": ('{"a": [1, true]}', {"string": 1, "number": 1, "keyword": 1}),
@@ -486,7 +392,8 @@ def test_each_value_of_the_panel_is_beside_its_label(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#resident"))
     rows = browser.script(
-        "return [...document.querySelectorAll('.facts > div')].filter((row) => row.checkVisibility()).map((row) =>"
+        "const rows = [...document.querySelectorAll('.facts > div:not(#recent-row)')];"
+        "return rows.filter((row) => row.checkVisibility()).map((row) =>"
         " [...row.children].map((cell) => [cell.textContent, cell.getBoundingClientRect().top, cell.offsetHeight]))"
     )
     assert len(rows) == 4
@@ -560,7 +467,7 @@ def seeing(browser: Browser) -> Browser:
     """The page of a model that takes pictures and sounds."""
     browser.server.inputs = ["text", "image", "audio"]
     browser.open()
-    browser.until(lambda: browser.one("#attach").is_displayed())
+    browser.until(lambda: browser.one("#record").is_displayed())
     return browser
 
 
@@ -577,7 +484,7 @@ def choose(browser: Browser, *paths: Path) -> None:
 
 
 def facts(browser: Browser) -> list[str]:
-    """What is said beside each attachment."""
+    """The texts beside the attachments."""
     return [node.text for node in browser.all("#attachments .facts-line")]
 
 
@@ -660,7 +567,7 @@ def watching(browser: Browser) -> Browser:
     """The page of a model that takes pictures, sounds and videos."""
     browser.server.inputs = ["text", "image", "audio", "video"]
     browser.open()
-    browser.until(lambda: browser.one("#attach").is_displayed())
+    browser.until(lambda: browser.one("#record").is_displayed())
     return browser
 
 
@@ -753,34 +660,35 @@ def test_an_attachment_can_be_removed(seeing: Browser, files: dict[str, Path]) -
 
 
 def test_a_file_that_the_model_cannot_take_is_refused_beside_its_name(
-    browser: Browser, files: dict[str, Path]
+    browser: Browser, files: dict[str, Path], tmp_path: Path
 ) -> None:
     browser.server.inputs = ["text", "image"]
     browser.open()
-    browser.until(lambda: browser.one("#attach").is_displayed())
+    accepted = "image/png,image/jpeg,image/webp,image/gif,text/*,"
+    browser.until(lambda: browser.one("#files").get_attribute("accept").startswith(accepted))
     assert not browser.one("#record").is_displayed()
-    assert browser.one("#files").get_attribute("accept") == "image/png,image/jpeg,image/webp,image/gif"
-    sentence = "This model takes PNG, JPEG, WEBP and GIF pictures."
-    (files["cat.png"].parent / "clip.mp4").write_bytes(b"ftyp")
-    choose(browser, files["notes.txt"], files["tone.wav"], files["cat.png"].parent / "clip.mp4")
-    browser.until(lambda: facts(browser) == [sentence] * 3)
+    sentence = "This model takes text files, PNG, JPEG, WEBP and GIF pictures."
+    for name, content in (("clip.mp4", b"ftyp"), ("old.doc", b"\xd0\xcf\x11\xe0")):
+        (tmp_path / name).write_bytes(content)
+    choose(browser, files["tone.wav"], tmp_path / "clip.mp4", tmp_path / "old.doc")
+    browser.until(lambda: facts(browser) == [sentence] * 2 + ["This file is not text in UTF-8."])
     browser.one("#prompt").send_keys("hello", Keys.ENTER)
     assert browser.server.conversations == []
     assert browser.one("#send").get_attribute("title") == "Remove the files that cannot be sent."
-    for name in ("notes.txt", "tone.wav", "clip.mp4"):
+    for name in ("tone.wav", "clip.mp4", "old.doc"):
         browser.one(f"[aria-label='Remove {name}']").click()
     browser.one("#prompt").send_keys(Keys.ENTER)
     browser.wait_for_the_answer()
     assert browser.complaints() == []
 
 
-def test_a_model_without_eyes_and_ears_is_offered_no_files(browser: Browser) -> None:
+def test_a_model_without_eyes_and_ears_takes_text_files_only(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#model"))
-    assert not browser.one("#attach").is_displayed()
+    assert browser.one("#files").get_attribute("accept").startswith("text/*,")
     assert not browser.one("#record").is_displayed()
     assert give(browser, "drop", "cat.png", "image/png", CAT)  # otherwise the browser would leave the page
-    browser.until(lambda: facts(browser) == ["This model takes text only."])
+    browser.until(lambda: facts(browser) == ["This model takes text files only."])
 
 
 def test_a_picture_above_the_servers_limit_is_scaled_down_and_the_page_says_so(
@@ -931,7 +839,7 @@ def test_a_phone_shows_attachments_without_scrolling_sideways(
 ) -> None:
     with seen_on(seeing, 320, 740):
         choose(seeing, *(files[name] for name in ("cat.png", "tone.wav", "notes.txt")))
-        seeing.until(lambda: [fact[:4] for fact in facts(seeing)] == ["256 ", "13 t", "This"])
+        seeing.until(lambda: [fact[:4] for fact in facts(seeing)] == ["256 ", "13 t", "5 to"])
         assert seeing.script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert seeing.script(CONTRAST) == []
 
@@ -1098,17 +1006,29 @@ def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> Non
     browser.wait_for_the_answer("stopped")
     assert browser.server.conversations[0][0]["content"] == "slow\nplease"
     backwards = []
-    for _ in range(6):
+    browser.until(lambda: browser.all("#chat-list .chat"))
+    for _ in range(18):
         browser.press_with_shift(Keys.TAB)
         backwards.append(browser.focus)
-    assert backwards == ["Regenerate", "Copy", "Edit", "open-settings", "new", "Skip to the message field"]
+    turns = ["attach", "Continue", "Regenerate", "Copy", "Edit", "Copy"]
+    chat = [
+        "print-chat",
+        "export-chat",
+        "copy-chat",
+        "title",
+        "delete-all",
+        "import-chats",
+        "export-all",
+        "keeping",
+    ]
+    items = ["\u2715", browser.text("#chat-list .chat"), "search"]
+    assert backwards == [*turns, *chat, *items, "open-settings"]
     browser.script("document.getElementById('open-settings').focus()")
     browser.press(Keys.ENTER)
     assert browser.focus == "key"
     browser.press(Keys.TAB, "Be brief.", Keys.TAB, "0.5", Keys.ENTER)
     assert browser.focus == "open-settings"
-    browser.script("document.querySelector('.turn.assistant .tools button:last-child').focus()")
-    browser.press(Keys.ENTER)
+    browser.press_button("Regenerate")
     browser.until(lambda: len(browser.server.conversations) == 2)
     assert browser.server.conversations[1][0] == {"role": "system", "content": "Be brief."}
     assert browser.server.requests[-1][1]["temperature"] == 0.5
@@ -1129,22 +1049,6 @@ def test_the_page_requests_only_its_own_server(browser: Browser) -> None:
     names = browser.script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert f"{browser.server.url}/page/app.js" in names
     assert [name for name in names if not name.startswith(browser.server.url)] == []
-
-
-@contextmanager
-def seen_on(browser: Browser, width: int, height: int, *, scheme: str = "light") -> Iterator[None]:
-    """Emulate a screen of this size with a color scheme; a narrow screen is a phone."""
-    driver = browser.driver
-    is_phone = width < 600
-    size = {"width": width, "height": height, "deviceScaleFactor": 2 if is_phone else 1, "mobile": is_phone}
-    theme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # type: ignore[no-untyped-call]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[no-untyped-call]
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -1170,7 +1074,7 @@ def test_code_and_an_idle_send_button_are_readable_in_both_themes(browser: Brows
         browser.until(lambda: browser.one("#send").is_displayed())
         browser.script(
             "const code = document.querySelector('.turn.assistant pre code');"
-            "for (const name of ['comment', 'string', 'number', 'keyword']) {"
+            "for (const name of ['comment', 'string', 'number', 'keyword', 'call', 'removed']) {"
             "  const span = document.createElement('span');"
             "  span.className = `code-${name}`;"
             "  span.append(name);"
@@ -1182,7 +1086,7 @@ def test_code_and_an_idle_send_button_are_readable_in_both_themes(browser: Brows
             "return new Set([...document.querySelectorAll('[class^=code-]')].map((span) =>"
             " getComputedStyle(span).color)).size"
         )
-        assert browser.script(colours) == 4
+        assert browser.script(colours) == 6
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -1211,33 +1115,4 @@ return [...document.querySelectorAll('[placeholder]')].filter((field) => field.c
   const room = field.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
   return context.measureText(field.placeholder).width > room;
 }).map((field) => field.id);
-"""
-
-# Every visible text has a contrast of at least 4.5 with its background (WCAG 2.2, 1.4.3), and none is faded.
-CONTRAST = """
-const light = (color) => {
-  const [r, g, b] = color.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255).map(
-    (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const isClear = (color) => /, 0\\)$/.test(color);
-const behind = (node) => {
-  for (let at = node; at; at = at.parentElement) {
-    const color = getComputedStyle(at).backgroundColor;
-    if (!isClear(color)) return color;
-  }
-  return 'rgb(255, 255, 255)';
-};
-const bad = [];
-for (const node of document.querySelectorAll('body *')) {
-  const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-  if (!hasText || !node.checkVisibility()) continue;
-  for (let at = node; at; at = at.parentElement) {
-    if (getComputedStyle(at).opacity !== '1') bad.push(`${at.tagName} ${at.textContent.slice(0, 20)} is faded`);
-  }
-  const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
-  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (contrast < 4.5) bad.push(`${node.tagName} ${node.textContent.slice(0, 20)} ${contrast.toFixed(2)}`);
-}
-return bad;
 """

@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[2] / "src" / "argosy" / "serve" / "page"
 FILES = sorted(path for path in PAGE.iterdir() if path.is_file())
 SCRIPTS = [path for path in FILES if path.suffix == ".js"]
 LIMIT_BYTES = 400_000
+FIELDS = {"input", "select", "textarea"}
 LINKS = {"href", "src", "srcset", "action", "formaction", "poster", "data"}
 
 
@@ -37,6 +38,8 @@ class _Elements(HTMLParser):
 
 
 INDEX = _Elements((PAGE / "index.html").read_text(encoding="utf-8"))
+DOCS = _Elements((PAGE / "docs.html").read_text(encoding="utf-8"))
+PAGES = pytest.mark.parametrize("page", [INDEX, DOCS], ids=["index", "docs"])
 
 
 def test_the_page_is_under_400_kb_and_has_only_files_for_the_browser() -> None:
@@ -44,24 +47,22 @@ def test_the_page_is_under_400_kb_and_has_only_files_for_the_browser() -> None:
     assert sum(path.stat().st_size for path in FILES) < LIMIT_BYTES
 
 
-def test_nothing_is_inline_so_default_src_self_is_enough() -> None:
-    handlers = [
-        (tag, name) for tag, attributes in INDEX.found for name in attributes if name.startswith("on")
-    ]
-    styles = [tag for tag, attributes in INDEX.found if "style" in attributes]
-    assert (INDEX.inline, handlers, styles) == ([], [], [])
+@PAGES
+def test_nothing_is_inline_so_default_src_self_is_enough(page: _Elements) -> None:
+    handlers = [(tag, name) for tag, attributes in page.found for name in attributes if name.startswith("on")]
+    styles = [tag for tag, attributes in page.found if "style" in attributes]
+    assert (page.inline, handlers, styles) == ([], [], [])
 
 
-def test_every_address_in_the_page_is_one_of_its_own_files() -> None:
+@PAGES
+def test_every_address_in_the_page_is_one_of_its_own_files(page: _Elements) -> None:
     addresses = [
-        value
-        for _, attributes in INDEX.found
-        for name, value in attributes.items()
-        if name in LINKS and value
+        value for _, attributes in page.found for name, value in attributes.items() if name in LINKS and value
     ]
-    own = {f"/page/{path.name}" for path in FILES}
-    assert [address for address in addresses if not address.startswith("#") and address not in own] == []
-    assert own >= {"/page/app.js", "/page/style.css", "/page/icon.svg"}
+    own = {f"page/{path.name}" for path in FILES}  # relative: the server may have a base path
+    other = {"./", "openapi.json"} if page is DOCS else {"docs"}
+    assert [one for one in addresses if not one.startswith("#") and one not in own | other] == []
+    assert own >= {"page/app.js", "page/style.css", "page/icon.svg"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -73,30 +74,34 @@ def test_a_script_imports_only_its_neighbours_and_names_no_other_host(path: Path
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_never_turns_text_into_html_and_stores_only_the_key_of_the_tab(path: Path) -> None:
+def test_a_script_never_turns_text_into_html_and_stores_nothing_behind_the_store(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     forbidden = (
         "innerHTML|outerHTML|insertAdjacentHTML|document.write|DOMParser|createContextualFragment|srcdoc|eval(|"
-        "new Function|localStorage|indexedDB|document.cookie|serviceWorker|caches.|WebSocket|sendBeacon|"
+        "new Function|localStorage|document.cookie|serviceWorker|caches.|WebSocket|sendBeacon|XMLHttpRequest|"
         "location.search|location.hash|URLSearchParams"
     )
     assert [word for word in forbidden.split("|") if word in text] == []
-    assert "sessionStorage" not in text or path.name == "server.js"
+    assert "fetch(" not in text or path.name in ("server.js", "docs.js")
+    assert "sessionStorage" not in text or path.name == "server.js"  # the key of the tab
+    assert "indexedDB" not in text or path.name == "store.js"  # conversations
     assert 'setAttribute("style"' not in text
 
 
-def test_the_style_sheet_fetches_nothing() -> None:
-    text = (PAGE / "style.css").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["theme.css", "style.css", "docs.css"])
+def test_a_style_sheet_fetches_nothing(name: str) -> None:
+    text = (PAGE / name).read_text(encoding="utf-8")
     assert "url(" not in text
     assert "@import" not in text
 
 
-def test_every_control_has_a_name_and_every_reference_an_element() -> None:
-    ids = [attributes["id"] for _, attributes in INDEX.found if "id" in attributes]
+@PAGES
+def test_every_control_has_a_name_and_every_reference_an_element(page: _Elements) -> None:
+    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-    labelled = {attributes.get("for") for tag, attributes in INDEX.found if tag == "label"}
-    fields = [attributes.get("id") for tag, attributes in INDEX.found if tag in ("input", "textarea")]
+    labelled = {attributes.get("for") for tag, attributes in page.found if tag == "label"}
+    fields = [attributes.get("id") for tag, attributes in page.found if tag in FIELDS]
     assert set(fields) <= labelled
-    for _, attributes in INDEX.found:
+    for _, attributes in page.found:
         for name in ("aria-labelledby", "aria-describedby", "aria-controls", "for"):
             assert attributes.get(name) is None or attributes[name] in ids

@@ -18,9 +18,10 @@ from argosy.serve import app
 from argosy.serve.anthropic_messages import CountBody, MessagesBody
 from argosy.serve.core import ChatRequest, Read, Said, Service, Step
 from argosy.serve.fields import Closed, NoEffect, Sampling, Text, Tokens
+from argosy.serve.ollama_bodies import GenerateBody, OllamaChatBody
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
-from argosy.serve.openai_responses import ResponsesBody
+from argosy.serve.openai_responses_bodies import ResponsesBody
 from argosy.serve.openapi import Route
 from argosy.serve.respond import Exchange, respond
 from tests.serve.conftest import start
@@ -131,6 +132,8 @@ SAY = [{"role": "user", "content": "Hi"}]
         ("/v1/responses/input_tokens", {"input": "Hi"}, ResponsesBody, "request"),
         ("/v1/messages", {"messages": SAY, "max_tokens": 1}, MessagesBody, "request"),
         ("/v1/messages/count_tokens", {"messages": SAY}, CountBody, "request"),
+        ("/api/chat", {"messages": SAY, "options": {"num_predict": 1}}, OllamaChatBody, "request"),
+        ("/api/generate", {"prompt": "Hi", "options": {"num_predict": 1}}, GenerateBody, "request"),
     ],
 )
 def test_a_body_is_converted_in_a_worker_thread(

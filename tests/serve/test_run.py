@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import resource
 import signal
@@ -20,7 +21,9 @@ import httpx
 import pytest
 
 from argosy.engine.engine import Engine
+from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
 from argosy.errors import UsageError
+from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile
 from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
@@ -209,6 +212,45 @@ def test_a_restart_restores_no_quota_and_a_revoked_key_leaves_no_file(model: Pat
         wait_for(1)
 
 
+def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path, tmp_path: Path) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    key, secret = keys.add("laptop")
+    admin = keys.add("admin", scopes=("admin",))[1]
+    headers = {"Authorization": f"Bearer {secret}"}
+    directory = tmp_path / "audit"
+    body = {"prompt": "something said", "max_tokens": 4}
+
+    def audit(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "argosy", *map(str, arguments)]
+        environment = {**os.environ, "ARGOSY_API_KEY": admin}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    options = ("--keys", str(keys.path), "--audit", str(directory), "--audit-content", "--log-format", "json")
+    with served(model, *options) as (url, process):
+        for _ in range(3):
+            assert httpx.post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
+        for _ in range(300):
+            if verify(directory, None).kinds["request"] == 3:
+                break
+            time.sleep(0.02)
+        process.kill()
+    with served(model, *options) as (url, process):
+        erased = audit("data", "erase", "--key", "laptop", "--url", url)
+        assert erased.returncode == 0, erased.stderr
+        assert f"key               {key.id}" in erased.stdout
+        assert "audit contents    3 erased" in erased.stdout
+        state = httpx.get(f"{url}/v1/engine/state", headers={"Authorization": f"Bearer {admin}"}).json()
+        requests = next(line["bytes"] for line in state["memory"]["lines"] if line["name"] == "requests")
+        assert requests == REQUEST_BYTES + AUDIT_BYTES
+        process.send_signal(signal.SIGTERM)
+        log = [json.loads(line) for line in end(process).splitlines() if line.startswith("{")]
+    anchors = [line["anchor"] for line in log if line["event"] == "audit_anchor"]
+    assert len(anchors) == 2  # at the start and at the end
+    found = audit("audit", "verify", directory, "--anchor", anchors[0], "--anchor", anchors[1])
+    assert found.returncode == 0, found.stdout
+    assert "0 kept, 3 erased" in found.stdout
+
+
 # ── the address ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -282,8 +324,10 @@ def test_the_server_answers_as_soon_as_it_prints_its_address(model: Path) -> Non
 # ── the shutdown ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("pause_s", [0.0, 0.003, 0.05])
+# One handler takes both signals.
+@pytest.mark.parametrize(
+    ("number", "pause_s"), [(signal.SIGTERM, 0.0), (signal.SIGINT, 0.003), (signal.SIGTERM, 0.05)]
+)
 def test_signals_at_any_moment_of_the_shutdown_end_the_server_with_0(
     model: Path, number: signal.Signals, pause_s: float
 ) -> None:

@@ -29,7 +29,7 @@ from argosy.serve.held import Pool, Share
 from argosy.serve.media_hosts import Files
 from argosy.serve.media_parts import Intake, MediaPart
 from argosy.serve.openai_chat import PictureAddress, PicturePart, VideoAddress, VideoPart
-from argosy.serve.openai_responses import VideoInput
+from argosy.serve.openai_responses_bodies import VideoInput
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start

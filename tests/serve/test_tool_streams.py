@@ -26,8 +26,9 @@ from argosy.serve.core import Ended, Said, Step
 from argosy.serve.gate import Caller
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.openai_chat import ChatBody, ChatChunk, ChatCompletion, ChatExchange
-from argosy.serve.openai_responses import Answer, ResponsesBody, ResponsesExchange
+from argosy.serve.openai_responses import Answer, ResponsesExchange
 from argosy.serve.openai_responses import Event as ResponsesEvent
+from argosy.serve.openai_responses_bodies import ResponsesBody
 from argosy.serve.respond import Exchange, folded, streamed
 
 EVENTS = (

@@ -485,3 +485,11 @@ def test_items_before_a_truncated_one_are_complete(speaker: httpx.Client) -> Non
         ("reasoning", "completed"),
         ("message", "incomplete"),
     ]
+
+
+def test_scores_of_a_prompt_cannot_be_streamed(speaker: httpx.Client) -> None:
+    asked = {"prompt": "a", "echo": True, "logprobs": 0, "stream": True, "max_tokens": 1}
+    answer = speaker.post("/v1/completions", json=asked)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("log-probabilities of a prompt cannot be streamed")
+    assert speaker.post("/v1/completions", json=asked | {"stream": False}).status_code == 200

@@ -7,6 +7,7 @@ it. `RULES` holds the rules with the transcripts they apply to.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,14 @@ def data_of(transcript: Transcript) -> list[Data]:
     return [event["data"] for event in transcript["events"] if event["data"] != "[DONE]"]
 
 
+def is_ollama(transcript: Transcript) -> bool:
+    return str(transcript["request"]["path"]).startswith("/api/")
+
+
+def embeds(transcript: Transcript) -> bool:
+    return str(transcript["request"]["path"]).startswith("/api/embed")
+
+
 def has_failed(transcript: Transcript) -> bool:
     return transcript["request"]["body"].get("frobnicate") is not None or any(
         "error" in data and data["error"] for data in data_of(transcript)
@@ -98,11 +107,14 @@ def wants_usage(transcript: Transcript) -> bool:
 @rule(streamed=None)
 def a_stream_says_that_it_is_one_and_anything_else_is_json(transcript: Transcript, _: Any) -> None:
     kind = transcript["headers"]["content-type"].partition(";")[0]
-    assert kind == ("text/event-stream" if "events" in transcript else "application/json")
+    stream = "application/x-ndjson" if is_ollama(transcript) else "text/event-stream"
+    assert kind == (stream if "events" in transcript else "application/json")
     assert transcript["headers"]["cache-control"] == "no-store"
-    assert ("events" in transcript) == (
-        transcript["status"] == 200 and transcript["request"]["body"].get("stream") is True
-    )
+    asked = transcript["request"]["body"]
+    answers = is_ollama(transcript) and not embeds(transcript)
+    loads = answers and not (asked.get("messages") or asked.get("prompt"))
+    wanted = asked.get("stream", answers and not loads)
+    assert ("events" in transcript) == (transcript["status"] == 200 and wanted)
 
 
 @rule(streamed=False)
@@ -112,6 +124,11 @@ def an_error_has_its_dialects_shape(transcript: Transcript, _: Any) -> None:
         return
     assert 400 <= transcript["status"] < 500
     body = transcript["body"]
+    if is_ollama(transcript):
+        assert body.keys() == {"error"}
+        assert isinstance(body["error"], str)
+        assert body["error"]
+        return
     if "/messages" in transcript["request"]["path"]:
         assert body.keys() == {"type", "error"}
         assert body["type"] == "error"
@@ -128,9 +145,10 @@ def a_prompt_that_is_too_long_says_both_numbers(transcript: Transcript, _: Any) 
     if len(json.dumps(transcript["request"])) < 10_000:
         return
     assert transcript["status"] == 400
-    numbers = [word for word in transcript["body"]["error"]["message"].split() if word.isdecimal()]
-    assert len(numbers) >= 2
-    assert transcript["body"]["error"].get("code", "context_length_exceeded") == "context_length_exceeded"
+    error = transcript["body"]["error"]
+    error = {"message": error} if is_ollama(transcript) else error
+    assert len([word for word in error["message"].split() if word.isdecimal()]) >= 2
+    assert error.get("code", "context_length_exceeded") == "context_length_exceeded"
 
 
 @rule()
@@ -150,7 +168,9 @@ def a_stream_says_what_the_whole_answer_says(transcript: Transcript, whole: Tran
     if whole is None or "body" not in whole or whole["status"] != 200:
         return
     body, path = whole["body"], transcript["request"]["path"]
-    if path == "/v1/messages":
+    if is_ollama(transcript):
+        assert _collect_lines(data_of(transcript)) == body
+    elif path == "/v1/messages":
         assert _collect_message(transcript) == (body["content"], body["stop_reason"], body["stop_sequence"])
     elif path == "/v1/responses":
         last = data_of(transcript)[-1]["response"]
@@ -171,6 +191,25 @@ def a_stream_says_what_the_whole_answer_says(transcript: Transcript, whole: Tran
             if choice["logprobs"] is not None:
                 said = [one for chunk in chunks for one in (chunk.get("logprobs") or {}).get("content", ())]
                 assert said == choice["logprobs"]["content"]
+
+
+def _collect_lines(lines: list[Data]) -> Data:
+    """The whole answer that lines make: texts joined, calls and scores in order, the rest from the last line."""
+    made = dict(lines[-1])
+    scores = [one for line in lines for one in line.get("logprobs", ())]
+    if "response" in made:
+        made["response"] = "".join(line["response"] for line in lines)
+        thinking, calls = "".join(line.get("thinking", "") for line in lines), []
+        holder = made
+    else:
+        messages = [line["message"] for line in lines]
+        holder = {"role": "assistant", "content": "".join(one["content"] for one in messages)}
+        thinking = "".join(one.get("thinking", "") for one in messages)
+        calls = [call for one in messages for call in one.get("tool_calls", ())]
+        made["message"] = holder
+    holder |= {"thinking": thinking} if thinking else {}
+    holder |= {"tool_calls": calls} if calls else {}
+    return made | ({"logprobs": scores} if scores else {})
 
 
 def _without_ids(value: Any) -> Any:
@@ -240,7 +279,7 @@ def _with_numbers(blocks: list[Data]) -> list[Data]:
 
 @rule(streamed=False)
 def usage_adds_up(transcript: Transcript, _: Any) -> None:
-    if transcript["status"] == 200:
+    if transcript["status"] == 200 and not is_ollama(transcript):
         _check_usage(transcript["body"]["usage"])
 
 
@@ -248,6 +287,8 @@ def usage_adds_up(transcript: Transcript, _: Any) -> None:
 def streamed_usage_adds_up_and_is_that_of_the_whole_answer(
     transcript: Transcript, whole: Transcript | None
 ) -> None:
+    if is_ollama(transcript):
+        return
     found = [data["usage"] for data in data_of(transcript) if data.get("usage")]
     found += [
         data["response"]["usage"] for data in data_of(transcript) if (data.get("response") or {}).get("usage")
@@ -676,3 +717,80 @@ def a_whole_response_has_items_with_ids_and_ends_in_a_status(transcript: Transcr
             is_last = item is body["output"][-1]
             assert is_object(item["arguments"]) or (is_last and body["status"] == "incomplete")
             assert item["call_id"] != item["id"]
+
+
+# Ollama
+
+
+def _said(line: Data) -> Data:
+    """The content of a line: its message, or the same of a generated text."""
+    found = line.get("message") or {"content": line["response"], "thinking": line.get("thinking", "")}
+    return {key: value for key, value in found.items() if key != "role" and value}
+
+
+@rule("ollama")
+def only_the_last_line_is_done_and_all_name_the_model(transcript: Transcript, _: Any) -> None:
+    lines = [line for line in data_of(transcript) if "error" not in line]
+    assert {line["model"] for line in lines} == {"tiny"}
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [not has_failed(transcript)]
+
+
+@rule("ollama")
+def a_line_says_something_unless_it_is_the_last_or_has_scores(transcript: Transcript, _: Any) -> None:
+    for line in data_of(transcript):
+        if "error" not in line and not line["done"]:
+            assert _said(line) or line.get("logprobs")
+            assert len(_said(line)) <= 1
+
+
+@rule("ollama", streamed=None)
+def a_call_comes_whole_with_an_object_and_without_an_id(transcript: Transcript, _: Any) -> None:
+    lines = data_of(transcript) if "events" in transcript else [transcript["body"]]
+    for call in (call for line in lines for call in (line.get("message") or {}).get("tool_calls", ())):
+        assert call.keys() == {"function"}
+        assert call["function"].keys() == {"name", "arguments"}
+        assert isinstance(call["function"]["arguments"], dict)
+
+
+@rule("ollama", streamed=None)
+def the_last_line_has_the_reason_counts_and_times(transcript: Transcript, _: Any) -> None:
+    lines = data_of(transcript) if "events" in transcript else [transcript["body"]]
+    if embeds(transcript):
+        return
+    counts = {"prompt_eval_count", "eval_count"}
+    times = {"total_duration", "load_duration", "prompt_eval_duration", "eval_duration"}
+    for line in lines[:-1]:
+        assert not line.keys() & (counts | times | {"done_reason"})
+    if "error" in lines[-1]:
+        return
+    assert lines[-1]["done"] is True
+    if "events" in transcript:
+        assert not _said(lines[-1])
+    if lines[-1]["done_reason"] == "load":
+        assert not lines[-1].keys() & (counts | times)
+        return
+    assert lines[-1]["done_reason"] in ("stop", "length")
+    assert lines[-1].keys() >= counts | times
+    assert all(lines[-1][name] > 0 for name in counts)
+
+
+@rule("ollama", streamed=False)
+def every_text_has_a_vector_of_length_one(transcript: Transcript, _: Any) -> None:
+    if not embeds(transcript) or transcript["status"] != 200:
+        return
+    asked, body = transcript["request"]["body"], transcript["body"]
+    given = asked.get("input") or asked.get("prompt") or []
+    texts = [given] if isinstance(given, str) else given
+    if transcript["request"]["path"] == "/api/embeddings":
+        assert body.keys() == {"embedding"}
+        vectors = [body["embedding"]] if texts else []
+        assert texts or body["embedding"] == []
+    else:
+        assert body.keys() == {"model", "embeddings", "total_duration", "load_duration", "prompt_eval_count"}
+        assert body["model"] == "tiny"
+        assert body["prompt_eval_count"] >= len(texts)
+        vectors = body["embeddings"]
+    assert len(vectors) == len(texts)
+    for vector in vectors:
+        assert len(vector) == asked.get("dimensions", len(vector))
+        assert abs(math.hypot(*vector) - 1) < 0.001

@@ -1,0 +1,21 @@
+"""The body of a process that serves a tiny model; imported before it is forked."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import argosy.cli.serve
+import argosy.engine.engine
+import argosy.model.families
+import argosy.serve.run
+from argosy.cli.main import main as command
+
+PRELOADED = (argosy.cli.serve, argosy.engine.engine, argosy.model.families, argosy.serve.run)
+
+
+def main(args: Sequence[str]) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
+    os.dup2(sys.stderr.fileno(), 2)
+    sys.exit(command(args))

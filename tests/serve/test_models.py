@@ -1,0 +1,517 @@
+"""Several models on one server: loads, unloads and moving memory, with models that only count what they take."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from argosy.engine.shares import IN_USE_S
+from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
+from argosy.serve import models as models_module
+from argosy.serve.core import ModelFacts
+from argosy.serve.gate import Refused
+from argosy.serve.models import Memory, Models
+
+BUDGET, PROCESS = 1000, 100
+
+
+class Meter:
+    """The memory of all fake models, which never exceeds the budget."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.held = PROCESS
+        self.budget = BUDGET
+        self.most = 0
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.held += nbytes
+            self.most = max(self.most, self.held)
+            assert self.held <= self.budget, f"{self.held} of {self.budget}"
+
+
+class FakeLoop:
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def drain(self, timeout_s: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class FakeService:
+    def __init__(self, facts: ModelFacts) -> None:
+        self.model, self.loop = facts, FakeLoop()
+        self.revoked: list[str] = []
+
+    def revoke(self, tenant: str) -> None:
+        self.revoked.append(tenant)
+
+
+class FakeModel:
+    """Open: takes its floor and its slots, of 10 bytes each."""
+
+    def __init__(self, source: FakeSource, num_slots: int) -> None:
+        self._source = source
+        self.service: Any = FakeService(source.facts)
+        self.num_slots = num_slots
+        source.meter.add(source.floor_bytes + 10 * (num_slots - source.fewest_slots))
+
+    def resize(self, num_slots: int) -> None:
+        time.sleep(self._source.resize_s)
+        self._source.meter.add(10 * (num_slots - self.num_slots))
+        self.num_slots = num_slots
+        self._source.resizes.append(num_slots)
+
+    def close(self) -> None:
+        source = self._source
+        source.meter.add(-source.floor_bytes - 10 * (self.num_slots - source.fewest_slots))
+        source.num_closed += 1
+        source.opened = None
+
+
+class FakeSource:
+    tools: Any = "none"
+    has_efforts = can_infill = False
+    tokenizer = None
+    slot_bytes = 10
+    fewest_slots = 2
+
+    def __init__(self, meter: Meter, name: str, floor_bytes: int, most_slots: int) -> None:
+        self.meter, self.floor_bytes, self.most_slots = meter, floor_bytes, most_slots
+        self.facts = ModelFacts(
+            id=name, family="fake", context_tokens=16, num_layers=1, num_experts=most_slots, experts_per_token=2,
+            vocab_size=8,
+        )  # fmt: skip
+        self.opened: FakeModel | None = None
+        self.num_opened = self.num_closed = 0
+        self.resizes: list[int] = []
+        self.forgotten: list[str] = []
+        self.error: Exception | None = None
+        self.can_open = threading.Event()
+        self.can_open.set()
+        self.resize_s = 0.0
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self.opened is None else self.opened.num_slots
+
+    def open(self, num_slots: int, go_on: Callable[[], None]) -> FakeModel:
+        while not self.can_open.wait(0.005):
+            go_on()
+        if self.error is not None:
+            raise self.error
+        self.num_opened += 1
+        self.opened = FakeModel(self, num_slots)
+        return self.opened
+
+    def forget(self, tenant: str) -> None:
+        self.forgotten.append(tenant)
+
+
+class Rig:
+    """Three models: two small ones, and one whose floor fits beside one of them only."""
+
+    def __init__(self, **options: Any) -> None:
+        self.now = 1000.0
+        self.meter = Meter()
+        self.a = FakeSource(self.meter, "a", 200, 42)
+        self.b = FakeSource(self.meter, "b", 200, 42)
+        self.big = FakeSource(self.meter, "big", 600, 12)
+        self.models = Models.sharing(
+            [self.a, self.b, self.big], Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
+            clock=lambda: self.now, **options,
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def using(self, name: str | None) -> AsyncIterator[Any]:
+        with ExitStack() as used:
+            yield await self.models.use(name, used)
+
+    async def ask(self, name: str | None) -> str:
+        async with self.using(name) as service:
+            found: str = service.model.id
+            return found
+
+    async def look(self) -> None:
+        async with self.models._moving:
+            await self.models._look_once()
+
+    def states(self) -> dict[str, str]:
+        return {one.facts.id: one.state for one in self.models.facts()}
+
+
+def run(test: Callable[[Rig], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def whole() -> None:
+        rig = Rig(**options)
+        try:
+            await test(rig)
+        finally:
+            await rig.models.close()
+        assert rig.meter.held == PROCESS  # everything was given back
+
+    asyncio.run(whole())
+
+
+def test_a_model_is_loaded_when_it_is_first_used_and_once_for_all_who_wait() -> None:
+    async def test(rig: Rig) -> None:
+        assert rig.states() == {"a": "unloaded", "b": "unloaded", "big": "unloaded"}
+        rig.b.can_open.clear()
+        waiting = [asyncio.create_task(rig.ask("b")) for _ in range(5)]
+        await asyncio.sleep(0.02)
+        assert rig.states()["b"] == "loading"
+        rig.b.can_open.set()
+        assert await asyncio.gather(*waiting) == ["b"] * 5
+        assert rig.states() == {"a": "unloaded", "b": "ready", "big": "unloaded"}
+        assert rig.b.num_opened == 1
+        assert await rig.ask(None) == "a"
+
+    run(test)
+
+
+def test_nobody_waits_for_a_model_of_others() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        rig.b.can_open.clear()
+        loading = asyncio.create_task(rig.ask("b"))
+        await asyncio.sleep(0.02)
+        for _ in range(3):
+            assert await asyncio.wait_for(rig.ask("a"), 1) == "a"
+        assert not loading.done()
+        rig.b.can_open.set()
+        assert await loading == "b"
+
+    run(test)
+
+
+def test_two_models_are_read_at_the_same_time() -> None:
+    async def test(rig: Rig) -> None:
+        rig.a.can_open.clear()
+        slow = asyncio.create_task(rig.ask("a"))
+        await asyncio.sleep(0.02)
+        assert await asyncio.wait_for(rig.ask("b"), 1) == "b"
+        rig.a.can_open.set()
+        await slow
+
+    run(test)
+
+
+def test_models_in_use_share_and_an_idle_one_gives_its_experts_first() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("a"):
+            assert rig.a.num_slots == 42  # all of its experts
+            async with rig.using("b"):
+                # 900 - 2 * 200 are for experts beyond the floors' two each
+                assert (rig.a.num_slots, rig.b.num_slots) == (27, 27)
+            rig.now += IN_USE_S - 1
+            await rig.look()
+            assert (rig.a.num_slots, rig.b.num_slots) == (27, 27)
+            rig.now += 2
+            await rig.look()
+            assert (rig.a.num_slots, rig.b.num_slots) == (42, 12)
+            assert rig.states()["b"] == "ready"
+            async with rig.using("b"):
+                await rig.look()
+                assert (rig.a.num_slots, rig.b.num_slots) == (27, 27)
+
+    run(test)
+
+
+def test_idle_models_are_unloaded_if_a_floor_does_not_fit_the_least_recently_used_first() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        rig.now += 5
+        await rig.ask("b")
+        rig.now += 5
+        await rig.ask("big")
+        assert rig.states() == {"a": "unloaded", "b": "ready", "big": "ready"}
+        assert (rig.b.num_slots, rig.big.num_slots) == (7, 7)
+        await rig.ask("a")  # the big one was used last, so b goes; then there is room
+        assert rig.states() == {"a": "ready", "b": "unloaded", "big": "ready"}
+
+    run(test)
+
+
+def test_a_model_that_does_not_fit_beside_models_that_answer_is_refused_with_numbers() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("a"), rig.using("b"):
+            with pytest.raises(Overloaded) as caught:
+                await rig.ask("big")
+            assert str(caught.value) == (
+                "big needs 600 B, and models that answer now leave 500 B of the budget of 1000 B\n"
+                "  a 200 B  +  b 200 B  (without experts)\n"
+                "hint: try again when a or b has answered, or start the server with `--memory 1MiB`"
+            )
+            assert caught.value.retry_after_s > 0
+            assert rig.states() == {"a": "ready", "b": "ready", "big": "unloaded"}
+            assert (rig.a.num_slots, rig.b.num_slots) == (27, 27)  # nothing was taken
+        assert await rig.ask("big") == "big"
+
+    run(test)
+
+
+def test_a_model_is_unloaded_after_a_while_without_requests() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("a"):
+            await rig.ask("b")
+            rig.now += 599
+            await rig.look()
+            assert rig.states()["b"] == "ready"
+            rig.now += 1
+            await rig.look()
+            assert rig.states() == {"a": "ready", "b": "unloaded", "big": "unloaded"}
+        await rig.ask("b")  # and is loaded again
+        assert rig.b.num_opened == 2
+
+    run(test, idle_unload_s=600.0)
+
+
+def test_a_server_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models_module, "LOOK_S", 0.01)
+
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        rig.now += 600
+        for _ in range(200):
+            if rig.states()["a"] == "unloaded":
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it was not unloaded")
+
+    run(test, idle_unload_s=600.0)
+
+
+def test_the_time_until_a_model_is_unloaded_is_told() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("b")
+        rig.now += 100
+        async with rig.using("a"):
+            rig.now += 20
+            (a,), (b,) = rig.models.facts("a"), rig.models.facts("b")
+            assert (a.unloads_in_s, b.unloads_in_s) == (600, 480)
+
+    async def never(rig: Rig) -> None:
+        await rig.ask("a")
+        assert [one.unloads_in_s for one in rig.models.facts()] == [None] * 3
+
+    run(test, idle_unload_s=600.0)
+    run(never)
+
+
+def test_a_model_is_unloaded_on_request_unless_it_is_in_use() -> None:
+    async def test(rig: Rig) -> None:
+        assert await rig.models.unload("a")  # it was not in memory
+        async with rig.using("a"), rig.using("b"):
+            pass
+        async with rig.using("a"):
+            assert not await rig.models.unload("a")
+            assert await rig.models.unload("b")
+        assert rig.states() == {"a": "ready", "b": "unloaded", "big": "unloaded"}
+        assert rig.meter.held == rig.models.held_bytes
+        assert await rig.ask("b") == "b"
+        rig.b.can_open.clear()
+        await rig.models.unload("b")
+        reading = asyncio.create_task(rig.ask("b"))
+        while rig.states()["b"] != "loading":
+            await asyncio.sleep(0)
+        assert not await rig.models.unload("b")  # somebody waits for it
+        rig.b.can_open.set()
+        assert await reading == "b"
+        with pytest.raises(Refused, match='"x" does not exist'):
+            await rig.models.unload("x")
+
+    run(test)
+
+
+def test_an_unload_is_finished_if_the_client_that_asked_for_it_leaves() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        asked = asyncio.create_task(rig.models.unload("a"))
+        while rig.states()["a"] == "ready":
+            await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert await rig.ask("a") == "a"
+        assert (rig.a.num_opened, rig.a.num_closed) == (2, 1)
+
+    run(test)
+
+
+def test_a_name_is_found_with_and_without_the_tag_latest() -> None:
+    async def test(rig: Rig) -> None:
+        rig.b.facts = replace(rig.b.facts, id="b:latest")
+        models = Models.sharing([rig.a, rig.b], Memory(budget_bytes=BUDGET, process_bytes=PROCESS))
+        for name, found in (("a", "a"), ("a:latest", "a"), ("b", "b:latest"), ("b:latest", "b:latest")):
+            assert [one.facts.id for one in models.facts(name)] == [found]
+        for name in ("a:30b", "A:latest", ":latest", ""):
+            with pytest.raises(Refused):
+                models.facts(name)
+        await models.close()
+
+    run(test)
+
+
+def test_who_asks_for_a_model_that_is_leaving_gets_it_again() -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        rig.now += 600
+        leaving = asyncio.create_task(rig.look())
+        while rig.states()["a"] == "ready":
+            await asyncio.sleep(0)
+        assert await rig.ask("a") == "a"
+        await leaving
+        assert (rig.a.num_opened, rig.a.num_closed) == (2, 1)
+
+    run(test, idle_unload_s=600.0)
+
+
+def test_a_model_that_cannot_be_opened_fails_alone_and_is_tried_again_later() -> None:
+    async def test(rig: Rig) -> None:
+        rig.b.error = CheckpointError("the file is damaged")
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="damaged"):
+                await rig.ask("b")
+        assert rig.states() == {"a": "unloaded", "b": "failed", "big": "unloaded"}
+        assert rig.models.held_bytes == PROCESS
+        rig.b.error = None
+        with pytest.raises(CheckpointError):  # not at once: each try may read gigabytes
+            await rig.ask("b")
+        rig.now += 11
+        assert await rig.ask("b") == "b"
+        rig.a.error = MemoryError()
+        with pytest.raises(ArgosyError, match="cannot be opened"):
+            await rig.ask("a")
+
+    run(test)
+
+
+def test_unknown_names_are_refused_or_mean_the_first_model() -> None:
+    async def strict(rig: Rig) -> None:
+        with pytest.raises(Refused, match='the model "x" does not exist; this server has: a, b, big'):
+            await rig.ask("x")
+
+    async def lenient(rig: Rig) -> None:
+        assert await rig.ask("x") == "a"
+        assert await rig.ask("b") == "b"
+
+    run(strict)
+    run(lenient, any_model=True)
+
+
+def test_a_revoked_tenant_is_forgotten_by_models_in_memory_and_in_files() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("a") as service:
+            rig.models.revoke("mallory")
+            assert service.revoked == ["mallory"]
+            assert (rig.a.forgotten, rig.b.forgotten) == ([], ["mallory"])
+        async with rig.using("b") as later:  # a request may have waited for the model
+            assert later.revoked == ["mallory"]
+
+    run(test)
+
+
+def test_items_of_a_revoked_tenant_are_deleted_while_no_model_is_in_memory() -> None:
+    async def test(rig: Rig) -> None:
+        for tenant in ("mallory", "ann"):
+            rig.models.kept.keep(tenant, "resp_1", None, [{"id": "msg_1"}], [])
+        rig.models.revoke("mallory")
+        assert rig.models.kept.conversation("ann", "resp_1") == [{"id": "msg_1"}]
+        with pytest.raises(Refused, match="not found"):
+            rig.models.kept.conversation("mallory", "resp_1")
+
+    run(test)
+
+
+def test_a_server_that_stops_ends_loads_and_refuses_more() -> None:
+    async def test(rig: Rig) -> None:
+        rig.b.can_open.clear()
+        waiting = asyncio.create_task(rig.ask("b"))
+        await asyncio.sleep(0.02)
+        await rig.models.drain(0.01)
+        with pytest.raises(Overloaded, match="stopping"):
+            await asyncio.wait_for(waiting, 2)
+        with pytest.raises(Overloaded, match="stopping"):
+            await rig.ask("a")
+
+    run(test)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_sum_of_all_models_never_exceeds_the_budget(seed: int) -> None:
+    """The fakes raise if it does, while models are read, shrink, grow and leave."""
+    dice = random.Random(seed)
+
+    async def client(rig: Rig) -> int:
+        num_refused = 0
+        for _ in range(12):
+            try:
+                async with rig.using(dice.choice(["a", "b", "big"])) as service:
+                    await asyncio.sleep(dice.random() / 500)
+                    assert not service.loop.is_closed
+            except Overloaded:
+                num_refused += 1
+            rig.now += dice.choice([0, 0, 1, 30, 90])
+            if dice.random() < 0.3:
+                await rig.look()
+        return num_refused
+
+    async def test(rig: Rig) -> None:
+        rig.a.resize_s = rig.b.resize_s = 0.001
+        await asyncio.gather(*(client(rig) for _ in range(4)))
+        assert rig.models.held_bytes == rig.meter.held
+        assert rig.meter.most > 0.9 * BUDGET
+        assert rig.big.num_opened > 0
+
+    run(test, idle_unload_s=80.0)
+
+
+# ── another budget ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_smaller_budget_takes_experts_first_then_idle_models_and_a_larger_one_brings_experts_back() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("b"):
+            await rig.ask("a")
+            assert (rig.a.num_slots, rig.b.num_slots) == (27, 27)
+            await rig.models.resize(700)
+            assert (rig.a.num_slots, rig.b.num_slots) == (12, 12)
+            assert rig.meter.held == rig.models.held_bytes == rig.models.budget_bytes == 700
+            await rig.models.resize(450)
+            assert rig.states() == {"a": "unloaded", "b": "ready", "big": "unloaded"}
+            assert rig.b.num_slots == 17
+            with pytest.raises(DoesNotFit, match="models that answer now need 300 B of memory") as refused:
+                await rig.models.resize(250)
+            assert refused.value.facts == {"needed_bytes": 300, "budget_bytes": 250}
+            assert (rig.models.budget_bytes, rig.b.num_slots) == (450, 17)
+            with pytest.raises(DoesNotFit, match="the budget is"):
+                await rig.models.resize(1 << 60)
+            await rig.models.resize(1000)
+            assert rig.b.num_slots == 42
+
+    run(test)
+
+
+def test_the_budget_stays_while_a_model_is_read() -> None:
+    async def test(rig: Rig) -> None:
+        rig.a.can_open.clear()
+        loading = asyncio.create_task(rig.ask("a"))
+        await asyncio.sleep(0.02)
+        with pytest.raises(Overloaded, match="a model is being loaded"):
+            await rig.models.resize(700)
+        assert rig.models.budget_bytes == BUDGET
+        rig.a.can_open.set()
+        await loading
+
+    run(test)
