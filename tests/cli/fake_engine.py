@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
 
-from argosy.config import MIB, SamplingParams
+from argosy.config import MIB, Grammar, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.prompt.builder import PromptBuilder
@@ -18,6 +18,7 @@ from tests.prompt.families import FAMILIES, Family
 
 class FakePlan:
     budget_bytes, total_bytes = 512 * MIB, 300 * MIB
+    context_tokens = 256
 
     def lines(self) -> list[tuple[str, int, str]]:
         return [("dense weights", 200 * MIB, ""), ("expert cache", 100 * MIB, "60 of 240 experts (25 %)")]
@@ -35,9 +36,13 @@ class FakePrompts:
         self._builder: PromptBuilder = family.builder()
         self._asked = asked
 
-    def build(self, request: Any) -> Prompt:
-        self._asked.append([dict(m) for m in request] if isinstance(request, list) else request)
-        return self._builder.build(request)
+    def build(self, request: Any, **options: Any) -> Prompt:
+        if not options.get("is_counted"):
+            self._asked.append([dict(m) for m in request] if isinstance(request, list) else request)
+        return self._builder.build(request, **options)
+
+    def grammar(self, prompt: Prompt, *, form: Grammar) -> Grammar | None:
+        return self._builder.grammar(prompt, form=form)
 
     def parser(self, prompt: Prompt) -> Parser:
         return self._builder.parser(prompt)
@@ -80,8 +85,8 @@ class FakeEngine:
     @property
     def ledger(self) -> Ledger:
         parts = {"router": 0.25, "expert_compute": 0.75}
-        return Ledger(prompt_tokens=7, new_tokens=3, wall_s=1.0, time_to_first_token_s=0.5, hits=6, lookups=10,
-                      bytes_read=2_500_000_000, peak_bytes=280 * MIB, parts=parts)  # fmt: skip
+        return Ledger(prompt_tokens=7, new_tokens=3, wall_s=1.0, time_to_first_token_s=0.5, decode_s=0.5, hits=6,
+                      lookups=10, bytes_read=2_500_000_000, peak_bytes=280 * MIB, parts=parts)  # fmt: skip
 
     def submit(self, prompt: Any, params: SamplingParams) -> SimpleNamespace:
         assert isinstance(prompt, Prompt)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-import pty
-import select
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,8 +14,11 @@ import pytest
 from argosy.cli.chat import Conversation
 from argosy.cli.main import main
 from argosy.config import SamplingParams
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import DoesNotFit, PromptTooLong, ReadFailed, UsageError
 from tests.cli.fake_engine import FakeEngine
+from tests.cli.terminal import on_terminal
+
+GOLDEN = Path(__file__).parent / "golden"
 
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]
@@ -92,7 +91,9 @@ def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
     assert captured.out == "Paris is it.\n"
     assert "/reset         forget the conversation" in captured.err
     assert "hit rate 0.60" in captured.err
-    assert "unknown command '/legder'; known: /help /image /audio /video /reset /ledger /quit" in captured.err
+    assert (
+        "unknown command '/legder'; known: /help /image /audio /video /system /retry /tokens" in captured.err
+    )
     assert len(engine.asked) == 1
 
 
@@ -159,34 +160,205 @@ def test_a_real_model_talks_over_several_turns(
 
 
 def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) -> None:
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "argosy", "chat", str(chat_model), "--threads", "1", "-n", "4"],
-        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "xterm"},
+    command = [sys.executable, "-m", "argosy", "chat", str(chat_model), "--threads", "1", "-n", "4"]
+    with on_terminal(command) as terminal:
+        terminal.until(b">")
+        terminal.send(b"Hi\r")
+        terminal.until(b"(cut off after 4 tokens)")
+        terminal.until(b">")
+        terminal.send(b"\x03")
+        terminal.until(b"press ^C again to quit")
+        terminal.until(b">")
+        terminal.send(b"\x03")
+        terminal.until(b"interrupted")
+        assert terminal.process.wait(timeout=30) == 130
+
+
+# Chats with the fake engine on a terminal: it prints what it was asked, and a text with escape sequences.
+FAKE_CHAT = """
+import sys, argosy.engine.engine as e
+from tests.cli.fake_engine import FakeEngine
+class Engine(FakeEngine):
+    opened, asked, params = [], [], []
+    answer = ("a\\x1b[2J", "\\n```py\\n", "x = 1\\n", "```\\n", "end")
+e.Engine = Engine
+from argosy.cli.main import main
+code = main(["chat", "demo", *sys.argv[1:]])
+print([message["content"] for message in Engine.asked[-1]])
+sys.exit(code)
+"""
+
+
+def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_path: Path) -> None:
+    history = tmp_path / "own" / "lines"
+    command = [sys.executable, "-c", FAKE_CHAT, "--history", str(history), "--no-record"]
+    with on_terminal(command, {"NO_COLOR": "1"}) as terminal:
+        terminal.until(f"lines are kept in {history}, 0 of them".encode())
+        terminal.until(b">")
+        terminal.send(b"one\\\r")  # a backslash at the end
+        terminal.send(b"two\x1b\r")  # Alt-Enter
+        terminal.send(b"\x1b[200~three\nfour\x1b[201~\r")  # a paste
+        terminal.until(b"end")
+        terminal.until(b">")
+        terminal.send(b"\x04")
+        terminal.until(b"['one\\ntwo\\nthree\\nfour']")
+        assert terminal.process.wait(timeout=30) == 0
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert history.read_text() == '"one\\ntwo\\nthree\\nfour"\n'
+    with on_terminal(command) as terminal:
+        terminal.until(b"1 of them from before")
+        terminal.until(b">")
+        terminal.send(b"\x1b[A\r")  # the key that goes back
+        shown = terminal.until(b"end")
+        terminal.until(b">")
+        terminal.send(b"\x04")
+        terminal.until(b"['one\\ntwo\\nthree\\nfour']")
+    answer = shown[shown.rindex(b"a\xef\xbf\xbd[2J") :]  # no escape sequence of the model's
+    fences = b"\r\n\x1b[2m```py\r\n\x1b[22m\x1b[36mx = 1\r\n\x1b[39m\x1b[2m```\r\n\x1b[22m"
+    assert answer.removeprefix(b"a\xef\xbf\xbd[2J") == fences
+
+
+def test_history_needs_a_terminal_and_a_file_of_its_own(tmp_path: Path, capsys: Captured) -> None:
+    assert main(["chat", "--history"]) == 2
+    assert "stdin is not a terminal" in capsys.readouterr().err
+
+
+# Commands
+
+
+def test_a_session_of_commands_shows_what_the_golden_file_has(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "system.txt").write_text("Be kind.\n")
+    lines = (
+        "/tokens", "/system", "/system Be brief.", "Hi", "/tokens", "/save talk.json", "/retry", "/system @system.txt",
+        "/system", "/reset", "/tokens", "/retry", "/load talk.json", "/system", "And?", '/system ""', "/system",
+        "/model", "/save", "/load", "/load nowhere.json", "/image", "/nothing",
     )  # fmt: skip
-    os.close(slave)
-    shown = b""
 
-    def until(text: bytes) -> None:
-        nonlocal shown
-        deadline = time.monotonic() + 60
-        while text not in shown:
-            assert time.monotonic() < deadline, shown
-            if select.select([master], [], [], 1)[0]:
-                part = os.read(master, 4096)
-                shown += part
-                if b"\x1b[6n" in part:
-                    os.write(master, b"\x1b[1;1R")  # the terminal's answer: its cursor position
-        shown = shown[shown.index(text) + len(text) :]
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
 
-    until(b">")
-    os.write(master, b"Hi\r")
-    until(b"(cut off after 4 tokens)")
-    until(b">")
-    os.write(master, b"\x03")
-    until(b"press ^C again to quit")
-    until(b">")
-    os.write(master, b"\x03")
-    until(b"interrupted")
-    assert process.wait(timeout=30) == 130
-    os.close(master)
+    def read() -> str:
+        for line in waiting:
+            shown.write(f"> {line}\n")
+            return line
+        raise EOFError
+
+    waiting = iter(lines)
+    conversation(engine).talk(read)
+    golden = GOLDEN / "chat-session.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(shown.getvalue(), encoding="utf-8")
+    assert shown.getvalue() == golden.read_text("utf-8")
+    system, hi = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Paris is it."}
+    assert engine.asked == [
+        [system, hi],
+        [system, hi],  # /retry
+        [system, hi, answer, {"role": "user", "content": "And?"}],
+    ]
+
+
+def test_a_retry_that_fails_keeps_the_answer_it_would_have_replaced(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def refuse(self: object, prompt: object, params: object) -> None:
+        raise ReadFailed("the drive is gone")
+
+    talk = conversation(engine)
+    talk.talk(reading("Hi"))
+    before = list(talk.messages)
+    monkeypatch.setattr(engine, "submit", refuse)
+    talk.talk(reading("/retry"))
+    assert talk.messages == before
+    assert "error: the drive is gone" in capsys.readouterr().err
+
+
+def test_retry_says_when_the_same_answer_will_come(engine: Engine, capsys: Captured) -> None:
+    for params, is_said in (
+        (SamplingParams(), True),
+        (SamplingParams(temperature=0.7, seed=3), True),
+        (SamplingParams(temperature=0.7), False),
+    ):
+        Conversation(engine("model"), params).talk(reading("Hi", "/retry"))  # type: ignore[arg-type]
+        assert ("the same answer will come" in capsys.readouterr().err) == is_said
+    assert engine.asked[0] == engine.asked[1]
+
+
+def chat_lines(monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return main(["chat", *arguments, "--no-record"])
+
+
+def test_another_model_opens_after_the_first_has_closed_and_the_conversation_goes_on(
+    engine: Engine, chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    events: list[str] = []
+    exit_of = engine.__exit__
+    monkeypatch.setattr(engine, "__exit__", lambda self, *why: (events.append("close"), exit_of(self, *why)))
+    engine.before_open = staticmethod(lambda: events.append("open"))
+    lines = f"Hi\n/model {chat_model}\nAnd?\n/model\n"
+    assert chat_lines(monkeypatch, "demo", lines=lines) == 0
+    assert events == ["open", "close", "open", "close"]
+    assert [opened["model"] for opened in engine.opened] == ["demo", str(chat_model)]
+    assert len(engine.asked[1]) == 3
+    assert capsys.readouterr().err.count(f"model    {chat_model}\n") == 2
+
+
+def test_a_model_that_is_nowhere_leaves_the_engine_open(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert chat_lines(monkeypatch, "demo", lines="/model /nowhere/model\nHi\n") == 0
+    assert len(engine.opened) == 1
+    captured = capsys.readouterr()
+    assert "error: /nowhere/model does not exist" in captured.err
+    assert captured.out == "Paris is it.\n"
+
+
+@pytest.mark.parametrize("error", [DoesNotFit("too large"), KeyboardInterrupt()])
+def test_a_model_that_does_not_open_brings_the_first_one_back(
+    error: BaseException, engine: Engine, chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def refuse_the_second() -> None:
+        if len(engine.opened) == 1:
+            engine.opened.append({"model": "refused"})
+            raise error
+
+    engine.before_open = staticmethod(refuse_the_second)
+    lines = f"Hi\n/model {chat_model}\nAnd?\n/model\n"
+    assert chat_lines(monkeypatch, "demo", lines=lines) == 0
+    assert [opened["model"] for opened in engine.opened] == ["demo", "refused", "demo"]
+    assert len(engine.asked[1]) == 3
+    said = capsys.readouterr().err
+    assert ("error: too large" in said) == isinstance(error, DoesNotFit)
+    assert said.endswith("model    demo\n")
+
+
+def test_the_chat_ends_if_no_model_opens_any_more(
+    engine: Engine, chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def refuse_others() -> None:
+        if engine.opened:
+            raise DoesNotFit("too large")
+
+    engine.before_open = staticmethod(refuse_others)
+    assert chat_lines(monkeypatch, "demo", lines=f"/model {chat_model}\nHi\n") == 3
+    assert engine.asked == []
+
+
+def test_a_backslash_continues_a_line_of_a_pipe(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert chat_lines(monkeypatch, "demo", "--system", "Be brief.", lines="one\\\ntwo\nthree\\") == 0
+    assert [messages[-1]["content"] for messages in engine.asked] == ["one\ntwo", "three\\"]
+
+
+def test_text_on_a_pipe_that_is_not_utf_8_ends_the_chat(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), encoding="utf-8"))
+    assert main(["chat", "demo", "--no-record"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err

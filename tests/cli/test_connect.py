@@ -28,8 +28,13 @@ FILES = {
     "codex": ".codex/config.toml",
     "opencode": ".config/opencode/opencode.json",
     "openwebui": "open-webui.env",
+    "ollama": "ollama.env",
     "continue": ".continue/config.yaml",
+    "zed": ".config/zed/settings.json",
+    "aider": "aider.env",
+    "llm": ".config/io.datasette.llm/extra-openai-models.yaml",
 }
+FORMS = ("cline", "roo", "jan")
 
 
 @pytest.fixture
@@ -42,7 +47,13 @@ def server() -> Iterator[FakeServer]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for name in ("CLAUDE_CONFIG_DIR", "CODEX_HOME", "XDG_CONFIG_HOME", "CONTINUE_GLOBAL_DIR"):
+    for name in (
+        "CLAUDE_CONFIG_DIR",
+        "CODEX_HOME",
+        "XDG_CONFIG_HOME",
+        "CONTINUE_GLOBAL_DIR",
+        "LLM_USER_PATH",
+    ):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -64,7 +75,7 @@ def test_the_printed_settings_of_each_client_match_its_golden_file(
     assert text == golden.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("client", ["claude-code", "openwebui"])
+@pytest.mark.parametrize("client", ["claude-code", "openwebui", "ollama", "aider"])
 def test_a_shell_can_run_the_settings_meant_for_a_shell(
     client: str, server: FakeServer, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +84,7 @@ def test_a_shell_can_run_the_settings_meant_for_a_shell(
     script = f"{capsys.readouterr().out}\nenv"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert f"={KEY}\n" in done.stdout
-    assert f"BASE_URL={server.url}" in done.stdout
+    assert re.search(rf"(OLLAMA_HOST|BASE(_URL)?)={server.url}", done.stdout)
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -82,10 +93,11 @@ def test_a_key_is_printed_only_when_asked_for(
 ) -> None:
     monkeypatch.setenv("ARGOSY_API_KEY", KEY)
     assert main(["connect", client, "--url", server.url, "--show-key"]) == 0
-    assert (KEY in capsys.readouterr().out) == (client != "codex")  # Codex always reads it from the variable
+    # These always read it from the variable.
+    assert (KEY in capsys.readouterr().out) == (client not in ("codex", "zed", "llm"))
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", FILES)
 def test_written_files_hold_the_settings_and_writing_again_changes_nothing(
     client: str, server: FakeServer, home: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +111,7 @@ def test_written_files_hold_the_settings_and_writing_again_changes_nothing(
     assert path.stat().st_mode & 0o777 == 0o600
     first = path.read_text()
     assert server.url in first
-    if client in ("claude-code", "openwebui"):
+    if client in ("claude-code", "openwebui", "ollama", "aider"):
         assert KEY in first  # these clients cannot refer to a variable
     else:
         assert KEY not in first
@@ -107,6 +119,22 @@ def test_written_files_hold_the_settings_and_writing_again_changes_nothing(
     assert "already up to date" in capsys.readouterr().err
     assert path.read_text() == first
     assert [other.name for other in path.parent.iterdir() if "before-argosy" in other.name] == []
+
+
+@pytest.mark.parametrize("client", FORMS)
+def test_a_client_with_a_form_has_no_file_to_write(
+    client: str, server: FakeServer, home: Path, capsys: Captured
+) -> None:
+    assert main(["connect", client, "--url", server.url, "--write"]) == 2
+    captured = capsys.readouterr()
+    assert "where no other program can change them\nhint: leave out --write" in captured.err
+    assert main(["connect", client, "--url", server.url, "--file", "x.json"]) == 2
+    assert "--file names a settings file" in capsys.readouterr().err
+    assert list(home.iterdir()) == []
+
+
+def test_every_client_is_tested_with_its_file_or_its_form() -> None:
+    assert {*FILES, *FORMS} == set(CLIENTS)
 
 
 def test_codex_finds_its_catalogue_where_the_settings_point(server: FakeServer, home: Path) -> None:
@@ -130,6 +158,15 @@ def test_files_are_written_where_the_clients_own_variables_point(
         main(["connect", "opencode", "--url", server.url, "--write", "--file", str(home / "mine.json")]) == 0
     )
     assert (home / "mine.json").is_file()
+
+
+def test_settings_have_the_base_path_of_the_server(server: FakeServer, home: Path, capsys: Captured) -> None:
+    server.base_path = "/local/moe"
+    for client in CLIENTS:
+        assert main(["connect", client, "--url", f"{server.url}/"]) == 0
+        said = capsys.readouterr().out
+        assert server.url in said
+        assert f"{server.url}//" not in said
 
 
 # Facts from the server
@@ -324,6 +361,84 @@ def test_every_other_line_of_continue_is_kept(
     assert path.read_text() == new
 
 
+LLM = """\
+# my models
+
+# the small one
+- model_id: small
+  model_name: qwen  # of the laptop
+  api_base: http://localhost:1234/v1
+
+# with headers
+- model_id: gateway
+  model_name: big
+  headers:
+    x-team: a
+"""
+
+
+@pytest.mark.parametrize("end", ["", "\n\n", "# the end\n"])
+def test_other_models_of_llm_and_their_comments_are_kept_and_ours_is_replaced(
+    end: str, server: FakeServer, home: Path
+) -> None:
+    path = home / FILES["llm"]
+    put(path, LLM + end)
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    text = path.read_text()
+    ours = text[text.index('- model_id: "argosy/') :]
+    assert text.removesuffix(ours).rstrip() == (LLM + end).rstrip()
+    assert f'  api_base: "{server.url}/v1"\n' in ours
+    made = YAML(typ="safe", pure=True).load(text)
+    assert [one["model_name"] for one in made] == ["qwen", "big", "Qwen3-30B-A3B-Q4_K_M"]
+    put(path, text.replace(server.url, "http://old:1").replace("Qwen3-30B-A3B-Q4_K_M", "Old"))
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("before", ["", "# mine\n\n", "---\n"])
+def test_a_file_of_llm_without_models_gets_one(before: str, server: FakeServer, home: Path) -> None:
+    path = home / FILES["llm"]
+    put(path, before)
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    text = path.read_text()
+    assert text.startswith(before.rstrip())
+    assert [one["aliases"] for one in YAML(typ="safe", pure=True).load(text)] == [["argosy"]]
+
+
+def test_an_entry_of_llm_that_stands_between_others_is_replaced_in_its_place(
+    server: FakeServer, home: Path
+) -> None:
+    ours = "  - model_name: old\n    model_id: argosy/old\n    headers: {a: b,\n      c: d}\n"
+    first, last = (
+        "  # a\n  - model_id: a\n    model_name: argosy/a\n",
+        "  # b\n  - model_id: b\n    model_name: b\n",
+    )
+    put(home / FILES["llm"], first + ours + last)
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    text = (home / FILES["llm"]).read_text()
+    assert text.startswith(first)
+    assert text.endswith(last)
+    assert [one["model_id"] for one in YAML(typ="safe", pure=True).load(text)] == [
+        "a", "argosy/Qwen3-30B-A3B-Q4_K_M", "b",
+    ]  # fmt: skip
+
+
+def test_llm_gets_the_name_of_a_key_and_the_directory_of_its_own_variable(
+    server: FakeServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_USER_PATH", str(home / "elsewhere"))
+    server.inputs, server.tools = ["text", "image", "audio"], "none"
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    path = home / "elsewhere/extra-openai-models.yaml"
+    (entry,) = YAML(typ="safe", pure=True).load(path.read_text())
+    assert (entry["vision"], entry["audio"]) == (True, True)
+    assert not {"api_key_name", "supports_tools"} & entry.keys()
+    monkeypatch.setenv("ARGOSY_API_KEY", KEY)
+    assert main(["connect", "llm", "--url", server.url, "--write"]) == 0
+    (entry,) = YAML(typ="safe", pure=True).load(path.read_text())
+    assert entry["api_key_name"] == "argosy"
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -401,6 +516,11 @@ def test_lines_of_an_environment_file_are_replaced_in_place(server: FakeServer, 
         ("continue", "a: 1\na: 2\n", 'it is not plain YAML (found duplicate key "a"'),
         ("continue", "a: !x 1\n", "it is not plain YAML"),
         ("continue", "[" * 100_000, "it is not plain YAML"),
+        ("llm", "models:\n- a\n", "it is not a list"),
+        ("llm", "text\n", "it is not a list"),
+        ("llm", "[{model_id: a}]\n", "it is written in a way that cannot be changed"),
+        ("llm", "- model_id: a\n...\n", "it is written in a way that cannot be changed"),
+        ("llm", "- model_id: a\n  model_id: b\n", "it is not plain YAML (found duplicate key"),
         ("openwebui", "PORT 3000\n", "the line 'PORT 3000' is not an assignment"),
         ("openwebui", "A='1\n", "the line 'A='1' is not an assignment"),
     ],

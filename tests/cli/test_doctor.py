@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 import pytest
 
+from argosy import _native
 from argosy.cli import doctor as command
 from argosy.cli.main import main
-from argosy.config import GIB, MIB, AskAhead
+from argosy.config import GIB, MIB, AskAhead, Tuning
 from argosy.errors import DiskFull, UsageError
-from argosy.plan import machine
+from argosy.plan import machine, tuning
+from tests.helpers.tunings import keep, use_cache
 
 
 def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,7 +26,8 @@ def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.C
     assert printed.err == ""  # no progress bar without a terminal
     for start in (
         "cores",
-        "  prefetch          ",
+        "  threads           ",
+        "  products          ",
         "memory",
         "  default budget",
         "drive",
@@ -51,21 +54,50 @@ def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert facts["advice"]
 
 
-def test_the_environment_overrides_ask_ahead(
+def test_choices_are_shown_with_what_they_won(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def doctor() -> int:
-        return main(["doctor", "--path", str(tmp_path), "--size", "64MiB", "--json"])
+    def doctor(*options: str) -> dict[str, Any]:
+        monkeypatch.setattr(command, "measure_drive", lambda *_: {"measured": [], "why_not_measured": "no"})
+        assert main(["doctor", "--path", str(tmp_path), "--json", *options]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        lines[:] = command._choice_lines(found["choices"])
+        return found["choices"]
 
-    assert doctor() == 0
-    assert json.loads(capsys.readouterr().out)["ask_ahead"] in get_args(AskAhead)
-    for name in get_args(AskAhead):
-        monkeypatch.setenv("ARGOSY_ASK_AHEAD", name)
-        assert doctor() == 0
-        assert json.loads(capsys.readouterr().out)["ask_ahead"] == name
+    lines: list[str] = []
+    monkeypatch.setenv("ARGOSY_THREADS", "2")
+    use_cache(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("ARGOSY_TUNE", "off")
+    assert doctor()["is_used"] is False
+    assert lines[1] == "  products          as the defaults say: ARGOSY_TUNE is off"
+    monkeypatch.delenv("ARGOSY_TUNE")
+    assert doctor()["formats"] == {}
+    assert "nothing was measured yet" in lines[1]
+
+    measured = doctor("--tune")
+    assert list(measured["formats"]) == list(tuning.FORMATS)
+    assert measured["why_not_kept"] is None
+    assert doctor() == measured  # it is kept
+
+    instruction_set = _native.instruction_sets()[-1]
+    keep({name: Tuning("two_levels", "off", 9) for name in tuning.FORMATS}, 2, instruction_set)
+    monkeypatch.setenv("ARGOSY_ASK_AHEAD", "off")
+    assert doctor()["formats"]["q4"] == {
+        "ask_ahead": "two_levels", "few_ask_ahead": "off", "two_panels_from": 9, "bytes_per_s": 1e9, "gain": 1.5,
+        "few_tokens_gain": 1.0,
+    }  # fmt: skip
+    row = next(line for line in lines if line.startswith("    q4 "))
+    assert row.split() == ["q4", "two_levels", "1.0", "+50", "%", "off,", "from", "9", "tokens", "+0", "%"]
+    assert lines[-1] == "    ARGOSY_ASK_AHEAD=off is used for every format"
+
+
+def test_a_wrong_ask_ahead_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ARGOSY_ASK_AHEAD", "three_levels")
-    assert doctor() == 2
-    assert "must be off or one_level or two_levels, found 'three_levels'" in capsys.readouterr().err
+    assert main(["doctor", "--path", str(tmp_path)]) == 2
+    known = " or ".join(get_args(AskAhead))
+    assert f"must be {known}, found 'three_levels'" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +119,8 @@ def test_a_nearly_full_drive_is_not_measured(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "exit_code"), [(errno.ENOSPC, DiskFull, 5), (errno.EACCES, UsageError, 2)]
+    ("code", "kind", "exit_code"),
+    [(errno.ENOSPC, DiskFull, 5), (errno.EFBIG, DiskFull, 5), (errno.EACCES, UsageError, 2)],
 )
 def test_a_directory_without_room_or_permission_for_a_file_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[DiskFull], exit_code: int

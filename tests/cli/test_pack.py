@@ -62,6 +62,19 @@ def test_verify_confirms_an_intact_pack_and_fails_on_a_corrupt_one(source: Path,
     assert isinstance(run("--verify", tmp_path / "packed").exception, CorruptRecord)
 
 
+def test_a_pack_is_divided_for_workers(source: Path, tmp_path: Path) -> None:
+    result = run(source, tmp_path / "packed", "--format", "q4", "--shards", 2)
+    assert result.exit_code == 0, result.output
+    assert "\n  shards   experts-K-of-2.bin, for `argosy worker --share K/2`\n" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "packed").glob("experts*")) == [
+        "experts-1-of-2.bin",
+        "experts-2-of-2.bin",
+    ]
+    assert json.loads(run("--verify", tmp_path / "packed", "--json").stdout)["num_files"] == 4
+    assert isinstance(run("--verify", "x", "--shards", 2).exception, UsageError)
+    assert "0 is not in the range" in run(source, "x", "--format", "q4", "--shards", 0).output
+
+
 def test_it_packs_the_encoders_and_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(REFERENCE / "qwen3_omni_moe", tmp_path / "packed", "--format", "q8")
 

@@ -15,6 +15,7 @@ import pytest
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
 from argosy.engine import calibration
+from argosy.library.places import hub_cache
 from argosy.model.families import open_model
 from argosy.observe import saved
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
@@ -180,7 +181,7 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
         monkeypatch.setattr("argosy.plan.machine.free_disk_bytes", lambda path: 12_345)
         assert facts(capsys, REPOSITORY)["model"]["free_disk_bytes"] == 12_345
         assert main(["plan", REPOSITORY]) == 0
-        assert f"for which {Path.cwd()} has no room: 0.0 GB are free" in capsys.readouterr().out
+        assert f"for which {hub_cache()} has no room: 0.0 GB are free" in capsys.readouterr().out
     assert found["model"]["free_disk_bytes"] > 1 << 20
     assert local["model"]["free_disk_bytes"] is None
     assert found["model"]["place"] == "headers"
@@ -190,11 +191,11 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
 
 
 def test_plan_remote_is_the_function_for_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argosy.checkpoint.hub import Source
     from argosy.engine.planning import plan_remote
 
     with served(directory_files(TINY)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        headers, forecast = plan_remote(REPOSITORY, memory="2GiB")
+        headers, forecast = plan_remote(Source(server.url, REPOSITORY), memory="2GiB")
     assert headers.file_bytes == (TINY / "model.safetensors").stat().st_size
     assert forecast.verdict == "resident"
 
@@ -290,7 +291,7 @@ def test_several_machines_are_planned_on_paper(kimi: Path, capsys: pytest.Captur
     assert 1.3 < group["speed_up"] < 4
     assert group["hit_rate"] > found["decode"][0]["hit_rate"]["likely"]
     assert main(["plan", str(kimi), "--machine", "4*box:desktop-64"]) == 0
-    assert "4 such machines, on paper" in capsys.readouterr().out
+    assert "4 such machines, one of which answers" in capsys.readouterr().out
     assert facts(capsys, kimi, "--machine", "box:desktop-64")["group"] is None
 
 

@@ -9,12 +9,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from argosy.cli.main import main
-from argosy.cli.output import write_file, write_text
+from argosy.cli.output import FencedCode, write_file, write_text
 from argosy.config import SamplingParams
 from argosy.errors import UsageError
 from argosy.plan.machine import MemoryLimit
@@ -155,6 +159,215 @@ def test_a_missing_or_unreadable_prompt_is_an_error(
     assert engine.opened == []
 
 
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], None]]:
+    """Put bytes on stdin, as a pipe does."""
+    opened: list[TextIO] = []
+
+    def put(data: bytes) -> None:
+        end, start = os.pipe()
+        os.write(start, data)
+        os.close(start)
+        opened.append(os.fdopen(end, encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdin", opened[-1])
+
+    yield put
+    for file in opened:
+        file.close()
+
+
+Pipe = Callable[[bytes], None]
+
+
+def test_files_and_stdin_come_before_the_prompt(
+    engine: Engine, pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.py").write_bytes(b"\xef\xbb\xbfx = 1\r\ny = 2\r\n")
+    Path("b.txt").write_text("two\n")
+    files = ["-f", "a.py", "--file", "b.txt"]
+    for data, arguments, prompt in (
+        (b"one\n", ["Sum up."], "one\n\nSum up."),
+        (b"", ["Sum up."], "Sum up."),
+        (b"", [*files, "Sum up."], "a.py:\nx = 1\ny = 2\n\nb.txt:\ntwo\n\nSum up."),
+        (b"one\n", [*files, "Sum up."], "one\n\na.py:\nx = 1\ny = 2\n\nb.txt:\ntwo\n\nSum up."),
+        (b"one\n", ["-f", "b.txt", "-f", "-", "Sum up."], "b.txt:\ntwo\n\none\n\nSum up."),
+        (b"Sum up.\n", ["-f", "b.txt"], "b.txt:\ntwo\n\nSum up."),
+        (b"Sum up.\n", ["-f", "b.txt", "-"], "b.txt:\ntwo\n\nSum up."),
+        (b"", ["-f", "b.txt"], "two"),
+    ):
+        pipe(data)
+        assert main(["run", "-m", "model", *arguments]) == 0
+        assert engine.asked.pop() == prompt
+    pipe(b"")
+    assert main(["run", "-m", "model", "--raw", "-f", "a.py", "-f", "b.txt", "z"]) == 0
+    assert engine.asked.pop() == Prompt.raw("x = 1\ny = 2\ntwo\nz")
+
+
+def test_a_program_that_keeps_its_pipe_open_is_told_what_is_waited_for(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr("argosy.cli.texts._PATIENCE_S", 0.01)
+    end, start = os.pipe()
+    said: list[str] = []
+
+    def close_later() -> None:
+        deadline = time.monotonic() + 10
+        while (not said or not said[-1]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said.append(capsys.readouterr().err)
+        os.close(start)
+
+    closing = threading.Thread(target=close_later)
+    with os.fdopen(end) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        closing.start()
+        assert main(["run", "-q", "-m", "model", "Hi"]) == 0
+        closing.join()
+    assert said[-1] == "note: waiting for text on stdin; `< /dev/null` answers without it\n"
+    assert engine.asked == ["Hi"]
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "closed"])
+def test_nothing_on_stdin_is_no_text(name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin if name == "/dev/null" else None)
+        assert main(["run", "-m", "model", "Hi"]) == 0
+    assert engine.asked == ["Hi"]
+
+
+def test_a_text_that_cannot_be_read_is_named_before_a_model_opens(
+    engine: Engine, pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("argosy.cli.texts.MOST_BYTES", 20)
+    Path("large.txt").write_text("x" * 12)
+    Path("binary").write_bytes(b"ab\xff")
+    for arguments, sentence in (
+        (["-f", "nowhere.txt", "Hi"], "nowhere.txt cannot be read: No such file or directory"),
+        (["-f", ".", "Hi"], ". cannot be read: Is a directory"),
+        (["-f", "binary", "Hi"], "binary is not UTF-8 text: invalid start byte at byte 2"),
+        (
+            ["-f", "/dev/zero", "Hi"],
+            "/dev/zero is too long: the texts of a prompt may have 20 bytes together",
+        ),
+        (["-f", "large.txt", "-f", "large.txt", "Hi"], "it has more than the 8 that are left"),
+        (["-f", "/dev/null"], "run needs a prompt, and what it was given is empty"),
+        ([""], "run needs a prompt, and what it was given is empty"),
+        (["-f", "-", "-"], "stdin can be read only once, and - asks for it 2 times"),
+        (["--system", "@nowhere.txt", "Hi"], "nowhere.txt cannot be read"),
+    ):
+        pipe(b"")
+        assert main(["run", "-m", "model", *arguments]) == 2
+        assert sentence in capsys.readouterr().err
+    pipe(b"x" * 21)
+    assert main(["run", "-m", "model", "Hi"]) == 2
+    assert "the text on stdin is too long" in capsys.readouterr().err
+    assert engine.opened == []
+
+
+def test_a_system_message_may_come_from_a_file(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    assert main(["run", "-m", "model", "--system", f"@{tmp_path}/system.txt", "Hi"]) == 0
+    assert engine.asked[0][0] == {"role": "system", "content": "Be brief."}
+
+
+# JSON
+
+
+SCHEMA = {
+    "type": "object",
+    "description": "left out of the grammar",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+}
+
+
+def test_a_schema_reaches_the_sampler_as_the_grammar_of_the_answer(
+    engine: Engine, tmp_path: Path, capsys: Captured
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    assert main(["run", "-m", "model", "--json-schema", str(schema), "Hi"]) == 0
+    assert engine.opened[0]["grammars"] is True
+    grammar = engine.params[0].grammar
+    assert grammar is not None
+    assert '"required": ["name"]' in grammar.text
+    assert "left out" not in grammar.text
+    assert not grammar.is_lenient
+    assert main(["run", "-m", "model", "Hi"]) == 0
+    assert engine.params[1].grammar is None
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "is not JSON"),
+        (b"[]", "a JSON schema is an object, found list"),
+        (b'{"type": "string", "type": "number"}', "duplicate key"),
+        (b'{"a": ' * 100_000, "JSON"),
+        (
+            b'{"type": "string", "pattern": "' + b"a" * 2000 + b'"}',
+            "a regular expression has 2000 characters",
+        ),
+        (b'{"enum": ["' + b"a" * 200_000 + b'"]}', "the grammar has 200014 characters"),
+        (b" " * (1 << 21), "is too long"),
+    ],
+)
+def test_a_hostile_schema_is_refused_before_a_model_opens(
+    content: bytes, sentence: str, engine: Engine, tmp_path: Path, capsys: Captured
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_bytes(content)
+    assert main(["run", "-m", "model", "--json-schema", str(schema), "Hi"]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.out == ""
+    assert engine.opened == []
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_a_real_answer_follows_its_schema_or_says_that_it_was_cut_off(
+    raw: list[str], chat_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 3}')
+    command = ["run", "-m", str(chat_model), "--threads", "1", "--json-schema", str(schema), *raw, "Count."]
+    assert main([*command, "-n", "200"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) <= {1, 22}
+    assert main([*command, "-n", "2"]) == 2
+    captured = capsys.readouterr()
+    assert "the answer was cut off after 2 tokens, before its JSON was complete\nhint: allow" in captured.err
+    assert captured.out.strip() in ("", "[")
+
+
+def test_a_keyword_that_cannot_be_enforced_is_an_error(
+    chat_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "uniqueItems": true}')
+    assert main(["run", "-m", str(chat_model), "--threads", "1", "--json-schema", str(schema), "Hi"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "uniqueItems" in captured.err
+
+
+def test_code_between_fences_has_a_colour_and_fences_are_dim() -> None:
+    text = "Use\n```py\nx = `1`\n``` no\n   ````\nand ``` here\n~~~\ny\n```\n~~~"
+    dim, plain, code, text_again = "\x1b[2m", "\x1b[22m", "\x1b[36m", "\x1b[39m"
+    marked = (
+        f"Use\n{dim}```py\n{plain}{code}x = `1`\n``` no\n{text_again}{dim}   ````\n{plain}and ``` here\n"
+        f"{dim}~~~\n{plain}{code}y\n```\n{text_again}{dim}~~~{plain}"
+    )
+    for size in (1, 2, 5, len(text)):
+        fences = FencedCode()
+        pieces = [fences.push(text[at : at + size]) for at in range(0, len(text), size)]
+        assert "".join(pieces) + fences.finish() == marked
+    cut = FencedCode()
+    assert cut.push("```\nx") + cut.finish() == f"{dim}```\n{plain}{code}x{text_again}"
+    assert FencedCode().push("plain") == "plain"  # nothing waits that is no fence
+
+
 def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
     for arguments in ([], ["-m", "demo"]):
         assert main(["run", *arguments, "Hi"]) == 0
@@ -164,9 +377,9 @@ def test_without_a_model_the_demo_model_answers(engine: Engine) -> None:
 def test_a_models_text_cannot_send_escape_sequences_to_a_terminal() -> None:
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        write_text("a\x1b[2J\x9bb\tc\n\r", stream)
-    assert terminal.getvalue() == "a\ufffd[2J\ufffdb\tc\n\ufffd"
-    assert file.getvalue() == "a\x1b[2J\x9bb\tc\n\r"
+        write_text("a\x1b[2J\x9bb\tc\n\r\u202ed\u2066", stream)
+    assert terminal.getvalue() == "a\ufffd[2J\ufffdb\tc\n\ufffd\ufffdd\ufffd"
+    assert file.getvalue() == "a\x1b[2J\x9bb\tc\n\r\u202ed\u2066"
 
 
 HARMONY = ("<|channel|>", "analysis", "<|message|>", "User says", " hi", "<|end|>", "<|start|>", "assistant",
@@ -306,7 +519,7 @@ def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
     code = (
         "import sys, argosy.cli.output as output\n"
         "real = output.write_text\n"
-        "output.write_text = lambda text: (real(text), __import__('time').sleep(0.2))\n"
+        "output.write_text = lambda *a, **k: (real(*a, **k), __import__('time').sleep(0.2))\n"
         "from argosy.cli.main import main\n"
         f"sys.exit(main({[*command[3:], '-n', '200', '--ignore-eos', 'Hi']!r}))\n"
     )
@@ -371,6 +584,8 @@ def test_upcycle_passes_its_options_on(
         return destination
 
     monkeypatch.setattr("argosy.checkpoint.upcycle.upcycle", upcycle)
+    monkeypatch.chdir(tmp_path)
+    Path("dense").mkdir()
     assert (
         main(["upcycle", "dense", "dst", "--experts", "4", "--experts-per-token", "1", "--width", "32"]) == 0
     )
@@ -405,13 +620,18 @@ def test_showing_a_config_without_weights_estimates_their_size(tmp_path: Path, c
             "without weights",
             "30.5 B, 3.35 B active per token",
             "bf16 2.9 GiB + 54.0 GiB",
-            "KV cache      192 KiB per token",
+            "KV cache      96.0 KiB per token, 192 KiB with --kv f32, 51.0 KiB with --kv q8",
         ):
             assert words in printed
     assert main(["show", str(tmp_path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["bytes"]["bf16"]["expert_bytes"] == 48 * 128 * 3 * 2048 * 768 * 2
-    assert facts["kv_bytes_per_token"] == {"f32": 48 * 2 * 4 * 128 * 4, "f16": 48 * 2 * 4 * 128 * 2}
+    per_token = 48 * 2 * 4 * 128
+    assert facts["kv_bytes_per_token"] == {
+        "f32": 4 * per_token,
+        "f16": 2 * per_token,
+        "q8": per_token * 34 // 32,
+    }
 
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B | {"model_type": "qwen9"}))
     assert main(["show", str(tmp_path)]) == 4

@@ -50,6 +50,37 @@ def test_once_prints_the_state_for_a_person(server: FakeServer, capsys: Captured
     assert capsys.readouterr().out == GOLDEN.format(url=server.url)
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_server_may_have_a_base_path(end: str, server: FakeServer, capsys: Captured) -> None:
+    server.base_path = "/local/moe"
+    assert main(["top", "--url", server.url + end, "--once"]) == 0
+    assert capsys.readouterr().out == GOLDEN.format(url=server.url)
+    assert main(["top", "--url", server.url.removesuffix("/moe"), "--once"]) == 1
+    assert "is not an Argosy server: it answers 404" in capsys.readouterr().err
+
+
+def test_several_models_have_a_line_each(server: FakeServer, capsys: Captured) -> None:
+    server.sharing = [
+        {"id": "gpt-oss-20b", "state": "ready", "memory_bytes": 6 << 30, "running": 2},
+        {"id": "a\x1b[2J", "state": "loading", "memory_bytes": 3 << 30, "running": 0},
+        {"id": "GLM-4.7-Flash", "state": "unloaded", "memory_bytes": 0, "running": 0},
+    ]
+    assert main(["top", "--url", server.url, "--once"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.partition("models ")[2].partition("speed ")[0]
+        == """\
+   1 of 3 in memory
+  gpt-oss-20b            6.0 GiB   ready, 50 % of the limit, 2 running
+  a\\x1b[2J               3.0 GiB   loading, 25 % of the limit
+  GLM-4.7-Flash                -   unloaded
+"""
+    )
+    server.sharing = server.sharing[:1]
+    assert main(["top", "--url", server.url, "--once"]) == 0
+    assert capsys.readouterr().out == GOLDEN.format(url=server.url)
+
+
 def test_where_there_is_no_terminal_it_prints_once(server: FakeServer, capsys: Captured) -> None:
     assert main(["top", "--url", server.url + "/"]) == 0
     assert capsys.readouterr().out == GOLDEN.format(url=server.url)
@@ -220,10 +251,15 @@ def test_a_servers_own_error_message_is_passed_on(capsys: Captured) -> None:
         ("ftp://h", "must be a server's address"),
         (
             "http://h:1/v1",
-            "--url must be an address without path, query or user, found 'http://h:1/v1'\nhint: http://h:1",
+            "--url must be an address, or one with the server's --base-path, found 'http://h:1/v1'\n"
+            "hint: http://h:1\n",
         ),
-        ("http://user:secret@h:1", "hint: http://h:1\n"),
-        ("http://h/?x=1", "must be an address without path"),
+        ("http://h:1/moe/v1/", "hint: http://h:1/moe\n"),
+        ("http://user:secret@h:1/moe", "hint: http://h:1/moe\n"),
+        ("http://h/?x=1", "must be an address, or one with"),
+        ("http://h/a//b", "must be an address, or one with"),
+        ("http://h/a b", "must be an address, or one with"),
+        ("http://h/%2e%2e", "must be an address, or one with"),
     ],
 )
 def test_an_invalid_address_is_refused(url: str, sentence: str, capsys: Captured) -> None:

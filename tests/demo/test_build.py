@@ -16,7 +16,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 
 from argosy.demo import base, build
 from argosy.demo.build import build_demo
-from argosy.demo.experts import ARCHITECTURE, EXPERTS_FILE, TrainedExperts
+from argosy.demo.experts import ARCHITECTURE, TrainedExperts
+from argosy.demo.package import find_experts
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
 from tests.checkpoint.dense_models import CONFIG, made_up_tensors, write_dense_gguf
 from tests.models.numpy_model import NumpyModel
@@ -197,8 +198,8 @@ def test_a_fetched_wheel_is_used(wheel: Path, experts: Path, tmp_path: Path, mon
 
 
 def test_the_shipped_experts_are_small_and_fit_the_base():
-    trained = TrainedExperts()
-    assert EXPERTS_FILE.stat().st_size <= 53_000_000
+    trained = TrainedExperts(find_experts())
+    assert find_experts().stat().st_size <= 53_000_000
     assert trained.base_sha256 == base.BASE_GGUF_SHA256
     assert (trained.num_layers, trained.num_experts, trained.experts_per_token) == (30, 12, 2)
     layer = trained.layer(29)

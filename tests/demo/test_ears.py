@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from argosy.demo import ears
-from argosy.errors import CheckpointError
+from argosy.errors import CheckpointError, DiskFull
 
 
 @pytest.fixture
@@ -47,3 +49,20 @@ def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing_behind(
     with pytest.raises(CheckpointError, match=r"tokenizer.json has sha256 .*, expected 000"):
         ears.locate()
     assert [path.name for path in ears.cache_directory().iterdir()] == ["whisper.lock"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_cache_is_reported_as_such_and_no_other_error_is(
+    fetched: list[str], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(ears, "extract_file", refuse)
+    with pytest.raises(DiskFull, match=r"no room for Whisper tiny\.en in .*cache") as caught:
+        ears.locate()
+    assert caught.value.hint == "it needs 150 MB while it is fetched, and 78 MB afterwards"
+    assert caught.value.facts["path"] == ears.cache_directory()
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        ears.locate()

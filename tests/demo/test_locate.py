@@ -16,9 +16,9 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
-from argosy.demo.cache import cache_directory
 from argosy.model.encoders.reading import find_encoders
 from argosy.model.families import open_model
+from argosy.user_directories import cache_directory
 from tests.models.tiny import qwen2_moe, write_model
 
 
@@ -26,7 +26,7 @@ from tests.models.tiny import qwen2_moe, write_model
 def experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "experts.gguf"
     path.write_bytes(b"first")
-    monkeypatch.setattr(locate, "EXPERTS_FILE", path)
+    monkeypatch.setattr(locate, "find_experts", lambda: path)
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
     return path
 
@@ -38,7 +38,7 @@ def name_of(content: bytes) -> str:
 def test_a_known_file_is_not_hashed_again(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert locate._version() == name_of(b"first")
 
-    def refuse() -> str:
+    def refuse(path: Path) -> str:
         raise AssertionError("hashed again")
 
     monkeypatch.setattr(locate, "_digest", refuse)

@@ -94,7 +94,7 @@ def test_an_absent_key_has_the_default_of_transformers(make: Any, missing: str, 
     prompt = prompt_ids(config, 2, 12)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path, memory="4GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -123,7 +123,9 @@ def test_a_long_prompt_equals_the_chunked_form_of_transformers(config: RawConfig
         if reference.router_margin > 1e-4:
             break
     greedy = SamplingParams(max_tokens=8, ignore_eos=True)
-    with Engine.open(tmp_path, memory="4GiB", threads=2, expert_slots=8, chunk_tokens=150) as engine:
+    with Engine.open(
+        tmp_path, memory="4GiB", kv_dtype="f32", threads=2, expert_slots=8, chunk_tokens=150
+    ) as engine:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
         assert engine.generate(prompt, greedy).token_ids == reference.greedy
 
@@ -203,7 +205,7 @@ def test_a_pack_answers_like_its_source(tmp_path: Path) -> None:
     logits = {}
     for format in ("bf16", "q8", "q4"):
         pack(open_model(tmp_path / "source"), tmp_path / format, format=format)
-        with Engine.open(tmp_path / format, memory="4GiB", threads=1) as engine:
+        with Engine.open(tmp_path / format, memory="4GiB", kv_dtype="f32", threads=1) as engine:
             logits[format] = engine.logits(prompt)
     assert difference(logits["bf16"], expected) <= LARGEST_DIFFERENCE
     assert mean_divergence(expected, logits["q8"]) < 0.002

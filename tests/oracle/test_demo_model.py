@@ -176,7 +176,7 @@ def test_argosy_with_a_quarter_of_the_experts_answers_as_transformers_does(
 ):
     ids = _chat_ids(tokenizer, prompt)
     # The budget covers the whole process, which also holds torch and two more models.
-    with Engine.open(demo_directory, memory="4GiB", expert_slots=60) as engine:
+    with Engine.open(demo_directory, memory="4GiB", kv_dtype="f32", expert_slots=60) as engine:
         assert 0 < engine.plan.num_slots < engine.plan.num_experts
         found = engine.logits(ids)
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
@@ -192,7 +192,7 @@ def test_argosy_with_the_routed_experts_off_answers_as_the_dense_model_does(
     prompt: str, demo_directory: Path, dense: Any, tokenizer: Any
 ):
     ids = _chat_ids(tokenizer, prompt)
-    with Engine.open(demo_directory, memory="4GiB", experts_off=True) as engine:
+    with Engine.open(demo_directory, memory="4GiB", kv_dtype="f32", experts_off=True) as engine:
         answer = engine.generate(ids, SamplingParams(max_tokens=32, ignore_eos=True)).token_ids
     assert answer == _greedy(dense, ids, 32, stop=None)
 
@@ -225,7 +225,7 @@ def test_it_hears_a_spoken_question_as_the_classes_of_transformers_joined_do(
     rows = heard[: len(heard) // joined * joined].reshape(-1, joined)
     first, second = (state[f"multi_modal_projector.linear_{n}.weight"].float() for n in (1, 2))
     rows = torch.nn.functional.gelu(rows @ first.T) @ second.T
-    with Engine.open(demo_directory, memory="4GiB", expert_slots=75) as engine:
+    with Engine.open(demo_directory, memory="4GiB", kv_dtype="f32", expert_slots=75) as engine:
         prompt = engine.prompts.build([{"role": "user", "content": [Audio(QUESTION)]}])
         result = engine.generate(prompt, SamplingParams(max_tokens=16, temperature=0, logprobs=4))
     ids = torch.tensor([prompt.token_ids])

@@ -79,5 +79,5 @@ def test_an_absent_key_has_the_default_of_transformers(missing: str, tmp_path: P
     prompt = prompt_ids(CONFIG, 2, 12)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path, memory="8GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="8GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE

@@ -66,7 +66,7 @@ def test_logits_equal_transformers_on_the_dequantised_weights(
     prompt = prompt_ids(config, 30_000, 64)
     with torch.no_grad():
         expected = load(directory)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(path, memory="8GiB", threads=2) as engine:
+    with Engine.open(path, memory="8GiB", kv_dtype="f32", threads=2) as engine:
         logits = engine.logits(prompt)
         result = engine.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
         again = engine.logits(prompt + result.token_ids)

@@ -154,7 +154,7 @@ def test_logits_and_answers_of_fp8_equal_transformers(
     config = FP8_MODELS[model]
     plain = write(tmp_path / "model", config, FP8, fp8(scale_type), is_fp8)
     prompt = prompt_ids(config, 50_000, 40)
-    with Engine.open(tmp_path / "model", memory="4GiB", threads=2) as engine:
+    with Engine.open(tmp_path / "model", memory="4GiB", kv_dtype="f32", threads=2) as engine:
         result = engine.generate(prompt, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
         logits = engine.logits(prompt + result.token_ids)
     expected = logits_of_transformers(plain, prompt + result.token_ids)
@@ -167,7 +167,7 @@ def test_logits_of_int4_equal_transformers(tmp_path: Path) -> None:
     config = kimi_k2(hidden_size=96, moe_intermediate_size=64, n_routed_experts=4, num_experts_per_tok=4)
     plain = write(tmp_path / "model", config, INT4, int4, is_int4)
     prompt = prompt_ids(config, 50_000, 40)
-    with Engine.open(tmp_path / "model", memory="4GiB", threads=2) as engine:
+    with Engine.open(tmp_path / "model", memory="4GiB", kv_dtype="f32", threads=2) as engine:
         logits = engine.logits(prompt)
     config_of_transformers = json.loads((plain / "config.json").read_text()) | {"model_type": "deepseek_v3"}
     (plain / "config.json").write_text(json.dumps(config_of_transformers))

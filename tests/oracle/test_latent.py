@@ -106,7 +106,7 @@ def test_an_absent_key_has_the_default_of_transformers(
     prompt = prompt_ids(config, 2, 8)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path, memory="8GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="8GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -125,7 +125,9 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         reference = answer(load(tmp_path), prompt, num_tokens=1)
         if reference.router_margin > 1e-5:
             break
-    with Engine.open(tmp_path, memory="8GiB", threads=2, expert_slots=8, chunk_tokens=256) as engine:
+    with Engine.open(
+        tmp_path, memory="8GiB", kv_dtype="f32", threads=2, expert_slots=8, chunk_tokens=256
+    ) as engine:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
@@ -144,5 +146,5 @@ def test_the_text_part_of_a_wrapper_is_the_one_transformers_reads(tmp_path: Path
     prompt = prompt_ids(config, 3)
     with torch.no_grad():
         expected = model.eval()(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path, memory="8GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="8GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE

@@ -61,14 +61,14 @@ def test_logits_equal_transformers_on_the_same_files(name: str, tmp_path: Path) 
     with torch.no_grad():
         expected = model.float().eval()(input_ids=torch.tensor([prompt])).logits[0].numpy()
         dequantised = load(plain)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path / "model", memory="8GiB", threads=2) as engine:
+    with Engine.open(tmp_path / "model", memory="8GiB", kv_dtype="f32", threads=2) as engine:
         logits = engine.logits(prompt)
         result = engine.generate(prompt, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
         again = engine.logits(prompt + result.token_ids)
 
     # A bf16 pack is exact, and its activations are float32.
     pack(open_model(tmp_path / "model"), tmp_path / "packed", format="bf16")
-    with Engine.open(tmp_path / "packed", memory="8GiB", threads=2) as engine:
+    with Engine.open(tmp_path / "packed", memory="8GiB", kv_dtype="f32", threads=2) as engine:
         exact = engine.logits(prompt)
 
     assert difference(dequantised, expected) <= 1e-5  # both readers see the same weights

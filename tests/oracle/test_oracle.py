@@ -201,7 +201,9 @@ def test_logits_and_greedy_continuation_equal_transformers(
     greedy = SamplingParams(max_tokens=len(reference.greedy), ignore_eos=True)
     model = runnable(tmp_path, tmp_path)
     for instruction_set in _native.instruction_sets():
-        with Engine.open(model, memory="8GiB", threads=1, instruction_set=instruction_set) as engine:
+        with Engine.open(
+            model, memory="8GiB", kv_dtype="f32", threads=1, instruction_set=instruction_set
+        ) as engine:
             logits = engine.logits(prompt)
             tokens = engine.generate(prompt, greedy).token_ids
         assert difference(logits, reference.logits) <= LARGEST_DIFFERENCE, instruction_set
@@ -213,7 +215,9 @@ def test_random_configurations_equal_transformers(configuration: Configuration, 
     prompt = write_decided_model(tmp_path, configuration, num_tokens=24)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(runnable(tmp_path, tmp_path), memory="8GiB", threads=1, chunk_tokens=7) as engine:
+    with Engine.open(
+        runnable(tmp_path, tmp_path), memory="8GiB", kv_dtype="f32", threads=1, chunk_tokens=7
+    ) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -226,7 +230,9 @@ def test_a_long_prompt_equals_transformers(tmp_path: Path) -> None:
         reference = answer(load(tmp_path), prompt, num_tokens=1)
         if reference.router_margin > 1e-4:
             break
-    with Engine.open(tmp_path, memory="8GiB", threads=2, expert_slots=8, chunk_tokens=256) as engine:
+    with Engine.open(
+        tmp_path, memory="8GiB", kv_dtype="f32", threads=2, expert_slots=8, chunk_tokens=256
+    ) as engine:
         assert difference(engine.logits(prompt), reference.logits) <= LARGEST_DIFFERENCE
 
 
@@ -322,7 +328,7 @@ def test_an_absent_key_has_the_default_of_transformers(
     prompt = prompt_ids(config, 2, 8)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(tmp_path, memory="8GiB", threads=1) as engine:
+    with Engine.open(tmp_path, memory="8GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -342,7 +348,7 @@ def test_an_absent_key_of_gpt_oss_has_the_default_of_transformers(missing: str, 
     prompt = prompt_ids(config, 2, 8)
     with torch.no_grad():
         expected = load(tmp_path)(input_ids=torch.tensor([prompt])).logits[0].numpy()
-    with Engine.open(runnable(tmp_path, tmp_path), memory="8GiB", threads=1) as engine:
+    with Engine.open(runnable(tmp_path, tmp_path), memory="8GiB", kv_dtype="f32", threads=1) as engine:
         assert difference(engine.logits(prompt), expected) <= LARGEST_DIFFERENCE
 
 
@@ -374,7 +380,7 @@ def test_a_pack_answers_like_its_source(config: RawConfig, tmp_path: Path) -> No
     logits = {}
     for format in ("bf16", "q8", "q4"):
         pack(open_model(tmp_path / "source"), tmp_path / format, format=format)
-        with Engine.open(tmp_path / format, memory="8GiB", threads=1) as engine:
+        with Engine.open(tmp_path / format, memory="8GiB", kv_dtype="f32", threads=1) as engine:
             logits[format] = engine.logits(prompt)
 
     assert difference(logits["bf16"], expected) <= LARGEST_DIFFERENCE

@@ -84,7 +84,7 @@ def test_logits_of_latent_attention_are_llama_cpp_s(name: str, split_kv: bool, t
     config, path = MODELS[name], tmp_path / "model.gguf"
     write_gguf_model(path, config, one_type("F32"), seed=7, split_kv=split_kv)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
     scaling = config["rope_scaling"] or {"beta_fast": 32.0, "beta_slow": 1.0}
     yarn = {f"yarn_{key}": float(scaling[key]) for key in ("beta_fast", "beta_slow")}
@@ -117,7 +117,7 @@ HEADS: dict[str, RawConfig] = {
 def divergence_from_peer(path: Path, config: RawConfig, type_name: str) -> float:
     write_gguf_model(path, config, one_type(type_name), seed=7)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
     return mean_divergence(peer_logits(path, prompt), logits)
 
@@ -145,7 +145,7 @@ def test_logits_of_text_with_three_position_axes_are_llama_cpp_s(name: str, tmp_
     path = tmp_path / "model.gguf"
     write_gguf_model(path, config, one_type("F32"), seed=7, sections=sections)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
@@ -183,7 +183,7 @@ def test_logits_of_gated_delta_nets_are_llama_cpp_s(
     path = tmp_path / "model.gguf"
     write_delta_gguf(path, config, one_type(type_name), seed=7)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= largest
@@ -193,7 +193,7 @@ def test_q_k_v_and_z_are_read_from_one_matrix_as_in_llama_cpp(tmp_path: Path) ->
     config, path = DELTA_MODELS["Qwen3-Next"], tmp_path / "model.gguf"
     write_delta_gguf(path, config, one_type("F32"), seed=7, has_ssm_in=True)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= LARGEST_DIVERGENCE
@@ -226,7 +226,7 @@ def test_logits_of_sinks_windows_and_biases_are_llama_cpp_s(
     path = tmp_path / "model.gguf"
     write_gguf_model(path, config, one_type(type_name), seed=7)
     prompt = prompt_ids(config, 7)
-    with Engine.open(path, memory="4GiB", threads=1) as engine:
+    with Engine.open(path, memory="4GiB", kv_dtype="f32", threads=1) as engine:
         logits = engine.logits(prompt)
 
     assert mean_divergence(peer_logits(path, prompt), logits) <= largest

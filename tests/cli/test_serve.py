@@ -1,0 +1,91 @@
+"""The command line of a server with several models: names, times, and what such a server refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argosy.cli.main import main
+from argosy.cli.serve import _ids
+from argosy.config import parse_seconds
+from argosy.errors import UsageError
+from argosy.library import kept, names
+from argosy.library.names import look_up
+from argosy.library.places import Found
+from tests.cli.tiny_chat_model import write_chat_model
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_names_are_those_of_the_files_or_one_for_each_model() -> None:
+    same = [look_up(text) for text in ("a/model.gguf", "b/model.gguf")]
+    assert _ids([look_up("models/Qwen3.gguf"), look_up("demo")], ()) == ["Qwen3", "demo"]
+    assert _ids(same, ("x", "y")) == ["x", "y"]
+    with pytest.raises(UsageError, match="two models are named model"):
+        _ids(same, ())
+    with pytest.raises(UsageError, match="--name was given 1 times, and there are 2 models"):
+        _ids(same, ("x",))
+
+
+def test_times_have_units() -> None:
+    times = {"90": 90, "90s": 90, "10m": 600, "1.5h": 5400}
+    assert {text: parse_seconds(text) for text in times} == times
+    for text in ("", "0", "-1s", "10 minutes", "1e9", "9" * 400):
+        with pytest.raises(UsageError, match="not a time above zero"):
+            parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--preload", "x"), "--preload x: this server has: one, two"),
+        (("--ears", "tiny.en"), "--ears is for a server with one model"),
+        (("--memory", "1TiB"), "the budget is 1024 GiB, and there are"),
+        (("--memory", "200MiB"), "one needs "),
+    ],
+)
+def test_what_a_server_with_several_models_refuses(
+    tmp_path: Path, capsys: Captured, options: tuple[str, ...], told: str
+) -> None:
+    models = [write_chat_model(tmp_path / name) for name in ("one", "two")]
+    assert main(["serve", *map(str, models), "--port", "0", *options]) in (2, 3)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--idle-unload", "1m"), ("--name", "x")])
+def test_a_model_is_looked_up_once(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    names.add_alias("short", str(write_chat_model(tmp_path / "one")))
+    looks: list[int] = []
+    find_models = names.find_models
+
+    def counted() -> Found:
+        looks.append(1)
+        return find_models()
+
+    monkeypatch.setattr(names, "find_models", counted)
+    assert main(["serve", "short", "--port", "0", "--memory", "1MiB", *options]) in (2, 3)
+    assert "the budget is 1.0 MiB" in capsys.readouterr().err
+    assert len(looks) == 1
+
+
+def test_a_model_served_with_others_is_noted_as_used_when_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    paths = [write_chat_model(tmp_path / name) for name in ("one", "two")]
+    names.add_alias("short", str(paths[0]))
+
+    def serve_several(*_: Any, note_use: Callable[[str], None], **__: Any) -> None:
+        assert kept.read().used == {}
+        note_use("two")  # named by its path, so it is in no library
+        assert kept.read().used == {}
+        note_use("one")
+
+    monkeypatch.setattr("argosy.serve.run.serve_several", serve_several)
+    assert main(["serve", "short", str(paths[1]), "--port", "0", "--memory", "1GiB"]) == 0
+    assert list(kept.read().used) == [str(paths[0])]

@@ -1,0 +1,48 @@
+"""Questions to guard models, and their answers, as the models' makers document them."""
+
+from __future__ import annotations
+
+import pytest
+
+from argosy.guard.guard_models import GUARD_FORMS
+from argosy.guard.verdict import CheckFailed
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "is_flagged", "categories"),
+    [
+        ("llama-guard", "\n\nsafe", False, []),
+        ("llama-guard", "\n\nunsafe\nS1,S10", True, ["violence", "hate"]),
+        ("llama-guard", "unsafe", True, ["unsafe"]),
+        ("qwen3guard", "Safety: Safe\nCategories: None", False, []),
+        (
+            "qwen3guard",
+            "Safety: Unsafe\nCategories: Violent, PII\nRefusal: No",
+            True,
+            ["violence", "privacy"],
+        ),
+        ("qwen3guard", "Safety: Controversial\nCategories: Unethical Acts", False, []),
+        ("gpt-oss-safeguard", '{"violation": 1, "category": "Moons"}', True, ["moons"]),
+        ("gpt-oss-safeguard", 'Here: {"violation": 0, "category": null}.', False, []),
+    ],
+)
+def test_an_answer_is_read(form: str, answer: str, is_flagged: bool, categories: list[str]) -> None:
+    verdict = GUARD_FORMS[form].read(answer)
+    assert (verdict.is_flagged, verdict.categories) == (is_flagged, categories)
+
+
+@pytest.mark.parametrize("form", GUARD_FORMS)
+@pytest.mark.parametrize(
+    "answer", ["", "I cannot help with that.", "unsafe?", "{}", "Safety:", '{"violation": 2}', "[" * 999]
+)
+def test_an_answer_in_no_known_form_is_a_failure_and_no_pass(form: str, answer: str) -> None:
+    with pytest.raises(CheckFailed):
+        GUARD_FORMS[form].read(answer)
+
+
+def test_questions_are_conversations_that_end_with_what_is_judged() -> None:
+    for name, form in GUARD_FORMS.items():
+        for role in ("user", "assistant"):
+            messages = form.messages(role, "the text {x}", "the {policy}")  # type: ignore[arg-type]
+            assert messages[-1]["content"] == "the text {x}"
+            assert ("the {policy}" in messages[0]["content"]) == form.takes_policy, name

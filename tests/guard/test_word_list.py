@@ -1,0 +1,79 @@
+"""Lists of phrases: found however they are spelled, kept as hashes, and never sent in part."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argosy.errors import UsageError
+from argosy.guard.word_list import WordList, digest_of
+
+PHRASES = "# a comment\nblue moon\n\nRotten Fish pie\nBÖSE\n"
+
+
+def the_list(text: str = PHRASES) -> WordList:
+    return WordList(text, "words.txt", category="test")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "once in a Blue Moon.", "BLUE-MOON", "blue\n moon", "ｂｌｕｅ ｍｏｏｎ", "b\u200blue mo\u0336on", "bluе moоn",
+        "a rotten, fish; pie", "so böse!", "blue...........moon",
+    ],
+)  # fmt: skip
+def test_a_phrase_is_found_however_it_is_spelled(text: str) -> None:
+    verdict = the_list().judge(text)
+    assert verdict.is_flagged
+    assert verdict.categories == ["test"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "blue", "blue moonlight", "moon blue", "rotten fish", "boese", "# a comment"]
+)
+def test_other_words_are_not_found(text: str) -> None:
+    assert not the_list().judge(text).is_flagged
+
+
+def test_a_hashed_list_finds_the_same_phrases() -> None:
+    hashed = the_list("\n".join(digest_of(phrase) for phrase in ("blue moon", "böse")))
+    assert digest_of("Blue  Moon!") == digest_of("blue moon")
+    assert hashed.judge("a BLUE moon").is_flagged
+    assert hashed.judge("Böse").is_flagged
+    assert not hashed.judge("a blue mood").is_flagged
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("sha256:12", "a hash has the form"), ("!!!", "a phrase has 1 to 16 words, found 0"),
+        (" ".join("a" * 17), "found 17"), ("sha256:" + "a" * 64 + " 99", "found 99"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_phrase_is_refused_with_its_number(line: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=f"words.txt, line 2: .*{fault}"):
+        the_list(f"ok\n{line}\n")
+
+
+WORDS = st.sampled_from(("blue", "moon", "Rotten", "fish", "pie", "böse", "moonlight", "x", "a", "—", "🙂"))
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.lists(WORDS, max_size=12), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_a_stream_is_flagged_as_the_whole_is_and_sends_no_part_of_a_phrase(
+    words: list[str], sizes: list[int]
+) -> None:
+    text, words_list = " ".join(words), the_list()
+    stream, sent, at, turn = words_list.stream(), "", 0, 0
+    while at < len(text):
+        sent += stream.push(text[at : at + sizes[turn % len(sizes)]])
+        at, turn = at + sizes[turn % len(sizes)], turn + 1
+    sent += stream.finish()
+    assert text.startswith(sent)
+    assert stream.is_flagged == words_list.judge(text).is_flagged
+    if not stream.is_flagged:
+        assert sent == text
+    else:
+        rest = text[len(sent) :].lower()
+        assert any(phrase in rest for phrase in ("blue moon", "rotten fish pie", "böse"))
