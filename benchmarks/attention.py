@@ -46,6 +46,7 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape(32, 4, 128, 1, "f32"),
     Shape(32, 4, 128, 1, "f16"),
+    Shape(32, 4, 128, 1, "q8"),
     Shape(64, 8, 64, 1, "f32"),
     Shape(16, 16, 128, 1, "f32"),
     Shape(32, 4, 128, 64, "f32"),
@@ -54,10 +55,9 @@ SHAPES = (
 
 def measure(shape: Shape, threads: int, positions: int, seconds: float) -> dict[str, float | str]:
     """GB/s of keys and values, and GFLOP/s, two a multiply-add; with a digest of what was computed."""
-    element = 2 if shape.dtype == "f16" else 4
-    layer_bytes = 2 * positions * shape.kv_heads * shape.head_dim * element
-    num_layers = -(-LEAST_BYTES // layer_bytes)
     kind = _native.KvShape.keys_values(shape.kv_heads, shape.head_dim)
+    layer_bytes = _native.kv_cache_bytes([kind], positions // BLOCK, BLOCK, shape.dtype)
+    num_layers = -(-LEAST_BYTES // layer_bytes)
     cache = _native.KvCache([kind] * num_layers, positions // BLOCK, BLOCK, shape.dtype)
     runtime, random = _native.Runtime(threads), np.random.default_rng(0)
     slots = random.permutation(positions // BLOCK)[:, None] * BLOCK + np.arange(

@@ -274,6 +274,11 @@ class Counts:
         return _read_int(self._group / self._hierarchy.peak) or self._sampled_peak_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """The memory that is charged to the group now, page cache included."""
+        return _read_int(self._group / self._hierarchy.usage)
+
+    @property
     def num_limit_hits(self) -> int:
         if self._hierarchy.version == "v1":
             return _read_int(self._group / "memory.failcnt")

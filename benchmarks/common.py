@@ -19,25 +19,22 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from argosy import _native
 from argosy.config import format_bytes
 from argosy.plan import machine
+from argosy.plan.neighbours import Neighbours
+from argosy.plan.probes import drive_rate, memory_rate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 # Recorded routing and held-out texts, which we may not redistribute: `shared/data` beside the checkout, or named.
 DATA = Path(os.environ.get("ARGOSY_BENCH_DATA", REPOSITORY.parent / "shared" / "data"))
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-# Another process that used less than this share of a core is not named.
-_WORTH_NAMING = 0.05
 
 
 def commit() -> str:
@@ -61,14 +58,9 @@ def machine_line() -> str:
     )
 
 
-_PROBE_MEMORY_BYTES = 512 << 20  # larger than any cache
-_PROBE_DRIVE_BYTES = 512 << 20
-_PAGE_BYTES = 4096
-
-
 def probe_memory(threads: int) -> float:
-    """GB/s at which `threads` read memory at this moment, the best of three measurements."""
-    return max(_native.memory_probe(threads, _PROBE_MEMORY_BYTES) for _ in range(3)) / 1e9
+    """GB/s at which `threads` read memory at this moment, the median of three measurements."""
+    return memory_rate(threads) / 1e9
 
 
 def probe_int8(threads: int) -> float:
@@ -77,16 +69,8 @@ def probe_int8(threads: int) -> float:
 
 
 def probe_drive(path: Path, record_bytes: int) -> float:
-    """GB/s at which the drive reads a file at this moment, the best of 1, 2 and 4 readers.
-
-    Reads records of whole 4 KiB pages in shuffled order with O_DIRECT: half a GiB, or less of a smaller file.
-    """
-    record_bytes = -(-record_bytes // _PAGE_BYTES) * _PAGE_BYTES
-    num_records = max(8, min(_PROBE_DRIVE_BYTES, path.stat().st_size) // record_bytes)
-    return max(
-        _native.drive_probe(str(path), record_bytes, num_records, readers, True) / 1e9
-        for readers in (1, 2, 4)
-    )
+    """GB/s at which the drive reads a file at this moment: `drive_rate`."""
+    return drive_rate(path, record_bytes) / 1e9
 
 
 DRIVE_LOOKS = 3  # measurements before a sample, and again after it
@@ -99,64 +83,10 @@ def look_at_drive(path: Path) -> list[float]:
 
 
 @dataclass
-class Sample:
-    """One timed stretch of work, and how busy other processes kept the machine meanwhile."""
+class Sample(Neighbours):
+    """One timed stretch of work: its figures, and how busy other processes kept the machine meanwhile."""
 
-    seconds: float = 0.0
-    load: float = 0.0  # one-minute load average at the end
-    other_cores: float = 0.0  # used by processes that are neither this one nor its children
-    others: str = ""  # the busiest ones: "python 0.97, cc1plus 0.40"
     values: dict[str, float] = field(default_factory=dict)
-    _started: float = 0.0
-    _before: dict[int, tuple[str, int, int]] = field(default_factory=dict)
-
-    def __enter__(self) -> Self:
-        self._before = _processes()
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.seconds = time.perf_counter() - self._started
-        self.load = os.getloadavg()[0]
-        after, own = _processes(), os.getpid()
-        shares: dict[str, float] = {}
-        for pid, (name, parent, ticks) in after.items():
-            if own in (pid, parent) or _has_ancestor(after, pid, own):
-                continue
-            used = ticks - self._before.get(pid, ("", 0, 0))[2]
-            if used > 0:
-                shares[name] = shares.get(name, 0.0) + used / _TICKS_PER_S / max(self.seconds, 1e-9)
-        self.other_cores = sum(shares.values())
-        named = sorted(shares.items(), key=lambda item: -item[1])[:3]
-        self.others = ", ".join(f"{name} {share:.2f}" for name, share in named if share >= _WORTH_NAMING)
-
-    def neighbours(self) -> str:
-        named = f" ({self.others})" if self.others else ""
-        return f"load {self.load:.1f}, others used {self.other_cores:.2f} cores{named}"
-
-
-def _processes() -> dict[int, tuple[str, int, int]]:
-    """Process id -> (name, parent, CPU ticks so far)."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            text = Path("/proc", entry, "stat").read_text()
-        except OSError:
-            continue  # the process ended meanwhile
-        name = text[text.index("(") + 1 : text.rindex(")")]
-        fields = text[text.rindex(")") + 2 :].split()
-        found[int(entry)] = (name, int(fields[1]), int(fields[11]) + int(fields[12]))
-    return found
-
-
-def _has_ancestor(processes: Mapping[int, tuple[str, int, int]], pid: int, ancestor: int) -> bool:
-    while pid in processes and pid != ancestor:
-        pid = processes[pid][1]
-    return pid == ancestor
 
 
 def alternate(
@@ -171,9 +101,7 @@ def alternate(
             samples[name].append(sample)
             if log:
                 figures = "  ".join(f"{key} {value:.4g}" for key, value in sample.values.items())
-                print(
-                    f"  {number + 1}/{repeats} {name}: {figures}   [{sample.neighbours()}]", file=sys.stderr
-                )
+                print(f"  {number + 1}/{repeats} {name}: {figures}   [{sample}]", file=sys.stderr)
     return samples
 
 
@@ -259,7 +187,7 @@ class Report:
     def neighbours(self, samples: Sequence[Sample]) -> None:
         """Print the busiest minute among the samples, so that a reader can discount them."""
         worst = max(samples, key=lambda sample: sample.other_cores)
-        self.line("others", worst.neighbours() + " at worst")
+        self.line("others", f"{worst} at worst")
 
 
 def verdict(value: float, target: str) -> str:

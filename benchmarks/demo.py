@@ -37,7 +37,9 @@ def argosy(*arguments: object) -> list[str]:
 
 def answer(*arguments: object) -> dict[str, Any]:
     """The facts that `argosy run --json` prints."""
-    done = subprocess.run(argosy("--json", *arguments), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argosy("--json", *arguments), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"argosy run failed ({done.returncode}):\n{done.stderr}")
     facts: dict[str, Any] = json.loads(done.stdout)
@@ -47,7 +49,10 @@ def answer(*arguments: object) -> dict[str, Any]:
 def seconds_to_first_byte(*arguments: object) -> float:
     started = time.perf_counter()
     with subprocess.Popen(
-        argosy("--quiet", *arguments), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        argosy("--quiet", *arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     ) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)

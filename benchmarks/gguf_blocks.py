@@ -168,7 +168,7 @@ def _q6_k(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     quants = (np.clip(np.rint(scaled), -32, 31) + 32).astype(np.uint8)
     low = _joined((quants & 15).reshape(-1, 2, 64), 4).reshape(
         -1, 128
-    )  # of each 128, the first 64 in the low halves
+    )  # the first 64 of each 128 in the low halves
     return np.hstack([low, _pairs(quants >> 4), scales.view(np.uint8), d])
 
 

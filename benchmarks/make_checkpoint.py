@@ -8,6 +8,9 @@
     mid             10.1 B: hidden 2048, 16 layers, 8 of 128 experts of width 768
     mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
+    long             0.4 B: hidden 1024, 8 layers, 4 of 32 experts of width 384, 32 heads on 4, a context of 40,960
+    drafting         1.5 B: small as a GLM-4.5, with a shared expert and a layer for multi-token prediction
+    drafting-tiny    0.1 B, the same for the short form
     omni             1.9 B: hidden 1024, 12 layers, 4 of 64 experts of width 768; and the vision tower (0.5 B) and
                      audio tower (0.6 B) of Qwen3-Omni as they are
 
@@ -26,13 +29,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
 from argosy.config import ModelConfig, format_bytes
@@ -45,7 +49,29 @@ from random_weights import ROUTINGS, WEIGHTS_VERSION, Exact, Normal, RandomWeigh
 RawConfig = dict[str, Any]
 Bytes = NDArray[np.uint8]
 
+_TINY = {
+    "hidden": 512,
+    "layers": 8,
+    "experts": 32,
+    "experts_per_token": 4,
+    "width": 256,
+    "heads": 4,
+    "kv_heads": 2,
+    "vocab": 32_000,
+}
+_SMALL = {
+    "hidden": 1024,
+    "layers": 16,
+    "experts": 64,
+    "experts_per_token": 8,
+    "width": 384,
+    "heads": 8,
+    "kv_heads": 2,
+    "vocab": 32_000,
+}
 GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
+    "drafting": {**_SMALL, "family": "glm4_moe"},
+    "drafting-tiny": {**_TINY, "family": "glm4_moe"},
     "omni": {
         "family": "qwen3_omni_moe",
         "hidden": 1024,
@@ -58,26 +84,8 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "vocab": 32_000,
         "context": 16_384,
     },
-    "tiny": {
-        "hidden": 512,
-        "layers": 8,
-        "experts": 32,
-        "experts_per_token": 4,
-        "width": 256,
-        "heads": 4,
-        "kv_heads": 2,
-        "vocab": 32_000,
-    },
-    "small": {
-        "hidden": 1024,
-        "layers": 16,
-        "experts": 64,
-        "experts_per_token": 8,
-        "width": 384,
-        "heads": 8,
-        "kv_heads": 2,
-        "vocab": 32_000,
-    },
+    "tiny": _TINY,
+    "small": _SMALL,
     "mid": {
         "hidden": 2048,
         "layers": 16,
@@ -87,6 +95,17 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "heads": 32,
         "kv_heads": 4,
         "vocab": 32_000,
+    },
+    "long": {
+        "hidden": 1024,
+        "layers": 8,
+        "experts": 32,
+        "experts_per_token": 4,
+        "width": 384,
+        "heads": 32,
+        "kv_heads": 4,
+        "vocab": 32_000,
+        "context": 40_960,
     },
     "mixtral-like": {
         "family": "mixtral",
@@ -142,6 +161,24 @@ def raw_config(
             "intermediate_size": width,
             "num_local_experts": experts,
             "sliding_window": None,
+        }
+    if family == "glm4_moe":
+        return config | {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "attention_bias": False,
+            "first_k_dense_replace": 0,
+            "head_dim": head_dim,
+            "intermediate_size": width,
+            "moe_intermediate_size": width,
+            "n_group": 1,
+            "n_routed_experts": experts,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+            "partial_rotary_factor": 0.5,
+            "routed_scaling_factor": 1.0,
+            "topk_group": 1,
+            "use_qk_norm": True,
         }
     config |= {
         "decoder_sparse_step": 1,
@@ -221,6 +258,8 @@ def _towers(raw: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         around = raw
         for key in encoder.path[:-1]:
             around = around[key]
+        if encoder.path[-1] not in around:  # some families have checkpoints without towers
+            continue
         own = ConfigReader(dict(around[encoder.path[-1]]), family)
         config = encoder.read(own, ConfigReader(dict(around), family), parse_config(raw))
         for tensor in encoder.tensors(config).values():
@@ -322,6 +361,10 @@ def write_checkpoint(
 def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[TensorToWrite]:
     """Every tensor of the checkpoint in layer order, an expert's three side by side."""
     config, layout = parse_config(raw), FAMILIES[raw["model_type"]].LAYOUTS[0]
+    shapes = list(dense_shapes(config))
+    if config.num_mtp_layers:
+        config = replace(config, layers=(*config.layers, config.layers[-1]))
+        shapes += draft_shapes(config)
     weights, pool = RandomWeights(config, routing=routing, seed=seed), Pool("BF16", seed)
 
     def reader(recipe: Recipe) -> Callable[[], Any]:
@@ -329,7 +372,7 @@ def _tensors(raw: Mapping[str, Any], routing: Routing, seed: int) -> Iterator[Te
             return lambda: encode(recipe.read(), "BF16")
         return lambda: tensor_bytes(pool, recipe, 2 * recipe.shape[-1])
 
-    for canonical, shape in dense_shapes(config):
+    for canonical, shape in shapes:
         yield layout.dense_name(canonical), "BF16", shape, reader(weights[canonical])
         if canonical.endswith(".router"):
             layer = int(canonical.split(".")[1])

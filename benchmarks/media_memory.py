@@ -37,7 +37,7 @@ from common import Report, Sample, drop_page_cache, print_plan, run_inside
 from make_checkpoint import GEOMETRIES, make_model, raw_config
 from random_weights import DOCUMENT_TOKENS
 
-TEXT_TOKENS = 24  # of each prompt of text
+TEXT_TOKENS = 24  # in each text prompt
 RATE = 16_000
 
 

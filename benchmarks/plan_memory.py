@@ -108,7 +108,7 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(cell: Cell, model: Path, memory: int) -> dict[str, Any]:
-    """What `argosy plan` says."""
+    """Return what `argosy plan` says."""
     command = [
         sys.executable,
         "-m",
@@ -130,7 +130,7 @@ def planned(cell: Cell, model: Path, memory: int) -> dict[str, Any]:
 
 
 def measure(cell: Cell, model: Path, budget_bytes: int, limit_bytes: int) -> tuple[dict[str, Any], bool]:
-    """What a process takes; and whether it was limited to that plan."""
+    """Measure a process; also return whether a cgroup limited it to the plan."""
     job = {
         "model": str(model), "budget_bytes": budget_bytes, "context": cell.context, "streams": cell.streams,
         "kv": cell.kv,

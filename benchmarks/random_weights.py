@@ -30,7 +30,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.config import ModelConfig
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -76,6 +76,9 @@ Recipe: TypeAlias = Normal | Exact
 class RandomWeights:
     """The contents of every tensor of a geometry, by canonical name; an expert's are `expert.gate`, `.up`, `.down`.
 
+    A draft layer, if the last layer is one, passes on the embedding of its token: with `uniform` and `recorded`, its
+    drafts continue the document, too.
+
     Raises:
         ValueError: hidden_size leaves no room beside the reserved channels.
     """
@@ -89,6 +92,7 @@ class RandomWeights:
         self.config, self.routing, self._seed = config, routing, seed
         self.shapes: dict[str, tuple[int, ...]] = dict(dense_shapes(config))
         shapes = expert_shapes(config)
+        self.shapes |= dict(draft_shapes(config))
         self.shapes |= {"expert.gate": shapes.gate, "expert.up": shapes.up, "expert.down": shapes.down}
 
     def __getitem__(self, name: str) -> Recipe:
@@ -97,6 +101,8 @@ class RandomWeights:
             return Exact(shape, lambda: np.ones(shape, np.float32))
         if kind.endswith("bias"):
             return Exact(shape, lambda: np.zeros(shape, np.float32))
+        if kind == "draft_join":
+            return Exact(shape, lambda: np.eye(*shape, dtype=np.float32))
         if self.routing != "plain":
             if kind == "embed":
                 return Exact(shape, self.embedding)

@@ -25,6 +25,7 @@ import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -176,7 +177,8 @@ class _NoFiles:
 
     slot_bytes = 1
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace) -> None:
+        self.records = dict.fromkeys(product(range(trace.num_layers), range(trace.num_experts)))
         self._ticket = 0
 
     def table(self, arena: Any, arithmetic: Any) -> _NoFiles:
@@ -199,7 +201,7 @@ class Argosy:
     def __init__(self, num_slots: int, trace: Trace) -> None:
         self._cache = ExpertCache(
             _InstantStore(),  # type: ignore[arg-type]
-            _NoFiles(),  # type: ignore[arg-type]
+            _NoFiles(trace),  # type: ignore[arg-type]
             num_slots=num_slots,
             num_layers=trace.num_layers,
             experts_per_token=trace.experts_per_token,

@@ -67,7 +67,7 @@ _FAMILIES = {"qwen3-vl": ("qwen3_vl_moe", "picture"), "qwen3-omni": ("qwen3_omni
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What a tower is given: a picture of `width` x `height`, or `seconds` of sound."""
+    """The input of a tower: a picture of `width` x `height`, or `seconds` of sound."""
 
     label: str
     tower: str
@@ -83,7 +83,7 @@ class Input:
         return rng.integers(0, 256, (self.height, self.width, 3), np.uint8)
 
     def values(self) -> tuple[NDArray[np.float32], tuple[int, ...]]:
-        """What the tower encodes: patches and their grid (frames, rows, columns), or mel features and ()."""
+        """Return the tower's input: patches and their grid (frames, rows, columns), or mel features and ()."""
         raw = CONFIGS[self.tower]
         if self.seconds:
             features = {

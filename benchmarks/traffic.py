@@ -39,12 +39,12 @@ from make_checkpoint import named_model, vocabulary
 from random_weights import DOCUMENT_TOKENS
 
 PREDICTIONS = RESULTS / "traffic_predictions.jsonl"
-LOADS = (0.3, 0.6, 0.85)  # of what one server can do
+LOADS = (0.3, 0.6, 0.85)  # shares of one server's capacity
 CONTEXT_TOKENS = 4096
 TRAFFIC = "prompt=64~1.6,answer=16~1.6"
 TARGETS = {"p50": 0.15, "p99": 0.30}
 MEASURED, FORECAST = "measured steps", "forecast steps"
-_DOCUMENTS = range(1, 49)  # of words, without control tokens
+_DOCUMENTS = range(1, 49)  # their token ids stand for words, not for control tokens
 _START_TOKENS = 8  # the first word of a prompt is one of every eighth
 
 
@@ -228,7 +228,7 @@ def main() -> int:
             is_met = show(load, found, report, sample) and is_met
             late_s = max(late for _, _, late in replies)
             print(
-                f"      {len(replies)} requests, sent at most {late_s:.3f} s late; {sample.neighbours()}",
+                f"      {len(replies)} requests, sent at most {late_s:.3f} s late; {sample}",
                 flush=True,
             )
     print(f"right      {num_right}/{num_asked} answers")

@@ -65,7 +65,7 @@ POOL_ROWS = 1024
 # Rows of the embedding and the head that are made and quantized at once.
 STRIPE_ROWS = 16_384
 PROMPT_TOKENS = 8
-LAYER_SHARE = 0.5  # of a layer's usual output, times the root of the number of layers
+LAYER_SHARE = 0.5  # a layer's output is scaled by this, over the root of the number of layers
 SPREAD = 7919  # a prime: neighbours in the router's order are not adjacent in the file
 WAITING = "waiting_for_reads"
 

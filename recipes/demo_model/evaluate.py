@@ -1,6 +1,6 @@
 """Measure the shipped model: perplexities before and after, each expert removed, routing by domain, and a chat.
 
-    python evaluate.py --work WORK --experts src/argosy/demo/experts.gguf
+    python evaluate.py --work WORK --experts packages/argosy-demo/argosy_demo/experts.gguf
 
 The experts are those of the file, dequantised to float16 as the demo model stores them, not the trainer's float32
 weights. Streams and windows are fixed, see `data.py`. An expert is removed from all layers at once, in two ways: it

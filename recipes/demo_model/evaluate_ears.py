@@ -164,7 +164,7 @@ def perplexity(engine: Engine, ids: np.ndarray, is_target: np.ndarray) -> float:
 
 
 def perplexities(engine: Engine, path: Path) -> dict[str, float]:
-    """Of each stream in `heldout.npz`."""
+    """The perplexity of each stream in `heldout.npz`."""
     with np.load(path) as found:
         names = sorted(name.removesuffix("_ids") for name in found if name.endswith("_ids"))
         return {

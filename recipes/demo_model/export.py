@@ -1,6 +1,6 @@
 """Write the trained experts as the one small file that Argosy ships.
 
-    python export.py --work WORK --out src/argosy/demo/experts.gguf
+    python export.py --work WORK --out packages/argosy-demo/argosy_demo/experts.gguf
 
 Routers stay float32; gate, up and down become Q5_0 blocks of 32 weights, 5 bits each, with one float16 scale, see
 `q5_0.py`. The encyclopedia experts overshoot on other text, so they are first scaled towards the dense model.

@@ -1,7 +1,7 @@
-"""Add ear and eye experts, their rows of the routers, the projector and the tower to the file that Argosy ships.
+"""Add ear and eye experts, their rows of the routers, the projector and the tower to the file that argosy-demo ships.
 
     python export_senses.py --ears WORK/ears.safetensors --eyes WORK/sight.safetensors \\
-        --out ../../src/argosy/demo/experts.gguf
+        --out ../../packages/argosy-demo/argosy_demo/experts.gguf
 
 The eight experts of text stay as they are, bit for bit. The others become Q5_0 blocks like them; the projector and the
 tower float16.
@@ -22,13 +22,13 @@ from argosy.demo.base import BASE_GGUF_SHA256
 from argosy.demo.experts import (
     ARCHITECTURE,
     BASE_DIGEST_KEY,
-    EXPERTS_FILE,
     EXPERTS_PER_TOKEN_KEY,
     TENSOR_OF_PART,
     TENSOR_OF_PROJECTOR,
     TOWER_HEADS_KEY,
     TOWER_PREFIX,
 )
+from argosy.demo.package import find_experts
 from model import EXPERTS_PER_TOKEN, NUM_EXPERTS, WIDTH
 
 SIZE_LIMIT_BYTES = 53_000_000  # 28 MB of text, 25 MB of ears and eyes
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ears", type=Path, required=True, help="ears.safetensors")
     parser.add_argument("--eyes", type=Path, help="sight.safetensors; without it the model only hears")
-    parser.add_argument("--text", type=Path, default=EXPERTS_FILE, help="the file with the experts of text")
+    parser.add_argument("--text", type=Path, default=find_experts(), help="the file with the experts of text")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     senses = [load_file(path) for path in (options.ears, options.eyes) if path]

@@ -1,4 +1,4 @@
-"""What ears and eyes share: experts of their own in each layer, and a router that chooses them where they are needed.
+"""The parts that ears and eyes share: experts of their own in each layer, and a router that chooses them when needed.
 
     soft tokens of a sense -> demo model, every token to the two experts of that sense -> answer
                                   |
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from argosy.demo.experts import TrainedExperts
+from argosy.demo.package import find_experts
 from model import NUM_EXPERTS, WIDTH, DemoModel
 
 OWN_EXPERTS = 2  # of a sense, in each layer
@@ -298,7 +299,7 @@ def text_pieces(work: Path, tokenizer: Tokenizer, more: list[Path]) -> list[list
 
 def load_demo(work: Path) -> DemoModel:
     """The demo model as shipped, with its eight experts of text."""
-    demo, trained = DemoModel(find_gguf(work)), TrainedExperts()
+    demo, trained = DemoModel(find_gguf(work)), TrainedExperts(find_experts())
     with torch.no_grad():
         for layer in range(demo.num_layers):
             experts = trained.layer(layer)

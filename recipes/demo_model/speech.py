@@ -62,7 +62,7 @@ TEST_VOICES = [
 
 @dataclass(frozen=True)
 class Clip:
-    """What was said, how it was said, and how long it is."""
+    """A spoken text, how it was spoken, and its length."""
 
     kind: str  # "digits", "command", "capital" or "scene"
     words: str

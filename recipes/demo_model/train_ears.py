@@ -82,7 +82,7 @@ class Hearing(Sense):
         super().__init__(demo, Projector(demo.hidden_size))
 
     def own_state(self) -> dict[str, Tensor]:
-        """What is trained."""
+        """The tensors that are trained."""
         projector = self.encoder.state_dict(prefix="projector.")
         return {name: value.detach() for name, value in projector.items()} | super().own_state()
 
