@@ -40,7 +40,7 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
 
 
-def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_ranges(
+def test_a_rate_is_the_median_of_its_rounds_beside_the_probes_and_their_variation_widens_the_ranges(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(calibration, "_ARENA_BYTES", 16 << 20)
@@ -49,23 +49,41 @@ def test_a_rate_is_the_median_of_its_rounds_and_their_variation_widens_the_range
     kernels = calibration._Kernels(runtime, 1)
     monkeypatch.setattr(calibration._native, "memory_probe", lambda threads, nbytes: 1e6)
     cold = {id(one.call) for one in kernels._calls if one.name.startswith("cold ")}
-    for seconds in (1.0, 4.0, 2.0):
+    # In the second round a neighbour takes half of the core.
+    for seconds, int8 in ((1.0, 9e9), (4.0, 4.5e9), (2.2, 9e9)):
+        monkeypatch.setattr(calibration._native, "int8_probe", lambda threads, int8=int8: int8)
         # A call with cold weights has 12 MiB of them, which is more matrices than a call with cached ones.
         monkeypatch.setattr(
             calibration, "_median_s", lambda call, seconds=seconds: seconds * (20 if id(call) in cold else 1)
         )
         kernels.measure()
-    rates, varied, wait = kernels.rates, kernels.varied, kernels.wait("q4", 64)
-    share = kernels.share_of_memory("keys and values")
+    rates, varied, wait = kernels.rates, kernels.varied, kernels.wait("q4", 8)
+    share, int8_operations = kernels.share_of_memory("keys and values f32"), kernels.int8_operations
     kernels.close()
     runtime.close()
     assert varied == 4.0
-    assert rates["q4 64"] == 4 * 64 * 768 * 2048 / 2.0
-    assert rates["keys and values"] == 2 * 1024 * 16 * 128 * 4 / 2.0
-    assert share == pytest.approx(rates["keys and values"] / 1e6)
+    assert int8_operations == pytest.approx(3 / (2 / 9e9 + 1 / 4.5e9))
+    # Without the neighbour the rounds take 1, 2 and 2.2 seconds.
+    assert rates["q4 64"] == pytest.approx(4 * 64 * 768 * 2048 / 2.0 * int8_operations / 9e9)
+    assert share == pytest.approx(2 * 1024 * 16 * 128 * 4 / 2.2 / 1e6)
     nbytes = _native.matrix_bytes("q4", 768, 2048)
     matrices = (12 << 20) // nbytes
-    assert wait == pytest.approx((40.0 / matrices - 2.0 / 2) / (nbytes / 1e6))
+    assert wait == pytest.approx((44.0 / matrices - 2.2 / 2) / (nbytes / 1e6))
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([0.5, 1.1, 2.2], (0.5, 0.1)),  # layers with misses at 0.5, and further misses at 0.1
+        ([0.7, 1.4, 1.4], (0.55, 0.0)),  # fewer with more misses
+        ([0.0, 0.2, 1.4], (0.0, 0.2)),
+    ],
+)
+def test_the_first_miss_of_a_layer_and_further_ones_have_costs_of_their_own(
+    costs: list[float], expected: tuple[float, float]
+) -> None:
+    samples = [(1.0, 1.0, costs[0]), (2.0, 3.0, costs[1]), (3.0, 10.0, costs[2])]
+    assert calibration._solved(samples) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(

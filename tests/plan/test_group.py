@@ -20,8 +20,9 @@ DESKTOP = replace(
     waits=dict.fromkeys(guess("", 1).waits, (1.0,) * len(NUM_TOKENS)),
     layer_s=1e-9,
     streamed_layer_s=1e-9,
+    missing_layer_s=1e-9,
+    missing_layer_s_per_byte=1e-18,
     miss_s=1e-9,
-    miss_s_per_byte=1e-18,
     step_s=1e-9,
 )
 TEN_GBE = Network(bytes_per_s=10e9 / 8)

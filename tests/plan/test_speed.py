@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from argosy.config import KvDtype
 from argosy.errors import UsageError
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, NUM_TOKENS, Rates, guess, unhidden_waits
@@ -20,8 +21,9 @@ MEASURED = replace(
     memory_bytes_per_s=10e9,
     layer_s=1e-4,
     streamed_layer_s=2e-4,
-    miss_s=5e-5,
-    miss_s_per_byte=1e-11,
+    missing_layer_s=1e-4,
+    missing_layer_s_per_byte=5e-11,
+    miss_s=3e-5,
     step_s=1e-3,
     drive_latency_s=1e-4,
     spread=1.1,
@@ -29,9 +31,9 @@ MEASURED = replace(
     read_cpu_s_per_byte=1e-11,
     transcode_cpu_s_per_byte=4e-10,
     operations=dict.fromkeys(guess("", 1).operations, (1e11,) * len(NUM_TOKENS)),
-    keys_values=0.5,
-    attention_operations=1e11,
-    prompt_attention_operations=1e11,
+    keys_values=dict.fromkeys(get_args(KvDtype), 0.5),
+    attention_operations=dict.fromkeys(get_args(KvDtype), 1e11),
+    prompt_attention_operations=dict.fromkeys(get_args(KvDtype), 1e11),
 )
 # Ten layers, 4 of 32 experts of 2 MB; dense weights of 100 MB.
 WORK = Work(
@@ -80,15 +82,15 @@ def test_misses_wait_for_the_drive() -> None:
     assert found.drive_bytes_per_token.likely == pytest.approx(40 * (1 - rate) * 2e6)
     # Each miss takes 1 ms on the drive; half of what can hide it does.
     before = (sum(found.parts[name] for name in ("dense weights", "keys and values"))) / 10
-    hidden = (before / 2 + 2e-4 + 3 * EXPERT_S) / 2
+    missing = 1 - rate**4  # layers with a miss, the first of which takes 0.2 ms, and each further one 0.03 ms
+    decisions = missing * (1e-4 + 2e6 * 5e-11) + (4 * (1 - rate) - missing) * 3e-5
+    hidden = (before / 2 + 2e-4 + decisions + 3 * EXPERT_S) / 2
     expected = 0.0
     for misses, ways in ((1, 4), (2, 6), (3, 4), (4, 1)):
         chance = ways * (1 - rate) ** misses * rate ** (4 - misses)
         expected += 10 * chance * max(0.0, 1e-4 + misses * 1e-3 - hidden)
     assert found.parts["waiting for the drive"] == pytest.approx(expected)
-    assert found.parts["overhead"] == pytest.approx(
-        1e-3 + 10 * (1e-4 + 2e-4 + 4 * (1 - rate) * (5e-5 + 2e6 * 1e-11))
-    )
+    assert found.parts["overhead"] == pytest.approx(1e-3 + 10 * (1e-4 + 2e-4 + decisions))
     assert found.tokens_per_s.low < found.tokens_per_s.likely < found.tokens_per_s.high
 
 
@@ -100,9 +102,11 @@ def test_the_drive_bounds_a_small_cache_and_memory_a_large_one() -> None:
 
 
 def test_heads_that_share_keys_take_the_time_of_their_arithmetic() -> None:
-    slow = replace(MEASURED, attention_operations=4e9)
+    slow = replace(MEASURED, attention_operations=MEASURED.attention_operations | {"f16": 4e9})  # type: ignore[operator]
     found = predict_decode(WORK, slow, PRIOR, num_slots=ALL, context=1000)
     assert found.parts["keys and values"] == pytest.approx((1000 * 8000 + 128 * 2000) / 4e9)
+    other = predict_decode(replace(WORK, kv_dtype="f32"), slow, PRIOR, num_slots=ALL, context=1000)
+    assert other.parts["keys and values"] == pytest.approx((1000 * 4000 + 128 * 1000) / 5e9)
     # A prompt's tokens share passes over keys, which has a rate of its own.
     prompts = (
         predict_prompt(WORK, rates, PRIOR, num_slots=ALL, num_tokens=64, chunk_tokens=64)
@@ -128,6 +132,17 @@ def test_a_machine_that_cannot_read_and_compute_at_once_waits_longer() -> None:
     # The range has the other possibilities.
     assert alone.tokens_per_s.high > half.tokens_per_s.likely
     assert beside.tokens_per_s.low < half.tokens_per_s.likely
+
+
+def test_rates_of_a_moment_change_arithmetic_and_memory_and_not_the_drive() -> None:
+    rates = MEASURED
+    slower = rates.at(rates.memory_bytes_per_s / 4, rates.int8_operations / 2)
+    assert (slower.memory_bytes_per_s, slower.int8_operations) == (2.5e9, rates.int8_operations / 2)
+    assert slower.product_s("q4", 2e6, 3.6e6, 1) == pytest.approx(1.25 * 2e6 / 2.5e9 + 2 * 3.6e6 / 5e10)
+    assert slower.prompt_attention_s("q8", 1e9) == pytest.approx(2 * rates.prompt_attention_s("q8", 1e9))
+    assert slower.misses_overhead_s(4, 2, 2e6) == pytest.approx(2 * rates.misses_overhead_s(4, 2, 2e6))
+    assert slower.drive_rate(2e6) == rates.drive_rate(2e6)
+    assert rates.at(rates.memory_bytes_per_s, rates.int8_operations) == rates
 
 
 def test_several_streams_share_weights_and_not_keys_and_values() -> None:
@@ -156,10 +171,14 @@ def test_a_prompt_sweeps_once_for_each_chunk_and_reads_beside_its_products() -> 
         (8000 * 512.5 + 2000 * 128) / 1e11 for _ in range(1024)
     )
     products += 1.25 * (100e6 + 10 * 32 * 2e6) / 10e9
-    reads = sweep / 2 / 2e9  # less than the products; half of it is beside them
-    decisions = 10 * (2e-4 + 16 * 5e-5)
+    reads = sweep / 2 / 2e9  # less than the products, which hide them
+    decisions = 10 * (2e-4 + 2e-4 + 15 * 3e-5)
     lent = sweep / 2 * 1e-11 / 2  # of two cores
-    assert beside.seconds.likely == pytest.approx(products + reads / 2 + 2e-3 + decisions + lent, rel=0.01)
+    expected = products + 2e-3 + decisions + lent
+    assert reads < products
+    assert beside.seconds.likely == pytest.approx(expected, rel=0.01)
+    slow_end = 1.1 * (expected + reads / 2)  # hiding half of it
+    assert beside.seconds.high == pytest.approx(slow_end, rel=0.02)
     transcoded = replace(WORK, is_transcoded=True)
     longer = predict_prompt(
         transcoded, MEASURED, PRIOR, num_slots=160, num_tokens=1024, chunk_tokens=1024
@@ -185,6 +204,7 @@ MID = Work(
     record_bytes=2.65e6,
     piece_bytes=2.65e6,
     attention=(Attention(0, 65_536.0, 131_072.0),),
+    is_transcoded=True,
 )
 ZEN_5 = replace(
     guess("AMD EPYC", 2, drive_bytes_per_s=4.1e9),
@@ -341,13 +361,15 @@ def test_rates_are_read_back() -> None:
         {"more": 1},
         {"step_s": 1e300},
         {"encoder_operations": 0},
-        {"attention_operations": 0},
+        {"attention_operations": 1e11},
+        {"attention_operations": {"f32": 1e11}},
         {"overlap": 1.5},
         {"overlap": -0.1},
         {"transcoding_overlap": None},
-        {"miss_s_per_byte": 0},
+        {"missing_layer_s_per_byte": 0},
+        {"int8_operations": 0},
         {"prompt_attention_operations": None},
-        {"keys_values": "1"},
+        {"keys_values": dict.fromkeys(MEASURED.keys_values, 0)},
         {"transcode_cpu_s_per_byte": 0},
     ],
 )

@@ -3,10 +3,12 @@
     memory, products, attention, the drive, small models  ->  Rates, in the user's cache
 
 Products of 1 to 64 tokens are timed with weights in a CPU cache, which is arithmetic, and with weights that no cache
-holds: the rest of their time is waiting for memory. The drive is read at several record sizes, and then while products
-keep cores and memory busy, with and without transcoding, which says how much of one the other hides. The engine runs
-two tiny models of different depth, which give the overhead of a layer beyond its products, and two with experts of
-usual sizes, which give that of a miss.
+holds: the rest of their time is waiting for memory. Each is compared with a probe of int8 arithmetic at that moment,
+because cores of a virtual machine run at half their speed while a neighbour uses their other thread. The drive is read
+at several record sizes, and then while products keep cores and memory busy, with and without transcoding, which says
+how much of one the other hides. The engine runs two tiny models of different depth, which give the overhead of a layer
+beyond its products, and two with experts of usual sizes, which give that of a layer's first miss and of each further
+one.
 
 Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
 
@@ -36,7 +38,7 @@ import numpy as np
 from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
-from argosy.config import MIB, Format, SamplingParams
+from argosy.config import MIB, Format, KvDtype, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
@@ -57,12 +59,15 @@ _ARENA_BYTES = 192 << 20  # larger than most last-level caches
 _TILE_BYTES = 4 << 20  # random bytes, which repeat
 _COLD_BYTES = 12 << 20  # read in a sample
 _ROWS, _COLS, _MANY_TOKENS = 768, 2048, 64
+_MOST_WAITING = 8  # tokens; with more, arithmetic takes many times as long as reading weights
 _NUM_CACHED = 2  # matrices, 12 MB in float32, which last-level caches hold
 _ENCODER_ROWS = 512  # patches in a product, as towers have them
+_KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 _KEYS_BYTES = 64 << 20  # keys and values: more than most last-level caches hold
 _POSITIONS, _BLOCK, _HEAD_DIM = 1024, 16, 128
-_SAMPLE_S, _ROUNDS = 0.02, 5  # for each call
-_DRIVE_S = 0.25  # for each size of record, in each round
+_SAMPLE_S, _ROUNDS = 0.005, 8  # for each call, in each round
+_PROBE_S = 0.05  # for so long, arithmetic is taken to keep its rate
+_DRIVE_S = 0.15  # for each size of record, in each round
 _RECORD_BYTES = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 _ALONE_BYTES = 4 << 20  # a record that is read alone
 _NUM_READERS = 4
@@ -70,9 +75,9 @@ _AT_ONCE, _MOST_PIECES = 8, 8192  # matrices of 0.9 MB that are read and transco
 _NUM_BUSY = 96  # matrices of the products that keep cores busy: more than caches hold, so memory is busy, too
 _FILE_BYTES = 512 << 20  # the temporary file, if no model is there to be read
 _SMALLEST_FILE_BYTES = 64 << 20
-_CHOSEN = 4
 _BESIDE = ("router", "sampling", "other")  # parts of a ledger beside arithmetic and waiting
-_STEPS = 48
+_STEPS = 64
+_SHARES = (0.75, 0.5, 0.25)  # of experts in memory, where misses are measured
 
 
 def calibrate(
@@ -102,25 +107,27 @@ def calibrate(
             reads.measure()
         rates, varied = kernels.rates, kernels.varied
         memory_bytes_per_s = kernels.memory_bytes_per_s
-        keys_values = kernels.share_of_memory("keys and values")
+        keys_values = {dtype: kernels.share_of_memory(f"keys and values {dtype}") for dtype in _KV_DTYPES}
         waits = {
-            format: tuple(kernels.wait(format, tokens) for tokens in NUM_TOKENS)
+            format: tuple(kernels.wait(format, min(tokens, _MOST_WAITING)) for tokens in NUM_TOKENS)
             for format in get_args(Format)
         }
+        int8_operations = kernels.int8_operations
         drive = reads.result(cores)
-    overheads = _overheads(cores, tell)
+    overheads = _overheads(cores, int8_operations, tell)
     tell("done", 1.0)
     return Rates(
         cores=cores,
         memory_bytes_per_s=memory_bytes_per_s,
+        int8_operations=int8_operations,
         operations={
             format: tuple(rates[f"{format} {tokens}"] for tokens in NUM_TOKENS) for format in get_args(Format)
         },
         waits=waits,
         encoder_operations=rates["encoder"],
         keys_values=keys_values,
-        attention_operations=rates["attention"],
-        prompt_attention_operations=rates["prompt attention"],
+        attention_operations={dtype: rates[f"attention {dtype}"] for dtype in _KV_DTYPES},
+        prompt_attention_operations={dtype: rates[f"prompt attention {dtype}"] for dtype in _KV_DTYPES},
         drive=drive.rates,
         drive_latency_s=drive.latency_s,
         overlap=drive.overlap,
@@ -129,8 +136,9 @@ def calibrate(
         transcode_cpu_s_per_byte=drive.transcode_cpu_s_per_byte,
         layer_s=overheads.layer_s,
         streamed_layer_s=overheads.streamed_layer_s,
+        missing_layer_s=overheads.missing_layer_s,
+        missing_layer_s_per_byte=overheads.missing_layer_s_per_byte,
         miss_s=overheads.miss_s,
-        miss_s_per_byte=overheads.miss_s_per_byte,
         step_s=overheads.step_s,
         spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
         source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
@@ -184,11 +192,15 @@ def _cache_file(path: Path, threads: int) -> Path:
 
 
 class _Timed(NamedTuple):
-    """A call to time, and the bytes it reads or the operations it does."""
+    """A call to time, and the bytes that it reads or the operations that it does.
+
+    is_arithmetic: arithmetic bounds it, and not memory.
+    """
 
     name: str
     call: Callable[[], object]
     work: float
+    is_arithmetic: bool = True
 
 
 class _Kernels:
@@ -204,17 +216,37 @@ class _Kernels:
             *_products(runtime, self._memory), _encoder_product(runtime, self._memory), *_attention(runtime)
         ]  # fmt: skip
         self._medians: dict[str, list[float]] = {one.name: [] for one in self._calls}
+        # Operations per second of the int8 probe beside each call that arithmetic bounds.
+        self._int8: dict[str, list[float]] = {one.name: [] for one in self._calls if one.is_arithmetic}
 
     def measure(self) -> None:
         """Do a round."""
         self._probes.append(1.0 / _native.memory_probe(self._cores, max(256, 8 * self._cores) * MIB))
+        int8, probed_at = 0.0, -_PROBE_S
         for one in self._calls:
+            if one.is_arithmetic:
+                if time.perf_counter() - probed_at > _PROBE_S:
+                    int8, probed_at = _native.int8_probe(self._cores), time.perf_counter()
+                self._int8[one.name].append(int8)
             self._medians[one.name].append(_median_s(one.call))
 
     @property
+    def int8_operations(self) -> float:
+        """The mean over all rounds: arithmetic of some virtual machines changes its rate every few seconds."""
+        return statistics.harmonic_mean([rate for rounds in self._int8.values() for rate in rounds])
+
+    @property
     def rates(self) -> dict[str, float]:
-        """Work per second of each call."""
-        return {one.name: one.work / statistics.median(self._medians[one.name]) for one in self._calls}
+        """Work per second of each call that arithmetic bounds, at the mean rate of the probes."""
+        shares = {
+            one.name: statistics.median(
+                one.work / took / probed
+                for took, probed in zip(self._medians[one.name], self._int8[one.name], strict=True)
+            )
+            for one in self._calls
+            if one.is_arithmetic
+        }
+        return {name: share * self.int8_operations for name, share in shares.items()}
 
     @property
     def memory_bytes_per_s(self) -> float:
@@ -291,7 +323,9 @@ def _products(runtime: _native.Runtime, memory: ExitStack) -> Iterator[_Timed]:
             work = 2.0 * tokens * _ROWS * _COLS
             call = timed(format, tokens, _NUM_CACHED, all_of=_NUM_CACHED)
             yield _Timed(f"{format} {tokens}", call, _NUM_CACHED * work)
-            yield _Timed(f"cold {format} {tokens}", timed(format, tokens, cold), cold * work)
+            if tokens <= _MOST_WAITING:
+                call = timed(format, tokens, cold)
+                yield _Timed(f"cold {format} {tokens}", call, cold * work, is_arithmetic=False)
 
 
 def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
@@ -306,20 +340,23 @@ def _encoder_product(runtime: _native.Runtime, memory: ExitStack) -> _Timed:
 
 
 def _attention(runtime: _native.Runtime) -> Iterator[_Timed]:
-    """Attention of one token whose heads have their own keys (which waits for memory), of one token whose heads share
-    them (which waits for arithmetic), and of many tokens."""
+    """Attention with each format of the KV cache, of one token and of many.
 
-    def timed(num_heads: int, kv_heads: int, num_tokens: int) -> tuple[Callable[[], object], int, int]:
-        """The call, its bytes, and its operations."""
-        num_layers = -(-_KEYS_BYTES // (8 * kv_heads * _HEAD_DIM * _POSITIONS))
+    One token whose heads have keys of their own waits for memory, one whose heads share them waits for arithmetic.
+    """
+
+    def timed(name: str, dtype: KvDtype, num_heads: int, kv_heads: int, num_tokens: int) -> _Timed:
         shape = _native.KvShape.keys_values(kv_heads, _HEAD_DIM)
-        cache = _native.KvCache([shape] * num_layers, _POSITIONS // _BLOCK, _BLOCK, "f32")
+        num_blocks = _POSITIONS // _BLOCK
+        nbytes = _native.kv_cache_bytes([shape], num_blocks, _BLOCK, dtype)
+        num_layers = -(-_KEYS_BYTES // nbytes)
+        cache = _native.KvCache([shape] * num_layers, num_blocks, _BLOCK, dtype)
         keys = np.full((_POSITIONS, kv_heads, _HEAD_DIM), 0.1, np.float32)
         for layer in range(num_layers):
             _native.kv_write(runtime, cache, layer, keys, keys, np.arange(_POSITIONS))
         query = np.ones((num_tokens, num_heads, _HEAD_DIM), np.float32)
         out = np.empty((num_tokens, num_heads * _HEAD_DIM), np.float32)
-        table = np.arange(_POSITIONS // _BLOCK, dtype=np.int32)[None]
+        table = np.arange(num_blocks, dtype=np.int32)[None]
         sequence = np.zeros(num_tokens, np.int32)
         order = np.arange(_POSITIONS - num_tokens, _POSITIONS, dtype=np.int32)
         layers = cycle(range(num_layers))
@@ -327,15 +364,14 @@ def _attention(runtime: _native.Runtime) -> Iterator[_Timed]:
         def call() -> None:
             _native.attention(runtime, cache, next(layers), query, table, sequence, order, 0.1, 0, out)
 
-        seen = int(order.sum()) + num_tokens
-        return call, 2 * keys.nbytes, 4 * num_heads * _HEAD_DIM * seen
+        is_arithmetic = kv_heads < num_heads
+        operations = 4 * num_heads * _HEAD_DIM * (int(order.sum()) + num_tokens)
+        return _Timed(f"{name} {dtype}", call, operations if is_arithmetic else nbytes, is_arithmetic)
 
-    call, nbytes, _ = timed(16, 16, 1)
-    yield _Timed("keys and values", call, nbytes)
-    call, _, operations = timed(32, 4, 1)
-    yield _Timed("attention", call, operations)
-    call, _, operations = timed(32, 4, _MANY_TOKENS)
-    yield _Timed("prompt attention", call, operations)
+    for dtype in _KV_DTYPES:
+        yield timed("keys and values", dtype, 16, 16, 1)
+        yield timed("attention", dtype, 32, 4, 1)
+        yield timed("prompt attention", dtype, 32, 4, _MANY_TOKENS)
 
 
 # ── the drive ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -414,21 +450,30 @@ class _DriveRates:
         together = {size: statistics.median(rates) for size, rates in self._together.items()}
         rate = together[_ALONE_BYTES]
         latency_s = max(1e-5, _ALONE_BYTES / statistics.median(self._alone) - _ALONE_BYTES / rate)
-        overlaps = []
-        kinds = (partial(self._read, _ALONE_BYTES, _NUM_READERS), self._transcode)
+        kinds: tuple[Callable[[float], tuple[int, float]], ...] = (
+            partial(self._read, _ALONE_BYTES, _NUM_READERS), self._transcode
+        )  # fmt: skip
         cpu_s_per_byte = []
         for read in kinds:
             begin = time.process_time()
             nbytes, _ = read(2 * _DRIVE_S)
             cpu_s_per_byte.append(max(1e-15, (time.process_time() - begin) / nbytes))
+        # Alone and together in turn, because products change their rate every few seconds on some machines.
+        alone = []
+        together_s = [[0.0, 0.0, 0.0] for _ in kinds]  # of reads, of products, and as long as both took
         with _busy(cores) as products:
-            for read in kinds:
+            for _ in range(_ROUNDS // 2):
                 products.rate()
-                time.sleep(2 * _DRIVE_S)
-                computing_alone = products.rate()
-                nbytes, seconds = read(6 * _DRIVE_S)
-                computing_s = seconds * products.rate() / computing_alone
-                overlaps.append(_overlap(nbytes / rate, computing_s, seconds))
+                time.sleep(_DRIVE_S)
+                alone.append(products.rate())
+                for read, sums in zip(kinds, together_s, strict=True):
+                    nbytes, seconds = read(2 * _DRIVE_S)
+                    for at, value in enumerate((nbytes / rate, seconds * products.rate(), seconds)):
+                        sums[at] += value
+        overlaps = [
+            _overlap(reading_s, done / statistics.mean(alone), seconds)
+            for reading_s, done, seconds in together_s
+        ]
         return _Drive(tuple(together.items()), latency_s, *overlaps, *cpu_s_per_byte)
 
     def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
@@ -445,12 +490,13 @@ class _DriveRates:
         return count * record_bytes, count * record_bytes / rate
 
     def _transcode(self, seconds: float) -> tuple[int, float]:
-        """Read for about `seconds`, and take what is read for blocks of Q4_0 that readers transcode.
+        """Read for about `seconds`, and take what is read for 4-bit weights that readers transcode.
 
-        The bytes are no such blocks, so their transcoder may report scales that are not finite, which costs it nothing.
+        The file has anything in it, so these are weights of a kind of which no byte is invalid: a reader stops at the
+        first scale that is no finite number.
         """
-        nbytes = _ROWS * _COLS * 18 // 32  # 18 bytes hold 32 weights
-        slot_bytes = _native.matrix_bytes("q4", _ROWS, _COLS)
+        nbytes = _ROWS * _COLS // 2
+        slot_bytes = _native.matrix_bytes("int4", _ROWS, _COLS)
         numbers = np.random.default_rng().integers(self._bytes // nbytes, size=_MOST_PIECES)
         places = [int(number) * nbytes for number in numbers]
         begin, done = time.perf_counter(), 0
@@ -461,14 +507,14 @@ class _DriveRates:
             file = store.open(self._path, self._is_direct)
 
             def fetch(number: int, slot: int) -> int:
-                piece = (file, places[number], nbytes, slot * slot_bytes, "Q4_0", _ROWS, _COLS)
+                piece = (file, places[number], nbytes, slot * slot_bytes, "int4_quants", _ROWS, _COLS)
                 return store.fetch(arena, [piece])
 
             in_flight = {fetch(slot, slot): slot for slot in range(_AT_ONCE)}
             started = _AT_ONCE
             while in_flight:
-                for ticket, message, kind in store.wait_any(list(in_flight)):
-                    if message is not None and kind != "not finite":
+                for ticket, message, _ in store.wait_any(list(in_flight)):
+                    if message is not None:
                         raise OSError(message)
                     slot = in_flight.pop(ticket)
                     done += nbytes
@@ -539,68 +585,106 @@ class _Size(NamedTuple):
     hidden: int
     width: int
     experts: int
+    chosen: int
+
+    @property
+    def record_bytes(self) -> int:
+        return 3 * 2 * self.hidden * self.width
 
 
-# Two models as small as kernels allow, and two whose experts are as large as those of real models.
-_FEW, _MANY = _Size(4, 256, 64, 16), _Size(20, 256, 64, 16)
-_MIDDLING, _LARGE = _Size(4, 512, 256, 8), _Size(4, 1024, 512, 8)
+# Two models as small as kernels allow, and two whose experts have usual sizes, of which several may miss in a layer.
+_FEW, _MANY = _Size(4, 256, 64, 16, 4), _Size(20, 256, 64, 16, 4)
+_MIDDLING, _LARGE = _Size(4, 512, 256, 16, 8), _Size(3, 1024, 512, 16, 8)
 
 
 class _Overheads(NamedTuple):
     """Seconds that neither products nor reads explain.
 
     layer_s: per layer.   streamed_layer_s: more, if the layer's experts are streamed.
-    miss_s: per expert that misses.   miss_s_per_byte: per byte of its record.   step_s: per step.
+    missing_layer_s: more, if any of them misses.   missing_layer_s_per_byte: per byte of a record.
+    miss_s: for each further expert that misses.   step_s: per step.
     """
 
     layer_s: float
     streamed_layer_s: float
+    missing_layer_s: float
+    missing_layer_s_per_byte: float
     miss_s: float
-    miss_s_per_byte: float
     step_s: float
 
 
 class _Token(NamedTuple):
-    """A decode step of a small model: its seconds, those without arithmetic and waiting, and the hit rate."""
+    """A decode step of a small model: median seconds, mean ones without arithmetic and waiting, and the hit rate."""
 
     seconds: float
     beside_s: float
     hit_rate: float
 
 
-def _overheads(cores: int, tell: Progress) -> _Overheads:
+def _overheads(cores: int, int8_operations: float, tell: Progress) -> _Overheads:
+    """Run the small models; seconds are for that rate of int8 arithmetic."""
     with tempfile.TemporaryDirectory(prefix="argosy-calibration-") as scratch:
 
         def tokens(size: _Size, *shares: float | None) -> list[_Token]:
-            """With every expert in memory, or a share of them."""
+            """With every expert in memory, or a share of them; medians of three turns."""
             path = Path(scratch) / f"{size.layers}-{size.hidden}"
             _write_model(path, size)
-            slots = size.layers * size.experts
+            most = size.layers * size.experts - 1
+            slots = [None if share is None else min(most, int(share * (most + 1))) for share in shares]
+            turns = [
+                [_token(path, cores, int8_operations, expert_slots=one) for one in slots] for _ in range(3)
+            ]
             return [
-                _token(path, cores, expert_slots=None if one is None else min(slots - 1, int(one * slots)))
-                for one in shares
+                _Token(*map(statistics.median, zip(*found, strict=True)))
+                for found in zip(*turns, strict=True)
             ]
 
         tell("running small models", 0.8)
         few, few_streamed = tokens(_FEW, None, 1.0)
         many, many_streamed = tokens(_MANY, None, 1.0)
         tell("running small models", 0.9)
-        costs = []  # for each miss: bytes of the record, seconds
+        first, further = [], []  # bytes of a record and seconds of a layer's first miss; seconds of another
         for size in (_MIDDLING, _LARGE):
-            all_here, missing = tokens(size, 1.0, 0.5)
-            misses = size.layers * _CHOSEN * (all_here.hit_rate - missing.hit_rate)
-            record_bytes = 3 * 2 * size.hidden * size.width
-            costs.append((record_bytes, (missing.beside_s - all_here.beside_s) / max(1.0, misses)))
-    miss_s, miss_s_per_byte = _line(*costs)
+            all_here, *missing = tokens(size, 1.0, *_SHARES)
+            layer_s, miss_s = _solved(
+                [
+                    (
+                        size.layers * (1.0 - one.hit_rate**size.chosen),
+                        size.layers * size.chosen * (1.0 - one.hit_rate),
+                        one.beside_s - all_here.beside_s,
+                    )
+                    for one in missing
+                ]
+            )
+            first.append((size.record_bytes, layer_s))
+            further.append(miss_s)
+    missing_layer_s, missing_layer_s_per_byte = _line(*first)
     layers = _MANY.layers - _FEW.layers
     layer_s = max(1e-6, (many.seconds - few.seconds) / layers)
     return _Overheads(
         layer_s=layer_s,
         streamed_layer_s=max(1e-6, (many_streamed.seconds - few_streamed.seconds) / layers - layer_s),
-        miss_s=miss_s,
-        miss_s_per_byte=miss_s_per_byte,
+        missing_layer_s=missing_layer_s,
+        missing_layer_s_per_byte=missing_layer_s_per_byte,
+        miss_s=max(1e-6, statistics.mean(further)),
         step_s=max(1e-6, few.seconds - _FEW.layers * layer_s),
     )
+
+
+def _solved(samples: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds of a layer's first miss and of each further one, neither below zero, that fit best.
+
+    Args:
+        samples: layers with misses, misses, and the seconds that they cost.
+    """
+    layers, misses, seconds = (np.array(column) for column in zip(*samples, strict=True))
+    counts = np.stack([layers, misses - layers], 1)
+    found, *_ = np.linalg.lstsq(counts, seconds, rcond=None)
+    for one, other in ((0, 1), (1, 0)):
+        if found[one] < 0.0:
+            alone = counts[:, other]
+            found[one], found[other] = 0.0, max(0.0, float(alone @ seconds) / max(1e-9, float(alone @ alone)))
+    return float(found[0]), float(found[1])
 
 
 def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
@@ -612,17 +696,17 @@ def _line(first: tuple[float, float], second: tuple[float, float]) -> tuple[floa
 def _write_model(path: Path, size: _Size) -> None:
     raw = {
         "model_type": "qwen3_moe", "hidden_size": size.hidden, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 64, "num_hidden_layers": size.layers, "num_experts": size.experts, "num_experts_per_tok": _CHOSEN,
-        "moe_intermediate_size": size.width, "intermediate_size": 64, "vocab_size": 512, "max_position_embeddings": 512,
-        "norm_topk_prob": True, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu", "eos_token_id": 0,
+        "head_dim": 64, "num_hidden_layers": size.layers, "num_experts": size.experts,
+        "num_experts_per_tok": size.chosen, "moe_intermediate_size": size.width, "intermediate_size": 64,
+        "vocab_size": 512, "max_position_embeddings": 512, "norm_topk_prob": True, "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "eos_token_id": 0,
     }  # fmt: skip
     family = FAMILIES["qwen3_moe"]
     config, layout = family.parse_config(raw), family.LAYOUTS[0]
-    random = np.random.default_rng(0)
+    numbers = np.random.default_rng(0).normal(scale=0.05, size=1 << 20).astype("<f2")
 
     def tensor(name: str, shape: tuple[int, ...]) -> TensorToWrite:
-        values = random.normal(scale=0.05, size=shape).astype("<f2")
-        return name, "F16", shape, values.tobytes
+        return name, "F16", shape, np.resize(np.roll(numbers, len(name)), shape).tobytes
 
     tensors = [tensor(layout.dense_name(name), shape) for name, shape in dense_shapes(config)]
     for layer in config.moe_layers:
@@ -634,8 +718,8 @@ def _write_model(path: Path, size: _Size) -> None:
     write_safetensors(path / "model.safetensors", tensors)
 
 
-def _token(path: Path, cores: int, *, expert_slots: int | None) -> _Token:
-    """Run a small model; returns medians over its decode steps."""
+def _token(path: Path, cores: int, int8_operations: float, *, expert_slots: int | None) -> _Token:
+    """Run a small model; seconds are for that rate of int8 arithmetic."""
     with Engine.open(
         path,
         memory="2GiB",
@@ -645,6 +729,7 @@ def _token(path: Path, cores: int, *, expert_slots: int | None) -> _Token:
         expert_slots=expert_slots,
         media=False,
     ) as engine:
+        probes = [_native.int8_probe(cores)]
         sequence = engine.submit([1, 2, 3], SamplingParams(max_tokens=_STEPS, ignore_eos=True))
         times, beside = [], []
         before = engine.ledger
@@ -654,7 +739,9 @@ def _token(path: Path, cores: int, *, expert_slots: int | None) -> _Token:
             times.append(time.perf_counter() - begin)
             parts = engine.ledger.parts
             beside.append(sum(parts[part] - earlier.parts[part] for part in _BESIDE))
+        probes.append(_native.int8_probe(cores))
         lookups = engine.ledger.lookups - before.lookups
         hit_rate = (engine.ledger.hits - before.hits) / lookups if lookups else 1.0
-    warm = _STEPS // 4
-    return _Token(statistics.median(times[warm:]), statistics.median(beside[warm:]), hit_rate)
+    warm, factor = _STEPS // 4, statistics.mean(probes) / int8_operations
+    # A mean beside arithmetic and waiting, because misses are in some steps and not in others.
+    return _Token(factor * statistics.median(times[warm:]), factor * statistics.mean(beside[warm:]), hit_rate)

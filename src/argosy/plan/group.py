@@ -124,7 +124,7 @@ def _step_s(
         for part in (work.dense, work.head)
         for format, (nbytes, parameters) in part.items()
     )
-    attention_s = rates.attention_s(*work.keys_values(context))
+    attention_s = rates.attention_s(work.kv_dtype, *work.keys_values(context))
     one_s = sum(
         rates.product_s(format, nbytes, parameters, 1) for format, (nbytes, parameters) in work.expert.items()
     )
@@ -138,7 +138,9 @@ def _step_s(
     layers = work.num_moe_layers
     overhead_s = work.num_layers * rates.layer_s + rates.step_s
     missed = chosen * (1.0 - hit_rate) / machines  # per layer; each machine handles its own
-    overhead_s += layers * (rates.streamed_layer_s + missed * rates.miss_overhead_s(work.record_bytes))
+    overhead_s += layers * (
+        rates.streamed_layer_s + rates.misses_overhead_s(chosen / machines, missed, work.record_bytes)
+    )
     return dense_s + attention_s + overhead_s + layers * (experts_s + network_s), layers * network_s
 
 

@@ -18,13 +18,13 @@ from math import log2
 from typing import Any, get_args
 
 from argosy import _native
-from argosy.config import FLOAT_FORMATS, Format
+from argosy.config import FLOAT_FORMATS, Format, KvDtype
 from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
 
 # How far rates may be off: what they varied by while they were measured, between the first two; or guessed.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
-FORMAT = "argosy-rates-8"
+FORMAT = "argosy-rates-9"
 NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # more are as fast as the last
 _MOST_RATE = 1e15
 _OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
@@ -37,14 +37,16 @@ _READ_CPU_S_PER_BYTE, _TRANSCODE_CPU_S_PER_BYTE = 50e-12, 300e-12
 class Rates:
     """Bytes and operations per second of a machine with all of its cores; a multiply-add is two operations.
 
+    int8_operations: rate of the probe of int8 arithmetic at which all others were measured.
     operations: rates of products for each of NUM_TOKENS, by format, with cached weights: fewer tokens share the work
         of unpacking weights.
     waits: how much longer products take with weights in memory, for each of NUM_TOKENS, by format: as a share of the
         time in which memory delivers the weights. What arithmetic hides is not in it.
     encoder_operations: rate of towers for pictures, whose weights are bfloat16.
-    keys_values: share of `memory_bytes_per_s` at which one token's attention reads the KV cache if memory bounds it.
-    attention_operations: when arithmetic bounds it.
-    prompt_attention_operations: rate of attention with many tokens of one sequence.
+    keys_values: share of `memory_bytes_per_s` at which one token's attention reads the KV cache if memory bounds it, by
+        format of the cache.
+    attention_operations: when arithmetic bounds it, by format.
+    prompt_attention_operations: rate of attention with many tokens of one sequence, by format.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
     overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
     transcoding_overlap: the same when records are transcoded while they land.
@@ -52,8 +54,9 @@ class Rates:
     transcode_cpu_s_per_byte: to read and transcode it.
     layer_s: overhead of a layer beyond its products: thread synchronisation, router, norms.
     streamed_layer_s: further overhead if the layer's experts are streamed.
-    miss_s: further overhead of each expert that misses: choosing a slot, starting reads, handing the record over.
-    miss_s_per_byte: and of each byte of its record.
+    missing_layer_s: further overhead of a layer of which any expert misses: starting reads, and waking up.
+    missing_layer_s_per_byte: and for each byte of a record.
+    miss_s: and for each further expert that misses: choosing a slot, handing the record over.
     step_s: overhead of a step beyond its layers.
     spread: a rate may be wrong by this factor, either way.
     source: where the rates come from, in words.
@@ -61,12 +64,13 @@ class Rates:
 
     cores: int
     memory_bytes_per_s: float
+    int8_operations: float
     operations: Mapping[str, tuple[float, ...]]
     waits: Mapping[str, tuple[float, ...]]
     encoder_operations: float
-    keys_values: float
-    attention_operations: float
-    prompt_attention_operations: float
+    keys_values: Mapping[KvDtype, float]
+    attention_operations: Mapping[KvDtype, float]
+    prompt_attention_operations: Mapping[KvDtype, float]
     drive: tuple[tuple[int, float], ...]
     drive_latency_s: float = _DRIVE_LATENCY_S
     overlap: float = _OVERLAP
@@ -75,8 +79,9 @@ class Rates:
     transcode_cpu_s_per_byte: float = _TRANSCODE_CPU_S_PER_BYTE
     layer_s: float
     streamed_layer_s: float
+    missing_layer_s: float
+    missing_layer_s_per_byte: float
     miss_s: float
-    miss_s_per_byte: float
     step_s: float
     spread: float
     source: str
@@ -93,15 +98,14 @@ class Rates:
             + _at(tokens, self.waits[format]) * nbytes / self.memory_bytes_per_s
         )
 
-    def attention_s(self, nbytes: float, operations: float) -> float:
+    def attention_s(self, kv_dtype: KvDtype, nbytes: float, operations: float) -> float:
         """Seconds of attention of one token, which reads so many bytes of keys and values."""
-        return max(
-            nbytes / (self.keys_values * self.memory_bytes_per_s), operations / self.attention_operations
-        )
+        read_s = nbytes / (self.keys_values[kv_dtype] * self.memory_bytes_per_s)
+        return max(read_s, operations / self.attention_operations[kv_dtype])
 
-    def prompt_attention_s(self, operations: float) -> float:
+    def prompt_attention_s(self, kv_dtype: KvDtype, operations: float) -> float:
         """Seconds of attention of many tokens, which share passes over their keys."""
-        return operations / self.prompt_attention_operations
+        return operations / self.prompt_attention_operations[kv_dtype]
 
     def drive_rate(self, record_bytes: float) -> float:
         """Bytes per second at which records of that size are read."""
@@ -110,26 +114,42 @@ class Rates:
             return rate * record_bytes / smallest
         return _interpolated(self.drive, record_bytes)
 
-    def miss_overhead_s(self, record_bytes: float) -> float:
-        """Seconds of overhead of one expert that misses, beside waiting for its record."""
-        return self.miss_s + record_bytes * self.miss_s_per_byte
+    def misses_overhead_s(self, asked: float, misses: float, record_bytes: float) -> float:
+        """Seconds of overhead of a layer, beside waiting for records.
+
+        Args:
+            asked: experts that the layer asks for.
+            misses: how many of them miss in the mean. How many do varies from token to token, independently.
+        """
+        any_misses: float = 1.0 - max(0.0, 1.0 - misses / asked) ** asked
+        first_s = self.missing_layer_s + record_bytes * self.missing_layer_s_per_byte
+        return any_misses * first_s + (misses - any_misses) * self.miss_s
 
     def scaled(self, factor: float) -> Rates:
         """The same machine, faster by a factor in everything."""
+        faster = self.at(self.memory_bytes_per_s * factor, self.int8_operations * factor)
+        return replace(faster, drive=tuple((size, rate * factor) for size, rate in self.drive))
+
+    def at(self, memory_bytes_per_s: float, int8_operations: float) -> Rates:
+        """The same machine at a moment at which memory and arithmetic have other rates."""
+        factor = int8_operations / self.int8_operations
         return replace(
             self,
-            memory_bytes_per_s=self.memory_bytes_per_s * factor,
+            memory_bytes_per_s=memory_bytes_per_s,
+            int8_operations=int8_operations,
             operations={
                 name: tuple(rate * factor for rate in found) for name, found in self.operations.items()
             },
             encoder_operations=self.encoder_operations * factor,
-            attention_operations=self.attention_operations * factor,
-            prompt_attention_operations=self.prompt_attention_operations * factor,
-            drive=tuple((size, rate * factor) for size, rate in self.drive),
+            attention_operations={name: rate * factor for name, rate in self.attention_operations.items()},
+            prompt_attention_operations={
+                name: rate * factor for name, rate in self.prompt_attention_operations.items()
+            },
             layer_s=self.layer_s / factor,
             streamed_layer_s=self.streamed_layer_s / factor,
+            missing_layer_s=self.missing_layer_s / factor,
+            missing_layer_s_per_byte=self.missing_layer_s_per_byte / factor,
             miss_s=self.miss_s / factor,
-            miss_s_per_byte=self.miss_s_per_byte / factor,
             read_cpu_s_per_byte=self.read_cpu_s_per_byte / factor,
             transcode_cpu_s_per_byte=self.transcode_cpu_s_per_byte / factor,
             step_s=self.step_s / factor,
@@ -181,6 +201,11 @@ def _checked(value: object) -> Rates:
         found = value[name]
         if not isinstance(found, dict) or found.keys() != formats or not all(map(_are_rates, found.values())):
             raise JsonError(f"has `{name}` that are not rates for each format")
+    for name in ("keys_values", "attention_operations", "prompt_attention_operations"):
+        found = value[name]
+        dtypes = set(get_args(KvDtype))
+        if not isinstance(found, dict) or found.keys() != dtypes or not all(map(_is_rate, found.values())):
+            raise JsonError(f"has `{name}` that is not a rate for each format of the KV cache")
     drive = value["drive"]
     if not isinstance(drive, list) or not 1 <= len(drive) <= 100:
         raise JsonError("has no list as `drive`")
@@ -193,9 +218,9 @@ def _checked(value: object) -> Rates:
     if sizes != sorted(set(sizes)):
         raise JsonError("has a `drive` whose sizes do not rise")
     for name in (
-        "cores", "memory_bytes_per_s", "encoder_operations", "keys_values", "attention_operations",
-        "prompt_attention_operations", "drive_latency_s", "read_cpu_s_per_byte", "transcode_cpu_s_per_byte", "layer_s",
-        "streamed_layer_s", "miss_s", "miss_s_per_byte", "step_s", "spread",
+        "cores", "memory_bytes_per_s", "int8_operations", "encoder_operations", "drive_latency_s",
+        "read_cpu_s_per_byte", "transcode_cpu_s_per_byte", "layer_s", "streamed_layer_s", "missing_layer_s",
+        "missing_layer_s_per_byte", "miss_s", "step_s", "spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
@@ -299,17 +324,19 @@ def guess(cpu: str, cores: int, *, drive_bytes_per_s: float | None = None) -> Ra
     return Rates(
         cores=cores,
         memory_bytes_per_s=memory,
+        int8_operations=1e9 * cores * family.core_int8_gops,
         operations=operations,
         waits=unhidden_waits(operations, memory),
         encoder_operations=floats * (_BF16_SPEED_UP if family.has_bf16 else 1.0),
-        keys_values=_KEYS_VALUES_SHARE,
-        attention_operations=floats * _ATTENTION_SHARE,
-        prompt_attention_operations=floats * _PROMPT_ATTENTION_SHARE,
+        keys_values=dict.fromkeys(get_args(KvDtype), _KEYS_VALUES_SHARE),
+        attention_operations=dict.fromkeys(get_args(KvDtype), floats * _ATTENTION_SHARE),
+        prompt_attention_operations=dict.fromkeys(get_args(KvDtype), floats * _PROMPT_ATTENTION_SHARE),
         drive=((_FULL_RECORD_BYTES, drive),),
         layer_s=30e-6,
         streamed_layer_s=50e-6,
-        miss_s=30e-6,
-        miss_s_per_byte=35e-12,
+        missing_layer_s=100e-6,
+        missing_layer_s_per_byte=60e-12,
+        miss_s=20e-6,
         step_s=300e-6,
         spread=GUESSED_SPREAD,
         source=f"guessed: {family.name}, {cores} cores{told} ({family.source})",

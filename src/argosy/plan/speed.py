@@ -3,16 +3,17 @@
     Work (what a model reads and computes)  +  Rates  +  WorkingSet  +  slots  ->  Speed
 
 A layer reads its dense weights and the keys and values, then its experts; those that miss come from the drive while the
-others are computed, and the last to land is computed after it. Each miss costs decisions, too. A prompt sweeps through
-the experts once for each chunk. Each prediction names the part that takes the longest.
+others are computed, and the last to land is computed after it. Misses cost decisions, too, the first of a layer most. A
+prompt sweeps through the experts once for each chunk. Each prediction names the part that takes the longest.
 
     layer = before experts + experts in memory + max(0, latency + misses * record / drive - overlap * hiding)
-    hiding = half of the time before experts, in which look-ahead reads, and all experts but the last
+    hiding = half of the time before experts, in which look-ahead reads, decisions, and all experts but the last
 
 The number of misses of a layer varies from token to token, so the maximum is averaged over a binomial distribution: the
 maximum of means would be too optimistic. `overlap` is a rate of the machine: 1 if it computes and reads at once as
 fast as it does each alone, 0 if both together take as long as one after the other, because the drive, or transcoding
-what it reads, costs processor time. A prompt's reads overlap its products by the same share.
+what it reads, costs processor time and bandwidth of memory. A prompt's products wait for neither memory nor reads, so
+reads take only their processor time from them.
 
 Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
 """
@@ -94,7 +95,8 @@ class _Case(NamedTuple):
 
     rate_factor: float
     hit_points: float  # added to the hit rate
-    overlap: float  # how much reading and computing overlap; 0: one after the other
+    overlap: float  # how much reading and computing overlap in decode; 0: one after the other
+    prompt_overlap: float  # and in prompts
     subject: float  # 0: streams on unrelated subjects; 1: on the same
 
 
@@ -102,9 +104,9 @@ def _cases(work: Work, rates: Rates, working_set: WorkingSet) -> tuple[_Case, _C
     points = working_set.error
     overlap = rates.transcoding_overlap if work.is_transcoded else rates.overlap
     return (
-        _Case(1 / rates.spread, -points, overlap / 2, 0.0),
-        _Case(1.0, 0.0, overlap, _LIKELY_SUBJECT),
-        _Case(rates.spread, points, (1.0 + overlap) / 2, 1.0),
+        _Case(1 / rates.spread, -points, overlap / 2, 0.5, 0.0),
+        _Case(1.0, 0.0, overlap, 1.0, _LIKELY_SUBJECT),
+        _Case(rates.spread, points, (1.0 + overlap) / 2, 1.0, 1.0),
     )
 
 
@@ -164,7 +166,7 @@ def _decode_step(
         hit_rate = min(1.0, max(0.0, predicted + case.hit_points))
     dense_s = _product_s(work.dense, rates, streams) + _product_s(work.head, rates, streams)
     keys_values, operations = work.keys_values(context)
-    attention_s = streams * rates.attention_s(keys_values, operations)
+    attention_s = streams * rates.attention_s(work.kv_dtype, keys_values, operations)
     layers = work.num_moe_layers
     tokens = max(1.0, streams * work.experts_per_token / asked)  # for each expert that is asked for
     experts_s = asked * _expert_s(work.expert, rates, tokens)
@@ -172,10 +174,14 @@ def _decode_step(
     waiting_s = 0.0
     if not is_resident:
         missed = asked * (1.0 - hit_rate)  # per layer
-        overhead_s += layers * (rates.streamed_layer_s + missed * rates.miss_overhead_s(work.record_bytes))
+        misses_s = rates.misses_overhead_s(asked, missed, work.record_bytes)
+        overhead_s += layers * (rates.streamed_layer_s + misses_s)
         # Look-ahead reads from half of what comes before the experts on; the last to land is computed after it.
         hiding_s = (
-            (dense_s + attention_s) / layers / 2 + rates.streamed_layer_s + experts_s * (1.0 - 1.0 / asked)
+            (dense_s + attention_s) / layers / 2
+            + rates.streamed_layer_s
+            + misses_s
+            + experts_s * (1.0 - 1.0 / asked)
         )
         record_s = work.record_bytes / rates.drive_rate(work.piece_bytes)
         waiting_s = layers * _mean_wait(
@@ -292,7 +298,7 @@ def _chunk(
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
     asked = _asked(work, working_set, tokens)
     dense_s = _product_s(work.dense, rates, tokens) + _product_s(work.head, rates, 1)
-    attention_s = tokens * rates.prompt_attention_s(work.keys_values(seen)[1])
+    attention_s = tokens * rates.prompt_attention_s(work.kv_dtype, work.keys_values(seen)[1])
     of_expert = max(1.0, tokens * work.experts_per_token / asked)
     experts_s = layers * asked * _expert_s(work.expert, rates, of_expert)
     missed = layers * asked * missing * work.record_bytes
@@ -300,12 +306,13 @@ def _chunk(
     # All cores compute, so the readers' processor time slows the products down.
     cpu_s = rates.transcode_cpu_s_per_byte if work.is_transcoded else rates.read_cpu_s_per_byte
     lent_s = missed * cpu_s / rates.cores
-    # The next layer's experts are read while this one computes, but not all of the time.
+    # The next layer's experts are read while this one computes.
     computing_s = experts_s + dense_s + attention_s + lent_s
-    alone_s = (1.0 - case.overlap) * min(reading_s, computing_s)
+    alone_s = (1.0 - case.prompt_overlap) * min(reading_s, computing_s)
     overhead_s = work.num_layers * rates.layer_s + rates.step_s + lent_s
     if missing:
-        overhead_s += layers * (rates.streamed_layer_s + asked * missing * rates.miss_s)
+        misses_s = rates.misses_overhead_s(asked, asked * missing, work.record_bytes)
+        overhead_s += layers * (rates.streamed_layer_s + misses_s)
     parts = {
         "dense weights": dense_s,
         "attention": attention_s,

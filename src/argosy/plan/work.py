@@ -37,6 +37,7 @@ class Work:
     record_bytes: size of one expert on the drive, read in pieces of `piece_bytes`.
     is_transcoded: whether readers transcode records to the formats in memory.
     attention: kinds of layers with keys and values.
+    kv_dtype: of the KV cache.
     """
 
     num_layers: int
@@ -50,6 +51,7 @@ class Work:
     piece_bytes: float
     is_transcoded: bool = False
     attention: tuple[Attention, ...]
+    kv_dtype: KvDtype = "f16"
 
     @property
     def dense_bytes(self) -> float:
@@ -101,6 +103,7 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
         piece_bytes=record_bytes / sum(len(record.pieces) for record in records) if records else 1.0,
         is_transcoded=any(piece.transcode is not None for record in records for piece in record.pieces),
         attention=_attention(config, kv_dtype),
+        kv_dtype=kv_dtype,
     )
 
 
