@@ -21,7 +21,7 @@ from argosy.plan.simulation import Server
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with a context of 512 tokens."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    calibration._write_model(path, calibration._Size(layers=2, hidden=256, width=64, experts=16))
+    calibration._write_model(path, calibration._Size(layers=2, hidden=256, width=64, experts=16, chosen=4))
     return path
 
 
