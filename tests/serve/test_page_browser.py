@@ -217,6 +217,21 @@ def test_a_new_chat_without_keeping_forgets_the_conversation_and_can_be_undone(b
     assert not browser.one("#notice").is_displayed()
 
 
+@pytest.mark.parametrize("has_watermark", [False, True])
+def test_the_page_says_that_a_machine_writes_and_whether_it_marks_what_it_writes(
+    browser: Browser, has_watermark: bool
+) -> None:
+    browser.server.has_watermark = has_watermark
+    browser.open()
+    browser.until(lambda: browser.one("#watermark").is_displayed() == has_watermark)
+    browser.say("hello")
+    browser.wait_for_the_answer()
+    notice = browser.one(".by-machine")
+    assert notice.is_displayed()
+    assert notice.text.startswith("An AI model writes the answers.")
+    assert notice.text.endswith("Answers carry a watermark.") == has_watermark
+
+
 def test_a_new_chat_stops_the_running_answer(browser: Browser) -> None:
     browser.open()
     browser.say("slow")
