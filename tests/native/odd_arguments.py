@@ -39,6 +39,7 @@ SCALARS: tuple[Any, ...] = (
     np.datetime64(0, "s"), np.timedelta64(0, "s"),
 )  # fmt: skip
 HEADROOM_BYTES = 3 << 30
+NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})  # refused where bfloat16 is not the faster product
 MADE_BY_OTHERS = {
     "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
     "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer",
@@ -737,6 +738,8 @@ def main() -> int:
             if options.only in (None, name):
                 if name in MADE_BY_OTHERS:
                     walker.call(name, getattr(native, name), (), {}, "made by itself")
+                elif name in NEED_ROUNDING and not case.runtime.rounds:
+                    walker.call(name, *make(), "refused on this CPU")
                 else:
                     walker.walk(name, make, random.Random(name))
                 gc.collect()
