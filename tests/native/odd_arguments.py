@@ -39,7 +39,8 @@ SCALARS: tuple[Any, ...] = (
     np.datetime64(0, "s"), np.timedelta64(0, "s"),
 )  # fmt: skip
 HEADROOM_BYTES = 3 << 30
-NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})  # refused where bfloat16 is not the faster product
+# Refused where bfloat16 is not the faster product.
+NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
     "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
     "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer",
