@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,8 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from argosy.cli.memory import memory as memory_command
+from argosy.engine.engine import Engine
 from argosy.errors import DoesNotFit, Overloaded, ServerNotUsable
 from argosy.guard.keys import KeyRing
+from argosy.observe.live import LiveCache
+from argosy.observe.recorder import Recorder
 from argosy.serve import memory as memory_module
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
@@ -161,3 +165,33 @@ def test_the_answer_has_the_budget_and_what_it_is_used_for(server: str) -> None:
     assert (
         httpx.post(f"{server}/v1/engine/memory", json={"memory": before["budget_bytes"]}).status_code == 200
     )
+
+
+def seen_contexts(url: str) -> set[int]:
+    """The context of the model as each dialect says it."""
+    (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+    state = httpx.get(f"{url}/v1/engine/state").json()
+    props = httpx.get(f"{url}/props").json()
+    shown = httpx.post(f"{url}/api/show", json={"model": listed["id"]}).json()["model_info"]
+    lengths = [value for key, value in shown.items() if key.endswith(".context_length")]
+    return {
+        listed["max_model_len"], state["model"]["context_tokens"], props["default_generation_settings"]["n_ctx"],
+        *lengths,
+    }  # fmt: skip
+
+
+def test_clients_see_the_context_that_a_smaller_budget_leaves(
+    server: str, service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, facts = engine.plan, service.model
+    smaller = replace(opened, num_slots=3, context_tokens=opened.context_tokens // 2)
+    recorder = Recorder(engine.config, engine.settings, keeps_recent=True)
+    recent = LiveCache(recorder, num_experts=engine.config.num_experts, num_slots=opened.usual_slots)
+    monkeypatch.setattr(service, "recent_cache", recent)
+    assert seen_contexts(server) == {opened.context_tokens}
+    for plan in (smaller, opened):
+        monkeypatch.setattr(engine, "resize", lambda budget_bytes, plan=plan: plan)
+        assert httpx.post(f"{server}/v1/engine/memory", json={"memory": "1GiB"}).status_code == 200
+        assert seen_contexts(server) == {plan.context_tokens}
+        assert recent.num_slots == plan.usual_slots
+    assert service.model == facts

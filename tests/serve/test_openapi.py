@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 
 from argosy.config import SamplingParams
 from argosy.engine.loop import Event, LoopFacts
+from argosy.engine.memory_plan import MemoryPlan
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.infill import Infill, InfillForm
@@ -65,8 +66,9 @@ class ShortLoop:
     def revoke(self, tenant: str) -> None:
         self._loop.revoke(tenant)
 
-    def resize(self, budget_bytes: int) -> None:
-        self._loop.resize(budget_bytes)
+    def resize(self, budget_bytes: int) -> MemoryPlan:
+        plan: MemoryPlan = self._loop.resize(budget_bytes)
+        return plan
 
     def snapshot(self) -> LoopFacts:
         facts: LoopFacts = self._loop.snapshot()

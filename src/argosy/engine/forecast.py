@@ -269,7 +269,7 @@ class Forecaster(Speeds):
 
     def servers(self, plan: MemoryPlan) -> tuple[Server, Server, Server]:
         """The fastest, the likely and the slowest server with that plan."""
-        at_once, num_slots = self.config.max_sequences, plan.decode_slots(plan.context_tokens // 2)
+        at_once, num_slots = self.config.max_sequences, plan.usual_slots
         if plan.num_states:
             at_once = min(at_once, plan.num_states)
         fast, likely, slow = tabulate(

@@ -30,6 +30,7 @@ from argosy.config import KV_BLOCK_TOKENS, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import DecodeSteps, Ledger
+from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked
@@ -220,10 +221,11 @@ class EngineLoop:
             self._to_forget.append((tenant, _erased()))
             self._changed.notify_all()
 
-    def resize(self, budget_bytes: int) -> None:
+    def resize(self, budget_bytes: int) -> MemoryPlan:
         """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
-        self._engine.resize(budget_bytes)
+        plan = self._engine.resize(budget_bytes)
         self._facts = self._engine.facts()
+        return plan
 
     def snapshot(self) -> LoopFacts:
         """Facts as of about the last step, without waiting for one."""

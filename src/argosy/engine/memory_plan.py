@@ -164,6 +164,11 @@ class MemoryPlan:
         idle_slots = min(self.idle_slots, idle_bytes // max(1, self.slot_bytes))
         return self.num_slots + self.lent_slots + idle_slots
 
+    @property
+    def usual_slots(self) -> int:
+        """Likely expert slots while text is generated, and sequences fill half of the context."""
+        return self.decode_slots(self.context_tokens // 2)
+
     def model_sizes(self, config: EngineConfig) -> ModelSizes:
         """The model's share of this plan."""
         return ModelSizes(

@@ -46,6 +46,9 @@ RERANK_FORMS: Mapping[str, RerankForm] = {
 class Reranking:
     """The prompts of one model.
 
+    Attributes:
+        context_tokens: positions of the context; may be set when that changes.
+
     Raises:
         UsageError: the vocabulary does not have the words of the form as tokens, or there is no tokenizer.
     """
@@ -54,7 +57,7 @@ class Reranking:
         if tokenizer is None:
             raise UsageError("a reranker needs a tokenizer, and this checkpoint has no tokenizer.json")
         self._form, self._tokenizer = form, tokenizer
-        self._max_tokens = context_tokens - 1
+        self.context_tokens = context_tokens
         yes, no = tokenizer.encode(form.yes), tokenizer.encode(form.no)
         if len(yes) != 1 or len(no) != 1:
             raise UsageError(
@@ -72,4 +75,4 @@ class Reranking:
         segments: list[Segment] = [
             (False, form.before), (True, query), (False, form.between), (True, document), (False, form.after),
         ]  # fmt: skip
-        return self._tokenizer.encode_segments(segments, max_tokens=self._max_tokens)
+        return self._tokenizer.encode_segments(segments, max_tokens=self.context_tokens - 1)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, ca
 from argosy.config import Grammar, SamplingParams
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
+from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.engine.verification import Verification
 from argosy.errors import ArgosyError, UsageError
@@ -94,7 +95,7 @@ class Loop(Protocol):
 
     def erase(self, tenant: str) -> None: ...
 
-    def resize(self, budget_bytes: int) -> None: ...
+    def resize(self, budget_bytes: int) -> MemoryPlan: ...
 
     def snapshot(self) -> LoopFacts: ...
 
@@ -281,6 +282,15 @@ class Service:
         self._media_hosts = media_hosts
         self.work = Work() if work is None else work
         self._digests = _digests(model, tokenizer)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Give the engine another memory budget (`Engine.resize`); clients see the context that is left."""
+        plan = self.loop.resize(budget_bytes)
+        self.model = replace(self.model, context_tokens=plan.context_tokens)
+        if self.reranking is not None:
+            self.reranking.context_tokens = plan.context_tokens
+        if self.recent_cache is not None:
+            self.recent_cache.num_slots = plan.usual_slots
 
     @property
     def ears_id(self) -> str:

@@ -155,7 +155,7 @@ class _Entry:
     """A model of the server."""
 
     def __init__(self, facts: ModelFacts, *, source: Source | None, served: Served | None = None) -> None:
-        self.facts = facts
+        self._facts = facts
         self.source = source
         self.served = served
         self.is_loading = False  # it has memory, and is being read
@@ -168,8 +168,14 @@ class _Entry:
         self.opening: asyncio.Task[None] | None = None
 
     @property
+    def facts(self) -> ModelFacts:
+        """What clients may know: of a model in memory, with the context that its budget leaves."""
+        served = self.served
+        return self._facts if served is None else served.service.model
+
+    @property
     def name(self) -> str:
-        return self.facts.id
+        return self._facts.id
 
     @property
     def state(self) -> State:
@@ -413,7 +419,7 @@ class Models:
         """
         if self.memory is None:
             for service in self.services():
-                await self._in_thread(service.loop.resize, budget_bytes)
+                await self._in_thread(service.resize, budget_bytes)
             return
         await self._in_thread(require_budget, budget_bytes)
         # Whoever asks may leave, and what has begun is finished.

@@ -131,8 +131,7 @@ def service_for(
 
     recent_cache = None
     if recorder is not None and not engine.plan.is_packed:
-        plan = engine.plan
-        num_experts, num_slots = engine.config.num_experts, plan.decode_slots(plan.context_tokens // 2)
+        num_experts, num_slots = engine.config.num_experts, engine.plan.usual_slots
         recent_cache = LiveCache(recorder, num_experts=num_experts, num_slots=num_slots)
     reranking = None
     if common.rerank is not None:
