@@ -303,14 +303,58 @@ def test_a_request_that_was_made_for_a_longer_context_is_refused(tight: Engine) 
         tight.enqueue(sequences)
 
 
-def test_an_engine_with_all_experts_end_to_end_keeps_them(model: Path) -> None:
+def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_small_for_them(
+    model: Path, answers: list[list[int]]
+) -> None:
     with Engine.open(model, memory="3GiB", **OPTIONS) as engine:
-        total = engine.plan.total_bytes
-        with pytest.raises(DoesNotFit, match="all experts lie end to end, and none can leave"):
-            engine.resize(total - 1)
-        assert engine.resize(total).budget_bytes == engine.plan.budget_bytes == total
+        opened, model_ = engine.plan, engine._model
+        assert opened.is_packed
+        assert engine.resize(opened.total_bytes).is_packed
+        sequences = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
+        for _ in range(8):
+            engine.step()
+        before = engine.ledger
+        assert before.lookups == before.hits > 0
+        arena = model_.experts._arena  # type: ignore[union-attr]
+        plan = engine.resize(opened.total_bytes - MISSING * opened.slot_bytes)
+        assert not arena.nbytes
+        assert not plan.is_packed
+        assert 2 <= plan.num_slots < 24
+        assert plan.idle_slots > 0
+        assert plan.total_bytes <= plan.budget_bytes
+        assert engine.facts().num_resident == 0
+        assert engine.ledger.lookups == before.lookups
+        assert engine.ledger.bytes_read == before.bytes_read
+        while any(one.result is None for one in sequences):
+            engine.step()
+        assert [one.new_ids for one in sequences] == answers
+        assert engine.ledger.hits < engine.ledger.lookups
+        assert engine.facts().expert_slots == model_.cache._arena.nbytes // opened.slot_bytes  # type: ignore[union-attr]
+        assert engine.resize(opened.budget_bytes).num_slots == opened.num_experts
+        for prompt, expected in zip(PROMPTS * 2, answers * 2, strict=True):
+            assert list(engine.generate(prompt, GREEDY).token_ids) == expected
+        assert model_.experts is not None
+        assert model_.experts.resident is not None  # native code runs them without asking again
+        with pytest.raises(DoesNotFit, match=r"needs .* of memory now, and the budget would be 1.0 MiB"):
+            engine.resize(1 * MIB)
+
+
+def test_a_budget_that_is_too_small_even_for_slots_changes_nothing(model: Path) -> None:
+    with Engine.open(model, memory="3GiB", **OPTIONS) as engine:
+        opened = engine.plan
+        with pytest.raises(DoesNotFit, match=r"needs .* of memory now, and the budget would be 1.0 MiB"):
+            engine.resize(1 * MIB)
+        assert engine.plan is opened
+        assert engine._model.is_packed
+        assert engine.generate(PROMPTS[0], GREEDY).token_ids
         with pytest.raises(DoesNotFit, match=r"the budget is .*, and there are"):
             engine.resize(1 << 60)
+
+
+def test_an_engine_without_experts_has_nothing_that_could_leave(model: Path) -> None:
+    refused = pytest.raises(DoesNotFit, match="nothing of it can leave while it runs")
+    with Engine.open(model, memory="3GiB", experts_off=True, **OPTIONS) as engine, refused:
+        engine.resize(engine.plan.total_bytes - 1)
 
 
 def test_a_fixed_number_of_experts_stays_and_a_closed_engine_has_no_budget(model: Path) -> None:

@@ -116,6 +116,25 @@ def test_text_is_the_same_with_it(model: Path, slots: str | None, temperature: f
         assert engine.config == open_model(model).config
 
 
+def test_text_is_the_same_when_experts_move_into_slots(model: Path) -> None:
+    prompt = prompt_ids({"vocab_size": vocab_size(model)}, 2, 30)
+    with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        expected = engine.generate(prompt, params(0.0)).token_ids
+        assert engine.plan.is_packed
+        sequence = engine.submit(prompt, params(0.0))
+        while len(sequence.new_ids) < len(expected) // 2:
+            engine.step()
+        assert not engine.resize(engine.plan.total_bytes - 1).is_packed
+        while sequence.result is None:
+            engine.step()
+        assert tuple(sequence.new_ids) == tuple(expected)
+        mtp, proposed = engine._mtp, engine.ledger.proposed_tokens
+        assert engine.generate(prompt[::-1], params(0.0)).token_ids  # a new answer tries proposals
+        assert engine.ledger.proposed_tokens > proposed
+        assert mtp is not None
+        assert mtp.fault is None
+
+
 def test_the_plan_counts_the_layer(model: Path) -> None:
     with Engine.open(model, **SETTINGS) as plain, Engine.open(model, speculate="mtp", **SETTINGS) as engine:
         assert engine.plan.dense_bytes > plain.plan.dense_bytes

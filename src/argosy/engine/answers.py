@@ -28,7 +28,6 @@ from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
-from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.model import Model
 from argosy.plan import machine
@@ -60,7 +59,7 @@ class Answers:
     Args:
         end_ids: tokens that end any answer, unless they are ignored.
         admission: is told when a sequence ends.
-        experts: counts look-ups and reads; None where there are no routed experts.
+        model: its expert runner, if it has one, counts look-ups and reads.
         energy: has the joules of steps and answers.
         governor: has the time that proposals won; None: nothing tells.
     """
@@ -71,7 +70,7 @@ class Answers:
         admission: Admission,
         *,
         clock: PartClock,
-        experts: ExpertRunner | None,
+        model: Model,
         energy: EnergyShares,
         governor: Governor | None = None,
     ) -> None:
@@ -81,7 +80,7 @@ class Answers:
         self._admission = admission
         self._end_ids = end_ids
         self._clock = clock
-        self._experts = experts
+        self._model = model
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._proposed_tokens = self._confirmed_tokens = 0
         clock.mark("other")
@@ -220,7 +219,7 @@ class Answers:
     @property
     def ledger(self) -> Ledger:
         """Totals since the engine started."""
-        stats = self._experts.stats if self._experts is not None else None
+        stats = None if self._model.experts is None else self._model.experts.stats
         self._clock.mark("other")
         seconds, metered = self._clock.seconds, self._energy.total
         return Ledger(

@@ -43,13 +43,13 @@ from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.energy import EnergyShares
-from argosy.engine.expert_memory import OWN
+from argosy.engine.expert_memory import OWN, ExpertMemory
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.governor import Governor
 from argosy.engine.idle_memory import KV
 from argosy.engine.ledger import Ledger
 from argosy.engine.lookup import LookupDrafter
-from argosy.engine.memory_plan import MemoryPlan, replan, require_budget
+from argosy.engine.memory_plan import MemoryPlan, in_slots, replan, require_budget
 from argosy.engine.mtp import MtpDrafter
 from argosy.engine.options import (
     EngineOptions,
@@ -64,7 +64,7 @@ from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.engine.start import Share, start
+from argosy.engine.start import Share, idle_memory, reserved_slots, start
 from argosy.engine.watermark import Watermark
 from argosy.errors import (
     ArgosyError,
@@ -181,15 +181,15 @@ class Engine(BlockingCalls):
         )
         self._pooling = _find_pooling(files, config)
         self.admission = Admission(config.max_sequences, config.max_waiting)
-        runner = self._model.experts
+        model = started.model
         self._energy = EnergyShares(
-            EnergyMeter.find(), lambda: 0 if runner is None else runner.stats.bytes_read
+            EnergyMeter.find(), lambda: 0 if model.experts is None else model.experts.stats.bytes_read
         )
         self._answers = Answers(
             started.vocabulary.eos_ids,
             self.admission,
             clock=self._clock,
-            experts=runner,
+            model=model,
             energy=self._energy,
             governor=self._governor,
         )
@@ -503,7 +503,9 @@ class Engine(BlockingCalls):
 
         Experts leave first, then KV blocks, with prefixes that are kept in them. A running answer may be computed again
         because of that, and stays the same. With fewer blocks the context is shorter for new requests. Everything that
-        the plan no longer has is with the system when this returns. A larger budget brings back what left.
+        the plan no longer has is with the system when this returns. A larger budget brings back what left. If all
+        experts were in memory, end to end, the first budget that is too small for that makes all of them leave; they
+        are read again as tokens ask for them.
 
         Returns:
             The plan for the budget.
@@ -521,6 +523,8 @@ class Engine(BlockingCalls):
             with self._lock:
                 self._require_open()
                 plan = self._replan(budget_bytes)
+                if self._model.is_packed and not plan.is_packed:
+                    self._move_to_slots(plan)
                 experts, idle = self._experts, self._idle
                 if experts is not None and idle is not None:
                     self._requests.context_tokens = plan.context_tokens
@@ -536,23 +540,48 @@ class Engine(BlockingCalls):
 
     def _replan(self, budget_bytes: int) -> MemoryPlan:
         opened, cache = self._opened_with, self._model.cache
-        if cache is None or self._idle is None:
-            if budget_bytes < opened.total_bytes:
+        if cache is None:
+            if budget_bytes >= opened.total_bytes:
+                return replace(opened, budget_bytes=budget_bytes)
+            if not self._model.is_packed:
                 raise DoesNotFit(
                     f"needs {format_bytes(opened.total_bytes)} of memory, and the budget would be "
-                    f"{format_bytes(budget_bytes)}: all experts lie end to end, and none can leave",
+                    f"{format_bytes(budget_bytes)}: nothing of it can leave while it runs",
                     hint=f"start again with `--memory {budget_bytes // MIB}MiB`",
                     needed_bytes=opened.total_bytes,
                     budget_bytes=budget_bytes,
                 )
-            return replace(opened, budget_bytes=budget_bytes)
+            opened = in_slots(self._footprint, self.settings, opened)
         return replan(
             self._footprint,
             opened,
             budget_bytes,
             kv_bytes=self._model.kv.held_bytes,
             fewest_blocks=max(1, self._scheduler.num_blocks_needed),
-            most_slots=cache.most_slots,
+            most_slots=opened.num_experts if cache is None else cache.most_slots,
+        )
+
+    def _move_to_slots(self, plan: MemoryPlan) -> None:
+        """Have slots instead of all experts end to end. Call it with the lock, between two steps."""
+        opened = in_slots(self._footprint, self.settings, self._opened_with)
+        self._tell_recorder()
+        cache = self._model.move_to_slots(
+            self._store,
+            plan.num_slots,
+            most_slots=reserved_slots(opened, plan.reachable_slots),
+            look_ahead=self.settings.look_ahead,
+        )
+        self._opened_with = opened
+        self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
+        self._experts = ExpertMemory(
+            cache,
+            num_slots=plan.num_slots,
+            slot_bytes=plan.slot_bytes,
+            most_slots=plan.reachable_slots,
+            lock=self._lock,
+        )
+        self._idle = idle_memory(
+            self._experts, self._model, self._cache, self._footprint, self.settings, plan
         )
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:

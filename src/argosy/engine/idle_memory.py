@@ -51,10 +51,12 @@ class IdleMemory:
         self._buffer_bytes = buffer_bytes
         self._step_tokens, self._decode_tokens = step_tokens, decode_tokens
         self._part = -(-blocks.num_blocks // _PARTS)
-        self._num_written = 0  # blocks that may have been written, from the first on
+        # Blocks that may have been written, from the first on.
+        self._num_written = self._in_parts(blocks.num_used)
         self._max_tokens = step_tokens  # the most tokens of a step with the present buffers
         self._num_steps = 0  # since the last one with prompt tokens
         blocks.before_use = self._have_blocks
+        kv.release(self._num_written)
         experts.allow(KV, self.idle_kv_bytes())
 
     def before_step(self, num_tokens: int, *, has_prompts: bool) -> None:
@@ -84,12 +86,14 @@ class IdleMemory:
 
     def _have_blocks(self, num_blocks: int) -> None:
         if num_blocks > self._num_written:
-            parts = -(-num_blocks // self._part)
-            self._num_written = min(self._blocks.num_blocks, parts * self._part)
+            self._num_written = self._in_parts(num_blocks)
             self._experts.allow(KV, self.idle_kv_bytes())
 
+    def _in_parts(self, num_blocks: int) -> int:
+        return min(self._blocks.num_blocks, -(-num_blocks // self._part) * self._part)
+
     def _keep_blocks(self, num_blocks: int) -> None:
-        num_blocks = min(self._blocks.num_blocks, -(-num_blocks // self._part) * self._part)
+        num_blocks = self._in_parts(num_blocks)
         if num_blocks < self._num_written:
             self._num_written = num_blocks
             self._kv.release(num_blocks)

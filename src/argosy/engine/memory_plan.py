@@ -467,6 +467,18 @@ def _idle_buffer_bytes(
     return footprint.buffer_bytes(chunk + decode) - footprint.buffer_bytes(decode)
 
 
+def in_slots(footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan) -> MemoryPlan:
+    """A plan with all experts end to end, changed to slots for the fewest; what is idle then can be lent.
+
+    The memory for pictures and sounds stays with them.
+    """
+    has_media = bool(footprint.encoders or footprint.ears_bytes)
+    idle_bytes = _idle_buffer_bytes(footprint, config, plan.chunk_tokens, has_media=has_media)
+    fewest = min(footprint.num_experts, footprint.config.experts_per_token)
+    some = replace(plan, most_slots=footprint.num_experts)
+    return _with_slots(footprint, some, fewest, idle_buffer_bytes=idle_bytes)
+
+
 def replan(
     footprint: ModelFootprint,
     plan: MemoryPlan,

@@ -189,7 +189,7 @@ def start(
         sizes = plan.model_sizes(config)
         most_slots = sizes.expert_slots
         if share is None and most_slots is not None:
-            sizes = replace(sizes, expert_slots=_reserved_slots(plan, most_slots))
+            sizes = replace(sizes, expert_slots=reserved_slots(plan, most_slots))
         model = reading.finish(
             sizes,
             runtime,
@@ -240,15 +240,7 @@ def start(
         cache = _open_cache(model, plan, config, prefix_files)
         idle = None
         if memory is not None and share is None:
-            idle = IdleMemory(
-                memory,
-                model.kv,
-                cache.blocks,
-                model.decoder,
-                buffer_bytes=footprint.buffer_bytes if plan.idle_buffer_bytes else None,
-                step_tokens=sizes.step_tokens,
-                decode_tokens=config.decode_tokens,
-            )
+            idle = idle_memory(memory, model, cache, footprint, config, plan)
         undo.pop_all()
     return Started(
         clock=clock,
@@ -351,11 +343,31 @@ def _open_log(recorder: RouteRecorder, files: ModelFiles, plan: MemoryPlan, conf
     )
 
 
-def _reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
+def reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
     """The expert slots that get addresses: the budget may become larger while the engine runs."""
     if not may_reserve():
         return most_slots
     return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
+
+
+def idle_memory(
+    experts: ExpertMemory,
+    model: Model,
+    cache: PrefixCache,
+    footprint: ModelFootprint,
+    config: EngineConfig,
+    plan: MemoryPlan,
+) -> IdleMemory:
+    """Lend what prompts and sequences leave idle to experts, from now on."""
+    return IdleMemory(
+        experts,
+        model.kv,
+        cache.blocks,
+        model.decoder,
+        buffer_bytes=footprint.buffer_bytes if plan.idle_buffer_bytes else None,
+        step_tokens=plan.model_sizes(config).step_tokens,
+        decode_tokens=config.decode_tokens,
+    )
 
 
 def _open_media(

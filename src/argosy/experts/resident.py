@@ -153,3 +153,8 @@ class ResidentRunner:
 
     def close(self) -> None:
         self._arena.close()
+
+    def give_back(self) -> None:
+        """Close, and have the memory with the system when this returns, whoever else still has the table."""
+        self._arena.resize(0)
+        self._arena.close()

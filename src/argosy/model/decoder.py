@@ -130,6 +130,11 @@ class Decoder:
         self._clock.mark_native(self._stack.take_seconds())
         return logits
 
+    def run_with(self, experts: ExpertRunner) -> None:
+        """Have another runner run the experts from the next step on."""
+        self._experts = experts
+        self._stack.use_experts(None)  # forgets the table of the last one
+
     def resize(self, max_tokens: int) -> None:
         """Have memory for steps of at most so many tokens from now on, no more than at first.
 

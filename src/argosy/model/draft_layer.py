@@ -100,6 +100,10 @@ class DraftLayer:
         self._decoder.forward(step._replace(wanted=rows[:0], overrides=Overrides(rows, embedded)))
         return self._decoder.hidden()
 
+    def run_with(self, experts: ExpertRunner) -> None:
+        """Have another runner run the experts from the next run on."""
+        self._decoder.run_with(experts)
+
     def logits(self, states: Array) -> Array:
         """Logits of the tokens after those of the rows: float32 [rows, vocab_size].
 

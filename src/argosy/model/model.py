@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from argosy.config import KV_BLOCK_TOKENS, KvDtype
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
 from argosy.experts.recording import RouteLog
-from argosy.experts.resident import Progress, ResidentReading, load_resident
+from argosy.experts.resident import Progress, ResidentReading, ResidentRunner, load_resident
 from argosy.experts.runner import ExpertGroup, ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder, RouteObserver
@@ -193,7 +193,7 @@ class Model:
     Attributes:
         kv: keys and values of all layers, in blocks of `KV_BLOCK_TOKENS` positions.
         recurrent: the recurrent state of the layers that have one; None if no layer has.
-        cache: experts in this process; None if all of them are resident, or there are none.
+        cache: experts in this process; None if all of them are resident (`is_packed`), or there are none.
         draft: the layer that predicts one token more; None: it is not in memory.
     """
 
@@ -211,6 +211,7 @@ class Model:
         log: RouteLog | None = None,
     ) -> None:
         self.config = config = files.own_config
+        self._files, self._runtime = files, runtime
         self.cache = cache
         self.weights = weights
         self.experts = experts
@@ -265,6 +266,47 @@ class Model:
     def forbid(self, layer: int, experts: Sequence[int]) -> None:
         """Let no token choose these experts of a layer from the next step on (`Decoder.forbid`)."""
         self.decoder.forbid(layer, experts)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether this process has all experts, end to end."""
+        return isinstance(self.experts, ResidentRunner)
+
+    def move_to_slots(
+        self, store: _native.Store, num_slots: int, *, most_slots: int, look_ahead: bool
+    ) -> ExpertCache:
+        """Have slots for experts that were all in memory, end to end, from the next step on.
+
+        All experts leave first, so that the memory of both never adds up, and are read again as tokens ask for them.
+        Once there is a slot for every one, those that no token asks for are read, too. Counters go on.
+
+        Args:
+            most_slots: limit of the cache's `resize`; it takes addresses for so many.
+
+        Raises:
+            ArgosyError, MemoryError: a file cannot be opened, or there are too few addresses; nothing has changed.
+        """
+        packed = self.experts
+        assert isinstance(packed, ResidentRunner)
+        cache = ExpertCache(
+            store,
+            ExpertFiles(store, self._files.experts, open_file=functools.cache(store.open)),
+            num_slots=most_slots,
+            first_slots=0,
+            reads_all=True,
+            num_layers=self._files.config.num_layers,
+            experts_per_token=self._files.config.experts_per_token,
+            arithmetic=describe_experts(self._files.config, self.weights),
+            look_ahead=look_ahead,
+        )
+        cache.stats = replace(packed.stats)
+        self.cache, self.experts = cache, CachedRunner(self._runtime, cache)
+        self.decoder.run_with(self.experts)
+        if self.draft is not None:
+            self.draft.run_with(self.experts)
+        packed.give_back()
+        cache.resize(num_slots)
+        return cache
 
     def rows_of(self, expert: int) -> NDArray[np.int64]:
         """Tokens of the last step that chose `expert` in the layer at which the step last stopped."""
