@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, get_args
 
@@ -564,6 +564,12 @@ class ModelConfig:
     def mtp_layers(self) -> range:
         """Layers for multi-token prediction, which files number after the model's own."""
         return range(self.num_layers, self.num_layers + self.num_mtp_layers)
+
+    @property
+    def draft_only(self) -> ModelConfig:
+        """The first layer for multi-token prediction, with its number: it is like the last one with experts."""
+        layer = next(one for one in reversed(self.layers) if one.is_moe)
+        return replace(self, layers=(*(LayerConfig(is_moe=False),) * self.num_layers, layer))
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageEr
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.families import open_model
 from tests.engine.random_drafter import RandomDrafter
+from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import glm4_moe, prompt_ids, write_model
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_mtp import NumpyDraft, write_mtp_model
@@ -25,9 +26,18 @@ CONFIGS = {
 SETTINGS: dict[str, Any] = {"memory": "2GiB", "threads": 1, "max_sequences": 2, "chunk_tokens": 16}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, "glm4_moe in GGUF"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mtp_model(tmp_path_factory.mktemp("mtp") / "model", CONFIGS[request.param], seed=3)
+    directory = tmp_path_factory.mktemp("mtp")
+    if request.param in CONFIGS:
+        return write_mtp_model(directory / "model", CONFIGS[request.param], seed=3)
+    config = CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1}
+    write_gguf_model(directory / "model.gguf", config, one_type("F16"), seed=3)
+    return directory / "model.gguf"
+
+
+def in_numpy(model: Path) -> NumpyDraft:
+    return NumpyDraft(model if model.is_dir() else model.with_name(model.name + ".f32"))
 
 
 def vocab_size(model: Path) -> int:
@@ -47,7 +57,7 @@ def run(engine: Engine, prompts: list[list[int]], temperature: float) -> list[Se
 
 def test_it_predicts_what_numpy_says(model: Path) -> None:
     """Prompts of several chunks, with a prefix that another one computed, answers with right and wrong drafts."""
-    draft, size = NumpyDraft(model), vocab_size(model)
+    draft, size = in_numpy(model), vocab_size(model)
     first = prompt_ids({"vocab_size": size}, 1, 40)
     # Two blocks are shared, and the token after them is the same.
     prompts = [first, [*first[:33], *first[:5]]]

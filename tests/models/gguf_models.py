@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tests.models.safetensors_file import Array, write_checkpoint
 from tests.models.tiny import RawConfig, head_dim, moe_layers, num_experts, random_tensors, text_of
 from tests.models.tiny_latent import LATENT_FAMILIES
+from tests.models.tiny_mtp import mtp_tensors
 
 ARCHITECTURES = {
     "mixtral": "llama",
@@ -76,6 +77,12 @@ _NAMES = {
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.router": "ffn_gate_inp",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "eh_proj": "nextn.eh_proj",
+    "embed_tokens": "nextn.embed_tokens",
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
 }
 # The GGUF tensors of gpt-oss's fused tensors, by the last part of their names.
 _SLICES: dict[str, dict[str, Any]] = {
@@ -161,7 +168,8 @@ def write_gguf_model(
     for key, number in (metadata or {}).items():
         writer.add_uint32(key, number)
     stacks: dict[str, list[Array]] = {}
-    for hub_name, values in random_tensors(config, seed, "F32").items():
+    tensors = mtp_tensors(config, seed) if num_draft_layers(config) else random_tensors(config, seed, "F32")
+    for hub_name, values in tensors.items():
         if not is_in_gguf(hub_name, config):
             exact[hub_name] = values
             continue
@@ -197,6 +205,11 @@ def write_gguf_model(
     return directory
 
 
+def num_draft_layers(config: RawConfig) -> int:
+    """Return how many layers for multi-token prediction conversion keeps."""
+    return int(config.get("num_nextn_predict_layers", 0)) if config["model_type"] == "glm4_moe" else 0
+
+
 def add_slices(
     writer: GGUFWriter, hub_name: str, values: Array, type_of: TypeOf, rng: np.random.Generator
 ) -> Array:
@@ -217,7 +230,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
     """Write the metadata that llama.cpp's conversion script writes for such a model."""
     width = config["intermediate_size"]
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(config["num_hidden_layers"] + num_draft_layers(config))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(width)
@@ -249,7 +262,7 @@ def add_metadata(writer: GGUFWriter, config: RawConfig) -> None:
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_nextn_predict_layers(0)
+        writer.add_nextn_predict_layers(num_draft_layers(config))
         if config["n_group"] > 1:
             writer.add_expert_group_count(config["n_group"])
             writer.add_expert_group_used_count(config["topk_group"])
@@ -337,11 +350,10 @@ def type_that_fits(type_name: str, cols: int) -> str:
 
 
 def is_in_gguf(hub_name: str, config: RawConfig) -> bool:
-    """Return whether conversion keeps a tensor; it drops vision towers and layers for multi-token prediction."""
+    """Return whether conversion keeps a tensor; it drops vision towers and most layers for multi-token prediction."""
     parts = hub_name.removeprefix("language_model.").split(".")
-    return parts[0] in ("model", "lm_head") and not (
-        parts[1] == "layers" and int(parts[2]) >= text_of(config)["num_hidden_layers"]
-    )
+    num_layers = text_of(config)["num_hidden_layers"] + num_draft_layers(config)
+    return parts[0] in ("model", "lm_head") and not (parts[1] == "layers" and int(parts[2]) >= num_layers)
 
 
 def gguf_name(hub_name: str, config: RawConfig) -> tuple[str, int, bool]:

@@ -18,6 +18,17 @@ from tests.models.tiny import RawConfig, random_tensors
 
 def write_mtp_model(directory: Path, config: RawConfig, *, seed: int, left_out: str | None = None) -> Path:
     """Write a model of this config, and its draft layer without the tensor that is left out; return `directory`."""
+    tensors = mtp_tensors(config, seed)
+    if left_out is not None:
+        del tensors[f"model.layers.{config['num_hidden_layers']}.{left_out}"]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}) + "\n")
+    write_checkpoint(directory, {name: ("F32", tensor) for name, tensor in tensors.items()})
+    return directory
+
+
+def mtp_tensors(config: RawConfig, seed: int) -> dict[str, Array]:
+    """Return random weights of a model and of its draft layer."""
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     longer = config | {"num_hidden_layers": layers + 1, "num_nextn_predict_layers": 0}
     tensors = random_tensors(longer, seed, "F32")
@@ -28,12 +39,7 @@ def write_mtp_model(directory: Path, config: RawConfig, *, seed: int, left_out: 
     tensors[f"{prefix}eh_proj.weight"] = join.astype(np.float32)
     tensors[f"{prefix}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
     tensors[f"{prefix}shared_head.head.weight"] = tensors["lm_head.weight"]
-    if left_out is not None:
-        del tensors[prefix + left_out]
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}) + "\n")
-    write_checkpoint(directory, {name: ("F32", tensor) for name, tensor in tensors.items()})
-    return directory
+    return tensors
 
 
 class NumpyDraft:

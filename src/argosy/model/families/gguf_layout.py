@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 
 from argosy.checkpoint.files import (
+    DraftFiles,
     ExpertMatrix,
     ExpertRecord,
     MatrixRef,
@@ -25,10 +26,11 @@ from argosy.checkpoint.files import (
     Transcode,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import TensorAccounts
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -70,6 +72,10 @@ _LAYER_NAMES = {
     "shared_up": "ffn_up_shexp.weight",
     "shared_down": "ffn_down_shexp.weight",
     "shared_score": "ffn_gate_inp_shexp.weight",
+    "draft_token_norm": "nextn.enorm.weight",
+    "draft_state_norm": "nextn.hnorm.weight",
+    "draft_join": "nextn.eh_proj.weight",
+    "draft_final_norm": "nextn.shared_head_norm.weight",
 }
 _EXPERT_NAMES = ("ffn_gate", "ffn_up", "ffn_down")
 # A constant that old converters left behind.
@@ -108,12 +114,30 @@ def read_gguf_layout(
         UnsupportedModel: no kernel reads a tensor's type.
     """
     accounts = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
-    dense = {}
-    for canonical, shape in dense_shapes(config):
+
+    def take_dense(
+        reader: _Accounts, config: ModelConfig, canonical: str, shape: tuple[int, ...]
+    ) -> MatrixRef:
         last = canonical.rpartition(".")[2]
         heads = {"q": config.num_heads, "k": config.num_kv_heads}.get(last, 0) if is_paired else 0
         stacked = config.num_heads if last in ("k_up", "v_up") else 1
-        dense[canonical] = accounts.dense(dense_name(canonical, names), shape, heads, stacked)
+        return reader.dense(dense_name(canonical, names), shape, heads, stacked)
+
+    def read_draft() -> DraftFiles | ArgosyError | None:
+        """The first layer for multi-token prediction. A damaged one keeps no text from running."""
+        number, reader = config.num_layers, _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
+        if dense_name(f"layers.{number}.draft_join") not in reader:
+            return None
+        alone = config.draft_only
+        try:
+            dense = {name: take_dense(reader, alone, name, shape) for name, shape in draft_shapes(alone)}
+            experts = reader.experts(alone, number)
+            require_one_format_a_layer(experts, file.path)
+        except (CheckpointError, UnsupportedModel) as error:
+            return error
+        return DraftFiles(alone.layers[-1], dense, experts)
+
+    dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
         experts |= accounts.experts(config, layer)
@@ -126,7 +150,7 @@ def read_gguf_layout(
         "these metadata",
     )
     require_one_format_a_layer(experts, file.path)
-    return ModelFiles(file.path, config, dense, experts, header=file)
+    return ModelFiles(file.path, config, dense, experts, header=file, draft=read_draft())
 
 
 def _layer_of(name: str) -> int | None:

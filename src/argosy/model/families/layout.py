@@ -41,7 +41,7 @@ from argosy.checkpoint.files import (
 )
 from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format, LayerConfig, ModelConfig
+from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
@@ -178,8 +178,7 @@ def _read_draft(reader: _Accounts, config: ModelConfig, layout: Layout) -> Draft
     number = config.num_layers
     if layout.dense_name(f"layers.{number}.draft_join") not in reader:
         return None
-    layer = next(one for one in reversed(config.layers) if one.is_moe)
-    alone = replace(config, layers=(*(LayerConfig(is_moe=False),) * number, layer))
+    alone = config.draft_only
     try:
         dense = {
             canonical: reader.dense(canonical, shape, layout) for canonical, shape in draft_shapes(alone)
@@ -188,7 +187,7 @@ def _read_draft(reader: _Accounts, config: ModelConfig, layout: Layout) -> Draft
         require_one_format_a_layer(experts, reader.path)
     except (CheckpointError, UnsupportedModel) as error:
         return error
-    return DraftFiles(layer, dense, experts)
+    return DraftFiles(alone.layers[-1], dense, experts)
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
