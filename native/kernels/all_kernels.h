@@ -84,6 +84,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .kv_write = kv_write,
       .latent_write = latent_write,
       .attention = attention,
+      .attention_merge = attention_merge,
+      .attention_finish = attention_finish,
       .delta_gates = delta_gates,
       .delta_conv = delta_conv,
       .delta_rule = delta_rule,

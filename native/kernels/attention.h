@@ -7,11 +7,13 @@
 //   (layout: kernel_table.h); q and out are float32. A sink is one more score of a head: it takes weight from
 //   the other scores and adds no value (gpt-oss; arXiv:2309.17453 explains why models want one).
 //
-// The reference passes over the keys twice. The vector version processes stretches of four tiles of sixteen
+// Positions are divided into sections at fixed places. Each has a state of its own, and the states of the
+// sections that a token sees are merged in ascending order, by whoever computed them. Within a section, the
+// reference passes over the keys twice. The vector version processes stretches of four tiles of sixteen
 // positions, at fixed places, with a running maximum (Milakov and Gimelshein, arXiv:1805.02867). Which
-// positions share a stretch, and the order of its sums, depend only on the positions a token sees, so its
-// output is the same in decode and in a prefill chunk of any size. A sink initialises the running maximum and
-// sum.
+// positions share a stretch and a section, and the order of its sums, depend only on the positions a token
+// sees, so its output is the same in decode, in a prefill chunk of any size, and with any number of threads.
+// A sink initialises the running maximum and sum of the first section.
 //
 // Bound by multiply-adds if many tokens and heads share the keys, by reading the keys for one token. The keys
 // of a few tiles, and the values of a few columns, stay in the first-level cache while all queries of the
@@ -44,6 +46,20 @@ inline float sink_of(const AttentionArgs& a, int64_t head) {
   return a.sinks != nullptr ? a.sinks[head] : -INFINITY;
 }
 
+// The number of a section that a token sees.
+inline int64_t first_section(const AttentionArgs& a, int64_t token) {
+  return lane_of(a.kv, first_position(a, token)) / kSectionKeys;
+}
+
+inline int64_t last_section(const AttentionArgs& a, int64_t token) {
+  return lane_of(a.kv, last_position(a, token)) / kSectionKeys;
+}
+
+// Where the state of a query goes if the call has one section.
+inline float* state_of(const AttentionArgs& a, int64_t query) {
+  return a.states + query * attention_state_floats(a.kv.head_dim);
+}
+
 #if !ARGOSY_VECTOR  // the reference
 
 inline float attention_score(const AttentionArgs& a, const float* q, int64_t position) {
@@ -54,28 +70,65 @@ inline float attention_score(const AttentionArgs& a, const float* q, int64_t pos
   return dot * a.scale;
 }
 
+// Writes the state of one section.
+inline void attend_section(const AttentionArgs& a, int64_t token, int64_t head, int64_t section,
+                           float* state) {
+  const int64_t dim = a.kv.head_dim, padded_dim = kv_padded_dim(a.kv);
+  const float* q = a.q + (token * a.num_heads + head) * dim;
+  const bool is_first = section == first_section(a, token);
+  int64_t begin = first_position(a, token);
+  while (lane_of(a.kv, begin) / kSectionKeys < section) ++begin;
+  int64_t end = begin;
+  const float sink = is_first ? sink_of(a, head) : -INFINITY;
+  float most = sink;
+  for (; end <= last_position(a, token) && lane_of(a.kv, end) / kSectionKeys == section; ++end) {
+    most = fmaxf(most, attention_score(a, q, end));
+  }
+  float sum = expf(sink - most);
+  for (int64_t d = 0; d < padded_dim; ++d) state[d] = 0.0f;
+  for (int64_t p = begin; p < end; ++p) {
+    const float weight = expf(attention_score(a, q, p) - most);
+    const uint8_t* values = value_head(a.kv, a.blocks[p / a.kv.block_tokens], a.kv_head);
+    sum += weight;
+    for (int64_t d = 0; d < dim; ++d) {
+      state[d] += weight * value_element(a.kv, values, p % a.kv.block_tokens, d);
+    }
+  }
+  state[padded_dim] = most;
+  state[padded_dim + 1] = sum;
+}
+
+void attention_merge(const float* next, int64_t head_dim, float* state) {
+  const int64_t most_at = round_up(head_dim, kKeyTile);
+  const float most = fmaxf(state[most_at], next[most_at]);
+  const float mine = expf(state[most_at] - most), theirs = expf(next[most_at] - most);
+  for (int64_t d = 0; d < head_dim; ++d) state[d] = state[d] * mine + next[d] * theirs;
+  state[most_at + 1] = state[most_at + 1] * mine + next[most_at + 1] * theirs;
+  state[most_at] = most;
+}
+
+void attention_finish(const float* state, int64_t head_dim, float* out) {
+  for (int64_t d = 0; d < head_dim; ++d) out[d] = state[d] / state[round_up(head_dim, kKeyTile) + 1];
+}
+
 void attention(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.kv.kv_heads;
-  const int64_t dim = a.kv.head_dim;
+  float *total = a.scratch, *next = total + attention_state_floats(a.kv.head_dim);
   for (int64_t token = 0; token < a.num_tokens; ++token) {
-    const int64_t first = first_position(a, token), last = last_position(a, token);
-    for (int64_t head = a.kv_head * group; head < (a.kv_head + 1) * group; ++head) {
-      const float* q = a.q + (token * a.num_heads + head) * dim;
-      float* out = a.out + (token * a.num_heads + head) * dim;
-      const float sink = sink_of(a, head);
-      float most = sink;
-      for (int64_t p = first; p <= last; ++p) most = fmaxf(most, attention_score(a, q, p));
-      float sum = expf(sink - most);
-      for (int64_t d = 0; d < dim; ++d) out[d] = 0.0f;
-      for (int64_t p = first; p <= last; ++p) {
-        const float weight = expf(attention_score(a, q, p) - most);
-        const uint8_t* values = value_head(a.kv, a.blocks[p / a.kv.block_tokens], a.kv_head);
-        sum += weight;
-        for (int64_t d = 0; d < dim; ++d) {
-          out[d] += weight * value_element(a.kv, values, p % a.kv.block_tokens, d);
-        }
+    const int64_t first = first_section(a, token), last = last_section(a, token);
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t head = a.kv_head * group + i;
+      if (a.section >= 0) {
+        if (first <= a.section && a.section <= last)
+          attend_section(a, token, head, a.section, state_of(a, token * group + i));
+        continue;
       }
-      for (int64_t d = 0; d < dim; ++d) out[d] /= sum;
+      attend_section(a, token, head, first, total);
+      for (int64_t section = first + 1; section <= last; ++section) {
+        attend_section(a, token, head, section, next);
+        attention_merge(next, a.kv.head_dim, total);
+      }
+      attention_finish(total, a.kv.head_dim, a.out + (token * a.num_heads + head) * a.kv.head_dim);
     }
   }
 }
@@ -89,9 +142,12 @@ constexpr int64_t kStretchTiles = kStretchKeys / kKeyTile;
 struct Query {
   float* q;             // [padded_dim], a copy: rows of the batch may be a power of two apart
   float* scores;        // [kStretchKeys], scores of the current stretch, later the weights of its keys
-  float* values;        // [padded_dim], running weighted sum
+  float* values;        // [padded_dim], most, sum: the state of the current section
+  float* total;         // the same of all sections before; nullptr: there are none
+  float* spare;         // the place of whichever of the two is not there
   int64_t first, last;  // lanes that the query sees, in all
-  float most;           // running maximum of the scores
+  float sink;           // -INFINITY: none
+  float most;           // running maximum of the scores, in the current section
   float sum;            // running sum of the weights
   int64_t begin, end;   // lanes that the query sees, in the current stretch
 };
@@ -326,20 +382,51 @@ void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count
   for (; d < padded_dim; d += kLanes) add_columns<Kv, 1>(queries, count, tiles, padded_dim, d);
 }
 
-inline int64_t lane_of(const KvLayer& kv, int64_t position) {
-  return position / kv.block_tokens * tiles_per_block(kv) * kKeyTile + position % kv.block_tokens;
+// One function for all callers, so that every merge has the same instructions.
+[[gnu::noinline]] void attention_merge(const float* next, int64_t head_dim, float* state) {
+  const int64_t most_at = round_up(head_dim, kKeyTile), sum_at = most_at + 1;
+  const float most = next[most_at] > state[most_at] ? next[most_at] : state[most_at];
+  const float mine = exp(state[most_at] - most), theirs = exp(next[most_at] - most);
+  for (int64_t d = 0; d < most_at; d += kLanes) {
+    store(state + d, fma(load(next + d), broadcast(theirs), mul(load(state + d), broadcast(mine))));
+  }
+  state[sum_at] = next[sum_at] * theirs + state[sum_at] * mine;
+  state[most_at] = most;
 }
 
+void attention_finish(const float* state, int64_t head_dim, float* out) {
+  const Vec share = broadcast(1.0f / state[round_up(head_dim, kKeyTile) + 1]);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const int64_t n = head_dim - d < kLanes ? head_dim - d : kLanes;
+    store(out + d, mul(load(state + d), share), n);
+  }
+}
+
+inline void begin_section(Query& query, int64_t section, int64_t padded_dim) {
+  const bool has_sink = section == query.first / kSectionKeys && query.sink != -INFINITY;
+  query.most = has_sink ? query.sink : -INFINITY;
+  query.sum = has_sink ? 1.0f : 0.0f;
+  for (int64_t d = 0; d < padded_dim; d += kLanes) store(query.values + d, zeros());
+}
+
+inline void end_section(Query& query, int64_t head_dim, int64_t padded_dim) {
+  query.values[padded_dim] = query.most;
+  query.values[padded_dim + 1] = query.sum;
+  if (query.total == nullptr) {
+    query.total = query.values;
+    query.values = query.spare;
+  } else {
+    attention_merge(query.values, head_dim, query.total);
+  }
+}
+
+// Processes the stretches of [first, last], lanes of one section, for the queries that see any of it. The
+// call goes on to lane `end`.
 template <class Kv>
-void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
+void attend_lanes(const AttentionArgs& a, Query* all, int64_t count, int64_t first, int64_t last,
+                  int64_t end) {
   const KvLayer& kv = a.kv;
   const int64_t per_block = tiles_per_block(kv);
-  int64_t first = all[0].first;
-  int64_t last = all[0].last;
-  for (int64_t i = 1; i < count; ++i) {
-    first = all[i].first < first ? all[i].first : first;
-    last = all[i].last > last ? all[i].last : last;
-  }
   const int64_t key_bytes = key_tile_bytes(kv), value_bytes = value_tile_bytes(kv);
   const auto place_of = [&](int64_t tile) {
     return (a.blocks[tile / per_block] * kv.kv_heads + a.kv_head) * per_block + tile % per_block;
@@ -357,7 +444,7 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
       tiles[t].keys = keys_of(tile);
       tiles[t].values = values_of(tile);
       tiles[t].num_keys = kv.block_tokens - offset < kKeyTile ? kv.block_tokens - offset : kKeyTile;
-      const int64_t ahead = tile + kStretchTiles <= last / kKeyTile ? tile + kStretchTiles : tile;
+      const int64_t ahead = tile + kStretchTiles <= end / kKeyTile ? tile + kStretchTiles : tile;
       tiles[t].ahead_keys = keys_of(ahead);
       tiles[t].ahead_values = values_of(ahead);
     }
@@ -373,10 +460,40 @@ void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
   }
 }
 
+template <class Kv>
+void attend_queries(const AttentionArgs& a, Query* all, int64_t count) {
+  const int64_t padded_dim = kv_padded_dim(a.kv);
+  int64_t first = all[0].first;
+  int64_t last = all[0].last;
+  for (int64_t i = 1; i < count; ++i) {
+    first = all[i].first < first ? all[i].first : first;
+    last = all[i].last > last ? all[i].last : last;
+  }
+  const int64_t begin = a.section < 0 ? first / kSectionKeys : a.section;
+  const int64_t end = a.section < 0 ? last / kSectionKeys + 1 : a.section + 1;
+  for (int64_t section = begin; section < end; ++section) {
+    const int64_t start = section * kSectionKeys, after = start + kSectionKeys;
+    const auto sees = [&](const Query& query) { return query.first < after && query.last >= start; };
+    int64_t from = after, to = start - 1;  // lanes that any query sees
+    for (int64_t i = 0; i < count; ++i) {
+      if (!sees(all[i])) continue;
+      begin_section(all[i], section, padded_dim);
+      from = all[i].first < from ? all[i].first : from;
+      to = all[i].last > to ? all[i].last : to;
+    }
+    if (from == after) continue;
+    to = to < after ? to : after - 1;
+    attend_lanes<Kv>(a, all, count, from > start ? from : start, to, a.section < 0 ? last : to);
+    for (int64_t i = 0; i < count; ++i) {
+      if (sees(all[i])) end_section(all[i], a.kv.head_dim, padded_dim);
+    }
+  }
+}
+
 void attention(const AttentionArgs& a) {
   const int64_t group = a.num_heads / a.kv.kv_heads;
   const int64_t dim = a.kv.head_dim;
-  const int64_t padded_dim = kv_padded_dim(a.kv);
+  const int64_t padded_dim = kv_padded_dim(a.kv), state_floats = attention_state_floats(dim);
   Query queries[kMaxQueries];
   for (int64_t begin = 0; begin < a.num_tokens * group; begin += kMaxQueries) {
     const int64_t rest = a.num_tokens * group - begin;
@@ -385,25 +502,31 @@ void attention(const AttentionArgs& a) {
     const auto row_of = [&](int64_t i) { return ((begin + i) / group * a.num_heads + head_of(i)) * dim; };
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = (begin + i) / group;
-      float* scratch = a.scratch + i * (kStretchKeys + 2 * padded_dim);
-      queries[i] = Query{scratch,
-                         scratch + padded_dim,
-                         scratch + padded_dim + kStretchKeys,
+      float* scores = a.scratch + i * (kStretchKeys + padded_dim + 2 * state_floats);
+      float* q = scores + kStretchKeys;
+      float* states = q + padded_dim;
+      queries[i] = Query{q,
+                         scores,
+                         states,
+                         nullptr,
+                         states + state_floats,
                          lane_of(a.kv, first_position(a, token)),
                          lane_of(a.kv, last_position(a, token)),
                          sink_of(a, head_of(i)),
-                         a.sinks != nullptr ? 1.0f : 0.0f,
+                         -INFINITY,
+                         0.0f,
                          0,
                          0};
       for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];
-      for (int64_t d = 0; d < padded_dim; d += kLanes) store(queries[i].values + d, zeros());
     }
     with_kv(a.kv.format, [&]<class Kv>(Kv) { attend_queries<Kv>(a, queries, count); });
     for (int64_t i = 0; i < count; ++i) {
-      const Vec share = broadcast(1.0f / queries[i].sum);
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const int64_t n = dim - d < kLanes ? dim - d : kLanes;
-        store(a.out + row_of(i) + d, mul(load(queries[i].values + d), share), n);
+      const float* total = queries[i].total;
+      if (a.section < 0) {
+        attention_finish(total, dim, a.out + row_of(i));
+      } else if (total != nullptr) {  // it sees the section
+        float* state = state_of(a, begin + i);
+        for (int64_t d = 0; d < state_floats; ++d) state[d] = total[d];
       }
     }
   }

@@ -104,6 +104,10 @@ static inline int64_t value_tile_bytes(const KvLayer& kv) {
 static inline int64_t tiles_per_block(const KvLayer& kv) {
   return (kv.block_tokens + kKeyTile - 1) / kKeyTile;
 }
+// The lane of a position: its number in the tiles of the sequence's blocks, padding included.
+static inline int64_t lane_of(const KvLayer& kv, int64_t position) {
+  return position / kv.block_tokens * tiles_per_block(kv) * kKeyTile + position % kv.block_tokens;
+}
 // Bytes of one head in one block.
 static inline int64_t key_head_bytes(const KvLayer& kv) { return tiles_per_block(kv) * key_tile_bytes(kv); }
 static inline int64_t value_head_bytes(const KvLayer& kv) {
@@ -147,6 +151,9 @@ struct LatentWriteArgs {
 // A call processes four tiles at a time, for up to this many (token, head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
+// Lanes of a section: a running maximum starts anew in each, and the sections that a token sees are merged in
+// ascending order. So threads may share out the sections of one token.
+[[maybe_unused]] static constexpr int64_t kSectionKeys = 1024;
 
 // Tokens of one sequence against one KV head.
 struct AttentionArgs {
@@ -162,6 +169,9 @@ struct AttentionArgs {
   int64_t window;                // positions begin at order - window + 1; 0: at 0
   float* scratch;                // attention_scratch_floats(head_dim)
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
+  // Only this section: a query that sees any of it gets its state written, and `out` is not. Below 0: all.
+  int64_t section = -1;
+  float* states = nullptr;  // [num_tokens][heads of the KV head][attention_state_floats(head_dim)]
 };
 
 // The activation of a feed-forward network, between its first two products and its last.
@@ -402,6 +412,9 @@ struct KernelTable {
   void (*kv_write)(const KvWriteArgs& args);
   void (*latent_write)(const LatentWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+  // Merges the state of a query's next section into `state`.
+  void (*attention_merge)(const float* next, int64_t head_dim, float* state);
+  void (*attention_finish)(const float* state, int64_t head_dim, float* out);  // [head_dim]
   void (*delta_gates)(const DeltaGatesArgs& args);
   void (*delta_conv)(const DeltaConvArgs& args);
   void (*delta_rule)(const DeltaRuleArgs& args);
@@ -417,9 +430,14 @@ struct KernelTable {
   int64_t int8_products_per_round;
 };
 
-// A copy of each query, its scores of a stretch, and its running weighted sum.
+// A copy of each query, its scores of a stretch, and its running weighted sums: of a section, and of all.
 static inline constexpr int64_t attention_scratch_floats(int64_t head_dim) {
-  return kMaxQueries * (kStretchKeys + 2 * round_up(head_dim, kKeyTile));
+  return kMaxQueries * (kStretchKeys + 3 * round_up(head_dim, kKeyTile) + 2 * kKeyTile);
+}
+// Of one query: the weighted sum of values; then, in a cache line of their own, the largest score and the sum
+// of weights.
+static inline constexpr int64_t attention_state_floats(int64_t head_dim) {
+  return round_up(head_dim, kKeyTile) + kKeyTile;
 }
 
 // Queries and running sums, the weights of a block, three numbers for each query, a block of keys and values.

@@ -171,49 +171,152 @@ void kv_write(Runtime& runtime, const KvLayer& kv, const float* keys, const floa
   });
 }
 
+namespace {
+
+// Threads share the sections of long sequences if there are fewer pieces of work than this for each thread.
+constexpr int64_t kFewItems = 2;
+
+// What sections in progress take: a total for each query, and states of the sections that threads compute at
+// once, at most two for each thread and one more for each item.
+int64_t section_state_floats(int64_t head_dim, int num_threads) {
+  return 3 * kFewItems * num_threads * kMaxQueries * attention_state_floats(head_dim);
+}
+
+// A batch against the keys of one layer, by runs and KV heads.
+class Attention {
+ public:
+  Attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out)
+      : runtime_(runtime),
+        kv_(kv),
+        batch_(batch),
+        out_(out),
+        group_(batch.num_heads / kv.kv_heads),
+        runs_(split_into_runs(batch, std::max<int64_t>(1, kMaxQueries / group_))),
+        num_items_(int64_t(runs_.size()) * kv.kv_heads),
+        scratch_(reinterpret_cast<float*>(
+            runtime.scratch(attention_scratch_bytes(kv.head_dim, runtime.num_threads())))) {}
+
+  void run() {
+    const int64_t num_threads = runtime_.num_threads();
+    int64_t begin = INT64_MAX, end = 0;  // sections
+    for (int64_t t = 0; t < batch_.num_tokens; ++t) {
+      begin = std::min(begin, first_section(t));
+      end = std::max(end, last_section(t) + 1);
+    }
+    const bool is_even = num_items_ % num_threads == 0;
+    if (num_items_ < kFewItems * num_threads && !is_even && end - begin > 1 && group_ <= kMaxQueries) {
+      share_sections(begin, end);
+    } else {
+      share_items();
+    }
+  }
+
+ private:
+  // All runs of one KV head come before the next KV head, so that its keys stay in the cache. In a prefill
+  // the longest runs come last: start with them, so that all threads finish together.
+  const Run& run_of(int64_t item) const {
+    return runs_[runs_.size() - 1 - size_t(item % int64_t(runs_.size()))];
+  }
+
+  AttentionArgs args_of(int64_t item, int worker) const {
+    const Run& run = run_of(item);
+    const int64_t row = batch_.num_heads * kv_.head_dim;
+    return {
+        .kv = kv_,
+        .kv_head = item / int64_t(runs_.size()),
+        .q = batch_.q + run.begin * row,
+        .out = out_ + run.begin * row,
+        .order = batch_.order + run.begin,
+        .sees_until = batch_.sees_until != nullptr ? batch_.sees_until + run.begin : nullptr,
+        .num_tokens = run.end - run.begin,
+        .num_heads = batch_.num_heads,
+        .blocks = batch_.block_table + batch_.sequence[run.begin] * batch_.max_blocks,
+        .scale = batch_.scale,
+        .window = batch_.window,
+        .scratch = scratch_ + worker * attention_scratch_floats(kv_.head_dim),
+        .sinks = batch_.sinks,
+    };
+  }
+
+  int64_t first_section(int64_t token) const { return lane_of(kv_, batch_.first(token)) / kSectionKeys; }
+  int64_t last_section(int64_t token) const { return lane_of(kv_, batch_.until(token) - 1) / kSectionKeys; }
+
+  void share_items() {
+    const KernelTable& table = runtime_.kernels();
+    int64_t work = 0;
+    for (int64_t t = 0; t < batch_.num_tokens; ++t) {
+      work += 2 * batch_.num_heads * kv_.head_dim * (batch_.until(t) - batch_.first(t));
+    }
+    runtime_.parallel_for(num_items_, work / num_items_ + 1, [&](int64_t begin, int64_t end, int worker) {
+      for (int64_t item = begin; item < end; ++item) table.attention(args_of(item, worker));
+    });
+  }
+
+  // Few items over many positions: threads share the sections, too, some at once.
+  void share_sections(int64_t begin, int64_t end) {
+    const KernelTable& table = runtime_.kernels();
+    const int64_t num_threads = runtime_.num_threads(), state_floats = attention_state_floats(kv_.head_dim);
+    const int64_t at_once = std::min(end - begin, (kFewItems * num_threads + num_items_ - 1) / num_items_);
+    const int64_t item_floats = kMaxQueries * state_floats;
+    float* totals = scratch_ + num_threads * attention_scratch_floats(kv_.head_dim);
+    float* next = totals + num_items_ * item_floats;
+    const int64_t work = 2 * kSectionKeys * group_ * kv_.head_dim;
+    for (int64_t first = begin; first < end; first += at_once) {
+      const int64_t after = std::min(first + at_once, end);
+      runtime_.parallel_for(num_items_ * at_once, work, [&](int64_t from, int64_t to, int worker) {
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t section = first + i % at_once;
+          if (section >= after) continue;
+          AttentionArgs args = args_of(i / at_once, worker);
+          args.section = section;
+          args.states = next + i * item_floats;
+          table.attention(args);
+        }
+      });
+      for (int64_t item = 0; item < num_items_; ++item) {
+        const Run& run = run_of(item);
+        for (int64_t q = 0; q < (run.end - run.begin) * group_; ++q) {
+          const int64_t token = run.begin + q / group_;
+          float* total = totals + item * item_floats + q * state_floats;
+          for (int64_t section = first; section < after; ++section) {
+            const float* state = next + (item * at_once + section - first) * item_floats + q * state_floats;
+            if (section == first_section(token)) {
+              std::copy_n(state, state_floats, total);
+            } else if (first_section(token) < section && section <= last_section(token)) {
+              table.attention_merge(state, kv_.head_dim, total);
+            }
+          }
+          if (after == end) {
+            const int64_t head = item / int64_t(runs_.size()) * group_ + q % group_;
+            table.attention_finish(total, kv_.head_dim,
+                                   out_ + (token * batch_.num_heads + head) * kv_.head_dim);
+          }
+        }
+      }
+    }
+  }
+
+  Runtime& runtime_;
+  const KvLayer& kv_;
+  const AttentionBatch& batch_;
+  float* out_;
+  int64_t group_;  // heads that share a KV head
+  std::vector<Run> runs_;
+  int64_t num_items_;
+  float* scratch_;
+};
+
+}  // namespace
+
 int64_t attention_scratch_bytes(int64_t head_dim, int num_threads) {
-  return num_threads * attention_scratch_floats(head_dim) * 4;
+  const int64_t sections = num_threads > 1 ? section_state_floats(head_dim, num_threads) : 0;
+  return (num_threads * attention_scratch_floats(head_dim) + sections) * 4;
 }
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {
   if (batch.num_tokens == 0) return;
-  const KernelTable& table = runtime.kernels();
   const auto lock = runtime.lock();
-  const int64_t scratch_floats = attention_scratch_floats(kv.head_dim);
-  float* scratch =
-      reinterpret_cast<float*>(runtime.scratch(attention_scratch_bytes(kv.head_dim, runtime.num_threads())));
-  const int64_t heads_per_kv_head = batch.num_heads / kv.kv_heads;
-  const std::vector<Run> runs = split_into_runs(batch, std::max<int64_t>(1, kMaxQueries / heads_per_kv_head));
-
-  int64_t work = 0;
-  for (int64_t t = 0; t < batch.num_tokens; ++t) {
-    work += 2 * batch.num_heads * kv.head_dim * (batch.until(t) - batch.first(t));
-  }
-  const int64_t num_runs = int64_t(runs.size());
-  const int64_t items = num_runs * kv.kv_heads;
-  const int64_t row = batch.num_heads * kv.head_dim;
-  // All runs of one KV head come before the next KV head, so that its keys stay in the cache. In a prefill
-  // the longest runs come last: start with them, so that all threads finish together.
-  runtime.parallel_for(items, work / items + 1, [&](int64_t begin, int64_t end, int worker) {
-    for (int64_t item = begin; item < end; ++item) {
-      const Run& run = runs[runs.size() - 1 - size_t(item % num_runs)];
-      table.attention({
-          .kv = kv,
-          .kv_head = item / num_runs,
-          .q = batch.q + run.begin * row,
-          .out = out + run.begin * row,
-          .order = batch.order + run.begin,
-          .sees_until = batch.sees_until != nullptr ? batch.sees_until + run.begin : nullptr,
-          .num_tokens = run.end - run.begin,
-          .num_heads = batch.num_heads,
-          .blocks = batch.block_table + batch.sequence[run.begin] * batch.max_blocks,
-          .scale = batch.scale,
-          .window = batch.window,
-          .scratch = scratch + worker * scratch_floats,
-          .sinks = batch.sinks,
-      });
-    }
-  });
+  Attention(runtime, kv, batch, out).run();
 }
 
 }  // namespace argosy

@@ -378,6 +378,106 @@ void attention_meets_the_reference_in_every_chunk() {
   }
 }
 
+// A sequence of several sections, in one KV cache.
+struct LongSequence {
+  LongSequence(const KvShape& shape, int64_t block, KvFormat format)
+      : kv({shape}, {kLength / block + 1, 1}, block, format) {
+    for (int64_t i = 0; i < kLength / block + 1; ++i) blocks.push_back(int32_t(kLength / block - i));
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < kLength; ++i) slots.push_back(blocks[size_t(i / block)] * block + i % block);
+    keys = normal(kLength * shape.kv_heads * shape.head_dim, 5);
+    values = normal(kLength * shape.kv_heads * shape.head_dim, 6);
+    Runtime runtime(1);
+    kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), kLength);
+  }
+
+  // The outputs of the last `count` tokens.
+  std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t num_heads, int64_t count,
+                            int64_t window, const float* sinks) {
+    const int64_t row = num_heads * kv.layer(0).head_dim;
+    const std::vector<int32_t> sequence(size_t(count), 0);
+    std::vector<int32_t> order;
+    for (int64_t p = kLength - count; p < kLength; ++p) order.push_back(int32_t(p));
+    std::vector<float> out(size_t(count * row), NAN);
+    const AttentionBatch batch = {
+        .q = q.data() + (kTokens - count) * row,
+        .num_tokens = count,
+        .num_heads = num_heads,
+        .block_table = blocks.data(),
+        .max_blocks = int64_t(blocks.size()),
+        .sequence = sequence.data(),
+        .order = order.data(),
+        .sees_until = nullptr,
+        .scale = 0.3f,
+        .window = window,
+        .sinks = sinks,
+    };
+    attention(runtime, kv.layer(0), batch, out.data());
+    return out;
+  }
+
+  static constexpr int64_t kLength = 2 * kSectionKeys + 77, kTokens = 90;
+  std::vector<int32_t> blocks;
+  KvCache kv;
+  std::vector<float> keys, values;
+};
+
+// The first output of a token's last head, in double.
+double one_output(const LongSequence& long_one, const float* q, int64_t kv_heads, int64_t dim, int64_t first,
+                  int64_t last, const float* sink) {
+  double sum = 0, value = 0, most = -INFINITY;
+  std::vector<double> scores;
+  for (int64_t p = first; p <= last; ++p) {
+    const int64_t at = (p * kv_heads + kv_heads - 1) * dim;
+    double score = 0;
+    for (int64_t d = 0; d < dim; ++d) score += double(q[d]) * double(long_one.keys[size_t(at + d)]);
+    scores.push_back(score * double(0.3f));
+    most = std::max(most, scores.back());
+  }
+  if (sink != nullptr) sum += std::exp(double(*sink) - most);
+  for (int64_t p = first; p <= last; ++p) {
+    const double weight = std::exp(scores[size_t(p - first)] - most);
+    sum += weight;
+    value += weight * double(long_one.values[size_t((p * kv_heads + kv_heads - 1) * dim)]);
+  }
+  return value / sum;
+}
+
+void sections_are_merged_the_same_by_any_threads_in_every_chunk() {
+  constexpr int64_t kTokens = LongSequence::kTokens, kLength = LongSequence::kLength;
+  const int64_t shapes[][3] = {{2, 1, 40}, {9, 3, 16}, {40, 1, 16}};  // heads, KV heads, dim
+  for (const KernelTable* table : all_tables()) {
+    for (const auto& [heads, kv_heads, dim] : shapes) {
+      const std::vector<float> q = normal(kTokens * heads * dim, 7), some = normal(heads, 8, 6.0f);
+      for (const int64_t block_tokens : {5, 16}) {
+        LongSequence sequence(KvShape::keys_values(kv_heads, dim), block_tokens, KvFormat::f32);
+        for (const int64_t window : {int64_t(0), kSectionKeys + 200, int64_t(30)}) {
+          const float* sinks = block_tokens == 16 ? some.data() : nullptr;
+          Runtime alone(1, std::nullopt, *table);
+          const int64_t row = heads * dim;
+          const std::vector<float> together = sequence.attend(alone, q, heads, kTokens, window, sinks);
+          for (const int64_t token : {int64_t(0), int64_t(20), kTokens - 1}) {
+            const int64_t last = kLength - kTokens + token;
+            const double expected =
+                one_output(sequence, q.data() + token * row + (heads - 1) * dim, kv_heads, dim,
+                           window > 0 ? last - window + 1 : 0, last, sinks ? sinks + heads - 1 : nullptr);
+            const double found = double(together[size_t(token * row + (heads - 1) * dim)]);
+            CHECK(std::fabs(found - expected) <= 2e-5);
+          }
+          for (const int threads : {1, 2, 5}) {
+            Runtime runtime(threads, std::nullopt, *table);
+            for (const int64_t count : {1, 7, 90}) {
+              const std::vector<float> some_of_them =
+                  sequence.attend(runtime, q, heads, count, window, sinks);
+              CHECK(same_bits(some_of_them, {together.end() - count * row, together.end()}));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // Tokens [6, 30) and [33, 70) see each other's spans, the others only what precedes them.
 std::vector<int32_t> two_spans() {
   std::vector<int32_t> until;
@@ -597,6 +697,7 @@ int main() {
   tied_groups_go_to_the_lower_one();
   the_scale_of_an_expert_multiplies_its_weight_alone();
   attention_meets_the_reference_in_every_chunk();
+  sections_are_merged_the_same_by_any_threads_in_every_chunk();
   tokens_of_a_span_see_later_ones();
   a_sink_takes_its_share_of_the_weights();
   latent_attention_meets_the_reference_in_every_chunk();

@@ -415,3 +415,24 @@ def test_a_budget_that_holds_some_experts_changes_nothing(tmp_path: Path) -> Non
         assert plan.is_resident
         assert engine.config.experts_per_token <= engine.plan.num_slots < engine.plan.num_experts
         Answers.of(engine, prompt).assert_equal(expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [qwen3_moe(num_key_value_heads=1), qwen2_moe(use_sliding_window=True, sliding_window=1100)],
+    ids=["qwen3_moe", "qwen2_moe"],
+)
+def test_threads_that_share_the_positions_of_a_long_context_change_nothing(
+    config: RawConfig, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "model", config | {"max_position_embeddings": 4096}, seed=3)
+    prompt = prompt_ids(config, 5, 2300)
+
+    def answer(threads: int, chunk: int) -> tuple[Sequence[int], Any]:
+        with Engine.open(model, memory="2GiB", threads=threads, context=3072, chunk_tokens=chunk) as engine:
+            found = engine.generate(prompt, GREEDY)
+            return found.token_ids, found.logprobs
+
+    expected = answer(1, 512)
+    assert answer(3, 512) == expected
+    assert answer(5, 97) == expected
