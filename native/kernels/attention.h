@@ -142,13 +142,13 @@ constexpr int64_t kStretchTiles = kStretchKeys / kKeyTile;
 struct Query {
   float* q;             // [padded_dim], a copy: rows of the batch may be a power of two apart
   float* scores;        // [kStretchKeys], scores of the current stretch, later the weights of its keys
-  float* values;        // [padded_dim], most, sum: the state of the current section
-  float* total;         // the same of all sections before; nullptr: there are none
-  float* spare;         // the place of whichever of the two is not there
+  float* values;        // [padded_dim], running weighted sum
+  float* total;         // the state of all sections before
   int64_t first, last;  // lanes that the query sees, in all
   float sink;           // -INFINITY: none
   float most;           // running maximum of the scores, in the current section
   float sum;            // running sum of the weights
+  bool has_total;       // there was a section before
   int64_t begin, end;   // lanes that the query sees, in the current stretch
 };
 
@@ -412,12 +412,14 @@ inline void begin_section(Query& query, int64_t section, int64_t padded_dim) {
 inline void end_section(Query& query, int64_t head_dim, int64_t padded_dim) {
   query.values[padded_dim] = query.most;
   query.values[padded_dim + 1] = query.sum;
-  if (query.total == nullptr) {
-    query.total = query.values;
-    query.values = query.spare;
-  } else {
+  if (query.has_total) {
     attention_merge(query.values, head_dim, query.total);
+    return;
   }
+  for (int64_t d = 0; d < attention_state_floats(head_dim); d += kLanes) {
+    store(query.total + d, load(query.values + d));
+  }
+  query.has_total = true;
 }
 
 // Processes the stretches of [first, last], lanes of one section, for the queries that see any of it. The
@@ -502,19 +504,20 @@ void attention(const AttentionArgs& a) {
     const auto row_of = [&](int64_t i) { return ((begin + i) / group * a.num_heads + head_of(i)) * dim; };
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = (begin + i) / group;
-      float* scores = a.scratch + i * (kStretchKeys + padded_dim + 2 * state_floats);
-      float* q = scores + kStretchKeys;
-      float* states = q + padded_dim;
+      // The totals lie apart, so that what a section uses is small.
+      float* q = a.scratch + i * (padded_dim + kStretchKeys + state_floats);
+      float* scores = q + padded_dim;
+      float* totals = a.scratch + kMaxQueries * (padded_dim + kStretchKeys + state_floats);
       queries[i] = Query{q,
                          scores,
-                         states,
-                         nullptr,
-                         states + state_floats,
+                         scores + kStretchKeys,
+                         totals + i * state_floats,
                          lane_of(a.kv, first_position(a, token)),
                          lane_of(a.kv, last_position(a, token)),
                          sink_of(a, head_of(i)),
                          -INFINITY,
                          0.0f,
+                         false,
                          0,
                          0};
       for (int64_t d = 0; d < dim; ++d) queries[i].q[d] = a.q[row_of(i) + d];
@@ -524,7 +527,7 @@ void attention(const AttentionArgs& a) {
       const float* total = queries[i].total;
       if (a.section < 0) {
         attention_finish(total, dim, a.out + row_of(i));
-      } else if (total != nullptr) {  // it sees the section
+      } else if (queries[i].has_total) {  // it sees the section
         float* state = state_of(a, begin + i);
         for (int64_t d = 0; d < state_floats; ++d) state[d] = total[d];
       }
