@@ -32,6 +32,9 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": M
 # Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kernel_table.h).
 KvDtype = Literal["f32", "f16", "q8"]
 AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
+# How layers for multi-token prediction differ, as vLLM runs them. deepseek: the embedding at position 0 counts as
+# zeros, and a draft goes on from its state before the final norm. qwen: neither.
+DraftForm = Literal["deepseek", "qwen"]
 Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
 # The drafter (`engine/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
 Speculate = Literal["off", "lookup", "mtp"]
@@ -533,6 +536,7 @@ class ModelConfig:
     logit_cap: float = 0.0  # logits become cap * tanh(logit / cap); 0: they stay
     norm_offset: float = 0.0  # added to stored norm weights: 1 where they are zero-centred
     is_embedding_tied: bool = False  # the head is the embedding table
+    draft_form: DraftForm = "deepseek"
     num_mtp_layers: int = 0  # for multi-token prediction, after `layers` in the files; speculation reads one
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -567,8 +571,9 @@ class ModelConfig:
 
     @property
     def draft_only(self) -> ModelConfig:
-        """The first layer for multi-token prediction, with its number: it is like the last one with experts."""
-        layer = next(one for one in reversed(self.layers) if one.is_moe)
+        """The first layer for multi-token prediction, with its number: it is like the last one with such a mixer."""
+        alike = (one for one in reversed(self.layers) if one.is_moe and one.mixer != "delta")
+        layer = next(alike, LayerConfig(is_moe=True))
         return replace(self, layers=(*(LayerConfig(is_moe=False),) * self.num_layers, layer))
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
+from argosy.engine.mtp import MtpDrafter
 from argosy.engine.sequence import Sequence
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
 from argosy.model.draft_layer import MOST_BEHIND
@@ -16,12 +17,15 @@ from argosy.model.families import open_model
 from tests.engine.random_drafter import RandomDrafter
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import glm4_moe, prompt_ids, write_model
+from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next
 from tests.models.tiny_latent import deepseek_v3
 from tests.models.tiny_mtp import NumpyDraft, write_mtp_model
 
 CONFIGS = {
     "deepseek_v3": deepseek_v3(max_position_embeddings=256),
     "glm4_moe": glm4_moe(max_position_embeddings=256),
+    "qwen3_next": qwen3_next(max_position_embeddings=256),
+    "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=256),
 }
 SETTINGS: dict[str, Any] = {"memory": "2GiB", "threads": 1, "max_sequences": 2, "chunk_tokens": 16}
 
@@ -55,6 +59,25 @@ def run(engine: Engine, prompts: list[list[int]], temperature: float) -> list[Se
     return sequences
 
 
+def propose_others(engine: Engine, others: RandomDrafter) -> MtpDrafter:
+    """Have others propose, always; return the engine's own drafter, which goes on following its answers."""
+    mtp = engine._mtp
+    assert mtp is not None
+    engine._scheduler._drafter = others
+    others.forget = mtp.forget  # type: ignore[method-assign]
+    engine._scheduler._governor = None
+    return mtp
+
+
+def run_to(engine: Engine, sequence: Sequence, count: int) -> None:
+    """Step until an answer has so many tokens, and only the last one was not computed.
+
+    With a recurrent state, a rejected proposal makes the next step compute all of the last step's tokens again.
+    """
+    while len(sequence.new_ids) < count or sequence.num_computed != sequence.num_tokens - 1:
+        engine.step()
+
+
 def test_it_predicts_what_numpy_says(model: Path) -> None:
     """Prompts of several chunks, with a prefix that another one computed, answers with right and wrong drafts."""
     draft, size = in_numpy(model), vocab_size(model)
@@ -65,15 +88,10 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
     with Engine.open(model, **SETTINGS) as engine:
         answers = [[*one.prompt_ids, *one.new_ids] for one in run(engine, prompts, 0.0)]
     with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
-        mtp = engine._mtp
-        assert mtp is not None
-        engine._scheduler._drafter = others = RandomDrafter(1, size, answers)
-        others.forget = mtp.forget  # type: ignore[method-assign]
-        engine._scheduler._governor = None
+        mtp = propose_others(engine, RandomDrafter(1, size, answers))
         for prompt, answer in zip(prompts, answers, strict=True):
             sequence = engine.submit(prompt, params(0.0))
-            while len(sequence.new_ids) < 25:
-                engine.step()
+            run_to(engine, sequence, 25)
             known = [*prompt, *sequence.new_ids]
             assert known == answer[: len(known)]
             # float32 beside float64, over two models of three layers
@@ -88,7 +106,9 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
                 assert expected[token] > expected.max() - 4e-3
             engine.cancel(sequence)
             assert sequence not in mtp._followed
-
+    # Cancelled answers leave positions that did not run, and a recurrent state makes later prompts begin there.
+    with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+        mtp = propose_others(engine, RandomDrafter(1, size, answers))
         # Nobody asked for drafts of this answer. What follows it in a conversation finds its draft keys and values.
         whole = engine.submit(first, params(0.0, max_tokens=57))
         behind = []
@@ -98,14 +118,39 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
         assert MOST_BEHIND // 2 < max(behind) < MOST_BEHIND
         known = [*first, *whole.new_ids, 5, 6, 7]
         sequence = engine.submit(known, params(0.0))
-        while len(sequence.new_ids) < 3:
-            engine.step()
-        assert sequence.cached_tokens == (len(known) - 4) // 16 * 16
+        run_to(engine, sequence, 3)
+        # A recurrent state is kept at some places only.
+        reusable = 64 if engine.config.delta_layers else (len(known) - 4) // 16 * 16
+        assert sequence.cached_tokens == reusable
         known += sequence.new_ids
         mtp.propose(sequence, 1)
         state = mtp._followed[sequence].state
         assert state is not None
         assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=2e-3)
+
+
+def test_every_position_of_an_answer_has_run_when_it_ends(tmp_path: Path) -> None:
+    """Also if its last proposals were rejected, and a recurrent state returned to where the step began."""
+    config, left = qwen3_next(max_position_embeddings=256), []
+    prompt = prompt_ids(config, 1, 20)
+    with Engine.open(write_mtp_model(tmp_path / "first", config, seed=3), **SETTINGS) as engine:
+        answer = list(engine.generate(prompt, params(0.0)).token_ids)
+    ends = next(token for token in answer[8:] if answer.count(token) == 1)
+    model = write_mtp_model(tmp_path / "second", config | {"eos_token_id": ends}, seed=3)
+    for seed in range(4):
+        with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
+            wrong = RandomDrafter(seed, config["vocab_size"])
+            mtp = propose_others(engine, wrong)
+
+            def forget(sequence: Sequence, mtp: MtpDrafter = mtp) -> None:
+                left.append(mtp._followed[sequence].num_behind)
+                mtp.forget(sequence)
+
+            wrong.forget = forget  # type: ignore[method-assign]
+            assert (
+                engine.generate(prompt, SamplingParams(max_tokens=40, temperature=0)).finish_reason == "stop"
+            )
+    assert left == [0] * 4
 
 
 @pytest.mark.parametrize("slots", [None, "fewest"])

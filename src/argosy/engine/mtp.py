@@ -76,7 +76,8 @@ class MtpDrafter:
                 if len(proposed) == most or position >= len(sequence.blocks) * self._block_tokens:
                     break
                 # The position is not computed, so its own run will overwrite what this writes.
-                state = self._layer.run(self._step(sequence, position, proposed[-1:]), state)
+                known = self._layer.following(state)
+                state = self._layer.run(self._step(sequence, position, proposed[-1:]), known)
         except ArgosyError as error:
             self._stop(error)
         return proposed
@@ -97,21 +98,22 @@ class MtpDrafter:
             first = int(step.order[rows[0]])
             # A position needs the token after it, too.
             count = min(sequence.num_computed - first, sequence.num_tokens - 1 - first)
-            if count < 1:
-                continue
             followed = self._followed.get(sequence)
-            if followed is None or followed.end != first:
-                followed = self._followed[sequence] = _Followed(first)
-            must_run = first < len(sequence.prompt_ids) or sequence in ended or bool(sequence.followers)
-            for begin in range(0, count, self._layer.max_tokens):
-                part = rows[begin : min(count, begin + self._layer.max_tokens)]
-                followed.waiting.append(self._model.final_states(part))
-                if must_run or followed.num_behind >= MOST_BEHIND:
-                    try:
+            try:
+                if count < 1:  # a rejected proposal took a recurrent state back to where the step began
+                    if followed is not None and sequence in ended:
                         self._catch_up(sequence, followed)
-                    except ArgosyError as error:
-                        self._stop(error)
-                        break
+                    continue
+                if followed is None or followed.end != first:
+                    followed = self._followed[sequence] = _Followed(first)
+                must_run = first < len(sequence.prompt_ids) or sequence in ended or bool(sequence.followers)
+                for begin in range(0, count, self._layer.max_tokens):
+                    part = rows[begin : min(count, begin + self._layer.max_tokens)]
+                    followed.waiting.append(self._model.final_states(part))
+                    if must_run or followed.num_behind >= MOST_BEHIND:
+                        self._catch_up(sequence, followed)
+            except ArgosyError as error:
+                self._stop(error)
 
     def _catch_up(self, sequence: Sequence, followed: _Followed) -> None:
         """Run the positions whose hidden states wait."""

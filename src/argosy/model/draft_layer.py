@@ -7,8 +7,8 @@ It has keys and values of its own, in the same blocks as those of the model's la
 cache. Embedding and head are the model's. Its own state can stand for the next position's hidden state, so that it
 drafts further tokens, each less certain than the one before.
 
-The hidden state is that after the model's final norm; at position 0 the embedding counts as zeros (both as vLLM runs
-DeepSeek-V3: `deepseek_mtp.py`).
+The hidden state is that after the model's final norm. `config.DraftForm` says how families differ (vLLM's
+`deepseek_mtp.py` and `qwen3_next_mtp.py`).
 
 Elsewhere: `engine/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
 """
@@ -56,6 +56,7 @@ class DraftLayer:
         self.max_tokens = max_tokens
         self._hidden, self._vocab, self._eps = config.hidden_size, config.vocab_size, config.norm_eps
         self._scale = np.float32(config.embedding_scale)
+        self._form = config.draft_form
         self._runtime = runtime
         self._embedding = weights.matrices["embed"]
         self._head = self._embedding if config.is_embedding_tied else weights.matrices["head"]
@@ -90,7 +91,8 @@ class DraftLayer:
         embedded = np.empty((num_rows, self._hidden), np.float32)
         _native.embed(self._runtime, self._embedding, step.token_ids, embedded)
         embedded *= self._scale
-        embedded[step.order == 0] = 0.0
+        if self._form == "deepseek":
+            embedded[step.order == 0] = 0.0
         _native.rms_norm(self._runtime, embedded, self._token_norm, self._eps, embedded)
         joined[:, : self._hidden] = embedded
         _native.rms_norm(self._runtime, states, self._state_norm, self._eps, embedded)
@@ -99,6 +101,14 @@ class DraftLayer:
         rows = np.arange(num_rows)
         self._decoder.forward(step._replace(wanted=rows[:0], overrides=Overrides(rows, embedded)))
         return self._decoder.hidden()
+
+    def following(self, states: Array) -> Array:
+        """What stands for hidden states after a draft: float32 [rows, hidden_size].
+
+        Args:
+            states: from `run`, float32 [rows, hidden_size].
+        """
+        return states if self._form == "deepseek" else self._normed(states)
 
     def run_with(self, experts: ExpertRunner) -> None:
         """Have another runner run the experts from the next run on."""
@@ -110,11 +120,14 @@ class DraftLayer:
         Args:
             states: from `run`, float32 [rows, hidden_size].
         """
+        logits = np.empty((len(states), self._vocab), np.float32)
+        _native.matmul(self._runtime, [self._head], self._normed(states), [logits])
+        return logits
+
+    def _normed(self, states: Array) -> Array:
         normed = np.empty_like(states)
         _native.rms_norm(self._runtime, states, self._final_norm, self._eps, normed)
-        logits = np.empty((len(states), self._vocab), np.float32)
-        _native.matmul(self._runtime, [self._head], normed, [logits])
-        return logits
+        return normed
 
 
 def joining_bytes(config: ModelConfig, num_rows: int) -> int:

@@ -23,7 +23,10 @@ from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 Vector = NDArray[np.float32]
 
 # Norms that a family may store minus an offset; norms inside a mixer are stored without one.
-_OFFSET_NORMS = frozenset({"attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm"})
+_OFFSET_NORMS = frozenset({
+    "attn_norm", "mlp_norm", "final_norm", "q_norm", "k_norm",
+    "draft_token_norm", "draft_state_norm", "draft_final_norm",
+})  # fmt: skip
 
 # The most tensors read at once. The limit is high because no read can be issued while the tokenizer is being built.
 _MOST_IN_FLIGHT = 256

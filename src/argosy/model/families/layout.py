@@ -72,6 +72,13 @@ _DRAFT_NAMES = {
     "draft_join": "eh_proj.weight",
     "draft_final_norm": "shared_head.norm.weight",
 }
+# Qwen's, beside the layer (vLLM's `qwen3_next_mtp.py`).
+_MTP_NAMES = {
+    "draft_token_norm": "pre_fc_norm_embedding.weight",
+    "draft_state_norm": "pre_fc_norm_hidden.weight",
+    "draft_join": "fc.weight",
+    "draft_final_norm": "norm.weight",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,10 @@ class Layout:
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
+    mtp_prefix: str | None = (
+        None  # of the draft layer, whose number begins at 0 there; None: as the model's layers
+    )
+    first_layer: int = 0  # the layer that files number 0
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
@@ -96,16 +107,24 @@ class Layout:
         if canonical in _MODEL_NAMES:
             return self.prefix + _MODEL_NAMES[canonical]
         _, layer, last = canonical.split(".")
-        return f"{self.prefix}layers.{layer}.{_DRAFT_NAMES.get(last) or self.layer_names[last]}"
+        if self.first_layer and last in _MTP_NAMES:
+            return self.prefix + _MTP_NAMES[last]
+        name = _DRAFT_NAMES.get(last) or self.layer_names[last]
+        return f"{self.prefix}layers.{int(layer) - self.first_layer}.{name}"
+
+    def of_draft(self, number: int) -> Layout:
+        """The layout of the draft layer, which has this number."""
+        if self.mtp_prefix is None:
+            return self
+        return replace(self, prefix=self.mtp_prefix, first_layer=number)
 
     def names_of_expert(self, layer: int, expert: int) -> tuple[str, ...]:
         """The checkpoint's names of an expert's tensors."""
+        prefix = f"{self.prefix}layers.{layer - self.first_layer}."
         if stacked := self.fused_names or self.transposed_names or self.mxfp4_names:
-            return tuple(f"{self.prefix}layers.{layer}.{name}" for name in stacked)
+            return tuple(prefix + name for name in stacked)
         assert self.expert_names is not None
-        return tuple(
-            f"{self.prefix}layers.{layer}.{name.format(expert=expert)}" for name in self.expert_names
-        )
+        return tuple(prefix + name.format(expert=expert) for name in self.expert_names)
 
     def gate_up_shape(self, config: ModelConfig) -> tuple[int, int, int]:
         """The shape of the first tensor of stacked float experts."""
@@ -127,7 +146,9 @@ class Layout:
         return is_known
 
 
-def separate_and_fused(layer_names: Mapping[str, str], passed_over: str | None = None) -> tuple[Layout, ...]:
+def separate_and_fused(
+    layer_names: Mapping[str, str], passed_over: str | None = None, mtp_prefix: str | None = None
+) -> tuple[Layout, ...]:
     """The two layouts of most families: one tensor per expert matrix, or two fused tensors per layer."""
     separate = Layout(
         layer_names=layer_names,
@@ -137,6 +158,7 @@ def separate_and_fused(layer_names: Mapping[str, str], passed_over: str | None =
             "mlp.experts.{expert}.down_proj.weight",
         ),
         passed_over=passed_over,
+        mtp_prefix=mtp_prefix,
     )
     fused = replace(
         separate, expert_names=None, fused_names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -169,13 +191,19 @@ def read_layout(
     experts = reader.experts(config, layout)
     others = reader.refuse_extra(config, layout.is_passed_over(config), "this config.json")
     require_one_format_a_layer(experts, directory)
-    draft = _read_draft(_Accounts(directory, tensors, quantization), config, layout)
+    draft = _read_draft(_Accounts(directory, tensors, quantization), config, layouts, layout)
     return ModelFiles(directory, config, dense, experts, others=others, draft=draft)
 
 
-def _read_draft(reader: _Accounts, config: ModelConfig, layout: Layout) -> DraftFiles | ArgosyError | None:
-    """The first layer for multi-token prediction. A damaged one keeps no text from running."""
+def _read_draft(
+    reader: _Accounts, config: ModelConfig, layouts: tuple[Layout, ...], layout: Layout
+) -> DraftFiles | ArgosyError | None:
+    """The first layer for multi-token prediction, in `layout` or another. A damaged one keeps no text from running."""
     number = config.num_layers
+    choices = [one.of_draft(number) for one in (layout, *layouts)]
+    layout = next(
+        (one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0]
+    )
     if layout.dense_name(f"layers.{number}.draft_join") not in reader:
         return None
     alone = config.draft_only
@@ -217,7 +245,7 @@ def _packed(name: str) -> str:
     return name.removesuffix("weight") + "weight_packed"
 
 
-def _is_there(name: str, tensors: Mapping[str, TensorRef]) -> bool:
+def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> bool:
     return name in tensors or _packed(name) in tensors
 
 

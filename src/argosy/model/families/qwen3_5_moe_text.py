@@ -17,6 +17,7 @@ from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.qwen_delta import (
     DELTA_NAMES,
+    MTP_PREFIX,
     MTP_TENSORS,
     PARTIAL_ROTARY_FACTOR,
     read_delta,
@@ -50,6 +51,7 @@ TEXT_LAYOUTS = make_layouts(
         "delta_a": "linear_attn.in_proj_a.weight",
     },
     passed_over=rf"{MTP_TENSORS}|model\.visual\..*",
+    mtp_prefix=MTP_PREFIX,
 )
 # A text model taken out of the vision-language model may keep its prefix.
 LAYOUTS = (

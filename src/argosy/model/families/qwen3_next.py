@@ -15,6 +15,7 @@ from argosy.model.families.common_config import read_common
 from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.qwen_delta import (
     DELTA_NAMES,
+    MTP_PREFIX,
     MTP_TENSORS,
     PARTIAL_ROTARY_FACTOR,
     read_delta,
@@ -36,6 +37,7 @@ LAYOUTS = make_layouts(
         "delta_ba": "linear_attn.in_proj_ba.weight",
     },
     passed_over=MTP_TENSORS,
+    mtp_prefix=MTP_PREFIX,
 )
 
 

@@ -1,8 +1,8 @@
 """Code shared by Qwen3-Next and Qwen3.5-MoE: three gated delta nets, then one layer of attention with an output gate.
 
 Norms are zero-centred, except the norm inside a delta net. A quarter of each head rotates. `layer_types` lists the
-layers with attention, or `full_attention_interval` gives their spacing. Layers for multi-token prediction (`mtp.*`) are
-known and ignored.
+layers with attention, or `full_attention_interval` gives their spacing. The layer for multi-token prediction (`mtp.*`),
+which only drafts, has attention and experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from argosy.config import DeltaConfig, LayerConfig, MixerKind
 from argosy.errors import CheckpointError
 from argosy.model.families.config_reader import ConfigReader
 
+MTP_PREFIX = "mtp."
 MTP_TENSORS = r"mtp\..*"
 
 DELTA_NAMES = {
@@ -75,6 +76,7 @@ def shared_arguments(reader: ConfigReader) -> dict[str, Any]:
         "has_o_bias": has_bias,
         "qk_norm": "head",
         "has_output_gate": True,
+        "draft_form": "qwen",
         "norm_offset": 1.0,
         "expert_width": reader.integer("moe_intermediate_size", default=512),
         "shared_width": reader.integer("shared_expert_intermediate_size", default=512),

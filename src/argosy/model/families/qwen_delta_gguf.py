@@ -59,6 +59,7 @@ def open_delta_gguf(
         shared_is_gated=True,
         qk_norm="head",
         has_output_gate=True,
+        draft_form="qwen",
         num_mtp_layers=reader.num_mtp_layers(),
         **common,
     )

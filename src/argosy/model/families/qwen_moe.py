@@ -21,9 +21,11 @@ _LAYER_NAMES = {
 }
 
 
-def make_layouts(more_names: Mapping[str, str] = {}, passed_over: str | None = None) -> tuple[Layout, ...]:
+def make_layouts(
+    more_names: Mapping[str, str] = {}, passed_over: str | None = None, mtp_prefix: str | None = None
+) -> tuple[Layout, ...]:
     """Layouts with separate and fused experts; `more_names` are for a family with mixers other than attention."""
-    return separate_and_fused({**_LAYER_NAMES, **more_names}, passed_over)
+    return separate_and_fused({**_LAYER_NAMES, **more_names}, passed_over, mtp_prefix)
 
 
 LAYOUTS = make_layouts()
