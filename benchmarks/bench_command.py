@@ -1,35 +1,40 @@
 """Does `argosy bench` print what the benchmarks measure?
 
-    python benchmarks/bench_command.py [--geometries small] [--formats Q4_0] [--shares 100,40] [--repeats 3] [--short]
+    python benchmarks/bench_command.py [--geometries small] [--formats Q4_0] [--shares 100,40] [--repeats 24] [--short]
 
-`argosy bench --json` and `ours.py`, each in a fresh process, A B A B, with the same model, budget, context and prompts.
-A share is of what all experts in memory would take, above the smallest budget. The ratio is the larger median over the
-smaller one. The memory of some virtual machines changes its rate by three quarters every few seconds, so each sample
-waits until memory has the rate that it had for the first, and is taken again if the rate changed meanwhile.
+What `argosy bench` does at one budget and `ours.py`, each in a fresh process, A B A B, with the same model, budget,
+context and prompts. A share is of what all experts in memory would take, above the smallest budget. A ratio is the
+geometric mean of those of neighbouring runs, with its 95 % interval: the virtual cores of some machines run at half
+their rate whenever a neighbour uses the other thread of a core, so that one pair says little.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import math
+import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from argosy.engine.bench import ANSWER_TOKENS, CONTEXT_TOKENS, LONG_TOKENS, SHORT_TOKENS, prompts
+from argosy.engine.bench import (
+    ANSWER_TOKENS,
+    CONTEXT_TOKENS,
+    LONG_TOKENS,
+    SHORT_TOKENS,
+    measure_alone,
+    prompts,
+)
 from argosy.engine.planning import HERE, find_place, forecaster, open_subject
 from argosy.model.families import open_model
-from argosy.plan.probes import memory_rate
 from argosy.prompt.tokenizer import Tokenizer
-from common import Report, Sample, alternate
-from engines import ARGOSY, Case, Job, median, parse_cases, run
+from common import Report, alternate
+from engines import ARGOSY, Case, Job, parse_cases, run
 
 COMMAND, SCRIPT = "argosy bench", "ours.py"
-MOST = "<= 1.03"
-SAME_MEMORY, MOST_TRIES, PAUSE_S = 0.08, 40, 1.0
+MOST = 0.03  # difference
+FIGURES = {"decode": "tok/s", "prefill": "tok/s", "first token": "s", "hit rate": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +47,10 @@ class SameContext(Job):
 
 
 def by_command(case: Case, memory: int) -> Callable[[], dict[str, float]]:
-    command = [sys.executable, "-m", "argosy", "bench", str(case.model), "--json"]
-    command += ["--memory", str(memory), "--context", str(CONTEXT_TOKENS), "--threads", str(case.threads)]
+    options = {"memory": memory, "context": CONTEXT_TOKENS, "threads": case.threads, "media": False}
 
     def one() -> dict[str, float]:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"argosy bench failed ({done.returncode}):\n{done.stderr}")
-        found: dict[str, Any] = json.loads(done.stdout)["budgets"][0]
+        found = measure_alone(str(case.model), options)
         if found["prefill_prompt_tokens"] != LONG_TOKENS:
             raise SystemExit(f"this machine is too slow: prefill of {found['prefill_prompt_tokens']} tokens")
         return {
@@ -91,31 +92,6 @@ def by_script(case: Case, memory: int) -> Callable[[], dict[str, float]]:
     return one
 
 
-class SameMemory:
-    """Takes samples while memory has one rate, that of the first sample."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads, self._rate = threads, memory_rate(threads)
-
-    def _is_same(self) -> bool:
-        return abs(memory_rate(self._threads) / self._rate - 1.0) <= SAME_MEMORY
-
-    def of(self, one: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
-        def sample() -> dict[str, float]:
-            for _ in range(MOST_TRIES):
-                if self._is_same():
-                    found = one()
-                    if self._is_same():
-                        return found
-                else:
-                    time.sleep(PAUSE_S)
-            raise SystemExit(
-                f"memory did not keep its rate of {self._rate / 1e9:.0f} GB/s: run it again later"
-            )
-
-        return sample
-
-
 def budget_bytes(case: Case, share: int) -> int:
     with open_subject(str(case.model)) as subject:
         place = find_place(HERE, case.model, threads=case.threads)
@@ -126,29 +102,39 @@ def budget_bytes(case: Case, share: int) -> int:
 
 def compare(report: Report, case: Case, share: int, repeats: int) -> None:
     memory = budget_bytes(case, share)
-    same = SameMemory(case.threads)
-    ways = {COMMAND: same.of(by_command(case, memory)), SCRIPT: same.of(by_script(case, memory))}
+    ways = {COMMAND: by_command(case, memory), SCRIPT: by_script(case, memory)}
     samples = alternate(ways, repeats)
     if len({sample.values["tokens"] for sample in samples[COMMAND] + samples[SCRIPT]}) != 1:
         raise SystemExit("the two did not decode the same number of tokens")
-    for key, unit in (("decode", "tok/s"), ("prefill", "tok/s"), ("first token", "s"), ("hit rate", "")):
-        medians = [figure(report, case, share, way, key, unit, samples[way]) for way in (COMMAND, SCRIPT)]
-        low, high = sorted(medians)
-        report.ratio(f"{case.name} {share} %: {key}, one over the other", high, low, target=MOST, share=share)
+    for key, unit in FIGURES.items():
+        facts: dict[str, Any] = {"share": share, **case.facts}
+        name = f"{case.name} {share} %: {key}"
+        for way, of_way in samples.items():
+            report.figure(f"{name}, {way}", unit, of_way, key, **facts)
+        ratio, low, high = over(
+            [sample.values[key] for sample in samples[COMMAND]],
+            [sample.values[key] for sample in samples[SCRIPT]],
+        )
+        report.line("", f"{name}: {ratio:.3f} of {SCRIPT}'s, 95 % interval {low:.3f} to {high:.3f}")
+        report.ratio(
+            f"{name}: either over the other", math.exp(abs(math.log(ratio))), 1.0,
+            target=f"<= {1 + MOST}", interval=[low, high], **facts,
+        )  # fmt: skip
     report.neighbours(samples[COMMAND] + samples[SCRIPT])
 
 
-def figure(
-    report: Report, case: Case, share: int, way: str, key: str, unit: str, samples: list[Sample]
-) -> float:
-    report.figure(f"{case.name} {share} %: {key}, {way}", unit, samples, key, share=share, **case.facts)
-    return median([sample.values[key] for sample in samples])
+def over(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """The geometric mean of the ratios of pairs, and the ends of its 95 % interval."""
+    logs = [math.log(one / other) for one, other in zip(ours, theirs, strict=True)]
+    mean = statistics.fmean(logs)
+    spread = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
+    return math.exp(mean), math.exp(mean - spread), math.exp(mean + spread)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shares", default="100,40", help="of the experts in memory, in percent")
-    options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2")
+    options, cases = parse_cases(parser, geometries="small", formats="Q4_0", threads="2", repeats=24)
     report = Report("bench_command", state="each in a fresh process; prompts and budgets are the same")
     report.correct("both decode the same number of tokens; hit rates are compared below")
     report.opening()

@@ -1,6 +1,6 @@
 """How fast does a token come from two workers, beside llama.cpp and its RPC backend?
 
-    benchmarks/install_rpc_peer.sh                 # once: build/peer-rpc/bin
+    benchmarks/install_tools_peer.sh               # once: build/peer-tools/bin
     python benchmarks/cluster_peer.py [--model FILE.gguf] [--peer DIR] [--tokens 32] [--repeats 3] [--short]
 
 Both run the same GGUF file, every weight in memory, and decode one sequence. Alone, each has two threads. With workers,
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, help="a GGUF file; default: the small model, written if missing"
     )
-    parser.add_argument("--peer", type=Path, default=REPOSITORY / "build" / "peer-rpc" / "bin")
+    parser.add_argument("--peer", type=Path, default=REPOSITORY / "build" / "peer-tools" / "bin")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="few tokens, once")
@@ -178,7 +178,7 @@ def main() -> int:
         }
     else:
         print(
-            "llama.cpp's RPC backend is not there: Argosy alone (benchmarks/install_rpc_peer.sh)",
+            "llama.cpp's RPC backend is not there: Argosy alone (benchmarks/install_tools_peer.sh)",
             file=sys.stderr,
         )
     samples = alternate(variants, arguments.repeats)

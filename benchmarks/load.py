@@ -1,15 +1,16 @@
-"""How much can the server serve to many clients at once, compared with llama-cpp-python's server on the same file?
+"""How much can the server serve to many clients at once, compared with llama.cpp's own server on the same file?
 
-    python benchmarks/load.py [--geometries mid] [--formats Q4_0] [--clients 1,4,8,16] [--shares 100,25] [--short]
+    benchmarks/install_tools_peer.sh               # once: build/peer-tools/bin/llama-server
+    python benchmarks/load.py [--geometries mid] [--formats Q4_0] [--clients 1,8,16] [--shares 100,25] [--short]
 
 Each client sends `--requests` requests, each as soon as the previous answer is complete: a few words of a document,
 greedy, `--new` tokens, streamed. Every text is checked against the rest of its document. A share of 100 is a model in
 memory. Any other share is a memory cgroup of that percentage of the file for either server, with the file's pages
 dropped first.
 
-    llama-cpp-python    its own server. It answers one request at a time, so it is configured to finish each one before
-                        the next (otherwise a new request aborts a stream), with flash attention and without unused
-                        logits. Under a limit: with one thread and with two, passive waiting, not repacked
+    llama-server        llama.cpp compiled for this processor, with continuous batching: a slot for each client, flash
+                        attention, no cache of old prompts. Under a limit: with one thread and with two, passive
+                        waiting, not repacked (the second copy would not fit)
     llama.cpp batching  no server: its C functions with all sequences in one batch, all starting at the same moment.
                         This is the most that a batching server could reach
 
@@ -51,19 +52,20 @@ from common import (
     read_ahead,
     tidy_up_when_terminated,
 )
-from engines import ARGOSY, LLAMA_CPP, PASSIVE, Case, Job, engines, median, parse_cases, peer_python, run
+from engines import ARGOSY, LLAMA_CPP, PASSIVE, Case, Job, engines, median, parse_cases, run
 from make_checkpoint import vocabulary
 from random_weights import DOCUMENT_TOKENS, document
 
-PEER, BATCHING = "llama-cpp-python", "llama.cpp batching"
+PEER, BATCHING = "llama-server", "llama.cpp batching"
+PEER_SERVER = REPOSITORY / "build" / "peer-tools" / "bin" / "llama-server"
+PEER_SLOT_TOKENS = 512  # context of one of its slots
 PROMPT_WORDS = 8
 # The spaces in a prompt are not part of its document, and the margin of the next token is smaller for them: llama.cpp
-# was seen to miss one token in 3000, and then continues from a different one.
-FEWEST_RIGHT = 0.97
+# was seen to miss one token in 1100, Argosy one in 8000, and then they continue from a different one.
+FEWEST_RIGHT = 0.9
 READ_AHEAD_KIB = 128
-TARGETS = {True: ">= 1.5", False: ">= 3"}  # whether the model is in memory; at TARGET_CLIENTS
+TARGETS = {1: ">= 1.7", 8: ">= 3", 16: ">= 4"}  # by the number of clients, in memory and not
 ROWS = {True: 16, False: 17}
-TARGET_CLIENTS = 8
 _START_S = 120.0
 _DOCUMENTS = range(2, 14)  # documents of three-letter words, many of which are one token
 
@@ -246,20 +248,16 @@ class Way:
                 sys.executable, "-m", "argosy", "serve", str(model), "--port", str(port), "--memory", str(memory),
                 "--threads", str(self.threads), "--context", str(context * clients),
             ]  # fmt: skip
-        # mlock would keep the whole file in memory, and nobody needs logits at every position.
         return [
-            str(peer_python()), str(REPOSITORY / "benchmarks" / "peer_server.py"),
-            "--repack", str(self.limit_bytes is None).lower(), "--model", str(model), "--host", "127.0.0.1",
-            "--port", str(port), "--n_ctx", "512", "--n_batch", "512", "--flash_attn", "true", "--use_mlock", "false",
-            "--logits_all", "false", "--n_threads", str(self.threads), "--n_threads_batch", str(self.threads),
-            "--interrupt_requests", "false", "--verbose", "false",
+            str(PEER_SERVER), "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
+            "--parallel", str(clients), "--ctx-size", str(PEER_SLOT_TOKENS * clients), "--batch-size", "512",
+            "--flash-attn", "on", "--cache-ram", "0", "--threads", str(self.threads),
+            "--threads-batch", str(self.threads), *([] if self.limit_bytes is None else ["--no-repack"]),
         ]  # fmt: skip
 
     def body(self, num_new: int) -> Callable[[str], Mapping[str, object]]:
         """Returns the function that makes a request body from a text."""
         fixed = {"max_tokens": num_new, "temperature": 0, "stream": True}
-        if self.engine != ARGOSY:
-            fixed["repeat_penalty"] = 1.0  # its server's default differs
         return lambda text: {"prompt": text, **fixed}
 
 
@@ -271,10 +269,8 @@ def running(way: Way, model: Path, *, context: int, clients: int) -> Iterator[in
         port = free.getsockname()[1]
     command = way.command(model, port, context=context, clients=clients)
     environment = dict(os.environ)
-    if way.engine != ARGOSY:
-        environment.pop("PYTHONPATH", None)
-        if way.limit_bytes is not None:
-            environment |= PASSIVE
+    if way.engine == PEER and way.limit_bytes is not None:
+        environment |= PASSIVE
     with tempfile.TemporaryFile() as log, contextlib.ExitStack() as stack:
         stack.enter_context(_process(way, command, environment, log))
         _wait_until_ready(port, log, way.engine)
@@ -299,7 +295,7 @@ def _wait_until_ready(port: int, log: IO[bytes], engine: str) -> None:
     ends_at = time.monotonic() + _START_S
     while time.monotonic() < ends_at:
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).read()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
             return
         time.sleep(0.1)
     log.seek(0)
@@ -331,12 +327,13 @@ class Measured:
     def ways(self) -> dict[str, Callable[[], dict[str, float]]]:
         ours = Way(engine=ARGOSY, threads=self.case.threads, limit_bytes=self.limit_bytes)
         found: dict[str, Callable[[], dict[str, float]]] = {ARGOSY: lambda: self.serve(ours)}
-        if LLAMA_CPP not in engines():
-            return found
-        for threads in {self.case.threads} if self.is_resident else (1, 2):
-            way = Way(engine=PEER, threads=threads, limit_bytes=self.limit_bytes)
-            found[f"{PEER} {threads}T"] = lambda way=way: self.serve(way)  # type: ignore[misc]
-        return found | {BATCHING: self.batch}
+        if PEER_SERVER.exists():
+            for threads in {self.case.threads} if self.is_resident else (1, 2):
+                way = Way(engine=PEER, threads=threads, limit_bytes=self.limit_bytes)
+                found[f"{PEER} {threads}T"] = lambda way=way: self.serve(way)  # type: ignore[misc]
+        else:
+            print(f"{PEER} is not compiled (benchmarks/install_tools_peer.sh)", file=sys.stderr)
+        return found | ({BATCHING: self.batch} if LLAMA_CPP in engines() else {})
 
     def serve(self, way: Way) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -420,8 +417,9 @@ def measure(report: Report, measured: Measured) -> None:
             report.figure(
                 f"{label}, first token p99", "ms", found, f"{clients} p99", clients=clients, **facts
             )
-        if len(samples) > 1:
-            compare(report, measured, samples, clients, facts)
+        for peer in (PEER, BATCHING):
+            if any(way.startswith(peer) for way in samples):
+                compare(report, measured, samples, peer, clients, facts)
     report.neighbours([sample for found in samples.values() for sample in found])
 
 
@@ -429,6 +427,7 @@ def compare(
     report: Report,
     measured: Measured,
     samples: dict[str, list[Sample]],
+    peer: str,
     clients: int,
     facts: dict[str, object],
 ) -> None:
@@ -437,36 +436,33 @@ def compare(
     def best(key: str, choose: Callable[[Sequence[float]], float], of: str) -> float:
         return choose(
             [
-                median([sample.values[key] for sample in found])
+                median([sample.values[f"{clients} {key}"] for sample in found])
                 for way, found in samples.items()
                 if way.startswith(of)
             ]
         )
 
     name, row = f"{measured.name}, {clients} clients", ROWS[measured.is_resident]
-    ours = best(f"{clients} tok/s", max, ARGOSY)
     report.ratio(
-        f"{name}: over {PEER}'s server",
-        ours,
-        best(f"{clients} tok/s", max, PEER),
-        target=TARGETS[measured.is_resident] if clients == TARGET_CLIENTS else "",
+        f"{name}: over {peer}",
+        best("tok/s", max, ARGOSY),
+        best("tok/s", max, peer),
+        target=TARGETS.get(clients, "") if peer == PEER else "",
         row=row,
         **facts,
     )
     for point in ("p50", "p99"):
-        theirs = best(f"{clients} {point}", min, PEER)
         report.ratio(
-            f"{name}: first token {point}, the server's over ours",
-            theirs, best(f"{clients} {point}", max, ARGOSY), row=row, **facts,
+            f"{name}: first token {point}, {peer}'s over ours",
+            best(point, min, peer), best(point, max, ARGOSY), row=row, **facts,
         )  # fmt: skip
-    report.ratio(f"{name}: over {BATCHING}", ours, best(f"{clients} tok/s", max, BATCHING), row=row, **facts)
 
 
 def main() -> int:
     tidy_up_when_terminated()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clients", default="1,4,8,16")
-    parser.add_argument("--shares", default="100,50,25", help="of the file in memory, in percent")
+    parser.add_argument("--clients", default="1,8,16")
+    parser.add_argument("--shares", default="100,25", help="of the file in memory, in percent")
     parser.add_argument("--requests", type=int, default=3, help="of each client; one where it does not fit")
     parser.add_argument("--new", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--new-streamed", type=int, default=16, help="the same where the model does not fit")

@@ -34,7 +34,7 @@ QUESTIONS = {
     13: "decode beside a busy process over decode on the quiet machine",
     14: "peak memory of a resident model over its file",
     15: "first token of a prompt of 2040 tokens over the same prompt found computed",
-    16: "serving clients at once over llama-cpp-python's server (one request at a time): resident",
+    16: "serving clients at once over llama.cpp's llama-server: resident",
     17: "the same in a memory limit, over its best of one and two threads",
 }
 
