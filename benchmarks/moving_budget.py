@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="the tiny model, few changes")
     options = parser.parse_args()
     if options.short:
-        options.model, options.budgets, options.changes = "tiny", "340MiB,320MiB,360MiB", 4
+        options.model, options.budgets, options.changes = "tiny", "390MiB,370MiB,410MiB", 4
     model = named_model(options.models, options.model, options.format)
     report = Report("moving_budget", state="loopback; one server; page cache of the model dropped before")
     try:

@@ -185,9 +185,9 @@ def main() -> int:
         limited = "" if is_limited else "  (not limited)"
         print(f"{cell!s:<62}{sizes}{share:>8.3f}  experts filled {found['filled']:.2f}{limited}", flush=True)
         report.record(str(cell), "peak over prediction", [share], [], predicted=predicted, **found)
-    is_good = max(shares) <= 1.0 and min(shares) >= 1.0 - TARGET
-    print(f"\npeak over prediction {min(shares):.3f} to {max(shares):.3f}, target {1 - TARGET:.2f} to 1.00")
-    return 0 if is_good else 1
+    report.ratio("largest peak over its prediction", max(shares), 1.0, target="<= 1")
+    report.ratio("smallest peak over its prediction", min(shares), 1.0, target=f">= {1 - TARGET}")
+    return int(max(shares) > 1.0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ inline float sink_of(const AttentionArgs& a, int64_t head) {
   return a.sinks != nullptr ? a.sinks[head] : -INFINITY;
 }
 
-// The number of a section that a token sees.
+// The numbers of the first and the last section that a token sees.
 inline int64_t first_section(const AttentionArgs& a, int64_t token) {
   return lane_of(a.kv, first_position(a, token)) / kSectionKeys;
 }
