@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -301,6 +303,38 @@ def test_a_request_that_was_made_for_a_longer_context_is_refused(tight: Engine) 
     tight.resize(refused.value.facts["needed_bytes"])  # type: ignore[arg-type]
     with pytest.raises(PromptTooLong):
         tight.enqueue(sequences)
+
+
+def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_for(
+    tight: Engine, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, opened = tight._model.cache, tight.plan
+    assert cache is not None
+    lease, seen, asked = cache.lease, list[tuple[int, int]](), list[threading.Thread]()
+    smaller = opened.total_bytes - 8 * opened.slot_bytes
+    steps = 0
+
+    def ask_within(layer: int, *arguments: Any) -> Any:
+        if steps == 1 and layer == 1 and not asked:
+            asked.append(threading.Thread(target=tight.resize, args=(smaller,)))
+            asked[0].start()
+            while cache.before_lease is None:
+                time.sleep(0.001)
+        leased = lease(layer, *arguments)
+        seen.append((steps, cache.policy.num_slots))
+        return leased
+
+    monkeypatch.setattr(cache, "lease", ask_within)
+    sequence = tight.submit(PROMPTS[1], GREEDY)
+    while sequence.result is None:
+        steps += 1
+        tight.step()
+    asked[0].join()
+    first = [slots for step, slots in seen if step == 1]
+    assert first[0] - first[-1] == opened.num_slots - tight.plan.num_slots > 0
+    assert tight.plan.budget_bytes == smaller
+    assert sequence.new_ids == answers[1]
+    assert cache.before_lease is None
 
 
 def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_small_for_them(

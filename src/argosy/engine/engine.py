@@ -12,8 +12,8 @@ logits into tokens and ends answers; `loop.py` runs an engine in a thread of its
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -520,9 +520,14 @@ class Engine(BlockingCalls):
             raise UsageError("the number of experts in memory is fixed", hint="leave out `expert_slots`")
         require_budget(budget_bytes)
         with self._resizing:
-            with self._lock:
+            with self._shrinking_early(budget_bytes), self._lock:
                 self._require_open()
-                plan = self._replan(budget_bytes)
+                try:
+                    plan = self._replan(budget_bytes)
+                except DoesNotFit:
+                    if self._experts is not None:  # they may have made room for it
+                        self._experts.allow(OWN, self.plan.num_slots * self.plan.slot_bytes)
+                    raise
                 if self._model.is_packed and not plan.is_packed:
                     self._move_to_slots(plan)
                 experts, idle = self._experts, self._idle
@@ -537,6 +542,29 @@ class Engine(BlockingCalls):
                 experts.most_slots = plan.reachable_slots
             self.plan = plan
             return plan
+
+    @contextmanager
+    def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
+        """Until the lock is there, have the running step let experts leave between two of its layers.
+
+        A prompt's step may take seconds, and a limit that was lowered does not wait.
+        """
+        self._require_open()
+        cache, experts = self._model.cache, self._experts
+        if cache is None or experts is None:
+            yield
+            return
+
+        def shrink() -> None:
+            cache.before_lease = None
+            with suppress(DoesNotFit):  # whoever asked gets it
+                experts.shrink(OWN, (plan := self._replan(budget_bytes)).num_slots * plan.slot_bytes)
+
+        cache.before_lease = shrink
+        try:
+            yield
+        finally:
+            cache.before_lease = None
 
     def _replan(self, budget_bytes: int) -> MemoryPlan:
         opened, cache = self._opened_with, self._model.cache

@@ -103,6 +103,14 @@ class ExpertMemory:
             if self._clock() - began >= self.step_s * _SHARE_OF_STEPS:
                 return False
 
+    def shrink(self, source: str, nbytes: int) -> None:
+        """Let experts have no more than so much of a source. Call it with the lock, within a step, between two layers.
+
+        All of it goes at once.
+        """
+        if nbytes < self._allowed[source]:
+            self.approach({source: nbytes}, is_urgent=True)
+
     def allow_between_steps(self, wanted: Callable[[], Mapping[str, int]]) -> None:
         """As `allow`, in parts, from any thread; steps go on meanwhile.
 
