@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import UsageError
@@ -61,6 +63,7 @@ WORDS = st.sampled_from(("blue", "moon", "Rotten", "fish", "pie", "böse", "moon
 
 @settings(max_examples=120, deadline=None)
 @given(st.lists(WORDS, max_size=12), st.lists(st.integers(1, 6), min_size=1, max_size=4))
+@example(["blue", "—", "moon"], [1])
 def test_a_stream_is_flagged_as_the_whole_is_and_sends_no_part_of_a_phrase(
     words: list[str], sizes: list[int]
 ) -> None:
@@ -75,5 +78,7 @@ def test_a_stream_is_flagged_as_the_whole_is_and_sends_no_part_of_a_phrase(
     if not stream.is_flagged:
         assert sent == text
     else:
-        rest = text[len(sent) :].lower()
+        rest = " ".join(
+            re.findall(r"\w+", text[len(sent) :].lower())
+        )  # what stands between words does not matter
         assert any(phrase in rest for phrase in ("blue moon", "rotten fish pie", "böse"))
