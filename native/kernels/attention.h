@@ -382,7 +382,7 @@ void attend_stretch(const AttentionArgs& a, Query* const* queries, int64_t count
   for (; d < padded_dim; d += kLanes) add_columns<Kv, 1>(queries, count, tiles, padded_dim, d);
 }
 
-// One function for all callers, so that every merge has the same instructions.
+// Not inlined, so that every merge executes the same instructions.
 [[gnu::noinline]] void attention_merge(const float* next, int64_t head_dim, float* state) {
   const int64_t most_at = round_up(head_dim, kKeyTile), sum_at = most_at + 1;
   const float most = next[most_at] > state[most_at] ? next[most_at] : state[most_at];

@@ -151,8 +151,8 @@ struct LatentWriteArgs {
 // A call processes four tiles at a time, for up to this many (token, head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
-// Lanes of a section: a running maximum starts anew in each, and the sections that a token sees are merged in
-// ascending order. So threads may share out the sections of one token.
+// Lanes of a section. Each section has a running maximum of its own, and the sections that a token sees are
+// merged in ascending order, so threads can divide the sections of one token among themselves.
 [[maybe_unused]] static constexpr int64_t kSectionKeys = 1024;
 
 // Tokens of one sequence against one KV head.
@@ -169,7 +169,8 @@ struct AttentionArgs {
   int64_t window;                // positions begin at order - window + 1; 0: at 0
   float* scratch;                // attention_scratch_floats(head_dim)
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
-  // Only this section: a query that sees any of it gets its state written, and `out` is not. Below 0: all.
+  // At least 0: the call computes this section only. It writes the states of the queries that see the
+  // section, and not `out`.
   int64_t section = -1;
   float* states = nullptr;  // [num_tokens][heads of the KV head][attention_state_floats(head_dim)]
 };

@@ -592,7 +592,7 @@ class _Size(NamedTuple):
         return 3 * 2 * self.hidden * self.width
 
 
-# Two models as small as kernels allow, and two whose experts have usual sizes, of which several may miss in a layer.
+# Two models are as small as the kernels allow. Two have experts of usual sizes, several of which may miss in one layer.
 _FEW, _MANY = _Size(4, 256, 64, 16, 4), _Size(20, 256, 64, 16, 4)
 _MIDDLING, _LARGE = _Size(4, 512, 256, 16, 8), _Size(3, 1024, 512, 16, 8)
 

@@ -525,7 +525,7 @@ class Engine(BlockingCalls):
                 try:
                     plan = self._replan(budget_bytes)
                 except DoesNotFit:
-                    if self._experts is not None:  # they may have made room for it
+                    if self._experts is not None:  # some may have left already
                         self._experts.allow(OWN, self.plan.num_slots * self.plan.slot_bytes)
                     raise
                 if self._model.is_packed and not plan.is_packed:
@@ -557,7 +557,7 @@ class Engine(BlockingCalls):
 
         def shrink() -> None:
             cache.before_lease = None
-            with suppress(DoesNotFit):  # whoever asked gets it
+            with suppress(DoesNotFit):  # `resize` raises it
                 experts.shrink(OWN, (plan := self._replan(budget_bytes)).num_slots * plan.slot_bytes)
 
         cache.before_lease = shrink
@@ -579,6 +579,7 @@ class Engine(BlockingCalls):
                     needed_bytes=opened.total_bytes,
                     budget_bytes=budget_bytes,
                 )
+        if opened.is_packed:
             opened = in_slots(self._footprint, self.settings, opened)
         return replan(
             self._footprint,
@@ -591,15 +592,13 @@ class Engine(BlockingCalls):
 
     def _move_to_slots(self, plan: MemoryPlan) -> None:
         """Have slots instead of all experts end to end. Call it with the lock, between two steps."""
-        opened = in_slots(self._footprint, self.settings, self._opened_with)
         self._tell_recorder()
         cache = self._model.move_to_slots(
             self._store,
             plan.num_slots,
-            most_slots=reserved_slots(opened, plan.reachable_slots),
+            most_slots=reserved_slots(plan, plan.reachable_slots),
             look_ahead=self.settings.look_ahead,
         )
-        self._opened_with = opened
         self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
         self._experts = ExpertMemory(
             cache,

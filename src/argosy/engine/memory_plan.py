@@ -166,7 +166,7 @@ class MemoryPlan:
 
     @property
     def usual_slots(self) -> int:
-        """Likely expert slots while text is generated, and sequences fill half of the context."""
+        """The likely number of expert slots during decode, with sequences that fill half of the context."""
         return self.decode_slots(self.context_tokens // 2)
 
     def model_sizes(self, config: EngineConfig) -> ModelSizes:

@@ -54,7 +54,7 @@ class ExpertCache:
     Attributes:
         most_slots: the limit of `resize`.
         lent: the lock for the cores, which others may take while a lease waits for reads; None: the step keeps it.
-        before_lease: called before the next lease, and may call `resize`; None: nothing is.
+        before_lease: called at the start of each lease; it may call `resize`. None: nothing is called.
 
     Args:
         num_slots: how many there are at most.

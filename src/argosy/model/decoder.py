@@ -131,7 +131,7 @@ class Decoder:
         return logits
 
     def run_with(self, experts: ExpertRunner) -> None:
-        """Have another runner run the experts from the next step on."""
+        """Use another expert runner from the next step on."""
         self._experts = experts
         self._stack.use_experts(None)  # forgets the table of the last one
 

@@ -103,7 +103,7 @@ class DraftLayer:
         return self._decoder.hidden()
 
     def following(self, states: Array) -> Array:
-        """What stands for hidden states after a draft: float32 [rows, hidden_size].
+        """The hidden states from which the next draft starts: float32 [rows, hidden_size].
 
         Args:
             states: from `run`, float32 [rows, hidden_size].
@@ -111,7 +111,7 @@ class DraftLayer:
         return states if self._form == "deepseek" else self._normed(states)
 
     def run_with(self, experts: ExpertRunner) -> None:
-        """Have another runner run the experts from the next run on."""
+        """Use another expert runner from the next run on."""
         self._decoder.run_with(experts)
 
     def logits(self, states: Array) -> Array:

@@ -139,15 +139,14 @@ class ModelReading:
             if self._experts_reading is not None:
                 self._experts_reading.close()
             expert_files = self._expert_files()
-            cache = ExpertCache(
+            cache = _cache(
                 self._store,
+                self._files,
+                self._weights,
                 expert_files,
                 num_slots=sizes.expert_slots,
                 first_slots=sizes.first_slots,
                 reads_all=sizes.reads_all,
-                num_layers=self._files.config.num_layers,
-                experts_per_token=self._files.config.experts_per_token,
-                arithmetic=describe_experts(self._files.config, self._weights),
                 look_ahead=look_ahead,
                 foreground=foreground,
             )
@@ -185,6 +184,33 @@ class ModelReading:
         self._dense_reading.cancel()
         if self._experts_reading is not None:
             self._experts_reading.cancel()
+
+
+def _cache(
+    store: _native.Store,
+    files: ModelFiles,
+    weights: DenseWeights,
+    expert_files: ExpertFiles,
+    *,
+    num_slots: int,
+    first_slots: int | None,
+    reads_all: bool,
+    look_ahead: bool,
+    foreground: _native.Foreground | None = None,
+) -> ExpertCache:
+    """A cache for the experts of a model; see `ExpertCache` for the arguments."""
+    return ExpertCache(
+        store,
+        expert_files,
+        num_slots=num_slots,
+        first_slots=first_slots,
+        reads_all=reads_all,
+        num_layers=files.config.num_layers,
+        experts_per_token=files.config.experts_per_token,
+        arithmetic=describe_experts(files.config, weights),
+        look_ahead=look_ahead,
+        foreground=foreground,
+    )
 
 
 class Model:
@@ -288,15 +314,14 @@ class Model:
         """
         packed = self.experts
         assert isinstance(packed, ResidentRunner)
-        cache = ExpertCache(
+        cache = _cache(
             store,
+            self._files,
+            self.weights,
             ExpertFiles(store, self._files.experts, open_file=functools.cache(store.open)),
             num_slots=most_slots,
             first_slots=0,
             reads_all=True,
-            num_layers=self._files.config.num_layers,
-            experts_per_token=self._files.config.experts_per_token,
-            arithmetic=describe_experts(self._files.config, self.weights),
             look_ahead=look_ahead,
         )
         cache.stats = replace(packed.stats)

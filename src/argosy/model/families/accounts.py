@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from argosy.checkpoint.files import DraftFiles, ExpertRecord, MatrixRef, require_one_format_a_layer
+from argosy.checkpoint.geometry import draft_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig
-from argosy.errors import CheckpointError, UnsupportedModel
+from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 
 # The dtypes of safetensors that kernels read as they are; F8_E4M3 is not among them, because it needs a scale.
 FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -120,3 +122,29 @@ class TensorAccounts:
                 extra=extra,
             )
         return others
+
+
+def read_draft(
+    config: ModelConfig,
+    path: Path,
+    dense_of: Callable[[ModelConfig, str, tuple[int, ...]], MatrixRef],
+    experts_of: Callable[[ModelConfig], Mapping[tuple[int, int], ExpertRecord]],
+) -> DraftFiles | ArgosyError:
+    """Account for the first layer for multi-token prediction. If it is damaged, the model still runs without it.
+
+    Args:
+        path: the checkpoint, for errors.
+        dense_of: takes the dense tensor with this canonical name and shape.
+        experts_of: takes the experts of the last layer.
+
+    Returns:
+        The layer, or why it cannot be used.
+    """
+    alone = config.draft_only
+    try:
+        dense = {name: dense_of(alone, name, shape) for name, shape in draft_shapes(alone)}
+        experts = experts_of(alone)
+        require_one_format_a_layer(experts, path)
+    except (CheckpointError, UnsupportedModel) as error:
+        return error
+    return DraftFiles(alone.layers[-1], dense, dict(experts))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 from argosy.checkpoint.files import (
     DraftFiles,
@@ -26,12 +27,12 @@ from argosy.checkpoint.files import (
     Transcode,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
-from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.model.families.accounts import TensorAccounts
+from argosy.errors import ArgosyError
+from argosy.model.families.accounts import TensorAccounts, read_draft
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 FORMAT_OF_TYPE: Mapping[str, Format] = {**_FLOAT_FORMATS, **SLOT_FORMATS}
@@ -123,20 +124,6 @@ def read_gguf_layout(
         stacked = config.num_heads if last in ("k_up", "v_up") else 1
         return reader.dense(dense_name(canonical, names), shape, heads, stacked)
 
-    def read_draft() -> DraftFiles | ArgosyError | None:
-        """The first layer for multi-token prediction. A damaged one keeps no text from running."""
-        number, reader = config.num_layers, _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
-        if dense_name(f"layers.{number}.draft_join") not in reader:
-            return None
-        alone = config.draft_only
-        try:
-            dense = {name: take_dense(reader, alone, name, shape) for name, shape in draft_shapes(alone)}
-            experts = reader.experts(alone, number)
-            require_one_format_a_layer(experts, file.path)
-        except (CheckpointError, UnsupportedModel) as error:
-            return error
-        return DraftFiles(alone.layers[-1], dense, experts)
-
     dense = {name: take_dense(accounts, config, name, shape) for name, shape in dense_shapes(config)}
     experts: dict[tuple[int, int], ExpertRecord] = {}
     for layer in config.moe_layers:
@@ -150,7 +137,16 @@ def read_gguf_layout(
         "these metadata",
     )
     require_one_format_a_layer(experts, file.path)
-    return ModelFiles(file.path, config, dense, experts, header=file, draft=read_draft())
+    draft: DraftFiles | ArgosyError | None = None
+    if dense_name(f"layers.{config.num_layers}.draft_join") in file.tensors:
+        reader = _Accounts(file.path, file.tensors, FORMAT_OF_TYPE, hint=TYPE_HINT)
+        draft = read_draft(
+            config,
+            file.path,
+            partial(take_dense, reader),
+            lambda alone: reader.experts(alone, config.num_layers),
+        )
+    return ModelFiles(file.path, config, dense, experts, header=file, draft=draft)
 
 
 def _layer_of(name: str) -> int | None:

@@ -39,11 +39,11 @@ from argosy.checkpoint.files import (
     matrix_bytes,
     require_one_format_a_layer,
 )
-from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
 from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
 
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
@@ -95,10 +95,9 @@ class Layout:
     prefix: str = "model."
     head_name: str = "lm_head.weight"
     passed_over: str | None = None  # regular expression for whole names of tensors that text does not need
-    mtp_prefix: str | None = (
-        None  # of the draft layer, whose number begins at 0 there; None: as the model's layers
-    )
-    first_layer: int = 0  # the layer that files number 0
+    # The prefix of a draft layer that has the number 0. None: it has the number after the model's layers.
+    mtp_prefix: str | None = None
+    first_layer: int = 0  # the layer that has the number 0 in the files
 
     def dense_name(self, canonical: str) -> str:
         """The checkpoint's name of a dense tensor."""
@@ -198,24 +197,18 @@ def read_layout(
 def _read_draft(
     reader: _Accounts, config: ModelConfig, layouts: tuple[Layout, ...], layout: Layout
 ) -> DraftFiles | ArgosyError | None:
-    """The first layer for multi-token prediction, in `layout` or another. A damaged one keeps no text from running."""
+    """The first layer for multi-token prediction, in `layout` or another; None: there is none."""
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]
-    layout = next(
-        (one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0]
-    )
-    if layout.dense_name(f"layers.{number}.draft_join") not in reader:
+    found = next((one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0])
+    if found.dense_name(f"layers.{number}.draft_join") not in reader:
         return None
-    alone = config.draft_only
-    try:
-        dense = {
-            canonical: reader.dense(canonical, shape, layout) for canonical, shape in draft_shapes(alone)
-        }
-        experts = reader.experts(alone, layout)
-        require_one_format_a_layer(experts, reader.path)
-    except (CheckpointError, UnsupportedModel) as error:
-        return error
-    return DraftFiles(alone.layers[-1], dense, experts)
+    return read_draft(
+        config,
+        reader.path,
+        lambda _, name, shape: reader.dense(name, shape, found),
+        lambda alone: reader.experts(alone, found),
+    )
 
 
 def _choose(layouts: tuple[Layout, ...], config: ModelConfig, tensors: Mapping[str, TensorRef]) -> Layout:
