@@ -51,7 +51,8 @@ auto with_os_errors(const std::string& path, Body&& body) {
 }
 
 using FaultName = Named<std::string,
-                        "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'uncached', "
+                        "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'hold', "
+                        "'uncached', "
                         "'short_cached', 'no_cache']">;
 
 Fault parse_fault(const std::string& kind) {
@@ -61,12 +62,13 @@ Fault parse_fault(const std::string& kind) {
   if (kind == "truncated") return Fault::truncated;
   if (kind == "flip") return Fault::flipped_bit;
   if (kind == "delay") return Fault::delayed;
+  if (kind == "hold") return Fault::held;
   if (kind == "uncached") return Fault::uncached;
   if (kind == "short_cached") return Fault::partial_cached;
   if (kind == "no_cache") return Fault::no_cache;
   throw std::invalid_argument(
       "unknown kind of fault '" + kind +
-      "'; known: eio, eintr, short, truncated, flip, delay, uncached, short_cached, no_cache");
+      "'; known: eio, eintr, short, truncated, flip, delay, hold, uncached, short_cached, no_cache");
 }
 
 std::optional<std::string> error_kind(ReadError error) {
@@ -249,7 +251,7 @@ void bind_store(nb::module_& m) {
 
     Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
     short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
-    delay: returns `delay_seconds` later.
+    delay: returns `delay_seconds` later. hold: returns when `release` is called.
 
     Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
     tell what it has.)")
@@ -262,6 +264,7 @@ void bind_store(nb::module_& m) {
                 FaultyFileSystem(std::move(inner), parse_fault(kind), fail_read, num_faults, delay_seconds);
           },
           "fail_read"_a, "kind"_a, "num_faults"_a = 1, "delay_seconds"_a = 0.05, "inner"_a = nb::none())
+      .def("release", &FaultyFileSystem::release, "Let the reads that are held, and all later ones, go on.")
       .def_prop_ro("num_reads", &FaultyFileSystem::num_reads);
 
   nb::class_<Record>(m, "Record", R"(

@@ -44,12 +44,20 @@ ssize_t FaultyFileSystem::spoil(ssize_t got, uint8_t* memory) const {
     case Fault::delayed:
       std::this_thread::sleep_for(std::chrono::duration<double>(delay_seconds_));
       return got;
+    case Fault::held:
+      is_released_.wait(false);
+      return got;
     case Fault::uncached:
     case Fault::partial_cached:
     case Fault::no_cache:
       break;
   }
   return got;
+}
+
+void FaultyFileSystem::release() {
+  is_released_ = true;
+  is_released_.notify_all();
 }
 
 ssize_t FaultyFileSystem::pread(int handle, void* buffer, size_t nbytes, int64_t offset) {
@@ -76,17 +84,24 @@ class FaultyFileSystem::Queue : public ReadQueue {
 
   size_t wait(std::span<AsyncResult> results) override {
     const size_t num_results = inner_->wait(results);
-    std::lock_guard lock(mutex_);
     for (AsyncResult& result : results.first(num_results)) {
-      const auto found = bad_.find(result.tag);
-      if (found == bad_.end()) continue;
-      result.got = owner_.spoil(result.got, found->second);
-      bad_.erase(found);
+      // A late read must not keep others from being submitted.
+      if (uint8_t* const memory = take_bad(result.tag)) result.got = owner_.spoil(result.got, memory);
     }
     return num_results;
   }
 
  private:
+  // The memory of the read with this tag if it gets the fault, else null.
+  uint8_t* take_bad(uint64_t tag) {
+    std::lock_guard lock(mutex_);
+    const auto found = bad_.find(tag);
+    if (found == bad_.end()) return nullptr;
+    uint8_t* const memory = found->second;
+    bad_.erase(found);
+    return memory;
+  }
+
   FaultyFileSystem& owner_;
   std::unique_ptr<ReadQueue> inner_;
   std::mutex mutex_;

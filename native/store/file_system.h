@@ -103,6 +103,7 @@ enum class Fault {
   truncated,    // end of file
   flipped_bit,  // all bytes arrive, with one bit of the middle byte flipped
   delayed,      // all bytes arrive late
+  held,         // all bytes arrive when `release` is called
   // Faults of the page cache; reads from the drive are correct.
   uncached,        // EAGAIN
   partial_cached,  // half of the requested bytes
@@ -127,6 +128,9 @@ class FaultyFileSystem : public FileSystem {
 
   int64_t num_reads() const { return num_reads_; }
 
+  // Lets held reads go on, and all later ones.
+  void release();
+
  private:
   class Queue;
 
@@ -141,6 +145,7 @@ class FaultyFileSystem : public FileSystem {
   int64_t num_faults_;
   double delay_seconds_;
   std::atomic<int64_t> num_reads_{0};
+  std::atomic<bool> is_released_{false};
 };
 
 }  // namespace argosy

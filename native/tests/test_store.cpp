@@ -222,12 +222,14 @@ void a_cancelled_ticket_is_forgotten_and_nothing_moves_after() {
 
 void waiting_ends_when_its_time_is_over() {
   const TestFile file(kPage);
-  Store store(1, faulty(Fault::delayed, 1, 1, 0.2));
+  const auto file_system = faulty(Fault::held, 1);
+  Store store(1, file_system);
   const int id = store.open(file.path());
   Arena arena{size_t(kPage)};
   const int64_t ticket = store.fetch(arena, {{id, 0, kPage, 0}});
   CHECK(store.wait_any({ticket}, milliseconds(10)).empty());
   CHECK_EQUAL(store.pending(), 1);
+  file_system->release();
   CHECK_EQUAL(wait_one(store, ticket).message, "");
 }
 

@@ -107,7 +107,7 @@ class FaultyFileSystem(FileSystem):
 
     Reads from the drive, which then bypass the page cache. eio: fails. eintr: is interrupted and must be retried.
     short: returns half of the bytes; the rest must be read. truncated: end of file. flip: one wrong bit in the middle.
-    delay: returns `delay_seconds` later.
+    delay: returns `delay_seconds` later. hold: returns when `release` is called.
 
     Reads from the page cache. uncached: it lost the bytes. short_cached: it has the first half. no_cache: it cannot
     tell what it has.
@@ -117,12 +117,24 @@ class FaultyFileSystem(FileSystem):
         self,
         fail_read: int,
         kind: Literal[
-            "eio", "eintr", "short", "truncated", "flip", "delay", "uncached", "short_cached", "no_cache"
+            "eio",
+            "eintr",
+            "short",
+            "truncated",
+            "flip",
+            "delay",
+            "hold",
+            "uncached",
+            "short_cached",
+            "no_cache",
         ],
         num_faults: int = 1,
         delay_seconds: float = 0.05,
         inner: FileSystem | None = None,
     ) -> None: ...
+    def release(self) -> None:
+        """Let the reads that are held, and all later ones, go on."""
+
     @property
     def num_reads(self) -> int: ...
 

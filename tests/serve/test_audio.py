@@ -57,8 +57,10 @@ def expected(hearing: tuple[Service, str, Transcriber], **options: Any) -> Trans
     return hearing[2].transcribe(Audio(SPEECH), TranscriptOptions(**options))
 
 
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client(hearing: tuple[Service, str, Transcriber]) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{hearing[1]}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def post(url: str, path: str = TRANSCRIPTIONS, *, file: Any = SPEECH, **fields: Any) -> httpx.Response:
@@ -67,8 +69,10 @@ def post(url: str, path: str = TRANSCRIPTIONS, *, file: Any = SPEECH, **fields: 
     )
 
 
-def test_the_openai_client_gets_every_format(hearing: tuple[Service, str, Transcriber]) -> None:
-    whole, ask = expected(hearing), client(hearing[1]).audio.transcriptions.create
+def test_the_openai_client_gets_every_format(
+    hearing: tuple[Service, str, Transcriber], client: openai.OpenAI
+) -> None:
+    whole, ask = expected(hearing), client.audio.transcriptions.create
     speech = ("speech.wav", SPEECH)
     assert whole.text
     short = ask(file=speech, model="whisper-1")
@@ -89,8 +93,10 @@ def test_the_openai_client_gets_every_format(hearing: tuple[Service, str, Transc
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # translations are, in newer clients
-def test_options_reach_the_transcriber(hearing: tuple[Service, str, Transcriber]) -> None:
-    ask = client(hearing[1]).audio.transcriptions.create
+def test_options_reach_the_transcriber(
+    hearing: tuple[Service, str, Transcriber], client: openai.OpenAI
+) -> None:
+    ask = client.audio.transcriptions.create
     given: dict[str, Any] = {"prompt": "Argosy", "temperature": 0.4}
     assert ask(file=SPEECH, model="whisper-1", **given).text == expected(hearing, **given).text
     if hearing[2].name == "english":
@@ -98,14 +104,16 @@ def test_options_reach_the_transcriber(hearing: tuple[Service, str, Transcriber]
     assert ask(file=SPEECH, model="whisper-1", language="yue").text == expected(hearing, language="yue").text
     verbose = ask(file=SPEECH, model="whisper-1", language="yue", response_format="verbose_json")
     assert verbose.language == "cantonese"
-    english = client(hearing[1]).audio.translations.create(file=SPEECH, model="whisper-1")
+    english = client.audio.translations.create(file=SPEECH, model="whisper-1")
     assert english.text == expected(hearing, task="translate").text
     assert english.text != expected(hearing).text
 
 
-def test_a_stream_has_the_text_of_the_whole_answer(hearing: tuple[Service, str, Transcriber]) -> None:
+def test_a_stream_has_the_text_of_the_whole_answer(
+    hearing: tuple[Service, str, Transcriber], client: openai.OpenAI
+) -> None:
     whole = expected(hearing)
-    with client(hearing[1]).audio.transcriptions.create(
+    with client.audio.transcriptions.create(
         file=SPEECH, model="whisper-1", stream=True, response_format="json"
     ) as stream:
         events = list(stream)
@@ -116,14 +124,16 @@ def test_a_stream_has_the_text_of_the_whole_answer(hearing: tuple[Service, str, 
     assert "".join(deltas).strip() == whole.text
 
 
-def test_a_chat_reads_the_transcript(hearing: tuple[Service, str, Transcriber]) -> None:
-    service, url, ears = hearing
+def test_a_chat_reads_the_transcript(
+    hearing: tuple[Service, str, Transcriber], client: openai.OpenAI
+) -> None:
+    service, _, ears = hearing
     content = [
         {"type": "input_audio", "input_audio": {"data": base64.b64encode(SPEECH).decode(), "format": "wav"}},
         {"type": "text", "text": "What?"},
     ]
     written = f"[transcript of a sound: {ears.transcribe(Audio(SPEECH)).text}]\nWhat?"
-    ask = client(url).chat.completions.create
+    ask = client.chat.completions.create
     heard = ask(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)  # type: ignore[list-item, misc]
     read = ask(model="tiny", messages=[{"role": "user", "content": written}], max_tokens=4, temperature=0)
     assert heard.usage == read.usage or heard.usage.prompt_tokens == read.usage.prompt_tokens  # type: ignore[union-attr]

@@ -467,42 +467,45 @@ def test_a_request_may_name_only_a_policy_that_its_own_policy_lists(ask: Ask, sc
 
 def test_moderations_has_openais_shape_for_its_own_client(ask: Ask, screened_url: str) -> None:
     headers = {"x-argosy-policy": "all"}
-    client = openai.OpenAI(base_url=f"{screened_url}/v1", api_key="-", default_headers=headers, max_retries=0)
-    made = client.moderations.create(input=["#safe and fine", "a blue moon #unsafe"])
-    fine, bad = made.results
-    assert made.model == "words+remote+judge"
-    assert (fine.flagged, bad.flagged) == (False, True)
-    assert (bad.categories.harassment, bad.categories.violence, bad.categories.hate) == (True, True, True)
-    assert (bad.categories.sexual_minors, bad.category_scores.sexual_minors) == (False, 0.0)
-    assert bad.category_scores.hate == pytest.approx(0.9)
-    assert bad.category_applied_input_types.violence == ["text"]
-    one = client.moderations.create(input="a blue moon", model="words")
-    assert one.results[0].category_scores.hate == 0.0
-    client.moderations.create(input="a #safe one", model="omni-moderation-latest")
-    with pytest.raises(
-        openai.NotFoundError, match="there is no such check; the policy has: words, remote, judge"
-    ):
-        client.moderations.create(input="a", model="another")
+    with openai.OpenAI(
+        base_url=f"{screened_url}/v1", api_key="-", default_headers=headers, max_retries=0
+    ) as client:
+        made = client.moderations.create(input=["#safe and fine", "a blue moon #unsafe"])
+        fine, bad = made.results
+        assert made.model == "words+remote+judge"
+        assert (fine.flagged, bad.flagged) == (False, True)
+        assert (bad.categories.harassment, bad.categories.violence, bad.categories.hate) == (True, True, True)
+        assert (bad.categories.sexual_minors, bad.category_scores.sexual_minors) == (False, 0.0)
+        assert bad.category_scores.hate == pytest.approx(0.9)
+        assert bad.category_applied_input_types.violence == ["text"]
+        one = client.moderations.create(input="a blue moon", model="words")
+        assert one.results[0].category_scores.hate == 0.0
+        client.moderations.create(input="a #safe one", model="omni-moderation-latest")
+        with pytest.raises(
+            openai.NotFoundError, match="there is no such check; the policy has: words, remote, judge"
+        ):
+            client.moderations.create(input="a", model="another")
     assert ask("free", "/v1/moderations", {"input": "a"}).status_code == 404
 
 
 def test_real_clients_read_a_filtered_answer(screened_url: str) -> None:
     headers = {"x-argosy-policy": "words-out"}
     asked: Any = [{"role": "user", "content": "#moon"}]
-    openai_client = openai.OpenAI(
-        base_url=f"{screened_url}/v1", api_key="-", default_headers=headers, max_retries=0
-    )
-    chunks = list(
-        openai_client.chat.completions.create(model="tiny", messages=asked, temperature=0, stream=True)
-    )
-    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "content_filter"
-    response = openai_client.responses.create(model="tiny", input="#moon", temperature=0)
-    assert response.incomplete_details is not None
-    assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
-    client = anthropic.Anthropic(base_url=screened_url, api_key="-", default_headers=headers, max_retries=0)
-    with client.messages.stream(
-        model="tiny", messages=asked, max_tokens=60, extra_body={"temperature": 0}
-    ) as stream:
+    server: Any = {"api_key": "-", "default_headers": headers, "max_retries": 0}
+    with openai.OpenAI(base_url=f"{screened_url}/v1", **server) as client:
+        chunks = list(
+            client.chat.completions.create(model="tiny", messages=asked, temperature=0, stream=True)
+        )
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "content_filter"
+        response = client.responses.create(model="tiny", input="#moon", temperature=0)
+        assert response.incomplete_details is not None
+        assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
+    with (
+        anthropic.Anthropic(base_url=screened_url, **server) as anthropic_client,
+        anthropic_client.messages.stream(
+            model="tiny", messages=asked, max_tokens=60, extra_body={"temperature": 0}
+        ) as stream,
+    ):
         assert stream.get_final_message().stop_reason == "refusal"
 
 

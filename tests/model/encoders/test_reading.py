@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +53,9 @@ def model_files(directory: Path) -> ModelFiles:
     return ModelFiles(directory, config, {}, {}, others=open_tensors(directory))
 
 
-def delayed(num_reads: int) -> _native.FileSystem:
-    """Files whose first reads take 0.2 s each."""
-    return _native.FaultyFileSystem(1, "delay", num_faults=num_reads, delay_seconds=0.2)
+def held(num_reads: int) -> _native.FaultyFileSystem:
+    """Files whose first reads end when they are released."""
+    return _native.FaultyFileSystem(1, "hold", num_faults=num_reads)
 
 
 @contextmanager
@@ -94,7 +95,8 @@ def test_a_tower_read_from_its_files_gives_the_same_rows(name: str, family: str,
 
 
 def test_whoever_opens_a_tower_shares_its_reads() -> None:
-    with opened(REFERENCE / "qwen3_vl_moe", delayed(2)) as encoders:
+    drive = held(2)
+    with opened(REFERENCE / "qwen3_vl_moe", drive) as encoders:
         first = encoders.open("picture")
         next(first)
         first.close()  # the request was cancelled; the reads continue
@@ -103,22 +105,31 @@ def test_whoever_opens_a_tower_shares_its_reads() -> None:
         (reading,) = encoders._reading.values()
         next(third)
         assert list(encoders._reading.values()) == [reading]
+        drive.release()
         assert finish(third) is finish(second)
         assert not encoders._reading
 
 
 def test_a_tower_may_be_dropped_while_it_is_read() -> None:
-    with opened(REFERENCE / "qwen3_vl_moe", delayed(1)) as encoders:
+    drive = held(1)
+    with opened(REFERENCE / "qwen3_vl_moe", drive) as encoders:
         next(encoders.open("picture"))
+        releasing = threading.Timer(0.05, drive.release)
+        releasing.start()
         encoders.drop()
+        releasing.join()
         assert encoders._store.pending() == 0
         assert finish(encoders.open("picture")) is not None
 
 
 def test_a_slow_drive_keeps_nobody_waiting_for_a_tower() -> None:
-    with opened(REFERENCE / "qwen3_vl_moe", delayed(1)) as encoders:
-        num_pauses = sum(1 for _ in encoders.open("picture"))
-        assert num_pauses > 1  # more waits than tensors that landed late, however busy the machine
+    drive = held(1)
+    with opened(REFERENCE / "qwen3_vl_moe", drive) as encoders:
+        reading = encoders.open("picture")
+        for _ in range(3):  # for one tensor
+            next(reading)
+        drive.release()
+        assert finish(reading) is not None
 
 
 def changed(tmp_path: Path, name: str, **changes: Any) -> Path:
