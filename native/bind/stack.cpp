@@ -474,7 +474,8 @@ class BoundStack {
     stack_->begin(step);
   }
 
-  std::optional<LayerAndDispatch> advance() {
+  std::optional<LayerAndDispatch> advance(
+      const std::optional<nb::typed<nb::callable, void()>>& between_layers) {
     while (true) {
       Pause pause;
       {
@@ -484,6 +485,7 @@ class BoundStack {
       if (pause == Pause::done) return std::nullopt;
       if (pause == Pause::experts) return LayerAndDispatch(stack_->waiting_layer(), stack_->dispatch());
       if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      if (between_layers) (*between_layers)();
     }
   }
 
@@ -897,11 +899,15 @@ void bind_stack(nb::module_& m) {
         Raises:
             ValueError: a value is out of range; or, with a recurrent state, tokens of a sequence are not consecutive,
                 or do not continue at its slot's position.)")
-      .def("advance", &BoundStack::advance, R"(
+      .def("advance", &BoundStack::advance, "between_layers"_a.none() = nb::none(), R"(
         Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
 
         All experts of the dispatch must be finished before the next call. ^C ends the call, and the step, between two
-        layers.)")
+        layers.
+
+        Args:
+            between_layers: called about every 50 ms, between two layers; it may call `use_experts`. An exception ends
+                the call, and the step.)")
       .def("look_ahead", &BoundStack::look_ahead, R"(
         While a layer waits, the experts that the next layer would choose from the current hidden state.
 

@@ -20,7 +20,7 @@ Constants:
     STAGING_BYTES: most bytes that one reader of a `Store` holds for transcoding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy
@@ -1809,12 +1809,16 @@ class Stack:
                 or do not continue at its slot's position.
         """
 
-    def advance(self) -> tuple[int, Dispatch] | None:
+    def advance(self, between_layers: Callable[[], None] | None = None) -> tuple[int, Dispatch] | None:
         """
         Continue until the step is done (None), or a layer waits for experts: the layer, and its dispatch.
 
         All experts of the dispatch must be finished before the next call. ^C ends the call, and the step, between two
         layers.
+
+        Args:
+            between_layers: called about every 50 ms, between two layers; it may call `use_experts`. An exception ends
+                the call, and the step.
         """
 
     def look_ahead(self) -> list[list[int]]:

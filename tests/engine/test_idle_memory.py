@@ -318,7 +318,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
         if steps == 1 and layer == 1 and not asked:
             asked.append(threading.Thread(target=tight.resize, args=(smaller,)))
             asked[0].start()
-            while cache.before_lease is None:
+            while tight._model.decoder.between_layers is None:
                 time.sleep(0.001)
         leased = lease(layer, *arguments)
         seen.append((steps, cache.policy.num_slots))
@@ -334,7 +334,55 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
     assert first[0] - first[-1] == opened.num_slots - tight.plan.num_slots > 0
     assert tight.plan.budget_bytes == smaller
     assert sequence.new_ids == answers[1]
-    assert cache.before_lease is None
+    assert tight._model.decoder.between_layers is None
+
+
+@pytest.mark.parametrize("are_in_slots", [False, True], ids=["end to end", "in slots"])
+def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
+    model: Path, monkeypatch: pytest.MonkeyPatch, are_in_slots: bool
+) -> None:
+    prompt, smaller = [1 + number % 7 for number in range(128)], MISSING * (3 << 18)
+    slow: dict[str, Any] = {
+        "instruction_set": "plain",
+        "prefix_reuse": False,
+    }  # a layer takes more than 50 ms
+    with Engine.open(model, memory="3GiB", **OPTIONS, **slow) as engine:
+        opened, decoder = engine.plan, engine._model.decoder
+        expected = engine.generate(prompt, SamplingParams(max_tokens=2, temperature=0)).token_ids
+        if are_in_slots:
+            engine.resize(opened.total_bytes - smaller)
+            engine.resize(opened.budget_bytes)
+            while engine._model.experts.resident is None:  # type: ignore[union-attr]
+                engine.generate(prompt, SamplingParams(max_tokens=2, temperature=0))
+        assert engine._model.is_packed == (not are_in_slots)
+        asked = threading.Thread(target=engine.resize, args=(opened.total_bytes - smaller,))
+        run_experts, seen = decoder._run_experts, list[int]()
+
+        def note(*layer: Any) -> None:
+            assert engine._model.cache is not None
+            seen.append(engine._model.cache.policy.num_slots)
+            run_experts(*layer)
+
+        def begin() -> None:
+            monkeypatch.undo()
+            assert decoder._experts is not None
+            decoder._stack.use_experts(decoder._experts.resident)
+            monkeypatch.setattr(decoder, "_run_experts", note)
+            asked.start()
+            while decoder.between_layers is None:
+                time.sleep(0.001)
+
+        monkeypatch.setattr(decoder, "_use_experts", begin)
+        sequence = engine.submit(prompt, SamplingParams(max_tokens=2, temperature=0))
+        engine.step()
+        num_stops = len(seen)
+        while sequence.result is None:
+            engine.step()
+        asked.join()
+        assert 0 < num_stops < len(engine.config.moe_layers)  # one layer at least ran in the native call
+        assert seen[0] < opened.num_experts
+        assert sequence.new_ids == expected
+        assert engine.plan.budget_bytes == opened.total_bytes - smaller
 
 
 def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_small_for_them(

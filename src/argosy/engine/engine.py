@@ -525,7 +525,9 @@ class Engine(BlockingCalls):
                 try:
                     plan = self._replan(budget_bytes)
                 except DoesNotFit:
-                    if self._experts is not None:  # some may have left already
+                    if self._experts is not None:  # some may have left already, or all of them moved
+                        if self.plan.is_packed:
+                            self.plan = self._replan(self.plan.budget_bytes)
                         self._experts.allow(OWN, self.plan.num_slots * self.plan.slot_bytes)
                     raise
                 if self._model.is_packed and not plan.is_packed:
@@ -550,21 +552,22 @@ class Engine(BlockingCalls):
         A prompt's step may take seconds, and a limit that was lowered does not wait.
         """
         self._require_open()
-        cache, experts = self._model.cache, self._experts
-        if cache is None or experts is None:
-            yield
-            return
+        decoder = self._model.decoder
 
         def shrink() -> None:
-            cache.before_lease = None
+            decoder.between_layers = None
             with suppress(DoesNotFit):  # `resize` raises it
-                experts.shrink(OWN, (plan := self._replan(budget_bytes)).num_slots * plan.slot_bytes)
+                plan = self._replan(budget_bytes)
+                if self._model.is_packed and not plan.is_packed:
+                    self._move_to_slots(plan)
+                elif self._experts is not None:
+                    self._experts.shrink(OWN, plan.num_slots * plan.slot_bytes)
 
-        cache.before_lease = shrink
+        decoder.between_layers = shrink
         try:
             yield
         finally:
-            cache.before_lease = None
+            decoder.between_layers = None
 
     def _replan(self, budget_bytes: int) -> MemoryPlan:
         opened, cache = self._opened_with, self._model.cache
@@ -591,7 +594,10 @@ class Engine(BlockingCalls):
         )
 
     def _move_to_slots(self, plan: MemoryPlan) -> None:
-        """Have slots instead of all experts end to end. Call it with the lock, between two steps."""
+        """Have slots instead of all experts end to end. Call it with the lock, between two steps or layers.
+
+        KV blocks stay as they are.
+        """
         self._tell_recorder()
         cache = self._model.move_to_slots(
             self._store,
@@ -599,7 +605,6 @@ class Engine(BlockingCalls):
             most_slots=reserved_slots(plan, plan.reachable_slots),
             look_ahead=self.settings.look_ahead,
         )
-        self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
         self._experts = ExpertMemory(
             cache,
             num_slots=plan.num_slots,

@@ -18,7 +18,7 @@ the next lease takes them over at whatever stage they are. So the drive does not
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -54,7 +54,6 @@ class ExpertCache:
     Attributes:
         most_slots: the limit of `resize`.
         lent: the lock for the cores, which others may take while a lease waits for reads; None: the step keeps it.
-        before_lease: called at the start of each lease; it may call `resize`. None: nothing is called.
 
     Args:
         num_slots: how many there are at most.
@@ -80,7 +79,6 @@ class ExpertCache:
         self.stats = RunnerStats()
         self.most_slots = num_slots
         self.lent: Cores | None = None
-        self.before_lease: Callable[[], None] | None = None
         self._others_run = False  # they had the cores when a lease took them again
         self._foreground = foreground
         self._populating: list[threading.Thread] = []
@@ -115,8 +113,6 @@ class ExpertCache:
         `scan` names the experts that only prompt tokens asked for: they pass through the cache without displacing
         experts that decode uses.
         """
-        if (before := self.before_lease) is not None:
-            before()
         return Lease(self, layer, experts, scan)
 
     def wants_guess(self, *, is_sweep: bool) -> bool:

@@ -36,6 +36,10 @@ RouteObserver = Callable[[int, NDArray[np.int32]], None]  # layer, expert_ids [t
 class Decoder:
     """A decoder-only transformer with mixture-of-experts layers; one step at a time.
 
+    Attributes:
+        between_layers: called by a step between two of its layers, about every 50 ms if all experts are in memory, and
+            otherwise after each layer; experts may leave memory then. None: nothing is called.
+
     Args:
         experts: None leaves routed experts out of every sum.
         kv: keys and values of all layers.
@@ -66,6 +70,7 @@ class Decoder:
         self.config = config
         self._room_for_choices = room_for_choices
         self.choices: NDArray[np.int32] | None = None  # in the last step, best first
+        self.between_layers: Callable[[], None] | None = None
         self._experts = experts
         self._clock = clock
         self._observe = observe
@@ -102,9 +107,7 @@ class Decoder:
         self._tapped = {}
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
-        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
-        if self._experts is not None and self._observe is None:
-            self._stack.use_experts(self._experts.resident or self._experts.elsewhere)
+        self._use_experts()
         if self._room_for_choices is not None:
             self.choices = self._room_for_choices(step.num_tokens)
         self._stack.begin(
@@ -125,10 +128,21 @@ class Decoder:
             self.choices,
             step.window_blocks,
         )
-        while (demand := self._stack.advance()) is not None:
+        while (demand := self._stack.advance(self._pause)) is not None:
             self._run_experts(*demand)
+            self._pause()
         self._clock.mark_native(self._stack.take_seconds())
         return logits
+
+    def _use_experts(self) -> None:
+        # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
+        if self._experts is not None and self._observe is None:
+            self._stack.use_experts(self._experts.resident or self._experts.elsewhere)
+
+    def _pause(self) -> None:
+        if (pause := self.between_layers) is not None:
+            pause()
+            self._use_experts()
 
     def run_with(self, experts: ExpertRunner) -> None:
         """Use another expert runner from the next step on."""
