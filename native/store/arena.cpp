@@ -46,10 +46,19 @@ Arena::Arena(size_t nbytes) : size_(nbytes), most_(nbytes) {
 // Populating one huge page takes up to two milliseconds; then the loop checks whether to continue.
 constexpr size_t kPopulatedAtOnce = Arena::kAlignment;
 
+std::unique_lock<std::mutex> Arena::Populated::lock_first() {
+  ++num_waiting;
+  std::unique_lock lock(mutex);
+  --num_waiting;
+  num_waiting.notify_all();
+  return lock;
+}
+
 std::function<void()> Arena::populating(std::shared_ptr<Foreground> foreground) const {
   return [held = mapping_, populated = populated_, foreground = std::move(foreground)] {
     while (held) {
       const double start = thread_seconds();
+      for (int waiting; (waiting = populated->num_waiting) > 0;) populated->num_waiting.wait(waiting);
       {
         std::lock_guard lock(populated->mutex);
         const size_t at = populated->done;
@@ -69,7 +78,7 @@ void Arena::resize(size_t nbytes) {
     throw std::invalid_argument("an arena of " + std::to_string(most_) + " bytes cannot have " +
                                 std::to_string(nbytes));
   }
-  std::lock_guard lock(populated_->mutex);
+  const auto lock = populated_->lock_first();
   populated_->until = nbytes;
   // Pages beyond go, and the last huge page may be populated in part only.
   populated_->done = std::min(populated_->done, nbytes / kPopulatedAtOnce * kPopulatedAtOnce);
@@ -103,7 +112,7 @@ void Arena::discard(size_t begin, size_t end) {
 
 void Arena::close() {
   {
-    std::lock_guard lock(populated_->mutex);
+    const auto lock = populated_->lock_first();
     populated_->until = 0;
   }
   mapping_.reset();

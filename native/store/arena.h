@@ -4,6 +4,7 @@
 // requests huge pages: reads into 2 MiB pages were measured to be twice as fast as reads into ordinary pages.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -64,6 +65,11 @@ class Arena {
   struct Populated {
     std::mutex mutex;
     size_t done = 0, until;  // guarded by mutex; `done` is a multiple of kAlignment
+    // Those that wait for the mutex. A thread that populates takes it again at once, so it lets them go
+    // first.
+    std::atomic<int> num_waiting = 0;
+
+    std::unique_lock<std::mutex> lock_first();
   };
 
   size_t size_;

@@ -190,6 +190,22 @@ def test_an_arena_can_become_smaller_while_a_thread_populates_it() -> None:
         arena.close()
 
 
+def test_a_thread_that_populates_an_arena_lets_others_go_first() -> None:
+    """It takes the arena's mutex again at once, for every huge page."""
+    size = 512 << 20
+    for _ in range(4):
+        arena = Arena(size)
+        populating = threading.Thread(target=arena.populate)
+        populating.start()
+        before = process_footprint().resident_bytes
+        for nth in range(1, 9):
+            arena.resize(size - (nth << 12))
+        grown = process_footprint().resident_bytes - before
+        populating.join()
+        arena.close()
+        assert grown < size // 2
+
+
 def test_a_wait_ends_when_its_time_is_over(file: Path) -> None:
     faulty = FaultyFileSystem(1, "hold")
     store, arena = Store(1, faulty), Arena(PAGE)
