@@ -12,9 +12,10 @@ namespace {
 // Tiles that fill the 16 registers.
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
-// With more tokens per tile, the cost of unpacking is shared and the sums spill to memory; q8 needs no
-// unpacking.
+// As many tokens as the 16 registers have sums for.
 constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
+// In a loop that may prefetch, addresses take registers and instructions.
+constexpr bool kHasTilesWithoutPrefetch = true;
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 constexpr int kLatentTile = 6;
 constexpr int kAttendTile = 6, kAttendVecs = 2;

@@ -17,6 +17,7 @@ constexpr int one_panel_tokens(Format) { return 8; }
 constexpr int two_panels_tokens(Format format) {
   return format == Format::q8 || quant_format(format).parts() == 2 ? 4 : 6;
 }
+constexpr bool kHasTilesWithoutPrefetch = false;
 constexpr int kScoreQueries = 8, kScoreTiles = 2, kValueQueries = 4;
 constexpr int kLatentTile = 16;
 constexpr int kAttendTile = 6, kAttendVecs = 4;

@@ -103,8 +103,8 @@ struct Ahead {
 
 // Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Also prefetches the lines of
 // y: outputs of routed experts lie far apart in a buffer larger than the cache, and the stores at the end of
-// a tile would wait for their lines one by one.
-template <Format kFormat, int kPanels, int kTokens>
+// a tile would wait for their lines one by one. `ahead` counts only if kAsks.
+template <Format kFormat, int kPanels, int kTokens, bool kAsks>
 void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahead) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
   constexpr QuantFormat kQuant = quant_format(kFormat);
@@ -134,9 +134,9 @@ void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahea
   const int64_t groups = num_groups(a.cols);
   typename Tile::Sums sum = {};
   for (int64_t block = 0; block < groups; block += kQuant.block_groups()) {
-    ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
+    if constexpr (kAsks) ask(o.block_scales(block), Bytes<kQuant.block_scale_bytes()>{});
     for (int64_t group = block; group < groups && group < block + kQuant.block_groups(); ++group) {
-      ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
+      if constexpr (kAsks) ask(o.quants(group), Bytes<kQuant.group_bytes()>{});
       typename Tile::Dots dot;
       Tile::multiply(o, group, dot);
       // Converted again for each group: a large tile has no registers to keep the scales in.
@@ -202,7 +202,11 @@ void run_panels(const MatmulArgs& a, int64_t row) {
     const int64_t begin = a.num_tokens * tile / tiles;
     const Ahead ahead = {distance, tile == 0 ? next : nullptr};
     with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      run_tile<kFormat, kPanels, kTokens>(a, row, begin, ahead);
+      if (kHasTilesWithoutPrefetch && tile > 0) {
+        run_tile<kFormat, kPanels, kTokens, !kHasTilesWithoutPrefetch>(a, row, begin, ahead);
+      } else {
+        run_tile<kFormat, kPanels, kTokens, true>(a, row, begin, ahead);
+      }
     });
   }
 }
