@@ -95,6 +95,19 @@ def test_a_step_takes_memory_beside_others_who_wait_for_theirs(memory: ExpertMem
     assert (cache.noted[-1], cache.num_slots) == (106, 106)
 
 
+def test_a_long_step_gives_all_of_it_at_once_and_what_was_begun_in_pieces(
+    memory: ExpertMemory, cache: Slots
+) -> None:
+    memory.shrink(OWN, 95 * SLOT_BYTES)
+    assert (cache.noted, cache.num_slots) == ([100, 95], 95)
+    assert not memory.approach({OWN: 80 * SLOT_BYTES})
+    assert (cache.noted[-1], cache.num_slots) == (93, 80)
+    memory.shrink(OWN, 80 * SLOT_BYTES)
+    assert cache.noted[2:] == [93, 80]
+    memory.shrink(OWN, 110 * SLOT_BYTES)  # it only takes
+    assert cache.noted[4:] == []
+
+
 def test_steps_go_on_while_another_thread_takes_memory(
     memory: ExpertMemory, cache: Slots, lock: Turns
 ) -> None:

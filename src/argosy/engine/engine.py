@@ -519,8 +519,8 @@ class Engine(BlockingCalls):
         if self.settings.expert_slots is not None:
             raise UsageError("the number of experts in memory is fixed", hint="leave out `expert_slots`")
         require_budget(budget_bytes)
-        with self._resizing:
-            with self._shrinking_early(budget_bytes), self._lock:
+        with self._resizing, self._shrinking_early(budget_bytes):
+            with self._lock:
                 self._require_open()
                 try:
                     plan = self._replan(budget_bytes)
@@ -547,7 +547,7 @@ class Engine(BlockingCalls):
 
     @contextmanager
     def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
-        """Until the lock is there, have the running step let experts leave between two of its layers.
+        """Meanwhile, have a step that runs let experts leave between two of its layers.
 
         A prompt's step may take seconds, and a limit that was lowered does not wait.
         """

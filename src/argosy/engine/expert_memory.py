@@ -106,10 +106,9 @@ class ExpertMemory:
     def shrink(self, source: str, nbytes: int) -> None:
         """Let experts have no more than so much of a source. Call it with the lock, within a step, between two layers.
 
-        All of it goes at once.
+        All of it goes at once, and so does what `allow_between_steps` has not done yet.
         """
-        if nbytes < self._allowed[source]:
-            self.approach({source: nbytes}, is_urgent=True)
+        self.approach({source: min(nbytes, self._allowed[source])}, is_urgent=True)
 
     def allow_between_steps(self, wanted: Callable[[], Mapping[str, int]]) -> None:
         """As `allow`, in parts, from any thread; steps go on meanwhile.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +43,9 @@ class EngineFacts:
     # [layers, experts]: how often each expert was chosen up to the last complete window; older windows count less.
     expert_uses: NDArray[np.int64] | None
     expert_use_tokens: int  # tokens that they stand for
+
+    def with_plan(self, plan: MemoryPlan) -> EngineFacts:
+        return replace(self, memory=tuple(plan.lines()), budget_bytes=plan.budget_bytes)
 
 
 class _CountsUses(Protocol):
