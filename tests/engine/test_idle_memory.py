@@ -337,52 +337,88 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
     assert tight._model.decoder.between_layers is None
 
 
-@pytest.mark.parametrize("are_in_slots", [False, True], ids=["end to end", "in slots"])
-def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
-    model: Path, monkeypatch: pytest.MonkeyPatch, are_in_slots: bool
-) -> None:
-    prompt, smaller = [1 + number % 7 for number in range(128)], MISSING * (3 << 18)
-    slow: dict[str, Any] = {
-        "instruction_set": "plain",
-        "prefix_reuse": False,
-    }  # a layer takes more than 50 ms
-    with Engine.open(model, memory="3GiB", **OPTIONS, **slow) as engine:
-        opened, decoder = engine.plan, engine._model.decoder
-        expected = engine.generate(prompt, SamplingParams(max_tokens=2, temperature=0)).token_ids
-        if are_in_slots:
-            engine.resize(opened.total_bytes - smaller)
-            engine.resize(opened.budget_bytes)
-            while engine._model.experts.resident is None:  # type: ignore[union-attr]
-                engine.generate(prompt, SamplingParams(max_tokens=2, temperature=0))
-        assert engine._model.is_packed == (not are_in_slots)
-        asked = threading.Thread(target=engine.resize, args=(opened.total_bytes - smaller,))
-        run_experts, seen = decoder._run_experts, list[int]()
+LONG = [1 + number % 7 for number in range(128)]
+TWO = SamplingParams(max_tokens=2, temperature=0)
+# A layer takes more than the 50 ms after which a native call stops.
+SLOW: dict[str, Any] = {"instruction_set": "plain", "prefix_reuse": False, **OPTIONS}
 
-        def note(*layer: Any) -> None:
-            assert engine._model.cache is not None
-            seen.append(engine._model.cache.policy.num_slots)
-            run_experts(*layer)
 
-        def begin() -> None:
-            monkeypatch.undo()
-            assert decoder._experts is not None
-            decoder._stack.use_experts(decoder._experts.resident)
-            monkeypatch.setattr(decoder, "_run_experts", note)
+def resize_within_a_step(engine: Engine, budget: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Ask for a budget when the first step of a prompt has begun.
+
+    Returns:
+        The token ids of the answer, how often the step stopped for experts, and the error of `resize` or None.
+    """
+    decoder, stops, errors = engine._model.decoder, list[int](), list[BaseException]()
+    run_experts, use_experts = decoder._run_experts, decoder._use_experts
+
+    def ask() -> None:
+        try:
+            engine.resize(budget)
+        except (MemoryError, DoesNotFit) as error:
+            errors.append(error)
+
+    asked = threading.Thread(target=ask)
+
+    def begin() -> None:
+        use_experts()
+        if asked.ident is None:
             asked.start()
             while decoder.between_layers is None:
                 time.sleep(0.001)
 
-        monkeypatch.setattr(decoder, "_use_experts", begin)
-        sequence = engine.submit(prompt, SamplingParams(max_tokens=2, temperature=0))
+    def note(layer: int, dispatch: Any) -> None:
+        stops.append(layer)
+        run_experts(layer, dispatch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "_use_experts", begin)
+        patch.setattr(decoder, "_run_experts", note)
+        sequence = engine.submit(LONG, TWO)
         engine.step()
-        num_stops = len(seen)
+        num_stops = len(stops)
         while sequence.result is None:
             engine.step()
-        asked.join()
-        assert 0 < num_stops < len(engine.config.moe_layers)  # one layer at least ran in the native call
-        assert seen[0] < opened.num_experts
-        assert sequence.new_ids == expected
-        assert engine.plan.budget_bytes == opened.total_bytes - smaller
+    asked.join()
+    return [sequence.new_ids, num_stops, *(errors or [None])]
+
+
+@pytest.mark.parametrize("are_in_slots", [False, True], ids=["end to end", "in slots"])
+def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
+    model: Path, monkeypatch: pytest.MonkeyPatch, are_in_slots: bool
+) -> None:
+    with Engine.open(model, memory="3GiB", **SLOW) as engine:
+        opened, smaller = engine.plan, engine.plan.total_bytes - MISSING * engine.plan.slot_bytes
+        expected = engine.generate(LONG, TWO).token_ids
+        if are_in_slots:
+            engine.resize(smaller)
+            engine.resize(opened.budget_bytes)
+            while engine._model.experts.resident is None:  # type: ignore[union-attr]
+                engine.generate(LONG, TWO)
+        assert engine._model.is_packed == (not are_in_slots)
+        new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
+        assert num_stops > 0
+        assert (new_ids, error) == (expected, None)
+        assert engine.plan.budget_bytes == smaller
+        assert engine.facts().expert_slots < opened.num_experts
+
+
+def test_what_keeps_experts_from_leaving_within_a_step_fails_no_answer(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.open(model, memory="3GiB", **SLOW) as engine:
+        opened = engine.plan
+        expected = engine.generate(LONG, TWO).token_ids
+
+        def refuse(*_: object, **__: object) -> None:
+            raise MemoryError("no addresses")
+
+        monkeypatch.setattr(engine._model, "move_to_slots", refuse)
+        smaller = opened.total_bytes - MISSING * opened.slot_bytes
+        new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
+        assert (new_ids, num_stops) == (expected, 0)
+        assert isinstance(error, MemoryError)
+        assert engine.plan is opened
 
 
 def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_small_for_them(

@@ -556,7 +556,7 @@ class Engine(BlockingCalls):
 
         def shrink() -> None:
             decoder.between_layers = None
-            with suppress(DoesNotFit):  # `resize` raises it
+            with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers go on
                 plan = self._replan(budget_bytes)
                 if self._model.is_packed and not plan.is_packed:
                     self._move_to_slots(plan)
