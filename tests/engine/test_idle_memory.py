@@ -343,7 +343,9 @@ TWO = SamplingParams(max_tokens=2, temperature=0)
 SLOW: dict[str, Any] = {"instruction_set": "plain", "prefix_reuse": False, **OPTIONS}
 
 
-def resize_within_a_step(engine: Engine, budget: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def resize_within_a_step(
+    engine: Engine, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int], int, BaseException | None]:
     """Ask for a budget when the first step of a prompt has begun.
 
     Returns:
@@ -380,7 +382,7 @@ def resize_within_a_step(engine: Engine, budget: int, monkeypatch: pytest.Monkey
         while sequence.result is None:
             engine.step()
     asked.join()
-    return [sequence.new_ids, num_stops, *(errors or [None])]
+    return sequence.new_ids, num_stops, errors[0] if errors else None
 
 
 @pytest.mark.parametrize("are_in_slots", [False, True], ids=["end to end", "in slots"])

@@ -525,13 +525,12 @@ class Engine(BlockingCalls):
                 try:
                     plan = self._replan(budget_bytes)
                 except DoesNotFit:
-                    if self._experts is not None:  # some may have left already, or all of them moved
+                    if self._experts is not None:  # within a step, some may have left or all moved to slots
                         if self.plan.is_packed:
                             self.plan = self._replan(self.plan.budget_bytes)
                         self._experts.allow(OWN, self.plan.num_slots * self.plan.slot_bytes)
                     raise
-                if self._model.is_packed and not plan.is_packed:
-                    self._move_to_slots(plan)
+                self._move_to_slots(plan)
                 experts, idle = self._experts, self._idle
                 if experts is not None and idle is not None:
                     self._requests.context_tokens = plan.context_tokens
@@ -547,9 +546,9 @@ class Engine(BlockingCalls):
 
     @contextmanager
     def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
-        """Meanwhile, have a step that runs let experts leave between two of its layers.
+        """Within this context, a running step lets experts leave between two of its layers.
 
-        A prompt's step may take seconds, and a limit that was lowered does not wait.
+        A prompt's step may take seconds, and a lowered limit does not wait for it.
         """
         self._require_open()
         decoder = self._model.decoder
@@ -558,9 +557,8 @@ class Engine(BlockingCalls):
             decoder.between_layers = None
             with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers go on
                 plan = self._replan(budget_bytes)
-                if self._model.is_packed and not plan.is_packed:
-                    self._move_to_slots(plan)
-                elif self._experts is not None:
+                self._move_to_slots(plan)
+                if self._experts is not None:
                     self._experts.shrink(OWN, plan.num_slots * plan.slot_bytes)
 
         decoder.between_layers = shrink
@@ -594,10 +592,12 @@ class Engine(BlockingCalls):
         )
 
     def _move_to_slots(self, plan: MemoryPlan) -> None:
-        """Have slots instead of all experts end to end. Call it with the lock, between two steps or layers.
+        """If the experts lie end to end and the plan has slots, move to slots. KV blocks stay as they are.
 
-        KV blocks stay as they are.
+        Call it with the lock, between two steps or layers.
         """
+        if not self._model.is_packed or plan.is_packed:
+            return
         self._tell_recorder()
         cache = self._model.move_to_slots(
             self._store,

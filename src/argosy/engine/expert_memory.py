@@ -106,7 +106,7 @@ class ExpertMemory:
     def shrink(self, source: str, nbytes: int) -> None:
         """Let experts have no more than so much of a source. Call it with the lock, within a step, between two layers.
 
-        All of it goes at once, and so does what `allow_between_steps` has not done yet.
+        All of it goes at once, including what `allow_between_steps` has not taken yet.
         """
         self.approach({source: min(nbytes, self._allowed[source])}, is_urgent=True)
 

@@ -45,6 +45,7 @@ class EngineFacts:
     expert_use_tokens: int  # tokens that they stand for
 
     def with_plan(self, plan: MemoryPlan) -> EngineFacts:
+        """The same facts with another memory plan."""
         return replace(self, memory=tuple(plan.lines()), budget_bytes=plan.budget_bytes)
 
 

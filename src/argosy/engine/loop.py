@@ -224,7 +224,7 @@ class EngineLoop:
     def resize(self, budget_bytes: int) -> MemoryPlan:
         """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
         plan = self._engine.resize(budget_bytes)
-        self._facts = self._facts.with_plan(plan)  # the rest would wait for the step that runs
+        self._facts = self._facts.with_plan(plan)  # `Engine.facts` would wait for the running step
         return plan
 
     def snapshot(self) -> LoopFacts:
