@@ -52,8 +52,7 @@ auto with_os_errors(const std::string& path, Body&& body) {
 
 using FaultName = Named<std::string,
                         "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'hold', "
-                        "'uncached', "
-                        "'short_cached', 'no_cache']">;
+                        "'uncached', 'short_cached', 'no_cache']">;
 
 Fault parse_fault(const std::string& kind) {
   if (kind == "eio") return Fault::io_error;

@@ -12,9 +12,10 @@ namespace {
 // Tiles that fill the 16 registers.
 constexpr int kFloatTileRows = 2, kFloatTileTokens = 4, kFloatRowsAlone = 4;
 constexpr int kF8RowsAlone = 4, kF8VecsOfFewTokens = kF8Vecs;
-// As many tokens as the 16 registers have sums for.
+// The most tokens whose sums fit in the 16 registers.
 constexpr int one_panel_tokens(Format format) { return format == Format::q8 ? 2 : 4; }
-// In a loop that may prefetch, addresses take registers and instructions.
+// A loop that may prefetch spends registers and instructions on addresses, so tiles that never prefetch have
+// a loop of their own.
 constexpr bool kHasTilesWithoutPrefetch = true;
 constexpr int kScoreQueries = 4, kScoreTiles = 1, kValueQueries = 2;
 constexpr int kLatentTile = 6;

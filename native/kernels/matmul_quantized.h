@@ -103,7 +103,7 @@ struct Ahead {
 
 // Computes rows [row, row + 16 * kPanels) for tokens [token, token + kTokens). Also prefetches the lines of
 // y: outputs of routed experts lie far apart in a buffer larger than the cache, and the stores at the end of
-// a tile would wait for their lines one by one. `ahead` counts only if kAsks.
+// a tile would wait for their lines one by one. Prefetches what `ahead` says only if kAsks.
 template <Format kFormat, int kPanels, int kTokens, bool kAsks>
 void run_tile(const MatmulArgs& a, int64_t row, int64_t token, const Ahead& ahead) {
   using Tile = QuantizedTile<kFormat, kPanels, kTokens>;
@@ -202,10 +202,10 @@ void run_panels(const MatmulArgs& a, int64_t row) {
     const int64_t begin = a.num_tokens * tile / tiles;
     const Ahead ahead = {distance, tile == 0 ? next : nullptr};
     with_number<kMostTokens>(a.num_tokens * (tile + 1) / tiles - begin, [&]<int kTokens>(Number<kTokens>) {
-      if (kHasTilesWithoutPrefetch && tile > 0) {
-        run_tile<kFormat, kPanels, kTokens, !kHasTilesWithoutPrefetch>(a, row, begin, ahead);
-      } else {
+      if (tile == 0) {
         run_tile<kFormat, kPanels, kTokens, true>(a, row, begin, ahead);
+      } else {
+        run_tile<kFormat, kPanels, kTokens, !kHasTilesWithoutPrefetch>(a, row, begin, ahead);
       }
     });
   }

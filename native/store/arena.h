@@ -65,8 +65,8 @@ class Arena {
   struct Populated {
     std::mutex mutex;
     size_t done = 0, until;  // guarded by mutex; `done` is a multiple of kAlignment
-    // Those that wait for the mutex. A thread that populates takes it again at once, so it lets them go
-    // first.
+    // The number of threads that wait for the mutex. A populating thread would lock it again at once, so it
+    // waits until this is 0.
     std::atomic<int> num_waiting = 0;
 
     std::unique_lock<std::mutex> lock_first();

@@ -92,7 +92,7 @@ class FaultyFileSystem::Queue : public ReadQueue {
   }
 
  private:
-  // The memory of the read with this tag if it gets the fault, else null.
+  // Returns the memory of the read with this tag and forgets the read; null if it gets no fault.
   uint8_t* take_bad(uint64_t tag) {
     std::lock_guard lock(mutex_);
     const auto found = bad_.find(tag);
