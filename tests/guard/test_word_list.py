@@ -78,7 +78,6 @@ def test_a_stream_is_flagged_as_the_whole_is_and_sends_no_part_of_a_phrase(
     if not stream.is_flagged:
         assert sent == text
     else:
-        rest = " ".join(
-            re.findall(r"\w+", text[len(sent) :].lower())
-        )  # what stands between words does not matter
+        # A phrase is found whatever separates its words.
+        rest = " ".join(re.findall(r"\w+", text[len(sent) :].lower()))
         assert any(phrase in rest for phrase in ("blue moon", "rotten fish pie", "böse"))

@@ -130,7 +130,7 @@ def read_draft(
     dense_of: Callable[[ModelConfig, str, tuple[int, ...]], MatrixRef],
     experts_of: Callable[[ModelConfig], Mapping[tuple[int, int], ExpertRecord]],
 ) -> DraftFiles | ArgosyError:
-    """Account for the first layer for multi-token prediction. If it is damaged, the model still runs without it.
+    """Read the first layer for multi-token prediction. A model with a damaged one runs without it.
 
     Args:
         path: the checkpoint, for errors.

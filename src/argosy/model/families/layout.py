@@ -197,7 +197,7 @@ def read_layout(
 def _read_draft(
     reader: _Accounts, config: ModelConfig, layouts: tuple[Layout, ...], layout: Layout
 ) -> DraftFiles | ArgosyError | None:
-    """The first layer for multi-token prediction, in `layout` or another; None: there is none."""
+    """Find the first layer for multi-token prediction, in `layout` or another one; None if there is none."""
     number = config.num_layers
     choices = [one.of_draft(number) for one in (layout, *layouts)]
     found = next((one for one in choices if _is_there(one.names_of_expert(number, 0)[0], reader)), choices[0])
