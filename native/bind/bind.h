@@ -89,20 +89,23 @@ template <Text name>
 struct TypeName {};
 
 using InstructionSetName = Named<std::string, "InstructionSet">;
-// ask_ahead, few_ask_ahead, two_panels_from.
-using NamedTuning = Named<std::tuple<std::string, std::string, int64_t>, "Tuning">;
+// ask_ahead, few_ask_ahead, two_panels_from, amx_from.
+using NamedTuning = Named<std::tuple<std::string, std::string, int64_t, int64_t>, "Tuning">;
 
 // Throws std::invalid_argument for an unknown name, or a number out of range.
 inline Tuning parse_tuning(const NamedTuning& named) {
-  const auto& [ask_ahead, few_ask_ahead, two_panels_from] = named.base();
+  const auto& [ask_ahead, few_ask_ahead, two_panels_from, amx_from] = named.base();
   if (two_panels_from < kFewestForTwoPanels || two_panels_from > kMostForOnePanel + 1) {
     throw std::invalid_argument("two_panels_from is " + std::to_string(two_panels_from) + ", expected " +
                                 std::to_string(kFewestForTwoPanels) + " to " +
                                 std::to_string(kMostForOnePanel + 1));
   }
+  if (amx_from < 0)
+    throw std::invalid_argument("amx_from is " + std::to_string(amx_from) + ", expected 0 or more");
   return {.ask_ahead = ask_ahead_named(ask_ahead),
           .few_ask_ahead = ask_ahead_named(few_ask_ahead),
-          .two_panels_from = two_panels_from};
+          .two_panels_from = two_panels_from,
+          .amx_from = amx_from};
 }
 
 constexpr int64_t kAnySize = -1;

@@ -20,6 +20,7 @@
 #include "ops/layer.h"
 #include "ops/matmul.h"
 #include "ops/swiglu.h"
+#include "store/start_threads.h"
 
 namespace argosy {
 
@@ -40,7 +41,7 @@ Tunings parse_tunings(const NamedTunings& named) {
 
 NamedTuning named_tuning(const Tuning& tuning) {
   return std::tuple(std::string(tuning.ask_ahead.name), std::string(tuning.few_ask_ahead.name),
-                    tuning.two_panels_from);
+                    tuning.two_panels_from, tuning.amx_from);
 }
 
 NamedTunings named_tunings(const Runtime& runtime) {
@@ -59,6 +60,28 @@ void bind_choice(nb::module_& m) {
         return std::vector<InstructionSetName>(names.begin(), names.end());
       },
       "The instruction sets that this CPU supports, worst first.");
+
+  m.def(
+      "product_scratch_bytes",
+      [](int num_threads) {
+        require_range("num_threads", num_threads, 1, kMostThreads);
+        return num_threads * best_kernels().product_scratch_bytes;
+      },
+      "num_threads"_a, "The most memory that products of a Runtime take beside its scratch; 0 without AMX.");
+
+  m.def("amx_state", &amx_state,
+        "absent: the CPU has no AMX, or not what kernels need; refused: the system lets this process use "
+        "none; usable.");
+  m.def(
+      "amx_formats",
+      [] {
+        std::vector<FormatName> names;
+        for (int i = 0; i < kNumFormats && best_kernels().product_scratch_bytes > 0; ++i) {
+          if (has_amx_product(Format(i))) names.push_back(std::string(kFormatNames[i]));
+        }
+        return names;
+      },
+      "Formats whose products can run on the tiles of AMX; none if the CPU or the system has no tiles.");
 
   m.attr("FEWEST_FOR_TWO_PANELS") = kFewestForTwoPanels;
   m.attr("MOST_FOR_ONE_PANEL") = kMostForOnePanel;
@@ -90,6 +113,14 @@ void bind_choice(nb::module_& m) {
       .def_prop_ro("instruction_set",
                    [](const Runtime& self) { return InstructionSetName(self.kernels().name); })
       .def_prop_ro("scratch_bytes", &Runtime::scratch_bytes)
+      .def_prop_ro(
+          "operations",
+          [](const Runtime& runtime) {
+            const Runtime::Operations found = runtime.operations();
+            return std::tuple(found.in_tiles, found.all);
+          },
+          "Operations of products with quantised weights so far: on the tiles of AMX, and all. (0, 0) "
+          "without AMX.")
       .def_prop_ro("rounds", &Runtime::rounds,
                    "Whether `linear` may round to bfloat16: the CPU multiplies that faster than float32.")
       .def("close", &Runtime::close, nb::call_guard<nb::gil_scoped_release>(),

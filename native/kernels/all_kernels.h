@@ -60,6 +60,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
   builder.table = {
       .name = name,
       .matmul = {},
+      .product_scratch_bytes = 0,
       .quantize_activations = quantize_activations,
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,

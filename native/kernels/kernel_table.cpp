@@ -4,6 +4,14 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace argosy {
 
 extern const KernelTable kPlainKernels;
@@ -15,11 +23,26 @@ void round_to_panel_bf16(const PanelArgs& args);
 void linear_panel_bf16(const LinearArgs& args);
 void round_keys_bf16(const RoundKeysArgs& args);
 void attend_rounded_bf16(const AttendRoundedArgs& args);
+void add_amx_products(KernelTable& table);
 #endif
 
 namespace {
 
 #if defined(__x86_64__)
+// Linux is asked once for permission, which holds for all threads of the process
+// (Documentation/arch/x86/xstate.rst). It refuses if a thread's signal stack is too small for the registers.
+const char* request_amx() {
+  constexpr unsigned kTileBits = 1u << 24 | 1u << 25;  // AMX-TILE, AMX-INT8
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return "absent";
+  if ((edx & kTileBits) != kTileBits || (ecx & bit_GFNI) == 0) return "absent";
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "usable";
+#endif
+  return "refused";
+}
+
 const KernelTable& avx512_kernels() {
   static const KernelTable with_extensions = [] {
     KernelTable table = kAvx512Kernels;
@@ -30,6 +53,7 @@ const KernelTable& avx512_kernels() {
       table.round_keys = round_keys_bf16;
       table.attend_rounded = attend_rounded_bf16;
     }
+    if (std::string(amx_state()) == "usable") add_amx_products(table);
     return table;
   }();
   return with_extensions;
@@ -77,6 +101,15 @@ const KernelTable& kernel_table(const std::string& name) {
 }
 
 const KernelTable& best_kernels() { return *tables().back(); }
+
+const char* amx_state() {
+#if defined(__x86_64__)
+  static const char* const state = request_amx();
+  return state;
+#else
+  return "absent";
+#endif
+}
 
 AskAhead ask_ahead_named(const std::string& name) {
   std::string known;

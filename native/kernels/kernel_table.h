@@ -39,10 +39,24 @@ struct Tuning {
   AskAhead few_ask_ahead = kAskAheads[0];
   // AVX-512: from this many tokens on, a tile takes two panels of 16 rows, and one panel with fewer.
   int64_t two_panels_from = 4;
+  // From this many tokens on, a product runs on the tiles of AMX; 0: never. Without AMX, it has no effect.
+  int64_t amx_from = 0;
 };
 
 // A tile of one panel takes at most eight tokens; with more, two panels share each activation.
 [[maybe_unused]] static constexpr int64_t kFewestForTwoPanels = 2, kMostForOnePanel = 8;
+
+// The memory of one product on tiles (matmul_amx.h).
+[[maybe_unused]] static constexpr int64_t kAmxScratchBytes = int64_t{736} << 10;
+// Whether products with weights of this format can run on tiles. Those of q2_k and q3_k add up two dot
+// products of a group as 16-bit integers, which tiles do not have.
+static inline constexpr bool has_amx_product(Format format) {
+  return is_quantized(format) && !quant_format(format).is_paired();
+}
+// At its beginning: the operations of all products since it was zeros. Other threads may read them.
+struct ProductCounts {
+  uint64_t in_tiles, all;
+};
 
 // y[t][r - row_begin] = sum over c of W[r][c] * x[t][c]
 struct MatmulArgs {
@@ -58,6 +72,8 @@ struct MatmulArgs {
   int64_t num_tokens;
   const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
   Tuning tuning = {};
+  // KernelTable::product_scratch_bytes of this thread, aligned to 64; nullptr: a product without tiles.
+  uint8_t* scratch = nullptr;
 };
 
 // The format of keys, values and latent vectors. In q8, 32 dimensions of one position (of one head) are
@@ -372,6 +388,7 @@ struct KernelTable {
   const char* name;
 
   void (*matmul[kNumFormats])(const MatmulArgs& args);
+  int64_t product_scratch_bytes;  // 0: no product uses scratch
   // x begins at column 32 * group_begin; `activations` is the token's whole row of `cols`.
   void (*quantize_activations)(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
                                uint8_t* activations);
@@ -472,6 +489,10 @@ std::vector<std::string> instruction_sets();
 const KernelTable& kernel_table(const std::string& name);
 // The table of the last of instruction_sets().
 const KernelTable& best_kernels();
+
+// "absent": the CPU has no AMX, or not what the kernels need of it; "refused": the system lets this process
+// use no tiles; "usable".
+const char* amx_state();
 
 // For processes without measurements: the choice that lost least on the machines measured
 // (docs/decisions/0069).

@@ -151,17 +151,6 @@ struct QuantizedTile {
     }
   }
 
- private:
-  [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
-    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
-      return _mm512_setzero_si512();
-    } else {
-      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
-      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
-                               unsigned(kQuant.zero_shift()));
-    }
-  }
-
   // Unpacks four columns of sixteen rows to bytes.
   [[gnu::always_inline]] static inline __m512i unpack(const uint8_t* group, int chunk) {
     if constexpr (kQuant.bits == 8) {
@@ -179,6 +168,17 @@ struct QuantizedTile {
                                                : _mm512_srli_epi16(high, unsigned(bit - kLowBits));
       const __m512i mask = _mm512_set1_epi8(((1 << kHighBits) - 1) << kLowBits);
       return _mm512_ternarylogic_epi32(low_bits(group, chunk), in_place, mask, 0xF8);  // low | (high & mask)
+    }
+  }
+
+ private:
+  [[gnu::always_inline]] static inline __m512i offset(const Operands& o, int64_t group, int token, int part) {
+    if constexpr (kQuant.zero == 0 || kQuant.is_paired()) {
+      return _mm512_setzero_si512();
+    } else {
+      const uint8_t* negated = o.x[token] + activation_negated_sums_at(kFormat, o.cols);
+      return _mm512_slli_epi32(broadcast_four(negated + (group * kParts + part) * 4),
+                               unsigned(kQuant.zero_shift()));
     }
   }
 

@@ -65,7 +65,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
   }
   const uint8_t* from = quantized ? activations : reinterpret_cast<const uint8_t*>(x);
   runtime.parallel_for(num_heads * blocks, kBlockRows * cols * num_tokens,
-                       [&](int64_t begin, int64_t end, int) {
+                       [&](int64_t begin, int64_t end, int worker) {
                          while (begin < end) {
                            const int64_t head = begin / blocks, first = begin % blocks * kBlockRows;
                            const int64_t next = std::min(end, (head + 1) * blocks);
@@ -83,6 +83,7 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
                                .num_tokens = num_tokens,
                                .next_weights = nullptr,
                                .tuning = runtime.tuning(matrix.format),
+                               .scratch = runtime.product_scratch(worker),
                            });
                            begin = next;
                          }

@@ -14,6 +14,7 @@
 
 #include "kernels/kernel_table.h"
 #include "store/arena.h"
+#include "store/crc32c.h"
 #include "store/start_threads.h"
 #include "store/thread_pool.h"
 
@@ -119,9 +120,10 @@ std::vector<double> product_probe(const KernelTable& kernels, int threads, const
   }
   std::vector<float> y(static_cast<size_t>(most_outputs));
   ThreadPool pool(threads);
+  Arena scratch(static_cast<size_t>(std::max<int64_t>(1, threads * kernels.product_scratch_bytes)));
   const auto multiply = [&](const Trial& trial) {
     const int64_t panel = panel_bytes(trial.format, kCols), panels = nbytes / panel;
-    pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int) {
+    pool.parallel_for(panels, kRangePanels, [&](int64_t begin, int64_t end, int worker) {
       kernels.matmul[int(trial.format)]({
           .weights = arena.data(),
           .cols = kCols,
@@ -136,10 +138,12 @@ std::vector<double> product_probe(const KernelTable& kernels, int threads, const
           .num_tokens = trial.num_tokens,
           .next_weights = end < panels ? arena.data() + end * panel : nullptr,
           .tuning = trial.tuning,
+          .scratch = scratch.data() + worker * kernels.product_scratch_bytes,
       });
     });
   };
-  std::vector<double> best(trials.size(), 1e30);  // seconds
+  std::vector<double> best(trials.size(), 1e30);   // seconds
+  std::vector<uint32_t> checksums(trials.size());  // of the results
   // Flushing keeps the weights out of every cache without using more memory than the largest cache. The
   // trials take turns, because disturbances come and go. The best time of each counts, because a disturbance
   // only ever slows a pass down.
@@ -150,11 +154,21 @@ std::vector<double> product_probe(const KernelTable& kernels, int threads, const
       multiply(trials[i]);
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
       best[i] = std::min(best[i], taken.count());
+      const int64_t rows = nbytes / panel_bytes(trials[i].format, kCols) * kPanelRows;
+      if (pass == 0)
+        checksums[i] = crc32c(reinterpret_cast<const uint8_t*>(y.data()),
+                              size_t(rows * trials[i].num_tokens) * sizeof(float));
     }
   }
   for (size_t i = 0; i < trials.size(); ++i) {
+    const size_t first = size_t(std::find_if(trials.begin(), trials.end(),
+                                             [&](const Trial& other) {
+                                               return other.format == trials[i].format &&
+                                                      other.num_tokens == trials[i].num_tokens;
+                                             }) -
+                                trials.begin());
     const int64_t panel = panel_bytes(trials[i].format, kCols);
-    best[i] = double(nbytes / panel * panel) / best[i];
+    best[i] = checksums[i] == checksums[first] ? double(nbytes / panel * panel) / best[i] : 0.0;
   }
   return best;
 }

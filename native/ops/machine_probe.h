@@ -25,7 +25,8 @@ struct Trial {
 };
 
 // Returns, for each trial, the bytes of weights per second that this many threads together read in the
-// fastest of `passes` passes over `nbytes` of weights that no cache holds. The trials take turns. Takes
+// fastest of `passes` passes over `nbytes` of weights that no cache holds; 0 if its results have other bits
+// than those of the first trial of the same format and tokens. The trials take turns. Takes
 // `nbytes` of memory, and a few percent more for what the products write. Throws std::invalid_argument for
 // threads below 1, a format that is not quantised, tokens outside 1 to kMostProbeTokens, nbytes outside
 // kFewestProbeBytes to kMostProbeBytes, or passes outside 1 to kMostPasses; std::runtime_error if the system

@@ -48,7 +48,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
     }
   }
   runtime.parallel_for(
-      first_block.back(), kBlockRows * cols * num_tokens, [&](int64_t begin, int64_t end, int) {
+      first_block.back(), kBlockRows * cols * num_tokens, [&](int64_t begin, int64_t end, int worker) {
         for (size_t i = 0; i < products.size(); ++i) {
           const MatrixView& matrix = products[i].matrix;
           const int64_t row_begin = (std::max(begin, first_block[i]) - first_block[i]) * kBlockRows;
@@ -77,6 +77,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .num_tokens = num_tokens,
               .next_weights = next,
               .tuning = runtime.tuning(matrix.format),
+              .scratch = runtime.product_scratch(worker),
           });
         }
       });

@@ -16,6 +16,9 @@ Runtime::Runtime(int num_threads, std::optional<Tunings> tunings, const KernelTa
     : num_threads_(num_threads), kernels_(kernels), tunings_(tunings ? *tunings : default_tunings()) {
   require_threads("num_threads", num_threads);
   pool_ = std::make_unique<ThreadPool>(num_threads);
+  if (const int64_t bytes = num_threads * kernels.product_scratch_bytes; bytes > 0) {
+    product_scratch_ = std::make_unique<Arena>(size_t(bytes));
+  }
 }
 
 std::unique_lock<std::recursive_mutex> Runtime::lock() {
@@ -33,6 +36,16 @@ uint8_t* Runtime::scratch(int64_t bytes) {
     scratch_bytes_ = size;
   }
   return scratch_ != nullptr ? scratch_->data() : nullptr;
+}
+
+Runtime::Operations Runtime::operations() const {
+  Operations sum = {};
+  for (int worker = 0; worker < num_threads_ && product_scratch_ != nullptr; ++worker) {
+    const ProductCounts& counts = *reinterpret_cast<const ProductCounts*>(product_scratch(worker));
+    sum.in_tiles += __atomic_load_n(&counts.in_tiles, __ATOMIC_RELAXED);
+    sum.all += __atomic_load_n(&counts.all, __ATOMIC_RELAXED);
+  }
+  return sum;
 }
 
 void Runtime::trim(int64_t bytes) {

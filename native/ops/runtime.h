@@ -49,6 +49,17 @@ class Runtime {
   int num_threads() const { return num_threads_; }
   const KernelTable& kernels() const { return kernels_; }
   const Tuning& tuning(Format format) const { return tunings_[size_t(format)]; }
+  // The scratch of products that `worker` computes: MatmulArgs::scratch.
+  uint8_t* product_scratch(int worker) const {
+    return product_scratch_ != nullptr ? product_scratch_->data() + worker * kernels_.product_scratch_bytes
+                                       : nullptr;
+  }
+  // Multiplications and additions of products with quantised weights since the runtime began: on the tiles of
+  // AMX, and all of them. Both are 0 if the kernels have no tiles.
+  struct Operations {
+    uint64_t in_tiles, all;
+  };
+  Operations operations() const;
   // Whether encoders may round to bfloat16, because the CPU multiplies that faster.
   bool rounds() const { return kernels_.linear_panel != nullptr; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
@@ -88,6 +99,7 @@ class Runtime {
   Tunings tunings_;
   std::recursive_mutex mutex_;
   std::unique_ptr<ThreadPool> pool_;
+  std::unique_ptr<Arena> product_scratch_;  // of each thread; absent if no product uses any
   std::unique_ptr<Arena> scratch_;
   int64_t scratch_bytes_ = 0;
 };

@@ -148,6 +148,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
         args.num_tokens = count;
         args.next_weights = next;
         args.tuning = runtime.tuning(matrix.format);
+        args.scratch = runtime.product_scratch(worker);
         table.matmul[int(matrix.format)](args);
       };
       const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
@@ -186,7 +187,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
                                       });
                        });
 
-  const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks) {
+  const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const MatrixView& down = experts[index].down;
     const int64_t row = block * kHiddenBlock;
     const int64_t a = dispatch.starts[index];
@@ -208,14 +209,18 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     if (args.num_tokens == 0) return;
     args.next_weights = rows_after(&ExpertView::down, index, args.row_end);
     args.tuning = runtime.tuning(down.format);
+    args.scratch = runtime.product_scratch(worker);
     table.matmul[int(down.format)](args);
     if (const float* bias = experts[index].bias.down) add_bias(args, bias);
   };
   const int64_t hidden_blocks = round_up(hidden, kHiddenBlock) / kHiddenBlock;
-  runtime.parallel_for(num_experts * hidden_blocks, kHiddenBlock * width * mean_tokens,
-                       [&](int64_t begin, int64_t end, int) {
-                         visit_blocks(hidden_blocks, begin, end, [](int64_t) { return INT64_MAX; }, run_down);
-                       });
+  runtime.parallel_for(
+      num_experts * hidden_blocks, kHiddenBlock * width * mean_tokens,
+      [&](int64_t begin, int64_t end, int worker) {
+        visit_blocks(
+            hidden_blocks, begin, end, [](int64_t) { return INT64_MAX; },
+            [&](int64_t expert, int64_t block, int64_t count) { run_down(expert, block, count, worker); });
+      });
 }
 
 }  // namespace argosy

@@ -71,6 +71,23 @@ void a_probe_times_every_trial() {
   CHECK_THROWS(std::invalid_argument, ask_ahead_named("three_levels"));
 }
 
+// Wrong for two_panels_from = 3.
+void wrong_with_three(const MatmulArgs& args) {
+  plain().matmul[int(Format::q4)](args);
+  if (args.tuning.two_panels_from == 3) args.y[0] += 1.0f;
+}
+
+void a_trial_with_another_result_has_no_speed() {
+  KernelTable table = plain();
+  table.matmul[int(Format::q4)] = wrong_with_three;
+  const Tuning wrong = {.two_panels_from = 3};
+  const std::vector<Trial> trials = {
+      {Format::q4, 1, {}}, {Format::q4, 2, {}}, {Format::q4, 2, wrong}, {Format::q4, 1, {}}};
+  const std::vector<double> found = product_probe(table, 1, trials, kFewestProbeBytes, 1);
+  CHECK(found[0] > 0 && found[1] > 0 && found[3] > 0);
+  CHECK_EQUAL(found[2], 0.0);
+}
+
 }  // namespace
 }  // namespace argosy::testing
 
@@ -80,5 +97,6 @@ int main() {
   every_round_is_multiplied();
   probes_give_plausible_speeds();
   a_probe_times_every_trial();
+  a_trial_with_another_result_has_no_speed();
   return check_result();
 }

@@ -291,6 +291,21 @@ def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int
 def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
+def product_scratch_bytes(num_threads: int) -> int:
+    """
+    The most memory that products of a Runtime take beside its scratch; 0 without AMX.
+    """
+
+def amx_state() -> str:
+    """
+    absent: the CPU has no AMX, or not what kernels need; refused: the system lets this process use none; usable.
+    """
+
+def amx_formats() -> list[Format]:
+    """
+    Formats whose products can run on the tiles of AMX; none if the CPU or the system has no tiles.
+    """
+
 FEWEST_FOR_TWO_PANELS: int = 2
 
 MOST_FOR_ONE_PANEL: int = 8
@@ -326,6 +341,12 @@ class Runtime:
     def instruction_set(self) -> InstructionSet: ...
     @property
     def scratch_bytes(self) -> int: ...
+    @property
+    def operations(self) -> tuple[int, int]:
+        """
+        Operations of products with quantised weights so far: on the tiles of AMX, and all. (0, 0) without AMX.
+        """
+
     @property
     def rounds(self) -> bool:
         """

@@ -53,11 +53,13 @@ class Tuning(NamedTuple):
     ask_ahead: how far ahead a product with one token prefetches weights.
     few_ask_ahead: the same of one with a few tokens; off: it prefetches the next rows as a whole.
     two_panels_from: with AVX-512, the tokens from which a tile takes two panels of 16 rows at once, from 2 to 9.
+    amx_from: with AMX, the tokens from which a product runs on its tiles; 0: never.
     """
 
     ask_ahead: AskAhead
     few_ask_ahead: AskAhead
     two_panels_from: int
+    amx_from: int
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:

@@ -61,7 +61,7 @@ def test_choices_are_shown_with_what_they_won(
         monkeypatch.setattr(command, "measure_drive", lambda *_: {"measured": [], "why_not_measured": "no"})
         assert main(["doctor", "--path", str(tmp_path), "--json", *options]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        lines[:] = command._choice_lines(found["choices"])
+        lines[:] = command._choice_lines(found["choices"], has_amx=False)
         return found["choices"]
 
     lines: list[str] = []
@@ -80,15 +80,38 @@ def test_choices_are_shown_with_what_they_won(
     assert doctor() == measured  # it is kept
 
     instruction_set = _native.instruction_sets()[-1]
-    keep({name: Tuning("two_levels", "off", 9) for name in tuning.FORMATS}, 2, instruction_set)
+    keep({name: Tuning("two_levels", "off", 9, 0) for name in tuning.FORMATS}, 2, instruction_set)
     monkeypatch.setenv("ARGOSY_ASK_AHEAD", "off")
     assert doctor()["formats"]["q4"] == {
-        "ask_ahead": "two_levels", "few_ask_ahead": "off", "two_panels_from": 9, "bytes_per_s": 1e9, "gain": 1.5,
-        "few_tokens_gain": 1.0,
+        "ask_ahead": "two_levels", "few_ask_ahead": "off", "two_panels_from": 9, "amx_from": 0, "bytes_per_s": 1e9,
+        "gain": 1.5, "few_tokens_gain": 1.0, "amx_gain": 1.0,
     }  # fmt: skip
     row = next(line for line in lines if line.startswith("    q4 "))
-    assert row.split() == ["q4", "two_levels", "1.0", "+50", "%", "off,", "from", "9", "tokens", "+0", "%"]
+    columns = ["q4", "two_levels", "1.0", "+50", "%", "off,", "from", "9", "tokens", "+0", "%"]
+    assert row.split() == columns
     assert lines[-1] == "    ARGOSY_ASK_AHEAD=off is used for every format"
+
+    choices = doctor()
+    choices["formats"]["q4"] |= {"amx_from": 24, "amx_gain": 1.3}
+    choices["formats"]["q8"] |= {"amx_gain": 0.0}
+    with_amx = {line.split()[0]: line.split() for line in command._choice_lines(choices, has_amx=True)}
+    assert with_amx["q4"] == [*columns, "from", "24", "+30", "%"]
+    assert with_amx["q8"][-4:] == ["off:", "wrong", "-100", "%"]
+    assert with_amx["q4_k"][-3:] == ["off", "+0", "%"]
+
+
+@pytest.mark.parametrize("state", command._AMX_STATES)
+def test_one_line_says_whether_amx_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    nothing = {"measured": [], "why_not_measured": "no", "why_not_direct": None}
+    monkeypatch.setattr(command, "measure_drive", lambda *_: nothing)
+    monkeypatch.setattr(_native, "amx_state", lambda: state)
+    assert main(["doctor", "--path", str(tmp_path)]) == 0
+    assert f"  AMX               {command._AMX_STATES[state]}\n" in capsys.readouterr().out
+    monkeypatch.setenv("ARGOSY_INSTRUCTION_SET", "plain")
+    assert main(["doctor", "--path", str(tmp_path)]) == 0
+    assert f"  AMX               {command._AMX_STATES['unused']}\n" in capsys.readouterr().out
 
 
 def test_a_wrong_ask_ahead_is_a_usage_error(

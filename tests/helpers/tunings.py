@@ -22,7 +22,7 @@ def use_cache(monkeypatch: pytest.MonkeyPatch, directory: Path, *, probe_s: floa
 
 
 def keep(tunings: dict[Format, Tuning], threads: int, instruction_set: str) -> None:
-    choices = {name: tuning.FormatChoice(each, 1e9, 1.5, 1.0) for name, each in tunings.items()}
+    choices = {name: tuning.FormatChoice(each, 1e9, 1.5, 1.0, 1.0) for name, each in tunings.items()}
     tuning._keep(instruction_set, lambda known: known.with_formats(threads, choices))
     tuning._chosen.cache_clear()
 
@@ -30,7 +30,8 @@ def keep(tunings: dict[Format, Tuning], threads: int, instruction_set: str) -> N
 def random_tunings(seed: int) -> dict[Format, Tuning]:
     dice = random.Random(seed)
     limits = range(_native.FEWEST_FOR_TWO_PANELS, _native.MOST_FOR_ONE_PANEL + 2)
-    ways = get_args(AskAhead)
+    ways, amx = get_args(AskAhead), (0, *tuning._AMX_TOKENS)
     return {
-        name: Tuning(dice.choice(ways), dice.choice(ways), dice.choice(limits)) for name in tuning.FORMATS
+        name: Tuning(dice.choice(ways), dice.choice(ways), dice.choice(limits), dice.choice(amx))
+        for name in tuning.FORMATS
     }

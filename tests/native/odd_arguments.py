@@ -256,6 +256,9 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     n, m, f, i, j, runtime = case.native, case.matrix, case.floats, case.ints, case.longs, case.runtime
     functions: dict[str, Callable[[], tuple[Any, ...]]] = {
         "instruction_sets": lambda: (),
+        "amx_state": lambda: (),
+        "amx_formats": lambda: (),
+        "product_scratch_bytes": lambda: (2,),
         "matrix_bytes": lambda: ("q4", 3, 64),
         "f8_scales_bytes": lambda: (300,),
         "quantize": lambda: ("q8", f(16, 64), np.zeros(n.matrix_bytes("q8", 16, 64), np.uint8), runtime),
@@ -318,7 +321,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "ExpertTable": lambda: (case.arena(), 64, ("silu", 0.0, 0.0)),
         "memory_probe": lambda: (1, 4 << 20, "plain"),
         "int8_probe": lambda: (1, "plain"),
-        "product_probe": lambda: (1, [("q4", 2, ("off", "one_level", 4))], 1 << 20, 1, n.instruction_sets()[-1]),
+        "product_probe": lambda: (1, [("q4", 2, ("off", "one_level", 4, 0))], 1 << 20, 1, n.instruction_sets()[-1]),
         "default_tuning": lambda: (),
         "crc32c_wide": lambda: (b"bytes",),
         "trim_heap": lambda: (),
@@ -334,7 +337,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "Record": lambda: ([(0, 0, 4096, 0), (0, 0, 2 * 18 * 16, 0, "Q4_0", 16, 64)], None),
         "Store": lambda: (1, n.RealFileSystem(), 10**9, n.Foreground(1.0)),
         "Foreground": lambda: (0.5,),
-        "Runtime": lambda: (2, {"q4": ("two_levels", "off", 9)}, "plain"),
+        "Runtime": lambda: (2, {"q4": ("two_levels", "off", 9, 0)}, "plain"),
         "Matrix": lambda: (np.zeros(1 << 12, np.uint8), 0, "q4", 16, 64),
         "Routing": lambda: (2, "sigmoid", f(4), 2, 1, "top2", True, 0.0, 1.0, f(4)),
         "KvCache": lambda: ([n.KvShape.keys_values(1, 32), n.KvShape.latent(16)], 4, 16, "f32"),

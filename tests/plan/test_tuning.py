@@ -36,7 +36,8 @@ class Probe:
         monkeypatch.setattr(tuning, "_MOST_PASSES", 1)
         monkeypatch.setattr(tuning, "PROBE_S", 30.0)
         monkeypatch.setattr(_native, "product_probe", self)
-        monkeypatch.setattr(_native, "default_tuning", lambda: ("off", "one_level", 4))
+        monkeypatch.setattr(_native, "default_tuning", lambda: ("off", "one_level", 4, 0))
+        monkeypatch.setattr(_native, "amx_formats", list)
 
     def __call__(
         self, threads: int, trials: Sequence[Trial], nbytes: int, passes: int, instruction_set: str
@@ -49,13 +50,26 @@ class Probe:
         return self.num_calls / len(tuning.FORMATS)
 
 
+# The speed with AMX; one that pays with 16 tokens only was chance, and 0 is that of a wrong result.
+AMX_SPEEDS: dict[str, dict[int, float]] = {
+    "q8": {16: 1.2, 24: 1.0, 32: 1.005},
+    "q4": {16: 0.9, 24: 1.1, 32: 1.3},
+    "q4_k": {16: 1.1, 24: 0.9, 32: 1.2},
+    "q5_k": {16: 0.0, 24: 0.0, 32: 0.0},
+    "q6_k": {16: 1.1, 24: 1.2, 32: 1.4},
+}
+
+
 def some_rate(threads: int, trial: Trial) -> float:
     """Formats differ: q4 gains from two levels, q8 from one by less than the noise, mxfp4 loses from both."""
-    name, tokens, (ask_ahead, few_ask_ahead, two_panels_from) = trial
+    name, tokens, (ask_ahead, few_ask_ahead, two_panels_from, amx_from) = trial
     if tokens == 1:
         gains = {"q4": (1.1, 1.4), "q8": (1.005, 1.0), "mxfp4": (0.9, 0.8)}
         one, two = gains.get(name, (1.2, 1.1))
         return 1e9 * {"off": 1.0, "one_level": one, "two_levels": two}.get(ask_ahead, 0.5)
+    if tokens >= 16:
+        assert (ask_ahead, few_ask_ahead, two_panels_from) == ("off", "one_level", 4)
+        return 1e9 * (AMX_SPEEDS[name][tokens] if amx_from else 1.0)
     pays_from = {"q4": 2, "q8": 8, "mxfp4": 9}.get(name, 4)
     is_two = two_panels_from == 2
     few = 1.1 if few_ask_ahead == ("off" if name == "q5_k" else "one_level") else 1.0
@@ -70,11 +84,11 @@ def test_each_format_gets_what_is_fastest_and_the_default_on_a_tie(monkeypatch: 
     Probe(monkeypatch, some_rate)
     found = tuning.choose(2, AVX512).formats
     assert {name: found[name].tuning for name in ("q4", "q8", "mxfp4", "q4_k", "q5_k")} == {
-        "q4": ("two_levels", "one_level", 2),
-        "q8": ("off", "one_level", 8),
-        "mxfp4": ("off", "one_level", 9),
-        "q4_k": ("one_level", "one_level", 4),
-        "q5_k": ("one_level", "off", 4),
+        "q4": ("two_levels", "one_level", 2, 0),
+        "q8": ("off", "one_level", 8, 0),
+        "mxfp4": ("off", "one_level", 9, 0),
+        "q4_k": ("one_level", "one_level", 4, 0),
+        "q5_k": ("one_level", "off", 4, 0),
     }
     assert found["q4"].gain == pytest.approx(1.4)
     assert found["q4"].bytes_per_s == pytest.approx(1.4e9)
@@ -83,6 +97,22 @@ def test_each_format_gets_what_is_fastest_and_the_default_on_a_tie(monkeypatch: 
     )  # at 2 tokens; the default is as fast at 4 and 8
     assert found["q5_k"].few_tokens_gain == pytest.approx(1.1)
     assert found["q8"].gain == found["mxfp4"].gain == found["q4_k"].few_tokens_gain == 1.0
+
+
+def test_amx_is_used_from_where_it_pays_with_all_larger_numbers_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Probe(monkeypatch, some_rate)
+    monkeypatch.setattr(_native, "amx_formats", lambda: list(AMX_SPEEDS))
+    found = tuning.choose(2, AVX512).formats
+    assert {name: found[name].tuning.amx_from for name in AMX_SPEEDS} == {
+        "q8": 0, "q4": 24, "q4_k": 32, "q5_k": 0, "q6_k": 16,
+    }  # fmt: skip
+    assert [found[name].amx_gain for name in AMX_SPEEDS] == pytest.approx([1.005, 1.3, 1.2, 0.0, 1.4])
+    assert (found["mxfp4"].tuning.amx_from, found["mxfp4"].amx_gain) == (0, 1.0)
+    new_process()
+    assert tuning.choose(2, AVX512).formats == found
+    assert {choice.tuning.amx_from for choice in tuning.choose(2, "avx2").formats.values()} == {0}
 
 
 def test_formats_that_the_time_is_too_short_for_get_what_the_first_one_got(
@@ -115,7 +145,7 @@ def test_what_chance_decided_is_not_kept_and_one_thread_may_decide_for_several(
     assert probe.num_passes == 2 * 4
     disturbed.remove(1)
     new_process()
-    assert tuning.choose(2, AVX512).formats["q4"].tuning == ("two_levels", "one_level", 2)
+    assert tuning.choose(2, AVX512).formats["q4"].tuning == ("two_levels", "one_level", 2, 0)
     assert tuning.kept(2, AVX512) is not None
     assert tuning.kept(1, AVX512) is None
 
@@ -156,8 +186,8 @@ def test_without_time_or_room_there_are_the_defaults(monkeypatch: pytest.MonkeyP
     tuned = tuning.choose(2, AVX512, room_bytes=tuning.probe_bytes(2))
     assert tuned.formats.keys() == set(tuning.FORMATS)
     fixed = tuning.Choices(2, AVX512, {}).tunings("one_level")
-    assert set(fixed.values()) == {("one_level", "one_level", 4)}
-    assert tuned.tunings("one_level")["q4"] == ("one_level", "one_level", 2)
+    assert set(fixed.values()) == {("one_level", "one_level", 4, 0)}
+    assert tuned.tunings("one_level")["q4"] == ("one_level", "one_level", 2, 0)
 
 
 def test_a_file_that_says_what_cannot_be_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,18 +211,19 @@ def test_a_file_that_says_what_cannot_be_is_measured_again(monkeypatch: pytest.M
         with_("threads", value=[10**6, 1.0]), with_("threads", value=[True, 1.0]), with_("threads", value=3),
         with_("formats", value=[]), with_("formats", "2", value={}), with_("formats", "²", value={}),
         with_("formats", value={str(n): {} for n in range(99)}), with_(*of_q4, value=None),
-        with_(*of_q4, value=["off", "off", 4, 1e9, 1.0]), with_(*of_q4, 0, value="three_levels"),
+        with_(*of_q4, value=["off", "off", 4, 0, 1e9, 1.0]), with_(*of_q4, 0, value="three_levels"),
         with_(*of_q4, 0, value=["off"]), with_(*of_q4, 1, value=None), with_(*of_q4, 2, value=1),
         with_(*of_q4, 2, value=10), with_(*of_q4, 2, value=4.0), with_(*of_q4, 2, value=True),
-        with_(*of_q4, 3, value=-1.0), with_(*of_q4, 3, value=1e300), with_(*of_q4, 4, value=0),
-        with_(*of_q4, 5, value="1"),
+        with_(*of_q4, 3, value=17), with_(*of_q4, 3, value=False), with_(*of_q4, 3, value=[]),
+        with_(*of_q4, 4, value=-1.0), with_(*of_q4, 4, value=1e300), with_(*of_q4, 5, value=0),
+        with_(*of_q4, 6, value="1"), with_(*of_q4, 7, value=-1.0), with_(*of_q4, 7, value=None),
         good.replace(b"1000000000.0", b"NaN", 1), good.replace(b'"q4":', b'"q4": null, "q4":'),
     ]  # fmt: skip
     for number, content in enumerate(bad):
         place.write_bytes(content)
         new_process()
         assert tuning.kept(2, AVX512) is None, content[:200]
-        assert tuning.choose(2, AVX512).formats["q4"].tuning == ("two_levels", "one_level", 2)
+        assert tuning.choose(2, AVX512).formats["q4"].tuning == ("two_levels", "one_level", 2, 0)
         assert probe.num_passes == number + 2
         assert place.read_bytes() == good  # it is replaced
     place.unlink()
@@ -207,7 +238,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_measurement(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "file" / "cache"))
     found = tuning.choose(2, AVX512)
-    assert found.formats["q4"].tuning == ("two_levels", "one_level", 2)
+    assert found.formats["q4"].tuning == ("two_levels", "one_level", 2, 0)
     assert found.why_not is not None
     assert str(tmp_path / "file") in found.why_not
     assert probe.num_passes == 1
@@ -226,7 +257,7 @@ def test_a_process_waits_for_another_that_measures_and_takes_what_it_found(
     with replacing(tuning.kept_file(AVX512)) as write:
         asking.start()
         known = tuning._NOTHING.with_formats(
-            2, {name: tuning.FormatChoice(each, 1e9, 1.0, 1.0) for name, each in theirs.items()}
+            2, {name: tuning.FormatChoice(each, 1e9, 1.0, 1.0, 1.0) for name, each in theirs.items()}
         )
         write(json.dumps(tuning._as_json(known, AVX512)).encode())
     asking.join()
@@ -286,15 +317,16 @@ def test_what_is_measured_here_is_something_that_kernels_have(instruction_set: s
 
 def test_a_runtime_refuses_what_kernels_do_not_have() -> None:
     bad: tuple[tuple[Any, str], ...] = (
-        ({"q4": ("three_levels", "off", 4)}, "unknown ask_ahead"),
-        ({"q4": ("off", "three_levels", 4)}, "unknown ask_ahead"),
-        ({"q4": ("off", "off", 1)}, "two_panels_from is 1, expected 2 to 9"),
-        ({"q4": ("off", "off", 10)}, "two_panels_from is 10, expected 2 to 9"),
-        ({"f32": ("off", "off", 4)}, "'f32' has nothing to tune"),
-        ({"q9": ("off", "off", 4)}, "unknown format 'q9'"),
+        ({"q4": ("three_levels", "off", 4, 0)}, "unknown ask_ahead"),
+        ({"q4": ("off", "three_levels", 4, 0)}, "unknown ask_ahead"),
+        ({"q4": ("off", "off", 1, 0)}, "two_panels_from is 1, expected 2 to 9"),
+        ({"q4": ("off", "off", 10, 0)}, "two_panels_from is 10, expected 2 to 9"),
+        ({"q4": ("off", "off", 4, -1)}, "amx_from is -1, expected 0 or more"),
+        ({"f32": ("off", "off", 4, 0)}, "'f32' has nothing to tune"),
+        ({"q9": ("off", "off", 4, 0)}, "unknown format 'q9'"),
     )
     for tunings, message in bad:
         with pytest.raises(ValueError, match=message):
             _native.Runtime(1, tunings)
-    tunings: dict[Format, Tuning] = {"q4": Tuning("off", "two_levels", 9)}
+    tunings: dict[Format, Tuning] = {"q4": Tuning("off", "two_levels", 9, 24)}
     assert _native.Runtime(1, tunings).tunings["q4"] == tunings["q4"]

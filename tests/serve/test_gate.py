@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from argosy import _native
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.app import ROUTES, make_app
@@ -160,6 +161,19 @@ def test_the_state_has_the_facts_that_the_page_reads_and_metrics_name_no_expert(
     page = client.get("/")
     assert page.headers["content-security-policy"] == POLICY
     assert client.get("/page/app.js").status_code == 200
+
+
+def test_metrics_say_how_much_ran_on_amx_where_there_is_amx(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "amx_formats", list)
+    assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+    assert "\nargosy_amx_operations_total " not in client.get("/metrics").text
+    monkeypatch.setattr(_native, "amx_formats", lambda: ["q4"])
+    assert client.post("/v1/chat/completions", json=ASK).status_code == 200
+    lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines())
+    in_tiles, all_of_them = (float(lines[f"argosy_{name}_operations_total"]) for name in ("amx", "product"))
+    assert 0 <= in_tiles <= all_of_them
 
 
 def raw(url: str, *parts: bytes) -> bytes:

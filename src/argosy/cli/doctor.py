@@ -25,6 +25,12 @@ _CHUNK_BYTES = 8 * MIB
 _CELL_SECONDS = 0.25
 # Streaming from a slower drive takes patience: a token of a large model misses a GB or so.
 _SLOW_BYTES_PER_S = 0.5e9
+_AMX_STATES = {
+    "absent": "none",
+    "refused": "refused by the system, perhaps a sandbox: AVX-512 is used",
+    "unused": "unused: the instruction set is set to another one",
+    "usable": "used for products with many tokens where it was measured to be faster",
+}
 
 
 @click.command("doctor")
@@ -85,6 +91,7 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
         "cpu": machine.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
+        "amx": "unused" if chosen != known[-1] else _native.amx_state(),
         "choices": _choices(settings, chosen, tune=tune),
         "memory": {
             "total_bytes": limit.total_bytes,
@@ -126,6 +133,7 @@ def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[st
                 "bytes_per_s": choice.bytes_per_s,
                 "gain": choice.gain,
                 "few_tokens_gain": choice.few_tokens_gain,
+                "amx_gain": choice.amx_gain,
             }
             for name, choice in ({} if choices is None else choices.formats).items()
         },
@@ -268,7 +276,8 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"cores     {facts['cores']} usable, {facts['cpu']}",
         f"  instruction sets  {', '.join(facts['instruction_sets'])}; {facts['instruction_set']} is used",
-        *_choice_lines(facts["choices"]),
+        f"  AMX               {_AMX_STATES[facts['amx']]}",
+        *_choice_lines(facts["choices"], has_amx=facts["amx"] == "usable"),
         f"memory    {free} free of {total} ({memory['limited_by']})",
         f"  default budget    {format_bytes(memory['default_budget_bytes'])},"
         f" a margin of {format_bytes(memory['margin_bytes'])} left free",
@@ -290,7 +299,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _choice_lines(choices: dict[str, Any]) -> list[str]:
+def _choice_lines(choices: dict[str, Any], *, has_amx: bool) -> list[str]:
     threads, default, fixed = choices["threads"], choices["default"], choices["fixed_ask_ahead"]
     lines = [f"  threads           {threads}"]
     if (gain := choices["all_cores_gain"]) is not None:
@@ -304,19 +313,27 @@ def _choice_lines(choices: dict[str, Any]) -> list[str]:
     lines += [
         f"  products          measured with {threads} thread{'s' * (threads > 1)}, {kept}",
         f"    {'':<8}{'one token: prefetch':<21}{'GB/s':>5}{'gain':>7}"
-        f"   {'few tokens: prefetch, two panels':<34}{'gain':>5}",
+        f"   {'few tokens: prefetch, two panels':<34}{'gain':>5}"
+        + (f"   {'many tokens: AMX':<16}{'gain':>7}" if has_amx else ""),
     ]
     for name, choice in choices["formats"].items():
         few = f"{choice['few_ask_ahead']}, from {choice['two_panels_from']} tokens"
         lines.append(
             f"    {name:<8}{choice['ask_ahead']:<21}{choice['bytes_per_s'] / 1e9:>5.1f}{_gain(choice['gain']):>7}"
             f"   {few:<34}{_gain(choice['few_tokens_gain']):>5}"
+            + (f"   {_amx_choice(choice):<16}{_gain(choice['amx_gain']):>7}" if has_amx else "")
         )
     usual = f"{default['ask_ahead']}; {default['few_ask_ahead']}, from {default['two_panels_from']} tokens"
     lines.append(f"    gains are over the defaults: {usual}")
     if fixed is not None:
         lines.append(f"    ARGOSY_ASK_AHEAD={fixed} is used for every format")
     return lines
+
+
+def _amx_choice(choice: dict[str, Any]) -> str:
+    if choice["amx_gain"] == 0:
+        return "off: wrong"  # its results differed
+    return f"from {choice['amx_from']}" if choice["amx_from"] else "off"
 
 
 def _gain(ratio: float) -> str:

@@ -143,7 +143,9 @@ def plan_worker(
         parts = {
             "bias_bytes": dense_footprint(biases) if biases else 0,
             "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if uses_tls else 0)),
-            "working_bytes": sizes.scratch_bytes(most_rows, threads) + sizes.dispatch_bytes(most_rows),
+            "working_bytes": sizes.scratch_bytes(most_rows, threads)
+            + sizes.dispatch_bytes(most_rows)
+            + _native.product_scratch_bytes(threads),
             "staging_bytes": readers * _native.STAGING_BYTES if is_transcoded else 0,
             "bookkeeping_bytes": records,
             "expert_bytes": experts,

@@ -742,8 +742,9 @@ class Engine(BlockingCalls):
             self._require_open()
             num_slots = self.plan.num_slots if self._experts is None else self._experts.num_slots
             return facts.collect(
-                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan, num_slots
-            )
+                self._scheduler, self._cache, self._model, self._answers, self._uses, self.plan, num_slots,
+                self._runtime,
+            )  # fmt: skip
 
     @property
     def has_work(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy import _native
 from argosy.engine.answers import Answers
 from argosy.engine.ledger import Ledger
 from argosy.engine.memory_plan import MemoryPlan
@@ -43,6 +44,8 @@ class EngineFacts:
     # [layers, experts]: how often each expert was chosen up to the last complete window; older windows count less.
     expert_uses: NDArray[np.int64] | None
     expert_use_tokens: int  # tokens that they stand for
+    # Operations of products with quantised weights: on the tiles of AMX, and all; None: there are no tiles.
+    operations: tuple[int, int] | None
 
     def with_plan(self, plan: MemoryPlan) -> EngineFacts:
         """The same facts with another memory plan."""
@@ -87,6 +90,7 @@ def collect(
     uses: ExpertUses,
     plan: MemoryPlan,
     num_slots: int,
+    runtime: _native.Runtime,
 ) -> EngineFacts:
     """The facts of an engine, between two steps; `num_slots` experts have room at the moment."""
     blocks, states = cache.blocks, cache.states
@@ -111,4 +115,5 @@ def collect(
         budget_bytes=plan.budget_bytes,
         expert_uses=uses.reported,
         expert_use_tokens=uses.reported_tokens,
+        operations=runtime.operations if _native.amx_formats() else None,
     )

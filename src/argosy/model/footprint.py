@@ -278,9 +278,9 @@ class ModelFootprint:
     def buffer_bytes(self, step_tokens: int) -> int:
         """The buffers and scratch memory of such a step, which a `Decoder` has as long as steps may be so long."""
         sizes = self._stack_sizes
-        return sizes.buffer_bytes(step_tokens) + sizes.scratch_bytes(
-            step_tokens, self._threads, self._has_quants
-        )
+        scratch = sizes.scratch_bytes(step_tokens, self._threads, self._has_quants)
+        products = _native.product_scratch_bytes(self._threads) if self._has_quants else 0
+        return sizes.buffer_bytes(step_tokens) + scratch + products
 
     def choices_bytes(self, step_tokens: int) -> int:
         """The choices of steps that a recorder was not told yet."""

@@ -2,10 +2,11 @@
 
     the user's cache, or a probe of a second or two  ->  Choices  ->  Runtime
 
-Every product runs in several ways with equal results: how far ahead it prefetches weights, and how many rows a tile
-takes. Which is fastest differs between processors of one instruction set, between formats and between numbers of
-threads, so the first start on a machine times the real kernels, and later starts read what it found. A start that
-cannot wait has the defaults. So has one that other work disturbs too much; the next start measures again.
+Every product runs in several ways with equal results: how far ahead it prefetches weights, how many rows a tile takes,
+and from how many tokens on it uses the tiles of AMX. Which is fastest differs between processors of one instruction
+set, between formats and between numbers of threads, so the first start on a machine times the real kernels, and later
+starts read what it found. A start that cannot wait has the defaults. So has one that other work disturbs too much; the
+next start measures again.
 
 What is kept belongs to one processor, number of cores, instruction set and version of Argosy. It is checked against
 bounds when it is read, and measured again if anything in it is wrong: a choice may cost time, and never a result.
@@ -38,13 +39,18 @@ from argosy.user_directories import measurement_file
 PROBE_S = 5.0  # at most
 FORMATS: tuple[Format, ...] = tuple(name for name in get_args(Format) if name not in FLOAT_FORMATS)
 
-_VERSION = 1  # version of the file
+_VERSION = 2  # version of the file
 _MOST_BYTES = 256 << 10
 _MOST_ENTRIES = 32  # numbers of threads that one file has choices for
 _MOST_PASSES = 5
 _SMALLEST_BYTES, _BYTES_PER_THREAD, _LARGEST_BYTES = 8 * MIB, MIB, 32 * MIB  # weights that a pass reads
 _OUTPUT_SHARE = 0.25  # products write at most this share of the weights' bytes
 _FEW_TOKENS = (2, 4, 8)
+_AMX_TOKENS = (
+    16,
+    24,
+    32,
+)  # from which AMX may be used; with fewer it was slower on the first machine with it
 _AGREED = 0.9  # the second best pass over the best one, in nine trials of ten; a quiet thread has 0.98
 _DISTURBED = "other work disturbed the measurement, and the next start measures again"
 _TIE = 0.01  # gains below this are noise: then the defaults stay
@@ -60,12 +66,15 @@ class FormatChoice(NamedTuple):
     bytes_per_s: at which one token reads weights that are in no cache.
     gain: speed of one token over the defaults, 1.0 if there is no gain.
     few_tokens_gain: speed of 2 to 8 tokens over the defaults.
+    amx_gain: speed of 32 tokens on the tiles of AMX over AVX-512, whichever was chosen; 1.0 without AMX, 0.0 if the
+        results differed.
     """
 
     tuning: Tuning
     bytes_per_s: float
     gain: float
     few_tokens_gain: float
+    amx_gain: float
 
 
 class ThreadsChoice(NamedTuple):
@@ -188,7 +197,8 @@ def kept_file(instruction_set: str) -> Path:
 
 def probe_bytes(threads: int) -> int:
     """The most memory that measuring takes."""
-    return int(_weights_bytes(threads) * (1 + _OUTPUT_SHARE)) + threads * machine.THREAD_BYTES
+    working = threads * machine.THREAD_BYTES + _native.product_scratch_bytes(threads)
+    return int(_weights_bytes(threads) * (1 + _OUTPUT_SHARE)) + working
 
 
 # ── in memory ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,8 +279,12 @@ def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]
     few = [default._replace(few_ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     if instruction_set == "avx512":  # only there is more than one shape of tile
         few = [_with_panels(each, two) for each in few for two in (False, True)]
-    return [(name, 1, each) for each in alone] + [
-        (name, tokens, each) for tokens in _FEW_TOKENS for each in few
+    has_amx = instruction_set == "avx512" and name in _native.amx_formats()
+    tiles = [default, default._replace(amx_from=1)] if has_amx else []
+    return [
+        *((name, 1, each) for each in alone),
+        *((name, tokens, each) for tokens in _FEW_TOKENS for each in few),
+        *((name, tokens, each) for tokens in _AMX_TOKENS for each in tiles),
     ]
 
 
@@ -310,7 +324,19 @@ def _fastest(name: Format, default: Tuning, rates: Mapping[_Trial, float]) -> Fo
             for limit in (limits if has_shapes else (default.two_panels_from,))
         ],
     )
-    return FormatChoice(several._replace(ask_ahead=one.ask_ahead), alone(one), gain, few_gain)
+    in_tiles = default._replace(amx_from=1)
+    amx_gains = {
+        tokens: rates[name, tokens, in_tiles] / rates[name, tokens, default]
+        for tokens in _AMX_TOKENS
+        if (name, tokens, in_tiles) in rates
+    }
+    amx_from = 0
+    for tokens in reversed(amx_gains):  # with fewer tokens, AMX never gains more
+        if amx_gains[tokens] <= 1 + _TIE:
+            break
+        amx_from = tokens
+    chosen = several._replace(ask_ahead=one.ask_ahead, amx_from=amx_from)
+    return FormatChoice(chosen, alone(one), gain, few_gain, amx_gains.get(_AMX_TOKENS[-1], 1.0))
 
 
 def _measured_threads(instruction_set: str, usable: int, physical: int) -> ThreadsChoice:
@@ -428,18 +454,21 @@ def _checked_formats(value: object) -> dict[Format, FormatChoice]:
 
 
 def _checked_choice(value: object) -> FormatChoice:
-    if not isinstance(value, list) or len(value) != 6:
+    if not isinstance(value, list) or len(value) != 8:
         raise JsonError("has a choice that does not exist")
-    ask_ahead, few_ask_ahead, two_panels_from, bytes_per_s, gain, few_gain = value
+    ask_ahead, few_ask_ahead, two_panels_from, amx_from, bytes_per_s, gain, few_gain, amx_gain = value
     if ask_ahead not in get_args(AskAhead) or few_ask_ahead not in get_args(AskAhead):
         raise JsonError("has a choice that does not exist")
     if _whole(two_panels_from, _native.MOST_FOR_ONE_PANEL + 1) < _native.FEWEST_FOR_TWO_PANELS:
         raise JsonError("has a choice that does not exist")
+    if amx_from not in (0, *_AMX_TOKENS) or isinstance(amx_from, bool):
+        raise JsonError("has a choice that does not exist")
     return FormatChoice(
-        Tuning(ask_ahead, few_ask_ahead, two_panels_from),
+        Tuning(ask_ahead, few_ask_ahead, two_panels_from, amx_from),
         _number(bytes_per_s, _MOST_BYTES_PER_S),
         _number(gain, _MOST_GAIN),
         _number(few_gain, _MOST_GAIN),
+        0.0 if amx_gain == 0 else _number(amx_gain, _MOST_GAIN),
     )
 
 

@@ -218,6 +218,7 @@ def _nothing() -> LoopFacts:
         num_running=0, num_waiting=0, num_preempted=0, kv_blocks=0, kv_blocks_held=0, kv_blocks_kept=0,
         kv_blocks_free=0, states_held=0, states_free=0, snapshots=0, num_experts=0, expert_slots=0, num_resident=0,
         file_bytes=0, tokens_run=0, totals=Ledger(), memory=(), budget_bytes=0, expert_uses=None, expert_use_tokens=0,
+        operations=None,
     )  # fmt: skip
     return LoopFacts(
         engine=engine, num_steps=0, is_stopping=False, has_failed=False, new_tok_per_s=0.0, prompt_tok_per_s=0.0,
@@ -303,6 +304,18 @@ class Metrics:
                 ),
                 (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
                 (counter, "argosy_steps", "Engine steps", facts.num_steps),
+                (
+                    counter,
+                    "argosy_product_operations",
+                    "Operations of products with quantised weights, where there is AMX",
+                    None if engine.operations is None else engine.operations[1],
+                ),
+                (
+                    counter,
+                    "argosy_amx_operations",
+                    "Those of them on the tiles of AMX",
+                    None if engine.operations is None else engine.operations[0],
+                ),
                 (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
                 (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
                 (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),

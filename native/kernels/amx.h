@@ -1,0 +1,57 @@
+// amx.h: the tile instructions of Intel AMX that kernels use (Intel 64 and IA-32 Architectures Software
+// Developer's Manual, volume 1, chapter 18).
+//
+//   const TileScope tiles(kConfig);  // until the end of the scope
+//   load_tile<4>(a, 32); load_tile<6>(b, 64); zero_tile<0>(); dot_tile_int8<0, 4, 6>(); store_tile<0>(c, 64);
+//
+// The instructions are written as assembly: with GCC 12, the configuration that _tile_loadconfig reads may be
+// removed, because the intrinsic declares 8 of its 64 bytes, and _tile_loadd declares no memory at all.
+#pragma once
+
+#include <cstdint>
+
+namespace argosy {
+namespace {
+
+[[maybe_unused]] constexpr int64_t kTileRows = 16, kTileRowBytes = 64, kTileBytes = kTileRows * kTileRowBytes;
+
+// The operand of LDTILECFG.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// Tiles are released at the end: as long as a thread has some, each switch of threads saves 8 KiB.
+class TileScope {
+ public:
+  explicit TileScope(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
+  ~TileScope() { asm volatile("tilerelease"); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// The rows of a tile lie `stride` bytes apart.
+template <int kTile>
+[[gnu::always_inline]] inline void load_tile(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
+}
+template <int kTile>
+[[gnu::always_inline]] inline void store_tile(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(to), "r"(stride) : "memory");
+}
+template <int kTile>
+[[gnu::always_inline]] inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+// sums[m][n] += sum over k and j of a[m][4 k + j] * b[k][4 n + j], all signed bytes.
+template <int kSums, int kA, int kB>
+[[gnu::always_inline]] inline void dot_tile_int8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kA), "i"(kB));
+}
+
+}  // namespace
+}  // namespace argosy
