@@ -7,7 +7,7 @@ argosy._native.__prefix__:
     \from typing import Any, Literal
     \from numpy.typing import NDArray
     \import numpy
-    InstructionSet = Literal["plain", "avx2", "avx512"]
+    InstructionSet = Literal["plain", "avx2", "amx", "avx512"]
     Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
     Gelu = Literal["erf", "tanh", "quick"]
     Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]

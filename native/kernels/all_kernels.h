@@ -85,6 +85,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .kv_write = kv_write,
       .latent_write = latent_write,
       .attention = attention,
+      .most_queries = kMaxQueries,
+      .attention_floats = attention_scratch_floats,
       .attention_merge = attention_merge,
       .attention_finish = attention_finish,
       .delta_gates = delta_gates,

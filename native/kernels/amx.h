@@ -53,5 +53,13 @@ template <int kSums, int kA, int kB>
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kA), "i"(kB));
 }
 
+// sums[m][n] += (sum over k of a[m][2 k] * b[k][2 n]) + (sum over k of a[m][2 k + 1] * b[k][2 n + 1]), all
+// bfloat16. Both sums are chains of fused multiply-adds that begin at zero; numbers below the smallest normal
+// one count as zero.
+template <int kSums, int kA, int kB>
+[[gnu::always_inline]] inline void dot_tile_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kA), "i"(kB));
+}
+
 }  // namespace
 }  // namespace argosy

@@ -24,6 +24,7 @@ void linear_panel_bf16(const LinearArgs& args);
 void round_keys_bf16(const RoundKeysArgs& args);
 void attend_rounded_bf16(const AttendRoundedArgs& args);
 void add_amx_products(KernelTable& table);
+void add_amx_attention(KernelTable& table);
 #endif
 
 namespace {
@@ -32,10 +33,11 @@ namespace {
 // Linux is asked once for permission, which holds for all threads of the process
 // (Documentation/arch/x86/xstate.rst). It refuses if a thread's signal stack is too small for the registers.
 const char* request_amx() {
-  constexpr unsigned kTileBits = 1u << 24 | 1u << 25;  // AMX-TILE, AMX-INT8
+  constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   unsigned eax, ebx, ecx, edx;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return "absent";
-  if ((edx & kTileBits) != kTileBits || (ecx & bit_GFNI) == 0) return "absent";
+  const bool has_others = (ecx & bit_GFNI) != 0 && __builtin_cpu_supports("avx512bf16");
+  if ((edx & kTileBits) != kTileBits || !has_others) return "absent";
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "usable";
@@ -58,6 +60,16 @@ const KernelTable& avx512_kernels() {
   }();
   return with_extensions;
 }
+
+const KernelTable& amx_kernels() {
+  static const KernelTable with_attention = [] {
+    KernelTable table = avx512_kernels();
+    table.name = "amx";
+    add_amx_attention(table);
+    return table;
+  }();
+  return with_attention;
+}
 #endif
 
 std::vector<const KernelTable*> runnable_tables() {
@@ -71,6 +83,7 @@ std::vector<const KernelTable*> runnable_tables() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
+    if (std::string(amx_state()) == "usable") tables.push_back(&amx_kernels());
     tables.push_back(&avx512_kernels());
   }
 #endif
@@ -101,6 +114,21 @@ const KernelTable& kernel_table(const std::string& name) {
 }
 
 const KernelTable& best_kernels() { return *tables().back(); }
+
+int64_t most_attention_floats(int64_t head_dim) {
+  int64_t most = 0;
+  for (const KernelTable* table : tables()) {
+    const int64_t floats = table->attention_floats(head_dim);
+    most = floats > most ? floats : most;
+  }
+  return most;
+}
+
+int64_t most_attention_queries() {
+  int64_t most = 0;
+  for (const KernelTable* table : tables()) most = table->most_queries > most ? table->most_queries : most;
+  return most;
+}
 
 const char* amx_state() {
 #if defined(__x86_64__)

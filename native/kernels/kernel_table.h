@@ -167,6 +167,8 @@ struct LatentWriteArgs {
 // A call processes four tiles at a time, for up to this many (token, head) pairs at once.
 [[maybe_unused]] static constexpr int64_t kStretchKeys = 64;
 [[maybe_unused]] static constexpr int64_t kMaxQueries = 32;
+// The same on tiles, where a call splits the keys for all of them.
+[[maybe_unused]] static constexpr int64_t kAmxQueries = 128;
 // Lanes of a section. Each section has a running maximum of its own, and the sections that a token sees are
 // merged in ascending order, so threads can divide the sections of one token among themselves.
 [[maybe_unused]] static constexpr int64_t kSectionKeys = 1024;
@@ -183,7 +185,7 @@ struct AttentionArgs {
   const int32_t* blocks;  // the sequence's block table: position p lies in blocks[p / block_tokens]
   float scale;
   int64_t window;                // positions begin at order - window + 1; 0: at 0
-  float* scratch;                // attention_scratch_floats(head_dim)
+  float* scratch;                // KernelTable::attention_floats(head_dim)
   const float* sinks = nullptr;  // [num_heads], a score that takes weight and adds no value; nullptr: none
   // At least 0: the call computes this section only. It writes the states of the queries that see the
   // section, and not `out`.
@@ -430,6 +432,8 @@ struct KernelTable {
   void (*kv_write)(const KvWriteArgs& args);
   void (*latent_write)(const LatentWriteArgs& args);
   void (*attention)(const AttentionArgs& args);
+  int64_t most_queries;                           // (token, head) pairs that a call processes at once
+  int64_t (*attention_floats)(int64_t head_dim);  // the scratch of a call
   // Merges the state of a query's next section into `state`.
   void (*attention_merge)(const float* next, int64_t head_dim, float* state);
   void (*attention_finish)(const float* state, int64_t head_dim, float* out);  // [head_dim]
@@ -482,13 +486,18 @@ static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
   return kStretchKeys * latent_stride(dim) + kMostColumns * kColumnHeads * (dim + kStretchKeys);
 }
 
-// "plain", "avx2", "avx512": the sets that this CPU and its operating system can run, slowest first.
+// "plain", "avx2", "amx", "avx512": the sets that this CPU and its operating system can run, the best one
+// last. "amx" comes before "avx512" until it was measured on a processor that has it.
 std::vector<std::string> instruction_sets();
 
 // Throws std::invalid_argument for a name that is not in instruction_sets().
 const KernelTable& kernel_table(const std::string& name);
 // The table of the last of instruction_sets().
 const KernelTable& best_kernels();
+
+// The largest KernelTable::attention_floats and most_queries of all instruction sets here.
+int64_t most_attention_floats(int64_t head_dim);
+int64_t most_attention_queries();
 
 // "absent": the CPU has no AMX, or not what the kernels need of it; "refused": the system lets this process
 // use no tiles; "usable".

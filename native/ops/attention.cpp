@@ -179,7 +179,7 @@ constexpr int64_t kFewItems = 2;
 // What sections in progress take: a total for each query, and states of the sections that threads compute at
 // once, at most two for each thread and one more for each item.
 int64_t section_state_floats(int64_t head_dim, int num_threads) {
-  return 3 * kFewItems * num_threads * kMaxQueries * attention_state_floats(head_dim);
+  return 3 * kFewItems * num_threads * most_attention_queries() * attention_state_floats(head_dim);
 }
 
 // A batch against the keys of one layer, by runs and KV heads.
@@ -191,7 +191,7 @@ class Attention {
         batch_(batch),
         out_(out),
         group_(batch.num_heads / kv.kv_heads),
-        runs_(split_into_runs(batch, std::max<int64_t>(1, kMaxQueries / group_))),
+        runs_(split_into_runs(batch, std::max<int64_t>(1, runtime.kernels().most_queries / group_))),
         num_items_(int64_t(runs_.size()) * kv.kv_heads),
         scratch_(reinterpret_cast<float*>(
             runtime.scratch(attention_scratch_bytes(kv.head_dim, runtime.num_threads())))) {}
@@ -204,7 +204,7 @@ class Attention {
       end = std::max(end, last_section(t) + 1);
     }
     const bool is_even = num_items_ % num_threads == 0;
-    if (num_items_ < kFewItems * num_threads && !is_even && end - begin > 1 && group_ <= kMaxQueries) {
+    if (num_items_ < kFewItems * num_threads && !is_even && end - begin > 1 && group_ <= most_queries()) {
       share_sections(begin, end);
     } else {
       share_items();
@@ -233,10 +233,13 @@ class Attention {
         .blocks = batch_.block_table + batch_.sequence[run.begin] * batch_.max_blocks,
         .scale = batch_.scale,
         .window = batch_.window,
-        .scratch = scratch_ + worker * attention_scratch_floats(kv_.head_dim),
+        .scratch = scratch_ + worker * attention_floats(),
         .sinks = batch_.sinks,
     };
   }
+
+  int64_t most_queries() const { return runtime_.kernels().most_queries; }
+  int64_t attention_floats() const { return runtime_.kernels().attention_floats(kv_.head_dim); }
 
   int64_t first_section(int64_t token) const { return lane_of(kv_, batch_.first(token)) / kSectionKeys; }
   int64_t last_section(int64_t token) const { return lane_of(kv_, batch_.until(token) - 1) / kSectionKeys; }
@@ -257,8 +260,8 @@ class Attention {
     const KernelTable& table = runtime_.kernels();
     const int64_t num_threads = runtime_.num_threads(), state_floats = attention_state_floats(kv_.head_dim);
     const int64_t at_once = std::min(end - begin, (kFewItems * num_threads + num_items_ - 1) / num_items_);
-    const int64_t item_floats = kMaxQueries * state_floats;
-    float* totals = scratch_ + num_threads * attention_scratch_floats(kv_.head_dim);
+    const int64_t item_floats = most_queries() * state_floats;
+    float* totals = scratch_ + num_threads * attention_floats();
     float* next = totals + num_items_ * item_floats;
     const int64_t work = 2 * kSectionKeys * group_ * kv_.head_dim;
     for (int64_t first = begin; first < end; first += at_once) {
@@ -310,7 +313,7 @@ class Attention {
 
 int64_t attention_scratch_bytes(int64_t head_dim, int num_threads) {
   const int64_t sections = num_threads > 1 ? section_state_floats(head_dim, num_threads) : 0;
-  return (num_threads * attention_scratch_floats(head_dim) + sections) * 4;
+  return (num_threads * most_attention_floats(head_dim) + sections) * 4;
 }
 
 void attention(Runtime& runtime, const KvLayer& kv, const AttentionBatch& batch, float* out) {

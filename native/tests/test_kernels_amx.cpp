@@ -1,8 +1,9 @@
-// Products on the tiles of AMX: the bits of AVX-512. On a processor without AMX, there is nothing to check;
-// `make test-emulated` runs this file on an emulated one.
+// Products on the tiles of AMX have the bits of AVX-512, and attention on tiles meets the reference. On a
+// processor without AMX, there is nothing to check; `make test-emulated` runs this file on an emulated one.
 
 #include <cstdlib>
 
+#include "ops/attention.h"
 #include "tests/kernel_cases.h"
 
 #if defined(__x86_64__)
@@ -176,6 +177,135 @@ void tiles_are_used_from_the_tokens_on_that_the_tuning_says() {
   CHECK_EQUAL(counts.all, 2u * 48 * 64 * (40 + 23 + 24 + 38));
 }
 
+// One sequence over several sections in a KV cache, with NaN in every place that no token may see.
+struct Sequence {
+  Sequence(int64_t length, int64_t kv_heads, int64_t dim, int64_t block, KvFormat format)
+      : num_blocks(length / block + 3),
+        kv({KvShape::keys_values(kv_heads, dim)}, {num_blocks, 1}, block, format) {
+    for (int64_t i = 0; i < num_blocks; ++i) blocks.push_back(int32_t((i * 7 + 3) % num_blocks));
+    if (num_blocks % 7 == 0) {
+      for (int64_t i = 0; i < num_blocks; ++i) blocks[size_t(i)] = int32_t(num_blocks - 1 - i);
+    }
+    const int64_t all = num_blocks * block;
+    const std::vector<float> garbage(size_t(all * kv_heads * dim), NAN);
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < all; ++i) slots.push_back(i);
+    Runtime runtime(1);
+    kv_write(runtime, kv.layer(0), garbage.data(), garbage.data(), slots.data(), all);
+    slots.clear();
+    for (int64_t i = 0; i < length; ++i) slots.push_back(blocks[size_t(i / block)] * block + i % block);
+    const std::vector<float> keys = normal(length * kv_heads * dim, 5);
+    const std::vector<float> values = normal(length * kv_heads * dim, 6);
+    kv_write(runtime, kv.layer(0), keys.data(), values.data(), slots.data(), length);
+  }
+
+  // The outputs of tokens [begin, end), whose queries are rows of q from `begin` on.
+  std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t heads, int64_t begin,
+                            int64_t end, int64_t window, const float* sinks) {
+    const int64_t count = end - begin, row = heads * kv.layer(0).head_dim;
+    const std::vector<int32_t> sequence(size_t(count), 0);
+    std::vector<int32_t> order;
+    for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));
+    std::vector<float> out(size_t(count * row), NAN);
+    const AttentionBatch batch = {
+        .q = q.data() + begin * row,
+        .num_tokens = count,
+        .num_heads = heads,
+        .block_table = blocks.data(),
+        .max_blocks = int64_t(blocks.size()),
+        .sequence = sequence.data(),
+        .order = order.data(),
+        .sees_until = nullptr,
+        .scale = 0.3f,
+        .window = window,
+        .sinks = sinks,
+    };
+    attention(runtime, kv.layer(0), batch, out.data());
+    return out;
+  }
+
+  int64_t num_blocks;
+  std::vector<int32_t> blocks;
+  KvCache kv;
+};
+
+void attention_on_tiles_meets_the_reference_in_every_chunk() {
+  const int64_t shapes[][4] = {
+      // heads, KV heads, dim, length
+      {4, 1, 7, 75}, {8, 2, 16, 300}, {5, 1, 40, 300}, {8, 1, 64, 530}, {9, 1, 33, 75}, {32, 4, 130, 75}};
+  Runtime tiles(1, std::nullopt, kernel_table("amx")), reference(1, std::nullopt, plain());
+  Runtime shared(3, std::nullopt, kernel_table("amx"));
+  int number = 0;
+  for (const auto& [heads, kv_heads, dim, length] : shapes) {
+    for (const int64_t block : {5, 16, 48}) {
+      ++number;
+      const int64_t window = std::vector<int64_t>{0, 19, 270}[size_t(number / 2 % 3)];
+      const KvFormat format =
+          std::vector<KvFormat>{KvFormat::f32, KvFormat::f16, KvFormat::q8}[size_t(number) % 3];
+      Sequence sequence(length, kv_heads, dim, block, format);
+      const std::vector<float> q = normal(length * heads * dim, 7);
+      const std::vector<float> some = normal(heads, 8, 6.0f);  // below, among and above the scores
+      const float* sinks = number % 2 == 0 ? some.data() : nullptr;
+      const std::vector<float> expected = sequence.attend(reference, q, heads, 0, length, window, sinks);
+      const std::vector<float> together = sequence.attend(tiles, q, heads, 0, length, window, sinks);
+      CHECK(near(together, expected, 3e-4));
+      CHECK(same_bits(sequence.attend(shared, q, heads, 0, length, window, sinks), together));
+      const int64_t row = heads * dim;
+      for (const int64_t chunk : {1, 3, 32, 70}) {
+        const int64_t from = chunk == 1 ? length - 40 : 0;
+        std::vector<float> pieces;
+        for (int64_t begin = from; begin < length; begin += chunk) {
+          const int64_t end = std::min(begin + chunk, length);
+          const std::vector<float> piece = sequence.attend(tiles, q, heads, begin, end, window, sinks);
+          pieces.insert(pieces.end(), piece.begin(), piece.end());
+        }
+        CHECK(same_bits(pieces, std::vector<float>(together.begin() + from * row, together.end())));
+      }
+    }
+  }
+}
+
+// Decode and a chunk over several sections, whose states threads compute apart.
+void sections_on_tiles_have_the_same_bits_on_any_threads() {
+  const int64_t length = 2 * kSectionKeys + 77, heads = 8, dim = 32, count = 9;
+  for (const KvFormat format : {KvFormat::f32, KvFormat::f16, KvFormat::q8}) {
+    Sequence sequence(length, 1, dim, 48, format);
+    const std::vector<float> q = normal(length * heads * dim, 7);
+    Runtime alone(1, std::nullopt, kernel_table("amx")), three(3, std::nullopt, kernel_table("amx"));
+    Runtime other(1, std::nullopt, kernel_table("avx512"));
+    for (const int64_t window : {int64_t{0}, int64_t{1500}}) {
+      const std::vector<float> all =
+          sequence.attend(alone, q, heads, length - count, length, window, nullptr);
+      CHECK(near(all, sequence.attend(other, q, heads, length - count, length, window, nullptr), 3e-4));
+      CHECK(same_bits(sequence.attend(three, q, heads, length - count, length, window, nullptr), all));
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = length - count + i;
+        const std::vector<float> one = sequence.attend(three, q, heads, begin, begin + 1, window, nullptr);
+        const auto from = all.begin() + i * heads * dim;
+        CHECK(same_bits(one, std::vector<float>(from, from + heads * dim)));
+      }
+    }
+  }
+}
+
+// A constant value stays what it is, and the error of anything else is that of 16 bits, not that of bfloat16.
+void attention_on_tiles_keeps_sixteen_bits() {
+  const int64_t length = 200, heads = 4, dim = 64;
+  Sequence sequence(length, 1, dim, 16, KvFormat::f32);
+  const std::vector<float> q = normal(length * heads * dim, 7);
+  Runtime tiles(1, std::nullopt, kernel_table("amx")), reference(1, std::nullopt, plain());
+  const std::vector<float> found = sequence.attend(tiles, q, heads, 0, length, 0, nullptr);
+  const std::vector<float> expected = sequence.attend(reference, q, heads, 0, length, 0, nullptr);
+  double error = 0, size = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    error += std::pow(double(found[i]) - double(expected[i]), 2);
+    size += std::pow(double(expected[i]), 2);
+  }
+  const double relative = std::sqrt(error / size);
+  printf("attention on tiles: relative error %.1e\n", relative);
+  CHECK(relative < 4e-5);
+}
+
 #endif
 
 }  // namespace
@@ -194,6 +324,9 @@ int main() {
   the_largest_sums_are_exact();
   scales_of_every_kind_have_the_same_bits();
   tiles_are_used_from_the_tokens_on_that_the_tuning_says();
+  attention_on_tiles_meets_the_reference_in_every_chunk();
+  sections_on_tiles_have_the_same_bits_on_any_threads();
+  attention_on_tiles_keeps_sixteen_bits();
 #endif
   return argosy::testing::check_result();
 }

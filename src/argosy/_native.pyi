@@ -30,7 +30,7 @@ from argosy.config import Format, KvDtype, Tuning
 
 # Written by `make stubs` from native/bind: edit it there.
 
-InstructionSet = Literal["plain", "avx2", "avx512"]
+InstructionSet = Literal["plain", "avx2", "amx", "avx512"]
 Activation = tuple[Literal["silu", "clamped", "gelu_tanh"], float, float]  # kind, limit, alpha
 Gelu = Literal["erf", "tanh", "quick"]
 Finish = Literal["store", "add", "multiply", "gelu_erf", "gelu_tanh", "gelu_quick", "silu"]

@@ -28,6 +28,11 @@ OFFER = Offer(
 )  # fmt: skip
 
 
+def test_experts_on_amx_have_the_sums_of_avx512() -> None:
+    names = ("plain", "avx2", "avx512", "amx")
+    assert [hello.kernel_of(name) for name in names] == ["plain", "avx2", "avx512", "avx512"]
+
+
 @contextmanager
 def accepting(key: bytes = KEY, **more: Any) -> Iterator[tuple[socket.socket, list[object]]]:
     """A worker that accepts one connection in a thread; yields the other end, and what came of it."""

@@ -612,12 +612,13 @@ def test_attention_is_the_same_for_a_token_alone_in_a_chunk_and_in_a_batch(
         )  # fmt: skip
         return out
 
+    error = 1e-4 if runtime.instruction_set == "amx" else 2e-6  # tiles keep 16 bits of a number
     alone = [np.concatenate([attend([s], [p]) for p in range(length)]) for s in range(2)]
     for sequence, talk in enumerate(talks):
         for position in (0, 1, 4, 15, 16, 17, 31, 32, 74):
             expected, magnitude = talk.expected(q[sequence, position], position, window)
             found = alone[sequence][position].reshape(heads, dim)
-            assert np.all(np.abs(found - expected) <= 2e-6 * magnitude)
+            assert np.all(np.abs(found - expected) <= error * magnitude)
         for begin, end in ((0, length), (0, 1), (3, 10), (15, 33), (40, 75)):
             found = attend([sequence] * (end - begin), list(range(begin, end)))
             assert np.array_equal(found, alone[sequence][begin:end])

@@ -88,7 +88,7 @@ def context_sizes(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 def instruction_sets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-    return _beginning_with(incomplete, ("plain", "avx2", "avx512"))
+    return _beginning_with(incomplete, ("plain", "avx2", "avx512", "amx"))
 
 
 def _beginning_with(incomplete: str, values: tuple[str, ...]) -> Items:

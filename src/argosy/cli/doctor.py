@@ -91,7 +91,7 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
         "cpu": machine.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
-        "amx": "unused" if chosen != known[-1] else _native.amx_state(),
+        "amx": _native.amx_state() if chosen in {"amx", known[-1]} else "unused",
         "choices": _choices(settings, chosen, tune=tune),
         "memory": {
             "total_bytes": limit.total_bytes,

@@ -71,7 +71,7 @@ _SIZING = (
         cls=Further,
         metavar="NAME",
         shell_complete=completion.instruction_sets,
-        help="Use at most plain, avx2 or avx512.",
+        help="Use plain, avx2, avx512 or amx.",
     ),
 )
 _ENGINE = (

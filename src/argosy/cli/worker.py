@@ -56,7 +56,7 @@ _FILE = click.Path(path_type=Path)
     "--instruction-set",
     metavar="NAME",
     shell_complete=completion.instruction_sets,
-    help="Use at most plain, avx2 or avx512.",
+    help="Use plain, avx2, avx512 or amx.",
 )
 @click.option(
     "--coordinators",

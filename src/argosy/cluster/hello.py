@@ -149,6 +149,11 @@ class Introduced(NamedTuple):
     copy_key: bytes | None
 
 
+def kernel_of(instruction_set: str) -> str:
+    """The instruction set whose sums experts have on this one: on `amx` only attention differs from `avx512`."""
+    return "avx512" if instruction_set == "amx" else instruction_set
+
+
 def prepare(connection: socket.socket) -> None:
     """Send small messages at once, and notice within half a minute that the other machine is gone, or takes nothing."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

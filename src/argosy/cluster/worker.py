@@ -191,7 +191,7 @@ class Worker:
             undo.pop_all()
         self._facts = Facts(
             version=version("argosy"),
-            kernel=self._runtime.instruction_set,
+            kernel=hello.kernel_of(self._runtime.instruction_set),
             sources=bytes.fromhex(_native.sources_hash()),
             model=model,
             most_rows=MOST_ROWS,

@@ -277,9 +277,10 @@ def _rates(
 def _trials(name: Format, default: Tuning, instruction_set: str) -> list[_Trial]:
     alone = [default._replace(ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
     few = [default._replace(few_ask_ahead=ask_ahead) for ask_ahead in get_args(AskAhead)]
-    if instruction_set == "avx512":  # only there is more than one shape of tile
+    has_avx512 = instruction_set in {"avx512", "amx"}
+    if has_avx512:  # only there is more than one shape of tile
         few = [_with_panels(each, two) for each in few for two in (False, True)]
-    has_amx = instruction_set == "avx512" and name in _native.amx_formats()
+    has_amx = has_avx512 and name in _native.amx_formats()
     tiles = [default, default._replace(amx_from=1)] if has_amx else []
     return [
         *((name, 1, each) for each in alone),

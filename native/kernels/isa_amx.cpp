@@ -1,0 +1,29 @@
+// isa_amx.cpp: attention of the instruction set `amx`: AVX-512 with BF16, and the tiles of AMX for bfloat16
+// (Sapphire Rapids and later).
+
+#if defined(__x86_64__)
+
+#define ARGOSY_VECTOR 1
+#define ARGOSY_AVX512 1
+#define ARGOSY_VBMI 0
+#include "kernels/vector_avx512.h"
+
+// It uses the vectors above.
+#include "kernels/attention_amx.h"
+
+namespace argosy {
+
+void add_amx_attention(KernelTable& table);
+void add_amx_attention(KernelTable& table) {
+  table.attention = attention_amx;
+  table.most_queries = kAmxQueries;
+  table.attention_floats = [](int64_t head_dim) {
+    const int64_t floats = AmxAttentionSizes(head_dim).bytes() / 4,
+                  other = attention_scratch_floats(head_dim);
+    return floats > other ? floats : other;
+  };
+}
+
+}  // namespace argosy
+
+#endif
