@@ -4,6 +4,7 @@
 
 #define ARGOSY_VECTOR 1
 #define ARGOSY_AVX512 0
+#define ARGOSY_AVX_VNNI 0
 #include "kernels/quantized_tile_avx2.h"
 #include "kernels/vector_avx2.h"
 

@@ -18,6 +18,7 @@ extern const KernelTable kPlainKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+void add_vnni_products(KernelTable& table);
 void matmul_f8_vbmi(const MatmulArgs& args);
 void round_to_panel_bf16(const PanelArgs& args);
 void linear_panel_bf16(const LinearArgs& args);
@@ -43,6 +44,21 @@ const char* request_amx() {
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "usable";
 #endif
   return "refused";
+}
+
+bool has_avx_vnni() {
+  constexpr unsigned kAvxVnni = 1u << 4;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni) != 0;
+}
+
+const KernelTable& avx2_kernels() {
+  static const KernelTable with_extensions = [] {
+    KernelTable table = kAvx2Kernels;
+    if (has_avx_vnni()) add_vnni_products(table);
+    return table;
+  }();
+  return with_extensions;
 }
 
 const KernelTable& avx512_kernels() {
@@ -79,7 +95,7 @@ std::vector<const KernelTable*> runnable_tables() {
   __builtin_cpu_init();
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2) tables.push_back(&kAvx2Kernels);
+  if (avx2) tables.push_back(&avx2_kernels());
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {

@@ -1,4 +1,7 @@
-// quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products.
+// quantized_tile_avx2.h: the inner loop of matmul_quantized with exact 16-bit products, or with AVX-VNNI.
+//
+// With AVX-VNNI, vpdpbusd multiplies four bytes and adds them to 32 bits, for q8 once for the high and once
+// for the low bytes of the activations. Without it:
 //
 //   8 bits   weights are widened to the 16 bits that activations have; vpmaddwd gives each row two partial
 //            sums of 32 bits.
@@ -35,18 +38,22 @@ struct QuantizedTile {
   static constexpr int kLargestByte = kQuant.largest_byte();
   // Quants keep their sign and have no zero to remove. This applies to those that vpmaddubsw could not hold
   // otherwise.
-  static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127;
+  static constexpr bool kIsSigned = kQuant.table != nullptr && kLargestByte > 127 && !ARGOSY_AVX_VNNI;
   using Operands = TileOperands<kFormat, kTokens>;
   using Dots = __m256i[kTokens][kParts][2];  // rows 0-7 and 8-15
   using Sums = Vec[kTokens][2];
 
   // Computes the exact dot products of a group.
   [[gnu::always_inline]] static inline void multiply(const Operands& o, int64_t group, Dots& dot) {
+#if ARGOSY_AVX_VNNI
+    multiply_four(o, group, dot);
+#else
     if constexpr (kQuant.bits == 8) {
       multiply_wide(o, group, dot);
     } else {
       multiply_bytes(o, group, dot);
     }
+#endif
   }
 
   // The scales of a block, and its mins, if the format has them: of each half of the rows.
@@ -84,6 +91,51 @@ struct QuantizedTile {
   }
 
  private:
+#if ARGOSY_AVX_VNNI
+
+  // The zero of the quants stays in the dot products.
+  [[gnu::always_inline]] static inline void multiply_four(const Operands& o, int64_t group, Dots& dot) {
+    constexpr bool kIsQ8 = kFormat == Format::q8;
+    const uint8_t* quants = o.quants(group);
+    const int64_t x_at = group * kGroupSize, low_at = activation_low_at(o.cols) + x_at;
+    __m256i low[kTokens][2];  // q8
+#pragma GCC unroll 4
+    for (int j = 0; j < kTokens; ++j) {
+      low[j][0] = low[j][1] = _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) dot[j][part][0] = dot[j][part][1] = _mm256_setzero_si256();
+    }
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) {
+      // Chunks c and c + 4 share bytes.
+      const int chunk = kIsQ8 ? step : step / 2 + step % 2 * 4;
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i w = unpack(quants + 32 * half, chunk);
+#pragma GCC unroll 4
+        for (int j = 0; j < kTokens; ++j) {
+          __m256i& to = dot[j][kParts == 1 ? 0 : chunk / 4][half];
+          to = _mm256_dpbusd_avx_epi32(to, w, broadcast_four(o.x[j] + x_at + 4 * chunk));
+          if constexpr (kIsQ8) {
+            const __m256i four = broadcast_four(o.x[j] + low_at + 4 * chunk);
+            low[j][half] = _mm256_dpbusd_avx_epi32(low[j][half], w, four);
+          }
+        }
+      }
+    }
+    if constexpr (kIsQ8) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTokens; ++j) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          dot[j][0][half] = _mm256_add_epi32(_mm256_slli_epi32(dot[j][0][half], 8), low[j][half]);
+        }
+      }
+    }
+  }
+
+#else
+
   // Multiplies by 16-bit activations, both bytes; the zero of the quants stays in the dot products.
   [[gnu::always_inline]] static inline void multiply_wide(const Operands& o, int64_t group, Dots& dot) {
     const uint8_t* quants = o.quants(group);
@@ -158,9 +210,13 @@ struct QuantizedTile {
     }
   }
 
+#endif
+
   // Unpacks four columns of eight rows to bytes, with their sign if kIsSigned.
   [[gnu::always_inline]] static inline __m256i unpack(const uint8_t* group, int chunk) {
-    if constexpr (kQuant.table != nullptr) {
+    if constexpr (kQuant.bits == 8) {
+      return load_bytes(group + chunk * kChunkBytes);
+    } else if constexpr (kQuant.table != nullptr) {
       return _mm256_shuffle_epi8(table(), low_bits(group, chunk));
     } else if constexpr (kQuant.bits == kQuant.low_bits()) {
       return low_bits(group, chunk);

@@ -252,7 +252,7 @@ void attention_on_tiles_meets_the_reference_in_every_chunk() {
       CHECK(same_bits(sequence.attend(shared, q, heads, 0, length, window, sinks), together));
       const int64_t row = heads * dim;
       for (const int64_t chunk : {1, 3, 32, 70}) {
-        const int64_t from = chunk == 1 ? length - 40 : 0;
+        const int64_t from = chunk < 30 && length > 100 ? length - 40 : 0;
         std::vector<float> pieces;
         for (int64_t begin = from; begin < length; begin += chunk) {
           const int64_t end = std::min(begin + chunk, length);

@@ -4,8 +4,9 @@
 
 #if defined(__x86_64__)
 namespace argosy {
+extern const KernelTable kAvx2Kernels;    // without AVX-VNNI
 extern const KernelTable kAvx512Kernels;  // without VBMI
-}
+}  // namespace argosy
 #endif
 
 namespace argosy::testing {
@@ -337,6 +338,25 @@ void a_product_with_an_f8_code_is_its_value() {
 }
 
 #if defined(__x86_64__)
+// A processor with AVX-VNNI runs different versions of these products than one without.
+void quantised_products_have_the_same_bits_with_and_without_avx_vnni() {
+  if (instruction_sets().size() < 2) return;
+  const KernelTable& best = kernel_table("avx2");
+  for (const Format format : kFormats) {
+    if (!is_quantized(format)) continue;
+    for (const int64_t size : {1, 100, 600}) {
+      const int64_t cols = cols_of(format, size);
+      const Weights w = Weights::random(format, 53, cols, 21, 1);
+      // Largest and smallest codes, too.
+      std::memset(w.bytes.get() + 1 + quant_format(format).quants_at(0), 0xFF, 32);
+      for (const int64_t tokens : {1, 2, 3, 4, 9}) {
+        const std::vector<float> x = normal(tokens * cols, 22);
+        CHECK(same_bits(multiply(best, w.view, x, tokens), multiply(kAvx2Kernels, w.view, x, tokens)));
+      }
+    }
+  }
+}
+
 // A processor with VBMI runs different versions of these products than one without.
 void f8_products_have_the_same_bits_with_and_without_vbmi() {
   if (instruction_sets().back() != "avx512") return;
@@ -554,6 +574,7 @@ int main() {
   f8_products_are_those_of_the_float32_weights();
   a_product_with_an_f8_code_is_its_value();
 #if defined(__x86_64__)
+  quantised_products_have_the_same_bits_with_and_without_avx_vnni();
   f8_products_have_the_same_bits_with_and_without_vbmi();
 #endif
   what_is_no_number_is_seen_while_it_is_transcoded();
