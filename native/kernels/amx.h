@@ -25,6 +25,16 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
+// Eight tiles of sixteen rows of 64 bytes.
+[[maybe_unused]] constexpr TileConfig whole_tiles() {
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = kTileRows;
+    config.row_bytes[i] = kTileRowBytes;
+  }
+  return config;
+}
+
 // Tiles are released at the end: as long as a thread has some, each switch of threads saves 8 KiB.
 class TileScope {
  public:

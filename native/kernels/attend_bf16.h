@@ -45,7 +45,7 @@ inline void store_rounded(uint8_t* to, Vec values, int64_t n) {
   _mm256_mask_storeu_epi16(to, first_lanes(n), __m256i(_mm512_cvtneps_pbh(values)));
 }
 
-void round_keys(const RoundKeysArgs& a) {
+inline void round_keys(const RoundKeysArgs& a) {
   for (int64_t s = 0; s < a.num_keys; s += kLanes) {
     const int64_t num_keys = a.num_keys - s < kLanes ? a.num_keys - s : kLanes;
     for (int64_t d = 0; d < a.dim; d += kLanes) {

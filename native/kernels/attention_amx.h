@@ -37,15 +37,6 @@ constexpr int64_t kStretchSteps = kAmxStretch / kStepKeys;
 constexpr int64_t kRowTiles = kAmxQueries / kTileRows;
 static_assert(kSectionKeys % kAmxStretch == 0);
 
-constexpr TileConfig whole_tiles() {
-  TileConfig config;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = kTileRows;
-    config.row_bytes[i] = kTileRowBytes;
-  }
-  return config;
-}
-
 // Numbers as the sums of two bfloat16: tiles of high and of low parts.
 struct Split {
   uint8_t *high, *low;

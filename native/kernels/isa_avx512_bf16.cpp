@@ -6,6 +6,7 @@
 #define ARGOSY_VECTOR 1
 #define ARGOSY_AVX512 1
 #define ARGOSY_VBMI 0
+#define ARGOSY_AMX 0
 #include "kernels/attend_bf16.h"
 #include "kernels/linear_bf16.h"
 #include "kernels/vector_avx512.h"

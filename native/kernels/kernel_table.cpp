@@ -26,6 +26,7 @@ void round_keys_bf16(const RoundKeysArgs& args);
 void attend_rounded_bf16(const AttendRoundedArgs& args);
 void add_amx_products(KernelTable& table);
 void add_amx_attention(KernelTable& table);
+void add_amx_encoders(KernelTable& table);
 #endif
 
 namespace {
@@ -71,7 +72,10 @@ const KernelTable& avx512_kernels() {
       table.round_keys = round_keys_bf16;
       table.attend_rounded = attend_rounded_bf16;
     }
-    if (std::string(amx_state()) == "usable") add_amx_products(table);
+    if (std::string(amx_state()) == "usable") {
+      add_amx_products(table);
+      add_amx_encoders(table);
+    }
     return table;
   }();
   return with_extensions;

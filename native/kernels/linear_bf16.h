@@ -17,7 +17,7 @@ namespace {
 
 static_assert(kLinearRows % kPanelTileRows == 0);
 
-void round_to_panel(const PanelArgs& a) { round_tokens(a, broadcast(1.0f)); }
+inline void round_to_panel(const PanelArgs& a) { round_tokens(a, broadcast(1.0f)); }
 
 // Writes sums [rows][kPanelTokens] as rows of y: finish(sum, what y has there).
 template <class F>

@@ -10,8 +10,15 @@
 //
 // While a tile of rows is multiplied, the rows after it are prefetched into the second-level cache: they are
 // several short streams, which the hardware detects late.
+//
+// With AMX, sixteen rows by sixteen tokens are a tile, and sixteen pairs of columns of a panel another, where
+// there are whole tiles: the number of columns is a multiple of 32. Sums are then those of tdpbf16ps (amx.h)
+// of 32 columns after another.
 #pragma once
 
+#if ARGOSY_AMX
+#include "kernels/amx.h"
+#endif
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
 #include "kernels/vector_avx512.h"
@@ -93,6 +100,66 @@ inline void multiply_tile(const PanelRows& rows, const uint8_t* panel, const Beg
   }
 }
 
+#if ARGOSY_AMX
+
+constexpr int64_t kTileCols = 32;
+
+// Adds the products of kRows tiles of rows and kTokens tiles of tokens to the sums.
+template <int kRows, int kTokens>
+inline void multiply_tiles(const PanelRows& rows, const uint8_t* panel, bool prefetches, float* sums) {
+  constexpr int64_t kStride = kPanelTokens * 4;  // bytes between two pairs of a panel, and two rows of sums
+  const int64_t second = kTileRows * rows.stride;
+  load_tile<0>(sums, kStride);
+  if constexpr (kTokens == 2) load_tile<1>(sums + kLanes, kStride);
+  if constexpr (kRows == 2) load_tile<2>(sums + kTileRows * kPanelTokens, kStride);
+  if constexpr (kRows == 2 && kTokens == 2) load_tile<3>(sums + kTileRows * kPanelTokens + kLanes, kStride);
+  for (int64_t col = 0; col < rows.cols; col += kTileCols) {
+    const uint8_t *row = rows.data + col * 2, *pairs = panel + col / 2 * kStride;
+    if (prefetches) {
+      for (int64_t i = 0; i < kRows * kTileRows; ++i) {
+        __builtin_prefetch(row + (kRows * kTileRows + i) * rows.stride, 0, 2);
+      }
+    }
+    load_tile<4>(row, rows.stride);
+    load_tile<6>(pairs, kStride);
+    dot_tile_bf16<0, 4, 6>();
+    if constexpr (kTokens == 2) load_tile<7>(pairs + kTileRowBytes, kStride);
+    if constexpr (kTokens == 2) dot_tile_bf16<1, 4, 7>();
+    if constexpr (kRows == 2) load_tile<5>(row + second, rows.stride);
+    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
+    if constexpr (kRows == 2 && kTokens == 2) dot_tile_bf16<3, 5, 7>();
+  }
+  store_tile<0>(sums, kStride);
+  if constexpr (kTokens == 2) store_tile<1>(sums + kLanes, kStride);
+  if constexpr (kRows == 2) store_tile<2>(sums + kTileRows * kPanelTokens, kStride);
+  if constexpr (kRows == 2 && kTokens == 2) store_tile<3>(sums + kTileRows * kPanelTokens + kLanes, kStride);
+}
+
+// Multiplies the first num_rows rows, whole tiles of them, by kVecs vectors of tokens.
+template <int kVecs>
+inline void multiply_tiles_of_rows(const PanelRows& rows, int64_t num_rows, const uint8_t* panel,
+                                   float* sums) {
+  static constexpr TileConfig kConfig = whole_tiles();
+  const TileScope tiles(kConfig);
+  const auto multiply = [&]<int kRows>(Number<kRows>, int64_t row) {
+    const PanelRows some = {rows.data + row * rows.stride, rows.stride, rows.cols};
+    float* of_rows = sums + row * kPanelTokens;
+#pragma GCC unroll 2
+    for (int v = 0; v + 2 <= kVecs; v += 2) {
+      multiply_tiles<kRows, 2>(some, panel + v * kTileRowBytes, v == 0, of_rows + v * kLanes);
+    }
+    if constexpr (kVecs % 2 != 0) {
+      constexpr int kLast = kVecs - 1;
+      multiply_tiles<kRows, 1>(some, panel + kLast * kTileRowBytes, kLast == 0, of_rows + kLast * kLanes);
+    }
+  };
+  int64_t row = 0;
+  for (; row + 2 * kTileRows <= num_rows; row += 2 * kTileRows) multiply(Number<2>{}, row);
+  if (row < num_rows) multiply(Number<1>{}, row);
+}
+
+#endif
+
 // The sums of num_rows rows for kVecs vectors of tokens. They begin with begin(row, vec).
 template <int kVecs, class Begin>
 inline void multiply_rows(const PanelRows& rows, int64_t num_rows, const uint8_t* panel, const Begin& begin,
@@ -103,6 +170,16 @@ inline void multiply_rows(const PanelRows& rows, int64_t num_rows, const uint8_t
         [&](int row, int vec) { return begin(first + row, vec); }, sums + first * kPanelTokens);
   };
   int64_t row = 0;
+#if ARGOSY_AMX
+  if (rows.cols % kTileCols == 0) {
+    for (; row + kTileRows <= num_rows; row += kTileRows) {
+      for (int64_t i = row; i < row + kTileRows; ++i) {
+        for (int v = 0; v < kVecs; ++v) store(sums + i * kPanelTokens + v * kLanes, begin(i, v));
+      }
+    }
+    multiply_tiles_of_rows<kVecs>(rows, row, panel, sums);
+  }
+#endif
   for (; row + kPanelTileRows <= num_rows; row += kPanelTileRows) multiply(Number<kPanelTileRows>{}, row);
   with_number<kPanelTileRows - 1>(num_rows - row,
                                   [&]<int kRows>(Number<kRows> number) { multiply(number, row); });
