@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test test-native test-sanitize test-sanitize-module test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
+.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -57,10 +57,19 @@ test: $(VENV)/.installed test-native  ## all tests that need no torch
 build/module/build.ninja: | $(VENV)/.installed
 	@$(PIP) --no-build-isolation --editable '.[test]'
 
-test-native: $(VENV)/.installed build/module/build.ninja  ## the C++ tests
+build-native-tests: $(VENV)/.installed build/module/build.ninja
 	$(SAY) "compiling the C++ tests, which link the objects of the module: half a minute the first time"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/module --target native_tests > build/tests.log 2>&1 || { cat build/tests.log; exit 1; }
+
+test-native: build-native-tests  ## the C++ tests
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/module --output-on-failure --parallel 2
+
+# One of them: make emulate-test_kernels_amx. Other processors: CPU=corei7_icelake_u, CPU=arrow_lake. Side by side: -j 2.
+CPU ?= sapphire_rapids
+test-emulated: $(patsubst native/tests/%.cpp,emulate-%,$(wildcard native/tests/test_kernels_*.cpp))  ## kernel tests on an emulated processor with AVX-512 and AMX
+
+emulate-%: build-native-tests
+	$(BIN)/python tests/emulated/run.py --cpu $(CPU) build/module/$*
 
 # No stack-use-after-return: GCC does aligned 64-byte stores into its fake stack, which is only 32-byte aligned (bug 110027).
 test-sanitize: $(VENV)/.installed test-sanitize-module  ## C++ tests and the module under ASan, UBSan and ThreadSanitizer
