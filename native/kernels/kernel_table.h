@@ -74,6 +74,8 @@ struct MatmulArgs {
   Tuning tuning = {};
   // KernelTable::product_scratch_bytes of this thread, aligned to 64; nullptr: a product without tiles.
   uint8_t* scratch = nullptr;
+  // The product before, with this scratch, had the same activations: x and x_index, with the same content.
+  bool repeats_x = false;
 };
 
 // The format of keys, values and latent vectors. In q8, 32 dimensions of one position (of one head) are

@@ -8,6 +8,9 @@
 // For a block of groups, the quants of two panels are unpacked to signed bytes and their scales to floats.
 // Then, for each sixteen tokens, four groups at a time are multiplied, and then scaled: after a tile
 // instruction, 512-bit multiplications run at half speed for about 140 cycles, so the two take turns rarely.
+//
+// Activations are copied tile by tile, which takes as long as multiplying them by about eight rows. So a call
+// should have many rows, or repeat the activations of the one before (MatmulArgs::repeats_x).
 #pragma once
 
 #include <cstring>
@@ -32,6 +35,11 @@ struct AmxScratch {
   static constexpr int64_t kScales = kActivationBytes / kGroupSize;  // a group of one token has one
 
   ProductCounts counts;
+  // What `activations` holds.
+  const uint8_t* x;
+  const int32_t* x_index;
+  int64_t num_tokens, cols;
+  Format format;
   // [16 tokens][group][high, low][token][32]
   alignas(64) uint8_t activations[kActivationBytes];
   // [16 tokens][group][token]: activation scales, and scales times sums
@@ -44,7 +52,7 @@ struct AmxScratch {
 };
 static_assert(sizeof(AmxScratch) <= kAmxScratchBytes);
 
-// Bytes per column and row of a tile.
+// Tiles 0 to 3 are dot products, 4 and 5 activations, 6 and 7 weights.
 constexpr TileConfig tile_config(int64_t parts) {
   TileConfig config;
   for (int i = 0; i < 4; ++i) {  // dot products
@@ -86,7 +94,7 @@ class AmxProduct {
   static void run(const MatmulArgs& a) {
     static constexpr TileConfig kConfig = tile_config(kParts);
     AmxProduct product(a);
-    product.pack();
+    if (!a.repeats_x || !product.is_packed()) product.pack();
     const TileScope tiles(kConfig);
     for (int64_t row = a.row_begin; row < a.row_end; row += kPanels * kPanelRows) product.run_panels(row);
   }
@@ -103,29 +111,53 @@ class AmxProduct {
     return s.activations + (tile * groups + group) * kGroupActivations;
   }
 
+  bool is_packed() const {
+    return s.x == a.x && s.x_index == a.x_index && s.num_tokens == a.num_tokens && s.cols == a.cols &&
+           s.format == kFormat;
+  }
+
   // Copies activations tile by tile, with zeros for missing tokens.
   void pack() {
+    s.x = a.x;
+    s.x_index = a.x_index;
+    s.num_tokens = a.num_tokens;
+    s.cols = a.cols;
+    s.format = kFormat;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = tile * kTileRows;
+      const uint8_t* x[kTileRows];  // null: missing
       for (int64_t j = 0; j < kTileRows; ++j) {
-        const int64_t token = tile * kTileRows + j;
-        const bool is_missing = token >= a.num_tokens;
-        const uint8_t* x = activation_row(a, is_missing ? 0 : token);
-        const uint8_t* x_scales = x + activation_scales_at(kFormat, a.cols);
-        const uint8_t* x_sums = x + activation_sums_at(a.cols);
-        for (int64_t group = 0; group < groups; ++group) {
-          const int64_t at = (tile * groups + group) * kTileRows + j;
-          s.x_scale[at] = is_missing ? 0.0f : read_unaligned<float>(x_scales + group * 4);
-          if constexpr (kQuant.has_min) {
-            s.x_sum[at] = is_missing ? 0.0f : read_unaligned<float>(x_sums + group * 4);
-          }
-          for (int64_t plane = 0; plane < kPlanes; ++plane) {
-            const uint8_t* from = x + plane * activation_low_at(a.cols) + group * kGroupSize;
-            uint8_t* to = activations(tile, group) + (plane * kTileRows + j) * kGroupSize;
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(to), is_missing ? _mm256_setzero_si256() : bytes);
-          }
-        }
+        x[j] = first + j < a.num_tokens ? activation_row(a, first + j) : nullptr;
+        for (int64_t plane = 0; plane < kPlanes; ++plane) pack_token(x[j], tile, plane, j);
       }
+      pack_floats(x, activation_scales_at(kFormat, a.cols), s.x_scale + first * groups);
+      if constexpr (kQuant.has_min) pack_floats(x, activation_sums_at(a.cols), s.x_sum + first * groups);
+    }
+  }
+
+  void pack_token(const uint8_t* x, int64_t tile, int64_t plane, int64_t j) {
+    uint8_t* to = activations(tile, 0) + (plane * kTileRows + j) * kGroupSize;
+    for (int64_t group = 0; group < groups; ++group) {
+      __m256i bytes = _mm256_setzero_si256();
+      if (x != nullptr) {
+        const uint8_t* from = x + plane * activation_low_at(a.cols) + group * kGroupSize;
+        bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      }
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + group * kGroupActivations), bytes);
+    }
+  }
+
+  // Sixteen tokens' floats of each group, which lie `at` bytes after the beginning of their activations,
+  // become [group][token].
+  void pack_floats(const uint8_t* const (&x)[kTileRows], int64_t at, float* to) {
+    for (int64_t group = 0; group < groups; group += kLanes) {
+      const int64_t n = groups - group < kLanes ? groups - group : kLanes;
+      Vec rows[kLanes];
+      for (int64_t j = 0; j < kTileRows; ++j) {
+        rows[j] = x[j] != nullptr ? F32Weights::load(x[j] + at + group * 4, n) : zeros();
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < n; ++i) store(to + (group + i) * kTileRows, rows[i]);
     }
   }
 
@@ -367,6 +399,7 @@ void matmul_amx(const MatmulArgs& a) {
   ProductCounts& counts = reinterpret_cast<AmxScratch*>(a.scratch)->counts;
   const int64_t rows = a.row_end - a.row_begin, panels = (rows + kPanelRows - 1) / kPanelRows;
   count_operations(counts.all, rows, a.cols, a.num_tokens);
+  if (!a.repeats_x) reinterpret_cast<AmxScratch*>(a.scratch)->x = nullptr;
   const int64_t most = AmxProduct<kFormat>::most_tokens(a.cols);
   const bool is_wanted = a.tuning.amx_from > 0 && a.num_tokens >= a.tuning.amx_from;
   if (!is_wanted || panels < 2 || most == 0) return avx512(a);

@@ -48,7 +48,9 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
     }
   }
   runtime.parallel_for(
-      first_block.back(), kBlockRows * cols * num_tokens, [&](int64_t begin, int64_t end, int worker) {
+      first_block.back(), kBlockRows * cols * num_tokens,
+      [&](int64_t begin, int64_t end, int worker) {
+        Format before = Format::f32;  // of the product before
         for (size_t i = 0; i < products.size(); ++i) {
           const MatrixView& matrix = products[i].matrix;
           const int64_t row_begin = (std::max(begin, first_block[i]) - first_block[i]) * kBlockRows;
@@ -78,9 +80,12 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .next_weights = next,
               .tuning = runtime.tuning(matrix.format),
               .scratch = runtime.product_scratch(worker),
+              .repeats_x = matrix.format == before,
           });
+          before = matrix.format;
         }
-      });
+      },
+      runtime.blocks_together(kBlockRows));
 }
 
 void embed(Runtime& runtime, const MatrixView& matrix, const int32_t* ids, int64_t num_tokens, float* out) {

@@ -54,6 +54,11 @@ class Runtime {
     return product_scratch_ != nullptr ? product_scratch_->data() + worker * kernels_.product_scratch_bytes
                                        : nullptr;
   }
+  // Blocks of `rows` rows that a product should process in one call: on tiles, it copies its activations once
+  // for all of them.
+  int64_t blocks_together(int64_t rows) const {
+    return product_scratch_ != nullptr ? kRowsOnTiles / rows : 1;
+  }
   // Multiplications and additions of products with quantised weights since the runtime began: on the tiles of
   // AMX, and all of them. Both are 0 if the kernels have no tiles.
   struct Operations {
@@ -76,15 +81,16 @@ class Runtime {
 
   // Calls body(begin, end, worker) for ranges of [0, count). `item_work` is roughly the number of
   // multiply-adds or bytes per item: it decides how many items make a range, and a loop too small to share
-  // runs on the caller.
+  // runs on the caller. A range has at least `together` items, if there are enough for all threads.
   template <class F>
-  void parallel_for(int64_t count, int64_t item_work, F&& body) {
+  void parallel_for(int64_t count, int64_t item_work, F&& body, int64_t together = 1) {
     if (count <= 0) return;
     if (num_threads_ == 1 || count == 1 || count * item_work < kWorthSharing)
       return body(int64_t{0}, count, 0);
     // Several ranges for each thread, so that all threads finish together.
     const int64_t largest = count / (int64_t{4} * num_threads_);
-    const int64_t wanted = kRangeWork / (item_work + 1);
+    const int64_t by_work = kRangeWork / (item_work + 1);
+    const int64_t wanted = by_work > together ? by_work : together;
     const int64_t grain = wanted < largest ? wanted : largest;
     pool_->parallel_for(count, grain > 1 ? grain : 1, body);
   }
@@ -93,6 +99,7 @@ class Runtime {
   // Waking a thread takes a few microseconds, in which a core does about this much work.
   static constexpr int64_t kWorthSharing = int64_t{128} << 10;
   static constexpr int64_t kRangeWork = int64_t{1} << 20;
+  static constexpr int64_t kRowsOnTiles = 256;
 
   int num_threads_;
   const KernelTable& kernels_;

@@ -122,8 +122,9 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   };
 
   // Runs gate, up and the activation for some blocks of one expert's inner neurons. There are few enough
-  // blocks that the outputs of its tokens fit in the scratch.
-  const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
+  // blocks that the outputs of its tokens fit in the scratch. `is_next`: this worker has just run other
+  // blocks of the same expert.
+  const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int worker, bool is_next) {
     const ExpertView& expert = experts[index];
     const int64_t row = block * kWidthBlock;
     const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
@@ -131,7 +132,7 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     float* up = gate + kTokenBlock * kWidthBlock;
     for (int64_t a = dispatch.starts[index]; a < dispatch.starts[index + 1]; a += kTokenBlock) {
       const int64_t count = std::min<int64_t>(kTokenBlock, dispatch.starts[index + 1] - a);
-      const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next) {
+      const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next, bool repeats_x) {
         MatmulArgs args = {};
         of_x.give(matrix.format, args);
         args.weights = matrix.data;
@@ -149,11 +150,13 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
         args.next_weights = next;
         args.tuning = runtime.tuning(matrix.format);
         args.scratch = runtime.product_scratch(worker);
+        args.repeats_x = repeats_x && expert.gate.format == expert.up.format;
         table.matmul[int(matrix.format)](args);
       };
       const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
-      multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr);
-      multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr);
+      const bool has_one_part = count == dispatch.starts[index + 1] - dispatch.starts[index];
+      multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next && has_one_part);
+      multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr, true);
       // Quantise activations while they are still in the cache; float32 activations are kept as they are.
       const bool becomes_quants = is_quantized(expert.down.format);
       table.activate({
@@ -179,13 +182,17 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     const int64_t tokens = dispatch.starts[index + 1] - dispatch.starts[index];
     return kTokenBlock / std::max<int64_t>(tokens, 1);
   };
-  runtime.parallel_for(num_experts * width_blocks, 2 * kWidthBlock * hidden * mean_tokens,
-                       [&](int64_t begin, int64_t end, int worker) {
-                         visit_blocks(width_blocks, begin, end, most_blocks,
-                                      [&](int64_t expert, int64_t block, int64_t count) {
-                                        run_gate_up(expert, block, count, worker);
-                                      });
-                       });
+  runtime.parallel_for(
+      num_experts * width_blocks, 2 * kWidthBlock * hidden * mean_tokens,
+      [&](int64_t begin, int64_t end, int worker) {
+        int64_t before = -1;
+        visit_blocks(width_blocks, begin, end, most_blocks,
+                     [&](int64_t expert, int64_t block, int64_t count) {
+                       run_gate_up(expert, block, count, worker, expert == before);
+                       before = expert;
+                     });
+      },
+      runtime.blocks_together(kWidthBlock));
 
   const auto run_down = [&](int64_t index, int64_t block, int64_t num_blocks, int worker) {
     const MatrixView& down = experts[index].down;
@@ -220,7 +227,8 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
         visit_blocks(
             hidden_blocks, begin, end, [](int64_t) { return INT64_MAX; },
             [&](int64_t expert, int64_t block, int64_t count) { run_down(expert, block, count, worker); });
-      });
+      },
+      runtime.blocks_together(kHiddenBlock));
 }
 
 }  // namespace argosy

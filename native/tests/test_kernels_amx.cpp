@@ -155,6 +155,35 @@ void scales_of_every_kind_have_the_same_bits() {
   }
 }
 
+// The second product may use what the first one copied, and must not if they differ.
+void repeated_activations_are_copied_once() {
+  const Format format = Format::q8;
+  const int64_t rows = 64, cols = 200, tokens = 40;
+  const Weights w = Weights::random(format, rows, cols, 15);
+  const Inputs x(tables_with_tiles(), format, normal(tokens * cols, 16), cols, tokens);
+  const Inputs other(tables_with_tiles(), format, normal(tokens * cols, 17), cols, tokens);
+  const auto scratch = new_scratch();
+  const auto run = [&](const Inputs& inputs, int64_t count, bool repeats_x) {
+    std::vector<float> y(size_t(rows * count)), expected = y;
+    MatmulArgs args = matmul_args(w.view, inputs, count, y.data());
+    args.tuning.amx_from = 1;
+    args.scratch = scratch.get();
+    args.repeats_x = repeats_x;
+    tables_with_tiles().matmul[int(format)](args);
+    args.y = expected.data();
+    kAvx512Kernels.matmul[int(format)](args);
+    return same_bits(y, expected);
+  };
+  CHECK(run(x, tokens, false));
+  CHECK(run(x, tokens, true));
+  CHECK(run(x, 32, true));      // fewer tokens
+  CHECK(run(other, 32, true));  // other activations
+  Inputs changed = other;
+  CHECK(run(changed, 32, false));
+  changed.bytes = x.bytes;  // others in the same place
+  CHECK(run(changed, 32, false));
+}
+
 void tiles_are_used_from_the_tokens_on_that_the_tuning_says() {
   const Format format = Format::q4;
   const Weights w = Weights::random(format, 48, 64, 13);
@@ -323,6 +352,7 @@ int main() {
   rows_and_tokens_may_be_picked();
   the_largest_sums_are_exact();
   scales_of_every_kind_have_the_same_bits();
+  repeated_activations_are_copied_once();
   tiles_are_used_from_the_tokens_on_that_the_tuning_says();
   attention_on_tiles_meets_the_reference_in_every_chunk();
   sections_on_tiles_have_the_same_bits_on_any_threads();
