@@ -46,11 +46,8 @@ _MOST_PASSES = 5
 _SMALLEST_BYTES, _BYTES_PER_THREAD, _LARGEST_BYTES = 8 * MIB, MIB, 32 * MIB  # weights that a pass reads
 _OUTPUT_SHARE = 0.25  # products write at most this share of the weights' bytes
 _FEW_TOKENS = (2, 4, 8)
-_AMX_TOKENS = (
-    16,
-    24,
-    32,
-)  # from which AMX may be used; with fewer it was slower on the first machine with it
+# From which AMX may be used; with fewer it was slower on the first machine that had it.
+_AMX_TOKENS = (16, 24, 32)
 _AGREED = 0.9  # the second best pass over the best one, in nine trials of ten; a quiet thread has 0.98
 _DISTURBED = "other work disturbed the measurement, and the next start measures again"
 _TIE = 0.01  # gains below this are noise: then the defaults stay
@@ -248,7 +245,8 @@ def _measured_formats(threads: int, instruction_set: str) -> dict[Format, Format
     numbers = (threads,) if threads == 1 else (threads, 1)
     for number in numbers:
         found = _rates(number, trials, instruction_set, PROBE_S / len(numbers))
-        agreed = sorted(sorted(rates)[-2] / max(rates) for rates in found.values() if len(rates) > 1)
+        measured_twice = (sorted(rates) for rates in found.values() if len(rates) > 1)
+        agreed = sorted(rates[-2] / rates[-1] for rates in measured_twice if rates[-1] > 0)
         if agreed and agreed[len(agreed) // 10] < _AGREED:
             continue
         # Disturbances only ever slow a pass down, so the best one counts.
