@@ -9,8 +9,8 @@
 // Then, for each sixteen tokens, four groups at a time are multiplied, and then scaled: after a tile
 // instruction, 512-bit multiplications run at half speed for about 140 cycles, so the two take turns rarely.
 //
-// Activations are copied tile by tile: by the number of instructions, that takes as long as multiplying them by
-// eight rows. So a call should have many rows, or repeat the activations of the one before
+// Activations are copied tile by tile: by the number of instructions, that takes as long as multiplying them
+// by eight rows. So a call should have many rows, or repeat the activations of the one before
 // (MatmulArgs::repeats_x).
 #pragma once
 
