@@ -275,7 +275,7 @@ def test_how_products_are_tuned_changes_nothing(case: Case, tuned: None) -> None
     with case.engine(threads=threads, **options) as engine:
         found = engine._runtime.tunings
         assert way != "random" or found == expected
-        assert way != "fixed" or {each for one, few, _ in found.values() for each in (one, few)} == {
+        assert way != "fixed" or {each for one, few, *_ in found.values() for each in (one, few)} == {
             options["ask_ahead"]
         }
         Answers.of(engine, case.prompt).assert_equal(resident(case))
