@@ -71,5 +71,48 @@ template <int kSums, int kA, int kB>
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kA), "i"(kB));
 }
 
+// Up to two by two tiles of sums: tiles 0 and 1 are the first row of them, tiles 2 and 3 the second. Tiles 4
+// and 5 hold the left operands, one for each row, and tiles 6 and 7 the right ones, one for each column.
+// `row` and `column` are the distances between tiles in bytes, `stride` that between the rows of a tile.
+template <int kRows, int kColumns>
+struct TileGrid {
+  static_assert((kRows == 1 || kRows == 2) && (kColumns == 1 || kColumns == 2));
+
+  static void zero() {
+    zero_tile<0>();
+    if constexpr (kColumns == 2) zero_tile<1>();
+    if constexpr (kRows == 2) zero_tile<2>();
+    if constexpr (kRows == 2 && kColumns == 2) zero_tile<3>();
+  }
+  static void load(const void* from, int64_t row, int64_t column, int64_t stride) {
+    const auto* at = static_cast<const uint8_t*>(from);
+    load_tile<0>(at, stride);
+    if constexpr (kColumns == 2) load_tile<1>(at + column, stride);
+    if constexpr (kRows == 2) load_tile<2>(at + row, stride);
+    if constexpr (kRows == 2 && kColumns == 2) load_tile<3>(at + row + column, stride);
+  }
+  static void store(void* to, int64_t row, int64_t column, int64_t stride) {
+    auto* at = static_cast<uint8_t*>(to);
+    store_tile<0>(at, stride);
+    if constexpr (kColumns == 2) store_tile<1>(at + column, stride);
+    if constexpr (kRows == 2) store_tile<2>(at + row, stride);
+    if constexpr (kRows == 2 && kColumns == 2) store_tile<3>(at + row + column, stride);
+  }
+  static void load_left(const uint8_t* from, int64_t row, int64_t stride) {
+    load_tile<4>(from, stride);
+    if constexpr (kRows == 2) load_tile<5>(from + row, stride);
+  }
+  static void load_right(const uint8_t* from, int64_t column, int64_t stride) {
+    load_tile<6>(from, stride);
+    if constexpr (kColumns == 2) load_tile<7>(from + column, stride);
+  }
+  static void dot_bf16() {
+    dot_tile_bf16<0, 4, 6>();
+    if constexpr (kColumns == 2) dot_tile_bf16<1, 4, 7>();
+    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
+    if constexpr (kRows == 2 && kColumns == 2) dot_tile_bf16<3, 5, 7>();
+  }
+};
+
 }  // namespace
 }  // namespace argosy

@@ -36,9 +36,7 @@ inline Vec power_of_two(Vec x) {
 
 // In each lane, the first in the low half and the second in the high half.
 inline __m512bh round_pair(Vec first, Vec second) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return __m512bh(_mm512_permutexvar_epi16(order, __m512i(_mm512_cvtne2ps_pbh(second, first))));
+  return __m512bh(interleave_halves(__m512i(_mm512_cvtne2ps_pbh(second, first))));
 }
 
 inline void store_rounded(uint8_t* to, Vec values, int64_t n) {

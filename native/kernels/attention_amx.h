@@ -1,9 +1,9 @@
 // attention_amx.h: the attention of attention.h on the tiles of Intel AMX, for groups of heads that share a
 // KV head.
 //
-// Queries, keys, values and weights are each the sum of two bfloat16, high and low, which keeps 16 bits of a
-// float32 and all 11 of a float16. A product is the sum of three: high by low, high by high, low by high. So
-// scores and sums have errors of about 2^-16, not the 2^-9 of bfloat16.
+// Each query, key, value and weight is split into two bfloat16 numbers, a high and a low part, which together
+// keep 16 bits of a float32 and all 11 of a float16. A product adds three products of tiles: high by low,
+// high by high, low by high. So scores and sums have errors of about 2^-16, not the 2^-9 of bfloat16.
 //
 // Positions are divided as in attention.h: into sections, which have the same states and merges, and within
 // them into stretches, at fixed places. A tile of scores is sixteen queries by sixteen positions. A row of a
@@ -63,12 +63,10 @@ inline void put_row(const Split& to, Vec first, Vec second) {
 
 // A row of a tile with pairs of one element of each: the right operand.
 inline void put_pairs(const Split& to, Vec first, Vec second) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512i high, low;
   split(first, second, high, low);
-  _mm512_store_si512(to.high, _mm512_permutexvar_epi16(order, high));
-  _mm512_store_si512(to.low, _mm512_permutexvar_epi16(order, low));
+  _mm512_store_si512(to.high, interleave_halves(high));
+  _mm512_store_si512(to.low, interleave_halves(low));
 }
 
 inline void put_zeros(const Split& to) {
@@ -76,7 +74,7 @@ inline void put_zeros(const Split& to) {
   _mm512_store_si512(to.low, _mm512_setzero_si512());
 }
 
-// What a call with heads of this dimension keeps, and where in its scratch.
+// The sizes of the parts of a call's scratch, for heads of this dimension.
 struct AmxAttentionSizes {
   explicit AmxAttentionSizes(int64_t head_dim)
       : steps((head_dim + 31) / 32), columns((head_dim + 15) / 16), state(attention_state_floats(head_dim)) {}
@@ -109,7 +107,7 @@ struct AmxQuery {
 template <class Kv>
 class AmxAttention {
  public:
-  // Sixteen queries begin a row of tiles; those beyond `count` are zeros.
+  // Splits `count` queries into tiles of sixteen, and fills the last tile with zeros.
   AmxAttention(const AttentionArgs& args, int64_t first_query, int64_t count)
       : a(args), sizes(args.kv.head_dim), num_queries(count) {
     uint8_t* at = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(a.scratch), 64));
@@ -237,8 +235,8 @@ class AmxAttention {
     }
   }
 
-  // Splits the keys and values of lanes [begin, end) of a stretch. Tiles and values outside become zeros: a
-  // weight of zero times anything else may be NaN.
+  // Splits the keys and values of lanes [begin, end) of a stretch. Tiles and values outside
+  // become zeros, because memory may hold NaN there, and a weight of zero times NaN is NaN.
   void split_stretch(int64_t start, int64_t begin, int64_t end, int64_t step_begin, int64_t step_end) {
     const KvLayer& kv = a.kv;
     const int64_t per_block = tiles_per_block(kv);
@@ -311,74 +309,37 @@ class AmxAttention {
   // The scores of two tiles of positions.
   template <int kRows>
   void score(int64_t row, int64_t step) {
+    using Grid = TileGrid<kRows, 2>;
     const int64_t row_bytes = sizes.steps * kTileBytes;
     const Split x = q + row * row_bytes, w = keys + 2 * step * row_bytes;
-    zero_products<kRows, 2>();
-    for (int64_t d = 0; d < row_bytes; d += kTileBytes)
-      multiply<kRows, 2>(x + d, row_bytes, w + d, row_bytes);
-    store_products<kRows, 2>(scores + 2 * step * (kTileBytes / 4), kStretchTiles * (kTileBytes / 4),
-                             kTileBytes / 4);
+    Grid::zero();
+    for (int64_t d = 0; d < row_bytes; d += kTileBytes) multiply<Grid>(x + d, row_bytes, w + d, row_bytes);
+    Grid::store(scores + 2 * step * (kTileBytes / 4), kStretchTiles * kTileBytes, kTileBytes, kTileRowBytes);
   }
 
   // Adds the weighted values of a stretch to kColumns columns.
   template <int kRows, int kColumns>
   void add_values(int64_t row, int64_t column, int64_t step_begin, int64_t step_end) {
+    using Grid = TileGrid<kRows, kColumns>;
     float* to = sums + (row * sizes.columns + column) * (kTileBytes / 4);
-    const int64_t to_row = sizes.columns * (kTileBytes / 4), weights_row = kStretchSteps * kTileBytes;
-    load_products<kRows, kColumns>(to, to_row, kTileBytes / 4);
+    const int64_t to_row = sizes.columns * kTileBytes, weights_row = kStretchSteps * kTileBytes;
+    Grid::load(to, to_row, kTileBytes, kTileRowBytes);
     for (int64_t step = step_begin; step < step_end; ++step) {
-      multiply<kRows, kColumns>(weights + step * kTileBytes, weights_row,
-                                values + (step * sizes.columns + column) * kTileBytes, kTileBytes);
+      multiply<Grid>(weights + step * kTileBytes, weights_row,
+                     values + (step * sizes.columns + column) * kTileBytes, kTileBytes);
     }
-    store_products<kRows, kColumns>(to, to_row, kTileBytes / 4);
+    Grid::store(to, to_row, kTileBytes, kTileRowBytes);
   }
 
-  // Tiles 0 to 3 are the products of tiles of x, 0 and 1 with the first, and tiles of w, 0 and 2 with the
-  // first.
-  template <int kRows, int kColumns>
+  template <class Grid>
   static void multiply(const Split& x, int64_t x_row, const Split& w, int64_t w_column) {
-    load_tile<4>(x.high, kTileRowBytes);
-    load_tile<6>(w.low, kTileRowBytes);
-    dot_tile_bf16<0, 4, 6>();
-    if constexpr (kRows == 2) load_tile<5>(x.high + x_row, kTileRowBytes);
-    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
-    if constexpr (kColumns == 2) load_tile<7>(w.low + w_column, kTileRowBytes);
-    if constexpr (kColumns == 2) dot_tile_bf16<1, 4, 7>();
-    if constexpr (kRows == 2 && kColumns == 2) dot_tile_bf16<3, 5, 7>();
-    load_tile<6>(w.high, kTileRowBytes);
-    dot_tile_bf16<0, 4, 6>();
-    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
-    if constexpr (kColumns == 2) load_tile<7>(w.high + w_column, kTileRowBytes);
-    if constexpr (kColumns == 2) dot_tile_bf16<1, 4, 7>();
-    if constexpr (kRows == 2 && kColumns == 2) dot_tile_bf16<3, 5, 7>();
-    load_tile<4>(x.low, kTileRowBytes);
-    dot_tile_bf16<0, 4, 6>();
-    if constexpr (kColumns == 2) dot_tile_bf16<1, 4, 7>();
-    if constexpr (kRows == 2) load_tile<5>(x.low + x_row, kTileRowBytes);
-    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
-    if constexpr (kRows == 2 && kColumns == 2) dot_tile_bf16<3, 5, 7>();
-  }
-  template <int kRows, int kColumns>
-  static void zero_products() {
-    zero_tile<0>();
-    if constexpr (kColumns == 2) zero_tile<1>();
-    if constexpr (kRows == 2) zero_tile<2>();
-    if constexpr (kRows == 2 && kColumns == 2) zero_tile<3>();
-  }
-  // Distances in floats.
-  template <int kRows, int kColumns>
-  static void load_products(const float* from, int64_t row, int64_t column) {
-    load_tile<0>(from, kTileRowBytes);
-    if constexpr (kColumns == 2) load_tile<1>(from + column, kTileRowBytes);
-    if constexpr (kRows == 2) load_tile<2>(from + row, kTileRowBytes);
-    if constexpr (kRows == 2 && kColumns == 2) load_tile<3>(from + row + column, kTileRowBytes);
-  }
-  template <int kRows, int kColumns>
-  static void store_products(float* to, int64_t row, int64_t column) {
-    store_tile<0>(to, kTileRowBytes);
-    if constexpr (kColumns == 2) store_tile<1>(to + column, kTileRowBytes);
-    if constexpr (kRows == 2) store_tile<2>(to + row, kTileRowBytes);
-    if constexpr (kRows == 2 && kColumns == 2) store_tile<3>(to + row + column, kTileRowBytes);
+    Grid::load_left(x.high, x_row, kTileRowBytes);
+    Grid::load_right(w.low, w_column, kTileRowBytes);
+    Grid::dot_bf16();
+    Grid::load_right(w.high, w_column, kTileRowBytes);
+    Grid::dot_bf16();
+    Grid::load_left(x.low, x_row, kTileRowBytes);
+    Grid::dot_bf16();
   }
 
   // Turns the scores of query i into weights, and rescales its sums to the new maximum; `row` is its tile

@@ -1,5 +1,5 @@
-// isa_amx.cpp: attention of the instruction set `amx`: AVX-512 with BF16, and the tiles of AMX for bfloat16
-// (Sapphire Rapids and later).
+// isa_amx.cpp: the attention of the instruction set `amx`, for processors with the BF16 of AVX-512 and the
+// tiles of AMX (Sapphire Rapids and later).
 
 #if defined(__x86_64__)
 

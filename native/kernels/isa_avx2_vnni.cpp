@@ -1,5 +1,5 @@
-// isa_avx2_vnni.cpp: products with quantised weights for AVX2 with AVX-VNNI (Intel Core from the 12th
-// generation on, and its efficient cores; Zen 5). Results have the same bits as those of isa_avx2.cpp.
+// isa_avx2_vnni.cpp: products with quantised weights for AVX2 with AVX-VNNI (Intel Core since the 12th
+// generation, Zen 5). Results have the same bits as those of isa_avx2.cpp.
 
 #if defined(__x86_64__)
 

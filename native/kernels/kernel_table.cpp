@@ -47,6 +47,8 @@ const char* request_amx() {
   return "refused";
 }
 
+bool may_use_amx() { return std::string(amx_state()) == "usable"; }
+
 bool has_avx_vnni() {
   constexpr unsigned kAvxVnni = 1u << 4;
   unsigned eax, ebx, ecx, edx;
@@ -72,7 +74,7 @@ const KernelTable& avx512_kernels() {
       table.round_keys = round_keys_bf16;
       table.attend_rounded = attend_rounded_bf16;
     }
-    if (std::string(amx_state()) == "usable") {
+    if (may_use_amx()) {
       add_amx_products(table);
       add_amx_encoders(table);
     }
@@ -103,7 +105,7 @@ std::vector<const KernelTable*> runnable_tables() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
-    if (std::string(amx_state()) == "usable") tables.push_back(&amx_kernels());
+    if (may_use_amx()) tables.push_back(&amx_kernels());
     tables.push_back(&avx512_kernels());
   }
 #endif

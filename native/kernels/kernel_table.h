@@ -489,7 +489,7 @@ static inline constexpr int64_t latent_scratch_floats(int64_t dim) {
 }
 
 // "plain", "avx2", "amx", "avx512": the sets that this CPU and its operating system can run, the best one
-// last. "amx" comes before "avx512" until it was measured on a processor that has it.
+// last. "amx" comes before "avx512" until it has been measured on a processor that has it.
 std::vector<std::string> instruction_sets();
 
 // Throws std::invalid_argument for a name that is not in instruction_sets().

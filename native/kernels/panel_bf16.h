@@ -107,32 +107,21 @@ constexpr int64_t kTileCols = 32;
 // Adds the products of kRows tiles of rows and kTokens tiles of tokens to the sums.
 template <int kRows, int kTokens>
 inline void multiply_tiles(const PanelRows& rows, const uint8_t* panel, bool prefetches, float* sums) {
+  using Grid = TileGrid<kRows, kTokens>;
   constexpr int64_t kStride = kPanelTokens * 4;  // bytes between two pairs of a panel, and two rows of sums
-  const int64_t second = kTileRows * rows.stride;
-  load_tile<0>(sums, kStride);
-  if constexpr (kTokens == 2) load_tile<1>(sums + kLanes, kStride);
-  if constexpr (kRows == 2) load_tile<2>(sums + kTileRows * kPanelTokens, kStride);
-  if constexpr (kRows == 2 && kTokens == 2) load_tile<3>(sums + kTileRows * kPanelTokens + kLanes, kStride);
+  Grid::load(sums, kTileRows * kStride, kTileRowBytes, kStride);
   for (int64_t col = 0; col < rows.cols; col += kTileCols) {
-    const uint8_t *row = rows.data + col * 2, *pairs = panel + col / 2 * kStride;
+    const uint8_t* row = rows.data + col * 2;
     if (prefetches) {
       for (int64_t i = 0; i < kRows * kTileRows; ++i) {
         __builtin_prefetch(row + (kRows * kTileRows + i) * rows.stride, 0, 2);
       }
     }
-    load_tile<4>(row, rows.stride);
-    load_tile<6>(pairs, kStride);
-    dot_tile_bf16<0, 4, 6>();
-    if constexpr (kTokens == 2) load_tile<7>(pairs + kTileRowBytes, kStride);
-    if constexpr (kTokens == 2) dot_tile_bf16<1, 4, 7>();
-    if constexpr (kRows == 2) load_tile<5>(row + second, rows.stride);
-    if constexpr (kRows == 2) dot_tile_bf16<2, 5, 6>();
-    if constexpr (kRows == 2 && kTokens == 2) dot_tile_bf16<3, 5, 7>();
+    Grid::load_left(row, kTileRows * rows.stride, rows.stride);
+    Grid::load_right(panel + col / 2 * kStride, kTileRowBytes, kStride);
+    Grid::dot_bf16();
   }
-  store_tile<0>(sums, kStride);
-  if constexpr (kTokens == 2) store_tile<1>(sums + kLanes, kStride);
-  if constexpr (kRows == 2) store_tile<2>(sums + kTileRows * kPanelTokens, kStride);
-  if constexpr (kRows == 2 && kTokens == 2) store_tile<3>(sums + kTileRows * kPanelTokens + kLanes, kStride);
+  Grid::store(sums, kTileRows * kStride, kTileRowBytes, kStride);
 }
 
 // Multiplies the first num_rows rows, whole tiles of them, by kVecs vectors of tokens.

@@ -174,6 +174,13 @@ inline bool has_nan_code(const uint8_t* codes, int64_t n) {
   return _mm512_cmpeq_epi8_mask(largest, low) != 0;
 }
 
+// The 16-bit elements of both halves in turn: 0, 16, 1, 17, ...
+inline __m512i interleave_halves(__m512i elements) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, elements);
+}
+
 // Folds lanes in halves: 0+8, 1+9, ..., then 0+4, ..., then 0+2, 1+3, then 0+1.
 inline float sum_lanes(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

@@ -10,6 +10,7 @@
 
 #include "kernels/half.h"
 #include "kernels/kernel_table.h"
+#include "ops/attention.h"
 #include "ops/matmul.h"
 #include "tests/check.h"
 
@@ -204,6 +205,32 @@ inline std::vector<float> multiply(const KernelTable& table, const MatrixView& w
   const Inputs inputs(table, w.format, x, w.cols, num_tokens);
   table.matmul[int(w.format)](matmul_args(w, inputs, num_tokens, y.data()));
   return y;
+}
+
+// The outputs of tokens [begin, end) of one sequence. The query of token `begin` is the first row of q.
+inline std::vector<float> attend_tokens(Runtime& runtime, KvCache& cache, const std::vector<int32_t>& blocks,
+                                        const float* q, int64_t num_heads, int64_t begin, int64_t end,
+                                        int64_t window, const float* sinks) {
+  const int64_t count = end - begin, row = num_heads * cache.layer(0).head_dim;
+  const std::vector<int32_t> sequence(size_t(count), 0);
+  std::vector<int32_t> order;
+  for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));
+  std::vector<float> out(size_t(count * row), NAN);
+  const AttentionBatch batch = {
+      .q = q,
+      .num_tokens = count,
+      .num_heads = num_heads,
+      .block_table = blocks.data(),
+      .max_blocks = int64_t(blocks.size()),
+      .sequence = sequence.data(),
+      .order = order.data(),
+      .sees_until = nullptr,
+      .scale = 0.3f,
+      .window = window,
+      .sinks = sinks,
+  };
+  attention(runtime, cache.layer(0), batch, out.data());
+  return out;
 }
 
 inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {

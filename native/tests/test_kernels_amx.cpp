@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 
-#include "ops/attention.h"
 #include "tests/kernel_cases.h"
 
 #if defined(__x86_64__)
@@ -206,7 +205,7 @@ void tiles_are_used_from_the_tokens_on_that_the_tuning_says() {
   CHECK_EQUAL(counts.all, 2u * 48 * 64 * (40 + 23 + 24 + 38));
 }
 
-// One sequence over several sections in a KV cache, with NaN in every place that no token may see.
+// A sequence in a KV cache. Every place that no token may see holds NaN.
 struct Sequence {
   Sequence(int64_t length, int64_t kv_heads, int64_t dim, int64_t block, KvFormat format)
       : num_blocks(length / block + 3),
@@ -231,26 +230,8 @@ struct Sequence {
   // The outputs of tokens [begin, end), whose queries are rows of q from `begin` on.
   std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t heads, int64_t begin,
                             int64_t end, int64_t window, const float* sinks) {
-    const int64_t count = end - begin, row = heads * kv.layer(0).head_dim;
-    const std::vector<int32_t> sequence(size_t(count), 0);
-    std::vector<int32_t> order;
-    for (int64_t p = begin; p < end; ++p) order.push_back(int32_t(p));
-    std::vector<float> out(size_t(count * row), NAN);
-    const AttentionBatch batch = {
-        .q = q.data() + begin * row,
-        .num_tokens = count,
-        .num_heads = heads,
-        .block_table = blocks.data(),
-        .max_blocks = int64_t(blocks.size()),
-        .sequence = sequence.data(),
-        .order = order.data(),
-        .sees_until = nullptr,
-        .scale = 0.3f,
-        .window = window,
-        .sinks = sinks,
-    };
-    attention(runtime, kv.layer(0), batch, out.data());
-    return out;
+    const float* first = q.data() + begin * heads * kv.layer(0).head_dim;
+    return attend_tokens(runtime, kv, blocks, first, heads, begin, end, window, sinks);
   }
 
   int64_t num_blocks;
@@ -317,7 +298,7 @@ void sections_on_tiles_have_the_same_bits_on_any_threads() {
   }
 }
 
-// A constant value stays what it is, and the error of anything else is that of 16 bits, not that of bfloat16.
+// The error is that of numbers of 16 bits, not that of bfloat16.
 void attention_on_tiles_keeps_sixteen_bits() {
   const int64_t length = 200, heads = 4, dim = 64;
   Sequence sequence(length, 1, dim, 16, KvFormat::f32);

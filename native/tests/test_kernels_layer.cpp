@@ -397,26 +397,8 @@ struct LongSequence {
   // The outputs of the last `count` tokens.
   std::vector<float> attend(Runtime& runtime, const std::vector<float>& q, int64_t num_heads, int64_t count,
                             int64_t window, const float* sinks) {
-    const int64_t row = num_heads * kv.layer(0).head_dim;
-    const std::vector<int32_t> sequence(size_t(count), 0);
-    std::vector<int32_t> order;
-    for (int64_t p = kLength - count; p < kLength; ++p) order.push_back(int32_t(p));
-    std::vector<float> out(size_t(count * row), NAN);
-    const AttentionBatch batch = {
-        .q = q.data() + (kTokens - count) * row,
-        .num_tokens = count,
-        .num_heads = num_heads,
-        .block_table = blocks.data(),
-        .max_blocks = int64_t(blocks.size()),
-        .sequence = sequence.data(),
-        .order = order.data(),
-        .sees_until = nullptr,
-        .scale = 0.3f,
-        .window = window,
-        .sinks = sinks,
-    };
-    attention(runtime, kv.layer(0), batch, out.data());
-    return out;
+    const float* first = q.data() + (kTokens - count) * num_heads * kv.layer(0).head_dim;
+    return attend_tokens(runtime, kv, blocks, first, num_heads, kLength - count, kLength, window, sinks);
   }
 
   static constexpr int64_t kLength = 2 * kSectionKeys + 77, kTokens = 90;
