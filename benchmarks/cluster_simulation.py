@@ -229,7 +229,6 @@ class _Worker:
             store,
             ExpertFiles(store, files.experts, open_file=self.drive.open),
             num_slots=min(slots, len(files.experts)),
-            num_layers=config.num_layers,
             experts_per_token=config.experts_per_token,
         )
         self.owner = _native.Owner(name)

@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import Key
 from argosy.experts.policy import CachePolicy
@@ -173,12 +174,14 @@ class _InstantStore:
 
 
 class _NoFiles:
-    """Stands in for `ExpertFiles` and its table: each expert is one byte, and none is run."""
+    """Stands in for `ExpertFiles` and its table: each expert is one number, and none is run."""
 
-    slot_bytes = 1
+    alignment = 1
 
     def __init__(self, trace: Trace) -> None:
-        self.records = dict.fromkeys(product(range(trace.num_layers), range(trace.num_experts)))
+        matrix = ExpertMatrix(0, 0, "f32", 1, 1)
+        record = ExpertRecord((Piece(Path(), 0, 4),), matrix, matrix, matrix)
+        self.records = dict.fromkeys(product(range(trace.num_layers), range(trace.num_experts)), record)
         self._ticket = 0
 
     def table(self, arena: Any, arithmetic: Any) -> _NoFiles:
@@ -203,7 +206,6 @@ class Argosy:
             _InstantStore(),  # type: ignore[arg-type]
             _NoFiles(trace),  # type: ignore[arg-type]
             num_slots=num_slots,
-            num_layers=trace.num_layers,
             experts_per_token=trace.experts_per_token,
         )
 
@@ -215,7 +217,7 @@ class Argosy:
         return self._cache.stats.hits - before
 
     def resident(self) -> set[Key]:
-        return self._cache.policy.resident()
+        return self._cache.slots.resident()
 
 
 class Lru:
@@ -306,7 +308,7 @@ def look_ahead(
     """
     random = Random(0)
     policy = CachePolicy(
-        num_slots=num_slots, num_layers=trace.num_layers, experts_per_token=trace.experts_per_token
+        num_slots=num_slots, layers=range(trace.num_layers), experts_per_token=trace.experts_per_token
     )
     now = drive_free = 0.0
     num_reads = 0

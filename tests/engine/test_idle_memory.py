@@ -222,7 +222,7 @@ def test_answers_are_the_same_while_memory_is_lent_and_taken_back(
         while sequence.result is None:
             tight.step()
             seen.append((tight.facts().expert_slots, buffers.buffer_bytes))
-            assert cache._arena.nbytes == seen[-1][0] * cache._files.slot_bytes
+            assert cache._arena.nbytes == seen[-1][0] * cache.slot_bytes
         assert sequence.new_ids == expected
         assert seen[-1][0] >= fewest + most
         assert seen[-1][1] < whole / 8
@@ -321,7 +321,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
             while tight._model.decoder.between_layers is None:
                 time.sleep(0.001)
         leased = lease(layer, *arguments)
-        seen.append((steps, cache.policy.num_slots))
+        seen.append((steps, cache.slots.num_slots))
         return leased
 
     monkeypatch.setattr(cache, "lease", ask_within)

@@ -91,7 +91,7 @@ def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(engines: tuple[Engi
     sequence = engine.submit(PROMPT, PARAMS)
     engine.step()
     assert any(lent)
-    assert engine._model.cache.is_full
+    assert engine._model.cache.slots.is_full
     lent.clear()
     while sequence.result is None:
         engine.step()

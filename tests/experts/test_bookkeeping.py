@@ -14,7 +14,14 @@ import pytest
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
 from argosy.experts import policy
-from argosy.experts.files import Arithmetic, ExpertFiles, Key, bookkeeping_bytes, resident_bookkeeping_bytes
+from argosy.experts.files import (
+    Arithmetic,
+    ExpertFiles,
+    Key,
+    bookkeeping_bytes,
+    memory_of,
+    resident_bookkeeping_bytes,
+)
 from argosy.experts.policy import CachePolicy
 
 NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 61, 384, 8
@@ -90,7 +97,7 @@ def test_expert_files_take_no_more_memory_than_planned(
 ) -> None:
     records = kimi_k2(tmp_path / "experts.bin", num_pieces=num_pieces, checksum=checksum)
 
-    arena = _native.Arena(files_of(store, records).slot_bytes)
+    arena = _native.Arena(max(map(memory_of, records.values())))
 
     def make() -> tuple[ExpertFiles, object]:
         files = files_of(store, records)
@@ -129,7 +136,7 @@ def test_a_policy_takes_no_more_memory_than_planned() -> None:
 
         def make(num_slots: int = num_slots) -> CachePolicy:
             made = CachePolicy(
-                num_slots=num_slots, num_layers=NUM_LAYERS, experts_per_token=EXPERTS_PER_TOKEN
+                num_slots=num_slots, layers=range(NUM_LAYERS), experts_per_token=EXPERTS_PER_TOKEN
             )
             for is_sweep in (False, True, False):
                 for layer in range(NUM_LAYERS):

@@ -35,7 +35,6 @@ class Rig:
             self.store,  # type: ignore[arg-type]
             files,
             num_slots=num_slots,
-            num_layers=NUM_LAYERS,
             experts_per_token=k,
         )
 
@@ -56,7 +55,7 @@ class Rig:
     def check_idle(self) -> None:
         """Check that no read is in flight and every slot is available."""
         assert not self.store.in_flight
-        trial = copy.deepcopy(self.cache.policy)
+        trial = copy.deepcopy(self.cache.slots.policies[0])
         for i in range(trial.num_slots):
             assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 
@@ -321,7 +320,7 @@ def test_a_failed_read_is_named_and_the_cache_continues(
         failed = raised.value.facts["expert"]  # type: ignore[attr-defined]
         assert raised.value.facts["layer"] == 2  # type: ignore[attr-defined]
         rig.check_idle()
-        assert rig.cache.policy.slot((2, failed)) is None
+        assert rig.cache.slots.slot((2, failed)) is None
         assert all_of(rig.run(2, [0, 3, 4, 5, 8])) == [0, 3, 4, 5, 8]
 
 
@@ -332,7 +331,7 @@ def test_every_read_failing_at_once_still_leaves_a_usable_cache() -> None:
         with pytest.raises(ReadFailed):
             rig.run(0, [0, 1, 2, 3])
         rig.check_idle()
-        assert not rig.cache.policy.resident()
+        assert not rig.cache.slots.resident()
     broken = False
     rig.run(0, [0, 1, 2, 3])
 

@@ -46,7 +46,7 @@ def trusting_rig(**options: Any) -> Rig:
 
 
 def check_all_slots_can_be_had(rig: Rig) -> None:
-    trial = copy.deepcopy(rig.cache.policy)
+    trial = copy.deepcopy(rig.cache.slots.policies[0])
     for i in range(trial.num_slots):
         assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 
@@ -85,7 +85,7 @@ def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_byt
     for layer, wanted, scan, hint in asked:
         found = lease_and_expect(rig, layer, wanted, scan, hint, is_guess=is_guess)
         assert found == sorted(wanted)
-        policy = rig.cache.policy
+        policy = rig.cache.slots
         assert set(rig.cache._early) <= policy.resident()
     stats = rig.cache.stats
     assert stats.lookups == sum(len(wanted) for _, wanted, _, _ in asked)
@@ -109,7 +109,7 @@ def test_the_number_of_slots_may_change_while_reads_of_a_hint_are_in_flight(
         rig.cache.resize(sizes[number % len(sizes)])
         assert not rig.store.in_flight  # nothing writes to memory that was given back
         check_all_slots_can_be_had(rig)
-        for key in rig.cache.policy.resident():
+        for key in rig.cache.slots.resident():
             rig.check(key[0], [key[1]])
 
 
@@ -149,13 +149,13 @@ def test_a_hint_takes_no_more_than_the_window_and_evicts_no_pinned_expert() -> N
     rig = trusting_rig(num_slots=16, k=2)
     for layer in range(NUM_LAYERS):
         rig.run(layer, [0, 1, 2, 3])
-    window = rig.cache.policy.window_slots
+    window = rig.cache.slots.policies[0].window_slots
     with rig.cache.lease(0, [0, 1, 2, 3]) as lease:
         rig.cache.guess(2, [ALL, []], is_sweep=True)
         assert 0 < len(rig.cache._early) <= window
         for group in lease:
             rig.check(0, group)
-    kept = sum(rig.cache.policy.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
+    kept = sum(rig.cache.slots.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
     assert kept >= 8 - window
 
 
@@ -178,7 +178,7 @@ def test_a_hint_is_dropped_without_waiting_when_another_layer_leases_first() -> 
     assert len(rig.store.in_flight) == 3
     rig.run(2, [7])
     assert not rig.cache._early
-    assert all(rig.cache.policy.slot((1, expert)) is None for expert in (3, 4, 5))
+    assert all(rig.cache.slots.slot((1, expert)) is None for expert in (3, 4, 5))
     assert not {kind for kind, _ in rig.store.log} & {"cancel"}
 
 
@@ -240,7 +240,7 @@ def test_decode_moves_early_reads_out_of_the_window() -> None:
     lease_and_expect(rig, 0, [0, 1], set(), (1, [2, 3]))
     list_of(rig, 1, [2, 3])
     rig.run(2, ALL, scan=ALL)  # a sweep evicts only experts that a sweep brought in
-    assert all(rig.cache.policy.slot((1, expert)) is not None for expert in (2, 3))
+    assert all(rig.cache.slots.slot((1, expert)) is not None for expert in (2, 3))
 
 
 def test_the_hint_of_a_failed_lease_can_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,12 +290,12 @@ def test_a_guess_takes_few_slots_and_does_not_evict_guessed_experts() -> None:
     rig = trusting_rig(num_slots=24, k=2)
     for layer in range(NUM_LAYERS):
         rig.run(layer, list(range(8)))  # all slots hold experts that decode used
-    before = rig.cache.policy.resident()
+    before = rig.cache.slots.resident()
     with rig.cache.lease(0, [0, 1]) as lease:
         rig.cache.guess(1, [[0], [8, 9, 10, 11]], is_sweep=False)
         list(lease)
-    assert len(before - rig.cache.policy.resident()) <= rig.cache.policy.guess_slots
-    assert rig.cache.policy.slot((1, 0)) is not None
+    assert len(before - rig.cache.slots.resident()) <= rig.cache.slots.policies[0].guess_slots
+    assert rig.cache.slots.slot((1, 0)) is not None
 
 
 def test_a_read_dropped_midway_is_repeated_when_it_is_needed_after_all() -> None:

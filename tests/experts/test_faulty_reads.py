@@ -34,7 +34,7 @@ class Rig:
         self.store = _native.Store(1, faults) if faults is not None else _native.Store(1)
         expert_files = ExpertFiles(self.store, self.records, open_file=self.store.open)
         self.truth = Truth(self.records, self.content)
-        self.cache = ExpertCache(self.store, expert_files, num_slots=6, num_layers=1, experts_per_token=2)
+        self.cache = ExpertCache(self.store, expert_files, num_slots=6, experts_per_token=2)
 
     def run(self) -> list[int]:
         found = []
@@ -78,7 +78,7 @@ def test_a_failed_nth_read_is_named_and_the_next_lease_is_complete(
     with pytest.raises(error, match=rf"experts\.bin: layer 0, expert {key[1]}: "):
         rig.run()
     assert rig.store.pending() == 0
-    assert rig.cache.policy.slot(key) is None
+    assert rig.cache.slots.slot(key) is None
     assert rig.run() == ASKED
 
 
@@ -95,5 +95,5 @@ def test_a_lease_that_ends_during_slow_reads_waits_until_no_byte_moves(tmp_path:
     with rig.cache.lease(0, ASKED):
         pass
     assert rig.store.pending() == 0
-    assert not rig.cache.policy.resident()
+    assert not rig.cache.slots.resident()
     assert rig.run() == ASKED

@@ -46,12 +46,13 @@ def evicted_next(policy: CachePolicy, *, num_slots: int) -> set[Key]:
     """The experts beyond `num_slots` that misses of decode evict, if they come in a layer of their own."""
     trial = copy.deepcopy(policy)
     trial.floor = min(trial.guess_slots, num_slots // len(trial._layers))
-    for layer in range(len(trial._layers)):
+    for layer in trial._layers:
         trial._note_oldest(layer)
-    trial._layers.append(policy_module._Layer())
+    another = len(trial._layers)
+    trial._layers[another] = policy_module._Layer()
     trial._free.clear()
     for number in range(policy.num_resident - num_slots):
-        assert trial.admit((len(trial._layers) - 1, number), is_scan=False) is not None
+        assert trial.admit((another, number), is_scan=False) is not None
     return policy.resident() - trial.resident()
 
 
@@ -84,7 +85,7 @@ def test_a_pinned_expert_keeps_its_slot_and_no_slot_holds_two(
     history: tuple[int, int, int, int, list[Asked]], data: st.DataObject
 ) -> None:
     num_layers, _, k, num_slots, asked = history
-    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
     pinned: dict[Key, int] = {}
     for layer, experts, is_scan in asked:
         if not is_scan:
@@ -114,7 +115,7 @@ def test_any_number_of_experts_passes_through_any_number_of_slots(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
     num_layers, _, k, num_slots, asked = history
-    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
     for layer, experts, is_scan in asked:
         lease(policy, layer, experts, is_scan=is_scan)
         check(policy, {})
@@ -127,7 +128,7 @@ def test_the_number_of_slots_may_change_between_leases(
     history: tuple[int, int, int, int, list[Asked]], sizes: list[int]
 ) -> None:
     num_layers, _, k, num_slots, asked = history
-    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
     for number, (layer, experts, is_scan) in enumerate(asked):
         before = {key: policy.slot(key) for key in policy.resident()}
         num_slots = max(k, sizes[number % len(sizes)])
@@ -151,7 +152,7 @@ def test_the_number_of_slots_may_change_between_leases(
         assert policy.num_resident == len(policy.resident()) <= num_slots
         policy.moves(num_slots)
         check(policy, {})
-        new = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+        new = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
         assert (policy.floor, policy.window_slots) == (new.floor, new.window_slots)
     trial = [policy.admit((0, 1000 + i), is_scan=False) for i in range(num_slots)]
     assert sorted(slot for slot in trial if slot is not None) == list(range(num_slots))
@@ -163,7 +164,7 @@ def test_slots_are_filled_before_any_expert_is_evicted(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
     num_layers, _, k, num_slots, asked = history
-    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
     seen: set[Key] = set()
     for layer, experts, is_scan in asked:
         lease(policy, layer, experts, is_scan=is_scan)
@@ -172,7 +173,7 @@ def test_slots_are_filled_before_any_expert_is_evicted(
 
 
 def test_the_least_recently_used_expert_is_evicted_first() -> None:
-    policy = CachePolicy(num_slots=4, num_layers=1, experts_per_token=1)
+    policy = CachePolicy(num_slots=4, layers=range(1), experts_per_token=1)
     for expert in (0, 1, 2, 3, 0, 1):
         lease(policy, 0, [expert])
     lease(policy, 0, [4])
@@ -180,7 +181,7 @@ def test_the_least_recently_used_expert_is_evicted_first() -> None:
 
 
 def test_experts_used_more_often_stay_longer() -> None:
-    policy = CachePolicy(num_slots=3, num_layers=1, experts_per_token=1)
+    policy = CachePolicy(num_slots=3, layers=range(1), experts_per_token=1)
     for expert in (0, 0, 0, 0, 1, 2, 3):
         lease(policy, 0, [expert])
     assert policy.resident() == {(0, 0), (0, 2), (0, 3)}
@@ -190,7 +191,7 @@ def test_experts_used_more_often_stay_longer() -> None:
 
 
 def test_uses_are_remembered_after_an_expert_is_evicted() -> None:
-    policy = CachePolicy(num_slots=2, num_layers=1, experts_per_token=1)
+    policy = CachePolicy(num_slots=2, layers=range(1), experts_per_token=1)
     for expert in (0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8):
         lease(policy, 0, [expert])
     assert (0, 0) not in policy.resident()
@@ -200,7 +201,7 @@ def test_uses_are_remembered_after_an_expert_is_evicted() -> None:
 
 
 def test_age_counts_the_turns_of_an_experts_own_layer() -> None:
-    policy = CachePolicy(num_slots=6, num_layers=2, experts_per_token=1)
+    policy = CachePolicy(num_slots=6, layers=range(2), experts_per_token=1)
     for expert in range(3):
         lease(policy, 1, [expert])
     for expert in range(3):
@@ -212,7 +213,7 @@ def test_age_counts_the_turns_of_an_experts_own_layer() -> None:
 
 
 def test_of_two_equally_old_experts_the_one_whose_layer_comes_last_is_evicted() -> None:
-    policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=1)
+    policy = CachePolicy(num_slots=8, layers=range(4), experts_per_token=1)
     for expert in (0, 1):
         decode(policy, [[expert]] * 4)
     lease(policy, 0, [2])  # layers 1, 2 and 3 come before layer 0 again
@@ -229,7 +230,7 @@ def test_the_evicted_expert_is_the_oldest_by_exhaustive_search(
     history: tuple[int, int, int, int, list[Asked]],
 ) -> None:
     num_layers, _, k, num_slots, asked = history
-    policy = CachePolicy(num_slots=num_slots, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_slots, layers=range(num_layers), experts_per_token=k)
     for layer, experts, _ in asked:
         policy.begin(layer)
         for expert in experts:
@@ -248,12 +249,12 @@ def oldest(policy: CachePolicy, asking_layer: int) -> Key:
     """Search all experts for the oldest one above its layer's floor; on a tie, take the layer that comes last."""
     ages = [
         (here.worth[expert] - here.turn * policy_module._GROWTH, here.passed, number, expert)
-        for number, here in enumerate(policy._layers)
+        for number, here in policy._layers.items()
         for expert in here.slots
         if number == asking_layer or len(here.slots) > policy.floor
     ] or [
         (here.worth[expert] - here.turn * policy_module._GROWTH, here.passed, number, expert)
-        for number, here in enumerate(policy._layers)
+        for number, here in policy._layers.items()
         for expert in here.slots
     ]
     *_, number, expert = min(ages)
@@ -261,7 +262,7 @@ def oldest(policy: CachePolicy, asking_layer: int) -> Key:
 
 
 def test_decode_that_fits_the_cache_never_misses_again() -> None:
-    policy = CachePolicy(num_slots=12, num_layers=3, experts_per_token=2)
+    policy = CachePolicy(num_slots=12, layers=range(3), experts_per_token=2)
     tokens = [[[0, 1], [2, 3], [4, 5]], [[6, 1], [2, 7], [0, 5]]]
     for token in tokens:
         decode(policy, token)
@@ -271,7 +272,7 @@ def test_decode_that_fits_the_cache_never_misses_again() -> None:
 
 
 def test_with_fewer_slots_the_experts_stay_that_are_used_most() -> None:
-    policy = CachePolicy(num_slots=24, num_layers=2, experts_per_token=2)
+    policy = CachePolicy(num_slots=24, layers=range(2), experts_per_token=2)
     for number in range(8):  # 0 and 1 in every token, and each of the others once
         decode(policy, [[0, 1, 2 + number]] * 2)
     lease(policy, 0, [20, 21, 22, 23], is_scan=True)
@@ -288,7 +289,7 @@ def test_with_fewer_slots_the_experts_stay_that_are_used_most() -> None:
 
 
 def test_an_expert_that_is_being_read_stays_while_slots_go() -> None:
-    policy = CachePolicy(num_slots=6, num_layers=1, experts_per_token=2)
+    policy = CachePolicy(num_slots=6, layers=range(1), experts_per_token=2)
     assert policy.admit((0, 5), is_scan=True) == 0  # its read has begun
     lease(policy, 0, [0, 1, 2, 3, 4])
     policy.resize(2)
@@ -300,7 +301,7 @@ def test_an_expert_that_is_being_read_stays_while_slots_go() -> None:
 
 
 def test_a_layer_keeps_its_share_while_others_request_experts() -> None:
-    policy = CachePolicy(num_slots=8, num_layers=4, experts_per_token=2)
+    policy = CachePolicy(num_slots=8, layers=range(4), experts_per_token=2)
     decode(policy, [[0, 1]] * 4)
     for expert in range(2, 40):
         lease(policy, 3, [expert])
@@ -310,7 +311,7 @@ def test_a_layer_keeps_its_share_while_others_request_experts() -> None:
 
 def test_with_fewer_slots_than_one_token_needs_there_are_still_hits() -> None:
     num_layers, k = 8, 4
-    policy = CachePolicy(num_slots=num_layers * k // 2, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=num_layers * k // 2, layers=range(num_layers), experts_per_token=k)
     hits = 0
     for _ in range(20):
         for layer in range(num_layers):
@@ -320,7 +321,7 @@ def test_with_fewer_slots_than_one_token_needs_there_are_still_hits() -> None:
 
 def test_a_sweep_leaves_three_quarters_of_what_decode_uses() -> None:
     num_layers, num_experts, k = 6, 64, 4
-    policy = CachePolicy(num_slots=96, num_layers=num_layers, experts_per_token=k)
+    policy = CachePolicy(num_slots=96, layers=range(num_layers), experts_per_token=k)
     for start in range(0, 16, k):  # 16 experts of each layer fill the slots
         decode(policy, [list(range(start, start + k))] * num_layers)
     used = policy.resident()
@@ -332,7 +333,7 @@ def test_a_sweep_leaves_three_quarters_of_what_decode_uses() -> None:
 
 def test_a_sweep_takes_slots_only_once() -> None:
     num_layers, num_experts = 6, 64
-    policy = CachePolicy(num_slots=96, num_layers=num_layers, experts_per_token=4)
+    policy = CachePolicy(num_slots=96, layers=range(num_layers), experts_per_token=4)
     for start in range(0, 16, 4):
         decode(policy, [list(range(start, start + 4))] * num_layers)
     sweep(policy, num_layers=num_layers, num_experts=num_experts)
@@ -342,14 +343,14 @@ def test_a_sweep_takes_slots_only_once() -> None:
 
 
 def test_a_second_sweep_hits_the_experts_that_the_first_left() -> None:
-    policy = CachePolicy(num_slots=32, num_layers=4, experts_per_token=2)
+    policy = CachePolicy(num_slots=32, layers=range(4), experts_per_token=2)
     sweep(policy, num_layers=4, num_experts=16)
     hits = sum(lease(policy, layer, range(16), is_scan=True) for layer in range(4))
     assert hits >= 24  # of 64 lookups with 32 slots; plain LRU would have no hits
 
 
 def test_a_sweep_does_not_make_an_expert_younger() -> None:
-    policy = CachePolicy(num_slots=4, num_layers=1, experts_per_token=1)
+    policy = CachePolicy(num_slots=4, layers=range(1), experts_per_token=1)
     for expert in range(4):
         lease(policy, 0, [expert])
     lease(policy, 0, [0], is_scan=True)
@@ -358,7 +359,7 @@ def test_a_sweep_does_not_make_an_expert_younger() -> None:
 
 
 def test_decode_takes_back_the_slots_that_a_sweep_took() -> None:
-    policy = CachePolicy(num_slots=16, num_layers=1, experts_per_token=2)
+    policy = CachePolicy(num_slots=16, layers=range(1), experts_per_token=2)
     lease(policy, 0, range(16))
     lease(policy, 0, range(16, 64), is_scan=True)
     kept = {key for key in policy.resident() if key[1] < 16}
@@ -368,7 +369,7 @@ def test_decode_takes_back_the_slots_that_a_sweep_took() -> None:
 
 
 def test_an_expert_that_never_arrived_gives_its_slot_to_the_next() -> None:
-    policy = CachePolicy(num_slots=1, num_layers=1, experts_per_token=1)
+    policy = CachePolicy(num_slots=1, layers=range(1), experts_per_token=1)
     slot = policy.admit((0, 3), is_scan=False)
     assert policy.admit((0, 4), is_scan=False) is None
     policy.drop((0, 3))

@@ -84,7 +84,6 @@ def open_parts(
                 store,
                 expert_files,
                 num_slots=config.experts_per_token if is_smallest else 4 * config.experts_per_token,
-                num_layers=config.num_layers,
                 experts_per_token=config.experts_per_token,
                 arithmetic=describe_experts(config, weights),
             )

@@ -189,7 +189,10 @@ def seconds_to_release(server: Server, tenant: str) -> float:
 
 def leased_slots(experts: ExpertCache) -> set[tuple[int, int]]:
     pinned = {
-        (number, expert) for number, layer in enumerate(experts.policy._layers) for expert in layer.pinned
+        (number, expert)
+        for policy in experts.slots.policies
+        for number, layer in policy._layers.items()
+        for expert in layer.pinned
     }
     return pinned - {(experts._hint_layer, expert) for expert in experts._kept} - experts._early.keys()
 

@@ -231,7 +231,6 @@ class Worker:
             self._store,
             experts,
             num_slots=self.plan.num_slots,
-            num_layers=files.config.num_layers,
             experts_per_token=files.config.experts_per_token,
             arithmetic=arithmetic,
         )

@@ -19,14 +19,8 @@ from argosy.checkpoint.shards import shard_of
 from argosy.cluster.secure import BUFFER_BYTES
 from argosy.config import ModelConfig, format_bytes
 from argosy.errors import DoesNotFit, UsageError
-from argosy.experts import policy
-from argosy.experts.files import (
-    Key,
-    bookkeeping_bytes,
-    resident_bookkeeping_bytes,
-    resident_bytes,
-    slot_bytes,
-)
+from argosy.experts import slots as expert_slots
+from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.model.weights import dense_footprint
 from argosy.plan.machine import PROCESS_GROWTH_BYTES, THREAD_BYTES, page_table_bytes
 
@@ -130,16 +124,16 @@ def plan_worker(
     is_transcoded = any(piece.transcode for record in share.values() for piece in record.pieces)
     biases = biases_of(files)
     growth = PROCESS_GROWTH_BYTES + (threads + readers + _OTHER_THREADS + most_coordinators) * THREAD_BYTES
-    each = slot_bytes(share)
+    layout = expert_slots.lay_out_slots(share, experts_per_token=config.experts_per_token)
 
     def plan(slots: int | None) -> WorkerPlan:
         if slots is None:
             records, experts = resident_bookkeeping_bytes(share), resident_bytes(share)
         else:
-            records = bookkeeping_bytes(share) + policy.bookkeeping_bytes(
-                num_slots=slots, num_layers=config.num_layers, num_experts=config.num_experts
+            records = bookkeeping_bytes(share) + expert_slots.bookkeeping_bytes(
+                layout, num_slots=slots, num_experts=config.num_experts
             )
-            experts = slots * each
+            experts = slots * layout.slot_bytes
         parts = {
             "bias_bytes": dense_footprint(biases) if biases else 0,
             "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if uses_tls else 0)),
@@ -154,7 +148,7 @@ def plan_worker(
             budget_bytes=budget_bytes,
             process_bytes=process_bytes + growth,
             page_table_bytes=page_table_bytes(sum(parts.values())),
-            slot_bytes=each,
+            slot_bytes=layout.slot_bytes,
             num_slots=slots,
             num_experts=len(share),
             **parts,
@@ -169,9 +163,9 @@ def plan_worker(
         return _fitting(plan(min(num_slots, len(share))))
     least = _fitting(plan(fewest))
     # Start too high, because a slot also needs records and page tables; then remove slots until it fits.
-    slots = min(len(share), fewest + (budget_bytes - least.total_bytes) // max(1, each))
+    slots = min(len(share), fewest + (budget_bytes - least.total_bytes) // max(1, layout.slot_bytes))
     while slots > fewest and (beyond := plan(slots).total_bytes - budget_bytes) > 0:
-        slots = max(fewest, slots - -(-beyond // each))
+        slots = max(fewest, slots - -(-beyond // layout.slot_bytes))
     return plan(slots)
 
 

@@ -298,7 +298,7 @@ class Engine(BlockingCalls):
         if (cache := self._model.cache) is not None:
             cache.lent = None if step.is_decode.all() else self._turns
         logits = self._model.forward(step)
-        if cache is None or cache.is_full:
+        if cache is None or cache.slots.is_full:
             if cache is not None:
                 cache.lent = None
             self._loading, self._foreground = None, loading.foreground

@@ -2,10 +2,10 @@
 
     dispatch  ->  lease: experts that are here, then each as it lands  ->  outputs
 
-One arena of equal slots serves all layers. `policy.CachePolicy` decides which expert is evicted; `ExpertCache` adds
-the reads, and gives out leases; `CachedRunner` computes what a lease hands over. As many misses of a layer as there are
-slots are issued before the first expert is computed. A slot whose expert has been computed is free for the next miss,
-so a layer may ask for more experts than there are slots.
+One arena of slots serves all layers; `slots.py` lays them out. `policy.CachePolicy` decides which expert is evicted;
+`ExpertCache` adds the reads, and gives out leases; `CachedRunner` computes what a lease hands over. As many misses of a
+layer as there are slots are issued before the first expert is computed. A slot whose expert has been computed is free
+for the next miss, so a layer may ask for more experts than there are slots.
 
 A model that shares its memory may get a slot for every expert. Those that no token asked for are then read, too, a few
 after each lease. Once all are here, native code runs steps without asking, as with `resident.py`.
@@ -28,8 +28,8 @@ from argosy import _native
 from argosy.errors import ArgosyError
 from argosy.experts.files import Arithmetic, ExpertFiles, Key
 from argosy.experts.look_ahead import LookAhead
-from argosy.experts.policy import CachePolicy, Move
 from argosy.experts.runner import Rows, RunnerStats
+from argosy.experts.slots import Copy, Slots, lay_out_slots
 
 # Experts that are computed together. The slots of a group are free for other reads only when the group is done, so
 # without this limit a prompt that found half a layer read ahead would keep the drive waiting. Usually more than one
@@ -49,9 +49,11 @@ class Cores(Protocol):
 
 
 class ExpertCache:
-    """Equal slots for all experts of all layers. `resize` changes their number between steps.
+    """Slots for the experts of all layers. `resize` changes their number between steps.
 
     Attributes:
+        slots: which expert is in which slot.
+        slot_bytes: bytes of the arena for a slot; see `SlotLayout`.
         most_slots: the limit of `resize`.
         lent: the lock for the cores, which others may take while a lease waits for reads; None: the step keeps it.
 
@@ -68,7 +70,6 @@ class ExpertCache:
         files: ExpertFiles,
         *,
         num_slots: int,
-        num_layers: int,
         experts_per_token: int,
         first_slots: int | None = None,
         reads_all: bool = False,
@@ -82,22 +83,22 @@ class ExpertCache:
         self._others_run = False  # they had the cores when a lease took them again
         self._foreground = foreground
         self._populating: list[threading.Thread] = []
-        self._arena = _native.Arena(files.slot_bytes * num_slots)
+        layout = lay_out_slots(files.records, experts_per_token=experts_per_token, alignment=files.alignment)
+        self.slot_bytes = layout.slot_bytes
+        self._arena = _native.Arena(self.slot_bytes * num_slots)
         self.table = files.table(self._arena, arithmetic or Arithmetic())
         self._may_fill = reads_all
         first_slots = num_slots if first_slots is None else first_slots
-        self._arena.resize(first_slots * files.slot_bytes)
+        self._arena.resize(first_slots * self.slot_bytes)
         self._held_slots = first_slots
         self._populate()
-        self.policy = CachePolicy(
-            num_slots=first_slots, num_layers=num_layers, experts_per_token=experts_per_token
-        )
+        self.slots = Slots(layout, num_slots=first_slots, experts_per_token=experts_per_token)
         self._store = store
         self._files = files
         self._open: Lease | None = None
         self._look_ahead = (LookAhead(experts_per_token), LookAhead(experts_per_token))  # decode, sweeps
         self._wants_guesses = look_ahead
-        self._fewest_for_guesses = 4 * experts_per_token
+        self._fewest_for_guesses = 4 * experts_per_token * len(layout.kinds)
         self._hint: list[int] = []  # experts of `_hint_layer` not yet requested; the next is last
         self._hint_layer = -1
         self._is_sweep = False  # whether the hint is for a sweep
@@ -117,14 +118,14 @@ class ExpertCache:
 
     def wants_guess(self, *, is_sweep: bool) -> bool:
         # With fewer slots, guesses would take slots that a token itself needs.
-        has_room = self._wants_guesses and self.policy.num_slots >= self._fewest_for_guesses
+        has_room = self._wants_guesses and self.slots.num_slots >= self._fewest_for_guesses
         return (is_sweep or has_room) and self._look_ahead[is_sweep].wants_guess
 
     def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
         self._forget_hint()
         look_ahead, early = self._look_ahead[is_sweep], self._early
         missing = {expert: rank for rank, experts in enumerate(by_rank) for expert in experts}
-        for expert in self.policy.find(layer, list(missing))[0]:
+        for expert in self.slots.policy_of[layer].find(layer, list(missing))[0]:
             if (layer, expert) not in early:
                 del missing[expert]
         look_ahead.remember(layer, missing)
@@ -150,40 +151,35 @@ class ExpertCache:
         self._forget_hint()
         while self._early:
             self._collect_early(block=True)
-        if num_slots != self.policy.num_slots:
-            self.policy.resize(num_slots)
+        if num_slots != self.slots.num_slots:
+            self.slots.resize(num_slots)
         before, held = self._held_slots, num_slots
         if held_slots is not None:
             held = max(num_slots, min(held_slots, before))
-        if moves := self.policy.moves(held):
+        if moves := self.slots.moves(held):
             self._copy(moves)
         self._held_slots = held
-        self._arena.resize(held * self._files.slot_bytes)
+        self._arena.resize(held * self.slot_bytes)
         if held > before:
             self._populate()
 
-    def _copy(self, moves: Sequence[Move]) -> None:
-        memory, size = self._arena.array(), self._files.slot_bytes
-        for _, slot, to in moves:
-            memory[to * size : (to + 1) * size] = memory[slot * size : (slot + 1) * size]
-        self.table.place([(key, to * size) for key, _, to in moves])
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no slot is left for another expert, or no expert for another slot."""
-        return self.policy.num_resident >= min(self.policy.num_slots, len(self._files.records))
+    def _copy(self, moves: Sequence[Copy]) -> None:
+        memory = self._arena.array()
+        for _, begin, to, nbytes in moves:
+            memory[to : to + nbytes] = memory[begin : begin + nbytes]
+        self.table.place([(key, to) for key, _, to, _ in moves])
 
     @property
     def has_all(self) -> bool:
         """Whether every expert has landed; between two steps."""
-        return self.policy.num_resident == len(self._files.records) and not self._early
+        return self.slots.num_resident == len(self._files.records) and not self._early
 
     def _fill(self, layer: int) -> None:
         """If there is a slot for every expert, start to read some of a layer that are not here."""
-        policy = self.policy
-        has_room = policy.num_slots >= len(self._files.records)
+        has_room = self.slots.num_slots >= len(self._files.records)
         if not (has_room and self._may_fill) or len(self._early) >= _FILLING:
             return
+        policy = self.slots.policy_of[layer]
         _, missing = policy.find(layer, self._experts.get(layer, ()))
         admitted: list[tuple[int, int]] = []
         for expert in missing[: _FILLING - len(self._early)]:
@@ -214,14 +210,14 @@ class ExpertCache:
         self, layer: int, admitted: Sequence[tuple[int, int]], *, urgency: _native.Urgency = "now"
     ) -> list[int]:
         """Start reads of (expert, slot) pairs that were just admitted; return their tickets."""
-        files = self._files
         try:
-            places = [((layer, expert), slot * files.slot_bytes) for expert, slot in admitted]
+            place_of = self.slots.places_of[layer]
+            places = [((layer, expert), place_of[slot]) for expert, slot in admitted]
             self.table.place(places)
-            return files.fetch(self._arena, places, urgency=urgency)
+            return self._files.fetch(self._arena, places, urgency=urgency)
         except BaseException:
             for expert, _ in admitted:
-                self.policy.drop((layer, expert))
+                self.slots.policy_of[layer].drop((layer, expert))
             raise
 
     # ── the hint ────────────────────────────────────────────────────────────────────────────────────────────
@@ -230,7 +226,8 @@ class ExpertCache:
         """Start reads of the hint, unless the open lease still needs slots."""
         if not self._hint or (self._open is not None and self._open.is_short_of_slots):
             return
-        policy, layer, early = self.policy, self._hint_layer, self._early
+        layer, early = self._hint_layer, self._early
+        policy = self.slots.policy_of[layer]
         found, self._hint = policy.find(layer, self._hint)
         kept = [expert for expert in found if (layer, expert) not in early]
         policy.use(layer, kept, is_scan=True)  # the reads of their neighbours must not displace them
@@ -263,14 +260,14 @@ class ExpertCache:
         """
         self._hint = []
         if self._kept:
-            self.policy.unpin(self._hint_layer, self._kept)
+            self.slots.policy_of[self._hint_layer].unpin(self._hint_layer, self._kept)
             self._kept.clear()
         if not self._early:
             return
         dropped = set(self._store.drop(list(self._early.values())))
         for key in [key for key, ticket in self._early.items() if ticket in dropped]:
             del self._early[key]
-            self.policy.drop(key)
+            self.slots.policy_of[key[0]].drop(key)
         if self._early:
             self._collect_early(block=False)
 
@@ -283,9 +280,9 @@ class ExpertCache:
             if message is not None:
                 # It was abandoned halfway; or a lease that needs the expert will read it again and get the error.
                 self._may_fill = self._may_fill and error == "dropped"
-                self.policy.drop(key)
+                self.slots.policy_of[key[0]].drop(key)
                 continue
-            self.policy.unpin(key[0], [key[1]])
+            self.slots.policy_of[key[0]].unpin(key[0], [key[1]])
             self.stats.bytes_read += self._files.expert_bytes(key)
             self.stats.idle_reads += 1
 
@@ -297,11 +294,14 @@ class Lease:
     the next group is requested or the lease ends. No read of a lease is in flight at its end, even if it is cut short.
     """
 
-    __slots__ = ("_asked", "_cache", "_held", "_hits", "_in_flight", "_landed", "_missing", "_scan", "layer")
+    __slots__ = (
+        "_asked", "_cache", "_held", "_hits", "_in_flight", "_landed", "_missing", "_policy", "_scan", "layer",
+    )  # fmt: skip
 
     def __init__(self, cache: ExpertCache, layer: int, experts: Sequence[int], scan: Collection[int]) -> None:
         self.layer = layer
         self._cache = cache
+        self._policy = cache.slots.policy_of[layer]
         self._asked = experts
         self._scan = scan
         self._hits: list[int] = []
@@ -333,7 +333,7 @@ class Lease:
 
     def _find(self) -> None:
         cache, layer, asked, scan = self._cache, self.layer, self._asked, self._scan
-        policy, stats = cache.policy, cache.stats
+        policy, stats = self._policy, cache.stats
         if len(scan) < len(asked):
             policy.begin(layer)
         found, missing = policy.find(layer, asked)  # before a miss can evict one of them
@@ -367,12 +367,12 @@ class Lease:
         cache._open = None
         self._give_back()
         if self._landed:
-            cache.policy.unpin(layer, self._landed)
+            self._policy.unpin(layer, self._landed)
             self._landed.clear()
         if self._in_flight:
             for ticket, expert in self._in_flight.items():
                 cache._store.cancel(ticket)
-                cache.policy.drop((layer, expert))
+                self._policy.drop((layer, expert))
             self._in_flight.clear()
 
     def __iter__(self) -> Iterator[Sequence[int]]:
@@ -397,7 +397,7 @@ class Lease:
                 expert = self._in_flight.pop(ticket)
                 key = layer, expert
                 if message is not None:
-                    cache.policy.drop(key)
+                    self._policy.drop(key)
                     if kind == "dropped":  # dropped by an earlier hint, before this lease took it over
                         self._missing.append(expert)
                         continue
@@ -430,7 +430,7 @@ class Lease:
             admitted: list[tuple[int, int]] = []
             while self._missing:
                 expert = self._missing[-1]
-                slot = cache.policy.admit((layer, expert), is_scan=expert in self._scan)
+                slot = self._policy.admit((layer, expert), is_scan=expert in self._scan)
                 if slot is None:
                     break
                 admitted.append((self._missing.pop(), slot))
@@ -442,7 +442,7 @@ class Lease:
 
     def _give_back(self) -> None:
         if self._held:
-            self._cache.policy.unpin(self.layer, self._held)
+            self._policy.unpin(self.layer, self._held)
             self._held = []
 
 
@@ -480,7 +480,7 @@ class CachedRunner:
 
     @property
     def num_resident(self) -> int:
-        return self.cache.policy.num_resident
+        return self.cache.slots.num_resident
 
     @contextmanager
     def run(

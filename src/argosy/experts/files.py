@@ -66,22 +66,16 @@ def _starts_at(record: ExpertRecord, alignment: int) -> int:
     return MATRIX_ALIGNMENT if all(piece.transcode for piece in record.pieces) else alignment
 
 
-def slot_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
-    """Bytes of a slot that can hold any expert: the size of the largest.
-
-    If formats differ from layer to layer (Q4_K_M files have some `down` in Q6_K), smaller experts leave part of a slot
-    unused.
-    """
-    return round_up(
-        max((_lay_out(record, alignment)[1] for record in records.values()), default=0), alignment
-    )
+def memory_of(record: ExpertRecord, alignment: int = LARGEST_ALIGNMENT) -> int:
+    """Bytes of an expert in memory."""
+    return _lay_out(record, alignment)[1]
 
 
 def resident_bytes(records: Mapping[Key, ExpertRecord], alignment: int = LARGEST_ALIGNMENT) -> int:
     """Bytes of an arena that holds every expert, one after another."""
     end = 0
     for record in records.values():
-        end = round_up(end, _starts_at(record, alignment)) + _lay_out(record, alignment)[1]
+        end = round_up(end, _starts_at(record, alignment)) + memory_of(record, alignment)
     return end
 
 
@@ -142,7 +136,6 @@ class ExpertFiles:
         self._file_ids = {path: open_file(path) for path in sorted(paths)}
         self._reads: dict[Key, _native.Record] = {}
         self.alignment = max(store.info(file_id)[2] for file_id in self._file_ids.values())
-        self.slot_bytes = slot_bytes(self.records, self.alignment)
 
     def table(self, arena: _native.Arena, arithmetic: Arithmetic) -> _native.ExpertTable:
         """The table of experts in an arena; none has a place yet."""
@@ -181,7 +174,7 @@ class ExpertFiles:
         places, end = {}, 0
         for key, record in self.records.items():
             places[key] = round_up(end, _starts_at(record, self.alignment))
-            end = places[key] + _lay_out(record, self.alignment)[1]
+            end = places[key] + memory_of(record, self.alignment)
         return places, end
 
     def fetch(

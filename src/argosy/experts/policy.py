@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heappop, heappush, heapreplace
 from math import log2
 from typing import NamedTuple
@@ -103,15 +103,19 @@ class Move(NamedTuple):
 
 
 class CachePolicy:
-    """Tracks which expert is in which slot, and chooses the next one to evict. Moves no bytes."""
+    """Tracks which expert is in which slot, and chooses the next one to evict. Moves no bytes.
 
-    def __init__(self, *, num_slots: int, num_layers: int, experts_per_token: int) -> None:
+    Args:
+        layers: those whose experts may have these slots.
+    """
+
+    def __init__(self, *, num_slots: int, layers: Collection[int], experts_per_token: int) -> None:
         self._experts_per_token = experts_per_token
         self.guess_slots = experts_per_token
         self._free: list[int] = []
         self._reserved: list[int] = []  # one for each expert in a slot that goes
         self._clock = 0
-        self._layers = [_Layer() for _ in range(num_layers)]
+        self._layers = {layer: _Layer() for layer in layers}
         # A heap; entries of an earlier turn, or of a layer at its floor, are void.
         self._oldest: list[_Oldest] = []
         self._window: OrderedDict[Key, int] = OrderedDict()  # swept in or guessed, oldest first
@@ -125,11 +129,10 @@ class CachePolicy:
         If there are more experts than slots, those are evicted that misses of decode would displace next. The others
         stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.
         """
-        num_layers = len(self._layers)
-        self.floor = min(self._experts_per_token, num_slots // max(1, num_layers))
+        self.floor = min(self._experts_per_token, num_slots // max(1, len(self._layers)))
         # A sweep gets at most a quarter of the cache, but never less than one token asks for.
         self.window_slots = max(self._experts_per_token, num_slots // 4)
-        for layer in range(num_layers):  # the floor is lower, so they may have experts to give
+        for layer in self._layers:  # the floor is lower, so they may have experts to give
             self._note_oldest(layer)
         for _ in range(self.num_resident - num_slots):
             slot = self._from_window(newest=False)
@@ -137,7 +140,7 @@ class CachePolicy:
                 slot = self._evict_oldest(None)
             assert slot is not None  # otherwise more experts are pinned than there will be slots
         self.num_slots = num_slots
-        used = {slot for here in self._layers for slot in here.slots.values()}
+        used = {slot for here in self._layers.values() for slot in here.slots.values()}
         used.update(self._window.values())
         num_beyond = sum(slot >= num_slots for slot in used)
         # The last one is taken next. Low slots are, so that few experts have to move when there are fewer slots.
@@ -154,7 +157,7 @@ class CachePolicy:
         moves: list[Move] = []
         if not self._reserved:
             return moves
-        for number, here in enumerate(self._layers):
+        for number, here in self._layers.items():
             going = [(expert, slot) for expert, slot in here.slots.items() if slot >= num_slots]
             for expert, slot in going:
                 here.slots[expert] = self._move((number, expert), slot, moves)
@@ -178,7 +181,7 @@ class CachePolicy:
         return self.num_slots - len(self._free)
 
     def resident(self) -> set[Key]:
-        lasting = {(number, expert) for number, layer in enumerate(self._layers) for expert in layer.slots}
+        lasting = {(number, expert) for number, layer in self._layers.items() for expert in layer.slots}
         return lasting | set(self._window)
 
     def begin(self, layer: int) -> None:
@@ -301,7 +304,7 @@ class CachePolicy:
             self._note_oldest(asking_layer)
         slot = self._evict(asking_layer, self.floor)
         if slot is None and self.floor:
-            for layer in range(len(self._layers)):
+            for layer in self._layers:
                 self._note_oldest(layer)
             slot = self._evict(asking_layer, 0)
         return slot

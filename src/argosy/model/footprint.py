@@ -14,13 +14,8 @@ from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import FLOAT_FORMATS, KV_BLOCK_TOKENS, MIB, EngineConfig, KvDtype, ModelConfig
 from argosy.errors import ArgosyError
-from argosy.experts import policy
-from argosy.experts.files import (
-    bookkeeping_bytes,
-    resident_bookkeeping_bytes,
-    resident_bytes,
-    slot_bytes,
-)
+from argosy.experts import slots
+from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.recording import log_bytes
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
 from argosy.model.draft_layer import MOST_DRAFT_ROWS, joining_bytes
@@ -245,9 +240,13 @@ class ModelFootprint:
         return self._readers * _native.STAGING_BYTES if is_transcoded else 0
 
     @cached_property
+    def _slots(self) -> slots.SlotLayout:
+        return slots.lay_out_slots(self.files.experts, experts_per_token=self.config.experts_per_token)
+
+    @property
     def slot_bytes(self) -> int:
-        """One expert slot: it can hold any expert."""
-        return slot_bytes(self.files.experts)
+        """What one more expert slot takes, whatever its kind."""
+        return self._slots.slot_bytes
 
     @cached_property
     def resident_bytes(self) -> int:
@@ -313,11 +312,10 @@ class ModelFootprint:
 
     def cache_record_bytes(self, num_slots: int) -> int:
         """The same for slots of a cache, whether or not it has one for each expert."""
-        num_layers, num_experts = self.config.num_layers, self.config.num_experts
-        in_policy = policy.bookkeeping_bytes(
-            num_slots=num_slots, num_layers=num_layers, num_experts=num_experts
+        in_slots = slots.bookkeeping_bytes(
+            self._slots, num_slots=num_slots, num_experts=self.config.num_experts
         )
-        return self._use_bytes + self._records + in_policy
+        return self._use_bytes + self._records + in_slots
 
     @property
     def _use_bytes(self) -> int:

@@ -151,7 +151,7 @@ class ModelReading:
                 foreground=foreground,
             )
             experts = CachedRunner(runtime, cache)
-            cache_bytes = cache.policy.num_slots * expert_files.slot_bytes
+            cache_bytes = cache.slots.num_slots * cache.slot_bytes
         if group is not None and experts is not None:
             experts = group.open(
                 self._files,
@@ -205,7 +205,6 @@ def _cache(
         num_slots=num_slots,
         first_slots=first_slots,
         reads_all=reads_all,
-        num_layers=files.config.num_layers,
         experts_per_token=files.config.experts_per_token,
         arithmetic=describe_experts(files.config, weights),
         look_ahead=look_ahead,
