@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
 from argosy.experts.cache import ExpertCache
-from argosy.experts.files import Key
+from argosy.experts.files import ExpertFiles, Key
 from argosy.experts.policy import CachePolicy
 from common import DATA, Report
 
@@ -169,42 +169,39 @@ class Policy(Protocol):
 class _InstantStore:
     """Stands in for the store: reads have landed when they are waited for, in the order of issue."""
 
+    def __init__(self) -> None:
+        self._ticket = 0
+
+    def open(self, path: str) -> int:
+        return 0
+
+    def info(self, file_id: int) -> tuple[str, int, int, bool, str]:
+        return "", 4, 1, True, ""
+
+    def fetch_many(self, arena: Any, records: Sequence[Any], urgency: str) -> list[int]:
+        self._ticket += len(records)
+        return list(range(self._ticket - len(records), self._ticket))
+
     def wait_any(self, tickets: list[int]) -> list[tuple[int, None, None]]:
         return [(tickets[0], None, None)]
 
 
-class _NoFiles:
-    """Stands in for `ExpertFiles` and its table: each expert is one number, and none is run."""
-
-    alignment = 1
-
-    def __init__(self, trace: Trace) -> None:
-        matrix = ExpertMatrix(0, 0, "f32", 1, 1)
-        record = ExpertRecord((Piece(Path(), 0, 4),), matrix, matrix, matrix)
-        self.records = dict.fromkeys(product(range(trace.num_layers), range(trace.num_experts)), record)
-        self._ticket = 0
-
-    def table(self, arena: Any, arithmetic: Any) -> _NoFiles:
-        return self
-
-    def place(self, places: Sequence[tuple[Key, int]]) -> None:
-        pass
-
-    def fetch(self, arena: Any, experts: Sequence[tuple[Key, int]], *, urgency: str) -> list[int]:
-        self._ticket += len(experts)
-        return list(range(self._ticket - len(experts), self._ticket))
-
-    def expert_bytes(self, key: Key) -> int:
-        return 1
+def _files(store: Any, trace: Trace) -> ExpertFiles:
+    """Files of experts that are one number each; none is run."""
+    matrix = ExpertMatrix(0, 0, "f32", 1, 1)
+    record = ExpertRecord((Piece(Path("none"), 0, 4),), matrix, matrix, matrix)
+    keys = product(range(trace.num_layers), range(trace.num_experts))
+    return ExpertFiles(store, dict.fromkeys(keys, record), open_file=store.open)
 
 
 class Argosy:
     """The engine's own expert cache, with reads that take no time."""
 
     def __init__(self, num_slots: int, trace: Trace) -> None:
+        store: Any = _InstantStore()
         self._cache = ExpertCache(
-            _InstantStore(),  # type: ignore[arg-type]
-            _NoFiles(trace),  # type: ignore[arg-type]
+            store,
+            _files(store, trace),
             num_slots=num_slots,
             experts_per_token=trace.experts_per_token,
         )

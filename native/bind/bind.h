@@ -28,6 +28,7 @@ namespace argosy {
 
 namespace nb = nanobind;
 
+void bind_cached_experts(nb::module_& m);
 void bind_cluster(nb::module_& m);
 void bind_expert_table(nb::module_& m);
 void bind_encoder(nb::module_& m);

@@ -27,6 +27,7 @@ NB_MODULE(_native, m) {
   argosy::bind_kernels(m);
   argosy::bind_encoder(m);
   argosy::bind_expert_table(m);
+  argosy::bind_cached_experts(m);
   argosy::bind_cluster(m);
   argosy::bind_recurrent(m);
   argosy::bind_stack(m);

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "bind/bind.h"
+#include "bind/reads.h"
 #include "store/arena.h"
 #include "store/crc32c.h"
 #include "store/drive_probe.h"
@@ -70,24 +71,6 @@ Fault parse_fault(const std::string& kind) {
       "'; known: eio, eintr, short, truncated, flip, delay, hold, uncached, short_cached, no_cache");
 }
 
-std::optional<std::string> error_kind(ReadError error) {
-  switch (error) {
-    case ReadError::io:
-      return "io";
-    case ReadError::checksum:
-      return "checksum";
-    case ReadError::short_file:
-      return "short";
-    case ReadError::not_finite:
-      return "not finite";
-    case ReadError::dropped:
-      return "dropped";
-    case ReadError::none:
-      break;
-  }
-  return std::nullopt;
-}
-
 View<uint8_t> arena_view(Arena& arena) {
   using Holder = std::shared_ptr<const void>;
   uint8_t* data = arena.data();
@@ -130,8 +113,6 @@ Record parse_record(const Pieces& pieces, const std::optional<std::vector<uint32
   if (checksums) record.checksums = *checksums;
   return record;
 }
-
-using UrgencyName = Named<std::string, "Urgency">;
 
 Urgency parse_urgency(const std::string& name) {
   if (name == "now") return Urgency::now;

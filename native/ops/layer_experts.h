@@ -1,4 +1,5 @@
-// layer_experts.h: the experts of a layer that run elsewhere, while a stack goes on without a pause.
+// layer_experts.h: the experts of a layer that run elsewhere, or are read, while a stack goes on without a
+// pause.
 //
 //   if (experts.begin(layer, dispatch, rows, out)) {   // asks owners; if false, the step pauses
 //     ...                                              // work that needs no outputs
@@ -39,6 +40,9 @@ class LayerExperts {
   // Waits for outputs, at most for `most`. Returns true when all of them are in `out`, and false if the step
   // must pause.
   virtual bool wait(std::chrono::nanoseconds most) = 0;
+
+  // Seconds in which experts ran in this thread, within run_here() and wait(), since the previous call.
+  virtual double take_run_seconds() { return 0; }
 
   virtual int64_t hidden() const = 0;  // the size of a row
 };

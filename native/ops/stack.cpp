@@ -448,8 +448,12 @@ bool Stack::run_elsewhere(const RoutedFfn& ffn) {
   add_shared(ffn);
   elsewhere_->run_here(runtime_);
   mark(Part::expert_compute);
+  elsewhere_->take_run_seconds();
   const bool is_complete = elsewhere_->wait(kMostWait);
   mark(Part::waiting);
+  const double computed = elsewhere_->take_run_seconds();  // while it waited for others
+  seconds_[size_t(Part::waiting)] -= computed;
+  seconds_[size_t(Part::expert_compute)] += computed;
   if (is_complete) combine_experts(ffn);
   return is_complete;
 }

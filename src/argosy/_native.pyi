@@ -940,6 +940,242 @@ class ExpertTable:
             ValueError: no token chose an expert, or it has no place.
         """
 
+class CachePolicy:
+    """
+    Decides which expert is in which slot, and which one is evicted: native/ops/cache_policy.h says how. Moves no bytes.
+
+    Keys are (layer, expert).
+
+    Args:
+        layers: those whose experts may have these slots.
+    """
+
+    def __init__(self, *, num_slots: int, layers: Sequence[int], experts_per_token: int) -> None: ...
+    def copy(self) -> CachePolicy:
+        """A policy in the same state."""
+
+    def resize(self, num_slots: int) -> None:
+        """
+        Have so many slots, numbered from 0.
+
+        If there are more experts than slots, those are evicted that misses of decode would displace next. The others
+        stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.
+        """
+
+    def moves(self, num_slots: int) -> list[tuple[tuple[int, int], int, int]]:
+        """
+        Move the experts in slots from `num_slots` on, which is no less than the number of slots. None may be pinned.
+
+        Returns:
+            What has to be copied now, (expert, its slot, its new slot); the new ones hold nothing.
+        """
+
+    def begin(self, layer: int) -> None:
+        """Begin a layer's turn in decode: its experts are a turn older."""
+
+    def find(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """
+        Split a layer's experts into those with a slot and those without; the order stays.
+        """
+
+    def use(self, layer: int, experts: Sequence[int], *, is_scan: bool) -> None:
+        """
+        Record hits of a layer, and pin them. A sweep does not make an expert younger.
+        """
+
+    def admit(self, key: tuple[int, int], *, is_scan: bool, is_guess: bool = False) -> int | None:
+        """
+        Find a slot for a missing expert, evicting another if necessary, and pin it. None means: wait for an unpin.
+
+        A guess is a scan that may take fewer slots from others.
+        """
+
+    def unpin(self, layer: int, experts: Sequence[int]) -> None: ...
+    def drop(self, key: tuple[int, int]) -> None:
+        """Forget an expert whose bytes never arrived."""
+
+    def slot(self, key: tuple[int, int]) -> int | None:
+        """The slot of a resident expert, or None."""
+
+    def resident(self) -> list[tuple[int, int]]:
+        """The experts that have a slot, by layer and number."""
+
+    def pinned(self) -> list[tuple[int, int]]: ...
+    def window(self) -> list[tuple[int, int]]:
+        """The experts that were only swept in or guessed, the oldest first."""
+
+    def ages(self) -> list[tuple[float, int, tuple[int, int], bool]]:
+        """
+        The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
+
+        The oldest goes first; of equally old ones, one of the layer with the latest turn.
+        """
+
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def num_resident(self) -> int: ...
+    @property
+    def floor(self) -> int:
+        """Experts that a layer keeps while another can give one."""
+
+    @property
+    def window_slots(self) -> int:
+        """Most slots of a sweep."""
+
+    @property
+    def guess_slots(self) -> int:
+        """Most slots of guesses."""
+
+    @staticmethod
+    def bytes(*, num_slots: int, num_layers: int, num_experts: int) -> int:
+        """Most bytes that a policy can hold, with `num_experts` in each layer."""
+
+class LeaseCounts:
+    """
+    Counters of a cache since it was created; see `argosy.experts.runner.RunnerStats`.
+    """
+
+    @property
+    def lookups(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def reads_ahead(self) -> int: ...
+    @property
+    def idle_reads(self) -> int: ...
+    @property
+    def decode_lookups(self) -> int: ...
+    @property
+    def decode_hits(self) -> int: ...
+
+class CachedExperts(LayerExperts):
+    """
+    Leases of the experts of a layer, as many in memory as there are slots: native/ops/cached_experts.h.
+
+    As `LayerExperts`, a stack runs layers without Python, unless a read fails or a layer takes long; then the lease
+    stays open. One thread at a time; counters may be read by any.
+
+    Args:
+        store: a `Store`, or an object with its methods `hurry`, `wait_any`, `drop` and `cancel`.
+        table: where an expert lies is noted here.
+        kinds: the policy of each kind of slots, its layers, and where its slots begin in the arena.
+        keys: the experts that may be read.
+        record_of: the record of an expert, for a `Store`.
+        fetch: (places, urgency) -> tickets, for another object.
+        bytes_of: the bytes that are read for an expert, for another object.
+        look_ahead: read guesses for decode.
+        reads_all: read experts that no token asks for, too, while there is a slot for every one.
+    """
+
+    def __init__(
+        self,
+        store: object,
+        arena: object,
+        table: ExpertTable,
+        *,
+        kinds: Sequence[tuple[CachePolicy, Sequence[int], Sequence[int]]],
+        keys: Sequence[tuple[int, int]],
+        record_of: Callable[[tuple[int, int]], Record],
+        fetch: Callable[[Sequence[tuple[tuple[int, int], int]], Urgency], Sequence[int]],
+        bytes_of: Callable[[tuple[int, int]], int],
+        experts_per_token: int,
+        look_ahead: bool,
+        reads_all: bool,
+    ) -> None: ...
+    def open(self, layer: int, experts: Sequence[int], scan: Sequence[int]) -> None:
+        """
+        Open a lease of experts of a layer, each named once; a lease that is still open ends.
+
+        Args:
+            scan: experts that only prompt tokens asked for.
+        """
+
+    def group(self) -> list[int] | None:
+        """
+        The experts to compute next; none: all have been. None: wait with `collect`, unless there is a `failure`.
+
+        The weights of the group before may move.
+        """
+
+    def collect(self) -> None:
+        """Wait until a read of the open lease has ended."""
+
+    @property
+    def failure(self) -> tuple[tuple[int, int], str, str] | None:
+        """The read of the open lease that failed: (expert, message, kind)."""
+
+    def end(self, *, is_whole: bool) -> None:
+        """
+        End the open lease, if there is one. No read of it is in flight then.
+
+        Args:
+            is_whole: it was not cut short.
+        """
+
+    @property
+    def is_open(self) -> bool: ...
+    def is_running(self, dispatch: Dispatch) -> bool:
+        """Whether the open lease is for this dispatch, begun by the stack."""
+
+    def take_done(self) -> list[int]:
+        """The experts of the open lease that the stack has run."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Reads of the open lease."""
+
+    @property
+    def is_short_of_slots(self) -> bool:
+        """Whether experts of the open lease wait for a slot."""
+
+    def wants_guess(self, *, is_sweep: bool) -> bool:
+        """Whether a guess would be of use in this step."""
+
+    def guess(self, layer: int, by_rank: Sequence[Sequence[int]], *, is_sweep: bool) -> None:
+        """
+        Tell which experts the next lease may ask for, best first. Never waits.
+        """
+
+    def forget_hint(self) -> None:
+        """
+        Give up what the last guess still holds, except reads that have begun. Never waits.
+        """
+
+    def collect_early(self) -> None:
+        """Wait until a read ends that no lease waits for."""
+
+    @property
+    def early(self) -> list[tuple[int, int]]:
+        """Experts whose reads have begun although no lease waits for them."""
+
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        """Guessed experts that stay in memory until the next lease."""
+
+    def trust(self, least_right: float) -> None:
+        """From now on, trust ranks of guesses that are right at least so often."""
+
+    def is_trusted(self, rank: int, *, is_sweep: bool) -> bool: ...
+    @property
+    def has_all(self) -> bool:
+        """Whether every expert has landed; between two steps."""
+
+    @property
+    def counts(self) -> LeaseCounts: ...
+    @property
+    def num_run(self) -> int:
+        """Experts that the stack has run, counted once per layer and step."""
+
+    def cancel_early(self) -> None:
+        """End all reads that no lease waits for."""
+
+BONUS_TURNS: float = 4.0
+
+HALF_LIFE_TURNS: float = 16.0
+
 class LinkError(ConnectionError):
     pass
 

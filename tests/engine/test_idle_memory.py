@@ -20,6 +20,7 @@ from argosy.engine.kv_cache import BlockContent, KvBlocks
 from argosy.engine.memory_plan import MemoryPlan, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
+from argosy.experts.cache import CachedRunner
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint, kv_blocks
 from argosy.plan.machine import process_footprint
@@ -310,7 +311,9 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
 ) -> None:
     cache, opened = tight._model.cache, tight.plan
     assert cache is not None
-    lease, seen, asked = cache.lease, list[tuple[int, int]](), list[threading.Thread]()
+    runner = tight._model.experts
+    assert isinstance(runner, CachedRunner)
+    run, seen, asked = runner.run, list[tuple[int, int]](), list[threading.Thread]()
     smaller = opened.total_bytes - 8 * opened.slot_bytes
     steps = 0
 
@@ -320,11 +323,11 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
             asked[0].start()
             while tight._model.decoder.between_layers is None:
                 time.sleep(0.001)
-        leased = lease(layer, *arguments)
         seen.append((steps, cache.slots.num_slots))
-        return leased
+        return run(layer, *arguments)
 
-    monkeypatch.setattr(cache, "lease", ask_within)
+    monkeypatch.setattr(CachedRunner, "elsewhere", None)  # a step stops at every layer
+    monkeypatch.setattr(runner, "run", ask_within)
     sequence = tight.submit(PROMPTS[1], GREEDY)
     while sequence.result is None:
         steps += 1

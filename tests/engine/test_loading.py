@@ -13,6 +13,7 @@ from argosy import SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
+from argosy.experts.cache import CachedRunner
 from tests.cli.tiny_chat_model import write_chat_model
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -40,23 +41,23 @@ def engines(ready: list[ReadyModel]) -> Iterator[tuple[Engine, Engine]]:
 
 
 class Watched:
-    """The store of an engine's experts; calls `meanwhile` before each wait for reads."""
+    """The leases of an engine's experts, without native layers; calls `meanwhile` before each wait for reads."""
 
-    def __init__(self, engine: Engine, meanwhile: Any) -> None:
-        self._cache = engine._model.cache
-        self._store, self.meanwhile = self._cache._store, meanwhile
-        self._cache._store = self
+    def __init__(self, engine: Engine, meanwhile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(CachedRunner, "elsewhere", None)
+        self._core, self.meanwhile = engine._model.cache.core, meanwhile
+        monkeypatch.setattr(engine._model.cache, "core", self)
 
-    def wait_any(self, *args: Any) -> Any:
+    def collect(self) -> None:
         self.meanwhile()
-        return self._store.wait_any(*args)
+        self._core.collect()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
+        return getattr(self._core, name)
 
 
 def test_steps_of_others_run_while_a_first_prompt_waits_for_its_experts(
-    engines: tuple[Engine, Engine],
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy, loading = engines
     expected = busy.generate(PROMPT, PARAMS).token_ids
@@ -72,7 +73,7 @@ def test_steps_of_others_run_while_a_first_prompt_waits_for_its_experts(
             stepper.join(30)
             assert not stepper.is_alive()  # it did not wait for the cores
 
-    Watched(loading, step_of_the_other)
+    Watched(loading, step_of_the_other, monkeypatch)
     first = loading.submit(PROMPT, PARAMS)
     loading.step()
     assert num_steps >= 1
@@ -84,10 +85,12 @@ def test_steps_of_others_run_while_a_first_prompt_waits_for_its_experts(
     assert first.new_ids == other.new_ids == expected
 
 
-def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(engines: tuple[Engine, Engine]) -> None:
+def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, engine = engines
     lent: list[bool] = []
-    Watched(engine, lambda: lent.append(engine._turns._owner is None))
+    Watched(engine, lambda: lent.append(engine._turns._owner is None), monkeypatch)
     sequence = engine.submit(PROMPT, PARAMS)
     engine.step()
     assert any(lent)
@@ -101,7 +104,7 @@ def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(engines: tuple[Engi
 
 
 def test_steps_are_in_the_foreground_once_no_slot_is_free(
-    ready: list[ReadyModel], engines: tuple[Engine, Engine]
+    ready: list[ReadyModel], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, engine = engines
     is_ahead = threading.Event()
@@ -114,7 +117,7 @@ def test_steps_are_in_the_foreground_once_no_slot_is_free(
         ).start()
         waited.append(not is_ahead.wait(seconds))
 
-    watched = Watched(engine, lambda: waited or give_way(30))
+    watched = Watched(engine, lambda: waited or give_way(30), monkeypatch)
     engine.generate(PROMPT, PARAMS)
     assert waited == [False]
     is_ahead.clear()

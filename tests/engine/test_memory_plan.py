@@ -22,8 +22,8 @@ from argosy.engine.memory_plan import (
 )
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
-from argosy.experts import policy
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
+from argosy.experts.policy import CachePolicy
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
 from argosy.plan.assumed import assume_pack
@@ -283,7 +283,7 @@ def test_the_bookkeeping_of_experts_is_planned(files: ModelFiles) -> None:
     for ram_bytes in (needed, needed + 50 * MIB, 4096 * MIB):
         planned = plan(many, ram_bytes)
         slots = min(planned.num_slots, planned.num_experts - 1)
-        policy_bytes = policy.bookkeeping_bytes(num_slots=slots, num_layers=61, num_experts=384)
+        policy_bytes = CachePolicy.bytes(num_slots=slots, num_layers=61, num_experts=384)
         assert planned.bookkeeping_bytes > 10 * MIB
         if planned.is_resident:
             assert planned.bookkeeping_bytes >= resident_bookkeeping_bytes(many.experts)

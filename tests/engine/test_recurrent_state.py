@@ -14,6 +14,7 @@ from argosy.engine.memory_plan import plan_memory
 from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
+from argosy.experts.cache import CachedRunner
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
 from tests.engine.scheduling import Rig
@@ -141,6 +142,7 @@ def test_a_step_that_fails_midway_leaves_an_invalid_slot(
         assert slot is not None
         states = states_of(engine)
         with monkeypatch.context() as patch:
+            patch.setattr(CachedRunner, "elsewhere", None)
             patch.setattr(engine._model.experts, "run", interrupted)
             with pytest.raises(InterruptedError):
                 engine.step()

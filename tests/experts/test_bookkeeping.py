@@ -13,7 +13,8 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
-from argosy.experts import policy
+from argosy.experts import slots
+from argosy.experts.cache import ExpertCache
 from argosy.experts.files import (
     Arithmetic,
     ExpertFiles,
@@ -23,6 +24,7 @@ from argosy.experts.files import (
     resident_bookkeeping_bytes,
 )
 from argosy.experts.policy import CachePolicy
+from argosy.experts.slots import lay_out_slots
 
 NUM_LAYERS, NUM_EXPERTS, EXPERTS_PER_TOKEN = 61, 384, 8
 PIECE_BYTES = 128
@@ -102,7 +104,7 @@ def test_expert_files_take_no_more_memory_than_planned(
     def make() -> tuple[ExpertFiles, object]:
         files = files_of(store, records)
         for key in records:
-            files._read(key)
+            files.read(key)
         table = files.table(arena, Arithmetic())
         table.place([(key, 0) for key in records])
         return files, table
@@ -144,10 +146,29 @@ def test_a_policy_takes_no_more_memory_than_planned() -> None:
                         use(made, layer, list(range(start, start + EXPERTS_PER_TOKEN)), is_sweep=is_sweep)
             return made
 
-        planned = policy.bookkeeping_bytes(
-            num_slots=num_slots, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS
-        )
+        planned = CachePolicy.bytes(num_slots=num_slots, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS)
         assert planned / 2 <= bytes_left_by(make) <= planned
+
+
+def test_a_cache_takes_no_more_memory_than_planned(store: _native.Store, tmp_path: Path) -> None:
+    records = kimi_k2(tmp_path / "experts.bin", num_pieces=1)
+    num_slots = 600
+
+    def make() -> ExpertCache:
+        made = ExpertCache(
+            store, files_of(store, records), num_slots=num_slots, experts_per_token=EXPERTS_PER_TOKEN
+        )
+        for layer in range(NUM_LAYERS):
+            for start in range(0, NUM_EXPERTS, EXPERTS_PER_TOKEN):
+                with made.lease(layer, range(start, start + EXPERTS_PER_TOKEN)) as lease:
+                    list(lease)
+        return made
+
+    layout = lay_out_slots(records, experts_per_token=EXPERTS_PER_TOKEN)
+    planned = bookkeeping_bytes(records) + slots.bookkeeping_bytes(
+        layout, num_slots=num_slots, num_experts=NUM_EXPERTS
+    )
+    assert planned / 2 <= bytes_left_by(make) <= planned
 
 
 def use(made: CachePolicy, layer: int, experts: list[int], *, is_sweep: bool) -> None:

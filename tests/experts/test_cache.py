@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 from collections.abc import Collection, Sequence
@@ -55,7 +54,7 @@ class Rig:
     def check_idle(self) -> None:
         """Check that no read is in flight and every slot is available."""
         assert not self.store.in_flight
-        trial = copy.deepcopy(self.cache.slots.policies[0])
+        trial = self.cache.slots.policies[0].copy()
         for i in range(trial.num_slots):
             assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 

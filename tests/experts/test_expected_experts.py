@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import ReadFailed
-from argosy.experts.look_ahead import LookAhead
 from tests.experts.fake_store import MATRIX_BYTES
 from tests.experts.test_cache import NUM_EXPERTS, NUM_LAYERS, Rig, all_of
 
@@ -41,12 +39,12 @@ def lease_and_expect(
 def trusting_rig(**options: Any) -> Rig:
     """Make a rig whose cache reads every guess."""
     rig = Rig(**options)
-    rig.cache._look_ahead = (LookAhead(rig.k, least_right=0.0), LookAhead(rig.k, least_right=0.0))
+    rig.cache.core.trust(0.0)
     return rig
 
 
 def check_all_slots_can_be_had(rig: Rig) -> None:
-    trial = copy.deepcopy(rig.cache.slots.policies[0])
+    trial = rig.cache.slots.policies[0].copy()
     for i in range(trial.num_slots):
         assert trial.admit((0, NUM_EXPERTS + i), is_scan=False) is not None, "a slot is still pinned"
 
@@ -86,14 +84,14 @@ def test_whatever_was_hinted_or_guessed_every_expert_comes_once_with_its_own_byt
         found = lease_and_expect(rig, layer, wanted, scan, hint, is_guess=is_guess)
         assert found == sorted(wanted)
         policy = rig.cache.slots
-        assert set(rig.cache._early) <= policy.resident()
+        assert set(rig.cache.core.early) <= policy.resident()
     stats = rig.cache.stats
     assert stats.lookups == sum(len(wanted) for _, wanted, _, _ in asked)
     assert stats.bytes_read % (3 * MATRIX_BYTES) == 0
     assert stats.lookups - stats.hits + stats.idle_reads == stats.bytes_read // (3 * MATRIX_BYTES)
-    rig.cache._forget_hint()
-    while rig.cache._early:
-        rig.cache._collect_early(block=True)
+    rig.cache.core.forget_hint()
+    while rig.cache.core.early:
+        rig.cache.core.collect_early()
     assert not rig.store.in_flight
     check_all_slots_can_be_had(rig)
 
@@ -130,7 +128,7 @@ def test_an_open_lease_reads_all_its_own_experts_before_those_of_the_hint() -> N
         rig.cache.guess(1, [ALL, []], is_sweep=True)
         for group in lease:
             rig.check(0, group)
-            if rig.cache._open is not None and rig.cache._open._missing:
+            if rig.cache.core.is_short_of_slots:
                 assert not rig.store.ahead
     assert len(rig.store.ahead) >= 1
 
@@ -152,7 +150,7 @@ def test_a_hint_takes_no_more_than_the_window_and_evicts_no_pinned_expert() -> N
     window = rig.cache.slots.policies[0].window_slots
     with rig.cache.lease(0, [0, 1, 2, 3]) as lease:
         rig.cache.guess(2, [ALL, []], is_sweep=True)
-        assert 0 < len(rig.cache._early) <= window
+        assert 0 < len(rig.cache.core.early) <= window
         for group in lease:
             rig.check(0, group)
     kept = sum(rig.cache.slots.slot((layer, expert)) is not None for layer in (0, 1) for expert in range(4))
@@ -166,7 +164,7 @@ def test_resident_experts_of_a_hint_stay_until_they_are_requested() -> None:
     with rig.cache.lease(2, [7]) as lease:
         rig.cache.guess(1, [[0, 1, 2], []], is_sweep=True)
         list(lease)
-    assert len(rig.cache._early) == 1, "the window has one slot left beside the expert that is there"
+    assert len(rig.cache.core.early) == 1, "the window has one slot left beside the expert that is there"
     hits = rig.cache.stats.hits
     rig.run(1, [0, 1, 2])
     assert rig.cache.stats.hits - hits == 1
@@ -177,7 +175,7 @@ def test_a_hint_is_dropped_without_waiting_when_another_layer_leases_first() -> 
     lease_and_expect(rig, 0, [0], set(), (1, [3, 4, 5]))
     assert len(rig.store.in_flight) == 3
     rig.run(2, [7])
-    assert not rig.cache._early
+    assert not rig.cache.core.early
     assert all(rig.cache.slots.slot((1, expert)) is None for expert in (3, 4, 5))
     assert not {kind for kind, _ in rig.store.log} & {"cancel"}
 
@@ -185,7 +183,7 @@ def test_a_hint_is_dropped_without_waiting_when_another_layer_leases_first() -> 
 def test_a_read_of_a_wrong_hint_still_serves_a_later_lease() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
-    while rig.cache._early:  # the read has begun, so one of these leases sees it land
+    while rig.cache.core.early:  # the read has begun, so one of these leases sees it land
         list_of(rig, 2, [7])
     assert rig.cache.stats.idle_reads == 1
     fetches = rig.store.num_fetches
@@ -203,7 +201,7 @@ def test_an_early_read_that_fails_is_reported_only_to_a_lease_that_needs_it() ->
         num_slots=24, begun=1.0, fail=lambda number: ("broke", "io") if number in failing else None
     )
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
-    while rig.cache._early:
+    while rig.cache.core.early:
         list_of(rig, 0, [0])  # no lease needs the failed expert: no error
     lease_and_expect(rig, 0, [0], set(), (1, [3]))
     with pytest.raises(ReadFailed, match="layer 1, expert 3"):
@@ -280,9 +278,8 @@ def test_guesses_are_read_only_after_they_were_right_often_enough() -> None:
             list(lease)
         if not turn:
             assert not rig.store.guessed
-    look_ahead = rig.cache._look_ahead[False]
-    assert look_ahead.is_trusted(0)
-    assert not look_ahead.is_trusted(1)
+    assert rig.cache.core.is_trusted(0, is_sweep=False)
+    assert not rig.cache.core.is_trusted(1, is_sweep=False)
     assert rig.store.guessed
 
 
@@ -301,7 +298,7 @@ def test_a_guess_takes_few_slots_and_does_not_evict_guessed_experts() -> None:
 def test_a_read_dropped_midway_is_repeated_when_it_is_needed_after_all() -> None:
     rig = trusting_rig(num_slots=24, begun=1.0, given_up=1.0)
     lease_and_expect(rig, 0, [0], set(), (1, [3]), is_guess=True)
-    rig.cache._forget_hint()
+    rig.cache.core.forget_hint()
     assert all_of(rig.run(1, [3])) == [3]
 
 

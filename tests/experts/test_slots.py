@@ -189,7 +189,7 @@ def test_a_slot_for_every_expert_holds_every_expert() -> None:
     rig = Rig(4 * NUM_EXPERTS)
     for layer in (0, 1, 2, 3):
         rig.run(layer, list(range(NUM_EXPERTS)), set(), [])
-    assert rig.cache.has_all
+    assert rig.cache.core.has_all
     assert rig.cache.slots.is_full
 
 

@@ -14,7 +14,6 @@ from argosy import _native
 from argosy.config import ModelConfig
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
-from argosy.experts.look_ahead import LookAhead
 from argosy.experts.resident import load_resident
 from argosy.experts.runner import ExpertRunner
 from argosy.model.families import open_model
@@ -55,11 +54,16 @@ class Parts:
 
 @contextmanager
 def open_parts(
-    directory: Path, residency: Residency, *, threads: int = 1, instruction_set: str | None = None
+    directory: Path,
+    residency: Residency,
+    *,
+    threads: int = 1,
+    instruction_set: str | None = None,
+    file_system: _native.FileSystem | None = None,
 ) -> Iterator[Parts]:
     files = open_model(directory)
     config = files.config
-    store = _native.Store(2)
+    store = _native.Store(2) if file_system is None else _native.Store(2, file_system)
     opened: dict[str, int] = {}
 
     def open_file(path: str) -> int:
@@ -89,8 +93,7 @@ def open_parts(
             )
             experts = CachedRunner(runtime, cache)
             if not is_smallest:  # read every guess
-                k = config.experts_per_token
-                cache._look_ahead = (LookAhead(k, least_right=0.0), LookAhead(k, least_right=0.0))
+                cache.core.trust(0.0)
 
         def reference_experts() -> ReferenceExperts | None:
             return None if experts is None else ReferenceExperts(store, expert_files)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.pack import pack
 from argosy.config import ModelConfig
+from argosy.experts.cache import CachedRunner
 from argosy.experts.runner import Rows
 from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
@@ -338,7 +339,10 @@ def test_look_ahead_returns_the_next_routers_choice_for_the_current_hidden_state
         assert asked == 2 * (len(config.moe_layers) - 1)
 
 
-def test_look_ahead_while_experts_run_changes_nothing(tmp_path: Path) -> None:
+def test_look_ahead_while_experts_run_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CachedRunner, "elsewhere", None)  # the stack stops at every layer
     directory = write_model(tmp_path, mixtral(num_local_experts=4, num_experts_per_tok=2), seed=1)
     with open_parts(directory, "smallest cache") as parts:
         (step,) = make_steps(parts.config, [[Run(0, 3)]])
@@ -375,7 +379,10 @@ def test_prefill_and_decode_guess_the_experts_of_the_next_layer(tmp_path: Path) 
         ]
 
 
-def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(tmp_path: Path) -> None:
+def test_a_failed_read_ends_the_step_and_the_next_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CachedRunner, "elsewhere", None)  # the stack stops at every layer
     directory = write_model(tmp_path, qwen2_moe(), seed=2)
     with open_parts(directory, "smallest cache") as parts:
         runner = Watched(parts.experts)

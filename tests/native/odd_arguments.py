@@ -43,7 +43,7 @@ HEADROOM_BYTES = 3 << 30
 NEED_ROUNDING = frozenset({"round_keys", "attend_rounded"})
 MADE_BY_OTHERS = {
     "FileSystem", "KvShape", "Mixer", "Ffn", "ExchangeTimes", "PeerStats", "ExchangeEvent", "WorkerRequest",
-    "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer",
+    "WorkerGuess", "LayerExperts", "AskedCounts", "BegunLayer", "LeaseCounts",
 }  # fmt: skip
 NUM_MIXED = 40  # calls of each callable with several odd arguments
 # Arguments that fill so much memory, or start so many threads.
@@ -128,6 +128,34 @@ class Case:
         if is_placed:
             table.place([((0, expert), 0) for expert in range(self.EXPERTS)])
         return table
+
+    def policy(self) -> Any:
+        policy = self.native.CachePolicy(num_slots=3, layers=[0], experts_per_token=2)
+        policy.admit((0, 1), is_scan=False)
+        policy.admit((0, 2), is_scan=True)
+        policy.unpin(0, [1, 2])
+        return policy
+
+    def cached_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (self.store(), self.arena(), self.table(is_placed=False)), {
+            "kinds": [
+                (self.native.CachePolicy(num_slots=3, layers=[0], experts_per_token=2), [0], [0, 4096, 8192])
+            ],
+            "keys": [(0, expert) for expert in range(self.EXPERTS)],
+            "record_of": lambda key: self.record(),
+            "fetch": lambda places, urgency: list(range(len(places))),
+            "bytes_of": lambda key: 4096,
+            "experts_per_token": 2,
+            "look_ahead": True,
+            "reads_all": False,
+        }
+
+    def cached(self, *, is_open: bool = False) -> Any:
+        args, kwargs = self.cached_arguments()
+        cached = self.native.CachedExperts(*args, **kwargs)
+        if is_open:
+            cached.open(0, [0, 3], [])
+        return cached
 
     def dispatch(self) -> Any:
         return self.native.Dispatch(np.array([[0, 1], [1, 3], [3, 0]], np.int32), np.zeros(3, np.bool_), 4)
@@ -358,6 +386,8 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "LayerExperts": lambda: (),
         "AskedCounts": lambda: (),
         "BegunLayer": lambda: (),
+        "LeaseCounts": lambda: (),
+        "CachePolicy": lambda: (3, [0, 2], 2),
         "Owner": lambda: ("10.0.0.2:7070",),
         "Owners": lambda: (case.hosts(), np.zeros((1, 4, 1), np.int16), None),
         "GroupExperts": lambda: (case.exchange(),),
@@ -370,7 +400,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     first_by_name = {"swiglu_experts": 11, "grouped_query_attention": 4, "gated_delta_net": 3, "routed_ffn": 2,
                      "multi_head_latent_attention": 5, "Routing": 1, "ExpertTable": 1, "Layer": 4,
                      "replay": 2, "tournament": 2, "linear": 5, "Exchange": 0, "WorkerLink": 1, "worker_link_bytes": 0,
-                     "exchange_bytes": 0}  # fmt: skip
+                     "exchange_bytes": 0, "CachePolicy": 0}  # fmt: skip
     names = {
         "swiglu_experts": "activation gate_bias up_bias down_bias",
         "linear": "finish exact",
@@ -382,6 +412,7 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "ExpertTable": "hidden activation",
         "replay": "num_experts policy num_slots counted_from",
         "tournament": "depth",
+        "CachePolicy": "num_slots layers experts_per_token",
         "Exchange": "hidden num_experts most_rows most_assignments",
         "WorkerLink": "hidden num_experts most_rows most_assignments",
         "worker_link_bytes": "hidden num_experts most_rows most_assignments",
@@ -481,6 +512,27 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
         "WorkerLink.close": (case.link, lambda: ()),
         "ExpertTable.place": (lambda: case.table(is_placed=False), lambda: ([((0, 1), 64), ((0, 3), 0)],)),
         "ExpertTable.run": (case.table, lambda: (runtime, 0, [0, 3], case.dispatch(), f(3, 64), f(6, 64))),
+        "CachePolicy.copy": (case.policy, lambda: ()),
+        "CachePolicy.resize": (case.policy, lambda: (2,)),
+        "CachePolicy.moves": (case.policy, lambda: (3,)),
+        "CachePolicy.begin": (case.policy, lambda: (0,)),
+        "CachePolicy.find": (case.policy, lambda: (0, [1, 3])),
+        "CachePolicy.unpin": (case.policy, lambda: (0, [1, 2])),
+        "CachePolicy.drop": (case.policy, lambda: ((0, 1),)),
+        "CachePolicy.slot": (case.policy, lambda: ((0, 2),)),
+        "CachePolicy.resident": (case.policy, lambda: ()),
+        "CachePolicy.pinned": (case.policy, lambda: ()),
+        "CachePolicy.window": (case.policy, lambda: ()),
+        "CachePolicy.ages": (case.policy, lambda: ()),
+        "CachedExperts.open": (case.cached, lambda: (0, [1, 3], [3])),
+        "CachedExperts.group": (lambda: case.cached(is_open=True), lambda: ()),
+        "CachedExperts.collect": (lambda: case.cached(is_open=True), lambda: ()),
+        "CachedExperts.is_running": (lambda: case.cached(is_open=True), lambda: (case.dispatch(),)),
+        "CachedExperts.take_done": (lambda: case.cached(is_open=True), lambda: ()),
+        "CachedExperts.forget_hint": (case.cached, lambda: ()),
+        "CachedExperts.collect_early": (case.cached, lambda: ()),
+        "CachedExperts.trust": (case.cached, lambda: (0.5,)),
+        "CachedExperts.cancel_early": (case.cached, lambda: ()),
         "Rotary.angles": (
             lambda: n.Rotary(np.ones(8), 1.0, False, (0, 1, 2, 0, 1, 2, 0, 0)),
             lambda: (runtime, f(3, 3), f(3, 8), f(3, 8)),
@@ -521,6 +573,22 @@ def valid_calls(case: Case) -> dict[str, Callable[[], Call]]:
     calls |= {name: method_of(name, owner, arguments) for name, (owner, arguments) in methods.items()}
     calls["gated_delta"] = lambda: (n.gated_delta, *case.delta())
     calls["Stack"] = lambda: (n.Stack, *case.stack_arguments(is_resident=True))
+    calls["CachedExperts"] = lambda: (n.CachedExperts, *case.cached_arguments())
+    calls["CachedExperts.end"] = lambda: (case.cached(is_open=True).end, (), {"is_whole": True})
+    calls["CachedExperts.wants_guess"] = lambda: (case.cached().wants_guess, (), {"is_sweep": False})
+    calls["CachedExperts.guess"] = lambda: (case.cached().guess, (0, [[1], [0, 2]]), {"is_sweep": True})
+    calls["CachedExperts.is_trusted"] = lambda: (case.cached().is_trusted, (1,), {"is_sweep": False})
+    calls["CachePolicy.use"] = lambda: (case.policy().use, (0, [1, 2]), {"is_scan": True})
+    calls["CachePolicy.admit"] = lambda: (
+        case.policy().admit,
+        ((0, 3),),
+        {"is_scan": False, "is_guess": False},
+    )
+    calls["CachePolicy.bytes"] = lambda: (
+        n.CachePolicy.bytes,
+        (),
+        {"num_slots": 3, "num_layers": 2, "num_experts": 4},
+    )
     calls["ExpertTable.add_layer"] = lambda: (
         n.ExpertTable(case.arena(), hidden=64, activation=("silu", 0.0, 0.0)).add_layer,
         (2,),
@@ -604,7 +672,7 @@ def odd_arrays(array: Any) -> Iterator[Any]:
 def odd_objects(native: Any) -> list[Any]:
     """Objects that were never initialised, or closed."""
     names = ("Matrix", "Runtime", "Arena", "Store", "KvCache", "Routing", "Mixer", "Ffn", "Layer", "Rotary",
-             "Record", "Dispatch", "ExpertTable")  # fmt: skip
+             "Record", "Dispatch", "ExpertTable", "CachePolicy", "CachedExperts")  # fmt: skip
     kinds = [getattr(native, name) for name in names]
     closed = [native.Arena(4096), native.Runtime(1), native.Store(1)]
     for one in closed:

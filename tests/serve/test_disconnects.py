@@ -188,13 +188,8 @@ def seconds_to_release(server: Server, tenant: str) -> float:
 
 
 def leased_slots(experts: ExpertCache) -> set[tuple[int, int]]:
-    pinned = {
-        (number, expert)
-        for policy in experts.slots.policies
-        for number, layer in policy._layers.items()
-        for expert in layer.pinned
-    }
-    return pinned - {(experts._hint_layer, expert) for expert in experts._kept} - experts._early.keys()
+    pinned = {key for policy in experts.slots.policies for key in policy.pinned()}
+    return pinned - {*experts.core.kept, *experts.core.early}
 
 
 def held(server: Server) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def held(server: Server) -> dict[str, Any]:
         "sequences": facts.num_running + facts.num_waiting,
         "KV blocks": facts.kv_blocks_held,
         "queued reads": server.engine._store.pending(),
-        "open lease": experts._open is not None,
+        "open lease": experts.core.is_open,
         "leased slots": len(leased_slots(experts)),
         "live requests": len(server.loop._live) + server.loop._num_live,
         "requests of keys": dict(server.limits._running),

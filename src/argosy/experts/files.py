@@ -181,9 +181,9 @@ class ExpertFiles:
         self, arena: _native.Arena, experts: Sequence[tuple[Key, int]], *, urgency: _native.Urgency = "now"
     ) -> list[int]:
         """Start reading (expert, place in the arena) pairs; return the store's tickets, all or none."""
-        return self._store.fetch_many(arena, [(self._read(key), place) for key, place in experts], urgency)
+        return self._store.fetch_many(arena, [(self.read(key), place) for key, place in experts], urgency)
 
-    def _read(self, key: Key) -> _native.Record:
+    def read(self, key: Key) -> _native.Record:
         """How to read an expert, created on first use."""
         if (known := self._reads.get(key)) is not None:
             return known

@@ -12,12 +12,11 @@ smaller cache gives back the end of the memory.
 A slot counts as `SlotLayout.slot_bytes` in a memory plan, whatever its kind. That is about the mean size of an expert.
 It is more only if a kind has so few experts that a cache with the fewest slots has more than its share of them.
 
-Elsewhere: `policy.py` decides within a kind; `cache.py` reads.
+Elsewhere: `native/ops/cache_policy.h` decides within a kind; `cached_experts.h` reads.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,12 @@ from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ExpertRecord
 from argosy.checkpoint.manifest import round_up
-from argosy.experts import policy
 from argosy.experts.files import LARGEST_ALIGNMENT, Key, memory_of
 from argosy.experts.policy import CachePolicy
 
+# Beside what its policy knows, an expert has: the place of a slot here and in native code, and its order; its number;
+# its record, the size of that, and a reference to it. Vectors have up to twice the room.
+_EXPERT_BYTES = 2 * 8 + 8 + 2 * (4 + 16 + 8)
 # More kinds save little, and within a kind the policy is free to give a layer more slots than another.
 _MOST_KINDS = 4
 
@@ -137,13 +138,12 @@ def _lay_out(
 
 
 def bookkeeping_bytes(layout: SlotLayout, *, num_slots: int, num_experts: int) -> int:
-    """Most bytes that `Slots` and its policies can hold, with at most `num_experts` in each layer."""
+    """Most bytes that `Slots`, its policies and leases can hold, with at most `num_experts` in each layer."""
     in_policies = sum(
-        policy.bookkeeping_bytes(num_slots=count, num_layers=len(kind.layers), num_experts=num_experts)
+        CachePolicy.bytes(num_slots=count, num_layers=len(kind.layers), num_experts=num_experts)
         for kind, count in zip(layout.kinds, layout.counts(num_slots), strict=True)
     )
-    places = sum(2 * kind.places.nbytes + 8 * kind.num_experts for kind in layout.kinds)
-    return in_policies + places
+    return in_policies + _EXPERT_BYTES * sum(kind.num_experts for kind in layout.kinds)
 
 
 class Copy(NamedTuple):
@@ -161,7 +161,6 @@ class Slots:
     Attributes:
         policies: the policy of each kind.
         policy_of: the policy of a layer's experts.
-        places_of: by layer, where each slot of its kind begins in the arena.
     """
 
     def __init__(self, layout: SlotLayout, *, num_slots: int, experts_per_token: int) -> None:
@@ -169,13 +168,18 @@ class Slots:
         self.num_slots = num_slots
         self.policies: list[CachePolicy] = []
         self.policy_of: dict[int, CachePolicy] = {}
-        self.places_of: dict[int, array[int]] = {}
         self._num_experts = [kind.num_experts for kind in layout.kinds]
         for kind, count in zip(layout.kinds, layout.counts(num_slots), strict=True):
             made = CachePolicy(num_slots=count, layers=kind.layers, experts_per_token=experts_per_token)
             self.policies.append(made)
             self.policy_of.update(dict.fromkeys(kind.layers, made))
-            self.places_of.update(dict.fromkeys(kind.layers, array("q", kind.places.tobytes())))
+
+    def kinds(self) -> list[tuple[CachePolicy, list[int], list[int]]]:
+        """The policy of each kind, its layers, and where its slots begin: for `_native.CachedExperts`."""
+        return [
+            (made, list(kind.layers), kind.places.tolist())
+            for kind, made in zip(self._layout.kinds, self.policies, strict=True)
+        ]
 
     @property
     def num_resident(self) -> int:
@@ -211,7 +215,7 @@ class Slots:
         ):
             places = kind.places
             copies += [
-                Copy(move.key, int(places[move.slot]), int(places[move.to]), kind.slot_bytes)
-                for move in each.moves(max(count, each.num_slots))
+                Copy(key, int(places[slot]), int(places[to]), kind.slot_bytes)
+                for key, slot, to in each.moves(max(count, each.num_slots))
             ]
         return copies

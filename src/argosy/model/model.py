@@ -323,7 +323,7 @@ class Model:
             reads_all=True,
             look_ahead=look_ahead,
         )
-        cache.stats = replace(packed.stats)
+        cache.earlier = replace(packed.stats)
         self.cache, self.experts = cache, CachedRunner(self._runtime, cache)
         self.decoder.run_with(self.experts)
         if self.draft is not None:

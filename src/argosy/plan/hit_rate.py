@@ -8,8 +8,8 @@ Two curves of a layer, counted over decode tokens, give the whole range of budge
   last T tokens, for the T at which they fill it; the next token misses what it adds to them (P. J. Denning, "The
   working set model for program behavior", 1968): `hit rate = 1 - (W(T + 1) - W(T)) / experts_per_token`.
 - **Experts up to an age**. The engine's cache evicts the oldest expert, and its age takes uses into account
-  (`experts/policy.py`). It depends on the layer's past alone and not on the size of the cache. So a cache holds the
-  experts below some age, the one at which they fill it, and the hit rate is the share of uses below that age.
+  (`native/ops/cache_policy.h`). It depends on the layer's past alone and not on the size of the cache. So a cache holds
+  the experts below some age, the one at which they fill it, and the hit rate is the share of uses below that age.
 
 The second gives the engine's own hit rate; the first what a chunk or several sequences at once ask for. Neither holds
 the order of uses or the number of an expert.
@@ -53,7 +53,7 @@ _FEWEST_FINE, _MOST_COARSE = 64, 16  # experts of a layer
 # Ages in turns of a layer, below zero for experts that were used often.
 AGES: tuple[int, ...] = (*range(-18, 9), *(window for window in WINDOWS if window > 8))
 
-_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # an age grows by this in a turn, as `experts/policy.py` has it
+_GROWTH = 1.0 + BONUS_TURNS / HALF_LIFE_TURNS  # an age grows by this in a turn, as the policy has it
 _WARM_TURNS = 32  # the beginning of a timeline, when the cache would still be filling
 _CHOICES_TOGETHER = 8192  # choices that are counted at once, whose arrays stay in a cache
 _ARRAYS_AT_ONCE = 20  # while they are counted, of 8 bytes for each of them

@@ -1,0 +1,468 @@
+// cached_experts.cpp: binds the policy of the expert cache, and its leases.
+
+#include "ops/cached_experts.h"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bind/experts.h"
+#include "bind/reads.h"
+
+namespace argosy {
+
+using namespace nb::literals;
+
+namespace {
+
+using Key = std::pair<int64_t, int64_t>;  // (layer, expert)
+
+// Far more than any model has, and few enough that a mistake cannot fill the memory.
+constexpr int64_t kMostSlots = int64_t{1} << 24, kMostExperts = int64_t{1} << 16;
+// Python checks for ^C this often while it waits for the drive.
+constexpr std::chrono::milliseconds kSignalInterval{100};
+constexpr int64_t kMostWaitMs = 86'400'000;  // a day
+
+ExpertKey parse_key(const Key& key) {
+  require_range("layer", key.first, 0, kMostExperts - 1);
+  require_range("expert", key.second, 0, kMostExperts - 1);
+  return {int32_t(key.first), int32_t(key.second)};
+}
+
+std::vector<Key> keys_of(const std::vector<ExpertKey>& keys) {
+  std::vector<Key> found;
+  for (const ExpertKey& key : keys) found.emplace_back(key.layer, key.expert);
+  return found;
+}
+
+void require_experts(const std::vector<int32_t>& experts) {
+  for (const int32_t expert : experts) require_range("an expert", expert, 0, kMostExperts - 1);
+}
+
+// Reads of a store; the records of experts are created when they are first read.
+class StoreReads : public ExpertReads {
+ public:
+  StoreReads(nb::object store, nb::object arena, nb::object record_of)
+      : hold_{store, arena},
+        store_(nb::cast<Store&>(store)),
+        arena_(nb::cast<Arena&>(arena)),
+        record_of_(std::move(record_of)) {}
+
+  std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override {
+    std::vector<PlacedRecord> placed;
+    placed.reserve(places.size());
+    for (const auto& [key, at] : places) placed.push_back({*known(key).record, at});
+    return store_.fetch(arena_, placed, urgency);
+  }
+  void hurry(const std::vector<int64_t>& tickets) override { store_.hurry(tickets); }
+  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
+                                   std::optional<std::chrono::milliseconds> most) override {
+    if (most) return store_.wait_any(tickets, *most);
+    std::vector<Completion> done;
+    while (done.empty() && !tickets.empty()) done = store_.wait_any(tickets, kSignalInterval);
+    return done;
+  }
+  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override { return store_.drop(tickets); }
+  void cancel(int64_t ticket) override { store_.cancel(ticket); }
+  int64_t bytes(ExpertKey key) override { return known(key).nbytes; }
+
+ private:
+  struct Known {
+    const Record* record = nullptr;
+    int64_t nbytes = 0;
+  };
+
+  const Known& known(ExpertKey key) {
+    if (key.layer >= int64_t(known_.size())) known_.resize(size_t(key.layer) + 1);
+    std::vector<Known>& layer = known_[size_t(key.layer)];
+    if (key.expert >= int64_t(layer.size())) layer.resize(size_t(key.expert) + 1);
+    Known& found = layer[size_t(key.expert)];
+    if (found.record == nullptr) {
+      const nb::gil_scoped_acquire acquired;
+      hold_.push_back(record_of_(Key(key.layer, key.expert)));
+      const auto& record = nb::cast<const Record&>(hold_.back());
+      for (const Piece& piece : record.pieces) found.nbytes += piece.nbytes;
+      found.record = &record;
+    }
+    return found;
+  }
+
+  std::vector<nb::object> hold_;  // keeps the store, the arena and records alive
+  Store& store_;
+  Arena& arena_;
+  nb::object record_of_;
+  std::vector<std::vector<Known>> known_;
+};
+
+// The methods of an object that stands in for a store, written in Python.
+class ReadsInPython : public ExpertReads {
+ public:
+  using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::string>>;
+
+  ReadsInPython(nb::object store, nb::object fetch, nb::object bytes_of)
+      : store_(std::move(store)), fetch_(std::move(fetch)), bytes_of_(std::move(bytes_of)) {}
+
+  std::vector<int64_t> fetch(const std::vector<Place>& places, Urgency urgency) override {
+    const nb::gil_scoped_acquire acquired;
+    std::vector<std::pair<Key, int64_t>> placed;
+    for (const auto& [key, at] : places) placed.emplace_back(Key(key.layer, key.expert), at);
+    const char* names[kNumUrgencies] = {"now", "soon", "maybe"};
+    return nb::cast<std::vector<int64_t>>(fetch_(placed, names[int(urgency)]));
+  }
+  void hurry(const std::vector<int64_t>& tickets) override {
+    const nb::gil_scoped_acquire acquired;
+    store_.attr("hurry")(tickets);
+  }
+  std::vector<Completion> wait_any(const std::vector<int64_t>& tickets,
+                                   std::optional<std::chrono::milliseconds> most) override {
+    const nb::gil_scoped_acquire acquired;
+    const nb::object wait = store_.attr("wait_any");
+    const nb::object done = most && most->count() == 0 ? wait(tickets, 0) : wait(tickets);
+    std::vector<Completion> found;
+    for (auto& [ticket, message, kind] : nb::cast<std::vector<Done>>(done)) {
+      found.push_back({ticket, kind ? parse_error_kind(*kind) : ReadError::none, message.value_or("")});
+    }
+    return found;
+  }
+  std::vector<int64_t> drop(const std::vector<int64_t>& tickets) override {
+    const nb::gil_scoped_acquire acquired;
+    return nb::cast<std::vector<int64_t>>(store_.attr("drop")(tickets));
+  }
+  void cancel(int64_t ticket) override {
+    const nb::gil_scoped_acquire acquired;
+    store_.attr("cancel")(ticket);
+  }
+  int64_t bytes(ExpertKey key) override {
+    const nb::gil_scoped_acquire acquired;
+    return nb::cast<int64_t>(bytes_of_(Key(key.layer, key.expert)));
+  }
+
+ private:
+  nb::object store_, fetch_, bytes_of_;
+};
+
+using RecordOf = nb::typed<nb::callable, Record(Key)>;
+using Fetch =
+    nb::typed<nb::callable, std::vector<int64_t>(std::vector<std::pair<Key, int64_t>>, UrgencyName)>;
+using BytesOf = nb::typed<nb::callable, int64_t(Key)>;
+using KindOfSlots = std::tuple<std::shared_ptr<CachePolicy>, std::vector<int64_t>,
+                               std::vector<int64_t>>;  // policy, layers, places
+
+void make_cached_experts(CachedExperts* self, nb::object store, nb::object arena,
+                         std::shared_ptr<BoundExpertTable> table, const std::vector<KindOfSlots>& kinds,
+                         const std::vector<Key>& keys, RecordOf record_of, Fetch fetch, BytesOf bytes_of,
+                         int64_t experts_per_token, bool look_ahead, bool reads_all) {
+  require_range("experts_per_token", experts_per_token, 0, kMostExperts);
+  std::vector<CachedExperts::Kind> parsed;
+  for (const auto& [policy, layers, places] : kinds) {
+    if (policy == nullptr) refuse("a kind of slots needs a policy");
+    for (const int64_t layer : layers) require_range("a layer", layer, 0, kMostExperts - 1);
+    parsed.push_back({policy, layers, places});
+  }
+  std::vector<ExpertKey> parsed_keys;
+  for (const Key& key : keys) parsed_keys.push_back(parse_key(key));
+  std::shared_ptr<ExpertReads> reads;
+  if (nb::isinstance<Store>(store) && nb::isinstance<Arena>(arena)) {
+    reads = std::make_shared<StoreReads>(std::move(store), std::move(arena), std::move(record_of));
+  } else {
+    reads = std::make_shared<ReadsInPython>(std::move(store), std::move(fetch), std::move(bytes_of));
+  }
+  new (self) CachedExperts(
+      std::move(reads), std::move(table), std::move(parsed), parsed_keys,
+      {.experts_per_token = experts_per_token, .look_ahead = look_ahead, .reads_all = reads_all});
+}
+
+void require_open(const CachedExperts& experts) {
+  if (!experts.is_open()) refuse("no lease is open");
+}
+
+void open_lease(CachedExperts& experts, int64_t layer, std::vector<int32_t> asked,
+                std::vector<int32_t> scan) {
+  require_range("layer", layer, 0, kMostExperts - 1);
+  require_experts(asked);
+  require_experts(scan);
+  std::vector<int32_t> sorted = asked;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) refuse("an expert is named twice");
+  experts.open(layer, std::move(asked), std::move(scan));
+}
+
+std::optional<std::vector<int32_t>> next_group(CachedExperts& experts) {
+  require_open(experts);
+  switch (experts.group()) {
+    case CachedExperts::State::group:
+      return experts.handed();
+    case CachedExperts::State::done:
+      return std::vector<int32_t>();
+    case CachedExperts::State::waits:
+    case CachedExperts::State::failed:
+      break;
+  }
+  return std::nullopt;
+}
+
+void collect(CachedExperts& experts) {
+  require_open(experts);
+  if (experts.num_in_flight() + experts.num_early() == 0) refuse("no read is in flight");
+  while (true) {
+    bool has_ended;
+    {
+      nb::gil_scoped_release released;
+      has_ended = experts.collect(kSignalInterval);
+    }
+    if (has_ended) return;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
+std::optional<std::tuple<Key, std::string, std::string>> failure_of(const CachedExperts& experts) {
+  if (!experts.is_open() || !experts.failure()) return std::nullopt;
+  const CachedExperts::Failure& failure = *experts.failure();
+  return std::tuple(Key(failure.key.layer, failure.key.expert), failure.message,
+                    error_kind(failure.error).value_or(""));
+}
+
+void end_lease(CachedExperts& experts, bool is_whole) {
+  if (experts.num_in_flight() == 0) return experts.close(is_whole);  // too short for other threads
+  nb::gil_scoped_release released;
+  experts.close(is_whole);
+}
+
+}  // namespace
+
+void bind_cached_experts(nb::module_& m) {
+  nb::class_<CachePolicy>(m, "CachePolicy", R"(
+    Decides which expert is in which slot, and which one is evicted: native/ops/cache_policy.h says how. Moves no bytes.
+
+    Keys are (layer, expert).
+
+    Args:
+        layers: those whose experts may have these slots.)")
+      .def(
+          "__init__",
+          [](CachePolicy* self, int64_t num_slots, const std::vector<int64_t>& layers,
+             int64_t experts_per_token) {
+            require_range("num_slots", num_slots, 0, kMostSlots);
+            require_range("experts_per_token", experts_per_token, 0, kMostExperts);
+            new (self) CachePolicy(num_slots, layers, experts_per_token);
+          },
+          nb::kw_only(), "num_slots"_a, "layers"_a, "experts_per_token"_a)
+      .def(
+          "copy", [](const CachePolicy& policy) { return CachePolicy(policy); },
+          "A policy in the same state.")
+      .def(
+          "resize",
+          [](CachePolicy& policy, int64_t num_slots) {
+            require_range("num_slots", num_slots, 0, kMostSlots);
+            policy.resize(num_slots);
+          },
+          "num_slots"_a, R"(
+        Have so many slots, numbered from 0.
+
+        If there are more experts than slots, those are evicted that misses of decode would displace next. The others
+        stay where they are. `moves` brings those in slots that go to lower ones, which nobody else gets until then.)")
+      .def(
+          "moves",
+          [](CachePolicy& policy, int64_t num_slots) {
+            require_range("num_slots", num_slots, policy.num_slots(), kMostSlots);
+            std::vector<std::tuple<Key, int64_t, int64_t>> moves;
+            for (const CachePolicy::Move& move : policy.moves(num_slots))
+              moves.emplace_back(Key(move.key.layer, move.key.expert), move.slot, move.to);
+            return moves;
+          },
+          "num_slots"_a, R"(
+        Move the experts in slots from `num_slots` on, which is no less than the number of slots. None may be pinned.
+
+        Returns:
+            What has to be copied now, (expert, its slot, its new slot); the new ones hold nothing.)")
+      .def("begin", &CachePolicy::begin, "layer"_a,
+           "Begin a layer's turn in decode: its experts are a turn older.")
+      .def(
+          "find",
+          [](const CachePolicy& policy, int64_t layer, const std::vector<int32_t>& experts) {
+            std::pair<std::vector<int32_t>, std::vector<int32_t>> found;
+            for (const int32_t expert : experts)
+              (policy.has({parse_key({layer, expert})}) ? found.first : found.second).push_back(expert);
+            return found;
+          },
+          "layer"_a, "experts"_a,
+          "Split a layer's experts into those with a slot and those without; the order stays.")
+      .def(
+          "use",
+          [](CachePolicy& policy, int64_t layer, const std::vector<int32_t>& experts, bool is_scan) {
+            require_experts(experts);
+            policy.use(layer, experts, is_scan);
+          },
+          "layer"_a, "experts"_a, nb::kw_only(), "is_scan"_a,
+          "Record hits of a layer, and pin them. A sweep does not make an expert younger.")
+      .def(
+          "admit",
+          [](CachePolicy& policy, const Key& key, bool is_scan, bool is_guess) {
+            return policy.admit(parse_key(key), is_scan, is_guess);
+          },
+          "key"_a, nb::kw_only(), "is_scan"_a, "is_guess"_a = false, R"(
+        Find a slot for a missing expert, evicting another if necessary, and pin it. None means: wait for an unpin.
+
+        A guess is a scan that may take fewer slots from others.)")
+      .def(
+          "unpin",
+          [](CachePolicy& policy, int64_t layer, const std::vector<int32_t>& experts) {
+            require_experts(experts);
+            policy.unpin(layer, experts);
+          },
+          "layer"_a, "experts"_a)
+      .def(
+          "drop", [](CachePolicy& policy, const Key& key) { policy.drop(parse_key(key)); }, "key"_a,
+          "Forget an expert whose bytes never arrived.")
+      .def(
+          "slot", [](const CachePolicy& policy, const Key& key) { return policy.slot(parse_key(key)); },
+          "key"_a, "The slot of a resident expert, or None.")
+      .def(
+          "resident", [](const CachePolicy& policy) { return keys_of(policy.resident()); },
+          "The experts that have a slot, by layer and number.")
+      .def("pinned", [](const CachePolicy& policy) { return keys_of(policy.pinned()); })
+      .def(
+          "window", [](const CachePolicy& policy) { return keys_of(policy.window()); },
+          "The experts that were only swept in or guessed, the oldest first.")
+      .def(
+          "ages",
+          [](const CachePolicy& policy) {
+            std::vector<std::tuple<double, int64_t, Key, bool>> ages;
+            for (const CachePolicy::Age& age : policy.ages())
+              ages.emplace_back(age.turns, age.last_turn, Key(age.key.layer, age.key.expert), age.is_pinned);
+            return ages;
+          },
+          R"(
+        The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
+
+        The oldest goes first; of equally old ones, one of the layer with the latest turn.)")
+      .def_prop_ro("num_slots", &CachePolicy::num_slots)
+      .def_prop_ro("num_resident", &CachePolicy::num_resident)
+      .def_prop_ro("floor", &CachePolicy::floor, "Experts that a layer keeps while another can give one.")
+      .def_prop_ro("window_slots", &CachePolicy::window_slots, "Most slots of a sweep.")
+      .def_prop_ro("guess_slots", &CachePolicy::guess_slots, "Most slots of guesses.")
+      .def_static(
+          "bytes",
+          [](int64_t num_slots, int64_t num_layers, int64_t num_experts) {
+            require_range("num_slots", num_slots, 0, kMostSlots);
+            require_range("num_layers", num_layers, 0, kMostExperts);
+            require_range("num_experts", num_experts, 0, kMostExperts);
+            return CachePolicy::bytes(num_slots, num_layers, num_experts);
+          },
+          nb::kw_only(), "num_slots"_a, "num_layers"_a, "num_experts"_a,
+          "Most bytes that a policy can hold, with `num_experts` in each layer.");
+
+  nb::class_<LeaseCounts>(
+      m, "LeaseCounts", "Counters of a cache since it was created; see `argosy.experts.runner.RunnerStats`.")
+      .def_ro("lookups", &LeaseCounts::lookups)
+      .def_ro("hits", &LeaseCounts::hits)
+      .def_ro("bytes_read", &LeaseCounts::bytes_read)
+      .def_ro("reads_ahead", &LeaseCounts::reads_ahead)
+      .def_ro("idle_reads", &LeaseCounts::idle_reads)
+      .def_ro("decode_lookups", &LeaseCounts::decode_lookups)
+      .def_ro("decode_hits", &LeaseCounts::decode_hits);
+
+  nb::class_<CachedExperts, LayerExperts>(m, "CachedExperts", R"(
+    Leases of the experts of a layer, as many in memory as there are slots: native/ops/cached_experts.h.
+
+    As `LayerExperts`, a stack runs layers without Python, unless a read fails or a layer takes long; then the lease
+    stays open. One thread at a time; counters may be read by any.
+
+    Args:
+        store: a `Store`, or an object with its methods `hurry`, `wait_any`, `drop` and `cancel`.
+        table: where an expert lies is noted here.
+        kinds: the policy of each kind of slots, its layers, and where its slots begin in the arena.
+        keys: the experts that may be read.
+        record_of: the record of an expert, for a `Store`.
+        fetch: (places, urgency) -> tickets, for another object.
+        bytes_of: the bytes that are read for an expert, for another object.
+        look_ahead: read guesses for decode.
+        reads_all: read experts that no token asks for, too, while there is a slot for every one.)")
+      .def("__init__", &make_cached_experts, "store"_a, "arena"_a, "table"_a, nb::kw_only(), "kinds"_a,
+           "keys"_a, "record_of"_a, "fetch"_a, "bytes_of"_a, "experts_per_token"_a, "look_ahead"_a,
+           "reads_all"_a)
+      .def("open", &open_lease, "layer"_a, "experts"_a, "scan"_a, R"(
+        Open a lease of experts of a layer, each named once; a lease that is still open ends.
+
+        Args:
+            scan: experts that only prompt tokens asked for.)")
+      .def("group", &next_group, R"(
+        The experts to compute next; none: all have been. None: wait with `collect`, unless there is a `failure`.
+
+        The weights of the group before may move.)")
+      .def("collect", &collect, "Wait until a read of the open lease has ended.")
+      .def_prop_ro("failure", &failure_of, "The read of the open lease that failed: (expert, message, kind).")
+      .def("end", &end_lease, nb::kw_only(), "is_whole"_a, R"(
+        End the open lease, if there is one. No read of it is in flight then.
+
+        Args:
+            is_whole: it was not cut short.)")
+      .def_prop_ro("is_open", &CachedExperts::is_open)
+      .def(
+          "is_running",
+          [](const CachedExperts& experts, const Dispatch& dispatch) { return experts.runs(dispatch); },
+          "dispatch"_a, "Whether the open lease is for this dispatch, begun by the stack.")
+      .def("take_done", &CachedExperts::take_done, "The experts of the open lease that the stack has run.")
+      .def_prop_ro("num_in_flight", &CachedExperts::num_in_flight, "Reads of the open lease.")
+      .def_prop_ro("is_short_of_slots", &CachedExperts::is_short_of_slots,
+                   "Whether experts of the open lease wait for a slot.")
+      .def(
+          "wants_guess",
+          [](const CachedExperts& experts, bool is_sweep) { return experts.wants_guess(is_sweep); },
+          nb::kw_only(), "is_sweep"_a, "Whether a guess would be of use in this step.")
+      .def(
+          "guess",
+          [](CachedExperts& experts, int64_t layer, const std::vector<std::vector<int32_t>>& by_rank,
+             bool is_sweep) {
+            for (const std::vector<int32_t>& rank : by_rank) require_experts(rank);
+            experts.guess(layer, by_rank, is_sweep);
+          },
+          "layer"_a, "by_rank"_a, nb::kw_only(), "is_sweep"_a,
+          "Tell which experts the next lease may ask for, best first. Never waits.")
+      .def("forget_hint", &CachedExperts::forget_hint,
+           "Give up what the last guess still holds, except reads that have begun. Never waits.")
+      .def(
+          "collect_early",
+          [](CachedExperts& experts) {
+            nb::gil_scoped_release released;
+            experts.collect_early(std::nullopt);
+          },
+          "Wait until a read ends that no lease waits for.")
+      .def_prop_ro(
+          "early", [](const CachedExperts& experts) { return keys_of(experts.early()); },
+          "Experts whose reads have begun although no lease waits for them.")
+      .def_prop_ro(
+          "kept", [](const CachedExperts& experts) { return keys_of(experts.kept()); },
+          "Guessed experts that stay in memory until the next lease.")
+      .def(
+          "trust", [](CachedExperts& experts, double least_right) { experts.trust(least_right); },
+          "least_right"_a, "From now on, trust ranks of guesses that are right at least so often.")
+      .def(
+          "is_trusted",
+          [](const CachedExperts& experts, int64_t rank, bool is_sweep) {
+            require_range("rank", rank, 0, experts.experts_per_token() - 1);
+            return experts.look_ahead(is_sweep).is_trusted(rank);
+          },
+          "rank"_a, nb::kw_only(), "is_sweep"_a)
+      .def_prop_ro("has_all", &CachedExperts::has_all, "Whether every expert has landed; between two steps.")
+      .def_prop_ro("counts", &CachedExperts::counts)
+      .def_prop_ro("num_run", &CachedExperts::num_run,
+                   "Experts that the stack has run, counted once per layer and step.")
+      .def("cancel_early", &CachedExperts::cancel_early, nb::call_guard<nb::gil_scoped_release>(),
+           "End all reads that no lease waits for.");
+
+  m.attr("BONUS_TURNS") = CachePolicy::kBonusTurns;
+  m.attr("HALF_LIFE_TURNS") = CachePolicy::kHalfLifeTurns;
+}
+
+}  // namespace argosy

@@ -1,0 +1,36 @@
+// reads.h: what Python calls the urgency and the errors of a read.
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "bind/bind.h"
+#include "store/store.h"
+
+namespace argosy {
+
+using UrgencyName = Named<std::string, "Urgency">;
+
+constexpr std::pair<ReadError, const char*> kReadErrors[] = {{ReadError::io, "io"},
+                                                             {ReadError::checksum, "checksum"},
+                                                             {ReadError::short_file, "short"},
+                                                             {ReadError::not_finite, "not finite"},
+                                                             {ReadError::dropped, "dropped"}};
+
+// None: there is no error.
+inline std::optional<std::string> error_kind(ReadError error) {
+  for (const auto& [known, name] : kReadErrors) {
+    if (known == error) return name;
+  }
+  return std::nullopt;
+}
+
+inline ReadError parse_error_kind(const std::string& kind) {
+  for (const auto& [error, name] : kReadErrors) {
+    if (kind == name) return error;
+  }
+  throw std::invalid_argument("no error of a read is called '" + kind + "'");
+}
+
+}  // namespace argosy
