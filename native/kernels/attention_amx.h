@@ -22,6 +22,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/kv_formats.h"
 #include "kernels/matmul_args.h"
+#include "kernels/split_bf16.h"
 
 namespace argosy {
 
@@ -36,43 +37,6 @@ constexpr int64_t kStretchTiles = kAmxStretch / kKeyTile, kStepKeys = 2 * kKeyTi
 constexpr int64_t kStretchSteps = kAmxStretch / kStepKeys;
 constexpr int64_t kRowTiles = kAmxQueries / kTileRows;
 static_assert(kSectionKeys % kAmxStretch == 0);
-
-// Numbers as the sums of two bfloat16: tiles of high and of low parts.
-struct Split {
-  uint8_t *high, *low;
-  Split operator+(int64_t bytes) const { return {high + bytes, low + bytes}; }
-};
-
-inline Vec high_part(__m256i rounded) { return Bf16Weights::widen(rounded); }
-
-// Splits 32 numbers: those of `first`, then those of `second`.
-inline void split(Vec first, Vec second, __m512i& high, __m512i& low) {
-  high = __m512i(_mm512_cvtne2ps_pbh(second, first));
-  const Vec first_rest = sub(first, high_part(_mm512_castsi512_si256(high)));
-  const Vec second_rest = sub(second, high_part(_mm512_extracti64x4_epi64(high, 1)));
-  low = __m512i(_mm512_cvtne2ps_pbh(second_rest, first_rest));
-}
-
-// A row of a tile whose elements are in order: the left operand of a product.
-inline void put_row(const Split& to, Vec first, Vec second) {
-  __m512i high, low;
-  split(first, second, high, low);
-  _mm512_store_si512(to.high, high);
-  _mm512_store_si512(to.low, low);
-}
-
-// A row of a tile with pairs of one element of each: the right operand.
-inline void put_pairs(const Split& to, Vec first, Vec second) {
-  __m512i high, low;
-  split(first, second, high, low);
-  _mm512_store_si512(to.high, interleave_halves(high));
-  _mm512_store_si512(to.low, interleave_halves(low));
-}
-
-inline void put_zeros(const Split& to) {
-  _mm512_store_si512(to.high, _mm512_setzero_si512());
-  _mm512_store_si512(to.low, _mm512_setzero_si512());
-}
 
 // The sizes of the parts of a call's scratch, for heads of this dimension.
 struct AmxAttentionSizes {
