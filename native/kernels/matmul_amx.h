@@ -19,6 +19,7 @@
 #include "kernels/amx.h"
 #include "kernels/kernel_table.h"
 #include "kernels/matmul_args.h"
+#include "kernels/product_scratch.h"
 #include "kernels/quantized_tile_avx512.h"
 
 namespace argosy {
@@ -35,12 +36,7 @@ struct AmxScratch {
   static constexpr int64_t kActivationBytes = int64_t{512} << 10;
   static constexpr int64_t kScales = kActivationBytes / kGroupSize;  // a group of one token has one
 
-  ProductCounts counts;
-  // What `activations` holds.
-  const uint8_t* x;
-  const int32_t* x_index;
-  int64_t num_tokens, cols;
-  Format format;
+  ProductScratch kept;  // of `activations`
   // [16 tokens][group][high, low][token][32]
   alignas(64) uint8_t activations[kActivationBytes];
   // [16 tokens][group][token]: activation scales, and scales times sums
@@ -95,7 +91,7 @@ class AmxProduct {
   static void run(const MatmulArgs& a) {
     static constexpr TileConfig kConfig = tile_config(kParts);
     AmxProduct product(a);
-    if (!a.repeats_x || !product.is_packed()) product.pack();
+    if (!a.repeats_x || !product.s.kept.holds(a, kFormat)) product.pack();
     const TileScope tiles(kConfig);
     for (int64_t row = a.row_begin; row < a.row_end; row += kPanels * kPanelRows) product.run_panels(row);
   }
@@ -112,18 +108,9 @@ class AmxProduct {
     return s.activations + (tile * groups + group) * kGroupActivations;
   }
 
-  bool is_packed() const {
-    return s.x == a.x && s.x_index == a.x_index && s.num_tokens == a.num_tokens && s.cols == a.cols &&
-           s.format == kFormat;
-  }
-
   // Copies activations tile by tile, with zeros for missing tokens.
   void pack() {
-    s.x = a.x;
-    s.x_index = a.x_index;
-    s.num_tokens = a.num_tokens;
-    s.cols = a.cols;
-    s.format = kFormat;
+    s.kept.hold(a, kFormat);
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t first = tile * kTileRows;
       const uint8_t* x[kTileRows];  // null: missing
@@ -372,35 +359,14 @@ class AmxProduct {
   const int64_t groups, stride, num_tiles;
 };
 
-// The same product for `count` tokens from `first`.
-inline MatmulArgs some_tokens(MatmulArgs a, int64_t first, int64_t count) {
-  if (a.x_index != nullptr) {
-    a.x_index += first;
-  } else {
-    a.x += first * a.x_stride;
-  }
-  if (a.y_index != nullptr) {
-    a.y_index += first;
-  } else {
-    a.y += first * a.y_stride;
-  }
-  a.num_tokens = count;
-  return a;
-}
-
-inline void count_operations(uint64_t& counter, int64_t rows, int64_t cols, int64_t tokens) {
-  __atomic_store_n(&counter, counter + 2 * uint64_t(rows) * uint64_t(cols) * uint64_t(tokens),
-                   __ATOMIC_RELAXED);
-}
-
 template <Format kFormat>
 void matmul_amx(const MatmulArgs& a) {
   const auto avx512 = kAvx512Kernels.matmul[int(kFormat)];
   if (a.scratch == nullptr) return avx512(a);
-  ProductCounts& counts = reinterpret_cast<AmxScratch*>(a.scratch)->counts;
+  ProductScratch& kept = *reinterpret_cast<ProductScratch*>(a.scratch);
   const int64_t rows = a.row_end - a.row_begin, panels = (rows + kPanelRows - 1) / kPanelRows;
-  count_operations(counts.all, rows, a.cols, a.num_tokens);
-  if (!a.repeats_x) reinterpret_cast<AmxScratch*>(a.scratch)->x = nullptr;
+  count_operations(kept.counts.all, rows, a.cols, a.num_tokens);
+  if (!a.repeats_x) kept.x = nullptr;
   const int64_t most = AmxProduct<kFormat>::most_tokens(a.cols);
   const bool is_wanted = a.tuning.amx_from > 0 && a.num_tokens >= a.tuning.amx_from;
   if (!is_wanted || panels < 2 || most == 0) return avx512(a);
@@ -414,7 +380,7 @@ void matmul_amx(const MatmulArgs& a) {
   // A tile takes as long for one token as for sixteen.
   const int64_t left = a.num_tokens % kTileRows;
   const int64_t in_tiles = left < kTileRows / 2 ? a.num_tokens - left : a.num_tokens;
-  count_operations(counts.in_tiles, paired.row_end - a.row_begin, a.cols, in_tiles);
+  count_operations(kept.counts.in_tiles, paired.row_end - a.row_begin, a.cols, in_tiles);
   for (int64_t first = 0; first < in_tiles; first += most) {
     AmxProduct<kFormat>::run(some_tokens(paired, first, in_tiles - first < most ? in_tiles - first : most));
   }

@@ -1,4 +1,4 @@
-// matmul_args.h: where the rows of one token begin.
+// matmul_args.h: where the rows of one token begin, and the arguments of some tokens.
 #pragma once
 
 #include "kernels/kernel_table.h"
@@ -14,6 +14,22 @@ inline const float* float_row(const MatmulArgs& a, int64_t token) {
 }
 inline float* output_row(const MatmulArgs& a, int64_t token) {
   return a.y + (a.y_index != nullptr ? a.y_index[token] : token) * a.y_stride;
+}
+
+// The same product for `count` tokens from `first`.
+inline MatmulArgs some_tokens(MatmulArgs a, int64_t first, int64_t count) {
+  if (a.x_index != nullptr) {
+    a.x_index += first;
+  } else {
+    a.x += first * a.x_stride;
+  }
+  if (a.y_index != nullptr) {
+    a.y_index += first;
+  } else {
+    a.y += first * a.y_stride;
+  }
+  a.num_tokens = count;
+  return a;
 }
 
 // A compile-time number.
