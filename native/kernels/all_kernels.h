@@ -62,6 +62,7 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .matmul = {},
       .product_scratch_bytes = 0,
       .quantize_activations = quantize_activations,
+      .split_activations = nullptr,
       .quantize_q8 = quantize_panels<Format::q8>,
       .quantize_q4 = quantize_panels<Format::q4>,
       .transcode = {},

@@ -1,5 +1,6 @@
-// isa_amx.cpp: the attention of the instruction set `amx`, for processors with the BF16 of AVX-512 and the
-// tiles of AMX (Sapphire Rapids and later).
+// isa_amx.cpp: what the instruction set `amx` computes on tiles and `avx512` does not: attention, and
+// products with bfloat16 and FP8 weights. For processors with the BF16 of AVX-512 and the tiles of AMX
+// (Sapphire Rapids and later).
 
 #if defined(__x86_64__)
 
@@ -10,6 +11,7 @@
 
 // It uses the vectors above.
 #include "kernels/attention_amx.h"
+#include "kernels/matmul_float_amx.h"
 
 namespace argosy {
 
@@ -22,6 +24,15 @@ void add_amx_attention(KernelTable& table) {
                   other = attention_scratch_floats(head_dim);
     return floats > other ? floats : other;
   };
+}
+
+void add_amx_float_products(KernelTable& table);
+void add_amx_float_products(KernelTable& table) {
+  table.matmul[int(Format::bf16)] = matmul_float_amx<Bf16OnTiles>;
+  table.matmul[int(Format::f8)] = matmul_float_amx<F8OnTiles>;
+  table.split_activations = split_activations;
+  static_assert(kSplitScratchBytes >= kAmxScratchBytes);
+  table.product_scratch_bytes = kSplitScratchBytes;
 }
 
 }  // namespace argosy

@@ -26,6 +26,7 @@ void round_keys_bf16(const RoundKeysArgs& args);
 void attend_rounded_bf16(const AttendRoundedArgs& args);
 void add_amx_products(KernelTable& table);
 void add_amx_attention(KernelTable& table);
+void add_amx_float_products(KernelTable& table);
 void add_amx_encoders(KernelTable& table);
 #endif
 
@@ -84,13 +85,14 @@ const KernelTable& avx512_kernels() {
 }
 
 const KernelTable& amx_kernels() {
-  static const KernelTable with_attention = [] {
+  static const KernelTable with_tiles = [] {
     KernelTable table = avx512_kernels();
     table.name = "amx";
     add_amx_attention(table);
+    add_amx_float_products(table);
     return table;
   }();
-  return with_attention;
+  return with_tiles;
 }
 #endif
 

@@ -46,12 +46,36 @@ struct Tuning {
 // A tile of one panel takes at most eight tokens; with more, two panels share each activation.
 [[maybe_unused]] static constexpr int64_t kFewestForTwoPanels = 2, kMostForOnePanel = 8;
 
-// The memory of one product on tiles (matmul_amx.h).
+// The memory of one product on tiles (matmul_amx.h), and where some products split their activations
+// (matmul_float_amx.h).
 [[maybe_unused]] static constexpr int64_t kAmxScratchBytes = int64_t{736} << 10;
+[[maybe_unused]] static constexpr int64_t kSplitScratchBytes = int64_t{1088} << 10;
 // Whether products with weights of this format can run on tiles. Those of q2_k and q3_k add up two dot
 // products of a group as 16-bit integers, which tiles do not have.
 static inline constexpr bool has_amx_product(Format format) {
   return is_quantized(format) && !quant_format(format).is_paired();
+}
+// In the instruction set `amx`, products with weights of these formats run on tiles always, and split their
+// activations into two bfloat16 parts (matmul_float_amx.h).
+static inline constexpr bool splits_activations(Format format) {
+  return format == Format::bf16 || format == Format::f8;
+}
+// Tokens of a tile of split activations.
+[[maybe_unused]] static constexpr int64_t kSplitTokens = 16;
+// Bytes of split activations: for each sixteen tokens, for each 32 columns, a tile of high parts and one of
+// low parts. A tile has [pairs of columns][16 tokens][2] bfloat16, with zeros for missing columns and tokens;
+// if there is only one token in all, [pairs of columns][2].
+static inline constexpr int64_t split_bytes(int64_t cols, int64_t num_tokens) {
+  return round_up(cols, 32) * 4 * (num_tokens == 1 ? 1 : round_up(num_tokens, kSplitTokens));
+}
+// The most tokens of which a product keeps the split activations while it goes through its rows, at least 32
+// if there are as many: they fit in the scratch, and in the second-level cache.
+[[maybe_unused]] static constexpr int64_t kKeptSplitBytes = int64_t{1} << 20;
+static inline constexpr int64_t most_split_tokens(int64_t cols) {
+  constexpr int64_t kMost = 128, kTwoTiles = 2 * kSplitTokens;
+  if (split_bytes(cols, kMost) <= kKeptSplitBytes) return kMost;
+  const int64_t fit = kKeptSplitBytes / split_bytes(cols, kTwoTiles);
+  return fit > 1 ? fit * kTwoTiles : kTwoTiles;
 }
 // At its beginning: the operations of all products since it was zeros. Other threads may read them.
 struct ProductCounts {
@@ -72,10 +96,22 @@ struct MatmulArgs {
   int64_t num_tokens;
   const uint8_t* next_weights = nullptr;  // the panels that the caller reads next: a prefetch hint
   Tuning tuning = {};
-  // KernelTable::product_scratch_bytes of this thread, aligned to 64; nullptr: a product without tiles.
+  // KernelTable::product_scratch_bytes of this thread, aligned to 64. nullptr: a product without tiles; those
+  // that split activations need it.
   uint8_t* scratch = nullptr;
+  // What KernelTable::split_activations wrote of all tokens, aligned to 64; nullptr: the product splits x.
+  const uint8_t* split_x = nullptr;
   // The product before, with this scratch, had the same activations: x and x_index, with the same content.
   bool repeats_x = false;
+};
+
+// Columns [begin, end) of sixteen tokens, or of those that are left: the tokens from 16 * tile on.
+struct SplitArgs {
+  const float* x;            // of the first token
+  int64_t x_stride;          // in floats
+  int64_t num_tokens, cols;  // in all
+  int64_t tile, begin, end;  // begin is a multiple of 32
+  uint8_t* out;              // split_bytes(cols, num_tokens), aligned to 64
 };
 
 // The format of keys, values and latent vectors. In q8, 32 dimensions of one position (of one head) are
@@ -396,6 +432,9 @@ struct KernelTable {
   // x begins at column 32 * group_begin; `activations` is the token's whole row of `cols`.
   void (*quantize_activations)(const float* x, int64_t cols, int64_t group_begin, int64_t group_end,
                                uint8_t* activations);
+
+  // For products whose format splits_activations(); nullptr: there are none.
+  void (*split_activations)(const SplitArgs& args);
 
   // Converts weights in and out. Panels [panel_begin, panel_end) of q8 or q4; `out` is the whole matrix.
   void (*quantize_q8)(const float* weights, int64_t rows, int64_t cols, int64_t panel_begin,

@@ -119,33 +119,37 @@ void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int
   const int64_t row_blocks = round_up(matrix.rows, kBlockRows) / kBlockRows;
   const int64_t token_blocks = (num_tokens + kBlockTokens - 1) / kBlockTokens;
   const int64_t work = kBlockRows * cols * std::min(num_tokens, kBlockTokens);
-  runtime.parallel_for(row_blocks * token_blocks, work, [&](int64_t begin, int64_t end, int) {
-    while (begin < end) {
-      const int64_t token = begin / row_blocks * kBlockTokens;
-      const int64_t block = begin % row_blocks;
-      const int64_t num_blocks = std::min(end - begin, row_blocks - block);
-      const int64_t row = block * kBlockRows;
-      const int64_t row_end = std::min(row + num_blocks * kBlockRows, matrix.rows);
-      const int64_t count = std::min(num_tokens - token, kBlockTokens);
-      const Rows<float> y = {sums.data + token * sums.stride + row, sums.stride};
-      table.matmul[int(matrix.format)]({
-          .weights = matrix.data,
-          .cols = cols,
-          .row_begin = row,
-          .row_end = row_end,
-          .x = activations + token * x_stride,
-          .x_stride = x_stride,
-          .x_index = nullptr,
-          .y = y.data,
-          .y_stride = y.stride,
-          .y_index = nullptr,
-          .num_tokens = count,
-      });
-      finish_sums(table, finish, y, count, bias != nullptr ? bias + row : nullptr, row_end - row,
-                  {out.data + token * out.stride + row, out.stride});
-      begin += num_blocks;
-    }
-  });
+  runtime.parallel_for(
+      row_blocks * token_blocks, work,
+      [&](int64_t begin, int64_t end, int worker) {
+        while (begin < end) {
+          const int64_t token = begin / row_blocks * kBlockTokens;
+          const int64_t block = begin % row_blocks;
+          const int64_t num_blocks = std::min(end - begin, row_blocks - block);
+          const int64_t row = block * kBlockRows;
+          const int64_t row_end = std::min(row + num_blocks * kBlockRows, matrix.rows);
+          const int64_t count = std::min(num_tokens - token, kBlockTokens);
+          const Rows<float> y = {sums.data + token * sums.stride + row, sums.stride};
+          table.matmul[int(matrix.format)]({
+              .weights = matrix.data,
+              .cols = cols,
+              .row_begin = row,
+              .row_end = row_end,
+              .x = activations + token * x_stride,
+              .x_stride = x_stride,
+              .x_index = nullptr,
+              .y = y.data,
+              .y_stride = y.stride,
+              .y_index = nullptr,
+              .num_tokens = count,
+              .scratch = runtime.product_scratch(worker),
+          });
+          finish_sums(table, finish, y, count, bias != nullptr ? bias + row : nullptr, row_end - row,
+                      {out.data + token * out.stride + row, out.stride});
+          begin += num_blocks;
+        }
+      },
+      runtime.blocks_together(kBlockRows));
 }
 
 void layer_norm(Runtime& runtime, const float* x, const float* weight, const float* bias, float eps,

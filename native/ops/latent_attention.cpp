@@ -64,30 +64,32 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
     });
   }
   const uint8_t* from = quantized ? activations : reinterpret_cast<const uint8_t*>(x);
-  runtime.parallel_for(num_heads * blocks, kBlockRows * cols * num_tokens,
-                       [&](int64_t begin, int64_t end, int worker) {
-                         while (begin < end) {
-                           const int64_t head = begin / blocks, first = begin % blocks * kBlockRows;
-                           const int64_t next = std::min(end, (head + 1) * blocks);
-                           table.matmul[int(matrix.format)]({
-                               .weights = matrix.data,
-                               .cols = cols,
-                               .row_begin = head * rows + first,
-                               .row_end = head * rows + std::min(rows, first + (next - begin) * kBlockRows),
-                               .x = from + head * row_bytes,
-                               .x_stride = num_heads * row_bytes,
-                               .x_index = nullptr,
-                               .y = out + head * out_row + first,
-                               .y_stride = num_heads * out_row,
-                               .y_index = nullptr,
-                               .num_tokens = num_tokens,
-                               .next_weights = nullptr,
-                               .tuning = runtime.tuning(matrix.format),
-                               .scratch = runtime.product_scratch(worker),
-                           });
-                           begin = next;
-                         }
-                       });
+  runtime.parallel_for(
+      num_heads * blocks, kBlockRows * cols * num_tokens,
+      [&](int64_t begin, int64_t end, int worker) {
+        while (begin < end) {
+          const int64_t head = begin / blocks, first = begin % blocks * kBlockRows;
+          const int64_t next = std::min(end, (head + 1) * blocks);
+          table.matmul[int(matrix.format)]({
+              .weights = matrix.data,
+              .cols = cols,
+              .row_begin = head * rows + first,
+              .row_end = head * rows + std::min(rows, first + (next - begin) * kBlockRows),
+              .x = from + head * row_bytes,
+              .x_stride = num_heads * row_bytes,
+              .x_index = nullptr,
+              .y = out + head * out_row + first,
+              .y_stride = num_heads * out_row,
+              .y_index = nullptr,
+              .num_tokens = num_tokens,
+              .next_weights = nullptr,
+              .tuning = runtime.tuning(matrix.format),
+              .scratch = runtime.product_scratch(worker),
+          });
+          begin = next;
+        }
+      },
+      runtime.blocks_together(kBlockRows));
 }
 
 // Lists the columns of tokens [begin, end), two per item if they belong to the same sequence.

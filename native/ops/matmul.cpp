@@ -13,6 +13,28 @@ constexpr int64_t kBlockRows = 32;  // two panels: one tile of rows
 
 int64_t num_blocks(const MatrixView& matrix) { return round_up(matrix.rows, kBlockRows) / kBlockRows; }
 
+// Splits the activations of all tokens, for products on tiles.
+void split_tokens(Runtime& runtime, const float* x, int64_t cols, int64_t num_tokens, uint8_t* out) {
+  constexpr int64_t kCols = 256;  // of an item
+  const int64_t tiles = round_up(num_tokens, kSplitTokens) / kSplitTokens;
+  const int64_t parts = round_up(cols, kCols) / kCols;
+  runtime.parallel_for(tiles * parts, kSplitTokens * kCols, [&](int64_t begin, int64_t end, int) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item % parts * kCols;
+      runtime.kernels().split_activations({
+          .x = x,
+          .x_stride = cols,
+          .num_tokens = num_tokens,
+          .cols = cols,
+          .tile = item / parts,
+          .begin = first,
+          .end = std::min(cols, first + kCols),
+          .out = out,
+      });
+    }
+  });
+}
+
 }  // namespace
 
 const uint8_t* rows_at(const MatrixView& matrix, int64_t row) {
@@ -31,26 +53,34 @@ void quantize_tokens(Runtime& runtime, const float* x, int64_t x_stride, int64_t
   });
 }
 
-int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens) { return num_tokens * activation_bytes(cols); }
+int64_t matmul_scratch_bytes(int64_t cols, int64_t num_tokens) {
+  return std::max(num_tokens * activation_bytes(cols), split_bytes(cols, num_tokens));
+}
 
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens) {
   if (products.empty() || num_tokens == 0) return;
   const KernelTable& table = runtime.kernels();
   const int64_t cols = products[0].matrix.cols;
   const auto lock = runtime.lock();
-  uint8_t* activations = nullptr;
   std::vector<int64_t> first_block = {0};
+  bool quantizes = false, splits = false;
   for (const Product& product : products) {
     first_block.push_back(first_block.back() + num_blocks(product.matrix));
-    if (is_quantized(product.matrix.format) && activations == nullptr) {
-      activations = runtime.scratch(matmul_scratch_bytes(cols, num_tokens));
-      quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
-    }
+    quantizes |= is_quantized(product.matrix.format);
+    splits |= table.split_activations != nullptr && splits_activations(product.matrix.format);
   }
+  // If both kinds of weights are there, which is rare, each thread splits the activations itself.
+  splits &= !quantizes;
+  uint8_t* activations = nullptr;
+  if (quantizes || splits) activations = runtime.scratch(matmul_scratch_bytes(cols, num_tokens));
+  if (quantizes) quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
+  if (splits) split_tokens(runtime, x, cols, num_tokens, activations);
+  // Of the product before, for each thread: what a thread copies of the activations serves all its ranges.
+  std::vector<Format> formats(size_t(runtime.num_threads()), Format::f32);
   runtime.parallel_for(
       first_block.back(), kBlockRows * cols * num_tokens,
       [&](int64_t begin, int64_t end, int worker) {
-        Format before = Format::f32;  // of the product before
+        Format& before = formats[size_t(worker)];
         for (size_t i = 0; i < products.size(); ++i) {
           const MatrixView& matrix = products[i].matrix;
           const int64_t row_begin = (std::max(begin, first_block[i]) - first_block[i]) * kBlockRows;
@@ -80,6 +110,7 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
               .next_weights = next,
               .tuning = runtime.tuning(matrix.format),
               .scratch = runtime.product_scratch(worker),
+              .split_x = splits ? activations : nullptr,
               .repeats_x = matrix.format == before,
           });
           before = matrix.format;

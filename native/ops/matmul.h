@@ -24,7 +24,7 @@ struct Product {
 };
 
 // Multiplies x float32 [num_tokens][cols] by several matrices with the same number of columns: x is quantised
-// once, and all products share one parallel loop.
+// once, or split once for tiles, and all products share one parallel loop.
 void matmul(Runtime& runtime, const std::vector<Product>& products, const float* x, int64_t num_tokens);
 
 // The most runtime scratch that matmul takes for matrices with this many columns.

@@ -59,8 +59,9 @@ class Runtime {
   int64_t blocks_together(int64_t rows) const {
     return product_scratch_ != nullptr ? kRowsOnTiles / rows : 1;
   }
-  // Multiplications and additions of products with quantised weights since the runtime began: on the tiles of
-  // AMX, and all of them. Both are 0 if the kernels have no tiles.
+  // Multiplications and additions since the runtime began, of products with weights for which the kernels
+  // have tiles (the quantised ones, and in `amx` bfloat16 and FP8): on the tiles of AMX, and all of them.
+  // Both are 0 if the kernels have no tiles.
   struct Operations {
     uint64_t in_tiles, all;
   };

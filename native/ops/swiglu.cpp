@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kWidthBlock = 32;   // rows of gate and up per item: one group of the activations of down
 constexpr int64_t kHiddenBlock = 64;  // rows of down per item
-constexpr int64_t kTokenBlock = 48;   // tokens whose gate and up outputs fit in a worker's scratch
+// Tokens whose gate and up outputs fit in a worker's scratch; if products split their activations, at most.
+constexpr int64_t kTokenBlock = 48, kSplitTokenBlock = 128;
 
 static_assert(kWidthBlock == kGroupSize);
 
@@ -50,7 +51,7 @@ void add_bias(const MatmulArgs& product, const float* bias) {
   }
 }
 
-constexpr int64_t kWorkerFloats = 2 * kTokenBlock * kWidthBlock;  // gate and up outputs of a worker
+constexpr int64_t kWorkerFloats = 2 * kSplitTokenBlock * kWidthBlock;  // gate and up outputs of a worker
 
 // Where the parts of the scratch lie.
 struct Scratch {
@@ -114,6 +115,10 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
   const Activations of_x = {x, hidden, scratch + places.x, activation_bytes(hidden)};
   const Activations of_inner = {inner, inner_stride, inner_quants, activation_bytes(width)};
   const int64_t mean_tokens = (assignments + num_experts - 1) / num_experts;
+  // Splitting activations takes long, so a thread goes through all its rows with those that it keeps.
+  // Otherwise it goes through all tokens with some rows.
+  const bool splits = table.split_activations != nullptr;
+  const int64_t token_block = splits ? std::min(most_split_tokens(hidden), kSplitTokenBlock) : kTokenBlock;
 
   // The weights that a thread reads next when the rows of this expert end before `row`.
   const auto rows_after = [&](MatrixView ExpertView::* matrix, int64_t index, int64_t row) -> const uint8_t* {
@@ -121,76 +126,80 @@ void swiglu_experts(Runtime& runtime, const std::vector<ExpertView>& experts, co
     return index + 1 < num_experts ? rows_at(experts[index + 1].*matrix, 0) : nullptr;
   };
 
-  // Runs gate, up and the activation for some blocks of one expert's inner neurons. There are few enough
-  // blocks that the outputs of its tokens fit in the scratch. `is_next`: this worker has just run other
-  // blocks of the same expert.
-  const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int worker, bool is_next) {
+  // Runs gate, up and the activation for some blocks of one expert's inner neurons and `count` of its tokens,
+  // from assignment a on. There are few enough blocks that the outputs fit in the scratch. `is_next`: this
+  // worker has just run other blocks of the same expert and tokens.
+  const auto run_gate_up = [&](int64_t index, int64_t block, int64_t num_blocks, int64_t a, int64_t count,
+                               int worker, bool is_next) {
     const ExpertView& expert = experts[index];
     const int64_t row = block * kWidthBlock;
     const int64_t rows = std::min(num_blocks * kWidthBlock, width - row);
     float* gate = reinterpret_cast<float*>(scratch + places.workers) + worker * kWorkerFloats;
-    float* up = gate + kTokenBlock * kWidthBlock;
-    for (int64_t a = dispatch.starts[index]; a < dispatch.starts[index + 1]; a += kTokenBlock) {
-      const int64_t count = std::min<int64_t>(kTokenBlock, dispatch.starts[index + 1] - a);
-      const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next, bool repeats_x) {
-        MatmulArgs args = {};
-        of_x.give(matrix.format, args);
-        args.weights = matrix.data;
-        args.cols = hidden;
-        args.row_begin = row;
-        args.row_end = row + rows;
-        if (dispatch.token != nullptr) {
-          args.x_index = dispatch.token + a;
-        } else {
-          args.x += a * args.x_stride;
-        }
-        args.y = y;
-        args.y_stride = rows;
-        args.num_tokens = count;
-        args.next_weights = next;
-        args.tuning = runtime.tuning(matrix.format);
-        args.scratch = runtime.product_scratch(worker);
-        args.repeats_x = repeats_x && expert.gate.format == expert.up.format;
-        table.matmul[int(matrix.format)](args);
-      };
-      const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
-      const bool has_one_part = count == dispatch.starts[index + 1] - dispatch.starts[index];
-      multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next && has_one_part);
-      multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr, true);
-      // Quantise activations while they are still in the cache; float32 activations are kept as they are.
-      const bool becomes_quants = is_quantized(expert.down.format);
-      table.activate({
-          .activation = activation,
-          .gate = gate,
-          .up = up,
-          .gate_bias = expert.bias.gate != nullptr ? expert.bias.gate + row : nullptr,
-          .up_bias = expert.bias.up != nullptr ? expert.bias.up + row : nullptr,
-          .stride = rows,
-          .num_tokens = count,
-          .n = rows,
-          .out = becomes_quants ? gate : inner + a * inner_stride + row,
-          .out_stride = becomes_quants ? rows : inner_stride,
-      });
-      for (int64_t i = 0; i < count && becomes_quants; ++i) {
-        table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
-                                   inner_quants + (a + i) * activation_bytes(width));
+    float* up = gate + token_block * kWidthBlock;
+    const auto multiply = [&](const MatrixView& matrix, float* y, const uint8_t* next, bool repeats_x) {
+      MatmulArgs args = {};
+      of_x.give(matrix.format, args);
+      args.weights = matrix.data;
+      args.cols = hidden;
+      args.row_begin = row;
+      args.row_end = row + rows;
+      if (dispatch.token != nullptr) {
+        args.x_index = dispatch.token + a;
+      } else {
+        args.x += a * args.x_stride;
       }
+      args.y = y;
+      args.y_stride = rows;
+      args.num_tokens = count;
+      args.next_weights = next;
+      args.tuning = runtime.tuning(matrix.format);
+      args.scratch = runtime.product_scratch(worker);
+      args.repeats_x = repeats_x && expert.gate.format == expert.up.format;
+      table.matmul[int(matrix.format)](args);
+    };
+    const bool reads_on = a == dispatch.starts[index];  // later tokens find the weights in the cache
+    multiply(expert.gate, gate, reads_on ? rows_at(expert.up, row) : nullptr, is_next);
+    multiply(expert.up, up, reads_on ? rows_after(&ExpertView::gate, index, row + rows) : nullptr, true);
+    // Quantise activations while they are still in the cache; float32 activations are kept as they are.
+    const bool becomes_quants = is_quantized(expert.down.format);
+    table.activate({
+        .activation = activation,
+        .gate = gate,
+        .up = up,
+        .gate_bias = expert.bias.gate != nullptr ? expert.bias.gate + row : nullptr,
+        .up_bias = expert.bias.up != nullptr ? expert.bias.up + row : nullptr,
+        .stride = rows,
+        .num_tokens = count,
+        .n = rows,
+        .out = becomes_quants ? gate : inner + a * inner_stride + row,
+        .out_stride = becomes_quants ? rows : inner_stride,
+    });
+    for (int64_t i = 0; i < count && becomes_quants; ++i) {
+      table.quantize_activations(gate + i * rows, width, block, block + num_blocks,
+                                 inner_quants + (a + i) * activation_bytes(width));
     }
   };
   const int64_t width_blocks = round_up(width, kWidthBlock) / kWidthBlock;
   const auto most_blocks = [&](int64_t index) {
     const int64_t tokens = dispatch.starts[index + 1] - dispatch.starts[index];
-    return kTokenBlock / std::max<int64_t>(tokens, 1);
+    return splits ? INT64_MAX : token_block / std::max<int64_t>(tokens, 1);
   };
   runtime.parallel_for(
       num_experts * width_blocks, 2 * kWidthBlock * hidden * mean_tokens,
       [&](int64_t begin, int64_t end, int worker) {
-        int64_t before = -1;
-        visit_blocks(width_blocks, begin, end, most_blocks,
-                     [&](int64_t expert, int64_t block, int64_t count) {
-                       run_gate_up(expert, block, count, worker, expert == before);
-                       before = expert;
-                     });
+        int64_t before = -1;  // the expert
+        visit_blocks(width_blocks, begin, end, most_blocks, [&](int64_t index, int64_t block, int64_t count) {
+          const int64_t first = dispatch.starts[index], last = dispatch.starts[index + 1];
+          for (int64_t a = first; a < last; a += token_block) {
+            const int64_t tokens = std::min(token_block, last - a);
+            const int64_t fit = token_block / tokens;
+            for (int64_t at = 0; at < count; at += fit) {
+              const bool is_next = at > 0 || (index == before && last - first <= token_block);
+              run_gate_up(index, block + at, std::min(fit, count - at), a, tokens, worker, is_next);
+            }
+          }
+          before = index;
+        });
       },
       runtime.blocks_together(kWidthBlock));
 

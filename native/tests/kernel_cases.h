@@ -186,6 +186,12 @@ struct Inputs {
   int64_t stride;
 };
 
+// Memory for one product at a time, in whatever state the one before left it.
+inline uint8_t* product_scratch() {
+  alignas(64) static uint8_t memory[kSplitScratchBytes];
+  return memory;
+}
+
 inline MatmulArgs matmul_args(const MatrixView& w, const Inputs& x, int64_t num_tokens, float* y) {
   MatmulArgs args = {};
   args.weights = w.data;
@@ -196,6 +202,7 @@ inline MatmulArgs matmul_args(const MatrixView& w, const Inputs& x, int64_t num_
   args.y = y;
   args.y_stride = w.rows;
   args.num_tokens = num_tokens;
+  args.scratch = product_scratch();
   return args;
 }
 

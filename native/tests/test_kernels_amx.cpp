@@ -1,8 +1,13 @@
-// Products on the tiles of AMX have the bits of AVX-512, and attention on tiles meets the reference. On a
-// processor without AMX, there is nothing to check; `make test-emulated` runs this file on an emulated one.
+// Products with quantised weights on the tiles of AMX have the bits of AVX-512; attention and products with
+// bfloat16 and FP8 weights on tiles meet the reference. On a processor without AMX, there is nothing to
+// check; `make test-emulated` runs this file on an emulated one.
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdlib>
 
+#include "ops/swiglu.h"
 #include "tests/kernel_cases.h"
 
 #if defined(__x86_64__)
@@ -205,6 +210,465 @@ void tiles_are_used_from_the_tokens_on_that_the_tuning_says() {
   CHECK_EQUAL(counts.all, 2u * 48 * 64 * (40 + 23 + 24 + 38));
 }
 
+// Of all values together.
+template <class Expected>
+double relative_error(const std::vector<float>& found, const Expected& expected) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < found.size(); ++i) {
+    error += std::pow(double(found[i]) - double(expected[i]), 2);
+    size += std::pow(double(expected[i]), 2);
+  }
+  return std::sqrt(error / size);
+}
+
+// Products with bfloat16 and FP8 weights in the instruction set `amx`.
+const KernelTable& amx() { return kernel_table("amx"); }
+const Format kFloatsOnTiles[] = {Format::bf16, Format::f8};
+
+// y of rows [begin, end) for tokens [first, first + count).
+std::vector<float> multiply_some(const MatrixView& w, const std::vector<float>& x, int64_t begin, int64_t end,
+                                 int64_t first, int64_t count, bool repeats_x = false,
+                                 const uint8_t* split_x = nullptr) {
+  std::vector<float> y(size_t((end - begin) * count), -7.0f);
+  MatmulArgs args = {};
+  args.weights = w.data;
+  args.cols = w.cols;
+  args.row_begin = begin;
+  args.row_end = end;
+  args.x = reinterpret_cast<const uint8_t*>(x.data() + first * w.cols);
+  args.x_stride = w.cols * 4;
+  args.y = y.data();
+  args.y_stride = end - begin;
+  args.num_tokens = count;
+  args.scratch = product_scratch();
+  args.split_x = split_x;
+  args.repeats_x = repeats_x;
+  amx().matmul[int(w.format)](args);
+  return y;
+}
+
+// The same rows and tokens of what `multiply_some` found for all.
+std::vector<float> part_of(const std::vector<float>& all, int64_t rows, int64_t begin, int64_t end,
+                           int64_t first, int64_t count) {
+  std::vector<float> part;
+  for (int64_t t = first; t < first + count; ++t) {
+    part.insert(part.end(), all.begin() + t * rows + begin, all.begin() + t * rows + end);
+  }
+  return part;
+}
+
+std::vector<float> dequantized(const MatrixView& w) {
+  std::vector<float> values(size_t(w.rows * w.cols));
+  for (int64_t row = 0; row < w.rows; ++row) {
+    plain().dequantize_row(w.format, w.data, w.cols, row, values.data() + row * w.cols);
+  }
+  return values;
+}
+
+// Sixteen bits of an activation are kept: each product has a relative error of 2^-17, and each addition one
+// of 2^-24. Errors of many columns have either sign.
+void floats_on_tiles_meet_float64() {
+  double worst = 0;
+  for (const Format format : kFloatsOnTiles) {
+    for (const int64_t cols : {1, 31, 32, 33, 128, 200, 1100, 5000}) {
+      const int64_t rows = 53, tokens = cols > 1000 ? 17 : 50;
+      const Weights w = Weights::random(format, rows, cols, 3, cols % 4);
+      const std::vector<float> x = normal(tokens * cols, 4), values = dequantized(w.view);
+      std::vector<double> expected, magnitude;
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t row = 0; row < rows; ++row) {
+          double sum = 0, all = 0;
+          for (int64_t c = 0; c < cols; ++c) {
+            const double product = double(values[size_t(row * cols + c)]) * double(x[size_t(t * cols + c)]);
+            sum += product;
+            all += std::fabs(product);
+          }
+          expected.push_back(sum);
+          magnitude.push_back(all);
+        }
+      }
+      for (const int64_t count : {int64_t{1}, int64_t{2}, int64_t{16}, int64_t{33}, tokens}) {
+        if (count > tokens) continue;
+        for (const int64_t end : {1, 15, 16, 17, 33, 53}) {
+          if (cols > 1000 && end < 53 && end != 17) continue;
+          const std::vector<float> y = multiply_some(w.view, x, 0, end, 0, count);
+          double error = 0, size = 0;
+          bool is_near = true;
+          for (int64_t t = 0; t < count; ++t) {
+            for (int64_t row = 0; row < end; ++row) {
+              const size_t at = size_t(t * rows + row);
+              const double off = double(y[size_t(t * end + row)]) - expected[at];
+              is_near &= std::fabs(off) <= 0x1p-16 * magnitude[at];
+              error += off * off;
+              size += expected[at] * expected[at];
+            }
+          }
+          CHECK(is_near);
+          if (end == rows) worst = std::max(worst, std::sqrt(error / size));
+        }
+      }
+    }
+  }
+  printf("bf16 and f8 on tiles: relative error %.1e\n", worst);
+  CHECK(worst < 1e-5);
+}
+
+void floats_on_tiles_have_one_order_of_sums() {
+  for (const Format format : kFloatsOnTiles) {
+    for (const int64_t cols : {70, 192, 1100}) {  // whole tiles only with 192 columns
+      const int64_t rows = 153, tokens = 50;
+      const Weights w = Weights::random(format, rows, cols, 5, 2);
+      const std::vector<float> x = normal(tokens * cols, 6);
+      const std::vector<float> all = multiply_some(w.view, x, 0, rows, 0, tokens);
+      const auto check = [&](int64_t begin, int64_t end, int64_t first, int64_t count) {
+        CHECK(same_bits(multiply_some(w.view, x, begin, end, first, count),
+                        part_of(all, rows, begin, end, first, count)));
+      };
+      for (int64_t token = 0; token < tokens; token += 7) check(0, rows, token, 1);
+      for (const int64_t count : {2, 3, 15, 16, 17, 31, 32, 33, 48}) check(0, rows, tokens - count, count);
+      for (const int64_t begin : {0, 1, 16, 120, 128, 140}) {
+        for (const int64_t length : {1, 13, 16, 17, 32}) {
+          if (begin + length > rows) continue;
+          check(begin, begin + length, 3, 1);
+          check(begin, begin + length, 5, 20);
+        }
+      }
+      // At other addresses: cache lines begin elsewhere.
+      alignas(64) static uint8_t memory[153 * 1100 * 2 + 4096];
+      for (const int64_t misalign : {0, 1, 32, 63}) {
+        uint8_t* place = memory + misalign;
+        std::memcpy(place, w.view.data, size_t(matrix_bytes(format, rows, cols)));
+        const MatrixView moved = {format, place, rows, cols};
+        CHECK(same_bits(multiply_some(moved, x, 0, rows, 0, tokens), all));
+        CHECK(same_bits(multiply_some(moved, x, 0, rows, 0, 20), part_of(all, rows, 0, rows, 0, 20)));
+        CHECK(same_bits(multiply_some(moved, x, 0, rows, 9, 1), part_of(all, rows, 0, rows, 9, 1)));
+      }
+    }
+  }
+}
+
+// More columns or tokens than fit in the scratch: sums wait in y, or tokens take turns.
+void floats_on_tiles_take_turns() {
+  const int64_t shapes[][3] = {{200, 300, 33}, {12000, 20, 17}, {40001, 18, 3}, {3000, 100, 17}};
+  for (const Format format : kFloatsOnTiles) {
+    for (const auto& [cols, tokens, rows] : shapes) {
+      const Weights w = Weights::random(format, rows, cols, 7, 1);
+      const std::vector<float> x = normal(tokens * cols, 8);
+      const std::vector<float> all = multiply_some(w.view, x, 0, rows, 0, tokens);
+      CHECK(near(all, multiply(kAvx512Kernels, w.view, x, tokens), 1e-2));
+      for (const int64_t token : {int64_t{0}, tokens / 2, tokens - 1}) {
+        CHECK(same_bits(multiply_some(w.view, x, 0, rows, token, 1), part_of(all, rows, 0, rows, token, 1)));
+      }
+      CHECK(same_bits(multiply_some(w.view, x, 0, rows, tokens - 5, 5),
+                      part_of(all, rows, 0, rows, tokens - 5, 5)));
+      CHECK(same_bits(multiply_some(w.view, x, 1, 3, 0, tokens, false), part_of(all, rows, 1, 3, 0, tokens)));
+      CHECK(same_bits(multiply_some(w.view, x, 1, 3, 0, tokens, true), part_of(all, rows, 1, 3, 0, tokens)));
+    }
+  }
+}
+
+void rows_and_tokens_of_floats_may_be_picked() {
+  std::vector<int32_t> from, to;
+  for (int i = 0; i < 37; ++i) {
+    from.push_back(i * 11 % 40);
+    to.push_back(36 - i);
+  }
+  for (const Format format : kFloatsOnTiles) {
+    const int64_t cols = 150, rows = 115;
+    const Weights w = Weights::random(format, rows, cols, 7);
+    const std::vector<float> x = normal(40 * cols, 9);
+    const std::vector<float> all = multiply_some(w.view, x, 0, rows, 0, 40);
+    bool repeats = false;
+    for (const int64_t count : {1, 9, 37}) {
+      for (const auto& [begin, end] : {std::pair{0, 16}, std::pair{16, 64}, std::pair{100, 115}}) {
+        const int64_t stride = end - begin + 3;
+        std::vector<float> y(size_t(37 * stride), -7.0f), expected = y;
+        MatmulArgs args = {};
+        args.weights = w.view.data;
+        args.cols = cols;
+        args.row_begin = begin;
+        args.row_end = end;
+        args.x = reinterpret_cast<const uint8_t*>(x.data());
+        args.x_stride = cols * 4;
+        args.x_index = from.data();
+        args.y = y.data();
+        args.y_stride = stride;
+        args.y_index = to.data();
+        args.num_tokens = count;
+        args.scratch = product_scratch();
+        args.repeats_x = repeats;  // with fewer tokens before, which must be noticed
+        amx().matmul[int(format)](args);
+        repeats = true;
+        for (int64_t i = 0; i < count; ++i) {
+          std::copy(all.begin() + from[size_t(i)] * rows + begin, all.begin() + from[size_t(i)] * rows + end,
+                    expected.begin() + to[size_t(i)] * stride);
+        }
+        CHECK(same_bits(y, expected));  // what lies between the rows is kept
+      }
+    }
+  }
+}
+
+// The second product may use what the first one copied, and must not if they differ.
+void repeated_activations_of_floats_are_copied_once() {
+  const int64_t rows = 64, cols = 200, tokens = 40;
+  const Weights w = Weights::random(Format::bf16, rows, cols, 15),
+                f8 = Weights::random(Format::f8, rows, cols, 18);
+  const Weights q4 = Weights::random(Format::q4, rows, cols, 19);
+  const std::vector<float> x = normal(tokens * cols, 16), other = normal(tokens * cols, 17);
+  const std::vector<float> of_x = multiply_some(w.view, x, 0, rows, 0, tokens);
+  const std::vector<float> of_other = multiply_some(w.view, other, 0, rows, 0, tokens);
+  const std::vector<float> f8_of_x = multiply_some(f8.view, x, 0, rows, 0, tokens);
+  const auto run = [&](const Weights& weights, const std::vector<float>& from, int64_t count,
+                       bool repeats_x) {
+    return multiply_some(weights.view, from, 0, rows, 0, count, repeats_x);
+  };
+  CHECK(same_bits(run(w, x, tokens, false), of_x));
+  CHECK(same_bits(run(w, x, tokens, true), of_x));
+  CHECK(same_bits(run(f8, x, tokens, true), f8_of_x));
+  CHECK(same_bits(run(w, x, 32, true), part_of(of_x, rows, 0, rows, 0, 32)));          // fewer tokens
+  CHECK(same_bits(run(w, other, 32, true), part_of(of_other, rows, 0, rows, 0, 32)));  // other activations
+  std::vector<float> changed = x;
+  CHECK(same_bits(run(w, changed, tokens, false), of_x));
+  changed = other;  // others in the same place
+  CHECK(same_bits(run(w, changed, tokens, false), of_other));
+  // A copy is used if there is one: after a repetition that was none, results are those of the copy.
+  changed = x;
+  CHECK(same_bits(run(w, changed, tokens, true), of_other));
+  // A product with quantised weights has used the scratch in between.
+  const Inputs quants(amx(), Format::q4, x, cols, tokens);
+  std::vector<float> y(size_t(rows * tokens));
+  MatmulArgs args = matmul_args(q4.view, quants, tokens, y.data());
+  args.tuning.amx_from = 1;
+  CHECK(same_bits(run(w, x, tokens, false), of_x));
+  amx().matmul[int(Format::q4)](args);
+  args.repeats_x = true;
+  amx().matmul[int(Format::q4)](args);
+  CHECK(same_bits(run(w, x, tokens, true), of_x));
+}
+
+// Activations that were split before, for all rows and threads.
+void split_activations_give_the_same_bits() {
+  const int64_t shapes[][2] = {{1, 1},     {31, 5},   {70, 1},   {70, 50},   {192, 129},
+                               {200, 145}, {1100, 1}, {300, 16}, {5000, 50}, {5000, 1}};  // columns, tokens
+  for (const Format format : kFloatsOnTiles) {
+    for (const auto& [cols, tokens] : shapes) {
+      const int64_t rows = cols > 1000 ? 33 : 53;
+      const Weights w = Weights::random(format, rows, cols, 31);
+      const std::vector<float> x = normal(tokens * cols, 32);
+      const std::vector<float> all = multiply_some(w.view, x, 0, rows, 0, tokens);
+      const int64_t bytes = split_bytes(cols, tokens);
+      const std::unique_ptr<uint8_t[], FreeMemory> split(
+          static_cast<uint8_t*>(std::aligned_alloc(64, size_t(round_up(bytes, 64)))));
+      std::memset(split.get(), 0xFF, size_t(bytes));
+      for (int64_t tile = 0; tile * kSplitTokens < tokens; ++tile) {
+        for (int64_t begin = 0; begin < cols; begin += 64) {
+          amx().split_activations(
+              {x.data(), cols, tokens, cols, tile, begin, std::min(begin + 64, cols), split.get()});
+        }
+      }
+      for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, rows}, {16, 33}, {5, 8}}) {
+        CHECK(same_bits(multiply_some(w.view, x, begin, end, 0, tokens, false, split.get()),
+                        part_of(all, rows, begin, end, 0, tokens)));
+      }
+    }
+  }
+}
+
+// Operations whose products have weights of several formats: a token alone, and many on three threads.
+void operations_on_tiles_have_the_same_bits_on_any_threads() {
+  constexpr int64_t kTokens = 150, kHidden = 192, kWidth = 96;
+  Runtime one(1, std::nullopt, amx()), three(3, std::nullopt, amx()),
+      other(1, std::nullopt, kernel_table("avx512"));
+  const std::vector<float> x = normal(kTokens * kHidden, 33);
+  const Format orders[][3] = {{Format::bf16, Format::f8, Format::bf16},
+                              {Format::bf16, Format::q4, Format::f8},
+                              {Format::q8, Format::bf16, Format::f32},
+                              {Format::f8, Format::f8, Format::f8}};
+  for (const auto& [a, b, c] : orders) {
+    const Weights first = Weights::random(a, kWidth, kHidden, 34, 1),
+                  second = Weights::random(b, kWidth, kHidden, 35),
+                  third = Weights::random(c, kHidden, kWidth, 36),
+                  fourth = Weights::random(c, 330, kHidden, 37);
+    const auto products = [&](Runtime& runtime, const float* from, int64_t tokens) {
+      const int64_t rows = 2 * kWidth + 330;
+      std::vector<float> y(size_t(tokens * rows));
+      matmul(runtime,
+             {{first.view, y.data()},
+              {second.view, y.data() + tokens * kWidth},
+              {fourth.view, y.data() + tokens * 2 * kWidth}},
+             from, tokens);
+      return y;
+    };
+    const std::vector<float> together = products(one, x.data(), kTokens);
+    CHECK(same_bits(products(three, x.data(), kTokens), together));
+    CHECK(relative_error(together, products(other, x.data(), kTokens)) <
+          1e-3);  // 8-bit activations are rounded
+    for (const int64_t token : {0, 77, 149}) {
+      const std::vector<float> alone = products(three, x.data() + token * kHidden, 1);
+      std::vector<float> expected = part_of(together, kWidth, 0, kWidth, token, 1);
+      for (const auto& [at, rows] : {std::pair<int64_t, int64_t>{kWidth, kWidth}, {2 * kWidth, 330}}) {
+        const auto from = together.begin() + kTokens * at + token * rows;
+        expected.insert(expected.end(), from, from + rows);
+      }
+      CHECK(same_bits(alone, expected));
+    }
+    const std::vector<ExpertView> experts(3, ExpertView{first.view, second.view, third.view, {}});
+    const auto feed_forward = [&](Runtime& runtime, int64_t begin, int64_t count,
+                                  std::vector<int32_t> starts) {
+      std::vector<int32_t> token, row;
+      for (int32_t i = 0; i < count; ++i) {
+        token.push_back(int32_t(begin) + (count == kTokens ? i * 7 % int32_t(count) : i));
+        row.push_back(token.back() - int32_t(begin));
+      }
+      std::vector<float> out(size_t(count * kHidden), NAN);
+      swiglu_experts(runtime, experts, {}, x.data(), kTokens, {starts.data(), token.data(), row.data()},
+                     out.data());
+      return out;
+    };
+    const std::vector<float> outputs = feed_forward(one, 0, kTokens, {0, 130, 130, kTokens});
+    CHECK(same_bits(feed_forward(three, 0, kTokens, {0, 5, 60, kTokens}), outputs));
+    CHECK(relative_error(outputs, feed_forward(other, 0, kTokens, {0, 5, 60, kTokens})) < 1e-3);
+    for (const int32_t count : {1, 3}) {
+      CHECK(same_bits(feed_forward(three, 41, count, {0, 0, 1, count}),
+                      part_of(outputs, kHidden, 0, kHidden, 41, count)));
+    }
+  }
+}
+
+// Memory whose last byte is the last of a mapping.
+class EndOfMapping {
+ public:
+  explicit EndOfMapping(int64_t bytes) {
+    const int64_t page = sysconf(_SC_PAGESIZE), usable = round_up(bytes, page);
+    mapped_ = size_t(usable + page);
+    base_ = static_cast<uint8_t*>(
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    CHECK(base_ != MAP_FAILED && mprotect(base_ + usable, size_t(page), PROT_NONE) == 0);
+    data_ = base_ + usable - bytes;
+  }
+  ~EndOfMapping() { munmap(base_, mapped_); }
+  EndOfMapping(const EndOfMapping&) = delete;
+  EndOfMapping& operator=(const EndOfMapping&) = delete;
+  uint8_t* data() const { return data_; }
+
+ private:
+  uint8_t *base_, *data_;
+  size_t mapped_;
+};
+
+// Weights, activations and outputs end where their memory does; before and after are numbers that would turn
+// sums into NaN.
+void nothing_beyond_the_matrix_is_read() {
+  for (const Format format : kFloatsOnTiles) {
+    for (const int64_t cols : {1, 31, 32, 33, 64, 129, 530}) {
+      for (const int64_t rows : {1, 15, 16, 17, 32, 33}) {
+        for (const int64_t tokens : {1, 5, 33}) {
+          const int64_t bytes = matrix_bytes(format, rows, cols);
+          const Weights w = Weights::random(format, rows, cols, 21);
+          const std::vector<float> x = normal(tokens * cols, 22);
+          const std::vector<float> expected = multiply_some(w.view, x, 0, rows, 0, tokens);
+          const EndOfMapping matrix(bytes + 256), inputs(tokens * cols * 4), outputs(tokens * rows * 4);
+          std::memset(matrix.data(), 0xFF, 256);  // NaN, in both formats
+          uint8_t* place = matrix.data() + 256;
+          std::memcpy(place, w.view.data, size_t(bytes));
+          std::memcpy(inputs.data(), x.data(), x.size() * 4);
+          std::memset(product_scratch() + sizeof(ProductCounts), 0xFF,
+                      size_t(kSplitScratchBytes) - sizeof(ProductCounts));
+          MatmulArgs args = {};
+          args.weights = place;
+          args.cols = cols;
+          args.row_end = rows;
+          args.x = inputs.data();
+          args.x_stride = cols * 4;
+          args.y = reinterpret_cast<float*>(outputs.data());
+          args.y_stride = rows;
+          args.num_tokens = tokens;
+          args.scratch = product_scratch();
+          amx().matmul[int(format)](args);
+          CHECK(std::memcmp(outputs.data(), expected.data(), expected.size() * 4) == 0);
+        }
+      }
+    }
+  }
+}
+
+void every_code_of_fp8_is_exact() {
+  // Each row holds one code; NaN codes are refused when a matrix is brought.
+  for (const int64_t cols : {1, 45}) {
+    for (const int64_t place : {int64_t{0}, cols - 1}) {
+      constexpr int64_t kRows = 256;
+      std::vector<uint8_t> codes(size_t(kRows * cols), 0);
+      for (int64_t row = 0; row < kRows; ++row)
+        codes[size_t(row * cols + place)] = row % 128 == 127 ? 0 : uint8_t(row);
+      const Weights w(codes, {0.75f, 3.0f}, kRows, cols, 3);
+      for (const int64_t tokens : {1, 3}) {
+        const std::vector<float> x(size_t(tokens * cols), 1.0f);
+        const std::vector<float> y = multiply_some(w.view, x, 0, kRows, 0, tokens);
+        for (int64_t i = 0; i < tokens * kRows; ++i) {
+          const int64_t row = i % kRows;
+          const float scale = row < 128 ? 0.75f : 3.0f;
+          CHECK_EQUAL(y[size_t(i)], scale * float_from_f8(codes[size_t(row * cols + place)]));
+        }
+      }
+    }
+  }
+}
+
+enum class Kind { number, infinity, minus_infinity, nan };
+Kind kind_of(float value) {
+  if (std::isnan(value)) return Kind::nan;
+  return value == INFINITY ? Kind::infinity : value == -INFINITY ? Kind::minus_infinity : Kind::number;
+}
+
+// An activation that is infinite or NaN gives what it gives in float32. A weight makes its row NaN or
+// infinite.
+void what_is_no_number_stays_so() {
+  const int64_t rows = 40, cols = 170;
+  for (const Format format : kFloatsOnTiles) {
+    const Weights w = Weights::random(format, rows, cols, 23);
+    for (const int64_t tokens : {1, 20}) {
+      for (const float special : {INFINITY, -INFINITY, NAN}) {
+        for (const int64_t col : {0, 40, 169}) {
+          std::vector<float> x = normal(tokens * cols, 24);
+          const int64_t token = tokens / 2;
+          x[size_t(token * cols + col)] = special;
+          const std::vector<float> y = multiply_some(w.view, x, 0, rows, 0, tokens);
+          const std::vector<float> expected = multiply(plain(), w.view, x, tokens);
+          for (size_t i = 0; i < y.size(); ++i) CHECK(kind_of(y[i]) == kind_of(expected[i]));
+          CHECK(kind_of(y[size_t(token * rows)]) != Kind::number);
+        }
+      }
+    }
+  }
+  for (const uint16_t bits :
+       {uint16_t{0x7F80}, uint16_t{0xFF80}, uint16_t{0x7FC1}}) {  // infinities and NaN in bfloat16
+    for (const int64_t tokens : {1, 20}) {
+      const Weights w = Weights::random(Format::bf16, rows, cols, 25);
+      std::memcpy(w.bytes.get() + (17 * cols + 169) * 2, &bits, 2);
+      const std::vector<float> x = normal(tokens * cols, 26);
+      const std::vector<float> y = multiply_some(w.view, x, 0, rows, 0, tokens);
+      for (int64_t i = 0; i < tokens * rows; ++i) {
+        CHECK_EQUAL(kind_of(y[size_t(i)]) == Kind::number, i % rows != 17);
+      }
+    }
+  }
+  // The largest numbers of float32 round to an infinity in bfloat16.
+  const Weights one(Format::bf16, std::vector<float>{0.5f}, 1, 1);
+  CHECK(kind_of(multiply_some(one.view, {3.4e38f}, 0, 1, 0, 1)[0]) == Kind::infinity);
+  CHECK_EQUAL(multiply_some(one.view, {0x1.fep127f}, 0, 1, 0, 1)[0], 0x1.fep126f);
+  CHECK_EQUAL(multiply_some(one.view, {1e-40f}, 0, 1, 0, 1)[0], 0.0f);
+}
+
+void operations_of_floats_are_counted() {
+  const auto& counts = *reinterpret_cast<const ProductCounts*>(product_scratch());
+  const Weights w = Weights::random(Format::bf16, 33, 50, 27);
+  const ProductCounts before = counts;
+  multiply_some(w.view, normal(3 * 50, 28), 1, 33, 0, 3);
+  CHECK_EQUAL(counts.in_tiles - before.in_tiles, 2u * 32 * 50 * 3);
+  CHECK_EQUAL(counts.all - before.all, 2u * 32 * 50 * 3);
+}
+
 // A sequence in a KV cache. Every place that no token may see holds NaN.
 struct Sequence {
   Sequence(int64_t length, int64_t kv_heads, int64_t dim, int64_t block, KvFormat format)
@@ -306,12 +770,7 @@ void attention_on_tiles_keeps_sixteen_bits() {
   Runtime tiles(1, std::nullopt, kernel_table("amx")), reference(1, std::nullopt, plain());
   const std::vector<float> found = sequence.attend(tiles, q, heads, 0, length, 0, nullptr);
   const std::vector<float> expected = sequence.attend(reference, q, heads, 0, length, 0, nullptr);
-  double error = 0, size = 0;
-  for (size_t i = 0; i < found.size(); ++i) {
-    error += std::pow(double(found[i]) - double(expected[i]), 2);
-    size += std::pow(double(expected[i]), 2);
-  }
-  const double relative = std::sqrt(error / size);
+  const double relative = relative_error(found, expected);
   printf("attention on tiles: relative error %.1e\n", relative);
   CHECK(relative < 4e-5);
 }
@@ -335,6 +794,17 @@ int main() {
   scales_of_every_kind_have_the_same_bits();
   repeated_activations_are_copied_once();
   tiles_are_used_from_the_tokens_on_that_the_tuning_says();
+  floats_on_tiles_meet_float64();
+  floats_on_tiles_have_one_order_of_sums();
+  floats_on_tiles_take_turns();
+  rows_and_tokens_of_floats_may_be_picked();
+  repeated_activations_of_floats_are_copied_once();
+  split_activations_give_the_same_bits();
+  operations_on_tiles_have_the_same_bits_on_any_threads();
+  nothing_beyond_the_matrix_is_read();
+  every_code_of_fp8_is_exact();
+  what_is_no_number_stays_so();
+  operations_of_floats_are_counted();
   attention_on_tiles_meets_the_reference_in_every_chunk();
   sections_on_tiles_have_the_same_bits_on_any_threads();
   attention_on_tiles_keeps_sixteen_bits();
