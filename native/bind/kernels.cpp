@@ -63,11 +63,12 @@ void bind_choice(nb::module_& m) {
 
   m.def(
       "product_scratch_bytes",
-      [](int num_threads) {
+      [](int num_threads, const std::optional<std::string>& instruction_set) {
         require_range("num_threads", num_threads, 1, kMostThreads);
-        return num_threads * best_kernels().product_scratch_bytes;
+        return num_threads * kernels_named(instruction_set).product_scratch_bytes;
       },
-      "num_threads"_a, "The most memory that products of a Runtime take beside its scratch; 0 without AMX.");
+      "num_threads"_a, "instruction_set"_a = nb::none(),
+      "The most memory that products of a Runtime take beside its scratch; 0 without AMX.");
 
   m.def("amx_state", &amx_state,
         "absent: the CPU has no AMX, or not what kernels need; refused: the system lets this process use "
@@ -119,7 +120,7 @@ void bind_choice(nb::module_& m) {
             const Runtime::Operations found = runtime.operations();
             return std::tuple(found.in_tiles, found.all);
           },
-          "Operations of products with quantised weights so far: on the tiles of AMX, and all. (0, 0) "
+          "Operations so far of products whose format can run on the tiles of AMX: on tiles, and all. (0, 0) "
           "without AMX.")
       .def_prop_ro("rounds", &Runtime::rounds,
                    "Whether `linear` may round to bfloat16: the CPU multiplies that faster than float32.")

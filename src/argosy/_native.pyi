@@ -291,7 +291,7 @@ def drive_probe(path: str, record_bytes: int, num_records: int, num_readers: int
 def instruction_sets() -> list[InstructionSet]:
     """The instruction sets that this CPU supports, worst first."""
 
-def product_scratch_bytes(num_threads: int) -> int:
+def product_scratch_bytes(num_threads: int, instruction_set: str | None = None) -> int:
     """
     The most memory that products of a Runtime take beside its scratch; 0 without AMX.
     """
@@ -344,7 +344,7 @@ class Runtime:
     @property
     def operations(self) -> tuple[int, int]:
         """
-        Operations of products with quantised weights so far: on the tiles of AMX, and all. (0, 0) without AMX.
+        Operations so far of products whose format can run on the tiles of AMX: on tiles, and all. (0, 0) without AMX.
         """
 
     @property

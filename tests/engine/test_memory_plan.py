@@ -57,6 +57,22 @@ def smallest_budget(files: ModelFiles, context: int | None = None) -> int:
     return needed
 
 
+def test_a_plan_counts_the_scratch_of_products_that_use_it(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On `amx`, products with float weights of this model use it; elsewhere only those with quantised weights do."""
+    monkeypatch.setattr(_native, "instruction_sets", lambda: ["avx2", "amx", "avx512"])
+    monkeypatch.setattr(_native, "product_scratch_bytes", lambda num_threads, name: num_threads << 20)
+    footprints = {
+        name: ModelFootprint(files, EngineConfig(budget=Budget(ram_bytes=1), threads=2, instruction_set=name))
+        for name in (None, "avx512", "amx")
+    }
+    found = {name: footprint.buffer_bytes(64) for name, footprint in footprints.items()}
+    split = footprints["amx"]._stack_sizes.scratch_bytes(64, 2, True)
+    as_floats = footprints["avx512"]._stack_sizes.scratch_bytes(64, 2, False)
+    assert found[None] == found["avx512"] == found["amx"] - (2 << 20) - (split - as_floats)
+
+
 def test_the_parts_of_a_plan_sum_to_its_total_and_stay_within_the_budget(files: ModelFiles) -> None:
     for ram_bytes in range(smallest_budget(files), 200 * MIB, 3 * MIB):
         planned = plan(files, ram_bytes)

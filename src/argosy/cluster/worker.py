@@ -149,6 +149,7 @@ def plan_of(
         most_coordinators=settings.most_coordinators,
         uses_tls=settings.tls is not None,
         num_slots=settings.num_slots,
+        instruction_set=settings.instruction_set,
     )
 
 

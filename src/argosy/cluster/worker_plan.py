@@ -102,12 +102,14 @@ def plan_worker(
     most_coordinators: int,
     uses_tls: bool,
     num_slots: int | None = None,
+    instruction_set: str | None = None,
 ) -> WorkerPlan:
     """Plan a worker's memory.
 
     Args:
         process_bytes: size of the process now, with the headers of the model.
         num_slots: size of the expert cache; None: as many as the budget allows.
+        instruction_set: one that this machine has; None: the best one.
 
     Raises:
         DoesNotFit: the budget has no room for the experts of one token of one layer.
@@ -139,7 +141,7 @@ def plan_worker(
             "connection_bytes": most_coordinators * (link + (BUFFER_BYTES if uses_tls else 0)),
             "working_bytes": sizes.scratch_bytes(most_rows, threads)
             + sizes.dispatch_bytes(most_rows)
-            + _native.product_scratch_bytes(threads),
+            + _native.product_scratch_bytes(threads, instruction_set),
             "staging_bytes": readers * _native.STAGING_BYTES if is_transcoded else 0,
             "bookkeeping_bytes": records,
             "expert_bytes": experts,

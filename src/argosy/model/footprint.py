@@ -84,6 +84,9 @@ class ModelFootprint:
         self.num_experts = len(files.experts)  # routed experts in all layers
         self._wanted_kv_dtype = config.kv_dtype
         self._threads = config.threads  # each has scratch memory
+        # One that this machine lacks is refused when the engine starts.
+        names = _native.instruction_sets()
+        self._instruction_set = config.instruction_set if config.instruction_set in names else names[-1]
         self._has_media = config.media is not False
         self._media_fault: ArgosyError | None = None  # why towers are not used
         self._image_tokens = config.image_tokens
@@ -277,8 +280,10 @@ class ModelFootprint:
     def buffer_bytes(self, step_tokens: int) -> int:
         """The buffers and scratch memory of such a step, which a `Decoder` has as long as steps may be so long."""
         sizes = self._stack_sizes
-        scratch = sizes.scratch_bytes(step_tokens, self._threads, self._has_quants)
-        products = _native.product_scratch_bytes(self._threads) if self._has_quants else 0
+        # On `amx`, activations of bfloat16 and FP8 weights are split, which takes less than quantising them.
+        prepares = self._has_quants or self._instruction_set == "amx"
+        scratch = sizes.scratch_bytes(step_tokens, self._threads, prepares)
+        products = _native.product_scratch_bytes(self._threads, self._instruction_set) if prepares else 0
         return sizes.buffer_bytes(step_tokens) + scratch + products
 
     def choices_bytes(self, step_tokens: int) -> int:

@@ -193,7 +193,7 @@ def kept_file(instruction_set: str) -> Path:
 
 
 def probe_bytes(threads: int) -> int:
-    """The most memory that measuring takes."""
+    """The most memory that measuring takes, which uses quantised weights only."""
     working = threads * machine.THREAD_BYTES + _native.product_scratch_bytes(threads)
     return int(_weights_bytes(threads) * (1 + _OUTPUT_SHARE)) + working
 
