@@ -28,9 +28,26 @@ OFFER = Offer(
 )  # fmt: skip
 
 
-def test_experts_on_amx_have_the_sums_of_avx512() -> None:
+def test_experts_on_amx_have_the_sums_of_avx512_unless_their_activations_are_split() -> None:
     names = ("plain", "avx2", "avx512", "amx")
-    assert [hello.kernel_of(name) for name in names] == ["plain", "avx2", "avx512", "avx512"]
+    assert [hello.kernel_of(name, ["q4", "f16"]) for name in names] == ["plain", "avx2", "avx512", "avx512"]
+    for formats in (["bf16"], ["q4_k", "f8"]):
+        assert [hello.kernel_of(name, formats) for name in names] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("worker", "coordinator", "fits"),
+    [
+        ("amx", "amx", True), ("amx", "avx512", True), ("avx512", "amx", False), ("avx512", "avx2", False),
+    ],
+)  # fmt: skip
+def test_a_worker_without_files_may_turn_out_to_have_either_sums_of_amx(
+    worker: str, coordinator: str, fits: bool
+) -> None:
+    theirs, ours = (replace(FACTS, kernel=kernel) for kernel in (worker, coordinator))
+    found = hello._mismatch(replace(theirs, model=hello.NO_MODEL), ours)
+    assert found is (None if fits else Refusal.kernel)
+    assert (hello._mismatch(theirs, ours) is None) == (worker == coordinator)
 
 
 @contextmanager

@@ -421,7 +421,7 @@ class CopyingWorker:
         self._copy, self._settings = copy, settings
         self._tell: Progress = progress or (lambda what, share: None)
         self._facts = Facts(
-            version=version("argosy"), kernel=hello.kernel_of(instruction_set_of(settings)),
+            version=version("argosy"), kernel=instruction_set_of(settings),
             sources=bytes.fromhex(_native.sources_hash()), model=hello.NO_MODEL, most_rows=0, most_assignments=0,
             hidden=0, num_layers=0, num_experts=0,
         )  # fmt: skip

@@ -286,7 +286,7 @@ class Group:
         most_assignments = step_tokens * config.experts_per_token
         self._facts = Facts(
             version=version("argosy"),
-            kernel=hello.kernel_of(instruction_set),
+            kernel=hello.kernel_of(instruction_set, files.expert_format.split("+")),
             sources=bytes.fromhex(_native.sources_hash()),
             model=fingerprint(files),
             most_rows=step_tokens,

@@ -28,6 +28,7 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -50,6 +51,7 @@ _INTRODUCTION = struct.Struct(f"<8sHxx{_NONCE_BYTES}s{_FACTS.size}s{_PROOF_BYTES
 _VERDICT = struct.Struct(f"<8sHH{_FACTS.size}s{_OFFER.size}s{_PROOF_BYTES}s")
 _IS_RESIDENT = 1
 NO_MODEL = bytes(32)  # the fingerprint of a worker that has no files yet
+_SPLIT_FORMATS = frozenset({"bf16", "f8"})
 _MOST_COUNT = 1 << 48  # no honest worker has more slots, or bytes of them
 
 
@@ -149,9 +151,13 @@ class Introduced(NamedTuple):
     copy_key: bytes | None
 
 
-def kernel_of(instruction_set: str) -> str:
-    """The instruction set whose sums experts have on this one: on `amx` only attention differs from `avx512`."""
-    return "avx512" if instruction_set == "amx" else instruction_set
+def kernel_of(instruction_set: str, formats: Iterable[str]) -> str:
+    """The instruction set whose sums experts with weights of these formats have on this one.
+
+    On `amx`, products with bfloat16 and FP8 weights have sums of their own; the others are those of `avx512`.
+    """
+    has_own_sums = not _SPLIT_FORMATS.isdisjoint(formats)
+    return "avx512" if instruction_set == "amx" and not has_own_sums else instruction_set
 
 
 def prepare(connection: socket.socket) -> None:
@@ -351,7 +357,9 @@ def _mismatch(worker: Facts, coordinator: Facts) -> Refusal | None:
     if coordinator.sources != worker.sources:
         return Refusal.sources
     if worker.model == NO_MODEL:
-        return None if coordinator.kernel == worker.kernel else Refusal.kernel
+        # A worker on `amx` does not know yet which sums its experts will have.
+        either = {worker.kernel, kernel_of(worker.kernel, ())}
+        return None if coordinator.kernel in either else Refusal.kernel
     shapes = [(facts.hidden, facts.num_layers, facts.num_experts) for facts in (worker, coordinator)]
     if not hmac.compare_digest(coordinator.model, worker.model) or shapes[0] != shapes[1]:
         return Refusal.model

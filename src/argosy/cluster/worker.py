@@ -192,7 +192,7 @@ class Worker:
             undo.pop_all()
         self._facts = Facts(
             version=version("argosy"),
-            kernel=hello.kernel_of(self._runtime.instruction_set),
+            kernel=hello.kernel_of(self._runtime.instruction_set, files.expert_format.split("+")),
             sources=bytes.fromhex(_native.sources_hash()),
             model=model,
             most_rows=MOST_ROWS,
