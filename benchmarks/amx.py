@@ -2,15 +2,16 @@
 
     python benchmarks/amx.py [--threads 1] [--tokens 8 16 32 64 128] [--positions 2048 8192]
 
-Products take quantised weights that no cache holds, with tiles from the first token on and without any; their bits must
-be equal. Attention is that of the instruction sets `amx` and `avx512`, for a chunk of a prompt and for one token; the
-largest difference is printed. A ratio is the median over rounds, each of which runs both sides. On a machine without
-AMX, the script says so and stops.
+Products take weights that no cache holds: quantised ones with tiles from the first token on and without any, whose bits
+must be equal; bfloat16 and FP8 ones in the instruction sets `amx` and `avx512`, whose largest difference is printed and
+must be small. Attention is that of the same two instruction sets, for a chunk of a prompt and for one token. A ratio is
+the median over rounds, each of which runs both sides. On a machine without AMX, the script says so and stops.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import get_args
 import numpy as np
 
 from argosy import _native
-from argosy.config import KvDtype
+from argosy.config import Format, KvDtype
 from argosy.plan import tuning
 from attention import BLOCK, SCALE
 from common import Report, Sample
@@ -29,6 +30,8 @@ from kernels import ARENA_BYTES, Matrices, finite_bits, product_operations
 TARGETS = {
     ("q4", 32): ">= 1.15", ("q4", 64): ">= 1.4", ("q4", 128): ">= 1.5", ("q8", 128): ">= 1.2",
 }  # fmt: skip
+FLOAT_TOKENS = (1, 8, 32, 128)
+LARGEST_ERROR = 1e-4  # of an output, beside the largest of all; activations keep 16 bits
 HEADS, KV_HEADS, HEAD_DIM, CHUNK = 32, 4, 128, 64
 
 
@@ -81,6 +84,30 @@ def products(report: Report, options: argparse.Namespace) -> None:
             )  # fmt: skip
 
 
+def float_products(report: Report, options: argparse.Namespace) -> None:
+    memory = _native.Arena(ARENA_BYTES)
+    finite_bits(memory)
+    sides = [_native.Runtime(options.threads, None, name) for name in ("amx", "avx512")]
+    formats: tuple[Format, ...] = ("bf16", "f8")
+    for name, tokens in itertools.product(formats, FLOAT_TOKENS):
+        matrices = Matrices(memory, name, options.rows, options.cols)
+        works, outs = zip(*(product(side, matrices, tokens) for side in sides), strict=True)
+        for work in works:
+            matrices._next = 0
+            work()
+        error = float(np.abs(outs[0] - outs[1]).max() / np.abs(outs[1]).max())
+        if not error <= LARGEST_ERROR:
+            raise SystemExit(f"{name}, {tokens} tokens: AMX and AVX-512 differ by {error:.0e}")
+        with Sample() as sample:
+            tiles, avx512 = in_turn(works, options.rounds, options.seconds)
+        rate = product_operations(matrices, tokens) / statistics.median(tiles) / 1e9
+        report.shares(
+            f"{name}, {tokens} tokens, {rate:.0f} Gop/s, error {error:.0e}",
+            [slow / fast for fast, slow in zip(tiles, avx512, strict=True)],
+            target=TARGETS.get((name, tokens), ""), format=name, tokens=tokens, others=str(sample),
+        )  # fmt: skip
+
+
 def attention(report: Report, options: argparse.Namespace, positions: int, dtype: KvDtype) -> None:
     kind = _native.KvShape.keys_values(KV_HEADS, HEAD_DIM)
     blocks = positions // BLOCK
@@ -121,12 +148,13 @@ def main() -> None:
     if not _native.amx_formats():
         raise SystemExit(f"AMX is {_native.amx_state()} here: there is nothing to measure")
     report = Report("amx")
-    report.correct("products on tiles have the bits of AVX-512, checked before each is timed")
+    report.correct("quantised products on tiles have the bits of AVX-512, checked before each is timed")
     report.opening()
     report.line(
         "unit", f"speed on tiles over AVX-512, {options.threads} threads, median of {options.rounds} rounds"
     )
     products(report, options)
+    float_products(report, options)
     for positions in options.positions:
         for dtype in get_args(KvDtype):
             attention(report, options, positions, dtype)

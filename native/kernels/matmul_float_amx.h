@@ -22,9 +22,9 @@
 // tokens share, are first copied to tiles, and FP8 codes converted there: for all tokens of the call, 512
 // columns of 32 rows at a time.
 //
-// Splitting activations takes as long as multiplying them by about a hundred rows. So a call should get them
-// split (MatmulArgs::split_x), have many rows, or repeat the activations of the one before (repeats_x). One
-// token needs no transposition: its tiles have one column.
+// By a count of cycles, splitting activations takes as long as multiplying them by about a hundred rows. So a
+// call should get them split (MatmulArgs::split_x), have many rows, or repeat the activations of the one
+// before (repeats_x). One token needs no transposition: its tiles have one column.
 #pragma once
 
 #include "kernels/amx.h"

@@ -44,7 +44,7 @@ class EngineFacts:
     # [layers, experts]: how often each expert was chosen up to the last complete window; older windows count less.
     expert_uses: NDArray[np.int64] | None
     expert_use_tokens: int  # tokens that they stand for
-    # Operations of products with quantised weights: on the tiles of AMX, and all; None: there are no tiles.
+    # Operations of products that can run on the tiles of AMX: on tiles, and all; None: there are no tiles.
     operations: tuple[int, int] | None
 
     def with_plan(self, plan: MemoryPlan) -> EngineFacts:

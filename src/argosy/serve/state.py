@@ -307,7 +307,7 @@ class Metrics:
                 (
                     counter,
                     "argosy_product_operations",
-                    "Operations of products with quantised weights, where there is AMX",
+                    "Operations of products that can run on the tiles of AMX, where there is AMX",
                     None if engine.operations is None else engine.operations[1],
                 ),
                 (
