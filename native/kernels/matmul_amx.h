@@ -367,8 +367,8 @@ void matmul_amx(const MatmulArgs& a) {
   const int64_t rows = a.row_end - a.row_begin, panels = (rows + kPanelRows - 1) / kPanelRows;
   count_operations(kept.counts.all, rows, a.cols, a.num_tokens);
   if (!a.repeats_x) kept.x = nullptr;
-  const int64_t most = AmxProduct<kFormat>::most_tokens(a.cols);
   const bool is_wanted = a.tuning.amx_from > 0 && a.num_tokens >= a.tuning.amx_from;
+  const int64_t most = a.cols > 0 ? AmxProduct<kFormat>::most_tokens(a.cols) : 0;
   if (!is_wanted || panels < 2 || most == 0) return avx512(a);
   // A last panel without another is left over.
   MatmulArgs paired = a, alone = a;

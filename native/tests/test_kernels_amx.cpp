@@ -63,7 +63,7 @@ void tiles_have_the_bits_of_avx512() {
     if (!has_kernel) continue;
     ++formats;
     // One group, a part of a block of groups, several blocks with a part.
-    for (const int64_t size : {1, 100, 1100}) {
+    for (const int64_t size : {0, 1, 100, 1100}) {
       const int64_t cols = cols_of(format, size);
       for (const int64_t rows : {1, 16, 17, 32, 33, 53, 64}) {
         const Weights w = Weights::random(format, rows, cols, 3, rows % 4);
