@@ -79,7 +79,7 @@ def rounded(x: Floats) -> Doubles:
 
 def rounds(instruction_set: str) -> bool:
     """Return whether this CPU multiplies bfloat16 by itself."""
-    return instruction_set == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    return instruction_set in ("avx512", "amx") and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 # Sizes around a pair and a vector of columns, a tile and a block of rows, a vector, a panel and a chunk of tokens.

@@ -183,6 +183,8 @@ def test_matrices_of_any_format_work(format: Format) -> None:
         assert np.array_equal(case.attend([1], [position])[0], together[row])
         # Queries and results are rounded to int8 before a product with quantised weights.
         atol = 0.03 if format in ("q8", "q4") else 1e-5
+        if format == "bf16" and Case.instruction_set == "amx":  # products keep 16 bits of an activation
+            atol = 1e-4
         np.testing.assert_allclose(together[row], case.expected(1, position), atol=atol)
 
 
