@@ -94,6 +94,8 @@ constexpr KernelTable kernel_table_named(const char* name) {
       .delta_conv = delta_conv,
       .delta_rule = delta_rule,
       .latent_attention = latent_attention,
+      .most_columns = kMostColumns,
+      .latent_floats = [](int64_t dim, int64_t) { return latent_scratch_floats(dim); },
       .latent_merge = latent_merge,
       .latent_finish = latent_finish,
       .read_memory = read_memory,

@@ -154,6 +154,21 @@ int64_t most_attention_queries() {
   return most;
 }
 
+int64_t most_latent_floats(int64_t dim, int64_t value_dim) {
+  int64_t most = 0;
+  for (const KernelTable* table : tables()) {
+    const int64_t floats = table->latent_floats(dim, value_dim);
+    most = floats > most ? floats : most;
+  }
+  return most;
+}
+
+int64_t most_latent_columns() {
+  int64_t most = 0;
+  for (const KernelTable* table : tables()) most = table->most_columns > most ? table->most_columns : most;
+  return most;
+}
+
 const char* amx_state() {
 #if defined(__x86_64__)
   static const char* const state = request_amx();

@@ -318,9 +318,10 @@ struct RouteArgs {
 };
 
 // Latent attention: a column is sixteen heads of one token, which go through the vectors together. A call
-// takes at most two columns. Positions are processed in sections.
+// takes at most two columns, or on tiles sixteen, because it splits the vectors for all of them. Positions
+// are processed in sections.
 [[maybe_unused]] static constexpr int64_t kColumnHeads = 16;
-[[maybe_unused]] static constexpr int64_t kMostColumns = 2;
+[[maybe_unused]] static constexpr int64_t kMostColumns = 2, kAmxColumns = 16;
 [[maybe_unused]] static constexpr int64_t kSectionPositions = 256;
 
 struct LatentColumn {
@@ -339,7 +340,7 @@ struct LatentAttentionArgs {
   int64_t begin;
   int64_t value_dim;  // the values are the first value_dim elements of a vector
   float scale;
-  float* scratch;  // latent_scratch_floats(dim)
+  float* scratch;  // KernelTable::latent_floats(dim, value_dim)
 };
 
 enum class Gelu { erf, tanh, quick };
@@ -483,6 +484,8 @@ struct KernelTable {
   void (*delta_rule)(const DeltaRuleArgs& args);
 
   void (*latent_attention)(const LatentAttentionArgs& args);
+  int64_t most_columns;                                      // in a call
+  int64_t (*latent_floats)(int64_t dim, int64_t value_dim);  // the scratch of a call
   // Merges the state of a column's next section into `state`.
   void (*latent_merge)(const float* next, int64_t value_dim, int64_t num_heads, float* state);
   void (*latent_finish)(const float* state, int64_t value_dim, int64_t num_heads, float* out);
@@ -539,6 +542,9 @@ const KernelTable& best_kernels();
 // The largest KernelTable::attention_floats and most_queries of all instruction sets here.
 int64_t most_attention_floats(int64_t head_dim);
 int64_t most_attention_queries();
+// The largest KernelTable::latent_floats and most_columns.
+int64_t most_latent_floats(int64_t dim, int64_t value_dim);
+int64_t most_latent_columns();
 
 // "absent": the CPU has no AMX, or not what the kernels need of it; "refused": the system lets this process
 // use no tiles; "usable".

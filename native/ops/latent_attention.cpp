@@ -19,30 +19,46 @@ int64_t blocks_of(int64_t rows) { return round_up(rows, kBlockRows) / kBlockRows
 
 // Columns of one sequence that go through the vectors together.
 struct Item {
-  LatentColumn columns[kMostColumns];
-  float* out[kMostColumns];
+  LatentColumn columns[kAmxColumns];
+  float* out[kAmxColumns];
   int64_t num_columns;
   int64_t num_sections;  // sections that at least one column sees
   const int32_t* blocks;
 };
 
-// The number of sections of an item that threads process in parallel. Their states lie in scratch until they
-// are merged.
-int64_t sections_at_once(int64_t num_items, int num_threads) {
-  return num_threads == 1 ? 1 : std::max<int64_t>(1, 4 * num_threads / std::max<int64_t>(1, num_items));
+// The number of sections of an item that threads process in parallel. Their states, at most eight columns for
+// each thread, lie in scratch until they are merged. `num_columns` is that of all items.
+int64_t sections_at_once(int64_t num_columns, int num_threads) {
+  return num_threads == 1 ? 1 : std::max<int64_t>(1, 8 * num_threads / num_columns);
+}
+
+// The most columns of an item: as many as a call takes, unless threads would have no work.
+int64_t columns_per_item(int64_t num_columns, int64_t num_sections, int num_threads, int64_t most_columns) {
+  const int64_t at_once = std::min(num_sections, sections_at_once(num_columns, num_threads));
+  const int64_t per_thread = num_columns * at_once / num_threads / kMostColumns * kMostColumns;
+  return std::clamp(per_thread, kMostColumns, most_columns);
+}
+
+int64_t columns_per_token(const LatentHeads& heads) {
+  return round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
+}
+
+// The number of sections that a token sees.
+int64_t sections_of(const AttentionBatch& batch, int64_t token) {
+  return (batch.until(token) - 1) / kSectionPositions + 1;
 }
 
 struct Scratch {
   Scratch(const LatentHeads& heads, int64_t tokens, int num_threads) {
     const int64_t rows = tokens * heads.num_heads;
-    const int64_t state = kMostColumns * latent_state_floats(heads.kv_rank) * 4;
+    const int64_t state = latent_state_floats(heads.kv_rank) * 4;
     activations = layout.add(rows * activation_bytes(std::max(heads.nope_dim, heads.kv_rank)));
     query = layout.add(rows * heads.vector_dim() * 4);
     attended = layout.add(rows * heads.kv_rank * 4);
-    vectors = layout.add(num_threads * latent_scratch_floats(heads.vector_dim()) * 4);
-    // Either a total and the state of the next section for each thread; or one total per item, plus at most
-    // four sections per thread at once, rounded up to a whole number per item.
-    states = layout.add(num_threads * 6 * state);
+    vectors = layout.add(num_threads * most_latent_floats(heads.vector_dim(), heads.kv_rank) * 4);
+    // Either totals and states of the next section for the columns of an item, for each thread; or totals for
+    // the columns of all items, at most four for each thread, and the states of sections_at_once.
+    states = layout.add(num_threads * std::max<int64_t>(12, 2 * most_latent_columns()) * state);
   }
   ScratchLayout layout;
   int64_t activations, query, attended, vectors, states;
@@ -92,16 +108,16 @@ void multiply_heads(Runtime& runtime, const MatrixView& matrix, int64_t num_head
       runtime.blocks_together(kBlockRows));
 }
 
-// Lists the columns of tokens [begin, end), two per item if they belong to the same sequence.
+// Lists the columns of tokens [begin, end), up to `most_columns` of one sequence per item.
 std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& batch, int64_t begin,
-                             int64_t end, const float* query, float* attended) {
-  const int64_t per_token = round_up(heads.num_heads, kColumnHeads) / kColumnHeads;
+                             int64_t end, int64_t most_columns, const float* query, float* attended) {
+  const int64_t per_token = columns_per_token(heads);
   std::vector<Item> items;
   for (int64_t token = begin; token < end; ++token) {
     for (int64_t c = 0; c < per_token; ++c) {
       const int64_t row = (token - begin) * heads.num_heads + c * kColumnHeads;
       const int32_t* blocks = batch.block_table + batch.sequence[token] * batch.max_blocks;
-      if (items.empty() || items.back().num_columns == kMostColumns || items.back().blocks != blocks) {
+      if (items.empty() || items.back().num_columns == most_columns || items.back().blocks != blocks) {
         items.push_back({});
         items.back().blocks = blocks;
       }
@@ -111,8 +127,7 @@ std::vector<Item> list_items(const LatentHeads& heads, const AttentionBatch& bat
                                         batch.until(token) - 1, nullptr};
       item.out[item.num_columns] = attended + row * heads.kv_rank;
       ++item.num_columns;
-      item.num_sections =
-          std::max<int64_t>(item.num_sections, (batch.until(token) - 1) / kSectionPositions + 1);
+      item.num_sections = std::max(item.num_sections, sections_of(batch, token));
     }
   }
   return items;
@@ -129,7 +144,7 @@ class Sections {
 
   // Writes the states of one section, one after another, to `states`.
   void attend(const Item& item, int64_t section, float* states, int worker) const {
-    LatentColumn columns[kMostColumns];
+    LatentColumn columns[kAmxColumns];
     int64_t count = 0;
     for (int64_t c = 0; c < item.num_columns; ++c) {
       if (!sees(item, c, section)) continue;
@@ -144,7 +159,7 @@ class Sections {
         .begin = section * kSectionPositions,
         .value_dim = heads_.kv_rank,
         .scale = heads_.scale,
-        .scratch = vectors_ + worker * latent_scratch_floats(kv_.dim),
+        .scratch = vectors_ + worker * table_.latent_floats(kv_.dim, heads_.kv_rank),
     });
   }
 
@@ -175,27 +190,28 @@ class Sections {
 };
 
 void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, const std::vector<Item>& items,
-            float* vectors, float* states) {
+            int64_t most_columns, float* vectors, float* states) {
   const Sections sections(runtime.kernels(), kv, heads, vectors);
-  const int64_t num_items = int64_t(items.size()), pair = kMostColumns * sections.state_floats();
+  const int64_t num_items = int64_t(items.size()), item_floats = most_columns * sections.state_floats();
   int64_t most_sections = 0, all_sections = 0;
   for (const Item& item : items) {
     most_sections = std::max(most_sections, item.num_sections);
     all_sections += item.num_sections;
   }
-  const int64_t section_work = kMostColumns * kColumnHeads * kSectionPositions * (kv.dim + heads.kv_rank) / 8;
-  const int64_t at_once = std::min(most_sections, sections_at_once(num_items, runtime.num_threads()));
+  const int64_t section_work = most_columns * kColumnHeads * kSectionPositions * (kv.dim + heads.kv_rank) / 8;
+  const int64_t at_once =
+      std::min(most_sections, sections_at_once(num_items * most_columns, runtime.num_threads()));
   if (at_once == 1) {
     // In a prefill the longest items come last: start with them, so that all threads finish together.
     runtime.parallel_for(num_items, section_work * all_sections / num_items,
                          [&](int64_t begin, int64_t end, int worker) {
-                           float* totals = states + worker * 2 * pair;
+                           float* totals = states + worker * 2 * item_floats;
                            for (int64_t i = begin; i < end; ++i) {
                              const Item& item = items[size_t(num_items - 1 - i)];
                              sections.attend(item, 0, totals, worker);
                              for (int64_t section = 1; section < item.num_sections; ++section) {
-                               sections.attend(item, section, totals + pair, worker);
-                               sections.merge(item, section, totals + pair, totals);
+                               sections.attend(item, section, totals + item_floats, worker);
+                               sections.merge(item, section, totals + item_floats, totals);
                              }
                              sections.finish(item, totals);
                            }
@@ -204,10 +220,11 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
   }
   // Few items over many positions: threads share the sections too. The first section lands in the totals.
   float* totals = states;
-  float* next = states + num_items * pair;
+  float* next = states + num_items * item_floats;
   for (int64_t first = 0; first < most_sections; first += at_once) {
     const auto state_of = [&](int64_t item, int64_t section) {
-      return section == 0 ? totals + item * pair : next + (item * at_once + section - first) * pair;
+      return section == 0 ? totals + item * item_floats
+                          : next + (item * at_once + section - first) * item_floats;
     };
     runtime.parallel_for(num_items * at_once, section_work, [&](int64_t begin, int64_t end, int worker) {
       for (int64_t i = begin; i < end; ++i) {
@@ -217,13 +234,13 @@ void attend(Runtime& runtime, const LatentLayer& kv, const LatentHeads& heads, c
           sections.attend(item, section, state_of(i / at_once, section), worker);
       }
     });
-    runtime.parallel_for(num_items, at_once * pair, [&](int64_t begin, int64_t end, int) {
+    runtime.parallel_for(num_items, at_once * item_floats, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const Item& item = items[size_t(i)];
         const int64_t after = std::min(first + at_once, item.num_sections);
         for (int64_t section = std::max<int64_t>(1, first); section < after; ++section)
-          sections.merge(item, section, state_of(i, section), totals + i * pair);
-        if (first + at_once >= most_sections) sections.finish(item, totals + i * pair);
+          sections.merge(item, section, state_of(i, section), totals + i * item_floats);
+        if (first + at_once >= most_sections) sections.finish(item, totals + i * item_floats);
       }
     });
   }
@@ -275,8 +292,13 @@ void latent_attention(Runtime& runtime, const LatentLayer& kv, const LatentHeads
       std::memcpy(query + row * dim + heads.kv_rank, q + row * heads.query_dim() + heads.nope_dim,
                   size_t(heads.rope_dim) * 4);
     }
-    attend(runtime, kv, heads, list_items(heads, batch, begin, begin + tokens, query, attended),
-           floats(places.vectors), floats(places.states));
+    int64_t num_sections = 0;
+    for (int64_t token = begin; token < begin + tokens; ++token)
+      num_sections = std::max(num_sections, sections_of(batch, token));
+    const int64_t most_columns = columns_per_item(tokens * columns_per_token(heads), num_sections,
+                                                  runtime.num_threads(), runtime.kernels().most_columns);
+    attend(runtime, kv, heads, list_items(heads, batch, begin, begin + tokens, most_columns, query, attended),
+           most_columns, floats(places.vectors), floats(places.states));
     multiply_heads(runtime, heads.value_up, num_heads, tokens, attended, heads.kv_rank, activations,
                    out + begin * num_heads * heads.value_dim, heads.value_dim);
   }
@@ -286,7 +308,7 @@ int64_t latent_scratch_bytes(const LatentHeads& heads, int64_t max_tokens, int n
   // None of the five parts has more bytes than these products, each of which has a factor of eight to spare.
   const int64_t dims = checked_product(kScratch, {1, heads.nope_dim + heads.rope_dim + heads.kv_rank + 64});
   checked_product(kScratch, {8, 8, kTileTokens, heads.num_heads, dims});
-  checked_product(kScratch, {8, 1024, num_threads, dims});
+  checked_product(kScratch, {8, 4096, num_threads, dims});
   return Scratch(heads, std::min(max_tokens, kTileTokens), num_threads).layout.bytes();
 }
 

@@ -567,7 +567,7 @@ std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, c
   const LatentLayer kv = cache.kv.latent_layer(0);
   const int64_t state_floats = latent_state_floats(value_dim);
   std::vector<float> out(size_t((end - begin) * heads * value_dim), NAN);
-  std::vector<float> scratch(size_t(latent_scratch_floats(kv.dim)), NAN);
+  std::vector<float> scratch(size_t(table.latent_floats(kv.dim, value_dim)), NAN);
   std::vector<float> states(size_t(2 * kMostColumns * state_floats), NAN);
   for (int64_t token = begin; token < end; token += kMostColumns) {
     for (int64_t section = 0; section < 2; ++section) {
