@@ -59,6 +59,18 @@ struct AmxAttentionSizes {
   int64_t state;    // floats
 };
 
+// Adds the products of tiles: high by low, high by high, low by high.
+template <class Grid>
+inline void multiply_split(const Split& x, int64_t x_row, const Split& w, int64_t w_column) {
+  Grid::load_left(x.high, x_row, kTileRowBytes);
+  Grid::load_right(w.low, w_column, kTileRowBytes);
+  Grid::dot_bf16();
+  Grid::load_right(w.high, w_column, kTileRowBytes);
+  Grid::dot_bf16();
+  Grid::load_left(x.low, x_row, kTileRowBytes);
+  Grid::dot_bf16();
+}
+
 // The progress of one (token, head) through the keys.
 struct AmxQuery {
   int64_t first, last;  // lanes that the query sees, in all
@@ -277,7 +289,8 @@ class AmxAttention {
     const int64_t row_bytes = sizes.steps * kTileBytes;
     const Split x = q + row * row_bytes, w = keys + 2 * step * row_bytes;
     Grid::zero();
-    for (int64_t d = 0; d < row_bytes; d += kTileBytes) multiply<Grid>(x + d, row_bytes, w + d, row_bytes);
+    for (int64_t d = 0; d < row_bytes; d += kTileBytes)
+      multiply_split<Grid>(x + d, row_bytes, w + d, row_bytes);
     Grid::store(scores + 2 * step * (kTileBytes / 4), kStretchTiles * kTileBytes, kTileBytes, kTileRowBytes);
   }
 
@@ -289,21 +302,10 @@ class AmxAttention {
     const int64_t to_row = sizes.columns * kTileBytes, weights_row = kStretchSteps * kTileBytes;
     Grid::load(to, to_row, kTileBytes, kTileRowBytes);
     for (int64_t step = step_begin; step < step_end; ++step) {
-      multiply<Grid>(weights + step * kTileBytes, weights_row,
-                     values + (step * sizes.columns + column) * kTileBytes, kTileBytes);
+      multiply_split<Grid>(weights + step * kTileBytes, weights_row,
+                           values + (step * sizes.columns + column) * kTileBytes, kTileBytes);
     }
     Grid::store(to, to_row, kTileBytes, kTileRowBytes);
-  }
-
-  template <class Grid>
-  static void multiply(const Split& x, int64_t x_row, const Split& w, int64_t w_column) {
-    Grid::load_left(x.high, x_row, kTileRowBytes);
-    Grid::load_right(w.low, w_column, kTileRowBytes);
-    Grid::dot_bf16();
-    Grid::load_right(w.high, w_column, kTileRowBytes);
-    Grid::dot_bf16();
-    Grid::load_left(x.low, x_row, kTileRowBytes);
-    Grid::dot_bf16();
   }
 
   // Turns the scores of query i into weights, and rescales its sums to the new maximum; `row` is its tile

@@ -11,6 +11,7 @@
 
 // It uses the vectors above.
 #include "kernels/attention_amx.h"
+#include "kernels/latent_attention_amx.h"
 #include "kernels/matmul_float_amx.h"
 
 namespace argosy {
@@ -23,6 +24,11 @@ void add_amx_attention(KernelTable& table) {
     const int64_t floats = AmxAttentionSizes(head_dim).bytes() / 4,
                   other = attention_scratch_floats(head_dim);
     return floats > other ? floats : other;
+  };
+  table.latent_attention = latent_attention_amx;
+  table.most_columns = kAmxColumns;
+  table.latent_floats = [](int64_t dim, int64_t value_dim) {
+    return AmxLatentSizes(dim, value_dim).bytes() / 4;
   };
 }
 

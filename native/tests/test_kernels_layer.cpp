@@ -611,7 +611,7 @@ void latent_attention_meets_the_reference_in_every_chunk() {
         const std::vector<float> q = normal(length * heads * dim, 7, 0.5f);
         const std::vector<float> expected = attend_latent(plain(), cache, q, heads, value_dim, 0, length);
         const std::vector<float> together = attend_latent(*table, cache, q, heads, value_dim, 0, length);
-        CHECK(near(together, expected, 4e-6));
+        CHECK(near(together, expected, attention_error(*table)));
         std::vector<float> pieces;
         for (int64_t begin = 0; begin < length; ++begin) {
           const std::vector<float> piece =

@@ -132,6 +132,11 @@ class Case:
         return np.einsum("hp,hpv->hv", weights, values).reshape(-1)
 
 
+def error() -> float:
+    """The largest error of a result; tiles keep 16 bits of a number."""
+    return 1e-4 if Case.instruction_set == "amx" else 1e-5
+
+
 @pytest.mark.parametrize("dtype", get_args(KvDtype))
 @pytest.mark.parametrize(
     ("sizes", "block_tokens"), [(SMALL, 16), (SMALL, 5), (ODD_HEADS, 16), (ODD_HEADS, 7), (WIDE, 32)]
@@ -144,7 +149,7 @@ def test_absorbed_equals_plain_and_a_token_alone_equals_itself_in_a_chunk(
     for position in (0, 1, 15, 16, 63, 64, 65, 255, 256, 257, 320, 511, 512, 599):
         alone = case.attend([0], [position])
         assert np.array_equal(alone[0], together[position])
-        np.testing.assert_allclose(alone[0], case.expected(0, position), atol=1e-5)
+        np.testing.assert_allclose(alone[0], case.expected(0, position), atol=error())
     for begin, end in ((0, 1), (3, 10), (60, 130), (250, 260), (568, 600)):
         found = case.attend([0] * (end - begin), list(range(begin, end)))
         assert np.array_equal(found, together[begin:end])
@@ -171,7 +176,7 @@ def test_tokens_of_a_span_see_later_ones(sizes: Sizes) -> None:
     together = case.attend(sequence, position, until=until, threads=2)
     for row, (p, end) in enumerate(zip(position, until, strict=True)):
         assert np.array_equal(case.attend([1], [p], until=[end])[0], together[row])
-        np.testing.assert_allclose(together[row], case.expected(1, p, end), atol=1e-5)
+        np.testing.assert_allclose(together[row], case.expected(1, p, end), atol=error())
 
 
 @pytest.mark.parametrize("format", ["f16", "bf16", "q8", "q4"])
@@ -182,7 +187,7 @@ def test_matrices_of_any_format_work(format: Format) -> None:
     for row, position in enumerate(positions):
         assert np.array_equal(case.attend([1], [position])[0], together[row])
         # Queries and results are rounded to int8 before a product with quantised weights.
-        atol = 0.03 if format in ("q8", "q4") else 1e-5
+        atol = 0.03 if format in ("q8", "q4") else error()
         if format == "bf16" and Case.instruction_set == "amx":  # products keep 16 bits of an activation
             atol = 1e-4
         np.testing.assert_allclose(together[row], case.expected(1, position), atol=atol)
@@ -191,7 +196,9 @@ def test_matrices_of_any_format_work(format: Format) -> None:
 def test_large_scores_neither_overflow_nor_vanish() -> None:
     case = Case(SMALL, "f32")
     case.q *= 300
-    np.testing.assert_allclose(case.attend([0], [599])[0], case.expected(0, 599), atol=1e-2)
+    # Scores of hundreds that keep 16 bits are off by up to 0.01, and weights by as many hundredths.
+    atol = 0.05 if case.instruction_set == "amx" else 1e-2
+    np.testing.assert_allclose(case.attend([0], [599])[0], case.expected(0, 599), atol=atol)
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_numbers() -> None:
