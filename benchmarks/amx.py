@@ -4,8 +4,9 @@
 
 Products take weights that no cache holds: quantised ones with tiles from the first token on and without any, whose bits
 must be equal; bfloat16 and FP8 ones in the instruction sets `amx` and `avx512`, whose largest difference is printed and
-must be small. Attention is that of the same two instruction sets, for a chunk of a prompt and for one token. A ratio is
-the median over rounds, each of which runs both sides. On a machine without AMX, the script says so and stops.
+must be small. Attention is that of the same two instruction sets, for a chunk of a prompt and for one token. Latent
+attention includes its products with kv_up, and a token must have the same bits alone and in a chunk. A ratio is the
+median over rounds, each of which runs both sides. On a machine without AMX, the script says so and stops.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from argosy.plan import tuning
 from attention import BLOCK, SCALE
 from common import Report, Sample
 from kernels import ARENA_BYTES, Matrices, finite_bits, product_operations
+from latent_attention import NOPE, ROPE, VALUE
+from latent_attention import Sequence as LatentSequence
 
 # Issue 19, row 4: 4-bit weights, and q8, by tokens; attention of a prompt.
 TARGETS = {
@@ -33,6 +36,7 @@ TARGETS = {
 FLOAT_TOKENS = (1, 8, 32, 128)
 LARGEST_ERROR = 1e-4  # of an output, beside the largest of all; activations keep 16 bits
 HEADS, KV_HEADS, HEAD_DIM, CHUNK = 32, 4, 128, 64
+LATENT_HEADS = (16, 128)  # of DeepSeek-V2-Lite and DeepSeek-V3
 
 
 def in_turn(works: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[list[float]]:
@@ -135,6 +139,35 @@ def attention(report: Report, options: argparse.Namespace, positions: int, dtype
         )  # fmt: skip
 
 
+def latent(report: Report, options: argparse.Namespace, heads: int, positions: int, dtype: KvDtype) -> None:
+    sides = [_native.Runtime(options.threads, None, name) for name in ("amx", "avx512")]
+    held = LatentSequence(sides[0], heads, positions, dtype)
+    chunk = np.random.default_rng(5).standard_normal((CHUNK, heads, NOPE + ROPE), np.float32)
+    last_bits = []
+    for tokens in (CHUNK, 1):
+        outs = [np.empty((tokens, heads * VALUE), np.float32) for _ in sides]
+
+        def attend(side: int) -> None:
+            held.runtime = sides[side]
+            held.run(chunk[-tokens:], outs[side])  # noqa: B023
+
+        attend(0)
+        attend(1)
+        last_bits.append(outs[0][-1].copy())
+        if not np.array_equal(last_bits[0], last_bits[-1]):
+            raise SystemExit(f"{heads} heads: a token alone and in a chunk have other bits")
+        error = float(np.abs(outs[0] - outs[1]).max() / np.abs(outs[1]).max())
+        if not error < 1e-3:
+            raise SystemExit(f"{heads} heads: latent attention on tiles is off by {error:.0e}")
+        with Sample() as sample:
+            tiles, avx512 = in_turn([lambda: attend(0), lambda: attend(1)], options.rounds, options.seconds)
+        report.shares(
+            f"latent attention, {heads} heads, {positions} positions, {tokens} tokens, {dtype}, error {error:.0e}",
+            [slow / fast for fast, slow in zip(tiles, avx512, strict=True)],
+            heads=heads, positions=positions, tokens=tokens, format=dtype, others=str(sample),
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -158,6 +191,8 @@ def main() -> None:
     for positions in options.positions:
         for dtype in get_args(KvDtype):
             attention(report, options, positions, dtype)
+            for heads in LATENT_HEADS:
+                latent(report, options, heads, positions, dtype)
 
 
 if __name__ == "__main__":
