@@ -106,7 +106,7 @@ void linear(Runtime& runtime, const MatrixView& matrix, Rows<const float> x, int
   const bool quantizes = is_quantized(matrix.format);
   const bool keeps_out = finish == Finish::add || finish == Finish::multiply;
   ScratchLayout layout;
-  const int64_t quants_at = layout.add(quantizes ? matmul_scratch_bytes(cols, num_tokens) : 0);
+  const int64_t quants_at = layout.add(quantizes ? num_tokens * activation_bytes(cols) : 0);
   const int64_t sums_at = layout.add(keeps_out ? num_tokens * matrix.rows * 4 : 0);
   uint8_t* scratch = layout.bytes() > 0 ? runtime.scratch(layout.bytes()) : nullptr;
   if (quantizes) {

@@ -72,9 +72,13 @@ void matmul(Runtime& runtime, const std::vector<Product>& products, const float*
   // If both kinds of weights are there, which is rare, each thread splits the activations itself.
   splits &= !quantizes;
   uint8_t* activations = nullptr;
-  if (quantizes || splits) activations = runtime.scratch(matmul_scratch_bytes(cols, num_tokens));
-  if (quantizes) quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
-  if (splits) split_tokens(runtime, x, cols, num_tokens, activations);
+  if (quantizes) {
+    activations = runtime.scratch(num_tokens * activation_bytes(cols));
+    quantize_tokens(runtime, x, cols, cols, num_tokens, activations);
+  } else if (splits) {
+    activations = runtime.scratch(split_bytes(cols, num_tokens));
+    split_tokens(runtime, x, cols, num_tokens, activations);
+  }
   // Of the product before, for each thread: what a thread copies of the activations serves all its ranges.
   std::vector<Format> formats(size_t(runtime.num_threads()), Format::f32);
   runtime.parallel_for(
