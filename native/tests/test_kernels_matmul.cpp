@@ -301,8 +301,9 @@ void f8_products_are_those_of_the_float32_weights() {
   const Weights as_floats(Format::f32, weights, kF8Rows, kF8Cols);
   for (const KernelTable* table : all_tables()) {
     const std::vector<float> all = multiply(*table, w.view, x, kF8Tokens);
-    // 700 products of numbers up to about 10, rounded to 2^-24, summed in another order.
-    CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), 1e-4));
+    // 700 products of numbers up to about 10, rounded to 2^-24, summed in another order; or to 2^-17.
+    const double tolerance = table->split_activations != nullptr ? 1e-3 : 1e-4;
+    CHECK(near(all, multiply(*table, as_floats.view, x, kF8Tokens), tolerance));
     for (int64_t t = 0; t < kF8Tokens; ++t) {
       const std::vector<float> one(x.begin() + t * kF8Cols, x.begin() + (t + 1) * kF8Cols);
       CHECK(same_bits(multiply(*table, w.view, one, 1),
