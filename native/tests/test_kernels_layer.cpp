@@ -603,6 +603,7 @@ std::vector<float> attend_latent(const KernelTable& table, LatentCache& cache, c
 void latent_attention_meets_the_reference_in_every_chunk() {
   const int64_t shapes[][3] = {{1, 7, 7}, {3, 19, 13}, {16, 40, 32}, {7, 70, 64}};  // heads, dim, value dim
   for (const KernelTable* table : all_tables()) {
+    if (table->most_columns > kMostColumns) continue;  // on tiles: test_kernels_amx_latent.cpp
     size_t num_caches = 0;
     for (const auto& [heads, dim, value_dim] : shapes) {
       for (const int64_t block_tokens : {21, 32}) {
@@ -611,7 +612,7 @@ void latent_attention_meets_the_reference_in_every_chunk() {
         const std::vector<float> q = normal(length * heads * dim, 7, 0.5f);
         const std::vector<float> expected = attend_latent(plain(), cache, q, heads, value_dim, 0, length);
         const std::vector<float> together = attend_latent(*table, cache, q, heads, value_dim, 0, length);
-        CHECK(near(together, expected, attention_error(*table)));
+        CHECK(near(together, expected, 4e-6));
         std::vector<float> pieces;
         for (int64_t begin = 0; begin < length; ++begin) {
           const std::vector<float> piece =
