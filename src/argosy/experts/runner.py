@@ -58,9 +58,10 @@ class ExpertRunner(Protocol):
 
     @property
     def elsewhere(self) -> _native.LayerExperts | None:
-        """Runs the next step's experts elsewhere, without Python at each layer; None: the stack stops at each.
+        """Runs the next step's experts without Python at each layer: elsewhere, or as they are read.
 
-        The stack still stops at a layer that fails or takes long; `run` goes on with what was begun.
+        None: the stack stops at each layer. Otherwise it still stops at one that fails or takes long, and `run` goes on
+        with what was begun.
         """
         ...
 
