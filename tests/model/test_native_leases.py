@@ -112,7 +112,8 @@ def test_a_layer_whose_reads_take_long_goes_on_in_python(
 
         def run(layer: int, dispatch: Any, rows: Any, out: Any) -> Any:
             runs.append((layer, runner.cache.core.num_in_flight))
-            timer.start()
+            if len(runs) == 1:  # on a slow machine, other layers take long, too
+                timer.start()
             return CachedRunner.run(runner, layer, dispatch, rows, out)
 
         runner.run = run  # type: ignore[method-assign]
@@ -121,9 +122,8 @@ def test_a_layer_whose_reads_take_long_goes_on_in_python(
         timer.join()
         assert take_done() == []
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert [in_flight > 0 for _, in_flight in runs[:1]] == [
-            True
-        ]  # Python took over a lease whose read was held
+        _, in_flight = runs[0]  # Python took over a lease whose read was held
+        assert in_flight > 0
         stats = runner.stats
         assert stats.lookups == runner.cache.core.num_run + runner._num_leased == runner.cache.table.num_runs
         check_idle(runner)
