@@ -29,9 +29,6 @@ using Key = std::pair<int64_t, int64_t>;  // (layer, expert)
 
 // Far more than any model has, and few enough that a mistake cannot fill the memory.
 constexpr int64_t kMostSlots = int64_t{1} << 24, kMostExperts = int64_t{1} << 16;
-// Python checks for ^C this often while it waits for the drive.
-constexpr std::chrono::milliseconds kSignalInterval{100};
-constexpr int64_t kMostWaitMs = 86'400'000;  // a day
 
 ExpertKey parse_key(const Key& key) {
   require_range("layer", key.first, 0, kMostExperts - 1);
@@ -116,8 +113,7 @@ class ReadsInPython : public ExpertReads {
     const nb::gil_scoped_acquire acquired;
     std::vector<std::pair<Key, int64_t>> placed;
     for (const auto& [key, at] : places) placed.emplace_back(Key(key.layer, key.expert), at);
-    const char* names[kNumUrgencies] = {"now", "soon", "maybe"};
-    return nb::cast<std::vector<int64_t>>(fetch_(placed, names[int(urgency)]));
+    return nb::cast<std::vector<int64_t>>(fetch_(placed, kUrgencies[int(urgency)]));
   }
   void hurry(const std::vector<int64_t>& tickets) override {
     const nb::gil_scoped_acquire acquired;
@@ -345,7 +341,7 @@ void bind_cached_experts(nb::module_& m) {
           R"(
         The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
 
-        The oldest goes first; of equally old ones, one of the layer with the latest turn.)")
+        The oldest is evicted first. Of equally old experts, one whose layer had its turn last is.)")
       .def_prop_ro("num_slots", &CachePolicy::num_slots)
       .def_prop_ro("num_resident", &CachePolicy::num_resident)
       .def_prop_ro("floor", &CachePolicy::floor, "Experts that a layer keeps while another can give one.")

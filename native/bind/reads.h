@@ -1,6 +1,7 @@
 // reads.h: what Python calls the urgency and the errors of a read.
 #pragma once
 
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,18 @@
 namespace argosy {
 
 using UrgencyName = Named<std::string, "Urgency">;
+
+// Python checks for ^C this often while it waits for the drive.
+constexpr std::chrono::milliseconds kSignalInterval{100};
+
+constexpr const char* kUrgencies[kNumUrgencies] = {"now", "soon", "maybe"};
+
+inline Urgency parse_urgency(const std::string& name) {
+  for (int i = 0; i < kNumUrgencies; ++i) {
+    if (name == kUrgencies[i]) return Urgency(i);
+  }
+  throw std::invalid_argument("unknown urgency '" + name + "'; known: now, soon, maybe");
+}
 
 constexpr std::pair<ReadError, const char*> kReadErrors[] = {{ReadError::io, "io"},
                                                              {ReadError::checksum, "checksum"},

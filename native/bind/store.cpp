@@ -35,8 +35,6 @@ using Done = std::tuple<int64_t, std::optional<std::string>, std::optional<std::
 constexpr int64_t kMostPieces = int64_t{1} << 20, kMostPieceBytes = int64_t{1} << 50;  // no product overflows
 constexpr int64_t kMostBytesPerSecond = int64_t{1} << 50;
 
-// Python checks for ^C this often while it waits for the drive.
-constexpr std::chrono::milliseconds kSignalInterval{100};
 constexpr int64_t kMostWaitMs = 86'400'000;  // a day
 
 // Calls `body` and turns a failed system call into an OSError with `path`.
@@ -112,13 +110,6 @@ Record parse_record(const Pieces& pieces, const std::optional<std::vector<uint32
   }
   if (checksums) record.checksums = *checksums;
   return record;
-}
-
-Urgency parse_urgency(const std::string& name) {
-  if (name == "now") return Urgency::now;
-  if (name == "soon") return Urgency::soon;
-  if (name == "maybe") return Urgency::maybe;
-  throw std::invalid_argument("unknown urgency '" + name + "'; known: now, soon, maybe");
 }
 
 std::vector<int64_t> fetch_many(Store& store, Arena& arena,

@@ -139,34 +139,32 @@ const KernelTable& kernel_table(const std::string& name) {
 
 const KernelTable& best_kernels() { return *tables().back(); }
 
-int64_t most_attention_floats(int64_t head_dim) {
+namespace {
+
+// The largest of(table) of all instruction sets here.
+template <class Of>
+int64_t largest(const Of& of) {
   int64_t most = 0;
-  for (const KernelTable* table : tables()) {
-    const int64_t floats = table->attention_floats(head_dim);
-    most = floats > most ? floats : most;
-  }
+  for (const KernelTable* table : tables()) most = of(*table) > most ? of(*table) : most;
   return most;
+}
+
+}  // namespace
+
+int64_t most_attention_floats(int64_t head_dim) {
+  return largest([=](const KernelTable& table) { return table.attention_floats(head_dim); });
 }
 
 int64_t most_attention_queries() {
-  int64_t most = 0;
-  for (const KernelTable* table : tables()) most = table->most_queries > most ? table->most_queries : most;
-  return most;
+  return largest([](const KernelTable& table) { return table.most_queries; });
 }
 
 int64_t most_latent_floats(int64_t dim, int64_t value_dim) {
-  int64_t most = 0;
-  for (const KernelTable* table : tables()) {
-    const int64_t floats = table->latent_floats(dim, value_dim);
-    most = floats > most ? floats : most;
-  }
-  return most;
+  return largest([=](const KernelTable& table) { return table.latent_floats(dim, value_dim); });
 }
 
 int64_t most_latent_columns() {
-  int64_t most = 0;
-  for (const KernelTable* table : tables()) most = table->most_columns > most ? table->most_columns : most;
-  return most;
+  return largest([](const KernelTable& table) { return table.most_columns; });
 }
 
 const char* amx_state() {

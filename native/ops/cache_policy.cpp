@@ -28,7 +28,7 @@ double decay(int64_t turns) {
   return kDecay[size_t(turns)];
 }
 
-// Entries for each layer in the heap of layers, after which void ones are removed.
+// With more entries for each layer than this, void ones are removed from the heap of layers.
 constexpr size_t kMostEntries = 8;
 
 template <class T>
@@ -382,24 +382,23 @@ std::optional<double> CachePolicy::least_worth(int32_t index, Pinned& pinned) {
 
 // ── what is where ──
 
-std::vector<ExpertKey> CachePolicy::resident() const {
+template <class Is>
+std::vector<ExpertKey> CachePolicy::keys_where(const Is& is) const {
   std::vector<ExpertKey> found;
   for (const Layer& layer : layers_) {
     for (size_t i = 0; i < layer.experts.size(); ++i) {
-      if (layer.experts[i].slot >= 0) found.push_back({int32_t(layer.number), int32_t(i)});
+      if (is(layer.experts[i])) found.push_back({int32_t(layer.number), int32_t(i)});
     }
   }
   return found;
 }
 
+std::vector<ExpertKey> CachePolicy::resident() const {
+  return keys_where([](const Expert& expert) { return expert.slot >= 0; });
+}
+
 std::vector<ExpertKey> CachePolicy::pinned() const {
-  std::vector<ExpertKey> found;
-  for (const Layer& layer : layers_) {
-    for (size_t i = 0; i < layer.experts.size(); ++i) {
-      if (layer.experts[i].is_pinned) found.push_back({int32_t(layer.number), int32_t(i)});
-    }
-  }
-  return found;
+  return keys_where([](const Expert& expert) { return expert.is_pinned; });
 }
 
 std::vector<CachePolicy::Age> CachePolicy::ages() const {

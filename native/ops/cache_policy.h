@@ -146,6 +146,8 @@ class CachePolicy {
   int32_t index_of(int64_t layer) const;
   Expert& expert(int32_t index, int64_t expert);
   const Expert* find(ExpertKey key) const;
+  template <class Is>
+  std::vector<ExpertKey> keys_where(const Is& is) const;
   Expert& at(ExpertKey index_and_expert) {
     return layers_[size_t(index_and_expert.layer)].experts[size_t(index_and_expert.expert)];
   }

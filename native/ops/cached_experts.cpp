@@ -112,7 +112,6 @@ void CachedExperts::find(std::vector<int32_t> asked) {
     reads_->hurry(tickets);
   }
   lease.hits = lease.held;
-  lease.begins_with_hits = !lease.hits.empty();
   forget_hint();
   look_ahead_[is_sweep].learn(lease.layer, asked);
   const auto num_asked = int64_t(asked.size());
@@ -165,8 +164,8 @@ std::vector<int64_t> CachedExperts::fetch(int64_t layer,
 CachedExperts::State CachedExperts::group() {
   Lease& lease = *lease_;
   if (lease.failure) return State::failed;
-  if (std::exchange(lease.begins_with_hits, false)) {
-    lease.handed = lease.hits;
+  if (!lease.hits.empty()) {
+    lease.handed = std::exchange(lease.hits, {});
     return State::group;
   }
   if (!lease.landed.empty() || !lease.in_flight.empty() || !lease.missing.empty()) {

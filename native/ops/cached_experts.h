@@ -160,9 +160,8 @@ class CachedExperts : public LayerExperts {
   };
   struct Lease {
     int64_t layer;
-    std::vector<int32_t> scan;      // ascending
-    bool begins_with_hits = false;  // `hits` have not been handed over yet
-    std::vector<int32_t> hits;
+    std::vector<int32_t> scan;     // ascending
+    std::vector<int32_t> hits;     // not yet handed over
     std::vector<int32_t> missing;  // the next to be read is last
     std::vector<int32_t> landed;   // not yet handed over, the oldest first
     std::vector<int32_t> held;     // pinned for what was handed over

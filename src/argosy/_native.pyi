@@ -1008,7 +1008,7 @@ class CachePolicy:
         """
         The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
 
-        The oldest goes first; of equally old ones, one of the layer with the latest turn.
+        The oldest is evicted first. Of equally old experts, one whose layer had its turn last is.
         """
 
     @property

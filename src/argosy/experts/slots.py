@@ -9,8 +9,8 @@ and each kind gets the same share of its experts: a budget that holds a third of
 The kinds alternate in the arena, in proportion to their experts. So the first n slots are a cache for any n, and a
 smaller cache gives back the end of the memory.
 
-A slot counts as `SlotLayout.slot_bytes` in a memory plan, whatever its kind. That is about the mean size of an expert.
-It is more only if a kind has so few experts that a cache with the fewest slots has more than its share of them.
+A slot counts as `SlotLayout.slot_bytes` in a memory plan, whatever its kind. That is the mean size of an expert, unless
+a large kind has few experts: the smallest cache has a slot of each kind, and so more large ones than their share.
 
 Elsewhere: `native/ops/cache_policy.h` decides within a kind; `cached_experts.h` reads.
 """
@@ -93,24 +93,19 @@ def lay_out_slots(
         here, following = groups[number], groups[number + 1]
         return sum(num_experts[layer] for layer in here) * (sizes[following[0]] - sizes[here[0]])
 
-    def lay_out() -> SlotLayout:
-        return _lay_out(
-            [(max(sizes[layer] for layer in group), tuple(sorted(group))) for group in groups],
-            num_experts,
-            fewest,
-        )
-
-    best: SlotLayout | None = None
+    found: list[SlotLayout] = []
     while True:
         if len(groups) <= min(_MOST_KINDS, max(1, fewest)):
-            found = lay_out()
-            if best is None or found.slot_bytes <= best.slot_bytes:
-                best = found
+            kinds = [(sizes[group[0]], tuple(sorted(group))) for group in groups]
+            found.append(_lay_out(kinds, num_experts, fewest))
         if len(groups) <= 1:
-            return best if best is not None else SlotLayout(0, (), 0)
+            break
         least = min(range(len(groups) - 1), key=joined)
         # The larger layer comes first: the size of a group is that of its first layer.
         groups[least : least + 2] = [groups[least + 1] + groups[least]]
+    return min(
+        reversed(found), key=lambda layout: layout.slot_bytes
+    )  # of equally good ones, that with fewer kinds
 
 
 def _lay_out(
