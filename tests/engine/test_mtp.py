@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy import Engine, SamplingParams
+from argosy import Engine, SamplingParams, _native
+from argosy.checkpoint.files import matrix_bytes
 from argosy.engine.mtp import MtpDrafter
 from argosy.engine.sequence import Sequence
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.families import open_model
+from argosy.model.weights import dense_footprint
 from tests.engine.random_drafter import RandomDrafter
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.tiny import glm4_moe, prompt_ids, write_model
@@ -28,6 +30,11 @@ CONFIGS = {
     "qwen3_5_moe_text": qwen3_5_moe_text(max_position_embeddings=256),
 }
 SETTINGS: dict[str, Any] = {"memory": "2GiB", "threads": 1, "max_sequences": 2, "chunk_tokens": 16}
+
+
+def off_by(mtp: MtpDrafter) -> float:
+    """Most difference of a draft's logits: float32 beside float64 over two models of three layers, or a head in q8."""
+    return 2e-2 if mtp._layer._head.format == "q8" else 2e-3
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, "glm4_moe in GGUF"])
@@ -94,16 +101,15 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
             run_to(engine, sequence, 25)
             known = [*prompt, *sequence.new_ids]
             assert known == answer[: len(known)]
-            # float32 beside float64, over two models of three layers
             drafted = mtp.propose(sequence, 3)
             state = mtp._followed[sequence].state
             assert state is not None
-            assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=2e-3)
+            assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=off_by(mtp))
             room = 16 * len(sequence.blocks) - (len(known) - 1)  # positions that have a KV block
             assert len(drafted) == min(3, room + 1)
             for at, token in enumerate(drafted):
                 expected = draft.logits(known, drafted[:at])
-                assert expected[token] > expected.max() - 4e-3
+                assert expected[token] > expected.max() - 2 * off_by(mtp)
             engine.cancel(sequence)
             assert sequence not in mtp._followed
     # Cancelled answers leave positions that did not run, and a recurrent state makes later prompts begin there.
@@ -126,7 +132,7 @@ def test_it_predicts_what_numpy_says(model: Path) -> None:
         mtp.propose(sequence, 1)
         state = mtp._followed[sequence].state
         assert state is not None
-        assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=2e-3)
+        assert mtp._layer.logits(state)[0] == pytest.approx(draft.logits(known), abs=off_by(mtp))
 
 
 def test_every_position_of_an_answer_has_run_when_it_ends(tmp_path: Path) -> None:
@@ -199,6 +205,35 @@ def test_the_plan_counts_the_layer(model: Path) -> None:
         assert more_bytes >= engine._model.draft._decoder._stack.buffer_bytes
         assert engine.plan.resident_bytes > plain.plan.resident_bytes
         assert engine._model.weights.nbytes <= engine.plan.dense_bytes
+
+
+def test_drafts_have_a_head_of_their_own_where_it_is_smaller(tmp_path: Path) -> None:
+    config = glm4_moe(
+        hidden_size=64, head_dim=32, intermediate_size=32, moe_intermediate_size=32, vocab_size=144
+    )
+    with Engine.open(
+        write_mtp_model(tmp_path / "f32", config, seed=3), speculate="mtp", **SETTINGS
+    ) as engine:
+        head, draft = engine._model.weights.matrices["head"], engine._model.draft
+        assert draft is not None
+        copy, runtime, shape = draft._head, engine._model._runtime, (head.rows, head.cols)
+        assert (copy.rows, copy.cols, copy.format) == (*shape, "q8")
+        every = np.arange(head.rows, dtype=np.int32)
+        values, copied = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        _native.embed(runtime, head, every, values)
+        _native.embed(runtime, copy, every, copied)
+        in_q8 = np.empty(matrix_bytes("q8", *shape), np.uint8)
+        _native.quantize("q8", values, in_q8)
+        assert np.array_equal(copied, _native.dequantize("q8", in_q8, *shape))
+        files = open_model(tmp_path / "f32").with_draft_layer()
+        assert engine.plan.dense_bytes == dense_footprint(files.dense) + len(in_q8)
+    quantised = tmp_path / "model.gguf"
+    write_gguf_model(quantised, config | {"num_nextn_predict_layers": 1}, one_type("Q8_0"), seed=3)
+    files = open_model(quantised).with_draft_layer()
+    with Engine.open(quantised, speculate="mtp", **SETTINGS) as engine:
+        assert engine._model.draft is not None
+        assert engine._model.draft._head is engine._model.weights.matrices["head"]
+        assert engine.plan.dense_bytes == dense_footprint(files.dense)
 
 
 def test_auto_takes_it_where_it_is(model: Path, tmp_path: Path) -> None:

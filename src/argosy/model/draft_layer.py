@@ -7,6 +7,9 @@ It has keys and values of its own, in the same blocks as those of the model's la
 cache. Embedding and head are the model's. Its own state can stand for the next position's hidden state, so that it
 drafts further tokens, each less certain than the one before.
 
+A draft may be wrong. So if the head has 16 or 32 bits a weight, drafts have a copy of it in q8, which has half the
+bytes or fewer: a draft reads little else than its layer and a head.
+
 The hidden state is that after the model's final norm. `config.DraftForm` says how families differ (vLLM's
 `deepseek_mtp.py` and `qwen3_next_mtp.py`).
 
@@ -19,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.config import ModelConfig
+from argosy.checkpoint.files import ModelFiles, is_quantised, matrix_bytes, rows_together
+from argosy.config import Format, ModelConfig
 from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
@@ -30,6 +34,9 @@ Array = NDArray[np.float32]
 
 MOST_DRAFT_ROWS = 256  # most rows of a run: longer prompts take several, so that working memory is small
 MOST_BEHIND = 32  # positions of an answer whose hidden states may wait before they run
+_HEAD_FORMAT: Format = "q8"
+_HEAD_GROUP = 32  # values of a row that share a scale
+_COPIED_ROWS = 64  # of the head at a time
 
 
 class DraftLayer:
@@ -59,7 +66,8 @@ class DraftLayer:
         self._form = config.draft_form
         self._runtime = runtime
         self._embedding = weights.matrices["embed"]
-        self._head = self._embedding if config.is_embedding_tied else weights.matrices["head"]
+        head = weights.matrices[_head_name(config)]
+        self._head = _copied(head, runtime) if _is_copied(head.format, head.rows, head.cols) else head
         self._token_norm, self._state_norm = (
             weights.vectors[name + "token_norm"],
             weights.vectors[name + "state_norm"],
@@ -128,6 +136,38 @@ class DraftLayer:
         normed = np.empty_like(states)
         _native.rms_norm(self._runtime, states, self._final_norm, self._eps, normed)
         return normed
+
+
+def _head_name(config: ModelConfig) -> str:
+    return "embed" if config.is_embedding_tied else "head"
+
+
+def _is_copied(format: Format, rows: int, cols: int) -> bool:
+    """Whether drafts have a copy of such a head; the rows of a copy must fill whole panels and groups."""
+    is_whole = rows % rows_together(_HEAD_FORMAT) == 0 and cols % _HEAD_GROUP == 0
+    return is_whole and not is_quantised(format)
+
+
+def _copied(head: _native.Matrix, runtime: _native.Runtime) -> _native.Matrix:
+    """The copy, made of few rows at a time, because they pass through float32."""
+    rows, cols = head.rows, head.cols
+    arena = _native.Arena(matrix_bytes(_HEAD_FORMAT, rows, cols))
+    end = 0
+    for first in range(0, rows, _COPIED_ROWS):
+        ids = np.arange(first, min(rows, first + _COPIED_ROWS), dtype=np.int32)
+        values = np.empty((len(ids), cols), np.float32)
+        _native.embed(runtime, head, ids, values)
+        begin, end = end, end + matrix_bytes(_HEAD_FORMAT, len(ids), cols)
+        _native.quantize(_HEAD_FORMAT, values, arena.array()[begin:end], runtime)
+    return _native.Matrix(arena, 0, _HEAD_FORMAT, rows, cols)
+
+
+def copied_head_bytes(files: ModelFiles) -> int:
+    """Bytes of a copy of the head that only drafts use; 0 if there is no draft layer, or it uses the model's head."""
+    ref = files.dense.get(_head_name(files.config))
+    if not files.num_draft_layers or ref is None or not _is_copied(ref.format, ref.rows, ref.cols):
+        return 0
+    return matrix_bytes(_HEAD_FORMAT, ref.rows, ref.cols)
 
 
 def joining_bytes(config: ModelConfig, num_rows: int) -> int:

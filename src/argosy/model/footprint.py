@@ -18,7 +18,7 @@ from argosy.experts import slots
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.recording import log_bytes
 from argosy.media.parts import LOW_DETAIL_TOKENS, Kind
-from argosy.model.draft_layer import MOST_DRAFT_ROWS, joining_bytes
+from argosy.model.draft_layer import MOST_DRAFT_ROWS, copied_head_bytes, joining_bytes
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint
 
@@ -96,7 +96,7 @@ class ModelFootprint:
 
     @cached_property
     def dense_bytes(self) -> int:
-        return dense_footprint(self.files.dense)
+        return dense_footprint(self.files.dense) + copied_head_bytes(self.files)
 
     @cached_property
     def encoders(self) -> Mapping[Kind, EncoderFiles | ArgosyError]:
@@ -297,7 +297,7 @@ class ModelFootprint:
         formats = {ref.format for ref in self.files.dense.values()}
         for record in self.files.experts.values():
             formats.update(matrix.format for matrix in (record.gate, record.up, record.down))
-        return not formats <= FLOAT_FORMATS
+        return not formats <= FLOAT_FORMATS or copied_head_bytes(self.files) > 0
 
     @cached_property
     def _stack_sizes(self) -> _native.StackSizes:
