@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import cycle, pairwise
+from random import Random
 
 import pytest
 
@@ -91,6 +92,17 @@ def test_wrong_proposals_cost_two_percent_at_most() -> None:
     pauses = [after - before for before, after in pairwise(trials)]
     assert pauses[0] >= FIRST_PAUSE
     assert pauses[1] > 1.5 * pauses[0]
+
+
+def test_some_wrong_proposals_in_a_row_end_none_that_pay() -> None:
+    """With a cost of 0.42 and a share of 0.6, every pause loses a tenth of the speed."""
+    random = Random(1)
+    machine = Machine(0.42, lambda width: int(random.random() < 0.6), draft_tokens=1)
+    widths = machine.run(2000)
+    assert sum(widths) > 0.85 * len(widths)
+    assert machine.num_tokens * PLAIN_S / machine.now > 1.09
+    machine.right = lambda width: 0
+    assert sum(machine.run(100)) < 20  # and many in a row do
 
 
 def test_proposals_as_dear_as_tokens_are_not_made() -> None:

@@ -16,8 +16,9 @@ with w proposals over one without: reads of missing experts and the drafter's ow
 of the last such steps, each compared when it ran, because other processes and longer contexts slow both kinds alike.
 
 An answer begins with a trial of single tokens. It goes on with the number of highest utility if that is above
-`ON_ABOVE`, until it is below `OFF_BELOW`. Then it pauses, at first for `FIRST_PAUSE` tokens and for twice as many each
-time, before the next trial.
+`ON_ABOVE`, until it is below `OFF_BELOW`, even if p is a standard deviation more than it seems: p comes from a few
+proposals, and a pause costs more than some wrong ones. Then it pauses, at first for `FIRST_PAUSE` tokens and for twice
+as many each time, before the next trial.
 
 Nothing is proposed while more than `DRAFTED_AT_ONCE` sequences run, whose tokens share the weights already, nor while
 the drive reads for more than `BUSY` of the time, when every missing expert costs its whole read.
@@ -50,7 +51,7 @@ _FEWEST_PLAIN = 2  # steps without proposals before the first one with some
 _PAID_OFF = 16  # proposals since a trial after which the next pause is a short one again
 # A trial begins as if so many proposals had been seen, and so many of them had been right.
 _SEEN, _RIGHT = 2.0, 1.4
-_KEPT = 0.9  # weight of earlier proposals each time that some are counted
+_KEPT = 0.95  # weight of earlier proposals each time that some are counted
 _REMEMBERED = 5  # steps of a kind, whose median counts
 _VALID_STEPS = 256  # after so many steps a cost is forgotten if no step of its kind ran
 _FIRST_COST = 0.3  # price of a proposed token, as a share of a step, until one has been measured
@@ -102,6 +103,15 @@ class _Answer:
         self.seen = _KEPT * self.seen + outcome.num_confirmed + is_wrong
         self.right = _KEPT * self.right + outcome.num_confirmed
 
+    @property
+    def right_share(self) -> float:
+        return self.right / self.seen
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of that share."""
+        return math.sqrt(self.right_share * (1.0 - self.right_share) / self.seen)
+
 
 class _Cost:
     """Times of steps of one kind over those of plain steps, and the number of the step that was the last of them."""
@@ -149,15 +159,24 @@ class Governor:
             return 0
         if answer.tries_left:
             return 1
-        utility, width = max(
-            (self.utility(answer.right / answer.seen, num_sequences, width), -width)
-            for width in range(1, self._draft_tokens + 1)
-        )
-        answer.is_on = utility > (OFF_BELOW if answer.is_on else ON_ABOVE)
+        utility, width = self._best(answer.right_share, num_sequences)
+        if answer.is_on:
+            hoped, _ = self._best(min(1.0, answer.right_share + answer.deviation), num_sequences)
+            answer.is_on = hoped > OFF_BELOW
+        else:
+            answer.is_on = utility > ON_ABOVE
         if not answer.is_on:
             answer.begin_pause()
             return 0
-        return -width
+        return width
+
+    def _best(self, right_share: float, num_sequences: int) -> tuple[float, int]:
+        """The highest utility, and the fewest proposals that have it."""
+        utility, width = max(
+            (self.utility(right_share, num_sequences, width), -width)
+            for width in range(1, self._draft_tokens + 1)
+        )
+        return utility, -width
 
     def utility(self, right_share: float, num_sequences: int, width: int) -> float:
         """Tokens per second with `width` proposals for one of the sequences, over those without proposals."""
