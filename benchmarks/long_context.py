@@ -1,11 +1,13 @@
 """How fast are decode and prefill after 8k and 32k tokens, and how far is attention from the machine's limits?
 
-    python benchmarks/long_context.py [--contexts 8192,32768] [--threads 1,2] [--repeats 3] [--kernels] [--short]
+    python benchmarks/long_context.py [--contexts 8192,32768] [--threads 1,2] [--attention GQA MLA]
+        [--repeats 3] [--kernels] [--short]
 
 First attention alone. A token that shares keys among 8 heads is compared with the read bandwidth of memory, measured
 at the same moment; one over latent vectors, and a chunk of a prompt, with a float32 product of many tokens. Then the
-`long` model (`make_checkpoint.py`), beside llama.cpp with flash attention: decode after the context, and prefill of the
-first one, of which attention's share is the time that its chunks take alone. Every sample is a fresh process, A B A B.
+models `long` and `long-latent` (`make_checkpoint.py`), with grouped queries (GQA) and with latent vectors (MLA), beside
+llama.cpp with flash attention: decode after the context, and prefill of the first one. There attention's share of
+`long` is the time that its chunks take alone. Every sample is a fresh process, A B A B.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 4, 128, 16
 LATENT_HEADS = 64
 CHUNK = 512
 NEW = 24
+MODEL_OF = {"GQA": "long", "MLA": "long-latent"}
 
 
 class Keys:
@@ -108,10 +111,11 @@ def sample(engine: str, job: Job, told: list[str]) -> Callable[[], Mapping[str, 
 
 
 def converse(
-    report: Report, model: Path, context: int, threads: int, repeats: int, *, has_share: bool
+    report: Report, kind: str, model: Path, context: int, threads: int, repeats: int, *, has_share: bool
 ) -> list[Sample]:
     """Print prefill and decode of the whole model at this context, beside llama.cpp if it is installed."""
-    name, facts = f"{context // 1024}k {threads}T", {"context": context, "threads": threads}
+    name = f"{kind} {context // 1024}k {threads}T"
+    facts = {"attention": kind, "context": context, "threads": threads}
     job = Job(
         model=model, prompts=prompts(1, context - 2 * BLOCK), num_new=NEW, threads=threads, warm_up=False
     )
@@ -126,7 +130,7 @@ def converse(
             report.ratio(f"{name} {figure}: over {LLAMA_CPP}", ours, theirs, target=target, **facts)
         if figure == "prefill" and has_share:
             alone_s, of_product = prefill_attention_s(context, threads, 0.05)
-            share = int(GEOMETRIES["long"]["layers"]) * alone_s * ours / context
+            share = int(GEOMETRIES[MODEL_OF[kind]]["layers"]) * alone_s * ours / context
             report.shares(f"{name} prefill: attention's share of it", [share], **facts)
             report.shares(f"{name} prefill: attention over a float32 product", [of_product], **facts)
     report.line("correct", "; ".join(told))
@@ -141,12 +145,16 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="of a figure of attention alone, the best call counts"
     )
+    parser.add_argument(
+        "--attention", nargs="+", choices=[*MODEL_OF], default=[*MODEL_OF], help="of the models"
+    )
     parser.add_argument("--kernels", action="store_true", help="attention alone")
     parser.add_argument("--models", type=Path, default=MODELS, help="where model files are kept")
     parser.add_argument("--short", action="store_true", help="2,048 tokens, two threads, once")
     options = parser.parse_args()
     if options.short:
         options.contexts, options.threads, options.repeats, options.seconds = "2048", "2", 1, 0.1
+        options.attention = ["GQA"]
     contexts, threads = (
         [int(one) for one in given.split(",")] for given in (options.contexts, options.threads)
     )
@@ -162,11 +170,19 @@ def main() -> int:
                 attend(report, context, count, options.seconds)
     samples.append(alone)
     if not options.kernels:
-        model = named_model(options.models, "long", "Q4_0")
-        for context in contexts:
-            for count in threads:
-                has_share = context == min(contexts)
-                samples += converse(report, model, context, count, options.repeats, has_share=has_share)
+        for kind in options.attention:
+            model = named_model(options.models, MODEL_OF[kind], "Q4_0")
+            for context in contexts:
+                for count in threads:
+                    samples += converse(
+                        report,
+                        kind,
+                        model,
+                        context,
+                        count,
+                        options.repeats,
+                        has_share=kind == "GQA" and context == min(contexts),
+                    )
     report.neighbours(samples)
     return 0
 

@@ -9,8 +9,10 @@
     mixtral-like     3.1 B: hidden 2048, 8 layers, 2 of 8 experts of width 7168
     tiny             0.1 B, for the short form of a benchmark
     long             0.4 B: hidden 1024, 8 layers, 4 of 32 experts of width 384, 32 heads on 4, a context of 40,960
-    drafting         1.5 B: small as a GLM-4.5, with a shared expert and a layer for multi-token prediction
-    drafting-tiny    0.1 B, the same for the short form
+    long-latent      0.4 B, the same with 16 heads of latent attention (MLA), as wide as those of DeepSeek-V3
+    drafting         1.7 B, of which a token uses 0.4 B in the proportions of GLM-4.5-Air: slightly more in attention, a
+                     shared expert and the head than in its 8 of 64 experts; with a layer for multi-token prediction
+    drafting-tiny    0.1 B, for the short form
     omni             1.9 B: hidden 1024, 12 layers, 4 of 64 experts of width 768; and the vision tower (0.5 B) and
                      audio tower (0.6 B) of Qwen3-Omni as they are
 
@@ -39,7 +41,7 @@ from numpy.typing import NDArray
 from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
 from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
-from argosy.config import ModelConfig, format_bytes
+from argosy.config import LatentConfig, ModelConfig, format_bytes
 from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.families.config_reader import ConfigReader
@@ -70,7 +72,17 @@ _SMALL = {
     "vocab": 32_000,
 }
 GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
-    "drafting": {**_SMALL, "family": "glm4_moe"},
+    "drafting": {
+        "family": "glm4_moe",
+        "hidden": 1024,
+        "layers": 24,
+        "experts": 64,
+        "experts_per_token": 8,
+        "width": 288,
+        "heads": 24,
+        "kv_heads": 2,
+        "vocab": 32_000,
+    },
     "drafting-tiny": {**_TINY, "family": "glm4_moe"},
     "omni": {
         "family": "qwen3_omni_moe",
@@ -104,6 +116,17 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "width": 384,
         "heads": 32,
         "kv_heads": 4,
+        "vocab": 32_000,
+        "context": 40_960,
+    },
+    "long-latent": {
+        "family": "deepseek_v3",
+        "hidden": 1024,
+        "layers": 8,
+        "experts": 32,
+        "experts_per_token": 4,
+        "width": 384,
+        "heads": 16,
         "vocab": 32_000,
         "context": 40_960,
     },
@@ -179,6 +202,31 @@ def raw_config(
             "routed_scaling_factor": 1.0,
             "topk_group": 1,
             "use_qk_norm": True,
+        }
+    if family == "deepseek_v3":
+        return config | {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_bias": False,
+            "first_k_dense_replace": 0,
+            "intermediate_size": width,
+            "kv_lora_rank": 512,
+            "moe_intermediate_size": width,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": experts,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_key_value_heads": heads,
+            "num_nextn_predict_layers": 0,
+            "q_lora_rank": hidden // 2,
+            "qk_nope_head_dim": head_dim,
+            "qk_rope_head_dim": 64,
+            "rope_scaling": None,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "sigmoid",
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "v_head_dim": head_dim,
         }
     config |= {
         "decoder_sparse_step": 1,
@@ -463,13 +511,15 @@ def write_gguf(
     from gguf_blocks import row_bytes, to_blocks
 
     config = parse_config(raw)
+    if config.latent is not None:
+        config = replace(config, latent=replace(config.latent, is_up_split=True))
     weights = RandomWeights(config, routing=routing, seed=seed)
     pools: dict[str, Pool] = {}
-    writer = gguf.GGUFWriter(path, {"mixtral": "llama"}.get(raw["model_type"], _architecture(raw)))
+    writer = gguf.GGUFWriter(path, _architecture(raw))
     _write_metadata(writer, raw, config)
     planned: list[tuple[str, Recipe, int]] = []  # block type, recipe, copies
 
-    def plan(canonical: str, name: str, layer: int, copies: int = 0) -> None:
+    def plan(canonical: str, name: str, layer: int, copies: int = 0, heads: int = 1) -> None:
         recipe = weights[canonical]
         cols = recipe.shape[-1]
         block_type = "F32"
@@ -478,6 +528,8 @@ def write_gguf(
         shape = [*recipe.shape[:-1], row_bytes(block_type, cols)]
         if copies:
             shape.insert(0, copies)
+        if heads > 1:
+            shape = [heads, shape[0] // heads, shape[1]]
         kind = gguf.GGMLQuantizationType[block_type]
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
         planned.append((block_type, recipe, max(1, copies)))
@@ -485,7 +537,8 @@ def write_gguf(
     for canonical, _ in dense_shapes(config):
         last = canonical.rpartition(".")[2]
         layer = int(canonical.split(".")[1]) if canonical.startswith("layers.") else 0
-        plan(canonical, dense_name(canonical), layer)
+        heads = config.num_heads if last in ("k_up", "v_up") else 1
+        plan(canonical, dense_name(canonical), layer, heads=heads)
         if last == "router":
             for matrix in ("gate", "up", "down"):
                 name = f"blk.{layer}.ffn_{matrix}_exps.weight"
@@ -512,7 +565,8 @@ def write_gguf(
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    return str(raw["model_type"]).replace("_", "")
+    family = str(raw["model_type"])
+    return {"mixtral": "llama", "deepseek_v3": "deepseek2"}.get(family) or family.replace("_", "")
 
 
 def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) -> None:
@@ -524,10 +578,13 @@ def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) ->
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
     writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    if config.latent is None:
+        writer.add_head_count_kv(config.num_kv_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+    else:
+        _write_latent_metadata(writer, config.latent)
     writer.add_rope_freq_base(config.rope.theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_expert_count(config.num_experts)
@@ -535,7 +592,13 @@ def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) ->
     writer.add_feed_forward_length(config.expert_width)
     if raw["model_type"] != "mixtral":
         writer.add_expert_feed_forward_length(config.expert_width)
-    if config.shared_width:
+    if config.latent is not None:
+        writer.add_expert_shared_count(config.shared_width // config.expert_width)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(True)
+        writer.add_expert_weights_scale(1.0)
+        writer.add_leading_dense_block_count(0)
+    elif config.shared_width:
         writer.add_expert_shared_feed_forward_length(config.shared_width)
     tokens, merges = vocabulary(config.vocab_size)
     kinds = [gguf.TokenType.NORMAL] * (len(tokens) - 2) + [gguf.TokenType.CONTROL] * 2
@@ -547,6 +610,18 @@ def _write_metadata(writer: Any, raw: Mapping[str, Any], config: ModelConfig) ->
     writer.add_bos_token_id(len(tokens) - 2)
     writer.add_eos_token_id(len(tokens) - 1)
     writer.add_add_bos_token(False)
+
+
+def _write_latent_metadata(writer: Any, latent: LatentConfig) -> None:
+    """One shared head of keys as wide as the cache, and the heads that a query has."""
+    writer.add_head_count_kv(1)
+    writer.add_q_lora_rank(latent.query_rank)
+    writer.add_kv_lora_rank(latent.kv_rank)
+    writer.add_key_length(latent.kv_rank + latent.rope_dim)
+    writer.add_value_length(latent.kv_rank)
+    writer.add_key_length_mla(latent.nope_dim + latent.rope_dim)
+    writer.add_value_length_mla(latent.value_dim)
+    writer.add_rope_dimension_count(latent.rope_dim)
 
 
 def vocabulary(size: int) -> tuple[list[str], list[str]]:

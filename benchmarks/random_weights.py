@@ -37,7 +37,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Routing = Literal["plain", "uniform", "recorded"]
 ROUTINGS: tuple[Routing, ...] = ("plain", "uniform", "recorded")
 
-WEIGHTS_VERSION = 2  # increases with any change of the values: models of another version are made again
+WEIGHTS_VERSION = 3  # increases with any change of the values: models of another version are made again
 DOCUMENT_TOKENS = 640
 RESERVED = 256
 _ONE, _DOCUMENT, _TOKEN, _CODE = slice(0, 1), slice(1, 64), slice(64, 160), slice(160, RESERVED)
@@ -115,8 +115,21 @@ class RandomWeights:
             return Normal(shape, deviation)
         # Attention pulls the tokens of a text towards each other; at full size, a few layers of it leave nothing else.
         return Normal(
-            shape, deviation * (_ATTENTION_SHARE if kind == "o" else _NETWORK_SHARE), silent_rows=RESERVED
+            shape,
+            deviation * (_ATTENTION_SHARE if kind == "o" else self._network_share(kind)),
+            silent_rows=RESERVED,
         )
+
+    def _network_share(self, kind: str) -> float:
+        """The factor of the matrix with which an expert writes.
+
+        A token's experts write a mean, so a shared expert, which is not one of them, would drown them. Scaled as the
+        square root of their number, it writes as much as they do together, and both as much as experts alone.
+        """
+        if not self.config.shared_width:
+            return _NETWORK_SHARE
+        of_mean = 1.0 if kind == "down" else self.config.experts_per_token**-0.5
+        return _NETWORK_SHARE * of_mean / math.sqrt(2)
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *purpose])

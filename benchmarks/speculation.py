@@ -7,9 +7,9 @@
 *Lookup.* Texts decide what a lookup finds, and a model with random weights writes none. So each answer is given: the
 real sampler runs, and then the next token of the text is taken instead of its choice. An edit is a HumanEval solution
 in which the function and one argument have other names, behind a prompt with the original; prose is an article of
-wikitext-2 behind its beginning. A token is a word, a run of spaces or a mark, under a random number of the vocabulary.
-So the experts of neighbouring tokens have less in common than in a trained model, and a step that confirms drafts costs
-more.
+wikitext-2 behind its beginning. A token is a word, a run of spaces or a mark. Its number is the next one of a document
+of the model (`random_weights.py`) where it first occurs in the text. So tokens of a text share experts as recorded, but
+neighbours where words return share less than neighbours in a trained model.
 
 *mtp.* The checkpoint is random (`random_weights.py`). Each draft of its draft layer is computed, and then replaced by
 the token that the model will choose, or by a wrong one, with the probability that gives the acceptance. Documents are
@@ -40,11 +40,12 @@ from argosy.engine.sequence import Sequence as EngineSequence
 from common import DATA, Report, alternate
 from engines import MODELS, prompts
 from make_checkpoint import named_model
-from random_weights import document
+from random_weights import DOCUMENT_TOKENS, document
 
 Text = tuple[list[int], list[int]]  # prompt, answer
 
 VOCAB = 32_000
+MEMORY = "12GiB"  # of a process with two engines
 EDIT_TARGET, PROSE_TARGET = ">= 1.4", ">= 0.98"
 MTP_TARGETS = {0.6: ">= 1.2", 0.85: ">= 1.4"}
 PARAMS = {"ignore_eos": True}
@@ -54,27 +55,24 @@ PARAMS = {"ignore_eos": True}
 
 
 class Words:
-    """Words, runs of spaces and marks, each with a random number."""
+    """Words, runs of spaces and marks of one text, numbered as they occur."""
 
-    def __init__(self) -> None:
-        self._numbers = list(range(16, VOCAB))
-        random.Random(1).shuffle(self._numbers)
+    def __init__(self, text_number: int) -> None:
         self._ids: dict[str, int] = {}
+        self._document = document(text_number % (VOCAB // DOCUMENT_TOKENS))
 
     def encode(self, text: str) -> list[int]:
-        return [
-            self._ids.setdefault(word, self._numbers[len(self._ids) % len(self._numbers)])
-            for word in re.findall(r"\n *|\w+|[^\w\n]", text)
-        ]
+        words = re.findall(r"\n *|\w+|[^\w\n]", text)
+        return [self._ids.setdefault(word, self._document[len(self._ids)]) for word in words]
 
 
 def edits() -> list[Text]:
     """Solutions of HumanEval with two names changed; those of middle length first."""
-    words = Words()
     with gzip.open(DATA / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file]
     texts = []
-    for problem in problems:
+    for number, problem in enumerate(problems):
+        words = Words(number)
         source = problem["prompt"] + problem["canonical_solution"]
         argument = re.search(r"def \w+\((\w+)", problem["prompt"])
         edited = re.sub(rf"\b{problem['entry_point']}\b", "solve", source)
@@ -88,10 +86,10 @@ def edits() -> list[Text]:
 
 def prose() -> list[Text]:
     """Beginnings of articles, and what follows."""
-    words = Words()
     articles = re.split(r"\n = [^=]+ = \n", (DATA / "wiki_test.txt").read_text(encoding="utf-8"))
-    ids = [words.encode(article) for article in articles if len(article) > 6000]
-    return [(one[:300], one[300:556]) for one in ids]
+    long = [article[:4000] for article in articles if len(article) > 6000]
+    ids = [Words(number).encode(article)[:556] for number, article in enumerate(long)]
+    return [(one[:300], one[300:]) for one in ids]
 
 
 # ── engines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,6 +151,8 @@ def compare(
 ) -> None:
     """Answer the same texts without and with speculation, in turns."""
     for engine in (off, on):
+        if not engine.plan.is_resident:
+            raise SystemExit("the experts must be in memory; give two engines more with --memory")
         rates(engine, texts[:1], given=given)
     samples = alternate(
         {
@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument(
         "--drafting", type=Path, default=MODELS, help="directory of the models with a draft layer"
     )
-    parser.add_argument("--memory", default="5GiB")
+    parser.add_argument("--memory", default=MEMORY, help="of the whole process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)

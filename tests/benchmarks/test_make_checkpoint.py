@@ -16,9 +16,11 @@ from benchmarks.make_checkpoint import block_type_of, make_model, parse_config, 
 from benchmarks.random_weights import RandomWeights, document
 from benchmarks.routing import overlap
 
-RAW = raw_config(
-    hidden=512, layers=2, experts=8, experts_per_token=2, width=256, heads=4, vocab=1280, context=512
-)
+SIZES = {
+    "hidden": 512, "layers": 2, "experts": 8, "experts_per_token": 2, "width": 256, "heads": 4, "vocab": 1280,
+    "context": 512,
+}  # fmt: skip
+RAW = raw_config(**SIZES)
 # The root mean square of the rounding error for normally distributed values: half a step, and room for a poor scale.
 LARGEST_ROUNDING = {
     **{"F16": 3e-4, "BF16": 2e-3, "Q8_0": 0.006, "Q6_K": 0.021, "Q5_0": 0.045, "Q5_1": 0.041, "Q5_K": 0.041},
@@ -51,6 +53,17 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q5_1"])
 def test_an_answer_continues_the_document(tmp_path: Path, format: str):
     model = make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded")
+    text = document(0, 40)
+    with Engine.open(model, memory="2GiB", context=64) as engine:
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        assert engine.generate(text[:16], params).token_ids == text[16:]
+
+
+@pytest.mark.parametrize(("family", "format"), [("glm4_moe", "bf16"), ("deepseek_v3", "Q4_0")])
+def test_a_shared_expert_does_not_drown_the_document(tmp_path: Path, family: str, format: str):
+    raw = raw_config(family, **SIZES | {"layers": 8})
+    name = "model" if format == "bf16" else "model.gguf"
+    model = make_model(tmp_path / name, raw, format=format, routing="recorded")
     text = document(0, 40)
     with Engine.open(model, memory="2GiB", context=64) as engine:
         params = SamplingParams(max_tokens=24, ignore_eos=True)
