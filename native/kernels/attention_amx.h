@@ -86,20 +86,14 @@ class AmxAttention {
   // Splits `count` queries into tiles of sixteen, and fills the last tile with zeros.
   AmxAttention(const AttentionArgs& args, int64_t first_query, int64_t count)
       : a(args), sizes(args.kv.head_dim), num_queries(count) {
-    uint8_t* at = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(a.scratch), 64));
-    const auto take = [&](int64_t bytes) {
-      uint8_t* found = at;
-      at += bytes;
-      return found;
-    };
-    const auto take_split = [&](int64_t bytes) { return Split{take(bytes), take(bytes)}; };
-    q = take_split(sizes.query_bytes());
-    keys = take_split(sizes.key_bytes());
-    values = take_split(sizes.value_bytes());
-    weights = take_split(sizes.weight_bytes());
-    scores = reinterpret_cast<float*>(take(sizes.score_bytes()));
-    sums = reinterpret_cast<float*>(take(sizes.sum_bytes()));
-    totals = reinterpret_cast<float*>(take((kAmxQueries + 1) * sizes.state * 4));
+    TileMemory memory(a.scratch);
+    q = memory.take_split(sizes.query_bytes());
+    keys = memory.take_split(sizes.key_bytes());
+    values = memory.take_split(sizes.value_bytes());
+    weights = memory.take_split(sizes.weight_bytes());
+    scores = memory.take_floats(sizes.score_bytes());
+    sums = memory.take_floats(sizes.sum_bytes());
+    totals = memory.take_floats((kAmxQueries + 1) * sizes.state * 4);
     const int64_t group = a.num_heads / a.kv.kv_heads;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = (first_query + i) / group;

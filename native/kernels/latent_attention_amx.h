@@ -74,18 +74,12 @@ inline Vec pairs_of(__m512i first, __m512i second, bool are_last) {
 class AmxLatentAttention {
  public:
   explicit AmxLatentAttention(const LatentAttentionArgs& args) : a(args), sizes(args.kv.dim, args.value_dim) {
-    uint8_t* at = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(a.scratch), 64));
-    const auto take = [&](int64_t bytes) {
-      uint8_t* found = at;
-      at += bytes;
-      return found;
-    };
-    const auto take_split = [&](int64_t bytes) { return Split{take(bytes), take(bytes)}; };
-    keys = take_split(sizes.key_bytes());
-    values = take_split(sizes.value_bytes());
-    queries = take_split(2 * sizes.query_bytes());
-    weights = take_split(2 * sizes.weight_bytes());
-    scores = reinterpret_cast<float*>(take(2 * sizes.score_bytes()));
+    TileMemory memory(a.scratch);
+    keys = memory.take_split(sizes.key_bytes());
+    values = memory.take_split(sizes.value_bytes());
+    queries = memory.take_split(2 * sizes.query_bytes());
+    weights = memory.take_split(2 * sizes.weight_bytes());
+    scores = memory.take_floats(2 * sizes.score_bytes());
   }
 
   void run() {

@@ -15,6 +15,24 @@ struct Split {
   Split operator+(int64_t bytes) const { return {high + bytes, low + bytes}; }
 };
 
+// A call's scratch memory, handed out in parts. They start at cache lines if their sizes are multiples of one.
+class TileMemory {
+ public:
+  explicit TileMemory(float* scratch)
+      : at(reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<int64_t>(scratch), 64))) {}
+
+  uint8_t* take(int64_t bytes) {
+    uint8_t* taken = at;
+    at += bytes;
+    return taken;
+  }
+  float* take_floats(int64_t bytes) { return reinterpret_cast<float*>(take(bytes)); }
+  Split take_split(int64_t bytes) { return Split{take(bytes), take(bytes)}; }
+
+ private:
+  uint8_t* at;
+};
+
 // What is left of a number without its high part.
 inline Vec rest_of(Vec x, __m256i high) { return sub(x, Bf16Weights::widen(high)); }
 
