@@ -35,9 +35,9 @@ def race(native: Any) -> None:
 def overflow(native: Any) -> None:
     """Move a token id beyond the vocabulary after its step has begun and before the step runs."""
     case = Case(native, native.Runtime(1), "")
-    stack, batch = case.stack(), case.batch()
-    stack.begin(*batch)
-    batch[0][:] = case.VOCABULARY + 9  # token_ids; the matrix is padded to 32 rows
+    stack, step = case.stack(), case.step()
+    stack.begin(*step)
+    step[0][:] = case.VOCABULARY + 9  # token_ids; the matrix is padded to 32 rows
     stack.advance()
 
 
