@@ -15,7 +15,7 @@ struct Split {
   Split operator+(int64_t bytes) const { return {high + bytes, low + bytes}; }
 };
 
-// A call's scratch memory, handed out in parts. They start at cache lines if their sizes are multiples of one.
+// A call's scratch memory, handed out in parts: at cache lines, if all sizes are multiples of one.
 class TileMemory {
  public:
   explicit TileMemory(float* scratch)
