@@ -45,7 +45,7 @@ from random_weights import DOCUMENT_TOKENS, document
 Text = tuple[list[int], list[int]]  # prompt, answer
 
 VOCAB = 32_000
-MEMORY = "12GiB"  # of a process with two engines
+MEMORY, SHORT_MEMORY = "8GiB", "5GiB"  # of a process with two engines
 EDIT_TARGET, PROSE_TARGET = ">= 1.4", ">= 0.98"
 MTP_TARGETS = {0.6: ">= 1.2", 0.85: ">= 1.4"}
 PARAMS = {"ignore_eos": True}
@@ -287,7 +287,9 @@ def main() -> int:
     parser.add_argument(
         "--drafting", type=Path, default=MODELS, help="directory of the models with a draft layer"
     )
-    parser.add_argument("--memory", default=MEMORY, help="of the whole process")
+    parser.add_argument(
+        "--memory", help=f"of the whole process; default: {MEMORY}, {SHORT_MEMORY} in the short form"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--draft-tokens", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
@@ -295,6 +297,7 @@ def main() -> int:
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--short", action="store_true")
     options = parser.parse_args()
+    options.memory = options.memory or (SHORT_MEMORY if options.short else MEMORY)
     if options.exact:
         return exact(options)
     report = Report(
