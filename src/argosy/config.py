@@ -567,6 +567,11 @@ class ModelConfig:
         return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
 
     @property
+    def head_name(self) -> str:
+        """The dense matrix that turns hidden states into logits."""
+        return "embed" if self.is_embedding_tied else "head"
+
+    @property
     def mtp_layers(self) -> range:
         """Layers for multi-token prediction, which files number after the model's own."""
         return range(self.num_layers, self.num_layers + self.num_mtp_layers)

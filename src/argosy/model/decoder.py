@@ -78,12 +78,11 @@ class Decoder:
         layers = range(config.num_layers) if layers is None else layers
         routed = [layer for layer in config.moe_layers if layer in layers]
         self._next_moe_layer = dict(pairwise(routed))
-        embedding = weights.matrices["embed"]
         self._stack = _native.Stack(
             runtime,
             kv,
-            embedding=embedding,
-            head=embedding if config.is_embedding_tied else weights.matrices["head"],
+            embedding=weights.matrices["embed"],
+            head=weights.matrices[config.head_name],
             final_norm=weights.vectors["final_norm"],
             norm_eps=config.norm_eps,
             rotaries=[rotary(rope) for rope in config.ropes],

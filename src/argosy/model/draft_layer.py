@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles, is_quantised, matrix_bytes, rows_together
+from argosy.checkpoint.files import ModelFiles, is_quantised, matrix_bytes
 from argosy.config import Format, ModelConfig
 from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock
@@ -35,8 +35,7 @@ Array = NDArray[np.float32]
 MOST_DRAFT_ROWS = 256  # most rows of a run: longer prompts take several, so that working memory is small
 MOST_BEHIND = 32  # positions of an answer whose hidden states may wait before they run
 _HEAD_FORMAT: Format = "q8"
-_HEAD_GROUP = 32  # values of a row that share a scale
-_COPIED_ROWS = 64  # of the head at a time
+_COPIED_ROWS = 64  # of the head at a time: whole panels
 
 
 class DraftLayer:
@@ -66,8 +65,8 @@ class DraftLayer:
         self._form = config.draft_form
         self._runtime = runtime
         self._embedding = weights.matrices["embed"]
-        head = weights.matrices[_head_name(config)]
-        self._head = _copied(head, runtime) if _is_copied(head.format, head.rows, head.cols) else head
+        head = weights.matrices[config.head_name]
+        self._head = head if is_quantised(head.format) else _copied(head, runtime)
         self._token_norm, self._state_norm = (
             weights.vectors[name + "token_norm"],
             weights.vectors[name + "state_norm"],
@@ -138,18 +137,8 @@ class DraftLayer:
         return normed
 
 
-def _head_name(config: ModelConfig) -> str:
-    return "embed" if config.is_embedding_tied else "head"
-
-
-def _is_copied(format: Format, rows: int, cols: int) -> bool:
-    """Whether drafts have a copy of such a head; the rows of a copy must fill whole panels and groups."""
-    is_whole = rows % rows_together(_HEAD_FORMAT) == 0 and cols % _HEAD_GROUP == 0
-    return is_whole and not is_quantised(format)
-
-
 def _copied(head: _native.Matrix, runtime: _native.Runtime) -> _native.Matrix:
-    """The copy, made of few rows at a time, because they pass through float32."""
+    """A copy of the head in `_HEAD_FORMAT`, made of few rows at a time, because they pass through float32."""
     rows, cols = head.rows, head.cols
     arena = _native.Arena(matrix_bytes(_HEAD_FORMAT, rows, cols))
     end = 0
@@ -164,8 +153,8 @@ def _copied(head: _native.Matrix, runtime: _native.Runtime) -> _native.Matrix:
 
 def copied_head_bytes(files: ModelFiles) -> int:
     """Bytes of a copy of the head that only drafts use; 0 if there is no draft layer, or it uses the model's head."""
-    ref = files.dense.get(_head_name(files.config))
-    if not files.num_draft_layers or ref is None or not _is_copied(ref.format, ref.rows, ref.cols):
+    ref = files.dense[files.config.head_name]
+    if not files.num_draft_layers or is_quantised(ref.format):
         return 0
     return matrix_bytes(_HEAD_FORMAT, ref.rows, ref.cols)
 

@@ -77,11 +77,10 @@ def work_of(files: ModelFiles, kv_dtype: KvDtype) -> Work:
     config = files.config
     dense: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     head: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    name_of_head = "embed" if config.is_embedding_tied else "head"
     for name, ref in files.dense.items():
-        if name == "embed" != name_of_head:
+        if name == "embed" != config.head_name:
             continue
-        part = head if name == name_of_head else dense
+        part = head if name == config.head_name else dense
         part[ref.format][0] += ref.landed_bytes
         part[ref.format][1] += ref.rows * ref.cols
     expert: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
