@@ -13,6 +13,7 @@ llama.cpp with flash attention: decode after the context, and prefill of the fir
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -170,19 +171,10 @@ def main() -> int:
                 attend(report, context, count, options.seconds)
     samples.append(alone)
     if not options.kernels:
-        for kind in options.attention:
+        for kind, context, count in itertools.product(options.attention, contexts, threads):
             model = named_model(options.models, MODEL_OF[kind], "Q4_0")
-            for context in contexts:
-                for count in threads:
-                    samples += converse(
-                        report,
-                        kind,
-                        model,
-                        context,
-                        count,
-                        options.repeats,
-                        has_share=kind == "GQA" and context == min(contexts),
-                    )
+            has_share = kind == "GQA" and context == min(contexts)
+            samples += converse(report, kind, model, context, count, options.repeats, has_share=has_share)
     report.neighbours(samples)
     return 0
 

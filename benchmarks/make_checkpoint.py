@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes
+from argosy.checkpoint.geometry import dense_shapes, draft_shapes, expert_shapes, packed_config
 from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat16_bits, write_safetensors
 from argosy.config import LatentConfig, ModelConfig, format_bytes
@@ -71,18 +71,19 @@ _SMALL = {
     "kv_heads": 2,
     "vocab": 32_000,
 }
+_LONG = {
+    "hidden": 1024,
+    "layers": 8,
+    "experts": 32,
+    "experts_per_token": 4,
+    "width": 384,
+    "heads": 32,
+    "kv_heads": 4,
+    "vocab": 32_000,
+    "context": 40_960,
+}
 GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
-    "drafting": {
-        "family": "glm4_moe",
-        "hidden": 1024,
-        "layers": 24,
-        "experts": 64,
-        "experts_per_token": 8,
-        "width": 288,
-        "heads": 24,
-        "kv_heads": 2,
-        "vocab": 32_000,
-    },
+    "drafting": {**_SMALL, "family": "glm4_moe", "layers": 24, "width": 288, "heads": 24},
     "drafting-tiny": {**_TINY, "family": "glm4_moe"},
     "omni": {
         "family": "qwen3_omni_moe",
@@ -108,28 +109,8 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
         "kv_heads": 4,
         "vocab": 32_000,
     },
-    "long": {
-        "hidden": 1024,
-        "layers": 8,
-        "experts": 32,
-        "experts_per_token": 4,
-        "width": 384,
-        "heads": 32,
-        "kv_heads": 4,
-        "vocab": 32_000,
-        "context": 40_960,
-    },
-    "long-latent": {
-        "family": "deepseek_v3",
-        "hidden": 1024,
-        "layers": 8,
-        "experts": 32,
-        "experts_per_token": 4,
-        "width": 384,
-        "heads": 16,
-        "vocab": 32_000,
-        "context": 40_960,
-    },
+    "long": _LONG,
+    "long-latent": {**_LONG, "family": "deepseek_v3", "heads": 16},
     "mixtral-like": {
         "family": "mixtral",
         "hidden": 2048,
@@ -185,46 +166,39 @@ def raw_config(
             "num_local_experts": experts,
             "sliding_window": None,
         }
-    if family == "glm4_moe":
-        return config | {
-            "architectures": ["Glm4MoeForCausalLM"],
+    if family in ("glm4_moe", "deepseek_v3"):  # GLM-4.5 names what its experts are as DeepSeek-V3 does
+        config |= {
             "attention_bias": False,
             "first_k_dense_replace": 0,
-            "head_dim": head_dim,
             "intermediate_size": width,
             "moe_intermediate_size": width,
             "n_group": 1,
             "n_routed_experts": experts,
             "n_shared_experts": 1,
             "norm_topk_prob": True,
-            "num_nextn_predict_layers": 1,
-            "partial_rotary_factor": 0.5,
             "routed_scaling_factor": 1.0,
             "topk_group": 1,
+        }
+    if family == "glm4_moe":
+        return config | {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "head_dim": head_dim,
+            "num_nextn_predict_layers": 1,
+            "partial_rotary_factor": 0.5,
             "use_qk_norm": True,
         }
     if family == "deepseek_v3":
         return config | {
             "architectures": ["DeepseekV3ForCausalLM"],
-            "attention_bias": False,
-            "first_k_dense_replace": 0,
-            "intermediate_size": width,
             "kv_lora_rank": 512,
-            "moe_intermediate_size": width,
             "moe_layer_freq": 1,
-            "n_group": 1,
-            "n_routed_experts": experts,
-            "n_shared_experts": 1,
-            "norm_topk_prob": True,
             "num_key_value_heads": heads,
             "num_nextn_predict_layers": 0,
             "q_lora_rank": hidden // 2,
             "qk_nope_head_dim": head_dim,
             "qk_rope_head_dim": 64,
             "rope_scaling": None,
-            "routed_scaling_factor": 1.0,
             "scoring_func": "sigmoid",
-            "topk_group": 1,
             "topk_method": "noaux_tc",
             "v_head_dim": head_dim,
         }
@@ -510,9 +484,7 @@ def write_gguf(
 
     from gguf_blocks import row_bytes, to_blocks
 
-    config = parse_config(raw)
-    if config.latent is not None:
-        config = replace(config, latent=replace(config.latent, is_up_split=True))
+    config = packed_config(parse_config(raw))
     weights = RandomWeights(config, routing=routing, seed=seed)
     pools: dict[str, Pool] = {}
     writer = gguf.GGUFWriter(path, _architecture(raw))

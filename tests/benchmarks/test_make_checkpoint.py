@@ -28,6 +28,13 @@ LARGEST_ROUNDING = {
 }
 
 
+def require_continued(model: Path) -> None:
+    text = document(0, 40)
+    with Engine.open(model, memory="2GiB", context=64) as engine:
+        params = SamplingParams(max_tokens=24, ignore_eos=True)
+        assert engine.generate(text[:16], params).token_ids == text[16:]
+
+
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)
 def test_blocks_hold_the_quantised_values(block_type: str):
     values = np.random.default_rng(1).standard_normal((8, 512)).astype(np.float32)
@@ -52,22 +59,14 @@ def test_scaled_blocks_hold_scaled_values(block_type: str):
 
 @pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "BF16", "Q3_K_M", "IQ4_XS", "MXFP4_MOE", "Q5_1"])
 def test_an_answer_continues_the_document(tmp_path: Path, format: str):
-    model = make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded")
-    text = document(0, 40)
-    with Engine.open(model, memory="2GiB", context=64) as engine:
-        params = SamplingParams(max_tokens=24, ignore_eos=True)
-        assert engine.generate(text[:16], params).token_ids == text[16:]
+    require_continued(make_model(tmp_path / "model.gguf", RAW, format=format, routing="recorded"))
 
 
 @pytest.mark.parametrize(("family", "format"), [("glm4_moe", "bf16"), ("deepseek_v3", "Q4_0")])
 def test_a_shared_expert_does_not_drown_the_document(tmp_path: Path, family: str, format: str):
     raw = raw_config(family, **SIZES | {"layers": 8})
     name = "model" if format == "bf16" else "model.gguf"
-    model = make_model(tmp_path / name, raw, format=format, routing="recorded")
-    text = document(0, 40)
-    with Engine.open(model, memory="2GiB", context=64) as engine:
-        params = SamplingParams(max_tokens=24, ignore_eos=True)
-        assert engine.generate(text[:16], params).token_ids == text[16:]
+    require_continued(make_model(tmp_path / name, raw, format=format, routing="recorded"))
 
 
 def test_recorded_routing_reuses_experts_and_uniform_routing_does_not():
