@@ -145,7 +145,10 @@ namespace {
 template <class Of>
 int64_t largest(const Of& of) {
   int64_t most = 0;
-  for (const KernelTable* table : tables()) most = of(*table) > most ? of(*table) : most;
+  for (const KernelTable* table : tables()) {
+    const int64_t found = of(*table);
+    most = found > most ? found : most;
+  }
   return most;
 }
 

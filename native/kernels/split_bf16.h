@@ -15,7 +15,7 @@ struct Split {
   Split operator+(int64_t bytes) const { return {high + bytes, low + bytes}; }
 };
 
-// A call's scratch memory, handed out in parts: at cache lines, if all sizes are multiples of one.
+// Hands out a call's scratch memory in parts, which all start at cache lines if their sizes are whole lines.
 class TileMemory {
  public:
   explicit TileMemory(float* scratch)

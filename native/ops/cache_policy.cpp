@@ -28,7 +28,7 @@ double decay(int64_t turns) {
   return kDecay[size_t(turns)];
 }
 
-// With more entries for each layer than this, void ones are removed from the heap of layers.
+// Void entries are removed from the heap of layers once it has more than this many for each layer.
 constexpr size_t kMostEntries = 8;
 
 template <class T>

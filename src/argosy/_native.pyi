@@ -1008,7 +1008,7 @@ class CachePolicy:
         """
         The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
 
-        The oldest is evicted first. Of equally old experts, one whose layer had its turn last is.
+        The oldest is evicted first. Of experts of the same age, the one whose layer had its turn last is first.
         """
 
     @property

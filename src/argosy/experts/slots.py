@@ -103,9 +103,8 @@ def lay_out_slots(
         least = min(range(len(groups) - 1), key=joined)
         # The larger layer comes first: the size of a group is that of its first layer.
         groups[least : least + 2] = [groups[least + 1] + groups[least]]
-    return min(
-        reversed(found), key=lambda layout: layout.slot_bytes
-    )  # of equally good ones, that with fewer kinds
+    # Reversed: of equally good layouts, the one with the fewest kinds.
+    return min(reversed(found), key=lambda layout: layout.slot_bytes)
 
 
 def _lay_out(
