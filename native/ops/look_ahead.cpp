@@ -9,8 +9,9 @@ namespace {
 // Roughly the number of guesses remembered: a subject lasts for hundreds of tokens, and a token guesses in
 // every layer.
 constexpr double kRemembered = 256.0;
-// A rank starts untrusted; a dozen right guesses change that.
-constexpr double kPriorGuesses = 12.0;
+// As if a rank had been right in nine of twelve guesses: look-ahead helps from the first token, and seven
+// wrong guesses in a row end it.
+constexpr double kPriorGuesses = 12.0, kPriorRight = 9.0;
 // While no rank is trusted, one step in this many still guesses, to see whether that has changed.
 constexpr int64_t kStepsBetweenTrials = 16;
 
@@ -19,8 +20,8 @@ constexpr int64_t kStepsBetweenTrials = 16;
 LookAhead::LookAhead(int64_t num_ranks, double least_right)
     : least_right_(least_right),
       guesses_(size_t(num_ranks), kPriorGuesses),
-      right_(size_t(num_ranks), 0.0),
-      is_trusted_(size_t(num_ranks), least_right <= 0) {}
+      right_(size_t(num_ranks), kPriorRight),
+      is_trusted_(size_t(num_ranks), kPriorRight / kPriorGuesses >= least_right) {}
 
 bool LookAhead::wants_guess() const {
   return steps_ % kStepsBetweenTrials == 0 ||
