@@ -68,7 +68,7 @@ def main() -> int:
     tokens = document(3, options.tokens)
     is_good = True
     for number, case in enumerate(cases):
-        job = Job(model=case.model, prompts=[tokens], num_new=1, threads=case.threads, warm_up=False)
+        job = Job(model=case.model, prompts=[tokens], num_new=1, threads=case.threads, warm_up=0)
         ours, theirs = logits(ARGOSY, job), logits(LLAMA_CPP, job)
         if number == 0:
             expected = np.array(document(3, options.tokens + 1)[1:])

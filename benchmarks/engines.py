@@ -5,8 +5,8 @@
 
 A child reads the job as JSON from stdin (`ours.py`, `peer.py`) and appends an event to a file for every step it takes,
 so that a stopped run still shows how far it got. Each prompt is one run: prefill, then `num_new` steps of one token
-each, greedy, in a cleared KV cache. With `warm_up`, the first run is a warm-up. Both sides time from the call with the
-tokens to the id of the most likely next one.
+each, greedy, in a cleared KV cache. The first `warm_up` runs are not counted, and Argosy commits its memory to the end
+before those that are. Both sides time from the call with the tokens to the id of the most likely next one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     num_new: int
     threads: int = 2
-    warm_up: bool = True
+    warm_up: int = 1  # the first runs, which are not counted
     given: Sequence[Sequence[int]] | None = None  # the input of each step, instead of the most likely token
     memory: int | None = None
     look_ahead: bool = True
@@ -77,7 +77,7 @@ class Run:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
-        first = 1 if self.job.warm_up else 0
+        first = self.job.warm_up
         return [event for event in self.events if event["event"] == kind and event.get("run", first) >= first]
 
     def _one(self, kind: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Run:
         return sum(event["parts"][part] for event in tokens) / len(tokens) if tokens else float("nan")
 
     def answers(self) -> list[list[int]]:
-        """Ids of each run, including the warm-up: the prefill's, then those of the steps."""
+        """Ids of each run, including warm-ups: the prefill's, then those of the steps."""
         ids: dict[int, list[int]] = {}
         for event in self.events:
             if "id" in event:

@@ -21,7 +21,7 @@ def main() -> int:
     report = Report("footprint", state="weights in memory, 32 tokens of prompt, 8 of answer")
     is_good = True
     for number, case in enumerate(cases):
-        job = Job(model=case.model, prompts=prompts(1, 32), num_new=8, threads=case.threads, warm_up=False)
+        job = Job(model=case.model, prompts=prompts(1, 32), num_new=8, threads=case.threads, warm_up=0)
         for engine in engines(quiet=number > 0):
             with Sample() as sample:
                 done = run(engine, job).require()

@@ -117,9 +117,7 @@ def converse(
     """Print prefill and decode of the whole model at this context, beside llama.cpp if it is installed."""
     name = f"{kind} {context // 1024}k {threads}T"
     facts = {"attention": kind, "context": context, "threads": threads}
-    job = Job(
-        model=model, prompts=prompts(1, context - 2 * BLOCK), num_new=NEW, threads=threads, warm_up=False
-    )
+    job = Job(model=model, prompts=prompts(1, context - 2 * BLOCK), num_new=NEW, threads=threads, warm_up=0)
     told: list[str] = []
     found = alternate({engine: sample(engine, job, told) for engine in engines(quiet=True)}, repeats)
     for figure, target in (("decode", ">= 1.5"), ("prefill", ">= 2.5")):

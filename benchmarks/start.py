@@ -48,7 +48,7 @@ def main() -> int:
         with case.model.open("rb") as file:
             while file.read(16 << 20):
                 pass
-        job = Job(model=case.model, prompts=prompts(1, 16), num_new=0, threads=case.threads, warm_up=False)
+        job = Job(model=case.model, prompts=prompts(1, 16), num_new=0, threads=case.threads, warm_up=0)
         told: list[str] = []
 
         samples = alternate({engine: sample(engine, job, told) for engine in engines()}, options.repeats)
