@@ -24,7 +24,9 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calibration, "_SAMPLE_S", 0.01)
     monkeypatch.setattr(calibration, "_ROUNDS", 2)
     monkeypatch.setattr(calibration, "_DRIVE_S", 0.02)
-    monkeypatch.setattr(calibration, "_STEPS", 12)
+    monkeypatch.setattr(calibration, "_STEPS", 6)
+    monkeypatch.setattr(calibration, "_ARENA_BYTES", 32 << 20)
+    monkeypatch.setattr(calibration, "_KEYS_BYTES", 4 << 20)
     big = tmp_path / "model.safetensors"
     big.write_bytes(bytes(96 << 20))
     told: list[str] = []
