@@ -5,8 +5,8 @@
 
 A child reads the job as JSON from stdin (`ours.py`, `peer.py`) and appends an event to a file for every step it takes,
 so that a stopped run still shows how far it got. Each prompt is one run: prefill, then `num_new` steps of one token
-each, greedy, in a cleared KV cache. The first `warm_up` runs are not counted, and Argosy commits its memory to the end
-before those that are. Both sides time from the call with the tokens to the id of the most likely next one.
+each, greedy, in a cleared KV cache. The first `warm_up` runs do not count, and Argosy has committed all of its memory
+before the others begin. Both sides time from the call with the tokens to the id of the most likely next one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     num_new: int
     threads: int = 2
-    warm_up: int = 1  # the first runs, which are not counted
+    warm_up: int = 1  # runs at the beginning that do not count
     given: Sequence[Sequence[int]] | None = None  # the input of each step, instead of the most likely token
     memory: int | None = None
     look_ahead: bool = True

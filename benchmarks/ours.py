@@ -30,7 +30,10 @@ class GivenTokens:
 
 
 def commit_memory() -> None:
-    """Wait until the pages of all slots exist: the thread that touches them first takes a core for seconds."""
+    """Wait until the pages of all slots exist: the thread that commits them takes a core for seconds.
+
+    The thread is found by its name, because `versions.py` measures older versions with this script, too.
+    """
     for thread in threading.enumerate():
         if thread.name == "argosy-populate":
             thread.join()

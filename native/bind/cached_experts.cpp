@@ -341,7 +341,8 @@ void bind_cached_experts(nb::module_& m) {
           R"(
         The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
 
-        The oldest is evicted first. Of experts of the same age, the one whose layer had its turn last is first.)")
+        The oldest expert is evicted first. Among experts of equal age, the one whose layer had its turn most recently
+        goes first.)")
       .def_prop_ro("num_slots", &CachePolicy::num_slots)
       .def_prop_ro("num_resident", &CachePolicy::num_resident)
       .def_prop_ro("floor", &CachePolicy::floor, "Experts that a layer keeps while another can give one.")

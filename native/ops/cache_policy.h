@@ -10,8 +10,8 @@
 // The oldest expert is evicted. Its age takes three facts into account:
 //
 // - Layers take turns. An expert can only be asked for when its layer runs, so its age is the number of turns
-//   of its own layer since its last use. Of two equally old experts, the one whose layer has just had its
-//   turn is evicted: it is needed last.
+//   of its own layer since its last use. Among experts of equal age, the one whose layer had its turn most
+//   recently is evicted, because it is needed last.
 // - Use repeats. An expert is younger by kBonusTurns for each doubling of its uses; a use counts half after
 //   kHalfLifeTurns. Uses are remembered after an expert is evicted.
 // - Every layer comes round. A layer keeps its last floor() experts (an equal share of the slots, at most
@@ -53,7 +53,8 @@ class CachePolicy {
     ExpertKey key;
     int64_t slot, to;
   };
-  // How old an expert outside the window is. Of equal ages, the layer with the later last turn gives one.
+  // How old an expert outside the window is. Among experts of equal age, the one whose layer had its turn
+  // most recently is evicted first.
   struct Age {
     ExpertKey key;
     double turns;

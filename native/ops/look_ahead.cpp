@@ -9,8 +9,8 @@ namespace {
 // Roughly the number of guesses remembered: a subject lasts for hundreds of tokens, and a token guesses in
 // every layer.
 constexpr double kRemembered = 256.0;
-// As if a rank had been right in nine of twelve guesses: look-ahead helps from the first token, and six wrong
-// guesses in a row end it.
+// A rank starts as if nine of its last twelve guesses had been right, so look-ahead helps from the first
+// token. Six wrong guesses in a row end that.
 constexpr double kPriorGuesses = 12.0, kPriorRight = 9.0;
 // While no rank is trusted, one step in this many still guesses, to see whether that has changed.
 constexpr int64_t kStepsBetweenTrials = 16;

@@ -11,11 +11,11 @@
 //     }
 //   }
 //
-// A step pauses at every layer with routed experts, unless a table has all experts, or native code reads them
-// or has others run them (layer_experts.h); then it seldom pauses. Each call is one or more operations of
-// ops/, so its bits equal those of the same operations called one by one: for one row and one token the order
-// of sums is fixed, and every assignment (one token, one of its experts) has its own row until `combine` adds
-// the rows in the router's order.
+// A step pauses at every layer that has routed experts, with two exceptions: it never pauses if a table holds
+// all experts, and it seldom pauses if native code reads the experts or has others run them
+// (layer_experts.h). Each call is one or more operations of ops/, so its bits equal those of the same
+// operations called one by one: for one row and one token the order of sums is fixed, and every assignment
+// (one token, one of its experts) has its own row until `combine` adds the rows in the router's order.
 //
 // To add a kind of mixer or feed-forward network, add an alternative to `Mixer` or `Ffn` and an overload of
 // `mix` or `feed_forward`.

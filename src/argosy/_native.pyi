@@ -1008,7 +1008,8 @@ class CachePolicy:
         """
         The experts outside the window: (age, the last turn of its layer, expert, whether it is pinned).
 
-        The oldest is evicted first. Of experts of the same age, the one whose layer had its turn last is first.
+        The oldest expert is evicted first. Among experts of equal age, the one whose layer had its turn most recently
+        goes first.
         """
 
     @property

@@ -281,6 +281,7 @@ def test_guesses_are_read_from_the_start_and_no_more_once_they_were_wrong_too_of
             assert rig.cache.core.is_trusted(1, is_sweep=False)
     assert rig.cache.core.is_trusted(0, is_sweep=False)
     assert not rig.cache.core.is_trusted(1, is_sweep=False)
+    assert rig.store.guessed
 
 
 def test_a_guess_takes_few_slots_and_does_not_evict_guessed_experts() -> None:

@@ -103,7 +103,7 @@ def lay_out_slots(
         least = min(range(len(groups) - 1), key=joined)
         # The larger layer comes first: the size of a group is that of its first layer.
         groups[least : least + 2] = [groups[least + 1] + groups[least]]
-    # Reversed: of equally good layouts, the one with the fewest kinds.
+    # Reversed, so that the layout with the fewest kinds wins among equally good ones.
     return min(reversed(found), key=lambda layout: layout.slot_bytes)
 
 
