@@ -22,6 +22,7 @@ from argosy.guard import audit as audit_module
 from argosy.guard import chain_writer
 from argosy.guard.audit import MOST_WAITING, Audit, AuditSettings, Content, check_audit
 from argosy.guard.chain import KEY_BYTES, MAX_LINE_BYTES, Head, Report, chain_files, read_head, verify
+from argosy.guard.chain_writer import ChainWriter
 from argosy.guard.sealed import SealedContents
 
 DAY_S = 86_400.0
@@ -72,6 +73,18 @@ def key_of(directory: Path) -> bytes:
 def check(directory: Path, *anchors: Head) -> Report:
     key = key_of(directory)
     return verify(directory, key, anchors=anchors, check_object=SealedContents(directory, key).is_same)
+
+
+def make_chain(directory: Path, clock: Clock) -> ChainWriter:
+    return ChainWriter(directory, None, max_file_bytes=1000, max_file_s=1e9, clock=clock)
+
+
+def fill(chain: ChainWriter, clock: Clock, count: int) -> None:
+    """Append lines, a day apart."""
+    for number in range(count):
+        chain.append("request", facts(number))
+        clock.now += DAY_S
+    chain.sync()
 
 
 def write(directory: Path, count: int, **settings: object) -> Head:
@@ -376,22 +389,52 @@ def test_what_has_expired_is_removed_and_the_rest_stays_valid(
 ) -> None:
     directory = tmp_path / "audit"
     monkeypatch.setattr(audit_module, "_SYNC_S", 0.0)
-    with auditing(directory, with_content=True, max_file_bytes=1500) as audit:
+    clock = Clock()
+    clock.now = time.time()
+    with auditing(directory, with_content=True, max_file_bytes=1500, clock=clock) as audit:
         for number in range(12):
             audit.record(facts(number), Content([b"secret"], lambda: None))
     files = chain_files(directory)
-    old = time.time() - 40 * DAY_S
-    for path in (*(path for _, path in files[:-1]), *(directory / "content").glob("*/req_*")):
-        os.utime(path, (old, old))
-    with auditing(directory, keep_s=35 * DAY_S, content_keep_s=30 * DAY_S):
+    clock.now += 40 * DAY_S
+    with auditing(directory, keep_s=35 * DAY_S, content_keep_s=30 * DAY_S, clock=clock):
         wait_for(lambda: len(chain_files(directory)) == 1)
     report = check(directory)
     assert report.is_valid, report.faults
-    assert report.kinds["expired"] == len(files) - 1
-    assert any("have expired" in note for note in report.notes)
+    assert report.kinds["expired"] == len(files)
+    assert any("have expired; the last of them was written at 20" in note for note in report.notes)
     assert list((directory / "content").glob("*/req_*")) == []
     chain_files(directory)[0][1].unlink()
     assert not check(directory).is_valid
+
+
+@pytest.mark.parametrize("touched", [0.0, 1e10])
+def test_the_time_of_a_line_decides_when_its_file_expires_not_the_time_of_the_file(
+    tmp_path: Path, touched: float
+) -> None:
+    clock = Clock()
+    with contextlib.closing(make_chain(tmp_path / "audit", clock)) as chain:
+        fill(chain, clock, 12)
+        files = chain_files(tmp_path / "audit")
+        for _, path in files:
+            os.utime(path, (touched, touched))
+        assert chain.expire(Clock().now) == 0
+        assert chain.expire(clock.now) >= len(files) - 1
+        assert verify(tmp_path / "audit", chain.key).is_valid
+
+
+def test_verify_finds_a_file_that_was_removed_before_its_lines_were_old(tmp_path: Path) -> None:
+    clock = Clock()
+    with contextlib.closing(make_chain(tmp_path / "audit", clock)) as chain:
+        fill(chain, clock, 3)
+        times = {"last_time": "2027-01-15T08:00:00+00:00", "before": "2026-01-15T08:00:00+00:00"}
+        chain.append("expired", {"file": "audit-000001.jsonl", "last_seq": 1, "last_sha256": "0", **times})
+        chain.append(
+            "expired", {"file": "audit-000001.jsonl", "last_seq": 1, "last_sha256": "0", "last_time": 7}
+        )
+        chain.sync()
+        faults = verify(tmp_path / "audit", chain.key).faults
+    assert ["removed too early" in fault for fault in faults] == [True, False]
+    assert "its last_time is not a time" in faults[1]
 
 
 # ── full drives, slow drives ────────────────────────────────────────────────────────────────────────────────────────

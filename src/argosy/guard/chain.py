@@ -91,8 +91,7 @@ def seal(
     Raises:
         ValueError: the line would be longer than MAX_LINE_BYTES.
     """
-    time = datetime.fromtimestamp(written_at, UTC).isoformat(timespec="milliseconds")
-    body = {"seq": head.seq + 1, "time": time, "kind": kind, **facts, "prev": head.sha256}
+    body = {"seq": head.seq + 1, "time": time_text(written_at), "kind": kind, **facts, "prev": head.sha256}
     text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()[:-1]
     line = text + b',"mac":"' + _mac(key, text).encode() + b'"}'
     if len(line) > MAX_LINE_BYTES:
@@ -108,6 +107,17 @@ class Line:
     prev: str
     kind: str
     facts: Mapping[str, Any]  # all of it
+
+    def time(self, name: str = "time") -> float:
+        """When the line was written, or another time that it holds, in seconds since 1970.
+
+        Raises:
+            ValueError: it holds no such time.
+        """
+        try:
+            return datetime.fromisoformat(self.facts[name]).timestamp()
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise ValueError(f"its {name} is not a time") from None
 
 
 def open_line(line: bytes, key: bytes | None) -> Line:
@@ -131,6 +141,11 @@ def open_line(line: bytes, key: bytes | None) -> Line:
     if type(seq) is not int or not isinstance(prev, str) or not isinstance(kind, str):
         raise ValueError("it lacks seq, prev or kind")
     return Line(Head(seq, hashlib.sha256(line).hexdigest()), prev, kind, facts)
+
+
+def time_text(seconds: float) -> str:
+    """A time in seconds since 1970, as lines have it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 def _mac(key: bytes, text: bytes) -> str:
@@ -327,7 +342,9 @@ class _Reader:
     def __init__(self, directory: Path, key: bytes | None, report: Report, wanted: Sequence[Head]) -> None:
         self._directory, self._key, self._report = directory, key, report
         self._wanted = {head.seq: "" for head in wanted}  # their SHA-256, as it is read
-        self._expired: list[tuple[object, object]] = []  # (seq, SHA-256) of the last lines of removed files
+        self._expired: dict[
+            tuple[object, object], Line
+        ] = {}  # by (seq, SHA-256) of a removed file's last line
         self._head: Head | None = None
         self._begins_after = Head()
         self._cut = b""
@@ -362,7 +379,7 @@ class _Reader:
         if found.head.seq in self._wanted:
             self._wanted[found.head.seq] = found.head.sha256
         if found.kind == "expired":
-            self._expired.append((found.facts.get("last_seq"), found.facts.get("last_sha256")))
+            self._take_expired(found)
         if isinstance(lost := found.facts.get("lost"), int):
             report.num_lost += lost
         if isinstance(cut := found.facts.get("cut_bytes"), int) and cut:
@@ -371,16 +388,37 @@ class _Reader:
             )
         return found
 
+    def _take_expired(self, line: Line) -> None:
+        """Note the last line of a removed file, and check that it was old enough to go."""
+        self._expired[line.facts.get("last_seq"), line.facts.get("last_sha256")] = line
+        if "last_time" not in line.facts:  # written when files were removed by the time of the file system
+            return
+        try:
+            is_old = line.time("last_time") <= line.time("before")
+        except ValueError as error:
+            self._report.add_fault(f"line {line.head.seq}: {error}")
+            return
+        if not is_old:
+            name, last_time, before = (line.facts.get(name) for name in ("file", "last_time", "before"))
+            self._report.add_fault(
+                f"line {line.head.seq}: {name} was removed too early: its last line is of {last_time},"
+                f" and only lines before {before} had expired"
+            )
+
     def check_ends(self, stored: Head | None, anchors: Sequence[Head]) -> None:
         """Check the two ends of the chain, which the lines themselves cannot prove."""
         report, last = self._report, Head() if self._report.last is None else self._report.last.head
         begin = self._begins_after
-        if begin.seq == 0 and begin.sha256 != Head().sha256:
-            report.add_fault("line 1 does not begin a chain")
-        elif begin.seq and (begin.seq, begin.sha256) not in self._expired:
-            report.add_fault(f"lines 1 to {begin.seq} are missing, and no line says that they expired")
+        expired = self._expired.get((begin.seq, begin.sha256))
+        if begin.seq and expired is not None:
+            written = expired.facts.get("last_time", "a time that no line proves")
+            report.notes.append(
+                f"lines 1 to {begin.seq} have expired; the last of them was written at {written}"
+            )
         elif begin.seq:
-            report.notes.append(f"lines 1 to {begin.seq} have expired")
+            report.add_fault(f"lines 1 to {begin.seq} are missing, and no line says that they expired")
+        elif begin.sha256 != Head().sha256:
+            report.add_fault("line 1 does not begin a chain")
         for head, what in (
             *((head, "the anchor") for head in anchors),
             *(((stored, HEAD),) if stored else ()),

@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 
 from argosy.errors import UsageError
@@ -33,6 +32,7 @@ from argosy.guard.chain import (
     read_head,
     seal,
     seal_head,
+    time_text,
 )
 from argosy.private_files import make_private, read_secret
 from argosy.replace_file import replace, sync
@@ -180,9 +180,10 @@ class ChainWriter:
         self.is_synced = True
 
     def expire(self, before: float) -> int:
-        """Remove the oldest files, as far as they were last written before this time; returns how many.
+        """Remove the oldest files, as far as their last lines were written before this time; returns how many.
 
-        A line says which one goes before it goes, so the chain can be verified without it.
+        The time is the one in the line, which its HMAC protects: whoever may write the files can change theirs. A line
+        says which file goes, and why, before it goes, so the chain can be verified without it.
 
         Raises:
             OSError: a line cannot be written, or a file not removed.
@@ -190,13 +191,21 @@ class ChainWriter:
         """
         num_removed = 0
         for number, path in chain_files(self._directory):
-            if number == self._number or path.stat().st_mtime >= before:
+            if number == self._number:
                 break
             line = read_end(path).line
             if line is None:
                 raise ValueError(f"{path.name} has no whole line")
-            last = open_line(line, self.key).head
-            self.append("expired", {"file": path.name, "last_seq": last.seq, "last_sha256": last.sha256})
+            last = open_line(line, self.key)
+            if last.time() >= before:
+                break
+            self.append(
+                "expired",
+                {
+                    "file": path.name, "last_seq": last.head.seq, "last_sha256": last.head.sha256,
+                    "last_time": last.facts["time"], "before": time_text(before),
+                },
+            )  # fmt: skip
             self.sync()
             path.unlink()
             num_removed += 1
@@ -224,6 +233,6 @@ def _first_time(path: Path) -> float | None:
     with path.open("rb") as file:
         line = file.readline(MAX_LINE_BYTES + 1)
     try:
-        return datetime.fromisoformat(open_line(line.removesuffix(b"\n"), None).facts["time"]).timestamp()
-    except (ValueError, KeyError, TypeError):
+        return open_line(line.removesuffix(b"\n"), None).time()
+    except ValueError:
         return None
