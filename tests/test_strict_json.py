@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,18 @@ def test_ambiguous_json_is_refused_with_the_reason(name: str) -> None:
             parse_json(data)
         assert str(refused.value).startswith(reason)
         assert refused.value.key == ("b" if name == "a key given twice" else None)
+
+
+def test_a_duplicate_key_is_found_in_time_that_grows_with_the_text() -> None:
+    def seconds(num_keys: int) -> float:
+        text = "{" + ",".join(f'"{at:06}":0' for at in range(num_keys)) + ',"000000":0}'
+        began = time.process_time()
+        with pytest.raises(JsonError, match="duplicate key"):
+            parse_json(text)
+        return time.process_time() - began
+
+    short = min(seconds(2000) for _ in range(3))
+    assert seconds(16_000) < 32 * short  # 8 times the keys; every pair of them would be 64 times the work
 
 
 @pytest.mark.parametrize("name", REFUSED)

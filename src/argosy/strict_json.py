@@ -104,12 +104,11 @@ def _require_whole(text: str) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise JsonError(
-            "has a duplicate key", key=next(key for at, key in enumerate(keys) if key in keys[:at])
-        )
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise JsonError("has a duplicate key", key=key)
+        found[key] = value
     return found
 
 

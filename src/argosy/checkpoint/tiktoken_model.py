@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -153,9 +154,9 @@ def _special_tokens(path: Path, config: Mapping[str, object], first: int) -> lis
                 supported=(False,),
             )
         tokens.append(AddedToken(content, special=fields.get("special") is True, normalized=False))
-    contents = [token.content for token in tokens]
-    if len(set(contents)) < len(contents):
-        twice = next(content for at, content in enumerate(contents) if content in contents[:at])
+    contents = Counter(token.content for token in tokens)
+    if len(contents) < len(tokens):
+        ((twice, _),) = contents.most_common(1)
         raise CheckpointError(
             f"tokenizer_config.json: added_tokens_decoder has '{quote(twice)}' twice",
             path=path,
