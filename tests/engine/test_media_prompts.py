@@ -186,6 +186,20 @@ def test_drafts_change_no_answer_to_a_prompt_with_media(case: Case) -> None:
     assert drafter.num_proposed > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"prefix_reuse": False}], ids=["reuse", "no reuse"])
+def test_answers_that_each_compute_the_same_picture_do_not_take_its_rows_from_one_another(
+    case: Case, options: dict[str, Any]
+) -> None:
+    """Two answers run at once, so most of the five find no room to continue from the first, and start by themselves."""
+    prompt = prompt_of(case.sequences[0])
+    with Engine.open(case.directory, memory="2GiB", threads=1, max_sequences=2, **options) as engine:
+        answers = engine.prepare(prompt, PARAMS, num_answers=5)
+        engine.enqueue(answers)
+        while any(one.result is None for one in answers):
+            engine.step()
+    assert [one.new_ids for one in answers] == [case.expected[0]] * 5
+
+
 def test_media_that_cannot_run_are_refused_and_others_continue(case: Case) -> None:
     def fails() -> SpanRows:
         raise ArgosyError("the picture cannot be read")

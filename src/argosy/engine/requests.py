@@ -83,7 +83,6 @@ class Requests:
         if len(prompt_ids) + least > available:
             raise PromptTooLong.of(len(prompt_ids), available, for_answer=least)
         self._require_possible(params)
-        spans = self._spans(built, params)
         left = available - len(prompt_ids)
         sequences: list[EngineSequence] = []
         for number in range(num_answers):
@@ -98,7 +97,7 @@ class Requests:
                 decoder=self._decoder_of(built, params),
                 tenant=tenant,
                 constraint=self._constraint(params, tenant),
-                spans=spans,
+                spans=self._spans(built, params),
             )
             sequence.started_at = started_at
             if sequences:

@@ -22,7 +22,7 @@ _MARK = struct.Struct("<IQ8s32s")
 
 
 class Spans:
-    """The media spans of one prompt.
+    """The media spans of one sequence's prompt, and the rows that it holds of them.
 
     Args:
         placed: (start, span) pairs, in order and without overlaps.
