@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
-from argosy.errors import CheckpointError, UnsupportedModel, UsageError
+from argosy.engine import media
+from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Image, MediaLimits, TranscribedSounds
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
@@ -161,10 +164,42 @@ def test_prepared_media_give_their_room_back() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
         assert engine._media is not None
         prompt = prompt_of(engine, reference)
-        assert engine._media._waiting._held_bytes > 0
+        assert engine._media._waiting.held_bytes > 0
         engine.generate(prompt, GREEDY)
         del prompt
-        assert engine._media._waiting._held_bytes == 0
+        assert engine._media._waiting.held_bytes == 0
+
+
+def test_media_that_are_collected_while_others_are_refused_give_their_room_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = media._Room(100)
+
+    class Cyclic:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def charge(nbytes: int, *, keeps: list[object]) -> bool:
+        keeps.append(Cyclic())
+        try:
+            room.charge(keeps[-1], nbytes)
+        except Overloaded:
+            return False
+        return True
+
+    def refusal(*args: Any, **named: Any) -> Overloaded:
+        gc.collect()  # as the collector may, wherever an object is made
+        return Overloaded(*args, **named)
+
+    monkeypatch.setattr(media, "Overloaded", refusal)
+    assert charge(60, keeps=[])  # garbage from here on
+    outcome: list[bool] = []
+    thread = threading.Thread(target=lambda: outcome.append(charge(60, keeps=[])), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert outcome == [False]
+    assert room.held_bytes == 0
+    assert charge(60, keeps=[])
 
 
 def test_the_largest_picture_is_the_most_tokens_that_are_allowed() -> None:

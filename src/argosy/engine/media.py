@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -379,6 +380,14 @@ class _Room:
         self._most_bytes = most_bytes
         self._held_bytes = 0
         self._lock = threading.Lock()
+        # An object may be collected while this thread has the lock, so its finalizer only appends to this.
+        self._freed: deque[int] = deque()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are charged now."""
+        with self._lock:
+            return self._settle()
 
     def charge(self, owner: object, nbytes: int) -> None:
         """Charge bytes until `owner` is collected.
@@ -392,16 +401,17 @@ class _Room:
                 hint="make it smaller or shorter",
             )
         with self._lock:
-            if self._held_bytes + nbytes > self._most_bytes:
+            if self._settle() + nbytes > self._most_bytes:
                 raise Overloaded(
                     "too many pictures, sounds and videos wait to be encoded", retry_after_s=_RETRY_S
                 )
             self._held_bytes += nbytes
-        weakref.finalize(owner, self._free, nbytes)
+        weakref.finalize(owner, self._freed.append, nbytes)
 
-    def _free(self, nbytes: int) -> None:
-        with self._lock:
-            self._held_bytes -= nbytes
+    def _settle(self) -> int:
+        while self._freed:
+            self._held_bytes -= self._freed.popleft()
+        return self._held_bytes
 
 
 def open_media(
