@@ -231,6 +231,36 @@ def test_five_hundred_cancelled_requests_leave_nothing_behind() -> None:
             require_nothing_left(engine)
 
 
+def test_the_thread_beats_while_it_is_idle_and_between_layers_and_not_in_a_step_that_hangs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.engine.loop.BEAT_S", 0.02)
+    now = [time.monotonic()]
+    monkeypatch.setattr("argosy.engine.loop.monotonic", lambda: now[0])
+    monkeypatch.setattr("argosy.model.decoder.monotonic", lambda: now[0])
+    forward, hangs, may_go_on = engine._model.forward, threading.Event(), threading.Event()
+
+    def hang(step: Any) -> Any:
+        engine._model.decoder.progressed_at = 0.0
+        hangs.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return forward(step)
+
+    monkeypatch.setattr(engine._model, "forward", hang)
+    with EngineLoop(engine) as loop:
+        now[0] += 1000
+        wait_until(lambda: loop.snapshot().silent_s == 0)
+        heard = Heard()
+        loop.submit(PROMPT, SHORT, heard)
+        assert hangs.wait(PATIENCE_S)
+        now[0] += 1000
+        assert loop.snapshot().silent_s == 1000
+        engine._model.decoder._pause()
+        assert loop.snapshot().silent_s == 0
+        may_go_on.set()
+        heard.wait()
+
+
 def engine_answer(directory: Path, prompt: list[int]) -> list[int]:
     with open_engine(directory) as engine:
         return engine.generate(prompt, SHORT).token_ids

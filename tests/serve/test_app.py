@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import httpx
 import pytest
 
 from argosy import Engine
+from argosy.engine.loop import SILENT_S
 from argosy.guard.keys import KeyRing
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.core import Service
@@ -110,6 +113,40 @@ def test_curl_without_a_content_type_is_told_which_header_to_send(client: httpx.
         answer = client.post("/tokenize", content=b'{"content": "a"}', headers=headers)
         assert answer.status_code == 415
         assert "-H 'content-type: application/json'" in answer.json()["error"]["message"]
+
+
+def test_a_server_whose_engine_or_queue_has_stopped_is_healthy_and_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_chat_model(tmp_path / "model")
+    with Engine.open(model, memory="2GiB", threads=1) as engine, serving(engine) as service:
+        silent = replace(service.loop.snapshot(), silent_s=SILENT_S + 1)
+        may_go_on = threading.Event()
+        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+
+            def answers(url: str = url) -> list[httpx.Response]:
+                return [httpx.get(url + path) for path in ("/health", "/ready")]
+
+            with monkeypatch.context() as patched:
+                patched.setattr(service.loop, "snapshot", lambda: silent)
+                health, ready = answers()
+                assert (health.status_code, ready.status_code) == (200, 503)
+                assert "has shown no sign of life for 301 s" in ready.json()["error"]["message"]
+                assert ready.headers["retry-after"] == "30"
+            monkeypatch.setattr(service.prompts, "tokenize", lambda *_, **__: may_go_on.wait(20) and [])
+            monkeypatch.setattr(service.work._small, "_job_s", 0.0)
+            with ThreadPoolExecutor(3) as clients:
+                asked = [
+                    clients.submit(httpx.post, f"{url}/tokenize", json={"content": "a"}) for _ in range(3)
+                ]
+                until = time.monotonic() + 20
+                while (found := answers())[1].status_code == 200:
+                    assert time.monotonic() < until
+                assert found[0].status_code == 200
+                assert "wait for a thread that does not come" in found[1].json()["error"]["message"]
+                may_go_on.set()
+                assert [one.result().status_code for one in asked] == [200] * 3
+            assert answers()[1].status_code == 200
 
 
 def test_a_server_with_a_failed_engine_is_neither_ready_nor_healthy(

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from argosy.errors import Overloaded
 from argosy.guard.limits import TooMany
 from argosy.serve import work
-from argosy.serve.work import WorkQueue
+from argosy.serve.work import Threads, WorkQueue
 
 
 class Jobs:
@@ -89,15 +90,19 @@ def test_a_thread_rests_after_a_large_job_in_proportion_to_its_time_and_longer_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rests: list[float] = []
-    now = iter([0.0, 0.25, 10.0, 10.25, 20.0, 30.0])  # the beginning and end of three jobs
-    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=rests.append))
+    now = [0.0]
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=rests.append))
+
+    def work_for(seconds: float, divisor: int = 1) -> float:
+        now[0] += seconds
+        return seconds / divisor
 
     async def test() -> None:
         queue = WorkQueue(num_threads=1, is_large=True)
-        assert await queue.run("a", int, "1") == 1
+        assert await queue.run("a", work_for, 0.25) == 0.25
         with pytest.raises(ZeroDivisionError):
-            await queue.run("a", lambda: 1 // 0)
-        assert await queue.run("a", int, "2") == 2
+            await queue.run("a", work_for, 0.25, divisor=0)
+        assert await queue.run("a", work_for, 10.0) == 10.0
         while len(rests) < 3:
             await asyncio.sleep(0.001)
         assert rests == [0.25, 0.75, 1.0]
@@ -188,5 +193,84 @@ def test_a_failed_job_holds_no_reference_to_its_data() -> None:
             assert gone() is None
         finally:
             gc.enable()
+
+    run(test)
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch, num_refused: int) -> None:
+    """Have the system refuse the next threads, as it does at the limit of a control group."""
+    left, start = [num_refused], threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+def test_threads_that_cannot_start_give_their_places_back_and_their_requests_are_told_to_retry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        queue = WorkQueue(num_threads=2)
+        refuse_threads(monkeypatch, 2)
+        for _ in range(2):
+            with pytest.raises(Overloaded, match="starts no further thread") as refused:
+                await queue.run("a", int, "1")
+            assert refused.value.retry_after_s > 0
+        assert [await queue.run("a", int, str(number)) for number in range(4)] == [0, 1, 2, 3]
+
+    run(test)
+
+
+def test_a_job_without_a_thread_of_its_own_is_run_by_the_thread_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=2), Jobs()
+        first = asyncio.ensure_future(queue.run("a", jobs.job("first")))
+        await jobs.until_began(1)
+        refuse_threads(monkeypatch, 1)
+        second = asyncio.ensure_future(queue.run("a", jobs.job("second")))
+        await asyncio.sleep(0)
+        jobs.let_end(2)
+        assert await asyncio.gather(first, second) == ["first", "second"]
+
+    run(test)
+
+
+def test_a_pool_whose_threads_cannot_start_tells_its_callers_to_retry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_threads(monkeypatch, 1)
+    with Threads(1) as pool:
+        with pytest.raises(Overloaded, match="starts no further thread"):
+            pool.submit(int, "1")
+        assert pool.submit(int, "2").result(20) == 2
+
+
+def test_a_queue_has_stopped_once_jobs_wait_and_none_begins_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def test() -> None:
+        queue, jobs = WorkQueue(num_threads=1), Jobs()
+        now[0] += 2 * work.JOB_S  # an idle queue never stops
+        waiting = [asyncio.ensure_future(queue.run("a", jobs.job("hangs")))]
+        await jobs.until_began(1)
+        now[0] += 2 * work.JOB_S  # nobody waits
+        assert not queue.has_stopped
+        waiting.append(asyncio.ensure_future(queue.run("a", jobs.job("waits"))))
+        await asyncio.sleep(0)
+        assert not queue.has_stopped
+        now[0] += 2 * work.JOB_S
+        assert queue.has_stopped
+        jobs.let_end(1)
+        await jobs.until_began(2)
+        assert not queue.has_stopped
+        jobs.let_end(2)
+        await asyncio.gather(*waiting)
 
     run(test)

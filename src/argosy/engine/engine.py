@@ -752,6 +752,11 @@ class Engine(BlockingCalls):
         return self._scheduler.has_work
 
     @property
+    def progressed_at(self) -> float:
+        """Monotonic seconds at which a step was last between two layers, without waiting for the step."""
+        return self._model.decoder.progressed_at
+
+    @property
     def is_writing(self) -> bool:
         """Whether prefixes are waiting to be written to `kv_dir`. Every step writes some, even with no other work."""
         return self._cache.is_writing

@@ -7,6 +7,9 @@ answer, whatever its cause. `on_event` must be quick and must not call back; for
 
     lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)
 
+The thread beats: in every turn, between the layers of a step, and while it waits for requests. So whoever looks at
+`LoopFacts.silent_s` knows whether it still runs, without waiting for it.
+
 The thread survives failures: a failed read ends the answers that need it, any other failure in a step ends all running
 answers, and a listener that raises ends its own request. If rounds keep failing while no request runs, the engine
 itself is broken: the loop ends, every caller is told, and `has_failed` is set.
@@ -41,6 +44,10 @@ DECODE_SECONDS = 60.0  # for which decode steps are kept, and compared with pred
 _TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
 _WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
+BEAT_S = 1.0  # how often an idle loop beats
+SILENT_S = (
+    300.0  # a loop without a beat for this long has stopped; no layer, and no step of others, takes longer
+)
 _RETRY_STOPPING_S = 30
 _MOST_IDLE_FAILURES = 8  # consecutive rounds that may fail while no request runs
 _AFTER_FAILURE_S = 0.1  # pause after each of them
@@ -111,6 +118,7 @@ class LoopFacts:
     new_tok_per_s: float
     prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
+    silent_s: float  # since the thread last beat
     recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
     recent_decode: DecodeSteps | None = (
         None  # steps without prompt tokens in the last DECODE_SECONDS; None: there were none
@@ -148,6 +156,7 @@ class EngineLoop:
         self._live: list[Request] = []  # used by the thread alone, like the attributes below
         self._num_steps = 0
         self._num_idle_failures = 0
+        self._beat_at = monotonic()
         self._facts = engine.facts()
         self._facts_at = clock()
         self._samples: deque[_Sample] = deque()
@@ -250,6 +259,7 @@ class EngineLoop:
             new_tok_per_s=rates[0],
             prompt_tok_per_s=max(0.0, rates[1] - rates[0]),
             bytes_read_per_s=rates[2],
+            silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.progressed_at)),
             recent_parts=parts,
             recent_decode=reduce(add, decodes) if decodes else None,
         )
@@ -289,6 +299,7 @@ class EngineLoop:
     def _turn(self) -> bool:
         """Take, step and deliver once. Returns False when the loop should end. A failure ends all running requests."""
         error: Exception | None = None
+        self._beat_at = monotonic()
         try:
             if not self._take():
                 return False
@@ -333,8 +344,9 @@ class EngineLoop:
         """Wait for work, then add new requests and remove cancelled ones. Returns False when the loop should end."""
         with self._changed:
             while not (self._inbox or self._cancelled or self._to_forget or self._live or self._is_closing):
+                self._beat_at = monotonic()
                 if not self._engine.is_writing:
-                    self._changed.wait()
+                    self._changed.wait(BEAT_S)
                 elif not self._changed.wait(_WRITING_SECONDS):
                     break
             arrived, self._inbox = self._inbox, []

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from time import monotonic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,7 @@ class Decoder:
         self._room_for_choices = room_for_choices
         self.choices: NDArray[np.int32] | None = None  # in the last step, best first
         self.between_layers: Callable[[], None] | None = None
+        self.progressed_at = 0.0  # monotonic seconds at which a step was last between two layers
         self._experts = experts
         self._clock = clock
         self._observe = observe
@@ -139,6 +141,7 @@ class Decoder:
             self._stack.use_experts(self._experts.resident or self._experts.elsewhere)
 
     def _pause(self) -> None:
+        self.progressed_at = monotonic()
         if (pause := self.between_layers) is not None:
             pause()
             self._use_experts()

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from argosy.engine.loop import SILENT_S
 from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.keys import Scope as KeyScope
@@ -181,7 +182,10 @@ class Rendered(Closed):
 
 
 async def health(request: Request) -> Health:
-    """Check that the process works: 503 if the engine has failed for good and the server must be restarted."""
+    """Check that the process works: 503 if the engine has failed for good and the server must be restarted.
+
+    It answers from the event loop alone, and waits for nothing.
+    """
     _require_engines(models_of(request))
     return {"status": "ok"}
 
@@ -193,11 +197,25 @@ async def openapi(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Ready:
-    """Check that the server accepts requests."""
+    """Check that the server accepts requests: every engine and every queue in front of them has moved lately."""
     models = models_of(request)
     if models.is_draining:
         raise Overloaded("the server is stopping", retry_after_s=30)
     _require_engines(models)
+    for service in models.services():
+        if (silent_s := service.loop.snapshot().silent_s) > SILENT_S:
+            raise Overloaded(
+                f"the engine of {service.model.id} has shown no sign of life for {silent_s:.0f} s",
+                retry_after_s=30,
+                hint="restart the server if this lasts",
+            )
+    served = (models.work, request.app.state.guarding, *models.services())
+    if any(one.has_stopped for one in served):
+        raise Overloaded(
+            "requests wait for a thread that does not come",
+            retry_after_s=30,
+            hint="restart the server if this lasts",
+        )
     return {"status": "ready"}
 
 

@@ -46,7 +46,7 @@ from argosy.serve.media_hosts import FilesWanted, MediaHosts
 from argosy.serve.media_parts import Intake
 from argosy.serve.replaced import Replaced
 from argosy.serve.tool_use import ToolChoice, ToolUse
-from argosy.serve.work import WorkQueue, give_memory_back
+from argosy.serve.work import LARGE_JOB_S, WorkQueue, give_memory_back
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -219,7 +219,12 @@ class Work:
         self._small = WorkQueue()
         self._large = WorkQueue(num_threads=1, is_large=True)
         self._video = WorkQueue(num_threads=1, is_large=True)  # pictures do not wait for a film
-        self.ears = WorkQueue(num_threads=1)  # the transcriber takes one sound at a time
+        self.ears = WorkQueue(num_threads=1, job_s=LARGE_JOB_S)  # the transcriber takes one sound at a time
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether work waits for a thread that does not come."""
+        return any(queue.has_stopped for queue in (self._small, self._large, self._video, self.ears))
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run the work before the engine in a thread. Raises what `call` raises.
@@ -282,6 +287,12 @@ class Service:
         self._media_hosts = media_hosts
         self.work = Work() if work is None else work
         self._digests = _digests(model, tokenizer)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether requests wait for a thread that does not come."""
+        hosts = self._media_hosts
+        return self.work.has_stopped or (hosts is not None and hosts.has_stopped)
 
     def resize(self, budget_bytes: int) -> None:
         """Give the engine another memory budget (`Engine.resize`); clients see the context that is left."""

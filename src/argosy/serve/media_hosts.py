@@ -146,6 +146,11 @@ class MediaHosts:
         self._limits, self._fetch_s = limits, fetch_s
         self._work = WorkQueue(num_threads=_NUM_AT_ONCE, max_waiting=_MOST_WAITING)
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether files wait for a thread that does not come."""
+        return self._work.has_stopped
+
     async def fetch(self, files: Files, share: Share, tenant: str) -> None:
         """Fetch the wanted files of a request. What is wrong with one of them is kept in its place.
 

@@ -23,7 +23,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +38,7 @@ from argosy.serve.core import ModelFacts, Service, Work
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.log import where_it_failed
+from argosy.serve.work import Threads
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -249,7 +249,7 @@ class Models:
         self._revoked: set[str] = set()
         self._moving = asyncio.Lock()
         # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
-        self._threads = ThreadPoolExecutor(2 * len(self._entries), thread_name_prefix="argosy-models")
+        self._threads = Threads(2 * len(self._entries), thread_name_prefix="argosy-models")
         self._looking: asyncio.Task[None] | None = None
         self._is_closed = asyncio.Event()
 
@@ -687,6 +687,9 @@ class Models:
         entry.is_leaving = True
         try:
             await self._in_thread(entry.served.close)
+        except Overloaded:  # no thread for it: the model stays as it is
+            entry.is_leaving = False
+            raise
         except Exception as error:
             log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
         entry.served, entry.is_leaving, entry.num_slots = None, False, 0

@@ -64,6 +64,7 @@ from argosy.serve.opened import Common, EngineSource, Recording, facts_of, servi
 from argosy.serve.origins import Origins
 from argosy.serve.screening import Guarding
 from argosy.serve.transparency import Practice
+from argosy.serve.work import Threads
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
@@ -378,6 +379,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         events = asyncio.get_running_loop()
         events.set_exception_handler(self._report)
+        events.set_default_executor(Threads(thread_name_prefix="argosy-calls"))
         if self._certificate is not None:  # uvicorn leaves a minute to clients that shake hands slowly
             events.create_server = functools.partial(  # type: ignore[method-assign]
                 events.create_server, ssl_handshake_timeout=HEADER_S

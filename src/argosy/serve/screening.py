@@ -165,6 +165,11 @@ class Guarding:
             metric.add_metric([side, what], number)
         yield metric
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether checks wait for a thread that does not come."""
+        return self._computing.has_stopped or self._asking.has_stopped
+
     async def compute(self, tenant: str, call: Callable[[], T]) -> T:
         """Run a check that only computes."""
         return await self._computing.run(tenant, call)

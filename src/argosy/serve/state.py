@@ -222,7 +222,7 @@ def _nothing() -> LoopFacts:
     )  # fmt: skip
     return LoopFacts(
         engine=engine, num_steps=0, is_stopping=False, has_failed=False, new_tok_per_s=0.0, prompt_tok_per_s=0.0,
-        bytes_read_per_s=0.0, recent_parts=Ledger().parts,
+        bytes_read_per_s=0.0, silent_s=0.0, recent_parts=Ledger().parts,
     )  # fmt: skip
 
 

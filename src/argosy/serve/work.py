@@ -5,6 +5,9 @@
 A free thread goes to the tenant whose last job began longest ago. So a tenant with one job waits only for the first
 free thread, however many jobs another tenant has queued. A tenant's queue is bounded.
 
+A thread begins with the first job and ends when none waits. If the system refuses a thread, the threads that run take
+its job; if none runs, every job that waits is refused, so nothing waits for a thread that never comes.
+
 Large jobs have their own queue with one thread, so that only one of them needs memory at a time and small jobs never
 wait for them. After each large job the thread rests.
 
@@ -25,11 +28,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from argosy.errors import Overloaded
 from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
 MAX_WAITING = 256  # jobs per tenant
+JOB_S = 120.0  # a queue with jobs in which none began or ended for this long has stopped
+LARGE_JOB_S = 900.0  # the same for large jobs
 _RETRY_S = 2
+_RETRY_THREADS_S = 5
 # After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
 # jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
@@ -62,31 +69,42 @@ class WorkQueue:
     Args:
         max_waiting: longest queue of one tenant, without its running jobs.
         is_large: the jobs take much memory and time.
+        job_s: seconds that a job may take, for `has_stopped`; None: JOB_S, or LARGE_JOB_S for large jobs.
     """
 
     def __init__(
-        self, *, num_threads: int = NUM_THREADS, max_waiting: int = MAX_WAITING, is_large: bool = False
-    ) -> None:
+        self, *, num_threads: int = NUM_THREADS, max_waiting: int = MAX_WAITING, is_large: bool = False,
+        job_s: float | None = None,
+    ) -> None:  # fmt: skip
         self._max_waiting = max_waiting
         self._is_large = is_large
-        self._threads = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="argosy-large" if is_large else "argosy-work"
-        )
+        self._num_threads = num_threads
+        self._job_s = job_s or (LARGE_JOB_S if is_large else JOB_S)
         self._lock = threading.Lock()  # guards the following fields
-        self._num_free = num_threads
+        self._num_running = 0  # threads
         self._waiting: dict[str, deque[_Job]] = {}
         self._began: dict[str, int] = {}  # tenant -> number of its last job
         self._numbers = itertools.count(1)
+        self._moved_at = 0.0  # when a job began or ended, or began to wait while no other waited
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether jobs wait, and none has begun or ended for longer than one may take."""
+        with self._lock:
+            return any(self._waiting.values()) and time.monotonic() - self._moved_at > self._job_s
 
     async def run(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run `call` in a thread and return its result. Raises what `call` raises.
 
         Raises:
             TooMany: the queue of this tenant is full.
+            Overloaded: the system refuses a thread, and no thread of the queue runs.
         """
         future: Future[T] = Future()
         job = _Job(lambda: call(*args, **named), future)
         with self._lock:
+            if not any(self._waiting.values()):
+                self._moved_at = time.monotonic()
             queue = self._waiting.setdefault(tenant, deque())
             if len(queue) >= self._max_waiting:
                 raise TooMany(
@@ -94,7 +112,10 @@ class WorkQueue:
                     retry_after_s=_RETRY_S,
                 )
             queue.append(job)
-        self._start_jobs()
+            is_new_thread = self._num_running < self._num_threads
+            self._num_running += is_new_thread
+        if is_new_thread:
+            self._start_thread()
         try:
             return await asyncio.wrap_future(future)
         finally:
@@ -106,11 +127,22 @@ class WorkQueue:
             if job in queue:
                 queue.remove(job)
 
-    def _start_jobs(self) -> None:
-        with self._lock:
-            while self._num_free and (job := self._next()) is not None:
-                self._num_free -= 1
-                self._threads.submit(self._run, job)
+    def _start_thread(self) -> None:
+        """Start a thread that is counted among those that run; refuse what waits if there is none."""
+        name = "argosy-large" if self._is_large else "argosy-work"
+        try:
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._num_running -= 1
+                refused = (
+                    [] if self._num_running else [job for queue in self._waiting.values() for job in queue]
+                )
+                if refused:
+                    self._waiting.clear()
+            for job in refused:
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(no_thread())
 
     def _next(self) -> _Job | None:
         """Take the next job of the tenant whose last job began longest ago."""
@@ -124,18 +156,44 @@ class WorkQueue:
             del self._waiting[tenant]
         return None
 
-    def _run(self, job: _Job) -> None:
-        began, is_done = time.monotonic(), False
-        if job.future.set_running_or_notify_cancel():
-            is_done = job.run()
-        del job  # keep no reference to its result
-        if self._is_large:
-            give_memory_back()
-            rest = _REST if is_done else _REST_AFTER_FAILURE
-            time.sleep(min(_LONGEST_REST_S, rest * (time.monotonic() - began)))
-        with self._lock:
-            self._num_free += 1
-        self._start_jobs()
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._moved_at = time.monotonic()
+                if (job := self._next()) is None:
+                    self._num_running -= 1
+                    return
+            began, is_done = self._moved_at, False
+            if job.future.set_running_or_notify_cancel():
+                is_done = job.run()
+            del job  # keep no reference to its result
+            if self._is_large:
+                give_memory_back()
+                rest = _REST if is_done else _REST_AFTER_FAILURE
+                time.sleep(min(_LONGEST_REST_S, rest * (time.monotonic() - began)))
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool for calls that wait for files and engines. If the system refuses a thread, so does the call."""
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **named: P.kwargs) -> Future[T]:
+        """
+        Raises:
+            Overloaded: the system refuses a thread.
+        """
+        try:
+            return super().submit(call, *args, **named)
+        except RuntimeError:
+            raise no_thread() from None
+
+
+def no_thread() -> Overloaded:
+    """The error for a request that needs a thread which the system refuses."""
+    return Overloaded(
+        "the system starts no further thread for this server",
+        retry_after_s=_RETRY_THREADS_S,
+        hint="allow it more: `pids.max` of its control group, `ulimit -u`, or TasksMax of its service",
+    )
 
 
 def _clear_frames(error: BaseException) -> None:
