@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import UsageError
+from argosy.guard import word_list
 from argosy.guard.word_list import WordList, digest_of
 
 PHRASES = "# a comment\nblue moon\n\nRotten Fish pie\nBÖSE\n"
@@ -22,7 +23,9 @@ def the_list(text: str = PHRASES) -> WordList:
     "text",
     [
         "once in a Blue Moon.", "BLUE-MOON", "blue\n moon", "ｂｌｕｅ ｍｏｏｎ", "b\u200blue mo\u0336on", "bluе moоn",
-        "a rotten, fish; pie", "so böse!", "blue...........moon",
+        "a rotten, fish; pie", "so böse!", "blue...........moon", "bo\u0308se", "BO\u200d\u0308SE",
+        "b\u0336ose\u0301e\u0300 böse",
+        "ВLUЕ ΜΟΟΝ", "ⓑⓛⓤⓔ 🅼🅾🅾🅽", "b\u20e3lue mo\ufff9on", "b\x01lue moon",
     ],
 )  # fmt: skip
 def test_a_phrase_is_found_however_it_is_spelled(text: str) -> None:
@@ -31,8 +34,51 @@ def test_a_phrase_is_found_however_it_is_spelled(text: str) -> None:
     assert verdict.categories == ["test"]
 
 
+@pytest.mark.parametrize("hidden", ["\u200b", "\u00ad", "\ufff9", "\u0336", "\U000e0041"])
+def test_no_number_of_unseen_characters_hides_a_word(hidden: str) -> None:
+    for number in (1, 63, 64, 70, 20_000):
+        for text in (
+            f"bl{hidden * number}ue moon",
+            f"blue{hidden * number} moon",
+            f"blue {hidden * number}moon",
+        ):
+            assert the_list().judge(text).is_flagged, number
+
+
+def test_capitals_that_look_latin_do_not_hide_words_in_their_own_script() -> None:
+    assert the_list("водка").judge("ВОДКА").is_flagged
+    assert the_list("вор").judge("ВОР").is_flagged
+    assert the_list("νόμος").judge("ΝΌΜΟΣ").is_flagged
+    assert the_list(digest_of("bomb")).judge("ВОМВ").is_flagged
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\u0300\u0316", "a\u200b", "a\u0300"])
+def test_unseen_characters_take_no_more_time_than_words(hidden: str) -> None:
+    def cpu_s(text: str) -> float:
+        began = time.process_time()
+        the_list().judge(text)
+        return time.process_time() - began
+
+    ordinary = min(cpu_s("a b " * 2000) for _ in range(3))
+    assert min(cpu_s(hidden * (8000 // len(hidden))) for _ in range(2)) < 20 * ordinary
+
+
+def test_no_word_of_a_text_is_kept() -> None:
+    assert not [name for name, value in vars(word_list).items() if hasattr(value, "cache_info")]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "blue", "blue moonlight", "moon blue", "rotten fish", "boese", "# a comment"]
+    "text",
+    [
+        "",
+        "blue",
+        "blue moonlight",
+        "moon blue",
+        "rotten fish",
+        "boese",
+        "# a comment",
+        "bose",
+    ],
 )
 def test_other_words_are_not_found(text: str) -> None:
     assert not the_list().judge(text).is_flagged
@@ -58,7 +104,23 @@ def test_a_line_that_is_no_phrase_is_refused_with_its_number(line: str, fault: s
         the_list(f"ok\n{line}\n")
 
 
-WORDS = st.sampled_from(("blue", "moon", "Rotten", "fish", "pie", "böse", "moonlight", "x", "a", "—", "🙂"))
+WORDS = st.sampled_from(
+    (
+        "blue",
+        "moon",
+        "Rotten",
+        "fish",
+        "pie",
+        "böse",
+        "moonlight",
+        "x",
+        "a",
+        "—",
+        "🙂",
+        "bo\u0308se",
+        "b\u200blue",
+    )
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -78,6 +140,4 @@ def test_a_stream_is_flagged_as_the_whole_is_and_sends_no_part_of_a_phrase(
     if not stream.is_flagged:
         assert sent == text
     else:
-        # A phrase is found whatever separates its words.
-        rest = " ".join(re.findall(r"\w+", text[len(sent) :].lower()))
-        assert any(phrase in rest for phrase in ("blue moon", "rotten fish pie", "böse"))
+        assert words_list.judge(text[len(sent) :]).is_flagged  # all of the phrase

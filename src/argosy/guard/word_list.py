@@ -2,9 +2,10 @@
 
     FILE: one phrase a line, or `sha256:HEX NUM_WORDS`  ->  WordList  ->  judge a text, or a stream of it
 
-Phrases are compared word by word: in NFKC, in lower case, without characters that nobody sees, and with letters that
+Phrases are compared word by word: without characters that nobody sees, in NFKC, in lower case, and with letters that
 look Latin taken for Latin ones. A hash is the SHA-256 of a phrase in that form, its words joined by single spaces; so a
-list can be passed on without its words. What stands between words does not matter.
+list can be passed on without its words. What stands between words does not matter. Capitals may look Latin where small
+letters do not, so a text is compared in a second form, too: there, what looks Latin is replaced before the case.
 
 A stream is held back by as many words as the longest phrase has, so no part of a phrase is passed on.
 
@@ -13,15 +14,14 @@ Elsewhere: which list a policy uses is `policy.py`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from argosy.errors import UsageError
-from argosy.guard.pii.spelling import UNSEEN, latin_of
+from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, without_unseen
 from argosy.guard.verdict import Verdict
 
 MOST_WORDS = 16  # per phrase
@@ -29,30 +29,60 @@ MOST_HELD = (
     8192  # characters of a stream: a phrase with more than that between its words is passed on in part
 )
 MOST_PHRASES = 200_000
-_WORD = re.compile(rf"(?:[^\W_]|[{UNSEEN}])*[^\W_](?:[^\W_]|[{UNSEEN}])*")
-_UNSEEN = re.compile(f"[{UNSEEN}]+")
+_WORD = re.compile(r"[^\W_]+")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")
 _READ_AT_ONCE = 1 << 14  # characters of a whole text: words take many times the memory of their text
 _LONGEST_WORD = 64  # characters that are compared; no phrase has a longer word
+_LONGEST_LETTER = 9  # with its marks
 
 
-@functools.lru_cache(1 << 14)
-def _compared(word: str) -> str:
-    return latin_of(unicodedata.normalize("NFKC", _UNSEEN.sub("", word)).casefold())
+class _Word(NamedTuple):
+    """A word of a text, which is `given[start:end]`.
 
+    text: as it is compared, and as phrases of lists are.   latin: in the second form.
+    """
 
-@dataclass(frozen=True, slots=True)
-class _Word:
     text: str
+    latin: str
     start: int
     end: int
 
 
-def _words(text: str) -> list[_Word]:
-    return [
-        _Word(_compared(match[0][:_LONGEST_WORD]), match.start(), match.end())
-        for match in _WORD.finditer(text)
-    ]
+def _words(given: str) -> list[_Word]:
+    seen, places = seen_part(given)
+    found = []
+    for match in _WORD.finditer(seen if seen.isascii() else latin_of(seen)):
+        start, end = match.span()
+        word = seen[start:end]
+        if places is not None:  # marks upon its last letter are part of it
+            start, end = places[start], places[end] if end < len(places) else len(given)
+            word = given[start:end]
+        found.append(_Word(*_compared(word, match[0]), start, end))
+    return found
+
+
+def _compared(word: str, letters: str) -> tuple[str, str]:
+    """Both forms of a word.
+
+    Args:
+        letters: the word without what nobody sees and without marks, and with Latin letters for those that look so.
+    """
+    letters = letters[:_LONGEST_WORD]
+    latin = letters.lower()
+    if word.isascii():
+        return latin, latin
+    if not latin.isascii() and (compatible := _compatible(letters)) != letters:
+        latin = latin_of(compatible).casefold()
+    if len(word) > len(
+        letters
+    ):  # `ö` has two spellings: a mark becomes one character with its letter if there is one
+        word = without_marks(_compatible(without_unseen(word)[: _LONGEST_WORD * _LONGEST_LETTER]))
+    text = latin_of(_compatible(word[:_LONGEST_WORD]).casefold())
+    return text, latin if latin.isascii() else text
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
 
 
 def digest_of(phrase: str) -> str:
@@ -116,12 +146,16 @@ class WordList:
         """Whether a whole text has a phrase of the list."""
         stream = self.stream()
         for start in range(0, len(text), _READ_AT_ONCE):
-            stream.push(text[start : start + _READ_AT_ONCE])
+            # So what nobody sees does not count among the characters that a stream can hold back.
+            stream.push(without_unseen(text[start : start + _READ_AT_ONCE]))
         stream.finish()
         return Verdict(True, {self._category: 1.0}) if stream.is_flagged else Verdict()
 
     def _has_phrase(self, words: list[_Word]) -> bool:
-        texts = [word.text for word in words]
+        texts, latin = [word.text for word in words], [word.latin for word in words]
+        return self._has(texts) or (latin != texts and self._has(latin))
+
+    def _has(self, texts: list[str]) -> bool:
         return any(
             tuple(part) in self._phrases for length in self._lengths for part in _windows(texts, length)
         ) or any(

@@ -17,14 +17,25 @@ import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
 
 _OTHER = 0x01
-# Soft hyphen, combining marks, joiners, directions, variation selectors, fillers and tags.
-UNSEEN = (
-    "\u00ad\u0300-\u036f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+# Controls that are no white space, Unicode's Default_Ignorable_Code_Point, and formats (the category Cf).
+_UNSEEN = (
+    "\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
+    "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-_UNSEEN = re.compile(f"[{UNSEEN}]+")
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"  # upon another letter
+)
+_UNSEENS = re.compile(f"[{_UNSEEN}]+")
+_MARKED = re.compile(f"[{_MARKS}]+")
+_HIDDEN = re.compile(f"[{_UNSEEN}{_MARKS}]+")
+_MOST_MARKS = (
+    8  # upon a letter: more than any language writes, and normalizing takes the square of their number
+)
+_MOST_HIDDEN = 64  # in a row
 # Cyrillic and Greek letters that look Latin, from the confusables of Unicode Technical Standard 39.
 _LOOK_ALIKES = dict(
     zip(
@@ -33,7 +44,11 @@ _LOOK_ALIKES = dict(
         strict=True,
     )
 )
-_MARKS = dict.fromkeys("‐‑‒–—―−⁃﹣－", "-") | dict.fromkeys("․·•∙⋅。｡", ".") | dict.fromkeys("⁄∕", "/")
+# Where alphabets of enclosed letters begin: Python takes them for symbols, and NFKC leaves some as they are.
+_ENCLOSED = dict.fromkeys((0x249C, 0x24D0), ascii_lowercase) | dict.fromkeys(
+    (0x24B6, 0x1F110, 0x1F130, 0x1F150, 0x1F170), ascii_uppercase
+)
+_SIGNS = dict.fromkeys("‐‑‒–—―−⁃﹣－", "-") | dict.fromkeys("․·•∙⋅。｡", ".") | dict.fromkeys("⁄∕", "/")
 _LINE_ENDS = dict.fromkeys("\r\x85\u2028\u2029", "\n")
 # Blocks with a compatible form in ASCII, or with decimal digits.
 _BLOCKS = (
@@ -43,11 +58,10 @@ _BLOCKS = (
 
 
 class _Table(dict[int, int]):
-    """For `str.translate`; a character that it does not know is read once, and then remembered."""
+    """For `str.translate`. It keeps none of the characters that it does not know: a caller chooses them."""
 
     def __missing__(self, code: int) -> int:
-        self[code] = found = code if code <= 0xFF else _OTHER
-        return found
+        return _OTHER
 
 
 @functools.cache
@@ -61,19 +75,55 @@ def _table() -> _Table:
                 table[code] = ord("0") + digit
             elif len(plain) == 1 and plain.isascii():
                 table[code] = ord(plain)
-    for seen, plain in (_LOOK_ALIKES | _MARKS | _LINE_ENDS).items():
-        table[ord(seen)] = ord(plain)
+    for code, plain in (_look_alikes() | str.maketrans(_SIGNS | _LINE_ENDS)).items():
+        table[code] = ord(plain)
     return table
 
 
 def latin_of(text: str) -> str:
     """`text` with letters that look Latin replaced by Latin ones, character by character; others stay."""
-    return text.translate(_look_alikes())
+    return text if _looks_latin().search(text) is None else text.translate(_look_alikes())
+
+
+@functools.cache
+def _looks_latin() -> re.Pattern[str]:
+    return re.compile(f"[{''.join(map(chr, _look_alikes()))}]")
 
 
 @functools.cache
 def _look_alikes() -> dict[int, str]:
-    return {ord(seen): plain for seen, plain in _LOOK_ALIKES.items()}
+    found: dict[int, str] = str.maketrans(_LOOK_ALIKES)
+    for first, letters in _ENCLOSED.items():
+        found |= {first + at: letter for at, letter in enumerate(letters)}
+    return found
+
+
+def without_unseen(text: str) -> str:
+    """`text` without characters that nobody sees, and with a few marks upon a letter."""
+    return _MARKED.sub(lambda marks: marks[0][:_MOST_MARKS], _UNSEENS.sub("", text))
+
+
+def without_marks(text: str) -> str:
+    """`text` without characters that nobody sees, and without marks that are characters of their own."""
+    return _HIDDEN.sub("", text)
+
+
+def with_short_runs(text: str) -> str:
+    """`text` without the rest of long runs of unseen characters and marks, which stand in no ordinary text."""
+    return _HIDDEN.sub(lambda hidden: hidden[0][:_MOST_HIDDEN], text)
+
+
+def seen_part(text: str) -> tuple[str, Sequence[int] | None]:
+    """`text` as `without_marks` returns it, and for each character its index in `text`; None: they are the same."""
+    if _HIDDEN.search(text) is None:
+        return text, None
+    places, kept, after = array("I"), [], 0
+    for hidden in _HIDDEN.finditer(text):
+        places.extend(range(after, hidden.start()))
+        kept.append(text[after : hidden.start()])
+        after = hidden.end()
+    places.extend(range(after, len(text)))
+    return "".join((*kept, text[after:])), places
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +150,7 @@ class Plain:
 
 def plain(text: str) -> Plain:
     """Undo tricks of spelling."""
-    if text.isascii():
-        return Plain(text.encode().replace(b"\r", b"\n"))
-    places: array[int] | None = None
-    if _UNSEEN.search(text):
-        places, kept, after = array("I"), [], 0
-        for unseen in _UNSEEN.finditer(text):
-            places.extend(range(after, unseen.start()))
-            kept.append(text[after : unseen.start()])
-            after = unseen.end()
-        places.extend(range(after, len(text)))
-        text = "".join((*kept, text[after:]))
-    return Plain(text.translate(_table()).encode("latin-1"), places)
+    seen, places = seen_part(text)
+    if seen.isascii():
+        return Plain(seen.encode().replace(b"\r", b"\n"), places)
+    return Plain(seen.translate(_table()).encode("latin-1"), places)

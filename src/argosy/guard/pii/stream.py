@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from argosy.guard.pii.entities import PRIVATE_KEY_BEGINS, PRIVATE_KEY_ENDS, SECRET_NAMES, SPACED_BYTES, Entity
 from argosy.guard.pii.finder import Finder
-from argosy.guard.pii.spelling import plain
+from argosy.guard.pii.spelling import plain, with_short_runs
 
 MOST_HELD = 8192  # characters: a longer word is passed on as far as it is no value
 _READ_AT_ONCE = 1 << 16
@@ -61,6 +61,7 @@ class Passed(NamedTuple):
 def parts_of(text: str, finder: Finder) -> Iterator[Passed]:
     """A whole text in parts. A long one is read piece by piece: finding takes many times the memory of a piece."""
     stream = FindingStream(finder)
+    text = with_short_runs(text)  # or a value with a long one would be more than what a stream holds back
     for start in range(0, len(text), _READ_AT_ONCE):
         yield from stream.push(text[start : start + _READ_AT_ONCE])
     yield from stream.finish()
