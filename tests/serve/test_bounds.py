@@ -19,6 +19,7 @@ from argosy.serve.app import ROUTES, DetokenizeBody
 from argosy.serve.body import refusal
 from argosy.serve.core import Answers, Said, Service
 from argosy.serve.fields import MAX_FIELDS
+from argosy.serve.media_parts import content_of
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses_bodies import ResponsesBody
@@ -587,3 +588,14 @@ def test_a_body_with_very_many_mistakes_gives_few_errors(what: str) -> None:
         model.model_validate(WRONG[what])
     assert caught.value.error_count() <= 2 * MAX_FIELDS
     assert str(refusal(caught.value.errors(), WRONG[what], model))
+
+
+def test_the_texts_of_a_message_are_joined_in_time_that_grows_with_them() -> None:
+    def seconds(num_parts: int) -> float:
+        began = time.process_time()
+        content_of(["x" * 4000] * num_parts, between="\n")
+        return time.process_time() - began
+
+    seconds(64)
+    short = max(min(seconds(256) for _ in range(3)), 1e-3)
+    assert seconds(2048) < 32 * short  # 8 times the text; copying it for each part would be 64 times the work

@@ -15,12 +15,15 @@ import pytest
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.builder import PromptBuilder
-from argosy.serve import run
+from argosy.serve import kept_items, run
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.gate import Refused
+from argosy.serve.held import Pool, Share
 from argosy.serve.kept_items import KEPT_S, KeptItems
+from argosy.serve.media_parts import Intake
 from argosy.serve.models import Models
+from argosy.serve.openai_responses_bodies import ResponsesBody
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import TOOLS
@@ -118,6 +121,47 @@ def test_a_response_without_one_of_its_items_is_not_found() -> None:
         keep(kept, "a", number, text="x" * 2_000)
     with pytest.raises(Refused, match="not found"):
         kept.response("a", "resp_1")
+
+
+def conversation(
+    kept: KeptItems, share: Share, items: list[dict[str, Any]], **more: Any
+) -> list[dict[str, Any]]:
+    """The messages of a request with these input items."""
+    body = ResponsesBody.model_validate({"input": [*items, {"role": "user", "content": "x"}], **more})
+    return body.request(kept, "a", Intake((), share)).messages
+
+
+def test_an_item_that_many_references_name_is_read_once_and_each_of_them_is_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept, text = KeptItems(), "word " * 2_000
+    kept.keep("a", "resp_1", None, [], [message(1, text)])
+    reads: list[object] = []
+    read = kept_items._read_item
+    monkeypatch.setattr(kept_items, "_read_item", lambda one: reads.append(one) or read(one))
+    references = [{"type": "item_reference", "id": "msg_1"}] * 50
+    share = Pool().share()
+    said, _ = conversation(kept, share, references)
+    assert said == {"role": "assistant", "content": text * 50}
+    assert len(reads) == 1
+    assert share.num_bytes >= 2 * len(said["content"])
+    with pytest.raises(Refused, match="the items that this request refers to take more than") as refused:
+        conversation(kept, Pool().share(), references * 10)
+    assert refused.value.http_status == 413
+
+
+def test_the_conversation_before_a_request_is_charged_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = KeptItems()
+    keep(kept, "a", 1, text="word " * 2_000)
+    share = Pool().share()
+    conversation(kept, share, [], previous_response_id="resp_1")
+    assert share.num_bytes >= 10_000
+    monkeypatch.setattr(kept_items, "_read_item", lambda one: pytest.fail("parsed"))
+    with pytest.raises(Refused, match="the earlier items that it refers to would take") as refused:
+        conversation(kept, Pool(9_000).share(), [], previous_response_id="resp_1")
+    assert refused.value.http_status == 413
 
 
 def test_what_is_not_used_for_a_day_is_dropped() -> None:
@@ -361,6 +405,23 @@ def test_input_items_are_listed_page_by_page(speaker: httpx.Client) -> None:
     for wrong in ({"limit": "0"}, {"limit": "101"}, {"limit": "x"}, {"limit": "٣"}, {"order": "up"}):
         assert speaker.get(path, params=wrong).status_code == 400
     assert speaker.get(path, params={"after": "none"}).status_code == 404
+
+
+@pytest.mark.parametrize("more", [{}, {"type": None}, {"type": "item_reference"}])
+def test_a_reference_without_a_type_is_listed_as_a_reference(
+    speaker: httpx.Client, more: dict[str, Any]
+) -> None:
+    (said,) = ask(speaker, "#plain")["output"]
+    items = [
+        {"role": "user", "content": "#plain"},
+        {"id": said["id"], **more},
+        {"role": "user", "content": "?"},
+    ]
+    listed = speaker.get(f"/v1/responses/{ask(speaker, items)['id']}/input_items", params={"order": "asc"})
+    assert listed.status_code == 200
+    found = listed.json()["data"]
+    assert [item["type"] for item in found] == ["message", "item_reference", "message"]
+    assert found[1]["id"] == said["id"]
 
 
 def test_a_path_of_the_table_is_no_id(speaker: httpx.Client) -> None:

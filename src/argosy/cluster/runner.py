@@ -367,13 +367,13 @@ class _Round:
             self._deadlines[owner] = now + _AGAIN_S
 
     def _move(self, owner: Owner, experts: list[int]) -> None:
-        """Ask others than `owner` for experts, unless another one owes them already."""
+        """Ask others than `owner` for experts, unless one owes them that is in time."""
         if not experts:
             return
         owner.num_rerouted += len(experts)
         asked = set(self._local_next)
         for other, owed in self._owed.items():
-            if other is not owner:
+            if other is not owner and not other.is_slow:
                 asked |= owed
         self._reroute([expert for expert in experts if expert not in asked])
         self._send()
