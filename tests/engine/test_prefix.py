@@ -6,6 +6,7 @@ while it was computed, forked, recomputed after preemption, or read from another
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import KvDir
+from argosy.engine import prefix_files
 from argosy.engine.sequence import Sequence
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
@@ -278,6 +280,32 @@ def test_a_damaged_file_is_not_trusted_and_its_prompt_is_recomputed_and_rewritte
             result = engine.generate(prompt, GREEDY)
         assert (cached(result) == 288) == is_whole
         assert visible(result) == model.alone(prompt)
+
+
+@pytest.mark.parametrize("kind", ["kv", "state"])
+def test_a_file_that_cannot_be_read_costs_only_the_reuse(
+    model: Model, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = model.prompt(1, 300)
+    with model.engine(kv_dir=tmp_path) as engine:
+        engine.generate(prompt, GREEDY)
+    read_one, num_failed = prefix_files._read_into, 0
+
+    def fail(path: Path, size: int, buffer: Any) -> bool:
+        nonlocal num_failed
+        if path.suffix != f".{kind}":
+            return read_one(path, size, buffer)
+        num_failed += 1
+        if num_failed > 100:
+            raise AssertionError("the same files are read again and again")
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(prefix_files, "_read_into", fail)
+    with model.engine(kv_dir=tmp_path) as engine:
+        result = engine.generate(prompt, GREEDY)
+    assert (num_failed > 0) == (kind == "kv" or model.mixer == "delta")
+    assert cached(result) == (0 if num_failed else 288)
+    assert visible(result) == model.alone(prompt)
 
 
 def test_buffers_for_states_and_blocks_in_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,27 @@ def test_a_file_that_temporarily_cannot_be_read_is_kept(
         patch.setattr(prefix_files, "_read_into", refuse)
         assert read(files, content(1)) is None
     assert is_whole(files, content(1))
+
+
+def test_a_drive_that_does_not_answer_has_no_files_until_it_does(
+    files: PrefixFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [content(number) for number in range(8)]
+    write(files, *contents)
+    read_one, answers = prefix_files._read_into, threading.Event()
+
+    def hang(path: Path, size: int, buffer: Any) -> bool:
+        answers.wait()
+        return read_one(path, size, buffer)
+
+    monkeypatch.setattr(prefix_files, "DRIVE_S", 0.01)
+    monkeypatch.setattr(prefix_files, "_read_into", hang)
+    assert list(files.read("kv", contents)) == [None] * 8
+    assert files._patience_s == 0  # nothing waits a second time
+    assert list(files.read("kv", contents[4:])) == [None] * 4
+    answers.set()
+    wait([future for _, _, future in files._under_way])
+    assert [int(payload[0]) for payload in files.read("kv", contents)] == list(range(8))
 
 
 def test_a_file_that_is_gone_is_forgotten(files: PrefixFiles) -> None:

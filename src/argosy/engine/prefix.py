@@ -124,12 +124,12 @@ class PrefixCache:
             blocks.append(block)
         usable = num_matching = len(blocks)
         if (files := self._files) is not None:
-            while usable < limit and files.has("kv", contents[usable]):
+            while usable < min(limit, sequence.load_until) and files.has("kv", contents[usable]):
                 usable += 1
         if self.windows is not None:  # then there are no files
             usable = self.windows.num_usable(blocks)
         if self.states is not None:
-            while usable and not self._has_state(contents[usable - 1]):
+            while usable and not self._has_state(sequence, usable - 1):
                 usable -= 1
         return Prefix(contents, blocks[:usable], num_matching, usable, limit)
 
@@ -167,7 +167,8 @@ class PrefixCache:
         """Load some of the blocks in `sequence.loading` from files.
 
         Returns:
-            False if a file that the recurrent state needs is gone, so the sequence has to start again.
+            False if a file that the recurrent state needs cannot be read, so the sequence has to start again. It finds
+            a shorter prefix then, because it asks for no file from there on.
         """
         files, wanted = self._files, sequence.loading
         assert files is not None
@@ -177,6 +178,7 @@ class PrefixCache:
         with closing(files.read("kv", contents[now.start : now.stop])) as payloads:
             for index, payload in zip(now, payloads, strict=True):
                 if payload is None:
+                    sequence.load_until = index
                     if self.states is not None:
                         return False
                     wanted = now = range(index, index)  # the other blocks are computed
@@ -192,6 +194,7 @@ class PrefixCache:
         if self.states is not None:
             position = wanted.stop * self.blocks.block_tokens
             if not self._load_state(sequence, contents[wanted.stop - 1], position):
+                sequence.load_until = wanted.stop - 1
                 return False
             sequence.num_computed = position
         if sequence.cached_tokens is None:
@@ -309,11 +312,15 @@ class PrefixCache:
 
     # ── helpers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _has_state(self, content: BlockContent) -> bool:
+    def _has_state(self, sequence: Sequence, block: int) -> bool:
+        """Whether the recurrent state after a block of a sequence is known."""
         assert self.states is not None
+        content = sequence.chain.contents(sequence, 0)[block]
         if self.states.has_snapshot(content.key):
             return True
-        return self._files is not None and self._files.has("state", content)
+        if self._files is None or block >= sequence.load_until:
+            return False
+        return self._files.has("state", content)
 
     def _snapshots_at(self, sequence: Sequence, prefix: Prefix) -> set[int]:
         size = self.blocks.block_tokens

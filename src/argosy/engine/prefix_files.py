@@ -7,7 +7,7 @@
 A file is a header, the payload, and a keyed BLAKE3 of both. It is written under a temporary name and renamed when
 complete. It is used only if every field is as expected: version, model and format, tokens, tenant, age, checksum. A
 file that is damaged, truncated, too old or from another model is removed and never trusted; its prompt is computed. A
-file that cannot be read at the moment stays. When files exceed the size limit, the least recently used are removed. If
+file that cannot be read at the moment stays, and its prompt is computed. When files exceed the size limit, the least recently used are removed. If
 the drive is full or fails, only reuse is lost.
 
 These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
@@ -67,6 +67,7 @@ _PAGE_BYTES = 4096
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _SWEEP_SECONDS = 60.0
 _REST_SECONDS = 60.0  # pause in writing after a failed write
+DRIVE_S = 30.0  # how long to wait for a drive to read or write a file; answers wait meanwhile
 
 Bytes = NDArray[np.uint8]
 
@@ -203,6 +204,8 @@ class PrefixFiles:
             self.secret = read_secret(self._root / _SECRET, SECRET_BYTES, lost_with_it="files made with it")
             self._scan()
             self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
+            self._under_way: deque[tuple[BlockContent, Bytes, Future[_Found]]] = deque()
+            self._patience_s = DRIVE_S
             self._reading = _aligned(_reading_bytes(block_bytes, state_bytes))
             for _ in range(_WRITE_BUFFERS):
                 self._writable.put(_aligned(_buffer_bytes(max(block_bytes, state_bytes))))
@@ -231,24 +234,35 @@ class PrefixFiles:
     def read(self, kind: Kind, contents: Sequence[BlockContent]) -> Generator[Bytes | None, None, None]:
         """Yield the payload of each file in order, or None where there is no trusted file.
 
-        The next files are read while the caller uses one. A payload stays valid until the next one is requested.
+        The next files are read while the caller uses one. A payload stays valid until the next one is requested. If the
+        drive does not answer within `DRIVE_S`, there are no files until it does: late reads still fill the buffers.
         """
-        waiting, free = deque(contents), self._read_buffers(kind)
-        under_way: deque[tuple[BlockContent, Bytes, Future[_Found]]] = deque()
-        try:
-            while waiting or under_way:
-                while waiting and free:
-                    content, buffer = waiting.popleft(), free.pop()
-                    under_way.append(
-                        (content, buffer, self._readers.submit(self._read, kind, content, buffer))
-                    )
-                content, buffer, future = under_way.popleft()
-                found = future.result()
-                self._note_use(kind, content, is_bad=found.is_bad)
-                yield found.payload
-                free.append(buffer)
-        finally:
-            wait(future for _, _, future in under_way)
+        waiting, free, under_way = deque(contents), self._read_buffers(kind), self._under_way
+        is_late = not self._have_ended([future for _, _, future in under_way])
+        if not is_late:
+            under_way.clear()
+        for _ in contents:
+            if is_late:
+                yield None
+                continue
+            while waiting and free:
+                content, buffer = waiting.popleft(), free.pop()
+                under_way.append((content, buffer, self._readers.submit(self._read, kind, content, buffer)))
+            content, buffer, future = under_way[0]
+            if is_late := not self._have_ended([future]):
+                yield None
+                continue
+            under_way.popleft()
+            found = future.result()
+            self._note_use(kind, content, is_bad=found.is_bad)
+            yield found.payload
+            free.append(buffer)
+
+    def _have_ended(self, reads: list[Future[_Found]]) -> bool:
+        """Wait for reads. Once the drive was late, ask without waiting until it has answered."""
+        is_late = bool(wait(reads, self._patience_s).not_done)
+        self._patience_s = 0.0 if is_late else DRIVE_S
+        return not is_late
 
     def _read_buffers(self, kind: Kind) -> list[Bytes]:
         """The reading memory, divided into buffers for this kind: several for blocks, one for a large state."""
@@ -314,12 +328,15 @@ class PrefixFiles:
             ]
 
     def close(self) -> None:
-        """Write the accepted files and release the directory. Closing twice is harmless."""
+        """Write the accepted files and release the directory. Closing twice is harmless.
+
+        Files that the drive does not take within `DRIVE_S` are left to the thread, which ends with the process.
+        """
         if self._held < 0:
             return
         self._jobs.put(None)
-        self._thread.join()
-        self._readers.shutdown()
+        self._thread.join(DRIVE_S)
+        self._readers.shutdown(wait=self._have_ended([future for _, _, future in self._under_way]))
         os.close(self._held)
         self._held = -1
 
