@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,19 +197,46 @@ def test_rendered_segments_have_the_ids_of_the_whole_text(chatml: ChatTemplate) 
 
 def test_one_process_is_reused_and_replaced_when_it_dies(chatml: ChatTemplate) -> None:
     first = chatml.segments(HI_TURNS)
-    process = chatml._worker._process  # type: ignore[union-attr]
+    (worker,) = chatml._idle
     assert chatml.segments(HI_TURNS) == first
-    assert chatml._worker._process is process  # type: ignore[union-attr]
+    assert chatml._idle == [worker]
+    process = worker._process
     process.kill()
     process.wait()
     assert chatml.segments(HI_TURNS) == first
+
+
+def test_a_slow_conversation_does_not_delay_the_next_one(
+    chatml: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_slow, may_end, ask = threading.Event(), threading.Event(), Worker.ask
+
+    def slowly(worker: Worker, request: bytes, seconds: float) -> dict[str, object]:
+        if b"slow" in request:
+            is_slow.set()
+            assert may_end.wait(60)
+        return ask(worker, request, seconds)
+
+    monkeypatch.setattr(Worker, "ask", slowly)
+    slow = threading.Thread(target=chatml.segments, args=[check_messages([HI[0] | {"content": "slow"}])])
+    slow.start()
+    try:
+        assert is_slow.wait(60)
+        quick = threading.Thread(target=chatml.segments, args=[HI_TURNS], daemon=True)
+        quick.start()
+        quick.join(20)
+        assert not quick.is_alive()
+    finally:
+        may_end.set()
+        slow.join()
+    assert len(chatml._idle) == 2
 
 
 def test_a_process_started_before_the_template_is_known_renders_it(chatml: ChatTemplate) -> None:
     worker = Worker()
     early = ChatTemplate(chatml.source, chatml._special_tokens, worker=worker)
     assert early.segments(HI_TURNS) == chatml.segments(HI_TURNS)
-    assert early._worker is worker
+    assert early._idle == [worker]
     early.close()
     assert not worker.is_alive
 
@@ -233,8 +261,7 @@ def test_the_process_inherits_what_the_loader_needs_and_no_secret(
 
 def test_an_idle_process_exits_by_itself(chatml: ChatTemplate) -> None:
     chatml.segments(HI_TURNS)
-    worker = chatml._worker
-    assert worker is not None
+    (worker,) = chatml._idle
     assert worker._process.wait(timeout=20) == 0
     assert chatml.segments(HI_TURNS)
 
@@ -246,7 +273,7 @@ def test_a_template_that_runs_too_long_is_stopped() -> None:
     with pytest.raises(CheckpointError, match=r"did not finish within 0\.5 seconds"):
         template.segments(HI_TURNS)
     assert time.monotonic() - start < 20
-    assert template._worker is None
+    assert not template._idle
 
 
 @pytest.mark.parametrize(
@@ -431,9 +458,8 @@ def test_a_template_is_rendered_while_a_thousand_files_are_open(chatml: ChatTemp
                 stack.enter_context(Path(os.devnull).open("rb"))
             late = ChatTemplate(chatml.source, chatml._special_tokens, worker=Worker())
             stack.callback(late.close)
-            assert late._worker is not None
-            assert late._worker._process.stdout is not None
-            assert late._worker._process.stdout.fileno() > 1023
+            assert late._idle[0]._process.stdout is not None
+            assert late._idle[0]._process.stdout.fileno() > 1023
             assert late.segments(HI_TURNS) == chatml.segments(HI_TURNS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

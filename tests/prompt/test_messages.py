@@ -135,6 +135,10 @@ def test_the_arguments_of_a_truncated_call_do_not_end_the_conversation(given_: s
         (with_arguments({"a": {1, 2}}), "arguments holds a set, which JSON cannot represent"),
         (with_arguments(deep(65)), "arguments is nested deeper than 64"),
         ([*HI, ANSWER], "message 1: tool_call_id 'c1' matches no call in an earlier message"),
+        (
+            [*HI, {"role": "assistant", "tool_calls": [CALL, CALL]}, ANSWER],
+            "message 1: tool call 1 has the id 'c1' of an earlier call in this message",
+        ),
         ([*ASKS[:1], ANSWER, ASKS[1], ANSWER], "tool_call_id 'c1' matches no call in an earlier message"),
         (
             [*HI, {"role": "assistant", "content": "x", "reasoning": "a", "reasoning_content": "b"}, *HI],

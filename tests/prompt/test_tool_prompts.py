@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from argosy.errors import CheckpointError, UsageError
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.chat import ChatTemplate
-from argosy.prompt.messages import check_messages
+from argosy.prompt.messages import Call, Turn, check_messages
 from argosy.prompt.template_worker import _Generation, render_segments
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import check_tools
@@ -556,3 +556,22 @@ def test_tools_and_variables_of_a_prompt_without_a_template_are_refused() -> Non
         BUILDERS["qwen3"].build([1, 2], tools=TOOLS)
     with pytest.raises(UsageError, match="cannot have chat template variables"):
         BUILDERS["qwen3"].build([1, 2], variables={"enable_thinking": True})
+
+
+def test_a_template_that_prints_one_call_a_turn_gets_each_result_once() -> None:
+    template = BUILDERS["harmony"]._template
+    assert template is not None
+    shape = template.shape
+    assert not shape.prints_all_calls
+    calls = tuple(Call(f"c{at}", "f", {}, "{}") for at in range(3))
+    results = [Turn("tool", text, answers=number) for number, text in (("c2", "x"), ("c0", "y"), ("c2", "z"))]
+    made = shape.messages(
+        [Turn("user", "?"), Turn("assistant", "", calls=calls), *results, Turn("user", "!")]
+    )
+    said = [
+        message["tool_calls"][0]["id"] if "tool_calls" in message else message["content"] for message in made
+    ]
+    assert said == ["?", "c0", "y", "c1", "c2", "x", "z", "!"]
+    # Even if two calls have one id, which `check_messages` refuses, the messages do not multiply.
+    same = shape.messages([Turn("assistant", "", calls=(calls[0],) * 50), *[results[1]] * 50])
+    assert len(same) == 100

@@ -46,14 +46,15 @@ _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
 # An interpreter may need these to find its shared libraries, and templates read the local time. All other variables,
 # keys and tokens among them, are withheld from templates.
 _WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "TZ")
+_MOST_WORKERS = 2  # the memory plan counts the second one (`SERVER_GROWTH_BYTES`)
 _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 
 
 class ChatTemplate:
-    """A model's chat template and the process that renders it.
+    """A model's chat template and the processes that render it.
 
-    The process is `worker`, if one was started before. Otherwise it starts on first use. It ends after two idle
-    seconds.
+    The first process is `worker`, if one was started before. A second one starts when the first is busy, so that other
+    conversations do not wait for a slow one. Each ends after two idle seconds.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         self._render_seconds = render_seconds
-        self._worker = worker
+        self._idle = [] if worker is None else [worker]
+        self._lock = threading.Lock()  # guards _idle
+        self._places = threading.Semaphore(_MOST_WORKERS)
         self._found_shape: Shape | None = None
-        self._lock = threading.Lock()
 
     def segments(
         self,
@@ -165,27 +167,38 @@ class ChatTemplate:
         )
 
     def close(self) -> None:
+        """End the processes that are idle; a busy one ends by itself."""
         with self._lock:
-            if self._worker is not None:
-                self._worker.stop()
-                self._worker = None
+            while self._idle:
+                self._idle.pop().stop()
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         line = json.dumps(request).encode("ascii")
-        with self._lock:
-            for _ in range(2):  # an idle first process may have just ended
-                if self._worker is None or not self._worker.is_alive:
-                    self._worker = Worker()
+        with self._places:
+            for take in (self._take_idle, Worker):  # an idle process may have just ended
+                worker = take()
                 try:
-                    return self._worker.ask(line, seconds)
+                    answer = worker.ask(line, seconds)
                 except _Gone:
-                    self._worker.stop()
-                    self._worker = None
+                    worker.stop()
                 except BaseException:
-                    self._worker.stop()
-                    self._worker = None
+                    worker.stop()
                     raise
+                else:
+                    with self._lock:
+                        self._idle.append(worker)
+                    return answer
         raise CheckpointError("the chat template process ended without an answer")
+
+    def _take_idle(self) -> Worker:
+        """The process that was used last, or a new one; those that have ended are dropped."""
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive:
+                    return worker
+                worker.stop()
+        return Worker()
 
 
 def _is_plain(turn: Turn) -> bool:

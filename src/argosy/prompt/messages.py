@@ -92,8 +92,8 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
     If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
 
     Raises:
-        UsageError: there are no messages, a role or key is unknown, content is neither text nor media, a result has no
-            call, or there is nothing for the model to answer or continue.
+        UsageError: there are no messages, a role or key is unknown, content is neither text nor media, two calls of a
+            message have one id, a result has no call, or there is nothing for the model to answer or continue.
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
@@ -250,7 +250,16 @@ def _part(part: object, role: str, where: str) -> str | Media:
 def _calls(calls: object, where: str) -> tuple[Call, ...]:
     if isinstance(calls, str) or not isinstance(calls, Sequence):
         raise UsageError(f"{where}: tool_calls is a {type(calls).__name__}, expected a list")
-    return tuple(_call(call, f"{where}: tool call {at}") for at, call in enumerate(calls))
+    made: dict[str, Call] = {}
+    for at, given in enumerate(calls):
+        call = _call(given, f"{where}: tool call {at}")
+        if call.id in made:
+            raise UsageError(
+                f"{where}: tool call {at} has the id '{call.id}' of an earlier call in this message",
+                hint="give each call of a message an id of its own",
+            )
+        made[call.id] = call
+    return tuple(made.values())
 
 
 def _call(call: object, where: str) -> Call:

@@ -139,7 +139,7 @@ def _content(turn: Turn) -> object:
 
 
 def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
-    """Split turns into one call each, followed by its result."""
+    """Split turns into one call each, followed by its results."""
     made: list[Turn] = []
     at = 0
     while at < len(turns):
@@ -147,16 +147,16 @@ def _one_call_each(turns: Sequence[Turn]) -> list[Turn]:
         if len(turn.calls) < 2:
             made.append(turn)
             continue
-        results: list[Turn] = []
+        results: dict[str | None, list[Turn]] = {}
         while at < len(turns) and turns[at].role == "tool":
-            results.append(turns[at])
+            results.setdefault(turns[at].answers, []).append(turns[at])
             at += 1
         for num, call in enumerate(turn.calls):
             first = turn if num == 0 else replace(turn, content="", reasoning="")
             made.append(replace(first, calls=(call,)))
-            made += [result for result in results if result.answers == call.id]
-        ids = {call.id for call in turn.calls}
-        made += [result for result in results if result.answers not in ids]
+            made += results.pop(call.id, ())
+        for others in results.values():
+            made += others
     return made
 
 
