@@ -7,8 +7,8 @@
 A file is a header, the payload, and a keyed BLAKE3 of both. It is written under a temporary name and renamed when
 complete. It is used only if every field is as expected: version, model and format, tokens, tenant, age, checksum. A
 file that is damaged, truncated, too old or from another model is removed and never trusted; its prompt is computed. A
-file that cannot be read at the moment stays, and its prompt is computed. When files exceed the size limit, the least recently used are removed. If
-the drive is full or fails, only reuse is lost.
+file that cannot be read at the moment stays, and its prompt is computed. When files exceed the size limit, the least
+recently used are removed. If the drive is full or fails, only reuse is lost.
 
 These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
 secret. One thread writes; others read ahead of the caller, enough of them to keep a drive busy.
