@@ -14,9 +14,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 EVERYONE = {
     "config",
     "confine",
+    "directory",
     "errors",
     "private_files",
-    "replace_file",
     "strict_json",
     "user_directories",
 }
@@ -39,9 +39,9 @@ MAY_IMPORT = {
     "engine": {"prompt", "media", "model", "experts", "checkpoint", "plan", "demo", "library", "_native"},
     "config": {"errors"},
     "confine": set(),
+    "directory": set(),
     "errors": set(),
-    "private_files": {"errors", "replace_file"},
-    "replace_file": set(),
+    "private_files": {"errors", "directory"},
     "strict_json": set(),
     "user_directories": set(),
 }

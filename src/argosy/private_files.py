@@ -4,7 +4,7 @@
     make_secret    ->  random bytes in a new file of mode 0600
     read_secret    ->  the bytes; made if there are none, unless the caller says otherwise
 
-Elsewhere: a file that is replaced in one go is `replace_file.py`.
+Elsewhere: a file that is replaced in one go is `directory.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import stat
 from pathlib import Path
 
+from argosy.directory import Directory, sync
 from argosy.errors import UsageError
-from argosy.replace_file import replace, sync
 
 
 def make_private(directory: Path, *, option: str, holds: str) -> None:
@@ -91,5 +91,6 @@ def read_secret(path: Path, num_bytes: int, *, lost_with_it: str, may_make: bool
 def _write_secret(path: Path, num_bytes: int) -> bytes:
     """Create a secret, and have it on the drive before anything is written with it."""
     secret = os.urandom(num_bytes)
-    replace(path, secret)
+    with Directory(path.parent) as parent:
+        parent.put(path.name, secret)
     return secret

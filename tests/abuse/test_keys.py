@@ -89,8 +89,8 @@ def test_concurrent_commands_lose_no_key(file: KeyFile) -> None:
 def test_a_writer_killed_halfway_leaves_the_old_keys_no_lock_and_no_file(file: KeyFile, call: str) -> None:
     file.add("old")
     before = file.path.read_bytes()
-    stop = "lambda *_: (print('stopped', flush=True), time.sleep(60))"
-    name = "os.fsync" if call == "fsync" else "Path.replace"
+    stop = "lambda *_, **__: (print('stopped', flush=True), time.sleep(60))"
+    name = "os.fsync" if call == "fsync" else "os.replace"
     code = (
         "import os, sys, time\nfrom pathlib import Path\nfrom argosy.guard.keys import KeyFile\n"
         f"{name} = {stop}\nKeyFile(Path(sys.argv[1])).add('new')\n"

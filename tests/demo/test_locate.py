@@ -63,6 +63,20 @@ def test_an_invalid_version_file_is_written_again(experts: Path, note: str) -> N
     assert known.read_text() == f"{key}\n{name_of(b'first')}\n"
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_the_version_file_is_replaced_if_it_is_no_file_and_its_target_stays(
+    experts: Path, tmp_path: Path, kind: str
+) -> None:
+    known, victim = cache_directory() / "demo.version", tmp_path / "victim"
+    known.parent.mkdir()
+    victim.write_bytes(b"keep")
+    known.symlink_to(victim) if kind == "link" else os.mkfifo(known)
+    assert locate._version() == name_of(b"first")
+    assert known.is_file()
+    assert not known.is_symlink()
+    assert victim.read_bytes() == b"keep"
+
+
 def test_an_unwritable_cache_is_no_error(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

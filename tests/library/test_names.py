@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,27 @@ def test_a_damaged_file_of_aliases_is_named_and_paths_need_it_not(library: Path,
     with pytest.raises(UsageError, match=r"library\.json"):
         locate_model("instruct")
     assert locate_model("files") == Path("files")
+
+
+def test_a_link_or_a_pipe_in_the_place_of_the_aliases_is_refused_at_once(
+    library: Path, tmp_path: Path
+) -> None:
+    kept.path().parent.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    kept.path().symlink_to(victim)
+    with pytest.raises(UsageError, match=r"library\.json cannot be read: it is a symbolic link"):
+        kept.read()
+    with (
+        pytest.raises(UsageError, match=r"library\.json cannot be read: it is a symbolic link"),
+        kept.changing(),
+    ):
+        pass
+    assert victim.read_bytes() == b"keep"
+    kept.path().unlink()
+    os.mkfifo(kept.path())
+    with pytest.raises(UsageError, match=r"library\.json cannot be read: it is not a regular file"):
+        kept.read()
 
 
 def test_what_is_kept_is_the_owners_alone(library: Path) -> None:

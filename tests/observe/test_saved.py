@@ -125,3 +125,11 @@ def test_a_model_keeps_its_file_wherever_it_lies_and_another_training_has_its_ow
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert saved.directory() == tmp_path / "home" / ".local" / "share" / "argosy" / "routing"
+
+
+def test_a_link_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "routing").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="it is a symbolic link"):
+        saved.add(tmp_path / "routing" / "model.json", counts_of(400))
+    assert not list((tmp_path / "victim").iterdir())

@@ -13,8 +13,8 @@ import pytest
 
 from argosy import _native
 from argosy.config import Format, Tuning
+from argosy.directory import replacing
 from argosy.plan import machine, tuning
-from argosy.replace_file import replacing
 from tests.helpers.tunings import keep, random_tunings, use_cache
 
 Trial = tuple[Format, int, tuple[str, str, int]]
@@ -246,6 +246,26 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_next_measurement(
     assert probe.num_passes == 1
     assert tuning.choose(2, AVX512) == found  # the same process does not measure again
     assert probe.num_passes == 1
+
+
+def test_a_link_in_the_place_of_the_file_goes_and_its_target_stays(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
+) -> None:
+    Probe(monkeypatch, some_rate)
+    cache.mkdir()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    place = tuning.kept_file(AVX512)
+    place.symlink_to(victim)
+    assert tuning.choose(2, AVX512).why_not is None
+    assert victim.read_bytes() == b"keep"
+    assert not place.is_symlink()
+    place.with_name(f".{place.name}.lock").symlink_to(victim)
+    new_process()
+    why_not = tuning.choose(3, AVX512).why_not
+    assert why_not is not None
+    assert "symbolic link" in why_not
+    assert victim.read_bytes() == b"keep"
 
 
 def test_a_process_waits_for_another_that_measures_and_takes_what_it_found(

@@ -100,8 +100,8 @@ from argosy.checkpoint.safetensors_write import safetensors_header
 from argosy.checkpoint.shards import NUM_SHARDS
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
 from argosy.config import Format, ModelConfig, format_bytes
+from argosy.directory import sync
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError, is_disk_full
-from argosy.replace_file import sync
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
 

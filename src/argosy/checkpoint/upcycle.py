@@ -34,8 +34,8 @@ import numpy.typing as npt
 from argosy.checkpoint.dense import DenseModel, Float32, open_dense
 from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.checkpoint.safetensors_write import Bytes, TensorToWrite, encode, write_safetensors
+from argosy.directory import sync
 from argosy.errors import CheckpointError, UsageError
-from argosy.replace_file import sync
 
 Progress = Callable[[str, float], None]
 _ROUTER_SPREAD = 0.02

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from argosy.directory import replacing
 from argosy.errors import UsageError
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import data_directory
 

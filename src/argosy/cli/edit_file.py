@@ -5,7 +5,7 @@
 Comments, order and unknown settings stay. A change is refused if its result, parsed again, differs from the old
 settings in anything else; so is JSON with comments, because they would be lost. The old file is kept beside it.
 
-Elsewhere: `replace_file.py` replaces the file atomically.
+Elsewhere: `directory.py` replaces the file atomically.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from argosy.directory import Directory, replacing
 from argosy.errors import UsageError
-from argosy.replace_file import replace, replacing
 from argosy.strict_json import JsonError, parse_json
 
 _LONGEST_BYTES = 4_000_000
@@ -82,7 +82,8 @@ def _read(path: Path) -> bytes | None:
 def _keep(path: Path, data: bytes) -> Path:
     numbered = (path.with_name(f"{path.name}.before-argosy-{number}") for number in itertools.count(1))
     backup = next(path for path in numbered if not path.exists())
-    replace(backup, data)
+    with Directory(path.parent) as parent:
+        parent.put(backup.name, data)
     return backup
 
 

@@ -43,11 +43,10 @@ from argosy.cluster.identity import fingerprint, samples
 from argosy.cluster.worker import WorkerSettings, instruction_set_of, plan_of, share_to_run
 from argosy.cluster.worker_plan import biases_of
 from argosy.config import format_bytes
+from argosy.directory import Directory, sync
 from argosy.errors import CheckpointError, DiskFull, PeerNotUsable, UsageError, is_disk_full
 from argosy.model.families import open_model
 from argosy.plan.machine import free_disk_bytes, usable_cores
-from argosy.replace_file import replace as replace_file
-from argosy.replace_file import sync
 
 log = logging.getLogger("argosy.cluster")
 
@@ -292,7 +291,8 @@ class Copy:
         self._flush()
         self._unsaved = 0
         self._state.part, self._state.part_bytes = part, part_bytes
-        replace_file(self.directory / COPY_FILE, self._state.to_bytes(), 0o644)
+        with Directory(self.directory) as directory:
+            directory.put(COPY_FILE, self._state.to_bytes(), 0o644)
 
     def _flush(self) -> None:
         while self._targets:

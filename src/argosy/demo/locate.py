@@ -12,10 +12,10 @@ from pathlib import Path
 
 from argosy.demo.cache import Progress, locked
 from argosy.demo.package import find_experts
-from argosy.replace_file import replacing
+from argosy.directory import Directory
 from argosy.user_directories import cache_directory
 
-_LOCK = "demo.lock"
+_LOCK, _VERSION = "demo.lock", "demo.version"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
 
@@ -76,17 +76,19 @@ def _version() -> str:
     """
     experts = find_experts()
     facts = experts.stat()
-    known = cache_directory() / "demo.version"
     key = f"{experts} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
     with suppress(OSError, ValueError):
-        found, digest = known.read_text().splitlines()
+        with Directory(cache_directory()) as cache:
+            found, digest = cache.read(_VERSION, 4096).decode().splitlines()
         if found == key and _DIGEST.fullmatch(digest):
             return digest
     digest = _digest(experts)
-    with suppress(OSError):  # the cache may be read-only
-        known.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(known) as write:
-            write(f"{key}\n{digest}\n".encode())
+    with (
+        suppress(OSError),  # the cache may be read-only
+        Directory(cache_directory(), make=True) as cache,
+        cache.replacing(_VERSION) as write,
+    ):
+        write(f"{key}\n{digest}\n".encode())
     return digest
 
 

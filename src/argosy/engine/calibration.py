@@ -39,6 +39,7 @@ from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
 from argosy.config import MIB, Format, KvDtype, SamplingParams
+from argosy.directory import Directory
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
@@ -52,7 +53,6 @@ from argosy.plan.rates import (
     Rates,
     guess,
 )
-from argosy.replace_file import replacing
 from argosy.user_directories import measurement_file
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
@@ -155,9 +155,12 @@ def load(path: Path, *, threads: int | None = None) -> Rates | None:
         UsageError: the file is damaged.
     """
     place = _cache_file(path, threads or tuning.known_threads())
-    if not place.is_file() or place.stat().st_size > MIB:
+    try:
+        with Directory(place.parent) as cache:
+            data = cache.read(place.name, MIB)
+    except OSError:
         return None
-    return Rates.from_json(place.read_bytes())
+    return Rates.from_json(data)
 
 
 def rates_here(path: Path, *, threads: int | None = None) -> Rates:
@@ -173,8 +176,7 @@ def rates_here(path: Path, *, threads: int | None = None) -> Rates:
 def save(rates: Rates, path: Path) -> Path:
     """Keep what was measured; return the file."""
     place = _cache_file(path, rates.cores)
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with replacing(place, mode=0o600) as write:
+    with Directory(place.parent, make=True, mode=0o700) as cache, cache.replacing(place.name) as write:
         write(json.dumps(rates.as_dict()).encode())
     return place
 

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from argosy.directory import Directory, sync
 from argosy.errors import UsageError
 from argosy.guard.chain import (
     HEAD,
@@ -35,7 +36,6 @@ from argosy.guard.chain import (
     time_text,
 )
 from argosy.private_files import make_private, read_secret
-from argosy.replace_file import replace, sync
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -103,7 +103,8 @@ class ChainWriter:
             )
         key = read_secret(path, KEY_BYTES, lost_with_it="the audit and contents made with it")
         if is_new:
-            replace(self._directory / HEAD, seal_head(key, Head()))
+            with Directory(self._directory) as directory:
+                directory.put(HEAD, seal_head(key, Head()))
         return key
 
     def _find_end(self) -> Head:

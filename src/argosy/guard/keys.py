@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+from argosy.directory import replacing
 from argosy.errors import UsageError
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 
 Scope = Literal["infer", "grammar", "metrics", "admin"]

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from argosy.directory import Directory, sync
 from argosy.errors import UsageError
-from argosy.replace_file import replace, sync
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -78,7 +78,8 @@ class SealedContents:
         cipher = _cipher(self._tenant_key(directory))
         nonce = os.urandom(_NONCE_BYTES)
         data = nonce + cipher.encrypt(nonce, content, request_id.encode())
-        replace(directory / _name(request_id), data)
+        with Directory(directory) as own:
+            own.put(_name(request_id), data)
         return hashlib.sha256(data).hexdigest()
 
     def get(self, key_id: str, request_id: str) -> bytes | None:
@@ -169,7 +170,8 @@ class SealedContents:
             return _decrypt(self._wrapping_key, wrapped, b"key")
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key, nonce = os.urandom(32), os.urandom(_NONCE_BYTES)
-        replace(directory / _KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, b"key"))
+        with Directory(directory) as own:
+            own.put(_KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, b"key"))
         return key
 
 

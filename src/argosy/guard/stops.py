@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+from argosy.directory import replacing
 from argosy.errors import ArgosyError, UsageError
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 
 Kind = Literal["model", "key", "user"]

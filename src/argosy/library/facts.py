@@ -11,12 +11,13 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
+from argosy.directory import Directory
 from argosy.library.places import Model
 from argosy.plan import machine
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import cache_directory
 
+_FILE = "library-facts.json"
 _MOST_BYTES = 4 << 20
 _MOST_ENTRIES = 1000
 
@@ -25,14 +26,13 @@ class FactsCache:
     """Facts by model: plain JSON objects. `save` writes what is new."""
 
     def __init__(self) -> None:
-        self._path = cache_directory() / "library-facts.json"
         self._facts: dict[str, dict[str, Any]] = {}
         self._is_changed = False
         with suppress(OSError, JsonError):
-            if self._path.stat().st_size <= _MOST_BYTES:
-                raw = parse_json(self._path.read_bytes())
-                if isinstance(raw, dict):
-                    self._facts = {key: value for key, value in raw.items() if isinstance(value, dict)}
+            with Directory(cache_directory()) as cache:
+                raw = parse_json(cache.read(_FILE, _MOST_BYTES))
+            if isinstance(raw, dict):
+                self._facts = {key: value for key, value in raw.items() if isinstance(value, dict)}
 
     def get(self, model: Model) -> dict[str, Any] | None:
         return self._facts.get(_key(model))
@@ -46,10 +46,12 @@ class FactsCache:
         if not self._is_changed:
             return
         newest = dict(list(self._facts.items())[-_MOST_ENTRIES:])
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as write:
-                write(json.dumps(newest).encode())
+        with (
+            suppress(OSError),
+            Directory(cache_directory(), make=True) as cache,
+            cache.replacing(_FILE) as write,
+        ):
+            write(json.dumps(newest).encode())
 
 
 def _key(model: Model) -> str:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from argosy.directory import Directory
 from argosy.errors import UsageError
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import data_directory
 
@@ -77,9 +77,8 @@ def read() -> Kept:
     """
     place = path()
     try:
-        if place.stat().st_size > _MOST_BYTES:
-            raise _damaged(place, f"is larger than {_MOST_BYTES} bytes")
-        return _parse(place.read_bytes(), place)
+        with Directory(place.parent) as directory:
+            return _parse(directory.read(place.name, _MOST_BYTES), place)
     except FileNotFoundError:
         return Kept()
     except OSError as error:
@@ -95,8 +94,10 @@ def changing() -> Iterator[Kept]:
     """
     place = path()
     try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replacing(place) as write:
+        with (
+            Directory(place.parent, make=True, mode=0o700) as directory,
+            directory.replacing(place.name) as write,
+        ):
             kept = read()
             before = _to_json(kept)
             yield kept

@@ -27,13 +27,12 @@ from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, RemoteFile, Source
 from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
+from argosy.directory import Directory, sync
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
 from argosy.library import kept
 from argosy.library.places import choose_tower, gguf_names, hub_cache, repository_folder
 from argosy.model.remote import choose_weights
 from argosy.plan import machine
-from argosy.replace_file import replace as replace_file
-from argosy.replace_file import sync
 
 PARTIAL_SUFFIX = ".incomplete"
 _LIST_BYTES = 4 << 20
@@ -430,4 +429,5 @@ def _link(download: Download) -> None:
     if download.asked != download.source.revision:
         ref = download.folder / "refs" / (download.asked or kept.MAIN)
         ref.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(ref, download.source.revision.encode(), 0o644)
+        with Directory(ref.parent) as parent:
+            parent.put(ref.name, download.source.revision.encode(), 0o644)

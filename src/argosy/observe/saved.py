@@ -20,10 +20,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ModelFiles
+from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.observe.recorder import RoutingCounts
-from argosy.plan.hit_rate import WorkingSet
-from argosy.replace_file import replacing
+from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
 from argosy.user_directories import data_directory
 
 FEWEST_TOKENS = 256  # decode tokens of a run that is added
@@ -65,7 +65,8 @@ def find(path: Path) -> WorkingSet | None:
         OSError: it cannot be read.
     """
     try:
-        return WorkingSet.read(path)
+        with Directory(path.parent.parent) as data:
+            return WorkingSet.from_json(data.read(Path(path.parent.name, path.name), MOST_JSON_BYTES))
     except FileNotFoundError:
         return None
 
@@ -94,8 +95,11 @@ def add(path: Path, counts: RoutingCounts) -> bool:
     new = counts.working_set
     if new is None or new.num_tokens < FEWEST_TOKENS:
         return False
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with replacing(path) as write:
+    with (
+        Directory(path.parent.parent, make=True, mode=0o700) as data,
+        data.directory(path.parent.name, make=True, mode=0o700) as directory,
+        directory.replacing(path.name) as write,
+    ):
         try:
             old = find(path)
         except UsageError:

@@ -31,8 +31,8 @@ from typing import NamedTuple, get_args
 
 from argosy import _native
 from argosy.config import FLOAT_FORMATS, MIB, AskAhead, Format, Tuning
+from argosy.directory import Directory
 from argosy.plan import machine
-from argosy.replace_file import replacing
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import measurement_file
 
@@ -395,8 +395,10 @@ def _keep(instruction_set: str, update: Callable[[_Kept], _Kept]) -> tuple[_Kept
     """
     place, after = kept_file(instruction_set), None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with replacing(place, mode=0o600, wait_s=2 * PROBE_S) as write:
+        with (
+            Directory(place.parent, make=True, mode=0o700) as cache,
+            cache.replacing(place.name, wait_s=2 * PROBE_S) as write,
+        ):
             before = _read(instruction_set)
             after = update(before)
             if after is not before:
@@ -413,10 +415,8 @@ def _read(instruction_set: str) -> _Kept:
     """The kept choices; none if the file is absent, damaged, of another machine, or holds impossible values."""
     place = kept_file(instruction_set)
     try:
-        if not place.is_file() or place.stat().st_size > _MOST_BYTES:
-            return _NOTHING
-        with place.open("rb") as file:
-            return _checked(parse_json(file.read(_MOST_BYTES)), instruction_set)
+        with Directory(place.parent) as cache:
+            return _checked(parse_json(cache.read(place.name, _MOST_BYTES)), instruction_set)
     except (OSError, JsonError):
         return _NOTHING
 

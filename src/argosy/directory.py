@@ -1,0 +1,352 @@
+"""Change files below a directory without ever following a symbolic link there.
+
+    with Directory(path, make=True) as cache:        the user named this path, so it may lead through links
+        cache.put("sub/file.json", data)             no name below it may, even if somebody plants a link meanwhile
+
+A name is relative to the open directory, and every directory on its way is opened without following links, so nothing
+outside is ever read, written or removed. A link where a directory is expected, or a file to open, is an OSError that
+says so. A link in the place of a file that is replaced or removed goes itself, and its target stays.
+
+    with replacing(path) as write:                   a file that the user named: a link to it stays a link
+        write(changed(path.read_bytes()))
+
+After a crash at any moment either the old file or the new one is there, whole. Readers need no lock.
+
+No other module removes, renames or replaces files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Self
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOOK_S = 0.05  # between two looks at a lock with a deadline
+
+Name = str | PurePath
+
+
+class Directory:
+    """An open directory. Every method takes names below it, such as "a" or "a/b".
+
+    Args:
+        make: create it, and the directories above it, if it is missing.
+        mode: of the directory that is created.
+
+    Raises (so does every method, about its own name):
+        OSError: a part of the path is missing, a link below the directory, or not accessible. `filename` is the path.
+        ValueError: a name leads out of the directory.
+    """
+
+    def __init__(self, path: Path, *, make: bool = False, mode: int = 0o777) -> None:
+        if make:
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+        self.path = path
+        self.descriptor = os.open(path, _OPEN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it. Closing twice is harmless."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def directory(self, name: Name, *, make: bool = False, mode: int = 0o777) -> Directory:
+        """Open a directory below this one; with `make`, create what is missing on the way."""
+        parts = _parts(name)
+        inner = Directory.__new__(Directory)
+        inner.path, inner.descriptor = self.path, os.dup(self.descriptor)
+        try:
+            for part in parts:
+                inner.path /= part
+                inner._enter(part, mode if make else None)
+        except BaseException:
+            inner.close()
+            raise
+        return inner
+
+    def _enter(self, part: str, mode: int | None) -> None:
+        """Become the directory `part` of this one."""
+        with _naming(self.path):
+            if mode is not None:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, mode, dir_fd=self.descriptor)
+            try:
+                inner = os.open(part, _OPEN | os.O_NOFOLLOW, dir_fd=self.descriptor)
+            except NotADirectoryError:
+                if _is(stat.S_ISLNK, _stat(part, self.descriptor)):
+                    raise OSError(errno.ELOOP, "") from None
+                raise
+        os.close(self.descriptor)
+        self.descriptor = inner
+
+    @contextlib.contextmanager
+    def _parent_of(self, name: Name) -> Iterator[tuple[int, str]]:
+        """The descriptor of the directory that holds `name`, and the name there."""
+        *folders, last = _parts(name)
+        with self.directory("/".join(folders)) as parent, _naming(self.path / name):
+            yield parent.descriptor, last
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open(self, name: Name, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
+        """Open a regular file; returns its descriptor."""
+        # Opening a named pipe must not block before fstat can refuse it.
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with self._parent_of(name) as (parent, last):
+            descriptor = os.open(last, flags, mode, dir_fd=parent)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(errno.EINVAL, "it is not a regular file")
+        return descriptor
+
+    def read(self, name: Name, most_bytes: int) -> bytes:
+        """Read a whole file, of at most `most_bytes`."""
+        with open(self.open(name), "rb", buffering=0) as file:
+            parts, num_left = [], most_bytes + 1
+            while num_left and (part := file.read(num_left)):
+                parts.append(part)
+                num_left -= len(part)
+        if not num_left:
+            raise OSError(errno.EFBIG, f"it has more than {most_bytes} bytes", str(self.path / name))
+        return b"".join(parts)
+
+    def stat(self, name: Name) -> os.stat_result | None:
+        """The facts of a file, a directory or a link itself; None: there is nothing of that name."""
+        try:
+            with self._parent_of(name) as (parent, last):
+                return _stat(last, parent)
+        except FileNotFoundError:
+            return None
+
+    def names(self, name: Name = "") -> list[str]:
+        """The names in a directory, sorted; none if it is missing."""
+        try:
+            with self.directory(name) as inner:
+                return sorted(os.listdir(inner.descriptor))
+        except FileNotFoundError:
+            return []
+
+    def files(self, name: Name = "") -> list[Path]:
+        """The names of everything below a directory that is no directory; none if it is missing."""
+        found: list[Path] = []
+        for entry in self.names(name):
+            inner = Path(name, entry)
+            found += self.files(inner) if _is(stat.S_ISDIR, self.stat(inner)) else [inner]
+        return found
+
+    # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def put(self, name: Name, data: bytes, mode: int = 0o600) -> None:
+        """Replace a file, or create it with `mode`; the caller must be its only writer.
+
+        The new file gets the old one's mode and, if we may set it, its owner.
+        """
+        with self._parent_of(name) as (parent, last):
+            beside = f".{last}.new"
+            _remove(beside, parent)  # left by a writer that was killed
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            descriptor = os.open(beside, flags, 0o600, dir_fd=parent)
+            try:
+                with open(descriptor, "wb") as file:
+                    old = _stat(last, parent)
+                    if old is not None and stat.S_ISREG(old.st_mode):
+                        mode = stat.S_IMODE(old.st_mode)
+                        _give(descriptor, old)
+                    os.fchmod(descriptor, mode)
+                    file.write(data)
+                    file.flush()
+                    os.fsync(descriptor)
+                os.replace(beside, last, src_dir_fd=parent, dst_dir_fd=parent)
+            except BaseException:
+                _remove(beside, parent)
+                raise
+            # Otherwise a power cut may bring the old file back, and with it a revoked key.
+            os.fsync(parent)
+
+    def put_link(self, name: Name, target: str) -> None:
+        """Replace a file or a link by a link; the caller must be its only writer."""
+        with self._parent_of(name) as (parent, last):
+            beside = f".{last}.new"
+            _remove(beside, parent)
+            os.symlink(target, beside, dir_fd=parent)
+            os.replace(beside, last, src_dir_fd=parent, dst_dir_fd=parent)
+
+    def move(self, name: Name, to: Name) -> None:
+        """Rename a file or a directory; a file or a link that has the name `to` is replaced."""
+        with self._parent_of(name) as (parent, last), self._parent_of(to) as (new_parent, new_last):
+            os.rename(last, new_last, src_dir_fd=parent, dst_dir_fd=new_parent)
+
+    def remove(self, name: Name) -> None:
+        """Remove a file or a link, if it is there."""
+        with contextlib.suppress(FileNotFoundError), self._parent_of(name) as (parent, last):
+            _remove(last, parent)
+
+    def remove_empty(self, name: Name) -> None:
+        """Remove a directory if it is empty and we may."""
+        with contextlib.suppress(OSError), self._parent_of(name) as (parent, last):
+            os.rmdir(last, dir_fd=parent)
+
+    def remove_tree(self, name: Name) -> None:
+        """Remove a directory and everything in it, if it is there; another file system mounted below stays.
+
+        What can be removed is, also if something else cannot; the first error is raised then.
+        """
+        first: OSError | None = None
+        with contextlib.suppress(FileNotFoundError), self._parent_of(name) as (parent, last):
+            with self.directory(name) as inner:
+                if os.fstat(inner.descriptor).st_dev != os.fstat(parent).st_dev:
+                    raise OSError(errno.EXDEV, "it is another file system")
+                for entry in inner.names():
+                    try:
+                        if _is(stat.S_ISDIR, _stat(entry, inner.descriptor)):
+                            inner.remove_tree(entry)
+                        else:
+                            inner.remove(entry)
+                    except OSError as error:
+                        first = first or error
+            if first is not None:
+                raise first
+            os.rmdir(last, dir_fd=parent)
+
+    def sync(self) -> None:
+        """Wait until the names of its entries are on the drive."""
+        os.fsync(self.descriptor)
+
+    # ── one process at a time ───────────────────────────────────────────────────────────────────────────────────────
+
+    def lock(self, name: Name, *, wait_s: float | None = None, mode: int = 0o600) -> int:
+        """Lock a file for this process, and create it if need be; returns the descriptor that holds the lock.
+
+        The kernel releases the lock when the process ends, so a crash leaves nothing locked. A directory itself cannot
+        be locked over NFS.
+
+        Args:
+            wait_s: for another process, at most; None: as long as it takes.
+
+        Raises:
+            TimeoutError: another process has held it for longer.
+        """
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        while True:
+            lock = self.open(name, os.O_RDWR | os.O_CREAT, mode)
+            try:
+                with self._parent_of(name) as (parent, _):
+                    _give(lock, os.fstat(parent))
+                _wait_for(lock, deadline, self.path / name)
+                # Its last holder may have removed it, and then the next process would not see this lock.
+                found = self.stat(name)
+                if found is not None and os.path.samestat(os.fstat(lock), found):
+                    return lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def locked(self, name: Name, *, wait_s: float | None = None) -> Iterator[None]:
+        """Hold a lock file for the duration of the context, and remove it at the end. Raises what `lock` raises."""
+        lock = self.lock(name, wait_s=wait_s)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.remove(name)
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def replacing(
+        self, name: Name, *, mode: int = 0o600, wait_s: float | None = None
+    ) -> Iterator[Callable[[bytes], None]]:
+        """Yield a function that replaces a file, while no other process can. It need not be called.
+
+        Raises what `put` and `lock` raise.
+        """
+        # The lock is a separate file: the next writer would not see a lock on a file that is replaced.
+        name = Path(name)
+        with self.locked(name.with_name(f".{name.name}.lock"), wait_s=wait_s):
+            yield lambda data: self.put(name, data, mode)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """`Directory.replacing` for a file that the user named: a link stays a link, and its target is replaced."""
+    path = Path(os.path.realpath(path))
+    with Directory(path.parent) as parent, parent.replacing(path.name) as write:
+        yield write
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on the drive."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parts(name: Name) -> tuple[str, ...]:
+    parts = PurePath(name).parts
+    if ".." in parts or PurePath(name).is_absolute():
+        raise ValueError(f"{name} leads out of its directory")
+    return parts
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an error of the system the whole path, and say what is wrong with a link."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a symbolic link, and none is followed here"
+        if os.sep not in str(error.filename or ""):  # otherwise an inner directory has named it
+            error.filename = str(path)
+        raise
+
+
+def _stat(name: str, parent: int) -> os.stat_result | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    return None
+
+
+def _is(kind: Callable[[int], bool], facts: os.stat_result | None) -> bool:
+    return facts is not None and kind(facts.st_mode)
+
+
+def _remove(name: str, parent: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=parent)
+
+
+def _give(descriptor: int, facts: os.stat_result) -> None:
+    """Keep the owner, so that `sudo argosy keys add` leaves a file that the server's own user can read."""
+    with contextlib.suppress(PermissionError):
+        os.fchown(descriptor, facts.st_uid, facts.st_gid)
+
+
+def _wait_for(lock: int, deadline: float | None, path: Path) -> None:
+    if deadline is None:
+        return fcntl.flock(lock, fcntl.LOCK_EX)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{path} stayed locked")
+        time.sleep(_LOOK_S)
