@@ -18,9 +18,11 @@ import ctypes
 import io
 import json
 import math
+import mmap
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -29,9 +31,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -927,6 +929,232 @@ def hard_forms(scratch: Path, size: int) -> Finding:
         f"{max(cost[1] for cost in costs) >> 20} MiB at most",
     ]
     return finding
+
+
+# ── R8: what the system refuses ─────────────────────────────────────────────────────────────────────────────────────
+
+_OUT_OF_MEMORY = re.compile(r"^(memory allocation of \d+ bytes failed|OpenBLAS error: .*)$", re.MULTILINE)
+_PIDS = Path("/sys/fs/cgroup/pids")
+_LIMITS: dict[str, Sequence[int]] = {
+    "files": (4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32),
+    "threads": (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16),
+    "MiB of addresses": (100, 125, 150, 160, 170, 180, 190, 200, 250, 300, 500, 800, 1200, 1600),
+}
+
+
+class Allocations:
+    """A file through which `failing_malloc.c` learns which allocation fails."""
+
+    def __init__(self, scratch: Path) -> None:
+        library, told = scratch / "failing_malloc.so", scratch / "told"
+        source = Path(__file__).with_name("failing_malloc.c")
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+        told.write_bytes(bytes(mmap.PAGESIZE))
+        with told.open("r+b") as file:
+            self._told = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        self.environment = {"LD_PRELOAD": str(library), "ARGOSY_FAIL_AT": str(told), "RUST_BACKTRACE": "0"}
+
+    def fail(self, nth: int) -> None:
+        """Fail the nth allocation from now on; 0: none."""
+        self._told[:8] = nth.to_bytes(8, "little", signed=True)
+
+    @property
+    def has_failed(self) -> bool:
+        return int.from_bytes(self._told[:8], "little", signed=True) <= 0
+
+
+@dataclass
+class Limit:
+    """One limit of the system, for commands that start under it and for a server that meets it while it runs."""
+
+    kind: str
+    group: Path
+
+    @property
+    def is_possible(self) -> bool:
+        return self.kind != "threads" or os.access(_PIDS / "cgroup.procs", os.W_OK)
+
+    def enter(self, value: int) -> Callable[[], None]:
+        """Return what a new process calls to have the limit."""
+        if self.kind == "threads":
+            self.group.mkdir(exist_ok=True)
+            (self.group / "pids.max").write_text(str(value))
+            return lambda: (self.group / "cgroup.procs").write_text("0") and None
+        resource_id, unit = (
+            (resource.RLIMIT_NOFILE, 1) if self.kind == "files" else (resource.RLIMIT_AS, 1 << 20)
+        )
+        return lambda: resource.setrlimit(resource_id, (value * unit, value * unit))
+
+    def impose(self, pid: int, spare: int) -> Callable[[], None]:
+        """Leave a running process `spare` more than it has; return what lifts the limit."""
+        if self.kind == "threads":
+            self.group.mkdir(exist_ok=True)
+            (self.group / "cgroup.procs").write_text(str(pid))
+            (self.group / "pids.max").write_text(str(len(os.listdir(f"/proc/{pid}/task")) + spare))
+            return lambda: (self.group / "pids.max").write_text("max") and None
+        if self.kind == "files":
+            resource_id, value = (
+                resource.RLIMIT_NOFILE,
+                max(map(int, os.listdir(f"/proc/{pid}/fd"))) + 1 + spare,
+            )
+        else:
+            resource_id, value = resource.RLIMIT_AS, memory_of(pid, "VmSize") + (spare << 20)
+        before = resource.prlimit(pid, resource_id, (value, resource.getrlimit(resource_id)[1]))
+        return lambda: resource.prlimit(pid, resource_id, before) and None
+
+
+@figure(
+    "R8",
+    1000,
+    "allocations that fail in a server; commands and servers short of threads, files and addresses",
+)
+def refused_by_the_system(scratch: Path, size: int) -> Finding:
+    """A server outlives each failure and answers as before; a command ends with a sentence.
+
+    A Rust library aborts the process when an allocation of its own fails: that is counted, and the server started anew.
+    """
+    finding, model = Finding(), write_chat_model(scratch / "model")
+    limits = [Limit(kind, _PIDS / f"argosy-{os.getpid()}") for kind in _LIMITS]
+    try:
+        for limit in limits:
+            if limit.is_possible:
+                start_short_of(
+                    finding, scratch, model, limit, _LIMITS[limit.kind][:: 1 if size >= 200 else 6]
+                )
+                run_short_of(finding, scratch, model, limit)
+            else:
+                finding.facts.append(f"{limit.kind}: no cgroup can be made here")
+    finally:
+        with suppress(OSError):
+            limits[0].group.rmdir()
+    fail_allocations(finding, scratch, model, size)
+    return finding
+
+
+def start_short_of(finding: Finding, scratch: Path, model: Path, limit: Limit, values: Sequence[int]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "argosy",
+        "run",
+        "-m",
+        model,
+        "--memory",
+        "1GiB",
+        "--max-tokens",
+        "4",
+        "Hi",
+    ]
+    outcomes: Counter[str] = Counter()
+    for value in values:
+        at = f"run with {value} {limit.kind}"
+        try:
+            done = subprocess.run(
+                [str(word) for word in command], preexec_fn=limit.enter(value), capture_output=True, text=True,
+                errors="replace", timeout=_END_S, stdin=subprocess.DEVNULL, cwd=scratch, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            finding.require(False, f"{at}: no end")
+            continue
+        outcomes["answered" if done.returncode == 0 else "refused"] += 1
+        says = done.stderr.strip().splitlines() or [""]
+        is_clear = any(line.startswith("error: ") for line in says) and "unexpected" not in done.stderr
+        finding.require(
+            done.returncode == 0 or (is_clear and "Traceback" not in done.stderr and done.returncode != 130),
+            f"{at}: exit code {done.returncode}, {says[-1]}",
+        )
+    finding.facts.append(f"run short of {limit.kind}: {counted(outcomes)}")
+
+
+def asks_of_all_dialects() -> list[tuple[str, dict[str, Any]]]:
+    return [(PATHS[dialect], body_of(dialect, "say something", 8)) for dialect in DIALECTS]
+
+
+def said_in(answer: httpx.Response) -> Any:
+    """What the model said, without ids and times."""
+    body = answer.json()
+    return answer.status_code, body.get("choices") or body.get("content") or [
+        item.get("content") for item in body.get("output", ())
+    ]  # fmt: skip
+
+
+def run_short_of(finding: Finding, scratch: Path, model: Path, limit: Limit) -> None:
+    """Send a burst to a server that has little left of something, lift the limit, and ask again."""
+    statuses, asks = Counter[str](), asks_of_all_dialects()
+
+    def ask(url: str, number: int) -> None:
+        path, body = asks[number % len(asks)]
+        outcome = outcome_of(url + path, body)
+        statuses[outcome] += 1
+        finding.require(
+            outcome != "no answer" and "plain" not in outcome, f"short of {limit.kind}: {path}: {outcome}"
+        )
+
+    for spare in (0, 1, 3) if limit.kind != "MiB of addresses" else (0, 1, 8):
+        at = f"a server with {spare} spare {limit.kind}"
+        with served(model, scratch) as server:
+            lift = limit.impose(server.process.pid, spare)
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(ask, [server.url] * 32, range(32)))
+            lift()
+            found = [outcome_of(server.url + path, body) for path, body in asks]
+            finding.require(
+                set(found) == {"200 application/json"}, f"{at}: {found} after the limit was lifted"
+            )
+            ready = outcome_of(f"{server.url}/ready")
+            finding.require(ready.startswith("200"), f"{at}: /ready {ready} afterwards")
+            finding.require(server.process.poll() is None, f"{at}: it ended")
+    finding.facts.append(f"served short of {limit.kind}: {counted(statuses)}")
+
+
+def fail_allocations(finding: Finding, scratch: Path, model: Path, size: int) -> None:
+    allocations, outcomes = Allocations(scratch), Counter[str]()
+    asks, nth = asks_of_all_dialects(), dict.fromkeys(DIALECTS, 0)
+    expected: list[Any] = []
+    while finding.size < size:
+        with served(model, scratch, **allocations.environment) as server:
+            allocations.fail(0)
+            answers = [httpx.post(server.url + path, json=body, timeout=_END_S) for path, body in asks]
+            expected = expected or [said_in(one) for one in answers]
+            while finding.size < size:
+                which = finding.size % len(DIALECTS)
+                path, body = asks[which]
+                nth[DIALECTS[which]] += 1
+                at = f"{path}, allocation {nth[DIALECTS[which]]}"
+                finding.size += 1
+                allocations.fail(nth[DIALECTS[which]])
+                outcome = outcome_of(server.url + path, body)
+                if not allocations.has_failed:
+                    nth[DIALECTS[which]] = 0
+                    outcome = "not reached"
+                allocations.fail(0)
+                outcomes[outcome] += 1
+                finding.require(outcome != "no answer" and "text/plain" not in outcome, f"{at}: {outcome}")
+                try:
+                    again = said_in(httpx.post(server.url + path, json=body, timeout=_END_S))
+                    ready = httpx.get(f"{server.url}/ready", timeout=_END_S).status_code
+                except httpx.TransportError as error:
+                    server.process.wait(_END_S)
+                    is_library = _OUT_OF_MEMORY.search(server.log.read_text(errors="replace"))
+                    finding.require(
+                        is_library, f"{at}: then {type(error).__name__}, {server.process.returncode}"
+                    )
+                    outcomes["then a library aborted"] += 1
+                    break
+                finding.require(again == expected[which], f"{at}: then {again}")
+                finding.require(ready == 200, f"{at}: then /ready {ready}")
+    finding.facts.append(f"allocations: {counted(outcomes)}")
+
+
+def outcome_of(url: str, body: dict[str, Any] | None = None) -> str:
+    try:
+        answer = httpx.request("POST" if body else "GET", url, json=body, timeout=_END_S)
+    except httpx.TimeoutException:
+        return "no answer"
+    except httpx.TransportError:
+        return "connection closed"
+    return f"{answer.status_code} {answer.headers.get('content-type', '').partition(';')[0]}"
 
 
 # ── R22: access control ─────────────────────────────────────────────────────────────────────────────────────────────
