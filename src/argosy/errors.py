@@ -166,6 +166,18 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def as_exception(error: BaseException) -> Exception:
+    """Return a failure as an Exception, so that the handlers of failed requests see it.
+
+    A panic in a Rust library (tokenizers, llguidance) arrives as pyo3's PanicException, a bare BaseException.
+    """
+    if isinstance(error, Exception):
+        return error
+    failure = RuntimeError(f"{type(error).__name__} in a library")
+    failure.__cause__ = error
+    return failure
+
+
 @contextmanager
 def room_for(what: str, directory: Path, *, hint: str) -> Iterator[None]:
     """Turn an error that says `directory` is full into `DiskFull`: "no room for WHAT in DIRECTORY", and the hint.

@@ -266,8 +266,13 @@ def engine_answer(directory: Path, prompt: list[int]) -> list[int]:
         return engine.generate(prompt, SHORT).token_ids
 
 
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic of a Rust library: not an Exception."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, PanicException])
 def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_continues(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     reported: list[BaseException] = []
     with EngineLoop(engine, report=reported.append) as loop:
@@ -278,7 +283,7 @@ def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_cont
             nonlocal calls
             calls += 1
             if calls == 6:
-                raise RuntimeError("a word of the prompt")
+                raise kind("a word of the prompt")
             return forward(batch)
 
         monkeypatch.setattr(engine._model, "forward", fails_once)
@@ -288,7 +293,7 @@ def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_cont
         assert result.finish_reason == "error"
         assert isinstance(result.error, ArgosyError)
         assert "a word of the prompt" not in str(result.error)
-        assert [str(error) for error in reported] == ["a word of the prompt"]
+        assert [str(error.__cause__ or error) for error in reported] == ["a word of the prompt"]
         again = Heard()
         loop.submit(PROMPT, SHORT, again)
         assert again.result().token_ids == REFERENCE.greedy[:8]

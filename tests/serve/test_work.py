@@ -170,6 +170,17 @@ def test_an_exception_in_a_job_reaches_its_caller_and_the_thread_continues() -> 
     run(test)
 
 
+def test_a_panic_of_a_library_is_an_exception_for_its_caller() -> None:
+    def panic() -> None:
+        raise type("PanicException", (BaseException,), {})
+
+    async def test() -> None:
+        with pytest.raises(RuntimeError, match="PanicException in a library"):
+            await WorkQueue(num_threads=1).run("a", panic)
+
+    run(test)
+
+
 def test_a_failed_job_holds_no_reference_to_its_data() -> None:
     class Large:
         pass

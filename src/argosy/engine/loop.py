@@ -36,7 +36,7 @@ from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
-from argosy.errors import ArgosyError, Overloaded, Revoked
+from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception
 from argosy.model.clock import PARTS
 
 RATE_SECONDS = 10.0  # rates are means over this many seconds
@@ -307,9 +307,11 @@ class EngineLoop:
                 self._num_steps += 1
             self._engine.step()
             self._num_idle_failures = 0
-        except Exception as raised:
-            error = raised
-            self._endure(raised)
+        except SystemExit:
+            raise
+        except BaseException as raised:
+            error = as_exception(raised)
+            self._endure(error)
         self._deliver(error)
         self._gather_facts()
         return True

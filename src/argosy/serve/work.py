@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from argosy.errors import Overloaded
+from argosy.errors import Overloaded, as_exception
 from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
@@ -57,7 +57,7 @@ class _Job:
             result = self.call()
         except BaseException as error:
             _clear_frames(error)
-            self.future.set_exception(error)
+            self.future.set_exception(as_exception(error))
             return False
         self.future.set_result(result)
         return True
