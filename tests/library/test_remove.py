@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -197,3 +199,56 @@ def test_a_hostile_link_in_a_snapshot_deletes_nothing_elsewhere(hub: Path, tmp_p
     remove(plan_removal("a/b"))
     assert precious.read_text() == "keep"
     assert files_below(hub) == set()
+
+
+@pytest.mark.parametrize(
+    "place", [".locks/models--a--b", ".locks", "models--a--b/refs", "models--a--b/blobs", "models--a--b"]
+)
+def test_a_link_where_a_directory_belongs_is_refused_and_nothing_goes(
+    hub: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the directory behind the link has the same names as ours."""
+    add_to_hub(hub, "a/b", TINY)
+    (hub / ".locks" / "models--a--b").mkdir(parents=True)
+    (hub / ".locks" / "models--a--b" / "x.lock").touch()
+    documents = tmp_path / "documents"
+    shutil.move(hub / place, documents)
+    (documents / "novel.txt").write_text("chapter one")
+    (documents / "drafts").mkdir()
+    (documents / "drafts" / "old.txt").write_text("chapter zero")
+    (hub / place).symlink_to(documents)
+    before = {name: (documents / name).lstat() for name in files_below(documents)}
+    here = files_below(hub)
+    assert main(["rm", "a/b", "--yes"]) == 2
+    said = capsys.readouterr().err
+    assert "is a symbolic link, and none is followed" in said or "no model is named" in said
+    assert {name: (documents / name).lstat() for name in files_below(documents)} == before
+    assert files_below(hub) == here
+
+
+def test_a_link_that_is_planted_after_the_question_is_not_followed(hub: Path, tmp_path: Path) -> None:
+    add_to_hub(hub, "a/b", TINY)
+    removal = plan_removal("a/b")
+    documents = tmp_path / "documents"
+    shutil.move(hub / "models--a--b" / "refs", documents)
+    (hub / "models--a--b" / "refs").symlink_to(documents)
+    with pytest.raises(UsageError, match=r"refs cannot be deleted: it is a symbolic link"):
+        remove(removal)
+    assert files_below(documents) == {"main"}
+
+
+def test_a_lock_of_another_user_is_told_with_its_name(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_to_hub(hub, "a/b", TINY)
+    lock = hub / ".locks" / "models--a--b" / "x.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    real = os.open
+
+    def refuse(path: Any, *more: Any, **named: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UsageError, match=r"x\.lock cannot be read: Permission denied"):
+        plan_removal("a/b")

@@ -3,7 +3,8 @@
     name  ->  plan_removal  ->  Removal  ->  remove
 
 Only files of the model go. A file stays if another snapshot of the hub's cache, another model of the folder or another
-manifest of Ollama uses it.
+manifest of Ollama uses it. A link goes itself, and nothing behind it: a place with a link where a directory belongs is
+refused.
 
 Elsewhere: `cli/library.py` asks before files of another program are deleted.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from argosy.checkpoint.untrusted_file import quote
+from argosy.directory import Directory
 from argosy.errors import CheckpointError, UsageError
 from argosy.library import kept
 from argosy.library.names import find_exactly
@@ -62,8 +65,18 @@ def plan_removal(name: str) -> Removal:
     """List the files to delete for the model of that name.
 
     Raises:
-        UsageError: no model has that name, it is being fetched, or what it shares cannot be told.
+        UsageError: no model has that name, it is being fetched, what it shares cannot be told, or its place has a link
+            where a directory belongs.
     """
+    try:
+        return _plan(name)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename} cannot be read: {error.strerror}", hint=f"{name} is left as it was"
+        ) from error
+
+
+def _plan(name: str) -> Removal:
     found = find_models()
     model = find_exactly(name, found.models)
     pulled = kept.read().pulled
@@ -93,12 +106,12 @@ def remove(removal: Removal) -> None:
         UsageError: a file cannot be deleted; those before it are.
     """
     try:
-        for path in removal.files:
-            path.unlink(missing_ok=True)
-        for folder in sorted({parent for path in removal.files for parent in path.parents}, reverse=True):
-            if folder != removal.top and folder.is_relative_to(removal.top):
-                with suppress(OSError):
-                    folder.rmdir()
+        with suppress(FileNotFoundError), Directory(removal.top) as top:
+            names = [path.relative_to(removal.top) for path in removal.files]
+            for name in names:
+                top.remove(name)
+            for folder in sorted({parent for name in names for parent in name.parents[:-1]}, reverse=True):
+                top.remove_empty(folder)
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be deleted: {error.strerror}") from error
     with kept.changing() as known:
@@ -110,7 +123,10 @@ def remove(removal: Removal) -> None:
 
 def _removal(name: str, whose: str | None, files: Iterable[Path], top: Path, num_shared: int = 0) -> Removal:
     chosen = tuple(dict.fromkeys(files))
-    nbytes = sum(path.lstat().st_size for path in chosen if path.is_file() and not path.is_symlink())
+    nbytes = 0
+    with suppress(FileNotFoundError), Directory(top) as opened:
+        facts = [opened.stat(path.relative_to(top)) for path in chosen]
+        nbytes = sum(one.st_size for one in facts if one is not None and stat.S_ISREG(one.st_mode))
     return Removal(name=name, whose=whose, files=chosen, top=top, nbytes=nbytes, num_shared=num_shared)
 
 
@@ -126,7 +142,7 @@ def _of_hub(
     """Plan the removal of a model in the hub's cache, or of an unfinished pull if there is no model yet."""
     folder = root / repository_folder(repository)
     _require_idle(root, folder, name)
-    links = [path for path in _walk(folder / "snapshots") if path.is_symlink() or path.is_file()]
+    links = [path for path in _walk(root, folder / "snapshots") if path.is_symlink() or path.is_file()]
     going: set[Path] = set()
     refs: list[Path] = []  # to the snapshot that goes
     if model is not None:
@@ -134,7 +150,9 @@ def _of_hub(
         snapshot = snapshots / model.path.relative_to(snapshots).parts[0]
         others = [one for one in found.models if one.path != model.path and one.path.is_relative_to(snapshot)]
         going = set(model.files) if others else {link for link in links if link.is_relative_to(snapshot)}
-        refs = [] if others else [ref for ref in _walk(folder / "refs") if read_ref(ref) == snapshot.name]
+        refs = (
+            [] if others else [ref for ref in _walk(root, folder / "refs") if read_ref(ref) == snapshot.name]
+        )
     used = {_blob(link) for link in links if link not in going}
     for other, one in kept.read().pulled.items():
         if other != name and one.repository == repository:  # half fetched, it has no links yet
@@ -148,8 +166,8 @@ def _of_hub(
         *(blob for blob in blobs - used if os.path.lexists(blob) and blob.parent == folder / "blobs"),
     ]
     if model is not None and going >= set(links):  # no snapshot stays, so references and leftovers go, too
-        gone += [path for path in _walk(folder) if path not in used]
-        gone += _walk(root / ".locks" / folder.name)
+        gone += [path for path in _walk(root, folder) if path not in used]
+        gone += _walk(root, root / ".locks" / folder.name)
     whose = None if pulled is not None else _WHOSE["hub"]
     return _removal(name, whose, gone, root, sum(os.path.lexists(blob) for blob in blobs & used))
 
@@ -166,9 +184,9 @@ def _blob(link: Path) -> Path:
 
 
 def _require_idle(root: Path, folder: Path, name: str) -> None:
-    for path in _walk(root / ".locks" / folder.name):
-        with suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    for path in _walk(root, root / ".locks" / folder.name):
+        with suppress(FileNotFoundError), Directory(root) as top:
+            lock = top.open(path.relative_to(root), os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -180,7 +198,7 @@ def _require_idle(root: Path, folder: Path, name: str) -> None:
 def _of_lm_studio(model: Model, found: Found) -> Removal:
     folder = model.path if model.path.is_dir() else model.path.parent
     others = [one for one in found.models if one.name != model.name and folder in (one.path, one.path.parent)]
-    files = list(model.files) if others else _walk(folder)
+    files = list(model.files) if others else _walk(model.root, folder)
     return _removal(model.name, _WHOSE["LM Studio"], files, model.root, len(others))
 
 
@@ -204,8 +222,12 @@ def _of_ollama(model: Model, found: Found) -> Removal:
     return _removal(model.name, _WHOSE["Ollama"], files, model.root, len(mine & used))
 
 
-def _walk(directory: Path) -> list[Path]:
-    """Everything below a directory that is no directory. Links are not followed."""
-    return [Path(folder) / name for folder, folders, names in os.walk(directory) for name in (*names, *(
-        name for name in folders if (Path(folder) / name).is_symlink()
-    ))]  # fmt: skip
+def _walk(root: Path, directory: Path) -> list[Path]:
+    """Everything below a directory that is no directory.
+
+    Raises:
+        OSError: the directory, or one between it and the root, is a link.
+    """
+    with suppress(FileNotFoundError), Directory(root) as top:
+        return [root / name for name in top.files(directory.relative_to(root))]
+    return []
