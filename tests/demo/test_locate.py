@@ -166,21 +166,39 @@ def test_leftovers_of_a_finished_pack_are_removed(builds: list[Path]) -> None:
 def test_leftovers_of_any_version_are_removed_unless_in_use(builds: list[Path]) -> None:
     cache = cache_directory()
     for name in (
-        ".demo-0-1.abcdefgh.partial",
-        ".demo-0-1.ijklmnop.partial",
-        "demo-0-1",
-        "demo-0-1-q8.partial",
+        ".demo-0123456789ab-1.abcdefgh.partial",
+        ".demo-0123456789ab-1.ijklmnop.partial",
+        "demo-0123456789ab-1",
+        "demo-0123456789ab-1-q8.partial",
     ):
         (cache / name).mkdir(parents=True)
         (cache / name / "file").write_bytes(b"")
-    (cache / "demo-0-1-q8").mkdir()
-    held = os.open(cache / ".demo-0-1.ijklmnop.partial", os.O_RDONLY)
+    (cache / "demo-0123456789ab-1-q8").mkdir()
+    held = os.open(cache / ".demo-0123456789ab-1.ijklmnop.partial", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
         packed = locate.locate()
     finally:
         os.close(held)
-    assert names(cache) == {".demo-0-1.ijklmnop.partial", "demo-0-1-q8", packed.name}
+    assert names(cache) == {".demo-0123456789ab-1.ijklmnop.partial", "demo-0123456789ab-1-q8", packed.name}
+
+
+def test_directories_of_the_user_stay_whatever_they_are_called(builds: list[Path]) -> None:
+    cache = cache_directory()
+    theirs = (
+        "demo-videos",
+        "demo-0123456789ab",
+        "demo-0123456789ab-1-old",
+        "demo-1",
+        ".demo-reel.partial",
+        ".demo-0123456789ab-1.partial",
+    )
+    for name in theirs:
+        (cache / name).mkdir(parents=True)
+        (cache / name / "holiday.mp4").write_bytes(b"keep")
+    packed = locate.locate()
+    assert names(cache) == {*theirs, packed.name}
+    assert all((cache / name / "holiday.mp4").read_bytes() == b"keep" for name in theirs)
 
 
 def test_a_read_only_cache_serves_its_pack(builds: list[Path]) -> None:

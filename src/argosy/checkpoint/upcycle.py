@@ -15,12 +15,12 @@ Elsewhere: `dense.py` reads the dense model; `recipes/demo_model/` trains the ex
 from __future__ import annotations
 
 import fcntl
-import glob
 import itertools
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ import numpy.typing as npt
 from argosy.checkpoint.dense import DenseModel, Float32, open_dense
 from argosy.checkpoint.gguf_tokenizer import tokenizer_files
 from argosy.checkpoint.safetensors_write import Bytes, TensorToWrite, encode, write_safetensors
-from argosy.directory import sync
+from argosy.directory import Directory, sync
 from argosy.errors import CheckpointError, UsageError
 
 Progress = Callable[[str, float], None]
@@ -218,54 +218,47 @@ def new_directory(destination: Path) -> Iterator[Path]:
     Raises:
         UsageError: `destination` exists.
     """
-    if destination.exists():
+    if os.path.lexists(destination):
         raise UsageError(
             f"{destination} already exists and is not overwritten",
             hint="choose a new directory, or remove that one",
         )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(destination.parent, f".{glob.escape(destination.name)}.????????{_SCRATCH_SUFFIX}")
-    scratch, lock = _locked_scratch(destination)
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp made it private
-        for path in (*scratch.iterdir(), scratch):  # everything is on the drive before it gets its name
-            sync(path)
-        os.rename(scratch, destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
-
-
-def remove_abandoned(parent: Path, pattern: str) -> None:
-    """Remove the scratch directories in `parent` that match `pattern` and that no process has locked."""
-    for path in parent.glob(pattern):
-        with suppress(OSError):
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _locked_scratch(destination: Path) -> tuple[Path, int]:
-    """A new private directory, and the descriptor that holds its lock."""
-    while True:
-        scratch = Path(
-            tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=_SCRATCH_SUFFIX, dir=destination.parent)
-        )
-        lock = -1
-        with suppress(FileNotFoundError):
-            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            # On a file system without locks, `remove_abandoned` removes nothing either.
+    with Directory(destination.parent, make=True) as parent:
+        own = re.compile(rf"\.{re.escape(destination.name)}\.[a-z0-9_]{{8}}{re.escape(_SCRATCH_SUFFIX)}")
+        remove_abandoned(parent, own)
+        scratch = _locked_scratch(parent, destination.name)
+        try:
+            yield scratch.path
+            os.fchmod(scratch.descriptor, 0o755)  # it was made private
+            for path in scratch.path.iterdir():  # everything is on the drive before it gets its name
+                sync(path)
+            scratch.sync()
+            parent.move(scratch.path.name, destination.name)
+        finally:
             with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if scratch.exists():
-                return scratch, lock
-        # Another process found the directory before it was locked, and removed it as abandoned.
-        if lock >= 0:
-            os.close(lock)
+                parent.remove_tree(scratch.path.name)
+            scratch.close()
+
+
+def remove_abandoned(parent: Directory, names: re.Pattern[str]) -> None:
+    """Remove the scratch directories of these names that no process has locked."""
+    for name in filter(names.fullmatch, parent.names()):
+        with suppress(OSError), parent.directory(name) as scratch:
+            fcntl.flock(scratch.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            parent.remove_tree(name)
+
+
+def _locked_scratch(parent: Directory, name: str) -> Directory:
+    """A new private directory, locked as long as it is open."""
+    while True:
+        own = f".{name}.{secrets.token_hex(4)}{_SCRATCH_SUFFIX}"
+        scratch = parent.directory(own, make=True, mode=0o700)
+        # On a file system without locks, `remove_abandoned` removes nothing either.
+        with suppress(OSError):
+            fcntl.flock(scratch.descriptor, fcntl.LOCK_EX)
+        if parent.stat(own) is not None:
+            return scratch
+        scratch.close()  # another process found it before it was locked, and removed it as abandoned
 
 
 def _tensors(

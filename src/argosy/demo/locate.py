@@ -6,7 +6,6 @@ base wheel (pip)  +  Whisper tiny.en (pip)  +  experts of argosy-demo  ->  check
 from __future__ import annotations
 
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +17,9 @@ from argosy.user_directories import cache_directory
 _LOCK, _VERSION = "demo.lock", "demo.version"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")
+# Exactly our own names: the directory may also hold demo-videos of its user.
+_UNFINISHED = re.compile(r"demo-[0-9a-f]{12}-\d+(-q8\.partial)?")
+_SCRATCH = re.compile(r"\.demo-[0-9a-f]{12}-\d+\.[a-z0-9_]{8}\.partial")
 
 
 def locate(*, progress: Progress | None = None) -> Path:
@@ -37,8 +39,8 @@ def locate(*, progress: Progress | None = None) -> Path:
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
     if merged.exists():  # the process that made the pack ended before it removed its source
-        with suppress(OSError), locked(cache, _LOCK):
-            shutil.rmtree(merged, ignore_errors=True)
+        with suppress(OSError), locked(cache, _LOCK), Directory(cache) as directory:
+            directory.remove_tree(merged.name)
     return packed
 
 
@@ -52,16 +54,17 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
     from argosy.model.encoders.reading import find_encoders, tensor_names
     from argosy.model.families import open_model
 
-    remove_abandoned(merged.parent, f".demo-*{PARTIAL_SUFFIX}")
-    unfinished = {merged, packed.with_name(packed.name + PARTIAL_SUFFIX)}
-    for path in set(merged.parent.glob("demo-*")) - unfinished:
-        if not path.name.endswith(_PACKED_SUFFIX):  # unfinished work of another version
-            shutil.rmtree(path, ignore_errors=True)
-    if merged.exists():
-        try:
-            open_model(merged)
-        except CheckpointError:
-            shutil.rmtree(merged)
+    with Directory(merged.parent) as cache:
+        remove_abandoned(cache, _SCRATCH)
+        for name in set(cache.names()) - {merged.name, packed.name + PARTIAL_SUFFIX}:
+            if _UNFINISHED.fullmatch(name):  # work of another version
+                with suppress(OSError):
+                    cache.remove_tree(name)
+        if merged.exists():
+            try:
+                open_model(merged)
+            except CheckpointError:
+                cache.remove_tree(merged.name)
     if not merged.exists():
         build_demo(merged, progress=progress)
     files = open_model(merged)
