@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argosy.guard.guard_models import GUARD_FORMS
+from argosy.guard.guard_models import GUARD_FORMS, Question
 from argosy.guard.verdict import CheckFailed
 
 
@@ -43,6 +43,10 @@ def test_an_answer_in_no_known_form_is_a_failure_and_no_pass(form: str, answer: 
 def test_questions_are_conversations_that_end_with_what_is_judged() -> None:
     for name, form in GUARD_FORMS.items():
         for role in ("user", "assistant"):
-            messages = form.messages(role, "the text {x}", "the {policy}")  # type: ignore[arg-type]
+            question = Question(role, "the text {x}", "what {was} asked")  # type: ignore[arg-type]
+            messages = form.messages(question, "the {policy}")
             assert messages[-1]["content"] == "the text {x}"
             assert ("the {policy}" in messages[0]["content"]) == form.takes_policy, name
+            if not form.takes_policy and role == "assistant":
+                assert [message["role"] for message in messages] == ["user", "assistant"]
+                assert messages[0]["content"] == "what {was} asked"

@@ -64,6 +64,8 @@ SCRIPTS: dict[str, Script] = {
     "#unsafe": "unsafe\nS1",
     "#safe": "safe",
     "#odd": "I am not sure.",
+    "#kind": "Water it every day. #safe",
+    "#harm": "Do it like this. #unsafe",
 }
 
 WEATHER: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -16,12 +17,16 @@ import httpx
 import openai
 import pytest
 
+from argosy.config import SamplingParams
 from argosy.errors import UsageError
-from argosy.guard.keys import KeyRing
+from argosy.guard.guard_models import Question
+from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.policy import HttpCheck
+from argosy.guard.verdict import Blocked, CheckFailed, Verdict
 from argosy.serve import check_over_http
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
+from argosy.serve.core import Service, TextRequest
+from argosy.serve.gate import Caller
 from argosy.serve.screening import Guarding
 from tests.serve.conftest import start
 from tests.serve.dialects import TOOLS
@@ -419,6 +424,146 @@ def test_a_model_of_the_server_judges_requests_and_answers(ask: Ask) -> None:
     refused = ask("judged", path, body_of(path, "#unsafe"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_filter")
     assert ask("judged", path, body_of(path, "#odd")).status_code == 503  # it answers in no known form
+
+
+def test_a_model_is_asked_about_an_answer_after_the_turn_that_it_answers(
+    ask: Ask, speaking_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, path = prompts_seen(speaking_service, monkeypatch), "/v1/chat/completions"
+    for asked, said, end in (("#kind", "Water it every day. #safe", "stop"), ("#harm", "", "content_filter")):
+        seen.clear()
+        assert said_and_end(path, ask("judged-answers", path, body_of(path, asked)).json()) == (said, end)
+        question = seen[1]
+        assert f"user\n{asked}<|im_end|>" in question
+        assert "safe<|im_end|>" in question  # the answer's turn is over
+        assert question.rstrip().endswith("<|im_start|>assistant")
+
+
+def judged_by(path: Path, verdict: Callable[[HttpCheck, Question], Verdict]) -> Guarding:
+    """A server whose one check of the input answers what `verdict` returns or raises."""
+    path.write_text(
+        'default = "a"\n[policies.a]\ninput = ["x"]\n[checks.x]\non-failure = "pass"\n'
+        'url = "http://127.0.0.1:1/lax"\n'
+    )
+    guarding = Guarding(path)
+
+    async def answered(check: Any, question: Question, *_: Any) -> Verdict:
+        return verdict(check, question)
+
+    guarding.verdict = answered  # type: ignore[method-assign]
+    return guarding
+
+
+def require_allowed(guarding: Guarding, *texts: str) -> None:
+    screening = guarding.screening(None, None, [])
+    assert screening is not None
+    asyncio.run(screening.require_allowed(texts))
+
+
+def test_a_check_that_failed_is_asked_again_about_the_same_text(tmp_path: Path) -> None:
+    fails = True
+
+    def verdict(_: HttpCheck, question: Question) -> Verdict:
+        if fails:
+            raise CheckFailed("down")
+        return Verdict("bad" in question.text)
+
+    guarding = judged_by(tmp_path / "policy.toml", verdict)
+    require_allowed(guarding, "a bad text")  # the policy lets it pass while the check is down
+    fails = False
+    with pytest.raises(Blocked):
+        require_allowed(guarding, "a bad text")
+
+
+def test_a_text_that_passed_in_a_conversation_is_judged_again_in_another(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def verdict(_: HttpCheck, question: Question) -> Verdict:
+        asked.append(question.text)
+        return Verdict("bad" in question.text and "in a novel" not in question.text)
+
+    guarding = judged_by(tmp_path / "policy.toml", verdict)
+    require_allowed(guarding, "in a novel", "a bad text")
+    require_allowed(guarding, "in a novel", "a bad text", "go on")
+    assert asked[-1] == "go on"
+    for alone in (("a bad text",), ("go on", "a bad text")):
+        with pytest.raises(Blocked):
+            require_allowed(guarding, *alone)
+    require_allowed(guarding, "in a novel")
+    assert asked[-1] == "in a novel"  # what passed was longer
+
+
+def test_a_text_that_passed_before_a_reload_is_judged_by_the_new_policy(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+
+    def verdict(check: HttpCheck, _: Question) -> Verdict:
+        if check.url.endswith("lax"):  # while it judges, the operator makes it strict
+            path.write_text(path.read_text().replace("lax", "strict"))
+            guarding.reload()
+        return Verdict(check.url.endswith("strict"))
+
+    guarding = judged_by(path, verdict)
+    require_allowed(guarding, "a bad text")
+    with pytest.raises(Blocked):
+        require_allowed(guarding, "a bad text")
+
+
+def test_a_question_whose_time_is_over_leaves_no_answer_running(
+    speaking_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read, has_begun, cancelled = threading.Event(), threading.Event(), list[Any]()
+    submitted = prompts_seen(speaking_service, monkeypatch)
+    cancel = speaking_service.loop.cancel
+
+    def cancelling(request: Any) -> None:
+        cancelled.append(request)
+        cancel(request)
+
+    def read() -> TextRequest:
+        has_begun.set()
+        may_read.wait(30)
+        return TextRequest(prompt="#long", params=SamplingParams(max_tokens=400))
+
+    async def ask() -> None:
+        opening = asyncio.ensure_future(speaking_service.open([read], Caller()))
+        await asyncio.to_thread(has_begun.wait, 30)
+        opening.cancel()
+        await asyncio.wait([opening])
+        may_read.set()
+        while not submitted:
+            await asyncio.sleep(0.01)
+        until = time.monotonic() + 10
+        while not cancelled and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(speaking_service.loop, "cancel", cancelling)
+    asyncio.run(ask())
+    assert len(cancelled) == 1
+
+
+def test_moderations_cut_long_texts_and_count_the_tokens_of_a_model(
+    tmp_path: Path, speaking_service: Service, policy_file: Path, moderator: Moderator
+) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    secret = keys.add("a", scopes=("infer",), tokens_per_day=10)[1]
+    app = make_app(
+        speaking_service, KeyRing(keys), block_tokens=16, max_sequences=8, guarding=Guarding(policy_file)
+    )
+    moderator.mode = "works"
+    moderator.texts.clear()
+    for url in start(app):
+        with httpx.Client(base_url=url, timeout=60, headers={"authorization": f"Bearer {secret}"}) as client:
+
+            def moderate(policy: str, text: str) -> httpx.Response:
+                return client.post(
+                    "/v1/moderations", json={"input": text}, headers={"x-argosy-policy": policy}
+                )
+
+            long = "fine " * 9000 + "a blue moon"
+            assert moderate("asked-in", long).json()["results"][0]["flagged"]
+            assert max(map(len, moderator.texts)) < len(long) / 2
+            assert moderate("judged", "#safe").json()["results"][0]["flagged"] is False
+            assert moderate("judged", "#safe").status_code == 429
 
 
 def test_log_probabilities_are_refused_where_they_would_show_what_is_held_back(ask: Ask) -> None:

@@ -1,6 +1,6 @@
 """How models that judge texts are asked, and how their answers are read: one form for each family.
 
-    messages, a policy  ─ a form by name ─>  messages for the model's own chat template  ->  its answer  ->  Verdict
+    a question, a policy  ─ a form by name ─>  messages for the model's own chat template  ->  its answer  ->  Verdict
 
 The operator names the form, because a model's files do not. An answer in no known form is a failure, never a pass.
 The models find what they were trained to find: published recall is far from 1 (docs/guides/responsible-use.md).
@@ -23,25 +23,38 @@ Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """A text to judge.
+
+    role: who says it.   asked: what an assistant's text is the answer to.
+    """
+
+    role: Role
+    text: str
+    asked: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GuardForm:
     """One way of asking.
 
-    messages: makes the conversation that the model is given, from the role of who says a text, the text, and a policy.
+    messages: makes the conversation that the model is given, from a question and a policy. The model's answer is a turn
+        of its own, also if the last message is an assistant's.
     read: reads the model's answer. Raises CheckFailed.
     max_tokens: the longest answer.
     takes_policy: the operator's own policy, in words, is part of the question.
     """
 
-    messages: Callable[[Role, str, str], Sequence[Message]]
+    messages: Callable[[Question, str], Sequence[Message]]
     read: Callable[[str], Verdict]
     max_tokens: int
     takes_policy: bool = False
 
 
-def _as_said(role: Role, text: str, policy: str) -> Sequence[Message]:
+def _as_said(question: Question, policy: str) -> Sequence[Message]:
     """The chat templates of these models write the question themselves, about the last turn."""
-    said = {"role": role, "content": text}
-    return [said] if role == "user" else [{"role": "user", "content": ""}, said]
+    said = {"role": question.role, "content": question.text}
+    return [said] if question.role == "user" else [{"role": "user", "content": question.asked}, said]
 
 
 # MLCommons' taxonomy, as the model cards of Llama-Guard 3 and 4 list it.
@@ -92,11 +105,11 @@ _OWN_POLICY = (
 )
 
 
-def _by_policy(role: Role, text: str, policy: str) -> Sequence[Message]:
+def _by_policy(question: Question, policy: str) -> Sequence[Message]:
     """gpt-oss-safeguard reads the policy as its instructions and the content as the user's message (OpenAI's guide)."""
     return [
         {"role": "system", "content": _OWN_POLICY.format(policy=policy)},
-        {"role": "user", "content": text},
+        {"role": "user", "content": question.text},
     ]
 
 

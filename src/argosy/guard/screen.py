@@ -31,10 +31,14 @@ _TEXTS = ("content", "reasoning_content", "reasoning", "name")  # fields of a me
 
 
 class RequestScreen:
-    """The texts of one request. One thread at a time may use it."""
+    """The texts of one request. One thread at a time may use it.
+
+    asked: the user's last words, as the model gets them.
+    """
 
     def __init__(self, policy: ContentPolicy, note: Note) -> None:
         self.policy = policy
+        self.asked = ""
         self._note = note
         self._placeholders = None
         if policy.finder is not None and policy.pii_input != "off":
@@ -79,6 +83,7 @@ class RequestScreen:
         # Tools first: they come first in a prompt, and their placeholders must not change with the next turn.
         made_tools = [_described(tool, check) for tool in tools]
         made = [_rewritten(message, check) for message in messages]
+        self.asked = next((_said(message) for message in reversed(made) if message.get("role") == "user"), "")
         self._note_values(is_counted=counts)
         return made, made_tools, checked
 
@@ -86,7 +91,7 @@ class RequestScreen:
         """Check a text; return what the model gets. Raises what `conversation` raises."""
         if self._placeholders is not None:
             self._placeholders.reserve([text])
-        made = self._checked(text)
+        self.asked = made = self._checked(text)
         self._note_values(is_counted=counts)
         return made
 
@@ -329,6 +334,15 @@ def _rewritten(message: Mapping[str, Any], write: Callable[[str], str]) -> Mappi
     if isinstance(calls := message.get("tool_calls"), list):
         made["tool_calls"] = [_call(call, write) for call in calls]
     return made
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return str(content or "")
+    texts = (part.get("text") for part in content if isinstance(part, dict))
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _part(part: Any, write: Callable[[str], str]) -> Any:

@@ -122,6 +122,7 @@ class PromptBuilder:
         variables: Variables | None = None,
         tenant: str | None = None,
         add_generation_prompt: bool = True,
+        continues: bool = True,
         is_counted: bool = False,
         replace_damaged: ReplaceDamaged | None = None,
     ) -> Prompt:
@@ -136,6 +137,7 @@ class PromptBuilder:
             variables: variables that the chat template reads, such as `enable_thinking`.
             tenant: owner of the conversation; answers remembered for it keep their tokens.
             add_generation_prompt: open the assistant's turn for an answer.
+            continues: the answer continues a last message of the assistant; otherwise it is a turn of its own.
             is_counted: the tokens are only counted, so there may be more of them than fit the context.
             replace_damaged: returns the text that replaces a picture or sound that cannot be decoded, or None if it
                 must be refused; without this function it is refused.
@@ -164,7 +166,14 @@ class PromptBuilder:
             messages = [item for item in items if isinstance(item, Mapping)]
             if items and len(messages) == len(items):
                 prompt = self._conversation(
-                    messages, tools, variables, tenant, add_generation_prompt, max_tokens, replace_damaged
+                    messages,
+                    tools,
+                    variables,
+                    tenant,
+                    add_generation_prompt,
+                    continues,
+                    max_tokens,
+                    replace_damaged,
                 )
                 return self._checked(prompt)
             ids = [
@@ -460,6 +469,7 @@ class PromptBuilder:
         variables: Variables | None,
         tenant: str | None,
         add_generation_prompt: bool,
+        continues: bool,
         max_tokens: int | None,
         replace_damaged: ReplaceDamaged | None,
     ) -> Prompt:
@@ -473,7 +483,7 @@ class PromptBuilder:
                 "this model has no chat template, so it cannot take a list of messages",
                 hint="give it text to continue: Prompt.raw(text), or `argosy run --raw`",
             )
-        turns = check_messages(messages, add_generation_prompt=add_generation_prompt)
+        turns = check_messages(messages, add_generation_prompt=add_generation_prompt and continues)
         _require_renderable(turns)
         media: list[_Placed] = []
         transcribed = TranscribedSounds(PROMPT_LIMITS)
@@ -482,7 +492,7 @@ class PromptBuilder:
         )
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
-        is_continued = add_generation_prompt and turns[-1].role == "assistant"
+        is_continued = add_generation_prompt and continues and turns[-1].role == "assistant"
         opens_turn = add_generation_prompt and not is_continued
         if replay is None or tenant is None:
             segments = self._segments(turns, checked, {}, variables, opens_turn, is_continued)

@@ -1,9 +1,10 @@
 """Ask a model of this server whether a text is allowed.
 
-    role, text  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
+    Question  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
 
-The question runs like any request of the same key, so nothing is shared between tenants; its tokens count for nobody.
-It is loaded if it is not in memory, like any model of the server.
+The question runs like any request of the same key, so nothing is shared between tenants. Its tokens count for nobody,
+unless the key asks for the verdict itself (`openai_moderations.py`). The model is loaded if it is not in memory, like
+any model of the server.
 
 Elsewhere: `screening.py` calls this, within the time of the check.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from contextlib import ExitStack, aclosing
 
 from argosy.config import SamplingParams
-from argosy.guard.guard_models import GUARD_FORMS
+from argosy.guard.guard_models import GUARD_FORMS, Question
 from argosy.guard.keys import Key
 from argosy.guard.policy import ModelCheck
 from argosy.guard.verdict import Verdict
@@ -21,6 +22,7 @@ from argosy.prompt.formats.events import TextDelta
 from argosy.serve.core import ChatRequest, Said
 from argosy.serve.gate import Caller
 from argosy.serve.models import Models
+from argosy.serve.screening import CountTokens
 
 
 class ModelJudge:
@@ -29,8 +31,13 @@ class ModelJudge:
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    async def __call__(self, check: ModelCheck, role: str, text: str, key: Key | None) -> Verdict:
+    async def __call__(
+        self, check: ModelCheck, question: Question, key: Key | None, count: CountTokens | None
+    ) -> Verdict:
         """The verdict of a model on a text.
+
+        Args:
+            count: counts the tokens of the question and its answer for the key; None: they count for nobody.
 
         Raises:
             CheckFailed: the answer has no known form.
@@ -38,8 +45,9 @@ class ModelJudge:
         """
         form = GUARD_FORMS[check.form]
         request = ChatRequest(
-            messages=form.messages("assistant" if role == "assistant" else "user", text, check.policy),
+            messages=form.messages(question, check.policy),
             params=SamplingParams(max_tokens=form.max_tokens, temperature=0.0),
+            continues=False,
         )
         with ExitStack() as until:
             service = await self._models.use(check.model, until)
@@ -52,4 +60,6 @@ class ModelJudge:
                             said += [event.text for event in step.events if isinstance(event, TextDelta)]
             finally:
                 answers.cancel()
+                if count is not None:
+                    count(check.model, answers.num_prompt_tokens, answers.num_new_tokens)
         return form.read("".join(said))

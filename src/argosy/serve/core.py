@@ -151,6 +151,7 @@ class ChatRequest:
     effort_field: name of the field that asks for the effort.
     thinks: whether the model thinks at all; None leaves that to `effort`.
     thinks_fields: names of the fields that switch thinking.
+    continues: whether the answer continues a last message of the assistant; otherwise it is a turn of its own.
     replaced: notes in the messages that replace blocks that the model cannot read.
     ignored: names of fields that were given and have no effect, whatever the model.
     """
@@ -165,6 +166,7 @@ class ChatRequest:
     effort_field: str = "reasoning_effort"
     thinks: bool | None = None
     thinks_fields: Sequence[str] = ()
+    continues: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
     replaced: Replaced = field(default_factory=Replaced)
@@ -511,8 +513,8 @@ class Service:
 
     def _build(self, request: ChatRequest, use: ToolUse, tenant: str, *, is_counted: bool = False) -> Prompt:
         return self.prompts.build(
-            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant, is_counted=is_counted,
-            replace_damaged=request.replaced.replace_damaged,
+            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant,
+            continues=request.continues, is_counted=is_counted, replace_damaged=request.replaced.replace_damaged,
         )  # fmt: skip
 
     def _prepared(
@@ -640,6 +642,7 @@ class Answers:
         self._some = asyncio.Event()
         self._is_woken = False  # the event loop will look, so it needs no second signal
         self._is_behind = False
+        self._is_left = False  # what is still queued for it ends at once
         self._screened: list[ScreenedAnswer] = []  # all answers, if there is a policy
 
     def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
@@ -688,6 +691,8 @@ class Answers:
         )
         self._requests.append(request)
         self._num_open += num_answers
+        if self._is_left:  # while a thread was queueing this prompt
+            self._service.loop.cancel(request)
         num_tokens = len(prompt.token_ids or ())
         self.num_prompt_tokens += num_tokens
         self._caller.count(prompt=num_tokens)
@@ -702,7 +707,8 @@ class Answers:
         return cast(PromptTokens, {"cached_tokens": self.num_cached_tokens, **media_tokens(self.prompts)})
 
     def cancel(self) -> None:
-        """End the answers that have not ended."""
+        """End the answers that have not ended, and those that a thread is still queueing."""
+        self._is_left = True
         for request in self._requests if self._num_open else ():
             self._service.loop.cancel(request)
 

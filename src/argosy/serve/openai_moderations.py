@@ -1,8 +1,8 @@
 """OpenAI's moderation endpoint: POST /v1/moderations, answered by the checks of the key's policy.
 
-The checks are those that the policy applies to what a client sends. Their categories are OpenAI's where they fit; a
-check with categories of its own adds them. A category that no check knows is not flagged, and its score is 0: that says
-nothing about the text.
+The checks are those that the policy applies to what a client sends; tokens of a model count for its key. Their
+categories are OpenAI's where they fit; a check with categories of its own adds them. A category that no check knows is
+not flagged, and its score is 0: that says nothing about the text.
 
 Elsewhere: checks run in `screening.py`; docs/guides/responsible-use.md says what they find.
 """
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from argosy.guard.verdict import CATEGORIES, Verdict
 from argosy.serve.fields import Closed, Strict, Text, few
 from argosy.serve.gate import Caller, Refused
-from argosy.serve.screening import Screening
+from argosy.serve.screening import CountTokens, Screening
 from argosy.serve.streams import until_gone
 
 _MOST_INPUTS = 256
@@ -87,13 +87,20 @@ async def moderations(body: ModerationBody, request: Request) -> Moderated:
             param="model",
             code="model_not_found",
         )
-    judging = _verdicts(screening, body.texts, name)
+
+    def count(model: str, num_prompt: int, num_new: int) -> None:
+        caller.answered_by(model)
+        caller.count(prompt=num_prompt, new=num_new)
+
+    judging = _verdicts(screening, body.texts, name, count)
     results = [_judged(verdict) for verdict in await until_gone(request.receive, judging, lambda: None)]
     return {"id": "modr-" + secrets.token_hex(12), "model": name or "+".join(names), "results": results}
 
 
-async def _verdicts(screening: Screening, texts: Sequence[str], name: str | None) -> list[Verdict]:
-    return [await screening.moderate(text, name) for text in texts]
+async def _verdicts(
+    screening: Screening, texts: Sequence[str], name: str | None, count: CountTokens
+) -> list[Verdict]:
+    return [await screening.moderate(text, name, count) for text in texts]
 
 
 def _judged(verdict: Verdict) -> Judged:

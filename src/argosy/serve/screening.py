@@ -4,8 +4,9 @@
     gate: policy of the key  ->  core: the prompt  ─ patterns, lists ─ asked checks ─>  engine
     core: steps  ─ as many as have arrived together ─>  patterns and lists, in a thread; asked checks  ->  dialect
 
-A check that asks another server or a model is asked once about the same text: a conversation is sent again with every
-turn. Only keyed digests of such texts are kept. A check that fails counts as the policy says.
+A check that asks another server or a model is asked only about what is new in a conversation, which is sent again with
+every turn. Only keyed digests of conversations that passed are kept: a text passed where it stood, and nowhere else. A
+check that fails counts as the policy says, and nothing is kept of it.
 
 Elsewhere: what a policy does to a text is the room `guard`; asking is `check_over_http.py` and `check_by_model.py`.
 """
@@ -21,6 +22,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -28,6 +30,7 @@ from typing import NamedTuple, TypeVar
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from argosy.errors import ArgosyError, Overloaded, UsageError
+from argosy.guard.guard_models import Question
 from argosy.guard.keys import Key
 from argosy.guard.policy import ContentPolicy, HttpCheck, ListCheck, ModelCheck, Policies, read_policies
 from argosy.guard.screen import Note, RequestScreen, Side, TextScreen
@@ -47,17 +50,20 @@ from argosy.serve.work import WorkQueue
 
 log = logging.getLogger("argosy.serve")
 
-_MOST_PASSED = 8192  # texts that a check let pass
+_MOST_PASSED = 8192  # conversations that a check let pass
 _ASKED_AT_ONCE = 8
 _MOST_WAITING = 4096  # texts of one key: each of its answers waits for one at most
 _PIECE = 20_000  # characters of one question about a text
 _PIECE_OVERLAP = 500
+_ASKED = 4000  # characters of the user's turn that a question about an answer shows
 _RETRY_S = 5
 _SAID_EVERY_S = 60.0  # how often to log that a check fails
 
 T = TypeVar("T")
-AskModel = Callable[[ModelCheck, str, str, Key | None], Awaitable[Verdict]]
-"""Asks a model about (role, text) for a key. Raises CheckFailed or ArgosyError."""
+CountTokens = Callable[[str, int, int], None]
+"""Counts tokens: (model, of the question, of its answer)."""
+AskModel = Callable[[ModelCheck, Question, Key | None, CountTokens | None], Awaitable[Verdict]]
+"""Asks a model for a key. Raises CheckFailed or ArgosyError."""
 
 
 class InForce(NamedTuple):
@@ -174,38 +180,50 @@ class Guarding:
         """Run a check that only computes."""
         return await self._computing.run(tenant, call)
 
-    async def verdict(self, check: HttpCheck | ModelCheck, role: str, text: str, key: Key | None) -> Verdict:
+    async def verdict(
+        self,
+        check: HttpCheck | ModelCheck,
+        question: Question,
+        key: Key | None,
+        count: CountTokens | None = None,
+    ) -> Verdict:
         """Ask about a text. Raises CheckFailed."""
         tenant = "" if key is None else key.id
         try:
             async with asyncio.timeout(check.timeout_s):
                 if isinstance(check, HttpCheck):
-                    return await self._asking.run(tenant, check_over_http.judge, check, text)
+                    return await self._asking.run(tenant, check_over_http.judge, check, question.text)
                 if self.ask_model is None:
                     raise CheckFailed("there is no such model")
-                return await self.ask_model(check, role, text, key)
+                return await self.ask_model(check, question, key, count)
         except TimeoutError:
             raise self._failed(check.name, f"there was no answer within {check.timeout_s:g} s") from None
         except (CheckFailed, ArgosyError) as error:
             why = str(error) if isinstance(error, CheckFailed) else type(error).__name__
             raise self._failed(check.name, why) from None
 
-    def unknown(self, check: HttpCheck | ModelCheck, texts: Sequence[str]) -> list[str]:
-        """Those of the texts that the check was not asked about yet, or did not let pass."""
+    def num_passed(self, names: Sequence[bytes]) -> int:
+        """How many texts at a conversation's beginning have passed, by the names of its beginnings (`_names`)."""
         with self._lock:
-            return [text for text in dict.fromkeys(texts) if self._name(check, text) not in self._passed]
+            return next((at for at in range(len(names), 0, -1) if names[at - 1] in self._passed), 0)
 
-    def passed(self, check: HttpCheck | ModelCheck, texts: Sequence[str]) -> None:
-        """Remember that the check lets these texts pass."""
+    def passed(self, name: bytes) -> None:
+        """Remember that a check lets a conversation pass."""
         with self._lock:
-            for text in texts:
-                self._passed[self._name(check, text)] = None
+            self._passed[name] = None
+            self._passed.move_to_end(name)
             while len(self._passed) > _MOST_PASSED:
                 self._passed.popitem(last=False)
 
-    def _name(self, check: HttpCheck | ModelCheck, text: str) -> bytes:
-        said = f"{check.name}\0{text}".encode("utf-8", "surrogatepass")
-        return hashlib.blake2b(said, key=self._secret, digest_size=32).digest()
+    def names(self, check: HttpCheck | ModelCheck, digest: str, texts: Sequence[str]) -> list[bytes]:
+        """Names of the beginnings of a conversation, under a check of the policies with this digest."""
+        found, before = [], f"{digest}\0{check.name}".encode()
+        for text in texts:
+            said = hashlib.blake2b(before, key=self._secret, digest_size=32)
+            said.update(text.encode("utf-8", "surrogatepass"))
+            before = said.digest()
+            found.append(before)
+        return found
 
     def _failed(self, name: str, why: str) -> CheckFailed:
         now = time.monotonic()
@@ -254,48 +272,59 @@ class Screening:
             Overloaded: a check failed, and the policy allows nothing without it.
         """
         for check in self.screen.asked_checks:
-            unknown = await self.compute(partial(self._guarding.unknown, check, texts))
-            verdict = await self._ask(check, "user", "\n\n".join(unknown))
-            if verdict is None:
+            names = await self.compute(partial(self._guarding.names, check, self.digest, texts))
+            new = dict.fromkeys(texts[self._guarding.num_passed(names) :])
+            try:
+                verdict = await self._ask(check, Question("user", "\n\n".join(new)))
+            except CheckFailed:
+                self._note("input", f"failed:{check.name}", 1)
+                if check.on_failure == "pass":
+                    continue
                 raise Overloaded(
                     f"the check {check.name} does not answer, and the policy allows no request without it",
                     retry_after_s=_RETRY_S,
-                )
+                ) from None
             if verdict.is_flagged:
                 self._note("input", check.name, 1)
                 raise Blocked("the request", check.name)
-            self._guarding.passed(check, unknown)
+            if names:
+                self._guarding.passed(names[-1])
 
     async def refusal_of(self, text: str) -> str:
         """The check that does not allow a part of an answer; empty: all of them allow it."""
+        question = Question("assistant", text, self.screen.asked[-_ASKED:])
         for check in self.policy.output:
-            if not isinstance(check, ListCheck):
-                verdict = await self._ask(check, "assistant", text)
-                if verdict is None or verdict.is_flagged:
-                    return check.name
+            if isinstance(check, ListCheck):
+                continue
+            try:
+                is_refused = (await self._ask(check, question)).is_flagged
+            except CheckFailed:
+                self._note("output", f"failed:{check.name}", 1)
+                is_refused = check.on_failure == "block"
+            if is_refused:
+                return check.name
         return ""
 
-    async def _ask(self, check: HttpCheck | ModelCheck, role: str, text: str) -> Verdict | None:
-        """None: the check failed, and the policy lets nothing pass then."""
-        if not text.strip():
-            return Verdict()
-        starts = range(0, max(1, len(text) - _PIECE_OVERLAP), _PIECE - _PIECE_OVERLAP)
-        try:
-            for start in starts:
-                verdict = await self._guarding.verdict(check, role, text[start : start + _PIECE], self._key)
-                if verdict.is_flagged:
-                    return verdict
-        except CheckFailed:
-            side: Side = "input" if role == "user" else "output"
-            self._note(side, f"failed:{check.name}", 1)
-            return None if check.on_failure == "block" else Verdict()
-        return Verdict()
+    async def _ask(
+        self, check: HttpCheck | ModelCheck, question: Question, count: CountTokens | None = None
+    ) -> Verdict:
+        """The verdict on a text of any length, piece by piece up to the first that is flagged. Raises CheckFailed."""
+        found: list[Verdict] = []
+        text = question.text
+        if text.strip():
+            for start in range(0, max(1, len(text) - _PIECE_OVERLAP), _PIECE - _PIECE_OVERLAP):
+                piece = replace(question, text=text[start : start + _PIECE])
+                found.append(await self._guarding.verdict(check, piece, self._key, count))
+                if found[-1].is_flagged:
+                    break
+        return together(found)
 
-    async def moderate(self, text: str, name: str | None) -> Verdict:
+    async def moderate(self, text: str, name: str | None, count: CountTokens) -> Verdict:
         """The verdict of the checks of the input on a text.
 
         Args:
             name: the only check to ask; None: all.
+            count: counts the tokens of models.
 
         Raises:
             Overloaded: a check does not answer.
@@ -308,7 +337,7 @@ class Screening:
                 found.append(await self._guarding.compute(self.tenant, partial(check.words.judge, text)))
                 continue
             try:
-                found.append(await self._guarding.verdict(check, "user", text, self._key))
+                found.append(await self._ask(check, Question("user", text), count))
             except CheckFailed as error:
                 raise Overloaded(f"the check {check.name} failed: {error}", retry_after_s=_RETRY_S) from None
         return together(found)
