@@ -6,6 +6,7 @@ import json
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -29,6 +30,7 @@ class FakeServer(socketserver.ThreadingTCPServer):
     def __init__(self, answer: Answer) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
+        self.ready = 200  # the status of GET /ready
         self.bodies: list[bytes] = []
         self.heads: list[bytes] = []
 
@@ -48,7 +50,7 @@ class _Handler(socketserver.StreamRequestHandler):
                 return
             head += line
         if head.startswith(b"GET /ready"):
-            self.connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            self.connection.sendall(b"HTTP/1.1 %d x\r\ncontent-length: 0\r\n\r\n" % self.server.ready)
             return
         length = next(
             (line for line in head.lower().splitlines() if line.startswith(b"content-length:")), b":0"
@@ -163,6 +165,55 @@ def test_liars_alone_get_a_client_an_error(lie: str) -> None:
         assert (
             sum(len(server.bodies) for server in servers) == 3
         )  # a request that kills servers kills no more
+
+
+def silent(connection: socket.socket) -> None:
+    """Take the request, and send nothing until the router has left."""
+    connection.settimeout(20)
+    with suppress(OSError):
+        connection.recv(1)
+
+
+@pytest.mark.parametrize(("streams", "deadline"), [(True, "HEAD_S"), (False, "ANSWER_S")])
+def test_another_server_answers_for_one_that_says_ready_and_stays_silent(
+    streams: bool, deadline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"argosy.route.upstream.{deadline}", 0.2)
+    with faking(silent, whole("Hello")) as (router, servers):
+        router.fleet.servers[1].last_chosen = 100
+        with router.client() as client:
+            response = client.post("/v1/chat/completions", json=ASKED | {"stream": streams})
+        assert "Hello" in response.text or "another form" in response.text
+        assert [len(server.bodies) for server in servers] == [1, 1]
+
+
+def test_another_server_answers_for_one_that_is_not_ready_and_stays_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("argosy.route.servers.NOT_READY_S", 0.2)
+    with faking(silent, whole("Hello")) as (router, servers):
+
+        def stop(connection: socket.socket) -> None:
+            servers[0].ready = 503
+            silent(connection)
+
+        servers[0].answer = stop
+        router.fleet.servers[1].last_chosen = 100
+        with router.client() as client:
+            assert texts(client.post("/v1/chat/completions", json=ASKED)) == ("Hello", [])
+        assert [server.state for server in router.fleet.servers] == ["draining", "up"]
+
+
+def test_a_server_that_refuses_the_router_is_down_and_the_log_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with faking(whole("Hello"), whole("Hello")) as (router, servers):
+        servers[0].ready = 403
+        until = time.monotonic() + 20
+        while router.fleet.servers[0].state != "down":
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    assert f"{servers[0].url} is down: {servers[0].url} answers GET /ready with 403" in caplog.text
 
 
 def test_another_answer_ends_with_a_clear_error_and_none_of_its_text() -> None:

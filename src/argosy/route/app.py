@@ -17,7 +17,6 @@ Elsewhere: servers are `servers.py`; repeating is `events.py`; what a body says 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection
@@ -59,7 +58,6 @@ log = logging.getLogger("argosy.serve")
 BODIES_BYTES = 256 << 20  # for all requests; the longest body has 48 MiB and takes three times its size
 MOST_TRIES = 3  # servers that a request may fail on: one that kills its server does not get all of them
 PATIENCE_S = 15.0  # how long an answer that has begun waits for a server
-STALL_S = 40.0  # servers send a sign of life every 10 seconds of a stream
 MOST_OWNERS = 1 << 16  # kept responses and items whose server is known
 _READ_AT_ONCE_BYTES = 32 << 10
 _USAGE_BYTES = 256 << 10  # a longer whole answer is not read for its usage
@@ -280,7 +278,7 @@ class _Exchange:
             self._serving.callback(server.replies.discard, reply)
             if server.state == "down":
                 raise ServerGone(f"{server.address} is down", server=str(server.address))
-            await reply.ask(asked.method, path, asked.headers, body)
+            await reply.ask(asked.method, path, asked.headers, body, streams=asked.streams)
         except BaseException:
             self._serving.close()
             raise
@@ -381,16 +379,7 @@ class _Exchange:
         """
         splitter = Splitter(encoding, self._share.hold)
         async with aclosing(self.reply.parts()) as parts:
-            while True:
-                try:
-                    async with asyncio.timeout(STALL_S):
-                        part = await anext(parts)
-                except StopAsyncIteration:
-                    break
-                except TimeoutError:
-                    raise ServerGone(
-                        f"{server.address} sent nothing for {STALL_S:.0f} s", server=str(server.address)
-                    ) from None
+            async for part in parts:
                 for raw in splitter.feed(part):
                     event = parse_event(raw)
                     if is_failure(event) and await self._fleet.check(server) != "up":

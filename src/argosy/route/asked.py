@@ -54,6 +54,7 @@ class Asked:
     path: str
     headers: Sequence[tuple[bytes, bytes]]
     body: bytes = b""
+    streams: bool = False
     limit: int | None = None
     references: Sequence[str] = ()
     is_repeatable: bool = True
@@ -81,6 +82,7 @@ def read_asked(
         inside = options if route in _OLLAMA and isinstance(options, dict) else {}
         limits = [*(body.get(name) for name in _LIMITS), inside.get("num_predict")]
         asked.limit = next((one for one in limits if type(one) is int and one > 0), None)
+        asked.streams = body.get("stream", route in _OLLAMA) is True
         model = body.get("model")
         if route == "/v1/responses":
             asked.references = _references(body)

@@ -9,7 +9,8 @@ of the prompt that it has not computed before. A request's tokens are guessed fr
 what answers report corrects the guess.
 
 A server that refuses a connection is down at once, one that is silent after `Health.failures` checks; then every
-request that waits for it is told. One that answers "not ready" gets no new requests and finishes those it has.
+request that waits for it is told. One that answers "not ready" gets no new requests and finishes those it has; a
+request to which it sends nothing for `NOT_READY_S` of that time is told, too.
 
 Elsewhere: connections are `upstream.py`; what a request does when its server dies is `app.py`.
 """
@@ -32,6 +33,7 @@ log = logging.getLogger("argosy.serve")
 
 State = Literal["up", "draining", "down"]
 RETRY_S = 2
+NOT_READY_S = 60.0
 _LEARN = 0.05  # weight of the latest answer in what is learnt from all
 _LOOK_S = 0.05  # how often a request without a server looks for one
 
@@ -65,6 +67,8 @@ class Server:
     num_requests: int = 0
     num_failures: int = 0
     silent_checks: int = 0
+    not_ready_at: float | None = None  # monotonic seconds of the first check since that said so
+    fault: str = ""  # why it is down
     last_chosen: int = 0
     replies: set[Reply] = field(default_factory=set)
 
@@ -169,18 +173,31 @@ class Fleet:
             if not error.facts.get("is_silent") or server.silent_checks >= self._health.failures:
                 self.lose(server, error.message)
         else:
-            server.silent_checks = 0
+            server.silent_checks, server.fault = 0, ""
             self._become(server, "up" if ready else "draining")
+            self._end_silent_replies(server)
         return server.state
 
     def lose(self, server: Server, reason: str) -> None:
         """Note that a server is down, and tell all that wait for it."""
         server.num_failures += server.state != "down"
-        if server.state != "down":
+        if server.state != "down" or server.fault != reason:
             log.warning("%s is down: %s", server.address, reason)
-        server.state = "down"
+        server.state, server.fault = "down", reason
         _break_off(server)
         self.prefixes.forget(server.number)
+
+    @staticmethod
+    def _end_silent_replies(server: Server) -> None:
+        """End what a server owes that is not ready, and sends nothing."""
+        now = time.monotonic()
+        if server.state == "up":
+            server.not_ready_at = None
+            return
+        server.not_ready_at = since = now if server.not_ready_at is None else server.not_ready_at
+        for reply in list(server.replies):
+            if now - max(since, reply.heard_at) > NOT_READY_S:
+                reply.close()
 
     def _become(self, server: Server, state: State) -> None:
         if server.state != state:

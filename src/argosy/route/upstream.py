@@ -1,5 +1,9 @@
 """One request to one server, over a connection of its own: HTTP/1.1, every wait and every size bounded.
 
+An answer that comes whole comes at its end, so its head may take `ANSWER_S`. A stream begins when its request is read
+and its model is loaded, within `HEAD_S`. After the head a server may be silent for `STALL_S`: it sends a sign of life
+every ten seconds of a stream.
+
     Address  ->  Reply.connect  ->  ask: method, path, headers, body  ->  status, headers, then parts of the body
 
 A connection serves one request, so no request meets a connection that its server is just closing. h11 reads the
@@ -13,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -22,6 +27,9 @@ import h11
 from argosy.errors import ArgosyError, UsageError
 
 CONNECT_S = 5.0
+ANSWER_S = 3600.0  # from a request to the head of a whole answer
+HEAD_S = 600.0  # from a request to the head of a stream
+STALL_S = 40.0  # between two parts of a body
 _MOST_HEAD_BYTES = 32 << 10
 _MOST_INTERIM = 8  # answers like 100 Continue before the real one
 _PART_BYTES = 64 << 10
@@ -80,12 +88,14 @@ class Reply:
     Attributes:
         status: the answer's status, once `ask` returns.
         headers: as they came; names are in lower case.
+        heard_at: monotonic seconds at which the server last sent something, or the connection was made.
     """
 
     def __init__(self, address: Address, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._address, self._reader, self._writer = address, reader, writer
         self._protocol = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MOST_HEAD_BYTES)
         self.status = 0
+        self.heard_at = time.monotonic()
         self.headers: list[tuple[bytes, bytes]] = []
 
     @classmethod
@@ -107,15 +117,18 @@ class Reply:
             ) from None
         return cls(address, reader, writer)
 
-    async def ask(self, method: str, path: str, headers: RawHeaders, body: bytes = b"") -> None:
-        """Send a request and wait for the head of its answer, however long that takes.
+    async def ask(
+        self, method: str, path: str, headers: RawHeaders, body: bytes = b"", *, streams: bool = False
+    ) -> None:
+        """Send a request and wait for the head of its answer.
 
         Args:
             path: with the query; the address's base path is put before it.
             headers: without host, length and connection.
+            streams: the answer is a stream of events.
 
         Raises:
-            ServerGone: no head comes.
+            ServerGone: no head comes within `HEAD_S` or `ANSWER_S`.
         """
         address = self._address
         shown = f"[{address.host}]" if ":" in address.host else address.host
@@ -131,8 +144,9 @@ class Reply:
         self._writer.write(self._protocol.send(request) or b"")
         self._writer.write(self._protocol.send(h11.Data(data=body)) or b"")
         self._protocol.send(h11.EndOfMessage())
+        until = time.monotonic() + (HEAD_S if streams else ANSWER_S)
         for _ in range(_MOST_INTERIM):
-            event = await self._next()
+            event = await self._next(until - time.monotonic())
             if isinstance(event, h11.Response):
                 self.status, self.headers = event.status_code, list(event.headers)
                 return
@@ -146,15 +160,21 @@ class Reply:
         """The body, part by part, until it is complete.
 
         Raises:
-            ServerGone: it ended early.
+            ServerGone: it ended early, or the server is silent for too long.
         """
-        while isinstance(event := await self._next(), h11.Data):
+        while isinstance(event := await self._next(STALL_S), h11.Data):
             yield bytes(event.data)
 
-    async def _next(self) -> h11.Event:
+    async def _next(self, within_s: float) -> h11.Event:
         try:
-            while (event := self._protocol.next_event()) is h11.NEED_DATA:
-                self._protocol.receive_data(await self._reader.read(_PART_BYTES))
+            async with asyncio.timeout(within_s):
+                while (event := self._protocol.next_event()) is h11.NEED_DATA:
+                    self._protocol.receive_data(await self._reader.read(_PART_BYTES))
+                    self.heard_at = time.monotonic()
+        except TimeoutError:
+            raise ServerGone(
+                f"{self._address} sent nothing for {within_s:.0f} s", server=str(self._address)
+            ) from None
         except (OSError, h11.RemoteProtocolError) as error:
             raise ServerGone(
                 f"{self._address} broke off: {_reason(error)}", server=str(self._address)
@@ -169,10 +189,10 @@ class Reply:
 
 
 async def is_ready(address: Address, *, timeout_s: float) -> bool:
-    """Whether a server accepts requests: `GET /ready` is 200. An answer that says no is an answer, too.
+    """Whether a server accepts requests: `GET /ready` is 200, or 503 if it does not take any now.
 
     Raises:
-        ServerGone: the server gives no answer within `timeout_s`.
+        ServerGone: the server gives no answer within `timeout_s`, or another answer.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -181,6 +201,8 @@ async def is_ready(address: Address, *, timeout_s: float) -> bool:
                 await reply.ask("GET", "/ready", [])
             finally:
                 reply.close()
+            if reply.status not in (200, 503):
+                raise ServerGone(f"{address} answers GET /ready with {reply.status}", server=str(address))
             return reply.status == 200
     except TimeoutError:
         raise ServerGone(
