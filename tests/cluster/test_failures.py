@@ -136,6 +136,29 @@ def test_python_takes_over_a_layer_whose_worker_is_late_and_asks_another_owner(
         assert answers(engine) == alone
 
 
+def test_experts_that_two_late_workers_owe_are_run_here(
+    model: Path, alone: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner_module, "_LONGEST_S", 5.0)
+    with (
+        worker_thread(model) as (one, _),
+        worker_thread(model) as (other, _),
+        Group([one, other], disk_bytes_per_s=DRIVE) as group,
+        open_engine(model, group, expert_slots=6) as engine,
+    ):
+        exchange = group._exchange
+        assert exchange is not None
+        peers = [group._members[address].owner.peer for address in (one, other)]
+
+        def stall() -> None:
+            for peer in peers:
+                assert peer is not None
+                exchange.inject(peer, is_stalled=True)
+
+        assert stream_with(engine, 3, stall) == alone[0]
+    assert "has not answered" not in caplog.text  # a layer waited for the last owner as long as it may
+
+
 def test_without_any_owner_an_error_names_the_shard_until_a_worker_is_back(
     model: Path, alone: list[Any], processes: tuple[WorkerProcess, WorkerProcess]
 ) -> None:
