@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from argosy.checkpoint import pack as pack_module
@@ -333,7 +334,8 @@ def failing_at(number: int, code: int, patch: pytest.MonkeyPatch, under: Path) -
         real = getattr(os, name)
 
         def call(*arguments: Any, **more: Any) -> Any:
-            is_ours = isinstance(arguments[0], int) or str(arguments[0]).startswith(str(under))
+            path = arguments[0]  # below an open directory it is relative
+            is_ours = isinstance(path, int) or not os.path.isabs(path) or str(path).startswith(str(under))
             if is_ours:
                 calls.append(name)
                 if len(calls) == number:
@@ -377,6 +379,74 @@ def test_a_full_disk_at_any_call_is_reported_with_the_bytes_needed(
         found.pop("journal", None)  # a leftover journal is never read
         assert found == contents(tmp_path / "undisturbed")
         shutil.rmtree(destination)
+
+
+@pytest.mark.parametrize("journal", [None, b"", b"dear diary\n", b'{"version": 4}\n'])
+def test_a_directory_of_someone_else_is_refused_and_stays(
+    source: Path, tmp_path: Path, journal: bytes | None
+) -> None:
+    partial = tmp_path / "packed.partial"
+    partial.mkdir()
+    (partial / "notes.txt").write_bytes(b"keep")
+    (partial / "dense.bin").write_bytes(b"keep")
+    if journal is not None:
+        (partial / "journal").write_bytes(journal)
+    before = contents(partial)
+    with pytest.raises(
+        UsageError, match=r"packed.partial is not an unfinished pack: it holds (notes.txt|dense.bin)"
+    ):
+        pack_to(source, tmp_path / "packed")
+    assert contents(partial) == before
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
+def test_a_failing_drive_is_told_wherever_it_fails(
+    source: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a written file to check it is not the only call that nothing else turns into a sentence."""
+    real, num_left = np.memmap, 0
+
+    def fail(*arguments: Any, **more: Any) -> Any:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise OSError(code, os.strerror(code), str(arguments[0]))
+        return real(*arguments, **more)
+
+    files = open_model(source)
+    monkeypatch.setattr(np, "memmap", fail)
+    for number in (0, 3):
+        num_left = number
+        with pytest.raises(
+            UsageError, match=f"packed.partial/dense.bin cannot be written: {os.strerror(code)}"
+        ):
+            pack(files, tmp_path / "packed", format="q4")
+
+
+def test_links_that_someone_planted_are_refused_or_replaced(source: Path, tmp_path: Path) -> None:
+    pack_to(source, tmp_path / "undisturbed")
+    (tmp_path / "victims").mkdir()
+    victim = tmp_path / "victims" / "file"
+    victim.write_bytes(b"keep")
+    partial = tmp_path / "packed.partial"
+    partial.symlink_to(victim.parent)
+    with pytest.raises(UsageError, match="it is a symbolic link"):
+        pack_to(source, tmp_path / "packed")
+    partial.unlink()
+    interrupted(source, tmp_path / "packed").rename(tmp_path / "interrupted")
+    for name in (".config.json.new", "argosy.json", "dense.bin", "journal"):
+        shutil.copytree(tmp_path / "interrupted", partial)
+        (partial / name).unlink(missing_ok=True)
+        (partial / name).symlink_to(victim)
+        if name == "argosy.json":  # it is replaced
+            pack_to(source, tmp_path / "packed")
+            assert contents(tmp_path / "packed") == contents(tmp_path / "undisturbed")
+            shutil.rmtree(tmp_path / "packed")
+        else:
+            with pytest.raises(UsageError, match=f"{name} cannot be written: it is a symbolic link"):
+                pack_to(source, tmp_path / "packed")
+            shutil.rmtree(partial)
+        assert victim.read_bytes() == b"keep"
 
 
 def test_small_files_of_a_changed_source_do_not_stay_in_the_pack(source: Path, tmp_path: Path) -> None:

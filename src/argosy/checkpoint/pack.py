@@ -30,7 +30,6 @@ Elsewhere: `manifest.py` has the layout and opens packs; `native/kernels/` has t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -98,9 +97,9 @@ from argosy.checkpoint.pooling import MODULES_FILE, POOLING_FILE, pooling_config
 from argosy.checkpoint.safetensors import DTYPE_BITS, TensorRef
 from argosy.checkpoint.safetensors_write import safetensors_header
 from argosy.checkpoint.shards import NUM_SHARDS
-from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, read_at
+from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, open_regular, parse_object, quote, read_at
 from argosy.config import Format, ModelConfig, format_bytes
-from argosy.directory import sync
+from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError, is_disk_full
 
 __all__ = ["PACK_FORMATS", "PackReport", "open_pack", "pack", "verify_pack"]
@@ -170,7 +169,7 @@ def pack(
     assert files.others.keys() >= set(encoder_tensors)
     encoders = [ref for name, ref in files.others.items() if name in encoder_tensors]
     tell = progress or (lambda what, share: None)
-    with _Writer(files, destination, format, num_shares, encoders, tell) as writer:
+    with _Writer(files, destination, format, num_shares, encoders, tell) as writer, writer.reporting():
         writer.write_all()
         packed_bytes = writer.finish()
     return PackReport(
@@ -390,7 +389,7 @@ class _Writer:
         self._format = format
         self._num_shares = num_shares
         self._progress = progress
-        self._parent = destination.absolute().parent
+        self._parent_path = destination.absolute().parent
         self._partial = destination.with_name(destination.name + PARTIAL_SUFFIX)
         self._config = _config_of_pack(files, format)
         self._dense, self._units = _plan(files, self._config, format, num_shares)
@@ -413,17 +412,13 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         try:
-            with self._writing():
-                self._partial.mkdir(exist_ok=True)
-            self._lock = self._open_target(JOURNAL_FILE)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"another process is writing {self._partial}") from None
-            for name in self._hashers:
-                self._targets[name] = self._open_target(name)
-            self._resume()
-            self._require_room()
+            with self.reporting():
+                self._open_partial()
+                self._require_ours()
+                for name in self._hashers:
+                    self._targets[name] = self._open_target(name)
+                self._resume()
+                self._require_room()
         except BaseException:
             self._open_files.close()
             raise
@@ -431,6 +426,22 @@ class _Writer:
 
     def __exit__(self, *exception: object) -> None:
         self._open_files.close()
+
+    def _open_partial(self) -> None:
+        self._parent = self._open_files.enter_context(Directory(self._parent_path))
+        self._folder = self._open_files.enter_context(self._parent.directory(self._partial.name, make=True))
+        found = self._folder.names()
+        if found and JOURNAL_FILE not in found:
+            raise self._not_ours(found[0])
+        is_ours = False
+        with suppress(TimeoutError):
+            self._lock = self._folder.lock(JOURNAL_FILE, wait_s=0.0, mode=0o644)
+            self._open_files.callback(os.close, self._lock)
+            # Another process may have finished the pack, and renamed the directory that is open here.
+            there = self._parent.stat(self._partial.name)
+            is_ours = there is not None and os.path.samestat(there, os.fstat(self._folder.descriptor))
+        if not is_ours:
+            raise UsageError(f"another process is writing {self._partial}")
 
     def write_all(self) -> None:
         """Write every unit that an earlier run did not."""
@@ -447,8 +458,7 @@ class _Writer:
         """Copy the small files, write the manifest and rename the directory; return the size of the pack."""
         sizes = {}
         for name, descriptor in self._targets.items():
-            with self._writing():
-                os.fsync(descriptor)
+            os.fsync(descriptor)
             sizes[name] = os.fstat(descriptor).st_size, self._hashers[name].hexdigest()
         for source in self._copied:
             sizes[source.name] = self._copy(source)
@@ -482,13 +492,12 @@ class _Writer:
             files=dict(sorted(sizes.items())),
         ).to_bytes()
         self._write_small(MANIFEST_FILE, manifest)
-        with self._writing():
-            sync(self._partial)
-            os.rename(self._partial, self._destination)
+        self._folder.sync()
+        self._parent.move(self._partial.name, self._destination.name)
         # The journal is removed last: until the new name is on the drive, a crash may restore the partial directory.
         with suppress(OSError):  # the pack is complete; a leftover journal is never read
-            sync(self._parent)
-            (self._destination / JOURNAL_FILE).unlink()
+            self._parent.sync()
+            self._folder.remove(JOURNAL_FILE)
         return sum(nbytes for nbytes, _ in sizes.values()) + len(manifest)
 
     # One unit: read slices of the source, convert, write, hash.
@@ -676,12 +685,12 @@ class _Writer:
             self._progress(f"starting over: {self.restarted_because}", 0.0)
             lines = []
         if not lines:
-            self._truncate(self._lock, 0)
             for descriptor in self._targets.values():
-                self._truncate(descriptor, 0)
-            with self._writing():  # this pack must not include small files of another source
-                for name in set(os.listdir(self._partial)) - {JOURNAL_FILE, *self._targets}:
-                    os.unlink(self._partial / name)
+                os.ftruncate(descriptor, 0)
+            # This pack must not include small files of another source.
+            for name in set(self._folder.names()) - {JOURNAL_FILE, *self._targets}:
+                self._folder.remove(name)
+            os.ftruncate(self._lock, 0)  # last: as long as other files are there, it says that they are ours
             self._append_to_journal(header + "\n")
         for line in lines[1:]:
             unit = self._units[len(self._checksums)] if len(self._checksums) < len(self._units) else None
@@ -694,10 +703,29 @@ class _Writer:
             self.resumed_bytes += unit.end - unit.offset
             self._progress("checking the records of an earlier run", len(self._checksums) / len(self._units))
         kept = [header, *(f"{index} {checksum}" for index, checksum in enumerate(self._checksums))]
-        self._truncate(self._lock, sum(len(line) + 1 for line in kept))
+        os.ftruncate(self._lock, sum(len(line) + 1 for line in kept))
         for name, descriptor in self._targets.items():
             ends = [unit.end for unit in self._units[: len(self._checksums)] if unit.file == name]
-            self._truncate(descriptor, max(ends, default=0))
+            os.ftruncate(descriptor, max(ends, default=0))
+
+    def _require_ours(self) -> None:
+        """Refuse a directory of someone else, before anything in it changes.
+
+        Without a header in the journal, which a power cut may have damaged, it may hold only what this pack writes.
+        """
+        lines = self._read_journal()
+        if lines and _parsed_header(lines[0], self._partial) is not None:
+            return
+        small = {path.name for path in self._copied} | {MANIFEST_FILE, *self._made}
+        own = {JOURNAL_FILE, *self._hashers, *small, *(f".{name}.new" for name in small)}
+        if strangers := sorted(set(self._folder.names()) - own):
+            raise self._not_ours(strangers[0])
+
+    def _not_ours(self, name: str) -> UsageError:
+        return UsageError(
+            f"{self._partial} is not an unfinished pack: it holds {quote(name)}",
+            hint="move it away, or choose another name for the pack",
+        )
 
     def _read_journal(self) -> list[str]:
         size = os.fstat(self._lock).st_size
@@ -717,18 +745,17 @@ class _Writer:
         self._hashers[unit.file].update(view.data)
 
     def _difference(self, header: str) -> str:
-        try:
-            earlier = parse_object(header.encode(), self._partial)
-            if earlier["format"] != self._format:
-                return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
-            if earlier["version"] != PACK_VERSION:
-                return "the unfinished pack was made by another version of Argosy"
-            if earlier["num_shares"] != self._num_shares:
-                return f"the unfinished pack has {earlier['num_shares']} shards, but {self._num_shares} were requested"
-            if earlier["encoders"] != self._encoders_digest() and earlier["source"] == self._fingerprint:
-                return "the unfinished pack has other encoders"
-        except (CheckpointError, KeyError):
+        earlier = _parsed_header(header, self._partial)
+        if earlier is None:
             return "the journal of the unfinished pack is damaged"
+        if earlier["format"] != self._format:
+            return f"the unfinished pack is {earlier['format']}, but {self._format} was requested"
+        if earlier["version"] != PACK_VERSION:
+            return "the unfinished pack was made by another version of Argosy"
+        if earlier["num_shares"] != self._num_shares:
+            return f"the unfinished pack has {earlier['num_shares']} shards, but {self._num_shares} were requested"
+        if earlier["encoders"] != self._encoders_digest() and earlier["source"] == self._fingerprint:
+            return "the unfinished pack has other encoders"
         return f"{self._files.path} changed since the unfinished pack was started"
 
     def _encoders_digest(self) -> str | None:
@@ -753,12 +780,12 @@ class _Writer:
                 found.append([path.name, None, None])  # missing, so it differs from before
         return found
 
-    # Files: every operation that can run out of disk space is here.
+    # Files
 
     def _require_room(self) -> None:
         needed = sum(unit.end - unit.offset for unit in self._units) - self.resumed_bytes
         needed += sum(path.stat().st_size for path in self._copied) + sum(map(len, self._made.values()))
-        free = shutil.disk_usage(self._parent).free
+        free = shutil.disk_usage(self._parent_path).free
         if needed <= free:
             return
         error = self._disk_full(needed, free)
@@ -779,19 +806,12 @@ class _Writer:
         return found
 
     def _open_target(self, name: str) -> int:
-        with self._writing():
-            descriptor = os.open(
-                self._partial / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-            )
+        descriptor = self._folder.open(name, os.O_RDWR | os.O_CREAT, 0o644)
         self._open_files.callback(os.close, descriptor)
         return descriptor
 
-    def _truncate(self, descriptor: int, size: int) -> None:
-        with self._writing():
-            os.ftruncate(descriptor, size)
-
     def _write_at(self, descriptor: int, data: memoryview, offset: int) -> None:
-        with self._writing(len(data)):
+        with self.reporting(len(data)):
             while data:
                 written = os.pwrite(descriptor, data, offset)
                 data, offset = data[written:], offset + written
@@ -800,11 +820,10 @@ class _Writer:
         """Write a whole file so that it is either absent or complete and on the drive."""
         temporary = f".{name}.new"
         descriptor = self._open_target(temporary)
-        self._truncate(descriptor, 0)
+        os.ftruncate(descriptor, 0)
         self._write_at(descriptor, memoryview(data), 0)
-        with self._writing():
-            os.fsync(descriptor)
-            os.rename(self._partial / temporary, self._partial / name)
+        os.fsync(descriptor)
+        self._folder.move(temporary, name)
 
     def _copy(self, source: Path) -> tuple[int, str]:
         with open_regular(source) as (descriptor, size):
@@ -813,15 +832,17 @@ class _Writer:
         return size, blake3.blake3(data).hexdigest()
 
     @contextmanager
-    def _writing(self, needed_bytes: int = 0) -> Iterator[None]:
+    def reporting(self, needed_bytes: int = 0) -> Iterator[None]:
         """Turn file system errors in this block into Argosy's errors."""
         try:
             yield
         except OSError as error:
             if is_disk_full(error):
                 needed = max(needed_bytes, self._remaining_bytes(), FILE_ALIGNMENT)
-                raise self._disk_full(needed, shutil.disk_usage(self._parent).free) from error
-            raise UsageError(f"{self._partial} cannot be written: {error.strerror}") from error
+                raise self._disk_full(needed, shutil.disk_usage(self._parent_path).free) from error
+            raise UsageError(
+                f"{error.filename or self._partial} cannot be written: {error.strerror}"
+            ) from error
 
     def _disk_full(self, needed_bytes: int, free_bytes: int) -> DiskFull:
         return DiskFull(
@@ -835,6 +856,15 @@ class _Writer:
 
     def _remaining_bytes(self) -> int:
         return sum(unit.end - unit.offset for unit in self._units[len(self._checksums) :])
+
+
+def _parsed_header(line: str, path: Path) -> dict[str, object] | None:
+    """The first line of a journal; None: no `pack` wrote it."""
+    with suppress(CheckpointError):
+        header = parse_object(line.encode("utf-8", "replace"), path)
+        if header.keys() == {"version", "format", "source", "encoders", "num_shares"}:
+            return header
+    return None
 
 
 def _formats_of(unit: _Unit) -> ExpertFormats:
