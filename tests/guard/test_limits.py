@@ -182,3 +182,23 @@ def test_a_file_that_is_not_a_usage_file_is_refused_with_a_hint(path: Path) -> N
     path.write_text("half a page of something else" * 100)
     with pytest.raises(UsageError, match=r"(?s)not a usage file of version 1.*remove it"):
         UseFile(path)
+
+
+def test_what_others_have_counted_replaces_the_tokens_of_the_day(clock: Clock) -> None:
+    limits, one = Limits(clock), key(tokens_per_day=100)
+    assert limits.used_today(one) == (0, 0)
+    limits.begin(one)
+    limits.count(one, 30)
+    clock.now += 100
+    assert limits.used_today(one) == (30, 86_300)
+    limits.take_used(one, 70, 500)
+    assert limits.used_today(one) == (70, 500)
+    limits.count(one, 5)
+    assert limits.used_today(one) == (75, 500)
+    with pytest.raises(TooMany) as caught:
+        limits.take_used(one, 100, 400)
+    assert caught.value.retry_after_s == 400
+    clock.now += 401
+    assert limits.used_today(one) == (0, 0)
+    limits.forget(one.id)
+    assert limits.used_today(one) == (0, 0)

@@ -263,7 +263,7 @@ def seeds(server: FakeServer, path: str, body: str) -> list[object]:
         ("/v1/completions", '{"seed":-1}', None),
         ("/v1/messages", '{"messages":[],"seed":7}', 7),
         ("/v1/responses", '{"input":"x","seed":0}', 0),
-        ("/api/chat", '{"messages":[]}', None),
+        ("/api/chat", '{"messages":[{}]}', None),
         ("/api/generate", '{"prompt":"x","options":{"temperature":1e-3}}', None),
         ("/api/generate", '{"prompt":"x","options":{"seed":3}}', 3),
     ],

@@ -248,6 +248,12 @@ def test_kept_responses_are_asked_of_the_server_that_has_them(router: RunningRou
             assert following.status_code == 200, following.text
             assert following.json()["previous_response_id"] == first["id"]
             assert client.get(f"/v1/responses/{first['id']}").json()["id"] == first["id"]
+            for item in ({"id": first["output"][0]["id"], "type": None}, {"id": first["output"][0]["id"]}):
+                asked = {"input": [item, {"role": "user", "content": "And?"}]}
+                assert client.post("/v1/responses", json=asked | {"max_output_tokens": 2}).status_code == 200
+                assert client.post("/v1/responses/input_tokens", json=asked).status_code == 200
+            counted = {"input": "And?", "previous_response_id": first["id"]}
+            assert client.post("/v1/responses/input_tokens", json=counted).status_code == 200
         router_that_knows_nothing = [str(server.address) for server in router.fleet.servers]
     with routing(router_that_knows_nothing) as other, other.client() as client:
         for first in firsts:

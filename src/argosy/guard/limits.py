@@ -154,16 +154,9 @@ class Limits:
         now = self._clock()
         with self._lock:
             rate = key.requests_per_minute
-            use = self._uses.setdefault(key.id, Use(float(rate or 0), now))
-            _bring_forward(use, now)
+            use = self._use_of(key, now)
+            _require_tokens(key, use, now)
             running = self._running.get(key.id, 0)
-            if (
-                key.tokens_per_day is not None
-                and now - use.day_began < _DAY_S
-                and use.tokens_today >= key.tokens_per_day
-            ):
-                wait = math.ceil(_DAY_S - (now - use.day_began))
-                raise TooMany(f"the key has used its {key.tokens_per_day} tokens per day", retry_after_s=wait)
             if key.concurrent_requests is not None and running >= key.concurrent_requests:
                 raise TooMany(
                     f"{running} requests of the key are running, and its limit is {key.concurrent_requests}",
@@ -179,6 +172,32 @@ class Limits:
                 use.requests_left -= 1
                 self._changed.add(key.id)
             self._running[key.id] = running + 1
+
+    def used_today(self, key: Key) -> tuple[int, int]:
+        """The tokens of a key that count against its limit now, and the seconds until they do not."""
+        now = self._clock()
+        with self._lock:
+            if (use := self._uses.get(key.id)) is None:
+                return 0, 0
+            _bring_forward(use, now)
+            num_tokens, left_s = use.tokens_today, math.ceil(_DAY_S - (now - use.day_began))
+        return (num_tokens, left_s) if left_s > 0 and num_tokens else (0, 0)
+
+    def take_used(self, key: Key, num_tokens: int, left_s: int) -> None:
+        """Replace the tokens of a key that count against its limit by what others have counted.
+
+        Args:
+            left_s: seconds until they do not.
+
+        Raises:
+            TooMany: the key has used its tokens.
+        """
+        now = self._clock()
+        with self._lock:
+            use = self._use_of(key, now)
+            use.tokens_today, use.day_began = num_tokens, min(now, now + left_s - _DAY_S)
+            self._changed.add(key.id)
+            _require_tokens(key, use, now)
 
     def count(self, key: Key, num_tokens: int) -> None:
         """Count `num_tokens` more tokens of a prompt or an answer."""
@@ -205,6 +224,11 @@ class Limits:
             self._uses.pop(key_id, None)
             self._changed.add(key_id)
 
+    def _use_of(self, key: Key, now: float) -> Use:
+        use = self._uses.setdefault(key.id, Use(float(key.requests_per_minute or 0), now))
+        _bring_forward(use, now)
+        return use
+
     def save(self) -> None:
         """Write the counts that changed since the last call.
 
@@ -230,6 +254,14 @@ class Limits:
                 self.save()
             finally:
                 self._file.close()
+
+
+def _require_tokens(key: Key, use: Use, now: float) -> None:
+    left_s = _DAY_S - (now - use.day_began)
+    if key.tokens_per_day is not None and left_s > 0 and use.tokens_today >= key.tokens_per_day:
+        raise TooMany(
+            f"the key has used its {key.tokens_per_day} tokens per day", retry_after_s=math.ceil(left_s)
+        )
 
 
 def _bring_forward(use: Use, now: float) -> None:

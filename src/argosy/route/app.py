@@ -9,10 +9,12 @@ The client's key is passed on and never logged. A stream is passed on as it come
 is complete, so until then another server can give it. What a request holds (its body, twice while it is sent, and its
 whole answer) is charged to the memory for bodies.
 
-A request that no server can repeat ends with a clear error if its server dies: one that refers to kept responses, and
-one whose repetition says something else. Requests that only read are answered by any server.
+What concerns every server, such as a stop, goes to all of them. A key's tokens per day are those that all servers have
+counted. A request that no server can repeat ends with a clear error if its server dies: one that refers to kept
+responses, and one whose repetition says something else. Requests that only read are answered by any server.
 
-Elsewhere: servers are `servers.py`; repeating is `events.py`; what a body says is `asked.py`; starting is `run.py`.
+Elsewhere: servers are `servers.py`; all of them at once, `everywhere.py`; repeating is `events.py`; what a body says is
+`asked.py`; starting is `run.py`.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ from argosy.route.events import (
     is_failure,
     parse_event,
 )  # fmt: skip
+from argosy.route.everywhere import EVERYWHERE, ask_everywhere, used_everywhere
 from argosy.route.metrics import RouteMetrics
 from argosy.route.servers import Fleet, Load, Server
 from argosy.route.upstream import RawHeaders, Reply, ServerGone
 from argosy.serve.app import ROUTES
 from argosy.serve.core import Work
-from argosy.serve.gate import Caller, Dialect, Gate, Policy, dialect_of, error_body
+from argosy.serve.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
 from argosy.serve.held import Pool, Share
 from argosy.serve.origins import Origins
 from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, error_event, sse, until_gone
@@ -66,8 +69,10 @@ _NOT_SENT = {
     b"host", b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"te", b"trailer", b"upgrade",
     b"expect", b"accept-encoding", b"origin", b"referer", b"proxy-authorization", b"proxy-connection", b"forwarded",
 }  # fmt: skip
+_SECRETS = (b"authorization", b"x-api-key")
 _NOT_SENT_BEGINNINGS = (b"sec-", b"x-forwarded-", b"access-control-")
 _NOT_RETURNED = {
+    *TOKENS_LEFT,  # of one server
     b"connection", b"content-length", b"transfer-encoding", b"keep-alive", b"trailer", b"upgrade", b"server", b"date",
     b"x-accel-buffering",
 }  # fmt: skip
@@ -88,8 +93,9 @@ class Router:
 
     pool: Pool
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self.fleet = fleet
+        self._limits = limits
         self.metrics = RouteMetrics(fleet)
         self._work = Work()
         self._owners: OrderedDict[str, tuple[int, str]] = OrderedDict()  # id for clients -> server, id there
@@ -118,7 +124,22 @@ class Router:
 
     async def _respond(self, request: Request) -> Response:
         caller: Caller = request.state.caller
+        policy: Policy = request.state.policy
+        if policy.path.startswith("/v1/cluster"):
+            raise Refused(
+                409, "workers belong to one server, and the router does not choose it",
+                hint="send this to the server itself",
+            )  # fmt: skip
+        if policy.is_counted and caller.key is not None and caller.key.tokens_per_day is not None:
+            secret = [(name, value) for name, value in request.headers.raw if name in _SECRETS]
+            if (used := await used_everywhere(self.fleet, caller.key.id, secret)) is not None:
+                self._limits.take_used(caller.key, *used)
         asked = await self._read(request, caller)
+        if policy.scope == "admin" or asked.loads_only:
+            share = self.pool.share()
+            caller.ending.callback(share.release)
+            together = EVERYWHERE[policy.path] if policy.scope == "admin" else None
+            return await ask_everywhere(self.fleet, asked, together, share.hold)
         exchange = _Exchange(self, asked, caller, dialect_of(asked.route))
         try:
             await until_gone(request.receive, exchange.begin(), lambda: None)
@@ -495,10 +516,11 @@ def make_router(
         ring: keys that the router asks for; without a file it asks for none, and passes on what it gets.
         base_path: the beginning of all paths, or nothing.
     """
-    router = Router(fleet)
+    limits = limits or Limits()
+    router = Router(fleet, limits)
     gate = Gate(
         router, [*(route.policy for route in ROUTES), Policy(method="GET", path="/healthz", scope=None)], ring,
-        limits or Limits(), hosts=hosts, origins=origins, takes_media=True, observe=router.metrics.observe,
+        limits, hosts=hosts, origins=origins, takes_media=True, observe=router.metrics.observe,
         base_path=base_path,
     )  # fmt: skip
     router.pool = gate.bodies

@@ -23,9 +23,12 @@ from pydantic import RootModel
 from argosy.route.prefixes import Mark, Prefixes, parts_of
 from argosy.serve.body import validated
 from argosy.serve.held import Share
+from argosy.serve.openai_responses_bodies import kind_of
 
 # Routes whose answers are generated, and where their bodies have the seed: in `options`, or at the top.
 _OLLAMA = ("/api/chat", "/api/generate")
+# The fields of which a request needs one, if it is not only about the model.
+_PROMPTS = {"/api/chat": ("messages",), "/api/generate": ("prompt", "images", "suffix")}
 _GENERATED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", *_OLLAMA)
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _MOST_REFERENCES = 1024
@@ -45,6 +48,7 @@ class Asked:
         streams: the answer is a stream of events.
         limit: most tokens of the answer, if the request says it.
         references: ids of responses and items that a server must have kept.
+        loads_only: it loads or unloads a model, and has nothing to answer.
         is_repeatable: another server may answer it, even if one has begun to.
         marks: digests of the beginnings of its prompt.
     """
@@ -57,6 +61,7 @@ class Asked:
     streams: bool = False
     limit: int | None = None
     references: Sequence[str] = ()
+    loads_only: bool = False
     is_repeatable: bool = True
     marks: Sequence[Mark] = ()
 
@@ -84,10 +89,11 @@ def read_asked(
         asked.limit = next((one for one in limits if type(one) is int and one > 0), None)
         asked.streams = body.get("stream", route in _OLLAMA) is True
         model = body.get("model")
-        if route == "/v1/responses":
+        if route in ("/v1/responses", "/v1/responses/input_tokens"):
             asked.references = _references(body)
             asked.is_repeatable = not asked.references
-        if route in _GENERATED:
+        asked.loads_only = route in _PROMPTS and not any(body.get(name) for name in _PROMPTS[route])
+        if route in _GENERATED and not asked.loads_only:
             asked.marks = prefixes.marks(tenant, model if isinstance(model, str) else "", parts_of(body))
             asked.body = _seeded(asked.body, body, route, keep)
     finally:
@@ -100,7 +106,7 @@ def _references(body: Mapping[str, Any]) -> Sequence[str]:
     named = [
         item.get("id")
         for item in (items if isinstance(items, list) else [])
-        if isinstance(item, dict) and (item.get("type") == "item_reference" or item.keys() == {"id"})
+        if isinstance(item, dict) and kind_of(item) == "item_reference"
     ]
     return [one for one in (body.get("previous_response_id"), *named) if isinstance(one, str)][
         :_MOST_REFERENCES

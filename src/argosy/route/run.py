@@ -54,7 +54,7 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
     """
     make_room_for_files(2 * settings.max_connections)  # each request has a connection to a server
     ring = KeyRing(None if settings.keys is None else KeyFile(settings.keys))
-    # Usage is kept by the servers: each request is counted there, and here only for the limits per minute.
+    # Tokens are counted and kept by the servers, and asked of them (`everywhere.py`); here only requests count.
     limits = Limits(known=ring.ids)
     fleet = Fleet(settings.addresses, settings.health)
     app = make_router(

@@ -58,6 +58,7 @@ class Server:
         owed_tokens: estimate for its unanswered requests.
         replies: connections on which it owes an answer. They are closed when the server goes down, and those who read
             from them notice.
+        used: for a key with tokens per day, those that the server has counted, and until when they count.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Server:
     fault: str = ""  # why it is down
     last_chosen: int = 0
     replies: set[Reply] = field(default_factory=set)
+    used: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -59,6 +59,8 @@ _NAME = r"[A-Za-z0-9._-]{1,253}"  # a host's name; also an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
 CHOSEN_POLICY = "x-argosy-policy"  # the header with which a request names its policy
 GENERATED = (b"x-ai-generated", b"1")  # header of answers that a model wrote
+# Headers of answers to a key with tokens per day: the limit, what is left of it, and when the day ends; OpenAI's names.
+TOKENS_LEFT = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
 _ONCE = (
     CHOSEN_POLICY,
     "host",
@@ -388,7 +390,7 @@ class Gate:
         metrics: takes the times and tokens of answers; None: nobody asks for them.
         base_path: the beginning of all paths, or nothing.
         auditor: records the requests that do work or change something; None: nobody does.
-        guarding: policies, and what is stopped; None: there are none.
+        guarding: policies, and what is stopped; None: another server behind this one has them.
     """
 
     def __init__(
@@ -410,7 +412,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._auditor = auditor
-        self._guarding = Guarding() if guarding is None else guarding
+        self._guarding = guarding
         self._table = [(policy, _pattern(policy.path)) for policy in policies]
         self._ring = ring
         self._limits = limits
@@ -448,6 +450,7 @@ class Gate:
                 told = [*SECURITY_HEADERS, named, *for_pages]
                 if policy is not None and policy.screens == "answers" and message["status"] == 200:
                     told.append(GENERATED)
+                told += self._tokens_left(caller.key)
                 extra = [pair for pair in told if pair[0] not in own]
                 # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
                 if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
@@ -506,6 +509,15 @@ class Gate:
             facts, extra={"facts": facts},
         )  # fmt: skip
 
+    def _tokens_left(self, key: Key | None) -> Headers:
+        """Headers about the tokens per day of a key."""
+        if key is None or key.tokens_per_day is None:
+            return []
+        used, left_s = self._limits.used_today(key)
+        values = key.tokens_per_day, max(0, key.tokens_per_day - used), left_s
+        limit, left, reset = (b"%d" % value for value in values)
+        return list(zip(TOKENS_LEFT, (limit, left, reset + b"s"), strict=True))
+
     async def _pass_on(
         self, policy: Policy, headers: dict[str, str], caller: Caller, body: _Body, scope: Scope, send: Send
     ) -> None:
@@ -522,18 +534,19 @@ class Gate:
         caller.key = self._admit(policy, headers, scope.get("client"))
         if policy.scope is not None:
             caller.require(policy.scope)
-        caller.stops = self._guarding.stops
-        caller.require_unstopped()
-        if policy.screens in ("answers", "texts"):
-            chosen = headers.get(CHOSEN_POLICY)
-            caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
+        if self._guarding is not None:
+            caller.stops = self._guarding.stops
+            caller.require_unstopped()
+            if policy.screens in ("answers", "texts"):
+                chosen = headers.get(CHOSEN_POLICY)
+                caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
         if scope["method"] == "POST":
             _require_type(policy, headers)
         body.max_bytes = policy.max_body_bytes
         if policy.takes_media and self._takes_media:
             body.max_bytes = MEDIA_BODY_BYTES
         body.require_allowed(int(headers.get("content-length", "0") or 0))
-        scope.setdefault("state", {})["caller"] = caller
+        scope.setdefault("state", {}).update(caller=caller, policy=policy)
         if self._auditor is not None and policy.is_counted:
             body.heard = self._auditor.listen()
         if policy.is_counted and caller.key is not None:

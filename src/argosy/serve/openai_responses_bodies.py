@@ -158,7 +158,8 @@ class NamedItem(Strict):
     id: Short
 
 
-def _kind(item: object) -> str | None:
+def kind_of(item: object) -> str | None:
+    """The type of an input item; None: it is neither an object nor an item."""
     if isinstance(item, dict):
         is_name = {name for name, value in item.items() if value is not None} - {"type"} == {"id"}
         return str(item.get("type") or ("item_reference" if is_name else "message"))
@@ -172,7 +173,7 @@ Item = Annotated[
     | Annotated[ResultItem, Tag("function_call_output")]
     | Annotated[ThoughtItem, Tag("reasoning")]
     | Annotated[NamedItem, Tag("item_reference")],
-    Discriminator(_kind),
+    Discriminator(kind_of),
 ]
 _ITEMS: TypeAdapter[list[KnownItem | NamedItem]] = TypeAdapter(list[Item])
 
@@ -195,7 +196,7 @@ class HostedTool(Lenient):
 
 AnyTool = Annotated[
     Annotated[FunctionTool, Tag("function")] | Annotated[HostedTool, Tag("hosted")],
-    Discriminator(lambda tool: "function" if _kind(tool) == "function" else "hosted"),
+    Discriminator(lambda tool: "function" if kind_of(tool) == "function" else "hosted"),
 ]
 
 
