@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from argosy.guard.pii.finder import Finder
 from argosy.guard.policy import ContentPolicy, HttpCheck, ListCheck
-from argosy.guard.screen import RequestScreen, in_json
+from argosy.guard.screen import RequestScreen
 from argosy.guard.verdict import Blocked
+from argosy.guard.view import Shown
 from argosy.guard.word_list import WordList
 
 FINDER = Finder()
@@ -106,7 +107,8 @@ def test_a_conversation_is_redacted_everywhere_and_pictures_stay() -> None:
         {"role": "assistant", "content": "", "reasoning_content": "joe@example.com?", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "sent to ann@example.org"},
     ]
-    made, _, texts = screen.conversation(messages)
+    shown, texts = screen.check(Shown(messages=messages))
+    made = shown.messages
     assert made[0]["content"] == "For <EMAIL_1>"
     assert made[1]["content"] == [{"type": "text", "text": "I am <EMAIL_2>"}, picture]
     assert made[2]["reasoning_content"] == "<EMAIL_1>?"
@@ -115,7 +117,7 @@ def test_a_conversation_is_redacted_everywhere_and_pictures_stay() -> None:
     assert messages[0]["content"] == "For joe@example.com"  # the client's own text is unchanged
     assert not any("@" in text for text in texts)
     assert noted == [("input", "pii:email", 5)]
-    screen.conversation(messages, counts=False)
+    screen.check(Shown(messages=messages), counts=False)
     assert len(noted) == 1
 
 
@@ -124,26 +126,21 @@ def test_descriptions_and_schemas_of_tools_are_redacted_and_names_stay() -> None
     to = {"type": "string", "enum": ["joe@example.com"], "description": "such as ann@example.org"}
     schema = {"type": "object", "properties": {"name": to, "to": to}, "required": ["to"]}
     function = {"name": "send", "description": "Mail to joe@example.com", "parameters": schema}
-    (message,), (tool,), _ = screen.conversation(
-        [{"role": "user", "content": "I am x@example.net"}], [{"type": "function", "function": function}]
-    )
+    tools = [{"type": "function", "function": function}]
+    shown, _ = screen.check(Shown(messages=[{"role": "user", "content": "I am x@example.net"}], tools=tools))
+    (message,), (tool,) = shown.messages, shown.tools
     made = tool["function"]
     assert (made["name"], made["description"]) == ("send", "Mail to <EMAIL_1>")
     for name in ("name", "to"):
         assert made["parameters"]["properties"][name]["enum"] == ["<EMAIL_1>"]
     assert made["parameters"]["required"] == ["to"]
     assert message["content"] == "I am <EMAIL_3>"
-    assert screen.answer().arguments('{"to": "<EMAIL_1>"}')[0] == '{"to": "joe@example.com"}'
-    blocking, _ = screen_of(input=(MOON,))
-    with pytest.raises(Blocked):
-        blocking.conversation(
-            [], [{"type": "function", "function": {"name": "f", "description": "a blue moon"}}]
-        )
+    assert screen.answer().call("send", '{"to": "<EMAIL_1>"}')[0] == '{"to": "joe@example.com"}'
 
 
 def test_a_mode_that_only_detects_counts_and_changes_nothing() -> None:
     screen, noted = screen_of(pii_input="detect", pii_output="detect")
-    assert screen.text("joe@example.com") == "joe@example.com"
+    assert screen.check(Shown(texts=["joe@example.com"]))[0].texts == ["joe@example.com"]
     assert sent_of(screen, ["to joe@exam", "ple.com and"])[:2] == ("to joe@example.com and", "")
     assert noted == [("input", "pii:email", 1), ("output", "pii:email", 1)]
 
@@ -154,21 +151,45 @@ def test_a_blocked_request_says_why_and_quotes_nothing() -> None:
     ):  # fmt: skip
         screen, noted = screen_of(**settings_)
         with pytest.raises(Blocked) as raised:
-            screen.text(text)
+            screen.check(Shown(texts=[text]))
         assert str(raised.value) == f"the request is not allowed by the policy of this server ({reason})"
         assert len(noted) == 1
 
 
-def test_arguments_of_calls_are_rewritten_as_json() -> None:
-    def write(text: str) -> str:
-        return text.replace("joe@example.com", "<EMAIL_1>").replace("4930901820", "<PHONE_1>")
-
-    assert in_json('{"a": ["joe@example.com", 4930901820, true, null], "b":1}', write) == (
-        '{"a": ["<EMAIL_1>", "<PHONE_1>", true, null], "b": 1}'
-    )
-    assert in_json('{"a":  "x"}', write) == '{"a":  "x"}'  # unchanged, so its spelling stays
-    assert in_json('{"a": "joe@example.com', write) == '{"a": "<EMAIL_1>'  # cut off by the token limit
+def test_values_come_back_into_arguments_as_json() -> None:
     screen, _ = screen_of(pii_input="redact")
-    screen.text("-----BEGIN PRIVATE KEY-----\nMIIabc\n-----END PRIVATE KEY-----")
-    arguments, _ = screen.answer().arguments('{"key": "<SECRET_1>"}')
+    screen.check(Shown(texts=["-----BEGIN PRIVATE KEY-----\nMIIabc\n-----END PRIVATE KEY-----"]))
+    arguments, _ = screen.answer().call("f", '{"key": "<SECRET_1>"}')
     assert arguments == '{"key": "-----BEGIN PRIVATE KEY-----\\nMIIabc\\n-----END PRIVATE KEY-----"}'
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"q": "a blue\\nmoon"}', '{"q": "blue\\tmoon"}', '{"q": "b\\u006cue moon"}', '{"blue\\u0020moon": 1}',
+        '{"q": ["a blue", "moon"]}', '{"q": "x", "q": "blue\\nmoon"}',
+        '{"q": "blue\\u0020moon', '{"q": "blue moo\\u006e\\u00',
+        '{"q": {"r": [{"s": "blue\\u000amoon"}]}}',
+    ],
+)  # fmt: skip
+def test_a_list_reads_the_arguments_of_a_call_as_its_client_does(arguments: str) -> None:
+    screen, noted = screen_of(output=(MOON,))
+    answer = screen.answer()
+    answer.call("f", arguments)
+    assert answer.blocked_by == "moon"
+    assert noted == [("output", "moon", 1)]
+    answer = screen.answer()
+    answer.call("blue_moon", "{}")
+    assert answer.blocked_by == "moon"
+
+
+def test_checks_that_ask_get_arguments_without_escapes() -> None:
+    screen, _ = screen_of(output=(ASKED,))
+    assert screen.answer().call("f", '{"q": "a\\u0062c\\n"}')[1] == "f\nq\nabc\n"
+
+
+def test_personal_data_in_a_call_that_was_cut_off_is_found_behind_escapes() -> None:
+    screen, noted = screen_of(pii_output="redact")
+    arguments, _ = screen.answer().call("f", '{"to": "joe\\u0040example.com", "and": "ann@example.org and')
+    assert arguments == '{"to": "<EMAIL_1>", "and": "<EMAIL_2> and'
+    assert noted == [("output", "pii:email", 2)]

@@ -1,6 +1,6 @@
 """Apply a policy to the texts of one request, and to the answers that are made of them.
 
-    messages  ─ RequestScreen ─>  messages with placeholders, or Blocked
+    Shown (`view.py`)  ─ RequestScreen ─>  the same with placeholders, or Blocked
     an answer, piece by piece  ─ TextScreen ─>  found values, lists  ->  question  ─ other checks ─>  restored, sent
 
 Checks that only compute run here, in whatever thread calls. Checks that ask somebody are `question`s: the caller asks,
@@ -12,22 +12,18 @@ Elsewhere: the policy is `policy.py`; who asks is `serve/screening.py`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 from argosy.guard.pii.placeholders import Placeholders, Restorer
 from argosy.guard.pii.stream import FindingStream
 from argosy.guard.policy import ContentPolicy, HttpCheck, ListCheck, ModelCheck
 from argosy.guard.verdict import Blocked
-from argosy.strict_json import JsonError, parse_json
+from argosy.guard.view import Collector, Shown, call_visited, in_json_text
 
 Side = Literal["input", "output"]
 Note = Callable[[Side, str, int], None]
 """Counts (side, what was found, how often): `pii:email`, or the name of a check."""
-
-_NAMES = ("name", "type", "required", "$ref")  # in a tool or a schema: they refer to something
-_TEXTS = ("content", "reasoning_content", "reasoning", "name")  # fields of a message
 
 
 class RequestScreen:
@@ -49,66 +45,35 @@ class RequestScreen:
         """The checks of the input that ask somebody."""
         return [check for check in self.policy.input if not isinstance(check, ListCheck)]
 
-    def conversation(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] = (),
-        *,
-        counts: bool = True,
-    ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], list[str]]:
-        """Check a conversation, and the tools that it offers.
+    def check(self, shown: Shown, *, counts: bool = True) -> tuple[Shown, list[str]]:
+        """Check all that a model gets of a request.
 
         Args:
-            counts: note what is found; false if the same conversation is checked again.
+            counts: note what is found; false if the same request is checked again.
 
         Returns:
-            Messages and tools for the model, and their texts for checks that ask somebody.
+            What the model gets, and its texts for checks that ask somebody.
 
         Raises:
             Blocked: the policy does not allow a text.
+            UsageError: a value stands where none can be replaced.
         """
-        texts: list[str] = []
-        for tool in tools:
-            _described(tool, _collect(texts))
-        for message in messages:
-            _rewritten(message, _collect(texts))
+        texts = shown.all_texts()
         if self._placeholders is not None:
+            mode = self.policy.pii_input
             self._placeholders.reserve(texts)
-        checked: list[str] = []
-
-        def check(text: str) -> str:
-            checked.append(self._checked(text))
-            return checked[-1]
-
-        # Tools first: they come first in a prompt, and their placeholders must not change with the next turn.
-        made_tools = [_described(tool, check) for tool in tools]
-        made = [_rewritten(message, check) for message in messages]
-        self.asked = next((_said(message) for message in reversed(made) if message.get("role") == "user"), "")
-        self._note_values(is_counted=counts)
-        return made, made_tools, checked
-
-    def text(self, text: str, *, counts: bool = True) -> str:
-        """Check a text; return what the model gets. Raises what `conversation` raises."""
-        if self._placeholders is not None:
-            self._placeholders.reserve([text])
-        self.asked = made = self._checked(text)
-        self._note_values(is_counted=counts)
-        return made
-
-    def _checked(self, text: str) -> str:
-        mode = self.policy.pii_input
-        made = text
-        if self._placeholders is not None:
-            num_before = self._placeholders.num_found.total()
-            made = self._placeholders.redact(text)
-            if mode == "block" and self._placeholders.num_found.total() > num_before:
-                self._note_values()
+            made = shown.visited(_Redacting(self._placeholders, replaces=mode == "redact"))
+            has_values = self._placeholders.num_found.total() > 0
+            self._note_values(is_counted=counts or mode == "block")
+            if mode == "block" and has_values:
                 raise Blocked("the request", "personal data")
+            shown = made
         for check in self.policy.input:
-            if isinstance(check, ListCheck) and check.words.judge(text).is_flagged:
+            if isinstance(check, ListCheck) and any(check.words.judge(text).is_flagged for text in texts):
                 self._note("input", check.name, 1)
                 raise Blocked("the request", check.name)
-        return made if mode == "redact" else text
+        self.asked = _last_asked(shown)
+        return shown, shown.all_texts() if self.policy.pii_input == "redact" else texts
 
     def _note_values(self, *, is_counted: bool = True) -> None:
         if self._placeholders is not None:
@@ -146,22 +111,28 @@ class AnswerScreen:
         """The screen of another stretch of text or thoughts."""
         return TextScreen(self, self._policy, self._given, self._own)
 
-    def arguments(self, text: str) -> tuple[str, str]:
-        """Check the arguments of a whole tool call.
+    def call(self, name: str, arguments: str) -> tuple[str, str]:
+        """Check a whole tool call, or as much of one as the token limit left.
 
         Returns:
             The arguments to send, and the text for checks that ask somebody.
         """
-        made = text
+        made = arguments
         if self._own is not None:
-            made = in_json(text, self._own.redact)
+            redacting = _Redacting(self._own, replaces=self._policy.pii_output == "redact")
+            redacting.text(name)
+            made = call_visited(arguments, redacting)
             self.found_values()
-            if self._policy.pii_output == "detect":
-                made = text
+        found = Collector()
+        found.text(name)
+        call_visited(made, found)
         for check in self._policy.output:
-            if isinstance(check, ListCheck) and check.words.judge(made).is_flagged:
+            if isinstance(check, ListCheck) and any(
+                check.words.judge(text).is_flagged for text in found.texts
+            ):
                 self.block(check.name)
-        return (made if self._given is None else self._given.restore(made, _in_json_text)), made
+        sent = made if self._given is None else self._given.restore(made, in_json_text)
+        return sent, "\n".join(found.texts)
 
     def block(self, reason: str) -> None:
         """End the answer here."""
@@ -269,92 +240,27 @@ class TextScreen:
         return ready
 
 
-def in_json(text: str, write: Callable[[str], str]) -> str:
-    """Rewrite the strings and numbers of a JSON text; a text that is none is rewritten as it is."""
-    try:
-        given = parse_json(text)
-    except JsonError:
-        return write(text)
-    made = _leaves(given, write)
-    return text if made == given else json.dumps(made, ensure_ascii=False)
+class _Redacting:
+    """Finds values, and replaces them."""
+
+    def __init__(self, placeholders: Placeholders, *, replaces: bool) -> None:
+        self._placeholders, self._replaces = placeholders, replaces
+
+    def text(self, text: str) -> str:
+        made = self._placeholders.redact(text)
+        return made if self._replaces else text
+
+    def lines(self, lines: list[str]) -> list[str]:
+        return [self.text(line) for line in lines]
 
 
-def _leaves(value: Any, write: Callable[[str], str]) -> Any:
-    match value:
-        case str():
-            return write(value)
-        case bool() | None:
-            return value
-        case int() | float():
-            text = repr(value)
-            return value if (made := write(text)) == text else made
-        case list():
-            return [_leaves(one, write) for one in value]
-        case dict():
-            return {write(name): _leaves(one, write) for name, one in value.items()}
-    return value
-
-
-def _described(value: Any, write: Callable[[str], str]) -> Any:
-    """A tool with the texts of its description and schema rewritten; names stay, of functions and of parameters."""
-    match value:
-        case str():
-            return write(value)
-        case list():
-            return [_described(one, write) for one in value]
-        case dict():
-            # A parameter may be called `name`; its schema is no name.
-            return {
-                name: one if name in _NAMES and not isinstance(one, dict) else _described(one, write)
-                for name, one in value.items()
-            }
-    return value
-
-
-def _in_json_text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)[1:-1]
-
-
-def _collect(texts: list[str]) -> Callable[[str], str]:
-    def collect(text: str) -> str:
-        texts.append(text)
-        return text
-
-    return collect
-
-
-def _rewritten(message: Mapping[str, Any], write: Callable[[str], str]) -> Mapping[str, Any]:
-    """A message with its texts rewritten; pictures and sounds stay."""
-    made = dict(message)
-    for name in _TEXTS:
-        if isinstance(text := message.get(name), str):
-            made[name] = write(text)
-    if isinstance(parts := message.get("content"), list):
-        made["content"] = [_part(part, write) for part in parts]
-    if isinstance(calls := message.get("tool_calls"), list):
-        made["tool_calls"] = [_call(call, write) for call in calls]
-    return made
-
-
-def _said(message: Mapping[str, Any]) -> str:
-    """The text of a message."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return str(content or "")
-    texts = (part.get("text") for part in content if isinstance(part, dict))
+def _last_asked(shown: Shown) -> str:
+    """The user's last message, or the text to continue."""
+    said = [message for message in shown.messages if message.get("role") == "user"]
+    if not said:
+        return "\n".join(shown.texts[:1])
+    content = said[-1].get("content")
+    if isinstance(content, str):
+        return content
+    texts = (part.get("text") for part in content or () if isinstance(part, Mapping))
     return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def _part(part: Any, write: Callable[[str], str]) -> Any:
-    if isinstance(part, dict) and isinstance(text := part.get("text"), str):
-        return {**part, "text": write(text)}
-    return part
-
-
-def _call(call: Any, write: Callable[[str], str]) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments")
-    made = in_json(arguments, write) if isinstance(arguments, str) else _leaves(arguments, write)
-    return {**call, "function": {**function, "arguments": made}}

@@ -32,11 +32,13 @@ from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.engine.verification import Verification
 from argosy.errors import ArgosyError, UsageError
+from argosy.guard.view import Shown
 from argosy.media.parts import Content, Hearing, Kind
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.observe.live import LiveCache
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
+from argosy.prompt.infill import Snippet
 from argosy.prompt.prompt import Prompt
 from argosy.serve.answer_metrics import AnswerWatch, Operation
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
@@ -132,14 +134,49 @@ class TextRequest:
     """A text, or token ids, to be continued.
 
     suffix: the text after the gap that the model fills after `prompt`, which is a text; None: there is no gap.
+    snippets: parts of other files, for the model to read before it fills the gap; None: if it cannot fill gaps, it
+        continues a prompt whose suffix is empty.
+    reserved_tokens: room that snippets leave for the answer.
     ignored: names of fields that were given and have no effect.
     """
 
     prompt: str | Sequence[int]
     params: SamplingParams
     suffix: str | None = None
+    snippets: Sequence[Snippet] | None = None
+    reserved_tokens: int = 0
     num_answers: int = 1
     ignored: Sequence[str] = ()
+
+    def shown(self, decode: Callable[[Sequence[int]], str]) -> Shown:
+        """What the model gets of it."""
+        prompt = self.prompt if isinstance(self.prompt, str) else decode(self.prompt)
+        after = () if self.suffix is None else (self.suffix,)
+        others = (text for one in self.snippets or () for text in (one.file or "", one.text))
+        return Shown(texts=[prompt, *after, *others], grammar=self.params.grammar)
+
+    def with_shown(self, given: Shown, made: Shown) -> TextRequest:
+        """The request with what the policy made of `given`.
+
+        Raises:
+            UsageError: its prompt has values to replace, and is token ids.
+        """
+        prompt, *others = made.texts
+        if not isinstance(self.prompt, str):
+            if prompt != given.texts[0]:
+                raise UsageError(
+                    "the policy of this server replaces values in the prompt, and this one is token ids",
+                    param="prompt", hint="send the prompt as text",
+                )  # fmt: skip
+            return replace(self, params=replace(self.params, grammar=made.grammar))
+        suffix = None if self.suffix is None else others.pop(0)
+        snippets = None
+        if self.snippets is not None:
+            snippets = [
+                Snippet(text, file or None) for file, text in zip(others[::2], others[1::2], strict=True)
+            ]
+        params = replace(self.params, grammar=made.grammar)
+        return replace(self, prompt=prompt, suffix=suffix, snippets=snippets, params=params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +208,16 @@ class ChatRequest:
     num_answers: int = 1
     replaced: Replaced = field(default_factory=Replaced)
     ignored: Sequence[str] = ()
+
+    def shown(self) -> Shown:
+        """What the model gets of it. The names in `tool_choice` are names of its tools."""
+        return Shown(messages=self.messages, tools=self.tools, variables=self.variables, grammar=self.form)
+
+    def with_shown(self, made: Shown) -> ChatRequest:
+        """The request with what the policy made of it."""
+        return replace(
+            self, messages=made.messages, tools=made.tools, variables=made.variables, form=made.grammar
+        )
 
 
 Read = Callable[[], ChatRequest | TextRequest]
@@ -407,8 +454,9 @@ class Service:
                     request, _ = self._screened(request, screening, caller)
                     if not screening.policy.watermark:
                         request = replace(request, params=replace(request.params, watermark=False))
-                answers.add(*self._prepared(request, caller.tenant), request.num_answers)
-                return self._headers(request)
+                prompt, params, use, num_left_out = self._prepared(request, caller.tenant)
+                answers.add(prompt, params, use, request.num_answers)
+                return self._headers(request, num_left_out)
 
         try:
             if screening is not None and screening.asks_about_input:
@@ -448,22 +496,15 @@ class Service:
         # They are counted and may be blocked, so they are not without effect.
         ignored = [name for name in request.ignored if name not in _USER_FIELDS]
         if isinstance(request, ChatRequest):
-            messages, tools, texts = screen.conversation(request.messages, request.tools, counts=counts)
+            made, texts = screen.check(request.shown(), counts=counts)
             caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
-            return replace(request, messages=messages, tools=tools, ignored=ignored), texts
-        if not isinstance(request.prompt, str):
-            text = "" if self.tokenizer is None else self.tokenizer.decode(request.prompt, keep_special=True)
-            made = screen.text(text, counts=counts)
-            if made != text:
-                raise UsageError(
-                    "the policy of this server replaces values in the prompt, and this one is token ids",
-                    param="prompt", hint="send the prompt as text",
-                )  # fmt: skip
-            return replace(request, ignored=ignored), [text]
-        texts = [request.prompt, *(() if request.suffix is None else (request.suffix,))]
-        made_texts = [screen.text(text, counts=counts) for text in texts]
-        suffix = made_texts[1] if len(made_texts) > 1 else None
-        return replace(request, prompt=made_texts[0], suffix=suffix, ignored=ignored), made_texts
+            return replace(request.with_shown(made), ignored=ignored), texts
+        given = request.shown(self._decode)
+        made, texts = screen.check(given, counts=counts)
+        return replace(request.with_shown(given, made), ignored=ignored), texts
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, keep_special=True)
 
     async def screened_texts(
         self, texts: Sequence[str | Sequence[int]], caller: Caller
@@ -519,28 +560,32 @@ class Service:
 
     def _prepared(
         self, request: ChatRequest | TextRequest, tenant: str
-    ) -> tuple[Prompt, SamplingParams, ToolUse]:
+    ) -> tuple[Prompt, SamplingParams, ToolUse, int]:
+        """The prompt, its parameters and tools, and the number of snippets that were left out."""
         params = request.params
         if isinstance(request, TextRequest):
-            text, suffix = request.prompt, request.suffix
+            text, suffix, snippets = request.prompt, request.suffix, request.snippets
             # Editors send an empty suffix at the end of a file, whatever the model.
-            if isinstance(text, str) and (suffix or (suffix is not None and self.prompts.can_infill)):
-                filling = self.prompts.infill(text, suffix)
+            fills = suffix or (suffix is not None and (snippets is not None or self.prompts.can_infill))
+            if isinstance(text, str) and suffix is not None and fills:
+                filling = self.prompts.infill(
+                    text, suffix, snippets=snippets or (), reserved_tokens=request.reserved_tokens
+                )
                 stops = (*params.stop_token_ids, *filling.end_ids)
-                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse()
+                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse(), filling.num_left_out
             prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
-            return prompt, params, ToolUse()
+            return prompt, params, ToolUse(), 0
         use = _tool_use(request)
         prompt = self._build(request, use, tenant)
         grammar = self.prompts.grammar(
             prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
-        return prompt, params if grammar is None else replace(params, grammar=grammar), use
+        return prompt, params if grammar is None else replace(params, grammar=grammar), use, 0
 
-    def _headers(self, request: ChatRequest | TextRequest) -> dict[str, str]:
+    def _headers(self, request: ChatRequest | TextRequest, num_left_out: int) -> dict[str, str]:
         """Headers that name the fields without effect and count the replaced blocks of a request."""
         if isinstance(request, TextRequest):
-            return ignored_header(request.ignored)
+            return ignored_header([*request.ignored, *(f"input_extra.{at}" for at in range(num_left_out))])
         ignored = list(request.ignored)
         if request.effort is not None and not self._effort(request.effort):
             ignored.append(request.effort_field)

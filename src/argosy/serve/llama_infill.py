@@ -13,7 +13,7 @@ llama-server are `llama_server.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -97,35 +97,18 @@ class InfillBody(Sampling):
         """Most tokens of the answer; None: as many as the context holds."""
         return None if self.n_predict is None or self.n_predict < 0 else self.n_predict
 
-    def request(self, service: Service, checked: Callable[[str], str] = str) -> TextRequest:
-        """The prompt, as token ids.
-
-        Args:
-            checked: applies the policy of the request to a text of it.
-
-        Raises:
-            PromptTooLong: the texts around the gap do not fit.   UsageError: the model cannot fill in.
-        """
-        snippets = [Snippet(checked(one.text), one.filename) for one in self.input_extra or ()]
-        filling = service.prompts.infill(
-            checked(self.input_prefix + (self.prompt or "")),
-            checked(self.input_suffix),
-            snippets=snippets,
-            reserved_tokens=_ANSWER_TOKENS if self.limit is None else self.limit,
-        )
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
-        given = self.sampling(stops)
-        end_ids = (*given.pop("stop_token_ids", ()), *filling.end_ids)
+    def request(self) -> TextRequest:
+        """The texts around the gap, and the snippets."""
         # The logits of the prompt's last token make one token in any case; with 0 it is not sent.
         max_tokens = None if self.limit is None else max(1, self.limit)
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         return TextRequest(
-            prompt=filling.prompt.token_ids or (),
-            params=SamplingParams(max_tokens=max_tokens, stop_token_ids=end_ids, **given),
-            ignored=[
-                *self.ignored(),
-                *strays("input_extra", self.input_extra or ()),
-                *(f"input_extra.{at}" for at in range(filling.num_left_out)),
-            ],
+            prompt=self.input_prefix + (self.prompt or ""),
+            suffix=self.input_suffix,
+            snippets=[Snippet(one.text, one.filename) for one in self.input_extra or ()],
+            reserved_tokens=_ANSWER_TOKENS if self.limit is None else self.limit,
+            params=SamplingParams(max_tokens=max_tokens, **self.sampling(stops)),
+            ignored=[*self.ignored(), *strays("input_extra", self.input_extra or ())],
         )
 
 
@@ -189,9 +172,7 @@ class InfillExchange(Exchange[InfillBody, InfillPiece | Filled]):
         self._last: Filled | None = None
 
     def reads(self) -> list[Read]:
-        screening = self.caller.screening
-        checked = str if screening is None else screening.screen.text
-        return [lambda: self.body.request(self.service, checked)]
+        return [self.body.request]
 
     def take(self, step: Step) -> Iterable[InfillPiece | Filled]:
         match step:

@@ -422,7 +422,7 @@ class ScreenedAnswer:
     async def _end_call(self, index: int, end: ToolCallEnd | None) -> list[Event]:
         """A whole call; one that the token limit cut off has no end."""
         begin, pieces = self._calls.pop(index)
-        check = partial(self._answer.arguments, "".join(pieces))
+        check = partial(self._answer.call, begin.name, "".join(pieces))
         arguments, question = await self._screening.compute(check)
         if not self.is_blocked and (reason := await self._screening.refusal_of(question)):
             self._answer.block(reason)
