@@ -384,6 +384,28 @@ def test_a_changed_content_is_detected(tmp_path: Path) -> None:
         SealedContents(directory, key_of(directory)).get("key-a", facts(1)["request_id"])  # type: ignore[arg-type]
 
 
+def test_requests_are_recorded_though_the_key_of_their_contents_is_damaged(tmp_path: Path) -> None:
+    directory, said = tmp_path / "audit", list[str]()
+    with auditing(directory, with_content=True, reports=said) as audit:
+        audit.record(facts(1), Content([b"secret"], lambda: None))
+        audit.record(facts(1, "key-b"), Content([b"secret"], lambda: None))
+        wait_for(lambda: len(list((directory / "content").glob("*/req_*"))) == 2)
+        path = audit._contents._directory("key-a") / "key"
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+        released: list[int] = []
+        for number in range(2, 5):
+            audit.record(facts(number), Content([b"secret"], lambda number=number: released.append(number)))  # type: ignore[misc]
+    report = check(directory)
+    assert report.is_valid, report.faults
+    assert (report.kinds["request"], report.num_lost, report.num_unkept) == (5, 0, 3)
+    assert released == [2, 3, 4]
+    (line,) = said
+    assert "contents of key-a cannot be kept" in line
+    assert "a key of contents of the audit was changed" in line
+
+
 def test_what_has_expired_is_removed_and_the_rest_stays_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,13 +133,30 @@ def test_a_header_that_is_no_trace_leaves_nothing(server: Server, header: str) -
 def test_refusals_are_recorded_and_reading_is_not(server: Server) -> None:
     refused = server.post("/v1/chat/completions", {"messages": 7})
     assert (server.line_of(refused)["status"], server.line_of(refused)["new_tokens"]) == (400, 0)
-    without = httpx.post(f"{server.url}/v1/chat/completions", json=ASK)
-    assert (server.line_of(without)["status"], server.line_of(without)["key"]) == (401, "none")
     forbidden = httpx.delete(f"{server.url}/v1/engine/data/x", headers=server.headers)
     assert (server.line_of(forbidden)["status"], server.line_of(forbidden)["key"]) == (403, server.key_id)
     listed = httpx.get(f"{server.url}/v1/models", headers=server.headers)
     server.line_of(server.post("/tokenize", {"content": "a"}))
     assert listed.headers["x-request-id"] not in {line["request_id"] for line in server.lines()}
+
+
+def test_requests_without_a_valid_key_are_counted_in_one_line(service: Service, tmp_path: Path) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    _, secret = keys.add("one")
+    audit = Audit(AuditSettings(directory=tmp_path / "audit"), facts={})
+    auditor = Auditor(audit, policy="")
+    for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8, auditor=auditor)):
+        with httpx.Client(base_url=url) as client:
+            for _ in range(8):
+                assert client.post("/tokenize", json={"content": "a"}).status_code == 401
+            headers = {"Authorization": f"Bearer {secret}", "Origin": "https://elsewhere.example"}
+            assert client.post("/tokenize", json={"content": "a"}, headers=headers).status_code == 403
+    audit.close()
+    report = verify(tmp_path / "audit", (tmp_path / "audit" / "key").read_bytes())
+    assert report.is_valid, report.faults
+    assert report.kinds["request"] == 0
+    assert report.num_refused == 9
+    assert report.kinds["refused"] == 1
 
 
 def test_a_client_that_leaves_is_recorded_with_the_tokens_made(server: Server) -> None:

@@ -210,6 +210,10 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"anchor   {last.head}")
     if report.num_lost:
         lines.append(f"lost     {report.num_lost} requests were not recorded, as the server says itself")
+    if report.num_refused:
+        lines.append(f"refused  {report.num_refused} requests without a valid key")
+    if report.num_unkept:
+        lines.append(f"unkept   {report.num_unkept} contents could not be kept; their lines say why")
     if report.num_objects or report.num_erased:
         lines.append(f"content  {report.num_objects} kept, {report.num_erased} erased or expired")
     return [*lines, *(f"note     {note}" for note in report.notes)]
@@ -220,6 +224,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
     return {
         "is_valid": report.is_valid, "faults": report.faults, "num_faults": report.num_faults,
         "notes": report.notes, "lines": dict(report.kinds), "files": report.num_files, "lost": report.num_lost,
+        "refused": report.num_refused, "contents_unkept": report.num_unkept,
         "anchor": None if last is None else str(last.head), "contents": report.num_objects,
         "contents_erased": report.num_erased,
     }  # fmt: skip

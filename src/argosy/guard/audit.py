@@ -6,6 +6,9 @@ A line is the envelope of a request: when, which key, route, model, template and
 ended. Nothing that anyone said is in it. Contents are kept only if the operator says so, each in a file of its own that
 can be erased (`sealed.py`).
 
+Requests without a valid key have no lines of their own, because anybody who reaches the server could fill the drive with
+them. One line a minute at most says how many were refused, by status.
+
 A kill loses the line being written and those still in the queue, which is empty unless the drive is slower than the
 requests. If the drive is full, the operator's choice holds: with `stop` new requests are refused until lines can be
 written again, and those that were running wait in the queue; with `degrade` lines are dropped, and the next line that
@@ -20,12 +23,13 @@ import contextlib
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from argosy.errors import ArgosyError, Overloaded
+from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.chain import Head
 from argosy.guard.chain_writer import ChainWriter
 from argosy.guard.sealed import SealedContents, require_cryptography
@@ -43,6 +47,7 @@ _CLOSE_S = 10.0
 _ERASE_S = 60.0
 ANCHOR_S = 3600.0
 _EXPIRE_S = 600.0
+_REFUSED_S = 60.0  # between two lines about requests without a valid key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,10 +147,14 @@ class Audit:
         self._items: queue.Queue[_Entry | _Erasure | None] = queue.Queue(MOST_WAITING)
         self._lock = threading.Lock()
         self._num_lost = 0  # since the last gap line; guarded by the lock
+        self._refused: Counter[str] = (
+            Counter()
+        )  # by status, since the last line about them; guarded by the lock
+        self._has_lost_content = False
         self._fault: str | None = None  # why the last line could not be written
         self._is_closing = threading.Event()
         self._looked_at = float("-inf")  # so that the first line is on the drive, and anchored, at once
-        self._anchor_due = self._expire_due = clock()
+        self._anchor_due = self._expire_due = self._refused_due = clock()
         cut = {"cut_bytes": self._chain.cut_bytes} if self._chain.cut_bytes else {}
         self._items.put(_Entry("start", {**facts, "when_full": settings.when_full, **cut}))
         self._thread = threading.Thread(target=self._run, name="argosy-audit", daemon=True)
@@ -178,6 +187,11 @@ class Audit:
             self._items.put_nowait(_Entry("request", facts, content))
         except queue.Full:
             self._lose(content)
+
+    def count_refused(self, status: int) -> None:
+        """Count a request without a valid key. Never waits."""
+        with self._lock:
+            self._refused[str(status)] += 1
 
     def erase(self, key_id: str) -> int:
         """Erase the contents of a key, record that, and wait for it; returns how many there were.
@@ -229,7 +243,7 @@ class Audit:
         self._finish()
 
     def _wait_s(self) -> float:
-        if self._chain.is_synced and not self._num_lost and self._fault is None:
+        if self._chain.is_synced and not self._num_lost and not self._refused and self._fault is None:
             return _LOOK_S
         return max(0.0, min(_SYNC_S, self._looked_at + _SYNC_S - time.monotonic()))
 
@@ -252,15 +266,39 @@ class Audit:
         try:
             self._write_gap()
             if entry.content is not None:
-                data = b"".join(entry.content.parts)
-                names = str(facts["key"]), str(facts["request_id"])
-                facts = {**facts, "content": {"sha256": self._contents.put(*names, data), "bytes": len(data)}}
+                facts = {**facts, **self._put(facts, entry.content)}
             self._chain.append(entry.kind, facts)
         except OSError as error:
             self._fail(error)
             return False
         self._recover()
         return True
+
+    def _put(self, facts: Mapping[str, object], content: Content) -> dict[str, object]:
+        """Keep a content; return what its line says of it."""
+        data = b"".join(content.parts)
+        try:
+            sha256 = self._contents.put(str(facts["key"]), str(facts["request_id"]), data)
+        except UsageError as error:  # the tenant's key is damaged, and the line says more than nothing
+            if not self._has_lost_content:
+                self._has_lost_content = True
+                self._report(
+                    f"audit: contents of {facts['key']} cannot be kept, and their lines say so: {error}"
+                )
+            return {"content_fault": error.message}
+        return {"content": {"sha256": sha256, "bytes": len(data)}}
+
+    def _write_refused(self) -> None:
+        with self._lock:
+            refused, self._refused = self._refused, Counter()
+        if not refused:
+            return
+        try:
+            self._chain.append("refused", {"requests": refused.total(), "by_status": refused})
+        except BaseException:
+            with self._lock:
+                self._refused += refused
+            raise
 
     def _write_gap(self) -> None:
         with self._lock:
@@ -297,6 +335,9 @@ class Audit:
         self._looked_at, now = time.monotonic(), self._clock()
         try:
             self._write_gap()
+            if now >= self._refused_due:
+                self._write_refused()
+                self._refused_due = now + _REFUSED_S
             # A line also shows whether lines can be written again: no request will, while all are refused.
             is_due = now >= self._anchor_due or self._fault is not None
             if is_due:
@@ -323,6 +364,8 @@ class Audit:
 
     def _finish(self) -> None:
         """The last line says that nothing was cut off behind it."""
+        with contextlib.suppress(OSError):
+            self._write_refused()
         self._take(_Entry("stop", {}))
         try:
             self._chain.sync()

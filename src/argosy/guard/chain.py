@@ -255,6 +255,8 @@ class Report:
         notes: changes of the chain that its writer knew of, or that a crash made.
         kinds: number of lines by their kind.
         num_lost: requests that could not be recorded, as the writer says itself.
+        num_refused: requests without a valid key.
+        num_unkept: contents that the writer could not keep, as it says itself.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -265,6 +267,8 @@ class Report:
     first: Line | None = None
     last: Line | None = None
     num_lost: int = 0
+    num_refused: int = 0
+    num_unkept: int = 0
     num_objects: int = 0  # contents that are there
     num_erased: int = 0  # contents that are not there any more
 
@@ -382,6 +386,9 @@ class _Reader:
             self._take_expired(found)
         if isinstance(lost := found.facts.get("lost"), int):
             report.num_lost += lost
+        if found.kind == "refused" and isinstance(refused := found.facts.get("requests"), int):
+            report.num_refused += refused
+        report.num_unkept += "content_fault" in found.facts
         if isinstance(cut := found.facts.get("cut_bytes"), int) and cut:
             report.notes.append(
                 f"line {found.head.seq}: the process before ended within a line, which is lost"

@@ -73,6 +73,7 @@ class SealedContents:
 
         Raises:
             OSError: it cannot be written.
+            UsageError: the key of the tenant is damaged.
         """
         directory = self._directory(key_id)
         cipher = _cipher(self._tenant_key(directory))
@@ -92,7 +93,7 @@ class SealedContents:
         data, wrapped = _read(directory / _name(request_id)), _read(directory / _KEY)
         if data is None or wrapped is None:
             return None
-        return _decrypt(_decrypt(self._wrapping_key, wrapped, b"key"), data, request_id.encode())
+        return _decrypt(_decrypt(self._wrapping_key, wrapped, _KEY.encode()), data, request_id.encode())
 
     def is_same(self, key_id: str, request_id: str, sha256: str) -> bool | None:
         """Whether the encrypted file has this SHA-256; None: there is none, or nothing can decrypt it any more."""
@@ -167,11 +168,11 @@ class SealedContents:
         """The key of a tenant, made when it is first needed. It is read each time: it may have been erased."""
         wrapped = _read(directory / _KEY)
         if wrapped is not None:
-            return _decrypt(self._wrapping_key, wrapped, b"key")
+            return _decrypt(self._wrapping_key, wrapped, _KEY.encode())
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         key, nonce = os.urandom(32), os.urandom(_NONCE_BYTES)
         with Directory(directory) as own:
-            own.put(_KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, b"key"))
+            own.put(_KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, _KEY.encode()))
         return key
 
 
@@ -200,7 +201,8 @@ def _decrypt(key: bytes, data: bytes, bound_to: bytes) -> bytes:
             raise InvalidTag
         return cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], bound_to)
     except InvalidTag:
-        raise UsageError("a content of the audit was changed, or encrypted with another key") from None
+        what = "key of contents" if bound_to == _KEY.encode() else "content"
+        raise UsageError(f"a {what} of the audit was changed, or encrypted with another key") from None
 
 
 def _remove(directory: Path) -> int:

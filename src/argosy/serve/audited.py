@@ -87,7 +87,10 @@ class Auditor:
     def note(
         self, caller: Caller, policy: Policy, *, status: int, seconds: float, heard: Heard | None
     ) -> None:
-        """Record a request that has ended."""
+        """Record a request that has ended; one without a valid key is only counted."""
+        if caller.key is None:
+            self._audit.count_refused(status)
+            return
         facts = {
             "key": caller.key_id,
             "request_id": caller.request_id,
