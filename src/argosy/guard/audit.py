@@ -6,8 +6,8 @@ A line is the envelope of a request: when, which key, route, model, template and
 ended. Nothing that anyone said is in it. Contents are kept only if the operator says so, each in a file of its own that
 can be erased (`sealed.py`).
 
-Requests without a valid key have no lines of their own, because anybody who reaches the server could fill the drive with
-them. One line a minute at most says how many were refused, by status.
+Requests without a valid key have no lines of their own, because anybody who reaches the server could fill the drive
+with them. One line a minute at most says how many were refused, by status.
 
 A kill loses the line being written and those still in the queue, which is empty unless the drive is slower than the
 requests. If the drive is full, the operator's choice holds: with `stop` new requests are refused until lines can be
