@@ -23,6 +23,10 @@ REFUSED = {
     "infinity": ('{"a": -Infinity}', "it holds -Infinity, which is not JSON"),
     "a number beyond all floats": ('{"a": 1e999}', "it holds a number that is too large"),
     "a whole number beyond all floats": (f'{{"a": {1 << 1024}}}', "it holds a number that is too large"),
+    "a whole number that would round to infinity": (
+        f"[-{(1 << 1024) - (1 << 970)}]",
+        "it holds a number that is too large",
+    ),
     "more digits than Python reads": ('{"a": ' + "9" * 5000 + "}", "it holds a number that is too large"),
     "half a character": ('{"a": "\\ud800"}', "it holds half a character"),
     "half a character in a key": ('{"\\udfff": 1}', "it holds half a character"),

@@ -26,6 +26,7 @@ DRAFT_TOKENS = 3  # default limit of proposals per sequence and step
 MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a prompt
 DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
 
+_MOST_BYTES = 1 << 63
 _UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": KIB, "m": MIB, "g": GIB, "t": 1 << 40}
 
@@ -68,8 +69,9 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
     A percentage is relative to `total_bytes`, the memory that the machine or its cgroup allows.
 
     Raises:
-        UsageError: `text` is not a size, is not above zero, or is a percentage and there is no total.
+        UsageError: `text` is not a size, is not above zero, is 8 EiB or more, or is a percentage and there is no total.
     """
+    size: float
     if isinstance(text, int):
         size = text
     elif match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", text):
@@ -79,16 +81,17 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
                 raise UsageError(f"'{text}' is a percentage, and the total is unknown here")
             if number > 100:
                 raise UsageError(f"'{text}' is more than all of the memory; the maximum is 100%")
-            size = int(total_bytes * number / 100)
+            size = total_bytes * number / 100
         elif unit in _UNITS:
-            size = int(number * _UNITS[unit])
+            size = number * _UNITS[unit]
         else:
             raise UsageError(f"unknown unit '{match[2]}' in '{text}'; known: KiB MiB GiB TiB KB MB GB TB %")
     else:
         raise UsageError(f"'{text}' is not a size", hint="write 8GiB, 8GB or 75%")
-    if size <= 0:
-        raise UsageError(f"a size must be above zero, found '{text}'")
-    return size
+    if not 1 <= size < _MOST_BYTES:
+        shown = str(text)[:40]
+        raise UsageError(f"a size must be at least 1 byte and less than 8 EiB, found '{shown}'")
+    return int(size)
 
 
 def parse_seconds(text: str) -> float:

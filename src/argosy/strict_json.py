@@ -17,7 +17,7 @@ import json
 _MOST_DEPTH = 64
 TOO_DEEP = f"is nested deeper than {_MOST_DEPTH} levels"
 _TOO_LARGE = "holds a number that is too large"
-_LARGEST = 1 << 1024  # beyond the range of floats
+_LARGEST = (1 << 1024) - (1 << 970)  # the smallest whole number that no float can hold, even rounded
 
 
 class JsonError(ValueError):
