@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -284,6 +285,18 @@ def test_an_unexpected_error_is_one_line_and_a_hint_to_see_the_traceback(
     monkeypatch.setenv("ARGOSY_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["run", "-m", "x", "Hi"])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
+def test_what_the_system_refuses_is_told_as_such(code: int, engine: Engine, capsys: Captured) -> None:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code), "/a/file")
+
+    engine.before_open = staticmethod(fail)
+    assert main(["run", "-m", "x", "Hi"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: /a/file: {os.strerror(code)}\nhint: ARGOSY_TRACEBACK=1 shows the traceback\n"
+    )
 
 
 @pytest.mark.parametrize("at", ["open", "token"])

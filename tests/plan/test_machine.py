@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from argosy.config import GIB, MIB
+from argosy.errors import UsageError
 from argosy.plan import machine
 from argosy.plan.machine import MappingLimit, MemoryLimit
 
@@ -264,3 +265,13 @@ def test_a_peak_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert machine.peak_bytes(tmp_path) is None
     status.write_text("VmHWM:  8 kB\nRssAnon:  1 kB\nRssFile:  2 kB\nRssShmem:  3 kB\n")
     assert machine.peak_bytes(tmp_path) == 8192
+
+
+@pytest.mark.parametrize("name", ["MemTotal", "MemAvailable"])
+def test_a_machine_that_does_not_tell_its_memory_is_told(fake: FakeMachine, name: str) -> None:
+    place = fake.root / "proc/meminfo"
+    place.write_text(place.read_text().replace(f"{name}:", "Other:"))
+    with pytest.raises(
+        UsageError, match=f"proc/meminfo has no {name}, so the memory of this machine is unknown"
+    ):
+        machine.memory_limit(fake.root)

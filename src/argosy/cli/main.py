@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.errors import ArgosyError, DiskFull, is_disk_full
+from argosy.errors import ArgosyError, DiskFull, UsageError, is_disk_full
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130
+_SHOW = "hint: ARGOSY_TRACEBACK=1 shows the traceback"
 
 # Name -> (module, attribute, one line of help). A command is imported when it is called.
 _COMMANDS = {
@@ -177,9 +178,12 @@ def main(args: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return DiskFull.exit_code
+        if isinstance(error, OSError) and error.strerror:  # a drive that fails, too few descriptors
+            print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
+            return UsageError.exit_code
         first = (str(error).splitlines() or [""])[0]
         print(
-            f"error: unexpected {type(error).__name__}: {first}\nhint: ARGOSY_TRACEBACK=1 shows the traceback",
+            f"error: unexpected {type(error).__name__}: {first}\n{_SHOW}",
             file=sys.stderr,
         )
         return 1

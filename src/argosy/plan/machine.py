@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from argosy.config import KIB, MIB, format_bytes
+from argosy.errors import UsageError
 
 _ROOT = Path("/")
 # Growth of any of our processes after its memory is planned: allowances, above the measured values.
@@ -332,7 +333,11 @@ def _cpu_quota(group: _Cgroup) -> float | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    return _sizes(root / "proc/meminfo")
+    sizes = _sizes(path := root / "proc/meminfo")
+    for name in ("MemTotal", "MemAvailable"):
+        if name not in sizes:
+            raise UsageError(f"{path} has no {name}, so the memory of this machine is unknown")
+    return sizes
 
 
 def _sizes(path: Path) -> dict[str, int]:
