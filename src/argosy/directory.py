@@ -123,7 +123,7 @@ class Directory:
                 parts.append(part)
                 num_left -= len(part)
         if not num_left:
-            raise OSError(errno.EFBIG, f"it has more than {most_bytes} bytes", str(self.path / name))
+            raise OSError(errno.EINVAL, f"it has more than {most_bytes} bytes", str(self.path / name))
         return b"".join(parts)
 
     def stat(self, name: Name) -> os.stat_result | None:

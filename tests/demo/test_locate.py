@@ -16,6 +16,7 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
+from argosy.errors import UsageError
 from argosy.model.encoders.reading import find_encoders
 from argosy.model.families import open_model
 from argosy.user_directories import cache_directory
@@ -204,9 +205,37 @@ def test_directories_of_the_user_stay_whatever_they_are_called(builds: list[Path
 def test_a_read_only_cache_serves_its_pack(builds: list[Path]) -> None:
     packed = locate.locate()
     builds[0].mkdir()
-    (packed.parent / "demo.lock").unlink()
     (packed.parent / "demo.lock").mkdir()  # a directory, so that not even root can lock it
     assert locate.locate() == packed
+
+
+@pytest.mark.parametrize("cache", ["/proc/argosy", "file/cache", "dangling"])
+def test_a_cache_directory_that_cannot_be_used_is_named(
+    builds: list[Path], tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "dangling").symlink_to("/proc/argosy")
+    monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / cache))
+    with pytest.raises(UsageError, match=f"{cache} cannot be used for the demo model: ") as refusal:
+        locate.locate()
+    assert "ARGOSY_CACHE names another directory" in str(refusal.value)
+    assert builds == []
+
+
+def test_a_link_in_the_place_of_the_lock_or_the_model_is_refused(builds: list[Path], tmp_path: Path) -> None:
+    cache, victim = cache_directory(), tmp_path / "victim"
+    cache.mkdir()
+    victim.mkdir()
+    (victim / "file").write_bytes(b"keep")
+    for name, target in (("demo.lock", victim / "file"), (locate.locate().name.removesuffix("-q8"), victim)):
+        shutil.rmtree(cache)
+        cache.mkdir()
+        (cache / name).symlink_to(target)
+        with pytest.raises(
+            UsageError, match=f"{name} cannot be used for the demo model: it is a symbolic link"
+        ):
+            locate.locate()
+        assert (victim / "file").read_bytes() == b"keep"
 
 
 def test_the_pack_keeps_what_the_model_hears_and_sees_with(

