@@ -22,7 +22,7 @@ from argosy.errors import UsageError
 
 _CHUNK_BYTES = 64 << 10
 _MOST_BUFFERED = 256 << 10  # bytes of one direction that wait to be sent
-_LAST_S = 1.0  # to deliver what is buffered when one side ends
+LAST_S = 1.0  # to deliver what is buffered when one side ends
 BUFFER_BYTES = 2 * (_MOST_BUFFERED + _CHUNK_BYTES)  # per connection
 
 
@@ -90,7 +90,7 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
         secure.setblocking(False)
         plain.setblocking(False)
         to_plain, to_secure = bytearray(), bytearray()
-        poll = select.poll()
+        has_hung_up = False  # native code has closed its end; bytes of it may be left to read
         # TLS may need to read before it can write, and the other way round.
         read_wants_write = write_wants_read = False
         while True:
@@ -103,11 +103,21 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
                 plain_events |= select.POLLIN
             if to_plain:
                 plain_events |= select.POLLOUT
-            poll.register(secure, secure_events)
-            poll.register(plain, plain_events)
+            poll = select.poll()
+            # poll reports a closed connection again and again, also to those who want neither to read nor to write.
+            if secure_events:
+                poll.register(secure, secure_events)
+            if plain_events or not has_hung_up:
+                poll.register(plain, plain_events)
             # Decrypted bytes wait in the SSL object, where poll does not see them.
             is_ready = secure.pending() > 0 and len(to_plain) < _MOST_BUFFERED
-            poll.poll(0 if is_ready else None)
+            found = poll.poll(0 if is_ready else 1000 * LAST_S if has_hung_up else None)
+            if has_hung_up and not (found or is_ready):
+                break  # the other machine takes nothing
+            if any(end == plain.fileno() and event & select.POLLHUP for end, event in found):
+                has_hung_up = True
+            if has_hung_up:
+                to_plain.clear()  # nobody reads it
             if len(to_plain) < _MOST_BUFFERED:
                 read_wants_write = False
                 try:
@@ -140,6 +150,6 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
             (plain, to_plain),
             (secure, to_secure),
         ):  # data sent before the other side ended
-            end.settimeout(_LAST_S)
+            end.settimeout(LAST_S)
             with suppress(OSError):
                 end.sendall(rest)
