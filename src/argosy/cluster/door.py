@@ -1,5 +1,8 @@
 """Accept connections, and meet each in a thread of its own; few of them may be strangers at a time.
 
+If one more comes, a stranger leaves: the oldest of the address that has the most. So strangers that say nothing keep
+nobody out.
+
 Elsewhere: `worker.py` runs experts for coordinators; `copied.py` copies files from one.
 """
 
@@ -9,7 +12,9 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 log = logging.getLogger("argosy.cluster")
 
@@ -19,6 +24,37 @@ TICK_S = 0.5  # between two looks at `is_over`
 Meet = Callable[[socket.socket, str, Callable[[], None]], None]
 
 
+class _Strangers:
+    """Connections that are being introduced, the oldest first; each is known by a second descriptor of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._addresses: dict[socket.socket, str] = {}
+
+    def add(self, connection: socket.socket, address: str) -> socket.socket:
+        """Count a connection; end another one if there are too many."""
+        own = connection.dup()  # TLS takes over the first descriptor
+        with self._lock:
+            self._addresses[own] = address
+            if len(self._addresses) > MOST_STRANGERS:
+                counts = Counter(self._addresses.values())
+                most = max(counts.values())
+                oldest = next(one for one, name in self._addresses.items() if counts[name] == most)
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread ends, too
+                self._remove(oldest)
+        return own
+
+    def remove(self, own: socket.socket) -> None:
+        """Count a connection no longer. Removing it twice is harmless."""
+        with self._lock:
+            self._remove(own)
+
+    def _remove(self, own: socket.socket) -> None:
+        if self._addresses.pop(own, None) is not None:
+            own.close()
+
+
 def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None:
     """Accept connections of a listening socket until `is_over`; the socket is closed then.
 
@@ -26,20 +62,19 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
         meet: called in a thread with the connection, which it closes, the address, and a function to call once
             the other side is known.
     """
-    strangers = threading.BoundedSemaphore(MOST_STRANGERS)
+    strangers = _Strangers()
 
     def meet_one(connection: socket.socket, address: str) -> None:
-        is_stranger = [True]
-
-        def is_known() -> None:
-            if is_stranger:
-                is_stranger.clear()
-                strangers.release()
-
         try:
-            meet(connection, address, is_known)
+            stranger = strangers.add(connection, address)
+        except OSError as error:  # too many open files
+            connection.close()
+            log.warning("worker: a connection could not be met: %s", error.strerror)
+            return
+        try:
+            meet(connection, address, lambda: strangers.remove(stranger))
         finally:
-            is_known()
+            strangers.remove(stranger)
 
     listener.settimeout(TICK_S)
     with listener:
@@ -52,9 +87,11 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
                 log.warning("worker: a connection could not be accepted: %s", error.strerror)
                 time.sleep(TICK_S)
                 continue
-            if not strangers.acquire(blocking=False):
+            try:
+                threading.Thread(
+                    target=meet_one, args=(connection, str(address)), name="argosy-link", daemon=True
+                ).start()
+            except RuntimeError as error:  # the system starts no further thread
                 connection.close()
-                continue
-            threading.Thread(
-                target=meet_one, args=(connection, str(address)), name="argosy-link", daemon=True
-            ).start()
+                log.warning("worker: a connection could not be met: %s", error)
+                time.sleep(TICK_S)
