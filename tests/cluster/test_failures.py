@@ -220,7 +220,9 @@ def test_sigterm_drains_a_worker(
     victim.restart()
 
 
-def test_a_worker_is_drained_and_added_without_a_failed_request(model: Path, alone: list[Any]) -> None:
+def test_a_worker_is_drained_and_added_without_a_failed_request(
+    model: Path, alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with (
         worker_thread(model) as (first, _),
         worker_thread(model, num_slots=8) as (second, _),
@@ -237,6 +239,13 @@ def test_a_worker_is_drained_and_added_without_a_failed_request(model: Path, alo
         wait_until(lambda: status_of(group, first)["state"] == "draining" and not _is_connected(group, first))
         assert stream_with(engine, 2, lambda: group.add(first)) == alone[0]
         assert status_of(group, first)["state"] == "ready"
+        group.drain(third)
+        wait_until(lambda: not _is_connected(group, third))
+        monkeypatch.setattr(group._members[third], "address", ("127.0.0.1", 1))
+        with pytest.raises(PeerNotUsable, match="does not answer"):
+            group.add(third)
+        assert status_of(group, third)["state"] == "draining"  # a failed `add` changes nothing
+        assert status_of(group, third)["why"] == "drained"
         with pytest.raises(UsageError, match="is not in the group"):
             group.drain("127.0.0.1:1")
         with pytest.raises(PeerNotUsable, match=r"127\.0\.0\.1:1 does not answer"):

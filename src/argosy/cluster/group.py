@@ -374,6 +374,8 @@ class Group:
     def add(self, host: str) -> None:
         """Add a worker, or one again that was drained or set aside. Owners are planned anew; no request notices.
 
+        A worker that cannot be used stays what it was.
+
         Raises:
             UsageError: the address is invalid, the group is full, or it has no engine yet.
             PeerNotUsable: the worker cannot be used.
@@ -389,14 +391,18 @@ class Group:
                         f"the group has {self._most_members} workers already, and memory was planned for no more"
                     )
                 member = self._new_member(host)
-            member.drained = member.refusal = member.owner.is_set_aside = False
+            owner = member.owner
+            before = member.drained, member.refusal, owner.is_set_aside, member.why
+            member.drained = member.refusal = owner.is_set_aside = False
         try:
-            if member.owner.peer is None:
+            if owner.peer is None:
                 self._connect(member)
         except PeerNotUsable:
-            if is_new:
-                with self._changes:
+            with self._changes:
+                if is_new:
                     del self._members[host]
+                else:
+                    member.drained, member.refusal, owner.is_set_aside, member.why = before
             raise
         self._plan_owners()
         log.info("cluster: %s was added", host)
@@ -583,9 +589,12 @@ class Group:
                 member.is_trying = (
                     True  # a stopped worker takes seconds to time out, and others must not wait
                 )
-                threading.Thread(
-                    target=self._try_again, args=(member,), name="argosy-hello", daemon=True
-                ).start()
+                try:
+                    threading.Thread(
+                        target=self._try_again, args=(member,), name="argosy-hello", daemon=True
+                    ).start()
+                except RuntimeError:  # the system starts no further thread; the next look tries again
+                    member.is_trying = False
             if member.offer is not None and now - member.away_since > _AWAY_S:
                 is_changed |= member.num_owned > 0
         if is_changed:
