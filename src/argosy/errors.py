@@ -111,6 +111,15 @@ class Overloaded(ArgosyError):
         self.retry_after_s = retry_after_s
 
 
+def no_thread() -> Overloaded:
+    """The error for work that needs a thread which the system refuses."""
+    return Overloaded(
+        "the system starts no further thread for this process",
+        retry_after_s=5,
+        hint="allow it more: `pids.max` of its control group, `ulimit -u`, or TasksMax of its service",
+    )
+
+
 class Revoked(ArgosyError):
     """The key of the request was revoked, so the request ends."""
 

@@ -270,6 +270,34 @@ def test_an_argosy_error_prints_its_message_and_exits_with_its_code(
     assert capsys.readouterr().err == "error: layer 3 is upside down\nhint: turn it over\n"
 
 
+def test_a_refused_thread_is_told_with_the_limits_that_may_refuse_it(
+    engine: Engine, capsys: Captured
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    engine.before_open = staticmethod(refuse)
+    assert main(["run", "-m", "x", "Hi"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the system starts no further thread for this process\nhint: ")
+    assert "pids.max" in error
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="numpy starts no thread on one core")
+def test_commands_import_numpy_without_threads() -> None:
+    code = """
+from argosy.cli.main import main
+assert main(["--version"]) == 0
+import numpy
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("Threads")])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert found.stdout.splitlines()[-1] == "['1']"
+
+
 def test_an_unexpected_error_is_one_line_and_a_hint_to_see_the_traceback(
     engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

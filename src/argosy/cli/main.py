@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.errors import ArgosyError, DiskFull, UsageError, is_disk_full
+from argosy.errors import ArgosyError, DiskFull, Overloaded, UsageError, is_disk_full, no_thread
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130
 _SHOW = "hint: ARGOSY_TRACEBACK=1 shows the traceback"
+# Threads of libraries would compete with the model's, and gain nothing. Where the system refuses one, OpenBLAS ends the
+# process while numpy is imported, as ^C would.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Name -> (module, attribute, one line of help). A command is imported when it is called.
 _COMMANDS = {
@@ -137,6 +140,8 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Errors are printed, never raised."""
+    for name, value in _ONE_THREAD.items():
+        os.environ.setdefault(name, value)
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # show '?' for characters that the terminal cannot show
@@ -182,6 +187,9 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
             return UsageError.exit_code
         first = (str(error).splitlines() or [""])[0]
+        if first == "can't start new thread":
+            print(f"error: {no_thread()}", file=sys.stderr)
+            return Overloaded.exit_code
         print(
             f"error: unexpected {type(error).__name__}: {first}\n{_SHOW}",
             file=sys.stderr,

@@ -651,7 +651,6 @@ def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor 
     require_keys(settings.host, keys)
     require_keys_behind_proxy(settings.front, keys)
     make_room_for_files(settings.max_connections)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would compete with the model's
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)

@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from argosy.errors import Overloaded, as_exception
+from argosy.errors import as_exception, no_thread
 from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
@@ -36,7 +36,6 @@ MAX_WAITING = 256  # jobs per tenant
 JOB_S = 120.0  # a queue with jobs in which none began or ended for this long has stopped
 LARGE_JOB_S = 900.0  # the same for large jobs
 _RETRY_S = 2
-_RETRY_THREADS_S = 5
 # After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
 # jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
@@ -185,15 +184,6 @@ class Threads(ThreadPoolExecutor):
             return super().submit(call, *args, **named)
         except RuntimeError:
             raise no_thread() from None
-
-
-def no_thread() -> Overloaded:
-    """The error for a request that needs a thread which the system refuses."""
-    return Overloaded(
-        "the system starts no further thread for this server",
-        retry_after_s=_RETRY_THREADS_S,
-        hint="allow it more: `pids.max` of its control group, `ulimit -u`, or TasksMax of its service",
-    )
 
 
 def _clear_frames(error: BaseException) -> None:
