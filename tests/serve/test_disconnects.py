@@ -320,7 +320,7 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
             finishes=[],
             num_marked_tokens=0,
             screening=None,
-            require_unstopped=lambda: None,
+            work=lambda call: call(),
         )
         service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts(), model=SimpleNamespace(id="tiny"))
         prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))

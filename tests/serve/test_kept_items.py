@@ -212,7 +212,7 @@ def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pyt
     monkeypatch.setattr(run, "SWEEP_S", 0.01)
     app = make_app(models, KeyRing(None), block_tokens=16, max_sequences=8)
     listens = threading.Event()
-    server = run._Server(run.uvicorn_config(app, grace_s=5), models, 1.0, listens.set, [])
+    server = run._Server(run.uvicorn_config(app, grace_s=5), models, app.running, 1.0, listens.set, [])
     with run.bind("127.0.0.1", 0) as sockets:
         thread = threading.Thread(target=server.run, args=[sockets])
         thread.start()

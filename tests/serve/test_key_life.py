@@ -85,7 +85,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         with EngineLoop(engine) as loop:
             service = Service(loop, prompts, engine.tokenizer, facts)
             app = make_app(service, ring, block_tokens=16, max_sequences=8, limits=limits)
-            with KeyWatch(ring, limits, service.revoke):
+            with KeyWatch(ring, limits, app.running, service.revoke):
                 for url in start(app):
                     yield Server(url, engine, service, limits, keys, root / "kv", memory)
         prompts.close()

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from argosy.serve.gate import Caller, GoneAway
-from argosy.serve.streams import EventStream, until_gone
+from argosy.serve.gate import Caller
+from argosy.serve.running import GoneAway
+from argosy.serve.streams import EventStream
 from tests.serve.conftest import start
 
 
@@ -32,25 +33,18 @@ async def _nowhere(_: Any) -> None:
 
 def test_a_stream_whose_client_is_gone_before_the_first_event_is_closed() -> None:
     closed: list[bool] = []
-    stream = EventStream(_endless(), Caller(), lambda: closed.append(True))
-    asyncio.run(asyncio.wait_for(stream({"type": "http"}, _gone, _nowhere), 10))  # type: ignore[arg-type]
+    caller = Caller()
+    stream = EventStream(_endless(), caller, lambda: closed.append(True))
+    with pytest.raises(GoneAway):
+        asyncio.run(asyncio.wait_for(run(stream, caller, _gone, _nowhere), 10))
     assert closed == [True]
 
 
-def test_a_whole_answer_whose_client_is_gone_is_closed() -> None:
-    closed: list[bool] = []
-
-    async def work() -> None:
-        await asyncio.sleep(3600)
-
-    async def ask() -> None:
-        try:
-            await until_gone(_gone, work(), lambda: closed.append(True))
-        except GoneAway:
-            closed.append(False)
-
-    asyncio.run(asyncio.wait_for(ask(), 10))
-    assert closed == [True, False]
+async def run(stream: EventStream, caller: Caller, receive: Any, send: Any) -> None:
+    """Send a stream as the gate does, until it ends or its client leaves."""
+    with caller.running.entered(caller):
+        caller.watch(receive)
+        await stream({"type": "http"}, receive, send)
 
 
 def sent_by(stream: EventStream) -> list[bytes]:
@@ -138,5 +132,7 @@ async def _leave(num_turns: int, close: Callable[[], None]) -> int:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
-    await EventStream(parts(), Caller(), close)({"type": "http"}, receive, send)  # type: ignore[arg-type]
+    caller = Caller()
+    with pytest.raises(GoneAway):
+        await run(EventStream(parts(), caller, close), caller, receive, send)
     return count

@@ -1,6 +1,6 @@
 """Stops: models, keys and persons whose requests the operator refuses and whose answers end.
 
-    POST /v1/engine/stops  ->  Stops.set  ->  FILE, for the next process  ->  is_stopped, for each request and token
+    POST /v1/engine/stops  ->  Stops.set  ->  FILE, for the next process  ->  has, for requests that begin or run
 
 It works at once and needs no restart. Stopping a key deletes nothing of it, unlike revoking it.
 
@@ -31,6 +31,11 @@ class Stopped(ArgosyError):
     """The operator has stopped the model or the key of a request."""
 
     http_status = 403
+
+
+def stopped(kind: Literal["model", "key"]) -> Stopped:
+    """The error of a request whose model or key is stopped."""
+    return Stopped(f"the operator of this server has stopped this {kind}", code=f"{kind}_stopped")
 
 
 class Stops:
@@ -67,29 +72,21 @@ class Stops:
             except ValueError as error:
                 raise UsageError(f"{self.path} is not a file of stops: {error}") from None
 
-    def is_stopped(self, kind: Kind, name: str) -> bool:
-        return name in self._names[kind]
+    def has(self, kind: Kind, *names: str) -> bool:
+        """Whether one of these names is stopped."""
+        return not self._names[kind].isdisjoint(names)
 
-    def require(self, kind: Literal["model", "key"], name: str) -> None:
-        """Check that the operator has not stopped a model or a key.
-
-        Raises:
-            Stopped: it is stopped.
-        """
-        if self.is_stopped(kind, name):
-            raise Stopped(f"the operator of this server has stopped this {kind}", code=f"{kind}_stopped")
-
-    def set(self, kind: Kind, name: str, *, is_stopped: bool) -> None:
-        """Stop something, or let it go on; keep that in the file.
+    def set(self, kind: Kind, *names: str, is_stopped: bool) -> None:
+        """Stop something, by any of its names, or let it go on; keep that in the file.
 
         Raises:
             UsageError: too much is stopped already, or the file cannot be written.
         """
         with self._lock:
-            names = self._names[kind] | {name} if is_stopped else self._names[kind] - {name}
-            if len(names) > MOST_STOPPED:
+            found = self._names[kind] | {*names} if is_stopped else self._names[kind] - {*names}
+            if len(found) > MOST_STOPPED:
                 raise UsageError(f"at most {MOST_STOPPED} of one kind can be stopped")
-            made = {**self._names, kind: names}
+            made = {**self._names, kind: found}
             if self.path is not None:
                 listed: dict[str, object] = {"version": _VERSION}
                 for one, kept in made.items():

@@ -1,6 +1,6 @@
-"""Limits and a block list for the persons behind a key, as far as its client names them.
+"""Limits for the persons behind a key, as far as its client names them.
 
-    `safety_identifier`, `user` or `metadata.user_id`  ->  Users.admit  ->  the request goes on, 403 or 429
+    `safety_identifier`, `user` or `metadata.user_id`  ->  Users.admit  ->  the request goes on, or 429
 
 One key often serves many persons. A name means something only together with its key, and is kept as a keyed digest that
 no other process can make. A client that names nobody, or names somebody else, is not held back: the key's own limits
@@ -34,17 +34,12 @@ class Users:
         self._buckets = Buckets(clock, most_names=MOST_USERS)
         self._secret = secrets.token_bytes(32)
 
-    def admit(self, tenant: str, user: str, per_minute: int | None, *, is_blocked: bool) -> None:
+    def admit(self, tenant: str, user: str, per_minute: int | None) -> None:
         """Count a request of a person.
 
         Raises:
-            UserBlocked: the operator blocks them.
             TooMany: they have used up their requests.
         """
-        if is_blocked:
-            raise UserBlocked(
-                "the operator of this server does not accept requests of this user", code="user_blocked"
-            )
         if per_minute is None:
             return
         name = hashlib.blake2b(

@@ -53,7 +53,7 @@ from argosy.serve.core import Work
 from argosy.serve.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
 from argosy.serve.held import Pool, Share
 from argosy.serve.origins import Origins
-from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, error_event, sse, until_gone
+from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, error_event, sse
 from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.serve")
@@ -142,9 +142,9 @@ class Router:
             return await ask_everywhere(self.fleet, asked, together, share.hold)
         exchange = _Exchange(self, asked, caller, dialect_of(asked.route))
         try:
-            await until_gone(request.receive, exchange.begin(), lambda: None)
+            await exchange.begin()
             if exchange.encoding is None:
-                body = await until_gone(request.receive, exchange.whole(), lambda: None)
+                body = await exchange.whole()
                 exchange.close()
                 return _response(exchange.reply, body)
         except BaseException:

@@ -66,7 +66,7 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
         # In one write, because another thread writes log lines.
         sys.stderr.write(f"routing {address} to {', '.join(map(str, settings.addresses))}\n")
 
-    with logging_to_stderr(settings.log_format), KeyWatch(ring, limits, lambda key_id: None):
+    with logging_to_stderr(settings.log_format), KeyWatch(ring, limits, app.running):
         run_app(
             app, fleet, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
             max_connections=settings.max_connections,

@@ -414,6 +414,11 @@ class MessagesBody(CountBody):
     container: NoEffect[Name | FreeObject] = None
     inference_geo: NoEffect[Name] = None
 
+    @property
+    def person(self) -> str | None:
+        named = (self.metadata or {}).get("user_id")
+        return named if isinstance(named, str) and named else None
+
     def params(self) -> SamplingParams:
         return SamplingParams(max_tokens=self.max_tokens, **self.sampling(self.stop_sequences or ()))
 
@@ -655,11 +660,6 @@ class MessagesExchange(Exchange[MessagesBody, Event]):
         self._num_closed = 0  # blocks
         self._open: str | None = None  # type of the open block
         self._pieces: list[str] = []  # pieces of the block that is folded
-
-    @property
-    def user(self) -> str | None:
-        named = (self.body.metadata or {}).get("user_id")
-        return named if isinstance(named, str) and named else None
 
     def reads(self) -> list[Read]:
         return [_reading(self.body, self.service, self.caller)]

@@ -53,7 +53,6 @@ from argosy.serve.gate import (
     AnthropicError,
     Caller,
     Gate,
-    GoneAway,
     OllamaError,
     OpenAIError,
     Policy,
@@ -67,6 +66,7 @@ from argosy.serve.models import Listing, Models, State, models_of, use_model
 from argosy.serve.openapi import Route, document
 from argosy.serve.origins import Origins
 from argosy.serve.rules import exactly_one
+from argosy.serve.running import GoneAway, Running
 from argosy.serve.screening import Guarding
 from argosy.serve.state import EngineState, MemoryState, Metrics, state_of
 from argosy.serve.streams import JSON_LINES, EventStream, sse
@@ -385,8 +385,12 @@ async def erase_data(request: Request) -> Erasure:
     state, given = request.app.state, request.path_params["key"]
     key_id = state.ring.id_of(given) or given  # a key that was revoked may still have contents in the audit
     found = models_of(request)
-    responses, answers = await asyncio.to_thread(found.erase, key_id)
-    contents = None if state.auditor is None else await asyncio.to_thread(state.auditor.erase, key_id)
+    auditor: Auditor | None = state.auditor
+
+    def erase() -> tuple[int, int, int | None]:
+        return *found.erase(key_id), None if auditor is None else auditor.erase(key_id)
+
+    responses, answers, contents = await state.running.erase(key_id, erase)
     return {
         "object": "erasure", "key": key_id, "responses": responses, "answers": answers, "audit_contents": contents,
     }  # fmt: skip
@@ -613,7 +617,8 @@ def make_app(
     models = served if isinstance(served, Models) else Models.of(served)
     guarding = Guarding() if guarding is None else guarding
     guarding.require_models(models.names)
-    guarding.ask_model = ModelJudge(models)
+    running = Running(guarding)
+    guarding.ask_model = ModelJudge(models, running)
     app = Starlette()
     app.state.guarding, app.state.practice = guarding, Practice() if practice is None else practice
     app.state.models, app.state.page = models, _read_page()
@@ -622,6 +627,7 @@ def make_app(
     app.state.metrics = Metrics(models, workers, co2_grams_per_kwh=co2_grams_per_kwh)
     app.state.memory_watch = memory.MemoryWatch(models) if memory_watch is None else memory_watch
     app.state.workers, app.state.ring, app.state.auditor = workers, ring, auditor
+    app.state.running = running
     app.state.metrics.registry.register(guarding)
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering
@@ -634,6 +640,7 @@ def make_app(
         origins=origins, hints=ollama.HINTS,
         takes_media=models.takes_media, observe=app.state.metrics.observe,
         metrics=app.state.metrics.answers, base_path=base_path, auditor=auditor, guarding=guarding,
+        running=running,
     )  # fmt: skip
 
 

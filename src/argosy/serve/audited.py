@@ -11,6 +11,7 @@ Elsewhere: the audit's queue, thread and files are the room `guard`.
 from __future__ import annotations
 
 import json
+import time
 
 from argosy.engine.memory_plan import AUDIT_BYTES
 from argosy.errors import Overloaded
@@ -74,6 +75,7 @@ class Auditor:
 
     def __init__(self, audit: Audit, *, policy: str) -> None:
         self._audit, self._policy = audit, policy
+        self._erased_at: dict[str, float] = {}  # key -> by the monotonic clock
         self._pool = Pool(AUDIT_BYTES)
 
     def require_room(self) -> None:
@@ -108,8 +110,16 @@ class Auditor:
             "finish": [reason[:_MOST_TEXT] for reason in caller.finishes[:_MOST_TEXTS]],
             "verdicts": [verdict[:_MOST_TEXT] for verdict in caller.verdicts[:_MOST_TEXTS]],
         }
-        self._audit.record(facts, None if heard is None else heard.content())
+        content = None if heard is None else heard.content()
+        if content is not None and caller.began <= self._erased_at.get(caller.key_id, 0.0):
+            content.release()  # erased before it was written
+            content = None
+        self._audit.record(facts, content)
 
     def erase(self, key_id: str) -> int:
-        """Erase the contents of a key. Blocks; raises what `Audit.erase` raises."""
+        """Erase the contents of a key, also those of its requests that have not ended.
+
+        Blocks. Raises what `Audit.erase` raises.
+        """
+        self._erased_at[key_id] = time.monotonic()
         return self._audit.erase(key_id)

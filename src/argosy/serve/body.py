@@ -63,10 +63,13 @@ def answering(
             made = await handler(request)
         else:
             body = await read_model(request, model)
+            caller: Caller = request.state.caller
+            caller.persons = body.persons
+            caller.go_on()
+            if caller.screening is not None and body.person is not None:
+                caller.screening.admit(body.person)
             if body.needs_model:
                 service = await use_model(request, getattr(body, "model", None))
-                caller: Caller = request.state.caller
-                caller.stops.require("model", service.model.id)
                 kinds = {part.KIND for part in media_in(body)}
                 caller.takes_long = caller.takes_long or bool(kinds and service.model.media_kinds)
                 caller.takes_video = "video" in kinds and "video" in service.model.media_kinds

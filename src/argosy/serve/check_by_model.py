@@ -22,14 +22,15 @@ from argosy.prompt.formats.events import TextDelta
 from argosy.serve.core import ChatRequest, Said
 from argosy.serve.gate import Caller
 from argosy.serve.models import Models
+from argosy.serve.running import Running
 from argosy.serve.screening import CountTokens
 
 
 class ModelJudge:
     """Asks the models of a server."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, running: Running) -> None:
+        self._models, self._running = models, running
 
     async def __call__(
         self, check: ModelCheck, question: Question, key: Key | None, count: CountTokens | None
@@ -50,8 +51,10 @@ class ModelJudge:
             continues=False,
         )
         with ExitStack() as until:
+            caller = Caller(key=key, uses=self._models.id_of(check.model), running=self._running)
+            caller.go_on()
             service = await self._models.use(check.model, until)
-            answers, _ = await service.open([lambda: request], Caller(key=key))
+            answers, _ = await service.open([lambda: request], caller)
             said: list[str] = []
             try:
                 async with aclosing(answers.steps()) as steps:

@@ -284,7 +284,7 @@ class Work:
         queue = self._large if caller.takes_long else self._small
         if caller.takes_video:
             queue = self._video
-        return await queue.run(caller.tenant, call, *args, **named)
+        return await queue.run(caller.tenant, caller.work, partial(call, *args, **named))
 
 
 def service_of(request: Request) -> Service:
@@ -388,7 +388,7 @@ class Service:
 
         def transcribe() -> Transcript:
             try:
-                return ears.transcribe(content, options, report=report)
+                return caller.work(partial(ears.transcribe, content, options, report=report))
             finally:
                 give_memory_back()
 
@@ -442,7 +442,6 @@ class Service:
                 request is left running.
         """
         caller.answered_by(self.model.id, self._digests)
-        caller.require_unstopped()
         answers = Answers(self, caller, asyncio.get_running_loop())
         screening = caller.screening
 
@@ -814,7 +813,6 @@ class Answers:
                 await asyncio.sleep(0)
                 turn_began = time.monotonic()
             event = self._arrived.popleft()
-            self._caller.require_unstopped()
             steps = self._step(event)
             if isinstance(event, AnswerEnd):
                 await self._remember(event)
@@ -840,7 +838,9 @@ class Answers:
                 collect(self._said[end.answer]),
             )
             remember = self._service.prompts.remember
-            await asyncio.to_thread(remember, tenant, self.prompts[0], token_ids, said, self._use.told)
+            await asyncio.to_thread(
+                self._caller.work, partial(remember, tenant, self.prompts[0], token_ids, said, self._use.told)
+            )
 
     def _step(self, event: Event) -> list[Step]:
         match event:

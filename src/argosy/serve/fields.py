@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
 
@@ -207,6 +207,16 @@ class Strict(_Part):
     def needs_model(self) -> bool:
         """Whether a request with this body needs its model in memory."""
         return True
+
+    @property
+    def person(self) -> str | None:
+        """The person behind the request, as its client names them; None: it does not."""
+        return None
+
+    @property
+    def persons(self) -> Collection[str]:
+        """All names that may mean the person behind the request: if one of them is stopped, it is refused."""
+        return () if self.person is None else (self.person,)
 
 
 class Lenient(_Part):
@@ -425,9 +435,13 @@ class ForOpenAI(Strict):
     guided_decoding_backend: NoEffect[Short] = None
 
     @property
-    def named_user(self) -> str | None:
-        """The person behind the request: `safety_identifier`, or its older name `user`."""
+    def person(self) -> str | None:
         return self.safety_identifier or self.user or None
+
+    @property
+    def persons(self) -> Collection[str]:
+        # OpenAI replaced `user` by the other two.
+        return [name for name in (self.safety_identifier, self.user, self.prompt_cache_key) if name]
 
 
 class ThinkingSwitch(Strict):

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from argosy.errors import UsageError
 from argosy.serve.body import refusal
 from argosy.serve.core import no_ears
-from argosy.serve.gate import FORM_TYPE
+from argosy.serve.gate import FORM_TYPE, Caller
 from argosy.serve.models import models_of
 
 _MOST_PARTS = 64
@@ -99,6 +99,9 @@ def answering_form(
         if (service := models_of(request).hearing()) is None:  # before a long body is read
             raise no_ears()
         request.state.service = service
+        caller: Caller = request.state.caller
+        caller.uses = service.ears_id
+        caller.go_on()
         body = await read_form(request, model)
         service.require_ears(body.model)  # type: ignore[attr-defined]
         return await handler(body, request)

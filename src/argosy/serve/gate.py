@@ -25,6 +25,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NotRequired, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,7 +36,6 @@ from argosy.guard.audit import Content
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.guard.stops import Stops
 from argosy.guard.strangers import Stranger, Strangers
 from argosy.serve.answer_metrics import AnswerMetrics
 from argosy.serve.fields import Closed
@@ -43,6 +43,7 @@ from argosy.serve.held import Pool, Share
 from argosy.serve.log import where_it_failed
 from argosy.serve.media_hosts import Files
 from argosy.serve.origins import Headers, Origins, granted
+from argosy.serve.running import GoneAway, Run, Running
 from argosy.serve.screening import Guarding, Screening
 
 log = logging.getLogger("argosy.serve")
@@ -111,8 +112,8 @@ def dialect_of(path: str) -> Dialect:
     return "anthropic" if path.startswith("/v1/messages") else "openai"
 
 
-@dataclass(slots=True)
-class Caller:
+@dataclass(slots=True, eq=False)
+class Caller(Run):
     """The client of a request and the tokens it used so far, even if the client leaves before the end.
 
     began: when the request arrived, by the monotonic clock.
@@ -125,7 +126,6 @@ class Caller:
     screening: by the policy of the key; None: nothing is checked.
     """
 
-    key: Key | None = None
     limits: Limits | None = None
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
@@ -147,12 +147,6 @@ class Caller:
     verdicts: list[str] = field(default_factory=list)
     is_recorded: bool = False
     screening: Screening | None = None
-    stops: Stops = field(default_factory=Stops)
-
-    @property
-    def tenant(self) -> str:
-        """Prompt prefixes are shared only within a tenant."""
-        return "" if self.key is None else self.key.id
 
     def require(self, scope: KeyScope, what: str = "") -> None:
         """Require a key with `scope`, or with `admin`, which includes every scope.
@@ -172,18 +166,6 @@ class Caller:
                 else None
             )
             raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
-
-    def require_unstopped(self) -> None:
-        """Check that the operator has stopped neither the key nor the model that answers.
-
-        Raises:
-            Stopped: one of them is stopped.
-        """
-        if self.key is not None:
-            self.stops.require("key", self.key.id)
-            self.stops.require("key", self.key.name)
-        if self.model:
-            self.stops.require("model", self.model)
 
     def answered_by(self, model: str, digests: Mapping[str, str] | None = None) -> None:
         """Note the id of the model that answers the request, and the SHA-256 of what decides its answers."""
@@ -218,10 +200,6 @@ class BadFrame(Refused):
 
     def __init__(self, message: str) -> None:
         super().__init__(400, message)
-
-
-class GoneAway(Exception):
-    """The client has disconnected."""
 
 
 _TYPES = {
@@ -391,6 +369,7 @@ class Gate:
         base_path: the beginning of all paths, or nothing.
         auditor: records the requests that do work or change something; None: nobody does.
         guarding: policies, and what is stopped; None: another server behind this one has them.
+        running: the requests that run; None: it is the gate's own.
     """
 
     def __init__(
@@ -409,10 +388,12 @@ class Gate:
         base_path: str = "",
         auditor: Auditing | None = None,
         guarding: Guarding | None = None,
+        running: Running | None = None,
     ) -> None:
         self._app = app
         self._auditor = auditor
         self._guarding = guarding
+        self.running = Running() if running is None else running
         self._table = [(policy, _pattern(policy.path)) for policy in policies]
         self._ring = ring
         self._limits = limits
@@ -436,7 +417,9 @@ class Gate:
         is_within = scope["path"].startswith(f"{self._base_path}/")
         if is_within:
             scope = {**scope, "path": scope["path"][len(self._base_path) :]}
-        caller = Caller(limits=self._limits, share=self.bodies.share(), metrics=self._metrics, began=began)
+        caller = Caller(
+            limits=self._limits, share=self.bodies.share(), metrics=self._metrics, began=began, running=self.running
+        )  # fmt: skip
         dialect = dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
@@ -534,12 +517,10 @@ class Gate:
         caller.key = self._admit(policy, headers, scope.get("client"))
         if policy.scope is not None:
             caller.require(policy.scope)
-        if self._guarding is not None:
-            caller.stops = self._guarding.stops
-            caller.require_unstopped()
-            if policy.screens in ("answers", "texts"):
-                chosen = headers.get(CHOSEN_POLICY)
-                caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
+            caller.go_on()
+        if self._guarding is not None and policy.screens in ("answers", "texts"):
+            chosen = headers.get(CHOSEN_POLICY)
+            caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
         if scope["method"] == "POST":
             _require_type(policy, headers)
         body.max_bytes = policy.max_body_bytes
@@ -553,7 +534,13 @@ class Gate:
             self._limits.begin(caller.key)
         try:
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            await self._app({**scope, "method": method}, body.receive, send)
+            # What an operator's command has begun is finished.
+            can_end = policy.scope not in (None, "admin")
+            with self.running.entered(caller) if can_end else contextlib.nullcontext():
+                body.when_whole = partial(caller.watch, body.receive)
+                if scope["method"] != "POST":  # nobody reads its body
+                    body.when_whole()
+                await self._app({**scope, "method": method}, body.receive, send)
         finally:
             caller.ending.close()
             caller.share.release()
@@ -691,12 +678,14 @@ class _Body:
     is_awaited: the client sends the body only after a 100 Continue.
     max_bytes: the largest body that is read.
     heard: takes the body, too; None: nobody else does.
+    when_whole: is called when all of the body has been read.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
         """`hold` is called with the memory of each part, and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
         self.heard: Heard | None = None
+        self.when_whole: Callable[[], None] = lambda: None
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False
         self.is_awaited = False
@@ -752,6 +741,8 @@ class _Body:
     async def _next(self) -> Message:
         message = await self._receive()
         self.is_whole = not message.get("more_body", False)
+        if self.is_whole:
+            self.when_whole()
         return message
 
 

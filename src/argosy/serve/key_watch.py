@@ -3,7 +3,10 @@
     every half second:  KeyRing.look, Limits.save
     a revoked key  ->  its requests end  ->  counts, answers, KV blocks and files of its tenant are deleted
 
-Elsewhere: keys and limits are the room `guard`; a tenant's blocks and files are `engine/prefix.py`.
+They are deleted again until no thread works for the key any more, and until deleting them succeeds.
+
+Elsewhere: requests end in `running.py`; keys and limits are the room `guard`; a tenant's blocks and files are
+`engine/prefix.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.limits import Limits
 from argosy.serve.log import where_it_failed
+from argosy.serve.running import Running
 
 log = logging.getLogger("argosy.serve")
 
@@ -26,13 +30,22 @@ class KeyWatch:
     """Runs a thread while it is entered.
 
     Args:
-        revoke: is called with the id of each revoked key.
+        running: the requests, which end when their key is revoked.
+        delete: deletes what is kept for a revoked key, by its id.
     """
 
-    def __init__(self, ring: KeyRing, limits: Limits, revoke: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        ring: KeyRing,
+        limits: Limits,
+        running: Running,
+        delete: Callable[[str], None] = lambda key_id: None,
+    ) -> None:
         self._ring = ring
         self._limits = limits
-        self._revoke = revoke
+        self._running = running
+        self._delete = delete
+        self._leaving: dict[str, str | None] = {}  # revoked keys -> why their data could not be deleted
         self._is_over = threading.Event()
         self._can_save = True
         self._fault: str | None = None
@@ -55,9 +68,11 @@ class KeyWatch:
 
     def _turn(self) -> None:
         for key_id in self._ring.look():
-            self._revoke(key_id)
-            self._limits.forget(key_id)
+            self._running.revoke(key_id)
+            self._leaving[key_id] = None
             log.info("keys: %s is revoked", key_id)
+        for key_id in tuple(self._leaving):
+            self._end(key_id)
         if self._ring.fault not in (None, self._fault):
             log.error("keys: every key is refused until this is fixed: %s", self._ring.fault)
         self._fault = self._ring.fault
@@ -69,3 +84,16 @@ class KeyWatch:
             self._can_save = False
         else:
             self._can_save = True
+
+    def _end(self, key_id: str) -> None:
+        is_last = not self._running.is_at_work(key_id)
+        try:
+            self._delete(key_id)
+            self._limits.forget(key_id)
+        except Exception as error:  # the next key is deleted, and this one in the next turn
+            if (fault := where_it_failed(error)) != self._leaving[key_id]:
+                log.error("keys: data of %s could not be deleted yet: %s", key_id, fault)
+            self._leaving[key_id] = fault
+        else:
+            if is_last:
+                del self._leaving[key_id]

@@ -317,6 +317,14 @@ class Models:
             code="model_not_found",
         )
 
+    def id_of(self, name: str | None) -> str:
+        """The id of the model that a name means.
+
+        Raises:
+            Refused: there is no such model.
+        """
+        return self._find(name).name
+
     async def use(self, name: str | None, until: ExitStack) -> Service:
         """The service of a model, which is loaded if it is not in memory. It stays until `until` is closed.
 
@@ -742,10 +750,14 @@ def models_of(request: Request) -> Models:
 async def use_model(request: Request, name: str | None = None) -> Service:
     """The service of the model that a request names, for the rest of the request; None: the first model.
 
-    The model is loaded if it is not in memory, and stays until the request has ended. Raises what `Models.use` raises.
+    The model is loaded if it is not in memory, and stays until the request has ended. Raises what `Models.use` and
+    `Run.go_on` raise.
     """
     caller: Caller = request.state.caller
-    service = await models_of(request).use(name, caller.ending)
+    models = models_of(request)
+    caller.uses = models.id_of(name)
+    caller.go_on()  # a model that is stopped is not loaded
+    service = await models.use(name, caller.ending)
     request.state.service = service
     return service
 

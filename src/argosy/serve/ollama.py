@@ -40,7 +40,7 @@ from argosy.serve.models import models_of
 from argosy.serve.ollama_bodies import EmbedBody, GenerateBody, OldEmbedBody, OllamaBody, OllamaChatBody
 from argosy.serve.ollama_models import time_text
 from argosy.serve.respond import Exchange, respond
-from argosy.serve.streams import JSON_LINES, json_line, until_gone
+from argosy.serve.streams import JSON_LINES, json_line
 
 HINTS = {
     "/api/pull": "this API fetches no models: run `argosy pull NAME` on the server's machine",
@@ -316,7 +316,6 @@ async def _embedded(
     """Embed texts, unless there are none: such a request only loads the model."""
     if not texts:
         return None
-    work = embed_texts(
+    return await embed_texts(
         service_of(request), request.state.caller, texts, dimensions=dimensions, param=param, cuts=cuts
     )
-    return await until_gone(request.receive, work, lambda: None)

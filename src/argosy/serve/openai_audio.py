@@ -28,7 +28,7 @@ from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions
 from argosy.serve.core import service_of
 from argosy.serve.fields import Closed, Flag, Short, Strict, few
 from argosy.serve.gate import Caller
-from argosy.serve.streams import EventStream, sse, until_gone
+from argosy.serve.streams import EventStream, sse
 
 MOST_FILE_BYTES = 25 << 20
 MOST_BODY_BYTES = MOST_FILE_BYTES + (1 << 20)
@@ -149,9 +149,8 @@ async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
     if not body.stream:
         return await _whole(body, options, request)
     work = _Work(body, options, request)
-    # Refusals have a status until the first event is there.
-    first = await until_gone(request.receive, work.next_event(), work.cancel_unless_begun)
-    return EventStream(work.events(first), request.state.caller, work.cancel)
+    first = await work.next_event()  # refusals have a status until it is there
+    return EventStream(work.events(first), request.state.caller)
 
 
 async def translations(body: TranslationBody, request: Request) -> Response:
@@ -169,8 +168,7 @@ def _options(body: TranslationBody, task: Task, language: str | None) -> Transcr
 
 
 async def _whole(body: TranslationBody, options: TranscriptOptions, request: Request) -> Response:
-    work = _Work(body, options, request)
-    transcript = await until_gone(request.receive, work.run(), work.cancel)
+    transcript = await _Work(body, options, request).run()
     if (write := WRITERS.get(body.response_format)) is not None:
         return Response(write(transcript), media_type="text/plain")
     usage = _usage(transcript)
@@ -183,10 +181,6 @@ def _usage(transcript: Transcript) -> Duration:
     return {"type": "duration", "seconds": math.ceil(transcript.duration_s)}
 
 
-class _Cancelled(Exception):
-    """Ends a transcription whose client has left."""
-
-
 class _Work:
     """One transcription: it runs in a thread, and its events arrive here."""
 
@@ -195,39 +189,31 @@ class _Work:
         self._service, self._options = service, options
         self._caller: Caller = request.state.caller
         self._content = _content(body)
-        self._is_cancelled = False
         self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._running: asyncio.Task[None] | None = None
         self._num_told = 0  # segments
-        self._has_begun = False
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
-
-    def cancel_unless_begun(self) -> None:
-        if not self._has_begun:
-            self.cancel()
+        self._num_counted = 0  # segments
 
     async def run(self, told: Callable[[Any], None] = lambda transcription: None) -> Transcript:
         """The whole transcript. Raises what `Transcriber.transcribe` raises."""
 
         def report(transcription: Any) -> None:
-            if self._is_cancelled:
-                raise _Cancelled
+            segments = transcription.segments
+            self._caller.count(new=sum(len(segment.token_ids) for segment in segments[self._num_counted :]))
+            self._num_counted = len(segments)
+            self._caller.go_on()
             told(transcription)
 
-        transcript = await self._service.transcribe(self._caller, self._content, self._options, report)
-        self._caller.count(new=sum(len(segment.token_ids) for segment in transcript.segments))
-        return transcript
+        return await self._service.transcribe(self._caller, self._content, self._options, report)
 
     async def next_event(self) -> Event:
         if self._running is None:
             self._running = asyncio.ensure_future(self._run())
+            self._caller.ending.callback(self._running.cancel)
         event = await self._events.get()
         if isinstance(event, BaseException):
             raise event
-        self._has_begun = True
         return event
 
     async def events(self, first: Event) -> AsyncGenerator[bytes, None]:

@@ -40,10 +40,6 @@ class ChunkExchange(Exchange[Body, Event]):
         self.keeps_special = body.skip_special_tokens is False
         self.speller = Speller(service.tokenizer, keep_special=self.keeps_special)
 
-    @property
-    def user(self) -> str | None:
-        return self.body.named_user
-
     def fold(self, event: Event) -> None:
         for choice in event["choices"]:
             join(self.folded.setdefault(choice["index"], {}), choice)

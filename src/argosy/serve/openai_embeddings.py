@@ -32,7 +32,6 @@ from argosy.serve.fields import (
     without_effect,
 )
 from argosy.serve.gate import Caller
-from argosy.serve.streams import until_gone
 
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
 
@@ -59,6 +58,10 @@ class EmbeddingsBody(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Dimensions | None = None
     user: NoEffect[Name] = None
+
+    @property
+    def person(self) -> str | None:
+        return self.user or None
 
     @property
     def texts(self) -> Sequence[str | Sequence[int]]:
@@ -91,11 +94,7 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
     """Embed texts."""
     service = service_of(request)
     caller: Caller = request.state.caller
-    made = await until_gone(
-        request.receive,
-        embed(service, caller, body.texts, dimensions=body.dimensions),
-        lambda: None,
-    )
+    made = await embed(service, caller, body.texts, dimensions=body.dimensions)
     return StreamingResponse(
         _written(made, service.model.id, is_base64=body.encoding_format == "base64"),
         media_type="application/json",

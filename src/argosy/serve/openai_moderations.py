@@ -10,7 +10,6 @@ Elsewhere: checks run in `screening.py`; docs/guides/responsible-use.md says wha
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,8 +18,6 @@ from starlette.requests import Request
 from argosy.guard.verdict import CATEGORIES, Verdict
 from argosy.serve.fields import Closed, Strict, Text, few
 from argosy.serve.gate import Caller, Refused
-from argosy.serve.screening import CountTokens, Screening
-from argosy.serve.streams import until_gone
 
 _MOST_INPUTS = 256
 _OPENAI_PREFIXES = ("omni-moderation-", "text-moderation-")  # the names that OpenAI's client sends
@@ -92,15 +89,8 @@ async def moderations(body: ModerationBody, request: Request) -> Moderated:
         caller.answered_by(model)
         caller.count(prompt=num_prompt, new=num_new)
 
-    judging = _verdicts(screening, body.texts, name, count)
-    results = [_judged(verdict) for verdict in await until_gone(request.receive, judging, lambda: None)]
+    results = [_judged(await screening.moderate(text, name, count)) for text in body.texts]
     return {"id": "modr-" + secrets.token_hex(12), "model": name or "+".join(names), "results": results}
-
-
-async def _verdicts(
-    screening: Screening, texts: Sequence[str], name: str | None, count: CountTokens
-) -> list[Verdict]:
-    return [await screening.moderate(text, name, count) for text in texts]
 
 
 def _judged(verdict: Verdict) -> Judged:

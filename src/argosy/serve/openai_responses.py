@@ -331,10 +331,6 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         self._status: Literal["completed", "incomplete"] = "completed"
         self._is_filtered = False  # the policy ended the answer
 
-    @property
-    def user(self) -> str | None:
-        return self.body.named_user
-
     def reads(self) -> list[Read]:
         return [_reading(self.body, self.service, self.caller)]
 
@@ -403,7 +399,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             )  # fmt: skip
 
         if self._is_kept:
-            await asyncio.to_thread(keep)
+            await asyncio.to_thread(self.caller.work, keep)
 
     def _say(self, said: SaidEvent) -> list[Event]:
         match said:

@@ -24,7 +24,6 @@ from argosy.serve.core import Service, service_of
 from argosy.serve.fields import WHOLE, Closed, Flag, Strict, Text, few
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.side_by_side import Deliver, run_parts
-from argosy.serve.streams import until_gone
 
 _MOST_DOCUMENTS = 1024
 _CERTAIN = 100.0  # a bias beside which no difference of logits counts
@@ -78,8 +77,7 @@ async def rerank(body: RerankBody, request: Request) -> Response:
     service = service_of(request)
     caller: Caller = request.state.caller
     texts = body.texts
-    work = _scores(service, caller, body.query, texts)
-    scores, num_tokens = await until_gone(request.receive, work, lambda: None)
+    scores, num_tokens = await _scores(service, caller, body.query, texts)
     best = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[: body.top_n]
     results: list[Ranked] = []
     for index in best:

@@ -5,8 +5,8 @@
 
 A dialect is one file, or two if its bodies are large: the model of its body, which becomes a `ChatRequest`; the types
 of its events and its whole answer; an `Exchange`, which turns steps into events; and a handler for each route, which
-calls `respond`. The rest happens here: work in threads, admission, headers, errors, and cancelling an answer whose
-client has left. A whole answer is folded from the events of its own stream, so the two always agree.
+calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that nobody waits
+for any more. A whole answer is folded from the events of its own stream, so the two always agree.
 
 Elsewhere: prompts and steps are `core.py`; bytes on the connection are `streams.py`; routes are `app.py`. A new
 dialect can start from the one in `tests/serve/test_respond.py`.
@@ -26,7 +26,7 @@ from argosy.errors import PromptTooLong
 from argosy.serve.core import Answers, Read, Service, Step, service_of
 from argosy.serve.gate import Caller, Dialect
 from argosy.serve.media_parts import media_in
-from argosy.serve.streams import COMMENT, DONE, SSE, Encoding, EventStream, error_event, sse, until_gone
+from argosy.serve.streams import COMMENT, DONE, SSE, Encoding, EventStream, error_event, sse
 
 
 class Asked(Protocol):
@@ -70,11 +70,6 @@ class Exchange(ABC, Generic[Body, Event]):
         Such a function raises ArgosyError if the request is refused.
         """
 
-    @property
-    def user(self) -> str | None:
-        """The person behind the request, as its client names them; None: it does not."""
-        return None
-
     def drop_media(self) -> None:
         """Forget the data of pictures and sounds; the prompt is built, and an answer may take minutes."""
         num_bytes = sum(part.drop() for part in media_in(self.body))
@@ -114,13 +109,10 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
 
     Raises:
         ArgosyError: the request is refused, or a whole answer cannot be finished.
-        GoneAway: the client disconnected before its whole answer was sent.
     """
     service = service_of(request)
     caller: Caller = request.state.caller
     exchange = kind(body, service, caller)
-    if caller.screening is not None and (user := exchange.user) is not None:
-        caller.screening.admit(user)
     try:
         exchange.answers, headers = await service.open(exchange.reads(), caller)
     except PromptTooLong as error:
@@ -133,9 +125,7 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
             streamed(exchange), caller, exchange.answers.cancel, encoding=kind.encoding, idle=exchange.idle(),
             headers=headers, failed=exchange.failed,
         )  # fmt: skip
-    return JSONResponse(
-        await until_gone(request.receive, folded(exchange), exchange.answers.cancel), headers=headers
-    )
+    return JSONResponse(await folded(exchange), headers=headers)
 
 
 async def streamed(exchange: Exchange[Body, Event]) -> AsyncGenerator[bytes, None]:

@@ -62,6 +62,7 @@ from argosy.serve.memory import MemoryWatch
 from argosy.serve.models import Memory, Models
 from argosy.serve.opened import Common, EngineSource, Recording, facts_of, service_for
 from argosy.serve.origins import Origins
+from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
 from argosy.serve.transparency import Practice
 from argosy.serve.work import Threads
@@ -296,6 +297,7 @@ class _Server(uvicorn.Server):
 
     Args:
         models: or the servers of a router.
+        running: the requests that run.
         preload: names of models that are loaded before the server listens.
         started: called when the server listens.
         certificate: is read again on SIGHUP; None: the server has none.
@@ -307,6 +309,7 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         models: Lifecycle,
+        running: Running,
         drain_s: float,
         started: Callable[[], None],
         preload: Sequence[str],
@@ -318,7 +321,8 @@ class _Server(uvicorn.Server):
         self._beside = beside
         self._running_beside: asyncio.Task[None] | None = None
         self._guarding = guarding
-        self._models, self._drain_s, self._started, self._preload = models, drain_s, started, preload
+        self._models, self._running, self._drain_s = models, running, drain_s
+        self._started, self._preload = started, preload
         self._certificate = certificate
         self._sweep: asyncio.TimerHandle | None = None
         self._said_at: float | None = None
@@ -444,8 +448,11 @@ class _Server(uvicorn.Server):
         until = time.monotonic() + self._drain_s
         while not self._is_told_twice and time.monotonic() < until:
             if await self._models.drain(_LOOK_S):
-                break
-        await self._models.stop()  # running requests get an error
+                if not len(self._running):
+                    break
+                await asyncio.sleep(_LOOK_S)
+        self._running.stop()  # running requests get an error
+        await self._models.stop()
         while not self._is_told_twice:
             await asyncio.sleep(_LOOK_S)
         await asyncio.sleep(_LAST_WORDS_S)
@@ -725,7 +732,7 @@ def _run(
         if expectation is not None:
             print(expectation, file=sys.stderr, flush=True)
 
-    with KeyWatch(ring, limits, models.revoke):
+    with KeyWatch(ring, limits, app.running, models.revoke):
         run_app(
             app, models, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
             max_connections=settings.max_connections, preload=preload, guarding=settings.guarding, beside=watch.run,
@@ -765,7 +772,15 @@ def run_app(
     address = address_of(sockets[0], host, front)
     try:
         server = _Server(
-            config, lifecycle, drain_s, lambda: started(address), preload, front.certificate, guarding, beside
+            config,
+            lifecycle,
+            app.running,
+            drain_s,
+            lambda: started(address),
+            preload,
+            front.certificate,
+            guarding,
+            beside,
         )
         server.run(list(sockets))
     except OSError as error:

@@ -21,7 +21,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,8 @@ from argosy.guard.guard_models import Question
 from argosy.guard.keys import Key
 from argosy.guard.policy import ContentPolicy, HttpCheck, ListCheck, ModelCheck, Policies, read_policies
 from argosy.guard.screen import Note, RequestScreen, Side, TextScreen
-from argosy.guard.stops import Stops
-from argosy.guard.users import Users
+from argosy.guard.stops import Stops, stopped
+from argosy.guard.users import UserBlocked, Users
 from argosy.guard.verdict import Blocked, CheckFailed, Verdict, together
 from argosy.prompt.formats.events import (
     Event,
@@ -89,6 +89,7 @@ class Guarding:
         self._policies: Policies | None = None if path is None else _read(path)
         self.stops = Stops(None if path is None else path.with_name(path.name + ".stops"))
         self.users = Users()
+        self.changed: Callable[[], None] = lambda: None  # called when the files have been read again
         self._models: Sequence[str] = ()
         self.ask_model: AskModel | None = None
         self._computing = WorkQueue(max_waiting=_MOST_WAITING)
@@ -124,6 +125,25 @@ class Guarding:
         with self._lock:
             self._policies = policies
             self._passed.clear()
+        self.changed()
+
+    def why_not(self, key: Key | None, model: str, persons: Collection[str]) -> ArgosyError | None:
+        """Why a request may not run now, by what is stopped and who is blocked; None: it may.
+
+        Args:
+            model: the id of the model that it uses, if it uses one.
+            persons: all names by which its client means a person.
+        """
+        if key is not None and self.stops.has("key", key.id, key.name):
+            return stopped("key")
+        if self.stops.has("model", model):
+            return stopped("model")
+        blocked = () if self._policies is None else self._policies.blocked_users
+        if self.stops.has("user", *persons) or any(person in blocked for person in persons):
+            return UserBlocked(
+                "the operator of this server does not accept requests of this user", code="user_blocked"
+            )
+        return None
 
     def in_force(self, key: Key | None) -> InForce | None:
         """The policy of a key that chooses none; None: nothing is checked for it."""
@@ -257,12 +277,9 @@ class Screening:
         """Count a request of the person that the client names.
 
         Raises:
-            UserBlocked: they are blocked.   TooMany: they have used up their requests.
+            TooMany: they have used up their requests.
         """
-        is_blocked = user in self._policies.blocked_users or self._guarding.stops.is_stopped("user", user)
-        self._guarding.users.admit(
-            self.tenant, user, self.policy.requests_per_minute_per_user, is_blocked=is_blocked
-        )
+        self._guarding.users.admit(self.tenant, user, self.policy.requests_per_minute_per_user)
 
     async def require_allowed(self, texts: Sequence[str]) -> None:
         """Ask about the texts of a request.

@@ -1,8 +1,8 @@
 """Stop a model, a key or a person at once, and let them go on: GET and POST /v1/engine/stops.
 
-Requests are refused, and answers that run end with an error before their next token. Nothing is deleted.
+Requests are refused, and those that run end with an error before their next token or event. Nothing is deleted.
 
-Elsewhere: what is stopped is kept by `guard/stops.py`.
+Elsewhere: what is stopped is kept by `guard/stops.py`; `running.py` ends requests.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from pydantic import Field
 from starlette.requests import Request
 
 from argosy.errors import UsageError
+from argosy.guard.keys import Key, KeyRing
 from argosy.guard.stops import LONGEST_NAME, Kind, Stops
 from argosy.serve.fields import Closed, Flag, Strict
-from argosy.serve.gate import Caller
+from argosy.serve.gate import Refused
 from argosy.serve.models import models_of
+from argosy.serve.running import Running
 
 
 class StopBody(Strict):
-    """Stop a model by its id, a key by its id, or a person as clients name them; or let them go on."""
+    """Stop a model by its id, a key by its id or name, or a person as clients name them; or let them go on."""
 
     kind: Kind
     name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, examples=["demo"])]
@@ -61,13 +63,33 @@ async def stops(request: Request) -> Stopped:
 
 async def stop(body: StopBody, request: Request) -> Stopped:
     """Stop something at once, or let it go on."""
-    caller: Caller = request.state.caller
-    name = body.name
+    kept, names = _stops_of(request), {body.name}
     if body.kind == "model":
-        (found,) = models_of(request).facts(name)
-        name = found.facts.id
-    if body.kind == "key" and body.is_stopped and name == caller.key_id:
-        raise UsageError("this request's own key cannot be stopped with it", param="name")
-    kept = _stops_of(request)
-    await asyncio.to_thread(partial(kept.set, body.kind, name, is_stopped=body.is_stopped))
+        names = {_model_id(body.name, request)}
+    elif body.kind == "key" and body.is_stopped:
+        names = {_id_of_other_key(body.name, request)}
+    elif body.kind == "key":
+        ring: KeyRing = request.app.state.ring
+        names.add(ring.id_of(body.name) or body.name)
+    await asyncio.to_thread(partial(kept.set, body.kind, *names, is_stopped=body.is_stopped))
+    running: Running = request.app.state.running
+    running.look()
     return _listed(kept)
+
+
+def _model_id(name: str, request: Request) -> str:
+    models = models_of(request)
+    hearing = models.hearing()
+    return name if hearing is not None and name == hearing.ears_id else models.id_of(name)
+
+
+def _id_of_other_key(name: str, request: Request) -> str:
+    """The id of a key that is not the one of the request: that could not let itself go on."""
+    own: Key = request.state.caller.key
+    ring: KeyRing = request.app.state.ring
+    found = ring.id_of(name)
+    if own.id in (found, name):
+        raise UsageError("this request's own key cannot be stopped with it", param="name")
+    if found is None:
+        raise Refused(404, "there is no key with this id or name", param="name")
+    return found

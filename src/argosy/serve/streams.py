@@ -1,4 +1,4 @@
-"""Send answers whole, or as a stream of events. A client that disconnects cancels its answer.
+"""Send answers as a stream of events, and what ends it as the last of them.
 
     an event  ->  Encoding.write  ->  bytes: a server-sent event, or a line of JSON
 
@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from argosy.serve.gate import Caller, Dialect, GoneAway, error_body, report
+from argosy.serve.gate import Caller, Dialect, error_body, report
+from argosy.serve.running import GoneAway
 
 KEEP_ALIVE_S = 10.0
 DONE = "[DONE]"  # OpenAI's last event
 COMMENT = b": keep-alive\n\n"  # clients skip it
-
-T = TypeVar("T")
 
 
 def sse(data: object, event: str | None = None) -> bytes:
@@ -61,37 +58,13 @@ def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
     return json_line(body) if dialect == "ollama" else sse(body, "error" if dialect == "anthropic" else None)
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T:
-    """The result of `work`; it is cancelled if the client disconnects first. `close` is always called at the end.
-
-    Raises:
-        GoneAway: the client disconnected.
-    """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return await working
-        raise GoneAway
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-        close()  # `work` closes nothing if it is cancelled before it begins
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class EventStream(Response):
     """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
 
-    `failed` encodes a failure, if the dialect has its own event for it. `close` is always called at the end, even if
-    the client left before the first event was requested. The next event is requested once the last has been sent. The
-    connection drops a client that reads nothing (`run.TimedProtocol`).
+    What ends the request (`running.py`) is such a failure, unless the client has left. `failed` encodes a failure, if
+    the dialect has its own event for it. `close` is always called at the end, even if no event was requested. The next
+    event is requested once the last has been sent. The connection drops a client that reads nothing
+    (`run.TimedProtocol`).
     """
 
     def __init__(
@@ -117,8 +90,10 @@ class EventStream(Response):
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(GoneAway):
-            await until_gone(receive, self._send(send), self._close)
+        try:
+            await self._send(send)
+        finally:
+            self._close()
 
     async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
@@ -132,6 +107,11 @@ class EventStream(Response):
                 await write(part)
                 # If parts are ready, let other tasks run, and let `gone` notice that this client left.
                 await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            ended = self._caller.ended
+            if ended is None or isinstance(ended, GoneAway):
+                raise
+            await write(self._failed(ended))
         except Exception as error:
             report(error, self._caller)
             await write(self._failed(error))
