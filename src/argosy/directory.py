@@ -48,7 +48,8 @@ class Directory:
 
     def __init__(self, path: Path, *, make: bool = False, mode: int = 0o777) -> None:
         if make:
-            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # as something else, too: then it cannot be opened
+                path.mkdir(mode=mode, parents=True)
         self.path = path
         self.descriptor = os.open(path, _OPEN)
 

@@ -131,7 +131,7 @@ def test_a_pull_that_is_killed_at_any_of_50_bytes_continues_from_there(
 ) -> None:
     append = pull.append
     monkeypatch.setattr(pull, "_NUM_AT_ONCE", 1)
-    monkeypatch.setattr(pull, "sync", lambda path: None)  # the kernel does not die here
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the kernel does not die here
     total = look_up(REPOSITORY).nbytes
     for number in range(50):
         cache = tmp_path / f"cache-{number}"
@@ -370,6 +370,74 @@ def test_a_model_that_is_not_run_is_refused_before_its_weights(
     assert not hub.exists()
 
 
+def test_several_pulls_link_a_snapshot_at_the_same_moment(server: Served, hub: Path) -> None:
+    download = look_up(REPOSITORY)
+    fetch(download)
+    failures: list[BaseException] = []
+
+    def link() -> None:
+        try:
+            for _ in range(25):
+                pull._link(download)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=link) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    folder = hub / "models--owner--model"
+    assert (folder / "refs/main").read_text() == REVISION
+    assert [path.name for path in (folder / "refs").iterdir()] == ["main"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ".locks",
+        ".locks/models--owner--model",
+        "models--owner--model",
+        "models--owner--model/blobs",
+        "models--owner--model/refs",
+        "models--owner--model/snapshots",
+        f"models--owner--model/snapshots/{REVISION}",
+    ],
+)
+def test_a_link_where_a_directory_belongs_is_refused(
+    server: Served, hub: Path, tmp_path: Path, place: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (hub / place).parent.mkdir(parents=True)
+    (hub / place).symlink_to(victim)
+    with pytest.raises(UsageError, match=f"{place} cannot be written: it is a symbolic link"):
+        fetch(look_up(REPOSITORY))
+    assert not list(victim.iterdir())
+
+
+def test_a_link_in_the_place_of_a_file_leads_nowhere(server: Served, hub: Path, tmp_path: Path) -> None:
+    """A link that is replaced goes; one that would be opened is refused."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    folder = hub / "models--owner--model"
+    download = look_up(REPOSITORY)
+    for place in (f"snapshots/{REVISION}/LICENSE", "refs/main", f"blobs/{download.blobs[0].digest}"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).symlink_to(victim)
+    fetch(download)
+    assert victim.read_bytes() == b"keep"
+    assert in_cache(hub) == {name: server.files[name][0] for name in NEEDED}
+    download.blobs[0].path.unlink()
+    download.blobs[0].partial.symlink_to(victim)
+    with pytest.raises(
+        UsageError, match=f"{download.blobs[0].digest}.incomplete cannot be written: it is a symb"
+    ):
+        fetch(download)
+    assert victim.read_bytes() == b"keep"
+
+
 def test_two_pulls_at_once_share_the_work_and_the_second_says_so(
     server: Served, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,12 +467,10 @@ def test_a_lock_that_its_holder_removed_is_not_taken_for_one(server: Served, hub
     download = look_up(REPOSITORY)
     fetching = pull._Fetching(download, lambda moment: None)
     blob = download.blobs[0]
-    path = hub / "lock"
-    hub.mkdir(parents=True)
-    with fetching._locked(path, blob) as first:
+    with fetching._locked(Path("lock"), blob) as first:
         assert first
-        path.unlink()
-        with fetching._locked(path, blob) as second:
+        (hub / "lock").unlink()
+        with fetching._locked(Path("lock"), blob) as second:
             assert second  # on a new file
 
 

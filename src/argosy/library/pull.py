@@ -13,7 +13,6 @@ Elsewhere: `checkpoint/hub.py` trusts no answer; `cli/pull.py` asks before it fe
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, RemoteFile, Source
 from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
-from argosy.directory import Directory, sync
+from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
 from argosy.library import kept
 from argosy.library.places import choose_tower, gguf_names, hub_cache, repository_folder
@@ -119,7 +118,7 @@ class Blob:
         if self.is_here:
             return self.nbytes
         with suppress(OSError):
-            return min(self.partial.stat().st_size, self.nbytes)
+            return min(self.partial.lstat().st_size, self.nbytes)
         return 0
 
     def hasher(self) -> hashlib._Hash:
@@ -257,7 +256,6 @@ def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at
         with room_for(
             download.name, download.root, hint="free some space, and run the same command again: it continues"
         ):
-            (download.folder / "blobs").mkdir(parents=True, exist_ok=True)
             _Fetching(download, watch).run()
             _link(download)
     except OSError as error:
@@ -273,6 +271,7 @@ class _Fetching:
 
     def __init__(self, download: Download, watch: Watch) -> None:
         self._download, self._watch = download, watch
+        self._root = Directory(download.root, make=True)  # closed by the last thread
         self._hub = Hub(download.source, most_bytes=_LIST_BYTES)
         self._blobs = sorted(download.blobs, key=lambda blob: blob.nbytes)  # small files first
         self._next = iter(self._blobs)
@@ -319,25 +318,28 @@ class _Fetching:
             with self._lock:
                 self._num_running -= 1
                 if not self._num_running:
+                    self._root.close()
                     self._has_ended.set()
 
     def _fetch(self, blob: Blob) -> None:
-        locks = self._download.root / ".locks" / self._download.folder.name
-        locks.mkdir(parents=True, exist_ok=True)
+        blobs, locks = Path(self._download.folder.name, "blobs"), _locks(self._download)
+        for folder in (blobs, locks):
+            self._root.directory(folder, make=True).close()
         with self._locked(locks / f"{blob.digest}.lock", blob) as is_locked:
             if not is_locked or blob.is_here:
                 return
             is_continued = blob.here_bytes > 0
             while not self._stop.is_set():
-                found = self._complete(blob)
+                partial = blobs / blob.partial.name
+                found = self._complete(blob, partial)
                 if found == blob.digest:
-                    sync(blob.partial)
-                    blob.partial.replace(blob.path)
-                    sync(blob.path.parent)
+                    self._root.move(partial, blobs / blob.digest)
+                    with self._root.directory(blobs) as directory:
+                        directory.sync()
                     return
                 if found is None:
                     return
-                blob.partial.unlink()
+                self._root.remove(partial)
                 if not is_continued:
                     raise CheckpointError(
                         f"{blob.name} is not what the hub says: its digest is {found}, expected {blob.digest}",
@@ -346,11 +348,9 @@ class _Fetching:
                     )
                 is_continued = False  # a power cut may have damaged its beginning: fetch it once more
 
-    def _complete(self, blob: Blob) -> str | None:
+    def _complete(self, blob: Blob, partial: Path) -> str | None:
         """Append what is missing of a blob; returns its digest, or None if the fetch ends."""
-        descriptor = os.open(
-            blob.partial, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
+        descriptor = self._root.open(partial, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             if os.fstat(descriptor).st_size > blob.nbytes:
                 os.ftruncate(descriptor, 0)
@@ -375,6 +375,7 @@ class _Fetching:
                     num_failures = 0 if done_bytes > before else num_failures + 1
                     if num_failures >= _MOST_FAILURES or self._stop.wait(min(2**num_failures, 30) / 2):
                         raise
+            os.fsync(descriptor)
             return hasher.hexdigest()
         finally:
             os.close(descriptor)
@@ -383,28 +384,21 @@ class _Fetching:
     def _locked(self, path: Path, blob: Blob) -> Iterator[bool]:
         """Wait until no other program fetches the blob; False: the fetch ended first."""
         while True:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    with self._lock:
-                        self._waits[blob.digest] = blob.name
-                    if not self._stop.wait(_TICK_S):
-                        continue
-                    yield False
-                    return
-                is_there = False
-                with suppress(FileNotFoundError):
-                    # Its last holder may have removed it, and then the next one would not see this lock.
-                    is_there = os.path.samestat(os.fstat(lock), path.stat(follow_symlinks=False))
-                if is_there:
-                    with self._lock:
-                        self._waits.pop(blob.digest, None)
-                    yield True
-                    return
-            finally:
-                os.close(lock)
+                lock = self._root.lock(path, wait_s=0.0, mode=0o666)
+                break
+            except TimeoutError:
+                with self._lock:
+                    self._waits[blob.digest] = blob.name
+            if self._stop.wait(_TICK_S):
+                yield False
+                return
+        try:
+            with self._lock:
+                self._waits.pop(blob.digest, None)
+            yield True
+        finally:
+            os.close(lock)
 
 
 def append(descriptor: int, data: bytes) -> None:
@@ -414,20 +408,23 @@ def append(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def _locks(download: Download) -> Path:
+    return Path(".locks", download.folder.name)
+
+
 def _link(download: Download) -> None:
     """Make the snapshot, and let the branch or tag that was asked for point to it, as the hub's own client does."""
-    for file in download.files:
-        link = download.snapshot / file.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(download.blob_of(file).path, link.parent)
-        if link.is_symlink() and os.readlink(link) == target:
-            continue
-        beside = link.with_name(f".{link.name}.new")
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(target)
-        beside.replace(link)
-    if download.asked != download.source.revision:
-        ref = download.folder / "refs" / (download.asked or kept.MAIN)
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        with Directory(ref.parent) as parent:
-            parent.put(ref.name, download.source.revision.encode(), 0o644)
+    folder, locks = Path(download.folder.name), _locks(download)
+    with Directory(download.root) as root:
+        root.directory(locks, make=True).close()
+        with root.locked(locks / "links.lock"):  # another pull of the model may be here, too
+            for file in download.files:
+                link = download.snapshot.relative_to(download.root) / file.name
+                target = os.path.relpath(folder / "blobs" / download.blob_of(file).digest, link.parent)
+                root.directory(link.parent, make=True).close()
+                if not (download.root / link).is_symlink() or os.readlink(download.root / link) != target:
+                    root.put_link(link, target)
+            if download.asked != download.source.revision:
+                ref = folder / "refs" / (download.asked or kept.MAIN)
+                root.directory(ref.parent, make=True).close()
+                root.put(ref, download.source.revision.encode(), 0o644)
