@@ -465,7 +465,7 @@ def _admin(path: str, handler: Callable[..., Any], answer: Any, **described: Any
 
 def _form(path: str, handler: Callable[..., Any], **described: Any) -> Route:
     policy = Policy(
-        method="POST", path=path, scope="infer", screens="nothing", is_counted=True, takes_form=True,
+        method="POST", path=path, scope="infer", screens="texts", is_counted=True, takes_form=True,
         max_body_bytes=openai_audio.MOST_BODY_BYTES,
     )  # fmt: skip
     return Route(

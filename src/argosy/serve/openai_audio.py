@@ -145,7 +145,7 @@ async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
             f"stream needs response_format {' or '.join(_STREAM_FORMATS)}, found {body.response_format}",
             param="stream",
         )
-    options = _options(body, "transcribe", body.language)
+    options = await _options(body, request, "transcribe", body.language)
     if not body.stream:
         return await _whole(body, options, request)
     work = _Work(body, options, request)
@@ -155,14 +155,18 @@ async def transcriptions(body: TranscriptionBody, request: Request) -> Response:
 
 async def translations(body: TranslationBody, request: Request) -> Response:
     """Write down in English what is said in a sound."""
-    return await _whole(body, _options(body, "translate", None), request)
+    return await _whole(body, await _options(body, request, "translate", None), request)
 
 
-def _options(body: TranslationBody, task: Task, language: str | None) -> TranscriptOptions:
+async def _options(
+    body: TranslationBody, request: Request, task: Task, language: str | None
+) -> TranscriptOptions:
+    """What the request asks for. Raises what `Service.screened_texts` raises."""
+    (prompt,) = await service_of(request).screened_texts([body.prompt], request.state.caller)
     return TranscriptOptions(
         task=task,
         language=None if language is None else language.lower(),
-        prompt=body.prompt,
+        prompt=str(prompt),
         temperature=body.temperature,
     )
 
