@@ -64,3 +64,21 @@ def test_the_options_and_modules_of_the_table_exist() -> None:
         options = re.findall(r"--[a-z-]+", f"{store.option} {store.place}")
         assert set(options) <= known, store.name
         assert (REPOSITORY / "src" / "argosy" / store.module).exists(), store.module
+
+
+def test_every_module_that_keeps_something_by_tenant_is_in_the_table() -> None:
+    source = REPOSITORY / "src" / "argosy"
+    # A prefix has blocks, and an engine and a service have the stores of others.
+    parts = {"engine/engine.py", "engine/kv_cache.py", "engine/requests.py", "prompt/builder.py"}
+    found = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if re.search(r"def forget\(self, tenant: str\)|TenantMemory\(", path.read_text())
+    }
+    assert found - parts <= {store.module for store in STORES}
+
+
+def test_nothing_that_reads_texts_of_people_caches_its_arguments() -> None:
+    for room in ("guard", "serve"):
+        for path in (REPOSITORY / "src" / "argosy" / room).rglob("*.py"):
+            assert "lru_cache" not in path.read_text(), path
