@@ -18,6 +18,7 @@ constexpr uint64_t kDone = std::numeric_limits<uint64_t>::max();  // no frame wr
 constexpr int64_t kMostBytesOfPass = int64_t{4} << 20;            // received from a peer before the next peer
 constexpr int64_t kInputBytes = 16 << 10;  // at least; most answers begin and end in one call with so many
 constexpr int kNumTimes = 64;
+constexpr int kComputing = 7;  // a peer that computes an answer may be silent for so many times longer
 
 [[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
@@ -98,7 +99,8 @@ struct Exchange::Outgoing {
 class Exchange::Times {
  public:
   void note(double us) {
-    ewma_us_ = count_ == 0 ? us : ewma_us_ + (us - ewma_us_) / 8;
+    // A single stall must not raise the deadlines, which follow the mean.
+    ewma_us_ = count_ == 0 ? us : ewma_us_ + (std::min(us, 2 * ewma_us_) - ewma_us_) / 8;
     latest_[size_t(count_ % kNumTimes)] = us;
     ++count_;
   }
@@ -886,11 +888,19 @@ void Exchange::wait(std::unique_lock<std::mutex>& lock, Clock::duration most) {
   }
 }
 
+// Whether bytes have come that nobody has taken: whoever waits for them has other work.
+bool Exchange::has_input(const Peer& peer) {
+  pollfd polled = {peer.socket->fd(), POLLIN, 0};
+  return peer.is_connected() && !peer.faults && poll(&polled, 1, 0) > 0;
+}
+
 std::vector<std::pair<int64_t, std::string>> Exchange::tend(Microseconds silence) {
   std::vector<std::pair<int64_t, std::string>> failed;
   std::lock_guard lock(mutex_);
   for (const auto& [id, peer] : peers_) {
-    if (!peer->is_connected() || peer->is_waited_for()) continue;
+    if (!peer->is_connected()) continue;
+    const bool is_waited_for = peer->is_waited_for();
+    const Microseconds most = is_waited_for ? kComputing * silence : silence;
     if (!peer->owes()) {
       const FrameHeader ping = {.type = FrameType::ping};
       std::vector<uint8_t> frame;
@@ -899,11 +909,11 @@ std::vector<std::pair<int64_t, std::string>> Exchange::tend(Microseconds silence
       peer->heard_at = Clock::now();
       enqueue(*peer, std::move(frame), nullptr, {});
     }
-    move_bytes(*peer, Moves::both);
-    if (peer->owes() && Clock::now() - peer->heard_at > silence) {
+    if (!is_waited_for) move_bytes(*peer, Moves::both);
+    if (peer->owes() && Clock::now() - peer->heard_at > most && !has_input(*peer)) {
       fail(*peer, LinkFailure::silent,
            "nothing was received for " +
-               std::to_string(std::chrono::duration_cast<std::chrono::seconds>(silence).count()) + " s");
+               std::to_string(std::chrono::duration_cast<std::chrono::seconds>(most).count()) + " s");
     }
     if (!peer->is_connected()) failed.emplace_back(id, peer->failure);
   }

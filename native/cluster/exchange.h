@@ -114,7 +114,8 @@ class Exchange {
 
   // To be called now and then from a thread that does not run experts: pings idle peers, and drops late
   // answers. Returns the peers that failed in here, with the reason: also those that owe a frame, and have
-  // sent nothing for `silence`. Leaves peers alone that a ticket waits for.
+  // sent nothing for `silence`. A peer that a ticket waits for may compute, and has seven times as long; its
+  // bytes are left to receive().
   std::vector<std::pair<int64_t, std::string>> tend(Microseconds silence);
 
   std::string status(int64_t peer) const;  // from its last pong
@@ -161,6 +162,7 @@ class Exchange {
   void take_refusal(Peer& peer, const FrameHeader& header, std::string message);
   static void end_request(Peer& peer, Request& request);
   static void fail(Peer& peer, LinkFailure failure, const std::string& message);
+  static bool has_input(const Peer& peer);
   void wait(std::unique_lock<std::mutex>& lock, Clock::duration most);
 
   const LinkLimits limits_;

@@ -31,8 +31,9 @@ int64_t input_bytes(const LinkLimits& limits) {
 
 }  // namespace
 
-WorkerLink::WorkerLink(int fd, LinkLimits limits)
+WorkerLink::WorkerLink(int fd, LinkLimits limits, std::chrono::milliseconds most_blocked)
     : limits_((limits.check(), std::move(limits))),
+      most_blocked_(most_blocked),
       input_(size_t(input_bytes(limits_))),
       rows_(size_t(limits_.most_rows * limits_.row_bytes())),
       out_(size_t(limits_.most_assignments * limits_.row_bytes())),
@@ -360,7 +361,10 @@ void WorkerLink::send(Parts& parts) {
       parts.remove(sent);
       if (sent > 0) continue;
       pollfd polled = {socket_.fd(), POLLOUT, 0};
-      poll(&polled, 1, -1);
+      if (poll(&polled, 1, int(most_blocked_.count())) == 0) {
+        throw LinkError(LinkFailure::silent,
+                        "the coordinator took nothing for " + text_of(most_blocked_.count()) + " ms");
+      }
     }
   } catch (const LinkError&) {
     num_unanswered_ = 0;

@@ -44,9 +44,12 @@ class WorkerLink {
     bool is_sweep;
   };
 
+  // A coordinator that takes nothing of an answer for this long is given up: others wait for this machine.
+  static constexpr std::chrono::milliseconds kMostBlocked{10'000};
+
   // Takes over a connected socket. Throws std::invalid_argument for invalid limits or a descriptor that is
   // not a stream socket, which then stays the caller's, and OutOfMemory.
-  WorkerLink(int fd, LinkLimits limits);
+  WorkerLink(int fd, LinkLimits limits, std::chrono::milliseconds most_blocked = kMostBlocked);
   WorkerLink(const WorkerLink&) = delete;
   WorkerLink& operator=(const WorkerLink&) = delete;
 
@@ -102,6 +105,7 @@ class WorkerLink {
   int64_t rows_bytes() const { return dispatch_->num_tokens() * limits_.row_bytes(); }
 
   const LinkLimits limits_;
+  const std::chrono::milliseconds most_blocked_;
   WakeUp wake_;
   InputBuffer input_;
   Arena rows_, out_;

@@ -446,6 +446,67 @@ void an_answer_before_the_question_is_complete_ends_the_connection() {
   ::close(pair.theirs);
 }
 
+void a_peer_that_a_ticket_waits_for_is_given_up_once_it_is_silent_for_seven_times_as_long() {
+  Exchange exchange(kLimits);
+  Pair pair;
+  const int64_t peer = exchange.add(pair.ours);
+  Step step(kTokens);
+  const int64_t ticket = exchange.send(kLayer, step.dispatch, step.rows.data(), step.out(), {{peer, {0}}});
+  CHECK(exchange.tend(kLong).empty());
+  std::this_thread::sleep_for(microseconds(2000));
+  const uint8_t byte = 1;
+  CHECK_EQUAL(::send(pair.theirs, &byte, 1, MSG_NOSIGNAL), 1);
+  CHECK(exchange.tend(microseconds(1)).empty());  // a byte has come, and receive() has not taken it yet
+  CHECK(exchange.receive(ticket, microseconds(0)).empty());
+  std::this_thread::sleep_for(microseconds(2000));
+  CHECK_EQUAL(exchange.tend(microseconds(1)).size(), 1u);
+  const auto events = exchange.receive(ticket, kLong);
+  CHECK_EQUAL(events.size(), 1u);
+  CHECK(events[0].failure == LinkFailure::silent);
+  ::close(pair.theirs);
+}
+
+void a_coordinator_that_takes_nothing_of_an_answer_is_given_up() {
+  Pair pair;
+  int size = 4096;
+  setsockopt(pair.theirs, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+  WorkerLink link(pair.theirs, kLimits, std::chrono::milliseconds(20));
+  Exchange exchange(kLimits);
+  exchange.add(pair.ours);
+  Step step(kTokens);
+  exchange.send(kLayer, step.dispatch, step.rows.data(), step.out(), {{1, {0}}});
+  CHECK(link.next() == WorkerLink::Next::request);
+  try {
+    link.answer({0});
+    CHECK(false);
+  } catch (const LinkError& error) {
+    CHECK(error.failure() == LinkFailure::silent);
+  }
+}
+
+void a_single_stall_does_not_raise_the_usual_time() {
+  Exchange exchange(kLimits);
+  Pair pair;
+  const int64_t peer = exchange.add(pair.ours);
+  Step step(1);
+  const auto answer_after = [&](microseconds pause, uint32_t request) {
+    const std::vector<int32_t> experts = step.dispatch->experts();
+    const int64_t ticket =
+        exchange.send(kLayer, step.dispatch, step.rows.data(), step.out(), {{peer, {experts[0]}}});
+    std::this_thread::sleep_for(pause);
+    put(pair.theirs,
+        answer_frame(
+            {.type = FrameType::answer, .layer = kLayer, .request = request, .count_a = 1, .count_b = 1},
+            {{uint32_t(experts[0]), 1}}, 1));
+    CHECK_EQUAL(exchange.receive(ticket, kLong).size(), 1u);
+    exchange.forget(ticket);
+    return exchange.usual_times(peer, 1)->ewma_us;
+  };
+  const double usual = answer_after(microseconds(2000), 1);
+  CHECK(answer_after(microseconds(40 * 2000), 2) < 1.2 * usual);
+  ::close(pair.theirs);
+}
+
 // ── threads
 // ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -516,6 +577,9 @@ int main() {
   a_worker_names_what_a_coordinator_did_wrong();
   a_coordinator_names_what_a_worker_did_wrong();
   an_answer_before_the_question_is_complete_ends_the_connection();
+  a_peer_that_a_ticket_waits_for_is_given_up_once_it_is_silent_for_seven_times_as_long();
+  a_coordinator_that_takes_nothing_of_an_answer_is_given_up();
+  a_single_stall_does_not_raise_the_usual_time();
   layers_go_to_two_workers_while_others_tend_and_one_is_replaced();
   return argosy::testing::check_result();
 }

@@ -1329,7 +1329,8 @@ class Exchange:
         """
         Ping idle peers, drop late answers, and give up peers that owe something and sent nothing for `silence_us`.
 
-        To be called about once a second from a background thread. Leaves peers alone that a ticket waits for.
+        To be called about once a second from a background thread. A peer that a ticket waits for has seven times as
+        long.
 
         Returns:
             the peers that failed in here, and why.
