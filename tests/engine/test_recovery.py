@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
+from argosy.engine import kv_cache, kv_windows, recurrent_state, scheduler
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
 from argosy.model.families import open_model
-from tests.models.tiny import RawConfig, prompt_ids, qwen3_moe, write_model
+from tests.models.runnable import runnable
+from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next
 
 PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2)
@@ -139,3 +144,58 @@ def test_a_damaged_expert_ends_only_the_answers_that_need_it(
             assert one.result.token_ids == expected[0][: len(one.result.token_ids)]
         else:
             assert visible(one.result) == expected
+
+
+# ── ^C ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Where blocks, window blocks and state slots change hands.
+HANDS = {module.__file__ for module in (kv_cache, kv_windows, recurrent_state, scheduler)}
+Line = tuple[str, int]
+
+
+def call_traced(call: Callable[[], object], at_line: Callable[[Line], None]) -> None:
+    """Call with `at_line` before each line of `HANDS` that runs."""
+
+    def note(frame: FrameType, event: str, _: object) -> Any:
+        if event == "line":
+            at_line((frame.f_code.co_filename, frame.f_lineno))
+        return note
+
+    sys.settrace(lambda frame, event, _: note if frame.f_code.co_filename in HANDS else None)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize(
+    "config", [qwen3_next(), gpt_oss(max_position_embeddings=1024)], ids=["delta", "windows"]
+)
+def test_an_interrupt_at_any_line_leaves_nothing_held_and_the_next_answers_the_same(
+    config: RawConfig, tmp_path: Path
+) -> None:
+    directory = runnable(write_model(tmp_path / "model", config, seed=4), tmp_path)
+    prompts = [prompt_ids(config, seed, 40) for seed in range(3)]
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    with Engine.open(directory, memory="2GiB", threads=1, max_sequences=2) as engine:
+        assert (engine._cache.windows is None) == (engine._cache.states is not None)
+
+        def answers() -> list[list[int]]:
+            return [one.token_ids for one in engine.generate_batch(prompts, params)]
+
+        expected = answers()
+        lines: dict[Line, None] = {}
+        call_traced(answers, lines.setdefault)
+        assert len(lines) > 200
+        for place in list(lines)[::4]:
+
+            def interrupt(line: Line, place: Line = place) -> None:
+                if line == place:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                call_traced(answers, interrupt)
+            facts = engine.facts()
+            assert (facts.kv_blocks_held, facts.num_running, facts.num_waiting) == (0, 0, 0), place
+            assert facts.states_held == 0, place
+            assert answers() == expected, place

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from argosy.engine.kv_windows import WindowSizes
 from argosy.engine.recurrent_state import StateSlots
-from argosy.engine.scheduler import Scheduled
+from argosy.engine.scheduler import CannotRun, Scheduled
 from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill
 
 
@@ -165,6 +165,20 @@ def test_a_failed_step_runs_again_unchanged() -> None:
     again = rig.scheduler.next_step()
     for name in ("token_ids", "order", "slots", "block_table", "is_decode", "wanted"):
         assert getattr(again.step, name).tolist() == getattr(failed.step, name).tolist()
+
+
+def test_a_sequence_that_does_not_fit_while_nothing_runs_ends_with_the_numbers() -> None:
+    rig = Rig(num_blocks=6)
+    rig.blocks.take(2)  # nothing gives them back
+    large, small = rig.sequence(17), rig.sequence(8)
+    rig.add(large, small)
+    with pytest.raises(CannotRun) as stuck:
+        rig.step()
+    assert stuck.value.sequence is large
+    assert "it needs 5 KV blocks, and 4 of 6 are free while no other runs" in str(stuck.value)
+    rig.end(large)
+    rig.run()
+    assert rig.finished == [large, small]
 
 
 # ── fairness ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.engine.scheduler import MAKING_S, MediaFailed
+from argosy.engine.scheduler import MAKING_S, CannotRun
 from argosy.engine.sequence import Sequence
 from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError, UsageError
@@ -449,7 +449,7 @@ def test_rows_that_cannot_be_made_end_only_their_sequence() -> None:
     bad, good = rig.sequence_of(list(prompt.token_ids), spans=spans_of(prompt)), rig.sequence(6)
     rig.add(bad, good)
     assert bad in rig.step().sequences  # the text before the picture
-    with pytest.raises(MediaFailed) as failed:
+    with pytest.raises(CannotRun) as failed:
         rig.step()
     assert failed.value.sequence is bad
     rig.end(bad)

@@ -18,12 +18,10 @@ _EMBEDDED_AT_ONCE = 64  # texts that wait or run together
 
 
 class BlockingCalls(ABC):
-    """`stream`, `generate`, `generate_batch` and `embed`, on top of `submit`, `step` and `cancel`."""
+    """`stream`, `generate`, `generate_batch` and `embed`, on top of `prepare`, `enqueue`, `step` and `cancel`."""
 
     @abstractmethod
-    def submit(
-        self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
-    ) -> EngineSequence: ...
+    def prepare(self, prompt: PromptLike, params: SamplingParams | None = None) -> list[EngineSequence]: ...
 
     @abstractmethod
     def prepare_embedding(
@@ -45,8 +43,9 @@ class BlockingCalls(ABC):
         Raises:
             ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
         """
-        sequence = self.submit(prompt, params)
+        (sequence,) = self.prepare(prompt, params)
         try:
+            self.enqueue([sequence])
             while sequence.events or sequence.result is None:
                 while sequence.events:
                     yield sequence.events.popleft()
@@ -70,7 +69,8 @@ class BlockingCalls(ABC):
         sequences: list[EngineSequence] = []
         try:
             for prompt, own in zip(prompts, each, strict=True):
-                sequences.append(self.submit(prompt, own))
+                sequences += self.prepare(prompt, own)
+            self.enqueue(sequences)
             while any(sequence.result is None for sequence in sequences):
                 self.step()
             return [one.result.require() for one in sequences if one.result is not None]

@@ -61,7 +61,7 @@ from argosy.engine.options import (
     with_recorder,
 )
 from argosy.engine.requests import PromptLike, Requests
-from argosy.engine.scheduler import MediaFailed, Scheduled, Scheduler
+from argosy.engine.scheduler import CannotRun, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import Share, idle_memory, reserved_slots, start
@@ -243,7 +243,7 @@ class Engine(BlockingCalls):
 
         A step whose read fails runs once more. If the read fails again, the sequences that need the expert end with
         the error, and the others continue unaffected. If anything else fails midway, including ^C, every sequence in
-        the engine is cancelled.
+        the engine is cancelled, and prefixes in memory are forgotten.
         """
         with self._lock, self._foreground, self._turns:
             self._require_open()
@@ -256,7 +256,7 @@ class Engine(BlockingCalls):
                     self._media.memory.settle()
                 try:
                     scheduled = self._scheduler.next_step()
-                except MediaFailed as failed:
+                except CannotRun as failed:
                     self._finish(failed.sequence, "error", failed.error)
                     return []
                 finally:
@@ -272,9 +272,18 @@ class Engine(BlockingCalls):
                 self._has_failed = False
                 return self._commit(scheduled, logits)
             except BaseException:
-                for sequence in list(self._sequences):
-                    self._finish(sequence, "cancelled")
+                self._cancel_all()
                 raise
+
+    def _cancel_all(self) -> None:
+        """Cancel every sequence, after a failure midway that may have moved half of one: all that they held is free."""
+        self._scheduler.reset(self._sequences)
+        self._energy.settle()
+        for sequence in self._sequences:
+            if sequence.result is None:
+                self._answers.result(sequence, "cancelled")
+        self._sequences.clear()
+        self._has_failed = False
 
     def _forward(self, step: Step) -> NDArray[np.float32]:
         """Run the layers: float32 [wanted rows, vocab_size]."""
@@ -377,9 +386,10 @@ class Engine(BlockingCalls):
         self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
     ) -> Result:
         self._scheduler.remove(sequence)
-        self._sequences.remove(sequence)
         self._energy.settle()
-        return self._answers.result(sequence, reason, error)
+        result = self._answers.result(sequence, reason, error)
+        self._sequences.remove(sequence)
+        return result
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -460,17 +470,25 @@ class Engine(BlockingCalls):
                         len(one.prompt_ids), self._requests.context_tokens, for_answer=one.max_new_tokens
                     )
             counters = self.ledger
-            for sequence in sequences:
-                sequence.counters_at_start = counters
-                self._energy.start(sequence)
-                self._sequences.append(sequence)
-                self._scheduler.add(sequence)
+            try:
+                for sequence in sequences:
+                    sequence.counters_at_start = counters
+                    self._energy.start(sequence)
+                    self._sequences.append(sequence)
+                    self._scheduler.add(sequence)
+            except BaseException:
+                self._cancel_all()
+                raise
 
     def cancel(self, sequence: EngineSequence) -> None:
         """Stop a sequence and free what it holds; does nothing once it has finished."""
         with self._lock:
             if sequence in self._sequences:
-                self._finish(sequence, "cancelled")
+                try:
+                    self._finish(sequence, "cancelled")
+                except BaseException:
+                    self._cancel_all()
+                    raise
 
     def forget(self, tenant: str) -> None:
         """Forget what is kept of a tenant's prompts, answers and grammars, in memory and in `kv_dir`."""

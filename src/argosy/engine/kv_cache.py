@@ -56,12 +56,20 @@ class KvBlocks:
         self.num_releases = 0
         self._forgotten = forgotten
         self.before_use: Callable[[int], None] = lambda num_blocks: None
-        self._free = list(range(num_blocks))  # a heap
-        self._holders = [0] * num_blocks
-        self._contents: list[BlockContent | None] = [None] * num_blocks
+        self._most_blocks = num_blocks
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every block and forget what it held, in whatever state an interrupted call left them."""
+        self._free = list(range(self.num_blocks))  # a heap
+        self._holders = [0] * self._most_blocks
+        self._contents: list[BlockContent | None] = [None] * self._most_blocks
         self._places: dict[bytes, int] = {}
         self._kept: dict[str, OrderedDict[int, None]] = {}  # by tenant, least recently used first
         self._num_kept = 0
+        self.num_releases += 1
+        if self.windows is not None:
+            self.windows.reset()
 
     @property
     def num_available(self) -> int:

@@ -69,7 +69,13 @@ class KvWindows:
         self.of_block: NDArray[np.int32] = np.full(num_blocks, NONE, np.int32)
         self.sizes = sizes
         self._block_tokens = block_tokens
-        self._free = list(range(sizes.num_window_blocks - 1, -1, -1))
+        self.reset()
+
+    def reset(self) -> None:
+        """Take back every window block, in whatever state an interrupted call left them."""
+        num_blocks = len(self.of_block)
+        self.of_block[:] = NONE
+        self._free = list(range(self.sizes.num_window_blocks - 1, -1, -1))
         self._users = [0] * num_blocks  # running sequences that may see the block's positions
         self._num_ends = [0] * num_blocks  # kept ends that the block is a part of
         self._idle: OrderedDict[int, None] = (

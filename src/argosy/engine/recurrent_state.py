@@ -31,9 +31,13 @@ class StateSlots:
     ) -> None:
         self.state = state
         self.num_sequences = state.num_slots if num_sequences is None else num_sequences
-        self._free = list(range(self.num_sequences - 1, -1, -1))
         self._first_snapshot = (2 if can_roll_back else 1) * self.num_sequences
-        self._unused = list(range(self._first_snapshot, state.num_slots))
+        self.reset()
+
+    def reset(self) -> None:
+        """Free every slot and drop every snapshot, in whatever state an interrupted call left them."""
+        self._free = list(range(self.num_sequences - 1, -1, -1))
+        self._unused = list(range(self._first_snapshot, self.state.num_slots))
         self._snapshots: OrderedDict[bytes, int] = OrderedDict()  # key -> slot, least recently used first
 
     @property

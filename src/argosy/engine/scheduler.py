@@ -77,8 +77,8 @@ class Scheduled(NamedTuple):
         return divided
 
 
-class MediaFailed(Exception):
-    """The rows of one sequence's media cannot be made. No other sequence is affected, and nothing has run."""
+class CannotRun(Exception):
+    """One sequence cannot run. No other sequence is affected, and nothing has run."""
 
     def __init__(self, sequence: Sequence, error: ArgosyError) -> None:
         super().__init__(str(error))
@@ -229,6 +229,25 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
+    def reset(self, sequences: Iterable[Sequence]) -> None:
+        """Remove all sequences and forget all prefixes, in whatever state an interrupted call left them.
+
+        Args:
+            sequences: all that were added; one that a call was moving is in neither list.
+        """
+        self._waiting, self._running, self._coming = [], [], {}
+        self._refused = None
+        self._decoding = _Decoding.of([])
+        self._blocks.reset()
+        if self._states is not None:
+            self._states.reset()
+        for sequence in sequences:
+            sequence.blocks.clear()
+            sequence.state_slot = None
+            sequence.leader = None
+            sequence.followers.clear()
+            self._let_go(sequence)
+
     def preempt(self, sequence: Sequence) -> None:
         """Preempt a running sequence: it waits again, and is recomputed from its tokens."""
         self._stop(sequence)
@@ -254,12 +273,14 @@ class Scheduler:
         Sequences whose media have no rows yet have them made a little further first. None: no other can run.
 
         Raises:
-            MediaFailed: the rows of a sequence's media cannot be made.
+            CannotRun: the rows of a sequence's media cannot be made, or it does not start while nothing else runs.
         """
         self._began_at = self._clock()
         self._num_steps += 1
         while True:
             self._start_waiting()
+            if not self._running:  # nothing will give it more room than it has now
+                raise self._stuck()
             self._load()
             self._grow()
             decoding = [one for one in self._running if not one.is_prefilling]
@@ -285,7 +306,7 @@ class Scheduler:
                 return self._gather(_not_computed(decoding) + prompts, proposals)
             if is_making:
                 return None
-            assert self.has_work  # and every running sequence is loading from files
+            # Every running sequence loads from files, and got further, or will start again without them.
 
     def commit(self, scheduled: Scheduled, confirmed: Mapping[Sequence, int] = _NONE_CONFIRMED) -> None:
         """Count a step's tokens as computed: only now do their keys and values exist for others.
@@ -396,6 +417,20 @@ class Scheduler:
                 self._refused = (chosen[0], self._blocks.num_releases)
                 return
 
+    def _stuck(self) -> CannotRun:
+        """The error of a sequence that does not start while nothing runs; without it `next_step` would not return."""
+        sequence = self._waiting[0]
+        if self._refused is not None and self._refused[0] in self._waiting:
+            sequence = self._refused[0]
+        needed = self._blocks.blocks_for(sequence.num_tokens)
+        return CannotRun(
+            sequence,
+            ArgosyError(
+                f"the request cannot start: it needs {needed} KV blocks, and {self._blocks.num_available} of"
+                f" {self._blocks.num_blocks} are free while no other runs"
+            ),
+        )
+
     def _choose_waiting(self) -> tuple[Sequence, Prefix] | None:
         """The first sequence of the tenant with the fewest running; on a tie, the oldest."""
         running = Counter(one.tenant for one in self._running)
@@ -461,6 +496,10 @@ class Scheduler:
         if self._states is not None and sequence.state_slot is not None:
             self._states.give_back(sequence.state_slot)
             sequence.state_slot = None
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Forget the progress of a sequence that holds no blocks any more."""
         sequence.num_computed = 0
         sequence.loading = None
         sequence.snapshots_at.clear()
@@ -582,7 +621,7 @@ class Scheduler:
                 if now - begin + (now - before) > slice_s:
                     break
         except ArgosyError as error:
-            raise MediaFailed(sequence, error) from error
+            raise CannotRun(sequence, error) from error
         finally:
             self._began_at = self._clock()
             self._making_s += self._began_at - begin
