@@ -135,6 +135,10 @@ class Directory:
         except FileNotFoundError:
             return None
 
+    def is_directory(self, name: Name) -> bool:
+        """Whether there is a directory of that name, and no link to one."""
+        return _is(stat.S_ISDIR, self.stat(name))
+
     def names(self, name: Name = "") -> list[str]:
         """The names in a directory, sorted; none if it is missing."""
         try:
@@ -148,7 +152,7 @@ class Directory:
         found: list[Path] = []
         for entry in self.names(name):
             inner = Path(name, entry)
-            found += self.files(inner) if _is(stat.S_ISDIR, self.stat(inner)) else [inner]
+            found += self.files(inner) if self.is_directory(inner) else [inner]
         return found
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -215,7 +219,7 @@ class Directory:
                     raise OSError(errno.EXDEV, "it is another file system")
                 for entry in inner.names():
                     try:
-                        if _is(stat.S_ISDIR, _stat(entry, inner.descriptor)):
+                        if inner.is_directory(entry):
                             inner.remove_tree(entry)
                         else:
                             inner.remove(entry)

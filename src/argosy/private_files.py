@@ -1,6 +1,7 @@
 """Directories and secrets that only their owner may read.
 
-    make_private   ->  a directory of mode 0700
+    open_private   ->  a directory of mode 0700
+    hold           ->  it is this process's alone
     make_secret    ->  random bytes in a new file of mode 0600
     read_secret    ->  the bytes; made if there are none, unless the caller says otherwise
 
@@ -10,32 +11,52 @@ Elsewhere: a file that is replaced in one go is `directory.py`.
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
-from argosy.directory import Directory, sync
+from argosy.directory import Directory
 from argosy.errors import UsageError
 
+LOCK = "lock"  # name of the file that a process locks to hold a directory
 
-def make_private(directory: Path, *, option: str, holds: str) -> None:
-    """Create a directory, or check that only we can access it.
+
+def open_private(path: Path, *, option: str, holds: str) -> Directory:
+    """Open a directory that only we can access; create it if it is missing.
 
     Args:
         option: the option that names it, and `holds` what it would hold, for the error.
 
     Raises:
-        UsageError: it cannot be created, is no directory, belongs to another user, or is open to others.
+        UsageError: it cannot be created, is a link or no directory, belongs to another user, or is open to others.
     """
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = directory.lstat()
+        directory = Directory(path, make=True, mode=0o700)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be used as {option}: {error.strerror}") from None
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        raise UsageError(f"{path} cannot be used as {option}: {error.strerror}") from None
+    facts = os.fstat(directory.descriptor)
+    if path.is_symlink() or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+        directory.close()
         raise UsageError(
-            f"{directory} would hold {holds}, but other users can access it",
-            hint=f"run `chmod 700 {directory}`, or name a directory that does not exist yet",
+            f"{path} would hold {holds}, but other users can access it",
+            hint=f"run `chmod 700 {path}`, or name a directory that does not exist yet",
         )
+    return directory
+
+
+def hold(directory: Directory, *, option: str) -> int:
+    """Lock a directory for this process; returns the descriptor that holds the lock.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be locked.
+    """
+    try:
+        return directory.lock(LOCK, wait_s=0.0)
+    except TimeoutError:
+        raise UsageError(
+            f"{directory.path} is in use by another process",
+            hint=f"give each its own {option}; a running server erases data with `argosy data erase --url URL`",
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{directory.path} cannot be locked: {error.strerror}") from None
 
 
 def make_secret(path: Path, num_bytes: int) -> None:
@@ -45,14 +66,17 @@ def make_secret(path: Path, num_bytes: int) -> None:
         UsageError: there is such a file.
         OSError: it cannot be written.
     """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise UsageError(f"{path} exists, and a secret is never replaced", hint="name another file") from None
-    with open(descriptor, "wb", buffering=0) as file:
-        file.write(os.urandom(num_bytes))
-        os.fsync(file.fileno())
-    sync(path.parent)
+    with Directory(path.parent) as parent:
+        try:
+            descriptor = parent.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            raise UsageError(
+                f"{path} exists, and a secret is never replaced", hint="name another file"
+            ) from None
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(os.urandom(num_bytes))
+            os.fsync(descriptor)
+        parent.sync()
 
 
 def read_secret(path: Path, num_bytes: int, *, lost_with_it: str, may_make: bool = True) -> bytes:
@@ -67,7 +91,8 @@ def read_secret(path: Path, num_bytes: int, *, lost_with_it: str, may_make: bool
         OSError: it cannot be read or written.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with Directory(path.parent) as parent:
+            descriptor = parent.open(path.name)
     except FileNotFoundError:
         if not may_make:
             raise

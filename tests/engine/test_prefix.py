@@ -17,6 +17,7 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import KvDir
+from argosy.directory import Directory
 from argosy.engine import prefix_files
 from argosy.engine.sequence import Sequence
 from tests.models.mxfp4_models import write_mxfp4_model
@@ -291,10 +292,10 @@ def test_a_file_that_cannot_be_read_costs_only_the_reuse(
         engine.generate(prompt, GREEDY)
     read_one, num_failed = prefix_files._read_into, 0
 
-    def fail(path: Path, size: int, buffer: Any) -> bool:
+    def fail(root: Directory, path: Path, size: int, buffer: Any) -> bool:
         nonlocal num_failed
         if path.suffix != f".{kind}":
-            return read_one(path, size, buffer)
+            return read_one(root, path, size, buffer)
         num_failed += 1
         if num_failed > 100:
             raise AssertionError("the same files are read again and again")

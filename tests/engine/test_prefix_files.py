@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argosy.config import KvDir
+from argosy.directory import Directory
 from argosy.engine import prefix_files
 from argosy.engine.kv_cache import BlockContent
 from argosy.engine.prefix_files import PrefixFiles, erase_files, forget_files
@@ -138,15 +140,19 @@ def test_four_blocks_are_read_at_once_and_large_states_one_by_one(
     assert len(files._reading) == 106_496  # room for one state or for many blocks
     together, read_one = threading.Barrier(4), prefix_files._read_into
 
-    def read_with_others(path: Path, size: int, buffer: Any) -> bool:
+    def read_with_others(root: Directory, path: Path, size: int, buffer: Any) -> bool:
         if path.suffix == ".kv":
             together.wait(timeout=10)  # breaks unless three others read at the same time
-        return read_one(path, size, buffer)
+        return read_one(root, path, size, buffer)
 
     monkeypatch.setattr(prefix_files, "_read_into", read_with_others)
     assert [int(payload[0]) for payload in files.read("kv", contents)] == list(range(8))
     assert [int(payload[-1]) for payload in files.read("state", contents[:3])] == [0, 1, 2]
     files.close()
+
+
+def place_of(files: PrefixFiles, content: BlockContent) -> Path:
+    return files._root.path / files._path("kv", content)
 
 
 def test_directories_and_files_are_private_and_names_reveal_nothing(tmp_path: Path) -> None:
@@ -160,7 +166,12 @@ def test_directories_and_files_are_private_and_names_reveal_nothing(tmp_path: Pa
     root = tmp_path / "a" / "kv"
     found = {path.relative_to(root): stat.S_IMODE(path.lstat().st_mode) for path in root.rglob("*")}
     directory = next(path for path in found if (root / path).is_dir())
-    assert found == {Path("secret"): 0o600, directory: 0o700, directory / f"{'01' * 32}.kv": 0o600}
+    assert found == {
+        Path("lock"): 0o600,
+        Path("secret"): 0o600,
+        directory: 0o700,
+        directory / f"{'01' * 32}.kv": 0o600,
+    }
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
     assert "somebody" not in str(found)
 
@@ -195,8 +206,8 @@ def test_a_file_moved_from_elsewhere_is_not_trusted(tmp_path: Path) -> None:
     ]
     for one in asked:
         write(files, content(1))
-        written = files._path("kv", content(1)).read_bytes()
-        path = files._path("kv", one)
+        written = place_of(files, content(1)).read_bytes()
+        path = place_of(files, one)
         path.parent.mkdir(exist_ok=True, mode=0o700)
         path.write_bytes(written)
         assert read(files, one) is None
@@ -214,7 +225,7 @@ def test_a_file_moved_from_elsewhere_is_not_trusted(tmp_path: Path) -> None:
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_a_file_with_any_byte_changed_is_not_trusted(files: PrefixFiles, at: int, change: int) -> None:
     write(files, content(1))
-    path = files._path("kv", content(1))
+    path = place_of(files, content(1))
     data = bytearray(path.read_bytes())
     data[at % len(data)] ^= change
     path.write_bytes(data)
@@ -226,14 +237,14 @@ def test_a_file_with_any_byte_changed_is_not_trusted(files: PrefixFiles, at: int
 def test_a_truncated_or_overlong_file_is_not_trusted(files: PrefixFiles, length: int) -> None:
     for data_of in (lambda data: data[:length], lambda data: data + bytes(length + 1)):
         write(files, content(1))
-        path = files._path("kv", content(1))
+        path = place_of(files, content(1))
         path.write_bytes(data_of(path.read_bytes()))
         assert read(files, content(1)) is None
 
 
 def test_a_link_is_not_followed(files: PrefixFiles, tmp_path: Path) -> None:
     write(files, content(1))
-    path = files._path("kv", content(1))
+    path = place_of(files, content(1))
     elsewhere = path.rename(tmp_path / "elsewhere")
     path.symlink_to(elsewhere)
     assert read(files, content(1)) is None
@@ -262,9 +273,9 @@ def test_a_drive_that_does_not_answer_has_no_files_until_it_does(
     write(files, *contents)
     read_one, answers = prefix_files._read_into, threading.Event()
 
-    def hang(path: Path, size: int, buffer: Any) -> bool:
+    def hang(root: Directory, path: Path, size: int, buffer: Any) -> bool:
         answers.wait()
-        return read_one(path, size, buffer)
+        return read_one(root, path, size, buffer)
 
     monkeypatch.setattr(prefix_files, "DRIVE_S", 0.01)
     monkeypatch.setattr(prefix_files, "_read_into", hang)
@@ -278,7 +289,7 @@ def test_a_drive_that_does_not_answer_has_no_files_until_it_does(
 
 def test_a_file_that_is_gone_is_forgotten(files: PrefixFiles) -> None:
     write(files, content(1))
-    (path,) = files._root.glob("*/*.kv")
+    (path,) = files._root.path.glob("*/*.kv")
     path.unlink()
     assert read(files, content(1)) is None
     assert not files.has("kv", content(1))
@@ -300,7 +311,7 @@ def test_a_secret_that_could_not_be_fully_written_is_absent(
     write(files, content(1))
     assert is_whole(files, content(1))
     files.close()
-    assert sorted(path.name for path in (tmp_path / "kv").iterdir() if path.is_file()) == ["secret"]
+    assert sorted(path.name for path in (tmp_path / "kv").iterdir() if path.is_file()) == ["lock", "secret"]
 
 
 def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:
@@ -337,7 +348,7 @@ def test_the_least_recently_used_files_are_removed_when_there_are_too_many_bytes
 def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     files = open_files(tmp_path)
     write(files, content(1))
-    directory = files._path("kv", content(1)).parent
+    directory = place_of(files, content(1)).parent
     files.close()
     (directory / "0123456789abcdef.writing").write_bytes(b"half")
     (directory / "notes.txt").write_bytes(b"what is this")
@@ -356,7 +367,7 @@ def test_a_drive_that_refuses_writes_costs_only_the_reuse(
         patch.setattr("argosy.engine.prefix_files.os.fdatasync", full)
         write(files, content(1))
     assert not files.has("kv", content(1))
-    assert list(files._root.rglob("*.writing")) == []
+    assert list(files._root.path.rglob("*.writing")) == []
     asked = []
     # It pauses for a minute, and reports that there is nothing to do.
     assert files.offer("kv", content(2), asked.append)
@@ -424,6 +435,50 @@ def test_after_a_kill_no_file_is_partial(tmp_path: Path, delay_s: float) -> None
         assert payload is not None
         assert (payload == int.from_bytes(key, "little") % 251).all()
     files.close()
+
+
+def test_a_directory_is_held_where_only_files_can_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, how)
+
+    def without_locks(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files = open_files(tmp_path / "kv")
+    with pytest.raises(UsageError, match="in use by another process"):
+        open_files(tmp_path / "kv")
+    files.close()
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(UsageError, match="kv cannot be locked: No locks available"):
+        open_files(tmp_path / "kv")
+
+
+def test_links_to_directories_elsewhere_lose_no_files_there(tmp_path: Path) -> None:
+    files = open_files(tmp_path / "kv")
+    write(files, content(1, tenant="a"))
+    directory = place_of(files, content(1, tenant="a")).parent
+    files.close()
+    victim = tmp_path / "victim"
+    directory.rename(victim)
+    (victim / "notes").write_bytes(b"keep")
+    directory.symlink_to(victim)
+    before = {path.name: path.lstat() for path in victim.iterdir()}
+    files = open_files(tmp_path / "kv")
+    assert files.offer("kv", content(2, tenant="a"), lambda room: room.fill(2))
+    files.forget("a")
+    files.close()
+    forget_files(tmp_path / "kv", "a")
+    with pytest.raises(UsageError, match="it is a symbolic link"):
+        erase_files(tmp_path / "kv", "a")
+    assert {path.name: path.lstat() for path in victim.iterdir()} == before
 
 
 def test_files_of_a_tenant_are_erased_and_counted_in_the_directories_of_several_models(

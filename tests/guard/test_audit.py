@@ -139,7 +139,7 @@ def test_a_file_ends_with_its_day(tmp_path: Path) -> None:
 
 
 def test_two_servers_cannot_write_the_same_audit(tmp_path: Path) -> None:
-    with auditing(tmp_path / "audit"), pytest.raises(UsageError, match="in use by another server"):
+    with auditing(tmp_path / "audit"), pytest.raises(UsageError, match="in use by another process"):
         check_audit(AuditSettings(directory=tmp_path / "audit"))
 
 
@@ -390,7 +390,7 @@ def test_requests_are_recorded_though_the_key_of_their_contents_is_damaged(tmp_p
         audit.record(facts(1), Content([b"secret"], lambda: None))
         audit.record(facts(1, "key-b"), Content([b"secret"], lambda: None))
         wait_for(lambda: len(list((directory / "content").glob("*/req_*"))) == 2)
-        path = audit._contents._directory("key-a") / "key"
+        path = tmp_path / "audit" / audit._contents._directory("key-a") / "key"
         data = bytearray(path.read_bytes())
         data[20] ^= 1
         path.write_bytes(data)
@@ -643,3 +643,35 @@ def test_a_kill_at_fifty_points_loses_at_most_the_last_line(tmp_path: Path) -> N
         num_cut += any("ended within a line" in note for note in after.notes)
         assert after.kinds["request"] == len(found) + 1
     assert num_cut >= 10
+
+
+@pytest.mark.parametrize(
+    "place", ["content", "content/TENANT", "content/TENANT/key", "content/.erasing-x", "head"]
+)
+def test_links_in_an_audit_lead_nowhere(tmp_path: Path, place: str) -> None:
+    """Whoever plants one can stop the audit of contents, and cannot have files elsewhere written or removed."""
+    directory, victim = tmp_path / "audit", tmp_path / "victim"
+    with auditing(directory, with_content=True) as audit:
+        audit.record(facts(1), Content([b"secret"], lambda: None))
+        wait_for(lambda: len(list((directory / "content").glob("*/req_*"))) == 1)
+    contents = SealedContents(directory, key_of(directory))
+    planted = directory / place.replace("TENANT", contents._directory("key-a").name)
+    if planted.exists():
+        planted.rename(victim)
+    else:
+        victim.mkdir()
+        (victim / "key").write_bytes(b"keep")
+    planted.symlink_to(victim)
+    before = {
+        path: (path.lstat(), path.is_file() and path.read_bytes()) for path in (victim, *victim.rglob("*"))
+    }
+    for act in (
+        lambda: contents.put("key-a", "req_" + "0" * 24, b"new"),
+        lambda: contents.sweep(time.time() + 100),
+        lambda: contents.erase("key-a"),
+        lambda: auditing(directory).__enter__(),
+    ):
+        with contextlib.suppress(OSError, UsageError):
+            act()
+    assert {path: (path.lstat(), path.is_file() and path.read_bytes()) for path in before} == before
+    assert len(list(victim.rglob("*"))) == len(before) - 1

@@ -1,6 +1,7 @@
 """Keys and values of prompts in files, so that the next process need not compute a prompt again.
 
     <kv dir>/secret                        32 random bytes; all names and checksums are keyed with them
+    <kv dir>/lock                          held by the process that uses the directory
     <kv dir>/<tenant>/<content>.kv         a KV block
     <kv dir>/<tenant>/<content>.state      the recurrent state after it
 
@@ -20,14 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hmac
 import mmap
 import os
 import queue
 import re
-import shutil
+import stat
 import struct
 import threading
 import time
@@ -42,9 +42,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from argosy.config import KvDir
+from argosy.directory import Directory
 from argosy.engine.kv_cache import BlockContent
 from argosy.errors import UsageError
-from argosy.private_files import make_private, read_secret
+from argosy.private_files import hold, open_private, read_secret
 
 VERSION = 1
 SECRET_BYTES = 32
@@ -83,12 +84,8 @@ _Id = tuple[bytes, Kind]  # key of a content
 
 def forget_files(directory: Path, tenant: str) -> None:
     """Delete the files of a tenant in the directory of an engine that is not open."""
-    try:
-        secret = (directory / _SECRET).read_bytes()
-    except OSError:
-        return  # no engine has used it yet
-    if len(secret) == SECRET_BYTES:
-        shutil.rmtree(_tenant_directory(directory, tenant_key(secret, tenant)), ignore_errors=True)
+    with contextlib.suppress(OSError), Directory(directory) as root:  # no engine has used it yet
+        _erase(root, tenant)
 
 
 def erase_files(directory: Path, tenant: str) -> int:
@@ -98,46 +95,41 @@ def erase_files(directory: Path, tenant: str) -> int:
         The number of files.
 
     Raises:
-        UsageError: an engine uses a directory, or a directory cannot be read.
+        UsageError: an engine uses a directory, or something in it cannot be read or deleted.
     """
     num_files = 0
     try:
-        for root in [directory, *(path for path in sorted(directory.iterdir()) if path.is_dir())]:
-            secret = root / _SECRET
-            if not secret.is_file() or secret.stat().st_size != SECRET_BYTES:
-                continue
-            held = _hold(root)
-            try:
-                own = _tenant_directory(root, tenant_key(secret.read_bytes(), tenant))
-                num_files += sum(1 for _ in own.iterdir()) if own.is_dir() else 0
-                forget_files(root, tenant)
-            finally:
-                os.close(held)
+        with Directory(directory) as top:
+            for name in ("", *top.names()):
+                facts = top.stat(Path(name, _SECRET)) if name == "" or top.is_directory(name) else None
+                if facts is None or facts.st_size != SECRET_BYTES:
+                    continue
+                with top.directory(name) as root:
+                    held = hold(root, option="--kv-dir")
+                    try:
+                        num_files += _erase(root, tenant)
+                    finally:
+                        os.close(held)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be read: {error.strerror}") from None
+        raise UsageError(
+            f"{error.filename or directory} cannot be read or deleted: {error.strerror}"
+        ) from None
     return num_files
 
 
-def _hold(root: Path) -> int:
-    """Lock a directory for this process; returns the descriptor that holds the lock.
-
-    Raises:
-        UsageError: another process uses it.
-    """
-    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        raise UsageError(
-            f"{root} is in use by another process",
-            hint="give each engine its own --kv-dir; a running server erases data with `argosy data erase --url URL`",
-        ) from None
-    return held
+def _erase(root: Directory, tenant: str) -> int:
+    """Delete the files of a tenant; returns their number."""
+    secret = root.read(_SECRET, SECRET_BYTES)
+    if len(secret) != SECRET_BYTES:
+        return 0
+    own = _tenant_directory(tenant_key(secret, tenant))
+    num_files = len(root.names(own))
+    root.remove_tree(own)
+    return num_files
 
 
-def _tenant_directory(root: Path, key: bytes) -> Path:
-    return root / blake3(b"directory", key=key).hexdigest()[:32]
+def _tenant_directory(key: bytes) -> Path:
+    return Path(blake3(b"directory", key=key).hexdigest()[:32])
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
@@ -146,7 +138,7 @@ def tenant_key(secret: bytes, tenant: str) -> bytes:
 
 
 class _File(NamedTuple):
-    path: Path
+    path: Path  # below the root
     nbytes: int
     written_at: float
 
@@ -190,7 +182,6 @@ class PrefixFiles:
         self.identity = identity
         self._payload_bytes: dict[Kind, int] = {"kv": block_bytes, "state": state_bytes}
         self._clock = clock
-        self._root = config.path
         self._lock = threading.Lock()  # guards _files and _num_bytes
         self._files: OrderedDict[_Id, _File] = OrderedDict()  # least recently used first
         self._num_bytes = 0
@@ -198,10 +189,11 @@ class PrefixFiles:
         self._rests_until = 0.0
         self._writable: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[_Job | Path | None] = queue.SimpleQueue()
-        make_private(self._root, option="--kv-dir", holds="prompts")
-        self._held = _hold(self._root)
+        self._root = open_private(config.path, option="--kv-dir", holds="prompts")
+        self._held = -1
         try:
-            self.secret = read_secret(self._root / _SECRET, SECRET_BYTES, lost_with_it="files made with it")
+            self._held = hold(self._root, option="--kv-dir")
+            self.secret = read_secret(config.path / _SECRET, SECRET_BYTES, lost_with_it="files made with it")
             self._scan()
             self._readers = ThreadPoolExecutor(_READERS, "argosy-kv-dir-reader")
             self._under_way: deque[tuple[BlockContent, Bytes, Future[_Found]]] = deque()
@@ -212,7 +204,7 @@ class PrefixFiles:
             self._thread = threading.Thread(target=self._write_all, name="argosy-kv-dir", daemon=True)
             self._thread.start()
         except BaseException:
-            os.close(self._held)
+            self._release()
             raise
 
     @property
@@ -320,12 +312,11 @@ class PrefixFiles:
                 self._num_bytes -= self._files.pop(id).nbytes
 
     def _tenant_directories(self) -> list[Path]:
-        with os.scandir(self._root) as entries:
-            return [
-                Path(entry.path)
-                for entry in entries
-                if entry.is_dir(follow_symlinks=False) and _TENANT.fullmatch(entry.name)
-            ]
+        return [
+            Path(name)
+            for name in self._root.names()
+            if _TENANT.fullmatch(name) and self._root.is_directory(name)
+        ]
 
     def close(self) -> None:
         """Write the accepted files and release the directory. Closing twice is harmless.
@@ -336,15 +327,22 @@ class PrefixFiles:
             return
         self._jobs.put(None)
         self._thread.join(DRIVE_S)
-        self._readers.shutdown(wait=self._have_ended([future for _, _, future in self._under_way]))
-        os.close(self._held)
-        self._held = -1
+        have_read = self._have_ended([future for _, _, future in self._under_way])
+        self._readers.shutdown(wait=have_read)
+        self._release(is_unused=have_read and not self._thread.is_alive())
+
+    def _release(self, *, is_unused: bool = True) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+        if is_unused:  # otherwise another file may get the descriptor that a thread still uses
+            self._root.close()
 
     # ── names and headers ───────────────────────────────────────────────────────────────────────────────────────
 
     def _find_tenant(self, tenant: str) -> tuple[bytes, Path]:
         key = tenant_key(self.secret, tenant)
-        return key, _tenant_directory(self._root, key)
+        return key, _tenant_directory(key)
 
     def _path(self, kind: Kind, content: BlockContent) -> Path:
         return self._tenant(content.tenant)[1] / f"{content.key.hex()}.{kind}"
@@ -359,7 +357,7 @@ class PrefixFiles:
     def _read(self, kind: Kind, content: BlockContent, buffer: Bytes) -> _Found:
         """Read one file into `buffer`; runs in a reader thread."""
         try:
-            is_whole = _read_into(self._path(kind, content), self.file_bytes(kind), buffer)
+            is_whole = _read_into(self._root, self._path(kind, content), self.file_bytes(kind), buffer)
         except OSError as error:  # too many open files, or a failing drive: the file itself may be good
             return _Found(None, is_bad=error.errno in _NO_SUCH_FILE)
         payload = self._checked(kind, content, buffer) if is_whole else None
@@ -383,16 +381,15 @@ class PrefixFiles:
         """Find files of earlier processes, oldest first, and remove files that are not ours."""
         found: list[tuple[_Id, _File]] = []
         for directory in self._tenant_directories():
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    path = Path(entry.path)
-                    if not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
-                        _unlink(path)  # an interrupted write
-                        continue
-                    key, _, kind = entry.name.partition(".")
-                    facts = entry.stat(follow_symlinks=False)
-                    file = _File(path, facts.st_size, facts.st_mtime)
-                    found.append(((bytes.fromhex(key), "kv" if kind == "kv" else "state"), file))
+            for name in self._root.names(directory):
+                path = directory / name
+                facts = self._root.stat(path)
+                if facts is None or not stat.S_ISREG(facts.st_mode) or not _NAME.fullmatch(name):
+                    self._unlink(path)  # an interrupted write
+                    continue
+                key, _, kind = name.partition(".")
+                file = _File(path, facts.st_size, facts.st_mtime)
+                found.append(((bytes.fromhex(key), "kv" if kind == "kv" else "state"), file))
         found.sort(key=lambda item: item[1].written_at)
         self._files.update(found)
         self._num_bytes = sum(file.nbytes for _, file in found)
@@ -410,7 +407,8 @@ class PrefixFiles:
                     return
             if isinstance(job, Path):  # the directory of a forgotten tenant
                 self._drop(job)
-                shutil.rmtree(job, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._root.remove_tree(job)
             elif job is not None:
                 try:
                     self._write(job)
@@ -427,9 +425,9 @@ class PrefixFiles:
         if file.nbytes > self._config.max_bytes:
             return
         whole[-_MAC_BYTES:] = np.frombuffer(_mac(job.key, whole), np.uint8)
-        file.path.parent.mkdir(mode=0o700, exist_ok=True)
+        self._root.directory(file.path.parent, make=True, mode=0o700).close()
         temporary = file.path.parent / f"{os.urandom(8).hex()}.writing"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = self._root.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with open(descriptor, "wb", buffering=0) as out:
                 data = whole.data
@@ -438,9 +436,9 @@ class PrefixFiles:
                 os.fdatasync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             self._sweep(room_for=file.nbytes)
-            temporary.rename(file.path)
+            self._root.move(temporary, file.path)
         except BaseException:
-            _unlink(temporary)
+            self._unlink(temporary)
             raise
         with self._lock:
             before = self._files.pop(job.id, None)  # two prompts had the same prefix
@@ -460,7 +458,11 @@ class PrefixFiles:
     def _remove(self, id: _Id, path: Path) -> None:
         if (file := self._files.pop(id, None)) is not None:
             self._num_bytes -= file.nbytes
-        _unlink(path)
+        self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._root.remove(path)
 
 
 def _file_bytes(payload_bytes: int) -> int:
@@ -485,19 +487,13 @@ def _aligned(nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
-def _read_into(path: Path, size: int, buffer: Bytes) -> bool:
+def _read_into(root: Directory, path: Path, size: int, buffer: Bytes) -> bool:
     """Read a file without the page cache, which is charged to the budget. Returns False if its size differs."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags | os.O_DIRECT)
+        descriptor = root.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
-        descriptor = os.open(path, flags)  # a file system without direct reads
+        descriptor = root.open(path)  # a file system without direct reads
     try:
         return os.fstat(descriptor).st_size == size and os.preadv(descriptor, [buffer.data], 0) == size
     finally:
         os.close(descriptor)
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()

@@ -13,12 +13,10 @@ Elsewhere: the format, and how a chain is verified, are `chain.py`; when to writ
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from argosy.directory import Directory, sync
 from argosy.errors import UsageError
 from argosy.guard.chain import (
     HEAD,
@@ -35,9 +33,7 @@ from argosy.guard.chain import (
     seal_head,
     time_text,
 )
-from argosy.private_files import make_private, read_secret
-
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+from argosy.private_files import hold, open_private, read_secret
 
 
 class ChainWriter:
@@ -66,26 +62,18 @@ class ChainWriter:
         max_file_s: float,
         clock: Callable[[], float],
     ) -> None:
-        make_private(directory, option="--audit", holds="the audit")
         self._directory, self._clock = directory, clock
         self._max_file_bytes, self._max_file_s = max_file_bytes, max_file_s
         self.cut_bytes = 0
         self._ends_cut = False
         self.is_synced = True
         with contextlib.ExitStack() as opened:
-            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            opened.callback(os.close, self._lock)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(
-                    f"{directory} is in use by another server",
-                    hint="give each server its own --audit; a running one erases by `argosy data erase --url URL`",
-                ) from None
+            self._root = opened.enter_context(open_private(directory, option="--audit", holds="the audit"))
+            opened.callback(os.close, hold(self._root, option="--audit"))
             try:
                 self.key = self._find_key(key_file or directory / KEY)
                 self.head = self._find_end()
-                self._head_file = os.open(directory / HEAD, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                self._head_file = self._root.open(HEAD, os.O_WRONLY)
                 opened.callback(os.close, self._head_file)
                 self._open_file()
             except OSError as error:
@@ -103,8 +91,7 @@ class ChainWriter:
             )
         key = read_secret(path, KEY_BYTES, lost_with_it="the audit and contents made with it")
         if is_new:
-            with Directory(self._directory) as directory:
-                directory.put(HEAD, seal_head(key, Head()))
+            self._root.put(HEAD, seal_head(key, Head()))
         return key
 
     def _find_end(self) -> Head:
@@ -134,7 +121,7 @@ class ChainWriter:
             return
         self._number, path = files[-1]
         end = read_end(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._file = self._root.open(path.name, os.O_WRONLY)
         self._size, self.cut_bytes, self._ends_cut = end.whole_bytes, len(end.cut), bool(end.cut)
         self._begun_at = _first_time(path) or self._clock()
 
@@ -208,7 +195,7 @@ class ChainWriter:
                 },
             )  # fmt: skip
             self.sync()
-            path.unlink()
+            self._root.remove(path.name)
             num_removed += 1
         return num_removed
 
@@ -220,9 +207,9 @@ class ChainWriter:
             self._closing.close()
 
     def _next_file(self) -> None:
-        path = self._directory / file_name(self._number + 1)
-        file = os.open(path, _NEW_FILE, 0o600)
-        sync(self._directory)
+        name = file_name(self._number + 1)
+        file = self._root.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._root.sync()
         if self._file >= 0:
             os.close(self._file)
         self._file, self._number = file, self._number + 1

@@ -13,17 +13,15 @@ Elsewhere: the chain is `chain.py`; who may write here, and when, is `audit.py`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
 import re
-import shutil
-from collections.abc import Iterator
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argosy.directory import Directory, sync
+from argosy.directory import Directory
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ class SealedContents:
     """
 
     def __init__(self, directory: Path, audit_key: bytes) -> None:
-        self._root = directory / CONTENT
+        self._path = directory
         self._wrapping_key = hmac.new(audit_key, b"argosy audit content", hashlib.sha256).digest()
 
     def put(self, key_id: str, request_id: str, content: bytes) -> str:
@@ -76,11 +74,11 @@ class SealedContents:
             UsageError: the key of the tenant is damaged.
         """
         directory = self._directory(key_id)
-        cipher = _cipher(self._tenant_key(directory))
-        nonce = os.urandom(_NONCE_BYTES)
-        data = nonce + cipher.encrypt(nonce, content, request_id.encode())
-        with Directory(directory) as own:
-            own.put(_name(request_id), data)
+        with Directory(self._path) as audit:
+            cipher = _cipher(self._tenant_key(audit, directory))
+            nonce = os.urandom(_NONCE_BYTES)
+            data = nonce + cipher.encrypt(nonce, content, request_id.encode())
+            audit.put(directory / _name(request_id), data)
         return hashlib.sha256(data).hexdigest()
 
     def get(self, key_id: str, request_id: str) -> bytes | None:
@@ -90,7 +88,8 @@ class SealedContents:
             UsageError: it was changed, or encrypted with another key.
         """
         directory = self._directory(key_id)
-        data, wrapped = _read(directory / _name(request_id)), _read(directory / _KEY)
+        with Directory(self._path) as audit:
+            data, wrapped = _read(audit, directory / _name(request_id)), _read(audit, directory / _KEY)
         if data is None or wrapped is None:
             return None
         return _decrypt(_decrypt(self._wrapping_key, wrapped, _KEY.encode()), data, request_id.encode())
@@ -100,9 +99,10 @@ class SealedContents:
         directory = self._directory(key_id)
         if not _REQUEST_ID.fullmatch(request_id):
             return False
-        data = _read(directory / request_id)
-        if data is None or not (directory / _KEY).exists():
-            return None
+        with Directory(self._path) as audit:
+            data = _read(audit, directory / request_id)
+            if data is None or audit.stat(directory / _KEY) is None:
+                return None
         return hashlib.sha256(data).hexdigest() == sha256
 
     def erase(self, key_id: str) -> int:
@@ -112,13 +112,15 @@ class SealedContents:
             OSError: they cannot be removed.
         """
         directory = self._directory(key_id)
-        if not directory.is_dir():
-            return 0
-        # Renamed first: a kill from here on leaves nothing that can be found, and `sweep` removes the rest.
-        going = self._root / f"{_GOING}{directory.name}-{os.urandom(4).hex()}"
-        directory.rename(going)
-        sync(self._root)
-        return _remove(going)
+        with Directory(self._path) as audit:
+            if not audit.is_directory(directory):
+                return 0
+            # Renamed first: a kill from here on leaves nothing that can be found, and `sweep` removes the rest.
+            going = Path(CONTENT, f"{_GOING}{directory.name}-{os.urandom(4).hex()}")
+            audit.move(directory, going)
+            with audit.directory(CONTENT) as contents:
+                contents.sync()
+            return _remove(audit, going)
 
     def sweep(self, before: float) -> int:
         """Remove the contents written before this time, in seconds since 1970; returns how many.
@@ -127,53 +129,51 @@ class SealedContents:
             OSError: they cannot be removed.
         """
         num_removed = 0
-        for directory in self._directories():
-            if directory.name.startswith(_GOING):
-                _remove(directory)
-                continue
-            with os.scandir(directory) as entries:
-                old = [
-                    Path(entry.path)
-                    for entry in entries
-                    if _REQUEST_ID.fullmatch(entry.name)
-                    and entry.stat(follow_symlinks=False).st_mtime < before
-                ]
-            for path in old:
-                path.unlink()
-            num_removed += len(old)
+        with Directory(self._path) as audit:
+            for directory in _directories(audit):
+                if directory.name.startswith(_GOING):
+                    _remove(audit, directory)
+                    continue
+                for path in _contents(audit, directory):
+                    facts = audit.stat(path)
+                    if facts is not None and facts.st_mtime < before:
+                        audit.remove(path)
+                        num_removed += 1
         return num_removed
 
     def size(self, key_id: str | None = None) -> tuple[int, int]:
         """Number and bytes of the contents, of all tenants or of one."""
-        directories = self._directories() if key_id is None else [self._directory(key_id)]
-        sizes = [
-            entry.stat(follow_symlinks=False).st_size
-            for directory in directories
-            if directory.is_dir()
-            for entry in os.scandir(directory)
-            if _REQUEST_ID.fullmatch(entry.name)
-        ]
-        return len(sizes), sum(sizes)
+        with Directory(self._path) as audit:
+            directories = _directories(audit) if key_id is None else [self._directory(key_id)]
+            facts = [audit.stat(path) for directory in directories for path in _contents(audit, directory)]
+        return len(facts), sum(one.st_size for one in facts if one is not None)
 
-    def _directories(self) -> Iterator[Path]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._root) as entries:
-            yield from [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    @staticmethod
+    def _directory(key_id: str) -> Path:
+        tenant = hashlib.sha256(b"tenant " + key_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return Path(CONTENT, tenant)
 
-    def _directory(self, key_id: str) -> Path:
-        return (
-            self._root / hashlib.sha256(b"tenant " + key_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        )
-
-    def _tenant_key(self, directory: Path) -> bytes:
+    def _tenant_key(self, audit: Directory, directory: Path) -> bytes:
         """The key of a tenant, made when it is first needed. It is read each time: it may have been erased."""
-        wrapped = _read(directory / _KEY)
+        wrapped = _read(audit, directory / _KEY)
         if wrapped is not None:
             return _decrypt(self._wrapping_key, wrapped, _KEY.encode())
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        audit.directory(directory, make=True, mode=0o700).close()
         key, nonce = os.urandom(32), os.urandom(_NONCE_BYTES)
-        with Directory(directory) as own:
-            own.put(_KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, _KEY.encode()))
+        audit.put(directory / _KEY, nonce + _cipher(self._wrapping_key).encrypt(nonce, key, _KEY.encode()))
         return key
+
+
+# Below: every path is below the directory of the audit.
+
+
+def _directories(audit: Directory) -> list[Path]:
+    names = [Path(CONTENT, name) for name in audit.names(CONTENT)]
+    return [name for name in names if audit.is_directory(name)]
+
+
+def _contents(audit: Directory, directory: Path) -> list[Path]:
+    return [directory / name for name in audit.names(directory) if _REQUEST_ID.fullmatch(name)]
 
 
 def _name(request_id: str) -> str:
@@ -182,10 +182,10 @@ def _name(request_id: str) -> str:
     return request_id
 
 
-def _read(path: Path) -> bytes | None:
+def _read(audit: Directory, path: Path) -> bytes | None:
     """The content of a file, at most MAX_BYTES; None: there is no such file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = audit.open(path)
     except FileNotFoundError:
         return None
     with open(descriptor, "rb", buffering=0) as file:
@@ -205,16 +205,17 @@ def _decrypt(key: bytes, data: bytes, bound_to: bytes) -> bytes:
         raise UsageError(f"a {what} of the audit was changed, or encrypted with another key") from None
 
 
-def _remove(directory: Path) -> int:
+def _remove(audit: Directory, directory: Path) -> int:
     """Overwrite and remove the key of a directory that is going, then its contents; returns their number."""
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(directory / _KEY, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    key = audit.stat(directory / _KEY)
+    if key is not None and stat.S_ISREG(key.st_mode):
+        descriptor = audit.open(directory / _KEY, os.O_WRONLY)
         try:
-            os.pwrite(descriptor, bytes(os.fstat(descriptor).st_size), 0)
+            os.pwrite(descriptor, bytes(key.st_size), 0)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        (directory / _KEY).unlink()
-    num_contents = sum(_REQUEST_ID.fullmatch(name) is not None for name in os.listdir(directory))
-    shutil.rmtree(directory)
+    audit.remove(directory / _KEY)
+    num_contents = len(_contents(audit, directory))
+    audit.remove_tree(directory)
     return num_contents
