@@ -22,7 +22,9 @@ from argosy.errors import UsageError
 from argosy.guard.guard_models import Question
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.policy import HttpCheck
+from argosy.guard.screen import RequestScreen
 from argosy.guard.verdict import Blocked, CheckFailed, Verdict
+from argosy.guard.view import Shown
 from argosy.serve import check_over_http
 from argosy.serve.app import make_app
 from argosy.serve.core import Service, TextRequest
@@ -564,6 +566,33 @@ def test_moderations_cut_long_texts_and_count_the_tokens_of_a_model(
             assert max(map(len, moderator.texts)) < len(long) / 2
             assert moderate("judged", "#safe").json()["results"][0]["flagged"] is False
             assert moderate("judged", "#safe").status_code == 429
+
+
+@pytest.mark.parametrize("policy", ["block-given", "words-in", "asked-in"])
+def test_texts_that_cannot_fit_are_refused_before_they_are_searched(
+    ask: Ask, moderator: Moderator, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    searched: list[int] = []
+    check = RequestScreen.check
+
+    def checking(self: RequestScreen, shown: Shown, **more: bool) -> Any:
+        searched.append(sum(map(len, shown.all_texts())))
+        return check(self, shown, **more)
+
+    monkeypatch.setattr(RequestScreen, "check", checking)
+    digits = "4111 1111 1111 1112 " * 20_000
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"):
+        answer = ask(policy, path, body_of(path, digits))
+        assert answer.status_code == 400
+        assert "context" in answer.text, answer.text
+    assert ask(policy, "/v1/embeddings", {"input": digits}).status_code == 400
+    assert not searched
+    assert not moderator.texts
+    cut = ask(
+        "words-in", "/api/embed", {"input": digits}
+    )  # its beginning is embedded, and no more of it is read
+    assert (cut.status_code, cut.headers["x-truncated-texts"]) == (200, "1")
+    assert max(searched) < len(digits) / 4
 
 
 def test_log_probabilities_are_refused_where_they_would_show_what_is_held_back(ask: Ask) -> None:

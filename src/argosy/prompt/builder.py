@@ -37,6 +37,7 @@ ReplaceDamaged = Callable[["Media", BadMedia], str | None]
 """Returns the text that replaces a damaged picture or sound, or None if it must be refused."""
 
 _MAX_COUNTED = 1 << 17
+_NEAR = 4  # times the context
 _MAX_RENDERED = 1 << 21  # characters: a template takes up to 40 bytes of memory per character
 
 
@@ -228,10 +229,55 @@ class PromptBuilder:
             raise PromptTooLong.of(added + 1, room, for_answer=0, is_all=False)
         return [*tokenizer.prefix_ids, *tokenizer.encode_start(text, room - added), *tokenizer.suffix_ids]
 
+    def require_near(self, texts: Sequence[str]) -> None:
+        """Check that texts are not far too long for one prompt, before anything slow is done with them.
+
+        A prompt may be shorter than its texts: a template leaves some out, and placeholders are shorter than values.
+
+        Raises:
+            PromptTooLong: they have more than four times the tokens that the context holds.
+            UsageError: a text cannot be encoded.
+        """
+        if self._near_tokens is None or sum(map(len, texts)) <= self._near_tokens:
+            return
+        left = self._near_tokens
+        for text in texts:
+            try:
+                left -= len(self._needed("text").encode(text, max_tokens=left))
+            except PromptTooLong:
+                raise PromptTooLong.of(
+                    self._near_tokens + 1, self._near_tokens // _NEAR, is_all=False
+                ) from None
+
+    def near_start(self, text: str) -> str:
+        """As much of a text's beginning as `require_near` allows. Raises UsageError if it cannot be encoded."""
+        if self._near_tokens is None or len(text) <= self._near_tokens:
+            return text
+        tokenizer = self._needed("text")
+        return tokenizer.decode(tokenizer.encode_start(text, self._near_tokens))
+
+    def near_snippets(self, snippets: Sequence[Snippet]) -> Sequence[Snippet]:
+        """The last of the snippets, as many as `require_near` allows. Raises UsageError if one cannot be encoded."""
+        left = self._near_tokens
+        if left is None or sum(len(one.text) for one in snippets) <= left:
+            return snippets
+        for at in range(len(snippets) - 1, -1, -1):
+            try:
+                left -= len(self._needed("text").encode(snippets[at].text, max_tokens=left))
+            except PromptTooLong:
+                return snippets[at + 1 :]
+        return snippets
+
     @staticmethod
     def _added_tokens(tokenizer: Tokenizer) -> int:
         """The tokens that a whole text has beside its own."""
         return len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+
+    @property
+    def _near_tokens(self) -> int | None:
+        return (
+            None if self._context_tokens is None or self._tokenizer is None else _NEAR * self._context_tokens
+        )
 
     @property
     def _context_tokens(self) -> int | None:

@@ -137,6 +137,7 @@ class TextRequest:
     snippets: parts of other files, for the model to read before it fills the gap; None: if it cannot fill gaps, it
         continues a prompt whose suffix is empty.
     reserved_tokens: room that snippets leave for the answer.
+    num_left_out: how many of the first snippets were left out already.
     ignored: names of fields that were given and have no effect.
     """
 
@@ -145,6 +146,7 @@ class TextRequest:
     suffix: str | None = None
     snippets: Sequence[Snippet] | None = None
     reserved_tokens: int = 0
+    num_left_out: int = 0
     num_answers: int = 1
     ignored: Sequence[str] = ()
 
@@ -494,6 +496,8 @@ class Service:
             )  # fmt: skip
         # They are counted and may be blocked, so they are not without effect.
         ignored = [name for name in request.ignored if name not in _USER_FIELDS]
+        if screening.policy.checks_requests:
+            request = self._near(request)
         if isinstance(request, ChatRequest):
             made, texts = screen.check(request.shown(), counts=counts)
             caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
@@ -502,19 +506,40 @@ class Service:
         made, texts = screen.check(given, counts=counts)
         return replace(request.with_shown(given, made), ignored=ignored), texts
 
+    def _near(self, request: ChatRequest | TextRequest) -> ChatRequest | TextRequest:
+        """The request without snippets that cannot fit: its texts are searched, which takes longer than counting them.
+
+        Raises:
+            PromptTooLong: the rest cannot fit.
+        """
+        if isinstance(request, ChatRequest):
+            self.prompts.require_near(request.shown().all_texts())
+            return request
+        texts = request.prompt if isinstance(request.prompt, str) else "", request.suffix or ""
+        self.prompts.require_near(texts)
+        if request.snippets is None:
+            return request
+        kept = self.prompts.near_snippets(request.snippets)
+        return replace(request, snippets=kept, num_left_out=len(request.snippets) - len(kept))
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, keep_special=True)
 
     async def screened_texts(
-        self, texts: Sequence[str | Sequence[int]], caller: Caller
+        self, texts: Sequence[str | Sequence[int]], caller: Caller, *, cuts: bool = False
     ) -> list[str | Sequence[int]]:
-        """Check texts that a model gets and does not answer; return what it gets. Raises what `open` raises."""
+        """Check texts that a model gets and does not answer; return what it gets. Raises what `open` raises.
+
+        Args:
+            cuts: of a text that is too long, the model gets the beginning.
+        """
         screening = caller.screening
         if screening is None:
             return list(texts)
 
         def check() -> list[tuple[ChatRequest | TextRequest, list[str]]]:
-            made = (TextRequest(prompt=one, params=SamplingParams()) for one in texts)
+            given = (self.prompts.near_start(one) if cuts and isinstance(one, str) else one for one in texts)
+            made = (TextRequest(prompt=one, params=SamplingParams()) for one in given)
             return [self._screened(one, screening, caller) for one in made]
 
         checked = await self.run(caller, check)
@@ -571,7 +596,8 @@ class Service:
                     text, suffix, snippets=snippets or (), reserved_tokens=request.reserved_tokens
                 )
                 stops = (*params.stop_token_ids, *filling.end_ids)
-                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse(), filling.num_left_out
+                num_left_out = request.num_left_out + filling.num_left_out
+                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse(), num_left_out
             prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
             return prompt, params, ToolUse(), 0
         use = _tool_use(request)

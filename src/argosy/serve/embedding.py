@@ -80,7 +80,7 @@ async def embed(
             hint="send fewer texts in a request",
         )
     caller.share.hold(num_bytes)
-    texts = await service.screened_texts(texts, caller)
+    texts = await service.screened_texts(texts, caller, cuts=cuts)
     made = Embedded(np.empty((len(texts), size), np.float32))
 
     def submit(number: int, deliver: Deliver) -> Any:
