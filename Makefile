@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
+.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -99,6 +99,9 @@ test-sanitize-module: build/sanitize-module-address build/sanitize-module-thread
 	$(TSAN) $(BIN)/python -m tests.native.planted_faults race --module build/sanitize-module-thread/_native*.so 2> /dev/null; test $$? = 66
 	$(ASAN) $(BIN)/python -m tests.native.odd_arguments --module build/sanitize-module-address/_native*.so
 	$(TSAN) $(BIN)/python -m tests.engine.mixed_requests --requests 2000 --module build/sanitize-module-thread/_native*.so
+
+soak: $(VENV)/.installed build-native-tests  ## everything too long for a test, in two hours; the page about it is build/soak.md
+	$(BIN)/python tests/abuse/soak.py
 
 $(VENV)/.oracle: $(VENV)/.installed
 	$(SAY) "downloading torch and transformers (some GB, once)"
