@@ -111,15 +111,6 @@ class Overloaded(ArgosyError):
         self.retry_after_s = retry_after_s
 
 
-def no_thread() -> Overloaded:
-    """The error for work that needs a thread which the system refuses."""
-    return Overloaded(
-        "the system starts no further thread for this process",
-        retry_after_s=5,
-        hint="allow it more: `pids.max` of its control group, `ulimit -u`, or TasksMax of its service",
-    )
-
-
 class Revoked(ArgosyError):
     """The key of the request was revoked, so the request ends."""
 
@@ -185,6 +176,24 @@ def as_exception(error: BaseException) -> Exception:
     failure = RuntimeError(f"{type(error).__name__} in a library")
     failure.__cause__ = error
     return failure
+
+
+def refused_by_system(error: BaseException) -> Overloaded | None:
+    """Return the error to tell if the system refused memory, a file descriptor or a thread; None for other failures."""
+    number = error.errno if isinstance(error, OSError) else None
+    says = str(error)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or "failed to map segment" in says:
+        what, hint = "memory", "lift `ulimit -v` or the limit of its control group"
+    elif number in (errno.EMFILE, errno.ENFILE):
+        what, hint = "files", "raise `ulimit -n`"
+    elif "can't start new thread" in says:
+        what, hint = (
+            "threads",
+            "raise `pids.max` of its control group, `ulimit -u`, or TasksMax of its service",
+        )
+    else:
+        return None
+    return Overloaded(f"the system gives this process no more {what}", retry_after_s=5, hint=hint)
 
 
 @contextmanager

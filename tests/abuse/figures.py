@@ -934,6 +934,7 @@ def hard_forms(scratch: Path, size: int) -> Finding:
 # ── R8: what the system refuses ─────────────────────────────────────────────────────────────────────────────────────
 
 _OUT_OF_MEMORY = re.compile(r"^(memory allocation of \d+ bytes failed|OpenBLAS error: .*)$", re.MULTILINE)
+_CRASHED = re.compile(r'^Current thread .*\n  File "(.*)", line (\d+)', re.MULTILINE)
 _PIDS = Path("/sys/fs/cgroup/pids")
 _LIMITS: dict[str, Sequence[int]] = {
     "files": (4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 20, 24, 32),
@@ -953,7 +954,8 @@ class Allocations:
         told.write_bytes(bytes(mmap.PAGESIZE))
         with told.open("r+b") as file:
             self._told = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-        self.environment = {"LD_PRELOAD": str(library), "ARGOSY_FAIL_AT": str(told), "RUST_BACKTRACE": "0"}
+        self.environment = {"LD_PRELOAD": str(library), "ARGOSY_FAIL_AT": str(told)}
+        self.environment |= {"RUST_BACKTRACE": "0", "PYTHONFAULTHANDLER": "1"}
 
     def fail(self, nth: int) -> None:
         """Fail the nth allocation from now on; 0: none."""
@@ -1012,7 +1014,8 @@ class Limit:
 def refused_by_the_system(scratch: Path, size: int) -> Finding:
     """A server outlives each failure and answers as before; a command ends with a sentence.
 
-    A Rust library aborts the process when an allocation of its own fails: that is counted, and the server started anew.
+    Rust aborts the process when an allocation of its own fails, and numpy 2.4 crashes where argsort finds no memory. Both
+    are counted as ends by a library, and the server is started anew.
     """
     finding, model = Finding(), write_chat_model(scratch / "model")
     limits = [Limit(kind, _PIDS / f"argosy-{os.getpid()}") for kind in _LIMITS]
@@ -1060,6 +1063,7 @@ def start_short_of(finding: Finding, scratch: Path, model: Path, limit: Limit, v
         outcomes["answered" if done.returncode == 0 else "refused"] += 1
         says = done.stderr.strip().splitlines() or [""]
         is_clear = any(line.startswith("error: ") for line in says) and "unexpected" not in done.stderr
+        is_clear |= _OUT_OF_MEMORY.search(done.stderr) is not None
         finding.require(
             done.returncode == 0 or (is_clear and "Traceback" not in done.stderr and done.returncode != 130),
             f"{at}: exit code {done.returncode}, {says[-1]}",
@@ -1091,7 +1095,8 @@ def run_short_of(finding: Finding, scratch: Path, model: Path, limit: Limit) -> 
             outcome != "no answer" and "plain" not in outcome, f"short of {limit.kind}: {path}: {outcome}"
         )
 
-    for spare in (0, 1, 3) if limit.kind != "MiB of addresses" else (0, 1, 8):
+    # A connection takes a file, so without one nobody is let in.
+    for spare in (4, 8, 16) if limit.kind == "files" else (0, 1, 8):
         at = f"a server with {spare} spare {limit.kind}"
         with served(model, scratch) as server:
             lift = limit.impose(server.process.pid, spare)
@@ -1145,6 +1150,13 @@ def fail_allocations(finding: Finding, scratch: Path, model: Path, size: int) ->
                 finding.require(again == expected[which], f"{at}: then {again}")
                 finding.require(ready == 200, f"{at}: then /ready {ready}")
     finding.facts.append(f"allocations: {counted(outcomes)}")
+
+
+def ended_by_a_library(log: str) -> bool:
+    if _OUT_OF_MEMORY.search(log):
+        return True
+    found = _CRASHED.search(log)
+    return found is not None and "np." in Path(found[1]).read_text().splitlines()[int(found[2]) - 1]
 
 
 def outcome_of(url: str, body: dict[str, Any] | None = None) -> str:

@@ -270,17 +270,26 @@ def test_an_argosy_error_prints_its_message_and_exits_with_its_code(
     assert capsys.readouterr().err == "error: layer 3 is upside down\nhint: turn it over\n"
 
 
-def test_a_refused_thread_is_told_with_the_limits_that_may_refuse_it(
-    engine: Engine, capsys: Captured
+@pytest.mark.parametrize(
+    ("error", "what", "limit"),
+    [
+        (RuntimeError("can't start new thread"), "threads", "pids.max"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "files", "ulimit -n"),
+        (MemoryError(), "memory", "ulimit -v"),
+        (ImportError("x.so: failed to map segment from shared object"), "memory", "ulimit -v"),
+    ],
+)
+def test_what_the_system_does_not_give_is_told_with_the_limit_to_raise(
+    engine: Engine, capsys: Captured, error: Exception, what: str, limit: str
 ) -> None:
     def refuse() -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     engine.before_open = staticmethod(refuse)
     assert main(["run", "-m", "x", "Hi"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: the system starts no further thread for this process\nhint: ")
-    assert "pids.max" in error
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: the system gives this process no more {what}\nhint: ")
+    assert limit in said
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="numpy starts no thread on one core")
@@ -315,15 +324,14 @@ def test_an_unexpected_error_is_one_line_and_a_hint_to_see_the_traceback(
         main(["run", "-m", "x", "Hi"])
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE])
-def test_what_the_system_refuses_is_told_as_such(code: int, engine: Engine, capsys: Captured) -> None:
+def test_a_drive_that_fails_is_told_as_such(engine: Engine, capsys: Captured) -> None:
     def fail() -> None:
-        raise OSError(code, os.strerror(code), "/a/file")
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
 
     engine.before_open = staticmethod(fail)
     assert main(["run", "-m", "x", "Hi"]) == 2
     assert capsys.readouterr().err == (
-        f"error: /a/file: {os.strerror(code)}\nhint: ARGOSY_TRACEBACK=1 shows the traceback\n"
+        f"error: /a/file: {os.strerror(errno.EIO)}\nhint: ARGOSY_TRACEBACK=1 shows the traceback\n"
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.errors import ArgosyError, DiskFull, Overloaded, UsageError, is_disk_full, no_thread
+from argosy.errors import ArgosyError, DiskFull, UsageError, as_exception, is_disk_full, refused_by_system
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -167,34 +167,33 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         _print_click_error(error)
         return error.exit_code
-    except ArgosyError as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a sentence, not a traceback, also for a panic of a library
         if _wants_traceback():
             raise
+        return _tell(refused_by_system(error) or as_exception(error))
+
+
+def _tell(error: Exception) -> int:
+    """Print an error as a sentence, and return the exit code."""
+    if isinstance(error, ArgosyError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # the last resort: print a sentence, not a traceback
-        if _wants_traceback():
-            raise
-        if isinstance(error, OSError) and is_disk_full(error):
-            _drop_output()  # the output itself may be the file that cannot be written
-            print(
-                f"error: {error.filename or 'the output'} cannot be written: {error.strerror}\n"
-                "hint: free some space, and run the same command again",
-                file=sys.stderr,
-            )
-            return DiskFull.exit_code
-        if isinstance(error, OSError) and error.strerror:  # a drive that fails, too few descriptors
-            print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
-            return UsageError.exit_code
-        first = (str(error).splitlines() or [""])[0]
-        if first == "can't start new thread":
-            print(f"error: {no_thread()}", file=sys.stderr)
-            return Overloaded.exit_code
+    if isinstance(error, OSError) and is_disk_full(error):
+        _drop_output()  # the output itself may be the file that cannot be written
         print(
-            f"error: unexpected {type(error).__name__}: {first}\n{_SHOW}",
+            f"error: {error.filename or 'the output'} cannot be written: {error.strerror}\n"
+            "hint: free some space, and run the same command again",
             file=sys.stderr,
         )
-        return 1
+        return DiskFull.exit_code
+    if isinstance(error, OSError) and error.strerror:  # a drive that fails
+        print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
+        return UsageError.exit_code
+    first = (str(error).splitlines() or [""])[0]
+    print(f"error: unexpected {type(error).__name__}: {first}\n{_SHOW}", file=sys.stderr)
+    return 1
 
 
 def _drop_output() -> None:

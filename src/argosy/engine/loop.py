@@ -36,7 +36,7 @@ from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
-from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception
+from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception, refused_by_system
 from argosy.model.clock import PARTS
 
 RATE_SECONDS = 10.0  # rates are means over this many seconds
@@ -502,7 +502,9 @@ def _no_result(sequence: Sequence) -> Result:
 
 def _as_told(error: Exception) -> ArgosyError:
     """The error for callers: any other exception's message could quote the prompt."""
-    return error if isinstance(error, ArgosyError) else ArgosyError("the step failed")
+    if isinstance(error, ArgosyError):
+        return error
+    return refused_by_system(error) or ArgosyError("the step failed")
 
 
 def _failed() -> Overloaded:

@@ -31,7 +31,7 @@ from typing import Literal, NotRequired, Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argosy.engine.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
-from argosy.errors import ArgosyError, Overloaded, PromptTooLong
+from argosy.errors import ArgosyError, Overloaded, PromptTooLong, refused_by_system
 from argosy.guard.audit import Content
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.keys import Scope as KeyScope
@@ -251,6 +251,7 @@ def error_body(
     error: BaseException, dialect: Dialect, request_id: str
 ) -> tuple[int, OpenAIError | AnthropicError | OllamaError]:
     """Status and body of a failure in the dialect's shape and words; our own faults have the id that is in the log."""
+    error = refused_by_system(error) or error
     status = error.http_status if isinstance(error, ArgosyError) else 500
     message, is_ours = str(error), status >= 500 and status != 503
     if isinstance(error, PromptTooLong):
@@ -305,6 +306,7 @@ def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
 def error_headers(error: BaseException, status: int) -> dict[str, str]:
     """Headers of the response to a failure."""
     headers = {}
+    error = refused_by_system(error) or error
     retry = getattr(error, "retry_after_s", None)
     if retry is not None:
         headers["retry-after"] = str(int(retry))

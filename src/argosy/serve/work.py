@@ -28,7 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from argosy.errors import as_exception, no_thread
+from argosy.errors import as_exception, refused_by_system
 from argosy.guard.limits import TooMany
 
 NUM_THREADS = 2
@@ -131,7 +131,7 @@ class WorkQueue:
         name = "argosy-large" if self._is_large else "argosy-work"
         try:
             threading.Thread(target=self._run, name=name, daemon=True).start()
-        except RuntimeError:
+        except RuntimeError as error:
             with self._lock:
                 self._num_running -= 1
                 refused = (
@@ -141,7 +141,7 @@ class WorkQueue:
                     self._waiting.clear()
             for job in refused:
                 if job.future.set_running_or_notify_cancel():
-                    job.future.set_exception(no_thread())
+                    job.future.set_exception(refused_by_system(error) or error)
 
     def _next(self) -> _Job | None:
         """Take the next job of the tenant whose last job began longest ago."""
@@ -182,8 +182,8 @@ class Threads(ThreadPoolExecutor):
         """
         try:
             return super().submit(call, *args, **named)
-        except RuntimeError:
-            raise no_thread() from None
+        except RuntimeError as error:
+            raise refused_by_system(error) or error from None
 
 
 def _clear_frames(error: BaseException) -> None:
