@@ -1014,8 +1014,8 @@ class Limit:
 def refused_by_the_system(scratch: Path, size: int) -> Finding:
     """A server outlives each failure and answers as before; a command ends with a sentence.
 
-    Rust aborts the process when an allocation of its own fails, and numpy 2.4 crashes where argsort finds no memory. Both
-    are counted as ends by a library, and the server is started anew.
+    Rust aborts the process when an allocation of its own fails, and numpy 2.4 crashes where argsort finds no memory.
+    Both are counted as ends by a library, and the server is started anew.
     """
     finding, model = Finding(), write_chat_model(scratch / "model")
     limits = [Limit(kind, _PIDS / f"argosy-{os.getpid()}") for kind in _LIMITS]
