@@ -32,6 +32,7 @@ SCRIPTS = (
     "cluster",
     "cluster_copy",
     "cluster_exchange",
+    "cluster_freeze",
     "cluster_peer",
     "speculation",
     "recording_cost",
