@@ -207,6 +207,31 @@ def test_two_models_are_read_at_the_same_time() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_model_waits_while_experts_of_one_that_is_being_read_are_in_its_way(is_readable: bool) -> None:
+    async def test(rig: Rig) -> None:
+        rig.a.can_open.clear()
+        first = asyncio.create_task(rig.ask("a"))  # of 900, its floor of 200 and experts of 400
+        await asyncio.sleep(0.02)
+        second = asyncio.create_task(rig.ask("big"))  # a floor of 600
+        await asyncio.sleep(0.02)
+        assert rig.states() == {"a": "loading", "b": "unloaded", "big": "unloaded"}
+        assert rig.models.held_bytes == PROCESS + 600
+        if not is_readable:
+            rig.a.error = CheckpointError("damaged")
+        rig.a.can_open.set()
+        assert await second == "big"
+        if is_readable:
+            assert await first == "a"
+            assert (rig.a.num_slots, rig.big.num_slots) == (7, 7)
+        else:
+            with pytest.raises(CheckpointError):
+                await first
+            assert rig.big.num_slots == 12
+
+    run(test)
+
+
 def test_models_in_use_share_and_an_idle_one_gives_its_experts_first() -> None:
     async def test(rig: Rig) -> None:
         async with rig.using("a"):

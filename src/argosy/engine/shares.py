@@ -37,7 +37,8 @@ class Claim:
 
 
 def divide(free_bytes: int, claims: Sequence[Claim]) -> list[int]:
-    """The slots of each model; together they take at most `free_bytes`."""
+    """The slots of each model; together they take at most `free_bytes`, which is not negative."""
+    assert free_bytes >= 0
     slots = [0] * len(claims)
     in_use = [number for number, claim in enumerate(claims) if claim.is_in_use]
     # Those that can use least come first, so that the others share what they leave.

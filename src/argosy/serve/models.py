@@ -7,7 +7,8 @@ A server with one model has it ready from start to end, and nothing here moves. 
 a request first names it. A model takes its floor, and `engine/shares.py` divides what the floors leave among the models
 in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit otherwise,
 after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model whose floor
-does not fit beside models that answer is refused.
+does not fit beside models that answer is refused. One that finds only experts of a model that is being read in its way
+waits until they can leave.
 
 Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
 waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
@@ -199,7 +200,12 @@ class _Entry:
         """The memory that it has now, of what models share."""
         if self.source is None or not self.is_here:
             return 0
-        return self.source.floor_bytes + self.num_slots * self.source.slot_bytes
+        return self.source.floor_bytes + self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """The part of it for experts beyond its floor."""
+        return 0 if self.source is None else self.num_slots * self.source.slot_bytes
 
 
 class _Lasting:
@@ -384,7 +390,7 @@ class Models:
             state=entry.state,
             service=None if entry.served is None else entry.served.service,
             memory_bytes=entry.held_bytes,
-            expert_bytes=0 if entry.source is None else entry.num_slots * entry.source.slot_bytes,
+            expert_bytes=entry.expert_bytes,
             unloads_in_s=unloads_in_s,
         )
 
@@ -557,13 +563,19 @@ class Models:
     async def _open(self, entry: _Entry) -> None:
         """Make room for a model, and read it."""
         try:
-            async with self._moving:
-                if entry.served is not None and not entry.is_leaving:
-                    return
-                self._require_wanted()
-                if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
-                    raise entry.fault.with_traceback(None)
-                await self._make_room(entry)
+            while True:
+                async with self._moving:
+                    if entry.served is not None and not entry.is_leaving:
+                        return
+                    self._require_wanted()
+                    if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
+                        raise entry.fault.with_traceback(None)
+                    if await self._make_room(entry):
+                        break
+                    reading = [
+                        one.opening for one in self._entries if one.is_loading and one.opening is not None
+                    ]
+                await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
             log.info("models: %s is loaded, with %s", entry.name, format_bytes(entry.held_bytes))
             await self._read(entry)
         finally:
@@ -596,8 +608,12 @@ class Models:
         if self.is_draining:
             raise _stopping()
 
-    async def _make_room(self, entry: _Entry) -> None:
+    async def _make_room(self, entry: _Entry) -> bool:
         """Take the floor of a model from others, and its share of what floors leave; `_moving` is held.
+
+        Returns:
+            False if experts of a model that is being read are in the way: they can leave once it is read. Nothing has
+            changed then.
 
         Raises:
             Overloaded: the floors of models that answer leave too little. Nothing has changed then.
@@ -613,11 +629,18 @@ class Models:
             free_bytes += idle.source.floor_bytes
         if needed > free_bytes:
             raise self._no_room(entry, free_bytes)
+        if needed > free_bytes - self._loading_bytes():
+            return False
         for idle in leaving:
             idle.is_leaving = True
         for idle in leaving:
             await self._unload(idle)
         await self._divide(entry)
+        return True
+
+    def _loading_bytes(self) -> int:
+        """Memory for experts of models that are being read; it is fixed until then."""
+        return sum(one.expert_bytes for one in self._entries if one.is_loading)
 
     def _bytes_beside_floors(self) -> int:
         """The rest of the budget after the process and the floors of the models in memory."""
@@ -650,18 +673,15 @@ class Models:
 
         joining: a model that is about to be read; it takes its floor and its share.
         """
-        free_bytes = self._bytes_beside_floors()
+        free_bytes = self._bytes_beside_floors() - self._loading_bytes()
         if joining is not None:
             assert joining.source is not None
             free_bytes -= joining.source.floor_bytes
-        sharing: list[tuple[_Entry, Source]] = []
-        for entry in self._entries:
-            if entry.source is None:
-                continue
-            if entry is joining or entry.state == "ready":
-                sharing.append((entry, entry.source))
-            elif entry.is_loading:
-                free_bytes -= entry.num_slots * entry.source.slot_bytes  # fixed until it is read
+        sharing = [
+            (entry, entry.source)
+            for entry in self._entries
+            if entry.source is not None and (entry is joining or entry.state == "ready")
+        ]
         now = self._clock()
         slots = divide(free_bytes, [self._claim(*one, now, is_joining=one[0] is joining) for one in sharing])
         shares = list(zip(sharing, slots, strict=True))
