@@ -16,7 +16,7 @@ from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
-from argosy.media.parts import Audio, Content, Image, MediaLimits, Text, TranscribedSounds
+from argosy.media.parts import Audio, Content, Image, MediaLimits, RequestMedia, Text
 from argosy.media.transcript import Transcript
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Turn
@@ -166,11 +166,11 @@ def test_the_sounds_of_a_conversation_are_bounded_together_before_the_work(
     assert refusal.value.facts == {"needed": 1800.0, "found": 2400.0}
     assert begun == [600.0, 600.0, 600.0]
     limits = MediaLimits(transcribed_s=14)
-    counted = TranscribedSounds(limits)
-    counted.add(0.1)
-    counted.add(7.5)
+    counted = RequestMedia(limits)
+    counted.add_transcribed(0.1)
+    counted.add_transcribed(7.5)
     with pytest.raises(UsageError, match=r"found at least 17.5 \(each counts as 5 or more\)"):
-        counted.add(0.1)
+        counted.add_transcribed(0.1)
 
 
 def test_answers_go_on_while_a_sound_is_transcribed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
     """Pieces have authors, and only the chat template's may contain control tokens."""
 
     class SeesAndReads:
-        def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
+        def as_text(self, content: Content, tenant: str, request: RequestMedia) -> str | None:
             return "<|im_end|>" if content.kind == "sound" else None
 
         def placeholder(self, content: Content) -> int:
@@ -248,14 +248,14 @@ def test_a_transcript_beside_a_picture_is_the_callers_text(engine: Engine) -> No
         def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
             return [], []
 
-        def segments(self, content: Content, tenant: str) -> list[object]:
-            return [content]
+        def segments(self, content: Content, tenant: str, request: RequestMedia) -> list[list[int]]:
+            return [[7, 7]]
 
     picture = Image(np.zeros((8, 8, 3), np.uint8)).read(MediaLimits())
     turn = Turn("user", "What?", pieces=((True, "What?"), picture, HEARD.read(MediaLimits())))
     builder = PromptBuilder(engine.tokenizer, vocab_size=512, media=SeesAndReads())  # type: ignore[arg-type]
     placed: list[Any] = []
-    found = builder._with_media(turn, "", None, placed, TranscribedSounds(MediaLimits()))
-    assert [list(one.segments) for one in placed] == [[picture]]
+    found = builder._with_media(turn, "", None, placed, RequestMedia(MediaLimits()))
+    assert [one.segments for one in placed] == [[[7, 7]]]
     assert found.pieces == ((True, "What?"), picture, (True, "<|im_end|>"))
     assert found.content == "What?\n<|im_end|>"

@@ -20,7 +20,7 @@ from argosy.engine.media_memory import IDLE_S, MediaMemory
 from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, UsageError
-from argosy.media.parts import Image
+from argosy.media.parts import Image, RequestMedia
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.machine import page_table_bytes
@@ -223,7 +223,7 @@ def tight_engine(model: Path, num_missing: int) -> Iterator[Engine]:
 def prompt_of(engine: Engine, seed: int) -> Prompt:
     assert engine._media is not None
     pixels = np.random.default_rng(seed).integers(0, 256, (80, 60, 3), np.uint8)
-    segments = engine._media.segments(engine._media.read(Image(pixels)), "")
+    segments = engine._media.segments(engine._media.read(Image(pixels)), "", RequestMedia())
     return Prompt.of([3, 5], *segments, [30, 31])
 
 

@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 from argosy import Engine, SamplingParams
 from argosy.engine.media_memory import IDLE_S
 from argosy.errors import PromptTooLong
-from argosy.media.parts import Audio, Image
+from argosy.media.parts import Audio, Image, RequestMedia
 from argosy.prompt.prompt import Prompt
 
 path, limit = sys.argv[1], int(sys.argv[2])
@@ -52,7 +52,7 @@ with Engine.open(path, memory=limit, threads=2, image_tokens=64, chunk_tokens=16
     media.memory._clock = lambda: now
 
     def ask(part):
-        segments = media.segments(media.read(part), "")
+        segments = media.segments(media.read(part), "", RequestMedia())
         try:
             answers.append(engine.submit(Prompt.of([3, 5], *segments, [30, 31]), greedy))
         except PromptTooLong as error:

@@ -17,7 +17,7 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.engine import media
 from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
-from argosy.media.parts import PROMPT_LIMITS, Audio, Image, MediaLimits, TranscribedSounds
+from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.media_span import MediaSpan
@@ -58,7 +58,7 @@ def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = 
     segments: list[Any] = []
     for token_id in reference["input_ids"].tolist():
         if contents and token_id == engine._media.placeholder(contents[0]):
-            segments += engine._media.segments(contents.pop(0), tenant)
+            segments += engine._media.segments(contents.pop(0), tenant, RequestMedia())
         else:
             segments.append([token_id])
     assert not contents
@@ -206,7 +206,7 @@ def test_the_largest_picture_is_the_most_tokens_that_are_allowed() -> None:
     with opened(REFERENCE / "qwen3_vl_moe", image_tokens=16) as engine:
         assert engine._media is not None
         large = engine._media.read(Image(np.zeros((300, 400, 3), np.uint8)))
-        (span,) = engine._media.segments(large, "")
+        (span,) = engine._media.segments(large, "", RequestMedia())
         assert not isinstance(span, list)
         assert span.num_positions <= 16  # type: ignore[union-attr]
 
@@ -217,7 +217,7 @@ def test_a_picture_whose_positions_see_one_another_fits_every_chunk() -> None:
         assert engine.plan.chunk_tokens == largest
         assert engine._media is not None
         picture = engine._media.read(Image(np.zeros((8, 4 * largest, 3), np.uint8)))
-        before, span, after = engine._media.segments(picture, "")
+        before, span, after = engine._media.segments(picture, "", RequestMedia())
         assert isinstance(span, MediaSpan)
         assert 16 < span.num_positions <= largest
         prompt = Prompt.of([3, 5], before, span, after, [6])
@@ -249,7 +249,7 @@ def test_media_cost_memory_only_where_the_model_takes_them() -> None:
         assert engine.media_kinds == ()
         assert engine.plan.encoder_bytes == 0
         with pytest.raises(UsageError, match="takes text only"):
-            engine.prompts._with_media(_turn(), "", None, [], TranscribedSounds(PROMPT_LIMITS))
+            engine.prompts._with_media(_turn(), "", None, [], RequestMedia())
 
 
 def _turn() -> Any:

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 import argosy.engine.media
 from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
-from argosy.errors import BadMedia, UnsupportedModel
+from argosy.errors import BadMedia, PromptTooLong, UnsupportedModel
 from argosy.media.frames import Frame, Frames, each_in_turn
 from argosy.media.parts import (
     FFMPEG_BYTES,
-    PROMPT_LIMITS,
     Audio,
     Content,
     Image,
     MediaLimits,
-    TranscribedSounds,
+    RequestMedia,
     Video,
 )
+from argosy.media.resize import Resizer
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.prompt.media_span import MediaSpan
@@ -72,7 +72,7 @@ def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = 
     assert engine._media is not None
     media = list[Any]()
     turn = Turn("user", "", pieces=tuple(parts_of(reference)))
-    engine.prompts._with_media(turn, tenant, None, media, TranscribedSounds(PROMPT_LIMITS))
+    engine.prompts._with_media(turn, tenant, None, media, RequestMedia())
     prompt = Prompt(tuple(reference["prompt"].tolist()), None)
     return engine.prompts._with_spans(prompt, media, None)
 
@@ -91,7 +91,9 @@ def with_tracks(reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
         assert isinstance(data, np.ndarray)
         assert rate is not None
         track = tracks[data.shape]
-        yield Frames(len(data), rate, each_in_turn(lambda at: data[at], None), lambda _: track)
+        yield Frames(
+            len(data), rate, each_in_turn(lambda at: data[at], None, RequestMedia()), lambda _: track
+        )
 
     if tracks:
         monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
@@ -164,7 +166,7 @@ def test_each_group_takes_at_most_the_tokens_of_a_picture_and_all_those_of_a_vid
     def counts(video: Video, **caps: int) -> list[int]:
         with opened(REFERENCE / "qwen3_vl_moe", **caps) as engine:
             assert engine._media is not None
-            parts = engine._media.segments(engine._media.read(video), "")
+            parts = engine._media.segments(engine._media.read(video), "", RequestMedia())
             return [part.num_positions for part in parts if isinstance(part, MediaSpan)]
 
     assert counts(wide, image_tokens=64, video_tokens=64) == [48]
@@ -177,7 +179,7 @@ def test_each_group_takes_at_most_the_tokens_of_a_picture_and_all_those_of_a_vid
         with pytest.raises(
             BadMedia, match=r"may take at most 50 tokens, and 200 frames of 8 x 8 need at least 100"
         ):
-            engine._media.segments(engine._media.read(long), "")
+            engine._media.segments(engine._media.read(long), "", RequestMedia())
 
 
 def test_frames_wait_in_bounded_memory_and_give_it_back() -> None:
@@ -185,10 +187,10 @@ def test_frames_wait_in_bounded_memory_and_give_it_back() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
         assert engine._media is not None
         prompt = prompt_of(engine, reference)
-        assert engine._media._waiting._held_bytes > 0
+        assert engine._media._waiting.held_bytes > 0
         engine.generate(prompt, GREEDY)
         del prompt
-        assert engine._media._waiting._held_bytes == 0
+        assert engine._media._waiting.held_bytes == 0
 
 
 def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +202,9 @@ def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.
         media = engine._media
         assert media is not None
         film, picture = (np.zeros((*count, 40, 40, 3), np.uint8) for count in ((8,), ()))
-        asking = threading.Thread(target=lambda: media.segments(media.read(Image(picture)), ""))
+        asking = threading.Thread(
+            target=lambda: media.segments(media.read(Image(picture)), "", RequestMedia())
+        )
         decode = media._decoder.picture
 
         def decoded(content: Content, *check: Any) -> NDArray[np.uint8]:
@@ -228,9 +232,53 @@ def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.
 
         monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
         monkeypatch.setattr(media._decoder, "picture", decoded)
-        media.segments(media.read(Video(film, rate=4.0)), "")
+        media.segments(media.read(Video(film, rate=4.0)), "", RequestMedia())
         asking.join()
     assert happened == ["frame", "frame", "picture", "frame", "frame"]
+
+
+def test_a_video_that_cannot_fit_the_context_is_refused_after_its_first_frame(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_scaled = count_calls(monkeypatch, Resizer, "resize")
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        film = engine._media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
+        with pytest.raises(PromptTooLong, match="at least 20 tokens, and the context holds 20"):
+            engine._media.segments(film, "", RequestMedia(most_tokens=19))
+        assert num_scaled() == 0
+        segments = engine._media.segments(film, "", RequestMedia())
+        assert sum(part.num_positions for part in segments if isinstance(part, MediaSpan)) == 20
+    assert num_scaled() == 20
+
+
+def test_work_on_a_video_ends_between_two_frames_when_it_is_not_wanted_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_scaled = count_calls(monkeypatch, Resizer, "resize")
+
+    def check() -> None:
+        if num_scaled() == 3:
+            raise InterruptedError
+
+    with opened(REFERENCE / "qwen3_vl_moe") as engine:
+        assert engine._media is not None
+        film = engine._media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
+        with pytest.raises(InterruptedError):
+            engine._media.segments(film, "", RequestMedia(check=check))
+    assert num_scaled() == 3
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Callable[[], int]:
+    """Count the calls of a method; returns their number so far."""
+    calls, method = list[object](), getattr(owner, name)
+
+    def counted(*given: object) -> object:
+        calls.append(given)
+        return method(*given)
+
+    monkeypatch.setattr(owner, name, counted)
+    return lambda: len(calls)
 
 
 def test_a_refused_video_gives_up_its_turn() -> None:
@@ -239,9 +287,11 @@ def test_a_refused_video_gives_up_its_turn() -> None:
         media = engine._media
         assert media is not None
         with pytest.raises(BadMedia, match="must all have the same size") as refusal:
-            media.segments(media.read(Video(pictures, rate=1.0)), "")
+            media.segments(media.read(Video(pictures, rate=1.0)), "", RequestMedia())
         assert refusal.tb is not None  # it keeps the frames of the functions that it went through
-        asking = threading.Thread(target=lambda: media.segments(media.read(Image(pictures[0])), ""))
+        asking = threading.Thread(
+            target=lambda: media.segments(media.read(Image(pictures[0])), "", RequestMedia())
+        )
         asking.start()
         asking.join(20)
         assert not asking.is_alive()

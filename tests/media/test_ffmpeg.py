@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import shutil
 import subprocess
 import threading
@@ -17,9 +19,9 @@ from argosy.engine import memory_plan
 from argosy.errors import BadMedia, UsageError
 from argosy.media import ffmpeg
 from argosy.media.decoder import Decoder
-from argosy.media.ffmpeg import VideoFile
+from argosy.media.ffmpeg import VideoFile, _Patience
 from argosy.media.frames import open_frames
-from argosy.media.parts import FFMPEG_BYTES, MediaLimits, Video
+from argosy.media.parts import FFMPEG_BYTES, MediaLimits, RequestMedia, Video
 from tests.media.samples import pattern, png
 
 pytestmark = pytest.mark.skipif(
@@ -259,3 +261,20 @@ def test_a_stopped_reader_leaves_no_process(tmp_path: Path) -> None:
     children = Path("/proc/self/task").glob("*/children")
     running = {pid for one in children for pid in one.read_text().split()}
     assert not any("ffmpeg" in Path(f"/proc/{pid}/comm").read_text() for pid in running)
+
+
+def test_a_wait_for_ffmpeg_ends_when_nobody_wants_the_video_any_more() -> None:
+    checks: list[None] = []
+
+    def check() -> None:
+        checks.append(None)
+        if len(checks) == 2:
+            raise InterruptedError
+
+    source, sink = os.pipe()
+    ready = select.poll()
+    ready.register(source, select.POLLIN)
+    with pytest.raises(InterruptedError):
+        _Patience(60.0, RequestMedia(check=check)).wait(ready)
+    os.close(source)
+    os.close(sink)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from argosy.errors import BadMedia, UsageError
-from argosy.media.parts import Audio, Image, MediaLimits, Video
+from argosy.errors import BadMedia, PromptTooLong, UsageError
+from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia, Video
 from tests.media.samples import pattern, png
 
 LIMITS = MediaLimits()
@@ -144,3 +145,22 @@ def test_a_video_may_be_larger_than_a_picture() -> None:
     assert Video(bytes(100)).read(MediaLimits(file_bytes=10)).kind == "video"
     with pytest.raises(BadMedia, match="the file of a video may have at most 99 bytes, found 100"):
         Video(bytes(100)).read(MediaLimits(video_bytes=99))
+
+
+def test_the_work_on_the_media_of_a_request_has_a_time_limit() -> None:
+    request = RequestMedia(MediaLimits(work_s=0.01))
+    with request.work():
+        time.sleep(0.02)
+    with pytest.raises(UsageError, match=r"of a request may take at most 0\.01 seconds"), request.work():
+        pytest.fail("it began")
+
+
+def test_the_media_of_a_request_share_the_tokens_of_its_prompt() -> None:
+    request = RequestMedia(most_tokens=99)
+    request.add_tokens(60)
+    request.require_room(39)
+    with pytest.raises(PromptTooLong, match="at least 100 tokens, and the context holds 100"):
+        request.require_room(40)
+    with pytest.raises(PromptTooLong):
+        request.add_tokens(40)
+    request.add_tokens(39)

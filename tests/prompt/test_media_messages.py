@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from argosy.errors import BadMedia, PromptTooLong, UsageError
-from argosy.media.parts import Audio, Content, Image, MediaLimits, Text, Video
+from argosy.media.parts import Audio, Content, Image, MediaLimits, RequestMedia, Text, Video
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Answer
 from argosy.prompt.media_span import MediaSpan, SpanRows
@@ -43,7 +43,7 @@ class Reader:
             )
         return part.read(MediaLimits())
 
-    def as_text(self, content: Content, tenant: str, transcribed: object) -> str | None:
+    def as_text(self, content: Content, tenant: str, request: RequestMedia) -> str | None:
         return None
 
     def placeholder(self, content: Content) -> int:
@@ -52,7 +52,9 @@ class Reader:
     def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
         return [], []
 
-    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
+    def segments(
+        self, content: Content, tenant: str, request: RequestMedia
+    ) -> Sequence[Sequence[int] | MediaSpan]:
         token_id = self.placeholder(content)
         if content.kind == "picture":
             return [span_of(content, 3, token_id)]

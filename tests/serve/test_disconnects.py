@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -219,8 +219,11 @@ def is_socket(descriptor: str) -> bool:
 
 def num_children() -> int:
     """The number of child processes, each a renderer of chat templates."""
-    tasks = Path("/proc/self/task").iterdir()
-    return sum(len((task / "children").read_text().split()) for task in tasks)
+    found = set[str]()  # a child goes to another thread when its own ends
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that has just ended
+            found.update((task / "children").read_text().split())
+    return len(found)
 
 
 def test_five_hundred_clients_that_vanish_leave_nothing_behind(
@@ -258,7 +261,7 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
     assert before["KV blocks"] == before["queued reads"] == before["leased slots"] == before["sequences"] == 0
     # The clients got real answers; how many tokens depends on the machine.
     assert server.engine.facts().totals.new_tokens > 2 * NUM_DISCONNECTS
-    assert most_children <= num_before
+    assert most_children <= num_before + 1  # a second one starts when the first is busy
     assert answer() == expected
     p50, p99 = taken[len(taken) // 2], taken[len(taken) * 99 // 100 - 1]
     print(
@@ -338,3 +341,14 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
     steps = asyncio.run(ask())
     assert len(steps) == num_tokens + 1
     assert max(gaps) < min(num_tokens * token_s, remember_s) / 3
+
+
+def test_an_answer_that_is_added_after_its_client_left_ends_at_once() -> None:
+    cancelled: list[object] = []
+    loop = SimpleNamespace(submit=lambda *_, **__: "request", cancel=cancelled.append)
+    service: Any = SimpleNamespace(loop=loop, prompts=None, model=SimpleNamespace(id="tiny"))
+    caller: Any = SimpleNamespace(tenant="", count=lambda **_: None, metrics=None, screening=None)
+    answers = Answers(service, caller, Any)  # type: ignore[arg-type]
+    answers.cancel()
+    answers.add(Prompt((1,), ""), SamplingParams(), ToolUse(), 1)
+    assert cancelled == ["request"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +27,7 @@ from argosy.media.pictures import PictureProcessor
 from argosy.serve.anthropic_messages import AddressSource, VideoBlock
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
+from argosy.serve.gate import Caller
 from argosy.serve.held import Pool, Share
 from argosy.serve.media_hosts import Files
 from argosy.serve.media_parts import Intake, MediaPart
@@ -514,6 +517,39 @@ def test_a_picture_does_not_wait_for_a_film(
         may_end.set()
         asking.join()
     assert answers[0].status_code == 200
+
+
+def test_pictures_are_not_prepared_for_a_client_that_has_left(
+    seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_left, may_end = threading.Event(), threading.Event()
+    prepared, prepare, end = list[object](), PromptMedia._prepare, Caller.end
+
+    def slowly(*given: Any) -> Any:
+        prepared.append(given)
+        assert may_end.wait(60)
+        return prepare(*given)
+
+    def noticed(caller: Caller, why: Exception) -> None:
+        end(caller, why)
+        has_left.set()
+
+    monkeypatch.setattr(PromptMedia, "_prepare", slowly)
+    monkeypatch.setattr(Caller, "end", noticed)
+    pictures = [picture("chat", png(pattern(33, width))) for width in (44, 45, 46)]
+    connection = http.client.HTTPConnection(seeing.url.removeprefix("http://"))
+    said = json.dumps({"messages": [{"role": "user", "content": pictures}]})
+    connection.request("POST", PATHS["chat"], said, {"content-type": "application/json"})
+    while not prepared:
+        time.sleep(0.005)
+    connection.close()
+    try:
+        assert has_left.wait(60)
+    finally:
+        may_end.set()
+    while seeing.service.work._large._num_running:
+        time.sleep(0.005)
+    assert len(prepared) == 1
 
 
 @pytest.mark.parametrize("dialect", CHATTING)

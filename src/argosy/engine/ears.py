@@ -27,7 +27,7 @@ from argosy.engine.options import TINY_EN, locate_ears
 from argosy.errors import Overloaded, UsageError
 from argosy.experts.resident import Progress
 from argosy.media.decoder import Decoder
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, TranscribedSounds
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, RequestMedia
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import WhisperFiles, open_whisper
@@ -110,12 +110,12 @@ class Transcriber:
         options: TranscriptOptions | None = None,
         *,
         report: Report = lambda transcription: None,
-        transcribed: TranscribedSounds | None = None,
+        request: RequestMedia | None = None,
     ) -> Transcript:
         """Transcribe one sound.
 
         Args:
-            transcribed: counts it with the other sounds of a request.
+            request: counts it with the other sounds of a request.
 
         Raises:
             BadMedia: it cannot be decoded, or is too long.
@@ -132,18 +132,18 @@ class Transcriber:
             self._num_asking += 1
         try:
             with self._one_sound, self.use_memory():
-                return self._transcribe(content, options, report, transcribed)
+                return self._transcribe(content, options, report, request)
         finally:
             with self._guard:
                 self._num_asking -= 1
 
-    def text_for(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str:
+    def text_for(self, content: Content, tenant: str, request: RequestMedia) -> str:
         """The transcript of a sound, as a prompt has it. Raises what `transcribe` raises."""
         if (kept := self._kept.get(tenant, content.digest)) is None:
-            kept = _Kept(self.transcribe(content, transcribed=transcribed))
+            kept = _Kept(self.transcribe(content, request=request))
             self._kept.put(tenant, content.digest, kept)
         else:  # so that a conversation is not taken or refused by what is kept
-            transcribed.add(kept.duration_s)
+            request.add_transcribed(kept.duration_s)
         self._kept.touch(tenant, [content.digest])
         return f"[transcript of a sound: {kept.text}]" if kept.text else "[a sound in which nobody speaks]"
 
@@ -177,14 +177,14 @@ class Transcriber:
         content: Content,
         options: TranscriptOptions,
         report: Report,
-        transcribed: TranscribedSounds | None,
+        request: RequestMedia | None,
     ) -> Transcript:
         self._require_open()
         rate = self.files.processor.rate
         samples = self._decoder.sound(content, rate)
         duration_s = samples.size / rate
-        if transcribed is not None:
-            transcribed.add(duration_s)
+        if request is not None:
+            request.add_transcribed(duration_s)
         features = prepare(self.files, samples)
         del samples
         transcription = Transcription(self.files, self._opened(), features, duration_s, options)

@@ -34,7 +34,7 @@ from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_tex
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
 from argosy.media.decoder import Decoder
 from argosy.media.frames import open_frames
-from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, TranscribedSounds, Video
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Hearing, Image, Kind, RequestMedia, Video
 from argosy.media.pictures import PictureProcessor
 from argosy.media.sounds import SoundProcessor
 from argosy.media.videos import VideoProcessor
@@ -143,11 +143,11 @@ class PromptMedia:
             )
         return part.read(PROMPT_LIMITS)
 
-    def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
+    def as_text(self, content: Content, tenant: str, request: RequestMedia) -> str | None:
         """See `MediaReader.as_text`."""
         if content.kind != "sound" or self._ears is None or self.hears == "native":
             return None
-        return self._ears.text_for(content, tenant, transcribed)
+        return self._ears.text_for(content, tenant, request)
 
     def placeholder(self, content: Content) -> int:
         """See `MediaReader.placeholder`."""
@@ -165,17 +165,19 @@ class PromptMedia:
         before, after = processor.surroundings
         return self._encode_text(before), self._encode_text(after)
 
-    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
+    def segments(
+        self, content: Content, tenant: str, request: RequestMedia
+    ) -> Sequence[Sequence[int] | MediaSpan]:
         """See `MediaReader.segments`."""
         processor = self._processors[content.kind]
         if isinstance(processor, VideoProcessor):
-            return self._video_segments(content, processor, tenant)
+            return self._video_segments(content, processor, tenant, request)
         files = self._encoders.files[content.kind]
         if content.detail == "low":
             assert isinstance(self._low_detail, PictureProcessor)
             processor = self._low_detail
-        with self.memory.use(), self._one_decoded:
-            values, shape = self._prepare(content, processor)
+        with self.memory.use(), self._one_decoded, request.work():
+            values, shape = self._prepare(content, processor, request)
         waiting = self._wait(values)
         digest = blake3(content.digest + repr((content.kind, shape)).encode()).digest()
         make_rows = self._maker(content.kind, lambda: waiting.values, shape, tenant, digest)
@@ -186,26 +188,30 @@ class PromptMedia:
         return [[before], span, [after]]
 
     def _prepare(
-        self, content: Content, processor: PictureProcessor | SoundProcessor
+        self, content: Content, processor: PictureProcessor | SoundProcessor, request: RequestMedia
     ) -> tuple[NDArray[Any], Shape]:
         """Decode a content: pixels [height, width, 3] with their grid, or mel features [bands, frames]."""
         if isinstance(processor, PictureProcessor):
             # Refuse a picture by its header, before anything is decoded.
-            canvas = processor.resize(self._decoder.picture(content, processor.grid))
+            canvas = processor.resize(
+                self._decoder.picture(
+                    content, lambda height, width: request.require_room(processor.num_tokens(height, width))
+                )
+            )
             rows, cols = (side // processor.patch_size for side in canvas.shape[:2])
             return canvas, (1, rows, cols)
         features = processor.prepare(self._decoder.sound(content, processor.rate))
         return features, (features.shape[1],)
 
     def _video_segments(
-        self, content: Content, processor: VideoProcessor, tenant: str
+        self, content: Content, processor: VideoProcessor, tenant: str, request: RequestMedia
     ) -> list[Sequence[int] | MediaSpan]:
         files = self._encoders.files["picture"]
         form = files.encoder.video
         assert form is not None
         assert files.video is not None
         with self.memory.use(), self._one_video:
-            video = self._prepare_video(content, processor, listens=form.sound is not None)
+            video = self._prepare_video(content, processor, request, listens=form.sound is not None)
         groups = processor.groups(len(video.indices))
         frames = self._wait(video.canvases)
         sound = None if video.features is None else self._wait(video.features)
@@ -261,23 +267,30 @@ class PromptMedia:
                 made.append(of_sound(part))
         return made
 
-    def _prepare_video(self, content: Content, processor: VideoProcessor, *, listens: bool) -> _Video:
+    def _prepare_video(
+        self, content: Content, processor: VideoProcessor, request: RequestMedia, *, listens: bool
+    ) -> _Video:
         """Decode the frames that the model looks at, and the sound if it listens."""
         hearing = self._processors.get("sound") if listens else None
         for counts_decoded in (False, True):
             with open_frames(
-                content, self._decoder, PROMPT_LIMITS, turn=self._one_decoded, counts_decoded=counts_decoded
+                content,
+                self._decoder,
+                PROMPT_LIMITS,
+                request,
+                turn=self._one_decoded,
+                counts_decoded=counts_decoded,
             ) as frames:
                 indices = processor.sample(frames.num_frames, frames.rate)
                 with closing(frames.at(indices)) as chosen:
-                    canvases = processor.resize(chosen, len(indices))
+                    canvases = processor.resize(chosen, len(indices), request)
                 if len(canvases) < len(indices):  # not each packet of a file need be a frame
                     continue
                 features = None
                 if isinstance(hearing, SoundProcessor) and frames.sound is not None:
                     samples = frames.sound(hearing.rate)
                     if samples.size > hearing.window:  # less cannot be heard
-                        with self._one_decoded:
+                        with self._one_decoded, request.work():
                             features = hearing.prepare(samples)
                 seconds = frames.num_frames / frames.rate
                 return _Video(indices.tolist(), frames.rate, seconds, canvases, features)

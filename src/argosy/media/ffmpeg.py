@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import ArgosyError, BadMedia, UsageError
-from argosy.media.parts import FFMPEG_BYTES, MediaLimits, require_length, require_pixels
+from argosy.media.parts import FFMPEG_BYTES, MediaLimits, RequestMedia, require_length, require_pixels
 
 _FORMATS = "MP4, MOV, WEBM, MKV, AVI or GIF"
 _CODECS = (
@@ -49,6 +49,7 @@ _MOST_PROBE_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 32  # P6, width, height and 255
 _FAST_SCALING = "bilinear+accurate_rnd+bitexact"
 _EXIT_SECONDS = 5.0
+_CHECK_SECONDS = 0.25  # so that a wait ends soon after the client has left
 # The variables by which a program finds its shared libraries. All others are withheld.
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 _NO_MEMORY = b"Cannot allocate memory"  # among the errors that ffmpeg writes
@@ -84,11 +85,11 @@ class VideoFile:
         BadMedia: it is in no format that is read.   UsageError: there is no ffmpeg.
     """
 
-    def __init__(self, data: bytes, limits: MediaLimits) -> None:
+    def __init__(self, data: bytes, limits: MediaLimits, request: RequestMedia | None = None) -> None:
         self._limits = limits
         self._format = _format_of(data)
         self._ffmpeg, self._ffprobe = _program("ffmpeg"), _program("ffprobe")
-        self._patience = _Patience(limits.video_wall_s)
+        self._patience = _Patience(limits.video_wall_s, request or RequestMedia(limits))
         self._file = os.memfd_create("video", os.MFD_CLOEXEC)
         try:
             view = memoryview(data)
@@ -242,10 +243,14 @@ class VideoFile:
 
 
 class _Patience:
-    """The time limit for waiting on ffmpeg's processes, all of them together; our own work on frames is not counted."""
+    """The time limit for waiting on ffmpeg's processes, all of them together; our own work on frames is not counted.
 
-    def __init__(self, seconds: float) -> None:
+    `request` counts the same time for all media, and may end the wait.
+    """
+
+    def __init__(self, seconds: float, request: RequestMedia) -> None:
         self._seconds = self._left_s = seconds
+        self._request = request
 
     def wait(self, ready: select.poll) -> None:
         """Wait until there is something to read.
@@ -253,11 +258,14 @@ class _Patience:
         Raises:
             BadMedia: it took too long.
         """
-        begin = time.monotonic()
-        is_ready = self._left_s > 0 and ready.poll(1000 * self._left_s)
-        self._left_s -= time.monotonic() - begin
-        if not is_ready:
-            raise _too_slow(f"takes more than {self._seconds:g} seconds")
+        while self._left_s > 0:
+            begin = time.monotonic()
+            with self._request.work():
+                is_ready = ready.poll(1000 * min(self._left_s, _CHECK_SECONDS))
+            self._left_s -= time.monotonic() - begin
+            if is_ready:
+                return
+        raise _too_slow(f"takes more than {self._seconds:g} seconds")
 
 
 class _Process:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from argosy.media.decoder import Decoder
 from argosy.media.ffmpeg import VideoFile
-from argosy.media.parts import Content, MediaLimits
+from argosy.media.parts import Content, MediaLimits, RequestMedia
 
 Frame = NDArray[np.uint8]  # [height, width, 3]
 
@@ -55,6 +55,7 @@ def open_frames(
     content: Content,
     decoder: Decoder,
     limits: MediaLimits,
+    request: RequestMedia | None = None,
     *,
     turn: AbstractContextManager[object] | None = None,
     counts_decoded: bool = False,
@@ -62,15 +63,16 @@ def open_frames(
     """Open a video; its file is closed at the end.
 
     Args:
+        request: counts the time that decoding takes, and ends it; None: its file is the only one.
         turn: held while there is a frame, but not while ffmpeg looks for the next one; None: nobody else decodes.
         counts_decoded: see `VideoFile.track`.
 
     Raises:
         BadMedia: it is damaged, or too large or long.   UsageError: it is a file, and there is no ffmpeg.
     """
-    data = content.data
+    data, request = content.data, request or RequestMedia(limits)
     if isinstance(data, bytes):
-        with VideoFile(data, limits) as file:
+        with VideoFile(data, limits, request) as file:
             track = file.track(counts_decoded=counts_decoded)
             yield Frames(
                 track.num_frames,
@@ -83,19 +85,22 @@ def open_frames(
     if isinstance(data, tuple):
         pictures = data
         yield Frames(
-            len(pictures), content.rate, each_in_turn(lambda at: decoder.picture(pictures[at]), turn)
+            len(pictures), content.rate, each_in_turn(lambda at: decoder.picture(pictures[at]), turn, request)
         )
     else:
         array: NDArray[np.uint8] = data
-        yield Frames(len(array), content.rate, each_in_turn(lambda at: array[at], turn))
+        yield Frames(len(array), content.rate, each_in_turn(lambda at: array[at], turn, request))
 
 
 def each_in_turn(
-    frame_at: Callable[[int], Frame], turn: AbstractContextManager[object] | None
+    frame_at: Callable[[int], Frame], turn: AbstractContextManager[object] | None, request: RequestMedia
 ) -> Callable[[Sequence[int]], Generator[Frame, None, None]]:
     def read(indices: Sequence[int]) -> Generator[Frame, None, None]:
         for index in indices:
             with turn or nullcontext():
-                yield frame_at(index)
+                with request.work():
+                    frame = frame_at(index)
+                yield frame
+                del frame
 
     return read

@@ -10,10 +10,12 @@ Elsewhere: `decoder.py` decodes the bytes, in another process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +23,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from argosy.errors import BadMedia, UsageError
+from argosy.errors import BadMedia, PromptTooLong, UsageError
 
 Kind = Literal["picture", "sound", "video"]
 Hearing = Literal["none", "native", "transcript"]
@@ -38,12 +40,13 @@ class MediaLimits:
     file_bytes: size of an encoded file.
     pixels, side: size of a picture. The largest side of all four formats is 65535 or less.
     sound_s: seconds of a sound.
-    transcribed_s: seconds of all sounds in a request, if a prompt has their transcripts; see `TranscribedSounds`.
+    transcribed_s: seconds of all sounds in a request, if a prompt has their transcripts; see `RequestMedia`.
     decode_bytes: memory that one file may take to decode, beyond the decoding process itself.
     wall_s: seconds until an answer must have come. Processor time has tighter limits, in `worker.py`.
     video_bytes: size of a video's encoded file, or of its frames together.
     video_frames, video_s: frames and seconds of a video, however few of them a model looks at.
     video_wall_s: seconds that decoding a video may keep us waiting.
+    work_s: seconds that decoding and preparing all media of a request may take, without waiting for other requests.
     """
 
     file_bytes: int = 32 << 20
@@ -57,6 +60,7 @@ class MediaLimits:
     video_frames: int = 50_000
     video_s: float = 600.0
     video_wall_s: float = 60.0
+    work_s: float = 120.0
 
 
 # A decoded picture takes 3 bytes a pixel, and 4 more while Pillow scales it: 24 megapixels are twice a photograph.
@@ -268,27 +272,79 @@ Part = Text | Image | Audio | Video
 _LEAST_TRANSCRIBED_S = 5.0  # a shorter sound takes as much work: Whisper pads it to a window of 30 seconds
 
 
-class TranscribedSounds:
-    """Counts the sounds of one request that are transcribed for its prompt."""
+class RequestMedia:
+    """Bounds what the media of one request take together: tokens, time, and seconds of sound that are transcribed.
 
-    def __init__(self, limits: MediaLimits) -> None:
-        self._most_s = limits.transcribed_s
-        self._counted_s = 0.0
+    Args:
+        most_tokens: the most tokens of the prompt; None: no limit.
+        check: called before each piece of work; what it raises ends the work. So a server ends it when a client leaves.
+    """
 
-    def add(self, seconds: float) -> None:
-        """Count one more sound, before the work on it begins.
+    def __init__(
+        self,
+        limits: MediaLimits = PROMPT_LIMITS,
+        *,
+        most_tokens: int | None = None,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._limits = limits
+        self._most_tokens = most_tokens
+        self._check = check
+        self._num_tokens = 0
+        self._worked_s = self._transcribed_s = 0.0
+
+    def require_room(self, num_tokens: int) -> None:
+        """Check, before a medium is decoded, that its tokens may still fit the prompt.
+
+        Raises:
+            PromptTooLong: they cannot.
+        """
+        needed = self._num_tokens + num_tokens
+        if self._most_tokens is not None and needed > self._most_tokens:
+            raise PromptTooLong.of(needed, self._most_tokens + 1, is_all=False)
+
+    def add_tokens(self, num_tokens: int) -> None:
+        """Count the tokens of a medium; raises what `require_room` raises."""
+        self.require_room(num_tokens)
+        self._num_tokens += num_tokens
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Count the time of a piece of work. Waiting for other requests happens outside.
+
+        Raises:
+            UsageError: earlier pieces took all the time that there is.
+        """
+        self._check()
+        most_s = self._limits.work_s
+        if self._worked_s >= most_s:
+            raise UsageError(
+                f"preparing the pictures, sounds and videos of a request may take at most {most_s:g} seconds",
+                hint="send fewer or smaller ones; frames that are smaller take less time",
+                needed=most_s,
+            )
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._worked_s += time.monotonic() - begin
+
+    def add_transcribed(self, seconds: float) -> None:
+        """Count one more sound that is transcribed for the prompt, before the work on it begins.
 
         Raises:
             UsageError: the sounds are too long together.
         """
-        self._counted_s += max(seconds, _LEAST_TRANSCRIBED_S)
-        if self._counted_s > self._most_s:
+        self._transcribed_s += max(seconds, _LEAST_TRANSCRIBED_S)
+        most_s = self._limits.transcribed_s
+        if self._transcribed_s > most_s:
             raise UsageError(
-                f"the sounds of a conversation that are transcribed may take at most {self._most_s:,g} seconds "
-                f"together, found at least {self._counted_s:,.1f} (each counts as {_LEAST_TRANSCRIBED_S:g} or more)",
+                f"the sounds of a conversation that are transcribed may take at most {most_s:,g} seconds "
+                f"together, found at least {self._transcribed_s:,.1f} "
+                f"(each counts as {_LEAST_TRANSCRIBED_S:g} or more)",
                 hint="leave out earlier sounds, or send their transcripts as text",
-                needed=self._most_s,
-                found=self._counted_s,
+                needed=most_s,
+                found=self._transcribed_s,
             )
 
 

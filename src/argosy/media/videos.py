@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import BadMedia, UnsupportedModel
+from argosy.media.parts import RequestMedia
 from argosy.media.pictures import (
     CLIP_MEAN,
     CLIP_STD,
@@ -138,14 +140,18 @@ class VideoProcessor:
             found=needed,
         )
 
-    def resize(self, frames: Iterable[Frames], count: int) -> Frames:
+    def resize(self, frames: Iterable[Frames], count: int, request: RequestMedia | None = None) -> Frames:
         """Scale and pad frames [height, width, 3], which come one by one.
+
+        Args:
+            request: refuses the video after its first frame if it has too many tokens, and counts the time of scaling.
 
         Returns:
             uint8 [frames, padded height, padded width, 3]; fewer than `count` frames if no more come.
 
         Raises:
             BadMedia: as `num_tokens`; or the frames differ in size.
+            PromptTooLong, UsageError: the media of the request have too many tokens or take too long.
         """
         resizer, size, shape, made = None, None, None, 0
         canvases = np.zeros((0, 0, 0, 3), np.uint8)
@@ -153,11 +159,14 @@ class VideoProcessor:
             if resizer is None or size is None:
                 shape = frame.shape
                 size = self.size(count, shape[0], shape[1])
+                if request is not None:
+                    request.require_room(self._num_tokens(count, size))
                 resizer = Resizer(shape[0], shape[1], size.height, size.width)
                 canvases = np.zeros((count, size.padded_height, size.padded_width, 3), np.uint8)
             if frame.shape != shape:
                 raise BadMedia("the frames of a video must all have the same size", kind="video")
-            canvases[made, : size.height, : size.width] = resizer.resize(frame)
+            with nullcontext() if request is None else request.work():
+                canvases[made, : size.height, : size.width] = resizer.resize(frame)
             made += 1
             del frame  # so that it is gone before the next one comes
         return canvases[:made]

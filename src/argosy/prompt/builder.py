@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import BadMedia, PromptTooLong, UsageError
-from argosy.media.parts import PROMPT_LIMITS, Content, Part, TranscribedSounds
+from argosy.media.parts import PROMPT_LIMITS, Content, Part, RequestMedia
 from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
 
@@ -126,6 +126,7 @@ class PromptBuilder:
         continues: bool = True,
         is_counted: bool = False,
         replace_damaged: ReplaceDamaged | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> Prompt:
         """Build the token ids of `request`.
 
@@ -142,12 +143,14 @@ class PromptBuilder:
             is_counted: the tokens are only counted, so there may be more of them than fit the context.
             replace_damaged: returns the text that replaces a picture or sound that cannot be decoded, or None if it
                 must be refused; without this function it is refused.
+            check: called between two pieces of work on media; what it raises ends the work.
 
         Raises:
             PromptTooLong: it has more tokens than the context holds.
             UsageError: the request is empty, has none of these types, or has an id outside the vocabulary; it is text
                 for a model without a tokenizer, or messages for a model without a template; the model does not take
-                its pictures or sounds; tools cannot be passed to the model; or the template refuses the conversation.
+                its pictures or sounds, or preparing them takes too long; tools cannot be passed to the model; or the
+                template refuses the conversation.
             BadMedia: a picture or sound is damaged or too large.
         """
         max_tokens = self._max_counted if is_counted else self._max_tokens
@@ -166,16 +169,11 @@ class PromptBuilder:
                 items = [{"role": "user", "content": items}]
             messages = [item for item in items if isinstance(item, Mapping)]
             if items and len(messages) == len(items):
+                request_media = RequestMedia(PROMPT_LIMITS, most_tokens=max_tokens, check=check)
                 prompt = self._conversation(
-                    messages,
-                    tools,
-                    variables,
-                    tenant,
-                    add_generation_prompt,
-                    continues,
-                    max_tokens,
-                    replace_damaged,
-                )
+                    messages, tools, variables, tenant, add_generation_prompt, continues, max_tokens,
+                    replace_damaged, request_media,
+                )  # fmt: skip
                 return self._checked(prompt)
             ids = [
                 item.__index__()
@@ -357,11 +355,12 @@ class PromptBuilder:
         variables: Variables | None = None,
         add_generation_prompt: bool = True,
         replace_damaged: ReplaceDamaged | None = None,
+        check: Callable[[], object] = lambda: None,
     ) -> str:
         """Render a conversation with the chat template, control tokens spelled out. Raises what `build` raises."""
         return self.build(
             messages, tools=tools, variables=variables, add_generation_prompt=add_generation_prompt, is_counted=True,
-            replace_damaged=replace_damaged,
+            replace_damaged=replace_damaged, check=check,
         ).text  # fmt: skip
 
     def tokenize(self, text: str, *, add_prefix: bool = False) -> list[int]:
@@ -518,6 +517,7 @@ class PromptBuilder:
         continues: bool,
         max_tokens: int | None,
         replace_damaged: ReplaceDamaged | None,
+        request_media: RequestMedia,
     ) -> Prompt:
         from argosy.prompt.messages import check_messages
         from argosy.prompt.tokenizer import text_of
@@ -532,9 +532,8 @@ class PromptBuilder:
         turns = check_messages(messages, add_generation_prompt=add_generation_prompt and continues)
         _require_renderable(turns)
         media: list[_Placed] = []
-        transcribed = TranscribedSounds(PROMPT_LIMITS)
         turns = tuple(
-            self._with_media(turn, tenant or "", replace_damaged, media, transcribed) for turn in turns
+            self._with_media(turn, tenant or "", replace_damaged, media, request_media) for turn in turns
         )
         checked = check_tools(tools)
         replay = self._replay if tenant is not None else None
@@ -561,9 +560,9 @@ class PromptBuilder:
         tenant: str,
         replace_damaged: ReplaceDamaged | None,
         media: list[_Placed],
-        transcribed: TranscribedSounds,
+        request_media: RequestMedia,
     ) -> Turn:
-        """Read the media of a turn, and add them to `media`, or to `transcribed`.
+        """Read the media of a turn, add them to `media`, and count them in `request_media`.
 
         Text of the caller replaces what the model does not take itself, and what is damaged, if it may.
         """
@@ -584,14 +583,12 @@ class PromptBuilder:
                 continue
             try:
                 content = piece if isinstance(piece, Content) else self._media.read(piece)
-                text = self._media.as_text(content, tenant, transcribed)
+                text = self._media.as_text(content, tenant, request_media)
                 if text is None:
+                    segments = self._media.segments(content, tenant, request_media)
+                    request_media.add_tokens(sum(map(_num_positions, segments)))
                     media.append(
-                        _Placed(
-                            self._media.placeholder(content),
-                            self._media.surroundings(content),
-                            self._media.segments(content, tenant),
-                        )
+                        _Placed(self._media.placeholder(content), self._media.surroundings(content), segments)
                     )
             except BadMedia as error:
                 text = None if replace_damaged is None else replace_damaged(piece, error)
@@ -696,6 +693,10 @@ class PromptBuilder:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise UsageError(f"token id {token_id} is not in the vocabulary, 0 to {self._vocab_size - 1}")
+
+
+def _num_positions(segment: Sequence[int] | MediaSpan) -> int:
+    return segment.num_positions if isinstance(segment, MediaSpan) else len(segment)
 
 
 def _up_to_end_of(content: str, segments: Sequence[Segment]) -> list[Segment]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
-from argosy.media.parts import Audio, Content, Image, Kind, TranscribedSounds, Video
+from argosy.media.parts import Audio, Content, Image, Kind, RequestMedia, Video
 
 DIGEST_BYTES = 32
 EARS_HINT = "open it with ears (`--ears tiny.en`), and it reads the transcripts of sounds"
@@ -88,11 +88,11 @@ class MediaReader(Protocol):
             UsageError: the model does not take its kind, or the source cannot be read.   BadMedia: it is too large.
         """
 
-    def as_text(self, content: Content, tenant: str, transcribed: TranscribedSounds) -> str | None:
+    def as_text(self, content: Content, tenant: str, request: RequestMedia) -> str | None:
         """The text that stands in the prompt for a content that the model does not take itself; None: it does.
 
         Args:
-            transcribed: counts the sounds of the request that become text.
+            request: counts the sounds of the request that become text.
 
         Raises:
             BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait for theirs.
@@ -105,12 +105,16 @@ class MediaReader(Protocol):
     def surroundings(self, content: Content) -> tuple[list[int], list[int]]:
         """Token ids before and after the placeholder that `segments` replaces with it, where they stand there."""
 
-    def segments(self, content: Content, tenant: str) -> Sequence[Sequence[int] | MediaSpan]:
+    def segments(
+        self, content: Content, tenant: str, request: RequestMedia
+    ) -> Sequence[Sequence[int] | MediaSpan]:
         """The replacement for the placeholder in the prompt: spans, and token ids between them.
 
         Args:
             tenant: the owner; what is kept of the content serves this tenant alone.
+            request: bounds the tokens and the work of all media of the request.
 
         Raises:
             BadMedia: it is damaged, or larger than its limits.   Overloaded: too many wait to be encoded.
+            PromptTooLong, UsageError: the media of the request have too many tokens or take too long.
         """

@@ -331,7 +331,7 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
         caller.files.require_all()
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         return service.prompts.apply_template(
-            said, tools=tools, replace_damaged=intake.replaced.replace_damaged
+            said, tools=tools, replace_damaged=intake.replaced.replace_damaged, check=caller.go_on
         )
 
     return {"prompt": await service.run_reading(caller, apply)}

@@ -455,7 +455,7 @@ class Service:
                     request, _ = self._screened(request, screening, caller)
                     if not screening.policy.watermark:
                         request = replace(request, params=replace(request.params, watermark=False))
-                prompt, params, use, num_left_out = self._prepared(request, caller.tenant)
+                prompt, params, use, num_left_out = self._prepared(request, caller)
                 answers.add(prompt, params, use, request.num_answers)
                 return self._headers(request, num_left_out)
 
@@ -556,7 +556,7 @@ class Service:
             with _holding_media(caller):
                 request = read()
                 caller.files.require_all()
-                prompt = self._build(request, _tool_use(request), caller.tenant, is_counted=True)
+                prompt = self._build(request, _tool_use(request), caller, is_counted=True)
                 return len(prompt.token_ids or ()), media_tokens([prompt])
 
         return await self.run_reading(caller, count)
@@ -576,14 +576,17 @@ class Service:
         self.loop.erase(tenant)
         return self.prompts.forget(tenant)
 
-    def _build(self, request: ChatRequest, use: ToolUse, tenant: str, *, is_counted: bool = False) -> Prompt:
+    def _build(
+        self, request: ChatRequest, use: ToolUse, caller: Caller, *, is_counted: bool = False
+    ) -> Prompt:
         return self.prompts.build(
-            request.messages, tools=use.told, variables=self._variables(request), tenant=tenant,
+            request.messages, tools=use.told, variables=self._variables(request), tenant=caller.tenant,
             continues=request.continues, is_counted=is_counted, replace_damaged=request.replaced.replace_damaged,
+            check=caller.go_on,
         )  # fmt: skip
 
     def _prepared(
-        self, request: ChatRequest | TextRequest, tenant: str
+        self, request: ChatRequest | TextRequest, caller: Caller
     ) -> tuple[Prompt, SamplingParams, ToolUse, int]:
         """The prompt, its parameters and tools, and the number of snippets that were left out."""
         params = request.params
@@ -601,7 +604,7 @@ class Service:
             prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
             return prompt, params, ToolUse(), 0
         use = _tool_use(request)
-        prompt = self._build(request, use, tenant)
+        prompt = self._build(request, use, caller)
         grammar = self.prompts.grammar(
             prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
