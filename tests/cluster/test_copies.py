@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -554,6 +555,28 @@ def test_a_directory_with_something_else_is_not_written_to(tmp_path: Path) -> No
         Copy(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match="cannot hold a copy"):
         Copy(tmp_path / "no" / "parent")
+
+
+@pytest.mark.parametrize("place", [".lock", "config.json", COPY_FILE])
+def test_links_in_a_copy_lead_nowhere(model: Path, tmp_path: Path, place: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    fill(model, tmp_path / "copy", 1)
+    planted = tmp_path / "copy" / place
+    assert place == ".lock" or planted.exists()
+    with suppress(FileNotFoundError):
+        shutil.copy(planted, victim)
+    planted.unlink(missing_ok=True)
+    planted.symlink_to(victim)
+    before = victim.read_bytes(), victim.stat()
+    with suppress(UsageError):
+        copy = Copy(tmp_path / "copy", shards=3)
+        with coordinator(model, 3) as link, suppress(UsageError):
+            copy.fill(
+                link, fingerprint(open_model(model)), lambda files, shards: None, lambda what, share: None
+            )
+        copy.close()
+    assert (victim.read_bytes(), victim.stat().st_mtime_ns) == (before[0], before[1].st_mtime_ns)
 
 
 def test_one_worker_at_a_time_copies_to_a_directory(tmp_path: Path) -> None:

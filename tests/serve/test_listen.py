@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.strangers import PER_MINUTE
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
-from argosy.serve.listen import Certificate, Front, bind_file
+from argosy.serve.listen import Certificate, Front, Listener, bind_file
 from argosy.serve.run import require_keys_behind_proxy
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start
@@ -58,19 +59,39 @@ def test_a_socket_file_has_its_mode_from_the_start_and_is_removed_at_the_end(tmp
         assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_else_may_connect_before_the_mode_is_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    modes = []
-    monkeypatch.setattr(Path, "chmod", lambda path, mode: modes.append(stat.S_IMODE(path.stat().st_mode)))
+def test_a_socket_file_never_has_another_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chmod by its path would come too late, and follow a link that has taken its place."""
+    modes, bind = [], socket.socket.bind
+
+    def bind_and_look(self: socket.socket, path: Any) -> None:
+        bind(self, path)
+        modes.append(stat.S_IMODE(os.stat(path).st_mode))
+
+    monkeypatch.setattr(Listener, "bind", bind_and_look)
     before = os.umask(0)
     try:
-        with bind_file(tmp_path / "a.sock", 0o666):
-            pass
+        for mode in (0o600, 0o660, 0o666):
+            with bind_file(tmp_path / "a.sock", mode):
+                assert stat.S_IMODE((tmp_path / "a.sock").stat().st_mode) == mode
         assert os.umask(0) == 0  # as it was
     finally:
         os.umask(before)
-    assert modes == [0o600]
+    assert modes == [0o600, 0o660, 0o666]
+
+
+@pytest.mark.parametrize("name", ["a.sock", ".a.sock.lock"])
+def test_a_link_in_the_place_of_a_socket_or_its_lock_is_refused(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"keep")
+    before = victim.stat()
+    (tmp_path / name).symlink_to(victim)
+    with (
+        pytest.raises(UsageError, match=r"is not a socket|is a symbolic link"),
+        bind_file(tmp_path / "a.sock", 0o666),
+    ):
+        pass
+    assert (victim.read_bytes(), victim.stat()) == (b"keep", before)
+    assert (tmp_path / name).is_symlink()
 
 
 def test_a_socket_that_nobody_answers_is_replaced(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from argosy.directory import Directory
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -173,9 +173,9 @@ def _size(path: Path | None) -> int | None:
         return None
     if not path.is_dir():
         return path.stat().st_size if path.is_file() else 0
-    return sum(
-        os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names
-    )
+    with Directory(path) as directory:
+        facts = [directory.stat(name) for name in directory.files()]
+    return sum(one.st_size for one in facts if one is not None)
 
 
 def _told(num_bytes: int | None) -> str:

@@ -17,14 +17,13 @@ Elsewhere: `copy_source.py` is the other side; `worker.py` runs the experts.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +42,7 @@ from argosy.cluster.identity import fingerprint, samples
 from argosy.cluster.worker import WorkerSettings, instruction_set_of, plan_of, share_to_run
 from argosy.cluster.worker_plan import biases_of
 from argosy.config import format_bytes
-from argosy.directory import Directory, sync
+from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, PeerNotUsable, UsageError, is_disk_full
 from argosy.model.families import open_model
 from argosy.plan.machine import free_disk_bytes, usable_cores
@@ -51,6 +50,7 @@ from argosy.plan.machine import free_disk_bytes, usable_cores
 log = logging.getLogger("argosy.cluster")
 
 _VERSION = 1
+_LOCK = ".lock"
 _SAVE_BYTES = 64 << 20  # between two updates of COPY_FILE
 _RESERVE_BYTES = 64 << 20  # stay free on the drive
 _MOST_FILES = 4096
@@ -128,41 +128,34 @@ class Copy:
 
     def __init__(self, directory: Path, *, shards: int = 0) -> None:
         self.directory = directory
-        try:
-            directory.mkdir(exist_ok=True)
-            self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UsageError(f"{directory} cannot hold a copy: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._state = self._found()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UsageError(f"another worker copies to {directory}") from None
-        except BaseException:
-            os.close(self._lock)
-            raise
+        with ExitStack() as opened:
+            try:
+                directory.mkdir(exist_ok=True)
+                self._root = opened.enter_context(Directory(directory))
+                if set(self._root.names()) - {_LOCK} and self._root.stat(COPY_FILE) is None:
+                    raise UsageError(
+                        f"{directory} is not empty, and no copy of a model",
+                        hint="name a directory that does not exist",
+                    )
+                opened.enter_context(self._root.locked(_LOCK, wait_s=0.0))
+            except TimeoutError:
+                raise UsageError(f"another worker copies to {directory}") from None
+            except OSError as error:
+                raise UsageError(f"{directory} cannot hold a copy: {error.strerror}") from None
+            is_begun = self._root.stat(COPY_FILE) is not None
+            self._state = _State.read(directory / COPY_FILE) if is_begun else None
+            self._closing = opened.pop_all()
         self._wanted = shards
         if self._state is not None and shards:
             self._state.shards = shards
         self._targets: dict[Path, int] = {}
         self._unsaved = 0
 
-    def _found(self) -> _State | None:
-        if (path := self.directory / COPY_FILE).exists():
-            return _State.read(path)
-        if any(self.directory.iterdir()):
-            raise UsageError(
-                f"{self.directory} is not empty, and no copy of a model",
-                hint="name a directory that does not exist",
-            )
-        return None
-
     def close(self) -> None:
         for descriptor in self._targets.values():
             os.close(descriptor)
         self._targets.clear()
-        os.close(self._lock)
+        self._closing.close()
 
     @property
     def is_whole(self) -> bool:
@@ -248,7 +241,7 @@ class Copy:
         for name, nbytes, _ in state.files:
             os.ftruncate(self._target(self.directory / name), nbytes)
         self._flush()
-        sync(self.directory)
+        self._root.sync()
 
     def _fill_part(
         self,
@@ -291,8 +284,7 @@ class Copy:
         self._flush()
         self._unsaved = 0
         self._state.part, self._state.part_bytes = part, part_bytes
-        with Directory(self.directory) as directory:
-            directory.put(COPY_FILE, self._state.to_bytes(), 0o644)
+        self._root.put(COPY_FILE, self._state.to_bytes(), 0o644)
 
     def _flush(self) -> None:
         while self._targets:
@@ -309,8 +301,8 @@ class Copy:
         if (descriptor := self._targets.get(path)) is None:
             if len(self._targets) == _MOST_OPEN:
                 self._flush()
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._targets[path] = descriptor = os.open(path, flags, 0o644)
+            name = path.relative_to(self.directory)
+            self._targets[path] = descriptor = self._root.open(name, os.O_RDWR | os.O_CREAT, 0o644)
         return descriptor
 
     def _write(self, path: Path, data: bytes, offset: int) -> None:

@@ -15,7 +15,6 @@ Elsewhere: `checkpoint/hub.py` reads ranges of remote files.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from argosy.checkpoint.safetensors import (
 )
 from argosy.checkpoint.untrusted_file import parse_object, quote
 from argosy.config import LayerConfig, ModelConfig
+from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, GENERATION_FILE, read_config
@@ -224,7 +224,10 @@ def _read_shards(
                         f"{shards[number]} holds {quote(name)}, as {found[name].path.name} does"
                     )
                 found[name] = ref
-            path.unlink()
+            with Directory(
+                directory
+            ) as own:  # the names and offsets are known, and other headers need the room
+                own.remove(path.name)
             tell("reading headers", 0.3 + 0.7 * done / len(chosen))
     return found, sizes, len(chosen)
 
@@ -298,8 +301,9 @@ def _write_header(path: Path, tensors: Mapping[str, TensorRef]) -> None:
 
 def _write_with_hole(path: Path, beginning: bytes, file_bytes: int) -> None:
     try:
-        path.write_bytes(beginning)
-        os.truncate(path, file_bytes)
+        with path.open("wb") as file:
+            file.write(beginning)
+            file.truncate(file_bytes)
     except OSError as error:
         raise DiskFull(
             f"a file of {file_bytes} bytes, nearly all of it a hole, cannot be made in {path.parent}: {error.strerror}",

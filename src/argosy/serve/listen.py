@@ -8,7 +8,6 @@ Elsewhere: TCP addresses are `run.py`; options are `cli/listening.py`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
 import os
 import re
@@ -17,11 +16,12 @@ import ssl
 import stat
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from argosy.directory import Directory
 from argosy.errors import UsageError
 
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -76,43 +76,38 @@ def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
             f"--listen unix:{path} is too long: a socket's path may have {_LONGEST_PATH} bytes",
             hint="use a shorter path, such as /run/argosy.sock",
         )
-    lock_path = path.with_name(f".{path.name}.lock")
-    try:
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"no socket can be made in {path.parent}: {error.strerror}") from None
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            parent = held.enter_context(Directory(path.parent))
+            held.enter_context(parent.locked(f".{path.name}.lock", wait_s=0.0))
+        except TimeoutError:
             raise _in_use(path) from None
-        _remove_stale(path)
-        with Listener(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            before = os.umask(0o177)  # nobody else may connect before the mode is set
-            try:
-                listener.bind(str(path))
-            except OSError as error:
-                raise UsageError(f"{path} cannot be made: {error.strerror}") from None
-            finally:
-                os.umask(before)
-            made = path.stat(follow_symlinks=False)
-            try:
-                path.chmod(mode)
-                yield [listener]
-            finally:
-                with suppress(OSError):
-                    if os.path.samestat(made, path.stat(follow_symlinks=False)):
-                        path.unlink()
-                with suppress(OSError):
-                    lock_path.unlink()
-    finally:
-        os.close(lock)
+        except OSError as error:
+            raise UsageError(f"no socket can be made in {path.parent}: {error.strerror}") from None
+        _remove_stale(parent, path)
+        listener = held.enter_context(Listener(socket.AF_UNIX, socket.SOCK_STREAM))
+        before = os.umask(
+            0o777 & ~mode
+        )  # it has its mode from the start: a link could take its place before a chmod
+        try:
+            listener.bind(os.fsencode(path))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be made: {error.strerror}") from None
+        finally:
+            os.umask(before)
+        made = parent.stat(path.name)
+        try:
+            yield [listener]
+        finally:
+            with suppress(OSError):
+                found = parent.stat(path.name)
+                if made is not None and found is not None and os.path.samestat(made, found):
+                    parent.remove(path.name)
 
 
-def _remove_stale(path: Path) -> None:
-    try:
-        found = path.stat(follow_symlinks=False)
-    except FileNotFoundError:
+def _remove_stale(parent: Directory, path: Path) -> None:
+    found = parent.stat(path.name)
+    if found is None:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise UsageError(
@@ -121,9 +116,9 @@ def _remove_stale(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(str(path))
+            probe.connect(os.fsencode(path))
         except ConnectionRefusedError:
-            path.unlink()
+            parent.remove(path.name)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ETIMEDOUT):  # its queue is full, so it is in use
                 raise UsageError(f"{path} cannot be replaced: {error.strerror}") from None
