@@ -1,12 +1,16 @@
-"""Files are changed below an open directory only: no link there is followed, whenever it was planted."""
+"""Files are changed below an open directory only: no link there is followed, whenever it was planted.
+
+No other module removes, renames or replaces a file, or creates one by its path.
+"""
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -211,3 +215,80 @@ def test_changes_under_a_lock_never_meet(root: Directory) -> None:
         thread.join()
     assert root.read("count", 10) == b"80"
     assert root.names() == ["count"]
+
+
+# ── the sources ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SOURCE = Path(__file__).parents[1] / "src" / "argosy"
+# They write new files into a directory that they have just made for themselves, or a file that the user names.
+WRITES_BY_PATH = {
+    "checkpoint/safetensors_write.py",
+    "checkpoint/upcycle.py",
+    "cli/output.py",
+    "demo/build.py",
+    "demo/parts.py",
+    "demo/wheel.py",
+    "engine/calibration.py",
+    "model/remote.py",
+}
+OF_ANY_PATH = {
+    "unlink",
+    "rmdir",
+    "rename",
+    "symlink_to",
+    "hardlink_to",
+    "rmtree",
+    "copytree",
+    "copyfile",
+    "removedirs",
+}
+OF_MODULES = {
+    "os": {"remove", "replace", "walk", "fwalk", "truncate", "link", "symlink", "chown", "chmod", "renames"},
+    "shutil": {"move", "copy", "copy2", "chown"},
+}
+MODES = {"w", "a", "x", "wb", "ab", "xb", "r+", "r+b", "w+b", "wt", "at"}
+
+
+def changes(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, call, whether it only creates or writes) of each call that changes what a path leads to."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=("os" | "shutil") as of), attr=name)) if (
+                name in OF_MODULES[of]
+            ):
+                yield node.lineno, f"{of}.{name}", False
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr="open")):
+                if "O_CREAT" in ast.dump(node):
+                    yield node.lineno, "os.open to create", True
+            case ast.Call(func=ast.Attribute(attr=name)) if name in OF_ANY_PATH:
+                yield node.lineno, name, False
+            case ast.Call(
+                func=ast.Attribute(attr="replace"), args=[_], keywords=[]
+            ):  # text has two arguments
+                yield node.lineno, "Path.replace", False
+            case ast.Call(func=ast.Attribute(attr="write_text" | "write_bytes")):
+                yield node.lineno, "a write by path", True
+            case ast.Call(func=ast.Name(id="open") | ast.Attribute(attr="open"), args=args):
+                is_open = bool(args) and isinstance(args[0], ast.Name) and args[0].id == "descriptor"
+                if not is_open and any(isinstance(one, ast.Constant) and one.value in MODES for one in args):
+                    yield node.lineno, "open to write", True
+
+
+def test_nothing_else_in_the_sources_changes_files_by_their_paths() -> None:
+    found = [
+        f"{path.relative_to(SOURCE)}:{line} calls {call}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path.name != "directory.py"
+        for line, call, only_writes in changes(ast.parse(path.read_text()))
+        if not (only_writes and str(path.relative_to(SOURCE)) in WRITES_BY_PATH)
+    ]
+    assert found == []
+
+
+def test_the_check_sees_every_kind_of_change() -> None:
+    code = (
+        "os.replace(a, b)\na.replace(b)\n'text'.replace('a', 'b')\nreplace(a, b=1)\na.unlink()\nshutil.rmtree(a)\n"
+        "os.walk(a)\nos.ftruncate(1, 2)\nopen(a, 'w')\nopen(a, 'rb')\na.open('ab')\nopen(descriptor, 'wb')\n"
+        "os.open(a, os.O_CREAT)\na.write_text('')\na.rename(b)\n"
+    )
+    assert sorted({line for line, _, _ in changes(ast.parse(code))}) == [1, 2, 5, 6, 7, 9, 11, 13, 14, 15]

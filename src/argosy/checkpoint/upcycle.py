@@ -20,7 +20,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -194,7 +193,7 @@ def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
     if not dense_path.is_file():
         for name in _TOKENIZER_FILES:
             if (dense_path / name).is_file():
-                shutil.copyfile(dense_path / name, directory / name)
+                (directory / name).write_bytes((dense_path / name).read_bytes())
         return
     tokenizer_json, tokenizer_config = tokenizer_files(dense_path)
     (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from argosy.directory import Directory
 from argosy.errors import ArgosyError, UsageError
 from argosy.guard.keys import Key
 
@@ -63,7 +64,8 @@ class UseFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            with Directory(path.parent) as parent:
+                os.close(parent.open(path.name, os.O_RDWR | os.O_CREAT))
             self._database = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"{path} cannot be written: {error}") from None
