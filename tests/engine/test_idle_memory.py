@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.config import MIB, Budget, EngineConfig
+from argosy.config import KV_BLOCK_TOKENS, MIB, Budget, EngineConfig
 from argosy.engine import start
 from argosy.engine.expert_memory import ExpertMemory
 from argosy.engine.idle_memory import IdleMemory
@@ -22,7 +22,8 @@ from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedRunner
 from argosy.model.families import open_model
-from argosy.model.footprint import ModelFootprint, kv_blocks
+from argosy.model.footprint import KvLayout, ModelFootprint, kv_blocks
+from argosy.model.layers import kv_shapes
 from argosy.plan.machine import process_footprint
 from tests.models.tiny import qwen3_moe, write_model
 
@@ -205,8 +206,28 @@ def test_a_plan_counts_what_lending_takes(model: Path) -> None:
         tight.idle_slots, tight.idle_buffer_bytes // tight.slot_bytes
     )
     assert tight.decode_slots(0) == tight.num_slots + tight.idle_slots
+    assert tight.decode_slots(1) == tight.num_slots + min(
+        tight.idle_slots,
+        (tight.idle_buffer_bytes + tight.kv_layout.free_bytes(CONTEXT // 32)) // tight.slot_bytes,
+    )
     assert tight.as_dict()["idle_expert_slots"] == tight.idle_slots
     assert "in idle memory" in tight.parts()[-1].note
+
+
+@pytest.mark.parametrize("window_blocks", [None, 24])
+@pytest.mark.parametrize(
+    "family", ["gpt_oss_plain", "qwen3_moe_plain", "deepseek_v2_lite", "qwen3_next_plain"]
+)
+def test_a_kv_cache_leaves_as_much_free_as_its_layout_says(family: str, window_blocks: int | None) -> None:
+    config = open_model(Path(__file__).parents[1] / "models" / "reference" / family).config
+    num_blocks = 1 << 15
+    kv = _native.KvCache(kv_shapes(config), num_blocks, KV_BLOCK_TOKENS, "f16", window_blocks)
+    layout = KvLayout.of(config, num_blocks * KV_BLOCK_TOKENS, "f16", window_blocks)
+    for used in (0, 1, num_blocks // 32, num_blocks // 3, num_blocks - 1, num_blocks):
+        free = layout.free_bytes(used * KV_BLOCK_TOKENS)
+        # Values of odd sizes are padded, which moves the edge of a region by less than a page.
+        assert abs(free - (kv.nbytes - kv.held_bytes(used))) <= len(layout.regions) * (2 << 20)
+    assert layout.free_bytes(num_blocks // 3 * KV_BLOCK_TOKENS) < kv.nbytes * 2 // 3
 
 
 def test_answers_are_the_same_while_memory_is_lent_and_taken_back(

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from argosy import _native
 from argosy.engine.expert_memory import ExpertMemory
 from argosy.engine.kv_cache import KvBlocks
+from argosy.engine.memory_plan import KV_PARTS
 from argosy.model.decoder import Decoder
 
 BUFFERS, KV = "working buffers", "KV cache"  # the sources
 # Steps without prompt tokens before memory is lent again. Prompts that come more often keep it.
 _LENT_AFTER = 8
-_PARTS = 32  # the KV cache changes hands in so many parts
 
 
 class IdleMemory:
@@ -50,7 +50,7 @@ class IdleMemory:
         self._experts, self._kv, self._blocks, self._decoder = experts, kv, blocks, decoder
         self._buffer_bytes = buffer_bytes
         self._step_tokens, self._decode_tokens = step_tokens, decode_tokens
-        self._part = -(-blocks.num_blocks // _PARTS)
+        self._part = -(-blocks.num_blocks // KV_PARTS)
         # Blocks that may have been written, from the first on.
         self._num_written = self._in_parts(blocks.num_used)
         self._max_tokens = step_tokens  # the most tokens of a step with the present buffers

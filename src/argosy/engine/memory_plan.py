@@ -43,7 +43,7 @@ from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.draft_layer import MOST_BEHIND
-from argosy.model.footprint import DEFAULT_CONTEXT, ModelFootprint, kv_blocks
+from argosy.model.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.plan import machine
 from argosy.plan.hit_rate import typical_hit_rate
@@ -67,6 +67,7 @@ MARKED_ANSWER_BYTES = (
 )  # contexts of an answer with a watermark, as `watermark.MarkedAnswer` keeps them
 # A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
 LOOKUP_TOKEN_BYTES = 20
+KV_PARTS = 32  # idle memory of the KV cache changes hands in so many parts
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
@@ -106,6 +107,7 @@ class MemoryPlan:
     dense_bytes: int
     encoder_bytes: int = 0  # towers and ears, an encode of each, and the processes that decode files
     kv_bytes: int
+    kv_layout: KvLayout
     kv_dtype: KvDtype
     windows: WindowSizes | None = None  # blocks of layers with a sliding window; None: as many as the others
     state_bytes: int = 0  # recurrent state for num_states sequences
@@ -161,8 +163,11 @@ class MemoryPlan:
 
     def decode_slots(self, num_tokens: int) -> int:
         """Likely expert slots while text is generated, and sequences have so many tokens in all."""
+        part = -(-kv_blocks(self.context_tokens) // KV_PARTS) * KV_BLOCK_TOKENS
+        used_tokens = min(self.context_tokens, -(-num_tokens // part) * part)
+        layout = self.kv_layout
         idle_bytes = self.idle_buffer_bytes
-        idle_bytes += self.kv_bytes * max(0, self.context_tokens - num_tokens) // self.context_tokens
+        idle_bytes += max(0, layout.free_bytes(used_tokens) - layout.free_bytes(self.context_tokens))
         idle_slots = min(self.idle_slots, idle_bytes // max(1, self.slot_bytes))
         return self.num_slots + self.lent_slots + idle_slots
 
@@ -356,6 +361,7 @@ def _search(
             and encoder_bytes
             + media_bytes(takes_pictures=footprint.takes_pictures, takes_video=footprint.takes_video),
             kv_bytes=footprint.kv_bytes(context, None if windows is None else windows.num_window_blocks),
+            kv_layout=footprint.kv_layout(context, None if windows is None else windows.num_window_blocks),
             kv_dtype=footprint.kv_dtype,
             windows=windows,
             state_bytes=footprint.state_bytes(num_states * _slots_per_state(config)),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from argosy import _native
@@ -36,6 +38,7 @@ _SMALLEST_PROCESS_BYTES = 96 * MIB  # interpreter, libraries and a small tokeniz
 _KV_SHARE = 1 / 20
 # Ids as Python objects, the arrays of a step, and native lists of runs, per token.
 _STEP_TOKEN_BYTES = 256
+_PAGE_BYTES = 2 * MIB  # as native memory comes and goes (`native/store/arena.h`)
 
 
 def kv_blocks(num_tokens: int) -> int:
@@ -53,6 +56,39 @@ def kv_bytes(
     """
     blocks = kv_blocks(num_tokens)
     return _native.kv_cache_bytes(kv_shapes(config), blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Where a KV cache keeps what each position needs, which decides how much of it unused positions leave free.
+
+    regions: begin and end of the keys, and of the values, of each layer without a sliding window.
+    """
+
+    num_tokens: int
+    regions: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, num_tokens: int, kv_dtype: KvDtype, window_blocks: int | None
+    ) -> KvLayout:
+        regions, end = [], 0
+        blocks = kv_blocks(num_tokens)
+        for layer, shape in zip(config.layers, kv_shapes(config), strict=True):
+            nbytes = _native.kv_cache_bytes([shape], blocks, KV_BLOCK_TOKENS, kv_dtype, window_blocks)
+            if nbytes and (window_blocks is None or not layer.sliding_window):
+                edges = (0, nbytes // 2, nbytes) if layer.mixer == "attention" else (0, nbytes)
+                regions += [(end + begin, end + stop) for begin, stop in pairwise(edges)]
+            end += nbytes
+        return cls(blocks * KV_BLOCK_TOKENS, tuple(regions))
+
+    def free_bytes(self, num_tokens: int) -> int:
+        """Bytes in whole pages behind the first positions of each region."""
+        found = 0
+        for begin, end in self.regions:
+            used = begin + -(-(end - begin) * num_tokens // self.num_tokens)
+            found += max(0, end // _PAGE_BYTES - -(-used // _PAGE_BYTES)) * _PAGE_BYTES
+        return found
 
 
 def state_bytes(config: ModelConfig, num_states: int) -> int:
@@ -258,6 +294,9 @@ class ModelFootprint:
 
     def kv_bytes(self, num_tokens: int, window_blocks: int | None = None) -> int:
         return kv_bytes(self.config, num_tokens, self.kv_dtype, window_blocks=window_blocks)
+
+    def kv_layout(self, num_tokens: int, window_blocks: int | None = None) -> KvLayout:
+        return KvLayout.of(self.config, num_tokens, self.kv_dtype, window_blocks)
 
     @property
     def window(self) -> int:
