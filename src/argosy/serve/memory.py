@@ -74,20 +74,21 @@ class MemoryWatch:
         log.info("memory: the budget is %s", format_bytes(budget_bytes))
 
     async def look(self) -> None:
-        """Follow a limit that was lowered, or raised again."""
-        allowed = min(self.asked_bytes, await asyncio.to_thread(self._limit))
-        if allowed in (self._models.budget_bytes, self._refused_bytes):
-            return
+        """Follow a limit that was lowered, or raised again. One that does not fit yet is tried at every look."""
         async with self._changing:
+            allowed = min(self.asked_bytes, await asyncio.to_thread(self._limit))
+            was_refused, self._refused_bytes = self._refused_bytes, None
+            if allowed == self._models.budget_bytes:
+                return
             try:
                 await self._models.resize(allowed)
             except Overloaded:
-                return  # the next look tries again
+                return
             except ArgosyError as error:
                 self._refused_bytes = allowed
-                log.error("memory: the limit is lower now, and the budget stays: %s", error)
+                if allowed != was_refused:
+                    log.error("memory: the limit is lower now, and the budget stays until it fits: %s", error)
                 return
-        self._refused_bytes = None
         log.info("memory: the budget is %s, because of a limit that changed", format_bytes(allowed))
 
     async def run(self) -> None:
