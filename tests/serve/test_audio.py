@@ -19,12 +19,14 @@ import pytest
 from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
 from argosy.serve import openai_audio
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
 from argosy.serve.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES
+from argosy.serve.screening import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
 from tests.models.tiny_whisper import TINY, sound, write_transformers
@@ -139,6 +141,27 @@ def test_a_chat_reads_the_transcript(
     assert heard.usage == read.usage or heard.usage.prompt_tokens == read.usage.prompt_tokens  # type: ignore[union-attr]
     assert heard.choices[0].message.content == read.choices[0].message.content
     assert service.model.hears == "transcript"
+
+
+@english
+def test_a_transcript_in_a_prompt_is_judged_like_a_text(
+    hearing: tuple[Service, str, Transcriber], tmp_path: Path
+) -> None:
+    service, _, ears = hearing
+    path = tmp_path / "policy.toml"
+    path.write_text('default = "a"\n[policies.a]\ninput = ["w"]\n[checks.w]\nwords = "words.txt"\n')
+    said = ears.transcribe(Audio(SPEECH)).text
+    sound = {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(SPEECH).decode(), "format": "wav"},
+    }
+    body = {"messages": [{"role": "user", "content": [sound]}], "max_tokens": 1}
+    for words, status in (("another", 200), (said, 400)):
+        path.with_name("words.txt").write_text(f"{digest_of(words)}\n")
+        app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+        for url in start(app):
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            assert answer.status_code == status, answer.text
 
 
 @english

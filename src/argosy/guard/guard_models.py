@@ -84,7 +84,7 @@ _OF_QWEN: Mapping[str, str] = {
     "Jailbreak": "jailbreak",
 }  # fmt: skip
 _SAFETY = re.compile(r"^Safety: (Safe|Unsafe|Controversial)\s*$", re.MULTILINE)
-_OF_SAFETY = re.compile(r"^Categories: (.+?)\s*$", re.MULTILINE)
+_OF_SAFETY = re.compile(r"^Categories: (.+)$", re.MULTILINE)
 
 
 def _read_qwen3guard(answer: str) -> Verdict:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from argosy.config import Grammar
 from argosy.errors import BadMedia, PromptTooLong, UsageError
-from argosy.media.parts import PROMPT_LIMITS, Content, Part, RequestMedia
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Part, RequestMedia
 from argosy.prompt.media_span import EARS_HINT, MediaReader, MediaSpan
 from argosy.prompt.prompt import Prompt, ToolCalling
 
@@ -226,6 +226,36 @@ class PromptBuilder:
         if room <= added:
             raise PromptTooLong.of(added + 1, room, for_answer=0, is_all=False)
         return [*tokenizer.prefix_ids, *tokenizer.encode_start(text, room - added), *tokenizer.suffix_ids]
+
+    def with_transcripts(
+        self, messages: Sequence[Message], *, tenant: str | None, check: Callable[[], object] = lambda: None
+    ) -> list[Message]:
+        """A conversation in which sounds are texts, as far as the model gets them as texts.
+
+        A damaged sound stays, for `build` to refuse or replace. Transcripts are kept for the same sound. `check` is
+        that of `build`.
+
+        Raises:
+            UsageError: the sounds are too long together.   Overloaded: too many wait to be transcribed.
+        """
+        request_media = RequestMedia(PROMPT_LIMITS, check=check)
+
+        def heard(part: object) -> object:
+            sound = part.get("audio") if isinstance(part, Mapping) else None
+            if self._media is None or not isinstance(sound, Audio):
+                return part
+            try:
+                text = self._media.as_text(self._media.read(sound), tenant or "", request_media)
+            except BadMedia:
+                return part
+            return part if text is None else {"type": "text", "text": text}
+
+        return [
+            {**message, "content": list(map(heard, message["content"]))}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in messages
+        ]
 
     def require_near(self, texts: Sequence[str]) -> None:
         """Check that texts are not far too long for one prompt, before anything slow is done with them.

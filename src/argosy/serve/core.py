@@ -497,7 +497,7 @@ class Service:
         # They are counted and may be blocked, so they are not without effect.
         ignored = [name for name in request.ignored if name not in _USER_FIELDS]
         if screening.policy.checks_requests:
-            request = self._near(request)
+            request = self._near(self._heard(request, caller))
         if isinstance(request, ChatRequest):
             made, texts = screen.check(request.shown(), counts=counts)
             caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
@@ -505,6 +505,13 @@ class Service:
         given = request.shown(self._decode)
         made, texts = screen.check(given, counts=counts)
         return replace(request.with_shown(given, made), ignored=ignored), texts
+
+    def _heard(self, request: ChatRequest | TextRequest, caller: Caller) -> ChatRequest | TextRequest:
+        """The request with the transcripts of sounds that the model gets as text."""
+        if not isinstance(request, ChatRequest) or self.model.hears != "transcript":
+            return request
+        heard = self.prompts.with_transcripts(request.messages, tenant=caller.tenant, check=caller.go_on)
+        return replace(request, messages=heard)
 
     def _near(self, request: ChatRequest | TextRequest) -> ChatRequest | TextRequest:
         """The request without snippets that cannot fit: its texts are searched, which takes longer than counting them.
