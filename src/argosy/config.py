@@ -74,7 +74,7 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
     size: float
     if isinstance(text, int):
         size = text
-    elif match := re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)\s*", text):
+    elif match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[a-zA-Z]*)", text.strip()):
         number, unit = float(match[1]), match[2].lower()
         if unit == "%":
             if total_bytes is None:
@@ -100,7 +100,7 @@ def parse_seconds(text: str) -> float:
     Raises:
         UsageError: `text` is not a time, or is not above zero.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)\s*", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhd]?)", text.strip())
     units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
     seconds = 0.0 if match is None else float(match[1]) * units[match[2]]
     if not 0 < seconds < float("inf"):
@@ -274,6 +274,7 @@ class Trigger:
         return (*self.words, *self.pauses, *self.resumes)
 
 
+MAX_GRAMMAR_CHARACTERS = 1 << 17  # including the schemas of all tools
 # A schema with this key, inside a Lark grammar, is dropped when it cannot be enforced, as in a lenient grammar.
 LENIENT_SCHEMA = "x-argosy-lenient"
 

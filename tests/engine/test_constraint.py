@@ -484,6 +484,18 @@ def test_a_grammar_is_followed_or_refused_within_bounds(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 96 << 10
 
 
+def test_a_grammar_whose_lexer_takes_long_to_build_is_refused(compiler: GrammarCompiler) -> None:
+    """The automaton of terminals that double is refused before it takes 0.2 s; half of it is followed."""
+
+    def doubled(depth: int) -> Grammar:
+        rules = "".join(f"A{at}: A{at + 1} A{at + 1}\n" for at in range(depth))
+        return Grammar(kind="lark", text=f'start: A0\n{rules}A{depth}: "x"')
+
+    assert compiler.compile(doubled(21)).allowed() is not None
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        compiler.compile(doubled(23))
+
+
 def test_the_cache_of_compiled_grammars_is_bounded_and_separate_for_each_tenant(
     compiler: GrammarCompiler,
 ) -> None:

@@ -30,9 +30,8 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import LENIENT_SCHEMA, Grammar, Trigger
+from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar, Trigger
 from argosy.engine.grammar_bounds import (
-    MAX_GRAMMAR_CHARACTERS,
     read_lark,
     require_expression,
     require_lark_bounds,
@@ -56,7 +55,7 @@ _OPTIONS = '%llguidance {"no_forcing": true}\n'
 _SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
-    initial_lexer_fuel=500_000,
+    initial_lexer_fuel=150_000,  # 0.1 s; agents' tools, long lists and Unicode classes need a third of it at most
     step_lexer_fuel=100_000,  # 7 ms
     step_max_items=20_000,
     max_lexer_states=10_000,

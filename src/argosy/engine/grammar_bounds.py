@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from argosy.config import MAX_GRAMMAR_CHARACTERS
 from argosy.errors import GrammarError
 
-MAX_GRAMMAR_CHARACTERS = 1 << 17  # including the schemas of all tools
 MAX_CALLERS_CHARACTERS = 1 << 15  # for a caller's own grammar; reading it takes up to a tenth of a second
 MAX_REGEX_CHARACTERS = 1 << 10  # for a regular expression, also inside a schema or a grammar
 MAX_NESTING = 64
@@ -48,11 +48,7 @@ _LEXEME = re.compile(
 )
 _NOT_ANY = re.compile(r"\\.", re.DOTALL)
 _OPENS, _CLOSES = "([{", ")]}"
-_FOREIGN = {
-    "token": "names a token",
-    "grammar": "refers to another grammar",
-    "other": "is not valid Lark",
-}
+_FOREIGN = {"token": "names a token", "grammar": "refers to another grammar"}
 
 
 class Lexeme(NamedTuple):
@@ -143,6 +139,9 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
     nodes = {}
     for name, target in targets.items():
         node = nodes[name] = _Node()
+        if (same := names.get(id(target), name)) != name:  # another name of a subschema, which is read once
+            node.leads_to.add(same)
+            continue
         # Definitions are reached only by reference, so they are not on a path through the whole schema.
         parts = (
             {key: part for key, part in target.items() if key not in ("$defs", "definitions")}
@@ -163,8 +162,6 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
                 elif isinstance(item, list):
                     following += [part for part in item if isinstance(part, dict | list)]
             level = following
-        # Two names of one subschema are the same node.
-        node.leads_to.add(names.get(id(target), name))
         node.leads_to.discard(name)
     return nodes
 
@@ -198,13 +195,15 @@ def read_lark(text: str) -> list[Lexeme]:
     """Split Lark text into lexemes.
 
     Raises:
-        GrammarError: the text after `%json` is not JSON.
+        GrammarError: the text after `%json` is not JSON, or a character fits nowhere.
     """
     lexemes, at = list[Lexeme](), 0
     while at < len(text):
         found = _LEXEME.match(text, at)
         assert found is not None  # `other` matches any character
         kind, at = str(found.lastgroup), found.end()
+        if kind == "other":  # at once: each quote without an end would have the rest read again
+            raise _refused(text, found.start(), found[0], "is not valid Lark")
         schema: object = None
         if found[0] == "%json":
             begin = re.compile(r"\s*").match(text, at)
@@ -276,13 +275,17 @@ def require_plain(text: str) -> None:
         elif lexeme.kind == "name" and before == "newline" and after.text != ":":
             reason = "is followed by options, which rules cannot have: expected ':'"
         if reason is not None:
-            line = text.count("\n", 0, lexeme.at) + 1
-            raise GrammarError(f"line {line} of the grammar: '{lexeme.text[:40]}' {reason}")
+            raise _refused(text, lexeme.at, lexeme.text, reason)
         has_start |= before == "newline" and lexeme.text.lstrip("!?") == "start"
     if depth:
         raise GrammarError("the grammar has an unclosed bracket")
     if not has_start:
         raise GrammarError("the grammar has no rule 'start'")
+
+
+def _refused(text: str, at: int, found: str, reason: str) -> GrammarError:
+    line = text.count("\n", 0, at) + 1
+    return GrammarError(f"line {line} of the grammar: '{found[:40]}' {reason}")
 
 
 # ── chains ──────────────────────────────────────────────────────────────────────────────────────────────────────────
