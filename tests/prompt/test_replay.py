@@ -12,7 +12,7 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Answer, AnsweredCall
 from argosy.prompt.messages import check_messages
 from argosy.prompt.prompt import Prompt, Trace
-from argosy.prompt.replay import Remembered, ReplayMemory, cut, read_answer, text_digest
+from argosy.prompt.replay import Remembered, Rendered, ReplayMemory, read_answer, text_digest
 from argosy.prompt.tools import check_tools
 from tests.prompt.families import FAMILIES, TOOLS, Family
 
@@ -427,8 +427,8 @@ def test_a_changed_prefix_costs_one_encoding(
 
 def test_a_slice_of_segments_keeps_who_wrote_what() -> None:
     segments = [(False, "ab"), (True, "cde"), (False, "f")]
-    assert cut(segments, 1, 4) == [(False, "b"), (True, "cd")]
-    assert cut(segments, 0, 6) == segments
-    assert cut(segments, 3, 3) == []
+    assert Rendered(segments).cut(1, 4) == [(False, "b"), (True, "cd")]
+    assert Rendered(segments).cut(0, 6) == segments
+    assert Rendered(segments).cut(3, 3) == []
     assert text_digest([(False, "ab")]) != text_digest([(True, "ab")])
     assert text_digest([(False, "a"), (True, "b")]) != text_digest([(False, "ab")])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from argosy.errors import UsageError
@@ -207,16 +208,13 @@ def joined(parts: Sequence[Piece]) -> tuple[str, tuple[Piece, ...]]:
     """Texts of the caller, one per line, and the pieces that they make with the media; no pieces without media."""
     texts: list[str] = []
     pieces: list[Piece] = []
-    for part in parts:
-        if not isinstance(part, tuple):
-            pieces.append(part)
+    for is_text, run in groupby(parts, key=lambda part: isinstance(part, tuple)):
+        if not is_text:
+            pieces += run
             continue
-        texts.append(part[1])
-        if pieces and isinstance(pieces[-1], tuple):
-            pieces[-1] = (True, f"{pieces[-1][1]}\n{part[1]}")
-        else:
-            pieces.append(part)
-    return "\n".join(texts), () if len(texts) == len(parts) else tuple(pieces)
+        texts.append("\n".join(part[1] for part in run if isinstance(part, tuple)))
+        pieces.append((True, texts[-1]))
+    return "\n".join(texts), tuple(pieces) if len(texts) < len(pieces) else ()
 
 
 def _part(part: object, role: str, where: str) -> str | Media:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import threading
 from array import array
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from blake3 import blake3
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer
 
 _ENTRY_BYTES = 1024  # Python's own overhead per entry
+_TAIL_CHARACTERS = 64  # of a prompt: they show whether it opened the model's thoughts
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,31 +251,38 @@ class Replay:
         Raises:
             PromptTooLong: there are more than `max_tokens`.
         """
-        tokenizer = self._tokenizer
-        whole = text_of(segments)
-        ids: list[int] = []
+        tokenizer, text, turns = self._tokenizer, Rendered(segments), list(remembered)
+        digests = text.digests({turn.trace.num_characters for turn in turns})
+        ends = [c.start for c in tokenizer.template_controls(segments) if c.token_id in tokenizer.eos_ids]
+        if is_continued:
+            ends.append(text.num_characters)
+
+        def encoded(start: int, stop: int) -> list[int]:
+            return tokenizer.encode_segments(text.cut(start, stop), max_tokens=max_tokens)
+
+        # A turn costs its own text, and that since the turn before: a conversation may have thousands of them.
+        ids, hasher = list[int](), blake3()
         at = 0  # the position in the text where the ids end
-        for turn in remembered:
+        for turn in turns:
             begin = turn.trace.num_characters
-            before = cut(segments, 0, begin)
-            if not at <= begin < len(whole) or text_digest(before) != turn.trace.text:
+            number = bisect_left(ends, begin)
+            if begin < at or number == len(ends) or digests.get(begin) != turn.trace.text:
                 continue  # rejected without encoding anything
-            head = ids + tokenizer.encode_segments(cut(segments, at, begin), max_tokens=max_tokens)
-            if ids_digest(head) != turn.trace.ids:
+            tail = text.cut(max(0, begin - _TAIL_CHARACTERS), begin)
+            prompt = Prompt(
+                tuple(tokenizer.encode_segments(tail)), text_of(tail), is_continued=bool(turn.trace.continued)
+            )
+            if not _is_same(self._read(encoded(begin, ends[number]), prompt, tools), turn.answer):
+                continue
+            head = encoded(at, begin)
+            hasher.update(array("I", head).tobytes())
+            if hasher.digest() != turn.trace.ids:
                 break  # an earlier answer is forgotten, so later ones cannot match either
-            rest = cut(segments, begin, len(whole))
-            ends = (c.start for c in tokenizer.template_controls(rest) if c.token_id in tokenizer.eos_ids)
-            end = next(ends, None)
-            if end is None and is_continued:
-                end = len(whole) - begin
-            if end is None:
-                continue
-            rendered = tokenizer.encode_segments(cut(rest, 0, end), max_tokens=max_tokens)
-            prompt = Prompt(tuple(head), whole[:begin], is_continued=bool(turn.trace.continued))
-            if not _is_same(self._read(rendered, prompt, tools), turn.answer):
-                continue
-            ids, at = head + turn.token_ids.tolist(), begin + end
-        return ids + tokenizer.encode_segments(cut(segments, at, len(whole)), max_tokens=max_tokens)
+            hasher.update(turn.token_ids.tobytes())
+            ids += head
+            ids += turn.token_ids
+            at = ends[number]
+        return ids + encoded(at, text.num_characters)
 
     def _read(self, token_ids: Sequence[int], prompt: Prompt, tools: Sequence[Tool]) -> Answer:
         return read_answer(token_ids, self._format_for(tools), self._tokenizer, tools, prompt)
@@ -304,26 +314,51 @@ def trace_of(
     return Trace(num_characters, text_digest(segments), ids_digest(token_ids), conversation, continued)
 
 
-def cut(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
-    """The part of `segments` from character `start` to `stop` of the whole text."""
-    parts: list[Segment] = []
-    at = 0
-    for is_callers, text in segments:
-        part = text[max(start - at, 0) : max(stop - at, 0)]
-        if part:
-            parts.append((is_callers, part))
-        at += len(text)
-    return parts
+class Rendered:
+    """A rendered conversation; a part of it, or the digest of its beginning, costs no more than that part."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = [segment for segment in segments if segment[1]]
+        self._stops = list(accumulate(len(text) for _, text in self._segments))
+        self.num_characters = self._stops[-1] if self._stops else 0
+
+    def cut(self, start: int, stop: int) -> list[Segment]:
+        """The part from character `start` to `stop`."""
+        parts: list[Segment] = []
+        for number in range(bisect_right(self._stops, start), len(self._segments)):
+            is_callers, text = self._segments[number]
+            at = self._stops[number] - len(text)
+            if max(at, start) >= stop:
+                break
+            parts.append((is_callers, text[max(start - at, 0) : stop - at]))
+        return parts
+
+    def digests(self, stops: Collection[int]) -> dict[int, bytes]:
+        """`text_digest` of the beginnings that end at `stops`, before the end of the text."""
+        found: dict[int, bytes] = {}
+        hasher, at = blake3(), 0  # of the segments that end by `at`
+        for stop in sorted(stop for stop in stops if 0 <= stop < self.num_characters):
+            number = bisect_right(self._stops, stop)
+            whole = self._stops[number - 1] if number else 0
+            _add_to(hasher, self.cut(at, whole))
+            at, beginning = whole, hasher.copy()
+            _add_to(beginning, self.cut(whole, stop))
+            found[stop] = beginning.digest()
+        return found
 
 
 def text_digest(segments: Sequence[Segment]) -> bytes:
     """Digest of a text, including who wrote each part."""
     hasher = blake3()
+    _add_to(hasher, segments)
+    return hasher.digest()
+
+
+def _add_to(hasher: blake3, segments: Sequence[Segment]) -> None:
     for is_callers, text in segments:
         data = text.encode()
         hasher.update(b"%d %d:" % (is_callers, len(data)))
         hasher.update(data)
-    return hasher.digest()
 
 
 def ids_digest(token_ids: Sequence[int]) -> bytes:

@@ -35,7 +35,7 @@ _TRIES = 64
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's spelling of a space
 _BEHIND_WORD = re.compile(r"[^\W_](?=[^\w'\u2019])")
 _BEFORE_SPACE = re.compile(r"[^\W_](?= \w)")
-_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]|\\\\")
+_CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]?|\\\\")  # an open one takes the rest
 _LOOKS_BACK = re.compile(r"\(\?<|\\[AbBG1-9]|\^")
 
 Encode = Callable[[str], list[int]]

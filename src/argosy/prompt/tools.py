@@ -17,6 +17,7 @@ from argosy.prompt.json_text import plain_json, plain_text, read_json
 
 # These characters are safe in every format: no quote, bracket, colon or white space to confuse with the syntax around.
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_MOST_PARTS = 256  # of a parameter's schema that are read for its types
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ def _tool(given: object, where: str) -> Tool:
 def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     """The JSON types that `schema` allows; empty if it names none.
 
+    Only its first parts and values are read: many parameters may refer to one long definition.
+
     Args:
         schema: the schema of one parameter.
         root: the schema that contains it, for `$ref`.
@@ -128,8 +131,10 @@ def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
     types: set[str] = set()
     seen: set[str] = set()  # a schema may refer to itself
     waiting = [schema]
-    while waiting:
+    num_left = _MOST_PARTS
+    while waiting and num_left:
         part = waiting.pop()
+        num_left -= 1
         if not isinstance(part, Mapping):
             continue
         reference, named = part.get("$ref"), part.get("type")
@@ -142,11 +147,13 @@ def types_of(schema: object, root: Mapping[str, object]) -> frozenset[str]:
             types |= {name for name in named if isinstance(name, str)}
         else:
             listed = part.get("enum")
-            types |= {_type_of(value) for value in listed} if isinstance(listed, list) else set()
+            types |= (
+                {_type_of(value) for value in listed[:_MOST_PARTS]} if isinstance(listed, list) else set()
+            )
             types |= {_type_of(part["const"])} if "const" in part else set()
         for key in ("anyOf", "oneOf", "allOf"):
             members = part.get(key)
-            waiting += members if isinstance(members, list) else []
+            waiting += members[:num_left] if isinstance(members, list) else []
     return frozenset(types)
 
 

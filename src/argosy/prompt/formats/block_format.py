@@ -123,7 +123,7 @@ class BlockParser(Parser):
 
     def _close(self, block: list[str], *, is_end: bool = False) -> None:
         if is_end and self._is_cut:
-            self._block, self._owed, self._held_space = None, [], ""
+            self._block, self._owed, self._held_space = None, [], []
             for call in self._form.read_cut(block, self._tools):
                 self._call(call)
             return

@@ -110,7 +110,7 @@ class Format(ABC):
         The text before is unconstrained, and so are thoughts, in which marks do not count. After the calls the answer
         ends. If one of the tools is strict, the grammar marks the schemas of the others as droppable.
         """
-        lark = Lark(self.lexer, frees_tools=any(tool.is_strict for tool in tools))
+        lark = Lark(self.lexer, drops_schemas=True, frees_tools=any(tool.is_strict for tool in tools))
         calls, words = self._lazy_calls(lark, tools, parallel)
         pauses, resumes = self._free_stretches()
         return lark.text(calls), Trigger(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from argosy.prompt.formats.parser import CutCall, FoundCall, Reading
 from argosy.prompt.json_text import write_json
@@ -56,25 +57,33 @@ def _read(text: str, tags: Tags, tools: Mapping[str, Tool], told: list[FoundCall
             return None
         tool = tools[opening[1]]
         arguments: dict[str, object] = {}
-        at = _skip(text, opening.end())
-        told.append(CutCall(tool.name, "{"))
-        while not text.startswith(tags.function_end, at):
-            key = tags.parameter.match(text, at)
-            if key is None or key[1] in arguments:
-                return None
-            end = _end_of_value(text, key.end(), tags)
-            if end is None:
-                return "more"
-            value = text[key.end() : end]
-            if tags.line_around_values:
-                value = value.removeprefix("\n").removesuffix("\n")
-            arguments[key[1]] = value_of(value, tool.properties.get(key[1]), tool.parameters)
-            told[-1] = CutCall(tool.name, write_json(arguments)[:-1])
-            at = _skip(text, end + len(tags.parameter_end))
+        end = _read_parameters(text, _skip(text, opening.end()), tags, tool, arguments)
+        if not isinstance(end, int):
+            told.append(CutCall(tool.name, write_json(arguments)[:-1]))
+            return end
         calls.append(FoundCall(tool.name, arguments))
-        told[-1] = calls[-1]
-        at = _skip(text, at + len(tags.function_end))
+        told.append(calls[-1])
+        at = _skip(text, end)
     return calls
+
+
+def _read_parameters(
+    text: str, at: int, tags: Tags, tool: Tool, arguments: dict[str, object]
+) -> int | Literal["more"] | None:
+    """Read the parameters from `at` on into `arguments`; return where their function ends, or why it does not."""
+    while not text.startswith(tags.function_end, at):
+        key = tags.parameter.match(text, at)
+        if key is None or key[1] in arguments:
+            return None
+        end = _end_of_value(text, key.end(), tags)
+        if end is None:
+            return "more"
+        value = text[key.end() : end]
+        if tags.line_around_values:
+            value = value.removeprefix("\n").removesuffix("\n")
+        arguments[key[1]] = value_of(value, tool.properties.get(key[1]), tool.parameters)
+        at = _skip(text, end + len(tags.parameter_end))
+    return at + len(tags.function_end)
 
 
 def _skip(text: str, at: int) -> int:

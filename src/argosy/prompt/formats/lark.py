@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from argosy.config import LENIENT_SCHEMA, Grammar
+from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar
+from argosy.errors import GrammarError
 from argosy.prompt.formats.parser import Lexer
 from argosy.prompt.json_text import write_json
 from argosy.prompt.tools import Tool, types_of
@@ -37,13 +38,15 @@ class Lark:
     """A grammar under construction; `text` returns it.
 
     Args:
-        frees_tools: schemas of tools that are not strict may be dropped if they cannot be enforced.
+        drops_schemas: schemas of tools that are not strict may be dropped if they cannot be enforced.
+        frees_tools: the grammar marks them, because other schemas have to be enforced.
     """
 
-    def __init__(self, lexer: Lexer, *, frees_tools: bool = False) -> None:
-        self._frees_tools = frees_tools
+    def __init__(self, lexer: Lexer, *, drops_schemas: bool = False, frees_tools: bool = False) -> None:
+        self._drops_schemas, self._frees_tools = drops_schemas, frees_tools
         self._ids = {str(mark): token_id for token_id, mark in lexer.ids.items()}
         self._rules: dict[str, str] = {}  # body to name, with its options
+        self._num_characters = 0  # of all schemas
 
     def text(self, start: str) -> str:
         return "\n".join([f"start: {start}", *(f"{name}: {body}" for body, name in self._rules.items()), ""])
@@ -75,11 +78,33 @@ class Lark:
         return self.rule(rf"/(.|\n)*{_in_regex(before + mark)}/", "[lazy]")
 
     def json(self, schema: object, tool: Tool | None = None) -> str:
-        """JSON that follows `schema`, which describes one or all arguments of `tool`."""
-        plain = without_annotations(schema)
-        if self._frees_tools and tool is not None and not tool.is_strict and isinstance(plain, dict):
+        """JSON that follows `schema`, which describes one or all arguments of `tool`.
+
+        Raises:
+            GrammarError: it does not fit a grammar with the schemas before it, and may not be dropped.
+        """
+        is_droppable = self._drops_schemas and tool is not None and not tool.is_strict
+        plain = self._without_room(schema, is_droppable=is_droppable) or without_annotations(schema)
+        if self._frees_tools and is_droppable and isinstance(plain, dict):
             plain = {**plain, LENIENT_SCHEMA: True}
-        return self.rule(f"%json {write_json(plain)}")
+        written = write_json(plain)
+        self._num_characters += len(written)
+        return self.rule(f"%json {written}")
+
+    def _without_room(self, schema: object, *, is_droppable: bool) -> object:
+        """What takes the place of a schema once the grammar is as long as any may be; None until then.
+
+        Parameters may share definitions, and each has them written again, so the whole could be any number of times
+        as long as the tools.
+        """
+        if self._num_characters <= MAX_GRAMMAR_CHARACTERS:
+            return None
+        if not is_droppable:
+            raise GrammarError(
+                f"the schemas have more than {MAX_GRAMMAR_CHARACTERS} characters in the grammar"
+            )
+        is_object = isinstance(schema, Mapping) and schema.get("type") == "object"
+        return {"type": "object"} if is_object else True
 
     def form(self, form: Grammar) -> str:
         """The form of an answer, as a rule beside others; a caller's own rules are kept apart from them."""
@@ -98,10 +123,10 @@ class Lark:
 
     def bare_values(self, tool: Tool, form: ValueForm) -> str:
         """The arguments of a call, each in its own tags, in the order of the tool's parameters."""
-        parts = []
+        parts, required = [], frozenset(tool.required)
         for name, schema in tool.properties.items():
             part = f"{form.before(self, name)} {self._bare_value(schema, tool, form)}"
-            parts.append(part if name in tool.required else f"({part})?")
+            parts.append(part if name in required else f"({part})?")
         return " ".join(parts)
 
     def _bare_value(self, schema: object, tool: Tool, form: ValueForm) -> str:

@@ -22,7 +22,7 @@ OPEN, CLOSE = "<minimax:tool_call>", "</minimax:tool_call>"
 _TAGS = Tags(
     function=re.compile(r'<invoke name="([^"\n]+)">'),
     function_end="</invoke>",
-    parameter=re.compile(r'<parameter name="(.+?)">'),
+    parameter=re.compile(r'<parameter name="(.{1,256}?)">'),
     parameter_end="</parameter>",
     line_around_values=False,
 )

@@ -25,6 +25,7 @@ from argosy.prompt.tools import Tool
 
 CALLS, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ID = re.compile(r"[A-Za-z0-9]{9}")
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 class Mistral(BlockFormat):
@@ -83,14 +84,15 @@ def _parts(block: Sequence[str]) -> tuple[str, str, str | None] | None:
 def _read_beginning_of_list(text: str, tools: Mapping[str, Tool]) -> Sequence[FoundCall | CutCall]:
     """Parse the items of a cut list: complete ones, and the start of the last."""
     calls: list[FoundCall | CutCall] = []
-    rest = text.lstrip().removeprefix("[").lstrip()
-    while rest:
+    text = text.lstrip().removeprefix("[")
+    at = 0
+    while (start := _BETWEEN.match(text, at)) is not None and (at := start.end()) < len(text):
         try:
-            _, end = json.JSONDecoder().raw_decode(rest)
+            _, end = json.JSONDecoder().raw_decode(text, at)
         except (ValueError, RecursionError):
-            return [*calls, *beginning_of_named_object(rest, tools)]
-        calls += _read_list(f"[{rest[:end]}]", tools) or []
-        rest = rest[end:].lstrip(" \t\r\n,")
+            return [*calls, *beginning_of_named_object(text[at:], tools)]
+        calls += _read_list(f"[{text[at:end]}]", tools) or []
+        at = end
     return calls
 
 

@@ -114,7 +114,7 @@ class Parser(ABC):
         self._is_reasoning = is_reasoning
         self._pending = ""  # text that may be the start of a mark
         self._events: list[Event] = []
-        self._held_space = ""  # trailing white space so far: dropped if structure follows
+        self._held_space: list[str] = []  # trailing white space so far: dropped if structure follows
         self._drops_space = is_reasoning  # just after structure
         self._num_calls = 0
         self._has_said = False  # any text or thoughts so far
@@ -181,18 +181,19 @@ class Parser(ABC):
         if not text:
             return
         self._drops_space = False
-        text = self._held_space + text
         said = text.rstrip(SPACE)
-        self._held_space = text[len(said) :]
         if said:
             self._has_said = True
-            self._emit(said)
+            held, self._held_space = self._held_space, []
+            self._emit("".join([*held, said]))
+        if len(said) < len(text):
+            self._held_space.append(text[len(said) :])
 
     def _give_space(self) -> None:
         """Emit white space that was held back, if no structure follows."""
-        held, self._held_space = self._held_space, ""
+        held, self._held_space = self._held_space, []
         if held:
-            self._emit(held)
+            self._emit("".join(held))
 
     def _emit(self, text: str) -> None:
         self._events.append(ReasoningDelta(text) if self._is_reasoning else TextDelta(text))
@@ -200,7 +201,7 @@ class Parser(ABC):
     def _switch(self, *, is_reasoning: bool) -> None:
         """Record that structure was here."""
         self._is_reasoning = is_reasoning
-        self._held_space = ""
+        self._held_space = []
         self._drops_space = True
 
     def _call(self, call: FoundCall | CutCall) -> None:
