@@ -54,7 +54,8 @@ class Listener(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         connection, address = super().accept()
         if self._most_open is not None:
-            if sum(one.fileno() >= 0 for one in self._accepted) >= self._most_open:
+            # Counted one by one only where it may be too many: each connection would cost more than the one before.
+            if len(self._accepted) >= self._most_open <= sum(one.fileno() >= 0 for one in self._accepted):
                 connection.close()
                 raise ConnectionAbortedError  # asyncio waits for the next connection
             self._accepted.add(connection)

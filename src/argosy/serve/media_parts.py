@@ -18,6 +18,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -49,6 +50,9 @@ _OTHER_SPELLINGS = {
 _LONGEST_SHOWN = 64
 _LONGEST_HEAD = 1024  # a data URL up to its comma
 _DECODED_AT_ONCE = 1 << 20  # characters, a multiple of four; other threads may run in between
+
+# Values without media: most of a body's, and a list may have a million of them.
+_PLAIN = frozenset({type(None), str, int, float, bool, dict})
 
 AskedDetail = Literal["low", "high", "auto", "original"]
 Piece = str | dict[str, Any]
@@ -266,13 +270,11 @@ def _decode(sent: Data) -> bytes:
 def content_of(pieces: Sequence[Piece], *, between: str) -> str | list[dict[str, Any]]:
     """The content of a message: text, with `between` between pieces, or a list of parts if there are media."""
     parts: list[dict[str, Any]] = []
-    for piece in pieces:
-        if isinstance(piece, dict):
-            parts.append(piece)
-        elif parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += between + piece
+    for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece, str)):
+        if is_text:
+            parts.append({"type": "text", "text": between.join(map(str, run))})
         else:
-            parts.append({"type": "text", "text": piece})
+            parts.extend(piece for piece in run if isinstance(piece, dict))
     if not parts:
         return ""
     return str(parts[0]["text"]) if len(parts) == 1 and parts[0]["type"] == "text" else parts
@@ -284,4 +286,5 @@ def media_in(given: object) -> Iterator[MediaPart]:
         yield given
     elif isinstance(given, list | BaseModel):
         for inside in given if isinstance(given, list) else vars(given).values():
-            yield from media_in(inside)
+            if type(inside) not in _PLAIN:
+                yield from media_in(inside)
