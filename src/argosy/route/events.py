@@ -186,15 +186,17 @@ class _Said:
 class _Ids:
     """Ids in the order of their first use.
 
-    clients: those that the client knows.
+    clients, noted: those that the client knows.
     known: ids of the server of a replay, and those that the client knows instead.
     """
 
     clients: list[str | int] = field(default_factory=list)
+    noted: set[str | int] = field(default_factory=set)
     known: dict[str | int, str | int] = field(default_factory=dict)
 
     def note(self, own: str | int) -> None:
-        if own not in self.clients and len(self.clients) < MOST_IDS:
+        if own not in self.noted and len(self.clients) < MOST_IDS:
+            self.noted.add(own)
             self.clients.append(own)
 
     def of(self, own: str | int) -> str | int:
