@@ -3,8 +3,8 @@
     pieces  ->  held text  ─ no value can begin before and end behind this place ─>  Passed: text, or a value
 
 Only the end of a text is held back: its last word, and the words before it as far as a value may have spaces between
-them. So ordinary prose is a word behind, and a row of digit groups at most SPACED_BYTES. What passes, joined, is the
-text; and its values are those that `Finder.find` finds in the whole of it.
+them. So ordinary prose is a word behind, and a row of digit groups at most twice SPACED_BYTES. What passes, joined, is
+the text; and its values are those that `Finder.find` finds in the whole of it.
 
 Elsewhere: a placeholder that is being written is held by `placeholders.Restorer`.
 """
@@ -21,6 +21,9 @@ from argosy.guard.pii.spelling import plain, with_short_runs
 
 MOST_HELD = 8192  # characters: a longer word is passed on as far as it is no value
 _READ_AT_ONCE = 1 << 16
+_WORTH_IT = (
+    1.25  # what is held grows beyond the most by this, so that a search passes more than a letter of it on
+)
 _REST_OF_WORD, _REST_OF_KEY = re.compile(r"(?=\s)"), re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
 _MARK = 64  # longer than the mark that ends a key
 _WORD = re.compile(rb"[^ \t\n]+")
@@ -90,8 +93,14 @@ class FindingStream:
         if not self._held or self._rest_of is not None:
             return passed
         given = plain(self._held)
-        found = self._finder.find_plain(given)
         until = len(self._held) if is_end else given.place(open_from(given.data))
+        if (
+            not is_end
+            and SPACED_BYTES < len(self._held) < _WORTH_IT * MOST_HELD
+            and until < len(self._held) / 2
+        ):
+            return passed  # searching all of it again for each digit would take far longer than writing the digit
+        found = self._finder.find_plain(given)
         for value in found:
             if value.start < until < value.end:
                 until = value.start
