@@ -30,6 +30,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 HEADER_LIMIT_BYTES = 100_000_000  # the reference implementation's limit
+LONGEST_NAME = 256  # characters of a tensor's name; real ones have a hundred
 _LARGEST_NUMBER = 2**63 - 1
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPE_BITS = {
@@ -118,6 +119,8 @@ def _tensor_ref(name: str, entry: object, path: Path, data_start: int) -> Tensor
     def refuse(sentence: str) -> CheckpointError:
         return CheckpointError(f"{path.name}: {quote(name)} {sentence}", path=path, tensor=name)
 
+    if len(name) > LONGEST_NAME:
+        raise refuse(f"is a name of {len(name)} characters; at most {LONGEST_NAME} are read")
     if not isinstance(entry, dict):
         raise refuse(f"is {kind_of(entry)} in the header, expected an object")
     if entry.keys() != {"dtype", "shape", "data_offsets"}:

@@ -57,8 +57,9 @@ class FencedCode:
     The beginning of a line waits until it is clear whether it is a fence.
     """
 
-    _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})([^`\n]{0,80})\n?")
-    _MAY_BE_FENCE = re.compile(r" {0,3}(?:`{0,2}|~{0,2}|(?:`{3,}|~{3,})[^`\n]{0,80})")
+    # A fence is bounded, because the beginning of a line is looked at again with each token.
+    _FENCE = re.compile(r" {0,3}(`{3,40}+|~{3,40}+)([^`\n]{0,40})\n?")
+    _MAY_BE_FENCE = re.compile(r" {0,3}(?:`{0,2}|~{0,2}|(?:`{3,40}+|~{3,40}+)[^`\n]{0,40})")
 
     def __init__(self) -> None:
         self._held = ""  # the beginning of a line
@@ -68,7 +69,7 @@ class FencedCode:
     def push(self, text: str) -> str:
         """Returns what can be shown."""
         shown: list[str] = []
-        for part in re.findall(r"[^\n]*\n|[^\n]+", text):
+        for part in re.findall(r"[^\n]+\n?|\n", text):
             if self._is_inside_line:
                 shown.append(part)
             else:

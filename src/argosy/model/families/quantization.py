@@ -35,6 +35,7 @@ _PARTS = ((), ("text_config",), ("thinker_config",), ("thinker_config", "text_co
 FP8_BLOCK = 128
 INT4_GROUP = 32
 MXFP4_GROUP = 32
+_LONGEST_EXPRESSION = 1024
 _MOST_REPETITIONS = 3  # in an expression that names modules
 _MOST_ALTERNATIVES = 8
 
@@ -76,8 +77,10 @@ def _fault_of_expression(expression: str) -> str | None:
     Matching backtracks over repetitions and alternatives, so a file could make it take hours. With few of them and no
     nesting it cannot: a module's name has a hundred characters.
     """
-    # The expression without [sets] and \escapes.
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]", "x", expression, flags=re.DOTALL)
+    if len(expression) > _LONGEST_EXPRESSION:
+        return f"has {len(expression)} characters; at most {_LONGEST_EXPRESSION} are read"
+    # The expression without [sets] and \escapes; a set that stays open takes the rest.
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^]\\])*\]?", "x", expression, flags=re.DOTALL)
     plain = re.sub(r"\(\?[:=!]", "(", plain)
     if "(?" in plain or re.search(r"\)[*+?{]", plain):
         return "repeats a group, or opens one with (? other than (?:, (?= and (?!"
