@@ -108,7 +108,6 @@ def measure_memory(row: Row, n: int) -> list[int]:
     peaks = []
     for size in (n, 4 * n):
         given = row.make(size)
-        gc.collect()
         tracemalloc.start()
         try:
             with suppress(*REFUSALS):

@@ -9,8 +9,8 @@ import pytest
 from tests.abuse.growth import Growth, Row, measure, measure_memory
 from tests.abuse.readers import rows
 
-_LEAST_S = 0.001
-_FEW = 128
+_LEAST_S = 0.0005
+_FEW = 32
 
 
 def _room(row: Row) -> str:
