@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,13 +16,15 @@ import pytest
 
 from argosy import Engine
 from argosy.engine.loop import EngineLoop
-from argosy.guard.keys import KeyFile, KeyRing
+from argosy.errors import Revoked
+from argosy.guard.keys import Key, KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.app import make_app
 from argosy.serve.core import ModelFacts, Service
 from argosy.serve.key_watch import KeyWatch
+from argosy.serve.running import Run, Running
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start
 
@@ -160,6 +163,29 @@ def test_the_tokens_of_an_answer_count_however_it_ends(
     # The step in which the client hung up has ended, but may not be counted yet.
     run = server.tokens_run - before
     wait_for(lambda: server.tokens_of(key_id) == run > 0)
+
+
+def test_a_key_whose_data_cannot_be_deleted_does_not_keep_those_of_others() -> None:
+    gone, deleted, limits = [["a", "b"]], list[str](), Limits()
+    ring: Any = SimpleNamespace(look=lambda: gone.pop() if gone else [], fault=None)
+    running = Running()
+
+    def delete(key_id: str) -> None:
+        deleted.append(key_id)
+        if deleted == ["a"]:
+            raise OSError("the drive is full")
+
+    watch = KeyWatch(ring, limits, running, delete)
+    with running.at_work("b"):
+        watch._turn()
+        assert deleted == ["a", "b"]
+        assert all(
+            isinstance(running.why_not(Run(key=Key(id=i, name=i, sha256="0" * 64))), Revoked) for i in "ab"
+        )
+    watch._turn()
+    assert deleted == ["a", "b", "a", "b"]  # a thread worked for b, and may have kept something
+    watch._turn()
+    assert len(deleted) == 4
 
 
 def test_answers_abandoned_early_use_up_the_days_tokens(server: Server) -> None:

@@ -9,16 +9,20 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from argosy.engine.shares import IN_USE_S
 from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
+from argosy.guard.stops import Stopped
 from argosy.serve import models as models_module
 from argosy.serve.core import ModelFacts
-from argosy.serve.gate import Refused
-from argosy.serve.models import Memory, Models
+from argosy.serve.gate import Caller, Refused
+from argosy.serve.models import Memory, Models, use_model
+from argosy.serve.running import Running
+from argosy.serve.screening import Guarding
 
 BUDGET, PROCESS = 1000, 100
 
@@ -176,6 +180,28 @@ def test_a_model_is_loaded_when_it_is_first_used_and_once_for_all_who_wait() -> 
         assert rig.states() == {"a": "unloaded", "b": "ready", "big": "unloaded"}
         assert rig.b.num_opened == 1
         assert await rig.ask(None) == "a"
+
+    run(test)
+
+
+def test_a_model_that_is_stopped_or_that_nobody_waits_for_any_more_is_not_loaded() -> None:
+    async def test(rig: Rig) -> None:
+        guarding = Guarding()
+        guarding.stops.set("model", "big", is_stopped=True)
+        await rig.ask("a")
+        await rig.ask("b")
+        caller = Caller(running=Running(guarding))
+        app = SimpleNamespace(state=SimpleNamespace(models=rig.models))
+        request: Any = SimpleNamespace(state=SimpleNamespace(caller=caller), app=app)
+        with pytest.raises(Stopped), caller.ending:
+            await use_model(request, "big")
+        async with rig.models._moving:
+            waiting = asyncio.create_task(rig.ask("big"))
+            await asyncio.sleep(0.02)
+            waiting.cancel()
+        await asyncio.sleep(0.02)
+        assert rig.states() == {"a": "ready", "b": "ready", "big": "unloaded"}
+        assert (rig.big.num_opened, rig.a.num_closed, rig.b.num_closed) == (0, 0, 0)
 
     run(test)
 

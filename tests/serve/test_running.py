@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import socket
 import sys
 import threading
@@ -302,7 +303,7 @@ def walk(server: Server, end: str, works: Mapping[str, Work] = WORKS) -> dict[st
 
     def begin(name: str) -> None:
         scopes = ("infer", "metrics")
-        key, secret = server.keys.add(f"{end}, {name}"[:60], scopes=scopes)
+        key, secret = server.keys.add(f"{name} {secrets.token_hex(4)}", scopes=scopes)
         wait_for(lambda: server.app._ring.id_of(key.id) is not None)
         ids[name], clients[name] = key.id, Client(server.url, secret, works[name])
 
@@ -343,10 +344,11 @@ def walk(server: Server, end: str, works: Mapping[str, Work] = WORKS) -> dict[st
                 assert server.stop("model", "ears").status_code == 200
             case "erased key":
                 url = f"{server.url}/v1/engine/data/"
-                erasures = [
-                    threads.submit(httpx.delete, url + ids[name], headers=server.admin, timeout=60)
-                    for name in last_first
-                ]
+                for name in last_first:
+                    erasures.append(
+                        threads.submit(httpx.delete, url + ids[name], headers=server.admin, timeout=60)
+                    )
+                    wait_for(lambda name=name: clients[name].has_ended, f"{end}: {name}")  # type: ignore[misc]
             case "client gone":
                 for name in last_first:
                     clients[name].leave()
@@ -372,10 +374,17 @@ def walk(server: Server, end: str, works: Mapping[str, Work] = WORKS) -> dict[st
             assert server.limits._uses[ids[name]].tokens_today > 0
         clients[name].leave()
     assert end != "revoked key" or not server.limits._uses.keys() & set(ids.values())
+    if end == "erased key":  # what ended is recorded, and what it said is not kept
+        wait_for(server.audit._items.empty)
+        assert {key_id: server.audit._contents.size(key_id)[0] for key_id in ids.values()} == dict.fromkeys(
+            ids.values(), 0
+        )
     wait_for(lambda: not server.tenants(), f"{end}: nothing runs any more")
     for kind, name in (("user", PERSON), ("model", "tiny"), ("model", "ears")):
         if end in ("stopped person", "stopped model"):
             server.stop(kind, name, is_stopped=False)
+    for key_id in ids.values() if end == "stopped key" else ():
+        server.stop("key", key_id, is_stopped=False)
     server.app.running._is_over = False
     return made
 
@@ -389,6 +398,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize("end", ENDS)
 def test_every_end_reaches_all_work_that_it_concerns_and_leaves_nothing(server: Server, end: str) -> None:
     assert walk(server, end) == {name: expected(end, work) for name, work in WORKS.items()}
+
+
+def test_a_key_is_stopped_by_its_name_and_an_unknown_one_and_the_own_are_refused(server: Server) -> None:
+    key, secret = server.keys.add("by name")
+    wait_for(lambda: server.app._ring.id_of(key.id) is not None)
+    assert server.stop("key", "by name").json()["key"] == [key.id]
+    models, headers = f"{server.url}/v1/models", {"authorization": f"Bearer {secret}"}
+    assert httpx.get(models, headers=headers).status_code == 403
+    assert server.stop("key", "by name", is_stopped=False).json()["key"] == []
+    assert httpx.get(models, headers=headers).status_code == 200
+    assert server.stop("key", "by nmae").status_code == 404
+    assert server.stop("key", "boss").status_code == 400
+    assert server.stop("key", "boss", is_stopped=False).status_code == 200
+
+
+def test_a_request_that_ends_while_its_prompt_is_made_does_not_reach_the_engine(server: Server) -> None:
+    name = "a prompt being made"
+    before = server.service.loop.snapshot().engine.totals.prompt_tokens
+    assert walk(server, "stopped key", {name: WORKS[name]}) == {name: "403"}
+    assert server.service.loop.snapshot().engine.totals.prompt_tokens == before
 
 
 def main() -> None:

@@ -699,6 +699,14 @@ def test_each_user_of_a_key_is_limited_and_some_are_blocked(ask: Ask) -> None:
     responses = {"input": "#plain", "max_output_tokens": 1, "safety_identifier": "mallory"}
     refused = ask("limited", "/v1/responses", responses)
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "user_blocked")
+    for where, body in (
+        ("/v1/embeddings", {"input": "a", "user": "mallory"}),
+        (path, chat | {"safety_identifier": "anna", "user": "mallory"}),
+        (path, chat | {"prompt_cache_key": "mallory"}),
+        ("/v1/responses/input_tokens", {"input": "a", "user": "mallory"}),
+    ):
+        refused = ask("free", where, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "user_blocked"), where
 
 
 def test_what_is_found_is_counted_and_never_shown(

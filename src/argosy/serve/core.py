@@ -456,6 +456,7 @@ class Service:
                     if not screening.policy.watermark:
                         request = replace(request, params=replace(request.params, watermark=False))
                 prompt, params, use, num_left_out = self._prepared(request, caller)
+                caller.go_on()  # it may have ended while its prompt was made
                 answers.add(prompt, params, use, request.num_answers)
                 return self._headers(request, num_left_out)
 

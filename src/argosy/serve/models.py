@@ -565,7 +565,7 @@ class Models:
         try:
             while True:
                 async with self._moving:
-                    if entry.served is not None and not entry.is_leaving:
+                    if not entry.num_uses or (entry.served is not None and not entry.is_leaving):
                         return
                     self._require_wanted()
                     if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
