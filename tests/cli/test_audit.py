@@ -151,8 +151,9 @@ def test_data_of_a_stopped_server_is_erased_by_the_name_of_its_key(
     [
         ([], "nothing says where the data is"),
         (["--url", "http://127.0.0.1:1", "--audit", "x"], "--url erases everything"),
-        (["--audit", "no-such-directory"], "no-such-directory/key cannot be read"),
-        (["--kv-dir", "no-such-directory"], "no-such-directory cannot be read"),
+        (["--audit", "x"], "there is no key 'laptop', and it is not a key's id"),
+        (["--key", "local", "--audit", "no-such-directory"], "no-such-directory/key cannot be read"),
+        (["--key", "key-0123abcd", "--kv-dir", "no-such-directory"], "no-such-directory cannot be read"),
         (["--audit", ".", "--keys", "no-such-file"], "no-such-file cannot be read"),
     ],
 )

@@ -23,6 +23,7 @@ from argosy.serve.app import make_app
 from argosy.serve.audited import Auditor, SaidOfRequest
 from argosy.serve.core import Service
 from argosy.serve.held import Pool
+from argosy.serve.transparency import Practice
 from tests.serve.conftest import start
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -247,6 +248,23 @@ def test_erasing_a_key_removes_responses_answers_prefixes_and_contents(server: S
     report = verify(server.directory, key, check_object=SealedContents(server.directory, key).is_same)
     assert report.is_valid, report.faults
     assert report.num_erased == erased["audit_contents"]
+
+
+def test_a_text_that_is_not_a_key_does_not_get_into_the_audit(server: Server) -> None:
+    answer = httpx.delete(f"{server.url}/v1/engine/data/what anna said", headers=server.admin)
+    assert (server.line_of(answer)["status"], "anna" in json.dumps(server.lines())) == (404, False)
+    gone = httpx.delete(
+        f"{server.url}/v1/engine/data/key-0123abcd", headers=server.admin
+    )  # was revoked, perhaps
+    assert (gone.status_code, gone.json()["audit_contents"]) == (200, 0)
+
+
+def test_the_state_says_whether_prompts_and_answers_are_kept(service: Service, tmp_path: Path) -> None:
+    for with_content in (False, True):
+        practice = Practice(audit=AuditSettings(directory=tmp_path, with_content=with_content))
+        app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, practice=practice)
+        for url in start(app):
+            assert httpx.get(f"{url}/v1/engine/state").json()["privacy"]["logging"] is with_content
 
 
 def test_erasing_a_key_ends_its_running_requests(server: Server) -> None:

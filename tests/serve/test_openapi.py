@@ -338,6 +338,8 @@ def test_every_answer_to_schemathesis_is_in_the_document(
             continue
         if route.policy.takes_form:  # this server has no ears; `test_audio.py` has
             continue
+        if route.policy.path == "/v1/engine/data/{key}":  # the document does not list the keys
+            continue
         assert answered[route.policy.path, "200"], f"nothing but refusals at {route.policy.path}"
         if route.policy.method == "POST":
             assert answered[route.policy.path, "400"]

@@ -132,11 +132,18 @@ def _say_what_stays() -> None:
 
 def _id_of(name: str, keys: Path | None) -> str:
     """The id of a key of a stopped server. A key that is not in the file was revoked, and is named by its id."""
-    if keys is None:
-        return name
-    from argosy.guard.keys import KeyFile
+    from argosy.guard.keys import KeyFile, is_key_id
 
-    return next((key.id for key in KeyFile(keys).read() if name in (key.id, key.name)), name)
+    for key in () if keys is None else KeyFile(keys).read():
+        if name in (key.id, key.name):
+            return key.id
+    if not is_key_id(name):
+        where = "" if keys is None else f" in {keys}"
+        raise UsageError(
+            f"there is no key {name!a}{where}, and it is not a key's id",
+            hint="--keys FILE finds a key by its name; a revoked key is named by its id, like key-0123abcd",
+        )
+    return name
 
 
 def _erase_audit(key_id: str, directory: Path, key_file: Path | None) -> int:

@@ -79,7 +79,14 @@ class Key:
                 raise UsageError(f"{field} must be a whole number from 1 to {_MOST}, found {_kind(value)}")
 
 
+_MADE_ID = re.compile(r"key-[0-9a-f]{8}")
+
 LOCAL = Key(id="local", name="this machine, without a key", sha256="0" * 64, scopes=SCOPES)
+
+
+def is_key_id(text: str) -> bool:
+    """Whether a text has the form of a key's id, and so may name a key that was revoked."""
+    return text == LOCAL.id or _MADE_ID.fullmatch(text) is not None
 
 
 class KeyFile:

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from argosy.engine.loop import SILENT_S
 from argosy.errors import ArgosyError, Overloaded, UsageError
-from argosy.guard.keys import KeyRing
+from argosy.guard.keys import KeyRing, is_key_id
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.media.parts import Hearing, Kind
@@ -339,9 +339,11 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
 
 def _state(request: Request) -> EngineState:
     state, key = request.app.state, request.state.caller.key
+    audit = state.practice.audit
     return state_of(
         state.models, block_tokens=state.block_tokens, max_sequences=state.max_sequences,
         with_heat=key is not None and "admin" in key.scopes, workers=state.workers,
+        keeps_contents=audit is not None and audit.with_content,
     )  # fmt: skip
 
 
@@ -383,7 +385,11 @@ async def erase_data(request: Request) -> Erasure:
     Its running requests end. The key itself and its counts stay; revoking it removes them, too.
     """
     state, given = request.app.state, request.path_params["key"]
-    key_id = state.ring.id_of(given) or given  # a key that was revoked may still have contents in the audit
+    key_id = state.ring.id_of(given)
+    if key_id is None and is_key_id(given):  # it was revoked, and the audit may still have contents of it
+        key_id = given
+    if key_id is None:  # what is not a key's id does not get into the audit
+        raise Refused(404, "there is no key with this id or name", hint="name a revoked key by its id")
     found = models_of(request)
     auditor: Auditor | None = state.auditor
 
@@ -492,7 +498,7 @@ ROUTES = (
     _admin("/v1/cluster/drain", drain_worker, WorkerList, refusals=("409",)),
     Route(
         policy=Policy(method="DELETE", path="/v1/engine/data/{key}", scope="admin", screens="nothing"),
-        handler=erase_data, answer=Erasure,
+        handler=erase_data, answer=Erasure, refusals=("404",),
     ),
     _get("/v1/engine/transparency", transparency, "infer", answer=Transparency),
     _get("/v1/engine/stops", stops.stops, "admin", answer=stops.Stopped),

@@ -153,9 +153,14 @@ def state_of(
     block_tokens: int,
     max_sequences: int,
     with_heat: bool,
+    keeps_contents: bool = False,
     workers: Workers | None = None,
 ) -> EngineState:
-    """The state of the server as JSON."""
+    """The state of the server as JSON.
+
+    Args:
+        keeps_contents: whether prompts and answers are kept in the audit.
+    """
     shown = models.shown()
     if shown is None:
         model, facts, recent = models.facts()[0].facts, _nothing(), None
@@ -190,7 +195,7 @@ def state_of(
         },
         "heat": heat,
         "workers": [] if workers is None else list(workers.status()),
-        "privacy": {"logging": False, "traces": False},
+        "privacy": {"logging": keeps_contents, "traces": False},
     }  # fmt: skip
 
 
