@@ -187,6 +187,17 @@ def test_a_missing_and_a_wrong_key_are_told_apart(
     assert main(["top", "--url", server.url, "--once"]) == 0
 
 
+def test_a_refusal_that_is_not_about_the_key_is_told_in_the_servers_words() -> None:
+    said = "the server does not answer to this host name\nhint: start it with --allow-host NAME"
+    body = json.dumps({"error": {"message": said}}).encode()
+    head = f"HTTP/1.1 403 Forbidden\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with (
+        stranger(head + body) as url,
+        pytest.raises(ServerNotUsable, match="answers 403: the server does not"),
+    ):
+        Server(url, "ak-x").state()
+
+
 def test_a_key_file_overrides_the_environment(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,7 +206,7 @@ class Server:
 
     def _refusal(self, response: http.client.HTTPResponse, path: str) -> ServerNotUsable:
         status = response.status
-        if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+        if status == http.HTTPStatus.UNAUTHORIZED:
             told = "refuses the key" if self._key is not None else "needs a key"
             return ServerNotUsable(
                 f"{self.url} {told}",

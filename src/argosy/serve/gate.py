@@ -80,7 +80,10 @@ Screens = Literal["answers", "texts", "nothing"]
 
 SECURITY_HEADERS = (
     # data: for previews of attached pictures and sounds, which cannot run anything.
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' data:; media-src 'self' data:"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data:; media-src 'self' data:; frame-ancestors 'none'",
+    ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
