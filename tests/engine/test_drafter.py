@@ -118,6 +118,12 @@ def test_a_recurrent_state_is_rolled_back_when_drafts_are_rejected(
     assert engine.plan.state_bytes == 2 * engine.plan.num_states * _state_bytes(engine)
 
 
+def test_an_answer_that_runs_again_gets_no_proposals_so_its_step_fits_the_plan(delta_model: Path) -> None:
+    config = qwen3_next(max_position_embeddings=512)
+    requests = [(prompt_ids(config, seed, 20), params(seed, max_tokens=60)) for seed in range(2)]
+    compare(delta_model, requests, 8, seed=3, chunk_tokens=1, max_sequences=2)
+
+
 def _state_bytes(engine: Engine) -> int:
     assert engine.config.delta is not None
     return _native.recurrent_state_bytes(1, len(engine.config.delta_layers), engine.config.delta.sizes)

@@ -286,7 +286,7 @@ class Scheduler:
             decoding = [one for one in self._running if not one.is_prefilling]
             if decoding and len(decoding) == len(self._running):
                 proposals = self._propose(decoding)
-                if not proposals and not self._has_reruns(decoding):
+                if not proposals and not any(_must_rerun(one) for one in decoding):
                     return self._decode()
                 return self._gather(_not_computed(decoding), proposals)
             prompts: list[tuple[Sequence, int]] = []
@@ -549,12 +549,17 @@ class Scheduler:
                 self._decoding = _Decoding.of([])
 
     def _propose(self, decoding: list[Sequence]) -> dict[Sequence, list[int]]:
-        """Ask the drafter, within the room that is left; nobody is preempted for a proposal."""
+        """Ask the drafter, within the room that is left; nobody is preempted for a proposal.
+
+        An answer whose tokens run again gets none: a step has room for one token of each answer, and its proposals.
+        """
         proposals: dict[Sequence, list[int]] = {}
         if self._drafter is None:
             return proposals
         size = self._blocks.block_tokens
         for sequence in decoding:
+            if _must_rerun(sequence):
+                continue
             room = (len(sequence.blocks) + self._blocks.num_available) * size - sequence.num_tokens
             most = self._draft_tokens
             if self._governor is not None:
@@ -576,10 +581,6 @@ class Scheduler:
                 assert sequence.state_slot is not None
                 self._states.save(sequence.state_slot)
         return proposals
-
-    def _has_reruns(self, decoding: list[Sequence]) -> bool:
-        """Whether tokens of an answer run again, because a recurrent state went back."""
-        return self._states is not None and any(one.num_tokens - one.num_computed > 1 for one in decoding)
 
     def _may_make(self, decoding: list[Sequence], *, has_prompts: bool) -> bool:
         """Whether rows of media may be made now: they keep no prompt waiting in two steps in a row.
@@ -786,6 +787,11 @@ class Scheduler:
 def _not_computed(decoding: list[Sequence]) -> list[tuple[Sequence, int]]:
     """Decoding sequences, each with the number of its tokens that have not run."""
     return [(one, one.num_tokens - one.num_computed) for one in decoding]
+
+
+def _must_rerun(sequence: Sequence) -> bool:
+    """Whether confirmed tokens of an answer run again, because its recurrent state went back."""
+    return sequence.num_tokens - sequence.num_computed > 1
 
 
 def _waits_for_rows(sequence: Sequence) -> bool:
