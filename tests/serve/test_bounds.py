@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -14,12 +15,13 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from argosy.errors import DiskFull, Overloaded, ReadFailed
+from argosy.prompt.builder import PromptBuilder
 from argosy.serve.anthropic_messages import MessagesBody
 from argosy.serve.app import ROUTES, DetokenizeBody
 from argosy.serve.body import refusal
 from argosy.serve.core import Answers, Said, Service
 from argosy.serve.fields import MAX_FIELDS
-from argosy.serve.media_parts import content_of
+from argosy.serve.media_parts import content_of, media_in
 from argosy.serve.openai_chat import ChatBody
 from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses_bodies import ResponsesBody
@@ -599,3 +601,24 @@ def test_the_texts_of_a_message_are_joined_in_time_that_grows_with_them() -> Non
     seconds(64)
     short = max(min(seconds(256) for _ in range(3)), 1e-3)
     assert seconds(2048) < 32 * short  # 8 times the text; copying it for each part would be 64 times the work
+
+
+def test_a_list_of_token_ids_is_not_walked_id_by_id() -> None:
+    """Bodies are searched for media in the event loop."""
+
+    def num_calls(num_ids: int) -> int:
+        body, calls = CompletionBody(prompt=[[1] * num_ids] * 2), [0]  # type: ignore[list-item]
+
+        def count(frame: object, event: str, argument: object) -> None:
+            calls[0] += 1
+
+        sys.setprofile(count)
+        try:
+            assert not list(media_in(body))
+            PromptBuilder(None, vocab_size=9).build([1] * num_ids)
+        finally:
+            sys.setprofile(None)
+        return calls[0]
+
+    num_calls(10)  # fills caches of classes
+    assert num_calls(10_000) == num_calls(10)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, cast
 
 from argosy.config import Grammar
 from argosy.errors import BadMedia, PromptTooLong, UsageError
@@ -165,28 +166,26 @@ class PromptBuilder:
                     request if request.token_ids is not None else self._raw(request.text, max_tokens)
                 )
             items: list[object] = list(request)
-            if items and all(isinstance(item, Part) for item in items):
-                items = [{"role": "user", "content": items}]
-            messages = [item for item in items if isinstance(item, Mapping)]
-            if items and len(messages) == len(items):
+            kinds = set(
+                map(type, items)
+            )  # there may be a million token ids: nothing is called for each of them
+            if kinds and all(issubclass(kind, Part) for kind in kinds):
+                items, kinds = [{"role": "user", "content": items}], {dict}
+            if kinds and all(issubclass(kind, Mapping) for kind in kinds):
+                messages = cast("list[Message]", items)
                 request_media = RequestMedia(PROMPT_LIMITS, most_tokens=max_tokens, check=check)
                 prompt = self._conversation(
                     messages, tools, variables, tenant, add_generation_prompt, continues, max_tokens,
                     replace_damaged, request_media,
                 )  # fmt: skip
                 return self._checked(prompt)
-            ids = [
-                item.__index__()
-                for item in items
-                if isinstance(item, SupportsIndex) and not isinstance(item, bool)
-            ]
-            if len(ids) < len(items):
+            if not all(issubclass(kind, SupportsIndex) and kind is not bool for kind in kinds):
                 raise UsageError(
                     "a prompt is text, or a list of token ids, of messages, or of parts of one message; "
                     "found a mixture"
                 )
             self._refuse_chat_options(tools, variables)
-            return self._checked(Prompt(tuple(ids)))
+            return self._checked(Prompt(tuple(map(operator.index, cast("list[SupportsIndex]", items)))))
 
     def whole_text(self, text: str | Sequence[int]) -> Prompt:
         """A text as it is, between the tokens that the tokenizer adds to a whole text; or token ids, as they are.
