@@ -11,10 +11,12 @@ from argosy.config import GIB, Budget, EngineConfig
 from argosy.engine.forecast import Forecaster
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
-from argosy.engine.verification import compare_decode
+from argosy.engine.verification import Row, Verification, compare_decode
 from argosy.model.families import FAMILIES
+from argosy.plan import machine
 from argosy.plan.assumed import assume_pack
 from argosy.plan.rates import guess
+from argosy.plan.speed import Range
 from tests.families.published import PUBLISHED
 
 NUM_STEPS, CONTEXT = 50, 700
@@ -93,3 +95,37 @@ def test_steps_are_the_difference_of_two_ledgers_and_add_up() -> None:
     both = one + replace(one, num_steps=1, context=200.0)
     assert (both.num_steps, both.num_tokens, both.context) == (4, 12, 125.0)
     assert both.parts == {"router": 5.0, "other": 1.0}
+
+
+def test_the_bytes_of_a_prompt_have_a_range_as_wide_as_the_error_of_hit_rates(qwen: Forecaster) -> None:
+    found = qwen.prompt(qwen.plan(6 * GIB), 256).drive_bytes
+    assert found.low < 0.95 * found.likely < found.likely < 1.05 * found.likely < found.high
+    resident = qwen.prompt(qwen.plan(64 * GIB), 256).drive_bytes
+    assert resident == (0.0, 0.0, 0.0)
+
+
+def test_quantities_of_four_digits_are_shown_in_a_larger_unit() -> None:
+    rows = (
+        Row("drive, prompt", "MB", Range(3900.0, 4120.0, 4400.0), 4450.0),
+        Row("drive, decode", "MB/token", Range(70.3, 104.0, 138.0), 83.0),
+        Row("memory, peak", "MiB", Range(0.0, 1638.4, 1638.4), 1620.0),
+        Row("decode", "tok/s", Range(900.0, 1234.0, 2000.0), 1400.0),
+    )
+    lines = Verification(rows, {"overhead": (1.0, 1.0)}).lines()
+    prompt, decode, memory, rate = (" ".join(line.split()) for line in lines[1:5])
+    assert prompt == "drive, prompt, GB 4.12 (3.9 to 4.4) 4.45 -7% outside its range"
+    assert decode == "drive, decode, MB/token 104 (70.3 to 138) 83 +25%"
+    assert memory == "memory, peak, GiB 1.6 (0 to 1.6) 1.58 +1%"
+    assert rate == "decode, tok/s 1234 (900 to 2000) 1400 -12%"
+
+
+def test_the_peak_of_memory_begins_anew_when_a_model_is_verified() -> None:
+    taken = bytearray(b"x" * (64 << 20))
+    before = machine.peak_bytes()
+    del taken
+    if not machine.reset_peak():
+        pytest.skip("this kernel does not let a process forget its peak")
+    after = machine.peak_bytes()
+    assert before is not None
+    assert after is not None
+    assert after <= before - (60 << 20)

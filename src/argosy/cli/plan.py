@@ -470,7 +470,7 @@ class _Facts:
             "prompts": [
                 {
                     "num_tokens": one.num_tokens, "seconds": one.seconds._asdict(), "bound": one.bound,
-                    "drive_bytes": one.drive_bytes,
+                    "drive_bytes": one.drive_bytes._asdict(),
                 }
                 for one in forecast.prompts
             ],

@@ -177,6 +177,15 @@ def peak_bytes(root: Path = _ROOT) -> int | None:
         return None
 
 
+def reset_peak(root: Path = _ROOT) -> bool:
+    """Let `peak_bytes` begin anew from what this process holds now; returns whether the kernel can do that."""
+    try:
+        (root / "proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def cgroup_peak_bytes(root: Path = _ROOT) -> int | None:
     """Peak of this process's memory cgroup, including page cache; None unless the process is alone in it."""
     group = next(_cgroups(root, "memory"), None)

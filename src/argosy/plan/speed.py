@@ -75,7 +75,7 @@ class Prompt:
     num_tokens: int
     seconds: Range
     bound: str
-    drive_bytes: float
+    drive_bytes: Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +251,7 @@ def predict_prompt(
         num_tokens=num_tokens,
         seconds=Range(fast[0], likely[0], slow[0]),
         bound=_bound(likely[1]),
-        drive_bytes=likely[2],
+        drive_bytes=Range(fast[2], likely[2], slow[2]),
     )
 
 
@@ -296,6 +296,8 @@ def _chunk(
     """Seconds of a chunk by part, and bytes from the drive."""
     layers = work.num_moe_layers
     missing = 1.0 - min(1.0, num_slots / max(1, layers * work.num_experts))
+    if missing:  # the prediction of misses is as far off as that of a hit rate
+        missing = min(1.0, max(0.0, missing - case.hit_points))
     asked = _asked(work, working_set, tokens)
     dense_s = _product_s(work.dense, rates, tokens) + _product_s(work.head, rates, 1)
     attention_s = tokens * rates.prompt_attention_s(work.kv_dtype, work.keys_values(seen)[1])
