@@ -16,7 +16,7 @@ from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
-from argosy.media.parts import Audio, Content, Image, MediaLimits, RequestMedia, Text
+from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, MediaLimits, RequestMedia, Text
 from argosy.media.transcript import Transcript
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Turn
@@ -198,6 +198,29 @@ def test_answers_go_on_while_a_sound_is_transcribed(engine: Engine, monkeypatch:
     assert between.count("p") > 20
     assert "sssss" not in between
     assert between.count("pp") < between.count("p") / 4
+
+
+def test_a_request_that_ends_ends_the_transcription_for_its_prompt(engine: Engine) -> None:
+    ears, num_pieces = engine.ears, 0
+
+    class Ended(Exception):
+        """The request has ended."""
+
+    def check() -> None:
+        nonlocal num_pieces
+        num_pieces += 1
+        if num_pieces == 3:
+            raise Ended
+
+    assert ears is not None
+    content = HEARD.read(PROMPT_LIMITS)
+    with pytest.raises(Ended):
+        ears.text_for(content, "whose request ends", RequestMedia(check=check))
+    assert (num_pieces, ears._num_asking, ears._kept.get("whose request ends", content.digest)) == (
+        3,
+        0,
+        None,
+    )
 
 
 def test_closing_an_engine_ends_a_transcription(model: Path, whisper: Path) -> None:

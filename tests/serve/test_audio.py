@@ -19,6 +19,7 @@ import pytest
 from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.limits import Limits
 from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
@@ -323,8 +324,10 @@ def test_a_key_is_needed_and_its_tokens_are_counted(
     hearing: tuple[Service, str, Transcriber], tmp_path: Path
 ) -> None:
     keys = KeyFile(tmp_path / "keys.json")
-    _, secret = keys.add("quota", tokens_per_day=1)
-    for url in start(make_app(hearing[0], KeyRing(keys), block_tokens=16, max_sequences=8)):
+    key, secret = keys.add("quota", tokens_per_day=1)
+    limits = Limits()
+    num_tokens = sum(len(segment.token_ids) for segment in expected(hearing).segments)
+    for url in start(make_app(hearing[0], KeyRing(keys), block_tokens=16, max_sequences=8, limits=limits)):
         assert post(url).status_code == 401
         headers = {"Authorization": f"Bearer {secret}"}
         files, data = {"file": ("a.wav", SPEECH)}, {"model": "whisper-1"}
@@ -333,6 +336,7 @@ def test_a_key_is_needed_and_its_tokens_are_counted(
             for _ in range(2)
         )
         assert (first.status_code, second.status_code) == (200, 429)
+        assert limits._uses[key.id].tokens_today == num_tokens > 0
 
 
 @english

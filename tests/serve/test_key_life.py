@@ -220,7 +220,7 @@ def test_a_revoked_key_leaves_nothing_and_other_keys_lose_nothing(server: Server
             "blocks": sum(
                 c is not None and c.tenant == tenant for c in server.engine._cache.blocks._contents
             ),
-            "files": len(list(files._tenant(tenant)[1].glob("*.kv"))),
+            "files": len(list((server.kv_dir / files._tenant(tenant)[1]).glob("*.kv"))),
             "grammars": sum(key[0] == tenant for key in server.engine._requests._grammars._compiled),  # type: ignore[union-attr]
             "counts": int(tenant in server.limits._uses),
         }

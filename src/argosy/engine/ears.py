@@ -40,7 +40,7 @@ _MOST_WAITING = 8  # sounds that wait for the one before them
 _RETRY_S = 10
 _NUM_READERS = 2
 
-Report = Callable[[Transcription], None]
+Report = Callable[[Transcription], object]
 """Called after each piece of work; an exception that it raises ends the transcription."""
 
 
@@ -140,7 +140,7 @@ class Transcriber:
     def text_for(self, content: Content, tenant: str, request: RequestMedia) -> str:
         """The transcript of a sound, as a prompt has it. Raises what `transcribe` raises."""
         if (kept := self._kept.get(tenant, content.digest)) is None:
-            kept = _Kept(self.transcribe(content, request=request))
+            kept = _Kept(self.transcribe(content, report=lambda _: request.check(), request=request))
             self._kept.put(tenant, content.digest, kept)
         else:  # so that a conversation is not taken or refused by what is kept
             request.add_transcribed(kept.duration_s)

@@ -289,7 +289,7 @@ class RequestMedia:
     ) -> None:
         self._limits = limits
         self._most_tokens = most_tokens
-        self._check = check
+        self.check = check
         self._num_tokens = 0
         self._worked_s = self._transcribed_s = 0.0
 
@@ -315,7 +315,7 @@ class RequestMedia:
         Raises:
             UsageError: earlier pieces took all the time that there is.
         """
-        self._check()
+        self.check()
         most_s = self._limits.work_s
         if self._worked_s >= most_s:
             raise UsageError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
@@ -197,19 +197,25 @@ class _Work:
         self._loop = asyncio.get_running_loop()
         self._running: asyncio.Task[None] | None = None
         self._num_told = 0  # segments
-        self._num_counted = 0  # segments
+        self._num_counted = 0  # tokens
 
     async def run(self, told: Callable[[Any], None] = lambda transcription: None) -> Transcript:
         """The whole transcript. Raises what `Transcriber.transcribe` raises."""
 
         def report(transcription: Any) -> None:
-            segments = transcription.segments
-            self._caller.count(new=sum(len(segment.token_ids) for segment in segments[self._num_counted :]))
-            self._num_counted = len(segments)
+            self._count(transcription.segments)
             self._caller.go_on()
             told(transcription)
 
-        return await self._service.transcribe(self._caller, self._content, self._options, report)
+        transcript = await self._service.transcribe(self._caller, self._content, self._options, report)
+        self._count(transcript.segments)
+        return transcript
+
+    def _count(self, segments: Sequence[Any]) -> None:
+        """Count the tokens that are new among those of all segments so far."""
+        num_tokens = sum(len(segment.token_ids) for segment in segments if segment.text.strip())
+        self._caller.count(new=num_tokens - self._num_counted)
+        self._num_counted = num_tokens
 
     async def next_event(self) -> Event:
         if self._running is None:
