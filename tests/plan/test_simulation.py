@@ -128,6 +128,8 @@ def test_two_servers_do_nearly_as_well_as_one_queue_for_both() -> None:
 def test_what_a_server_can_do_is_where_its_queue_begins_to_grow() -> None:
     slots = server(constant(0.01), constant(0.01), max_sequences=5)
     assert requests_per_s([Request(0.0, 8, 100)], slots) == pytest.approx(5 / (100 * 0.01), rel=0.02)
+    one = server(constant(0.01), constant(0.01))
+    assert requests_per_s([Request(0.0, 8, 10**6)], one) == pytest.approx(1 / (10**6 * 0.01), rel=0.02)
     source = parse_traffic("prompt=300~2,answer=60~2")
     most = requests_per_s(requests_of(source, 1.0, count=2000), REALISTIC)
     queues = [

@@ -316,7 +316,8 @@ def requests_per_s(requests: Sequence[Request], server: Server) -> float:
     for number in range(count):
         running.submit(requests[number % len(requests)]._replace(at_s=0.0))
     running.advance(_NEVER)
-    first, last = count // 10, count - count // 10  # between filling up and running empty
+    # Between filling up and running empty.
+    first, last = max(count // 10, server.max_sequences - 1), min(count - 1, count - count // 10)
     return (last - first) / (running.ended[last].end_s - running.ended[first].end_s)
 
 
