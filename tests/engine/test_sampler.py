@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from argosy.config import SamplingParams
 from argosy.engine.sampler import Sampler, SamplerState
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError, GrammarError, UsageError
 
 SAMPLER = Sampler()
 
@@ -296,6 +296,21 @@ def test_a_grammar_that_allows_only_the_end_ends_the_answer_despite_min_tokens()
     asked = SamplingParams(min_tokens=3)
     assert first_tokens(asked, OnlyThese(1, 5)) == [1, 1, 1, 5]
     assert first_tokens(asked, OnlyThese(5)) == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=2, top_p=0.5)],
+)
+def test_a_grammar_that_no_token_follows_is_named_at_every_temperature(params: SamplingParams) -> None:
+    with pytest.raises(GrammarError, match="no token of this model follows the grammar here"):
+        first_tokens(params, OnlyThese())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_end_token_is_chosen_before_min_tokens_if_every_token_ends_the_answer(temperature: float) -> None:
+    asked = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=range(6))
+    assert first_tokens(asked) == [5, 5, 5, 5]
 
 
 def test_log_probabilities_are_the_models_own_before_min_tokens() -> None:

@@ -168,12 +168,12 @@ class Sampler:
 
     def _without_ends(
         self, allowed: npt.NDArray[np.bool_] | None, params: SamplingParams, vocab_size: int
-    ) -> npt.NDArray[np.bool_]:
+    ) -> npt.NDArray[np.bool_] | None:
         """`allowed` without tokens that would end the answer, unless nothing else remains."""
         going_on = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._end_ids)}
         going_on[[token_id for token_id in ends if token_id < vocab_size]] = False
-        return going_on if allowed is None or going_on.any() else allowed
+        return going_on if going_on.any() else allowed
 
     def _adjust(
         self,
@@ -236,7 +236,7 @@ def _draw(scores: Logits, params: SamplingParams, uniform: float, mark: MarkedAn
     """Temperature, truncation, the watermark, and one draw.
 
     Truncation keeps a leading part of the order that the draw uses, so the weight of that part describes it. No more of
-    the vocabulary is sorted than needed to place the cut and the draw.
+    the vocabulary is sorted than needed to place the cut and the draw. If every score is -inf, any of them is drawn.
     """
     ids: Ids | None = None
     if 0 < params.top_k < scores.size:
@@ -244,6 +244,8 @@ def _draw(scores: Logits, params: SamplingParams, uniform: float, mark: MarkedAn
         scores = scores[ids]
     weights = _weights(scores, params.temperature)
     mass = float(weights.sum(dtype=np.float64))
+    if math.isnan(mass):
+        return 0 if ids is None else int(ids[0])
     if params.top_p < 1.0:
         _, nucleus = _reach(scores, weights, params.top_p * mass, side="left")
         mass = min(mass, nucleus)
@@ -319,8 +321,9 @@ def _reach(
 
 
 def _weights(scores: Logits, temperature: float) -> Logits:
-    """e^(score / temperature), scaled so that the best score has weight 1."""
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the best to -inf, as intended
+    """e^(score / temperature), scaled so that the best score has weight 1; NaN if every score is -inf."""
+    # A tiny temperature sends all but the best to -inf, as intended.
+    with np.errstate(over="ignore", invalid="ignore"):
         weights: Logits = scores - scores.max()
         weights /= np.float32(max(temperature, _SMALLEST_TEMPERATURE))
         np.exp(weights, out=weights)
