@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -17,6 +18,7 @@ from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.core import Service
+from argosy.serve.gate import _Pace
 from argosy.serve.held import Pool
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
@@ -239,3 +241,24 @@ def test_all_bodies_together_are_bounded_and_their_memory_is_released(service: S
                 assert int(refused.headers["retry-after"]) > 0
             wait_until_free()
             assert client.post("/tokenize", json=size).status_code == 200
+
+
+def test_a_burst_begins_over_many_turns_of_the_event_loop_in_the_order_of_arrival() -> None:
+    """Whoever is ready in between, such as a probe of /health, is answered in between."""
+    began: list[int] = []
+
+    async def burst() -> None:
+        pace, turns = _Pace(), 0
+        asked = [asyncio.ensure_future(begin(pace, number)) for number in range(100)]
+        asked[50].cancel()
+        while not all(one.done() for one in asked):
+            await asyncio.sleep(0)
+            turns += 1
+        assert began == [number for number in range(100) if number != 50]
+        assert turns > 20
+
+    async def begin(pace: _Pace, number: int) -> None:
+        await pace.begin()
+        began.append(number)
+
+    asyncio.run(asyncio.wait_for(burst(), 20))

@@ -23,6 +23,7 @@ import logging
 import re
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,8 @@ from argosy.serve.running import GoneAway, Run, Running
 from argosy.serve.screening import Guarding, Screening
 
 log = logging.getLogger("argosy.serve")
+
+_BEGIN_TOGETHER = 4  # requests in a turn of the event loop
 
 MAX_BODY_BYTES = 8 << 20
 FORM_TYPE = "multipart/form-data"
@@ -361,6 +364,38 @@ class _Count:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
+class _Pace:
+    """Lets few requests begin in each turn of the event loop, first come first served.
+
+    Each takes about a millisecond of the loop until it waits for something. A burst that all began in one turn would
+    hold every other connection, and /health, for a second.
+    """
+
+    def __init__(self) -> None:
+        self._num_begun = 0  # in this turn
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def begin(self) -> None:
+        if self._num_begun < _BEGIN_TOGETHER:
+            self._begun()
+        else:
+            self._waiting.append(turn := asyncio.get_running_loop().create_future())
+            await turn
+
+    def _begun(self) -> None:
+        if not self._num_begun:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._num_begun += 1
+
+    def _next_turn(self) -> None:
+        self._num_begun = 0
+        while self._waiting and self._num_begun < _BEGIN_TOGETHER:
+            turn = self._waiting.popleft()
+            if not turn.done():  # its client may have left
+                self._begun()
+                turn.set_result(None)
+
+
 class Gate:
     """An ASGI application in front of `app`.
 
@@ -408,6 +443,7 @@ class Gate:
         self._observe, self._metrics = observe, metrics
         self._base_path = base_path
         self._strangers = Strangers()
+        self._pace = _Pace()
         self._takes_media = takes_media
         self.bodies = Pool(BODY_BYTES + (MEDIA_BODIES_BYTES if takes_media else 0))
 
@@ -418,6 +454,8 @@ class Gate:
         if scope["type"] != "http":
             return
         began, count = time.monotonic(), _Count()
+        if scope["method"] == "POST":
+            await self._pace.begin()
         policy: Policy | None = None
         is_within = scope["path"].startswith(f"{self._base_path}/")
         if is_within:
