@@ -368,7 +368,35 @@ def test_erasing_only_the_key_of_a_tenant_makes_its_contents_unreadable(tmp_path
     assert contents.get("key-a", facts(1)["request_id"]) is None  # type: ignore[arg-type]
     report = check(directory)
     assert report.is_valid
-    assert report.num_erased == 1
+    assert (report.num_erased, report.num_missing) == (0, 1)
+
+
+def test_a_content_that_is_not_there_is_missing_unless_it_has_expired_or_its_key_was_erased(
+    tmp_path: Path,
+) -> None:
+    directory, clock, settings = (
+        tmp_path / "audit",
+        Clock(),
+        {"with_content": True, "content_keep_s": 10 * DAY_S},
+    )
+    clock.now = time.time() - 11 * DAY_S
+    with auditing(directory, clock=clock, **settings) as audit:
+        audit.record(facts(1), Content([b"secret"], lambda: None))
+    clock.now = time.time() - 1 * DAY_S
+    with auditing(directory, clock=clock, **settings) as audit:
+        for number, key in ((2, "key-a"), (3, "key-a"), (4, "key-b")):
+            audit.record(facts(number, key), Content([b"secret"], lambda: None))
+        wait_for(lambda: len(list((directory / "content").glob("*/req_*"))) == 4)
+        for number in (1, 2, 4):
+            (path,) = (directory / "content").glob(f"*/{facts(number)['request_id']}")
+            path.unlink()
+        report = check(directory)
+        assert (report.num_objects, report.num_erased, report.num_missing) == (1, 1, 2)
+        assert "2 contents are missing: they have not expired" in report.notes[-1]
+        audit.erase("key-a")
+    report = check(directory)
+    assert report.is_valid
+    assert (report.num_objects, report.num_erased, report.num_missing) == (0, 3, 1)
 
 
 def test_a_changed_content_is_detected(tmp_path: Path) -> None:

@@ -214,8 +214,9 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"refused  {report.num_refused} requests without a valid key")
     if report.num_unkept:
         lines.append(f"unkept   {report.num_unkept} contents could not be kept; their lines say why")
-    if report.num_objects or report.num_erased:
-        lines.append(f"content  {report.num_objects} kept, {report.num_erased} erased or expired")
+    if report.num_objects or report.num_erased or report.num_missing:
+        missing = f", {report.num_missing} missing" if report.num_missing else ""
+        lines.append(f"content  {report.num_objects} kept, {report.num_erased} erased or expired{missing}")
     return [*lines, *(f"note     {note}" for note in report.notes)]
 
 
@@ -226,7 +227,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
         "notes": report.notes, "lines": dict(report.kinds), "files": report.num_files, "lost": report.num_lost,
         "refused": report.num_refused, "contents_unkept": report.num_unkept,
         "anchor": None if last is None else str(last.head), "contents": report.num_objects,
-        "contents_erased": report.num_erased,
+        "contents_erased": report.num_erased, "contents_missing": report.num_missing,
     }  # fmt: skip
 
 

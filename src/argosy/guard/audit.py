@@ -20,6 +20,7 @@ Elsewhere: the format and its verification are `chain.py`; the server's part is 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -156,7 +157,9 @@ class Audit:
         self._looked_at = float("-inf")  # so that the first line is on the drive, and anchored, at once
         self._anchor_due = self._expire_due = self._refused_due = clock()
         cut = {"cut_bytes": self._chain.cut_bytes} if self._chain.cut_bytes else {}
-        self._items.put(_Entry("start", {**facts, "when_full": settings.when_full, **cut}))
+        is_kept = settings.with_content and math.isfinite(settings.content_keep_s)
+        kept = {"content_keep_s": settings.content_keep_s} if is_kept else {}
+        self._items.put(_Entry("start", {**facts, "when_full": settings.when_full, **kept, **cut}))
         self._thread = threading.Thread(target=self._run, name="argosy-audit", daemon=True)
         self._thread.start()
 

@@ -20,6 +20,7 @@ import hmac
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,7 +271,8 @@ class Report:
     num_refused: int = 0
     num_unkept: int = 0
     num_objects: int = 0  # contents that are there
-    num_erased: int = 0  # contents that are not there any more
+    num_erased: int = 0  # contents that are not there any more, and a line says why
+    num_missing: int = 0  # contents that are not there, and no line says why
 
     @property
     def is_valid(self) -> bool:
@@ -313,11 +315,13 @@ def verify(
     except UsageError as error:
         report.add_fault(error.message)
     reader = _Reader(directory, key, report, [*anchors, *([] if stored is None else [stored])])
+    contents = None if check_object is None else _Contents(check_object, report)
     for line in reader.lines():
         see(line)
-        content = line.facts.get("content")
-        if check_object is not None and isinstance(content, dict):
-            _check_object(line, content, check_object, report)
+        if contents is not None:
+            contents.take(line)
+    if contents is not None:
+        contents.end()
     reader.check_ends(stored, anchors)
     if key is None:
         report.notes.append("the HMACs were not checked, because no key was given")
@@ -326,18 +330,62 @@ def verify(
     return report
 
 
-def _check_object(line: Line, content: dict[str, Any], check_object: CheckObject, report: Report) -> None:
-    names = line.facts.get("key"), line.facts.get("request_id"), content.get("sha256")
-    if not all(isinstance(name, str) for name in names):
-        report.add_fault(f"line {line.head.seq}: it does not name its content")
-        return
-    is_same = check_object(*names)  # type: ignore[arg-type]
-    if is_same is None:
-        report.num_erased += 1
-    else:
+class _Contents:
+    """Checks the contents that lines name: each is there, has expired, or was erased with its key."""
+
+    def __init__(self, check_object: CheckObject, report: Report) -> None:
+        self._check_object, self._report = check_object, report
+        self._keep_s: float | None = None  # the shortest time that a writer kept contents; None: no line says
+        self._missing: dict[
+            str, list[float]
+        ] = {}  # key -> when lines were written whose contents are not there
+
+    def take(self, line: Line) -> None:
+        """Take the next line."""
+        content, report = line.facts.get("content"), self._report
+        if line.kind == "erased":
+            report.num_erased += len(self._missing.pop(str(line.facts.get("key")), ()))
+        keep_s = line.facts.get("content_keep_s")
+        if line.kind == "start" and isinstance(keep_s, int | float):
+            self._keep_s = keep_s if self._keep_s is None else min(keep_s, self._keep_s)
+        if not isinstance(content, dict):
+            return
+        names = line.facts.get("key"), line.facts.get("request_id"), content.get("sha256")
+        if not all(isinstance(name, str) for name in names):
+            report.add_fault(f"line {line.head.seq}: it does not name its content")
+            return
+        is_same = self._check_object(*names)  # type: ignore[arg-type]
+        if is_same is None:
+            self._miss(line, str(names[0]))
+            return
         report.num_objects += 1
         if not is_same:
             report.add_fault(f"the content of {names[1]} was changed")
+
+    def _miss(self, line: Line, key_id: str) -> None:
+        try:
+            written_at = line.time()
+        except ValueError as error:
+            self._report.add_fault(f"line {line.head.seq}: {error}")
+            return
+        # Lines of writers that did not say how long they kept contents are believed.
+        if self._keep_s is None or written_at + self._keep_s <= time.time():
+            self._report.num_erased += 1
+        else:
+            self._missing.setdefault(key_id, []).append(written_at)
+
+    def end(self) -> None:
+        """Count what no line explains."""
+        assert self._keep_s is not None or not self._missing
+        for written_at in (one for found in self._missing.values() for one in found):
+            has_expired = self._keep_s is not None and written_at + self._keep_s <= time.time()
+            self._report.num_erased += has_expired
+            self._report.num_missing += not has_expired
+        if self._report.num_missing:
+            self._report.notes.append(
+                f"{self._report.num_missing} contents are missing: they have not expired, and no line says that they "
+                "were erased"
+            )
 
 
 class _Reader:
