@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def files_below(directory: Path) -> set[str]:
         for path in directory.rglob("*")
         if not path.is_dir() or path.is_symlink()
     }
+
+
+def facts_of(path: Path) -> tuple[int, int, int, int]:
+    """What a change of a file would change; reading it changes none of these."""
+    found = path.lstat()
+    return found.st_mtime_ns, found.st_ino, found.st_mode, found.st_size
 
 
 @pytest.fixture
@@ -75,6 +82,21 @@ def test_an_unfinished_pull_is_removed(server: Served, hub: Path) -> None:
     assert removal.nbytes > 100
     remove(removal)
     assert files_below(hub / "models--owner--model") == set()
+
+
+def test_a_removal_that_was_killed_is_finished_by_the_next_one(server: Served, hub: Path) -> None:
+    fetch(look_up(REPOSITORY))
+    removal = plan_removal(REPOSITORY)
+    killed = replace(removal, files=tuple(path for path in removal.files if path.name == "model.safetensors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "changing", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            remove(killed)
+    assert names() == []
+    assert files_below(hub) != set()
+    assert main(["rm", REPOSITORY]) == 0
+    assert [path for path in hub.rglob("*") if "owner" in path.name] == []
+    assert kept.read().pulled == {}
 
 
 def test_files_of_another_program_are_named_with_their_owner_and_need_consent(
@@ -217,12 +239,12 @@ def test_a_link_where_a_directory_belongs_is_refused_and_nothing_goes(
     (documents / "drafts").mkdir()
     (documents / "drafts" / "old.txt").write_text("chapter zero")
     (hub / place).symlink_to(documents)
-    before = {name: (documents / name).lstat() for name in files_below(documents)}
+    before = {name: facts_of(documents / name) for name in files_below(documents)}
     here = files_below(hub)
     assert main(["rm", "a/b", "--yes"]) == 2
     said = capsys.readouterr().err
     assert "is a symbolic link, and none is followed" in said or "no model is named" in said
-    assert {name: (documents / name).lstat() for name in files_below(documents)} == before
+    assert {name: facts_of(documents / name) for name in files_below(documents)} == before
     assert files_below(hub) == here
 
 

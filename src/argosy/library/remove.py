@@ -50,6 +50,7 @@ class Removal:
     whose: the program that these files belong to; None if Argosy pulled them.
     files: to delete, links included.
     top: the directory in which folders that become empty go, too.
+    emptied: directories that go with all directories in them, where no file is left.
     num_shared: files that stay because something else uses them.
     """
 
@@ -59,6 +60,7 @@ class Removal:
     top: Path
     nbytes: int
     num_shared: int = 0
+    emptied: tuple[Path, ...] = ()
 
 
 def plan_removal(name: str) -> Removal:
@@ -110,6 +112,8 @@ def remove(removal: Removal) -> None:
             names = [path.relative_to(removal.top) for path in removal.files]
             for name in names:
                 top.remove(name)
+            for path in removal.emptied:
+                _remove_empty(top, path.relative_to(removal.top))
             for folder in sorted({parent for name in names for parent in name.parents[:-1]}, reverse=True):
                 top.remove_empty(folder)
     except OSError as error:
@@ -121,13 +125,29 @@ def remove(removal: Removal) -> None:
             del known.aliases[alias]
 
 
-def _removal(name: str, whose: str | None, files: Iterable[Path], top: Path, num_shared: int = 0) -> Removal:
+def _remove_empty(top: Directory, name: Path) -> None:
+    for entry in top.names(name):
+        if top.is_directory(name / entry):
+            _remove_empty(top, name / entry)
+    top.remove_empty(name)
+
+
+def _removal(
+    name: str,
+    whose: str | None,
+    files: Iterable[Path],
+    top: Path,
+    num_shared: int = 0,
+    emptied: tuple[Path, ...] = (),
+) -> Removal:
     chosen = tuple(dict.fromkeys(files))
     nbytes = 0
     with suppress(FileNotFoundError), Directory(top) as opened:
         facts = [opened.stat(path.relative_to(top)) for path in chosen]
         nbytes = sum(one.st_size for one in facts if one is not None and stat.S_ISREG(one.st_mode))
-    return Removal(name=name, whose=whose, files=chosen, top=top, nbytes=nbytes, num_shared=num_shared)
+    return Removal(
+        name=name, whose=whose, files=chosen, top=top, nbytes=nbytes, num_shared=num_shared, emptied=emptied
+    )
 
 
 def _of_hub(
@@ -143,16 +163,18 @@ def _of_hub(
     folder = root / repository_folder(repository)
     _require_idle(root, folder, name)
     links = [path for path in _walk(root, folder / "snapshots") if path.is_symlink() or path.is_file()]
-    going: set[Path] = set()
-    refs: list[Path] = []  # to the snapshot that goes
+    # Without a model, a pull did not finish, or an earlier removal: links of its snapshot may be there all the same.
+    snapshots = folder / "snapshots"
+    snapshot = snapshots / ("" if pulled is None else pulled.revision)
     if model is not None:
-        snapshots = folder / "snapshots"
         snapshot = snapshots / model.path.relative_to(snapshots).parts[0]
-        others = [one for one in found.models if one.path != model.path and one.path.is_relative_to(snapshot)]
-        going = set(model.files) if others else {link for link in links if link.is_relative_to(snapshot)}
-        refs = (
-            [] if others else [ref for ref in _walk(root, folder / "refs") if read_ref(ref) == snapshot.name]
-        )
+    others = [one for one in found.models if one is not model and one.path.is_relative_to(snapshot)]
+    going = {link for link in links if link.is_relative_to(snapshot)}
+    if model is None and pulled is not None:
+        going = {link for link in going if _blob(link).name in pulled.blobs}
+    refs = [ref for ref in _walk(root, folder / "refs") if read_ref(ref) == snapshot.name]
+    if others:
+        going, refs = set(() if model is None else model.files), []
     used = {_blob(link) for link in links if link not in going}
     for other, one in kept.read().pulled.items():
         if other != name and one.repository == repository:  # half fetched, it has no links yet
@@ -165,11 +187,16 @@ def _of_hub(
         *refs,
         *(blob for blob in blobs - used if os.path.lexists(blob) and blob.parent == folder / "blobs"),
     ]
-    if model is not None and going >= set(links):  # no snapshot stays, so references and leftovers go, too
-        gone += [path for path in _walk(root, folder) if path not in used]
+    emptied: tuple[Path, ...] = ()
+    if going >= set(links):  # no snapshot stays, so references and leftovers go, too
+        # Without a model, blobs that no record of ours names are another program's, which may continue them.
+        blob_folder = None if model is not None else folder / "blobs"
+        gone += [path for path in _walk(root, folder) if path not in used and path.parent != blob_folder]
         gone += _walk(root, root / ".locks" / folder.name)
+        emptied = (folder, root / ".locks" / folder.name)
     whose = None if pulled is not None else _WHOSE["hub"]
-    return _removal(name, whose, gone, root, sum(os.path.lexists(blob) for blob in blobs & used))
+    num_shared = sum(os.path.lexists(blob) for blob in blobs & used)
+    return _removal(name, whose, gone, root, num_shared, emptied)
 
 
 def _blob_files(folder: Path, digest: str) -> tuple[Path, Path]:
