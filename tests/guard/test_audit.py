@@ -59,6 +59,12 @@ def auditing(directory: Path, **settings: object) -> Iterator[Audit]:
         audit.close()
 
 
+def facts_of(path: Path) -> tuple[int, int, int, int]:
+    """What a change of a file would change; reading it changes none of these."""
+    found = path.lstat()
+    return found.st_mtime_ns, found.st_ino, found.st_mode, found.st_size
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 20
     while not condition():
@@ -412,6 +418,16 @@ def test_a_changed_content_is_detected(tmp_path: Path) -> None:
         SealedContents(directory, key_of(directory)).get("key-a", facts(1)["request_id"])  # type: ignore[arg-type]
 
 
+def test_what_a_kill_left_of_a_content_goes_with_the_next_sweep(tmp_path: Path) -> None:
+    with auditing(tmp_path / "audit", with_content=True) as audit:
+        audit.record(facts(1), Content([b"secret"], lambda: None))
+    (kept,) = (tmp_path / "audit" / "content").glob("*/req_*")
+    for name in (f".{kept.name}.new", ".key.new"):
+        kept.with_name(name).write_bytes(b"half of it")
+    SealedContents(tmp_path / "audit", key_of(tmp_path / "audit")).sweep(0.0)
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["key", kept.name]
+
+
 def test_requests_are_recorded_though_the_key_of_their_contents_is_damaged(tmp_path: Path) -> None:
     directory, said = tmp_path / "audit", list[str]()
     with auditing(directory, with_content=True, reports=said) as audit:
@@ -690,9 +706,7 @@ def test_links_in_an_audit_lead_nowhere(tmp_path: Path, place: str) -> None:
         victim.mkdir()
         (victim / "key").write_bytes(b"keep")
     planted.symlink_to(victim)
-    before = {
-        path: (path.lstat(), path.is_file() and path.read_bytes()) for path in (victim, *victim.rglob("*"))
-    }
+    before = {path: facts_of(path) for path in (victim, *victim.rglob("*"))}
     for act in (
         lambda: contents.put("key-a", "req_" + "0" * 24, b"new"),
         lambda: contents.sweep(time.time() + 100),
@@ -701,5 +715,5 @@ def test_links_in_an_audit_lead_nowhere(tmp_path: Path, place: str) -> None:
     ):
         with contextlib.suppress(OSError, UsageError):
             act()
-    assert {path: (path.lstat(), path.is_file() and path.read_bytes()) for path in before} == before
+    assert {path: facts_of(path) for path in before} == before
     assert len(list(victim.rglob("*"))) == len(before) - 1

@@ -123,7 +123,10 @@ class SealedContents:
             return _remove(audit, going)
 
     def sweep(self, before: float) -> int:
-        """Remove the contents written before this time, in seconds since 1970; returns how many.
+        """Remove the contents written before this time, in seconds since 1970, and what a kill left of `put`.
+
+        Returns:
+            The number of contents.
 
         Raises:
             OSError: they cannot be removed.
@@ -134,7 +137,11 @@ class SealedContents:
                 if directory.name.startswith(_GOING):
                     _remove(audit, directory)
                     continue
-                for path in _contents(audit, directory):
+                for name in set(audit.names(directory)) - {_KEY}:
+                    path = directory / name
+                    if not _REQUEST_ID.fullmatch(name):
+                        audit.remove(path)
+                        continue
                     facts = audit.stat(path)
                     if facts is not None and facts.st_mtime < before:
                         audit.remove(path)
