@@ -161,6 +161,16 @@ def test_what_was_opened_stays_that_directory(root: Directory, victim: Path) -> 
     assert facts(victim) == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes links of others")
+def test_a_directory_may_be_a_link_of_its_user_and_not_of_another(tmp_path: Path, victim: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(victim)
+    Directory(link).close()
+    os.chown(link, 1234, 1234, follow_symlinks=False)
+    with pytest.raises(OSError, match="it is a symbolic link of another user"):
+        Directory(link, make=True)
+
+
 def test_a_file_that_the_user_linked_is_replaced_where_it_is(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_bytes(b"old")

@@ -1,6 +1,6 @@
 """Change files below a directory without ever following a symbolic link there.
 
-    with Directory(path, make=True) as cache:        the user named this path, so it may lead through links
+    with Directory(path, make=True) as cache:        the user named this path, so it may be a link of theirs
         cache.put("sub/file.json", data)             no name below it may, even if somebody plants a link meanwhile
 
 A name is relative to the open directory, and every directory on its way is opened without following links, so nothing
@@ -42,7 +42,8 @@ class Directory:
         mode: of the directory that is created.
 
     Raises (so does every method, about its own name):
-        OSError: a part of the path is missing, a link below the directory, or not accessible. `filename` is the path.
+        OSError: a part of the path is missing, not accessible, a link below the directory, or the directory itself is
+            a link of another user. `filename` is the path.
         ValueError: a name leads out of the directory.
     """
 
@@ -50,6 +51,9 @@ class Directory:
         if make:
             with contextlib.suppress(FileExistsError):  # as something else, too: then it cannot be opened
                 path.mkdir(mode=mode, parents=True)
+        # The kernel refuses such a link only in a directory that anyone may write, and only if it is set to.
+        if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
+            raise OSError(errno.ELOOP, "it is a symbolic link of another user", str(path))
         self.path = path
         self.descriptor = os.open(path, _OPEN)
 
