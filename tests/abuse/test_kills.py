@@ -1,6 +1,7 @@
 """A writer that is killed anywhere loses nothing that was complete, and the next command works.
 
-The tests try a few points of each writer; set KILL_POINTS=200, or run `kills.py` itself, for more.
+The tests try a few points of each writer; set KILL_POINTS=200, or run `kills.py` itself, for more. So do those in which
+somebody has planted links to files and directories of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 KILLS = Path(__file__).with_name("kills.py")
-POINTS = os.environ.get("KILL_POINTS", "12")
+POINTS = os.environ.get("KILL_POINTS", "8")
+LINK_POINTS = os.environ.get("KILL_POINTS", "4")
 
 # A writer that writes in place, so a kill in the middle leaves a file half old.
 IN_PLACE = """
@@ -41,12 +43,48 @@ print(len(kills.run("in place", 16, 0)["failures"]))
 """
 
 
-@pytest.mark.parametrize("writer", ["pack", "keys", "counts", "kv_dir", "demo"])
+@pytest.mark.parametrize(
+    "writer", ["pack", "keys", "counts", "kv_dir", "demo", "pull", "rm", "audit", "state"]
+)
 def test_a_writer_that_is_killed_anywhere_loses_nothing_that_was_complete(writer: str) -> None:
     command = [sys.executable, str(KILLS), "--points", POINTS, writer]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{writer} " in done.stdout
+
+
+@pytest.mark.parametrize("writer", ["pack", "kv_dir", "demo", "pull", "rm", "audit", "state"])
+def test_a_link_at_any_name_that_a_writer_uses_has_nothing_changed_outside(writer: str) -> None:
+    command = [sys.executable, str(KILLS), "--links", "--points", LINK_POINTS, writer]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{writer} " in done.stdout
+
+
+FOLLOWS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kills
+
+class Follows(kills.Writer):
+    name = "follows"
+
+    def work(self, tell):
+        (self.directory / "state").write_bytes(b"new")
+        tell(1)
+
+    def check(self, told):
+        return "whole"
+
+kills.WRITERS["follows"] = Follows
+print(len(kills.run("follows", 4, 0, with_links=True)["failures"]))
+"""
+
+
+def test_a_writer_that_follows_a_link_is_detected() -> None:
+    command = [sys.executable, "-c", FOLLOWS, str(KILLS.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) > 0
 
 
 def test_a_writer_that_leaves_a_half_written_file_is_detected() -> None:
