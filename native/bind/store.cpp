@@ -1,6 +1,7 @@
 // bind/store.cpp: binds Arena, Store and their file systems: check, unlock the GIL, call.
 #include "store/store.h"
 
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <filesystem>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
@@ -48,6 +50,8 @@ auto with_os_errors(const std::string& path, Body&& body) {
     throw nb::python_error();
   }
 }
+
+using Path = Named<std::filesystem::path, "str">;  // it need not be UTF-8
 
 using FaultName = Named<std::string,
                         "typing.Literal['eio', 'eintr', 'short', 'truncated', 'flip', 'delay', 'hold', "
@@ -297,8 +301,8 @@ void bind_store(nb::module_& m) {
           "foreground"_a = nb::none())
       .def(
           "open",
-          [](Store& store, const std::string& path, bool direct) {
-            return with_os_errors(path, [&] { return store.open(path, direct); });
+          [](Store& store, const Path& path, bool direct) {
+            return with_os_errors(path.string(), [&] { return store.open(path.string(), direct); });
           },
           "path"_a, "direct"_a = true, R"(
         Open a file and return its id. Uses O_DIRECT if the file system accepts it; otherwise reads are buffered, and
@@ -312,7 +316,8 @@ void bind_store(nb::module_& m) {
           "info",
           [](const Store& store, int file_id) {
             const FileInfo info = store.info(file_id);
-            return std::tuple(info.path, info.size, info.alignment, info.is_direct, info.why_not_direct);
+            const auto path = nb::steal<nb::str>(PyUnicode_DecodeFSDefault(info.path.c_str()));
+            return std::tuple(path, info.size, info.alignment, info.is_direct, info.why_not_direct);
           },
           "file_id"_a, "path, size, alignment, is_direct, why_not_direct. The alignment is at least 4096.")
       .def(
@@ -393,10 +398,10 @@ void bind_store(nb::module_& m) {
     The checksum of a record: CRC32C over the CRC32Cs of its four quarters (native/store/crc32c.h).)");
   m.def(
       "drive_probe",
-      [](const std::string& path, int64_t record_bytes, int64_t num_records, int num_readers, bool direct) {
-        return with_os_errors(path, [&] {
+      [](const Path& path, int64_t record_bytes, int64_t num_records, int num_readers, bool direct) {
+        return with_os_errors(path.string(), [&] {
           nb::gil_scoped_release released;
-          return drive_probe(path, record_bytes, num_records, num_readers, direct);
+          return drive_probe(path.string(), record_bytes, num_records, num_readers, direct);
         });
       },
       "path"_a, "record_bytes"_a, "num_records"_a, "num_readers"_a, "direct"_a, R"(

@@ -64,6 +64,17 @@ def test_a_fetched_piece_begins_at_its_offset_within_the_alignment(store: Store,
         assert arena.array()[start : start + nbytes].tobytes() == wanted
 
 
+def test_a_file_is_opened_whatever_bytes_its_path_has(store: Store, file: Path) -> None:
+    odd = os.fsdecode(os.fsencode(file.parent) + b"/m\xff\xc3")
+    os.mkdir(odd)
+    path = str(file.rename(Path(odd) / file.name))
+    assert store.info(store.open(path))[0] == path
+    assert drive_probe(path, PAGE, 2, 1, False) > 0
+    with pytest.raises(FileNotFoundError) as missing:
+        store.open(path + ".no")
+    assert missing.value.filename == path + ".no"
+
+
 def test_a_buffered_read_gives_the_reason_why_it_is_not_direct(store: Store, file: Path) -> None:
     file_id = store.open(str(file), direct=False)
     assert store.info(file_id)[3:] == (False, "buffered reads were requested")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -48,6 +49,13 @@ halves = st.builds(lambda marker, at: marker[:at], markers, st.integers(1, 12))
 hostile = st.lists(st.one_of(markers, halves, texts, st.sampled_from([" ", "\n", "  ", "▁", "\t"]))).map(
     "".join
 )
+
+
+def test_a_tokenizer_is_opened_whatever_bytes_its_path_has(tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    odd.mkdir()
+    write_tokenizer(odd, byte_level_json(), {})
+    assert Tokenizer.open(odd).encode("hi")
 
 
 @given(text=hostile)

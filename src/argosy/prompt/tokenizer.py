@@ -644,7 +644,7 @@ def _read_core(directory: Path, config: Mapping[str, Any]) -> tokenizers.Tokeniz
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than {_MAX_FILE_BYTES}", path=path)
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(path.read_bytes())  # the path need not be UTF-8
     except Exception as error:  # the package raises plain Exception
         raise CheckpointError(f"{path}: not a tokenizer: {_first_line(error)}", path=path) from None
 
