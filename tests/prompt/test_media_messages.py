@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
+import jinja2
 import numpy as np
 import pytest
 import tokenizers
@@ -18,7 +19,7 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.prompt.tools import Tool
 from tests.models.seeing import SEEING_TEMPLATE, seeing_tokenizer
-from tests.prompt.tokenizers_for_tests import SPECIAL
+from tests.prompt.tokenizers_for_tests import CHATML, SPECIAL
 
 PLACES = {"picture": "<|image_pad|>", "sound": "<|audio_pad|>"}
 RED, BLUE = (np.full((2, 3, 3), shade, np.uint8) for shade in (200, 10))
@@ -114,10 +115,53 @@ def test_a_placeholder_in_a_callers_text_is_text(builder: PromptBuilder) -> None
     assert len(prompt.spans) == 1
 
 
-def test_text_beside_media_keeps_the_lines_between_its_parts(builder: PromptBuilder) -> None:
-    alone = builder.build([Text("a"), Text("b")]).text
-    assert "a\nb" in alone
-    assert "a\nb<|vision_start|>" in builder.build([Text("a"), Text("b"), Image(RED)]).text
+# How templates of the hub go through a content: Qwen3-VL's, GLM-4.5V's and Gemma's.
+GOES_THROUGH = {
+    "qwen3_vl": """{% if message.content is string %}{{ message.content }}{% else %}\
+{% for content in message.content %}{% if content.type == 'image' or 'image' in content %}\
+<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content.text }}\
+{% endif %}{% endfor %}{% endif %}""",
+    "glm4v_moe": """{% macro visible_text(content) %}{% if content is string %}{{ content }}\
+{% elif content is iterable and content is not mapping %}{% for item in content %}\
+{% if item is mapping and item.type == 'text' -%}{{- item.text }}\
+{% elif item is mapping and item.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>\
+{%- elif item is string -%}{{- item }}{%- endif %}{%- endfor %}{% endif %}{% endmacro %}\
+{{ visible_text(message.content) }}""",
+    "gemma": """{% if message.content is string %}{{ message.content | trim }}{% else %}\
+{% for item in message.content %}{% if item.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif item.type == 'text' %}{{ item.text | trim }}{% endif %}{% endfor %}{% endif %}""",
+    "lines": """{% if message.content is string %}{{ message.content }}{% else %}{% for item in message.content %}\
+{% if not loop.first %}{{ '\n' }}{% endif %}{% if item.type == 'image' %}<|image_pad|>\
+{% else %}{{ item.text }}{% endif %}{% endfor %}{% endif %}""",
+}
+
+
+@pytest.mark.parametrize("name", GOES_THROUGH)
+def test_texts_beside_each_other_are_what_the_template_makes_of_them(name: str) -> None:
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role + '\n' }}"
+        + GOES_THROUGH[name]
+        + "<|im_end|>{% endfor %}"
+    )
+    own = Tokenizer(core(), config={"eos_token": SPECIAL[2]}, chat_template=template)
+    builder = PromptBuilder(own, vocab_size=own.vocab_size, media=Reader())
+    rendered = jinja2.Environment().from_string(template)
+    for kinds in ("tt", "ttt", "itt", "ttit", "ittittt", "i", "t"):
+        parts = [
+            {"type": "image"} if kind == "i" else {"type": "text", "text": f" said {at}  "}
+            for at, kind in enumerate(kinds)
+        ]
+        given = [Image(RED) if part["type"] == "image" else Text(part["text"]) for part in parts]
+        prompt = builder.build([{"role": "user", "content": given}])
+        assert prompt.text == rendered.render(messages=[{"role": "user", "content": parts}])
+    builder.close()
+
+
+def test_texts_beside_each_other_are_lines_where_a_template_takes_one_text() -> None:
+    own = Tokenizer(core(), config={"eos_token": SPECIAL[2]}, chat_template=CHATML)
+    builder = PromptBuilder(own, vocab_size=own.vocab_size)
+    assert "user\na\nb<|im_end|>" in builder.build([Text("a"), Text("b")]).text
+    builder.close()
 
 
 def test_the_result_of_a_tool_may_be_a_picture(builder: PromptBuilder) -> None:

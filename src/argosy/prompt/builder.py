@@ -558,7 +558,11 @@ class PromptBuilder:
                 "this model has no chat template, so it cannot take a list of messages",
                 hint="give it text to continue: Prompt.raw(text), or `argosy run --raw`",
             )
-        turns = check_messages(messages, add_generation_prompt=add_generation_prompt and continues)
+        turns = check_messages(
+            messages,
+            add_generation_prompt=add_generation_prompt and continues,
+            join_texts=self._template.join_texts,
+        )
         _require_renderable(turns)
         media: list[_Placed] = []
         turns = tuple(

@@ -127,6 +127,10 @@ class ChatTemplate:
             self._found_shape = find_shape(variables, frozenset(answer["names"]), self._attempt)
         return self._found_shape
 
+    def join_texts(self, texts: Sequence[str]) -> str:
+        """Texts beside each other in a message, as one text that the template prints in the same way."""
+        return self.shape.join_texts(texts) if len(texts) > 1 else "".join(texts)
+
     def _attempt(self, messages: list[dict[str, Any]], tools: list[dict[str, object]] | None) -> str | None:
         answer = self._render(messages, tools, {}, True)
         return "".join(text for _, text in answer["segments"]) if "segments" in answer else None

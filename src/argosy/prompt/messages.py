@@ -9,7 +9,7 @@ Elsewhere: `template_shape.py` finds what a chat template expects of a turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -60,6 +60,8 @@ Media = Image | Audio | Video | Content
 Piece = tuple[bool, str] | Media
 """(is the caller's, text), or a picture, sound or video, as it was given or read."""
 
+JoinTexts = Callable[[Sequence[str]], str]
+
 _MEDIA_TYPES: Mapping[str, type[Image | Audio | Video]] = {"image": Image, "audio": Audio, "video": Video}
 _MEDIA_ROLES = ("user", "tool")
 _MOST_MEDIA = 256  # in a conversation
@@ -87,10 +89,15 @@ class Turn:
         return tuple(piece for piece in self.pieces if not isinstance(piece, tuple))
 
 
-def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool = True) -> tuple[Turn, ...]:
+def check_messages(
+    messages: Sequence[Message], *, add_generation_prompt: bool = True, join_texts: JoinTexts = "\n".join
+) -> tuple[Turn, ...]:
     """Check messages and turn them into turns; the first thing that is wrong raises an error.
 
     If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
+
+    Args:
+        join_texts: makes one text of texts beside each other in a message (`Shape.join_texts`).
 
     Raises:
         UsageError: there are no messages, a role or key is unknown, content is neither text nor media, two calls of a
@@ -105,7 +112,7 @@ def check_messages(messages: Sequence[Message], *, add_generation_prompt: bool =
         num_left -= _num_values(message)
         if num_left < 0:
             raise UsageError(f"message {at}: tool call arguments have more than {MAX_PARTS} values so far")
-        turn = _turn(_without_copies(message), f"message {at}")
+        turn = _turn(_without_copies(message), f"message {at}", join_texts)
         called |= {call.id for call in turn.calls}
         if turn.answers is not None and turn.answers not in called:
             raise UsageError(
@@ -162,7 +169,7 @@ def _without_copies(message: Message) -> Message:
     }
 
 
-def _turn(message: Message, where: str) -> Turn:
+def _turn(message: Message, where: str, join_texts: JoinTexts) -> Turn:
     role = message.get("role")
     if role is None:
         raise UsageError(f"{where}: no 'role'")
@@ -182,7 +189,7 @@ def _turn(message: Message, where: str) -> Turn:
     ]
     if len(set(reasoning)) > 1:
         raise UsageError(f"{where}: reasoning_content and reasoning differ")
-    content, pieces = _content(message.get("content", ""), role, where)
+    content, pieces = _content(message.get("content", ""), role, where, join_texts)
     return Turn(
         role,
         content,
@@ -196,23 +203,27 @@ def _turn(message: Message, where: str) -> Turn:
     )
 
 
-def _content(content: object, role: str, where: str) -> tuple[str, tuple[Piece, ...]]:
-    """The content's text, the texts of its parts one per line, and its pieces if there are media among them."""
+def _content(content: object, role: str, where: str, join_texts: JoinTexts) -> tuple[str, tuple[Piece, ...]]:
+    """The content's text, and its pieces if there are media among them."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return _text(content, f"{where}: content"), ()
     found = (_part(part, role, f"{where}: part {at}") for at, part in enumerate(content))
-    return joined([(True, part) if isinstance(part, str) else part for part in found])
+    return joined([(True, part) if isinstance(part, str) else part for part in found], join_texts)
 
 
-def joined(parts: Sequence[Piece]) -> tuple[str, tuple[Piece, ...]]:
-    """Texts of the caller, one per line, and the pieces that they make with the media; no pieces without media."""
+def joined(parts: Sequence[Piece], join_texts: JoinTexts = "\n".join) -> tuple[str, tuple[Piece, ...]]:
+    """Texts of the caller, and the pieces that they make with the media; no pieces without media.
+
+    Args:
+        join_texts: makes one text of several without media between them.
+    """
     texts: list[str] = []
     pieces: list[Piece] = []
     for is_text, run in groupby(parts, key=lambda part: isinstance(part, tuple)):
         if not is_text:
             pieces += run
             continue
-        texts.append("\n".join(part[1] for part in run if isinstance(part, tuple)))
+        texts.append(join_texts([part[1] for part in run if isinstance(part, tuple)]))
         pieces.append((True, texts[-1]))
     return "\n".join(texts), tuple(pieces) if len(texts) < len(pieces) else ()
 

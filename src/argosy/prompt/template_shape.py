@@ -13,6 +13,7 @@ Elsewhere: `messages.py` checks what a client sends; `chat.py` renders.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -49,6 +50,8 @@ class Shape:
         knows_developer: it handles that role.
         takes_system: it prints a system message that is the first message.
         takes_late_system: it prints a system message that is not the first message.
+        between_texts: the white space that it prints between the texts of a message; a new line if it takes one only.
+        trims_texts: it drops white space around each of them.
     """
 
     variables: frozenset[str]
@@ -63,6 +66,12 @@ class Shape:
     knows_developer: bool
     takes_system: bool
     takes_late_system: bool
+    between_texts: str
+    trims_texts: bool
+
+    def join_texts(self, texts: Sequence[str]) -> str:
+        """Texts beside each other in a message, as one text that the template prints in the same way."""
+        return self.between_texts.join(text.strip() if self.trims_texts else text for text in texts)
 
     def messages(self, turns: Sequence[Turn]) -> Messages:
         """Convert `turns` to the messages that this template reads.
@@ -215,6 +224,7 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
     is_before = printed(split, "probe_text", "probe_key1") is not None
     key = next((key for key in _REASONING_KEYS if key in names), None)
     thought: dict[str, Any] = {} if key is None else {key: "probe_thought"}
+    between_texts, trims_texts = _seam(attempt([{"role": "user", "content": _TWO_TEXTS}], tools))
     late = [{"role": "system", "content": "probe"}, _USER, {"role": "system", "content": "probe_late"}, _USER]
     return Shape(
         variables=variables,
@@ -230,10 +240,22 @@ def find_shape(variables: frozenset[str], names: frozenset[str], attempt: Try) -
         takes_system=printed([{"role": "system", "content": "probe_system"}, _USER], "probe_system")
         is not None,
         takes_late_system=printed(late, "probe_late") is not None,
+        between_texts=between_texts,
+        trims_texts=trims_texts,
     )
 
 
+def _seam(printed: str | None) -> tuple[str, bool]:
+    """What a template printed between `_TWO_TEXTS`, and whether it trimmed them."""
+    found = re.search(r"probe_one(\s*)probe_two", printed or "")
+    if found is None:  # it takes one text
+        return "\n", False
+    is_whole = len(found[1]) > 1 and found[1][0] == found[1][-1] == " "
+    return (found[1][1:-1], False) if is_whole else (found[1], True)
+
+
 _USER: dict[str, Any] = {"role": "user", "content": "probe"}
+_TWO_TEXTS = [{"type": "text", "text": [(True, text)]} for text in ("probe_one ", " probe_two")]
 
 
 def _probe_id(at: int) -> str:
