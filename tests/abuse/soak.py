@@ -44,8 +44,9 @@ def python(*words: str) -> tuple[str, ...]:
 RUNS = {
     "figures": Run(python("tests/abuse/figures.py"), r"^(R\d+ |  )", 6000),
     "kills": Run(python("tests/abuse/kills.py", "--points", "200"), r"", 2400),
+    "kills beside links": Run(python("tests/abuse/kills.py", "--links", "--points", "200"), r"", 2400),
     "growth": Run(python("-m", "tests.abuse.growth"), r"", 600),
-    "frozen workers": Run(python("-m", "tests.cluster.frozen", "--rounds", "50"), r"", 1800),
+    "frozen workers": Run(python("benchmarks/cluster_freeze.py", "--times", "50"), r"", 1800),
     "sanitizers": Run(("make", "test-sanitize"), r"(tests passed|calls of|requests|found)", 3600),
 }
 
