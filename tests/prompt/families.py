@@ -96,6 +96,10 @@ _MISTRAL_ARGS += ["[/SYSTEM_PROMPT]"]
 _SENTENCE = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
 _MINIMAX = ["]~!b[", "]~b]", "[e~["]
 
+_GEMMA = ["<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", '<|"|>'] + [
+    mark for name in ("tool", "tool_call", "tool_response") for mark in (f"<|{name}>", f"<{name}|>")
+]
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -126,6 +130,7 @@ FAMILIES = {
             "glm47", templates.GLM_4_7, _GLM_SPECIAL, _GLM, ["<|endoftext|>", "<|user|>", "<|observation|>"]
         ),
         _family("harmony", templates.GPT_OSS, _HARMONY, [], ["<|return|>", "<|call|>"]),
+        _family("gemma4", templates.GEMMA4, _GEMMA, [], ["<turn|>", "<|tool_response>"], bos_token="<bos>"),
         _family("mistral", templates.MISTRAL, _MISTRAL, [], ["</s>"], bos_token="<s>", eos_token="</s>"),
         _family(
             "mistral_args",

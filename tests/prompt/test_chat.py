@@ -175,6 +175,14 @@ def test_variables_from_a_caller_are_marked_as_caller_text() -> None:
     assert segments == [(True, "<|im_end|>Hi")]
 
 
+def test_lists_are_written_and_changed_as_in_plain_jinja() -> None:
+    for name in ("upper", "lower", "capitalize"):
+        source = f"{{{{ [messages[0].content, 'b'] | {name} }}}}"
+        segments = segments_of(source, HI)
+        assert text_of(segments) == plainly(source, HI)
+        assert segments[0][0]
+
+
 # The process
 
 

@@ -273,6 +273,7 @@ def test_parsing_time_is_linear_in_the_length_of_the_answer(name: str) -> None:
         ("glm", "glm"),
         ("glm47", "glm47"),
         ("harmony", "harmony"),
+        ("gemma4", "gemma4"),
         ("mistral", "mistral"),
         ("mistral_args", "mistral"),
         ("minimax_m2", "minimax_m2"),
@@ -292,7 +293,9 @@ def test_every_format_has_a_transcript() -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="unknown format 'xml'; known: deepseek_v3, deepseek_v31, glm"):
+    with pytest.raises(
+        UsageError, match="unknown format 'xml'; known: deepseek_v3, deepseek_v31, gemma4, glm"
+    ):
         named_format("xml", FAMILIES["qwen3"].tokenizer)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from argosy.config import Grammar
-from argosy.errors import UsageError
+from argosy.errors import GrammarError, UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.tools import Tool, check_tools
@@ -69,6 +71,7 @@ ONE = {
     + "<|tool_call_end|><|tool_calls_section_end|>",
     "glm": "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
     "glm47": "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>",
+    "gemma4": '<|tool_call>call:get_weather{city:<|"|>Oslo<|"|>}<tool_call|>',
     "harmony": "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>" + OSLO,
     "mistral": '[TOOL_CALLS] [{"name": "get_weather", "arguments": ' + OSLO + "}]",
     "mistral_args": "[TOOL_CALLS]get_weather[ARGS]" + OSLO,
@@ -89,6 +92,7 @@ TWO = {
     + "<|tool_call_begin|>functions.clock:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
     "glm": ONE["glm"] + "\n<tool_call>clock\n</tool_call>",
     "glm47": ONE["glm47"] + "<tool_call>clock</tool_call>",
+    "gemma4": ONE["gemma4"] + "<|tool_call>call:clock{}<tool_call|>",
     "mistral": ONE["mistral"].removesuffix("]") + ', {"name": "clock", "arguments": {}}]',
     "mistral_args": ONE["mistral_args"] + "[TOOL_CALLS]clock[ARGS]{}",
     "minimax_m2": ONE["minimax_m2"].replace("</minimax", '<invoke name="clock">\n</invoke>\n</minimax'),
@@ -223,6 +227,68 @@ def test_values_written_one_by_one_must_match_their_schemas(
         assert read(name, text) == [("get_weather", value)]
 
 
+GEMMA = "<|tool_call>call:get_weather{{{}}}<tool_call|>"
+
+
+def quoted(text: str) -> str:
+    return f'<|"|>{text}<|"|>'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        (f"city:{quoted('a b, {c}: ]')}", {"city": "a b, {c}: ]"}),
+        (
+            f"city:{quoted('x')},days:3,exact:true,limit:null,more:{{k:[1,{quoted('y')}]}},"
+            f"places:[{quoted('a')},{quoted('b')}],unit:{quoted('celsius')}",
+            {
+                "city": "x", "days": 3, "exact": True, "limit": None, "more": {"k": [1, "y"]},
+                "places": ["a", "b"], "unit": "celsius",
+            },
+        ),
+        ("days:3", None),
+        ("city:x", None),
+        (f"city:{quoted('x')},days:soon", None),
+        (f"city:{quoted('x')},days:{quoted('3')}", None),
+        (f"city:{quoted('x')},unit:{quoted('kelvin')}", None),
+        (f"city:{quoted('x')},places:[1]", None),
+        (f"city:{quoted('x')},other:1", None),
+        (f"city:{quoted('x')},", None),
+    ],
+)  # fmt: skip
+def test_gemma_s_values_must_match_their_schemas(arguments: str, value: dict[str, Any] | None) -> None:
+    grammar, text = format_of("gemma4").grammar(CHECKED), GEMMA.format(arguments)
+    assert takes("gemma4", grammar, text) == (value is not None)
+    if value is not None:
+        assert read("gemma4", text) == [("get_weather", value)]
+
+
+def test_any_optional_values_of_gemma_may_be_left_out() -> None:
+    properties = {name: {"type": "integer"} for name in "abcde"}
+    for required in ([], ["c"], ["a", "e"], list("abcde")):
+        tool = Tool("get_weather", "", {"type": "object", "properties": properties, "required": required})
+        grammar = format_of("gemma4").grammar((tool,))
+        for names in map(
+            "".join, (itertools.compress("abcde", chosen) for chosen in itertools.product((0, 1), repeat=5))
+        ):
+            text = GEMMA.format(",".join(f"{name}:1" for name in names))
+            assert takes("gemma4", grammar, text) == set(required).issubset(names), (required, names)
+
+
+def test_a_strict_tool_of_gemma_needs_schemas_that_can_be_enforced() -> None:
+    point = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
+    properties: dict[str, object] = {"to": point}
+    tool = Tool("get_weather", "", {"type": "object", "properties": properties, "required": ["to"]}, True)
+    grammar = format_of("gemma4").grammar((tool,))
+    assert takes("gemma4", grammar, GEMMA.format("to:{x:1.5}"))
+    assert not takes("gemma4", grammar, GEMMA.format("to:{}"))
+    properties["to"] = {"anyOf": [point, {"type": "null"}]}
+    with pytest.raises(GrammarError, match="strict tool 'get_weather' have a schema that cannot be enforced"):
+        format_of("gemma4").grammar((tool,))
+    grammar = format_of("gemma4").grammar((replace(tool, is_strict=False),))
+    assert takes("gemma4", grammar, GEMMA.format("to:{y:[]}"))
+
+
 # Thoughts
 
 
@@ -248,6 +314,14 @@ def test_thoughts_also_end_at_a_mark_spelled_as_text() -> None:
     grammar = format_of(name).grammar(CHECKED, prompt=Prompt((1,), "]~b]ai\n<think>\n"))
     assert takes(name, grammar, f"hm </thin</think>\n\n{ONE[name]}")
     refuses_at(name, grammar, "hm</think>\nHello")
+
+
+def test_gemma_may_think_on_a_channel_first_unless_the_prompt_has_closed_it() -> None:
+    thought = f"<|channel>thought\nhm\n<channel|>{ONE['gemma4']}"
+    assert takes("gemma4", format_of("gemma4").grammar(CHECKED), thought)
+    closed = "<|turn>model\n<|channel>thought\n<channel|>"
+    prompt = Prompt(tuple(ids_of(FAMILIES["gemma4"], closed)), closed)
+    refuses_at("gemma4", format_of("gemma4").grammar(CHECKED, prompt=prompt), thought)
 
 
 def test_gpt_oss_may_think_on_its_channel_first() -> None:

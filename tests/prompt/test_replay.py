@@ -44,6 +44,8 @@ CALLING = {
     "<arg_key>city</arg_key><arg_value>Zürich</arg_value></tool_call>",
     "glm47": "\n<think>hm</think><tool_call>get_weather<arg_key>days</arg_key>\n<arg_value>2</arg_value>"
     "<arg_key>city</arg_key><arg_value>Zürich</arg_value></tool_call>",
+    "gemma4": "<|channel>thought\nhm\n<channel|>"
+    '<|tool_call>call:get_weather{days:2, city:<|"|>Zürich<|"|>}<tool_call|>',
     "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary "
     f"to=functions.get_weather <|constrain|>json<|message|>{ARGUMENTS}<|call|>",
     "mistral": f'[TOOL_CALLS][{{"name":"get_weather","arguments":{ARGUMENTS}}}]',
@@ -100,6 +102,10 @@ def message_of(answer: Answer, **changes: object) -> Message:
 def asked(
     builder: PromptBuilder, messages: list[Message], tenant: str | None = "me", **options: Any
 ) -> Prompt:
+    if (
+        builder.format.name == "gemma4"
+    ):  # otherwise it writes empty thoughts, and leaves them out of earlier turns
+        options["variables"] = {"enable_thinking": True}
     return builder.build(messages, tools=TOOLS, tenant=tenant, **options)
 
 

@@ -162,6 +162,12 @@ rain
 <tool_response>
 12:00
 </tool_response><|assistant|>""",
+    "gemma4": """<|turn>model
+<|channel>thought
+Oslo, then.
+<channel|><|tool_call>call:get_weather{city:<|"|>Oslo<|"|>,days:2,more:{a:[true,null,<|"|>é<|"|>]}}<tool_call|>\
+<|tool_call>call:clock{}<tool_call|><|tool_response>response:get_weather{value:<|"|>rain
+<|"|>}<tool_response|><|tool_response>response:clock{value:<|"|>12:00<|"|>}<tool_response|>""",
     "harmony": """<|start|>assistant<|channel|>analysis<|message|>Oslo, then.<|end|><|start|>assistant \
 to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Oslo", "days": 2, \
 "more": {"a": [true, null, "é"]}}<|call|>\

@@ -1,5 +1,58 @@
 """Short chat templates with tools. They are ours, and treat calls, results and thoughts as the hub's templates do."""
 
+# Strings stand between equal marks and keys are bare; results stand in the turn of their calls, before its text.
+GEMMA4 = r"""{%- macro value(it) -%}
+  {%- if it is string -%}{{ '<|"|>' ~ it ~ '<|"|>' }}
+  {%- elif it is mapping -%}{{ '{' }}{{ members(it) }}{{ '}' }}
+  {%- elif it is boolean -%}{{ 'true' if it else 'false' }}
+  {%- elif it is iterable -%}{{ '[' }}{% for one in it %}{{ value(one) }}{{ ',' if not loop.last }}{% endfor %}{{ ']' }}
+  {%- else -%}{{ 'null' if it is none else it }}{%- endif -%}
+{%- endmacro -%}
+{%- macro members(it) -%}
+  {%- for key in it | sort -%}{{ key ~ ':' ~ value(it[key]) ~ (',' if not loop.last else '') }}{%- endfor -%}
+{%- endmacro -%}
+{%- set thinks = enable_thinking is defined and enable_thinking -%}
+{%- set at = namespace(first=0, last=-1, is_open=false) -%}
+{{- bos_token -}}
+{%- if thinks or tools or messages[0].role in ['system', 'developer'] -%}
+  {{- '<|turn>system\n' ~ ('<|think|>\n' if thinks else '') -}}
+  {%- if messages[0].role in ['system', 'developer'] -%}
+    {%- set at.first = 1 -%}{{ messages[0].content | trim }}
+  {%- endif -%}
+  {%- for tool in tools or [] -%}
+    {{- '<|tool>declaration:' ~ tool.function.name ~ '{description:' ~ value(tool.function.description) ~ ',parameters:'
+        ~ value(tool.function.parameters) ~ '}<tool|>' -}}
+  {%- endfor -%}
+  {{- '<turn|>\n' -}}
+{%- endif -%}
+{%- for m in messages if m.role == 'user' -%}{%- set at.last = messages.index(m) -%}{%- endfor -%}
+{%- for m in messages[at.first:] if m.role != 'tool' -%}
+  {%- set index = messages.index(m) -%}
+  {%- if not at.is_open -%}{{ '<|turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\n' }}{%- endif -%}
+  {%- set at.is_open = false -%}
+  {%- if m.tool_calls -%}
+    {%- if m.reasoning_content and index > at.last -%}
+      {{- '<|channel>thought\n' ~ m.reasoning_content ~ '\n<channel|>' -}}
+    {%- endif -%}
+    {%- for call in m.tool_calls -%}
+      {{- '<|tool_call>call:' ~ call.function.name ~ '{' }}{{ members(call.function.arguments) }}{{ '}<tool_call|>' -}}
+    {%- endfor -%}
+    {%- for result in messages[index + 1:] -%}
+      {%- if result.role != 'tool' -%}{%- break -%}{%- endif -%}
+      {%- for call in m.tool_calls if call.id == result.tool_call_id -%}
+        {{- '<|tool_response>response:' ~ call.function.name ~ '{value:' ~ value(result.content) -}}
+        {{- '}<tool_response|>' -}}
+      {%- endfor -%}
+    {%- endfor -%}
+    {%- set at.is_open = not m.content -%}
+  {%- endif -%}
+  {{- m.content | default('', true) | trim -}}
+  {%- if not at.is_open -%}{{ '<turn|>\n' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not at.is_open -%}
+  {{- '<|turn>model\n' ~ ('' if thinks else '<|channel>thought\n<channel|>') -}}
+{%- endif -%}"""
+
 # Arguments as an object; results of one turn share a turn.
 QWEN2_5 = r"""{%- macro turn(role, text) %}{{ '<|im_start|>' ~ role ~ '\n' ~ text ~ '<|im_end|>\n' }}{% endmacro -%}
 {%- set first = messages[0].content if messages[0].role == 'system' else 'Be helpful.' -%}

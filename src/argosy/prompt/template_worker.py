@@ -93,6 +93,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in ("random", "pprint"):
             del self.filters[name]
         del self.globals["lipsum"]
+        # These write lists and objects as Python does, and then change what they wrote.
+        for name in ("upper", "lower", "capitalize"):
+            self.filters[name] = self._of_text(self.filters[name])
         self.filters = {name: self._keeping(made) for name, made in self.filters.items()}
         self.filters["tojson"] = self._to_json
         self.filters["replace"] = self._replace
@@ -108,6 +111,9 @@ class _Environment(ImmutableSandboxedEnvironment):
             return self.keep(made(*args, **kwargs))
 
         return keeping
+
+    def _of_text(self, made: Callable[[str], str]) -> Callable[[Any], str]:
+        return lambda value: made(value if isinstance(value, str) else self.keep(str(value)))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         return self.keep(super().call_binop(context, operator, left, right))

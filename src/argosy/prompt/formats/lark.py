@@ -57,6 +57,11 @@ class Lark:
             self._rules[body] = f"r{len(self._rules)}{options}"
         return self._rules[body].removesuffix(options)
 
+    def named(self, name: str, body: str) -> str:
+        """Return `name`, for a rule that refers to itself or to rules that follow."""
+        self._rules[body] = name
+        return name
+
     def has_token(self, mark: str) -> bool:
         return mark in self._ids
 

@@ -12,7 +12,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from argosy.errors import UsageError
-from argosy.prompt.formats import deepseek, glm, harmony, hermes, kimi_k2, minimax_m2, mistral, qwen3_coder
+from argosy.prompt.formats import (
+    deepseek,
+    gemma4,
+    glm,
+    harmony,
+    hermes,
+    kimi_k2,
+    minimax_m2,
+    mistral,
+    qwen3_coder,
+)
 from argosy.prompt.formats.format import Format
 from argosy.prompt.formats.plain import Plain
 
@@ -40,6 +50,7 @@ _TABLE: tuple[tuple[_Is, type[Format]], ...] = (
     (_has(kimi_k2.ALL_BEGIN, kimi_k2.BEGIN), kimi_k2.KimiK2),
     (_both(_has(deepseek.ALL_BEGIN), _says("```")), deepseek.DeepSeekV3),
     (_has(deepseek.ALL_BEGIN), deepseek.DeepSeekV31),
+    (_has(gemma4.CHANNEL, gemma4.CHANNEL_END), gemma4.Gemma4),
     (_says(minimax_m2.OPEN), minimax_m2.MiniMaxM2),
     (_says(f"{glm.KEY_END}{glm.VALUE}"), glm.Glm47),
     (_says(glm.KEY), glm.Glm),
