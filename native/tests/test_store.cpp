@@ -558,12 +558,13 @@ void what_comes_to_be_needed_goes_before_what_was_read_ahead_with_it() {
 
 void what_nobody_has_begun_is_dropped_without_waiting() {
   const TestFile file(8 * kPage);
-  Store store(1, faulty(Fault::delayed, 1, 1'000'000, 0.1));
+  const auto file_system = faulty(Fault::delayed, 1, 1'000'000, 0.1);
+  Store store(1, file_system);
   const int id = store.open(file.path());
   Arena arena{size_t(8 * kPage)};
   const Pages pages(id, 8);
   const auto needed = store.fetch(arena, pages.of(0, 2));
-  std::this_thread::sleep_for(milliseconds(20));  // the reader has begun the first
+  while (file_system->num_reads() == 0) std::this_thread::sleep_for(milliseconds(1));
   const auto ahead = store.fetch(arena, pages.of(2, 4), Urgency::soon);
   CHECK(store.drop({needed[0], needed[1], ahead[1], 99}) == (std::vector<int64_t>{needed[1], ahead[1]}));
   CHECK_EQUAL(store.pending(), 2);
@@ -588,7 +589,7 @@ void what_is_dropped_half_way_ends_when_what_has_begun_has_landed() {
   const int id = store.open(file.path());
   Arena arena{size_t(file.size())};
   const int64_t ticket = store.fetch(arena, {{id, 0, file.size(), 0}}, {file.checksum(0, file.size())});
-  std::this_thread::sleep_for(milliseconds(20));  // a reader has begun the first part
+  while (file_system->num_reads() == 0) std::this_thread::sleep_for(milliseconds(1));
   CHECK(store.drop({ticket}).empty());
   CHECK_EQUAL(store.pending(), 1);
   CHECK(wait_one(store, ticket).error == ReadError::dropped);
