@@ -26,6 +26,6 @@ def locked(directory: Path, name: str) -> Iterator[Directory]:
         if is_disk_full(error):
             raise
         raise UsageError(
-            f"{error.filename or directory} cannot be used for the demo model: {error.strerror}",
+            f"the cache cannot be used: {error.filename or directory}: {error.strerror}",
             hint="ARGOSY_CACHE names another directory",
         ) from error
