@@ -34,7 +34,7 @@ import numpy as np
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import MIB
-from argosy.engine import calibration
+from argosy.engine import calibration, kept_rates
 from argosy.engine.planning import HERE, find_place, forecaster, open_subject
 from argosy.plan import machine
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
@@ -277,7 +277,7 @@ def measured(
             recorded[model] = WorkingSet.from_json(json.dumps(found).encode())
             if options.calibrate:
                 with open_subject(str(model)) as subject:
-                    calibration.save(calibration.calibrate(subject.weights), model)
+                    kept_rates.save(calibration.calibrate(subject.weights), model)
         runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
         while len(runs) < MOST_RUNS:
             before = moment()

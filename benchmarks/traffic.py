@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING
-from argosy.engine import calibration
+from argosy.engine import calibration, kept_rates
 from argosy.engine.memory_plan import REQUEST_BYTES
 from argosy.engine.planning import HERE, find_place, forecaster, open_subject
 from argosy.engine.step_probe import measured_servers
@@ -197,7 +197,7 @@ def main() -> int:
     model = named_model(options.models, options.geometry, options.format)
     if options.calibrate:
         with open_subject(str(model)) as subject:
-            calibration.save(calibration.calibrate(subject.weights, threads=options.threads), model)
+            kept_rates.save(calibration.calibrate(subject.weights, threads=options.threads), model)
     way = Way(engine=ARGOSY, threads=options.threads, limit_bytes=None)
     memory = 2 * file_bytes(model) + (2 << 30)
     servers, source = servers_of(model, memory, options.threads)

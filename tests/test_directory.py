@@ -241,7 +241,7 @@ WRITES_BY_PATH = {
     "demo/wheel.py",
     "engine/calibration.py",
     "model/remote.py",
-    "plan/machine.py",
+    "plan/machine.py",  # a file of the kernel
 }
 OF_ANY_PATH = {
     "unlink",

@@ -14,7 +14,7 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
-from argosy.engine import calibration
+from argosy.engine import kept_rates
 from argosy.library.places import hub_cache
 from argosy.model.families import open_model
 from argosy.observe import saved
@@ -206,7 +206,7 @@ def test_measured_rates_of_this_machine_are_used(capsys: pytest.CaptureFixture[s
     rates = replace(
         guess("AMD EPYC", usable_cores()), spread=1.1, source="measured 2026-11-27, a test", step_s=0.5
     )
-    calibration.save(rates, TINY)
+    kept_rates.save(rates, TINY)
     found = facts(capsys, TINY, "--memory", "1GiB")
     assert found["machine"]["is_measured"]
     assert 1.8 < found["decode"][0]["tokens_per_s"]["likely"] < 2.0

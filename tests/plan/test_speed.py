@@ -9,11 +9,11 @@ from typing import Any, get_args
 import pytest
 
 from argosy.config import KvDtype
-from argosy.errors import UsageError
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import CPU_FAMILIES, GUESSED_SPREAD, NUM_TOKENS, Rates, guess, unhidden_waits
 from argosy.plan.speed import predict_decode, predict_prompt
 from argosy.plan.work import Attention, Work
+from argosy.strict_json import JsonError
 
 GB = 10**9
 MEASURED = replace(
@@ -339,7 +339,7 @@ def test_a_guess_names_the_kind_of_processor_and_says_that_it_guesses(
 
 
 def test_rates_are_read_back() -> None:
-    assert Rates.from_json(json.dumps(MEASURED.as_dict()).encode()) == MEASURED
+    assert Rates.from_value(json.loads(json.dumps(MEASURED.as_dict()))) == MEASURED
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,10 @@ def test_rates_are_read_back() -> None:
         {"prompt_attention_operations": None},
         {"keys_values": dict.fromkeys(MEASURED.keys_values, 0)},
         {"transcode_cpu_s_per_byte": 0},
+        {"drive_spread": 0},
+        {"drive_source": None},
     ],
 )
 def test_wrong_rates_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="rates of this machine cannot be read"):
-        Rates.from_json(json.dumps(MEASURED.as_dict() | change).encode())
+    with pytest.raises(JsonError):
+        Rates.from_value(json.loads(json.dumps(MEASURED.as_dict() | change)))

@@ -102,7 +102,7 @@ def plan(
     from argosy.plan.machine import held_bytes
 
     before = held_bytes()
-    from argosy.engine import calibration
+    from argosy.engine import calibration, kept_rates
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
     from argosy.engine.step_probe import measured_servers
     from argosy.plan.group import parse_count, parse_network
@@ -148,7 +148,7 @@ def plan(
         at = subject.files.path if subject.place == "files" else Path.cwd()
         if calibrate:
             rates = calibration.calibrate(subject.weights, threads=settings.threads, progress=progress)
-            calibration.save(rates, at)
+            kept_rates.save(rates, at)
         place = find_place(machine, at, threads=settings.threads)
         found, budget_bytes = forecaster(
             subject,
@@ -285,6 +285,8 @@ class _Facts:
         lines.append(
             f"machine   {self._place.name}, {format_bytes(self._place.memory_bytes)}; {forecast.rates.source}"
         )
+        if told := forecast.rates.drive_source:
+            lines.append(f"          drive: {told}")
         if not forecast.rates.is_measured and self._place.row is None:
             lines.append("          `--calibrate` measures it in a minute; ranges become narrower")
         if forecast.plan is not None:

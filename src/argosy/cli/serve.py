@@ -238,7 +238,7 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.engine import calibration
+    from argosy.engine import kept_rates
     from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
     from argosy.engine.options import locate_model
@@ -254,7 +254,7 @@ def _serve_one(
         server = replace(server, workers=group)
         speeds = expectation = None
         with suppress(UsageError):  # a damaged file of kept rates; `argosy plan` reports it
-            rates = calibration.rates_here(
+            rates = kept_rates.rates_here(
                 locate_model(model.path or model.text), threads=engine.settings.threads
             )
             speeds = Speeds(engine.config, engine.work, rates, recording.known)
@@ -277,7 +277,7 @@ def _serve_several(
     from urllib.parse import quote
 
     from argosy.cli.output import progress_bar
-    from argosy.engine import calibration
+    from argosy.engine import kept_rates
     from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import AUDIT_BYTES
     from argosy.engine.options import budget_of, configure, locate_model, open_files
@@ -316,7 +316,7 @@ def _serve_several(
     speeds = {}
     for one in ready:
         with suppress(UsageError):  # as in `_serve_one`
-            rates = calibration.rates_here(paths[one.name], threads=one.config.threads)
+            rates = kept_rates.rates_here(paths[one.name], threads=one.config.threads)
             known = None
             with suppress(OSError, UsageError):
                 known = saved.find_for(one.files)

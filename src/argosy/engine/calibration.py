@@ -10,9 +10,8 @@ how much of one the other hides. The engine runs two tiny models of different de
 beyond its products, and two with experts of usual sizes, which give that of a layer's first miss and of each further
 one.
 
-Rates are kept for each machine, drive and version of Argosy, in a file that only its owner reads.
-
-Elsewhere: `plan/rates.py` has the form of the result, and guesses for machines that were not measured.
+Elsewhere: `kept_rates.py` keeps the result; `plan/rates.py` has its form, and guesses for machines that were not
+measured.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import date
 from functools import partial
-from importlib import metadata
 from itertools import cycle
 from pathlib import Path
 from typing import IO, NamedTuple, get_args
@@ -39,21 +37,17 @@ from argosy import _native
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors_write import TensorToWrite, write_safetensors
 from argosy.config import MIB, Format, KvDtype, SamplingParams
-from argosy.directory import Directory
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
 from argosy.model.families import CONFIG_FILE, FAMILIES
 from argosy.plan import machine, tuning
 from argosy.plan.rates import (
-    FORMAT,
     MEASURED_SPREAD,
     MOST_MEASURED_SPREAD,
     NUM_TOKENS,
     Rates,
-    guess,
 )
-from argosy.user_directories import measurement_file
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
 _TILE_BYTES = 4 << 20  # random bytes, which repeat
@@ -129,6 +123,7 @@ def calibrate(
         attention_operations={dtype: rates[f"attention {dtype}"] for dtype in _KV_DTYPES},
         prompt_attention_operations={dtype: rates[f"prompt attention {dtype}"] for dtype in _KV_DTYPES},
         drive=drive.rates,
+        drive_spread=drive.spread,
         drive_latency_s=drive.latency_s,
         overlap=drive.overlap,
         transcoding_overlap=drive.transcoding_overlap,
@@ -143,51 +138,6 @@ def calibrate(
         spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
         source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
     )
-
-
-def load(path: Path, *, threads: int | None = None) -> Rates | None:
-    """Load this version's measurements of this machine and of the drive that holds `path`; None if there are none.
-
-    Args:
-        threads: with which it was measured; None: as many as an engine has.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    place = _cache_file(path, threads or tuning.known_threads())
-    try:
-        with Directory(place.parent) as cache:
-            data = cache.read(place.name, MIB)
-    except OSError:
-        return None
-    return Rates.from_json(data)
-
-
-def rates_here(path: Path, *, threads: int | None = None) -> Rates:
-    """Load measurements of this machine, as `load` does, or guess.
-
-    Raises:
-        UsageError: the file with what was measured is damaged.
-    """
-    measured = load(path, threads=threads)
-    return measured or guess(machine.cpu_model(), threads or tuning.known_threads())
-
-
-def save(rates: Rates, path: Path) -> Path:
-    """Keep what was measured; return the file."""
-    place = _cache_file(path, rates.cores)
-    with Directory(place.parent, make=True, mode=0o700) as cache, cache.replacing(place.name) as write:
-        write(json.dumps(rates.as_dict()).encode())
-    return place
-
-
-def _cache_file(path: Path, threads: int) -> Path:
-    drive = machine.drive_of(path)
-    facts = (
-        machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
-        drive.device if drive else None, metadata.version("argosy"), FORMAT,
-    )  # fmt: skip
-    return measurement_file("rates", facts)
 
 
 # ── products and attention ──────────────────────────────────────────────────────────────────────────────────────────
@@ -420,11 +370,13 @@ class _Drive(NamedTuple):
     """The measurements of a drive.
 
     rates: (record bytes, bytes per second).
+    spread: the factor between the median of the rounds and the farthest of them.
     latency_s: how much longer a record takes alone than its share of records that are read together.
     The others: see `Rates`.
     """
 
     rates: tuple[tuple[int, float], ...]
+    spread: float
     latency_s: float
     overlap: float
     transcoding_overlap: float
@@ -476,7 +428,9 @@ class _DriveRates:
             _overlap(reading_s, done / statistics.mean(alone), seconds)
             for reading_s, done, seconds in together_s
         ]
-        return _Drive(tuple(together.items()), latency_s, *overlaps, *cpu_s_per_byte)
+        rounds = self._together[_ALONE_BYTES]
+        spread = max(rate / min(rounds), max(rounds) / rate)
+        return _Drive(tuple(together.items()), spread, latency_s, *overlaps, *cpu_s_per_byte)
 
     def _read(self, record_bytes: int, readers: int, seconds: float) -> tuple[int, float]:
         """Read for about `seconds`; returns the bytes that were read, and the seconds it took."""

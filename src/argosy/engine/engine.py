@@ -47,6 +47,7 @@ from argosy.engine.expert_memory import OWN, ExpertMemory
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.governor import Governor
 from argosy.engine.idle_memory import KV
+from argosy.engine.kept_rates import DriveReads
 from argosy.engine.ledger import Ledger
 from argosy.engine.lookup import LookupDrafter
 from argosy.engine.memory_plan import MemoryPlan, in_slots, replan, require_budget
@@ -105,7 +106,7 @@ class Engine(BlockingCalls):
         observe_routes: called with (layer, expert_ids [tokens, k]) in every step. Routing can reveal text: keep it
             private. Every step stops at every layer to call it; a recorder costs next to nothing.
         recorder: opens a recorder that receives the choices of all steps, several steps at a time; not called for a
-            model without routed experts.
+            model without routed experts. With one, the user's cache keeps the rate that the drive had.
         share: its part of a process that runs other engines, too; None: the budget is its own.
         experts: other processes that run experts, too, such as a `cluster.Group`; it serves this engine only.
 
@@ -152,6 +153,7 @@ class Engine(BlockingCalls):
         self._opened_with = plan
         self._resizing = threading.Lock()
         self._log = started.log
+        self._reads = None if told is None else DriveReads()
         self._governor: Governor | None = None
         self._mtp: MtpDrafter | None = None
         if config.speculate != "off":
@@ -289,10 +291,13 @@ class Engine(BlockingCalls):
         """Run the layers: float32 [wanted rows, vocab_size]."""
         if self._idle is not None:
             self._idle.before_step(step.num_tokens, has_prompts=not step.is_decode.all())
+        before = None if self._reads is None else self._store.stats()
         began = perf_counter()
         try:
             return self._forward_giving_way(step)
         finally:
+            if before is not None and self._reads is not None:
+                self._reads.add(before, self._store.stats(), is_decode=bool(step.is_decode.all()))
             if self._experts is not None:
                 self._experts.step_s = perf_counter() - began
 
@@ -804,6 +809,9 @@ class Engine(BlockingCalls):
             self._model.close()
             del self._requests, self._uses, self._scheduler, self._cache, self._mtp
             del self._answers, self._energy, self._media
+        if self._reads is not None:
+            with suppress(OSError):
+                self._reads.note(self._files.path)
 
     def __enter__(self) -> Self:
         return self

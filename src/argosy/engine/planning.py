@@ -19,7 +19,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
-from argosy.engine import calibration
+from argosy.engine import kept_rates
 from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
     Forecast,
@@ -155,7 +155,7 @@ def find_place(text: str, model: Path | None = None, *, threads: int | None = No
         )
     limit = this_machine.memory_limit()
     budget_bytes, _ = this_machine.default_budget(limit)
-    rates = calibration.rates_here(model or Path.cwd(), threads=threads)
+    rates = kept_rates.rates_here(model or Path.cwd(), threads=threads)
     return Place(name=HERE, row=None, memory_bytes=limit.total_bytes, budget_bytes=budget_bytes, rates=rates)
 
 

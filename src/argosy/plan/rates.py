@@ -1,7 +1,7 @@
 """How fast a machine reads memory and its drive, and computes: measured, or guessed from its kind.
 
     CPU name, cores, drive  ->  guess    ->  Rates, with the factor by which they may be wrong
-    `--calibrate`           ->  Rates.from_json
+    `--calibrate`           ->  Rates.from_value
 
 Guesses come from a table of CPU families: memory channels times transfers per second, and the speeds that Argosy's
 benchmarks reached on such machines. They are labelled as guesses wherever they are printed.
@@ -14,17 +14,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import log2
+from math import copysign, log2
 from typing import Any, get_args
 
 from argosy import _native
 from argosy.config import FLOAT_FORMATS, Format, KvDtype
-from argosy.errors import UsageError
-from argosy.strict_json import JsonError, parse_json
+from argosy.strict_json import JsonError
 
 # How far rates may be off: what they varied by while they were measured, between the first two; or guessed.
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
-FORMAT = "argosy-rates-9"
+FORMAT = "argosy-rates-10"
 NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # more are as fast as the last
 _MOST_RATE = 1e15
 _OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
@@ -48,6 +47,8 @@ class Rates:
     attention_operations: when arithmetic bounds it, by format.
     prompt_attention_operations: rate of attention with many tokens of one sequence, by format.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
+    drive_spread: the drive's rate may be wrong by this factor, either way, if it is larger than `spread`.
+    drive_source: where the drive's rate comes from, and how old it is, in words.
     overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
     transcoding_overlap: the same when records are transcoded while they land.
     read_cpu_s_per_byte: time of one core to read a record, which delays computing when all cores compute.
@@ -72,6 +73,8 @@ class Rates:
     attention_operations: Mapping[KvDtype, float]
     prompt_attention_operations: Mapping[KvDtype, float]
     drive: tuple[tuple[int, float], ...]
+    drive_spread: float = 1.0
+    drive_source: str = ""
     drive_latency_s: float = _DRIVE_LATENCY_S
     overlap: float = _OVERLAP
     transcoding_overlap: float = _OVERLAP
@@ -126,9 +129,11 @@ class Rates:
         return any_misses * first_s + (misses - any_misses) * self.miss_s
 
     def scaled(self, factor: float) -> Rates:
-        """The same machine, faster by a factor in everything."""
+        """The same machine, faster by a factor in everything; its drive by more, if that varies more."""
         faster = self.at(self.memory_bytes_per_s * factor, self.int8_operations * factor)
-        return replace(faster, drive=tuple((size, rate * factor) for size, rate in self.drive))
+        most = max(abs(log2(factor)), log2(self.drive_spread)) if factor != 1.0 else 0.0
+        of_drive: float = 2.0 ** copysign(most, log2(factor))
+        return replace(faster, drive=tuple((size, rate * of_drive) for size, rate in self.drive))
 
     def at(self, memory_bytes_per_s: float, int8_operations: float) -> Rates:
         """The same machine at a moment at which memory and arithmetic have other rates."""
@@ -159,18 +164,13 @@ class Rates:
         return {"format": FORMAT, **asdict(self), "drive": [list(pair) for pair in self.drive]}
 
     @classmethod
-    def from_json(cls, data: bytes) -> Rates:
-        """Read what `as_dict` wrote.
+    def from_value(cls, value: object) -> Rates:
+        """Read what `as_dict` made.
 
         Raises:
-            UsageError: it is no such file; says what is wrong.
+            JsonError: it is something else; says what is wrong.
         """
-        try:
-            return _checked(parse_json(data))
-        except JsonError as error:
-            raise UsageError(
-                f"the rates of this machine cannot be read: {error}", hint="`--calibrate` measures them again"
-            ) from None
+        return _checked(value)
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -220,7 +220,7 @@ def _checked(value: object) -> Rates:
     for name in (
         "cores", "memory_bytes_per_s", "int8_operations", "encoder_operations", "drive_latency_s",
         "read_cpu_s_per_byte", "transcode_cpu_s_per_byte", "layer_s", "streamed_layer_s", "missing_layer_s",
-        "missing_layer_s_per_byte", "miss_s", "step_s", "spread",
+        "missing_layer_s_per_byte", "miss_s", "step_s", "spread", "drive_spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
             raise JsonError(f"has `{name}` that is no number above zero")
@@ -228,8 +228,9 @@ def _checked(value: object) -> Rates:
         share = value[name]
         if share != 0 and not (_is_rate(share) and share <= 1):
             raise JsonError(f"has `{name}` that is no number from 0 to 1")
-    if not isinstance(value["source"], str) or len(value["source"]) > 200:
-        raise JsonError("has `source` that is no short text")
+    for name in ("source", "drive_source"):
+        if not isinstance(value[name], str) or len(value[name]) > 200:
+            raise JsonError(f"has `{name}` that is no short text")
     by_tokens = {
         name: {format: tuple(found) for format, found in value[name].items()}
         for name in ("operations", "waits")

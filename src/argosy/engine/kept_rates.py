@@ -1,0 +1,243 @@
+"""Keep what was measured of this machine, and what its drive did while models ran.
+
+    `--calibrate`                ->  the last measurements, for this machine, drive and version  ┐
+    reads of models that ran     ->  the last runs that read much, for this drive                ┴─>  Rates
+
+A drive has bad moments: others share it, and virtual ones have credits. So a drive's rate is the median of several
+measurements, and they say how far it may be off. What the drive did while models ran counts before what a calibration
+found in its minute. How old a rate is, is told with it.
+
+Files are in the user's cache, and only their owner reads them.
+
+Elsewhere: `calibration.py` measures; the engine notes what its store read; `plan/rates.py` has guesses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from argosy.config import MIB
+from argosy.directory import Directory
+from argosy.errors import UsageError
+from argosy.plan import machine, tuning
+from argosy.plan.rates import FORMAT, Rates, guess
+from argosy.strict_json import JsonError, parse_json
+from argosy.user_directories import measurement_file
+
+_MOST_MEASURED = 5
+_MOST_RUNS = 32
+_RECENT_RUNS = 8  # whose median counts
+_RECENT_S = 30 * 86_400.0  # older runs are forgotten
+_FEWEST_BYTES = 1 << 30  # less says little
+_MOST_SPREAD = 4.0
+_FULL_RECORD_BYTES = 1 << 20
+
+
+class Run(NamedTuple):
+    """What a drive did for a run.
+
+    at: when it ended, in seconds since 1970.   bytes_per_s: while it was busy.   read_bytes: of one read.
+    """
+
+    at: float
+    bytes_per_s: float
+    read_bytes: float
+
+
+@dataclass(slots=True)
+class _Reads:
+    nbytes: float = 0.0
+    reads: float = 0.0
+    busy_s: float = 0.0
+
+
+class DriveReads:
+    """Sums what a store reads in the steps of a run, those with prompts and those without apart.
+
+    The faster of the two says what the drive can do: prompts compute beside their reads, which takes processor time
+    from readers, and a token reads little at a time.
+    """
+
+    def __init__(self) -> None:
+        self._reads = {True: _Reads(), False: _Reads()}
+
+    def add(self, before: dict[str, float], after: dict[str, float], *, is_decode: bool) -> None:
+        """Add what was read between two looks at `Store.stats`; the page cache is no drive."""
+        if after["cached_bytes"] == before["cached_bytes"]:
+            reads = self._reads[is_decode]
+            reads.nbytes += after["bytes_read"] - before["bytes_read"]
+            reads.reads += after["reads"] - before["reads"]
+            reads.busy_s += after["busy_seconds"] - before["busy_seconds"]
+
+    def note(self, path: Path) -> None:
+        """Keep the drive's rate, if enough was read.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        enough = [one for one in self._reads.values() if one.nbytes >= _FEWEST_BYTES and one.busy_s > 0]
+        if not enough or (place := _drive_file(path)) is None:
+            return
+        best = max(enough, key=lambda one: one.nbytes / one.busy_s)
+        run = Run(time.time(), best.nbytes / best.busy_s, best.nbytes / max(1.0, best.reads))
+        _write(place, [*_runs(path), run][-_MOST_RUNS:])
+
+
+def load(path: Path, *, threads: int | None = None) -> Rates | None:
+    """Load this version's measurements of this machine and of the drive that holds `path`; None if there are none.
+
+    Args:
+        threads: with which it was measured; None: as many as an engine has.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    kept = _measured(_cache_file(path, threads or tuning.known_threads()))
+    if not kept:
+        return None
+    newest = kept[-1][1]
+    alike = [
+        rates for _, rates in kept if [size for size, _ in rates.drive] == [size for size, _ in newest.drive]
+    ]
+    found = [[rates.drive[at][1] for rates in alike] for at in range(len(newest.drive))]
+    drive = tuple(
+        (size, statistics.median(rates)) for (size, _), rates in zip(newest.drive, found, strict=True)
+    )
+    spread = max([newest.drive_spread, *map(_spread, found)])
+    times = "once" if len(kept) == 1 else f"{len(kept)} times, the last"
+    told = f"measured {times} {_age(kept[-1][0])}"
+    return _as_seen(replace(newest, drive=drive, drive_spread=spread, drive_source=told), path)
+
+
+def rates_here(path: Path, *, threads: int | None = None) -> Rates:
+    """Load measurements of this machine, as `load` does, or guess what was not measured.
+
+    Raises:
+        UsageError: the file with what was measured is damaged.
+    """
+    if (measured := load(path, threads=threads)) is not None:
+        return measured
+    return _as_seen(guess(machine.cpu_model(), threads or tuning.known_threads()), path)
+
+
+def save(rates: Rates, path: Path) -> Path:
+    """Keep what was measured, beside what was measured before; return the file."""
+    place = _cache_file(path, rates.cores)
+    try:
+        kept = _measured(place)
+    except UsageError:  # a damaged file is replaced
+        kept = []
+    entries = [{"at": at, "rates": one.as_dict()} for at, one in [*kept, (time.time(), rates)]]
+    _write(place, entries[-_MOST_MEASURED:])
+    return place
+
+
+def _as_seen(rates: Rates, path: Path) -> Rates:
+    """These rates, with what the drive did in recent runs."""
+    runs = _runs(path)[-_RECENT_RUNS:]
+    if not runs:
+        return rates
+    rate = statistics.median(run.bytes_per_s for run in runs)
+    size = statistics.median(run.read_bytes for run in runs)
+    factor = rate / rates.drive_rate(max(size, _FULL_RECORD_BYTES))
+    times = "one run of a model" if len(runs) == 1 else f"{len(runs)} runs of models, the last"
+    return replace(
+        rates,
+        drive=tuple((size, rate * factor) for size, rate in rates.drive),
+        drive_spread=max(
+            _spread([run.bytes_per_s for run in runs]), 1.0 if len(runs) > 2 else rates.drive_spread
+        ),
+        drive_source=f"{rate / 1e9:.2g} GB/s in {times} {_age(runs[-1].at)}",
+    )
+
+
+def _spread(rates: Sequence[float]) -> float:
+    """The factor between the median and the rate that is farthest from it."""
+    middle = statistics.median(rates)
+    return min(_MOST_SPREAD, max(middle / min(rates), max(rates) / middle))
+
+
+def _age(at: float) -> str:
+    seconds = max(0.0, time.time() - at)
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            number = int(seconds // length)
+            return f"{number} {unit}{'' if number == 1 else 's'} ago"
+    return "just now"
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cache_file(path: Path, threads: int) -> Path:
+    drive = machine.drive_of(path)
+    facts = (
+        machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
+        drive.device if drive else None, metadata.version("argosy"), FORMAT,
+    )  # fmt: skip
+    return measurement_file("rates", facts)
+
+
+def _drive_file(path: Path) -> Path | None:
+    drive = machine.drive_of(path)
+    return None if drive is None else measurement_file("drive", (os.uname().nodename, drive.device))
+
+
+def _measured(place: Path) -> list[tuple[float, Rates]]:
+    """What was measured, oldest first.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        with Directory(place.parent) as cache:
+            data = cache.read(place.name, MIB)
+    except OSError:
+        return []
+    try:
+        entries = parse_json(data)
+        if not isinstance(entries, list) or not 1 <= len(entries) <= _MOST_MEASURED:
+            raise JsonError(f"is not a list of 1 to {_MOST_MEASURED} measurements")
+        for entry in entries:
+            if not isinstance(entry, dict) or entry.keys() != {"at", "rates"} or not _is_number(entry["at"]):
+                raise JsonError("has a measurement without its time")
+        return [(float(entry["at"]), Rates.from_value(entry["rates"])) for entry in entries]
+    except JsonError as error:
+        raise UsageError(
+            f"the rates of this machine cannot be read: {error}", hint="`--calibrate` measures them again"
+        ) from None
+
+
+def _runs(path: Path) -> list[Run]:
+    """The recent runs of a drive, oldest first; a file that cannot be read holds none."""
+    if (place := _drive_file(path)) is None:
+        return []
+    try:
+        with Directory(place.parent) as cache:
+            entries = parse_json(cache.read(place.name, MIB))
+    except (OSError, JsonError):
+        return []
+    found = [
+        Run(*map(float, entry))
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, list) and len(entry) == len(Run._fields) and all(map(_is_number, entry))
+    ]
+    now = time.time()
+    return [run for run in found if now - _RECENT_S < run.at <= now + 60]
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e15  # type: ignore[operator]
+
+
+def _write(place: Path, value: object) -> None:
+    with Directory(place.parent, make=True, mode=0o700) as cache, cache.replacing(place.name) as write:
+        write(json.dumps(value).encode())
