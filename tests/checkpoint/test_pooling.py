@@ -105,6 +105,17 @@ def test_a_layer_after_the_pooling_is_refused(directory: Path, tmp_path: Path) -
         declared_pooling(open_model(tmp_path / "pack"))
 
 
+def test_a_checkpoint_without_the_files_of_its_modules_is_packed_and_pooling_fails_as_before(
+    directory: Path, tmp_path: Path
+) -> None:
+    declare(directory, {"pooling_mode_mean_tokens": True})
+    (directory / POOLING["path"] / "config.json").unlink()
+    pack(open_model(directory), tmp_path / "pack", format="source")
+    for path in (directory, tmp_path / "pack"):
+        with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+            declared_pooling(open_model(path))
+
+
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/b", "", 7, None])
 def test_a_module_is_a_directory_of_the_checkpoint(directory: Path, path: object) -> None:
     declare(directory, {}, TRANSFORMER, {**POOLING, "path": path})

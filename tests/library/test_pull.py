@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 
 from argosy.checkpoint.hub import Source
+from argosy.checkpoint.pooling import declared_pooling
 from argosy.cli import pull as cli_pull
 from argosy.cli.main import main
 from argosy.engine.options import locate_model, open_files
@@ -84,6 +85,27 @@ def test_what_is_needed_is_fetched_into_the_cache_that_the_hubs_own_client_reads
     sent = server.bytes_sent
     assert fetch(look_up(REPOSITORY)) == path
     assert server.bytes_sent - sent < 10_000  # the list of files alone
+
+
+def test_the_modules_of_an_embedding_model_are_fetched_with_it(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    listed = [
+        {"idx": at, "name": str(at), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for at, (path, kind) in enumerate(kinds.items())
+    ]
+    texts = {
+        "modules.json": json.dumps(listed),
+        "1_Pooling/config.json": json.dumps({"pooling_mode_lasttoken": True}),
+        "onnx/a/config.json": "{}",
+    }
+    modules = {name: (text.encode(), len(text)) for name, text in texts.items()}
+    with served(files() | modules) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        path = fetch(look_up(REPOSITORY))
+    assert not (path / "onnx").exists()
+    assert declared_pooling(open_model(path)) == "last"
 
 
 def test_one_quantisation_and_its_tower_are_fetched(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

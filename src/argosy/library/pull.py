@@ -24,6 +24,7 @@ from threading import Event, Lock, Thread
 from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME
 from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, RemoteFile, Source
 from argosy.checkpoint.pack import goes_with_weights, is_licence
+from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
 from argosy.directory import Directory
@@ -193,7 +194,9 @@ def _beside(weights: list[str], names: list[str]) -> list[str]:
     """The files that a model needs beside its weights."""
     top = [name for name in names if "/" not in name and goes_with_weights(name)]
     if not weights[0].endswith(GGUF_SUFFIX):
-        return [*top, *(name for name in names if name == INDEX_FILE)]
+        # The modules of an embedding model have small files in folders that only the list's content names.
+        modules = [name for name in names if MODULES_FILE in top and MODULE_CONFIG.fullmatch(name)]
+        return [*top, *modules, *(name for name in names if name == INDEX_FILE)]
     licences = [name for name in top if is_licence(name)]
     folder = weights[0].rpartition("/")[0]
     beside = [name for name in names if name.rpartition("/")[0] == folder]
