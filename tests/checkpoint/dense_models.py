@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
 from tests.models.numpy_model import NumpyModel
 from tests.models.safetensors_file import Array, read_checkpoint, write_safetensors
@@ -84,8 +86,19 @@ def write_dense_directory(directory: Path, *, dtype: str = "F32", **changes: Any
     return directory
 
 
-def write_dense_gguf(path: Path, *, architecture: str = "llama", pre_tokenizer: str = "smollm") -> Path:
-    """The same model as llama.cpp stores it: q and k rows in adjacent rotary pairs, and every tensor in F32."""
+def write_dense_gguf(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    pre_tokenizer: str = "smollm",
+    matrices: GGMLQuantizationType = GGMLQuantizationType.F32,
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """The same model as llama.cpp stores it: q and k rows in adjacent rotary pairs, and vectors in F32.
+
+    Args:
+        more: adds metadata.
+    """
     names = {
         "input_layernorm": "attn_norm",
         "self_attn.q_proj": "attn_q",
@@ -122,13 +135,16 @@ def write_dense_gguf(path: Path, *, architecture: str = "llama", pre_tokenizer: 
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
+    more(writer)
     for name, tensor in made_up_tensors().items():
         part = name.removesuffix(".weight")
         prefix = ""
         if part.startswith("model.layers."):
             layer, part = part.removeprefix("model.layers.").split(".", 1)
             prefix = f"blk.{layer}."
-        writer.add_tensor(f"{prefix}{names[part]}.weight", _to_adjacent_pairs(tensor, heads.get(names[part])))
+        stored = _to_adjacent_pairs(tensor, heads.get(names[part]))
+        kind = matrices if tensor.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(f"{prefix}{names[part]}.weight", quantize(stored, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

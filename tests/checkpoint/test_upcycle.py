@@ -5,11 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType
 
 from argosy.checkpoint.dense import open_dense
 from argosy.checkpoint.upcycle import new_directory, upcycle
@@ -40,12 +43,61 @@ def test_at_step_zero_the_mixture_is_the_dense_model(dtype: str, tie: bool, tmp_
 def test_a_gguf_gives_the_same_mixture_as_the_safetensors_of_the_same_model(tmp_path: Path):
     from_gguf = upcycle(write_dense_gguf(tmp_path / "dense.gguf"), tmp_path / "a", **SIZES)
     from_safetensors = upcycle(
-        write_dense_directory(tmp_path / "dense", dtype="F16"), tmp_path / "b", **SIZES
+        write_dense_directory(tmp_path / "dense", dtype="F32"), tmp_path / "b", **SIZES
     )
     expected, found = read_checkpoint(from_safetensors), read_checkpoint(from_gguf)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert np.array_equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("Q8_0", "F32"), ("Q4_0", "F32")]
+)
+def test_every_value_of_a_gguf_is_kept(kind: str, dtype: str, tmp_path: Path):
+    path = write_dense_gguf(tmp_path / "dense.gguf", matrices=GGMLQuantizationType[kind])
+    dense, found = open_dense(path), read_checkpoint(upcycle(path, tmp_path / "mixture", **SIZES))
+    assert dense.dtype == dtype
+    assert json.loads((tmp_path / "mixture/config.json").read_text())["torch_dtype"].endswith(dtype[-2:])
+    for name in dense.readers:
+        factor = 2 if name.endswith("down_proj.weight") else 1
+        place = name.replace(".mlp.", ".mlp.shared_expert.")
+        assert np.array_equal(found[place], factor * dense.read(name)), name
+
+
+def scaled(writer: GGUFWriter) -> None:
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (scaled, "llama.rope.scaling.factor is 4.0; supported: 1, 0"),
+        (
+            lambda writer: writer.add_rope_scaling_type(RopeScalingType.YARN),
+            "llama.rope.scaling.type is yarn",
+        ),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0), "llama.rope.scale_linear is 2.0"),
+        (lambda writer: writer.add_rope_dimension_count(4), "llama.rope.dimension_count is 4; supported: 8"),
+        (lambda writer: writer.add_expert_count(8), "llama.expert_count is 8; supported: 0"),
+    ],
+)
+def test_what_a_plain_llama_does_not_compute_is_refused_by_name(
+    more: Callable[[GGUFWriter], None], sentence: str, tmp_path: Path
+):
+    path = write_dense_gguf(tmp_path / "dense.gguf", more=more)
+    with pytest.raises(UnsupportedModel, match=re.escape(sentence)):
+        upcycle(path, tmp_path / "mixture", **SIZES)
+
+
+def test_a_scale_of_one_is_none(tmp_path: Path):
+    def plain(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_rope_dimension_count(8)
+
+    assert open_dense(write_dense_gguf(tmp_path / "dense.gguf", more=plain)).config["hidden_size"] == 32
 
 
 def test_each_expert_copies_dense_neurons_and_no_neuron_is_copied_twice(tmp_path: Path):

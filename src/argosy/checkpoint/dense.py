@@ -3,8 +3,8 @@
     safetensors directory  or  GGUF file   ->   DenseModel: config + tensors under one set of names
 
 Names and row order are always those of `LlamaForCausalLM`: a GGUF keeps q and k rows in the order of its
-rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are dequantised;
-bfloat16 and float16 widen exactly.
+rotary kernel (adjacent pairs), so they are put back into halves here. Quantised GGUF blocks are dequantised to
+float32; bfloat16 and float16 widen exactly.
 
 Elsewhere: `gguf_tokenizer.py` reads the tokenizer of a GGUF; `upcycle.py` turns a dense model into a mixture.
 """
@@ -12,7 +12,7 @@ Elsewhere: `gguf_tokenizer.py` reads the tokenizer of a GGUF; `upcycle.py` turns
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from argosy.checkpoint.files import in_halves
-from argosy.checkpoint.gguf import read_gguf, read_values
+from argosy.checkpoint.gguf import GgufFile, read_gguf, read_values
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
-from argosy.checkpoint.untrusted_file import open_regular, read_at, read_object
+from argosy.checkpoint.untrusted_file import open_regular, quote, read_at, read_object
 from argosy.errors import CheckpointError, UnsupportedModel
 
 Float32 = npt.NDArray[np.float32]
+
+_EXACT_DTYPES = ("F32", "F16", "BF16")  # in which a tensor is stored as it is
 
 _GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -51,8 +53,19 @@ class DenseModel:
 
     path: Path
     config: Mapping[str, Any]
-    dtype: str  # stores it without loss: the dtype of a safetensors checkpoint, F16 for a GGUF
+    dtypes: Mapping[str, str]  # of each tensor: one that holds its values exactly
     readers: Mapping[str, Callable[[], Float32]]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of all its matrices; F32 if they differ."""
+        shapes = expected_shapes(self.config)
+        found = {self.dtypes[name] for name, shape in shapes.items() if len(shape) == 2}
+        return found.pop() if len(found) == 1 else "F32"
+
+    def rounded_to(self, dtype: str) -> DenseModel:
+        """The same model, for a copy that stores every tensor in `dtype`, exactly or not."""
+        return replace(self, dtypes=dict.fromkeys(self.dtypes, dtype))
 
     def read(self, name: str) -> Float32:
         """The tensor `name` as float32, rows first. Each call reads it again; nothing is cached."""
@@ -123,9 +136,11 @@ def _open_gguf(path: Path) -> DenseModel:
         )
     num_heads = file.integer("llama.attention.head_count", least=1)
     num_kv_heads = file.integer("llama.attention.head_count_kv", num_heads, least=1)
+    hidden_size = file.integer("llama.embedding_length", least=1)
+    _require_plain_gguf(file, hidden_size // num_heads)
     embedding = file.tensors.get("token_embd.weight")
     config = {
-        "hidden_size": file.integer("llama.embedding_length", least=1),
+        "hidden_size": hidden_size,
         "intermediate_size": file.integer("llama.feed_forward_length", least=1),
         "num_hidden_layers": file.integer("llama.block_count", least=1),
         "num_attention_heads": num_heads,
@@ -147,6 +162,7 @@ def _open_gguf(path: Path) -> DenseModel:
         return lambda: in_halves(read_values(ref), heads) if heads else read_values(ref)
 
     readers: dict[str, Callable[[], Float32]] = {}
+    dtypes: dict[str, str] = {}
     for gguf_name, ref in file.tensors.items():
         prefix, *rest = gguf_name.split(".")
         if gguf_name in _GGUF_MODEL_NAMES:
@@ -162,7 +178,34 @@ def _open_gguf(path: Path) -> DenseModel:
             )
         _require_shape(path, name, ref.shape, shapes)
         readers[name] = reader_of(ref, permuted_heads.get(part, 0))
-    return DenseModel(path=path, config=config, dtype="F16", readers=readers)
+        dtypes[name] = ref.dtype if ref.dtype in _EXACT_DTYPES else "F32"
+    return DenseModel(path=path, config=config, dtypes=dtypes, readers=readers)
+
+
+def _require_plain_gguf(file: GgufFile, head_dim: int) -> None:
+    """Refuse keys that change the mathematics of a plain Llama model.
+
+    Raises:
+        UnsupportedModel: names the key.
+    """
+    plain: dict[str, tuple[object, ...]] = {
+        "llama.rope.scaling.type": ("none", "linear"),
+        "llama.rope.dimension_count": (head_dim,),
+        "llama.attention.key_length": (head_dim,),
+        "llama.attention.value_length": (head_dim,),
+        "llama.expert_count": (0,),
+    }
+    if file.metadata.get("llama.rope.scaling.type") != "none":
+        plain |= dict.fromkeys(("llama.rope.scaling.factor", "llama.rope.scale_linear"), (1, 0))
+    for key, supported in plain.items():
+        value = file.metadata.get(key, supported[0])
+        if value not in supported:
+            raise UnsupportedModel(
+                f"{file.path.name}: {key} is {quote(value)}; supported: {', '.join(map(str, supported))}",
+                key=key,
+                value=value,
+                supported=supported,
+            )
 
 
 def _open_safetensors(directory: Path) -> DenseModel:
@@ -178,18 +221,17 @@ def _open_safetensors(directory: Path) -> DenseModel:
     refs = {name: ref for name, ref in open_tensors(directory).items() if name in shapes}
     for ref in refs.values():
         _require_shape(ref.path, ref.name, ref.shape, shapes)
-        if ref.dtype not in ("F32", "F16", "BF16"):
+        if ref.dtype not in _EXACT_DTYPES:
             raise UnsupportedModel(
-                f"{ref.path.name}: {ref.name} has dtype {ref.dtype}; supported: F32, F16, BF16",
+                f"{ref.path.name}: {ref.name} has dtype {ref.dtype}; supported: {', '.join(_EXACT_DTYPES)}",
                 key="dtype",
                 value=ref.dtype,
-                supported=("F32", "F16", "BF16"),
+                supported=_EXACT_DTYPES,
             )
-    dtypes = {ref.dtype for ref in refs.values()}
     return DenseModel(
         path=directory,
         config=config,
-        dtype=dtypes.pop() if len(dtypes) == 1 else "F32",
+        dtypes={name: ref.dtype for name, ref in refs.items()},
         readers={name: _reader_of(ref) for name, ref in refs.items()},
     )
 

@@ -266,11 +266,17 @@ def _tensors(
     hidden_size = int(dense.config["hidden_size"])
     latest = _LatestLayer(experts_of)
 
-    def tensor(name: str, shape: tuple[int, ...], make: Callable[[], Float32]) -> TensorToWrite:
-        return name, dense.dtype, shape, lambda: _encode_named(name, make(), dense.dtype)
+    made_dtype = dense.dtype
+
+    def tensor(
+        name: str, shape: tuple[int, ...], make: Callable[[], Float32], dtype: str = made_dtype
+    ) -> TensorToWrite:
+        return name, dtype, shape, lambda: _encode_named(name, make(), dtype)
 
     def of_dense(source: str, name: str, factor: float = 1.0) -> TensorToWrite:
-        return tensor(name, dense.shape(source), lambda: dense.read(source) * np.float32(factor))
+        return tensor(
+            name, dense.shape(source), lambda: dense.read(source) * np.float32(factor), dense.dtypes[source]
+        )
 
     def of_expert(name: str, shape: tuple[int, ...], layer: int, part: str, expert: int) -> TensorToWrite:
         return tensor(name, shape, lambda: getattr(latest.get(layer), part)[expert])

