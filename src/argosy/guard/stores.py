@@ -238,7 +238,17 @@ STORES = (
         option="",
         by_default=False,
         erased="none",
-        module="engine/calibration.py",
+        module="engine/kept_rates.py",
+    ),
+    Store(
+        name="rates of the drive",
+        keeps="how fast it was read while models ran",
+        place="~/.cache/argosy",
+        kept_for="30 days",
+        option="--no-record",
+        by_default=True,
+        erased="none",
+        module="engine/kept_rates.py",
     ),
     Store(
         name="chat history",
