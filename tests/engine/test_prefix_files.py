@@ -337,6 +337,17 @@ def test_files_that_are_too_old_are_removed(tmp_path: Path) -> None:
     files.close()
 
 
+def test_a_clock_that_is_set_back_costs_no_file(tmp_path: Path) -> None:
+    clock = Clock()
+    files = open_files(tmp_path, clock=clock)
+    write(files, content(1))
+    clock.ahead = -3600.0
+    assert read(files, content(1)) is None
+    clock.ahead = 0.0
+    assert is_whole(files, content(1))
+    files.close()
+
+
 def test_the_least_recently_used_files_are_removed_when_there_are_too_many_bytes(tmp_path: Path) -> None:
     one = 4096 + BLOCK_BYTES + 32
     files = open_files(tmp_path, max_bytes=3 * one)

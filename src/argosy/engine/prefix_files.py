@@ -8,8 +8,9 @@
 A file is a header, the payload, and a keyed BLAKE3 of both. It is written under a temporary name and renamed when
 complete. It is used only if every field is as expected: version, model and format, tokens, tenant, age, checksum. A
 file that is damaged, truncated, too old or from another model is removed and never trusted; its prompt is computed. A
-file that cannot be read at the moment stays, and its prompt is computed. When files exceed the size limit, the least
-recently used are removed. If the drive is full or fails, only reuse is lost.
+file that cannot be read at the moment stays, and its prompt is computed; so does one from the future, after the clock
+was set back. When files exceed the size limit, the least recently used are removed. If the drive is full or fails, only
+reuse is lost.
 
 These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
 secret. One thread writes; others read ahead of the caller, enough of them to keep a drive busy.
@@ -360,22 +361,22 @@ class PrefixFiles:
             is_whole = _read_into(self._root, self._path(kind, content), self.file_bytes(kind), buffer)
         except OSError as error:  # too many open files, or a failing drive: the file itself may be good
             return _Found(None, is_bad=error.errno in _NO_SUCH_FILE)
-        payload = self._checked(kind, content, buffer) if is_whole else None
-        return _Found(payload, is_bad=payload is None)
+        return self._checked(kind, content, buffer) if is_whole else _Found(None, is_bad=True)
 
-    def _checked(self, kind: Kind, content: BlockContent, buffer: Bytes) -> Bytes | None:
-        """Returns the payload of the file in `buffer`, or None if any field is not as expected."""
+    def _checked(self, kind: Kind, content: BlockContent, buffer: Bytes) -> _Found:
+        """The payload of the file in `buffer`, if every field is as expected."""
         whole = buffer[: self.file_bytes(kind)]
         data = whole.data
         written_at = float(_HEADER.unpack_from(data)[3])
         if bytes(data[:_HEADER_BYTES]) != self._header(kind, content, written_at):
-            return None
-        if not 0 <= self._clock() - written_at <= self._config.ttl_s:
-            return None
+            return _Found(None, is_bad=True)
         mac = _mac(self._tenant(content.tenant)[0], whole)
         if not hmac.compare_digest(mac, bytes(data[-_MAC_BYTES:])):
-            return None
-        return whole[_HEADER_BYTES:-_MAC_BYTES]
+            return _Found(None, is_bad=True)
+        age_s = self._clock() - written_at
+        if not 0 <= age_s <= self._config.ttl_s:
+            return _Found(None, is_bad=age_s > 0)  # one from the future is whole: the clock was set back
+        return _Found(whole[_HEADER_BYTES:-_MAC_BYTES], is_bad=False)
 
     def _scan(self) -> None:
         """Find files of earlier processes, oldest first, and remove files that are not ours."""
