@@ -137,6 +137,17 @@ def test_a_run_of_spaces_stays_one_token_if_the_model_has_it() -> None:
     assert core.token_to_id("    ") in tokenizer.encode("if x:\n    y")
 
 
+def test_an_added_token_of_one_letter_is_text_unless_it_is_special() -> None:
+    core = tokenizers.Tokenizer.from_str(byte_level_json())
+    core.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in ("ö", "öö")])
+    core.add_special_tokens(["ü"])
+    tokenizer = Tokenizer(core, config=QWEN_CONFIG)
+    letter, pair, special = map(core.token_to_id, ("ö", "öö", "ü"))
+    assert tokenizer.encode("schön") == core.encode("schön").ids
+    assert letter in tokenizer.encode("schön")
+    assert {pair, special}.isdisjoint(tokenizer.encode("schöön für"))
+
+
 @given(parts=st.lists(st.tuples(st.booleans(), st.one_of(halves, markers, texts))))
 def test_only_the_template_s_own_text_gives_control_tokens(parts: list[tuple[bool, str]]) -> None:
     for tokenizer in (BYTE_LEVEL, LLAMA):

@@ -98,8 +98,12 @@ class Tokenizer:
         self.unk_id = self._find_unk()
         self.eos_ids = self._eos_ids(generation_config or {})
         named = {self.bos_id, self._id_of("pad_token"), *self.eos_ids} - {None, self.unk_id}
-        # An added token of only white space (runs of spaces, in code) cannot be mistaken for a marker.
-        written = {i for i, token in self._added.items() if token.special or self._content[i].strip()}
+        # An added token of only white space (runs of spaces, in code) cannot be mistaken for a marker, nor can one
+        # character: DeepSeek-LLM's vocabulary has letters such as "ö" only there.
+        written = {
+            i for i, token in self._added.items()
+            if token.special or (self._content[i].strip() and len(self._content[i]) > 1)
+        }  # fmt: skip
         self.control_ids: frozenset[int] = frozenset(named | written)  # type: ignore[arg-type]
         self.hidden_ids = frozenset(i for i, token in self._added.items() if token.special) | set(
             self.eos_ids
