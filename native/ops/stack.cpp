@@ -316,7 +316,7 @@ void Stack::mix(const GroupedQueryAttention& mixer) {
   rotate(query, mixer.num_heads, kv.head_dim);
   rotate(key, kv.kv_heads, kv.head_dim);
 
-  const bool is_windowed = kv_.shape(layer_).is_windowed;
+  const bool is_windowed = kv_.shape(number()).is_windowed;
   kv_write(runtime_, kv, key, value, is_windowed ? step_.window_slots : step_.slots, tokens);
   attention(runtime_, kv,
             {

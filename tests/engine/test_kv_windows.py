@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import Budget, EngineConfig, KvDir
+from argosy.engine import memory_plan
 from argosy.engine.kv_windows import NONE, KvWindows, WindowSizes, window_sizes
 from argosy.engine.memory_plan import plan_memory
 from argosy.model.families import open_model
@@ -87,6 +89,20 @@ def test_the_end_of_a_prefix_that_is_kept_outlives_what_was_used_later() -> None
     walk(kept, again, 16)
     assert kept.num_usable([0, 1, 2, 3]) == 0
     assert kept.num_usable(other.blocks) == 6
+
+
+@pytest.mark.parametrize(("speculate", "has_blocks"), [("off", True), ("lookup", True), ("mtp", False)])
+def test_a_draft_layer_finds_every_position_so_no_window_blocks_are_planned_with_one(
+    speculate: str, has_blocks: bool
+) -> None:
+    settings = EngineConfig(
+        budget=Budget(ram_bytes=1),
+        threads=1,
+        speculate=speculate,  # type: ignore[arg-type]
+        draft_tokens=0 if speculate == "off" else 3,
+    )
+    found = memory_plan._windows(SimpleNamespace(window=32), settings, 8192, 512)  # type: ignore[arg-type]
+    assert (found is not None) == has_blocks
 
 
 def test_no_window_blocks_are_planned_where_they_would_save_nothing(tmp_path: Path) -> None:

@@ -22,9 +22,19 @@ from argosy.experts.runner import Rows
 from argosy.model.clock import PARTS, PartClock
 from argosy.model.decoder import Decoder, RouteObserver
 from argosy.model.families import open_model
-from argosy.model.layers import stack_sizes
+from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.step import Addition, Overrides, Step
-from tests.model.open_parts import Parts, Residency, Run, decode, make_steps, open_parts
+from tests.model.open_parts import (
+    BLOCK_TOKENS,
+    BLOCKS_A_SEQUENCE,
+    NUM_SEQUENCES,
+    Parts,
+    Residency,
+    Run,
+    decode,
+    make_steps,
+    open_parts,
+)
 from tests.model.reference_step import Floats, ReferenceDecoder
 from tests.models.references import REFERENCES
 from tests.models.runnable import runnable
@@ -183,6 +193,29 @@ def test_sizes_differ_if_a_layer_differs() -> None:
     # Three rows of hidden state, two heads of keys and values, queries and attention, sines, routing, expert outputs.
     row = 3 * 64 + 2 * 32 + 2 * 64 + 2 * 8 + 8 + 2 * 2 + 1 + 2 * 64
     assert sizes(32).buffer_bytes(64) == 64 * 4 * row
+
+
+def test_layers_that_run_alone_use_their_own_blocks(tmp_path: Path) -> None:
+    """The second layer, which sees every position, behind a first one that has window blocks."""
+    directory = runnable(CHECKPOINTS["gpt_oss_plain"], tmp_path)
+    with open_parts(directory, "resident") as parts:
+        num_blocks = NUM_SEQUENCES * BLOCKS_A_SEQUENCE
+        found = []
+        for window_blocks in (None, 2):
+            kv = _native.KvCache(kv_shapes(parts.config), num_blocks, BLOCK_TOKENS, "f32", window_blocks)
+            decoder = Decoder(
+                parts.config,
+                parts.weights,
+                parts.experts,
+                kv,
+                parts.runtime,
+                MAX_TOKENS,
+                clock=PartClock(),
+                layers=range(1, 2),
+            )
+            found.append(run(parts, decoder))
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_threads_and_observers_change_nothing_and_all_choices_are_observed(directory: Path) -> None:

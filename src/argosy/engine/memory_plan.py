@@ -641,8 +641,11 @@ def shared_bytes(footprints: Sequence[ModelFootprint], *, kept_bytes: int) -> in
 
 
 def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:
-    """Blocks of layers with a sliding window; None: they keep every position, as they also do for `kv_dir`."""
-    if not footprint.window or config.kv_dir is not None:
+    """Blocks of layers with a sliding window; None: they keep every position, as they also do for `kv_dir`.
+
+    A draft layer runs positions that no step has reached, so it needs every position, too.
+    """
+    if not footprint.window or config.kv_dir is not None or config.speculate == "mtp":
         return None
     return window_sizes(
         num_blocks=kv_blocks(context),
