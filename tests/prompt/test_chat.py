@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -212,6 +213,25 @@ def test_one_process_is_reused_and_replaced_when_it_dies(chatml: ChatTemplate) -
     process.kill()
     process.wait()
     assert chatml.segments(HI_TURNS) == first
+
+
+def test_a_process_that_takes_no_request_is_not_waited_for() -> None:
+    worker, told = Worker(), []
+
+    def ask() -> None:
+        with pytest.raises(CheckpointError, match=r"did not finish within 0\.2 seconds"):
+            worker.ask(b"a" * (1 << 22), 0.2)  # more than a pipe holds
+        told.append(True)
+
+    try:
+        worker.ask(b'{"read": ""}', 30)
+        worker._process.send_signal(signal.SIGSTOP)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert told
+    finally:
+        worker.stop()
 
 
 def test_a_slow_conversation_does_not_delay_the_next_one(

@@ -42,6 +42,7 @@ from argosy.media.parts import (
     require_seconds,
 )
 
+_EXIT_SECONDS = 5.0  # until a process that was killed is gone
 _START_SECONDS = 30.0  # starting an interpreter with numpy and Pillow takes 0.3 s on an idle machine
 _PACKAGES = ("PIL", "numpy", "miniaudio", "_cffi_backend", "soxr")
 # An interpreter may need these to find its shared libraries. All other variables, keys and tokens among them, are
@@ -368,7 +369,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a worker and close its pipes."""
     with contextlib.suppress(OSError):
         process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
+        process.wait(_EXIT_SECONDS)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):

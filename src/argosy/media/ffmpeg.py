@@ -316,7 +316,8 @@ class _Process:
     ) -> None:
         with contextlib.suppress(OSError):
             self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
+            self._process.wait(_EXIT_SECONDS)
         assert self._process.stdout is not None
         self._process.stdout.close()
         os.close(self._errors)

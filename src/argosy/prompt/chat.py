@@ -41,6 +41,7 @@ Variables = Mapping[str, str | float | bool | None]
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _START_SECONDS = 30.0  # starting an interpreter with jinja2 takes 0.1 s on an idle machine
+_EXIT_SECONDS = 5.0  # until a process that was killed is gone
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
 # An interpreter may need these to find its shared libraries, and templates read the local time. All other variables,
@@ -258,6 +259,8 @@ class Worker:
             cwd="/",
             bufsize=0,
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         self._is_ready = False
         self._stop = weakref.finalize(self, _end, self._process)
 
@@ -279,12 +282,19 @@ class Worker:
             self._read_line(64, _START_SECONDS)
             self._is_ready = True
         assert self._process.stdin is not None
-        view = memoryview(request + b"\n")
-        try:
-            while view:
-                view = view[self._process.stdin.write(view) :]
-        except OSError:
-            raise _Gone from None
+        sink, view, deadline = (
+            self._process.stdin.fileno(),
+            memoryview(request + b"\n"),
+            time.monotonic() + seconds,
+        )
+        while view:
+            self._wait(sink, select.POLLOUT, deadline, seconds)
+            try:
+                view = view[os.write(sink, view) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise _Gone from None
         # A character takes at most 12 bytes, as in "\ud83d\ude00".
         longest = 12 * (2 * len(request) + _TEMPLATE_CHARACTERS)
         answer = json.loads(self._read_line(longest, seconds))
@@ -294,17 +304,10 @@ class Worker:
     def _read_line(self, longest: int, seconds: float) -> bytes:
         assert self._process.stdout is not None
         source, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
-        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
-        ready.register(source, select.POLLIN)
         parts: list[bytes] = []
         length = 0
         while not parts or not parts[-1].endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not ready.poll(1000 * left):
-                raise CheckpointError(
-                    f"the model's chat template fails: it did not finish within {seconds:.1f} seconds",
-                    hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",
-                )
+            self._wait(source, select.POLLIN, deadline, seconds)
             part = os.read(source, 1 << 16)
             length += len(part)
             if not part or length > longest:
@@ -312,12 +315,24 @@ class Worker:
             parts.append(part)
         return b"".join(parts)
 
+    @staticmethod
+    def _wait(descriptor: int, event: int, deadline: float, seconds: float) -> None:
+        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
+        ready.register(descriptor, event)
+        left = deadline - time.monotonic()
+        if left <= 0 or not ready.poll(1000 * left):
+            raise CheckpointError(
+                f"the model's chat template fails: it did not finish within {seconds:.1f} seconds",
+                hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",
+            )
+
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a worker and close its pipes."""
     with contextlib.suppress(OSError):
         process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
+        process.wait(_EXIT_SECONDS)
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):
