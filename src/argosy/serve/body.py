@@ -131,6 +131,39 @@ def validated(data: bytes, model: type[Model], share: Share) -> Model:
 
 def _charge(data: bytes, share: Share) -> int:
     """Hold the memory for parsing a body, whose bytes are already held; return what the parsed body keeps."""
+    num_bytes, kept_bytes = _cost_of_parsing(data)
+    if num_bytes > share.max_bytes:
+        raise Refused(
+            413,
+            f"parsing the body would take {num_bytes} bytes of memory, and there are {share.max_bytes} for all bodies",
+            hint="send fewer values, or split them over several requests",
+        )
+    share.hold(max(0, num_bytes - share.num_bytes))
+    return kept_bytes
+
+
+def charge_more(data: bytes, share: Share) -> None:
+    """Hold the memory for JSON that becomes part of a request, and is parsed now.
+
+    Raises:
+        Refused: there is not that much for all bodies.
+        Overloaded: other requests leave too little room.
+    """
+    num_bytes, kept_bytes = _cost_of_parsing(data)
+    held_before = share.num_bytes
+    if held_before + num_bytes > share.max_bytes:
+        raise Refused(
+            413,
+            f"the request and the earlier items that it refers to would take {held_before + num_bytes} bytes of memory,"
+            f" and there are {share.max_bytes} for all requests",
+            hint="send a shorter conversation",
+        )
+    share.hold(num_bytes)
+    share.shrink(held_before + kept_bytes)
+
+
+def _cost_of_parsing(data: bytes) -> tuple[int, int]:
+    """Bytes of memory that parsing a body takes at most, and those that the parsed body keeps."""
     try:
         num_parts, num_items = count_values(data)
     except ValueError as error:
@@ -144,15 +177,7 @@ def _charge(data: bytes, share: Share) -> int:
     # copied into the prompt. Data is never copied.
     decoding_bytes = len(data) + text_bytes + (0 if data.isascii() else len(data))
     kept_bytes = num_data + 2 * other_bytes + value_bytes
-    num_bytes = max(decoding_bytes, text_bytes + kept_bytes)
-    if num_bytes > share.max_bytes:
-        raise Refused(
-            413,
-            f"parsing the body would take {num_bytes} bytes of memory, and there are {share.max_bytes} for all bodies",
-            hint="send fewer values, or split them over several requests",
-        )
-    share.hold(max(0, num_bytes - share.num_bytes))
-    return kept_bytes
+    return max(decoding_bytes, text_bytes + kept_bytes), kept_bytes
 
 
 def _character_bytes(data: bytes, *, with_escapes: bool) -> int:

@@ -37,6 +37,11 @@ _KEEPS_NOTHING = (
 )
 
 Item = Mapping[str, Any]
+Charge = Callable[[bytes], object]  # takes memory for parsing a JSON text, and what the parsed values keep
+
+
+def _uncharged(text: bytes) -> None:
+    pass
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,8 +131,8 @@ class KeptItems:
         if tenant in self._gone:  # revoked after this answer was finished
             self._memory.forget(tenant)
 
-    def item(self, tenant: str, item_id: str) -> Item:
-        """The item with this id.
+    def item(self, tenant: str, item_id: str, *, charge: Charge = _uncharged) -> Item:
+        """The item with this id. `charge` is called with its JSON before that is parsed.
 
         Raises:
             Refused: the item is not kept.
@@ -136,6 +141,7 @@ class KeptItems:
         if found is None:
             raise Refused(404, f"Item with id '{item_id}' not found.", hint=self._remedy, param="input")
         self._touch(tenant, [_item_key(item_id)])
+        charge(found.text)
         return _read_item(found)
 
     def response(self, tenant: str, response_id: str) -> Item:
@@ -171,8 +177,8 @@ class KeptItems:
         found = self._response(tenant, response_id)
         self._memory.remove(tenant, [_response_key(response_id), *map(_item_key, found.answered_ids)])
 
-    def conversation(self, tenant: str, response_id: str) -> list[Item]:
-        """All items up to and including those of the response, oldest first.
+    def conversation(self, tenant: str, response_id: str, *, charge: Charge = _uncharged) -> list[Item]:
+        """All items up to and including those of the response, oldest first. Calls `charge` as `item` does.
 
         Raises:
             Refused: part of the conversation is not kept.
@@ -191,9 +197,10 @@ class KeptItems:
                     400, f"Previous response with id '{response_id}' not found.", hint=self._remedy,
                     param="previous_response_id", code="previous_response_not_found",
                 )  # fmt: skip
-            turns.append(
-                [*json.loads(found.text), *(_read_item(item) for item in answered if item is not None)]
-            )
+            kept = [found, *(item for item in answered if item is not None)]
+            for one in kept:
+                charge(one.text)
+            turns.append([*json.loads(found.text), *map(_read_item, kept[1:])])
             used += keys
             own_id = found.previous_id
         # A conversation is useful only as a whole, so the items that all others depend on are dropped last.

@@ -156,6 +156,7 @@ class Intake:
 
     Attributes:
         replaced: the notes in place of what the model cannot read.
+        share: the memory that the request holds.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Intake:
         *,
         files: Files | None = None,
     ) -> None:
-        self._kinds, self._share, self._files = kinds, share, files
+        self._kinds, self.share, self._files = kinds, share, files
         self._limits = limits
         self.replaced = Replaced(kinds)
 
@@ -238,8 +239,8 @@ class Intake:
                 found=num_bytes,
                 param=where,
             )
-        held_bytes = self._share.num_bytes + num_bytes
-        self._share.hold(num_bytes + num_bytes // 8 + _DECODED_AT_ONCE)  # while it grows
+        held_bytes = self.share.num_bytes + num_bytes
+        self.share.hold(num_bytes + num_bytes // 8 + _DECODED_AT_ONCE)  # while it grows
         try:
             content = _decode(sent)
         except ValueError:
@@ -248,7 +249,7 @@ class Intake:
                 param=where,
                 hint="use the standard alphabet (A-Z a-z 0-9 + /) with padding, and no spaces or line breaks",
             ) from None
-        self._share.shrink(held_bytes)
+        self.share.shrink(held_bytes)
         return content
 
 

@@ -304,8 +304,8 @@ async def input_items(request: Request) -> InputItems:
 
 
 def _shown(item: Mapping[str, Any]) -> dict[str, Any]:
-    """An input item as OpenAI shows it: a message has a type and parts, even if it was sent as a text."""
-    shown = {"type": "message", "status": "completed", **item}
+    """An input item as OpenAI shows it: a message has parts, even if it was sent as a text."""
+    shown = {"status": "completed", **item}
     if shown["type"] == "message" and isinstance(shown["content"], str):
         kind = "output_text" if shown["role"] == "assistant" else "input_text"
         shown["content"] = [{"type": kind, "text": shown["content"]}]
@@ -391,7 +391,10 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
         def keep() -> None:
             asked = None
             if self._has_input:
-                asked = [item.model_dump(exclude_unset=True, mode="json") for item in body.items]
+                asked = [
+                    {"type": item.type, **item.model_dump(exclude_unset=True, mode="json")}
+                    for item in body.items
+                ]  # with the type also where the client left it out
             has_video = any(part.KIND == "video" for part in media_in(body))
             kept.keep(
                 self.caller.tenant, self._id, body.previous_response_id, asked, self._items, answer=response,

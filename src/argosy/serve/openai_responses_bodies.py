@@ -10,12 +10,14 @@ Elsewhere: how answers are written is `openai_responses.py`; items of earlier re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
 
 from argosy.config import Grammar, SamplingParams
 from argosy.errors import UsageError
+from argosy.serve.body import charge_more
 from argosy.serve.core import ChatRequest
 from argosy.serve.fields import (
     MAX_ITEMS,
@@ -44,6 +46,8 @@ from argosy.serve.fields import (
     schema_form,
     strays,
 )
+from argosy.serve.gate import MAX_BODY_BYTES, Refused
+from argosy.serve.held import Share
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.media_parts import (
     URL_REMEDY,
@@ -270,10 +274,11 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
         """The whole conversation, with earlier items from `kept`.
 
         Raises:
-            Refused: an item is no longer kept.
+            Refused: an item is no longer kept, or the items that references name are larger than a body may be.
+            Overloaded: other requests leave too little memory for earlier items.
         """
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += _messages(self._conversation(kept, tenant), intake)
+        messages += _messages(self._conversation(kept, tenant, intake.share), intake)
         form = None if self.text is None else self.text.format
         return ChatRequest(
             messages=messages,
@@ -294,16 +299,37 @@ class ResponsesBody(Thinking, ForOpenAI, Sampling):
             ignored=[*self.ignored(), *(["store"] if self.store and not kept.can_keep else ())],
         )
 
-    def _conversation(self, kept: KeptItems, tenant: str) -> list[KnownItem]:
+    def _conversation(self, kept: KeptItems, tenant: str, share: Share) -> list[KnownItem]:
+        charge = partial(charge_more, share=share)
         earlier = self.previous_response_id
-        before = [] if earlier is None else _ITEMS.validate_python(kept.conversation(tenant, earlier))
+        before = (
+            []
+            if earlier is None
+            else _ITEMS.validate_python(kept.conversation(tenant, earlier, charge=charge))
+        )
+        named: dict[str, tuple[KnownItem, int]] = {}  # an item that several references name is read once
+        num_bytes = 0
         found: list[KnownItem] = []
         for item in (*before, *self.items):
-            if isinstance(item, NamedItem):
-                named = _ITEMS.validate_python([kept.item(tenant, item.id)])
-                found += [one for one in named if not isinstance(one, NamedItem)]
-            else:
+            if not isinstance(item, NamedItem):
                 found.append(item)
+                continue
+            if item.id in named:
+                share.hold(named[item.id][1])
+            else:
+                held_before = share.num_bytes
+                (read,) = _ITEMS.validate_python([kept.item(tenant, item.id, charge=charge)])
+                assert not isinstance(read, NamedItem)  # the server wrote it
+                named[item.id] = read, share.num_bytes - held_before
+            num_bytes += named[item.id][1]
+            if num_bytes > MAX_BODY_BYTES:
+                raise Refused(
+                    413,
+                    f"the items that this request refers to take more than {MAX_BODY_BYTES} bytes",
+                    hint="refer to each item once, and to fewer of them",
+                    param="input",
+                )
+            found.append(named[item.id][0])
         if len(found) > MAX_ITEMS:
             raise UsageError(
                 f"the conversation has {len(found)} items; the maximum is {MAX_ITEMS}", param="input"
@@ -341,31 +367,41 @@ def _messages(items: Sequence[KnownItem], intake: Intake) -> list[dict[str, Any]
         raise UsageError("the last item is from the assistant, so there is nothing to answer", param="input")
     asked_now = last_asked(item.role if isinstance(item, MessageItem) else "" for item in items)
     made: list[dict[str, Any]] = []
+    said: list[MessageItem | CallItem | ThoughtItem] = []
     for at, item in enumerate(items):
         if isinstance(item, ResultItem):
             content = _content(item.output, intake, f"input.{at}.output")
-            made.append({"role": "tool", "tool_call_id": item.call_id, "content": content})
+            message = {"role": "tool", "tool_call_id": item.call_id, "content": content}
         elif isinstance(item, MessageItem) and item.role != "assistant":
             content = _content(item.content, intake, f"input.{at}.content", is_new=at == asked_now)
-            made.append({"role": item.role, "content": content})
+            message = {"role": item.role, "content": content}
         else:
-            if not made or made[-1]["role"] != "assistant":
-                made.append({"role": "assistant", "content": ""})
-            _add(made[-1], item, intake.replaced)
-    return made
+            said.append(item)
+            continue
+        made += [*_said(said, intake.replaced), message]
+        said = []
+    return [*made, *_said(said, intake.replaced)]
 
 
-def _add(message: dict[str, Any], item: MessageItem | CallItem | ThoughtItem, replaced: Replaced) -> None:
-    match item:
-        case MessageItem():
-            message["content"] += _text(item.content, replaced)
-        case ThoughtItem():
-            thought = _text(item.content or item.summary or "", replaced)
-            message["reasoning_content"] = message.get("reasoning_content", "") + thought
-        case CallItem():
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            message.setdefault("tool_calls", []).append(call)
+def _said(items: Sequence[MessageItem | CallItem | ThoughtItem], replaced: Replaced) -> list[dict[str, Any]]:
+    """The assistant's message that consecutive items are; none for no items."""
+    if not items:
+        return []
+    texts = [_text(item.content, replaced) for item in items if isinstance(item, MessageItem)]
+    thoughts = [
+        _text(item.content or item.summary or "", replaced) for item in items if isinstance(item, ThoughtItem)
+    ]
+    calls = [
+        {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
+        for item in items
+        if isinstance(item, CallItem)
+    ]
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    if thoughts:
+        message["reasoning_content"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    return [message]
 
 
 def _content(parts: Parts, intake: Intake, where: str, *, is_new: bool = False) -> str | list[dict[str, Any]]:
