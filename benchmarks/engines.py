@@ -53,6 +53,7 @@ class Job:
     given: Sequence[Sequence[int]] | None = None  # the input of each step, instead of the most likely token
     memory: int | None = None
     look_ahead: bool = True
+    raw_reads_every: int = 0  # tokens of Argosy between raw reads of the sizes that it reads; 0: none
     repack: bool = True
     flash_attention: bool = True
     # Instead of one prompt after another: runs with this many prompts in one batch, in turn.
@@ -119,6 +120,10 @@ class Run:
     def total(self, kind: str, key: str) -> float:
         """Sum of a counter over all prefills or all tokens."""
         return sum(event.get(key, 0) for event in self._of(kind))
+
+    def median(self, kind: str, key: str) -> float:
+        """The median of a figure over the prefills or tokens that have it; NaN without one."""
+        return median([event[key] for event in self._of(kind) if key in event])
 
     def part_s(self, part: str) -> float:
         """Mean seconds per token that Argosy's ledger assigns to a part; NaN without a token."""

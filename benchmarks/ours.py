@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import os
+import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 STARTED = time.monotonic()
 
@@ -27,6 +31,37 @@ class GivenTokens:
         sampled = self._sampler.sample(*arguments)
         self.chosen.append(sampled.token_id)
         return dataclasses.replace(sampled, token_id=next(self._token_ids))
+
+
+RAW_READERS, RAW_READS_S = 4, 0.1
+
+
+def raw_reads(engine: Any, path: Path) -> float:
+    """Bytes per second of raw reads of the size that the engine's store has read so far: what the drive can do now.
+
+    It takes a few MB, because this process may have no more than the engine's budget.
+    """
+    stats = engine._store.stats()
+    if not stats["reads"]:
+        return float("nan")
+    size = max(4096, int(stats["bytes_read"] / stats["reads"]) // 4096 * 4096)
+    nbytes, file = max((one.stat().st_size, one) for one in ([path] if path.is_file() else path.iterdir()))
+    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    end = time.perf_counter() + RAW_READS_S
+
+    def read(number: int) -> int:
+        places, done = random.Random(number), 0
+        with mmap.mmap(-1, size) as room:
+            while time.perf_counter() < end:
+                done += os.preadv(descriptor, [room], places.randrange(nbytes // size) * size)
+        return done
+
+    begin = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(RAW_READERS) as readers:
+            return sum(readers.map(read, range(RAW_READERS))) / (time.perf_counter() - begin)
+    finally:
+        os.close(descriptor)
 
 
 def commit_memory() -> None:
@@ -87,7 +122,13 @@ def main() -> None:
             "prefill", run=run, tokens=len(prompt), seconds=seconds, id=tokens[0].token_id, bytes_read=read,
             hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
         )  # fmt: skip
+        num_tokens = 0
         while sequence.result is None:
+            raw: dict[str, float] = {}
+            if (every := job.get("raw_reads_every")) and num_tokens % every == 0:
+                raw = {"raw_bytes_per_s": raw_reads(engine, Path(job["model"]))}
+            num_tokens += 1
+            busy_s = engine._store.stats()["busy_seconds"] if every else 0.0
             before, begin = engine.ledger, time.perf_counter()
             (event,) = engine.step()
             seconds, after = time.perf_counter() - begin, engine.ledger
@@ -96,6 +137,7 @@ def main() -> None:
                 bytes_read=after.bytes_read - before.bytes_read,
                 hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
                 parts={part: total - before.parts[part] for part, total in after.parts.items()},
+                busy_s=engine._store.stats()["busy_seconds"] - busy_s if every else 0.0, **raw,
             )  # fmt: skip
     tell("done", peak_bytes=peak_bytes())
 
