@@ -74,8 +74,9 @@ from tests.observe.test_saved import counts_of
 
 NOT_KILLED = "not killed"
 _LONGEST_S = 120
+_SECTOR_BYTES = 512
 _REFUSED = 3  # exit code of a child whose work was refused
-_MOST_TRIES = 4  # points for each kill: where a link is refused early, there is nothing to kill
+_MOST_TRIES = 12  # points for each kill: where a link is refused early, there is nothing to kill
 _CHANGING_EVENTS = {
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink",
 }  # fmt: skip
@@ -350,7 +351,7 @@ class Demo(Writer):
         whole = locate.locate().name
         require(contents(packed) == contents(self.fixed / "cache" / whole), "the model has other bytes")
         require(argosy(["show", str(packed)]) == 0, "the model cannot be shown")
-        require("made" not in told or not said, "a finished model was made again")
+        require(self.is_planted or "made" not in told or not said, "a finished model was made again")
         if any(what.startswith("packing") for what in told):
             require("unpacking the dense base" not in said, "what was built was built again")
         names = {path.name for path in packed.parent.iterdir() if "demo-" in path.name} - {packed.name}
@@ -632,7 +633,8 @@ class _Counter:
     def _write(self, real: Callable[..., int]) -> Callable[..., int]:
         def write(descriptor: int, data: Any, *where: int) -> int:
             if self._reached():
-                real(descriptor, bytes(data)[: len(data) // 2], *where)
+                if not _is_in_a_sector(descriptor, len(data), *where):
+                    real(descriptor, bytes(data)[: len(data) // 2], *where)
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(descriptor, data, *where)
 
@@ -645,6 +647,13 @@ class _Counter:
             real(descriptor)
 
         return sync
+
+
+def _is_in_a_sector(descriptor: int, nbytes: int, offset: int = -1) -> bool:
+    """Whether a write replaces bytes within one sector: no kill leaves half of it, as `head` of an audit assumes."""
+    size = os.fstat(descriptor).st_size
+    is_new = not size or (offset != 0 and offset + nbytes > size)
+    return offset >= 0 and not is_new and offset // _SECTOR_BYTES == (offset + nbytes - 1) // _SECTOR_BYTES
 
 
 def _fork(action: Callable[[Tell], None], *, may_refuse: bool = False) -> tuple[int, list[Any]]:
