@@ -2,7 +2,7 @@
 //
 // Headings, paragraphs, lists, quotes, tables, fenced code; code spans, emphasis, links. Links open only http and https
 // addresses, in a new tab. An image is shown as a link, because loading it would tell its host that it was shown. Time
-// is linear in the text, and nesting is bounded.
+// is linear in the text, and nesting is bounded: no pattern has two ways to divide a run of spaces.
 
 import { highlight } from "./highlight.js";
 import { copyButton, element } from "./units.js";
@@ -10,11 +10,11 @@ import { copyButton, element } from "./units.js";
 const DEEPEST = 8;
 const LONGEST_LABEL = 1000;
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
+const HEADING = /^ {0,3}(#{1,6})(?=\s)/;
 const RULE = /^ {0,3}(?:(?:\*\s*){3,}|(?:-\s*){3,}|(?:_\s*){3,})$/;
 const QUOTE = /^ {0,3}>/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/;
-const TABLE_RULE = /^\s*\|?(?:\s*:?-+:?\s*\|)*\s*:?-+:?\s*\|?\s*$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/s;
+const TABLE_RULE = /^:?-+:?$/;  // one cell
 
 /** A view of growing text. Unchanged blocks keep their nodes, so selections and scroll positions survive. */
 export class MarkdownView {
@@ -62,7 +62,7 @@ function split(lines) {
       take("quote", runOf(lines, at, (other) => QUOTE.test(other)));
     } else if (ITEM.test(line)) {
       take("list", endOfList(lines, at));
-    } else if (line.includes("|") && lines[at + 1]?.includes("-") && TABLE_RULE.test(lines[at + 1])) {
+    } else if (line.includes("|") && lines[at + 1]?.includes("|") && isTableRule(lines[at + 1])) {
       take("table", runOf(lines, at, (other) => other.includes("|")));
     } else {
       const ends = (other) => other.trim() === "" || [FENCE, HEADING, QUOTE, ITEM].some((start) => start.test(other));
@@ -70,6 +70,10 @@ function split(lines) {
     }
   }
   return blocks;
+}
+
+function isTableRule(line) {
+  return line.trim().replace(/^\|/, "").replace(/\|$/, "").split("|").every((cell) => TABLE_RULE.test(cell.trim()));
 }
 
 function runOf(lines, at, belongs) {
@@ -94,6 +98,7 @@ function endOfList(lines, at) {
       const follows = ITEM.exec(lines[next]);
       const isItem = follows && indent(lines[next]) >= base && /\d/.test(follows[2]) === isOrdered;
       if (!isItem && indent(lines[next]) <= base) break;
+      end = next - 1;
     } else if (item ? indent(line) < base || (indent(line) === base && /\d/.test(item[2]) !== isOrdered) : false) {
       break;
     } else if (!item && indent(line) <= base && lines[end - 1].trim() === "") {
@@ -110,8 +115,11 @@ function render(block, depth) {
   switch (block.kind) {
     case "code": return code(block);
     case "heading": {
-      const [, marks, text] = HEADING.exec(block.lines[0]);
-      return inline(text, element(`h${Math.min(6, Math.max(3, marks.length + 1))}`));  // h1 and h2 are the page's own
+      const [start, marks] = HEADING.exec(block.lines[0]);
+      const text = block.lines[0].slice(start.length);
+      let end = text.length;
+      while (text[end - 1] === "#") end -= 1;
+      return inline(text.slice(0, end).trim(), element(`h${Math.min(6, Math.max(3, marks.length + 1))}`));  // h1 and h2 are the page's own
     }
     case "rule": return element("hr");
     case "quote": {
@@ -180,11 +188,12 @@ function table(lines) {
 
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 // (address), (<address>) or (address "title"); parentheses in an address come in pairs.
-const TARGET = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?:\s+"[^"]*")?\s*\)/;
+const TARGET = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))+)>?(?:\s+(?:"[^"]*"\s*)?)?\)/;
 const WORD = /[\p{L}\p{N}]/u;
 
 function inline(text, container, depth = 0) {
   const missing = new Set();  // marks without an end from here on, so the search runs once
+  let bracket = 0;  // the first "]" from here on, or the end
   let plain = "";
   const flush = () => {
     if (plain) container.append(plain);
@@ -220,8 +229,8 @@ function inline(text, container, depth = 0) {
       }
       continue;
     }
-    if ((char === "[" || (char === "!" && text[at + 1] === "[")) && !missing.has("]")) {
-      if (text.indexOf("]", at) < 0) missing.add("]");
+    if (bracket < at) bracket = text.indexOf("]", at) >>> 0;
+    if ((char === "[" || (char === "!" && text[at + 1] === "[")) && bracket < text.length) {
       const link = linkAt(text, char === "!" ? at + 1 : at);
       if (link) {
         add(anchor(link.href, depth < DEEPEST ? link.label : null, depth));
