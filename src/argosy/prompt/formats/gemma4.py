@@ -142,11 +142,11 @@ def _call_in(lexemes: Sequence[str]) -> tuple[str, str, bool]:
 
 def _object(lark: Lark, schema: Mapping[str, object], tool: Tool) -> str:
     """An object: declared properties in alphabetical order, as the template writes them, or any."""
-    properties = schema.get("properties")
-    is_open = schema.get("additionalProperties", False) is not False or any(
-        key in schema for key in _ELSEWHERE
-    )
-    if is_open or not isinstance(properties, Mapping):
+    properties, more = schema.get("properties"), schema.get("additionalProperties", False)
+    is_elsewhere = any(key in schema for key in _ELSEWHERE)
+    if is_elsewhere or more is not False or not isinstance(properties, Mapping):
+        if is_elsewhere or properties or isinstance(more, Mapping):
+            _require_lenient(tool)
         _any(lark, tool)
         return '"{" members? "}"'
     listed = schema.get("required")
@@ -165,13 +165,18 @@ def _object(lark: Lark, schema: Mapping[str, object], tool: Tool) -> str:
 
 def _value(lark: Lark, schema: object, tool: Tool) -> str:
     if not isinstance(schema, Mapping):
+        if schema is False:
+            _require_lenient(tool)
         return _any(lark, tool)
     choices = schema.get("enum")
     if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
         quote = lark.mark(QUOTE)
         return f"{quote} ({' | '.join(map(lark.literal, choices))}) {quote}"
     types = types_of(schema, tool.parameters)
-    if not types or (types - _SCALARS - {"string"} and any(key in schema for key in _ELSEWHERE)):
+    is_elsewhere = any(key in schema for key in _ELSEWHERE)
+    if not types or (types - _SCALARS - {"string"} and is_elsewhere):
+        if is_elsewhere:
+            _require_lenient(tool)
         return _any(lark, tool)
     forms = [_string(lark)] if "string" in types else []
     if "object" in types:
@@ -187,8 +192,8 @@ def _value(lark: Lark, schema: object, tool: Tool) -> str:
     return lark.rule(" | ".join(forms))
 
 
-def _any(lark: Lark, tool: Tool) -> str:
-    """Any value.
+def _require_lenient(tool: Tool) -> None:
+    """Refuse to replace what a strict tool asks for by any value.
 
     Raises:
         GrammarError: the tool is strict.
@@ -198,6 +203,10 @@ def _any(lark: Lark, tool: Tool) -> str:
             f"the parameters of the strict tool '{tool.name}' have a schema that cannot be enforced for this model",
             hint="give every parameter a type, with properties for an object and items for an array",
         )
+
+
+def _any(lark: Lark, tool: Tool) -> str:
+    """Any value."""
     scalars = lark.json({"type": sorted(_SCALARS)}, tool)
     lark.named("member", r'/[^:{}\[\],\s"][^:{}"]*/ ":" any')
     lark.named("members", 'member ("," member)*')
