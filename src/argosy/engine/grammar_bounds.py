@@ -48,7 +48,11 @@ _LEXEME = re.compile(
 )
 _NOT_ANY = re.compile(r"\\.", re.DOTALL)
 _OPENS, _CLOSES = "([{", ")]}"
-_FOREIGN = {"token": "names a token", "grammar": "refers to another grammar"}
+_FOREIGN = {
+    "token": "names a token",
+    "grammar": "refers to another grammar",
+    "other": "is not valid Lark",
+}
 
 
 class Lexeme(NamedTuple):
@@ -192,18 +196,17 @@ def _part(schema: object, reference: str) -> object:
 
 
 def read_lark(text: str) -> list[Lexeme]:
-    """Split Lark text into lexemes.
+    """Split Lark text into lexemes, up to the first character that fits nowhere.
 
     Raises:
-        GrammarError: the text after `%json` is not JSON, or a character fits nowhere.
+        GrammarError: the text after `%json` is not JSON.
     """
-    lexemes, at = list[Lexeme](), 0
-    while at < len(text):
+    lexemes, at, kind = list[Lexeme](), 0, ""
+    # Behind such a character, each quote without an end would have the rest read again.
+    while at < len(text) and kind != "other":
         found = _LEXEME.match(text, at)
         assert found is not None  # `other` matches any character
         kind, at = str(found.lastgroup), found.end()
-        if kind == "other":  # at once: each quote without an end would have the rest read again
-            raise _refused(text, found.start(), found[0], "is not valid Lark")
         schema: object = None
         if found[0] == "%json":
             begin = re.compile(r"\s*").match(text, at)
@@ -220,7 +223,7 @@ def read_lark(text: str) -> list[Lexeme]:
 
 
 def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
-    """Refuse long regular expressions, deep nesting, and long chains of rules.
+    """Refuse long regular expressions, deep nesting, long chains of rules, and a character that fits nowhere.
 
     Raises:
         GrammarError: the grammar has one of these.
@@ -228,6 +231,8 @@ def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
     nodes: dict[str, _Node] = {}
     node, depth, is_first = _Node(), 0, True
     for lexeme in lexemes:
+        if lexeme.kind == "other":
+            raise GrammarError(f"'{lexeme.text}' in the grammar {_FOREIGN['other']}")
         if lexeme.kind == "regex":
             require_expression(_NOT_ANY.sub("_", lexeme.text[1 : lexeme.text.rindex("/")]))
         elif lexeme.text in _OPENS:
@@ -254,7 +259,6 @@ def require_plain(text: str) -> None:
     """
     require_size(text, MAX_CALLERS_CHARACTERS)
     lexemes = read_lark(text)
-    require_lark_bounds(lexemes)
     depth, has_start = 0, False
     for at, lexeme in enumerate(lexemes):
         before = lexemes[at - 1].kind if at else "newline"
@@ -275,17 +279,14 @@ def require_plain(text: str) -> None:
         elif lexeme.kind == "name" and before == "newline" and after.text != ":":
             reason = "is followed by options, which rules cannot have: expected ':'"
         if reason is not None:
-            raise _refused(text, lexeme.at, lexeme.text, reason)
+            line = text.count("\n", 0, lexeme.at) + 1
+            raise GrammarError(f"line {line} of the grammar: '{lexeme.text[:40]}' {reason}")
         has_start |= before == "newline" and lexeme.text.lstrip("!?") == "start"
     if depth:
         raise GrammarError("the grammar has an unclosed bracket")
     if not has_start:
         raise GrammarError("the grammar has no rule 'start'")
-
-
-def _refused(text: str, at: int, found: str, reason: str) -> GrammarError:
-    line = text.count("\n", 0, at) + 1
-    return GrammarError(f"line {line} of the grammar: '{found[:40]}' {reason}")
+    require_lark_bounds(lexemes)
 
 
 # ── chains ──────────────────────────────────────────────────────────────────────────────────────────────────────────
