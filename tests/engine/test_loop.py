@@ -317,6 +317,11 @@ def test_answers_continue_when_no_more_files_can_be_opened(loop: EngineLoop) -> 
     assert again.result().ledger.peak_bytes > 0
 
 
+def become(engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str, attribute: Any) -> None:
+    """Replace an attribute of this engine's class; idle loops of other engines in this process use `Engine`."""
+    monkeypatch.setattr(engine, "__class__", type("Altered", (Engine,), {name: attribute}))
+
+
 @pytest.mark.parametrize("where", ["enqueue", "_finish", "has_work", "facts"])
 def test_when_anything_fails_in_the_thread_every_request_ends_and_the_next_is_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, where: str
@@ -324,8 +329,7 @@ def test_when_anything_fails_in_the_thread_every_request_ends_and_the_next_is_an
     reported: list[BaseException] = []
     with EngineLoop(engine, report=reported.append) as loop:
         monkeypatch.setattr("argosy.engine.loop._FACTS_SECONDS", 0.0)
-        kind: Any = type(engine)
-        real = getattr(kind, where)
+        real: Any = getattr(Engine, where)
         once = iter([OSError("a word of the prompt")])
 
         def fails_once(self: Engine, *given: Any, **more: Any) -> Any:
@@ -333,7 +337,7 @@ def test_when_anything_fails_in_the_thread_every_request_ends_and_the_next_is_an
                 raise error
             return real.fget(self) if isinstance(real, property) else real(self, *given, **more)
 
-        monkeypatch.setattr(kind, where, property(fails_once) if isinstance(real, property) else fails_once)
+        become(engine, monkeypatch, where, property(fails_once) if isinstance(real, property) else fails_once)
         heard = Heard()
         loop.submit(PROMPT, SHORT, heard)
         if where != "facts":  # facts belong to no request
@@ -382,7 +386,7 @@ def test_an_engine_that_fails_repeatedly_while_idle_is_given_up(
 ) -> None:
     monkeypatch.setattr("argosy.engine.loop._AFTER_FAILURE_S", 0.0)
     with EngineLoop(engine) as loop:
-        monkeypatch.setattr(type(engine), "is_writing", property(lambda _: 1 / 0))
+        become(engine, monkeypatch, "is_writing", property(lambda _: 1 / 0))
         loop.revoke("nobody")  # a round begins
         wait_until(lambda: loop.snapshot().has_failed)
         with pytest.raises(Overloaded, match="the engine has failed"):
