@@ -31,6 +31,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.verdict import CheckFailed
 from argosy.prompt.reranking import RerankForm, Reranking
+from argosy.serve import body
 from argosy.serve.app import make_app
 from argosy.serve.audited import Auditor
 from argosy.serve.core import Service
@@ -380,6 +381,7 @@ def walk(server: Server, end: str, works: Mapping[str, Work] = WORKS) -> dict[st
             ids.values(), 0
         )
     wait_for(lambda: not server.tenants(), f"{end}: nothing runs any more")
+    wait_for(lambda: server.app.bodies.num_bytes == 0, f"{end}: no memory is held")
     for kind, name in (("user", PERSON), ("model", "tiny"), ("model", "ears")):
         if end in ("stopped person", "stopped model"):
             server.stop(kind, name, is_stopped=False)
@@ -418,6 +420,28 @@ def test_a_request_that_ends_while_its_prompt_is_made_does_not_reach_the_engine(
     before = server.service.loop.snapshot().engine.totals.prompt_tokens
     assert walk(server, "stopped key", {name: WORKS[name]}) == {name: "403"}
     assert server.service.loop.snapshot().engine.totals.prompt_tokens == before
+
+
+def test_a_body_that_a_thread_reads_after_its_client_has_left_holds_no_memory(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_read, may_go_on, count = threading.Event(), threading.Event(), body.count_values
+
+    def slow_count(data: bytes) -> tuple[int, int]:
+        is_read.set()
+        may_go_on.wait(20)
+        return count(data)
+
+    monkeypatch.setattr(body, "count_values", slow_count)
+    _, secret = server.keys.add("leaves")
+    wait_for(lambda: server.app._ring.find(secret) is not None)
+    client = Client(server.url, secret, WORKS["a prompt being made"])  # its body is long
+    assert is_read.wait(20)
+    client.leave()
+    wait_for(lambda: not server.tenants() - set(server.app.running._at_work))
+    may_go_on.set()
+    wait_for(lambda: not server.tenants())
+    assert server.app.bodies.num_bytes == 0
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ class Router:
         asked = await self._read(request, caller)
         if policy.scope == "admin" or asked.loads_only:
             share = self.pool.share()
-            caller.ending.callback(share.release)
+            caller.ending.callback(share.close)
             together = EVERYWHERE[policy.path] if policy.scope == "admin" else None
             return await ask_everywhere(self.fleet, asked, together, share.hold)
         exchange = _Exchange(self, asked, caller, dialect_of(asked.route))
@@ -176,7 +176,7 @@ class Router:
             return asked
         asked.body = await request.body()
         kept = self.pool.share()
-        caller.ending.callback(kept.release)
+        caller.ending.callback(kept.close)
         kept.hold(2 * len(asked.body))  # the connection to a server copies it
         if request.headers.get("content-type", "").startswith("application/json"):
             tenant = (request.headers.get("authorization") or request.headers.get("x-api-key") or "").encode()
@@ -240,7 +240,7 @@ class _Exchange:
     def close(self) -> None:
         """End the exchange, however far it is."""
         self._serving.close()
-        self._share.release()
+        self._share.close()
 
     async def begin(self) -> None:
         """Find a server that answers, and wait for the head of its answer.

@@ -586,7 +586,7 @@ class Gate:
                 await self._app({**scope, "method": method}, body.receive, send)
         finally:
             caller.ending.close()
-            caller.share.release()
+            caller.share.close()
             if policy.is_counted and caller.key is not None:
                 self._limits.end(caller.key)
 

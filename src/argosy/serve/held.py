@@ -1,7 +1,7 @@
 """A pool of memory for the bodies of all requests: one line of the memory plan.
 
     part of a body, cost of parsing it  ->  Share.hold  ->  within the pool, or refused
-    end of the request, however it ends ->  Share.release
+    end of the request, however it ends ->  Share.close
 
 A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
 a body is charged before it is parsed.
@@ -51,6 +51,7 @@ class Share:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._lock = threading.Lock()  # files of a request are fetched side by side
+        self._is_closed = False
         self.num_bytes = 0
 
     @property
@@ -62,11 +63,13 @@ class Share:
         """Take `num_bytes` more.
 
         Raises:
-            Overloaded: other requests leave too little room.
+            Overloaded: other requests leave too little room, or the share is closed.
         """
-        if not self._pool.add(num_bytes):
-            raise Overloaded("no memory is left for another request body", retry_after_s=_RETRY_S)
         with self._lock:
+            if self._is_closed:
+                raise Overloaded("the request has ended", retry_after_s=_RETRY_S)
+            if not self._pool.add(num_bytes):
+                raise Overloaded("no memory is left for another request body", retry_after_s=_RETRY_S)
             self.num_bytes += num_bytes
 
     def shrink(self, num_bytes: int) -> None:
@@ -78,3 +81,9 @@ class Share:
 
     def release(self) -> None:
         self.shrink(0)
+
+    def close(self) -> None:
+        """Give back everything for good: a thread that still works for a request that has ended can hold no more."""
+        with self._lock:
+            self._is_closed = True
+        self.release()
