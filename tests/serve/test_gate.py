@@ -9,16 +9,19 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import Response
 
 from argosy import _native
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.guard.limits import Limits
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.core import Service
-from argosy.serve.gate import _Pace
+from argosy.serve.gate import Gate, Policy, _Pace
 from argosy.serve.held import Pool
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
@@ -262,3 +265,39 @@ def test_a_burst_begins_over_many_turns_of_the_event_loop_in_the_order_of_arriva
         began.append(number)
 
     asyncio.run(asyncio.wait_for(burst(), 20))
+
+
+def test_a_request_that_ends_while_the_rest_of_its_body_is_read_is_told_why() -> None:
+    """Its refusal waits for the rest, so nothing of it has been sent."""
+
+    async def test() -> None:
+        is_discarding, sent = asyncio.Event(), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            if not is_discarding.is_set():
+                is_discarding.set()
+                await asyncio.sleep(60)
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        gate = Gate(
+            Response(status_code=400),
+            [Policy(method="POST", path="/a", scope="infer")],
+            KeyRing(None),
+            Limits(),
+        )
+        head = {"host": "localhost", "content-type": "application/json", "transfer-encoding": "chunked"}
+        scope = {
+            "type": "http", "method": "POST", "path": "/a", "scheme": "http", "state": {},
+            "headers": [(name.encode(), value.encode()) for name, value in head.items()],
+        }  # fmt: skip
+        answering = asyncio.create_task(gate(scope, receive, send))
+        await is_discarding.wait()
+        gate.running.stop()
+        await answering
+        assert [message.get("status") for message in sent] == [503, None]
+        assert b"the server is stopping" in sent[1]["body"]
+
+    asyncio.run(asyncio.wait_for(test(), 20))

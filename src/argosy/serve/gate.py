@@ -471,7 +471,7 @@ class Gate:
 
         async def send_on(message: Message) -> None:
             if message["type"] == "http.response.start":
-                count.status, count.has_begun = message["status"], True
+                count.status = message["status"]
                 own = {name for name, _ in message.get("headers", ())}
                 told = [*SECURITY_HEADERS, named, *for_pages]
                 if policy is not None and policy.screens == "answers" and message["status"] == 200:
@@ -484,6 +484,7 @@ class Gate:
                     if not is_read and b"connection" not in own:
                         extra.append((b"connection", b"close"))
                 await send({**message, "headers": [*message.get("headers", ()), *extra]})
+                count.has_begun = True  # not before: the request may end while the rest of its body is read
                 if scope["method"] == "HEAD":  # complete, even where GET would stream
                     await send({"type": "http.response.body"})
             elif scope["method"] != "HEAD":
