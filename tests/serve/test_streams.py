@@ -103,6 +103,25 @@ def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(monkeypatch: 
             assert received < size
 
 
+def test_a_client_that_has_sent_another_request_and_leaves_ends_the_first() -> None:
+    has_begun, has_heard, heard = threading.Event(), threading.Event(), list[str]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        has_begun.set()
+        heard.append((await receive())["type"])
+        has_heard.set()
+
+    for url in start(app):
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert has_begun.wait(10)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert has_heard.wait(10)
+        assert heard == ["http.disconnect"]
+
+
 @pytest.mark.parametrize("num_turns", range(12))
 def test_a_client_that_leaves_during_a_burst_of_events_ends_the_stream(num_turns: int) -> None:
     """The client leaves some turns of the event loop later: the end of a write must not lose the cancellation."""

@@ -7,8 +7,8 @@ This file alone knows uvicorn. It relies on members that uvicorn does not docume
 so `pyproject.toml` bounds its version:
 
     Server       startup, shutdown, capture_signals, handle_exit, should_exit, force_exit, server_state.connections
-    H11Protocol  its module, its arguments, app_state, client, connections, cycle.response_complete, loop, scheme,
-                 transport
+    H11Protocol  its module, its arguments, app_state, client, conn, connections, cycle.response_complete,
+                 flow.resume_reading, loop, scheme, transport
     Config       `http` as a function that makes a protocol
 
 Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; options are `cli/serve.py`.
@@ -39,6 +39,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -82,6 +83,7 @@ _OTHER_FILES = 256  # open files besides connections: for prompts, for the usage
 _SAID_EVERY_S = 60.0  # how often to log that connections cannot be accepted
 KEEP_ALIVE_S = 15  # longest idle time of a connection
 HEADER_S = 15.0  # longest time for the head of a request
+_MOST_AHEAD_BYTES = 64 << 10  # of further requests, while one is answered
 STUCK_S = 60.0  # a client that reads nothing of its answer for this long is disconnected
 # How long another thread may compute in Python before the event loop goes on. It waits for this after every system
 # call, and a request takes a dozen of those; Python's default is ten times as long.
@@ -243,6 +245,10 @@ class TimedProtocol(H11Protocol):
         elif self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        # uvicorn reads no further while another request waits for this answer, and would not notice that the client
+        # leaves.
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < _MOST_AHEAD_BYTES:
+            self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._stuck_timer):
