@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from argosy.errors import Revoked
 from argosy.serve.gate import Caller
 from argosy.serve.running import GoneAway
 from argosy.serve.streams import EventStream
@@ -155,3 +156,38 @@ async def _leave(num_turns: int, close: Callable[[], None]) -> int:
     with pytest.raises(GoneAway):
         await run(EventStream(parts(), caller, close), caller, receive, send)
     return count
+
+
+def test_a_stream_that_is_ended_stops_its_work_before_its_client_reads_the_end() -> None:
+    closed, sent = list[str](), list[bytes]()
+
+    async def parts() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"data: 1\n\n"
+        finally:
+            closed.append("parts")
+
+    async def test() -> None:
+        reads, is_full = asyncio.Event(), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if "body" in message:
+                is_full.set()
+                await reads.wait()
+                sent.append(message["body"])
+
+        caller = Caller()
+        stream = EventStream(parts(), caller, lambda: closed.append("stream"))
+        answering = asyncio.create_task(run(stream, caller, asyncio.Event().wait, send))
+        await is_full.wait()
+        caller.end(Revoked("the key was revoked"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (closed, sent) == (["parts", "stream"], [])
+        reads.set()
+        await answering
+        assert b"the key was revoked" in sent[0]
+        assert sent[1:] == [b""]
+
+    asyncio.run(asyncio.wait_for(test(), 10))

@@ -62,9 +62,9 @@ class EventStream(Response):
     """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
 
     What ends the request (`running.py`) is such a failure, unless the client has left. `failed` encodes a failure, if
-    the dialect has its own event for it. `close` is always called at the end, even if no event was requested. The next
-    event is requested once the last has been sent. The connection drops a client that reads nothing
-    (`run.TimedProtocol`).
+    the dialect has its own event for it. `close` is always called, even if no event was requested, and before the last
+    event is sent: a client that does not read must not hold up the end. The next event is requested once the last has
+    been sent. The connection drops a client that reads nothing (`run.TimedProtocol`).
     """
 
     def __init__(
@@ -90,36 +90,40 @@ class EventStream(Response):
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._send(send)
-        finally:
-            self._close()
-
-    async def _send(self, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
             self._written_at = time.monotonic()
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            failure = await self._send_parts(write)
+        finally:
+            self._close()
+        if failure is not None:
+            await write(self._failed(failure))
+        await write(b"", more=False)
+
+    async def _send_parts(self, write: Callable[[bytes], Awaitable[None]]) -> Exception | None:
+        """Send the parts until they end; return what ended them early."""
         keeping_alive = asyncio.ensure_future(self._keep_alive(write))
         try:
             async for part in self._parts:
                 await write(part)
-                # If parts are ready, let other tasks run, and let `gone` notice that this client left.
+                # If parts are ready, let other tasks run, and let `Run.watch` notice that this client left.
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             ended = self._caller.ended
             if ended is None or isinstance(ended, GoneAway):
                 raise
-            await write(self._failed(ended))
+            return ended
         except Exception as error:
             report(error, self._caller)
-            await write(self._failed(error))
+            return error
         finally:
             keeping_alive.cancel()
             await asyncio.gather(keeping_alive, return_exceptions=True)
             await self._parts.aclose()  # type: ignore[attr-defined]
-        await write(b"", more=False)
+        return None
 
     async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """One timer for the whole stream, because tokens are far more frequent than keep-alives."""
