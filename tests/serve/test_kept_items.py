@@ -207,7 +207,7 @@ def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pyt
         id="tiny", family="none", context_tokens=8, num_layers=1, num_experts=1, experts_per_token=1, vocab_size=8
     )  # fmt: skip
     snapshot = SimpleNamespace(engine=SimpleNamespace(budget_bytes=1 << 30))
-    loop: Any = SimpleNamespace(close=lambda: None, drain=lambda timeout_s: True, snapshot=lambda: snapshot)
+    loop: Any = SimpleNamespace(close=lambda: None, snapshot=lambda: snapshot)
     models = Models.of(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, kept=kept))
     monkeypatch.setattr(run, "SWEEP_S", 0.01)
     app = make_app(models, KeyRing(None), block_tokens=16, max_sequences=8)

@@ -47,9 +47,6 @@ class FakeLoop:
     def __init__(self) -> None:
         self.is_closed = False
 
-    def drain(self, timeout_s: float) -> bool:
-        return True
-
     def close(self) -> None:
         self.is_closed = True
 
@@ -490,7 +487,7 @@ def test_a_server_that_stops_ends_loads_and_refuses_more() -> None:
         rig.b.can_open.clear()
         waiting = asyncio.create_task(rig.ask("b"))
         await asyncio.sleep(0.02)
-        await rig.models.drain(0.01)
+        await rig.models.stop()
         with pytest.raises(Overloaded, match="stopping"):
             await asyncio.wait_for(waiting, 2)
         with pytest.raises(Overloaded, match="stopping"):

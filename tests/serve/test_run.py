@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -338,6 +339,17 @@ def test_signals_at_any_moment_of_the_shutdown_end_the_server_with_0(
             process.send_signal(number)
             time.sleep(pause_s)
         assert process.returncode == 0
+
+
+def test_a_request_of_many_parts_is_finished_after_a_signal(model: Path) -> None:
+    texts = ["something to embed " * 12] * 1500
+    with served(model) as (url, process), ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(httpx.post, f"{url}/v1/embeddings", json={"input": texts}, timeout=60)
+        while "argosy_prompt_tokens_total 0.0\n" in httpx.get(f"{url}/metrics").text:
+            assert not answer.done()
+        process.send_signal(signal.SIGTERM)
+        assert len(answer.result().json()["data"]) == len(texts)
+        assert process.wait(20) == 0
 
 
 def test_a_second_signal_ends_every_stream_with_an_error_event(tmp_path: Path) -> None:

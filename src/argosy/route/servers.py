@@ -145,11 +145,6 @@ class Fleet:
     def drop_expired(self) -> None:
         """Nothing: a router keeps nothing for clients."""
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait for running requests; return whether all have ended."""
-        await asyncio.sleep(timeout_s)
-        return not any(server.replies for server in self.servers)
-
     async def stop(self) -> None:
         """End running requests with an error: nobody can continue them, because the router takes no more."""
         self.is_draining = True

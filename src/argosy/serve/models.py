@@ -527,16 +527,6 @@ class Models:
             with ExitStack() as used:
                 await self.use(name, used)
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Let no model take new requests, and wait until running ones end.
-
-        Returns:
-            False if `timeout_s` passes first.
-        """
-        self.is_draining = True
-        waits = [self._in_thread(service.loop.drain, timeout_s) for service in self.services()]
-        return all(await asyncio.gather(*waits))
-
     async def stop(self) -> None:
         """End running requests, and loads."""
         self.is_draining = True

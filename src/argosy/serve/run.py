@@ -295,8 +295,6 @@ class Lifecycle(Protocol):
     def drop_expired(self) -> None:
         """Free what was kept for clients and is too old; called every SWEEP_S."""
 
-    async def drain(self, timeout_s: float) -> bool: ...
-
     async def stop(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -456,11 +454,8 @@ class _Server(uvicorn.Server):
         A second signal ends them at once, and closes the remaining connections half a second later.
         """
         until = time.monotonic() + self._drain_s
-        while not self._is_told_twice and time.monotonic() < until:
-            if await self._models.drain(_LOOK_S):
-                if not len(self._running):
-                    break
-                await asyncio.sleep(_LOOK_S)
+        while len(self._running) and not self._is_told_twice and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_S)
         self._running.stop()  # running requests get an error
         await self._models.stop()
         while not self._is_told_twice:
