@@ -184,6 +184,17 @@ def test_a_link_or_a_pipe_in_the_place_of_the_aliases_is_refused_at_once(
         kept.read()
 
 
+def test_a_name_that_is_not_utf8_is_not_kept_and_the_others_stay(library: Path, tmp_path: Path) -> None:
+    add_alias("fast", "coder:q8")
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    with pytest.raises(UsageError, match=r"library\.json cannot keep a name that is not UTF-8 text"):
+        add_alias("odd", str(odd))
+    kept.note_use(f"a/b:{odd.name}")
+    assert kept.read().aliases == {"fast": "unsloth/Qwen3-Coder-GGUF:Q8_0"}
+    assert locate_model("fast").name == "Qwen3-Coder-Q8_0.gguf"
+
+
 def test_what_is_kept_is_the_owners_alone(library: Path) -> None:
     kept.note_use("a/b")
     assert kept.path().stat().st_mode & 0o777 == 0o600

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +162,36 @@ def test_a_directory_that_cannot_be_read_is_a_note(
     found = find_models()
     assert found.models == []
     assert notes_of(found).count("cannot be read: Permission denied") == 2
+
+
+def test_a_directory_whose_names_alone_can_be_read_is_a_note(
+    home: Path, hub: Path, ollama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mode is 0444: it can be listed, and nothing in it can be looked at."""
+    shut = (
+        add_to_hub(hub, "a/b", TINY),
+        add_to_lm_studio(home, "a/b", GGUF / "model.gguf").parent,
+        write_manifest(ollama, "model:1b", {"layers": []}).parent,
+    )
+    real = os.stat
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and any(os.fspath(path).startswith(f"{one}/") for one in shut):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found = find_models()
+    assert found.models == []
+    assert found.notes == [f"{one} cannot be read: Permission denied" for one in shut]
+
+
+def test_a_link_that_no_path_can_resolve_is_a_note(home: Path, hub: Path) -> None:
+    for folder in (add_to_hub(hub, "a/b", TINY), add_to_lm_studio(home, "a/b", GGUF / "model.gguf")):
+        (folder / "odd").symlink_to("x" * 300)  # no name is as long as that
+    found = find_models()
+    assert len(found.models) == 2
+    assert notes_of(found).count("odd is passed over") == 2
 
 
 LAYER = {"mediaType": WEIGHTS, "digest": "sha256:" + "0" * 64, "size": 4}

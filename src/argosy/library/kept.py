@@ -90,7 +90,7 @@ def changing() -> Iterator[Kept]:
     """Change the records: they are written at the end of the context, unless it raises.
 
     Raises:
-        UsageError: the file is damaged, or cannot be written.
+        UsageError: the file is damaged, or cannot be written, or a name is not UTF-8 text.
     """
     place = path()
     try:
@@ -105,6 +105,10 @@ def changing() -> Iterator[Kept]:
                 write(after)
     except OSError as error:
         raise UsageError(f"{place} cannot be written: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{place} cannot keep a name that is not UTF-8 text", hint="rename that file or directory"
+        ) from error
 
 
 def note_use(name: str) -> None:
@@ -116,7 +120,8 @@ def note_use(name: str) -> None:
 
 
 def _to_json(kept: Kept) -> bytes:
-    return (json.dumps({"version": _VERSION, **asdict(kept)}, indent=1) + "\n").encode()
+    # Not as ASCII, which hides half a character of a name until the file is read again.
+    return (json.dumps({"version": _VERSION, **asdict(kept)}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _parse(data: bytes, place: Path) -> Kept:

@@ -441,6 +441,7 @@ def _entries(directory: Path, found: Found) -> list[Path]:
     try:
         with os.scandir(directory) as entries:
             listed = [directory / entry.name for _, entry in zip(range(_MOST_ENTRIES), entries, strict=False)]
+        os.stat(f"{directory}/.")  # fails where names can be read, and nothing else
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -453,7 +454,7 @@ def _files(root: Path, directory: Path, found: Found, *, depth: int) -> dict[str
     """The regular files below a directory by their names in it, and links to such that lie in `root`."""
     files: dict[str, Path] = {}
     for entry in _entries(directory, found):
-        if entry.is_dir() and not entry.is_symlink():
+        if not entry.is_symlink() and entry.is_dir():
             if depth > 1:
                 below = _files(root, entry, found, depth=depth - 1)
                 files |= {f"{entry.name}/{name}": path for name, path in below.items()}
