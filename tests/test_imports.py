@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "errors": set(),
     "private_files": {"errors", "directory"},
     "strict_json": set(),
-    "user_directories": set(),
+    "user_directories": {"errors"},
 }
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 

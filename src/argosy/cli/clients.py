@@ -28,6 +28,7 @@ from argosy.cli.edit_file import (
     merge_yaml_list,
 )
 from argosy.errors import UsageError
+from argosy.user_directories import home_directory
 
 if TYPE_CHECKING:
     from argosy.prompt.prompt import ToolCalling
@@ -484,7 +485,7 @@ def _variable_note(connection: Connection) -> tuple[str, ...]:
 
 
 def _home(environment: Mapping[str, str], variable: str, name: str) -> Path:
-    return Path(environment.get(variable) or Path(environment.get("HOME") or Path.home()) / name)
+    return Path(environment.get(variable) or home_directory(environment) / name)
 
 
 SETUPS: dict[str, Callable[[Connection, Path | None, Mapping[str, str]], Setup]] = {

@@ -27,6 +27,7 @@ from argosy.checkpoint.untrusted_file import open_regular, parse_object, quote, 
 from argosy.errors import CheckpointError, UsageError
 from argosy.library import kept
 from argosy.library.kept import Pulled
+from argosy.user_directories import home_directory
 
 Place = Literal["hub", "LM Studio", "Ollama"]
 
@@ -109,7 +110,7 @@ def hub_cache(environment: Mapping[str, str] | None = None) -> Path:
             return Path(own).expanduser().absolute()
     home = environment.get("HF_HOME")
     if not home:
-        caches = environment.get("XDG_CACHE_HOME") or _home(environment) / ".cache"
+        caches = environment.get("XDG_CACHE_HOME") or home_directory(environment) / ".cache"
         home = str(Path(caches) / "huggingface")
     return Path(home).expanduser().absolute() / "hub"
 
@@ -284,7 +285,7 @@ def _num_missing(names: Sequence[str], pattern: re.Pattern[str]) -> int:
 
 def _lm_studio(environment: Mapping[str, str] | None, found: Found) -> list[Path]:
     """The folders of models: the one that the settings of LM Studio name, and the one that it has otherwise."""
-    user = _home(os.environ if environment is None else environment)
+    user = home_directory(environment)
     homes = [user / ".lmstudio", user / ".cache" / "lm-studio"]
     pointer = user / ".lmstudio-home-pointer"  # to the home that it uses, if it was started
     try:
@@ -339,7 +340,7 @@ def _ollama(environment: Mapping[str, str] | None) -> list[Path]:
     environment = os.environ if environment is None else environment
     if own := environment.get("OLLAMA_MODELS"):
         return [Path(own).expanduser().absolute()]
-    return [_home(environment) / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+    return [home_directory(environment) / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
 
 
 def _ollama_models(root: Path, found: Found) -> Iterator[Model]:
@@ -476,7 +477,3 @@ def _lies_in(root: Path, path: Path) -> bool:
 
 def _is_tower(name: str) -> bool:
     return "mmproj" in name and name.endswith(GGUF_SUFFIX)
-
-
-def _home(environment: Mapping[str, str]) -> Path:
-    return Path(environment.get("HOME") or Path.home())
