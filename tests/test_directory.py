@@ -211,6 +211,42 @@ def test_a_lock_excludes_others_and_leaves_no_file(root: Directory) -> None:
     assert root.names() == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_owner_of_a_directory_gets_a_new_lock_and_no_file_of_ours(root: Directory) -> None:
+    os.chown(root.path, 1234, 1234)
+    os.close(root.lock("new"))
+    assert (root.path / "new").stat().st_uid == 1234
+    victim = root.path.with_name("victim")
+    victim.touch()
+    os.link(victim, root.path / "planted")
+    os.close(root.lock("planted"))
+    assert victim.stat().st_uid == 0
+
+
+def test_an_owner_that_this_system_cannot_name_is_not_needed(
+    root: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a user namespace, the owner of a directory from outside may have no number that `fchown` accepts."""
+
+    def refuse(descriptor: int, user: int, group: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    for data in (b"old", b"new"):
+        with root.replacing("file") as write:
+            write(data)
+    assert root.read("file", 10) == b"new"
+    assert root.names() == ["file"]
+
+
+@pytest.mark.parametrize("name", ["put", "put_link"])
+def test_what_cannot_replace_a_directory_leaves_nothing_beside_it(name: str, root: Directory) -> None:
+    (root.path / "sub" / "file").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        ACTIONS[name](root)
+    assert root.names("sub") == ["file"]
+
+
 def test_changes_under_a_lock_never_meet(root: Directory) -> None:
     def add() -> None:
         for _ in range(20):

@@ -194,7 +194,11 @@ class Directory:
             beside = f".{last}.new"
             _remove(beside, parent)
             os.symlink(target, beside, dir_fd=parent)
-            os.replace(beside, last, src_dir_fd=parent, dst_dir_fd=parent)
+            try:
+                os.replace(beside, last, src_dir_fd=parent, dst_dir_fd=parent)
+            except BaseException:
+                _remove(beside, parent)
+                raise
 
     def move(self, name: Name, to: Name) -> None:
         """Rename a file or a directory; a file or a link that has the name `to` is replaced."""
@@ -253,10 +257,8 @@ class Directory:
         """
         deadline = None if wait_s is None else time.monotonic() + wait_s
         while True:
-            lock = self.open(name, os.O_RDWR | os.O_CREAT, mode)
+            lock = self._open_lock(name, mode)
             try:
-                with self._parent_of(name) as (parent, _):
-                    _give(lock, os.fstat(parent))
                 _wait_for(lock, deadline, self.path / name)
                 # Its last holder may have removed it, and then the next process would not see this lock.
                 found = self.stat(name)
@@ -266,6 +268,15 @@ class Directory:
                 os.close(lock)
                 raise
             os.close(lock)
+
+    def _open_lock(self, name: Name, mode: int) -> int:
+        try:
+            lock = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError:  # it keeps its owner: it may be a hard link to a file that is not ours to give
+            return self.open(name, os.O_RDWR | os.O_CREAT, mode)
+        with self._parent_of(name) as (parent, _):
+            _give(lock, os.fstat(parent))
+        return lock
 
     @contextlib.contextmanager
     def locked(self, name: Name, *, wait_s: float | None = None) -> Iterator[None]:
@@ -346,7 +357,7 @@ def _remove(name: str, parent: int) -> None:
 
 def _give(descriptor: int, facts: os.stat_result) -> None:
     """Keep the owner, so that `sudo argosy keys add` leaves a file that the server's own user can read."""
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):  # we may not, or the owner has no number in our user namespace
         os.fchown(descriptor, facts.st_uid, facts.st_gid)
 
 
