@@ -159,6 +159,37 @@ def test_an_audit_without_its_key_or_head_is_not_continued(tmp_path: Path) -> No
             check_audit(AuditSettings(directory=copy))
 
 
+def test_the_next_file_is_made_again_if_the_drive_refused_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    chain = make_chain(tmp_path / "audit", clock)
+    fill(chain, clock, 2)
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    open_before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            fill(chain, clock, 9)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    fill(chain, clock, 9)
+    chain.close()
+    assert len(chain_files(tmp_path / "audit")) > 2
+    assert check(tmp_path / "audit").is_valid
+
+
+def test_a_pipe_in_the_place_of_the_head_is_a_fault_and_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "audit", 1)
+    (tmp_path / "audit" / "head").unlink()
+    os.mkfifo(tmp_path / "audit" / "head")
+    assert check(tmp_path / "audit").faults == [
+        f"{tmp_path / 'audit' / 'head'} cannot be read: it is not a regular file"
+    ]
+
+
 def test_a_key_may_lie_elsewhere_and_another_key_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "audit", 1, key_file=tmp_path / "my.key")
     assert not (tmp_path / "audit" / "key").exists()

@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from argosy.directory import Directory
 from argosy.errors import ArgosyError, UsageError
 from argosy.strict_json import JsonError, parse_json
 
@@ -167,8 +168,8 @@ def read_head(directory: Path, key: bytes | None) -> Head:
     """
     path = directory / HEAD
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_HEAD_BYTES)
+        with Directory(directory) as opened:
+            data = opened.read(HEAD, _MAX_HEAD_BYTES)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     text, newline, rest = data.partition(b"\n")

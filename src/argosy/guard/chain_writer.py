@@ -209,7 +209,12 @@ class ChainWriter:
     def _next_file(self) -> None:
         name = file_name(self._number + 1)
         file = self._root.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        self._root.sync()
+        try:
+            self._root.sync()
+        except BaseException:  # the next line makes it again
+            os.close(file)
+            self._root.remove(name)
+            raise
         if self._file >= 0:
             os.close(self._file)
         self._file, self._number = file, self._number + 1
