@@ -108,6 +108,7 @@ def test_relative_paths_begin_at_the_files_folder(tmp_path: Path) -> None:
         ("port = 70000", "port: 70000 is not in the range"),
         ("drain = 'x'", "drain must be a number"),
         ("memory = 16", "memory must be text, found 16"),
+        (r'kv-dir = "a\u0000b"', "kv-dir holds a null character, which no path or name has"),
         ("host = 2026-01-01", "host must be text, found a date or time"),
         ("media = 'no'", "media must be true or false, found the text 'no'"),
         ("no-media = true", "unknown setting 'no-media'"),
@@ -152,6 +153,8 @@ def test_check_validates_and_opens_nothing(tmp_path: Path, capsys: Captured) -> 
         ('base-path = "argosy"', "--base-path must begin with /"),
         ('base-path = "/a/"', "--base-path must begin with /"),
         ('listen = "tcp:1"', "--listen takes unix:PATH"),
+        ('listen = "unix:/"', "--listen takes unix:PATH, found 'unix:/'"),
+        ('listen = "unix:.."', "--listen takes unix:PATH"),
         ('listen = "unix:s"\nport = 1', "--listen cannot be used with --host or --port"),
         ('listen = "unix:s"\nsocket-mode = "rw"', "--socket-mode must be three octal digits"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
+from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.strangers import PER_MINUTE
@@ -103,6 +105,24 @@ def test_a_socket_that_nobody_answers_is_replaced(tmp_path: Path) -> None:
         sockets[0].listen()
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
+
+
+def test_a_socket_that_may_not_be_removed_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is another user's, in a directory such as /tmp."""
+
+    def refuse(directory: Directory, name: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(tmp_path / "a.sock"))
+    monkeypatch.setattr(Directory, "remove", refuse)
+    with (
+        pytest.raises(UsageError, match=r"a\.sock cannot be replaced: Operation not permitted"),
+        bind_file(tmp_path / "a.sock", 0o600),
+    ):
+        pass
 
 
 def test_a_socket_in_use_is_not_replaced(tmp_path: Path) -> None:

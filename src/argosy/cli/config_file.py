@@ -111,6 +111,8 @@ def _one(value: object, parameter: click.Parameter, folder: Path, ctx: click.Con
     if not fits:
         raise UsageError(f"must be {wanted}, found {_kind(value)}")
     if isinstance(value, str):
+        if "\0" in value:
+            raise UsageError("holds a null character, which no path or name has")
         takes_path = isinstance(kind, click.Path) or parameter.metavar == "FILE"
         scheme, path = ("unix:", value[5:]) if value.startswith("unix:") else ("", value)
         if takes_path or scheme or value.startswith(("./", "../")):

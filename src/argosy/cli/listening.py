@@ -126,7 +126,7 @@ def _path_of(listen: str | None) -> Path | None:
     if of_port == of_file:
         raise UsageError("--listen cannot be used with --host or --port", hint="give one kind of address")
     kind, _, path = listen.partition(":")
-    if kind != "unix" or not path:
+    if kind != "unix" or Path(path).name in ("", ".."):
         raise UsageError(
             f"--listen takes unix:PATH, found '{listen}'", hint="TCP addresses are --host and --port"
         )

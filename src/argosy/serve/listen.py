@@ -117,15 +117,15 @@ def _remove_stale(parent: Directory, path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
-            probe.connect(os.fsencode(path))
-        except ConnectionRefusedError:
-            parent.remove(path.name)
+            try:
+                probe.connect(os.fsencode(path))
+            except ConnectionRefusedError:
+                parent.remove(path.name)
+                return
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.ETIMEDOUT):  # its queue is full, so it is in use
                 raise UsageError(f"{path} cannot be replaced: {error.strerror}") from None
-            raise _in_use(path) from None
-        else:
-            raise _in_use(path)
+    raise _in_use(path)
 
 
 def _in_use(path: Path) -> UsageError:
