@@ -32,8 +32,14 @@ def open_private(path: Path, *, option: str, holds: str) -> Directory:
         directory = Directory(path, make=True, mode=0o700)
     except OSError as error:
         raise UsageError(f"{path} cannot be used as {option}: {error.strerror}") from None
+    if path.is_symlink():
+        directory.close()
+        raise UsageError(
+            f"{path} would hold {holds}, and it is a symbolic link",
+            hint=f"name the directory itself: {path.resolve()}",
+        )
     facts = os.fstat(directory.descriptor)
-    if path.is_symlink() or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
         directory.close()
         raise UsageError(
             f"{path} would hold {holds}, but other users can access it",

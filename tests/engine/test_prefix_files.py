@@ -189,6 +189,10 @@ def test_a_directory_that_is_in_use_or_open_to_other_users_is_refused(tmp_path: 
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be used"):
         open_files(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    with pytest.raises(UsageError, match="link would hold prompts, and it is a symbolic link") as refusal:
+        open_files(tmp_path / "link")
+    assert refusal.value.hint == f"name the directory itself: {tmp_path / 'open'}"
     files = open_files(tmp_path / "kv")
     with pytest.raises(UsageError, match="in use by another process"):
         open_files(tmp_path / "kv")
@@ -198,6 +202,10 @@ def test_a_directory_that_is_in_use_or_open_to_other_users_is_refused(tmp_path: 
         open_files(tmp_path / "kv")
     (tmp_path / "kv" / "secret").chmod(0o644)
     with pytest.raises(UsageError, match="can be read by others"):
+        open_files(tmp_path / "kv")
+    (tmp_path / "kv" / "secret").unlink()
+    (tmp_path / "kv" / "secret").mkdir()
+    with pytest.raises(UsageError, match="kv/secret cannot be used for --kv-dir: it is not a regular file"):
         open_files(tmp_path / "kv")
 
 
@@ -311,7 +319,7 @@ def test_a_secret_that_could_not_be_fully_written_is_absent(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(UsageError, match="Input/output error"):
             open_files(tmp_path / "kv")
     files = open_files(tmp_path / "kv")
     write(files, content(1))

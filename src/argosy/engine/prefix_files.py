@@ -167,7 +167,8 @@ class PrefixFiles:
         clock: seconds since 1970.
 
     Raises:
-        UsageError: the directory is not ours, is open to other users, or is in use by another process.
+        UsageError: the directory is not ours, is open to other users, is in use by another process, or something in it
+            cannot be read or written.
     """
 
     def __init__(
@@ -204,8 +205,12 @@ class PrefixFiles:
                 self._writable.put(_aligned(_buffer_bytes(max(block_bytes, state_bytes))))
             self._thread = threading.Thread(target=self._write_all, name="argosy-kv-dir", daemon=True)
             self._thread.start()
-        except BaseException:
+        except BaseException as error:
             self._release()
+            if isinstance(error, OSError):
+                raise UsageError(
+                    f"{error.filename or config.path} cannot be used for --kv-dir: {error.strerror}"
+                ) from error
             raise
 
     @property
