@@ -183,7 +183,6 @@ def test_an_owner_that_is_expected_to_answer_in_time_is_asked_before_this_machin
         {"table": np.full((2, 8, 1), 2, np.int16)},
         {"table": np.full((2, 8, 1), -2, np.int16)},
         {"hosts": [None]},
-        {"here": Owner("a stranger")},
     ],
 )
 def test_a_table_of_owners_names_hosts_that_there_are(change: dict[str, object]) -> None:
@@ -191,6 +190,8 @@ def test_a_table_of_owners_names_hosts_that_there_are(change: dict[str, object])
     Owners(**arguments)  # type: ignore[arg-type]
     with pytest.raises((ValueError, TypeError)):
         Owners(**(arguments | change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not among the hosts"):
+        table_of([owner("a"), owner("b")], here=Owner("a stranger"))
     for layer, expert in ((2, 0), (0, 8), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="has no expert"):
             table_of([owner("a"), owner("b")]).choose(layer, [expert])
