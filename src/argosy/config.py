@@ -184,9 +184,8 @@ class EngineConfig(_Strict):
     experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
     # Take pictures, sounds and videos if the model has encoders for them. None: if the budget has room for that, too.
     media: bool | None = None
-    image_tokens: int = (
-        1024  # maximum positions of a picture or a group of frames; larger ones are scaled down
-    )
+    # Maximum positions of a picture or a group of frames; larger ones are scaled down.
+    image_tokens: int = 1024
     video_tokens: int = 4096  # maximum positions of a video, all frames together; larger ones are scaled down
     ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     speculate: Speculate = "off"  # propose tokens, to confirm several in one step; no answer changes

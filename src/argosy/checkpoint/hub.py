@@ -262,9 +262,8 @@ class Hub:
                     f"{_name(url)} is {found_bytes} bytes long, and its list of files says {file_bytes}"
                 )
             while expected:
-                part = response.read1(
-                    min(expected, _STREAM_BYTES)
-                )  # the bytes at hand, so that a kill loses none
+                # The bytes at hand, so that a kill loses none.
+                part = response.read1(min(expected, _STREAM_BYTES))
                 if not part:
                     raise self._failed(url, f"the connection ended {expected} bytes early")
                 expected -= len(part)

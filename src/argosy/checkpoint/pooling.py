@@ -27,9 +27,8 @@ _NAMES: dict[str, Pooling] = {"mean": "mean", "mean_tokens": "mean", "lasttoken"
 _GGUF_NAMES = ("none", "mean", "cls", "last", "rank")
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")  # every embedding is normalised
 _MODULE_PATH = re.compile(r"[A-Za-z0-9_-]{1,64}")
-MODULE_CONFIG = re.compile(
-    rf"{_MODULE_PATH.pattern}/config\.json"
-)  # the name of a module's file in a checkpoint
+# The name of a module's file in a checkpoint.
+MODULE_CONFIG = re.compile(rf"{_MODULE_PATH.pattern}/config\.json")
 _HINT = "`--pooling mean` or `--pooling last` pools in that way anyway"
 
 

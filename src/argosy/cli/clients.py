@@ -95,9 +95,8 @@ class Setup:
 
     files: tuple[SettingsFile, ...] = ()
     form: str = ""
-    place: str | None = (
-        None  # where the form, or `shown` of the first file, belongs, if not in the file itself
-    )
+    # Where the form, or `shown` of the first file, belongs, if not in the file itself.
+    place: str | None = None
     notes: tuple[str, ...] = field(default=())
 
 

@@ -291,9 +291,8 @@ class Copy:
             _, descriptor = self._targets.popitem()
             try:
                 os.fdatasync(descriptor)
-                os.posix_fadvise(
-                    descriptor, 0, 0, os.POSIX_FADV_DONTNEED
-                )  # the budget pays for the kernel's cache
+                # The budget pays for the kernel's cache.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
 

@@ -112,9 +112,8 @@ class _Member:
     pause_s: float = _LOOK_S
     num_connections: int = 0
     num_owned: int = 0
-    ended_bytes: list[int] = field(
-        default_factory=lambda: [0, 0, 0]
-    )  # out, in, late answers of ended connections
+    # Out, in, late answers of ended connections.
+    ended_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
     copy_offer: Offer | None = None  # the last one, while it had no files
     copied_shards: int = 0  # mask of the shards that it was told to copy
     copied_bytes: int = 0
@@ -208,9 +207,8 @@ class Group:
         self._pace = Pace(copy_bytes_per_s, self._is_busy)
         self._copies = threading.Semaphore(_MOST_COPIES)
         self._source: CopySource | None = None
-        self._all_met = (
-            threading.Event()
-        )  # every worker was asked once: shards are divided among those that are there
+        # Every worker was asked once: shards are divided among those that are there.
+        self._all_met = threading.Event()
         for name in hosts:
             self._new_member(name)
         self._most_members = min(MOST_HOSTS, len(self._members) + _MORE_HOSTS)
@@ -586,9 +584,8 @@ class Group:
             is_copying = member.copy_connection is not None
             is_wanted = not (member.drained or owner.is_set_aside or member.is_trying or is_copying)
             if is_wanted and now - member.tried_at >= member.pause_s:
-                member.is_trying = (
-                    True  # a stopped worker takes seconds to time out, and others must not wait
-                )
+                # A stopped worker takes seconds to time out, and others must not wait.
+                member.is_trying = True
                 try:
                     threading.Thread(
                         target=self._try_again, args=(member,), name="argosy-hello", daemon=True

@@ -17,9 +17,8 @@ from typing import Protocol
 
 from argosy.plan.energy import EnergyMeter
 
-_READ_EVERY_S = (
-    0.05  # a reading takes some microseconds for each counter, which are updated once a millisecond
-)
+# A reading takes some microseconds for each counter, which are updated once a millisecond.
+_READ_EVERY_S = 0.05
 _JOULES_PER_KWH = 3.6e6
 
 # A drive is not measured, so its part is a range that we assume: from an NVMe drive that reads 7 GB/s with 2 W to a

@@ -140,9 +140,8 @@ class Governor:
         self._num_steps = 0
         self._num_since_plain = 0  # steps
         self._busy, self._is_busy = 0.0, False
-        self._last_end: tuple[float, float] | None = (
-            None  # when the last step ended: the time, and `busy_s` then
-        )
+        # When the last step ended: the time, and `busy_s` then.
+        self._last_end: tuple[float, float] | None = None
         # An estimate: seconds that the same tokens would have taken without proposals, less those that they took.
         self.won_s = 0.0
 

@@ -78,9 +78,8 @@ class KvWindows:
         self._free = list(range(self.sizes.num_window_blocks - 1, -1, -1))
         self._users = [0] * num_blocks  # running sequences that may see the block's positions
         self._num_ends = [0] * num_blocks  # kept ends that the block is a part of
-        self._idle: OrderedDict[int, None] = (
-            OrderedDict()
-        )  # KV blocks without users and ends, least recent first
+        # KV blocks without users and ends, least recent first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._ends: OrderedDict[int, list[int]] = OrderedDict()  # by their last KV block, least recent first
         self._in_use: dict[HasBlocks, range] = {}  # indices of each running sequence's blocks
 
@@ -99,9 +98,8 @@ class KvWindows:
             missing = next((at for at in reversed(range(first, usable)) if not self.has(blocks[at])), None)
             if missing is None:
                 break
-            usable = (
-                missing  # after any block from `missing` to `usable`, the next token sees the missing one
-            )
+            # After any block from `missing` to `usable`, the next token sees the missing one.
+            usable = missing
         return usable
 
     # ── running sequences ───────────────────────────────────────────────────────────────────────────────────────

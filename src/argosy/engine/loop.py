@@ -45,9 +45,8 @@ _TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
 _WRITING_SECONDS = 0.005  # how soon to check again whether the file writer is free
 BEAT_S = 1.0  # how often an idle loop beats
-SILENT_S = (
-    300.0  # a loop without a beat for this long has stopped; no layer, and no step of others, takes longer
-)
+# No layer, and no step of others, takes longer: a loop without a beat for this long has stopped.
+SILENT_S = 300.0
 _RETRY_STOPPING_S = 30
 _MOST_IDLE_FAILURES = 8  # consecutive rounds that may fail while no request runs
 _AFTER_FAILURE_S = 0.1  # pause after each of them
@@ -120,9 +119,8 @@ class LoopFacts:
     bytes_read_per_s: float
     silent_s: float  # since the thread last beat
     recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
-    recent_decode: DecodeSteps | None = (
-        None  # steps without prompt tokens in the last DECODE_SECONDS; None: there were none
-    )
+    # Steps without prompt tokens in the last DECODE_SECONDS; None: there were none.
+    recent_decode: DecodeSteps | None = None
 
 
 class EngineLoop:

@@ -62,18 +62,16 @@ _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
 SERVER_GROWTH_BYTES = 30 * MIB
 MEDIA_GROWTH_BYTES = 18 * MIB  # libraries for media, which are imported when the model is opened
 TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of prefixes: about 100
-MARKED_ANSWER_BYTES = (
-    12 * KIB
-)  # contexts of an answer with a watermark, as `watermark.MarkedAnswer` keeps them
+# Contexts of an answer with a watermark, as `watermark.MarkedAnswer` keeps them.
+MARKED_ANSWER_BYTES = 12 * KIB
 # A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
 LOOKUP_TOKEN_BYTES = 20
 KV_PARTS = 32  # idle memory of the KV cache changes hands in so many parts
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
-MEDIA_BODY_BYTES = (
-    48 * MIB
-)  # the largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64
+# The largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64.
+MEDIA_BODY_BYTES = 48 * MIB
 # Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
 MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
 TEXT_BYTES = 48 * MIB  # one long conversation, rendered and then encoded piece by piece

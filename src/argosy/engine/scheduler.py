@@ -601,9 +601,8 @@ class Scheduler:
                 return one if one in waiting else None
         if not waiting:
             return None
-        chosen = min(
-            waiting, key=lambda one: one.tenant == self._made_for
-        )  # the oldest of another tenant, if any
+        # The oldest of another tenant, if any.
+        chosen = min(waiting, key=lambda one: one.tenant == self._made_for)
         self._made_for = chosen.tenant
         return chosen
 

@@ -141,9 +141,8 @@ class Sequence:
 
         self.chain = chain
         self.can_reuse = True  # False: every token has to be computed
-        self.load_until = (
-            sys.maxsize
-        )  # no block from here on comes from a file: that of one could not be read
+        # Blocks from here on are computed: the file of one could not be read.
+        self.load_until = sys.maxsize
         self.cached_tokens: int | None = None  # prefix-cache hits when the sequence first started
         self.waits_for: bytes | None = None  # a block that another sequence is about to compute
         self.leader: Sequence | None = None  # computes the same prompt for both

@@ -44,9 +44,8 @@ class Estimate:
 def ratio(sums: Floats, counts: Floats | NDArray[np.int64]) -> Estimate:
     """The sum of `sums` over that of `counts`, both by text: float64 [texts], and their percentile interval."""
     counts = np.asarray(counts, np.float64)
-    resampled = np.concatenate(
-        [(weights @ sums) / (weights @ counts) for weights in _resamples(len(sums))]
-    )  # no count is zero
+    # No count is zero.
+    resampled = np.concatenate([(weights @ sums) / (weights @ counts) for weights in _resamples(len(sums))])
     low, high = np.quantile(resampled, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
 

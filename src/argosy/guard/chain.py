@@ -285,9 +285,8 @@ class Report:
             self.faults.append(text)
 
 
-CheckObject = Callable[
-    [str, str, str], "bool | None"
-]  # (key id, request id, SHA-256) -> None: it is not there
+# (key id, request id, SHA-256) -> None: it is not there.
+CheckObject = Callable[[str, str, str], "bool | None"]
 
 
 def verify(

@@ -25,9 +25,8 @@ from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, withou
 from argosy.guard.verdict import Verdict
 
 MOST_WORDS = 16  # per phrase
-MOST_HELD = (
-    8192  # characters of a stream: a phrase with more than that between its words is passed on in part
-)
+# Characters of a stream: a phrase with more than that between its words is passed on in part.
+MOST_HELD = 8192
 MOST_PHRASES = 200_000
 _WORD = re.compile(r"[^\W_]+")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")

@@ -254,9 +254,8 @@ def patch_values(
     """
     given, rows, columns = len(canvases), canvases.shape[1] // side, canvases.shape[2] // side
     blocks = canvases.reshape(given, rows // merge, merge, side, columns // merge, merge, side, 3)
-    blocks = blocks.transpose(
-        1, 4, 2, 5, 7, 0, 3, 6
-    )  # [rows, columns, merge, merge, channels, frames, side, side]
+    # [rows, columns, merge, merge, channels, frames, side, side]
+    blocks = blocks.transpose(1, 4, 2, 5, 7, 0, 3, 6)
     pixels_of = blocks.reshape(rows * columns, 3, given, side * side)
     values = np.empty((rows * columns, 3, num_frames, side * side), np.float32)
     for channel in range(3):

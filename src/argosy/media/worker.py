@@ -399,9 +399,8 @@ def main() -> None:
     """Answer requests until stdin ends or none has come for a while."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the process that waits for the answer
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(
-        signal.SIG_SETMASK, ()
-    )  # a signal that the parent blocks would be blocked here too
+    # A signal that the parent blocks would be blocked here too.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # the limits of each request decide
     ImageFile.LOAD_TRUNCATED_IMAGES = False

@@ -91,9 +91,8 @@ class LayerReport:
     token_class: Specialisation
     reuse: float  # share of a token's experts that the token before it had
     reuse_by_chance: float  # the same if tokens came in any order
-    pairs: list[
-        tuple[int, int, float, float]
-    ]  # experts, share of tokens with both, times as often as by chance
+    # Experts, share of tokens with both, times as often as by chance.
+    pairs: list[tuple[int, int, float, float]]
 
 
 @dataclass(frozen=True, slots=True)

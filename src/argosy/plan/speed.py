@@ -30,9 +30,8 @@ from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.rates import NUM_TOKENS, Rates
 from argosy.plan.work import Work
 
-_SOLVING_STEPS = (
-    60  # more than enough for six digits, except next to one token, where every rate is almost zero
-)
+# More than enough for six digits, except next to one token, where every rate is almost zero.
+_SOLVING_STEPS = 60
 _COVERED = 0.9999  # share of the distribution of tokens over experts
 # Streams on unrelated subjects still share popular experts. Half way between the two bounds predicts the hit rates of 4
 # and 8 streams within 1.5 points (docs/internals/planning.md).

@@ -166,9 +166,8 @@ class PromptBuilder:
                     request if request.token_ids is not None else self._raw(request.text, max_tokens)
                 )
             items: list[object] = list(request)
-            kinds = set(
-                map(type, items)
-            )  # there may be a million token ids: nothing is called for each of them
+            # There may be a million token ids: nothing is called for each of them.
+            kinds = set(map(type, items))
             if kinds and all(issubclass(kind, Part) for kind in kinds):
                 items, kinds = [{"role": "user", "content": items}], {dict}
             if kinds and all(issubclass(kind, Mapping) for kind in kinds):

@@ -48,9 +48,8 @@ class SaidOfRequest:
         if not taken:
             return
         try:
-            self._share.hold(
-                2 * len(taken)
-            )  # a buffer that grows is copied, and so is the whole of it at the end
+            # A buffer that grows is copied, and so is the whole of it at the end.
+            self._share.hold(2 * len(taken))
         except Overloaded:
             self._is_cut = True
         else:

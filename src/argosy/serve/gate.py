@@ -141,9 +141,8 @@ class Caller(Run):
     takes_long: bool = False  # the body is long, or has pictures or sounds to decode
     takes_video: bool = False  # it has a video to decode
     files: Files = field(default_factory=Files)  # at other hosts, named in the body
-    ending: contextlib.ExitStack = field(
-        default_factory=contextlib.ExitStack
-    )  # closed when the request has ended
+    # Closed when the request has ended.
+    ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     metrics: AnswerMetrics | None = None
     began: float = field(default_factory=time.monotonic)
     model: str = ""

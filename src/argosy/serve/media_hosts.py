@@ -203,9 +203,8 @@ class MediaHosts:
         deadline = time.monotonic() + self._fetch_s
         connected = self._connected(target.host, addresses, deadline)
         try:
-            connection = http.client.HTTPConnection(
-                target.host
-            )  # the port is the scheme's, so the header has none
+            # The port is the scheme's, so the header has none.
+            connection = http.client.HTTPConnection(target.host)
             connection.sock = TimedConnection(connected, deadline)
             connection.auto_open = 0
             connection.request(

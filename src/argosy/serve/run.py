@@ -731,9 +731,8 @@ def _run(
         if settings.log_format == "json":
             log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
             return
-        sys.stderr.write(
-            f"serving {name} at {address}\n"
-        )  # in one write, because another thread writes log lines
+        # In one write, because another thread writes log lines.
+        sys.stderr.write(f"serving {name} at {address}\n")
         if expectation is not None:
             print(expectation, file=sys.stderr, flush=True)
 

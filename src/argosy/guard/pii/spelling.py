@@ -26,15 +26,13 @@ _UNSEEN = (
     "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-_MARKS = (
-    "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"  # upon another letter
-)
+# Marks upon another letter.
+_MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
 _UNSEENS = re.compile(f"[{_UNSEEN}]+")
 _MARKED = re.compile(f"[{_MARKS}]+")
 _HIDDEN = re.compile(f"[{_UNSEEN}{_MARKS}]+")
-_MOST_MARKS = (
-    8  # upon a letter: more than any language writes, and normalizing takes the square of their number
-)
+# Marks upon a letter: more than any language writes. The time of normalizing grows with the square of their number.
+_MOST_MARKS = 8
 _MOST_HIDDEN = 64  # in a row
 # Cyrillic and Greek letters that look Latin, from the confusables of Unicode Technical Standard 39.
 _LOOK_ALIKES = dict(
