@@ -49,7 +49,7 @@ class Directory:
 
     def __init__(self, path: Path, *, make: bool = False, mode: int = 0o777) -> None:
         if make:
-            with contextlib.suppress(FileExistsError):  # as something else, too: then it cannot be opened
+            with contextlib.suppress(FileExistsError):  # if it is not a directory, opening it fails
                 path.mkdir(mode=mode, parents=True)
         # The kernel refuses such a link only in a directory that anyone may write, and only if it is set to.
         if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
@@ -152,7 +152,7 @@ class Directory:
             return []
 
     def files(self, name: Name = "") -> list[Path]:
-        """The names of everything below a directory that is no directory; none if it is missing."""
+        """The names of all files and links below a directory; none if it is missing."""
         found: list[Path] = []
         for entry in self.names(name):
             inner = Path(name, entry)
@@ -218,7 +218,7 @@ class Directory:
     def remove_tree(self, name: Name) -> None:
         """Remove a directory and everything in it, if it is there; another file system mounted below stays.
 
-        What can be removed is, also if something else cannot; the first error is raised then.
+        Removes everything that can be removed; then raises the first error, if there was one.
         """
         first: OSError | None = None
         with contextlib.suppress(FileNotFoundError), self._parent_of(name) as (parent, last):

@@ -1,6 +1,6 @@
 """Accept connections, and meet each in a thread of its own; few of them may be strangers at a time.
 
-If one more comes, a stranger leaves: the oldest of the address that has the most. So strangers that say nothing keep
+When one too many comes, the oldest stranger of the address with the most is disconnected. So silent strangers keep
 nobody out.
 
 Elsewhere: `worker.py` runs experts for coordinators; `copied.py` copies files from one.
@@ -25,7 +25,7 @@ Meet = Callable[[socket.socket, str, Callable[[], None]], None]
 
 
 class _Strangers:
-    """Connections that are being introduced, the oldest first; each is known by a second descriptor of it."""
+    """Connections that are being introduced, the oldest first; each is identified by a second descriptor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class _Strangers:
                 most = max(counts.values())
                 oldest = next(one for one, name in self._addresses.items() if counts[name] == most)
                 with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread ends, too
+                    oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
                 self._remove(oldest)
         return own
 

@@ -90,7 +90,7 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
         secure.setblocking(False)
         plain.setblocking(False)
         to_plain, to_secure = bytearray(), bytearray()
-        has_hung_up = False  # native code has closed its end; bytes of it may be left to read
+        has_hung_up = False  # native code has closed its end; some of its bytes may be unread
         # TLS may need to read before it can write, and the other way round.
         read_wants_write = write_wants_read = False
         while True:
@@ -104,7 +104,7 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
             if to_plain:
                 plain_events |= select.POLLOUT
             poll = select.poll()
-            # poll reports a closed connection again and again, also to those who want neither to read nor to write.
+            # poll reports a closed connection every time, even if neither reading nor writing is wanted.
             if secure_events:
                 poll.register(secure, secure_events)
             if plain_events or not has_hung_up:

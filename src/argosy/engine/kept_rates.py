@@ -5,7 +5,7 @@
 
 A drive has bad moments: others share it, and virtual ones have credits. So a drive's rate is the median of several
 measurements, and they say how far it may be off. What the drive did while models ran counts before what a calibration
-found in its minute. How old a rate is, is told with it.
+found in its minute. A rate is printed with its age.
 
 Files are in the user's cache, and only their owner reads them.
 
@@ -62,15 +62,15 @@ class _Reads:
 class DriveReads:
     """Sums what a store reads in the steps of a run, those with prompts and those without apart.
 
-    The faster of the two says what the drive can do: prompts compute beside their reads, which takes processor time
-    from readers, and a token reads little at a time.
+    The faster of the two says what the drive can do: prompts compute while they read, which takes processor time
+    from the readers, and a token reads little at a time.
     """
 
     def __init__(self) -> None:
         self._reads = {True: _Reads(), False: _Reads()}
 
     def add(self, before: dict[str, float], after: dict[str, float], *, is_decode: bool) -> None:
-        """Add what was read between two looks at `Store.stats`; the page cache is no drive."""
+        """Add what was read between two looks at `Store.stats`; reads from the page cache do not count."""
         if after["cached_bytes"] == before["cached_bytes"]:
             reads = self._reads[is_decode]
             reads.nbytes += after["bytes_read"] - before["bytes_read"]
@@ -95,7 +95,7 @@ def load(path: Path, *, threads: int | None = None) -> Rates | None:
     """Load this version's measurements of this machine and of the drive that holds `path`; None if there are none.
 
     Args:
-        threads: with which it was measured; None: as many as an engine has.
+        threads: the number it was measured with; None: that of an engine.
 
     Raises:
         UsageError: the file is damaged.
@@ -129,7 +129,7 @@ def rates_here(path: Path, *, threads: int | None = None) -> Rates:
 
 
 def save(rates: Rates, path: Path) -> Path:
-    """Keep what was measured, beside what was measured before; return the file."""
+    """Add a measurement to the earlier ones; return the file."""
     place = _cache_file(path, rates.cores)
     try:
         kept = _measured(place)

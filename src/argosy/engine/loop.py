@@ -7,8 +7,8 @@ answer, whatever its cause. `on_event` must be quick and must not call back; for
 
     lambda event: loop.call_soon_threadsafe(queue.put_nowait, event)
 
-The thread beats: in every turn, between the layers of a step, and while it waits for requests. So whoever looks at
-`LoopFacts.silent_s` knows whether it still runs, without waiting for it.
+The thread beats: in every turn, between the layers of a step, and while it waits for requests. So
+`LoopFacts.silent_s` shows whether it still runs, without waiting for it.
 
 The thread survives failures: a failed read ends the answers that need it, any other failure in a step ends all running
 answers, and a listener that raises ends its own request. If rounds keep failing while no request runs, the engine

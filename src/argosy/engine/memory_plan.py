@@ -66,7 +66,7 @@ TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of 
 MARKED_ANSWER_BYTES = 12 * KIB
 # A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
 LOOKUP_TOKEN_BYTES = 20
-KV_PARTS = 32  # idle memory of the KV cache changes hands in so many parts
+KV_PARTS = 32  # in which idle memory of the KV cache is lent and returned
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
@@ -160,7 +160,7 @@ class MemoryPlan:
         return self.num_slots + self.lent_slots + self.idle_slots
 
     def decode_slots(self, num_tokens: int) -> int:
-        """Likely expert slots while text is generated, and sequences have so many tokens in all."""
+        """Likely expert slots while text is generated and sequences hold `num_tokens` in all."""
         part = -(-kv_blocks(self.context_tokens) // KV_PARTS) * KV_BLOCK_TOKENS
         used_tokens = min(self.context_tokens, -(-num_tokens // part) * part)
         layout = self.kv_layout
@@ -641,7 +641,7 @@ def shared_bytes(footprints: Sequence[ModelFootprint], *, kept_bytes: int) -> in
 def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:
     """Blocks of layers with a sliding window; None: they keep every position, as they also do for `kv_dir`.
 
-    A draft layer runs positions that no step has reached, so it needs every position, too.
+    A draft layer runs positions that no step has reached, so it also needs every position.
     """
     if not footprint.window or config.kv_dir is not None or config.speculate == "mtp":
         return None

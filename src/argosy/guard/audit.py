@@ -276,7 +276,7 @@ class Audit:
         return True
 
     def _put(self, facts: Mapping[str, object], content: Content) -> dict[str, object]:
-        """Keep a content; return what its line says of it."""
+        """Keep a content; return the facts about it for its line."""
         data = b"".join(content.parts)
         try:
             sha256 = self._contents.put(str(facts["key"]), str(facts["request_id"]), data)

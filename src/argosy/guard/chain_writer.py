@@ -170,8 +170,8 @@ class ChainWriter:
     def expire(self, before: float) -> int:
         """Remove the oldest files, as far as their last lines were written before this time; returns how many.
 
-        The time is the one in the line, which its HMAC protects: whoever may write the files can change theirs. A line
-        says which file goes, and why, before it goes, so the chain can be verified without it.
+        The time is the one in the line, which its HMAC protects; that of a file can be changed. Before a file goes, a
+        line says which one and why, so the chain can be verified without it.
 
         Raises:
             OSError: a line cannot be written, or a file not removed.

@@ -26,7 +26,7 @@ Message = Mapping[str, str]
 class Question:
     """A text to judge.
 
-    role: who says it.   asked: what an assistant's text is the answer to.
+    role: the speaker's.   asked: the text that an assistant's text answers.
     """
 
     role: Role
@@ -39,7 +39,7 @@ class GuardForm:
     """One way of asking.
 
     messages: makes the conversation that the model is given, from a question and a policy. The model's answer is a turn
-        of its own, also if the last message is an assistant's.
+        of its own, even if the last message is an assistant's.
     read: reads the model's answer. Raises CheckFailed.
     max_tokens: the longest answer.
     takes_policy: the operator's own policy, in words, is part of the question.

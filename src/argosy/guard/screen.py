@@ -46,7 +46,7 @@ class RequestScreen:
         return [check for check in self.policy.input if not isinstance(check, ListCheck)]
 
     def check(self, shown: Shown, *, counts: bool = True) -> tuple[Shown, list[str]]:
-        """Check all that a model gets of a request.
+        """Check everything that a model gets from a request.
 
         Args:
             counts: note what is found; false if the same request is checked again.

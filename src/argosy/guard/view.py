@@ -1,4 +1,4 @@
-"""One decoded view of what a model can read of a request, and of the calls in an answer.
+"""One decoded view of everything in a request that a model can read, and of the calls in an answer.
 
     messages, tools, texts, variables, grammar  ─ Shown.visited ─>  the same, each text of it as a Visitor returns it
     the arguments of a call: JSON, or the beginning of it  ─ call_visited ─>  its strings and names, without escapes
@@ -72,7 +72,7 @@ class Collector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """All that a model, or the grammar of its answer, gets from a client.
+    """Everything that a model, or the grammar of its answer, gets from a client.
 
     texts: texts that are no messages: to continue, to fill in, to embed, to rank.
     variables: of the chat template.
@@ -113,7 +113,7 @@ class Shown:
 def call_visited(arguments: str, visitor: Visitor) -> str:
     """The arguments of a call with their strings, names and numbers as the visitor returns them.
 
-    A text that is no JSON, because a limit cut it off or it has a name twice, is visited string by string, and whole.
+    Text that is not JSON, because a limit cut it off or a name occurs twice, is visited string by string and whole.
     """
     try:
         given = parse_json(arguments)

@@ -5,7 +5,7 @@
 Phrases are compared word by word: without characters that nobody sees, in NFKC, in lower case, and with letters that
 look Latin taken for Latin ones. A hash is the SHA-256 of a phrase in that form, its words joined by single spaces; so a
 list can be passed on without its words. What stands between words does not matter. Capitals may look Latin where small
-letters do not, so a text is compared in a second form, too: there, what looks Latin is replaced before the case.
+letters do not, so a text is also compared in a second form: there, what looks Latin is replaced before the case.
 
 A stream is held back by as many words as the longest phrase has, so no part of a phrase is passed on.
 
@@ -64,7 +64,7 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
     """Both forms of a word.
 
     Args:
-        letters: the word without what nobody sees and without marks, and with Latin letters for those that look so.
+        letters: the word without unseen characters and marks, and with Latin letters for those that look Latin.
     """
     letters = letters[:_LONGEST_WORD]
     latin = letters.lower()

@@ -420,7 +420,7 @@ def _link(download: Download) -> None:
     folder, locks = Path(download.folder.name), _locks(download)
     with Directory(download.root) as root:
         root.directory(locks, make=True).close()
-        with root.locked(locks / "links.lock"):  # another pull of the model may be here, too
+        with root.locked(locks / "links.lock"):  # another pull of the model may be linking
             for file in download.files:
                 link = download.snapshot.relative_to(download.root) / file.name
                 target = os.path.relpath(folder / "blobs" / download.blob_of(file).digest, link.parent)

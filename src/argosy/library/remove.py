@@ -49,7 +49,7 @@ class Removal:
 
     whose: the program that these files belong to; None if Argosy pulled them.
     files: to delete, links included.
-    top: the directory in which folders that become empty go, too.
+    top: the directory below which folders that become empty also go.
     emptied: directories that go with all directories in them, where no file is left.
     num_shared: files that stay because something else uses them.
     """
@@ -188,7 +188,7 @@ def _of_hub(
         *(blob for blob in blobs - used if os.path.lexists(blob) and blob.parent == folder / "blobs"),
     ]
     emptied: tuple[Path, ...] = ()
-    if going >= set(links):  # no snapshot stays, so references and leftovers go, too
+    if going >= set(links):  # no snapshot stays, so references and leftovers also go
         # Without a model, blobs that no record of ours names are another program's, which may continue them.
         blob_folder = None if model is not None else folder / "blobs"
         gone += [path for path in _walk(root, folder) if path not in used and path.parent != blob_folder]
@@ -250,7 +250,7 @@ def _of_ollama(model: Model, found: Found) -> Removal:
 
 
 def _walk(root: Path, directory: Path) -> list[Path]:
-    """Everything below a directory that is no directory.
+    """All files and links below a directory.
 
     Raises:
         OSError: the directory, or one between it and the root, is a link.

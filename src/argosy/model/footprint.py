@@ -60,7 +60,7 @@ def kv_bytes(
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Where a KV cache keeps what each position needs, which decides how much of it unused positions leave free.
+    """Where a KV cache keeps what each position needs, which decides how many bytes unused positions leave free.
 
     regions: begin and end of the keys, and of the values, of each layer without a sliding window.
     """

@@ -48,7 +48,7 @@ class Rates:
     prompt_attention_operations: rate of attention with many tokens of one sequence, by format.
     drive: (record bytes, bytes per second) in ascending order, read a few at a time.
     drive_spread: the drive's rate may be wrong by this factor, either way, if it is larger than `spread`.
-    drive_source: where the drive's rate comes from, and how old it is, in words.
+    drive_source: says where the drive's rate comes from and how old it is.
     overlap: the share of the shorter of reading and computing that the longer hides when both run, 0 to 1.
     transcoding_overlap: the same when records are transcoded while they land.
     read_cpu_s_per_byte: time of one core to read a record, which delays computing when all cores compute.

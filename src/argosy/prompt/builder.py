@@ -276,14 +276,14 @@ class PromptBuilder:
                 ) from None
 
     def near_start(self, text: str) -> str:
-        """As much of a text's beginning as `require_near` allows. Raises UsageError if it cannot be encoded."""
+        """The longest beginning of a text that `require_near` allows. Raises UsageError if it cannot be encoded."""
         if self._near_tokens is None or len(text) <= self._near_tokens:
             return text
         tokenizer = self._needed("text")
         return tokenizer.decode(tokenizer.encode_start(text, self._near_tokens))
 
     def near_snippets(self, snippets: Sequence[Snippet]) -> Sequence[Snippet]:
-        """The last of the snippets, as many as `require_near` allows. Raises UsageError if one cannot be encoded."""
+        """The longest end of the snippets that `require_near` allows. Raises UsageError if one cannot be encoded."""
         left = self._near_tokens
         if left is None or sum(len(one.text) for one in snippets) <= left:
             return snippets

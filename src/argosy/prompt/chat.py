@@ -129,7 +129,7 @@ class ChatTemplate:
         return self._found_shape
 
     def join_texts(self, texts: Sequence[str]) -> str:
-        """Texts beside each other in a message, as one text that the template prints in the same way."""
+        """Adjacent texts of a message, as one text that the template prints in the same way."""
         return self.shape.join_texts(texts) if len(texts) > 1 else "".join(texts)
 
     def _attempt(self, messages: list[dict[str, Any]], tools: list[dict[str, object]] | None) -> str | None:

@@ -97,7 +97,7 @@ def check_messages(
     If the model is to answer and the last turn is the assistant's, the answer continues it; an empty one is dropped.
 
     Args:
-        join_texts: makes one text of texts beside each other in a message (`Shape.join_texts`).
+        join_texts: makes one text of adjacent texts of a message (`Shape.join_texts`).
 
     Raises:
         UsageError: there are no messages, a role or key is unknown, content is neither text nor media, two calls of a

@@ -70,7 +70,7 @@ class Shape:
     trims_texts: bool
 
     def join_texts(self, texts: Sequence[str]) -> str:
-        """Texts beside each other in a message, as one text that the template prints in the same way."""
+        """Adjacent texts of a message, as one text that the template prints in the same way."""
         return self.between_texts.join(text.strip() if self.trims_texts else text for text in texts)
 
     def messages(self, turns: Sequence[Turn]) -> Messages:

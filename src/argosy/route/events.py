@@ -186,7 +186,7 @@ class _Said:
 class _Ids:
     """Ids in the order of their first use.
 
-    clients, noted: those that the client knows.
+    clients, noted: ids that the client knows.
     known: ids of the server of a replay, and those that the client knows instead.
     """
 

@@ -10,7 +10,7 @@ what answers report corrects the guess.
 
 A server that refuses a connection is down at once, one that is silent after `Health.failures` checks; then every
 request that waits for it is told. One that answers "not ready" gets no new requests and finishes those it has; a
-request to which it sends nothing for `NOT_READY_S` of that time is told, too.
+request to which it sends nothing for `NOT_READY_S` of that time is told that it is down.
 
 Elsewhere: connections are `upstream.py`; what a request does when its server dies is `app.py`.
 """
@@ -58,7 +58,7 @@ class Server:
         owed_tokens: estimate for its unanswered requests.
         replies: connections on which it owes an answer. They are closed when the server goes down, and those who read
             from them notice.
-        used: for a key with tokens per day, those that the server has counted, and until when they count.
+        used: by key with tokens per day, the tokens that the server has counted, and until when they count.
     """
 
     number: int

@@ -116,7 +116,7 @@ class Auditor:
         self._audit.record(facts, content)
 
     def erase(self, key_id: str) -> int:
-        """Erase the contents of a key, also those of its requests that have not ended.
+        """Erase the contents of a key, including those of its requests that have not ended.
 
         Blocks. Raises what `Audit.erase` raises.
         """

@@ -149,14 +149,14 @@ class TextRequest:
     ignored: Sequence[str] = ()
 
     def shown(self, decode: Callable[[Sequence[int]], str]) -> Shown:
-        """What the model gets of it."""
+        """What the model gets from it."""
         prompt = self.prompt if isinstance(self.prompt, str) else decode(self.prompt)
         after = () if self.suffix is None else (self.suffix,)
         others = (text for one in self.snippets or () for text in (one.file or "", one.text))
         return Shown(texts=[prompt, *after, *others], grammar=self.params.grammar)
 
     def with_shown(self, given: Shown, made: Shown) -> TextRequest:
-        """The request with what the policy made of `given`.
+        """The request as the policy made it from `given`.
 
         Raises:
             UsageError: its prompt has values to replace, and is token ids.
@@ -210,11 +210,11 @@ class ChatRequest:
     ignored: Sequence[str] = ()
 
     def shown(self) -> Shown:
-        """What the model gets of it. The names in `tool_choice` are names of its tools."""
+        """What the model gets from it. The names in `tool_choice` are names of its tools."""
         return Shown(messages=self.messages, tools=self.tools, variables=self.variables, grammar=self.form)
 
     def with_shown(self, made: Shown) -> ChatRequest:
-        """The request with what the policy made of it."""
+        """The request as the policy made it."""
         return replace(
             self, messages=made.messages, tools=made.tools, variables=made.variables, form=made.grammar
         )

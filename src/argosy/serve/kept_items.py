@@ -132,7 +132,7 @@ class KeptItems:
             self._memory.forget(tenant)
 
     def item(self, tenant: str, item_id: str, *, charge: Charge = _uncharged) -> Item:
-        """The item with this id. `charge` is called with its JSON before that is parsed.
+        """The item with this id; its JSON is passed to `charge` before it is parsed.
 
         Raises:
             Refused: the item is not kept.

@@ -7,8 +7,8 @@ A server with one model has it ready from start to end, and nothing here moves. 
 a request first names it. A model takes its floor, and `engine/shares.py` divides what the floors leave among the models
 in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit otherwise,
 after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model whose floor
-does not fit beside models that answer is refused. One that finds only experts of a model that is being read in its way
-waits until they can leave.
+does not fit beside models that answer is refused. One that only experts of a model that is being read keep out waits
+until they can leave.
 
 Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
 waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
@@ -66,7 +66,7 @@ class Served(Protocol):
     def service(self) -> Service: ...
 
     def resize(self, num_slots: int) -> None:
-        """Have so many expert slots; the memory of others is with the system when this returns."""
+        """Have this many expert slots; the memory of others is with the system when this returns."""
         ...
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Source(Protocol):
     def most_slots(self) -> int: ...
 
     def open(self, num_slots: int, go_on: Callable[[], None]) -> Served:
-        """Bring the model into memory, with so many expert slots; `go_on` raises if it is no longer wanted."""
+        """Bring the model into memory, with `num_slots` expert slots; `go_on` raises if it is no longer wanted."""
         ...
 
     def forget(self, tenant: str) -> None:
@@ -204,7 +204,7 @@ class _Entry:
 
     @property
     def expert_bytes(self) -> int:
-        """The part of it for experts beyond its floor."""
+        """The bytes for experts beyond its floor."""
         return 0 if self.source is None else self.num_slots * self.source.slot_bytes
 
 
@@ -324,7 +324,7 @@ class Models:
         )
 
     def id_of(self, name: str | None) -> str:
-        """The id of the model that a name means.
+        """The id of the model with this name.
 
         Raises:
             Refused: there is no such model.

@@ -47,7 +47,7 @@ class Running:
     """The requests of a server that run.
 
     Args:
-        guarding: says what is stopped and who is blocked; None: nothing and nobody.
+        guarding: says what is stopped and who is blocked; None: nothing is stopped and nobody is blocked.
     """
 
     def __init__(self, guarding: Guarding | None = None) -> None:
@@ -146,13 +146,13 @@ class Running:
         return made
 
     def is_at_work(self, tenant: str) -> bool:
-        """Whether a thread works for a tenant, also for a request that has ended."""
+        """Whether a thread works for a tenant, even for a request that has ended."""
         with self._lock:
             return self._at_work[tenant] > 0
 
     @contextmanager
     def at_work(self, tenant: str) -> Iterator[None]:
-        """Around what a thread does for a tenant."""
+        """Count a thread that works for a tenant."""
         with self._lock:
             self._at_work[tenant] += 1
         try:
@@ -166,9 +166,9 @@ class Running:
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """A request: whom it is for, and what has ended it.
+    """A request, its client, and what has ended it.
 
-    persons: those that its client names.
+    persons: the users that its client names.
     uses: the id of the model that it uses; empty until it uses one.
     ended: why it has ended; None: it has not.
     """
@@ -213,7 +213,7 @@ class Run:
         self.end(GoneAway())
 
     def work(self, call: Callable[[], T]) -> T:
-        """Call something for the request in a thread. Erasing the key waits for it, because it may keep something.
+        """Call something for the request in a thread. Erasing the key waits for it, as it may keep something.
 
         Raises what `go_on` and `call` raise.
         """

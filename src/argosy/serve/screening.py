@@ -61,7 +61,7 @@ _SAID_EVERY_S = 60.0  # how often to log that a check fails
 
 T = TypeVar("T")
 CountTokens = Callable[[str, int, int], None]
-"""Counts tokens: (model, of the question, of its answer)."""
+"""Counts tokens: (model, tokens of the question, tokens of its answer)."""
 AskModel = Callable[[ModelCheck, Question, Key | None, CountTokens | None], Awaitable[Verdict]]
 """Asks a model for a key. Raises CheckFailed or ArgosyError."""
 
