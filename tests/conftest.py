@@ -28,16 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _M_ARENA_MAX = -8
 ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
-SETTINGS = (
-    "ARGOSY_MEMORY",
-    "ARGOSY_THREADS",
-    "ARGOSY_INSTRUCTION_SET",
-    "ARGOSY_ASK_AHEAD",
-    "ARGOSY_RECORD",
-    "ARGOSY_TRACEBACK",
-)
-
-
+KEPT = ("ARGOSY_TUNE", "ARGOSY_CACHE", "ARGOSY_BASE_WHEEL")  # those that tests need from outside
 LONGEST = (
     "engine/test_identity.py",
     "serve/test_openapi.py",
@@ -68,9 +59,10 @@ def _memory_of_a_module_ends_with_it() -> Iterator[None]:
 def _no_settings_from_outside(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    for name in SETTINGS:
-        monkeypatch.delenv(name, raising=False)
-    # Commands keep counts of routing there.
+    for name in list(os.environ):
+        if name.startswith("ARGOSY_") and name not in KEPT:
+            monkeypatch.delenv(name)
+    # Commands keep aliases and counts of routing there.
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))
     # Models of a developer's library are none of the tests'.
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):

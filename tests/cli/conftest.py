@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,13 +10,6 @@ import pytest
 from argosy.config import SamplingParams
 from tests.cli.fake_engine import FakeEngine
 from tests.cli.tiny_chat_model import write_chat_model
-
-
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith("ARGOSY"):
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from argosy.cli.run import run
 from argosy.cli.serve import serve
 from argosy.cli.settings import Settings, wants_traceback
 from argosy.errors import UsageError
+from argosy.user_directories import data_directory
 from tests.cli.fake_engine import FakeEngine
 
 Engine = type[FakeEngine]
@@ -406,3 +407,9 @@ def test_the_module_runs_as_the_command() -> None:
     done = argosy("show", "/nowhere", env={**os.environ})
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "error: /nowhere does not exist\n"
+
+
+def test_commands_under_test_keep_nothing_in_the_home_of_a_developer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    assert data_directory().is_relative_to(tmp_path_factory.getbasetemp())
