@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,14 @@ def test_config_tokenizer_and_licence_are_copied(tmp_path: Path) -> None:
     assert open_model(tmp_path / "packed").config.eos_ids == (2, 9)
 
 
+def test_a_licence_whose_name_no_manifest_can_hold_is_refused_first(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "source", mixtral(), seed=5)
+    (directory / os.fsdecode(b"LICENCE-fran\xe7aise")).write_text("")
+    with pytest.raises(CheckpointError, match=r"LICENCE-fran.udce7aise: its name is not UTF-8 text"):
+        pack(open_model(directory), tmp_path / "packed", format="q8")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_float32_rounds_to_the_nearest_bf16_ties_to_even(tmp_path: Path) -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.14159274, 1e-40, 0.0, -0.0], np.float32)
     bits = round_to_bf16(values)
@@ -287,6 +296,7 @@ def test_an_unsuitable_destination_or_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("gone")
     assert "exists and is not a directory" in refusal(tmp_path / "link")
     assert "does not exist" in refusal(tmp_path / "no" / "such" / "place")
+    assert "cannot be written: File name too long" in refusal(tmp_path / ("x" * 300))
     assert "cannot be the name of a pack" in refusal(tmp_path / "a.partial")
 
     (tmp_path / "empty").mkdir()

@@ -163,7 +163,10 @@ def pack(
     """
     started = time.monotonic()
     destination = Path(destination)
-    _require_packable(files, destination, format)
+    try:
+        _require_packable(files, destination, format)
+    except OSError as error:
+        raise UsageError(f"{destination} cannot be written: {error.strerror}") from error
     if not 1 <= num_shares <= NUM_SHARDS:
         raise UsageError(f"a pack is divided into 1 to {NUM_SHARDS} shards, found {num_shares}")
     assert files.others.keys() >= set(encoder_tensors)
@@ -891,6 +894,12 @@ def _files_to_copy(path: Path) -> list[Path]:
         chosen = [name for name in names if is_licence(name)]
     paths = [directory / name for name in chosen if (directory / name).is_file()]
     for found in paths:
+        try:
+            found.name.encode()
+        except UnicodeEncodeError:  # the manifest, which is JSON, could not be read again
+            raise CheckpointError(
+                f"{quote(found.name)}: its name is not UTF-8 text", hint="rename it", path=found
+            ) from None
         if found.stat().st_size > JSON_LIMIT_BYTES:
             raise CheckpointError(
                 f"{found.name} is {found.stat().st_size} bytes long; at most {JSON_LIMIT_BYTES} are read"
