@@ -191,3 +191,32 @@ def test_a_stream_that_is_ended_stops_its_work_before_its_client_reads_the_end()
         assert sent[1:] == [b""]
 
     asyncio.run(asyncio.wait_for(test(), 10))
+
+
+@pytest.mark.parametrize("num_turns", range(12))
+def test_a_stream_that_is_ended_near_its_own_end_is_complete(num_turns: int) -> None:
+    """Some turns of the event loop after its only part, and each message takes a turn."""
+    sent: list[Any] = []
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\n"
+
+    async def test() -> None:
+        has_begun = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            has_begun.set()
+            await asyncio.sleep(0)
+            sent.append(message)
+
+        caller = Caller()
+        answering = asyncio.create_task(run(EventStream(parts(), caller), caller, asyncio.Event().wait, send))
+        await has_begun.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        caller.end(Revoked("the key was revoked"))
+        with contextlib.suppress(Revoked):  # before its head was sent
+            await answering
+
+    asyncio.run(asyncio.wait_for(test(), 10))
+    assert not sent or sent[-1]["more_body"] is False

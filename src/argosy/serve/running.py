@@ -199,6 +199,10 @@ class Run:
             if self._task is not None:
                 self._is_cancelled = self._task.cancel()
 
+    def let_finish(self) -> None:
+        """Cancel its task no more: only the end of its answer is still to be sent."""
+        self._task = None
+
     def watch(self, receive: Receive) -> None:
         """While the request runs, end it if its client disconnects. Nobody else may be waiting for its body."""
         if self._task is not None and self._watching is None:

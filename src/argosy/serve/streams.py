@@ -99,6 +99,7 @@ class EventStream(Response):
             failure = await self._send_parts(write)
         finally:
             self._close()
+        self._caller.let_finish()
         if failure is not None:
             await write(self._failed(failure))
         await write(b"", more=False)
@@ -120,8 +121,7 @@ class EventStream(Response):
             report(error, self._caller)
             return error
         finally:
-            keeping_alive.cancel()
-            await asyncio.gather(keeping_alive, return_exceptions=True)
+            keeping_alive.cancel()  # not awaited: the request may still be ended here, and would break off
             await self._parts.aclose()  # type: ignore[attr-defined]
         return None
 
