@@ -45,7 +45,7 @@ from argosy.checkpoint.pack import PackReport, pack
 from argosy.cli.main import main as argosy
 from argosy.config import KvDir
 from argosy.demo import base, build, locate
-from argosy.engine import calibration
+from argosy.engine import kept_rates
 from argosy.engine.kv_cache import BlockContent
 from argosy.engine.prefix_files import PrefixFiles
 from argosy.errors import ArgosyError
@@ -64,6 +64,7 @@ from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.observe import saved
 from argosy.plan import tuning
+from argosy.plan.rates import guess
 from tests.checkpoint.dense_models import write_dense_gguf
 from tests.demo.test_build import write_experts
 from tests.helpers.hub_server import REPOSITORY, REVISION, directory_files, served
@@ -551,7 +552,7 @@ class State(Writer):
         self._set_places()
         for number in range(6):
             tuning._keep("avx2", functools.partial(self._choose, number + 1))
-            calibration.save(calibration.guess("a processor", 2), self.directory)
+            kept_rates.save(guess("a processor", 2), self.directory)
             with contextlib.suppress(OSError):
                 saved.add(saved.directory() / "model.json", counts_of(400, number))
             note_use(f"owner/model{number}")
@@ -572,7 +573,7 @@ class State(Writer):
         self.work(lambda _: None)
         kept = tuning._read("avx2").formats
         require(set(kept) == set(range(1, 7)), f"choices for {set(kept)} threads")
-        require(calibration.load(self.directory, threads=2) is not None, "what was measured is gone")
+        require(kept_rates.load(self.directory, threads=2) is not None, "what was measured is gone")
         require(saved.find(saved.directory() / "model.json") is not None, "the counts are gone")
         require(len(read_kept().used) == 6, "the uses are gone")
         left = [path.name for path in self.directory.rglob("*") if path.name.endswith((".new", ".lock"))]
