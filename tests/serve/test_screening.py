@@ -595,6 +595,20 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_searched(
     assert max(searched) < len(digits) / 4
 
 
+def test_arguments_with_too_many_values_are_refused_before_they_are_parsed(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.guard.view.parse_json", lambda text: pytest.fail("it was parsed"))
+    call = {"name": "f", "arguments": '{"a":[' + "[]," * (1 << 17) + "1]}"}
+    messages = [
+        {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": call}]},
+        {"role": "tool", "tool_call_id": "c", "content": "fine"},
+    ]
+    answer = ask("words-in", "/v1/chat/completions", {"messages": messages})
+    assert answer.status_code == 400
+    assert "arguments have more than 131072 values" in answer.text
+
+
 def test_log_probabilities_are_refused_where_they_would_show_what_is_held_back(ask: Ask) -> None:
     for policy, status in (("words-out", 400), ("redact", 400), ("words-in", 200), ("detect", 200)):
         answer = ask(policy, "/v1/completions", {"prompt": "#plain", "logprobs": 1, "max_tokens": 3})

@@ -105,13 +105,10 @@ def check_messages(
     """
     if not messages:
         raise UsageError("a conversation needs at least one message")
+    require_few_values(messages)
     turns = []
     called: set[str] = set()
-    num_left = MAX_PARTS  # for all arguments together: their texts are parsed as JSON once more
     for at, message in enumerate(messages):
-        num_left -= _num_values(message)
-        if num_left < 0:
-            raise UsageError(f"message {at}: tool call arguments have more than {MAX_PARTS} values so far")
         turn = _turn(_without_copies(message), f"message {at}", join_texts)
         called |= {call.id for call in turn.calls}
         if turn.answers is not None and turn.answers not in called:
@@ -144,6 +141,19 @@ def _to_be_continued(last: Turn) -> list[Turn]:
     if last.reasoning:
         raise UsageError("the last message has only reasoning, and only text can be continued")
     return []
+
+
+def require_few_values(messages: Sequence[Message]) -> None:
+    """Check the arguments of all calls together before they are parsed: their texts are JSON inside JSON.
+
+    Raises:
+        UsageError: they have more than MAX_PARTS values.
+    """
+    num_left = MAX_PARTS
+    for at, message in enumerate(messages):
+        num_left -= _num_values(message)
+        if num_left < 0:
+            raise UsageError(f"message {at}: tool call arguments have more than {MAX_PARTS} values so far")
 
 
 def _num_values(message: Message) -> int:

@@ -39,6 +39,7 @@ from argosy.observe.live import LiveCache
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.infill import Snippet
+from argosy.prompt.messages import require_few_values
 from argosy.prompt.prompt import Prompt
 from argosy.serve.answer_metrics import AnswerWatch, Operation
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
@@ -496,6 +497,8 @@ class Service:
         # They are counted and may be blocked, so they are not without effect.
         ignored = [name for name in request.ignored if name not in _USER_FIELDS]
         if screening.policy.checks_requests:
+            if isinstance(request, ChatRequest):
+                require_few_values(request.messages)  # the view parses the arguments of calls
             request = self._near(self._heard(request, caller))
         if isinstance(request, ChatRequest):
             made, texts = screen.check(request.shown(), counts=counts)
