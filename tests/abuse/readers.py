@@ -1171,7 +1171,14 @@ def guard_rows() -> Iterator[Row]:
     from argosy.guard.word_list import WordList
 
     words = WordList("blue moon\nsecret\none two three four\n", "f", category="x")
-    yield from texts("guard: word list", words.judge, most=1 << 17)
+    scripts = ("|坏|", "|काम |", "|ผู้|", "|م\u064b|", "blue| |moon", "blue|.|moon", "blue|x|moon")
+    yield from texts("guard: word list", words.judge, most=1 << 17, more=scripts)
+
+    def read(text: str) -> object:
+        stream = words.stream()
+        return [stream.push(letter) for letter in text], stream.finish()
+
+    yield from texts("guard: word list, letter by letter", read, most=1 << 15, more=scripts)
 
     yield from texts(
         "guard: a word list's file",

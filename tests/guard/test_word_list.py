@@ -12,7 +12,7 @@ from argosy.errors import UsageError
 from argosy.guard import word_list
 from argosy.guard.word_list import WordList, digest_of
 
-PHRASES = "# a comment\nblue moon\n\nRotten Fish pie\nBÖSE\n"
+PHRASES = "# a comment\nblue moon\n\nRotten Fish pie\nBÖSE\n坏话\n"
 
 
 def the_list(text: str = PHRASES) -> WordList:
@@ -32,6 +32,34 @@ def test_a_phrase_is_found_however_it_is_spelled(text: str) -> None:
     verdict = the_list().judge(text)
     assert verdict.is_flagged
     assert verdict.categories == ["test"]
+
+
+@pytest.mark.parametrize("between", [".", " ", "\n", "\u200b ", "_"])
+def test_no_gap_between_its_words_hides_a_phrase(between: str) -> None:
+    assert the_list().judge(f"a blue{between * 20_000}moon").is_flagged
+    stream = the_list().stream()
+    for piece in ("a blue", *[between * 1000] * 20, "moon"):
+        stream.push(piece)
+    stream.finish()
+    assert stream.is_flagged
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "other"),
+    [
+        ("काम", "यह मेरा काम है", "वह कोमा में है"), ("தமிழ்", "தமிழ் மொழி", "தமழ மொழி"),
+        ("坏话", "他说这是坏话的", "他说这是坏的话"), ("ばか", "それはは\u3099かだ", "それはかばだ"),
+        ("ﾊﾞｶ", "それはバカだ", "ハカ"),
+        ("ผู้ใหญ่", "เขาเป็นผู้ใหญ่ที่ดี", "เขาเป็นผูใหญที่ดี"),
+        ("محمد", "مُحَمَّد", "م ح م د"), ("محمد", "محـــمد", "محمود"), ("שלום", "שָׁלוֹם", "שלם"),
+        ("İstanbul", "istanbul'da", "stanbul"), ("ışık", "IŞIK", "aşık"), ("blue", "ʙʟᴜᴇ", "ʙʟᴇᴜ"),
+        ("fish", "fısh", "fıs"),
+    ],
+)  # fmt: skip
+def test_a_word_is_found_in_its_own_script_and_no_other_word_is(phrase: str, text: str, other: str) -> None:
+    for listed in (the_list(phrase), the_list(digest_of(phrase))):
+        assert listed.judge(text).is_flagged
+        assert not listed.judge(other).is_flagged
 
 
 @pytest.mark.parametrize("hidden", ["\u200b", "\u00ad", "\ufff9", "\u0336", "\U000e0041"])
@@ -95,8 +123,8 @@ def test_a_hashed_list_finds_the_same_phrases() -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("sha256:12", "a hash has the form"), ("!!!", "a phrase has 1 to 16 words, found 0"),
-        (" ".join("a" * 17), "found 17"), ("sha256:" + "a" * 64 + " 99", "found 99"),
+        ("sha256:12", "a hash has the form"), ("!!!", "a phrase has 1 to 64 words, found 0"),
+        (" ".join("a" * 65), "found 65"), ("sha256:" + "a" * 64 + " 99", "found 99"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_phrase_is_refused_with_its_number(line: str, fault: str) -> None:
@@ -119,6 +147,9 @@ WORDS = st.sampled_from(
         "🙂",
         "bo\u0308se",
         "b\u200blue",
+        "这坏",
+        "话",
+        "x" * 70,
     )
 )
 

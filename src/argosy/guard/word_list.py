@@ -3,9 +3,10 @@
     FILE: one phrase a line, or `sha256:HEX NUM_WORDS`  ->  WordList  ->  judge a text, or a stream of it
 
 Phrases are compared word by word: without characters that nobody sees, in NFKC, in lower case, and with letters that
-look Latin taken for Latin ones. A hash is the SHA-256 of a phrase in that form, its words joined by single spaces; so a
-list can be passed on without its words. What stands between words does not matter. Capitals may look Latin where small
-letters do not, so a text is also compared in a second form: there, what looks Latin is replaced before the case.
+look Latin taken for Latin ones. In scripts without spaces between words, each letter counts as a word. A hash is the
+SHA-256 of a phrase in that form, its words joined by single spaces; so a list can be passed on without its words. What
+stands between words does not matter. Capitals may look Latin where small letters do not, so a text is also compared in
+a second form: there, what looks Latin is replaced before the case.
 
 A stream is held back by as many words as the longest phrase has, so no part of a phrase is passed on.
 
@@ -21,18 +22,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from argosy.errors import UsageError
-from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, without_unseen
+from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, without_unseen, words_in
 from argosy.guard.verdict import Verdict
 
-MOST_WORDS = 16  # per phrase
+MOST_WORDS = 64  # per phrase
 # Characters of a stream: a phrase with more than that between its words is passed on in part.
 MOST_HELD = 8192
 MOST_PHRASES = 200_000
-_WORD = re.compile(r"[^\W_]+")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")
 _READ_AT_ONCE = 1 << 14  # characters of a whole text: words take many times the memory of their text
 _LONGEST_WORD = 64  # characters that are compared; no phrase has a longer word
 _LONGEST_LETTER = 9  # with its marks
+_MOST_COMPARED = _LONGEST_WORD * _LONGEST_LETTER
 
 
 class _Word(NamedTuple):
@@ -50,7 +51,7 @@ class _Word(NamedTuple):
 def _words(given: str) -> list[_Word]:
     seen, places = seen_part(given)
     found = []
-    for match in _WORD.finditer(seen if seen.isascii() else latin_of(seen)):
+    for match in words_in(seen if seen.isascii() else latin_of(seen)):
         start, end = match.span()
         word = seen[start:end]
         if places is not None:  # marks upon its last letter are part of it
@@ -75,8 +76,10 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
     if len(word) > len(
         letters
     ):  # `ö` has two spellings: a mark becomes one character with its letter if there is one
-        word = without_marks(_compatible(without_unseen(word)[: _LONGEST_WORD * _LONGEST_LETTER]))
-    text = latin_of(_compatible(word[:_LONGEST_WORD]).casefold())
+        word = without_marks(_compatible(without_unseen(word)[:_MOST_COMPARED]))
+    text = latin_of(
+        _compatible(word[:_LONGEST_WORD]).casefold().replace("i\u0307", "i")
+    )  # of the Turkish `İ`
     return text, latin if latin.isascii() else text
 
 
@@ -122,7 +125,7 @@ class WordList:
                 self._add(stripped)
             except ValueError as error:
                 raise UsageError(f"{name}, line {number}: {error}") from None
-        self.most_words = max((*self._lengths, *self._hashed_lengths), default=0)
+        self.most_words = max((*self._lengths, *self._hashed_lengths), default=1)
 
     def _add(self, line: str) -> None:
         if line.startswith("sha256:"):
@@ -145,22 +148,24 @@ class WordList:
         """Whether a whole text has a phrase of the list."""
         stream = self.stream()
         for start in range(0, len(text), _READ_AT_ONCE):
-            # So what nobody sees does not count among the characters that a stream can hold back.
-            stream.push(without_unseen(text[start : start + _READ_AT_ONCE]))
+            stream.push(text[start : start + _READ_AT_ONCE])
         stream.finish()
         return Verdict(True, {self._category: 1.0}) if stream.is_flagged else Verdict()
 
-    def _has_phrase(self, words: list[_Word]) -> bool:
+    def _has_phrase(self, words: list[_Word], num_new: int) -> bool:
+        """Whether a phrase ends with one of the last `num_new` words."""
         texts, latin = [word.text for word in words], [word.latin for word in words]
-        return self._has(texts) or (latin != texts and self._has(latin))
+        return self._has(texts, num_new) or (latin != texts and self._has(latin, num_new))
 
-    def _has(self, texts: list[str]) -> bool:
+    def _has(self, texts: list[str], num_new: int) -> bool:
         return any(
-            tuple(part) in self._phrases for length in self._lengths for part in _windows(texts, length)
+            tuple(part) in self._phrases
+            for length in self._lengths
+            for part in _windows(texts, length, num_new)
         ) or any(
             _digest(part) in self._hashes
             for length in self._hashed_lengths
-            for part in _windows(texts, length)
+            for part in _windows(texts, length, num_new)
         )
 
     def stream(self) -> ListStream:
@@ -168,12 +173,14 @@ class WordList:
         return ListStream(self)
 
 
-def _windows(words: list[str], length: int) -> Iterator[list[str]]:
-    return (words[at : at + length] for at in range(len(words) - length + 1))
+def _windows(words: list[str], length: int, num_new: int) -> Iterator[list[str]]:
+    """Each `length` words in a row that end with one of the last `num_new`."""
+    first = max(0, len(words) - num_new - length + 1)
+    return (words[at : at + length] for at in range(first, len(words) - length + 1))
 
 
 class ListStream:
-    """One text, piece by piece.
+    """One text, piece by piece. Each character is read once, and a word that goes on with the next piece once more.
 
     is_flagged: a phrase was found; nothing more is passed on.
     """
@@ -181,27 +188,38 @@ class ListStream:
     def __init__(self, words: WordList) -> None:
         self._list = words
         self._held = ""
+        self._starts: list[int] = []  # in `_held`, of as many words as the longest phrase has
+        self._recent: list[_Word] = []  # those words
+        self._open = ""  # the last word, if it may go on: as much of it as is compared
         self.is_flagged = False
 
     def push(self, text: str) -> str:
         """Take the next piece; return what is no part of a phrase."""
-        self._held += text
-        return self._pass(is_end=False)
+        return self._pass(text, is_end=False)
 
     def finish(self) -> str:
         """Return the rest; another text may follow."""
-        return self._pass(is_end=True)
+        return self._pass("", is_end=True)
 
-    def _pass(self, *, is_end: bool) -> str:
-        words = _words(self._held)
-        whole = words if is_end or not words or words[-1].end < len(self._held) else words[:-1]
-        self.is_flagged = self.is_flagged or self._list._has_phrase(whole)
+    def _pass(self, text: str, *, is_end: bool) -> str:
         if self.is_flagged:
-            self._held = ""
             return ""
-        keep = 0 if is_end else self._list.most_words
-        until = words[-keep].start if 0 < keep <= len(words) else (len(self._held) if keep == 0 else 0)
-        if keep:
-            until = max(until, len(self._held) - MOST_HELD)
+        given, offset, goes_on = self._open + text, len(self._held) - len(self._open), bool(self._open)
+        words = _words(given)
+        self._held += text
+        self._starts += [offset + word.start for word in words[goes_on:]]
+        self._open = ""
+        if words and words[-1].end == len(given) and not is_end:
+            self._open = without_unseen(given[words.pop().start :])[:_MOST_COMPARED]
+        self._recent += words
+        if self._list._has_phrase(self._recent, len(words)):
+            self.is_flagged, self._held = True, ""
+            return ""
+        del self._recent[: -self._list.most_words], self._starts[: -self._list.most_words]
+        until = self._starts[0] if self._starts and not is_end else len(self._held)
+        until = max(0, until, len(self._held) - MOST_HELD)
         passed, self._held = self._held[:until], self._held[until:]
+        self._starts = [] if is_end else [start - until for start in self._starts]
+        if is_end:
+            self._recent = []
         return passed

@@ -15,7 +15,7 @@ import functools
 import re
 import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase
 
@@ -26,22 +26,34 @@ _UNSEEN = (
     "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-# Marks upon another letter.
-_MARKS = "\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+# Marks upon another letter: accents, vowel points of Hebrew and Arabic, the line that stretches Arabic words, and the
+# voicing marks of kana.
+_MARKS = (
+    "\u0300-\u036f\u0483-\u0489\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640"
+    "\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u08d3-\u08e1\u08e3-\u08ff"
+    "\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\u3099\u309a\ufe20-\ufe2f\uff9e\uff9f"
+)
 _UNSEENS = re.compile(f"[{_UNSEEN}]+")
 _MARKED = re.compile(f"[{_MARKS}]+")
 _HIDDEN = re.compile(f"[{_UNSEEN}{_MARKS}]+")
 # Marks upon a letter: more than any language writes. The time of normalizing grows with the square of their number.
 _MOST_MARKS = 8
 _MOST_HIDDEN = 64  # in a row
-# Cyrillic and Greek letters that look Latin, from the confusables of Unicode Technical Standard 39.
+# Cyrillic and Greek letters that look Latin, from the confusables of Unicode Technical Standard 39; Latin letters
+# without a dot or a serif; small capitals.
 _LOOK_ALIKES = dict(
     zip(
-        "аеорсухіјѕԁһԛԝкмтАВЕКМНОРСТУХІЈЅοαρνιυκΑΒΕΖΗΙΚΜΝΟΡΤΥΧ",
-        "aeopcyxijsdhqwkmtABEKMHOPCTYXIJSoapviukABEZHIKMNOPTYX",
+        "аеорсухіјѕԁһԛԝкмтАВЕКМНОРСТУХІЈЅοαρνιυκΑΒΕΖΗΙΚΜΝΟΡΤΥΧıɑɡᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ",
+        "aeopcyxijsdhqwkmtABEKMHOPCTYXIJSoapviukABEZHIKMNOPTYXiagabcdefghijklmnoprstuvwyz",
         strict=True,
     )
 )
+# Scripts without spaces between words: Thai, Lao, Myanmar, Khmer, kana and Han.
+_UNSPACED = (
+    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
+)
+_WORD_OF_ASCII = re.compile("[A-Za-z0-9]+")
 # Where alphabets of enclosed letters begin: Python takes them for symbols, and NFKC leaves some as they are.
 _ENCLOSED = dict.fromkeys((0x249C, 0x24D0), ascii_lowercase) | dict.fromkeys(
     (0x24B6, 0x1F110, 0x1F130, 0x1F150, 0x1F170), ascii_uppercase
@@ -109,6 +121,22 @@ def without_marks(text: str) -> str:
 def with_short_runs(text: str) -> str:
     """`text` without the rest of long runs of unseen characters and marks, which stand in no ordinary text."""
     return _HIDDEN.sub(lambda hidden: hidden[0][:_MOST_HIDDEN], text)
+
+
+def words_in(text: str) -> Iterator[re.Match[str]]:
+    """The words of a text that `without_marks` returned; in scripts without spaces, each letter is one."""
+    return (_WORD_OF_ASCII if text.isascii() else _word()).finditer(text)
+
+
+@functools.cache
+def _word() -> re.Pattern[str]:
+    # Vowel signs of Indic scripts: `[^\W_]` has no mark, and these tell words apart.
+    signs = "".join(
+        chr(code) for code in range(0x900, 0x12000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
+    )
+    spaced = rf"[^\W_{_UNSPACED}]+"
+    word = f"{spaced}(?:[{signs}]+(?:{spaced})?)*|(?![_\\W])[{_UNSPACED}][{signs}]*"
+    return re.compile(word)
 
 
 def seen_part(text: str) -> tuple[str, Sequence[int] | None]:
