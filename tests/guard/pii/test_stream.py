@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from argosy.guard.pii.finder import Finder
+from argosy.guard.pii import finder
+from argosy.guard.pii.finder import Finder, Found
 from argosy.guard.pii.placeholders import Placeholders, Restorer
+from argosy.guard.pii.spelling import Plain
 from argosy.guard.pii.stream import MOST_HELD, FindingStream, parts_of
 
 FINDER = Finder()
@@ -141,3 +145,27 @@ def test_only_a_placeholder_that_is_being_written_is_held_back() -> None:
     assert restorer.push("a <b") == "a <b"
     assert restorer.push(" x <EMAIL_") == " x "
     assert restorer.push("not one") == "<EMAIL_not one"
+
+
+def test_a_whole_text_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    find = Finder.find_plain
+
+    def finding(self: Finder, given: Plain) -> list[Found]:
+        searched.append(len(given.data))
+        return find(self, given)
+
+    monkeypatch.setattr(Finder, "find_plain", finding)
+    assert [part.text for part in parts_of("call 4111 1111 1111 1111", FINDER)] == [
+        "call ",
+        "4111 1111 1111 1111",
+    ]
+    assert searched == [24]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text("0129abfFxyzkey:.@+-/=?&() \n", max_size=finder.SHORTEST - 1))
+@example("1::2")
+def test_no_value_is_shorter_than_the_shortest(text: str) -> None:
+    with mock.patch.object(finder, "SHORTEST", 0):
+        assert not FINDER.find(text)

@@ -21,6 +21,7 @@ from argosy.guard.pii.entities import ENTITIES, RULES, Candidate, Entity, Rule
 from argosy.guard.pii.spelling import Plain, plain
 
 REGIONS = ("US", "GB", "DE", "FR", "ES")
+SHORTEST = 6  # characters of a value: a@b.co, 1::2:3
 _FOUND = b"\n"  # stands where a value was, because no pattern but the first matches across a line end
 
 
@@ -74,6 +75,8 @@ class Finder:
     def find_plain(self, given: Plain) -> list[Found]:
         """The values in a text whose spelling is plain already; places are those of the text."""
         data, low, found = given.data, given.data.lower(), list[Found]()
+        if len(data) < SHORTEST:  # a schema may have a hundred thousand of them
+            return found
         for rule, pattern in self._rules:
             if all(any(need in low for need in needs) for needs in rule.needs):
                 values = list(_values(rule, pattern, data))

@@ -64,9 +64,10 @@ def parts_of(text: str, finder: Finder) -> Iterator[Passed]:
     """A whole text in parts. A long one is read piece by piece: finding takes many times the memory of a piece."""
     stream = FindingStream(finder)
     text = with_short_runs(text)  # or a value with a long one would be more than what a stream holds back
-    for start in range(0, len(text), _READ_AT_ONCE):
+    last = max(0, len(text) - 1) // _READ_AT_ONCE * _READ_AT_ONCE
+    for start in range(0, last, _READ_AT_ONCE):
         yield from stream.push(text[start : start + _READ_AT_ONCE])
-    yield from stream.finish()
+    yield from stream.finish(text[last:])
 
 
 class FindingStream:
@@ -83,8 +84,9 @@ class FindingStream:
         self._held += text
         return self._pass(is_end=False)
 
-    def finish(self) -> list[Passed]:
-        """Return the rest; another text may follow."""
+    def finish(self, text: str = "") -> list[Passed]:
+        """Take the last piece, and return the rest; another text may follow."""
+        self._held += text
         return self._pass(is_end=True)
 
     def _pass(self, *, is_end: bool) -> list[Passed]:
