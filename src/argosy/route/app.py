@@ -321,7 +321,7 @@ class _Exchange:
         await self._fleet.check(server)
         if not self._asked.is_repeatable or self._num_tries >= MOST_TRIES:
             self._router.metrics.replayed("failed")
-            message = f"the request failed on {self._num_tries} servers"
+            message = f"the request failed {self._num_tries} times"
             if not self._asked.is_repeatable:
                 message = "the server failed, and only that server keeps what this request refers to"
             raise Broken(message, hint="send the request again") from None
