@@ -482,8 +482,10 @@ def test_items_of_a_revoked_tenant_are_deleted_while_no_model_is_in_memory() -> 
     run(test)
 
 
-def test_a_server_that_stops_ends_loads_and_refuses_more() -> None:
+def test_a_server_loads_models_for_running_requests_until_it_ends_them() -> None:
     async def test(rig: Rig) -> None:
+        rig.models.is_draining = True
+        await rig.ask("a")
         rig.b.can_open.clear()
         waiting = asyncio.create_task(rig.ask("b"))
         await asyncio.sleep(0.02)
@@ -491,7 +493,7 @@ def test_a_server_that_stops_ends_loads_and_refuses_more() -> None:
         with pytest.raises(Overloaded, match="stopping"):
             await asyncio.wait_for(waiting, 2)
         with pytest.raises(Overloaded, match="stopping"):
-            await rig.ask("a")
+            await rig.ask("big")
 
     run(test)
 

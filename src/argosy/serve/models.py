@@ -244,7 +244,8 @@ class Models:
         kept: KeptItems,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self.is_draining = False
+        self.is_draining = False  # the server is about to stop; requests that run go on, and load models
+        self._is_stopped = False
         self.work = work
         self.kept = kept
         self.memory = memory
@@ -529,7 +530,7 @@ class Models:
 
     async def stop(self) -> None:
         """End running requests, and loads."""
-        self.is_draining = True
+        self._is_stopped = True
         await asyncio.gather(*(self._in_thread(service.loop.close) for service in self.services()))
 
     async def close(self) -> None:
@@ -580,7 +581,7 @@ class Models:
             )
         except Exception as error:
             entry.is_loading, entry.num_slots = False, 0
-            if self.is_draining:
+            if self._is_stopped:
                 raise _stopping() from None
             log.error("models: %s cannot be opened: %s", entry.name, where_it_failed(error))
             entry.fault = (
@@ -595,7 +596,7 @@ class Models:
 
     def _require_wanted(self) -> None:
         """Raise if the server is stopping. Any thread may call this."""
-        if self.is_draining:
+        if self._is_stopped:
             raise _stopping()
 
     async def _make_room(self, entry: _Entry) -> bool:
@@ -711,7 +712,7 @@ class Models:
         except Exception as error:
             log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
         entry.served, entry.is_leaving, entry.num_slots = None, False, 0
-        if entry.source is not None and not self.is_draining:
+        if entry.source is not None and not self._is_stopped:
             log.info("models: %s is unloaded", entry.name)
 
     async def _look(self) -> None:
