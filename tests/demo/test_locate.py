@@ -16,7 +16,7 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
-from argosy.errors import UsageError
+from argosy.errors import CheckpointError, UsageError
 from argosy.model.encoders.reading import find_encoders
 from argosy.model.families import open_model
 from argosy.user_directories import cache_directory
@@ -115,6 +115,14 @@ def builds(experts: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(build, "build_demo", build_demo)
     return built
+
+
+def test_a_damaged_pack_says_how_to_build_it_again(builds: list[Path]) -> None:
+    packed = locate.locate()
+    os.truncate(packed / "experts.bin", 100)
+    with pytest.raises(CheckpointError, match=r"experts\.bin has 100 bytes") as refusal:
+        locate.locate()
+    assert refusal.value.hint == f"remove {packed}: the same command builds the demo again"
 
 
 class Killed(BaseException):

@@ -12,7 +12,7 @@ from pathlib import Path
 from argosy.demo.cache import Progress, locked
 from argosy.demo.package import find_experts
 from argosy.directory import Directory
-from argosy.errors import UsageError
+from argosy.errors import CheckpointError, UsageError
 from argosy.user_directories import cache_directory
 
 _LOCK, _VERSION = "demo.lock", "demo.version"
@@ -28,6 +28,7 @@ def locate(*, progress: Progress | None = None) -> Path:
 
     Raises:
         UsageError: the package argosy-demo is not installed, or the cache directory cannot be used.
+        CheckpointError: the pack in the cache is damaged.
         FetchFailed: the base wheel could not be fetched.   DiskFull: there is no room in the cache.
     """
     from argosy.checkpoint.manifest import PACK_VERSION, open_pack
@@ -35,7 +36,12 @@ def locate(*, progress: Progress | None = None) -> Path:
     version = f"{_version()}-{PACK_VERSION}"  # an Argosy with another pack format makes its own
     cache = cache_directory()
     merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
-    if open_pack(packed) is None:
+    try:
+        is_there = open_pack(packed) is not None
+    except CheckpointError as error:
+        error.hint = f"remove {packed}: the same command builds the demo again"
+        raise
+    if not is_there:
         with locked(cache, _LOCK):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)
@@ -51,7 +57,6 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
     from argosy.checkpoint.pack import pack
     from argosy.checkpoint.upcycle import remove_abandoned
     from argosy.demo.build import build_demo
-    from argosy.errors import CheckpointError
     from argosy.model.encoders.reading import find_encoders, tensor_names
     from argosy.model.families import open_model
 
