@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -76,11 +77,24 @@ def test_a_grammar_is_read_without_its_escapes(kind: Any, text: str) -> None:
     assert "blue moon" in " ".join(shown.split())
 
 
+def test_a_regular_expression_of_a_schema_is_read_without_its_escapes() -> None:
+    for schema in ({"pattern": "blue\\x20moon"}, {"patternProperties": {"bl\\u0075e moon": {}}}):
+        assert Shown(grammar=Grammar(kind="json_schema", text=json.dumps(schema))).all_texts() == [
+            "blue moon"
+        ]
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        assert Shown(tools=[tool]).all_texts() == ["f", "blue moon"]
+    schema = {"pattern": "\\d", "properties": {"pattern": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert Shown(tools=[tool]).visited(Renaming()).tools == [tool]
+
+
 @pytest.mark.parametrize(
     "shown",
     [
         Shown(grammar=Grammar(kind="regex", text="joe@example\\.com")),
         Shown(tools=[{"type": "function", "function": {"name": "joe@example.com"}}]),
+        Shown(grammar=Grammar(kind="json_schema", text='{"pattern": "joe@example\\\\.com"}')),
     ],
 )
 def test_a_value_is_refused_where_nothing_can_stand_for_it(shown: Shown) -> None:

@@ -88,7 +88,8 @@ class Shown:
         """The same with each text as the visitor returns it.
 
         Raises:
-            UsageError: the visitor replaces a part of a grammar or of a tool's name, which must stay as they are.
+            UsageError: the visitor replaces a part of a grammar, a regular expression or a tool's name, which must
+                stay as they are.
         """
         # Tools first: they come first in a prompt, and their placeholders must not change with the next turn.
         tools = [_tool(tool, visitor) for tool in self.tools]
@@ -156,10 +157,19 @@ def _value(value: Any, visitor: Visitor, known: frozenset[str] = frozenset()) ->
             return {
                 name if name in known else visitor.text(name): one
                 if known and name == "type" and _is_type(one)
+                else _patterns(one, visitor)
+                if known and name in ("pattern", "patternProperties")
                 else _value(one, visitor, known)
                 for name, one in value.items()
             }
     return value
+
+
+def _patterns(value: Any, visitor: Visitor) -> Any:
+    """A regular expression of a schema, or an object whose names are some."""
+    if isinstance(value, dict):
+        return {_patterns(name, visitor): _value(one, visitor, _KEYWORDS) for name, one in value.items()}
+    return _escaped(value, visitor) if isinstance(value, str) else _value(value, visitor, _KEYWORDS)
 
 
 def _is_type(value: object) -> bool:
@@ -231,13 +241,19 @@ def _grammar(grammar: Grammar, visitor: Visitor) -> Grammar:
         given = json.loads(grammar.text)
         made = _value(given, visitor, _KEYWORDS)
         return grammar if made == given else replace(grammar, text=json.dumps(made))
-    text = _ESCAPE.sub(_unescaped, grammar.text)
+    _escaped(grammar.text, visitor)
+    return grammar
+
+
+def _escaped(given: str, visitor: Visitor) -> str:
+    """A regular expression or a grammar, which is visited without its escapes and stays as it is."""
+    text = _ESCAPE.sub(_unescaped, given)
     if visitor.text(text) != text:
         raise UsageError(
-            "the policy of this server replaces values in a request, and the form of the answer has one",
+            "the policy of this server replaces values in a request, and a grammar or a regular expression has one",
             hint="leave it out of the grammar, the regular expression or the choices",
         )
-    return grammar
+    return given
 
 
 def _unescaped(escape: re.Match[str]) -> str:
