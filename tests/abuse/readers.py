@@ -24,7 +24,7 @@ from argosy.prompt import json_text, messages, replay, taint, template_worker, t
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.route import asked, events, prefixes
-from argosy.serve import gate, openai_chat
+from argosy.serve import check_over_http, gate, openai_chat
 from argosy.serve.app import ROUTES
 from argosy.serve.body import validated
 from argosy.serve.gate import Caller
@@ -938,6 +938,15 @@ CALLS: dict[str, dict[str, Callable[[int], str]]] = {
         "fences": _joined_calls("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n", "\n```", "x<｜tool▁call▁end｜>"),
         "spaces": _joined_calls("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock", " ", "x<｜tool▁call▁end｜>"),
     },
+    "gemma4": {
+        "calls": _joined_calls("", "<|tool_call>call:clock{p:#}<tool_call|>", ""),
+        "keys": _joined_calls("<|tool_call>call:clock{", "p#:1", "}<tool_call|>", ","),
+        "texts": _joined_calls("<|tool_call>call:clock{p:[", '<|"|>a<|"|>', "]}<tool_call|>", ","),
+        "open objects": _joined_calls("<|tool_call>call:clock{", "a:{", "<tool_call|>"),
+        "closing brackets": _joined_calls("<|tool_call>call:clock{", "}", "<tool_call|>"),
+        "closing marks in a text": _joined_calls('<|tool_call>call:clock{p:<|"|>', "<tool_call|>", ""),
+        "channels": _joined_calls("", "<|channel>thought\na<channel|>b", ""),
+    },
     "kimi_k2": {
         "calls": _joined_calls("<|tool_calls_section_begin|>", '<|tool_call_begin|>functions.clock:#<|tool_call_argument_begin|>{"p":1}<|tool_call_end|>', "<|tool_calls_section_end|>"),
         "an id": _joined_calls("<|tool_calls_section_begin|><|tool_call_begin|>functions.", ":1", "x<|tool_call_argument_begin|>{}<|tool_call_end|>"),
@@ -1166,7 +1175,8 @@ def _quiet(read: Read) -> Read:
 
 
 def guard_rows() -> Iterator[Row]:
-    from argosy.guard import chain, guard_models, keys, view
+    from argosy.cluster import copied, group
+    from argosy.guard import chain, guard_models, keys, stops, view
     from argosy.guard.pii import spelling
     from argosy.guard.word_list import WordList
 
@@ -1219,6 +1229,41 @@ def guard_rows() -> Iterator[Row]:
             lambda n, make=make: json.dumps({"version": 1, "keys": make(n)}).encode(),
             keys._keys_in,
             1 << 12,
+        )
+
+    for name, make in {
+        "names": lambda n: {"version": 1, "model": [], "key": [], "user": [f"u{at}" for at in range(n)]},
+        "long names": lambda n: {"version": 1, "model": [], "key": [], "user": ["u" * 500] * n},
+    }.items():
+        yield Row(
+            "guard: a file of stops",
+            name,
+            lambda n, make=make: json.dumps(make(n)).encode(),
+            stops._names_in,
+            1 << 13,
+        )
+    yield from jsons("guard: a file of stops", stops._names_in, encode=True)
+    yield from jsons(
+        "guard: a moderator's answer", _quiet(check_over_http._verdict), encode=True, most=1 << 15
+    )
+    yield Row(
+        "guard: a moderator's answer",
+        "scores",
+        lambda n: json.dumps(
+            {"results": [{"flagged": False, "category_scores": {f"c{at}": 0.5 for at in range(n)}}]}
+        ).encode(),
+        _quiet(check_over_http._verdict),
+        1 << 12,
+    )
+    yield from jsons("cluster: a worker's numbers", group._numbers, encode=True)
+    yield from jsons("cluster: a list of files", copied._parse_list, encode=True)
+    for name, file in {"names": '["f#",1,0]', "one name": '["f",1,0]'}.items():
+        yield Row(
+            "cluster: a list of files",
+            name,
+            lambda n, file=file: _numbered('{"opens":"","shards":1,"files":[', file, "]}")(n).encode(),
+            copied._parse_list,
+            1 << 13,
         )
 
     yield from jsons("guard: arguments", lambda text: view.call_visited(text, view.Collector()), most=1 << 15)
@@ -1331,6 +1376,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
     )
     from argosy.cli import chat_files, edit_file, output
     from argosy.evaluate import questions, reports
+    from argosy.guard.policy import read_policies
     from argosy.library import kept, places
     from argosy.media import worker
     from argosy.model.families.quantization import read_quantization
@@ -1451,6 +1497,15 @@ def file_rows(folder: Path) -> Iterator[Row]:
     }, 1 << 10)  # fmt: skip
     yield from rows_of("what was pulled", "kept.json", lambda path: kept._parse(path.read_bytes(), path), {
         "aliases": _numbered('{"version":1,"aliases":{', '"a#":"b"', '},"pulled":[],"used":{}}'), **{name: make for name, make in _JSONS.items() if "key" in name},
+    }, 1 << 13)  # fmt: skip
+    yield from rows_of("guard: a policy file", "policy.toml", read_policies, {
+        "policies": _numbered("", "[policies.p#]\npii-input = 'block'\n", "", ""),
+        "checks": _numbered("", "[checks.c#]\nurl = 'http://127.0.0.1:9/'\n", "", ""),
+        "keys": lambda n: "default = 'a'\n[policies.a]\n[keys]\n" + "".join(f"k{at} = 'a'\n" for at in range(n)),
+        "blocked users": _numbered("blocked-users = [", "'u#'", "]"),
+        "tables inline": lambda n: "a = " + "{a = " * n + "1" + "}" * n,
+        "an open text": lambda n: 'a = """' + "a" * n,
+        "empty lines": lambda n: "\n" * n,
     }, 1 << 13)  # fmt: skip
     yield from rows_of("evaluate: questions", "q.jsonl", lambda path: questions.read_questions(path, most=1 << 20), {
         "lines": _numbered("", '{"context":"c","question":"q","ans0":"a","ans1":"b","ans2":"c","label":0}', "", "\n"),
