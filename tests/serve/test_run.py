@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -28,7 +30,10 @@ from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile
 from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
+from argosy.serve import run
+from argosy.serve.listen import Front
 from argosy.serve.run import bind
+from argosy.serve.running import Running
 from tests.cli.tiny_chat_model import write_chat_model
 
 
@@ -295,6 +300,22 @@ def test_another_server_that_listens_first_is_also_reported(model: Path, tmp_pat
 def test_an_address_that_is_not_this_machines_is_an_error(host: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault), bind(host, 0):
         pass
+
+
+def test_what_was_here_before_a_server_is_collected_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_frozen: list[int] = []
+    monkeypatch.setattr(run._Server, "run", lambda *_: num_frozen.append(gc.get_freeze_count()))
+    with bind("localhost", 0) as sockets:
+        run.run_app(
+            SimpleNamespace(running=Running()),  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            sockets,
+            lambda address: None,
+            host="localhost",
+            front=Front(),
+            drain_s=0.0,
+        )
+    assert num_frozen[0] > 0 == gc.get_freeze_count()
 
 
 def test_sockets_are_bound_at_once_and_listen_later() -> None:

@@ -794,3 +794,5 @@ def run_app(
         if error.errno != errno.EADDRINUSE:
             raise
         raise _cannot_listen(error, host, sockets[0].getsockname()[1]) from None
+    finally:
+        gc.unfreeze()  # engines are in cycles, and have to go before the process ends
