@@ -299,7 +299,7 @@ class Trillion:
 
 def inside(trillion: Trillion, options: argparse.Namespace) -> None:
     """Run in the cgroup: decode two documents, and print the cost as JSON."""
-    engine_module.open_model = lambda path: trillion.files()
+    engine_module.open_files = lambda path, mmproj=None: trillion.files()
     answers, tokens, parts = [], [], dict[str, float]()
     with Engine.open(
         trillion.directory,
