@@ -67,6 +67,7 @@ def test_a_published_number_passes_and_most_others_do_not(check: Callable[[str],
 FOUND = {
     "write to joe@example.com.": [("email", "joe@example.com")],
     "call +49 30 901820 today": [("phone", "+49 30 901820")],
+    "2024-11-27 030 901820, 2024/11/27 212 555 2368": [("phone", "030 901820"), ("phone", "212 555 2368")],
     "card 4111 1111 1111 1111 of 12/28": [("card", "4111 1111 1111 1111")],
     "12 4111-1111-1111-1111": [("card", "4111-1111-1111-1111")],
     "4111 1111 1111 1111 5500 0000 0000 0004": [("card", "4111 1111 1111 1111"), ("card", "5500 0000 0000 0004")],
@@ -87,7 +88,7 @@ FOUND = {
 NOT_FOUND = (
     "look at the dot product", "std::vector<int> a::b", "version 1.2.3.4.5", "at 10:30:15 on 2024-11-27",
     "order 4111 1111 1111 1112", "DE89 3704 0044 0532 0130 01", "password: required", "secret=os.environ",
-    "1 2 3 4 5 6",
+    "1 2 3 4 5 6", "2024-11-27 10:15:30 GET /", "[2023/12/31 23:59]", "2024.11.27 08:30",
     "the token is optional", "3.14159265358979", "0x7fffffffdeadbeef", "meet @ home. Thanks",
 )  # fmt: skip
 

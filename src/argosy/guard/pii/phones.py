@@ -23,6 +23,9 @@ _MOST_TRIED = 4  # ends of a candidate: a price or a date may follow a number
 MOST_READ, _BYTES_OF_ANOTHER = 512, 256
 _IN_NUMBER = re.compile(rb"[0-9][ .\-/_]?\Z")
 _NO_PHONE = re.compile(r"[0-9]+\.[0-9]+|[0-9]{1,4}([./\-])[0-9]{1,2}\1[0-9]{2,4}")  # a decimal, a date
+_DATED = re.compile(
+    r"[12][0-9]{3}([./\-])[01]?[0-9]\1[0-3]?[0-9](?![0-9])[ ./\-]*"
+)  # a date, before the time of day or a number
 _GROUP_END = re.compile(r"[0-9](?=[^0-9]|$)")
 
 
@@ -66,6 +69,8 @@ class _Phones:
             return None  # a later group of something longer
         if _NO_PHONE.fullmatch(found.text):
             return None
+        if dated := _DATED.match(found.text):
+            found = found.beginning(found.start + dated.end())
         if found.number > MOST_READ + len(found.data) // _BYTES_OF_ANOTHER:
             return found if is_international else None
         ends = [at.end() for at in _GROUP_END.finditer(found.text)]
