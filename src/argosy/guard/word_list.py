@@ -83,6 +83,14 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
     return text, latin if latin.isascii() else text
 
 
+def _beginning(word: str) -> str:
+    """As much of a word as is compared, and a letter more if it has one."""
+    word = without_unseen(word)[:_MOST_COMPARED]
+    seen, places = seen_part(word)
+    most = _LONGEST_WORD + 1
+    return word if len(seen) <= most else word[: most if places is None else places[most]]
+
+
 def _compatible(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
@@ -210,7 +218,7 @@ class ListStream:
         self._starts += [offset + word.start for word in words[goes_on:]]
         self._open = ""
         if words and words[-1].end == len(given) and not is_end:
-            self._open = without_unseen(given[words.pop().start :])[:_MOST_COMPARED]
+            self._open = _beginning(given[words.pop().start :])
         self._recent += words
         if self._list._has_phrase(self._recent, len(words)):
             self.is_flagged, self._held = True, ""
