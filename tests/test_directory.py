@@ -171,6 +171,31 @@ def test_a_directory_may_be_a_link_of_its_user_and_not_of_another(tmp_path: Path
         Directory(link, make=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes links of others")
+@pytest.mark.parametrize(("num_opened", "is_refused"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_link_of_another_user_that_comes_at_any_moment_leads_nowhere(
+    num_opened: int, is_refused: bool, tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, link, real, calls = tmp_path / "ours", tmp_path / "link", os.open, iter(range(9))
+    ours.mkdir()
+    link.symlink_to(ours)
+
+    def open_late(path: Path, flags: int) -> int:
+        if next(calls) == num_opened:
+            link.unlink()
+            link.symlink_to(victim)
+            os.chown(link, 1234, 1234, follow_symlinks=False)
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", open_late)
+    if is_refused:
+        with pytest.raises(OSError, match="it is a symbolic link of another user"):
+            Directory(link)
+        return
+    with Directory(link) as opened:  # from then on our own link is read
+        assert os.path.samestat(os.fstat(opened.descriptor), ours.stat())
+
+
 def test_a_file_that_the_user_linked_is_replaced_where_it_is(tmp_path: Path) -> None:
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_bytes(b"old")

@@ -51,11 +51,11 @@ class Directory:
         if make:
             with contextlib.suppress(FileExistsError):  # if it is not a directory, opening it fails
                 path.mkdir(mode=mode, parents=True)
-        # The kernel refuses such a link only in a directory that anyone may write, and only if it is set to.
-        if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
-            raise OSError(errno.ELOOP, "it is a symbolic link of another user", str(path))
         self.path = path
-        self.descriptor = os.open(path, _OPEN)
+        try:
+            self.descriptor = os.open(path, _OPEN | os.O_NOFOLLOW)
+        except NotADirectoryError:
+            self.descriptor = _open_linked(path)
 
     def __enter__(self) -> Self:
         return self
@@ -340,6 +340,26 @@ def _naming(path: Path) -> Iterator[None]:
         if os.sep not in str(error.filename or ""):  # otherwise an inner directory has named it
             error.filename = str(path)
         raise
+
+
+def _open_linked(path: Path) -> int:
+    """Open the directory that a link of this user or of root leads to.
+
+    The kernel refuses a link of another user only in a directory that anyone may write, and only if it is set to.
+    """
+    link = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # from here on it cannot be exchanged
+    try:
+        facts = os.fstat(link)
+        if not stat.S_ISLNK(facts.st_mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if facts.st_uid not in (0, os.geteuid()):
+            raise OSError(errno.ELOOP, "it is a symbolic link of another user")
+        return os.open(path.parent / os.readlink("", dir_fd=link), _OPEN)
+    except OSError as error:
+        error.filename = str(path)  # not its target, which the user did not name
+        raise
+    finally:
+        os.close(link)
 
 
 def _stat(name: str, parent: int) -> os.stat_result | None:
