@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -347,12 +348,18 @@ def changes(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
                     yield node.lineno, "open to write", True
 
 
+# Most modules have none of these, and are not parsed.
+MAY_CHANGE = re.compile(
+    rf"\bos\.|\bshutil\b|\bopen\(|\.write_(text|bytes)\(|\.({'|'.join(OF_ANY_PATH)}|replace)\("
+)
+
+
 def test_nothing_else_in_the_sources_changes_files_by_their_paths() -> None:
     found = [
         f"{path.relative_to(SOURCE)}:{line} calls {call}"
         for path in sorted(SOURCE.rglob("*.py"))
-        if path.name != "directory.py"
-        for line, call, only_writes in changes(ast.parse(path.read_text()))
+        if path.name != "directory.py" and MAY_CHANGE.search(source := path.read_text())
+        for line, call, only_writes in changes(ast.parse(source))
         if not (only_writes and str(path.relative_to(SOURCE)) in WRITES_BY_PATH)
     ]
     assert found == []
@@ -364,4 +371,6 @@ def test_the_check_sees_every_kind_of_change() -> None:
         "os.walk(a)\nos.ftruncate(1, 2)\nopen(a, 'w')\nopen(a, 'rb')\na.open('ab')\nopen(descriptor, 'wb')\n"
         "os.open(a, os.O_CREAT)\na.write_text('')\na.rename(b)\n"
     )
-    assert sorted({line for line, _, _ in changes(ast.parse(code))}) == [1, 2, 5, 6, 7, 9, 11, 13, 14, 15]
+    found = {line for line, _, _ in changes(ast.parse(code))}
+    assert sorted(found) == [1, 2, 5, 6, 7, 9, 11, 13, 14, 15]
+    assert all(MAY_CHANGE.search(code.splitlines()[line - 1]) for line in found)

@@ -194,7 +194,10 @@ def raw(url: str, *parts: bytes) -> bytes:
         return answer
 
 
-def test_too_large_a_body_is_refused_by_its_announced_length(url: str) -> None:
+def test_too_large_a_body_is_refused_by_its_announced_length(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.gate._DISCARD_S", 0.1)
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 99999999\r\n\r\n").startswith(b"HTTP/1.1 413")
 
