@@ -296,6 +296,8 @@ def test_an_unsuitable_destination_or_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("gone")
     assert "exists and is not a directory" in refusal(tmp_path / "link")
     assert "does not exist" in refusal(tmp_path / "no" / "such" / "place")
+    (tmp_path / "letter").touch()
+    assert f"{tmp_path / 'letter'} is not a directory" in refusal(tmp_path / "letter" / "pack")
     assert "cannot be written: File name too long" in refusal(tmp_path / ("x" * 300))
     assert "cannot be the name of a pack" in refusal(tmp_path / "a.partial")
 

@@ -405,6 +405,9 @@ def test_a_second_signal_ends_every_stream_with_an_error_event(tmp_path: Path) -
 
 def test_at_the_limit_on_open_files_connections_wait_and_the_log_says_it_once(model: Path) -> None:
     with served(model) as (url, process), ExitStack() as stack:
+        assert process.stderr is not None
+        while "serving" not in process.stderr.readline():  # it is ready before it has opened all its files
+            assert process.poll() is None
         soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
         assert soft == hard  # the server raises its limit as far as it can
         num_open = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))

@@ -200,8 +200,9 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"{destination} exists and is not a directory")
     if destination.is_dir() and any(destination.iterdir()):
         raise UsageError(f"{destination} exists and is not empty", hint="remove it, or choose another name")
-    if not destination.absolute().parent.is_dir():
-        raise UsageError(f"{destination.absolute().parent} does not exist")
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"{parent} {'is not a directory' if parent.exists() else 'does not exist'}")
 
 
 def _quantised_formats(files: ModelFiles) -> str:

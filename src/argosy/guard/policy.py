@@ -233,18 +233,19 @@ class _Reader:
         )  # fmt: skip
 
     def _file(self, path: Path, most_bytes: int) -> str:
+        file_name = "the file" if path == self._path else path.name
         try:
             with path.open("rb") as file:
                 data = file.read(most_bytes + 1)
         except OSError as error:
-            raise UsageError(f"{path.name} cannot be read: {error.strerror}") from None
+            raise UsageError(f"{file_name} cannot be read: {error.strerror}") from None
         if len(data) > most_bytes:
-            raise UsageError(f"{path.name} has more than {most_bytes} bytes, which is the limit")
+            raise UsageError(f"{file_name} has more than {most_bytes} bytes, which is the limit")
         self._digest.update(hashlib.sha256(data).digest())
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path.name} is not UTF-8 text: byte {error.start} is invalid") from None
+            raise UsageError(f"{file_name} is not UTF-8 text: byte {error.start} is invalid") from None
 
     def _check(self, name: str, given: Mapping[str, Any]) -> Check:
         where = f"checks.{name}"
