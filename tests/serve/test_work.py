@@ -252,6 +252,22 @@ def test_a_job_without_a_thread_of_its_own_is_run_by_the_thread_that_runs(
     run(test)
 
 
+def test_a_thread_takes_one_job_after_the_other_and_ends_when_none_has_come_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(work, "_LINGER_S", 0.2)
+
+    async def test() -> None:
+        queue = WorkQueue(num_threads=2)
+        of_jobs = [await queue.run("someone", threading.current_thread) for _ in range(20)]
+        assert len(set(of_jobs)) == 1
+        await asyncio.to_thread(of_jobs[0].join, 20)
+        assert not of_jobs[0].is_alive()
+        assert await queue.run("someone", threading.current_thread) is not of_jobs[0]
+
+    run(test)
+
+
 def test_a_pool_whose_threads_cannot_start_tells_its_callers_to_retry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -49,8 +49,6 @@ from argosy.serve.screening import Guarding, Screening
 
 log = logging.getLogger("argosy.serve")
 
-_BEGIN_TOGETHER = 4  # requests in a turn of the event loop
-
 MAX_BODY_BYTES = 8 << 20
 FORM_TYPE = "multipart/form-data"
 NO_ROOM = "argosy.no_room"  # in a request's state: its connection exceeds the limit
@@ -364,34 +362,33 @@ class _Count:
 
 
 class _Pace:
-    """Lets few requests begin in each turn of the event loop, first come first served.
+    """Lets one request begin in each turn of the event loop, first come first served.
 
     Each takes about a millisecond of the loop until it waits for something. A burst that all began in one turn would
     hold every other connection, and /health, for a second.
     """
 
     def __init__(self) -> None:
-        self._num_begun = 0  # in this turn
+        self._has_begun = False  # in this turn
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def begin(self) -> None:
-        if self._num_begun < _BEGIN_TOGETHER:
-            self._begun()
-        else:
+        if self._has_begun:
             self._waiting.append(turn := asyncio.get_running_loop().create_future())
             await turn
+        else:
+            self._begin()
 
-    def _begun(self) -> None:
-        if not self._num_begun:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        self._num_begun += 1
+    def _begin(self) -> None:
+        self._has_begun = True
+        asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
-        self._num_begun = 0
-        while self._waiting and self._num_begun < _BEGIN_TOGETHER:
+        self._has_begun = False
+        while self._waiting and not self._has_begun:
             turn = self._waiting.popleft()
             if not turn.done():  # its client may have left
-                self._begun()
+                self._begin()
                 turn.set_result(None)
 
 

@@ -5,8 +5,8 @@
 A free thread goes to the tenant whose last job began longest ago. So a tenant with one job waits only for the first
 free thread, however many jobs another tenant has queued. A tenant's queue is bounded.
 
-A thread begins with the first job and ends when none waits. If the system refuses a thread, the threads that run take
-its job; if none runs, every job that waits is refused, so nothing waits for a thread that never comes.
+A thread begins with the first job and ends when none has come for a while. If the system refuses a thread, the threads
+that run take its job; if none runs, every job that waits is refused, so nothing waits for a thread that never comes.
 
 Large jobs have their own queue with one thread, so that only one of them needs memory at a time and small jobs never
 wait for them. After each large job the thread rests.
@@ -36,6 +36,9 @@ MAX_WAITING = 256  # jobs per tenant
 JOB_S = 120.0  # a queue with jobs in which none began or ended for this long has stopped
 LARGE_JOB_S = 900.0  # the same for large jobs
 _RETRY_S = 2
+_LINGER_S = (
+    5.0  # a thread without a job ends after this long; to start one can hold the event loop for milliseconds
+)
 # After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
 # jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
@@ -79,8 +82,9 @@ class WorkQueue:
         self._is_large = is_large
         self._num_threads = num_threads
         self._job_s = job_s or (LARGE_JOB_S if is_large else JOB_S)
-        self._lock = threading.Lock()  # guards the following fields
+        self._changed = threading.Condition(threading.Lock())  # guards the following fields; notified of jobs
         self._num_running = 0  # threads
+        self._num_idle = 0  # of these
         self._waiting: dict[str, deque[_Job]] = {}
         self._began: dict[str, int] = {}  # tenant -> number of its last job
         self._numbers = itertools.count(1)
@@ -89,7 +93,7 @@ class WorkQueue:
     @property
     def has_stopped(self) -> bool:
         """Whether jobs wait, and none has begun or ended for longer than one may take."""
-        with self._lock:
+        with self._changed:
             return any(self._waiting.values()) and time.monotonic() - self._moved_at > self._job_s
 
     async def run(self, tenant: str, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
@@ -101,7 +105,7 @@ class WorkQueue:
         """
         future: Future[T] = Future()
         job = _Job(lambda: call(*args, **named), future)
-        with self._lock:
+        with self._changed:
             if not any(self._waiting.values()):
                 self._moved_at = time.monotonic()
             queue = self._waiting.setdefault(tenant, deque())
@@ -111,8 +115,10 @@ class WorkQueue:
                     retry_after_s=_RETRY_S,
                 )
             queue.append(job)
-            is_new_thread = self._num_running < self._num_threads
+            num_waiting = sum(map(len, self._waiting.values()))
+            is_new_thread = num_waiting > self._num_idle and self._num_running < self._num_threads
             self._num_running += is_new_thread
+            self._changed.notify()
         if is_new_thread:
             self._start_thread()
         try:
@@ -121,7 +127,7 @@ class WorkQueue:
             self._drop(tenant, job)  # in case the client disconnected while the job waited
 
     def _drop(self, tenant: str, job: _Job) -> None:
-        with self._lock:
+        with self._changed:
             queue = self._waiting.get(tenant, deque())
             if job in queue:
                 queue.remove(job)
@@ -132,7 +138,7 @@ class WorkQueue:
         try:
             threading.Thread(target=self._run, name=name, daemon=True).start()
         except RuntimeError as error:
-            with self._lock:
+            with self._changed:
                 self._num_running -= 1
                 refused = (
                     [] if self._num_running else [job for queue in self._waiting.values() for job in queue]
@@ -157,12 +163,17 @@ class WorkQueue:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
+            with self._changed:
                 self._moved_at = time.monotonic()
-                if (job := self._next()) is None:
-                    self._num_running -= 1
-                    return
-            began, is_done = self._moved_at, False
+                while (job := self._next()) is None:
+                    self._num_idle += 1
+                    was_told = self._changed.wait(_LINGER_S)
+                    self._num_idle -= 1
+                    if not was_told and not any(self._waiting.values()):
+                        self._num_running -= 1
+                        return
+                began = self._moved_at = time.monotonic()
+            is_done = False
             if job.future.set_running_or_notify_cancel():
                 is_done = job.run()
             del job  # keep no reference to its result
