@@ -24,7 +24,7 @@ from argosy.prompt import json_text, messages, replay, taint, template_worker, t
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.route import asked, events, prefixes
-from argosy.serve import check_over_http, gate, openai_chat
+from argosy.serve import check_over_http, gate, openai_chat, openai_chunks
 from argosy.serve.app import ROUTES
 from argosy.serve.body import validated
 from argosy.serve.gate import Caller
@@ -886,6 +886,21 @@ def answer_rows() -> Iterator[Row]:
                 cut,
                 1 << 13,
             )
+
+    def fold(deltas: list[Any]) -> object:
+        whole = dict[str, Any]()
+        for delta in deltas:
+            openai_chunks.join(whole, delta)
+        return openai_chunks.joined(whole)
+
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for shape, make in {
+        "texts": lambda n: [{"index": 0, "delta": {"content": "four" * 64}}] * n,
+        "arguments": lambda n: [{"tool_calls": [{"index": 0, "function": {"arguments": "four" * 64}}]}] * n,
+        "calls": lambda n: [{"tool_calls": [call | {"index": at}]} for at in range(n)],
+        "scores": lambda n: [{"logprobs": {"content": [{"token": "a", "top_logprobs": []}]}}] * n,
+    }.items():
+        yield Row("a whole answer", shape, make, fold, 1 << 17)
 
 
 def _joined_calls(before: str, call: str, after: str, between: str = "") -> Callable[[int], str]:

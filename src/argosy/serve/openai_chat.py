@@ -545,7 +545,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         return self.last(usage | self.timings())
 
     def whole(self) -> ChatCompletion:
-        choices = [self._choice(number) for number in sorted(self.folded)]
+        choices = [self._choice(folded) for folded in self.folded()]
         made = {
             **self.chunk(choices),
             "object": "chat.completion",
@@ -554,8 +554,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         }
         return cast(ChatCompletion, made)
 
-    def _choice(self, number: int) -> Choice:
-        folded = self.folded[number]
+    def _choice(self, folded: dict[str, Any]) -> Choice:
         said = folded["delta"]
         message: ChatMessage = {"role": "assistant", "content": said["content"], "refusal": None}
         if "reasoning_content" in said:
@@ -571,7 +570,7 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
             message["content"] = None
         scores = folded.get("logprobs", {}).get("content", [])
         return {
-            "index": number, "message": message, "finish_reason": folded["finish_reason"],
+            "index": folded["index"], "message": message, "finish_reason": folded["finish_reason"],
             "logprobs": {"content": scores, "refusal": None} if self.body.logprobs else None,
         }  # fmt: skip
 

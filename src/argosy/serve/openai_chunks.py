@@ -35,14 +35,18 @@ class ChunkExchange(Exchange[Body, Event]):
 
     def __init__(self, body: Body, service: Service, caller: Caller) -> None:
         super().__init__(body, service, caller)
-        self.folded: dict[int, dict[str, Any]] = {}  # choices by index
+        self._folded: dict[int, dict[str, Any]] = {}  # choices by index
         self._id, self._created = self.id_prefix + secrets.token_hex(12), int(time.time())
         self.keeps_special = body.skip_special_tokens is False
         self.speller = Speller(service.tokenizer, keep_special=self.keeps_special)
 
     def fold(self, event: Event) -> None:
         for choice in event["choices"]:
-            join(self.folded.setdefault(choice["index"], {}), choice)
+            join(self._folded.setdefault(choice["index"], {}), choice)
+
+    def folded(self) -> list[dict[str, Any]]:
+        """The choices of all events that were folded, by index."""
+        return [joined(self._folded[index]) for index in sorted(self._folded)]
 
     def chunk(self, choices: list[Any], **more: Any) -> Event:
         """A chunk with these choices and `more` fields."""
@@ -84,11 +88,15 @@ class ChunkExchange(Exchange[Body, Event]):
         return {} if not self.body.timings or first is None else {"timings": first.ledger.as_dict()}
 
 
+class _Pieces(list[str]):
+    """A text, piece by piece: to append each piece to a string would copy the whole text each time."""
+
+
 def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
     """Add a delta to the whole: text is appended, lists are extended, calls are joined by their index."""
     for name, value in delta.items():
         if isinstance(value, str) and name in _TEXTS:
-            whole[name] = whole.get(name, "") + value
+            whole.setdefault(name, _Pieces()).append(value)
         elif name == "tool_calls":
             for call in value:
                 join(whole.setdefault(name, {}).setdefault(call["index"], {}), call)
@@ -98,3 +106,15 @@ def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
             whole.setdefault(name, []).extend(value)
         elif value is not None:
             whole[name] = value
+
+
+def joined(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole of all deltas, with each text in one piece."""
+    return {
+        name: "".join(value)
+        if isinstance(value, _Pieces)
+        else joined(value)
+        if isinstance(value, dict)
+        else value
+        for name, value in whole.items()
+    }

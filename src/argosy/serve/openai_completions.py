@@ -193,12 +193,11 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
         return self.last(self.timings() | ({"usage": self.usage()} if self.wants_usage else {}))
 
     def whole(self) -> Completion:
-        choices = [self._choice(number) for number in sorted(self.folded)]
+        choices = [self._choice(folded) for folded in self.folded()]
         return cast(Completion, {**self.chunk(choices), "usage": self.usage(), **self.timings()})
 
-    def _choice(self, number: int) -> TextChoice:
-        folded = self.folded[number]
-        scored = None
+    def _choice(self, folded: dict[str, Any]) -> TextChoice:
+        number, scored = folded["index"], None
         if self.body.logprobs is not None:
             # Scores of a prompt cannot be streamed, because they are known only at the end.
             scored = self._scored_prompt(number) if self.body.echo else self._scored([], [])
