@@ -73,13 +73,11 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
         return latin, latin
     if not latin.isascii() and (compatible := _compatible(letters)) != letters:
         latin = latin_of(compatible).casefold()
-    if len(word) > len(
-        letters
-    ):  # `ö` has two spellings: a mark becomes one character with its letter if there is one
+    # `ö` has two spellings: a mark becomes one character with its letter if there is one.
+    if len(word) > len(letters):
         word = without_marks(_compatible(without_unseen(word)[:_MOST_COMPARED]))
-    text = latin_of(
-        _compatible(word[:_LONGEST_WORD]).casefold().replace("i\u0307", "i")
-    )  # of the Turkish `İ`
+    folded = _compatible(word[:_LONGEST_WORD]).casefold()
+    text = latin_of(folded.replace("i\u0307", "i"))  # the small letter of the Turkish `İ`
     return text, latin if latin.isascii() else text
 
 
