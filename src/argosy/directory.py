@@ -272,9 +272,8 @@ class Directory:
     def _open_lock(self, name: Name, mode: int) -> int:
         try:
             lock = self.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
-        except (
-            FileExistsError
-        ):  # it keeps its owner: it may be a hard link to a file that is not ours to give
+        except FileExistsError:
+            # It keeps its owner: it may be a hard link to a file that is not ours to give.
             return self.open(name, os.O_RDWR | os.O_CREAT, mode)
         with self._parent_of(name) as (parent, _):
             _give(lock, os.fstat(parent))

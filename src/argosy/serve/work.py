@@ -36,9 +36,8 @@ MAX_WAITING = 256  # jobs per tenant
 JOB_S = 120.0  # a queue with jobs in which none began or ended for this long has stopped
 LARGE_JOB_S = 900.0  # the same for large jobs
 _RETRY_S = 2
-_LINGER_S = (
-    5.0  # a thread without a job ends after this long; to start one can hold the event loop for milliseconds
-)
+# A thread without a job ends after this long. To start one can hold the event loop for milliseconds.
+_LINGER_S = 5.0
 # After a large job the thread rests for this multiple of the job's time, but for at most a second. So a flood of large
 # jobs leaves time for the model: jobs of up to a third of a second use half of a core, or a quarter if they fail.
 _REST, _REST_AFTER_FAILURE = 1.0, 3.0
