@@ -144,7 +144,7 @@ def test_check_validates_and_opens_nothing(tmp_path: Path, capsys: Captured) -> 
     for text, fault in (
         ('host = "0.0.0.0"', "there are no keys"),
         ('keys = "k.json"', "k.json cannot be read"),
-        ('policy = "p.toml"', "p.toml cannot be read"),
+        ('policy = "p.toml"', "p.toml: the file cannot be read"),
         ('tls-cert = "c.pem"', "--tls-cert needs --tls-key"),
         ('tls-cert = "c.pem"\ntls-key = "k.pem"', "c.pem cannot be read"),
         ('forwarded-from = ["10.0.0.0/8"]', "there are no keys"),
