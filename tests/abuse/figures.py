@@ -1475,6 +1475,8 @@ def for_some_time(scratch: Path, size: int) -> Finding:
                 said = f"{rng.random()} " * rng.randrange(1, 12)
                 body = body_of(dialect, said, rng.randrange(4, 20), stream=rng.random() < 0.5)
                 body |= {"unknown": 1} if rng.random() < 0.1 else {}
+                if dialect == "responses":  # long ones, so that all room for kept responses is soon used
+                    body["metadata"] = {f"key {at}": 512 * "x" for at in range(16)}
                 try:
                     timeout = 0.05 if rng.random() < 0.1 else _END_S
                     status = client.post(PATHS[dialect], json=body, timeout=timeout).status_code
