@@ -13,18 +13,26 @@ import httpx
 import pytest
 
 from argosy.serve.core import Service
+from argosy.serve.run import TimedProtocol
 
 SAY = [{"role": "user", "content": "How are you?"}]
 # Every dialect's longest stream: eight answers, or as many tokens as fit the context.
 STREAMS: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": SAY, "n": 8, "logit_bias": {"2": -100, "0": -100}},
+    # Log-probabilities come token by token. A busy machine sends text in so few deltas that buffers hold all of them.
+    "/v1/chat/completions": {
+        "messages": SAY,
+        "n": 8,
+        "logit_bias": {"2": -100, "0": -100},
+        "logprobs": True,
+        "top_logprobs": 20,
+    },
     "/v1/completions": {
         "prompt": ["How are you?"] * 4,
         "n": 2,
         "max_tokens": 200,
         "logit_bias": {"2": -100, "0": -100},
+        "logprobs": 5,
     },
-    # Log-probabilities come token by token. A busy machine sends text in so few deltas that buffers hold all of them.
     "/v1/responses": {
         "input": "How are you?",
         "temperature": 0,
@@ -77,12 +85,23 @@ def test_a_client_that_does_not_read_a_stream_is_cut_off_and_delays_nobody(
 ) -> None:
     monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.5)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    lost, lose = list[int](), TimedProtocol.connection_lost
+
+    def noticed(protocol: TimedProtocol, error: Exception | None) -> None:
+        lost.append(protocol.client[1] if protocol.client else 0)
+        lose(protocol, error)
+
+    monkeypatch.setattr(TimedProtocol, "connection_lost", noticed)
     with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
         began = time.monotonic()
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
         assert time.monotonic() - began < 5
         wait_until_free(service)
-        time.sleep(1.2)
+        port = connection.getsockname()[1]
+        until = time.monotonic() + 20
+        while port not in lost:
+            assert time.monotonic() < until
+            time.sleep(0.02)
         found = rest(connection)
     assert found.startswith(b"HTTP/1.1 200")
     assert not found.endswith(b"0\r\n\r\n")  # the stream was cut off
