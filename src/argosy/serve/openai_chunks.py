@@ -108,13 +108,10 @@ def join(whole: dict[str, Any], delta: Mapping[str, Any]) -> None:
             whole[name] = value
 
 
-def joined(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole of all deltas, with each text in one piece."""
-    return {
-        name: "".join(value)
-        if isinstance(value, _Pieces)
-        else joined(value)
-        if isinstance(value, dict)
-        else value
-        for name, value in whole.items()
-    }
+def joined(value: Any) -> Any:
+    """What `join` made, with each text in one piece."""
+    if isinstance(value, _Pieces):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {name: joined(one) for name, one in value.items()}
+    return value
