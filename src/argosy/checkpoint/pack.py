@@ -920,9 +920,8 @@ def _files_to_make(files: ModelFiles, *, has_encoders: bool) -> dict[str, bytes]
 
 def _pooling_file(directory: Path) -> dict[str, bytes]:
     """The configuration of an embedding model's pooling module; in the checkpoint it has its own directory."""
-    with suppress(
-        UnsupportedModel, CheckpointError
-    ):  # opening the pack says why, from the copied list of modules
+    # Opening the pack says why, from the copied list of modules.
+    with suppress(UnsupportedModel, CheckpointError):
         if (path := pooling_config(directory)) is not None:
             with open_regular(path) as (descriptor, size):
                 return {POOLING_FILE: read_at(descriptor, min(size, JSON_LIMIT_BYTES), 0, path)}

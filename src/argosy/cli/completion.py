@@ -62,9 +62,8 @@ def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items
     from argosy.library import kept, places
 
     names = [DEMO]
-    with suppress(
-        ArgosyError, OSError
-    ):  # a damaged file is said when a command reads it, not between two keys
+    # A damaged file is reported when a command reads it, not between two keys.
+    with suppress(ArgosyError, OSError):
         names += kept.read().aliases
         names += [model.name for model in places.find_models().models]
     return [*files(ctx, param, incomplete), *_beginning_with(incomplete, tuple(dict.fromkeys(names)))]

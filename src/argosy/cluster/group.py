@@ -112,7 +112,7 @@ class _Member:
     pause_s: float = _LOOK_S
     num_connections: int = 0
     num_owned: int = 0
-    # Out, in, late answers of ended connections.
+    # Of ended connections: bytes sent, bytes received, and those of late answers.
     ended_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
     copy_offer: Offer | None = None  # the last one, while it had no files
     copied_shards: int = 0  # mask of the shards that it was told to copy

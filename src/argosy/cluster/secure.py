@@ -146,10 +146,8 @@ def _carry(secure: ssl.SSLSocket, plain: socket.socket) -> None:
                     pass
                 except ssl.SSLWantReadError:
                     write_wants_read = True
-        for end, rest in (
-            (plain, to_plain),
-            (secure, to_secure),
-        ):  # data sent before the other side ended
+        # Data sent before the other side ended.
+        for end, rest in ((plain, to_plain), (secure, to_secure)):
             end.settimeout(LAST_S)
             with suppress(OSError):
                 end.sendall(rest)

@@ -76,8 +76,7 @@ class Seeing:
 
     def _values(self, name: str) -> bytes:
         values = self._trained.tower(name)
-        if (
-            name == _PATCHES
-        ):  # its tower has a matrix for each of two frames, and those of a picture are equal
+        if name == _PATCHES:
+            # Its tower has a matrix for each of two frames, and those of a picture are equal.
             values = np.stack([values.reshape(len(values), 3, -1) / _FRAMES] * _FRAMES, axis=2)
         return encode(values, _DTYPE)

@@ -278,7 +278,7 @@ class Engine(BlockingCalls):
                 raise
 
     def _cancel_all(self) -> None:
-        """Cancel every sequence and free all they held, after a failure midway that may have left one half moved."""
+        """Cancel every sequence and free all that they held, after a failure that may have left one half moved."""
         self._scheduler.reset(self._sequences)
         self._energy.settle()
         for sequence in self._sequences:

@@ -41,10 +41,8 @@ from argosy.engine.sequence import Sequence
 
 ON_ABOVE, OFF_BELOW = 1.05, 1.02
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024  # tokens
-BUSY, QUIET = (
-    0.8,
-    0.7,
-)  # share of the time in which the drive reads: no proposals above, proposals again below
+# Shares of the time in which the drive reads: no proposals above the first, proposals again below the second.
+BUSY, QUIET = 0.8, 0.7
 TRIED = 2  # single tokens that a trial proposes, whatever they promise
 PLAIN_EVERY = 24  # steps: one without proposals, because what such a step takes changes
 _FEWEST_PLAIN = 2  # steps without proposals before the first one with some

@@ -202,7 +202,7 @@ def read_lark(text: str) -> list[Lexeme]:
         GrammarError: the text after `%json` is not JSON.
     """
     lexemes, at, kind = list[Lexeme](), 0, ""
-    # Behind such a character, each quote without an end would have the rest read again.
+    # After such a character, each quote without an end would have the rest read again.
     while at < len(text) and kind != "other":
         found = _LEXEME.match(text, at)
         assert found is not None  # `other` matches any character
@@ -223,7 +223,7 @@ def read_lark(text: str) -> list[Lexeme]:
 
 
 def require_lark_bounds(lexemes: Sequence[Lexeme]) -> None:
-    """Refuse long regular expressions, deep nesting, long chains of rules, and a character that fits nowhere.
+    """Refuse long regular expressions, deep nesting, long chains of rules, and characters that are not valid Lark.
 
     Raises:
         GrammarError: the grammar has one of these.

@@ -66,7 +66,7 @@ TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of 
 MARKED_ANSWER_BYTES = 12 * KIB
 # A lookup drafter takes this per token of a sequence: its id, room to grow, a copy while that grows, and a search.
 LOOKUP_TOKEN_BYTES = 20
-KV_PARTS = 32  # in which idle memory of the KV cache is lent and returned
+KV_PARTS = 32  # idle memory of the KV cache is lent and returned in this many parts
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
 BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)

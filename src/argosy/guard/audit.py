@@ -38,7 +38,7 @@ from argosy.guard.sealed import SealedContents, require_cryptography
 WhenFull = Literal["stop", "degrade"]
 DAY_S = 86_400.0
 MOST_WAITING = 2048  # lines in the queue, of about a kilobyte each
-# With `stop`, refuse new requests while more wait, so that those that run get a line.
+# With `stop`, refuse new requests while more lines wait, so that running requests get theirs.
 _STOP_AT = MOST_WAITING * 3 // 4
 _SYNC_S = 1.0  # time between two syncs: how long the drive may lack a line
 _LOOK_S = 30.0  # how often to look, without requests, for an anchor that is due and for what has expired
@@ -147,7 +147,7 @@ class Audit:
         self._items: queue.Queue[_Entry | _Erasure | None] = queue.Queue(MOST_WAITING)
         self._lock = threading.Lock()
         self._num_lost = 0  # since the last gap line; guarded by the lock
-        # By status, since the last line about them; guarded by the lock.
+        # Refused requests by status, since the last line about them; guarded by the lock.
         self._refused: Counter[str] = Counter()
         self._has_lost_content = False
         self._fault: str | None = None  # why the last line could not be written

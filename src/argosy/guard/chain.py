@@ -285,7 +285,7 @@ class Report:
             self.faults.append(text)
 
 
-# (key id, request id, SHA-256) -> None: it is not there.
+# (key id, request id, SHA-256) -> whether the content is the same; None: it is not there.
 CheckObject = Callable[[str, str, str], "bool | None"]
 
 

@@ -26,7 +26,7 @@ from argosy.guard.pii.spelling import latin_of, seen_part, without_marks, withou
 from argosy.guard.verdict import Verdict
 
 MOST_WORDS = 64  # per phrase
-# Characters of a stream: a phrase with more than that between its words is passed on in part.
+# A stream holds back this many characters. A phrase with more than that between its words is passed on in part.
 MOST_HELD = 8192
 MOST_PHRASES = 200_000
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})(?: ([0-9]{1,2}))?")
@@ -73,7 +73,7 @@ def _compared(word: str, letters: str) -> tuple[str, str]:
         return latin, latin
     if not latin.isascii() and (compatible := _compatible(letters)) != letters:
         latin = latin_of(compatible).casefold()
-    # `ö` has two spellings: a mark becomes one character with its letter if there is one.
+    # `ö` has two spellings. NFKC makes one character of a letter and its mark where Unicode has one.
     if len(word) > len(letters):
         word = without_marks(_compatible(without_unseen(word)[:_MOST_COMPARED]))
     folded = _compatible(word[:_LONGEST_WORD]).casefold()

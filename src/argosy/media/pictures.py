@@ -327,9 +327,8 @@ def _read_qwen_or_glm(
 def _pixel_limits(settings: Settings, limits: tuple[int, int], *, is_glm: bool) -> tuple[int, int]:
     least, most = limits
     size = settings.nested("size")
-    if (
-        not is_glm and settings.has("min_pixels") and settings.has("max_pixels")
-    ):  # the older names, which come first
+    # The older names come first.
+    if not is_glm and settings.has("min_pixels") and settings.has("max_pixels"):
         return settings.integer("min_pixels", None), settings.integer("max_pixels", None)
     if size is not None:
         least, most = size.integer("shortest_edge", None), size.integer("longest_edge", None)

@@ -224,9 +224,8 @@ def _read_shards(
                         f"{shards[number]} holds {quote(name)}, as {found[name].path.name} does"
                     )
                 found[name] = ref
-            with Directory(
-                directory
-            ) as own:  # the names and offsets are known, and other headers need the room
+            # The names and offsets are known, and other headers need the room.
+            with Directory(directory) as own:
                 own.remove(path.name)
             tell("reading headers", 0.3 + 0.7 * done / len(chosen))
     return found, sizes, len(chosen)

@@ -92,7 +92,7 @@ class ReuseGaps:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_tokens = 0
         self.num_layers, self._num_experts = num_layers, num_experts
-        # Token; 0: not used yet.
+        # The token that used it first, counted from 1; 0: not used yet.
         self._first: NDArray[np.int64] = np.zeros((num_layers, num_experts), np.int64)
         self._last = np.zeros_like(self._first)
         self._uses: Floats = np.zeros(self._first.shape)  # at its last use
@@ -131,7 +131,7 @@ class ReuseGaps:
         _, num_layers, experts_per_token = experts.shape
         here = slice(first_layer, first_layer + num_layers)
         last, recent_uses = self._last[here].reshape(-1), self._uses[here].reshape(-1)  # views
-        # In the layers here.
+        # Indices of the chosen experts among those of the layers here.
         chosen = (experts + self._num_experts * np.arange(num_layers)[:, None]).reshape(-1)
         # By layer and expert, then by token; numbers of 16 bits are sorted by counting.
         order = np.argsort(chosen.astype(np.uint16) if last.size <= 1 << 16 else chosen, kind="stable")

@@ -283,7 +283,7 @@ class PromptBuilder:
         return tokenizer.decode(tokenizer.encode_start(text, self._near_tokens))
 
     def near_snippets(self, snippets: Sequence[Snippet]) -> Sequence[Snippet]:
-        """The longest end of the snippets that `require_near` allows. Raises UsageError if one cannot be encoded."""
+        """As many of the last snippets as `require_near` allows. Raises UsageError if one cannot be encoded."""
         left = self._near_tokens
         if left is None or sum(len(one.text) for one in snippets) <= left:
             return snippets

@@ -109,9 +109,8 @@ class Infill:
         for part in parts:
             if part == "before":
                 ids += tokenizer.encode(before, max_tokens=max_tokens)
-            elif (
-                part == "after" and is_after_first
-            ):  # mistral-common puts a space only before the second text
+            elif part == "after" and is_after_first:
+                # mistral-common puts a space only before the second text.
                 ids += tokenizer.encode_later(after, max_tokens=max_tokens)
             elif part == "after":
                 ids += tokenizer.encode(after, max_tokens=max_tokens)

@@ -87,7 +87,7 @@ def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
             raise UsageError(f"no socket can be made in {path.parent}: {error.strerror}") from None
         _remove_stale(parent, path)
         listener = held.enter_context(Listener(socket.AF_UNIX, socket.SOCK_STREAM))
-        # It has its mode from the start: a link could take its place before a chmod.
+        # The file gets its mode when it is made: a link could take its place before a chmod.
         before = os.umask(0o777 & ~mode)
         try:
             listener.bind(os.fsencode(path))

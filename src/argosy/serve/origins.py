@@ -90,8 +90,7 @@ def granted(method: str, headers: Mapping[str, str]) -> Headers:
         (b"access-control-allow-headers", names.encode()),
         (b"access-control-max-age", str(_PREFLIGHT_S).encode()),
     ]
-    if (
-        headers.get("access-control-request-private-network") == "true"
-    ):  # a public page asks for a private address
+    # A public page asks for a private address.
+    if headers.get("access-control-request-private-network") == "true":
         made.append((b"access-control-allow-private-network", b"true"))
     return made

@@ -200,7 +200,7 @@ class Run:
                 self._is_cancelled = self._task.cancel()
 
     def let_finish(self) -> None:
-        """Cancel its task no more: only the end of its answer is still to be sent."""
+        """Never cancel its task from now on: only the end of its answer is still to be sent."""
         self._task = None
 
     def watch(self, receive: Receive) -> None:

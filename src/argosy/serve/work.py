@@ -83,7 +83,7 @@ class WorkQueue:
         self._job_s = job_s or (LARGE_JOB_S if is_large else JOB_S)
         self._changed = threading.Condition(threading.Lock())  # guards the following fields; notified of jobs
         self._num_running = 0  # threads
-        self._num_idle = 0  # of these
+        self._num_idle = 0  # threads that wait for a job
         self._waiting: dict[str, deque[_Job]] = {}
         self._began: dict[str, int] = {}  # tenant -> number of its last job
         self._numbers = itertools.count(1)

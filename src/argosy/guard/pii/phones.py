@@ -23,9 +23,8 @@ _MOST_TRIED = 4  # ends of a candidate: a price or a date may follow a number
 MOST_READ, _BYTES_OF_ANOTHER = 512, 256
 _IN_NUMBER = re.compile(rb"[0-9][ .\-/_]?\Z")
 _NO_PHONE = re.compile(r"[0-9]+\.[0-9]+|[0-9]{1,4}([./\-])[0-9]{1,2}\1[0-9]{2,4}")  # a decimal, a date
-_DATED = re.compile(
-    r"[12][0-9]{3}([./\-])[01]?[0-9]\1[0-3]?[0-9](?![0-9])[ ./\-]*"
-)  # a date, before the time of day or a number
+# A date in front of a time of day or of a number.
+_DATED = re.compile(r"[12][0-9]{3}([./\-])[01]?[0-9]\1[0-3]?[0-9](?![0-9])[ ./\-]*")
 _GROUP_END = re.compile(r"[0-9](?=[^0-9]|$)")
 
 

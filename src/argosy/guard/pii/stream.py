@@ -21,7 +21,7 @@ from argosy.guard.pii.spelling import plain, with_short_runs
 
 MOST_HELD = 8192  # characters: a longer word is passed on as far as it is no value
 _READ_AT_ONCE = 1 << 16
-# What is held may exceed the most by this factor, so that a search passes on more than one letter.
+# A stream may exceed MOST_HELD by this factor, so that a search passes on more than one letter.
 _WORTH_IT = 1.25
 _REST_OF_WORD, _REST_OF_KEY = re.compile(r"(?=\s)"), re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
 _MARK = 64  # longer than the mark that ends a key
