@@ -64,13 +64,7 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
     """
     strangers = _Strangers()
 
-    def meet_one(connection: socket.socket, address: str) -> None:
-        try:
-            stranger = strangers.add(connection, address)
-        except OSError as error:  # too many open files
-            connection.close()
-            log.warning("worker: a connection could not be met: %s", error.strerror)
-            return
+    def meet_one(connection: socket.socket, address: str, stranger: socket.socket) -> None:
         try:
             meet(connection, address, lambda: strangers.remove(stranger))
         finally:
@@ -87,11 +81,21 @@ def admit(listener: socket.socket, meet: Meet, is_over: threading.Event) -> None
                 log.warning("worker: a connection could not be accepted: %s", error.strerror)
                 time.sleep(TICK_S)
                 continue
+            try:  # counted here, because threads need not begin in the order of the connections
+                stranger = strangers.add(connection, str(address))
+            except OSError as error:  # too many open files
+                connection.close()
+                log.warning("worker: a connection could not be met: %s", error.strerror)
+                continue
             try:
                 threading.Thread(
-                    target=meet_one, args=(connection, str(address)), name="argosy-link", daemon=True
+                    target=meet_one,
+                    args=(connection, str(address), stranger),
+                    name="argosy-link",
+                    daemon=True,
                 ).start()
             except RuntimeError as error:  # the system starts no further thread
+                strangers.remove(stranger)
                 connection.close()
                 log.warning("worker: a connection could not be met: %s", error)
                 time.sleep(TICK_S)
