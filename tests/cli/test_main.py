@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from argosy import errors
 from argosy.cli.chat import chat
 from argosy.cli.help_all import Further
-from argosy.cli.main import _COMMANDS, main
+from argosy.cli.main import _COMMANDS, _SUBJECTS, main
 from argosy.cli.plan import plan
 from argosy.cli.run import run
 from argosy.cli.serve import serve
@@ -37,7 +38,7 @@ def argosy(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
 def test_help_fits_40_lines_with_two_examples(command: str, capsys: Captured) -> None:
     assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) <= (40 if command else 16 + len(_COMMANDS))  # a line for each command
+    assert len(out.splitlines()) <= (40 if command else 70)  # a screen and a half of commands
     assert all(len(line) <= 100 for line in out.splitlines())
     examples = out.split("Examples:")[1].split("\n\n")[0].strip().splitlines()
     assert len(examples) == 2
@@ -65,7 +66,7 @@ def test_the_help_of_a_long_command_has_room_and_help_all_shows_every_option(
     assert all(len(line) <= 100 for line in text.splitlines())
     options = [option for option in LONG[name].params if isinstance(option, click.Option)]
     further = [option for option in options if isinstance(option, Further)]
-    assert f"Show {len(further)} further options, too." in common
+    assert f"Also show {len(further)} further options." in common
     for option in options:
         assert option.opts[-1] in named_options(text)
         assert (option.opts[-1] in named_options(common)) != (option in further), option.opts
@@ -120,7 +121,7 @@ def test_a_command_group_without_a_command_shows_its_help_as_a_usage_error(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("Usage: argosy")
-    assert "Commands:" in captured.err
+    assert ("Commands:" if arguments else "First steps:") in captured.err
     assert "error" not in captured.err
 
 
@@ -158,10 +159,32 @@ def test_a_path_is_not_taken_for_the_name_of_a_model(
         assert capsys.readouterr().err == f"error: {path} does not exist\n"
 
 
-def test_help_names_every_command(capsys: Captured) -> None:
-    main(["--help"])
-    listed = capsys.readouterr().out.split("Commands:")[1].split()
-    assert set(_COMMANDS) <= set(listed)
+def test_help_lists_every_command_by_subject_and_begins_with_the_five_of_a_first_hour(
+    capsys: Captured,
+) -> None:
+    assert main(["--help"]) == 0
+    listed = re.findall(r"(?m)^(?:  )?([a-z]+|[A-Z][a-z ]+:)(?:  .*)?$", capsys.readouterr().out)
+    assert listed[listed.index("First steps:") :] == [
+        word for subject, rows in _SUBJECTS.items() for word in (f"{subject}:", *rows)
+    ]
+    assert list(_COMMANDS)[:5] == ["plan", "pull", "run", "chat", "serve"]
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["keys"], ["keys", "add"]])
+def test_h_and_help_show_what_the_long_option_shows(command: list[str], capsys: Captured) -> None:
+    shown = []
+    for arguments in ([*command, "--help"], [*command, "-h"], ["help", *command]):
+        assert main(arguments) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].startswith(f"Usage: argosy{''.join(f' {word}' for word in command)} [OPTIONS]")
+    assert len(set(shown)) == 1
+
+
+def test_help_for_an_unknown_command_names_the_nearest(capsys: Captured) -> None:
+    assert main(["help", "rnu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no such command 'rnu'; did you mean 'run'?\nhint: `argosy --help` lists the commands\n"
+    )
 
 
 # Modules that an engine or only some commands need: each takes long to import.
@@ -220,7 +243,8 @@ def _cpu_seconds(run: Callable[[], None]) -> float:
     ("arguments", "sentence"),
     [
         (["rnu"], "no such command 'rnu'; did you mean 'run'?"),
-        (["xyzzy"], "no such command 'xyzzy'; known: run, chat"),
+        (["rot"], "no such command 'rot'; did you mean 'route' or 'routes'?"),
+        (["xyzzy"], "no such command 'xyzzy'\nhint: `argosy --help` lists the commands"),
         (["run", "--tempretaure", "1"], "--temperature"),
         (["show", "--memroy", "1GB"], "--memory"),
         (["run", "--kv", "f8", "x"], "'f8' is not one of 'f32', 'f16', 'q8'"),

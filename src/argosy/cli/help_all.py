@@ -1,4 +1,4 @@
-"""`--help` shows the options of a command that most people need; `--help-all` shows the others, too.
+"""`--help` shows the options of a command that most people need; `--help-all` shows all; `argosy help` shows either.
 
 A command whose help has many lines is a `Command`, and each option that few people need is `Further`. So a new option
 does not push the help of a command beyond a screen.
@@ -6,7 +6,12 @@ does not push the help of a command beyond a screen.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 _WANTS_ALL = f"{__name__}.wants_all"
 
@@ -23,7 +28,7 @@ class Command(click.Command):
         num_further = sum(isinstance(param, Further) for param in params)
         shows_all = click.Option(
             ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all,
-            help=f"Show {num_further} further options, too.",
+            help=f"Also show {num_further} further options.",
         )  # fmt: skip
         return [*params, shows_help, shows_all]
 
@@ -45,3 +50,21 @@ def _show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.meta[_WANTS_ALL] = True
         click.echo(ctx.get_help())
         ctx.exit()
+
+
+def _commands(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+    return ctx.find_root().command.shell_complete(ctx, incomplete)
+
+
+@click.command("help")
+@click.argument("command", nargs=-1, metavar="[COMMAND]", shell_complete=_commands)
+@click.pass_context
+def show_help(ctx: click.Context, command: tuple[str, ...]) -> None:
+    """Show the help of COMMAND, or the list of commands.
+
+    \b
+    Examples:
+      argosy help run
+      argosy help keys add
+    """
+    ctx.find_root().command.main([*command, "--help"], prog_name="argosy", standalone_mode=False)

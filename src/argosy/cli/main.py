@@ -25,49 +25,75 @@ _SHOW = "hint: ARGOSY_TRACEBACK=1 shows the traceback"
 # process while numpy is imported, as ^C would.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# Name -> (module, attribute, one line of help). A command is imported when it is called.
-_COMMANDS = {
-    "run": ("argosy.cli.run", "run", "Answer one prompt."),
-    "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
-    "transcribe": ("argosy.cli.transcribe", "transcribe", "Write down what is said in sound files."),
-    "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
-    "plan": ("argosy.cli.plan", "plan", "Say whether a model fits, how fast it will be, what it costs."),
-    "routes": ("argosy.cli.routes", "routes", "Report what the experts do with texts."),
-    "eval": ("argosy.cli.eval", "eval_group", "Say how far a model has drifted from its reference."),
-    "card": ("argosy.cli.card", "card", "Write a card of a model: licence, hashes, drift, limits."),
-    "pack": ("argosy.cli.pack", "pack", "Write a model as a pack: one aligned read for each expert."),
-    "pull": ("argosy.cli.pull", "pull", "Fetch a model from a hub, after saying whether it fits."),
-    "list": ("argosy.cli.library", "list_models", "List the models that are here."),
-    "rm": ("argosy.cli.library", "rm", "Remove a model."),
-    "alias": ("argosy.cli.library", "alias", "Give a model a short name."),
-    "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
-    "serve": ("argosy.cli.serve", "serve", "Serve a model to other tools over HTTP."),
-    "worker": ("argosy.cli.worker", "worker", "Run experts for engines on other machines."),
-    "cluster": ("argosy.cli.cluster", "cluster", "Show, add or drain the workers of a server."),
-    "route": ("argosy.cli.route", "route", "Pass requests on to several servers."),
-    "memory": ("argosy.cli.memory", "memory", "Change the memory budget of a running server."),
-    "keys": ("argosy.cli.keys", "keys", "Make, list and revoke the API keys of a server."),
-    "audit": ("argosy.cli.audit", "audit", "Verify, show and export the audit of a server."),
-    "watermark": (
-        "argosy.cli.watermark",
-        "watermark",
-        "Make the key of a watermark, and detect it in a text.",
-    ),
-    "data": ("argosy.cli.data", "data", "List what is kept of people, and erase what belongs to a key."),
-    "connect": (
-        "argosy.cli.connect",
-        "connect",
-        "Print the settings for an editor or agent that uses a server.",
-    ),
-    "top": ("argosy.cli.top", "top", "Watch a running server: memory, speed, experts, queue."),
-    "bench": ("argosy.cli.bench", "bench", "Measure a model's speed here: lines for a bug report."),
-    "completion": (
-        "argosy.cli.completion",
-        "completion",
-        "Print a script that completes commands in a shell.",
-    ),
-    "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
+# Subject -> name -> (module, attribute, one line of help). A command is imported when it is called.
+_SUBJECTS = {
+    "First steps": {
+        "plan": (
+            "argosy.cli.plan",
+            "plan",
+            "Estimate whether a model fits, its speed and its cost.",
+        ),
+        "pull": ("argosy.cli.pull", "pull", "Download a model, after saying whether it fits."),
+        "run": ("argosy.cli.run", "run", "Answer one prompt."),
+        "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
+        "serve": ("argosy.cli.serve", "serve", "Serve models to other programs over HTTP."),
+    },
+    "Models": {
+        "list": ("argosy.cli.library", "list_models", "List local models."),
+        "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
+        "alias": ("argosy.cli.library", "alias", "Give a model a short name."),
+        "rm": ("argosy.cli.library", "rm", "Remove a model."),
+        "pack": ("argosy.cli.pack", "pack", "Convert a model so that each expert is one aligned read."),
+        "card": ("argosy.cli.card", "card", "Write a model card: licence, hashes, drift, limits."),
+        "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
+    },
+    "A running server": {
+        "top": ("argosy.cli.top", "top", "Watch a server: memory, speed, experts, queue."),
+        "connect": (
+            "argosy.cli.connect",
+            "connect",
+            "Print the settings with which an editor or agent uses a server.",
+        ),
+        "memory": ("argosy.cli.memory", "memory", "Change the memory budget."),
+        "keys": ("argosy.cli.keys", "keys", "Make, list and revoke API keys."),
+        "audit": ("argosy.cli.audit", "audit", "Verify, show and export the audit log."),
+        "data": (
+            "argosy.cli.data",
+            "data",
+            "List what is stored about users; erase what belongs to a key.",
+        ),
+        "watermark": (
+            "argosy.cli.watermark",
+            "watermark",
+            "Make a watermark key, and detect its watermark in a text.",
+        ),
+    },
+    "Several machines": {
+        "worker": ("argosy.cli.worker", "worker", "Run experts for engines on other machines."),
+        "cluster": ("argosy.cli.cluster", "cluster", "Show, add or drain the workers of a server."),
+        "route": ("argosy.cli.route", "route", "Distribute requests over several servers."),
+    },
+    "Studies": {
+        "routes": ("argosy.cli.routes", "routes", "Show which experts a model uses for given texts."),
+        "eval": (
+            "argosy.cli.eval",
+            "eval_group",
+            "Measure how much a converted model differs from the original.",
+        ),
+        "bench": ("argosy.cli.bench", "bench", "Measure a model's speed on this machine, for a bug report."),
+    },
+    "Everything else": {
+        "transcribe": ("argosy.cli.transcribe", "transcribe", "Transcribe audio files."),
+        "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
+        "completion": (
+            "argosy.cli.completion",
+            "completion",
+            "Print a script that completes commands in a shell.",
+        ),
+        "help": ("argosy.cli.help_all", "show_help", "Show the help of a command."),
+    },
 }
+_COMMANDS = {name: row for rows in _SUBJECTS.values() for name, row in rows.items()}
 
 
 class _Commands(click.Group):
@@ -95,16 +121,18 @@ class _Commands(click.Group):
         ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, _, line) in _COMMANDS.items()])
+        width = max(map(len, _COMMANDS))  # one column for every subject
+        for subject, rows in _SUBJECTS.items():
+            with formatter.section(subject):
+                formatter.write_dl([(name.ljust(width), line) for name, (_, _, line) in rows.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_COMMANDS)}"
-            raise click.UsageError(f"No such command '{args[0]}'; {hint}", ctx)
+            near = [f"'{name}'" for name in difflib.get_close_matches(args[0], _COMMANDS, n=2)]
+            said = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise click.UsageError(f"No such command '{args[0]}'{said}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -116,7 +144,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"max_content_width": 100})
+@click.group(
+    cls=_Commands, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -131,7 +161,7 @@ def cli() -> None:
     \b
     Examples:
       argosy run "Why is the sky blue?"
-      argosy show ./Qwen3-30B-A3B --memory 16GiB
+      argosy plan Qwen/Qwen3-30B-A3B --memory 16GiB
 
     Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET, ARGOSY_RECORD, ARGOSY_CACHE, ARGOSY_API_KEY,
     ARGOSY_TRACEBACK, NO_COLOR.
@@ -212,4 +242,5 @@ def _print_click_error(error: click.ClickException) -> None:
     print(f"error: {message[:1].lower()}{message[1:]}", file=sys.stderr)
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None:
-        print(f"hint: `{context.command_path} --help` lists the options", file=sys.stderr)
+        what = "commands" if isinstance(context.command, click.Group) else "options"
+        print(f"hint: `{context.command_path} --help` lists the {what}", file=sys.stderr)
