@@ -295,6 +295,28 @@ def test_min_tokens_beyond_max_tokens_or_the_context_is_refused(chatting: Engine
     }
 
 
+@pytest.mark.parametrize("cut_at", [1, 5, 11])
+def test_an_answer_that_was_cut_goes_on_token_for_token(chatting: Engine, cut_at: int) -> None:
+    """Sampled, with penalties over the answer, and with a stop string and a character that the cut divides."""
+    params = SamplingParams(
+        max_tokens=24, temperature=1.3, seed=5, frequency_penalty=0.7, repetition_penalty=1.2, ignore_eos=True
+    )
+    prompt = chatting.prompts.build("Hi")
+    whole = chatting.generate(prompt, params)
+    begun = chatting.generate(prompt, replace(params, max_tokens=cut_at))
+    rest = chatting.generate(prompt.answered_by(begun.token_ids), replace(params, max_tokens=24 - cut_at))
+    assert begun.token_ids + rest.token_ids == whole.token_ids
+    assert rest.text == whole.text[len(whole.text) - len(rest.text) :]
+
+    stop = whole.text.rstrip("\N{REPLACEMENT CHARACTER}")[-3:]
+    stopping = replace(params, stop=[stop])
+    stopped = chatting.generate(prompt, stopping)
+    begun = chatting.generate(prompt, replace(stopping, max_tokens=len(stopped.token_ids) - 1))
+    rest = chatting.generate(prompt.answered_by(begun.token_ids), stopping)
+    assert (stopped.stopped_by, rest.stopped_by) == (stop, stop)
+    assert len(rest.token_ids) == 1
+
+
 def test_special_tokens_are_in_the_text_only_when_not_skipped(chatting: Engine) -> None:
     assert chatting.tokenizer is not None
     special = chatting.tokenizer.control_id("<|im_start|>")

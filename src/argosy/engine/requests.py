@@ -100,6 +100,7 @@ class Requests:
                 spans=self._spans(built, params),
             )
             sequence.started_at = started_at
+            sequence.resume(prompt_ids[len(prompt_ids) - built.num_answered :])
             if sequences:
                 sequence.leader = sequences[0]
                 sequences[0].followers.append(sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -189,6 +189,16 @@ class Sequence:
     def media_from(self, start: int, count: int) -> bytes:
         """A digest of the media at positions start to start + count; empty for text."""
         return b"" if self.spans is None else self.spans.mark(start, count)
+
+    def resume(self, token_ids: Iterable[int]) -> None:
+        """Take the beginning of the answer, which ends the prompt: what follows depends on it, and is not it."""
+        for token_id in token_ids:
+            self.sampler_state.accept(token_id)
+            if self.constraint is not None:
+                self.constraint.accept(token_id)
+            text = "" if self.decoder is None else self.decoder.push(token_id)
+            if self.stop_strings is not None:
+                self.stop_strings.push(text)
 
     def append(self, token_id: int, end_ids: Collection[int]) -> tuple[str, FinishReason | None]:
         """Append a token of the answer. Returns the text that is now final, and the reason if the answer ends.

@@ -6,7 +6,7 @@ Elsewhere: `builder.py` turns every kind of request into one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from argosy.prompt.media_span import MediaSpan
@@ -48,6 +48,7 @@ class Prompt:
     trace: Trace | None = field(default=None, repr=False, compare=False)
     is_conversation: bool = field(default=False, repr=False, compare=False)
     spans: tuple[tuple[int, MediaSpan], ...] = ()  # (start, span), in order; placeholders in `token_ids`
+    num_answered: int = 0  # tokens at its end that begin the answer
 
     @classmethod
     def of(cls, *segments: Sequence[int] | MediaSpan) -> Self:
@@ -61,6 +62,12 @@ class Prompt:
             else:
                 token_ids += segment
         return cls(tuple(token_ids), spans=tuple(spans))
+
+    def answered_by(self, token_ids: Sequence[int]) -> Self:
+        """This prompt, followed by the tokens that its answer begins with. The rest comes as if it had not been cut."""
+        assert self.token_ids is not None
+        num_answered = self.num_answered + len(token_ids)
+        return replace(self, token_ids=(*self.token_ids, *token_ids), num_answered=num_answered)
 
     @classmethod
     def raw(cls, text: str) -> Self:
