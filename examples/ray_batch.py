@@ -1,6 +1,6 @@
 """Answer a data set with Ray Data: on this machine, or on every node of a Ray cluster.
 
-pip install 'argosy[cluster]' 'ray[data]'
+pip install 'ray[data]>=2.55,<3'
 python examples/ray_batch.py questions.jsonl answers
 """
 

@@ -3,7 +3,7 @@
 For those who have Ray Serve already. `argosy route` needs no Ray, takes no milliseconds for a request, and continues a
 stream whose server dies, which Serve does not.
 
-pip install 'argosy[cluster]' 'ray[serve]' httpx
+pip install 'ray[serve]>=2.55,<3' httpx
 serve run examples.ray_serve:app
 """
 

@@ -80,7 +80,7 @@ def test_without_genai_prices_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UsageError, match="genai-prices") as refusal:
         look_up_price("a/b")
-    assert "argosy[prices]" in str(refusal.value)
+    assert "install 'genai-prices" in str(refusal.value)
 
 
 # ── machines ────────────────────────────────────────────────────────────────────────────────────────────────────────

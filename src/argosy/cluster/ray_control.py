@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from argosy.errors import ArgosyError, UsageError
+from argosy.installed import command_for_extra
 
 log = logging.getLogger("argosy.cluster")
 
@@ -433,6 +434,6 @@ def _import_ray() -> Any:
     except ImportError:
         raise NoWorkers(
             "Ray is not installed",
-            hint="pip install 'argosy[cluster]', or name the workers: --cluster HOST:PORT,...",
+            hint=f"`{command_for_extra('cluster')}`, or name the workers: --cluster HOST:PORT,...",
         ) from None
     return ray

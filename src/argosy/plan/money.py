@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from argosy.errors import UsageError
+from argosy.installed import command_for_extra
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1024, 256
 LIFE_YEARS = 4.0
@@ -150,7 +151,7 @@ def look_up_price(text: str) -> ApiPrice | None:
     except ImportError:
         raise UsageError(
             "prices of APIs need the package genai-prices",
-            hint="`pip install 'argosy[prices]'`; or give the price yourself: `--api-price 0.6:2.5`",
+            hint=f"`{command_for_extra('prices')}`; or give the price yourself: `--api-price 0.6:2.5`",
         ) from None
     provider, _, model = text.partition("/")
     try:

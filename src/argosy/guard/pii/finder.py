@@ -19,6 +19,7 @@ from argosy.errors import UsageError
 from argosy.guard.pii import phones
 from argosy.guard.pii.entities import ENTITIES, RULES, Candidate, Entity, Rule
 from argosy.guard.pii.spelling import Plain, plain
+from argosy.installed import command_for_extra
 
 REGIONS = ("US", "GB", "DE", "FR", "ES")
 SHORTEST = 6  # characters of a value: a@b.co, 1::2:3
@@ -55,7 +56,7 @@ class Finder:
         except ImportError as error:
             raise UsageError(
                 f"looking for personal data needs the package {error.name}, which is not installed",
-                hint="`pip install 'argosy[guard]'`",
+                hint=f"`{command_for_extra('guard')}`",
             ) from None
         options = re2.Options()
         options.encoding = re2.Options.Encoding.LATIN1
