@@ -147,6 +147,23 @@ def server(service: Service) -> Iterator[str]:
     yield from start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8))
 
 
+def test_free_memory_is_given_back_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_looks, given_back_at = 0, list[int]()
+    monkeypatch.setattr(memory_module, "LOOK_S", 0)
+    monkeypatch.setattr(memory_module, "give_memory_back", lambda: given_back_at.append(num_looks))
+
+    def limit() -> int:
+        nonlocal num_looks
+        num_looks += 1
+        if num_looks == 250:
+            raise asyncio.CancelledError
+        return ASKED
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(MemoryWatch(Budget(), limit=limit).run())  # type: ignore[arg-type]
+    assert given_back_at == [119, 239]
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "told"),
     [

@@ -4,6 +4,8 @@
 
 A limit is looked at twice a second. `memory.high` of cgroup v2 leaves time for that: the kernel slows a process that
 exceeds it. `memory.max` does not, so ask for the smaller budget first, and lower that limit afterwards.
+Once a minute the C library returns free memory to the system: requests of many sizes fragment its heap, which would
+grow for hours although no more of it is used.
 
 Elsewhere: `models.py` and `engine/engine.py` move the memory.
 """
@@ -11,6 +13,7 @@ Elsewhere: `models.py` and `engine/engine.py` move the memory.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -27,10 +30,12 @@ from argosy.serve.gate import Refused
 from argosy.serve.log import where_it_failed
 from argosy.serve.models import Models, models_of
 from argosy.serve.state import MemoryState, memory_of
+from argosy.serve.work import give_memory_back
 
 log = logging.getLogger("argosy.serve")
 
 LOOK_S = 0.5
+_LOOKS_A_MINUTE = round(60 / LOOK_S)
 # The forms that `parse_size` takes, above zero: a percentage, bytes, or a number with a unit.
 _SIZE = (
     "^((100|[1-9][0-9]?)%|[1-9][0-9]{0,17}|"
@@ -94,9 +99,11 @@ class MemoryWatch:
     async def run(self) -> None:
         """Look until it is cancelled. What fails look after look is logged once."""
         logged: str | None = None
-        while True:
+        for num_looks in itertools.count(1):
             await asyncio.sleep(LOOK_S)
             try:
+                if num_looks % _LOOKS_A_MINUTE == 0:
+                    await asyncio.to_thread(give_memory_back)
                 await self.look()
             except Exception as error:  # look again after any failure
                 if isinstance(error, OSError) and error.errno is not None:
