@@ -1383,6 +1383,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
     from argosy.checkpoint import (
         gguf,
         gguf_tokenizer,
+        hub,
         manifest,
         pooling,
         safetensors,
@@ -1578,6 +1579,38 @@ def file_rows(folder: Path) -> Iterator[Row]:
         _quiet(lambda data: worker._is_eight_bits("WAV", data)),
         1 << 18,
     )
+
+    class Listed(hub.Hub):
+        def __init__(self, answer: bytes) -> None:
+            self.source = hub.Source("https://hub.example", "one/model")
+            self.answer = answer
+
+        def _fetch(self, url: str, start: int | None, most_bytes: int) -> hub.Range:
+            return hub.Range(self.answer, len(self.answer))
+
+    read_list = _quiet(lambda answer: Listed(answer).list_files())
+    yield from jsons("hub: list of files", read_list, encode=True)
+    for shape, name, licence in (
+        ("same name", lambda at: "a.gguf", "mit"),
+        ("names", lambda at: f"{at}.gguf", "mit"),
+        ("folders", lambda at: "a/" * (at % 100) + str(at), "mit"),
+        ("dots", lambda at: "." * (at % 100 + 3), "mit"),
+        ("spaces", lambda at: " " * (at % 100), " " * 100),
+    ):
+        yield Row(
+            "hub: list of files",
+            shape,
+            lambda n, name=name, licence=licence: json.dumps(
+                {
+                    "sha": "0" * 40,
+                    "siblings": [{"rfilename": name(at), "size": at} for at in range(n)],
+                    "cardData": {"license": [licence] * n},
+                    "tags": [f"license:{licence}"] * n,
+                }
+            ).encode(),
+            read_list,
+            5000,
+        )
     limits = {"side": 4096, "pixels": 1 << 20, "decode_bytes": 1 << 26}
     for shape, make in {
         "PNG of chunks": lambda n: _png(*[(b"tEXt", b"a\0b")] * n),
