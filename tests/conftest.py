@@ -64,6 +64,8 @@ def _no_settings_from_outside(
             monkeypatch.delenv(name)
     # Commands keep aliases and counts of routing there.
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))
+    # A server that a developer started with `argosy up` answers none of the tests' commands.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
     # Models of a developer's library are none of the tests'.
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)

@@ -280,11 +280,11 @@ class Directory:
         return lock
 
     @contextlib.contextmanager
-    def locked(self, name: Name, *, wait_s: float | None = None) -> Iterator[None]:
+    def locked(self, name: Name, *, wait_s: float | None = None) -> Iterator[int]:
         """Hold a lock file for the duration of the context, and remove it at the end. Raises what `lock` raises."""
         lock = self.lock(name, wait_s=wait_s)
         try:
-            yield
+            yield lock
         finally:
             with contextlib.suppress(OSError):
                 self.remove(name)

@@ -40,3 +40,8 @@ def measurement_file(kind: str, facts: object) -> Path:
 def data_directory() -> Path:
     """`argosy` in the user's data directory: what is there is known nowhere else."""
     return Path(os.environ.get("XDG_DATA_HOME") or home_directory() / ".local" / "share") / "argosy"
+
+
+def state_directory() -> Path:
+    """`argosy` in the user's state directory: what is there is about processes that run now."""
+    return Path(os.environ.get("XDG_STATE_HOME") or home_directory() / ".local" / "state") / "argosy"

@@ -155,7 +155,6 @@ def test_check_validates_and_opens_nothing(tmp_path: Path, capsys: Captured) -> 
         ('listen = "tcp:1"', "--listen takes unix:PATH"),
         ('listen = "unix:/"', "--listen takes unix:PATH, found 'unix:/'"),
         ('listen = "unix:.."', "--listen takes unix:PATH"),
-        ('listen = "unix:s"\nport = 1', "--listen cannot be used with --host or --port"),
         ('listen = "unix:s"\nsocket-mode = "rw"', "--socket-mode must be three octal digits"),
     ):
         assert main(["serve", "--config", str(write(tmp_path, text)), "--check"]) == 2

@@ -170,7 +170,7 @@ def test_an_address_where_nothing_listens_is_an_error(capsys: Captured) -> None:
     assert main(["top", "--url", f"http://127.0.0.1:{port}", "--once"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(
-        f"error: nothing answers at http://127.0.0.1:{port}: Connection refused\nhint: `argosy serve"
+        f"error: nothing answers at http://127.0.0.1:{port}: Connection refused\nhint: `argosy up"
     )
 
 

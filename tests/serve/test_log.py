@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import threading
 import time
+from pathlib import Path
+
+import pytest
 
 from argosy.serve.log import LogWriter
 
@@ -30,6 +34,48 @@ def test_lines_are_written_in_order_including_those_queued_at_the_end() -> None:
     log.close()
     os.close(writer)
     assert re.findall(r"line (\d+)", read_all(reader)) == [str(number) for number in range(100)]
+
+
+def test_a_log_in_a_file_keeps_its_newest_lines_whole_within_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    log = LogWriter(descriptor, most_bytes=4000)
+    for number in range(1000):
+        log.handle(record(f"line {number}"))
+    log.close()
+    os.close(descriptor)
+    assert path.stat().st_size < 4100
+    lines = path.read_text().splitlines()
+    numbers = [int(re.fullmatch(r"[-0-9:, ]+ line (\d+)", line)[1]) for line in lines]  # type: ignore[index]
+    assert numbers == list(range(1000 - len(lines), 1000))
+
+
+def test_a_log_on_a_full_drive_goes_on_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    tried, write = [threading.Event(), threading.Event()], os.write
+
+    def full(to: int, data: bytes) -> int:
+        if to == descriptor and not tried[1].is_set():
+            (tried[1] if b"two" in data else tried[0]).set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(to, data)
+
+    monkeypatch.setattr("argosy.serve.log.os.write", full)
+    log = LogWriter(descriptor)
+    log.handle(record("one"))
+    assert tried[0].wait(10)
+    log.handle(record("two"))
+    assert tried[1].wait(10)
+    log.handle(record("three"))
+    log.close()
+    os.close(descriptor)
+    text = path.read_text()
+    assert "three" in text
+    assert "2 log lines were dropped" in text
+    assert "one" not in text
 
 
 def test_logging_never_waits_for_an_unread_pipe_and_dropped_lines_are_counted() -> None:

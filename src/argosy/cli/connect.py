@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from argosy.cli import own_server
 from argosy.cli.remote import server_options
 from argosy.errors import ServerNotUsable, UsageError
 
@@ -127,8 +128,9 @@ def describe(
             tools = cast("ToolCalling", served_tools)
     if not model.isprintable():
         raise UsageError(f"{server.url} serves a model whose name cannot be written to settings: {model!r}")
+    process = own_server.running() if server.url == own_server.socket_url() else None
     return Connection(
-        url=server.url,
+        url=server.url if process is None else process.address,  # clients speak to a port
         model=model,
         context_tokens=context or _CONTEXT_TOKENS,
         inputs=inputs,

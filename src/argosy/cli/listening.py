@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from argosy.cli import own_server
 from argosy.cli.config_file import use_config
 from argosy.cli.help_all import Further
 from argosy.errors import UsageError
@@ -29,7 +30,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _FILE = click.Path(path_type=Path)
 # docs/guides/deploying.md explains them.
 _FURTHER = (
-    click.option("--listen", metavar="unix:PATH", cls=Further, help="Listen on a socket file, not on a port."),
+    click.option(
+        "--listen", metavar="unix:PATH", cls=Further,
+        help="Listen on a socket file; on a port, too, only if --host or --port is given.",
+    ),
     click.option(
         "--socket-mode", default="0600", metavar="MODE", cls=Further, help="Mode of the socket file: 0660."
     ),
@@ -42,6 +46,10 @@ _FURTHER = (
     click.option("--base-path", default="", metavar="/PATH", cls=Further, help="Prefix of all paths."),
     click.option(
         "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Form of log lines."
+    ),
+    click.option(
+        "--log-limit", metavar="SIZE", cls=Further,
+        help="Keep the newest part of a log of this size, if stderr is a file: 8MiB.",
     ),
 )  # fmt: skip
 _CONFIG = (
@@ -63,11 +71,12 @@ def listening_options(command: Command) -> Command:
 class Listening:
     """Where to listen, checked.
 
-    path: the socket file, which only this machine reaches; None: `host` and `port`.
+    path: the socket file, which only this machine reaches; None: there is none.
+    port: None: there is only the socket file.
     """
 
     host: str
-    port: int
+    port: int | None
     path: Path | None
     mode: int
     front: Front
@@ -76,10 +85,15 @@ class Listening:
     def bind(self) -> Iterator[list[Listener]]:
         """Bind sockets, without listening yet. Raises what `bind_file` and `serve.run.bind` raise."""
         from argosy.serve.listen import bind_file
-        from argosy.serve.run import bind
+        from argosy.serve.run import address_of, bind
 
-        with bind(self.host, self.port) if self.path is None else bind_file(self.path, self.mode) as sockets:
-            yield sockets
+        with ExitStack() as bound:
+            # The file first: its lock says that another server of this user is about to listen on the same port.
+            of_file = [] if self.path is None else bound.enter_context(bind_file(self.path, self.mode))
+            of_port = [] if self.port is None else bound.enter_context(bind(self.host, self.port))
+            sockets = [*of_port, *of_file]
+            with own_server.noting(self.path, address_of(sockets[0], self.host, self.front)):
+                yield sockets
 
 
 def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listening:
@@ -102,19 +116,20 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
     )
     if not re.fullmatch(r"0?[0-7]{3}", mode):
         raise UsageError(f"--socket-mode must be three octal digits, found '{mode}'", hint="for example 0660")
-    path = _path_of(listen)
+    path, has_port = _addresses(listen)
     return Listening(
-        host=host if path is None else "localhost", port=port, path=path, mode=int(mode, 8), front=front
-    )
+        host=host if has_port else "localhost", port=port if has_port else None, path=path, mode=int(mode, 8),
+        front=front,
+    )  # fmt: skip
 
 
-def _path_of(listen: str | None) -> Path | None:
-    """The path of the socket file; None if the server listens on a port.
+def _addresses(listen: str | None) -> tuple[Path | None, bool]:
+    """The path of the socket file or None, and whether the server listens on a port.
 
     Options of the command line win over those of a file, also if they name the other kind of address.
     """
     if listen is None:
-        return None
+        return None, True
     ranks = {ParameterSource.COMMANDLINE: 2, ParameterSource.DEFAULT_MAP: 1}
     source = click.get_current_context().get_parameter_source
     of_file, of_port = (
@@ -122,12 +137,10 @@ def _path_of(listen: str | None) -> Path | None:
         for names in (("listen",), ("host", "port"))
     )
     if of_port > of_file:
-        return None
-    if of_port == of_file:
-        raise UsageError("--listen cannot be used with --host or --port", hint="give one kind of address")
+        return None, True
     kind, _, path = listen.partition(":")
     if kind != "unix" or Path(path).name in ("", ".."):
         raise UsageError(
             f"--listen takes unix:PATH, found '{listen}'", hint="TCP addresses are --host and --port"
         )
-    return Path(path)
+    return Path(path), of_port == of_file

@@ -48,6 +48,10 @@ _SUBJECTS = {
         "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
     },
     "A running server": {
+        "up": ("argosy.cli.background", "up", "Start a server in the background."),
+        "ps": ("argosy.cli.background", "ps", "Show the server's models, memory and requests."),
+        "logs": ("argosy.cli.background", "logs", "Show the log of the server in the background."),
+        "stop": ("argosy.cli.background", "stop", "Stop that server, or unload a model from it."),
         "top": ("argosy.cli.top", "top", "Watch a server: memory, speed, experts, queue."),
         "connect": (
             "argosy.cli.connect",

@@ -2,6 +2,7 @@
 
     --url, --key-file, ARGOSY_API_KEY  ->  Server  ->  plain dicts, or one ServerNotUsable
 
+Without --url it is the server that `argosy up` runs for this user, by its socket file, or the port of `argosy serve`.
 Requests carry the key, so they go only to the given server: proxies in the environment and redirects are ignored.
 Responses are bounded, and `quote` makes their text safe for a terminal.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from urllib.parse import urlsplit
 import click
 
 from argosy.checkpoint.untrusted_file import quote
+from argosy.cli import own_server
 from argosy.errors import ServerNotUsable, UsageError
 from argosy.strict_json import JsonError, parse_json
 
@@ -39,8 +42,27 @@ def server_options(command: Command) -> Command:
         help="File with the API key; default: ARGOSY_API_KEY.",
     )(command)
     return click.option(
-        "--url", default=DEFAULT_URL, metavar="URL", help=f"The server's address; default {DEFAULT_URL}."
-    )(command)
+        "--url", default=default_url, metavar="URL",
+        help=f"The server's address; default: that of `argosy up`, or {DEFAULT_URL}.",
+    )(command)  # fmt: skip
+
+
+def default_url() -> str:
+    """The socket file of the user's own server if it runs, which nobody else can own; otherwise DEFAULT_URL."""
+    return DEFAULT_URL if own_server.running() is None else own_server.socket_url()
+
+
+class _FileConnection(http.client.HTTPConnection):
+    """A connection to a socket file."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 class Server:
@@ -53,6 +75,10 @@ class Server:
         """
         from argosy.serve.listen import BASE_PATH
 
+        self._key, self._file = key, url.removeprefix("unix:") if url.startswith("unix:") else None
+        if self._file is not None:
+            self.url, self._base_path = url, ""
+            return
         try:
             parts = urlsplit(url)
             self._port = parts.port
@@ -76,7 +102,6 @@ class Server:
         self._base_path = base_path
         self._host = parts.hostname
         self._is_secure = parts.scheme == "https"
-        self._key = key
 
     def models(self) -> list[dict[str, Any]]:
         """The entries of /v1/models."""
@@ -91,6 +116,37 @@ class Server:
     def state(self) -> dict[str, Any]:
         """The engine's state now."""
         return self._checked(self._get_json("/v1/engine/state"))
+
+    def is_ready(self) -> bool:
+        """Whether it listens, and its engines are well."""
+        try:
+            self._read("GET", "/ready")
+        except ServerNotUsable:
+            return False
+        return True
+
+    def unload(self, model: str) -> str:
+        """Take a model out of memory; returns its name.
+
+        Raises:
+            ServerNotUsable: a request uses it, or the server has no such model.
+        """
+        with self._ask("POST", "/api/generate", {"model": model, "keep_alive": 0}) as response:
+            answer = self._parsed(response.read(_LONGEST_BYTES))
+        name, done = (
+            (answer.get(key) for key in ("model", "done_reason"))
+            if isinstance(answer, dict)
+            else (None, None)
+        )
+        if not isinstance(name, str):
+            raise self._stranger("it does not say what it unloaded")
+        if done != "unload":
+            raise ServerNotUsable(
+                f"{quote(name)} stays in memory: it answers a request, or it is the server's only model",
+                hint="`argosy stop` stops the server",
+                url=self.url,
+            )
+        return quote(name)
 
     def erase(self, key: str) -> dict[str, Any]:
         """Erase what the server keeps of a key, by its name or id; returns what that was."""
@@ -171,10 +227,15 @@ class Server:
     def _get(self, path: str) -> AbstractContextManager[http.client.HTTPResponse]:
         return self._ask("GET", path)
 
+    def _connection(self) -> http.client.HTTPConnection:
+        if self._file is not None:
+            return _FileConnection(self._file, _TIMEOUT_S)
+        kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
+        return kind(self._host, self._port, timeout=_TIMEOUT_S)
+
     @contextmanager
     def _ask(self, method: str, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
-        kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=_TIMEOUT_S)
+        connection = self._connection()
         headers = {"Accept": "application/json, text/event-stream"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -197,7 +258,7 @@ class Server:
         except OSError as error:
             raise ServerNotUsable(
                 f"nothing answers at {self.url}: {error.strerror or quote(str(error))}",
-                hint="`argosy serve MODEL` starts a server; `--url` selects another address",
+                hint="`argosy up` starts a server; `--url` selects another address",
                 url=self.url,
                 is_absent=True,
             ) from error

@@ -17,7 +17,7 @@ from argosy.cli.help_all import Command, Further
 from argosy.cli.listening import listening_options, take_listening
 from argosy.cli.options import Recording, co2_option, engine_options, open_engine, watermark_option
 from argosy.cli.output import short_number
-from argosy.config import DEMO, SERVED_AT_ONCE, SERVED_WAITING, KvDir, Pooling, parse_seconds
+from argosy.config import DEMO, SERVED_AT_ONCE, SERVED_WAITING, KvDir, Pooling, parse_seconds, parse_size
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def serve(
     idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
     kv_dir: Path | None, pooling: Pooling | None, rerank: str | None, no_store: bool, policy: Path | None,
     keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
-    **options: Any,
+    log_limit: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, a page.
 
@@ -166,7 +166,8 @@ def serve(
     kept = None if kv_dir is None else _kv_dir(kv_dir, keeping.kv_s)
     server = ServerSettings(
         host=listening.host, keys=keys, hosts=allow_host, origins=Origins(allow_origin), front=listening.front,
-        log_format=log_format, drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
+        log_format=log_format, log_bytes=None if log_limit is None else parse_size(log_limit),
+        drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
         any_model=any_model, store=not no_store, rerank=rerank,
         media_hosts=MediaHosts(media_host) if media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=co2_grams_per_kwh,

@@ -2,8 +2,9 @@
 
     event loop, engine's thread  ->  LogWriter.emit  ->  a bounded queue  ->  its own thread  ->  stderr
 
-Logging never waits for the reader of the log. If stderr is a pipe that is read slowly or not at all, lines are dropped,
-and their number follows the next line that gets through.
+Logging never waits for the reader of the log. If stderr is a pipe that is read slowly or not at all, or a file on a
+full drive, lines are dropped, and their number follows the next line that gets through. A log in a file may have a
+limit: then its older half is dropped now and then.
 
 A line is text for people, or a JSON object for programs. A record's `facts`, if it has them, are the members of that
 object; otherwise it has the text as `message`.
@@ -18,10 +19,13 @@ import logging
 import os
 import queue
 import select
+import stat
 import threading
 import traceback
 from datetime import UTC, datetime
 from typing import Literal
+
+from argosy.errors import is_disk_full
 
 MOST_LINES = 4096  # waiting to be written; a few hundred bytes each
 _CLOSE_S = 1.0  # for the waiting lines at the end
@@ -38,16 +42,25 @@ class _JsonLines(logging.Formatter):
 
 
 class LogWriter(logging.Handler):
-    """Writes log records to `descriptor` until closed."""
+    """Writes log records to `descriptor` until closed.
+
+    Args:
+        most_bytes: if the descriptor is a file, open for reading and appending, its largest size; None: there is none.
+    """
 
     def __init__(
-        self, descriptor: int, *, log_format: LogFormat = "text", most_lines: int = MOST_LINES
+        self,
+        descriptor: int,
+        *,
+        log_format: LogFormat = "text",
+        most_lines: int = MOST_LINES,
+        most_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.setFormatter(
             _JsonLines() if log_format == "json" else logging.Formatter("%(asctime)s %(message)s")
         )
-        self._descriptor = descriptor
+        self._descriptor, self._most_bytes = descriptor, most_bytes
         self._lines: queue.Queue[str | None] = queue.Queue(most_lines)
         self._is_closed = False
         self._num_dropped = 0  # guarded by the handler's lock, as `emit` is
@@ -82,8 +95,28 @@ class LogWriter(logging.Handler):
                 said.append(self.format(_dropped(num_dropped)))
             try:
                 self._write("".join(f"{one}\n" for one in said).encode("utf-8", "replace"))
-            except OSError:  # the reader is gone
-                return
+                self._shorten()
+            except OSError as error:
+                if not is_disk_full(error):  # the reader is gone
+                    return
+                self._drop(len(said))
+
+    def _drop(self, num_lines: int) -> None:
+        self.acquire()
+        self._num_dropped += num_lines
+        self.release()
+
+    def _shorten(self) -> None:
+        """Drop the older half of a log that is too large. Others who write there append, so nothing is overwritten."""
+        if self._most_bytes is None:
+            return
+        facts = os.fstat(self._descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size <= self._most_bytes:
+            return
+        half = self._most_bytes // 2
+        newest = os.pread(self._descriptor, half, facts.st_size - half).partition(b"\n")[2]
+        os.ftruncate(self._descriptor, 0)
+        self._write(newest)
 
     def _take_dropped(self) -> int:
         self.acquire()

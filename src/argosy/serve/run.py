@@ -502,6 +502,7 @@ class ServerSettings:
     store: keep responses in memory, for clients that refer to them, for `store_s` after they were last used.
     rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
     front: TLS, proxies, and the base path.
+    log_bytes: the most that a log in a file may have; None: it grows without end.
     workers: run experts for the model; None: it runs alone.
     audit: where requests are recorded; None: nowhere.
     co2_grams_per_kwh: emissions of the electricity here, for `/metrics`.
@@ -525,6 +526,7 @@ class ServerSettings:
     front: Front = field(default_factory=Front)
     guarding: Guarding | None = None
     log_format: LogFormat = "text"
+    log_bytes: int | None = None
     workers: Workers | None = None
     audit: AuditSettings | None = None
     co2_grams_per_kwh: float | None = None
@@ -666,7 +668,7 @@ def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor 
     ring = KeyRing(None if keys is None else KeyFile(keys))
     counts = None if keys is None else UseFile(keys.with_name(keys.name + ".use"))
     limits = Limits(file=counts, known=ring.ids)
-    with logging_to_stderr(settings.log_format), ExitStack() as closing:
+    with logging_to_stderr(settings.log_format, settings.log_bytes), ExitStack() as closing:
         closing.callback(limits.close)
         auditor = None
         if settings.audit is not None:
@@ -677,9 +679,9 @@ def _keyed(settings: ServerSettings) -> Iterator[tuple[KeyRing, Limits, Auditor 
 
 
 @contextmanager
-def logging_to_stderr(log_format: LogFormat) -> Iterator[None]:
+def logging_to_stderr(log_format: LogFormat, most_bytes: int | None = None) -> Iterator[None]:
     """Write the log of a server to stderr until it ends."""
-    writer = LogWriter(sys.stderr.fileno(), log_format=log_format)
+    writer = LogWriter(sys.stderr.fileno(), log_format=log_format, most_bytes=most_bytes)
     log.setLevel(logging.INFO)
     log.handlers = [writer]
     try:

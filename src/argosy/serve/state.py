@@ -101,11 +101,13 @@ class SharingState(Closed):
     """A model of the server.
 
     memory_bytes: its part of a budget that models share; 0 if the server has one model.
+    unloads_in_s: seconds until it is unloaded if no request uses it; null: no time is set.
     """
 
     id: str
     state: State
     memory_bytes: int
+    unloads_in_s: float | None
     expert_slots: int
     experts_resident: int
     experts: int
@@ -203,8 +205,8 @@ def _sharing(one: Standing) -> SharingState:
     facts = _nothing() if one.service is None else one.service.loop.snapshot()
     engine = facts.engine
     return {
-        "id": one.facts.id, "state": one.state, "memory_bytes": one.memory_bytes, "expert_slots": engine.expert_slots,
-        "experts_resident": engine.num_resident, "experts": engine.num_experts,
+        "id": one.facts.id, "state": one.state, "memory_bytes": one.memory_bytes, "unloads_in_s": one.unloads_in_s,
+        "expert_slots": engine.expert_slots, "experts_resident": engine.num_resident, "experts": engine.num_experts,
         "running": engine.num_running, "waiting": engine.num_waiting, "decode_tok_per_s": facts.new_tok_per_s,
     }  # fmt: skip
 

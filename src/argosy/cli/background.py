@@ -1,0 +1,366 @@
+"""`argosy up`, `ps`, `logs` and `stop`: the server that runs in the background for this user.
+
+    up  ->  argosy serve ... --listen unix:STATE/server.sock  (a session of its own, its log in STATE/server.log)
+
+Elsewhere: which process that is, and its directory, are `own_server.py`; its options are those of `serve.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.checkpoint.untrusted_file import quote
+from argosy.cli import completion, own_server
+from argosy.cli.help_all import Command
+from argosy.cli.remote import server_options
+from argosy.config import MIB, format_bytes
+from argosy.errors import ServerNotUsable, UsageError
+
+if TYPE_CHECKING:
+    from argosy.cli.own_server import Process
+    from argosy.directory import Directory
+
+_LOG_LIMIT = "8MiB"
+_LOG_BYTES = 8 * MIB
+START_S = 600.0  # for a server to load what it was told to load
+_STOP_S = 3700.0  # the longest time that `--drain` gives answers, and some more
+_NOW_S = 15.0  # for a server that was told to end at once
+_LOOK_S = 0.1
+_OF_SERVICES = (
+    "listen",
+    "tls_cert",
+    "base_path",
+    "forwarded_from",
+    "check",
+)  # our commands would have to know them
+_SAY_S = 2.0  # after which a wait says what it waits for
+
+
+def _is_up() -> UsageError:
+    return UsageError(
+        "the server is running, with the options that it was started with",
+        hint="`argosy stop`, then `argosy up ...` starts it with others",
+    )
+
+
+@click.command(
+    "up", cls=Command, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL]... [OPTIONS OF SERVE]",
+    shell_complete=completion.models,
+)  # fmt: skip
+def up(arguments: tuple[str, ...]) -> None:
+    """Start a server in the background for this user, and wait until it answers.
+
+    It takes the models and options of `argosy serve`. `argosy ps`, `argosy logs` and `argosy stop` belong to it.
+
+    \b
+    Examples:
+      argosy up
+      argosy up Qwen3-30B-A3B --memory 16GiB
+    """
+    command = _command(arguments)
+    with own_server.open_state() as state, _alone(state):
+        process = own_server.running()
+        if process is not None and arguments:
+            raise _is_up()
+        if process is None:
+            process = _start(state, command)
+    print(f"the server runs at {process.address}, pid {process.pid}")
+    print("`argosy ps` shows what it does, `argosy logs` its log, `argosy stop` ends it", file=sys.stderr)
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    """The command of the server, with options that `serve` accepts.
+
+    Raises:
+        UsageError, click.UsageError: `serve` refuses them.
+    """
+    from argosy.cli.serve import serve
+
+    context = serve.make_context("argosy up", list(arguments))
+    for name in _OF_SERVICES:
+        if context.params[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for a server that an operator runs",
+                hint="`argosy serve` has it: docs/guides/deploying.md",
+            )
+    given = ["--listen", own_server.socket_url(), "--log-limit", _LOG_LIMIT]
+    given += ["--host", context.params["host"], "--port", str(context.params["port"])]
+    checking = serve.make_context("argosy up", [*arguments, *given, "--check"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        serve.invoke(checking)
+    # -P: a folder `argosy` in the working directory is not the program.
+    return [sys.executable, "-P", "-m", "argosy", "serve", *arguments, *given]
+
+
+@contextlib.contextmanager
+def _alone(state: Directory) -> Iterator[None]:
+    """Hold the lock of those who start and stop the server."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(state.locked(own_server.LOCK, wait_s=0.0))
+        except TimeoutError:
+            _say("another command starts or stops the server; waiting for it")
+            try:
+                held.enter_context(state.locked(own_server.LOCK, wait_s=START_S))
+            except TimeoutError:
+                raise UsageError(
+                    "another command has been starting or stopping the server for too long"
+                ) from None
+        yield
+
+
+def _start(state: Directory, command: Sequence[str]) -> Process:
+    """Start the server, and copy its log to stderr until it answers.
+
+    Raises:
+        ServerNotUsable: it does not start; its log says why.
+    """
+    log = state.open(own_server.LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        os.set_blocking(log, True)
+        shown = os.fstat(log).st_size  # what came before is of earlier servers
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077
+        )
+        try:
+            return _wait_until_ready(child, log, shown)
+        except BaseException:  # ^C too: it would go on unseen
+            _end(child)
+            raise
+    finally:
+        os.close(log)
+
+
+def _wait_until_ready(child: subprocess.Popen[bytes], log: int, shown: int) -> Process:
+    server = _own()
+    began = said = time.monotonic()
+    while time.monotonic() - began < START_S:
+        new = os.pread(log, _LOG_BYTES, shown)
+        shown += len(new)
+        sys.stderr.write(_printable(new.decode("utf-8", "replace")))
+        if child.poll() is not None:
+            raise ServerNotUsable(
+                f"the server ended with exit code {child.returncode} before it was ready",
+                hint="the lines above are its log; `argosy logs` shows more",
+                url=own_server.socket_url(),
+            )
+        process = own_server.running()
+        if process is not None and process.pid == child.pid and server.is_ready():
+            child.returncode = 0  # it goes on without us, and nobody waits for it here
+            return process
+        if time.monotonic() - said > _SAY_S:
+            said += 10 * _SAY_S
+            _say(f"waiting for the server: {time.monotonic() - began:.0f} s")
+        time.sleep(_LOOK_S)
+    raise ServerNotUsable(
+        f"the server was not ready after {START_S:.0f} s", hint="`argosy logs` shows its log", url=server.url
+    )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(timeout=_NOW_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+
+
+def _own() -> Any:
+    from argosy.cli.remote import Server
+    from argosy.cli.settings import api_key
+
+    return Server(own_server.socket_url(), api_key())
+
+
+@click.command("ps")
+@server_options
+@click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
+def ps(url: str, key_file: Path | None, as_json: bool) -> None:
+    """Show the server: its models, memory and requests.
+
+    \b
+    Examples:
+      argosy ps
+      argosy ps --url http://10.0.0.7:8080
+    """
+    from argosy.cli.remote import Server
+    from argosy.cli.settings import api_key
+
+    process = own_server.running() if url == own_server.socket_url() else None
+    try:
+        state = Server(url, api_key(key_file)).state()
+    except ServerNotUsable as error:
+        if process is None or not error.facts.get("is_absent"):
+            raise
+        raise ServerNotUsable(
+            f"the server, pid {process.pid}, is loading, or it hangs",
+            hint="`argosy logs -f` shows its log",
+            is_absent=True,
+        ) from None
+    if as_json:
+        process_facts = None if process is None else process._asdict()
+        print(
+            json.dumps(
+                {"process": process_facts, **{key: state.get(key) for key in ("models", "memory", "queue")}}
+            )
+        )
+        return
+    if process is not None:
+        print(f"server    {quote(process.address)}, pid {process.pid}, since {_ago(process.since)}")
+    else:
+        print(f"server    {url}")
+    print("\n".join(_state_lines(state)))
+
+
+def _state_lines(state: dict[str, Any]) -> Iterator[str]:
+    memory, queue = state["memory"], state.get("queue") or {}
+    used = sum(_whole(line.get("bytes")) for line in memory.get("lines") or () if isinstance(line, dict))
+    yield f"memory    {format_bytes(used)} of {format_bytes(_whole(memory.get('budget_bytes')))}"
+    models = [one for one in state.get("models") or () if isinstance(one, dict)]
+    running, waiting = (sum(_whole(one.get(key)) for one in models) for key in ("running", "waiting"))
+    yield f"requests  {running} running, {waiting} waiting, at most {_whole(queue.get('max_sequences'))} at once"
+    table = [("MODEL", "STATE", "MEMORY", "REQUESTS", "UNLOADS")]
+    for one in models:
+        memory_bytes, unloads_in_s = _whole(one.get("memory_bytes")), one.get("unloads_in_s")
+        is_ready = one.get("state") == "ready"
+        unloads = f"in {_span(unloads_in_s)}" if is_ready and isinstance(unloads_in_s, int | float) else "-"
+        requests = _whole(one.get("running")) + _whole(one.get("waiting"))
+        size = format_bytes(memory_bytes or used * is_ready) if is_ready else "-"
+        table.append((quote(one.get("id")), quote(one.get("state")), size, str(requests), unloads))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+@click.command("stop")
+@click.argument("model", required=False, shell_complete=completion.models)
+@click.option("--now", is_flag=True, help="End running answers, instead of waiting for them.")
+def stop(model: str | None, now: bool) -> None:
+    """Stop the server, or unload MODEL from it. Running answers may finish first.
+
+    \b
+    Examples:
+      argosy stop
+      argosy stop Qwen3-30B-A3B
+    """
+    if model is not None:
+        if now:
+            raise UsageError(
+                "--now is for the whole server", hint=f"`argosy stop {model}` unloads an idle model"
+            )
+        print(f"unloaded {_own().unload(model)}")
+        return
+    with own_server.open_state() as state, _alone(state):
+        process = own_server.running()
+        if process is None:
+            raise _is_down()
+        _stop(process, now=now)
+    print("the server has stopped")
+
+
+def _stop(process: Process, *, now: bool) -> None:
+    """End a process; `stop` holds the lock, so no other one takes its place."""
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        if not own_server.is_running(process):  # from here on the descriptor means the server
+            return
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        began, said = time.monotonic(), False
+        limit_s = _NOW_S if now else _STOP_S
+        while own_server.is_running(process):
+            waited_s = time.monotonic() - began
+            if waited_s > limit_s:
+                _say(f"the server has not ended for {limit_s:.0f} s, and is killed")
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            elif waited_s > _SAY_S and not said:
+                said = True
+                _say(
+                    "answers are running, and have the time of --drain (30 s) to finish; `argosy stop --now` ends them"
+                )
+            time.sleep(_LOOK_S)
+            if now:
+                signal.pidfd_send_signal(descriptor, signal.SIGTERM)  # the second one ends answers
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@click.command("logs")
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines until ^C.")
+@click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0), help="The last lines.")
+def logs(follow: bool, lines: int) -> None:
+    """Show the log of the server that `argosy up` started.
+
+    \b
+    Examples:
+      argosy logs
+      argosy logs -f
+    """
+    with own_server.open_state() as state:
+        try:
+            log = state.open(own_server.LOG)
+        except FileNotFoundError:
+            raise _is_down() from None
+    with open(log, "rb", buffering=0) as file:
+        text = os.pread(file.fileno(), 2 * _LOG_BYTES, 0)
+        shown = len(text)
+        last = text.decode("utf-8", "replace").splitlines(keepends=True)
+        _print("".join(last[len(last) - lines :] if lines < len(last) else last))
+        while follow:
+            time.sleep(_LOOK_S)
+            if os.fstat(file.fileno()).st_size < shown:  # the older half was dropped
+                shown = 0
+            new = os.pread(file.fileno(), _LOG_BYTES, shown)
+            shown += len(new)
+            _print(new.decode("utf-8", "replace"))
+
+
+def _is_down() -> ServerNotUsable:
+    return ServerNotUsable(
+        "no server is running for this user", hint="`argosy up` starts one", is_absent=True
+    )
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(_printable(text))
+    sys.stdout.flush()
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else "?" for char in text)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _whole(value: object) -> int:
+    return max(0, value) if isinstance(value, int) else 0
+
+
+def _ago(since: float) -> str:
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+    return f"{at} ({_span(time.time() - since)})"
+
+
+def _span(seconds: float) -> str:
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if (count := int(seconds) // size) >= 1:
+            return f"{count} {unit}{'s' if count > 1 else ''}"
+    return f"{max(0, int(seconds))} s"

@@ -1,0 +1,237 @@
+"""`argosy up`, `ps`, `logs` and `stop`: a server that is this user's, and no other process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from argosy.cli import own_server
+from argosy.cli.main import main
+from argosy.cli.remote import DEFAULT_URL, default_url
+
+Captured = pytest.CaptureFixture[str]
+WAIT_S = 120
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory of the server; a server that a test leaves is ended."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = tmp_path / "state" / "argosy"
+    yield path
+    if path.is_dir():
+        path.chmod(0o700)
+        if (process := own_server.running()) is not None:
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def argosy(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "argosy", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+
+def up(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return argosy("up", str(model), "--memory", "1GiB", "--threads", "1", "--port", "0", *options)
+
+
+def here() -> own_server.Process:
+    process = own_server.running()
+    assert process is not None
+    return process
+
+
+def test_up_starts_a_server_that_ps_logs_top_and_stop_find(
+    chat_model: Path, state: Path, capfd: Captured
+) -> None:
+    done = up(chat_model)
+    assert done.returncode == 0, done.stderr
+    process = here()
+    assert done.stdout == f"the server runs at {process.address}, pid {process.pid}\n"
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", process.address)
+
+    # It has a session of its own, and nothing of the command that started it.
+    assert os.getsid(process.pid) == process.pid
+    opened = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+    assert opened == [os.devnull, str(state / own_server.LOG), str(state / own_server.LOG)]
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in [state, *state.iterdir()]}
+    assert modes.pop("argosy") == 0o700
+    assert {"server.sock", "server.json", "server.log"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+
+    # Our own commands use the socket file.
+    assert default_url() == f"unix:{state / 'server.sock'}"
+    assert main(["ps"]) == 0
+    assert re.search(
+        rf"server    {process.address}, pid {process.pid}, since .*\nmemory .* of 1.0 GiB\n"
+        r"requests  0 running, 0 waiting, at most 16 at once\nMODEL +STATE +MEMORY +REQUESTS +UNLOADS\nmodel +ready ",
+        capfd.readouterr().out,
+    )
+    assert main(["ps", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["process"]["pid"] == process.pid
+    assert main(["connect", "aider"]) == 0  # other programs use the port
+    assert process.address in capfd.readouterr().out
+    assert main(["logs"]) == 0
+    assert f"serving model at {process.address}" in capfd.readouterr().out
+
+    # A second one starts nothing, and options that it cannot have are an error.
+    assert main(["up"]) == 0
+    assert main(["up", "--memory", "2GiB"]) == 2
+    assert "the server is running, with the options that it was started with" in capfd.readouterr().err
+    assert here() == process
+
+    assert main(["stop", "--now"]) == 0
+    assert own_server.running() is None
+    assert sorted(path.name for path in state.iterdir()) == ["server.log"]
+    assert main(["stop"]) == 1
+    assert "no server is running for this user\nhint: `argosy up` starts one" in capfd.readouterr().err
+
+
+def test_two_that_start_at_once_start_one_server(chat_model: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "argosy",
+        "up",
+        str(chat_model),
+        "--memory",
+        "1GiB",
+        "--threads",
+        "1",
+        "--port",
+        "0",
+    ]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [one.communicate(timeout=WAIT_S) for one in both]
+    # The later one finds a server, and was given options for another.
+    assert sorted(one.returncode for one in both) == [0, 2], said
+    (told,) = (out for out, _ in said if out)
+    assert f"pid {here().pid}\n" in told
+
+
+def test_a_server_that_cannot_start_says_why_and_leaves_no_process(chat_model: Path, state: Path) -> None:
+    with socket.socket() as stranger:  # owns the port first
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        done = up(chat_model, "--port", str(port))
+    assert done.returncode == 1
+    assert f"port {port} of 127.0.0.1 is in use" in done.stderr
+    assert "the server ended with exit code 2 before it was ready" in done.stderr
+    assert sorted(path.name for path in state.iterdir()) == ["server.log"]
+
+
+def test_a_killed_server_is_replaced(chat_model: Path) -> None:
+    assert up(chat_model).returncode == 0
+    first = here()
+    os.kill(first.pid, signal.SIGKILL)
+    done = up(chat_model)
+    assert done.returncode == 0, done.stderr
+    assert here().pid != first.pid
+
+
+def test_a_later_process_with_the_servers_id_is_never_stopped(state: Path, capfd: Captured) -> None:
+    with subprocess.Popen(["sleep", "600"]) as victim:
+        try:
+            state.mkdir(parents=True, mode=0o700)
+            facts = {"pid": victim.pid, "started": 1, "address": "http://127.0.0.1:1"}
+            (state / "server.json").write_text(json.dumps(facts))
+            assert own_server.running() is None
+            assert default_url() == DEFAULT_URL
+            assert main(["stop", "--now"]) == 1
+            assert "no server is running" in capfd.readouterr().err
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "{", '{"pid": 1}', '{"pid": true, "started": 1, "address": ""}', "9" * 5000,
+     '{"pid": -1, "started": 1, "address": ""}', '{"pid": 1, "started": 1.0, "address": "x"}'],
+)  # fmt: skip
+def test_damaged_facts_are_no_server(text: str, state: Path) -> None:
+    state.mkdir(parents=True, mode=0o700)
+    (state / "server.json").write_text(text)
+    assert own_server.running() is None
+
+
+def test_a_directory_that_others_can_change_is_refused(state: Path, capfd: Captured) -> None:
+    state.mkdir(parents=True)
+    state.chmod(0o755)
+    for command in (["up"], ["stop"], ["logs"], ["ps"]):
+        assert main(command) == 2
+        assert "would hold the server's socket, but other users can access it" in capfd.readouterr().err
+
+
+def test_a_link_in_the_place_of_the_log_is_not_followed(state: Path, tmp_path: Path, capfd: Captured) -> None:
+    state.mkdir(parents=True, mode=0o700)
+    (tmp_path / "victim").write_text("keep")
+    (state / "server.log").symlink_to(tmp_path / "victim")
+    for command in (["up"], ["logs"]):
+        assert main(command) == 2
+        assert "it is a symbolic link, and none is followed here" in capfd.readouterr().err
+    assert (tmp_path / "victim").read_text() == "keep"
+
+
+def test_without_a_home_the_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: Captured, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(
+        "XDG_STATE_HOME", str(tmp_path / "file")
+    )  # no directory can be made there, even by root
+    assert main(["up"]) == 2
+    assert "cannot be used as XDG_STATE_HOME" in capfd.readouterr().err
+
+
+def test_options_of_services_and_wrong_ones_are_refused_before_anything_starts(
+    state: Path, capfd: Captured
+) -> None:
+    for options, told in (
+        (["--listen", "unix:x"], "--listen is for a server that an operator runs"),
+        (["--base-path", "/x"], "--base-path is for a server that an operator runs"),
+        (["--host", "0.0.0.0"], "there are no keys"),
+        (["--momory", "1GiB"], "no such option"),
+    ):
+        assert main(["up", *options]) == 2
+        assert told in capfd.readouterr().err
+    assert not (state / "server.log").exists()
+
+
+def test_the_log_is_printed_without_what_a_terminal_would_obey(state: Path, capfd: Captured) -> None:
+    state.mkdir(parents=True, mode=0o700)
+    (state / "server.log").write_text("one\ntwo \x1b[2J\nthree\n")
+    assert main(["logs", "-n", "2"]) == 0
+    assert capfd.readouterr().out == "two ?[2J\nthree\n"
+
+
+def test_a_server_listens_on_a_file_and_a_port_if_both_are_named(tmp_path: Path) -> None:
+    import click
+
+    from argosy.cli.serve import serve
+
+    for options, expected in (
+        (["--listen", "unix:s"], (Path("s"), None)),
+        (["--listen", "unix:s", "--port", "1"], (Path("s"), 1)),
+        (["--port", "1"], (None, 1)),
+    ):
+        from argosy.cli.listening import take_listening
+
+        with ExitStack() as entered:
+            context = entered.enter_context(serve.make_context("serve", list(options)))
+            assert isinstance(context, click.Context)
+            found = take_listening(dict(context.params), host="127.0.0.1", port=context.params["port"])
+        assert (found.path, found.port) == expected
