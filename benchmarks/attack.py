@@ -202,7 +202,7 @@ def server(model: str, budget_bytes: int, folder: Path) -> Iterator[tuple[int, l
         port = free.getsockname()[1]
     keys = [_add_key(folder, name) for name in ("honest", *(f"attacker-{n}" for n in range(ATTACK_KEYS)))]
     command = [
-        sys.executable, "-m", "argosy", "serve", model, "--port", str(port), "--memory", str(budget_bytes),
+        sys.executable, "-m", "argosy", "serve", model, "--port", str(port), "--memory", f"{budget_bytes}B",
         "--keys", str(folder / "keys.json"),
     ]  # fmt: skip
     with (

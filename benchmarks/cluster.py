@@ -128,8 +128,8 @@ class Process:
         self.budget_bytes = WORKER_BYTES + slots * EXPERT_BYTES
         self._command = [
             *([] if link is None else link.command),
-            sys.executable, "-m", "argosy", "worker", str(model), "--memory", str(self.budget_bytes),
-            "--threads", "1", "--disk-rate", str(rate), "--disk-limit", str(rate),
+            sys.executable, "-m", "argosy", "worker", str(model), "--memory", f"{self.budget_bytes}B",
+            "--threads", "1", "--disk-rate", f"{rate}B", "--disk-limit", f"{rate}B",
             *(["--expert-slots", str(slots)] if slots < NUM_EXPERTS else []),
         ]  # fmt: skip
         self.peak_anonymous_bytes = self.num_oom_kills = 0

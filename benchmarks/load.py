@@ -245,7 +245,7 @@ class Way:
         if self.engine == ARGOSY:
             memory = self.limit_bytes or 2 * file_bytes(model) + (2 << 30)
             return [
-                sys.executable, "-m", "argosy", "serve", str(model), "--port", str(port), "--memory", str(memory),
+                sys.executable, "-m", "argosy", "serve", str(model), "--port", str(port), "--memory", f"{memory}B",
                 "--threads", str(self.threads), "--context", str(context * clients),
             ]  # fmt: skip
         return [

@@ -118,7 +118,7 @@ def measure(report: Report, model: Path, options: argparse.Namespace) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "argosy", "serve", str(model), "--memory", str(options.sizes[0]), "--port", str(port),
+        sys.executable, "-m", "argosy", "serve", str(model), "--memory", f"{options.sizes[0]}B", "--port", str(port),
         "--context", str(CONTEXT),
     ]  # fmt: skip
     with (

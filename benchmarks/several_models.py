@@ -268,7 +268,7 @@ def measure(report: Report, models: Sequence[Path], options: argparse.Namespace)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "argosy", "serve", *map(str, models), "--memory", str(budget), "--port", str(port),
+        sys.executable, "-m", "argosy", "serve", *map(str, models), "--memory", f"{budget}B", "--port", str(port),
         "--context", str(CONTEXT), "--idle-unload", f"{IDLE_UNLOAD_S}s",
     ]  # fmt: skip
     with (

@@ -64,12 +64,13 @@ class Tuning(NamedTuple):
 
 
 def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
-    """Turn `8GiB`, `8GB`, `512M`, `75%` or a plain number of bytes into bytes.
+    """Turn `8GiB`, `8GB`, `512M`, `4096B`, `75%` or an integer number of bytes into bytes.
 
     A percentage is relative to `total_bytes`, the memory that the machine or its cgroup allows.
 
     Raises:
-        UsageError: `text` is not a size, is not above zero, is 8 EiB or more, or is a percentage and there is no total.
+        UsageError: `text` is not a size, is not above zero, is 8 EiB or more, has no unit, or is a percentage and there
+            is no total.
     """
     size: float
     if isinstance(text, int):
@@ -82,6 +83,11 @@ def parse_size(text: str | int, *, total_bytes: int | None = None) -> int:
             if number > 100:
                 raise UsageError(f"'{text}' is more than all of the memory; the maximum is 100%")
             size = total_bytes * number / 100
+        elif not unit and number:
+            shown = match[1][:40]
+            raise UsageError(
+                f"'{shown}' has no unit", hint=f"write {shown}GiB, {shown}MiB, or {shown}B for bytes"
+            )
         elif unit in _UNITS:
             size = number * _UNITS[unit]
         else:

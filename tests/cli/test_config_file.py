@@ -107,7 +107,7 @@ def test_relative_paths_begin_at_the_files_folder(tmp_path: Path) -> None:
         ("port = 1.0", "port must be a whole number, found 1.0"),
         ("port = 70000", "port: 70000 is not in the range"),
         ("drain = 'x'", "drain must be a number"),
-        ("memory = 16", "memory must be text, found 16"),
+        ("memory = 16", "memory must be a size with its unit, such as \"16GiB\", found 16"),
         (r'kv-dir = "a\u0000b"', "kv-dir holds a null character, which no path or name has"),
         ("host = 2026-01-01", "host must be text, found a date or time"),
         ("media = 'no'", "media must be true or false, found the text 'no'"),
@@ -142,6 +142,8 @@ def test_check_validates_and_opens_nothing(tmp_path: Path, capsys: Captured) -> 
     assert main(["serve", "--config", str(path), "--check"]) == 0
     assert capsys.readouterr().out == "the settings are valid\n"
     for text, fault in (
+        ("memory = 100", 'memory must be a size with its unit, such as "16GiB", found 100'),
+        ('memory = "100"', "'100' has no unit"),
         ('host = "0.0.0.0"', "there are no keys"),
         ('keys = "k.json"', "k.json cannot be read"),
         ('policy = "p.toml"', "p.toml: the file cannot be read"),

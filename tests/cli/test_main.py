@@ -405,6 +405,7 @@ def test_flags_override_the_environment_and_only_given_settings_reach_the_engine
     [
         ({"ARGOSY_THREADS": "many"}, "ARGOSY_THREADS must be a whole number of at least 1, found 'many'"),
         ({"ARGOSY_THREADS": "0"}, "at least 1, found '0'"),
+        ({"ARGOSY_MEMORY": "8"}, "'8' has no unit\nhint: write 8GiB, 8MiB, or 8B for bytes"),
         (
             {"ARGOSY_MEMROY": "1GiB"},
             "unknown environment variable ARGOSY_MEMROY; did you mean ARGOSY_MEMORY?",

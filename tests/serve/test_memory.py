@@ -172,6 +172,8 @@ def test_free_memory_is_given_back_once_a_minute(monkeypatch: pytest.MonkeyPatch
         ("8 parsecs", 400, "memory"),
         ("", 400, "memory"),
         ("0", 400, "memory"),
+        ("100", 400, "memory"),  # without a unit
+        ("1 B", 409, "needs"),
         ("0.0GiB", 400, "memory"),
         ("101%", 400, "memory"),
         ("0.001k", 409, "needs"),

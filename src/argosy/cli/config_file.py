@@ -106,6 +106,8 @@ def _one(value: object, parameter: click.Parameter, folder: Path, ctx: click.Con
         wanted, fits = "a whole number", type(value) is int
     elif isinstance(kind, click.types.FloatParamType):
         wanted, fits = "a number", type(value) in (int, float)
+    elif parameter.metavar == "SIZE":
+        wanted, fits = 'a size with its unit, such as "16GiB"', isinstance(value, str)
     else:
         wanted, fits = "text", isinstance(value, str)
     if not fits:

@@ -9,7 +9,7 @@ import click
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.remote import server_options
-from argosy.config import format_bytes
+from argosy.config import GIB, format_bytes, parse_size
 
 
 @click.command("memory")
@@ -30,6 +30,7 @@ def memory(size: str, url: str, key_file: Path | None, as_json: bool) -> None:
     from argosy.cli.remote import Server
     from argosy.cli.settings import api_key
 
+    parse_size(size, total_bytes=GIB)  # only its form: the server knows the total
     state = Server(url, api_key(key_file)).resize(size)
     if as_json:
         print(json.dumps(state))

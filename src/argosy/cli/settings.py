@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
-from argosy.config import AskAhead, KvDtype
+from argosy.config import GIB, AskAhead, KvDtype, parse_size
 from argosy.errors import UsageError
 
 KNOWN = (
@@ -60,7 +60,7 @@ class Settings:
         """Take given flags, and the environment for the rest.
 
         Raises:
-            UsageError: a variable is misspelt or has an invalid value.
+            UsageError: a variable is misspelt or has an invalid value, or the memory is not a size with a unit.
         """
         environment = os.environ if environment is None else environment
         refuse_misspelt(environment)
@@ -72,7 +72,12 @@ class Settings:
             "ask_ahead": _one_of(environment, "ARGOSY_ASK_AHEAD", get_args(AskAhead)),
             "record": _one_of(environment, "ARGOSY_RECORD", ("on", "off")) != "off",
         }
-        return cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
+        settings = cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
+        if settings.memory is not None:
+            parse_size(
+                settings.memory, total_bytes=GIB
+            )  # only its form: the total is read when an engine opens
+        return settings
 
     def for_engine(self) -> dict[str, Any]:
         """Keyword arguments for `Engine`, only those that are set."""

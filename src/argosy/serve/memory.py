@@ -36,9 +36,9 @@ log = logging.getLogger("argosy.serve")
 
 LOOK_S = 0.5
 _LOOKS_A_MINUTE = round(60 / LOOK_S)
-# The forms that `parse_size` takes, above zero: a percentage, bytes, or a number with a unit.
+# The forms that `parse_size` takes, above zero: a percentage, bytes, or a number with a larger unit.
 _SIZE = (
-    "^((100|[1-9][0-9]?)%|[1-9][0-9]{0,17}|"
+    "^((100|[1-9][0-9]?)%|[1-9][0-9]{0,17} ?[bB]|"
     r"([1-9][0-9]{0,8}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]) ?[kKmMgGtT]([iI]?[bB])?)$"
 )
 
