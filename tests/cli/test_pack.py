@@ -33,11 +33,22 @@ def test_it_packs_and_reports_sizes_and_seconds(source: Path, tmp_path: Path) ->
 
     assert result.exit_code == 0, result.output
     first, before, after = result.stdout.rstrip("\n").split("\n")
-    assert re.fullmatch(rf"packed   {tmp_path / 'packed'}, q4, in \d+\.\d s", first)
+    assert re.fullmatch(rf"packed   {tmp_path / 'packed'} as q4 in \d+\.\d s", first)
     assert re.fullmatch(r"  before +\d+(\.\d)? KiB", before)
     assert re.fullmatch(r"  after +\d+(\.\d)? KiB   \d+% of the original", after)
     assert result.stderr == ""  # no progress bar without a terminal
     assert open_model(tmp_path / "packed").expert_format == "q4"
+
+
+def test_a_budget_that_is_too_small_advises_a_pack_only_of_weights_that_can_be_packed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "packed", "--format", "q8")
+    for path, is_advised in ((source, True), (tmp_path / "packed", False)):
+        assert main(["show", str(path), "--memory", "100B"]) == 3
+        said = capsys.readouterr().err
+        assert "\nhint: `--memory " in said
+        assert ("argosy pack" in said) == is_advised
 
 
 def test_json_gives_the_same_facts(source: Path, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def test_a_pack_with_a_report_keeps_it_and_stays_a_pack(
         ]
         assert main(command) == 0
         said = capsys.readouterr().out
-        assert said.startswith(f"packed   {target}, q8")
+        assert said.startswith(f"packed   {target} as q8")
         assert "\ndrift      notable: " in said
         assert json.loads((target / "drift.json").read_text())["reference"]["name"] == "source"
         assert verify_pack(target).num_files > 2

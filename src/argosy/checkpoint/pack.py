@@ -189,7 +189,7 @@ def pack(
 def _require_packable(files: ModelFiles, destination: Path, format: str) -> None:
     if format not in PACK_FORMATS:
         raise UsageError(f"unknown format '{format}'; known: {', '.join(PACK_FORMATS)}")
-    if format != "source" and (quantised := _quantised_formats(files)):
+    if format != "source" and (quantised := quantised_formats(files)):
         raise UsageError(
             f"{files.path} is already {quantised}; quantised weights are never quantised again",
             hint="`--format source` keeps them as they are; for another format, pack from the original checkpoint",
@@ -205,7 +205,7 @@ def _require_packable(files: ModelFiles, destination: Path, format: str) -> None
         raise UsageError(f"{parent} {'is not a directory' if parent.exists() else 'does not exist'}")
 
 
-def _quantised_formats(files: ModelFiles) -> str:
+def quantised_formats(files: ModelFiles) -> str:
     """The quantised formats that rule out requantising: those of the experts, else of the dense matrices; or ''."""
     experts = {format for layer in files.config.moe_layers for format in files.expert_formats(layer)}
     for formats in (experts, {ref.format for ref in files.dense.values()}):
@@ -801,7 +801,7 @@ class _Writer:
         """Options for packs that fit in `free_bytes`."""
         found = []
         for format in PACK_FORMATS:
-            if format in ("source", self._format) or _quantised_formats(self._files):
+            if format in ("source", self._format) or quantised_formats(self._files):
                 continue
             _, units = _plan(self._files, _config_of_pack(self._files, format), format, self._num_shares)
             needed = sum(unit.end - unit.offset for unit in (*units, *self._encoders))

@@ -131,7 +131,7 @@ def _pack(
         print(json.dumps(facts, ensure_ascii=False))
         return
     share = report.packed_bytes / report.source_bytes
-    print(f"packed   {report.directory}, {report.format}, in {report.seconds:.1f} s")
+    print(f"packed   {report.directory} as {report.format} in {report.seconds:.1f} s")
     print(f"  before   {format_bytes(report.source_bytes):>10}")
     print(f"  after    {format_bytes(report.packed_bytes):>10}   {share:.0%} of the original")
     if num_shares > 1:

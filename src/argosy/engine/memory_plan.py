@@ -826,6 +826,8 @@ def require_machine(budget_bytes: int) -> None:
 def _does_not_fit(
     floor: MemoryPlan, footprint: ModelFootprint, config: EngineConfig, process_bytes: int
 ) -> DoesNotFit:
+    from argosy.checkpoint.pack import quantised_formats
+
     needed, budget = floor.total_bytes, config.budget.ram_bytes
     described = [
         f"{'smallest expert cache' if part.key == 'expert_cache_bytes' else part.label} {format_bytes(part.nbytes)}"
@@ -837,7 +839,8 @@ def _does_not_fit(
     hints = [f"`--memory {_in_mib(needed)}` works"]
     if (remedy := _what_helps(footprint, config, process_bytes, needed)) is not None:
         hints.append(remedy)
-    hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")
+    if not quantised_formats(footprint.files):
+        hints.append("`argosy pack --format q8` or q4 makes dense weights and experts smaller")
     return DoesNotFit(
         f"needs {format_bytes(needed)} of memory, and the budget is {format_bytes(budget)}\n{parts}",
         hint="; ".join(hints),
