@@ -36,6 +36,10 @@ class FakePrompts:
         self._builder: PromptBuilder = family.builder()
         self._asked = asked
 
+    @property
+    def tool_calling(self) -> str:
+        return self._builder.tool_calling
+
     def build(self, request: Any, **options: Any) -> Prompt:
         if not options.get("is_counted"):
             self._asked.append([dict(m) for m in request] if isinstance(request, list) else request)
@@ -60,6 +64,8 @@ class FakeEngine:
     answer: Sequence[str] = ("Paris", " is", " it.")
     family: str = "chatml"
     hears: str = "none"
+    media_kinds: tuple[str, ...] = ()
+    num_parameters = 30_500_000_000
     media_faults: Mapping[str, Exception] = MappingProxyType({})
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
@@ -92,7 +98,7 @@ class FakeEngine:
         assert isinstance(prompt, Prompt)
         assert prompt.token_ids
         type(self).params.append(params)
-        self.sequence = SimpleNamespace(events=deque(), result=None, at=0)
+        self.sequence = SimpleNamespace(events=deque(), result=None, at=prompt.num_answered)
         return self.sequence
 
     def step(self) -> None:

@@ -92,7 +92,8 @@ def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
     assert "/reset         forget the conversation" in captured.err
     assert "hit rate 0.60" in captured.err
     assert (
-        "unknown command '/legder'; known: /help /image /audio /video /system /retry /tokens" in captured.err
+        "unknown command '/legder'; known: /help /image /audio /video /system /retry /continue /trim /tokens"
+        in captured.err
     )
     assert len(engine.asked) == 1
 
@@ -104,7 +105,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(engine: Engine, c
     assert talk.messages[-1] == {"role": "assistant", "content": "Paris is"}
     captured = capsys.readouterr()
     assert captured.out == "Paris is\n"
-    assert captured.err.endswith("(stopped)\n")
+    assert "(stopped; /continue goes on)\n" in captured.err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -126,7 +127,8 @@ def test_two_interrupts_in_a_row_at_the_prompt_quit(engine: Engine, capsys: Capt
 
 
 @pytest.mark.parametrize(
-    ("error", "hint"), [(PromptTooLong("too long"), "hint: /reset forgets"), (UsageError("no such role"), "")]
+    ("error", "hint"),
+    [(PromptTooLong("too long"), "hint: shorten the message"), (UsageError("no such role"), "")],
 )
 def test_a_refused_turn_is_forgotten(
     error: UsageError, hint: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
@@ -164,7 +166,7 @@ def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) 
     with on_terminal(command) as terminal:
         terminal.until(b">")
         terminal.send(b"Hi\r")
-        terminal.until(b"(cut off after 4 tokens)")
+        terminal.until(b"(cut off after 4 tokens, the limit of -n: /continue goes on)")
         terminal.until(b">")
         terminal.send(b"\x03")
         terminal.until(b"press ^C again to quit")
@@ -232,9 +234,10 @@ def test_a_session_of_commands_shows_what_the_golden_file_has(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "system.txt").write_text("Be kind.\n")
     lines = (
-        "/tokens", "/system", "/system Be brief.", "Hi", "/tokens", "/save talk.json", "/retry", "/system @system.txt",
-        "/system", "/reset", "/tokens", "/retry", "/load talk.json", "/system", "And?", '/system ""', "/system",
-        "/model", "/save", "/load", "/load nowhere.json", "/image", "/nothing",
+        "/tokens", "/system", "/system Be brief.", "Hi", "/tokens", "/save talk.json", "/retry", "/continue",
+        "/trim 200", "/trim x", "/system @system.txt", "/system", "/reset", "/tokens", "/retry", "/continue",
+        "/load talk.json", "/system", "And?", '/system ""', "/system", "/model", "/save", "/load", "/load nowhere.json",
+        "/image", "/nothing",
     )  # fmt: skip
 
     shown = io.StringIO()

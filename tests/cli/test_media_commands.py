@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from argosy.cli.main import main
 from argosy.errors import UsageError
 from tests.media.video_samples import clip_file
 from tests.models.seeing import write_seeing_chat_model
+from tests.prompt.tokenizers_for_tests import CHATML
 
 Captured = pytest.CaptureFixture[str]
 LIMITS = ["--memory", "3GiB", "--threads", "1", "--image-tokens", "64", "--video-tokens", "64", "-n", "8"]
@@ -224,6 +226,29 @@ def test_chat_reads_a_picture_when_it_is_attached(
     talk._turn("What?")
     talk._turn("And?")
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_a_picture_of_earlier_turns_becomes_a_note_for_a_model_without_eyes(
+    model: Path,
+    chat_model: Path,
+    pictures: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    """Also for a model with eyes whose chat template has no place for pictures. The first model gets it back."""
+    placeless = shutil.copytree(model, tmp_path / "placeless")
+    config = json.loads((placeless / "tokenizer_config.json").read_text())
+    (placeless / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML}))
+    for blind in (chat_model, placeless):
+        lines = (f"/image {pictures[0]}", "What?", f"/model {blind}", "And?", f"/model {model}", "/tokens")
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        assert main(["chat", str(model), *LIMITS, "--no-record", "--ignore-eos"]) == 0
+        err = capsys.readouterr().err
+        assert err.count("note: this model cannot take the picture earlier in this conversation") == 1
+        assert "error" not in err
+        assert err.count("(cut off") == 2
+        assert int(re.findall(r"tokens   (\d+) used", err)[0]) > 60  # the picture again
 
 
 def test_an_array_is_a_picture_too(engine: Engine, pictures: list[Path]) -> None:

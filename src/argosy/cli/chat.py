@@ -3,9 +3,10 @@
     lines, or a pipe  ->  Conversation  ->  answers on stdout, everything else on stderr
 
 ^C stops an answer; ^C again, or twice at the prompt, quits. The conversation exists only in this process unless /save
-writes it; nothing that is typed is kept without `--history`.
+writes it; nothing that is typed is kept without `--history`. What no longer fits the context is dropped only by
+`/trim` or by the `--context-policy`, and a line says what was dropped.
 
-Elsewhere: `chat_files.py` has the files of both; `output.py` shows answers.
+Elsewhere: `chat_room.py` chooses what is dropped; `chat_files.py` has the files of both; `output.py` shows answers.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import click
 
-from argosy.cli import chat_files, completion
+from argosy.cli import chat_files, chat_room, completion
+from argosy.cli.chat_room import ContextPolicy, Message
 from argosy.cli.help_all import Command
 from argosy.cli.options import (
     engine_options,
@@ -31,18 +33,18 @@ from argosy.cli.options import (
     thoughts_option,
     watermark_option,
 )
-from argosy.cli.output import AnswerWriter, ledger_lines, write_text
+from argosy.cli.output import AnswerWriter, dim, ledger_lines, parameter_count, write_text
 from argosy.cli.texts import MOST_BYTES, text_or_file
-from argosy.config import DEMO
+from argosy.config import DEMO, format_bytes
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.config import SamplingParams
     from argosy.engine.engine import Engine
-    from argosy.engine.sequence import Result
-    from argosy.media.parts import Content
-    from argosy.prompt.formats import Answer
+    from argosy.engine.sequence import Result, TokenEvent
+    from argosy.media.parts import Content, Kind
+    from argosy.prompt.prompt import Prompt
 
 HELP = """/help          list the commands
 /image FILE    show a picture with the next message
@@ -50,6 +52,8 @@ HELP = """/help          list the commands
 /video FILE    show a video with the next message
 /system TEXT   set the system message; @FILE reads it from a file, "" removes it, no TEXT shows it
 /retry         answer the last message again
+/continue      go on with an answer that was cut off or stopped
+/trim [N]      drop the oldest turns until N tokens (or N%) of the context are free; without N, half of it
 /tokens        show how many tokens the conversation has, and how many are left
 /model NAME    go on with another model; no NAME shows the model
 /save FILE     write the conversation as JSON
@@ -61,6 +65,8 @@ A line with nothing but the path of a picture, sound or video attaches it, too.
 Alt-Enter, or a backslash at the end of a line, starts a new line. ^C stops an answer; pressed twice, it quits."""
 
 _DEFAULT_HISTORY = ""  # `--history` without a file
+_SUMMARY_SHARE = 8  # a summary takes at most an eighth of the context
+_LEAST_SUMMARY = 16  # tokens
 
 
 @click.command("chat", cls=Command)
@@ -74,11 +80,26 @@ _DEFAULT_HISTORY = ""  # `--history` without a file
     shell_complete=completion.files,
     help="Keep the lines you type, for later chats.",
 )
+@click.option(
+    "--context-policy",
+    type=click.Choice(get_args(ContextPolicy)),
+    default="stop",
+    help="Full context: stop and ask (default), drop the oldest turns, or let the model summarise them.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print no facts about the model and its speed.")
 @watermark_option
 @thoughts_option
 @engine_options
 @sampling_options
-def chat(model: str, system: str | None, history: str | None, thoughts: bool | None, **options: Any) -> None:
+def chat(
+    model: str,
+    system: str | None,
+    history: str | None,
+    context_policy: ContextPolicy,
+    quiet: bool,
+    thoughts: bool | None,
+    **options: Any,
+) -> None:
     """Chat with MODEL, a name or a path; the default is the demo model.
 
     \b
@@ -91,12 +112,14 @@ def chat(model: str, system: str | None, history: str | None, thoughts: bool | N
     read = _reader(_open_history(history))
     if thoughts is None:
         thoughts = sys.stderr.isatty()
-    with _Engines(settings) as engines:
+    with _keys_held(), _Engines(settings) as engines:
         Conversation(
             engines.open(model),
             params,
             system,
             model=model,
+            policy=context_policy,
+            is_quiet=quiet,
             shows_thoughts=thoughts,
             switch=engines.switch,
         ).talk(read)
@@ -158,11 +181,26 @@ class _Engines:
             return self.open(before), why
 
 
+@dataclass(slots=True)
+class _Begun:
+    """The last answer, if it can go on.
+
+    message: the answer so far.
+    tokens: its tokens, and the seed of those that follow. Without them, as after /load, it goes on from its text.
+    """
+
+    message: Message
+    tokens: list[TokenEvent] = field(default_factory=list)
+    seed: int | None = None
+
+
 class Conversation:
     """The turns of one chat; `talk` reads until the end of its input.
 
     Args:
         model: its name.
+        policy: what to do when the conversation no longer fits the context.
+        is_quiet: facts about the model and its speed are not shown.
         switch: opens another model; see `_Engines.switch`.
     """
 
@@ -173,18 +211,26 @@ class Conversation:
         system: str | None = None,
         *,
         model: str = DEMO,
+        policy: ContextPolicy = "stop",
+        is_quiet: bool = False,
         shows_thoughts: bool = False,
         switch: Callable[[str], tuple[Engine, ArgosyError | None]] | None = None,
     ) -> None:
         self._engine: Engine | None = engine
         self._params = params
         self._model = model
+        self._policy = policy
+        self._is_quiet = is_quiet
         self._switch = switch
         self._shows_thoughts = shows_thoughts
         self._start = [] if system is None else [{"role": "system", "content": system}]
-        self.messages: list[dict[str, Any]] = list(self._start)
+        self.messages: list[Message] = list(self._start)
         self._attached: list[Content] = []  # media for the next message
+        self._refused: Message | None = None  # a message that got no answer
+        self._begun: _Begun | None = None
         self._last: Result | None = None
+        self._kinds: tuple[Kind, ...] = engine.media_kinds
+        self._takes_calls = True  # until a conversation comes from elsewhere
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(HELP),
             "/image": lambda path: self._attach("image", path),
@@ -192,6 +238,8 @@ class Conversation:
             "/video": lambda path: self._attach("video", path),
             "/system": self._set_system,
             "/retry": self._retry,
+            "/continue": self._continue,
+            "/trim": self._trim,
             "/tokens": self._count_tokens,
             "/model": self._change_model,
             "/save": self._save,
@@ -206,6 +254,7 @@ class Conversation:
         Raises:
             KeyboardInterrupt: ^C twice, at the prompt or while an answer was being stopped.
         """
+        self._introduce()
         _say("/help lists the commands, ^D quits")
         is_leaving = False
         while True:
@@ -258,18 +307,126 @@ class Conversation:
         self._start = [{"role": "system", "content": text}] if text else []
         self.messages = [*self._start, *turns]
 
+    def _introduce(self) -> None:
+        """Say which model answers, and what it can do."""
+        if self._is_quiet:
+            return
+        engine = self._open_engine
+        sees = [f"{kind}s" for kind in ("picture", "video") if kind in self._kinds]
+        able = [f"sees {' and '.join(sees)}"] if sees else []
+        if "sound" in self._kinds:
+            able.append("hears sound" if engine.hears == "native" else "reads transcripts of sound")
+        facts = [
+            f"{parameter_count(engine.num_parameters)} parameters",
+            f"context of {engine.plan.context_tokens:,} tokens",
+            f"{format_bytes(engine.plan.total_bytes)} of memory planned",
+            " and ".join(able) or "text only",
+        ]
+        _say(f"{Path(self._model).name}: {', '.join(facts)}")
+
     def _reset(self, _: str) -> None:
         self.messages = list(self._start)
         self._attached.clear()
+        self._refused = self._begun = None
         _say("the conversation starts over")
 
+    def _count(self, messages: Sequence[Message]) -> int:
+        """The tokens of a conversation, without the opening of an answer."""
+        if not messages:
+            return 0
+        prompt = self._open_engine.prompts.build(
+            self._readable(messages), add_generation_prompt=False, is_counted=True
+        )
+        return len(prompt.token_ids or ())
+
+    def _readable(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation as this model can take it: notes replace what earlier models took."""
+        return chat_room.with_notes(messages, self._kinds, takes_calls=self._takes_calls)[0]
+
     def _count_tokens(self, _: str) -> None:
-        engine, used = self._open_engine, 0
-        if self.messages:
-            prompt = engine.prompts.build(self.messages, add_generation_prompt=False, is_counted=True)
-            used = len(prompt.token_ids or ())
-        context = engine.plan.context_tokens
+        used, context = self._count(self.messages), self._open_engine.plan.context_tokens
         _say(f"tokens   {used} used, {max(0, context - used)} left of {context}")
+
+    def _trim(self, wanted: str) -> None:
+        """Drop the oldest turns; a message that did not fit is then answered."""
+        num_free = chat_room.wanted_tokens(wanted, self._open_engine.plan.context_tokens)
+        refused, before = self._refused, self.messages
+        if refused is not None:
+            self.messages = [*before, refused]
+        try:
+            if not self._make_room(num_free):
+                _say(f"nothing is dropped: {self._usage()}, and the last turn stays")
+        except BaseException:
+            self.messages = before
+            raise
+        if refused is not None:
+            self.messages, refused = self.messages[:-1], self.messages[-1]
+            self._send(refused)
+
+    def _make_room(self, num_free: int, *, num_begun: int = 0, summarises: bool = False) -> bool:
+        """Drop the oldest turns until `num_free` tokens of the context are free, and say so.
+
+        Args:
+            num_begun: tokens of an answer that will follow.
+            summarises: the model summarises what is dropped.
+
+        Returns:
+            Whether any turn was dropped. None is if the last one, which always stays, does not fit alone.
+        """
+        context = self._open_engine.plan.context_tokens
+        num_dropped = chat_room.num_to_drop(self.messages, context - num_free - num_begun, self._count)
+        kept = chat_room.without_oldest(self.messages, num_dropped)
+        num_kept = self._count(kept)
+        if not num_dropped or num_kept + num_begun >= context:
+            return False
+        num_tokens = self._count(self.messages) - num_kept
+        what = f"{num_dropped} turn{'s' * (num_dropped > 1)} ({num_tokens:,} tokens)"
+        done = "dropped"
+        if summarises:
+            # A quarter of the context is left for what comes next.
+            most_tokens = context * 3 // 4 - num_begun
+            summary = self._summary(num_dropped, what, min(num_tokens, most_tokens - num_kept))
+            start, turns = chat_room.split_turns(kept)
+            summarised = [*start, *summary, *(message for turn in turns for message in turn)]
+            if summary and self._count(summarised) <= most_tokens:
+                kept, done = summarised, "summarised"
+        self.messages = kept
+        _say(f"{done} {what} to make room: {self._usage()}")
+        return True
+
+    def _usage(self) -> str:
+        return f"{self._count(self.messages):,} of {self._open_engine.plan.context_tokens:,} tokens are used"
+
+    def _summary(self, num_turns: int, what: str, room_tokens: int) -> list[Message]:
+        """A turn of at most `room_tokens` in which the model summarises the oldest turns; none if it cannot.
+
+        Raises:
+            UsageError: ^C stopped it.
+        """
+        engine = self._open_engine
+        most_tokens = engine.plan.context_tokens // _SUMMARY_SHARE
+        question = {"role": "user", "content": chat_room.summary_question(most_tokens)}
+        most_tokens = min(most_tokens, room_tokens - self._count([question]))
+        if most_tokens < _LEAST_SUMMARY:
+            _say("note: there is no room for a summary of what is dropped")
+            return []
+        _say(f"summarising {what} to make room; ^C stops")
+        try:
+            asked = [*chat_room.oldest(self.messages, num_turns), question]
+            prompt = engine.prompts.build(self._readable(asked))
+            writer = AnswerWriter(engine.prompts.parser(prompt), shows_text=False, shows_thoughts=False)
+            result, _ = self._generate(prompt, replace(self._params, max_tokens=most_tokens), writer)
+        except PromptTooLong:
+            _say("note: the turns are too long to be summarised")
+            return []
+        if result.finish_reason == "cancelled":
+            raise UsageError("the summary was stopped, so nothing was dropped")
+        text = writer.answer.text.strip()
+        if not text:
+            _say(f"note: the model wrote no summary in {most_tokens:,} tokens")
+            return []
+        _say(dim(text))
+        return [question, {"role": "assistant", "content": text}]
 
     def _change_model(self, name: str) -> None:
         if name and self._switch is not None:
@@ -279,7 +436,26 @@ class Conversation:
                 raise why
             self._last = None
             self._model = name
+            if self._begun is not None:
+                self._begun = _Begun(self._begun.message)  # another vocabulary
+            self._note_unreadable()
         _say(f"model    {self._model}")
+
+    def _note_unreadable(self) -> None:
+        """Say what of the conversation this model does not take; it gets notes in their places."""
+        engine = self._open_engine
+        self._kinds, self._takes_calls = engine.media_kinds, engine.prompts.tool_calling != "none"
+        try:
+            self._count(self.messages)
+        except ArgosyError:
+            # A model may have eyes, and a chat template without a place for pictures.
+            if chat_room.with_notes(self.messages, (), takes_calls=True)[1]:
+                self._kinds = ()
+        _, replaced = chat_room.with_notes(self.messages, self._kinds, takes_calls=self._takes_calls)
+        for what in replaced:
+            _say(
+                f"note: this model cannot take the {what} earlier in this conversation, and gets a note instead"
+            )
 
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
@@ -291,6 +467,10 @@ class Conversation:
         self.messages = chat_files.load(path)
         self._start = [one for one in self.messages[:1] if one["role"] == "system"]
         self._attached.clear()
+        self._refused = None
+        last = self.messages[-1]
+        self._begun = _Begun(last) if last["role"] == "assistant" else None
+        self._note_unreadable()
         _say(f"{len(self.messages)} messages loaded from {path}")
 
     def _show_ledger(self, _: str) -> None:
@@ -305,7 +485,7 @@ class Conversation:
 
         engine = self._open_engine
         part = {"image": Image, "audio": Audio, "video": Video}[kind](_path(name, f"/{kind}"))
-        if part.kind not in engine.media_kinds:
+        if part.kind not in self._kinds:
             fault = engine.media_faults.get(part.kind)
             raise UsageError(f"this model does not take a {part.kind}" if fault is None else fault.message)
         self._attached.append(part.read(PROMPT_LIMITS))
@@ -317,10 +497,12 @@ class Conversation:
         content: object = said
         if self._attached:
             content = [*self._attached, {"type": "text", "text": said}]
-        self._exchange({"role": "user", "content": content})
-        self._attached.clear()
+        self._send({"role": "user", "content": content})
 
     def _retry(self, _: str) -> None:
+        if self._refused is not None:
+            self._send(self._refused)
+            return
         turns = self.messages[len(self._start) :]
         while turns and turns[-1]["role"] == "assistant":
             turns.pop()
@@ -332,45 +514,143 @@ class Conversation:
         try:
             self._exchange(turns[-1])
         except BaseException:
-            self.messages = before
+            self.messages, self._refused = before, None
             raise
 
-    def _exchange(self, message: dict[str, Any]) -> None:
-        """Send a message, and keep it with its answer. One that is refused is forgotten."""
-        self.messages.append(message)
+    def _continue(self, _: str) -> None:
+        begun, before = self._begun, self.messages
+        if begun is None:
+            has_ended = before and before[-1]["role"] == "assistant"
+            why = "the last answer ended by itself" if has_ended else "there is no answer"
+            raise UsageError(f"{why}, so there is nothing to go on with")
+        self.messages = before[:-1]
         try:
-            result, answer = self._answer()
-        except ArgosyError as error:
-            self.messages.pop()
+            self._reply(begun)
+        except BaseException as error:
+            self.messages = before
             if isinstance(error, PromptTooLong):
-                error.hint = "/reset forgets the conversation; a larger --context makes room for a longer one"
+                error.hint = "/trim drops the oldest turns, and then /continue goes on"
             raise
-        self._last = result
-        # Thoughts are kept apart from the text: the chat template decides whether the model sees them again.
-        thought = {"reasoning_content": answer.reasoning} if answer.reasoning else {}
-        self.messages.append({"role": "assistant", "content": answer.text, **thought})
-        if result.finish_reason == "cancelled":
-            _say("(stopped)")
-        elif result.finish_reason == "length":
-            _say(f"(cut off after {len(result.token_ids)} tokens)")
 
-    def _answer(self) -> tuple[Result, Answer]:
-        """Show one answer; ^C ends it cleanly, between two steps."""
-        engine = self._open_engine
-        prompt = engine.prompts.build(self.messages)
+    def _send(self, message: Message) -> None:
+        """Send a message with what was attached to it."""
+        self._exchange(message)
+        self._attached.clear()
+
+    def _exchange(self, message: Message) -> None:
+        """Send a message, and keep it with its answer. One that is refused waits for /trim or /retry."""
+        before = self.messages
+        self.messages, self._refused = [*before, message], None
+        try:
+            self._reply()
+        except BaseException as error:
+            self.messages = before
+            if isinstance(error, ArgosyError):
+                self._refused = message
+            if isinstance(error, PromptTooLong):
+                error.hint = self._ways_on()
+            raise
+
+    def _ways_on(self) -> str:
+        if not chat_room.split_turns(self.messages)[1]:
+            return "shorten the message, or start `argosy chat` with a larger --context"
+        return (
+            "nothing is lost: /trim drops the oldest turns and answers; /save FILE keeps all for a chat with a larger "
+            "--context; /reset starts over (--context-policy trim or summarise makes room by itself)"
+        )
+
+    def _reply(self, begun: _Begun | None = None) -> None:
+        """Answer the conversation, or go on with an answer, and keep it. Makes room, if the policy is to."""
+        context, has_answered = self._open_engine.plan.context_tokens, False
+        while True:
+            try:
+                result, begun = self._answer(begun)
+            except PromptTooLong:
+                if self._has_made_room(begun):
+                    continue
+                if not has_answered:
+                    raise
+                break
+            has_answered, self._last = True, result
+            is_full = result.finish_reason == "length" and result.usage["total_tokens"] >= context
+            if not (is_full and self._has_made_room(begun)):
+                break
+        assert begun is not None
+        self.messages.append(begun.message)
+        self._begun = None if result.finish_reason == "stop" else begun
+        if result.finish_reason == "cancelled":
+            _say("(stopped; /continue goes on)")
+        elif result.finish_reason == "length":
+            num_tokens = len(begun.tokens) or len(result.token_ids)
+            why = (
+                f"the context of {context:,} tokens is full: /trim drops the oldest turns, and then /continue goes on"
+                if is_full
+                else "the limit of -n: /continue goes on"
+            )
+            _say(f"(cut off after {num_tokens:,} tokens, {why})")
+        self._say_speed(result)
+
+    def _has_made_room(self, begun: _Begun | None) -> bool:
+        """Make room as the policy says, until half of the context is free."""
+        if self._policy == "stop":
+            return False
+        return self._make_room(
+            self._open_engine.plan.context_tokens // 2,
+            num_begun=0 if begun is None else len(begun.tokens),
+            summarises=self._policy == "summarise",
+        )
+
+    def _say_speed(self, result: Result) -> None:
+        if self._is_quiet:
+            return
+        ledger, used = result.ledger, result.usage["total_tokens"]
+        said = [f"{used:,} of {self._open_engine.plan.context_tokens:,} tokens of context"]
+        if ledger.decode_tok_per_s is not None:
+            said.append(f"{ledger.decode_tok_per_s:.1f} tok/s")
+        if ledger.time_to_first_token_s is not None:
+            said.append(f"first token after {ledger.time_to_first_token_s:.1f} s")
+        _say(dim(f"[{', '.join(said)}]"))
+
+    def _answer(self, begun: _Begun | None) -> tuple[Result, _Begun]:
+        """Show one answer, or how it goes on; ^C ends it cleanly, between two steps."""
+        engine, params, said = self._open_engine, self._params, ""
+        messages = self.messages
+        if begun is not None and not begun.tokens:  # as the API does
+            said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
+        prompt = engine.prompts.build(self._readable(messages))
         writer = AnswerWriter(engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts)
-        sequence = engine.submit(prompt, self._params)
+        tokens = [] if begun is None else begun.tokens
+        if begun is not None and tokens:
+            writer.replay(tokens)
+            prompt = prompt.answered_by([token.token_id for token in tokens])
+            params = replace(params, seed=begun.seed)
+        result, new_tokens = self._generate(prompt, params, writer)
+        write_text("\n")
+        # Thoughts are kept apart from the text: the chat template decides whether the model sees them again.
+        thought = {"reasoning_content": writer.answer.reasoning} if writer.answer.reasoning else {}
+        message = {"role": "assistant", "content": said + writer.answer.text, **thought}
+        if begun is not None and not tokens:
+            return result, _Begun({**begun.message, **message})
+        return result, _Begun(message, [*tokens, *new_tokens], result.seed)
+
+    def _generate(
+        self, prompt: Prompt, params: SamplingParams, writer: AnswerWriter
+    ) -> tuple[Result, list[TokenEvent]]:
+        """Run one prompt to its end or to ^C. Returns the result, and the tokens that came."""
+        engine = self._open_engine
+        tokens: list[TokenEvent] = []
+        sequence = engine.submit(prompt, params)
         try:
             with writer, _interrupts() as was_interrupted:
                 while sequence.result is None and not was_interrupted():
                     engine.step()
                     while sequence.events:
-                        writer.push(sequence.events.popleft())
+                        tokens.append(sequence.events.popleft())
+                        writer.push(tokens[-1])
         finally:
             engine.cancel(sequence)
-        write_text("\n")
         assert sequence.result is not None  # finished, or cancelled just now
-        return sequence.result.require(), writer.answer
+        return sequence.result.require(), tokens
 
 
 def _say(*lines: str) -> None:
@@ -399,6 +679,25 @@ def _dropped(said: str) -> tuple[str, str] | None:
         return (kind, str(path)) if kind is not None and path.is_file() else None
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def _keys_held() -> Iterator[None]:
+    """Keys that are typed while a model loads or answers wait for the next prompt; neither they nor ^C are echoed."""
+    import termios
+
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (OSError, ValueError, termios.error):  # not a terminal
+        yield
+        return
+    silent = list(before)
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 @contextmanager

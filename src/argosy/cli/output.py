@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
@@ -125,9 +125,8 @@ class AnswerWriter:
         self._parser = parser
         self._shows_text = shows_text
         self._shows_thoughts = shows_thoughts
-        has_colour = not os.environ.get("NO_COLOR")
-        self._is_dim = sys.stderr.isatty() and has_colour
-        self._code = FencedCode() if sys.stdout.isatty() and has_colour else None
+        self._is_dim = _has_colour(sys.stderr)
+        self._code = FencedCode() if _has_colour(sys.stdout) else None
         self._is_thinking = False  # the last thing shown was a thought
         self._events: list[Event] = []
 
@@ -141,6 +140,16 @@ class AnswerWriter:
         if self._code is not None:
             sys.stdout.write(self._code.finish())
             sys.stdout.flush()
+
+    def replay(self, tokens: Sequence[TokenEvent]) -> None:
+        """Take the tokens of an answer that was shown before, and show nothing."""
+        shown = self._shows_text, self._shows_thoughts
+        self._shows_text = self._shows_thoughts = False
+        for token in tokens:
+            self.push(token)
+        self._shows_text, self._shows_thoughts = shown
+        if self._code is not None:
+            self._code.push(self.answer.text)
 
     def push(self, token: TokenEvent) -> None:
         from argosy.prompt.formats import TextDelta
@@ -180,6 +189,15 @@ class AnswerWriter:
             sys.stderr.flush()
 
 
+def dim(text: str) -> str:
+    """Text that steps back, if stderr is a terminal with colours."""
+    return f"{_DIM}{text}{_NOT_DIM}" if _has_colour(sys.stderr) else text
+
+
+def _has_colour(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def disk_size(nbytes: int) -> str:
     """Bytes on a drive or a line, in its own units: `18.6 GB`, `271 MB`, `4 kB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -187,6 +205,14 @@ def disk_size(nbytes: int) -> str:
             value = nbytes / size
             return f"{value:.1f} {unit}" if unit == "GB" and value < 1000 else f"{value:.0f} {unit}"
     return f"{nbytes} bytes"
+
+
+def parameter_count(number: int) -> str:
+    """A number of parameters as people say it: `30.5 B`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 def short_number(value: float, digits: int = 2) -> str:

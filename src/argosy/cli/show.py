@@ -8,6 +8,7 @@ import click
 
 from argosy.cli import completion
 from argosy.cli.options import engine_options
+from argosy.cli.output import parameter_count
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
@@ -179,7 +180,7 @@ def _encoder_line(encoder: dict[str, Any]) -> str:
     if "fault" in encoder:
         return f"{label}cannot be encoded: {encoder['fault']}"
     return (
-        f"{label}{_count(encoder['num_parameters'])} parameters of their encoder,"
+        f"{label}{parameter_count(encoder['num_parameters'])} parameters of their encoder,"
         f" {format_bytes(encoder['nbytes'])} in {'+'.join(encoder['formats'])}"
     )
 
@@ -207,7 +208,7 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
     state = format_bytes(facts["recurrent_state_bytes_per_sequence"])
     recurrent = f", {facts['num_delta_layers']} with a recurrent state: {state} per sequence"
     return [
-        f"  parameters    {_count(everything)}, {_count(active)} active per token",
+        f"  parameters    {parameter_count(everything)}, {parameter_count(active)} active per token",
         f"  layers        {facts['num_layers']}, {facts['num_moe_layers']} with routed experts"
         + (recurrent if facts["num_delta_layers"] else ""),
         f"  experts       {facts['num_experts']} per layer, {facts['experts_per_token']} per token,"
@@ -216,13 +217,6 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
         f" head size {facts['head_dim']}; hidden size {facts['hidden_size']}",
         f"  vocabulary    {facts['vocab_size']} tokens; context {facts['context_tokens']} tokens",
     ]
-
-
-def _count(parameters: int) -> str:
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if parameters >= size:
-            return f"{parameters / size:.3g} {unit}"
-    return str(parameters)
 
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
