@@ -249,7 +249,15 @@ def _cpu_seconds(run: Callable[[], None]) -> float:
         (["show", "--memroy", "1GB"], "--memory"),
         (["run", "--kv", "f8", "x"], "'f8' is not one of 'f32', 'f16', 'q8'"),
         (["run", "--threads", "0", "x"], "0 is not in the range"),
-        (["run", "a", "b"], "unexpected extra argument"),
+        (
+            ["run", "demo"],
+            "'demo' is a model, and `run` takes its prompt here\nhint: `argosy run -m demo PROMPT` asks",
+        ),
+        (["run", "demo", "Hi"], "'demo' is a model, and `run` takes its prompt here"),
+        (
+            ["run", "what", "does", "ls", "-l", "print"],
+            "lists the options; a prompt with such a word needs quotes",
+        ),
         (["run", "--temperature", "-1", "x"], "temperature must be from 0 to 100, found -1.0"),
         (["run", "--top-p", "2", "x"], "top_p must be above 0, at most 1, found 2.0"),
         (["run", "-n", "0", "x"], "max_tokens must be at least 1, found 0"),

@@ -46,6 +46,35 @@ def test_the_answer_goes_to_stdout_and_its_ledger_to_stderr(engine: Engine, caps
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["Why", "is", "the", "sky", "blue?"], "Why is the sky blue?"),
+        (["-m", "model", "Why", "is", "-n", "5", "it", "-q", "so?"], "Why is it so?"),
+        (["two  spaces", "stay"], "two  spaces stay"),
+        (["--", "what", "does", "ls", "-l", "print?"], "what does ls -l print?"),
+        (["-m", "demo", "demo"], "demo"),
+        (["demo mode"], "demo mode"),
+        (["compare", "demo", "-", "and", "others"], "compare demo - and others"),
+    ],
+)
+def test_the_words_of_a_prompt_need_no_quotes(arguments: list[str], asked: str, engine: Engine) -> None:
+    assert main(["run", *arguments]) == 0
+    assert engine.asked == [asked]
+
+
+def test_a_word_that_is_a_file_is_said_to_be_text(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.jpg", "notes"):
+        (tmp_path / name).touch()
+    assert main(["run", "-q", "describe", "cat.jpg", "and", "notes", "and", "dog.jpg"]) == 0
+    assert capsys.readouterr().err == (
+        "note: the model sees the name cat.jpg, not the file; -f, --image, --audio or --video shows a file\n"
+    )
+
+
 def test_quiet_prints_the_answer_alone(engine: Engine, capsys: Captured) -> None:
     assert main(["run", "-m", "model", "-q", "Hi"]) == 0
     assert capsys.readouterr().err == ""

@@ -10,7 +10,7 @@ import pytest
 from argosy.engine.options import locate_model, open_files
 from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.library import kept
-from argosy.library.names import add_alias, remove_alias
+from argosy.library.names import add_alias, is_name, remove_alias
 from tests.library.caches import GGUF, TINY, WEIGHTS, add_to_hub, add_to_lm_studio, add_to_ollama
 
 
@@ -43,6 +43,22 @@ def library(hub: Path, ollama: Path, tmp_path: Path) -> Path:
 )
 def test_a_name_a_short_one_or_a_part_finds_a_model(library: Path, text: str, file: str) -> None:
     assert file in f"{locate_model(text)}/"
+
+
+def test_only_a_whole_name_or_a_path_of_a_model_is_a_name(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_alias("fast", "qwen3:30b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "readme.txt").touch()
+    gguf = str(tmp_path / "files" / "Qwen3-Coder-Q8_0.gguf")
+    for text in ("demo", "fast", "qwen3:30b", "Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b", gguf, str(TINY)):
+        assert is_name(text), text
+    for text in ("", "coder", "a3b", "Why", "notes", "readme.txt", "and/or", "Qwen/Qwen3", "x" * 5000, "\0"):
+        assert not is_name(text), text
+    kept.path().write_bytes(b"{")
+    assert not is_name("qwen3:30b")
 
 
 @pytest.mark.parametrize(

@@ -247,4 +247,9 @@ def _print_click_error(error: click.ClickException) -> None:
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context is not None:
         what = "commands" if isinstance(context.command, click.Group) else "options"
-        print(f"hint: `{context.command_path} --help` lists the {what}", file=sys.stderr)
+        hint = f"`{context.command_path} --help` lists the {what}"
+        if isinstance(error, click.NoSuchOption) and any(
+            one.name == "prompt" for one in context.command.params
+        ):
+            hint += "; a prompt with such a word needs quotes"
+        print(f"hint: {hint}", file=sys.stderr)

@@ -28,7 +28,7 @@ from argosy.cli.options import (
     watermark_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
-from argosy.cli.texts import prompt_text, read_file, text_or_file
+from argosy.cli.texts import prompt_of, prompt_text, read_file, text_or_file
 from argosy.config import DEMO
 from argosy.errors import UsageError
 
@@ -45,7 +45,7 @@ _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 1
 
 
 @click.command("run", cls=CommandWithMedia)
-@click.argument("prompt", required=False)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "-m",
     "--model",
@@ -80,7 +80,7 @@ _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 1
 @group_options
 @sampling_options
 def run(
-    prompt: str | None,
+    prompt: tuple[str, ...],
     model: str,
     files: tuple[str, ...],
     system: str | None,
@@ -92,7 +92,7 @@ def run(
     thoughts: bool | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT about files, media and stdin. The ledger goes to stderr.
+    """Answer one prompt. Files, pictures, sound and stdin can come with it; statistics go to stderr.
 
     \b
     Examples:
@@ -105,7 +105,12 @@ def run(
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
     form = None if json_schema is None else _read_schema(Path(json_schema))
     system = None if system is None else text_or_file(system)
-    text = prompt_text(prompt, files, has_media=bool(media_of()), is_raw=raw)
+    text = prompt_text(
+        prompt_of(prompt, may_name_model=not _is_given("model")),
+        files,
+        has_media=bool(media_of()),
+        is_raw=raw,
+    )
     request = _request(text, media_of(), system, raw)
     if settings.media is None and settings.ears is None:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
@@ -130,6 +135,12 @@ def run(
             f"the answer was cut off after {len(result.token_ids)} tokens, before its JSON was complete",
             hint="allow a longer one with -n, or a larger --context",
         )
+
+
+def _is_given(parameter: str) -> bool:
+    from click.core import ParameterSource
+
+    return click.get_current_context().get_parameter_source(parameter) is not ParameterSource.DEFAULT
 
 
 def _ears_lines(engine: Engine) -> list[str]:

@@ -1,6 +1,7 @@
 """Texts that a command line names: a prompt, files, stdin.
 
-    PROMPT, -f FILE..., stdin   ->  prompt_text   ->  one text, in the order in which the model reads it
+    PROMPT...                   ->  prompt_of     ->  its words, as one text
+    that, -f FILE..., stdin     ->  prompt_text   ->  one text, in the order in which the model reads it
     --system TEXT | @FILE       ->  text_or_file  ->  the text
 
 Files and stdin are UTF-8 and bounded, and they are read before an engine opens, so the memory plan counts them.
@@ -22,13 +23,41 @@ MOST_BYTES = 8 << 20  # per command, all texts: an engine renders 2 Mi character
 _PATIENCE_S = 3.0
 
 
+def prompt_of(words: Sequence[str], *, may_name_model: bool) -> str | None:
+    """Join the words of a prompt, which needs no quotes; None if there are none.
+
+    Args:
+        may_name_model: refuse a first word that names a model, which other programs expect there.
+
+    Raises:
+        UsageError: the first word names a model.
+    """
+    from argosy.library import names
+
+    if not words:
+        return None
+    if may_name_model and names.is_name(words[0]):
+        raise UsageError(
+            f"'{words[0]}' is a model, and `run` takes its prompt here",
+            hint=f"`argosy run -m {words[0]} PROMPT` asks the model, `argosy chat {words[0]}` opens a chat; "
+            "a prompt that begins with this word needs quotes",
+        )
+    for word in words:
+        if ("." in word or "/" in word) and os.path.isfile(word):
+            print(
+                f"note: the model sees the name {word}, not the file; -f, --image, --audio or --video shows a file",
+                file=sys.stderr,
+            )
+    return " ".join(words)
+
+
 def prompt_text(prompt: str | None, files: Sequence[str], *, has_media: bool, is_raw: bool) -> str:
     """Put the texts of a prompt together: text on stdin, then files, then PROMPT. Without PROMPT, stdin comes last.
 
     Each file follows a line with its name, unless it is the only text. Raw texts have no names.
 
     Args:
-        prompt: the argument; "-" or None: it is on stdin.
+        prompt: from `prompt_of`; "-" or None: it is on stdin.
         files: paths; "-" is stdin.
         has_media: pictures, sounds or videos, so that no text is needed.
         is_raw: the model continues the text.

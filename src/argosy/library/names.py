@@ -17,7 +17,7 @@ from typing import NamedTuple
 from argosy.checkpoint.gguf import GGUF_SUFFIX
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import DEMO
-from argosy.errors import CheckpointError, UsageError
+from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.library import kept
 from argosy.library.places import Found, Model, find_models
 
@@ -60,6 +60,20 @@ def look_up(text: str) -> Named:
     if model is None:
         return Named(text, None, None)
     return Named(text, model, str(model)) if isinstance(model, Path) else Named(text, model.path, model.name)
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` names a model as a whole: `demo`, a path of one, an alias, a name with or without its owner and
+    format. A part of a name is not enough.
+    """
+    if text == DEMO:
+        return True
+    if _exists(text):
+        return Path(text).suffix == GGUF_SUFFIX or _exists(f"{text}/config.json")
+    try:
+        return text in kept.read().aliases or find_exactly(text, find_models().models) is not None
+    except (ArgosyError, OSError):  # what a command reports when it opens its model
+        return False
 
 
 def find_exactly(text: str, models: Sequence[Model]) -> Model | None:
