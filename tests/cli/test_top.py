@@ -81,6 +81,30 @@ def test_several_models_have_a_line_each(server: FakeServer, capsys: Captured) -
     assert capsys.readouterr().out == GOLDEN.format(url=server.url)
 
 
+def test_a_running_prompt_has_a_line_with_what_is_done_and_the_time_to_go(server: FakeServer) -> None:
+    reading = {
+        "id": "req_1", "prompt_tokens": 22851, "prompt_done": 9216, "answer_tokens": 0, "tok_per_s": 61.25,
+        "seconds_left": 222.6,
+    }  # fmt: skip
+    answering = {
+        "id": "req_2",
+        "prompt_tokens": 12,
+        "prompt_done": 12,
+        "answer_tokens": 1200,
+        "tok_per_s": None,
+    }
+    hostile = {"id": "a\x1b[2J", "prompt_tokens": 10**400, "seconds_left": 10**400, "tok_per_s": "x"}
+    server.prompts = [reading, answering, hostile, *[answering] * 7]
+    lines = top.state_lines(server.state(), server.url)
+    at = next(number for number, line in enumerate(lines) if line.startswith("requests"))
+    assert lines[at + 1 : at + 4] == [
+        "  req_1  prompt 9,216 of 22,851 tokens (40 %), about 4 min left, 61.2 tok/s",
+        "  req_2  prompt 12 tokens, answer 1,200",
+        "  a\\x1b[2J  prompt 0 of 1,000,000,000 tokens (0 %), - tok/s",
+    ]
+    assert lines[at + 9] == "  and 2 more"
+
+
 def test_where_there_is_no_terminal_it_prints_once(server: FakeServer, capsys: Captured) -> None:
     assert main(["top", "--url", server.url + "/"]) == 0
     assert capsys.readouterr().out == GOLDEN.format(url=server.url)

@@ -15,8 +15,9 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.config import KV_BLOCK_TOKENS
-from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, PromptProgress, Request
+from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, LoopFacts, PromptProgress, Request
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong
+from argosy.model.decoder import Decoder
 from tests.models.references import REFERENCES
 
 REFERENCE = next(reference for reference in REFERENCES if reference.name == "qwen3_moe_plain")
@@ -484,6 +485,97 @@ def test_facts_describe_the_engine_and_rates_cover_the_last_seconds(engine: Engi
         assert loop.snapshot().recent_decode is None
         assert loop.snapshot().new_tok_per_s == 0.0
         assert sum(loop.snapshot().recent_parts.values()) == 0
+
+
+class Clock:
+    """A clock that steps of an engine move, by `step_s` each."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.step_s = 1000.0, 1.0
+        self.in_step: Callable[[], None] = lambda: None
+        forward = engine._model.forward
+
+        def step(batch: Any) -> Any:
+            self.now += self.step_s
+            self.in_step()
+            return forward(batch)
+
+        monkeypatch.setattr(engine._model, "forward", step)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("step_s", [0.001, 1.0, 30.0, 300.0])
+def test_rates_are_right_for_steps_of_any_length_and_zero_after_them(
+    step_s: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.engine.loop._FACTS_SECONDS", 0.0)
+    clock = Clock(engine, monkeypatch)
+    clock.step_s = step_s
+    with EngineLoop(engine, clock=clock) as loop:
+        clock.now += 3600  # nothing of it counts
+        seen: list[tuple[float, float]] = []
+
+        def look() -> None:
+            facts = loop.snapshot()
+            seen.append((facts.prompt_tok_per_s * step_s, facts.new_tok_per_s * step_s))
+            assert sum(facts.recent_parts.values()) < 60  # of this machine, not of the idle hour
+
+        clock.in_step = look
+        heard = Heard()
+        loop.submit(PROMPT, SHORT, heard)
+        heard.wait()
+        wait_until(lambda: is_idle(loop) and loop._step_began is None)
+        # 4 steps with 8 prompt tokens each, then 7 with a new token each; the first new one is of the fourth step.
+        long_ones = step_s > 10
+        assert seen[0] == (0.0, 0.0)
+        assert [round(prompt, 6) for prompt, _ in seen[1:4]] == [8.0] * 3
+        assert [round(new, 6) for _, new in seen[1:4]] == [0.0] * 3
+        if long_ones:  # means are of the last step alone
+            assert [round(new, 6) for _, new in seen[4:]] == [1.0] * 7
+            assert [round(prompt, 6) for prompt, _ in seen[4:]] == [8.0 - 1] + [0.0] * 6  # less the new token
+        else:
+            assert all(0 < new <= 1.0 for _, new in seen[5:])
+            assert seen[-1][1] == pytest.approx(7 / 10, rel=0.01)
+        assert loop.snapshot().new_tok_per_s > 0
+        clock.now += 11
+        facts = loop.snapshot()
+        assert (facts.prompt_tok_per_s, facts.new_tok_per_s, facts.bytes_read_per_s) == (0.0, 0.0, 0.0)
+
+
+def test_a_prompt_is_followed_within_its_step_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoopFacts] = []
+
+    def end_layer(decoder: Decoder) -> None:
+        pause(decoder)
+        clock.now += 100.0
+        # In another thread than the one that holds the engine's lock.
+        thread = threading.Thread(target=lambda: seen.append(loop.snapshot()))
+        thread.start()
+        thread.join(PATIENCE_S)
+
+    pause = Decoder._pause
+    monkeypatch.setattr(Decoder, "_pause", end_layer)
+    # Someone who observes routes makes a step stop at every layer, as slow reads do.
+    with open_engine(observe_routes=lambda *_: None) as engine:
+        clock = Clock(engine, monkeypatch)
+        loop = EngineLoop(engine, clock=clock)
+        heard = Heard()
+        loop.submit(PROMPT, SHORT, heard, name="req_1")
+        heard.wait()
+        wait_until(lambda: is_idle(loop))
+        assert loop.snapshot().requests == ()
+        loop.close()
+    (first,) = seen[0].requests
+    assert (first.name, first.prompt_tokens, first.prompt_done, first.answer_tokens) == ("req_1", 32, 2, 0)
+    # Each of the 4 chunks of 8 tokens runs 3 layers.
+    done = [facts.requests[0].prompt_done for facts in seen[:12]]
+    assert done == [8 * chunk + 8 * layer // 3 for chunk in range(4) for layer in (1, 2, 3)]
+    assert all(facts.requests[0].tok_per_s for facts in seen[:12])
+    assert seen[1].prompt_tok_per_s == pytest.approx(8 * 2 / 3 / 201)
+    assert [facts.requests[0].answer_tokens for facts in seen[12::3]] == list(range(1, 8))
+    assert not any(facts.requests[0].is_reading for facts in seen[12:])
 
 
 def test_prompts_are_written_to_files_while_the_engine_is_idle(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ class FakeServer(ThreadingHTTPServer):
         self.expert_slots = 2480
         self.sharing: list[dict[str, Any]] = []  # `models` of the state, if there are several
         self.running = 0
+        self.prompts: list[dict[str, Any]] = []  # `running` of the state
         self.requests: list[tuple[str, Any]] = []
         self.disconnects = 0
 
@@ -168,6 +169,7 @@ class FakeServer(ThreadingHTTPServer):
                 "parts": {"router": 0.5, "expert_compute": 6.25, "encoding": 0.0, "other": 3.25},
             },
             "queue": {"running": self.running, "waiting": 0, "max_sequences": 4},
+            "running": self.prompts,
             "kv": {
                 "blocks_total": 512,
                 "blocks_used": min(512, self.tokens // 16),

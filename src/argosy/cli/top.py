@@ -40,6 +40,8 @@ _COLORS = {
 }
 _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
+_MOST_REQUESTS = 8  # lines of running requests
+_MOST_TOKENS = 10**9  # a larger number is no count of a server
 _HOTTEST = 4  # times an equal share of the layer's uses
 
 _RECENT = (("hit rate", "hit_rate"), ("LRU", "lru"), ("best possible", "optimum"))
@@ -123,6 +125,7 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
         f" {_number(experts.get('bytes_read'), lambda count: f'{count / 1e9:.1f}')} GB read",
         f"requests  {_number(queue.get('running'))} running of {_number(queue.get('max_sequences'))} at once,"
         f" {_number(queue.get('waiting'))} waiting",
+        *_request_lines(state),
         f"KV        {_number(kv.get('blocks_used'))} of {_number(kv.get('blocks_total'))} blocks in use,"
         f" {_number(kv.get('blocks_cached'))} kept for later",
     ]
@@ -138,6 +141,29 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
     )
     traces = "on: they can reveal the text" if privacy.get("traces") else "off"
     lines.append(f"privacy   {said}; routing traces are {traces}")
+    return lines
+
+
+def _request_lines(state: dict[str, Any]) -> list[str]:
+    """How far each request is that runs; the first of them, if there are many."""
+    from argosy.engine.progress import prompt_line
+
+    running = [one for one in state.get("running") or () if isinstance(one, dict)]
+    lines = []
+    for one in running[:_MOST_REQUESTS]:
+        total, done, new = (
+            min(_whole(one.get(key)), _MOST_TOKENS)
+            for key in ("prompt_tokens", "prompt_done", "answer_tokens")
+        )
+        left, rate = one.get("seconds_left"), one.get("tok_per_s")
+        is_known = isinstance(left, int | float) and 0 <= left <= _MOST_TOKENS
+        progress = prompt_line(done, total, left if is_known else None)
+        if done >= total:
+            progress = f"prompt {total:,} tokens, answer {new:,}"
+        speed = "" if rate is None else f", {_number(rate, _rate)} tok/s"
+        lines.append(f"  {_name(one.get('id'))}  {progress}{speed}")
+    if len(running) > _MOST_REQUESTS:
+        lines.append(f"  and {len(running) - _MOST_REQUESTS} more")
     return lines
 
 

@@ -61,6 +61,7 @@ from argosy.engine.options import (
     with_group,
     with_recorder,
 )
+from argosy.engine.progress import RequestProgress, RunningStep, progress_of
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import CannotRun, Scheduled, Scheduler
 from argosy.engine.sequence import FinishReason, Result, TokenEvent
@@ -197,6 +198,7 @@ class Engine(BlockingCalls):
         )
         self._uses = ExpertUses(self._model)
         self._sequences: list[EngineSequence] = []
+        self._in_step: Scheduled | None = None  # while the layers run
         self._has_failed = False  # the last step failed, and the next one retries it
         self._lock, self._turns = started.lock, started.turns  # taken in this order
         self._foreground: AbstractContextManager[object] = nullcontext()  # held for each step
@@ -266,11 +268,14 @@ class Engine(BlockingCalls):
                 if scheduled is None:  # all that can run are encoders of pictures and sound
                     return []
                 self._energy.begin()
+                self._in_step = scheduled
                 try:  # layers -> router -> experts -> kernels
                     logits = self._forward(scheduled.step)
                 except (CheckpointError, ReadFailed, RunnerFailed) as error:
                     self._recover(scheduled, error)
                     return []
+                finally:
+                    self._in_step = None
                 self._has_failed = False
                 return self._commit(scheduled, logits)
             except BaseException:
@@ -773,6 +778,20 @@ class Engine(BlockingCalls):
     def has_work(self) -> bool:
         """Whether a step would run any sequence."""
         return self._scheduler.has_work
+
+    @property
+    def running_step(self) -> RunningStep | None:
+        """The step that runs now and how far it is, without waiting for it; None: none runs."""
+        scheduled = self._in_step
+        return None if scheduled is None else RunningStep(scheduled, self._model.decoder.share_done)
+
+    def progress(self, sequences: Sequence[EngineSequence], name: str = "") -> RequestProgress | None:
+        """How far a request is, without waiting for the running step; None: it has not run yet. From any thread.
+
+        Args:
+            sequences: its answers.
+        """
+        return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
 
     @property
     def progressed_at(self) -> float:

@@ -25,21 +25,23 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 from operator import add
 from time import monotonic
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from argosy.config import KV_BLOCK_TOKENS, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
+from argosy.engine.progress import RequestProgress
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception, refused_by_system
 from argosy.model.clock import PARTS
 
-RATE_SECONDS = 10.0  # rates are means over this many seconds
+RATE_SECONDS = 10.0  # rates are means over this many seconds, or over the last step if that took longer
 DECODE_SECONDS = 60.0  # for which decode steps are kept, and compared with predictions
 _TOGETHER_SECONDS = 5.0  # decode steps of this time are kept as one sum
 _FACTS_SECONDS = 0.1  # minimum time between two collections of facts
@@ -88,8 +90,9 @@ Event = PromptProgress | AnswerToken | AnswerEnd
 class Request:
     """A prompt and its answers in progress; made by `EngineLoop.submit`."""
 
-    def __init__(self, sequences: list[Sequence], on_event: Callable[[Event], None]) -> None:
+    def __init__(self, sequences: list[Sequence], on_event: Callable[[Event], None], name: str = "") -> None:
         self._sequences = sequences
+        self.name = name
         self._on_event: Callable[[Event], None] | None = on_event
         # Reported for each answer: prompt tokens that are done, and the share of a picture that is encoded.
         self._told: list[tuple[int, float | None]] = [(0, None)] * len(sequences)
@@ -108,7 +111,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopFacts:
-    """Facts of an engine under a loop, with means over the last RATE_SECONDS."""
+    """Facts of an engine under a loop, with means over the last RATE_SECONDS.
+
+    A step counts as if its tokens came evenly while it ran, so a mean is right however long steps take. Of the running
+    step only tokens of prompts are known; other means are those until it began.
+    """
 
     engine: EngineFacts
     num_steps: int
@@ -118,9 +125,11 @@ class LoopFacts:
     prompt_tok_per_s: float  # computed tokens only, not prefix-cache hits
     bytes_read_per_s: float
     silent_s: float  # since the thread last beat
-    recent_parts: Mapping[str, float]  # seconds of the last RATE_SECONDS by part; `other` includes idle time
+    # Seconds by part, of the steps that ended in the last RATE_SECONDS, or of the last one; `other` includes idle time.
+    recent_parts: Mapping[str, float]
     # Steps without prompt tokens in the last DECODE_SECONDS; None: there were none.
     recent_decode: DecodeSteps | None = None
+    requests: tuple[RequestProgress, ...] = ()  # those that run, in order of arrival
 
 
 class EngineLoop:
@@ -157,7 +166,9 @@ class EngineLoop:
         self._beat_at = monotonic()
         self._facts = engine.facts()
         self._facts_at = clock()
-        self._samples: deque[_Sample] = deque()
+        self._step_began: float | None = None  # while a step runs
+        self._work_began: float | None = None  # the first step since the last sample
+        self._samples = deque([self._sample(self._facts_at)])  # work is counted between two of them
         self._decodes: deque[tuple[float, DecodeSteps]] = deque()  # from when on, and what they took
         self._thread = threading.Thread(target=self._run, name="argosy-engine", daemon=True)
         self._thread.start()
@@ -172,8 +183,12 @@ class EngineLoop:
         *,
         num_answers: int = 1,
         tenant: str = "",
+        name: str = "",
     ) -> Request:
         """Check a request and queue it, without waiting for a step.
+
+        Args:
+            name: the request's id, for `LoopFacts.requests`.
 
         Raises:
             Overloaded: too many sequences are already waiting, or the loop is stopping or has failed.
@@ -181,16 +196,22 @@ class EngineLoop:
             ArgosyError: what `Engine.prepare` raises.
         """
         sequences = self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
-        return self._queue(Request(sequences, on_event), tenant)
+        return self._queue(Request(sequences, on_event, name), tenant)
 
     def submit_embedding(
-        self, text: str | SequenceOf[int], on_event: Callable[[Event], None], *, tenant: str = ""
+        self,
+        text: str | SequenceOf[int],
+        on_event: Callable[[Event], None],
+        *,
+        tenant: str = "",
+        name: str = "",
     ) -> Request:
         """Check a text and queue it for its embedding, which `AnswerEnd.result` has.
 
         Raises what `submit` and `Engine.prepare_embedding` raise.
         """
-        return self._queue(Request(self._engine.prepare_embedding(text, tenant=tenant), on_event), tenant)
+        sequences = self._engine.prepare_embedding(text, tenant=tenant)
+        return self._queue(Request(sequences, on_event, name), tenant)
 
     def _queue(self, request: Request, tenant: str) -> Request:
         num_answers = len(request.seeds)
@@ -236,30 +257,28 @@ class EngineLoop:
 
     def snapshot(self) -> LoopFacts:
         """Facts as of about the last step, without waiting for one."""
-        now = self._clock()
-        samples = [sample for sample in list(self._samples) if now - sample.at <= RATE_SECONDS]
-        rates = [0.0, 0.0, 0.0]
-        parts = dict.fromkeys(PARTS, 0.0)
-        if len(samples) > 1 and now > samples[0].at:
-            first, last = samples[0], samples[-1]
-            rates = [
-                (after - before) / (now - first.at)
-                for before, after in zip(first.counts, last.counts, strict=True)
-            ]
-            before, after = first.totals.parts, last.totals.parts
-            parts = {part: after[part] - before[part] for part in PARTS}
+        now, running = self._clock(), self._step_began
+        samples = list(self._samples)
+        known_until = now if running is None else running
+        window = _Window(samples, known_until)
+        prompt_rate, step = window.mean("prompt_tokens"), self._engine.running_step
+        if running is not None and step is not None and (num_done := step.prompt_tokens_done):
+            share = min(1.0, RATE_SECONDS / (now - running)) if now > running else 1.0
+            prompt_rate = _Window(samples, now, running).mean("prompt_tokens", share * num_done)
+        requests = (self._engine.progress(one._sequences, one.name) for one in list(self._live))
         decodes = [steps for at, steps in list(self._decodes) if now - at <= DECODE_SECONDS]
         return LoopFacts(
             engine=self._facts,
             num_steps=self._num_steps,
             is_stopping=self._is_stopping,
             has_failed=self._has_failed,
-            new_tok_per_s=rates[0],
-            prompt_tok_per_s=max(0.0, rates[1] - rates[0]),
-            bytes_read_per_s=rates[2],
+            new_tok_per_s=window.mean("new_tokens"),
+            prompt_tok_per_s=prompt_rate,
+            bytes_read_per_s=window.mean("bytes_read"),
             silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.progressed_at)),
-            recent_parts=parts,
+            recent_parts=window.parts(),
             recent_decode=reduce(add, decodes) if decodes else None,
+            requests=tuple(one for one in requests if one is not None),
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -303,6 +322,9 @@ class EngineLoop:
                 return False
             if self._engine.has_work:
                 self._num_steps += 1
+                self._step_began = self._clock()
+                if self._work_began is None:
+                    self._work_began = self._step_began
             self._engine.step()
             self._num_idle_failures = 0
         except SystemExit:
@@ -312,6 +334,7 @@ class EngineLoop:
             self._endure(error)
         self._deliver(error)
         self._gather_facts()
+        self._step_began = None
         return True
 
     def _endure(self, error: Exception) -> None:
@@ -444,14 +467,21 @@ class EngineLoop:
         except Exception as error:  # observers see the previous facts
             self._report(error)
             return
-        facts, num_running = self._facts, self._facts.num_running
-        context = facts.kv_blocks_held * KV_BLOCK_TOKENS / num_running if num_running else 0.0
-        sample = _Sample(now, facts.totals, facts.tokens_run, self._num_steps, context)
-        if self._samples and (steps := self._samples[-1].decode_until(sample)) is not None:
+        sample = self._sample(now)
+        if (steps := self._samples[-1].decode_until(sample)) is not None:
             self._keep_decode(now, steps)
         self._samples.append(sample)
-        while now - self._samples[0].at > RATE_SECONDS:
+        # One that is older stays: work of the others is counted from there.
+        while len(self._samples) > 1 and now - self._samples[1].at > RATE_SECONDS:
             self._samples.popleft()
+
+    def _sample(self, now: float) -> _Sample:
+        facts, num_running = self._facts, self._facts.num_running
+        context = facts.kv_blocks_held * KV_BLOCK_TOKENS / num_running if num_running else 0.0
+        began, self._work_began = self._work_began, None
+        return _Sample(
+            now, now if began is None else began, facts.totals, facts.tokens_run, self._num_steps, context
+        )
 
     def _keep_decode(self, now: float, steps: DecodeSteps) -> None:
         if self._decodes and now - self._decodes[-1][0] < _TOGETHER_SECONDS:
@@ -463,19 +493,65 @@ class EngineLoop:
             self._decodes.popleft()
 
 
+_Counted = Literal["new_tokens", "prompt_tokens", "bytes_read"]
+
+
+class _Window:
+    """The last RATE_SECONDS before `end`; less, if work began later.
+
+    Args:
+        samples: in order of time; the work between two of them counts as even since the later one's `began`.
+        running: when the step began that runs at `end`; None: none does.
+    """
+
+    def __init__(self, samples: SequenceOf[_Sample], end: float, running: float | None = None) -> None:
+        self._end = end
+        self._begin = end - RATE_SECONDS
+        # Each with the sample before it.
+        self._steps = [(before, one) for before, one in pairwise(samples) if one.at > self._begin]
+        began = [one.began for _, one in self._steps] + ([] if running is None else [running])
+        self._begin = max(self._begin, min(began, default=end))
+
+    def mean(self, what: _Counted, more: float = 0.0) -> float:
+        """Per second; `more` is what the running step adds."""
+        seconds = self._end - self._begin
+        count = more + sum(
+            (one.count(what) - before.count(what)) * self._share(one) for before, one in self._steps
+        )
+        return max(0.0, count) / seconds if seconds > 0 else 0.0
+
+    def _share(self, sample: _Sample) -> float:
+        """The share of a sample's work that is in the window."""
+        inside = min(sample.at, self._end) - max(sample.began, self._begin)
+        return max(0.0, inside) / (sample.at - sample.began) if sample.at > sample.began else 1.0
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part of the work that overlaps the window."""
+        if not self._steps:
+            return dict.fromkeys(PARTS, 0.0)
+        (first, one), last = self._steps[0], self._steps[-1][1]
+        parts = {part: last.totals.parts[part] - first.totals.parts[part] for part in PARTS}
+        parts["other"] = max(0.0, parts["other"] - (one.began - first.at))  # without the idle time before
+        return parts
+
+
 class _Sample(NamedTuple):
-    """Totals at one time, and positions of each running sequence."""
+    """Totals at one time, and positions of each running sequence.
+
+    began: when the first step since the last sample began.
+    """
 
     at: float
+    began: float
     totals: Ledger
     tokens_run: int
     num_steps: int
     context: float
 
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """New tokens, tokens run, bytes read."""
-        return self.totals.new_tokens, self.tokens_run, self.totals.bytes_read
+    def count(self, what: _Counted) -> int:
+        if what == "prompt_tokens":  # computed ones, without those from the prefix cache
+            return self.tokens_run - self.totals.new_tokens
+        return self.totals.new_tokens if what == "new_tokens" else self.totals.bytes_read
 
     def decode_until(self, later: _Sample) -> DecodeSteps | None:
         """The steps since this sample; None if one of them had prompt tokens, or there are none."""

@@ -314,10 +314,11 @@ class Scheduler:
         Args:
             confirmed: how many of its proposals became part of each sequence; none where it is not named.
         """
-        size = self._blocks.block_tokens
+        size, now = self._blocks.block_tokens, self._clock()
         if scheduled.counts is None:
             for sequence in scheduled.sequences:
                 sequence.num_computed += 1
+                sequence.computed_at = now
                 if not sequence.num_computed % size:
                     self._cache.grown(sequence, sequence.num_computed - 1)
                     if self._windows is not None:
@@ -333,6 +334,7 @@ class Scheduler:
                     continue
                 before = sequence.num_computed
                 sequence.num_computed += count - num_rejected
+                sequence.computed_at = now
                 self._cache.grown(sequence, before)
                 if self._windows is not None:
                     self._windows.leave(sequence, sequence.num_computed)

@@ -156,6 +156,7 @@ class Sequence:
         self.events: deque[TokenEvent] = deque()
         self.started_at = 0.0
         self.scheduled_at: float | None = None  # when it first ran
+        self.computed_at = 0.0  # when `num_computed` last grew in a step
         self.first_token_at: float | None = None
         self.counters_at_start = Ledger()
 

@@ -85,11 +85,16 @@ class Loop(Protocol):
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None, on_event: Callable[[Event], None], *,
-        num_answers: int = 1, tenant: str = "",
+        num_answers: int = 1, tenant: str = "", name: str = "",
     ) -> Any: ...  # fmt: skip
 
     def submit_embedding(
-        self, text: str | Sequence[int], on_event: Callable[[Event], None], *, tenant: str = ""
+        self,
+        text: str | Sequence[int],
+        on_event: Callable[[Event], None],
+        *,
+        tenant: str = "",
+        name: str = "",
     ) -> Any: ...
 
     def cancel(self, request: Any) -> None: ...
@@ -769,7 +774,7 @@ class Answers:
                 self._events.call_soon_threadsafe(self._some.set)
 
         request = self._service.loop.submit(
-            prompt, params, deliver, num_answers=num_answers, tenant=self._caller.tenant
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant, name=caller.request_id
         )
         self._requests.append(request)
         self._num_open += num_answers

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,15 +86,16 @@ async def embed(
 
     def submit(number: int, deliver: Deliver) -> Any:
         text = texts[number]
+        queue = partial(service.loop.submit_embedding, tenant=caller.tenant, name=caller.request_id)
         try:
             try:
-                return service.loop.submit_embedding(text, deliver, tenant=caller.tenant)
+                return queue(text, deliver)
             except PromptTooLong:
                 if not cuts or not isinstance(text, str):
                     raise
                 start = service.prompts.start_of_text(text)
                 made.cut.append(number)
-                return service.loop.submit_embedding(start, deliver, tenant=caller.tenant)
+                return queue(start, deliver)
         except CheckpointError as error:  # the pooling that the checkpoint declares is unknown
             raise Refused(400, error.message, hint=error.hint, param="model") from None
 

@@ -105,7 +105,8 @@ async def _scores(
         document, word = divmod(number, len(words))
         params = SamplingParams(max_tokens=1, logprobs=0, logit_bias={words[word]: _CERTAIN})
         ids = reranking.prompt(query, documents[document])
-        return service.loop.submit(service.prompts.build(ids), params, deliver, tenant=caller.tenant)
+        prompt = service.prompts.build(ids)
+        return service.loop.submit(prompt, params, deliver, tenant=caller.tenant, name=caller.request_id)
 
     def take(number: int, result: Result) -> None:
         nonlocal num_tokens

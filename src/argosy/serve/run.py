@@ -66,6 +66,7 @@ from argosy.serve.opened import Common, EngineSource, Recording, facts_of, servi
 from argosy.serve.origins import Origins
 from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
+from argosy.serve.state import watch_prompts
 from argosy.serve.transparency import Practice
 from argosy.serve.work import Threads
 
@@ -738,10 +739,13 @@ def _run(
         if expectation is not None:
             print(expectation, file=sys.stderr, flush=True)
 
+    async def beside() -> None:
+        await asyncio.gather(watch.run(), watch_prompts(models))
+
     with KeyWatch(ring, limits, app.running, models.revoke):
         run_app(
             app, models, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
-            max_connections=settings.max_connections, preload=preload, guarding=settings.guarding, beside=watch.run,
+            max_connections=settings.max_connections, preload=preload, guarding=settings.guarding, beside=beside,
         )  # fmt: skip
 
 

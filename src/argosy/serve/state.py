@@ -1,4 +1,4 @@
-"""The engine's state for the page, `argosy top` and Prometheus: numbers, and no content of requests.
+"""The engine's state for the page, `argosy top`, Prometheus and the log: numbers, and no content of requests.
 
 Which experts ran can reveal a text. So the heat map covers at least 256 tokens and needs the scope `admin`, and
 `/metrics` has no label for an expert. It has predictions beside what recent decode steps took, as
@@ -9,6 +9,8 @@ Elsewhere: the numbers come from `engine/facts.py` and `engine/loop.py`.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -20,11 +22,16 @@ from argosy.engine.energy import co2_grams
 from argosy.engine.facts import WINDOW_TOKENS, EngineFacts
 from argosy.engine.ledger import Ledger
 from argosy.engine.loop import LoopFacts
+from argosy.engine.progress import RequestProgress, prompt_line
 from argosy.serve.answer_metrics import AnswerMetrics
 from argosy.serve.cluster import Workers, WorkerState, worker_metrics
 from argosy.serve.core import Service
 from argosy.serve.fields import Closed
 from argosy.serve.models import Memory, Models, Standing, State
+
+log = logging.getLogger("argosy.serve")
+
+PROMPT_SAID_S = 10.0  # how often the log tells of a prompt that takes longer
 
 
 class ModelState(Closed):
@@ -116,9 +123,31 @@ class SharingState(Closed):
     decode_tok_per_s: float
 
 
+class RunningState(Closed):
+    """A prompt that runs, with its answers.
+
+    id: of its request, as in `x-request-id` and the log.
+    prompt_done: tokens of the prompt that are computed or came from the prefix cache.
+    answer_tokens: over all of its answers.
+    tok_per_s: its own mean, of the prompt until the first token, and of its answers after that; null: not known yet.
+    seconds: since it first ran.
+    seconds_left: until its first token, estimated; null: not known yet, or the prompt is done.
+    """
+
+    id: str
+    model: str
+    prompt_tokens: int
+    prompt_done: int
+    answer_tokens: int
+    tok_per_s: float | None
+    seconds: float
+    seconds_left: float | None
+
+
 class EngineState(Closed):
     """The state of a server. If it has several models, `model` is the one used last, with its numbers.
 
+    running: the prompts of all models that run, in order of arrival.
     workers: machines that run experts; empty: the server runs alone.
     """
 
@@ -130,6 +159,7 @@ class EngineState(Closed):
     recent: RecentState | None
     time: TimeState
     queue: QueueState
+    running: list[RunningState]
     kv: KvState
     heat: Heat | None
     workers: list[WorkerState]
@@ -191,6 +221,7 @@ def state_of(
         },
         "time": {"wall_s": sum(facts.recent_parts.values()), "parts": dict(facts.recent_parts)},
         "queue": {"running": engine.num_running, "waiting": engine.num_waiting, "max_sequences": max_sequences},
+        "running": [_running(one, name) for name, one in _requests(models)],
         "kv": {
             "blocks_total": engine.kv_blocks, "blocks_used": engine.kv_blocks_held,
             "blocks_cached": engine.kv_blocks_kept, "block_tokens": block_tokens,
@@ -199,6 +230,41 @@ def state_of(
         "workers": [] if workers is None else list(workers.status()),
         "privacy": {"logging": keeps_contents, "traces": False},
     }  # fmt: skip
+
+
+def _requests(models: Models) -> Iterator[tuple[str, RequestProgress]]:
+    """The requests that run, each with the id of its model."""
+    for service in models.services():
+        for one in service.loop.snapshot().requests:
+            yield service.model.id, one
+
+
+def _running(one: RequestProgress, model: str) -> RunningState:
+    return {
+        "id": one.name, "model": model, "prompt_tokens": one.prompt_tokens, "prompt_done": one.prompt_done,
+        "answer_tokens": one.answer_tokens, "tok_per_s": one.tok_per_s, "seconds": one.seconds,
+        "seconds_left": one.seconds_left,
+    }  # fmt: skip
+
+
+async def watch_prompts(models: Models) -> None:
+    """Log how far long prompts are, until it is cancelled."""
+    while True:
+        await asyncio.sleep(PROMPT_SAID_S)
+        log_prompts(models)
+
+
+def log_prompts(models: Models) -> None:
+    """Log how far prompts are that have taken PROMPT_SAID_S or more."""
+    for model, one in _requests(models):
+        if one.is_reading and one.seconds >= PROMPT_SAID_S:
+            line = prompt_line(one.prompt_done, one.prompt_tokens, one.seconds_left)
+            facts = {
+                "event": "prompt_progress", "request_id": one.name, "model": model,
+                "prompt_tokens": one.prompt_tokens, "prompt_done": one.prompt_done,
+                "seconds_left": None if one.seconds_left is None else round(one.seconds_left),
+            }  # fmt: skip
+            log.info("%s %s", one.name, line, extra={"facts": facts})
 
 
 def _sharing(one: Standing) -> SharingState:

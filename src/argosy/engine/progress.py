@@ -1,0 +1,124 @@
+"""How far running requests are: counts, rates and times for those who wait, and nothing that anyone said.
+
+A step can take minutes, so nobody waits for one to read this: within a step, progress follows from the layers that it
+has run. Any thread may call `progress_of`; a number may be one step old.
+
+Elsewhere: `loop.py` gives the progress of every request; the server's log, `/v1/engine/state` and terminals show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argosy.engine.scheduler import Scheduled
+    from argosy.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestProgress:
+    """One prompt and its answers.
+
+    name: the request's id.
+    prompt_done: tokens of the prompt that are computed or came from the prefix cache.
+    answer_tokens: over all of its answers.
+    tok_per_s: its own mean, of the prompt until the first token, and of its answers after that; None: not known yet.
+    seconds: since it first ran.
+    seconds_left: until its first token, at this rate; None: not known yet, or the prompt is done.
+    """
+
+    name: str
+    prompt_tokens: int
+    prompt_done: int
+    answer_tokens: int
+    tok_per_s: float | None
+    seconds: float
+    seconds_left: float | None
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the prompt is not done."""
+        return self.prompt_done < self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """A step that runs.
+
+    share_done: of its layers; 0 if nothing tells.
+    """
+
+    scheduled: Scheduled
+    share_done: float
+
+    @property
+    def prompt_tokens_done(self) -> float:
+        """Tokens of prompts that this step has computed, over all sequences."""
+        step = self.scheduled.step
+        return self.share_done * float(step.num_tokens - step.is_decode.sum())
+
+    def num_done(self, sequence: Sequence) -> float:
+        """The same for one sequence."""
+        scheduled = self.scheduled
+        if scheduled.counts is None or not self.share_done or sequence not in scheduled.sequences:
+            return 0.0
+        return self.share_done * scheduled.counts[scheduled.sequences.index(sequence)]
+
+
+def progress_of(
+    name: str, sequences: SequenceOf[Sequence], step: Callable[[], RunningStep | None], *, now: float
+) -> RequestProgress | None:
+    """The progress of one request; None: it has not run yet.
+
+    Args:
+        sequences: its answers, which have the same prompt.
+        step: returns the step that runs. It is called last, so that no step counts twice that ends meanwhile.
+        now: by `perf_counter`.
+    """
+    started = [one for one in sequences if one.scheduled_at is not None]
+    if not started:
+        return None
+    first = started[0]  # computes the prompt for the others
+    total, began = len(first.prompt_ids), first.scheduled_at or now
+    answering = [one for one in started if one.first_token_at is not None]
+    if answering:
+        num_new = sum(len(one.new_ids) for one in answering)
+        since = min(one.first_token_at or now for one in answering)
+        until = max(one.computed_at for one in answering)
+        # The first token of each answer is not counted: it ends the prompt.
+        return RequestProgress(
+            name=name, prompt_tokens=total, prompt_done=total, answer_tokens=num_new,
+            tok_per_s=_rate(num_new - len(answering), until - since), seconds=now - began, seconds_left=None,
+        )  # fmt: skip
+    at, done = first.computed_at, float(first.num_computed)
+    running = step() if first.is_prefilling else None
+    if running is not None and (more := running.num_done(first)):
+        at, done = now, min(float(total), done + more)
+    rate = _rate(done - (first.cached_tokens or 0), at - began)
+    left = None if rate is None else max(0.0, (total - done) / rate - (now - at))
+    return RequestProgress(
+        name=name, prompt_tokens=total, prompt_done=min(int(done), total), answer_tokens=0, tok_per_s=rate,
+        seconds=now - began, seconds_left=left,
+    )  # fmt: skip
+
+
+def _rate(count: float, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def about(seconds: float) -> str:
+    """A time to go, for people: `about 4 min`. An estimate has no more digits."""
+    if seconds < 55:
+        return f"about {max(5, 5 * round(seconds / 5))} s"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60) or 1} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
+def prompt_line(done: int, total: int, seconds_left: float | None) -> str:
+    """The progress of a prompt, for people: `prompt 9,216 of 22,851 tokens (40 %), about 4 min left`."""
+    line = f"prompt {done:,} of {total:,} tokens ({100 * done // max(1, total)} %)"
+    return line if seconds_left is None else f"{line}, {about(seconds_left)} left"

@@ -1,0 +1,73 @@
+"""What a server shows of running requests: in its state, by the id that their clients have, and in its log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from argosy.engine.engine import Engine
+from argosy.engine.progress import RequestProgress
+from argosy.guard.keys import KeyRing
+from argosy.serve.app import make_app
+from argosy.serve.core import Service
+from argosy.serve.models import Models
+from argosy.serve.state import PROMPT_SAID_S, log_prompts
+from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.conftest import serving, start
+
+
+@pytest.fixture
+def own_engine(tmp_path: Path) -> Iterator[Engine]:
+    with Engine.open(write_chat_model(tmp_path / "model"), memory="2GiB", threads=1) as engine:
+        yield engine
+
+
+def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
+    own_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, seen = own_engine._model.forward, list[Any]()
+
+    def look(step: Any) -> Any:  # a state is shown while the step runs
+        seen.append(httpx.get(f"{url}/v1/engine/state").json()["running"])
+        return forward(step)
+
+    monkeypatch.setattr(own_engine._model, "forward", look)
+    ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+    with serving(own_engine) as service:
+        for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
+            answer = httpx.post(f"{url}/v1/chat/completions", json=ask)
+            assert httpx.get(f"{url}/v1/engine/state").json()["running"] == []
+    (first,) = seen[0]
+    total = answer.json()["usage"]["prompt_tokens"]
+    assert (first["id"], first["model"]) == (answer.headers["x-request-id"], "tiny")
+    assert (first["prompt_tokens"], first["prompt_done"], first["answer_tokens"]) == (total, 0, 0)
+    assert (first["tok_per_s"], first["seconds_left"]) == (None, None)
+    (last,) = seen[-1]
+    assert (last["prompt_done"], last["answer_tokens"]) == (total, len(seen) - 1)
+
+
+def test_the_log_tells_of_prompts_that_take_long_and_of_no_others(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = RequestProgress(
+        name="req_1", prompt_tokens=22851, prompt_done=9216, answer_tokens=0, tok_per_s=61.0,
+        seconds=PROMPT_SAID_S, seconds_left=223.5,
+    )  # fmt: skip
+    short = replace(long, name="req_2", seconds=PROMPT_SAID_S - 1)
+    answering = replace(long, name="req_3", prompt_done=22851)
+    facts = replace(service.loop.snapshot(), requests=(long, short, answering))
+    monkeypatch.setattr(service.loop, "snapshot", lambda: facts)
+    with caplog.at_level(logging.INFO, "argosy.serve"):
+        log_prompts(Models.of(service))
+    (record,) = caplog.records
+    assert record.getMessage() == "req_1 prompt 9,216 of 22,851 tokens (40 %), about 4 min left"
+    assert record.facts == {  # type: ignore[attr-defined]
+        "event": "prompt_progress", "request_id": "req_1", "model": "tiny", "prompt_tokens": 22851,
+        "prompt_done": 9216, "seconds_left": 224,
+    }  # fmt: skip
