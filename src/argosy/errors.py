@@ -212,7 +212,7 @@ def room_for(what: str, directory: Path, *, hint: str) -> Iterator[None]:
 
 
 class FetchFailed(ArgosyError):
-    """A download failed; facts: `what`."""
+    """A download failed; facts: `what`, and `is_absent` if no server could be asked."""
 
     http_status = 502
 

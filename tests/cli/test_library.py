@@ -128,10 +128,10 @@ def test_an_unfinished_pull_and_a_model_with_missing_parts_are_listed(models: Pa
     (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
     with kept.changing() as known:
         known.pulled["a/b"] = kept.Pulled("a/b", "c" * 40, 10**10, ())
-    assert listed(capsys)["a/b"]["fault"] == "not pulled to its end"
+    assert listed(capsys)["a/b"]["fault"] == "download incomplete; `argosy pull a/b` finishes it"
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    assert "not pulled to its end" in said
+    assert "download incomplete; `argosy pull a/b` finishes it" in said
     assert "2 of its files are missing" in said
 
 

@@ -28,6 +28,7 @@ _MOST_HASHED = 64 << 20
 class Served:
     """A repository, and what was asked of it.
 
+    refusal: a status, headers (an empty one is left out) and a body that answer every request.
     lies: response headers by file name that replace the true ones; "status" replaces the status, and "stall" keeps the
         body back.
     cuts: by file name, the byte before which the connection ends, once.
@@ -37,6 +38,7 @@ class Served:
     """
 
     files: dict[str, tuple[bytes, int]]
+    refusal: tuple[int, dict[str, str], bytes] | None = None
     lies: dict[str, dict[str, str]] = field(default_factory=dict)
     answers_ranges: bool = True
     token: str | None = None
@@ -90,6 +92,9 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
 
         def do_GET(self) -> None:
             what.tokens.append((self.path, self.headers.get("Authorization")))
+            if what.refusal is not None:
+                status, headers, body = what.refusal
+                return self._send(status, body, headers)
             is_known = what.token is None or self.headers.get("Authorization") == f"Bearer {what.token}"
             if not is_known and not self.path.startswith("/storage/"):
                 return self._send(401, b"")
@@ -157,7 +162,8 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
             size = len(body) if size is None else size
             self.send_response(status)
             for key, value in ({"Content-Length": str(size)} | dict(headers or {})).items():
-                self.send_header(key, value)
+                if value:
+                    self.send_header(key, value)
             self.end_headers()
             try:
                 self.wfile.write(body)

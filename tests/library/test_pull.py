@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from argosy.library import kept, pull
 from argosy.library.pull import Moment, fetch, look_up
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from argosy.model.families import open_model
+from tests.cli.terminal import on_terminal
 from tests.helpers.command import COMMAND
 from tests.helpers.hub_server import REPOSITORY, REVISION, Served, directory_files, served, true_listing
 from tests.library.caches import GGUF, REFERENCE
@@ -177,7 +179,7 @@ def test_a_command_that_is_killed_with_signal_9_continues(server: Served, hub: P
     command = [COMMAND, "pull", REPOSITORY, "--yes", "--memory", "2GiB"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         blobs = hub / "models--owner--model" / "blobs"
-        wait_until(lambda: any(path.stat().st_size == 50_000 for path in blobs.glob("*.incomplete")), process)
+        wait_until(lambda: 50_000 in sizes_in(blobs), process)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     server.is_held.set()
@@ -186,6 +188,39 @@ def test_a_command_that_is_killed_with_signal_9_continues(server: Served, hub: P
     fetch(look_up(REPOSITORY))
     assert (SHARDS[0], 50_000, server.files[SHARDS[0]][1] - 1) in server.ranges
     assert in_cache(hub) == {name: server.files[name][0] for name in NEEDED}
+
+
+def test_a_pull_that_is_interrupted_says_in_one_line_how_far_it_came_and_how_to_resume(
+    server: Served, hub: Path
+) -> None:
+    server.holds = {SHARDS[0]: 50_000, SHARDS[1]: 40_000}
+    whole = needed_sizes()
+    done = sum(whole.values()) - sum(whole[name] - server.holds[name] for name in SHARDS)
+    command = [COMMAND, "pull", REPOSITORY, "--yes", "--memory", "2GiB"]
+    with on_terminal(command) as terminal:
+        blobs = hub / "models--owner--model" / "blobs"
+        wait_until(lambda: sum(sizes_in(blobs)) == done, terminal.process)
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.until(
+            f"Stopped at {done / 1e3:.0f} of {sum(whole.values()) / 1e3:.0f} kB. "
+            "Run the same command to resume.\r\n".encode()
+        )
+        assert terminal.process.wait(30) == 130
+        assert terminal.shown == b""
+    server.is_held.set()
+
+
+def needed_sizes() -> dict[str, int]:
+    return {name: size for name, (_, size) in files().items() if name in NEEDED}
+
+
+def sizes_in(folder: Path) -> list[int]:
+    """Sizes of the files in a folder to which another program writes."""
+    found = []
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):  # it was renamed meanwhile
+            found.append(path.stat().st_size)
+    return found
 
 
 def wait_until(is_true: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
@@ -339,7 +374,7 @@ def test_a_model_of_another_hub_and_what_is_no_model_are_refused(server: Served)
         look_up("https://hub.example/owner/model")
     assert "HF_ENDPOINT=https://hub.example argosy pull owner/model" in str(refusal.value)
     for text in ("model", "./owner/model", f"{server.url}/storage/model.gguf", "demo"):
-        with pytest.raises(UsageError, match="is no model of a hub"):
+        with pytest.raises(UsageError, match="models on the hub are named OWNER/NAME, found '"):
             look_up(text)
     assert look_up(f"{server.url}/{REPOSITORY}").name == REPOSITORY
 
@@ -362,8 +397,10 @@ def test_the_plan_comes_before_the_first_byte_of_weights_and_is_that_of_the_file
 ) -> None:
     assert main(["pull", REPOSITORY]) == 2
     said = capsys.readouterr()
-    assert "there is no terminal to ask on" in said.err
-    assert "`--yes` agrees" in said.err
+    assert said.err == (
+        "error: cannot ask for confirmation: stdin is not a terminal\n"
+        "hint: `--yes` downloads 183 kB and accepts the licence\n"
+    )
     for shard in SHARDS:
         header = 8 + int.from_bytes(server.files[shard][0][:8], "little")
         assert max(last for name, _, last in server.ranges if name == shard) == header - 1

@@ -111,7 +111,8 @@ def test_files_of_another_program_are_named_with_their_owner_and_need_consent(
         said = capsys.readouterr()
         assert whose in said.out
         assert str(plan_removal(name).files[0]) in said.out
-        assert "there is no terminal to ask on" in said.err
+        assert "cannot ask for confirmation: stdin is not a terminal" in said.err
+        assert f"`--yes` removes {name}" in said.err
     assert files_below(home / "hf") | files_below(home / ".lmstudio") | files_below(ollama) == before
     for name in ("a/b", "c/d:model", "e:1b"):
         assert main(["rm", name, "--yes"]) == 0

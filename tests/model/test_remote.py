@@ -364,7 +364,7 @@ def test_nothing_is_left_behind() -> None:
 
 def test_a_server_that_is_not_there_is_named() -> None:
     with (
-        pytest.raises(FetchFailed, match="of owner/model cannot be fetched"),
+        pytest.raises(FetchFailed, match=r"cannot reach 127.0.0.1:9 \(connection refused\)"),
         fetch_headers(Source("http://127.0.0.1:9", REPOSITORY)),
     ):
         pass

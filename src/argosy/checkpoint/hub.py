@@ -18,6 +18,8 @@ import http.client
 import ipaddress
 import os
 import re
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -25,7 +27,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from typing import IO, NamedTuple
 
 from argosy.checkpoint.untrusted_file import quote
@@ -170,9 +172,10 @@ class Hub:
         self._lock = Lock()
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise FetchFailed(
-                f"HF_HUB_OFFLINE is set, so no server is asked for {source.repository or _name(source.url)}",
+                f"HF_HUB_OFFLINE is set, so no server is asked for {self._what}",
                 hint="unset it, or name a model that is here: `argosy list`",
-                what=source.repository or _name(source.url),
+                what=self._what,
+                is_absent=True,
             )
         token = os.environ.get("HF_TOKEN", "").strip() if token is None else token
         if not all("!" <= character <= "~" for character in token):
@@ -279,14 +282,25 @@ class Hub:
         if timeout_s <= 0:
             raise self._failed(url, f"all headers took more than {_ALL_REQUESTS_S:.0f} s")
         with self._answer(url, start, most_bytes, timeout_s) as response:
+            if (
+                start is None and "Content-Length" not in response.headers
+            ):  # a list that is made as it is sent
+                data = self._body(response, url, most_bytes + 1, deadline, may_end=True)
+                self._count(len(data))
+                if len(data) > most_bytes:
+                    raise self._lie(f"its answer is longer than the {most_bytes} bytes that are read")
+                return Range(data, len(data))
             expected, file_bytes = self._announced(response, url, start, most_bytes)
-            with self._lock:
-                if self.bytes_read + expected > self._most_bytes:
-                    raise self._lie(
-                        f"its headers are larger than the {self._most_bytes} bytes that are read of a model"
-                    )
-                self.bytes_read += expected
+            self._count(expected)
             return Range(self._body(response, url, expected, deadline), file_bytes)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            if self.bytes_read + nbytes > self._most_bytes:
+                raise self._lie(
+                    f"its headers are larger than the {self._most_bytes} bytes that are read of a model"
+                )
+            self.bytes_read += nbytes
 
     @contextmanager
     def _answer(
@@ -303,18 +317,18 @@ class Hub:
         self._redirects.authorize(request)
         try:
             with self._opener.open(request, timeout=timeout_s) as response:
+                if response.headers.get_content_type() == "text/html":
+                    raise self._page_instead()
                 if start is None and _origin(response.geturl()) != _origin(self.source.url):
                     raise self._lie("its list of files comes from another host")
                 yield response
         except urllib.error.HTTPError as error:
             error.close()
-            raise self._refusal(error.code, url) from None
-        except TimeoutError:
-            raise self._failed(url, f"no answer within {timeout_s:.0f} s") from None
+            raise self._refusal(error, url) from None
         except urllib.error.URLError as error:
-            raise self._failed(url, quote(str(error.reason))) from None
+            raise self._unreachable(error.reason, timeout_s) from None
         except (OSError, http.client.HTTPException) as error:
-            raise self._failed(url, quote(str(error)) or type(error).__name__) from None
+            raise self._unreachable(error, timeout_s) from None
 
     def _announced(
         self, response: http.client.HTTPResponse, url: str, start: int | None, most_bytes: int
@@ -348,45 +362,124 @@ class Hub:
             )
         return expected, file_bytes
 
-    def _body(self, response: IO[bytes], url: str, expected: int, deadline: float) -> bytes:
+    def _body(
+        self, response: IO[bytes], url: str, expected: int, deadline: float, *, may_end: bool = False
+    ) -> bytes:
         parts: list[bytes] = []
         left = expected
         while left:
             if time.monotonic() > deadline:
                 raise self._failed(url, "its bytes come too slowly")
             part = response.read(min(left, _READ_BYTES))
+            if not part and may_end:
+                break
             if not part:
                 raise self._failed(url, f"the connection ended {left} bytes early")
             parts.append(part)
             left -= len(part)
         return b"".join(parts)
 
-    def _refusal(self, status: int, url: str) -> FetchFailed | CheckpointError:
-        what = self.source.repository or _name(self.source.url)
-        if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+    def _refusal(self, error: urllib.error.HTTPError, url: str) -> FetchFailed | CheckpointError:
+        what, status, host = self._what, error.code, self._redirects.asked_host
+        if error.headers.get("X-Error-Code") == "GatedRepo":
             return FetchFailed(
-                f"{what} is not public, or does not exist: the server answers {status}",
-                hint="set HF_TOKEN to a token that may read it",
+                f"{what} is gated: its owner must let you read it",
+                hint=f"ask for access at {self.source.url}/{what}, then set HF_TOKEN to a token of that account",
                 what=what,
             )
+        is_own_host = _origin(error.geturl()) == _origin(
+            self.source.url
+        )  # else a link of the hub has run out
+        if is_own_host and status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            hint = "check the spelling; for a private model, set HF_TOKEN to a token that may read it"
+            if self._redirects.has_token:
+                hint = "check the spelling, and that the token in HF_TOKEN is valid and may read it"
+            return FetchFailed(
+                f"{what} is not public, or does not exist: {host} answers {status}", hint=hint, what=what
+            )
+        if status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            return self._unreachable(error, 0.0)
+        if status == http.HTTPStatus.NETWORK_AUTHENTICATION_REQUIRED:
+            return self._page_instead()
         if status == http.HTTPStatus.NOT_FOUND and "/api/models/" in url:
             at = f" at revision {self.source.revision}" if self.source.revision else ""
             return CheckpointError(f"the hub has no model {what}{at}: it answers 404", path=url)
         if status == http.HTTPStatus.NOT_FOUND:
             return CheckpointError(f"{what} has no {_name(url)}: the server answers 404", path=url)
         if status == http.HTTPStatus.TOO_MANY_REQUESTS:
-            return FetchFailed(
-                f"{what}: the server answers 429, too many requests", hint="try again later", what=what
+            wait = error.headers.get("Retry-After", "")
+            hint = (
+                f"try again in {wait} s" if re.fullmatch(r"\d{1,5}", wait) else "try again in a few minutes"
             )
-        return self._failed(url, f"the server answers {status}")
+            if not self._redirects.has_token:
+                hint += "; with HF_TOKEN set, the hub allows more"
+            return FetchFailed(f"{host} answers 429: too many requests", hint=hint, what=what)
+        if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+            return FetchFailed(
+                f"{host} has a fault of its own: it answers {status}",
+                hint="try again later; HF_ENDPOINT names a mirror",
+                what=what,
+            )
+        return self._failed(url, f"{host} answers {status}")
+
+    def _unreachable(self, error: object, timeout_s: float) -> FetchFailed:
+        """Says why no answer came, and what can be done; facts: `is_absent`."""
+        host, proxy = self._redirects.asked_host, self._redirects.proxy
+        hint = "check the network"
+        if self.source.repository and os.environ.get("HF_ENDPOINT"):
+            hint += " and the address in HF_ENDPOINT"
+        elif self.source.repository:
+            hint += ", or set HF_ENDPOINT to a mirror"
+        if isinstance(error, TimeoutError):
+            why = f"no answer within {timeout_s:.0f} s"
+        elif isinstance(error, socket.gaierror):
+            why = "no such host"
+        elif isinstance(error, ConnectionRefusedError):
+            why = "connection refused"
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            why = f"its certificate is not trusted: {quote(error.verify_message)}"
+            hint = (
+                "check this machine's clock; if a proxy or a login page stands between, log in with a browser, or name "
+                "the proxy's certificates with SSL_CERT_FILE"
+            )
+        elif isinstance(error, ssl.SSLError):
+            why = f"no TLS connection: {quote(error.strerror or str(error))}"
+        elif isinstance(error, ConnectionError | http.client.IncompleteRead):
+            why = "the connection ended early"
+        elif isinstance(error, http.client.HTTPException):
+            why = "it does not speak HTTP"
+        elif isinstance(error, urllib.error.HTTPError):
+            why = f"the proxy answers {error.code}"
+        elif isinstance(error, OSError) and error.strerror:
+            why = error.strerror[:1].lower() + error.strerror[1:]
+        else:
+            why = quote(str(error)) or type(error).__name__
+        through = ""
+        if proxy:
+            through = f" through the proxy {proxy}"
+            hint = "check the proxy in HTTPS_PROXY or HTTP_PROXY; NO_PROXY names hosts that need none"
+        return FetchFailed(
+            f"cannot reach {host}{through} ({why})", hint=hint, what=self._what, is_absent=True
+        )
+
+    def _page_instead(self) -> FetchFailed:
+        host = self._redirects.asked_host
+        return FetchFailed(
+            f"{host} answers with a web page instead of data",
+            hint="a login page of this network may stand between: log in with a browser, then try again",
+            what=self._what,
+            is_absent=True,
+        )
+
+    @property
+    def _what(self) -> str:
+        return self.source.repository or _name(self.source.url)
 
     def _failed(self, url: str, why: str) -> FetchFailed:
-        what = self.source.repository or _name(self.source.url)
-        return FetchFailed(f"{_name(url)} of {what} cannot be fetched: {why}", what=what)
+        return FetchFailed(f"{_name(url)} of {self._what} cannot be fetched: {why}", what=self._what)
 
     def _lie(self, sentence: str) -> CheckpointError:
-        what = self.source.repository or _name(self.source.url)
-        return CheckpointError(f"{what}: {sentence}", path=self.source.url)
+        return CheckpointError(f"{self._what}: {sentence}", path=self.source.url)
 
 
 def _hex(value: object, length: int) -> str | None:
@@ -418,8 +511,29 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def __init__(self, url: str, token: str) -> None:
         self._origin = _origin(url)
         self._token = token
+        self._asked = local()  # each thread has one request at a time
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._token)
+
+    @property
+    def asked_host(self) -> str:
+        """The host that this thread's request, or its last redirect, went to."""
+        return quote(urllib.parse.urlsplit(self._asked.url).netloc)
+
+    @property
+    def proxy(self) -> str:
+        """The proxy between, without a password; "" if there is none."""
+        parts = urllib.parse.urlsplit(self._asked.url)
+        found = urllib.request.getproxies().get(parts.scheme, "")
+        if not found or urllib.request.proxy_bypass(parts.netloc):
+            return ""
+        return quote(found.rpartition("@")[2].rpartition("//")[2].rstrip("/"))
 
     def authorize(self, request: urllib.request.Request) -> None:
+        """Note where a request goes, and add the token if that is its host."""
+        self._asked.url = request.full_url
         if self._token and _origin(request.full_url) == self._origin:
             # Unredirected headers do not follow to another host.
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")

@@ -51,11 +51,12 @@ def list_models(shows_all: bool, as_json: bool) -> None:
             "revision": one.asked or None,
             "size_bytes": one.nbytes,
             "path": None,
-            "fault": "not pulled to its end",
+            "fault": f"download incomplete; `argosy pull {name}{at}` finishes it",
             "is_partial": True,
         }
         for name, one in known.pulled.items()
         if name not in here
+        for at in (f" --revision {one.asked}" if one.asked else "",)
     ]
     if as_json:
         print(
@@ -186,7 +187,7 @@ def rm(name: str, yes: bool) -> None:
         if len(removal.files) > _MOST_FILES_SHOWN:
             print(f"  and {len(removal.files) - _MOST_FILES_SHOWN} more")
         print(f"Argosy did not pull this model: {removal.whose}.")
-        ask("Remove it?", f"{removal.name} is removed only if you agree")
+        ask("Remove it?", f"removes {removal.name}")
     remove(removal)
     print(f"removed  {removal.name}")
 
@@ -217,13 +218,16 @@ def alias(name: str | None, target: str | None, removes: bool) -> None:
     print(f"{name} = {names.add_alias(name, target)}")
 
 
-def ask(question: str, refusal: str) -> None:
+def ask(question: str, yes: str) -> None:
     """Ask on the terminal.
+
+    Args:
+        yes: what the option --yes does, for those who cannot be asked.
 
     Raises:
         UsageError: there is no terminal.   click.exceptions.Exit: the answer is no.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise UsageError(f"{refusal}, and there is no terminal to ask on", hint="`--yes` agrees")
+        raise UsageError("cannot ask for confirmation: stdin is not a terminal", hint=f"`--yes` {yes}")
     if not click.confirm(question, err=True):
         raise click.exceptions.Exit(1)

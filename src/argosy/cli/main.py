@@ -192,8 +192,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()  # the reader is gone
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        print("\ninterrupted", file=sys.stderr)  # a new line, because the terminal shows ^C
+    except (KeyboardInterrupt, click.Abort) as stop:
+        # A command that says where it stopped has ended its line; otherwise the terminal shows ^C on it.
+        print(str(stop) or "\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as help:
         help.show()

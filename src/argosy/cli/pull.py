@@ -57,14 +57,19 @@ def pull(model: str, memory: str | None, revision: str | None, yes: bool) -> Non
         print(*_lines(download, forecast, missing_bytes), sep="\n", flush=True)
         if not yes:
             licence = f", under the licence {download.licence}" if download.licence else ""
-            ask(f"Fetch it{licence}?", f"pull fetches {disk_size(missing_bytes)} only if you agree")
+            also = " and accepts the licence" if download.licence else ""
+            ask(f"Fetch it{licence}?", f"downloads {disk_size(missing_bytes)}{also}")
         accepted_at = int(time.time())
-    try:
-        with _watch(download.here_bytes) as watch:
+    with _watch(download.here_bytes) as watch:
+        try:
             path = fetch(download, watch, accepted_at=accepted_at)
-    except KeyboardInterrupt:
-        print("\nwhat came is kept, and the same command continues", file=sys.stderr)
-        raise
+        except KeyboardInterrupt:
+            done, unit = disk_size(download.here_bytes).split()
+            total = disk_size(download.nbytes)
+            done += "" if total.endswith(f" {unit}") else f" {unit}"
+            raise KeyboardInterrupt(
+                f"Stopped at {done} of {total}. Run the same command to resume."
+            ) from None
     print(f"here      {path}")
     print(f'          argosy run -m {download.name} "Why is the sky blue?"')
 

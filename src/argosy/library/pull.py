@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -155,8 +156,8 @@ def look_up(text: str, revision: str | None = None) -> Download:
     endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
     if source is None or not source.repository:
         raise UsageError(
-            f"'{quote(text)}' is no model of a hub",
-            hint="give OWNER/NAME, or OWNER/NAME:Q4_K_M for a GGUF file",
+            f"models on the hub are named OWNER/NAME, found '{quote(text)}'",
+            hint=f"`argosy search {shlex.quote(quote(text))}` looks for one; OWNER/NAME:Q4_K_M names a GGUF file",
         )
     if source.url != endpoint:
         raise UsageError(
