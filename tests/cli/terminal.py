@@ -6,11 +6,18 @@ import os
 import pty
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 _TIMEOUT_S = 60.0
+# Makes stdin the controlling terminal, whose ^C is a signal, and becomes the program.
+_TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class OnTerminal:
@@ -43,7 +50,8 @@ def on_terminal(command: Sequence[str], environment: Mapping[str, str] | None = 
     """Start a program with a terminal of its own, and end it at the end."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        [sys.executable, "-S", "-c", _TAKE_TERMINAL, *command],
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         env={**os.environ, "TERM": "xterm", **(environment or {})},
     )  # fmt: skip
     os.close(slave)

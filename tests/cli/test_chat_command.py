@@ -220,6 +220,36 @@ def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_pa
     assert answer.removeprefix(b"a\xef\xbf\xbd[2J") == fences
 
 
+# Shows the beginning of an answer, then waits for ^C.
+WAITING_CHAT = """
+import os, select, signal
+from tests.cli.fake_engine import FakeEngine
+told, woken = os.pipe()
+os.set_blocking(woken, False)
+def wait(at):
+    if at == 0:
+        signal.set_wakeup_fd(woken)
+    if at == 1:
+        select.select([told], [], [])
+FakeEngine.before_token = staticmethod(wait)
+"""
+
+
+def test_keys_typed_during_an_answer_wait_for_the_prompt_and_neither_they_nor_an_interrupt_mark_it() -> None:
+    command = [sys.executable, "-c", WAITING_CHAT + FAKE_CHAT, "--no-record", "-q"]
+    with on_terminal(command, {"NO_COLOR": "1"}) as terminal:
+        terminal.until(b">")
+        terminal.send(b"Hi\r")
+        terminal.until(b"[2J")  # the end of the first token
+        terminal.send(b"/tokens\r\x03")
+        assert terminal.until(b"(stopped; /continue goes on)") == b"\r\n```py\r\n\r\n"
+        terminal.until(b"tokens   ")
+        terminal.until(b">")
+        terminal.send(b"\x04")
+        terminal.until(b"['Hi']")
+        assert terminal.process.wait(timeout=30) == 0
+
+
 def test_history_needs_a_terminal_and_a_file_of_its_own(tmp_path: Path, capsys: Captured) -> None:
     assert main(["chat", "--history"]) == 2
     assert "stdin is not a terminal" in capsys.readouterr().err

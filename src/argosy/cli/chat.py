@@ -692,7 +692,7 @@ def _keys_held() -> Iterator[None]:
         yield
         return
     silent = list(before)
-    silent[3] &= ~termios.ECHO
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH  # and ^C discards none of them
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
