@@ -203,12 +203,14 @@ def test_a_closed_engine_releases_the_memory_of_experts(expert_slots: int | None
         arena.array()
 
 
-def test_the_demo_model_runs_with_a_quarter_of_its_experts_unless_a_budget_is_given(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_demo_model_runs_with_its_whole_context_and_a_quarter_of_its_experts_unless_a_budget_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: REFERENCE.directory)
+    demo = write_chat_model(tmp_path / "demo", context_tokens=8192)
+    monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: demo)
     with Engine.open("demo", threads=1) as engine:
         assert engine.plan.num_slots == engine.plan.num_experts // 4
+        assert engine.plan.context_tokens == 8192
     with Engine.open("demo", threads=1, memory="2GiB") as engine:
         assert engine.plan.is_resident
 

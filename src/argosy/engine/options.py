@@ -32,7 +32,7 @@ from argosy.model.families import open_model
 from argosy.plan import machine, tuning
 
 TINY_EN = "tiny.en"
-DEMO_CONTEXT, DEMO_CHUNK = 2048, 256  # default tokens for the demo model
+DEMO_CHUNK = 256  # default tokens of a step of the demo model
 
 
 SpeculateOption = Speculate | Literal["auto"]
@@ -141,7 +141,6 @@ def configure(model: str | Path, files: ModelFiles, **options: Unpack[EngineOpti
     given.pop("mmproj", None)  # one of the model's files, which are open
     if str(model) == DEMO and memory is None and given.get("expert_slots") is None:
         given["expert_slots"] = quarter_of_experts(files)
-        context = context or min(DEMO_CONTEXT, files.config.context_tokens)
         given["chunk_tokens"] = given.get("chunk_tokens") or DEMO_CHUNK
     if (kv_dir := given.get("kv_dir")) is not None and not isinstance(kv_dir, KvDir):
         given["kv_dir"] = KvDir(path=Path(kv_dir))
