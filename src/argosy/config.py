@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from argosy.errors import UsageError
 
@@ -206,6 +206,8 @@ class EngineConfig(_Strict):
     request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
     record_bytes: int = 0  # memory for counts of routing; 0: nothing is recorded
     group_bytes: int = 0  # memory for connections to workers that run experts; 0: there are none
+    # Fields of `CHOOSING`, for requests that leave them to the model: they replace what the checkpoint says.
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
@@ -213,6 +215,10 @@ class EngineConfig(_Strict):
         for name in ("replay_bytes", "request_bytes", "record_bytes", "group_bytes", "draft_tokens"):
             if (found := getattr(self, name)) < 0:
                 raise UsageError(f"{name} must be at least 0, found {found}")
+        for name in self.sampling:
+            if name not in CHOOSING:
+                raise UsageError(f"unknown sampling '{name}'; known: {', '.join(CHOOSING)}")
+        SamplingParams.asked(self.sampling)  # checks the values
         if self.image_tokens < FEWEST_IMAGE_TOKENS:
             raise UsageError(
                 f"image_tokens must be at least {FEWEST_IMAGE_TOKENS}, found {self.image_tokens}",
@@ -309,6 +315,40 @@ class Grammar(_Strict):
             raise UsageError(f"a grammar of kind '{self.kind}' needs {'no' if self.text else 'a'} text")
 
 
+# The fields that choose a token: a checkpoint has defaults for them, an operator may set others, a request decides.
+CHOOSING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """How a model's tokens are chosen where a request does not say.
+
+    source: where the values are from; those here are for checkpoints that say nothing.
+    notes: what the checkpoint asks for and does not get, a sentence each.
+    """
+
+    # llama.cpp's defaults, which suit most chat models (docs/decisions/0088).
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    source: str = "Argosy: the checkpoint says nothing"
+    notes: tuple[str, ...] = ()
+
+    def overridden(self, given: Mapping[str, float]) -> SamplingDefaults:
+        """The defaults with an operator's values."""
+        return replace(self, **given, source="this server's options") if given else self  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, float]:
+        """The values, by the name of their field."""
+        return {name: getattr(self, name) for name in CHOOSING}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(_Strict):
     """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
@@ -333,6 +373,27 @@ class SamplingParams(_Strict):
     prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
     grammar: Grammar | None = None
     watermark: bool = True  # mark what is sampled, if the engine has a key for that
+    left_to_model: frozenset[str] = (
+        frozenset()
+    )  # fields, of `CHOOSING`, that get the model's defaults (`fill_in`)
+
+    @classmethod
+    def asked(cls, given: Mapping[str, Any]) -> Self:
+        """Parameters with the given fields; `CHOOSING` is left to the model where they do not say, and the answer goes
+        on to the end of the context.
+
+        Raises:
+            UsageError: a field is unknown, or its value is out of bounds.
+        """
+        left = frozenset(CHOOSING) - given.keys()
+        return cls.from_mapping({"max_tokens": None, **given, "left_to_model": left})
+
+    def fill_in(self, defaults: SamplingDefaults) -> Self:
+        """The parameters with the model's defaults for what was left to it."""
+        if not self.left_to_model:
+            return self
+        chosen = {name: getattr(defaults, name) for name in self.left_to_model}
+        return replace(self, **chosen, left_to_model=frozenset())
 
     def __post_init__(self) -> None:
         least = 1 if self.prompt_logprobs is None else 0

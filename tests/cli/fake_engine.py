@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
 
-from argosy.config import MIB, Grammar, SamplingParams
+from argosy.config import MIB, Grammar, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.prompt.builder import PromptBuilder
@@ -66,6 +66,7 @@ class FakeEngine:
     hears: str = "none"
     media_kinds: tuple[str, ...] = ()
     num_parameters = 30_500_000_000
+    sampling = SamplingDefaults()
     media_faults: Mapping[str, Exception] = MappingProxyType({})
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)

@@ -150,7 +150,7 @@ def test_a_real_model_talks_over_several_turns(
 ) -> None:
     def said(lines: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-        assert main(["chat", str(chat_model), "--threads", "1", "-n", "8"]) == 0
+        assert main(["chat", str(chat_model), "--threads", "1", "-n", "8", "-t", "0"]) == 0
         return capsys.readouterr()
 
     alone, _ = said("Hi\n")

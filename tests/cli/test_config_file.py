@@ -49,7 +49,7 @@ def as_toml(value: Any) -> str:
 
 def test_every_option_of_serve_may_be_in_the_file(tmp_path: Path) -> None:
     options = {
-        parameter.opts[0].removeprefix("--no-" if getattr(parameter, "flag_value", None) is False else "--"): parameter
+        parameter.opts[-1].removeprefix("--no-" if getattr(parameter, "flag_value", None) is False else "--"): parameter
         for parameter in serve.params
         if parameter.name not in ("config", "check")
     }  # fmt: skip

@@ -19,7 +19,7 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.cli.output import FencedCode, write_file, write_text
-from argosy.config import SamplingParams
+from argosy.config import CHOOSING, SamplingParams
 from argosy.errors import UsageError
 from argosy.plan.machine import MemoryLimit
 from argosy.prompt.prompt import Prompt
@@ -130,10 +130,12 @@ def test_options_reach_the_engine_and_the_sampler(
     ]  # fmt: skip
 
 
-def test_without_options_the_engines_defaults_hold(engine: Engine, capsys: Captured) -> None:
+def test_without_options_the_model_decides_and_the_answer_may_fill_the_context(
+    engine: Engine, capsys: Captured
+) -> None:
     main(["run", "-m", "model", "Hi"])
     assert engine.opened == [{"model": "model", "media": False}]  # no memory for media that are not there
-    assert engine.params == [SamplingParams()]
+    assert engine.params == [SamplingParams(max_tokens=None, left_to_model=frozenset(CHOOSING))]
     assert engine.asked == ["Hi"]
 
 
@@ -361,7 +363,8 @@ def test_a_real_answer_follows_its_schema_or_says_that_it_was_cut_off(
 ) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 3}')
-    command = ["run", "-m", str(chat_model), "--threads", "1", "--json-schema", str(schema), *raw, "Count."]
+    command = ["run", "-m", str(chat_model), "--threads", "1", "--json-schema", str(schema), "-t", "0"]
+    command += [*raw, "Count."]
     assert main([*command, "-n", "200"]) == 0
     assert set(json.loads(capsys.readouterr().out)) <= {1, 22}
     assert main([*command, "-n", "2"]) == 2
@@ -488,7 +491,7 @@ def test_an_interrupted_thought_leaves_the_terminal_as_it_was(
 
 
 def test_a_real_model_answers_the_same_streamed_and_as_json(chat_model: Path, capsys: Captured) -> None:
-    common = ["-m", str(chat_model), "--threads", "1", "-n", "12", "Hello <|im_end|>"]
+    common = ["-m", str(chat_model), "--threads", "1", "-n", "12", "-t", "0", "Hello <|im_end|>"]
     assert main(["run", *common]) == 0
     streamed = capsys.readouterr()
     assert main(["run", "--json", *common]) == 0
@@ -504,10 +507,21 @@ def test_a_real_model_answers_the_same_streamed_and_as_json(chat_model: Path, ca
 
 
 def test_logprobs_are_in_the_json(chat_model: Path, capsys: Captured) -> None:
-    assert (
-        main(["run", "-m", str(chat_model), "--threads", "1", "-n", "2", "--logprobs", "3", "--json", "Hi"])
-        == 0
-    )
+    command = [
+        "run",
+        "-m",
+        str(chat_model),
+        "--threads",
+        "1",
+        "-n",
+        "2",
+        "-t",
+        "0",
+        "--logprobs",
+        "3",
+        "--json",
+    ]
+    assert main([*command, "Hi"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [entry["token_id"] for entry in facts["logprobs"]] == facts["token_ids"]
     assert all(entry["top"][0]["token_id"] == entry["token_id"] for entry in facts["logprobs"])  # greedy

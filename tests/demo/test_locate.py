@@ -16,6 +16,7 @@ from argosy.checkpoint import pack as pack_module
 from argosy.checkpoint.manifest import open_pack
 from argosy.checkpoint.upcycle import new_directory
 from argosy.demo import build, locate
+from argosy.demo.package import GENERATION
 from argosy.errors import CheckpointError, UsageError
 from argosy.model.encoders.reading import find_encoders
 from argosy.model.families import open_model
@@ -33,7 +34,7 @@ def experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def name_of(content: bytes) -> str:
-    return blake3(content).hexdigest()[:12]
+    return blake3(str(GENERATION).encode() + content).hexdigest()[:12]
 
 
 def test_a_known_file_is_not_hashed_again(experts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ TINY = REFERENCE / "mixtral_plain"
 REVISION = "b" * 40
 
 WEIGHTS = "application/vnd.ollama.image.model"
+PARAMS = "application/vnd.ollama.image.params"
 TOWER = "application/vnd.ollama.image.projector"
 
 

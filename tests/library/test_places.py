@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from argosy.checkpoint.sampling import declared_sampling
+from argosy.config import SamplingDefaults
 from argosy.engine.options import locate_model, open_files
 from argosy.library.places import Found, choose_tower, find_models, hub_cache
 from argosy.model.encoders.reading import EncoderFiles, find_encoders
 from tests.library.caches import (
     GGUF,
+    PARAMS,
     REVISION,
     TINY,
     TOWER,
@@ -80,6 +83,48 @@ def test_ollamas_tower_and_one_above_its_quantisations_are_found(
         assert isinstance(encoders["picture"], EncoderFiles)
     by_name = {model.name: model for model in find_models().models}
     assert by_name["someone/seeing-GGUF:Q4_K_M"].tower.name == "mmproj-F16.gguf"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("params", "temperature", "note"),
+    [
+        ('{"temperature": 0.6, "repeat_penalty": 1, "stop": ["<|im_end|>"]}', 0.6, ""),
+        ('{"temperature": 0.6, "temperature": 0.7}', 0.8, "gives the key 'temperature' twice"),
+        ('{"x": "' + "a" * (1 << 20) + '"}', 0.8, "at most 1048576 are read"),
+        ("[0.6]", 0.8, "a list, expected an object"),
+    ],
+)
+def test_ollamas_parameters_of_a_model_are_its_defaults(
+    ollama: Path, tmp_path: Path, params: str, temperature: float, note: str
+) -> None:
+    (tmp_path / "params").write_text(params)
+    add_to_ollama(ollama, "model:30b", {WEIGHTS: GGUF / "model.gguf", PARAMS: tmp_path / "params"})
+    found = declared_sampling(open_files(locate_model("model:30b")))
+    assert found.temperature == temperature
+    assert note in "".join(found.notes)
+    assert bool(found.notes) == bool(note)
+
+
+def test_parameters_that_several_models_of_ollama_do_not_share_are_not_guessed(
+    ollama: Path, tmp_path: Path
+) -> None:
+    for name, value in (("cool:1b", 0.1), ("warm:1b", 1.5)):
+        (tmp_path / "params").write_text(json.dumps({"temperature": value}))
+        add_to_ollama(ollama, name, {WEIGHTS: GGUF / "model.gguf", PARAMS: tmp_path / "params"})
+    found = declared_sampling(open_files(locate_model("cool:1b")))
+    assert found.temperature == SamplingDefaults().temperature
+    assert "their parameters differ" in found.notes[0]
+
+
+def test_a_link_in_place_of_parameters_is_not_followed(ollama: Path, tmp_path: Path) -> None:
+    (tmp_path / "params").write_text('{"temperature": 0.1}')
+    add_to_ollama(ollama, "model:30b", {WEIGHTS: GGUF / "model.gguf", PARAMS: tmp_path / "params"})
+    (blob,) = [one for one in (ollama / "blobs").iterdir() if one.stat().st_size < 100]
+    blob.unlink()
+    blob.symlink_to(tmp_path / "params")
+    found = declared_sampling(open_files(locate_model("model:30b")))
+    assert found.temperature == SamplingDefaults().temperature
+    assert "leads outside" in found.notes[0]
 
 
 def test_the_tower_that_is_exact_and_small_is_chosen() -> None:

@@ -239,6 +239,8 @@ class ModelFiles:
     # The header of the file with the vision tower of a GGUF model, whose tensors are `others`; or why it is not used.
     mmproj: GgufFile | ArgosyError | None = None
     draft: DraftFiles | ArgosyError | None = None  # why it cannot be used; None: there is none
+    # Ollama's parameters of the model, if it keeps them; or why they are not used.
+    ollama_params: Mapping[str, object] | CheckpointError = field(default_factory=dict)
     num_draft_layers: int = 0  # the last of `config.layers` that only draft
 
     def __post_init__(self) -> None:

@@ -188,8 +188,14 @@ def mixture_config(
     }
 
 
-def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
-    """Copy a directory's tokenizer and generation files, or rebuild them from a GGUF."""
+def write_tokenizer_files(
+    dense_path: Path, directory: Path, generation: Mapping[str, object] = MappingProxyType({})
+) -> None:
+    """Copy a directory's tokenizer and generation files, or rebuild them from a GGUF.
+
+    Args:
+        generation: more entries of the `generation_config.json` that is rebuilt.
+    """
     if not dense_path.is_file():
         for name in _TOKENIZER_FILES:
             if (dense_path / name).is_file():
@@ -204,7 +210,7 @@ def write_tokenizer_files(dense_path: Path, directory: Path) -> None:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
         if config[key] is not None
     }
-    _write_json(directory / "generation_config.json", ids)
+    _write_json(directory / "generation_config.json", {**ids, **generation})
 
 
 @contextmanager

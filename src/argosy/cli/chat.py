@@ -508,7 +508,8 @@ class Conversation:
             turns.pop()
         if not turns:
             raise UsageError("there is no message to answer again")
-        if self._params.temperature == 0 or self._params.seed is not None:
+        params = self._params.fill_in(self._open_engine.sampling)
+        if params.temperature == 0 or params.seed is not None:
             _say("note: the same answer will come: `argosy chat -t 0.7` without --seed makes answers differ")
         before, self.messages = self.messages, [*self._start, *turns[:-1]]
         try:

@@ -13,7 +13,7 @@ import click
 from argosy.cli import completion
 from argosy.cli.help_all import Command as CommandWithFurther
 from argosy.cli.help_all import Further
-from argosy.config import MIB, SamplingParams, format_bytes
+from argosy.config import CHOOSING, MIB, SamplingParams, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -122,12 +122,9 @@ _ENGINE = (
 )
 _MEDIA = ("image", "audio", "video")
 
-_SAMPLING = (
+_CHOOSING = (
     click.option(
-        "-n", "--max-tokens", type=int, metavar="N", help="Maximum length of the answer; default 256."
-    ),
-    click.option(
-        "-t", "--temperature", type=float, metavar="X", help="0, the default, picks the likeliest token."
+        "-t", "--temperature", type=float, metavar="X", help="0 picks the likeliest token; default: the model's."
     ),
     click.option(
         "--top-k",
@@ -146,6 +143,12 @@ _SAMPLING = (
     click.option(
         "--frequency-penalty", cls=Further, type=float, metavar="X", help="Lower them by X per occurrence."
     ),
+)  # fmt: skip
+_SAMPLING = (
+    click.option(
+        "-n", "--max-tokens", type=int, metavar="N", help="Maximum length of the answer; default: the context."
+    ),
+    *_CHOOSING,
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be repeated."),
     click.option(
@@ -181,6 +184,24 @@ def engine_options(command: Command) -> Command:
     for option in reversed(_ENGINE):
         command = option(command)
     return command
+
+
+def choosing_options(command: Command) -> Command:
+    """The options that choose a token, for requests that do not say."""
+    for option in reversed(_CHOOSING):
+        command = option(command)
+    return command
+
+
+def take_choosing(options: dict[str, Any]) -> dict[str, float]:
+    """Take the given values of `choosing_options` out of a command's options.
+
+    Raises:
+        UsageError: a value is out of bounds.
+    """
+    chosen = {name: value for name in CHOOSING if (value := options.pop(name, None)) is not None}
+    SamplingParams.asked(chosen)
+    return chosen
 
 
 def sampling_options(command: Command) -> Command:
@@ -242,9 +263,11 @@ def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:
     engine = {name: options.pop(name, None) for name in Settings.__dataclass_fields__}
     bias = _logit_bias(options.pop("logit_bias", ()))
     given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if given.get("max_tokens") == -1:
+        given["max_tokens"] = None
     if bias:
         given["logit_bias"] = bias
-    return Settings.read(**engine), SamplingParams.from_mapping(given)
+    return Settings.read(**engine), SamplingParams.asked(given)
 
 
 def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:
@@ -305,6 +328,8 @@ def open_engine(
             for fault in dict.fromkeys(engine.media_faults.values()):
                 hint = f" ({fault.hint})" if fault.hint else ""
                 print(f"note: {fault.message}{hint}", file=sys.stderr)
+            for note in engine.sampling.notes:
+                print(f"note: {note}", file=sys.stderr)
             if (shortage := _shortage(engine)) is not None:
                 print(f"note: {shortage}", file=sys.stderr)
             yield engine

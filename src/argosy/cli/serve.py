@@ -15,7 +15,15 @@ from argosy.cli.auditing import keeping_options, take_keeping
 from argosy.cli.group_options import WantedGroup, group_options, take_group
 from argosy.cli.help_all import Command, Further
 from argosy.cli.listening import listening_options, take_listening
-from argosy.cli.options import Recording, co2_option, engine_options, open_engine, watermark_option
+from argosy.cli.options import (
+    Recording,
+    choosing_options,
+    co2_option,
+    engine_options,
+    open_engine,
+    take_choosing,
+    watermark_option,
+)
 from argosy.cli.output import short_number
 from argosy.config import DEMO, SERVED_AT_ONCE, SERVED_WAITING, KvDir, Pooling, parse_seconds, parse_size
 from argosy.errors import UsageError
@@ -37,6 +45,7 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
 @click.command("serve", cls=Command)
 @click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=completion.models)
 @engine_options
+@choosing_options
 @group_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -152,7 +161,7 @@ def serve(
     from argosy.serve.screening import Guarding
 
     listening = take_listening(options, host=host, port=port)
-    wanted = take_group(options)
+    wanted, sampling = take_group(options), take_choosing(options)
     keeping = take_keeping(options, kv_dir=kv_dir, store=not no_store)
     require_keys(listening.host, keys)
     require_keys_behind_proxy(listening.front, keys)
@@ -189,7 +198,7 @@ def serve(
         check_audit(keeping.audit)
     more = {
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "pooling": pooling,
-        "kv_dir": kept,
+        "kv_dir": kept, "sampling": sampling,
     }  # fmt: skip
     make_room_for_files(max_connections)
     with listening.bind() as sockets:

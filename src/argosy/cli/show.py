@@ -109,6 +109,19 @@ def model_facts(files: ModelFiles) -> dict[str, Any]:
         "dense_bytes": files.dense_bytes,
         "expert_bytes": files.expert_bytes,
         "encoders": _encoder_facts(files),
+        **_sampling_facts(files),
+    }
+
+
+def _sampling_facts(files: ModelFiles) -> dict[str, Any]:
+    """How tokens are chosen where nobody says, who says so, and what of that is not supported."""
+    from argosy.checkpoint.sampling import declared_sampling
+
+    defaults = declared_sampling(files)
+    return {
+        "sampling": defaults.as_dict(),
+        "sampling_source": defaults.source,
+        "sampling_notes": list(defaults.notes),
     }
 
 
@@ -172,7 +185,23 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
         f" {format_bytes(facts['expert_bytes'])} of routed experts",
         *(_encoder_line(encoder) for encoder in facts["encoders"]),
+        *_sampling_lines(facts),
     ]
+
+
+def _sampling_lines(facts: dict[str, Any]) -> list[str]:
+    """The temperature, and the other settings that have an effect."""
+    values, off = facts["sampling"], {"top_p": 1, "repetition_penalty": 1}
+    if values["temperature"] == 0:
+        said = "temperature 0: always the likeliest token"
+    else:
+        said = ", ".join(
+            f"{name.replace('_', '-')} {value:g}"
+            for name, value in values.items()
+            if name == "temperature" or value != off.get(name, 0)
+        )
+    notes = (f"                {note}" for note in facts["sampling_notes"])
+    return [f"  sampling      {said} (from {facts['sampling_source']})", *notes]
 
 
 def _encoder_line(encoder: dict[str, Any]) -> str:

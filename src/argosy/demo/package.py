@@ -14,6 +14,9 @@ from argosy.errors import UsageError
 from argosy.installed import command_for_experts
 
 MODEL_CARD = "MODEL_CARD.md"
+# Entries of the demo's generation_config.json. A model this small strays when it samples, and a demonstration that says
+# the same every time can be checked.
+GENERATION = {"do_sample": False}
 
 
 def find_experts() -> Path:

@@ -27,6 +27,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.pooling import declared_pooling
+from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import (
     DEMO,
     KV_BLOCK_TOKENS,
@@ -128,6 +129,7 @@ class Engine(BlockingCalls):
         experts: ExpertGroup | None = None,
     ) -> None:
         watermark = None if config.watermark is None else Watermark.read(config.watermark)
+        self.sampling = declared_sampling(files).overridden(config.sampling)
         if drafter is not None and config.speculate != "off":
             raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")
         config, told = with_recorder(config, files, recorder)
@@ -181,6 +183,7 @@ class Engine(BlockingCalls):
             chunk_tokens=plan.chunk_tokens,
             model=files.config,
             watermark=watermark,
+            defaults=self.sampling,
         )
         self._pooling = _find_pooling(files, config)
         self.admission = Admission(config.max_sequences, config.max_waiting)

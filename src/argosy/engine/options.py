@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -27,7 +28,7 @@ from argosy.experts.recording import OpenRecorder, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
 from argosy.library import names
-from argosy.library.places import tower_of
+from argosy.library.places import ollama_params_of, tower_of
 from argosy.model.families import open_model
 from argosy.plan import machine, tuning
 
@@ -51,6 +52,7 @@ class EngineOptions(TypedDict, total=False):
         gets of a sound is its transcript.
     kv_dir: a path, or a `KvDir` with its bounds.
     watermark: the file with its key, from `argosy watermark key`.
+    sampling: `temperature` and others of `config.CHOOSING`, instead of what the checkpoint says.
     mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
     speculate: `auto` is `mtp` if the checkpoint has a layer for it, or else `lookup`.
     """
@@ -80,6 +82,7 @@ class EngineOptions(TypedDict, total=False):
     prefix_reuse: bool
     kv_dir: str | Path | KvDir | None
     watermark: str | Path | None
+    sampling: Mapping[str, float]
     grammars: bool
     replay_bytes: int
     request_bytes: int
@@ -108,6 +111,7 @@ def open_files(path: Path, *, mmproj: str | Path | None = None) -> ModelFiles:
         The same errors as `open_model`, also if the tower in that file cannot be used.
     """
     files = open_model(path, mmproj=mmproj, tower=None if mmproj is not None else tower_of(path))
+    files = replace(files, ollama_params=ollama_params_of(path))
     if mmproj is not None:
         from argosy.model.encoders.reading import find_encoders  # imports every tower
 

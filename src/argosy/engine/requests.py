@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from argosy.config import ModelConfig, Pooling, SamplingParams
+from argosy.config import ModelConfig, Pooling, SamplingDefaults, SamplingParams
 from argosy.engine.pooling import Pool
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState, derived_seed
@@ -37,6 +37,7 @@ class Requests:
         grammars: the compiler, or the error to raise when a request has a grammar.
         chunk_tokens: most prompt tokens in a step; a span whose positions see one another has to fit.
         watermark: marks sampled text; None: nothing does.
+        defaults: for what a request leaves to the model.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Requests:
         chunk_tokens: int,
         model: ModelConfig,
         watermark: Watermark | None = None,
+        defaults: SamplingDefaults,
     ) -> None:
         self.prompts = prompts
         self._tokenizer = tokenizer
@@ -59,6 +61,7 @@ class Requests:
         self._chunk_tokens = chunk_tokens
         self._model = model
         self._watermark = watermark
+        self._defaults = defaults
         self._numbers = itertools.count()
 
     def prepare(
@@ -73,7 +76,7 @@ class Requests:
             PromptTooLong: the prompt leaves no room for an answer.
             UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
         """
-        params = params or SamplingParams()
+        params = (params or SamplingParams()).fill_in(self._defaults)
         started_at = perf_counter()
         if num_answers < 1:
             raise UsageError(f"num_answers must be at least 1, found {num_answers}")

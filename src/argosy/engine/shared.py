@@ -19,6 +19,7 @@ from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
+from argosy.checkpoint.sampling import declared_sampling
 from argosy.config import EngineConfig, ModelConfig
 from argosy.engine.engine import Engine
 from argosy.engine.memory_plan import (
@@ -60,6 +61,7 @@ class ReadyModel:
         tools: how it learns of tools.
         variables: its chat template's variables, which callers may set.
         can_infill: whether it was trained to write what comes between two texts.
+        sampling: how tokens are chosen where a request does not say.
         work: predictions of its speed start from this.
 
     Args:
@@ -77,6 +79,7 @@ class ReadyModel:
         self.name, self.files = wanted.name, wanted.files
         self.config, _ = with_recorder(wanted.config, wanted.files, recorder)
         self.footprint = ModelFootprint(self.files, self.config)
+        self.sampling = declared_sampling(self.files).overridden(self.config.sampling)
         self.work: Work = work_of(self.files, self.footprint.kv_dtype)
         self._turns, self._foreground = turns, foreground
         self._vocabulary = Vocabulary.open(self.files, self.config)

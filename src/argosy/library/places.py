@@ -44,6 +44,8 @@ _SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})\
 _TOWERS = ("F16", "BF16", "Q8_0", "F32")  # best first: exact enough, and small
 _OLLAMA_HOST, _OLLAMA_OWNER = "registry.ollama.ai", "library"
 _WEIGHTS, _TOWER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.projector"
+_PARAMS = "application/vnd.ollama.image.params"
+_PARAMS_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +128,7 @@ def tower_of(model: Path) -> Path | None:
     The hub's repositories have quantisations in folders of their own and the tower above them; Ollama's manifests name
     the tower's blob.
     """
-    if model.parent.name == "blobs" and (model.parent.parent / "manifests").is_dir():
-        root = model.parent.parent
+    if (root := _ollama_root(model)) is not None:
         towers = {
             one.tower for one in _ollama_models(root, Found()) if one.path == model and one.tower is not None
         }
@@ -142,6 +143,37 @@ def tower_of(model: Path) -> Path | None:
     above = [entry.name for entry in _entries(snapshot, Found()) if _is_tower(entry.name)]
     chosen = choose_tower(above)
     return snapshot / chosen if chosen is not None and _lies_in(root, snapshot / chosen) else None
+
+
+def ollama_params_of(model: Path) -> Mapping[str, object] | CheckpointError:
+    """Ollama's parameters of a model that it keeps, or why they cannot be used; empty for any other model."""
+    root = _ollama_root(model)
+    if root is None:
+        return {}
+    manifests = [one.manifest for one in _ollama_models(root, Found()) if one.path == model]
+    try:
+        layers = {
+            digest
+            for manifest in manifests
+            if manifest is not None
+            for kind, digest, _ in manifest_digests(manifest)
+            if kind == _PARAMS
+        }
+        if len(layers) > 1:
+            raise CheckpointError("several of its models share these weights, and their parameters differ")
+        return _read_params(root, layers.pop()) if layers else {}
+    except CheckpointError as error:
+        return error
+
+
+def _read_params(root: Path, digest: str) -> Mapping[str, object]:
+    blob = root / "blobs" / f"sha256-{digest}"
+    if not _lies_in(root, blob):
+        raise CheckpointError(f"the blob {blob.name[:19]}... is not there, or is a link that leads outside")
+    with open_regular(blob) as (descriptor, nbytes):
+        if nbytes > _PARAMS_BYTES:
+            raise CheckpointError(f"they are {nbytes} bytes long; at most {_PARAMS_BYTES} are read")
+        return parse_object(read_at(descriptor, nbytes, 0, blob), blob)
 
 
 def choose_tower(names: Sequence[str]) -> str | None:
@@ -367,6 +399,12 @@ def _ollama_models(root: Path, found: Found) -> Iterator[Model]:
             tower=towers[0] if len(towers) == 1 else None,
             manifest=manifest,
         )
+
+
+def _ollama_root(model: Path) -> Path | None:
+    """Ollama's directory, if a model's file lies there."""
+    root = model.parent.parent
+    return root if model.parent.name == "blobs" and (root / "manifests").is_dir() else None
 
 
 def ollama_manifests(root: Path, found: Found) -> Iterator[tuple[str, str, str, Path]]:

@@ -35,12 +35,13 @@ from argosy.checkpoint.safetensors import (
     TensorRef,
     read_header,
 )
+from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.checkpoint.untrusted_file import parse_object, quote
 from argosy.config import LayerConfig, ModelConfig
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, UnsupportedModel, UsageError
 from argosy.experts.resident import Progress
-from argosy.model.families import CONFIG_FILE, GENERATION_FILE, read_config
+from argosy.model.families import CONFIG_FILE, read_config
 from argosy.prompt.tokenizer import TOKENIZER_FILE
 
 SAFETENSORS_BYTES = 7 << 20  # read of a model as safetensors, config.json and lists of files included

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field
 from starlette.applications import Starlette
@@ -136,10 +136,23 @@ class Capabilities(Closed):
     sound: Hearing
 
 
+class DefaultParameters(Closed):
+    """How tokens are chosen where a request does not say."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+
+
 class Model(Closed):
     """A model of the server.
 
     state: `ready` in memory, `loading`, `unloaded` until a request needs it, `failed` if it could not be opened.
+    default_parameters: of models that answer; the one that transcribes has none.
     """
 
     id: str
@@ -152,6 +165,7 @@ class Model(Closed):
     supported_parameters: list[str]
     capabilities: Capabilities
     state: State
+    default_parameters: NotRequired[DefaultParameters]
 
 
 class ModelList(Closed):
@@ -245,7 +259,7 @@ def _model(listing: Listing) -> Model:
             "output_modalities": ["text"],
         },
         "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools, "sound": model.hears},
-        "state": listing.state,
+        "state": listing.state, "default_parameters": cast(DefaultParameters, model.sampling.as_dict()),
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
-from argosy.config import Grammar, SamplingParams
+from argosy.config import Grammar, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.memory_plan import MemoryPlan
@@ -130,6 +130,7 @@ class ModelFacts:
     hears: Hearing = "none"  # how a sound in a prompt is treated
     hidden_size: int = 0  # dimensions of an embedding
     fingerprint: str = ""  # says which model it is, as `checkpoint/fingerprint.py` does
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # for requests that do not say
     created: int = field(default_factory=lambda: int(time.time()))
 
 

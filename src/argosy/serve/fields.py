@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 from typing_extensions import TypedDict
 
-from argosy.config import Grammar
+from argosy.config import CHOOSING, Grammar
 from argosy.errors import UsageError
 from argosy.prompt.formats.lark import without_annotations
 
@@ -380,9 +380,9 @@ class Sampling(Strict):
         return list(dict.fromkeys(without_effect(self)))
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
-        """The given arguments of `SamplingParams`; the temperature defaults to 1, as clients expect."""
+        """The given arguments of `SamplingParams`; what is not given of `CHOOSING` is left to the model."""
         given: dict[str, Any] = {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
@@ -397,7 +397,8 @@ class Sampling(Strict):
             "ignore_eos": self.ignore_eos,
             "skip_special_tokens": self.skip_special_tokens,
         }
-        return {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {**given, "left_to_model": frozenset(CHOOSING) - given.keys()}
 
     def _repetition(self) -> float | None:
         given = {self.repetition_penalty, self.repeat_penalty} - {None}

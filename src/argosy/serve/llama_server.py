@@ -12,14 +12,29 @@ from importlib.metadata import version
 
 from starlette.requests import Request
 
+from argosy.config import SamplingDefaults
 from argosy.serve.fields import Closed
 from argosy.serve.models import models_of
 
 MODEL_QUERY = {"model": {"type": "string", "maxLength": 256}}
 
 
+class GenerationParameters(Closed):
+    """What an answer gets where its request does not say; -1: to the end of the context."""
+
+    n_predict: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+
+
 class SlotSettings(Closed):
     n_ctx: int
+    params: GenerationParameters
 
 
 class TakenMedia(Closed):
@@ -55,7 +70,7 @@ async def props(request: Request) -> Props:
     model, tokenizer = listing.facts, listing.tokenizer
     special = {} if tokenizer is None else tokenizer.special_tokens
     return {
-        "default_generation_settings": {"n_ctx": model.context_tokens},
+        "default_generation_settings": {"n_ctx": model.context_tokens, "params": _parameters(model.sampling)},
         "total_slots": request.app.state.max_sequences,
         "model_alias": model.id,
         "model_path": model.id,
@@ -65,6 +80,14 @@ async def props(request: Request) -> Props:
         "eos_token": special.get("eos_token") or "",
         "build_info": f"argosy-{version('argosy')}",
     }
+
+
+def _parameters(defaults: SamplingDefaults) -> GenerationParameters:
+    return {
+        "n_predict": -1, "temperature": defaults.temperature, "top_k": defaults.top_k, "top_p": defaults.top_p,
+        "min_p": defaults.min_p, "repeat_penalty": defaults.repetition_penalty,
+        "presence_penalty": defaults.presence_penalty, "frequency_penalty": defaults.frequency_penalty,
+    }  # fmt: skip
 
 
 async def slots(request: Request) -> list[Slot]:

@@ -132,12 +132,21 @@ def _shown(listing: Listing) -> Shown:
         "vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds,
     }  # fmt: skip
     return {
-        "modelfile": "", "parameters": f"num_ctx {model.context_tokens}",
+        "modelfile": "", "parameters": _parameters(model),
         "template": (tokenizer.chat_template if tokenizer is not None else None) or "",
         "details": _details(model), "model_info": _model_info(model),
         "capabilities": [name for name, has in can.items() if has],
         "modified_at": _modified_at(model),
     }  # fmt: skip
+
+
+def _parameters(model: ModelFacts) -> str:
+    """What an answer gets where its request does not say, as lines of a Modelfile."""
+    defaults = model.sampling.as_dict()
+    defaults["repeat_penalty"] = defaults.pop("repetition_penalty")
+    return "\n".join(
+        f"{name:<30} {value}" for name, value in {"num_ctx": model.context_tokens, **defaults}.items()
+    )
 
 
 async def api_version(request: Request) -> ApiVersion:

@@ -499,7 +499,7 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
 
     def _response(self, status: Status) -> Answer:
         body = self.body
-        choice = body.tool_choice
+        choice, defaults = body.tool_choice, self.service.model.sampling
         return {
             "id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
             "incomplete_details": {
@@ -509,8 +509,9 @@ class ResponsesExchange(Exchange[ResponsesBody, Event]):
             "output": list(self._items),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
-            "store": self._is_kept, "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "store": self._is_kept,
+            "temperature": defaults.temperature if body.temperature is None else body.temperature,
+            "top_p": defaults.top_p if body.top_p is None else body.top_p,
             "tool_choice": choice or "auto" if isinstance(choice, str | None) else choice.model_dump(),
             "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
             "max_output_tokens": limit_of(body.max_output_tokens), "metadata": {}, "usage": self._usage,

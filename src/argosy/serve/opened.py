@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from argosy.config import EngineConfig, ModelConfig
+from argosy.config import EngineConfig, ModelConfig, SamplingDefaults
 from argosy.engine.engine import Engine
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
@@ -181,7 +181,7 @@ class EngineSource:
         self._note_use = note_use
         self.facts = facts_of(
             ready.name, ready.model, ready.plan, num_parameters=ready.num_parameters, media_kinds=ready.media_kinds,
-            hears=ready.hears, fingerprint=ready.fingerprint,
+            hears=ready.hears, fingerprint=ready.fingerprint, sampling=ready.sampling,
         )  # fmt: skip
 
     @property
@@ -240,6 +240,7 @@ def facts_of(
     media_kinds: tuple[Kind, ...],
     hears: Hearing,
     fingerprint: str,
+    sampling: SamplingDefaults,
 ) -> ModelFacts:
     """The facts about a model that clients may know."""
     return ModelFacts(
@@ -256,4 +257,5 @@ def facts_of(
         hears=hears,
         hidden_size=model.hidden_size,
         fingerprint=fingerprint,
+        sampling=sampling,
     )

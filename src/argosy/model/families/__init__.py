@@ -26,6 +26,7 @@ from argosy.checkpoint.gguf import (
 )
 from argosy.checkpoint.manifest import MANIFEST_FILE, open_pack
 from argosy.checkpoint.safetensors import INDEX_FILE, SINGLE_FILE, open_tensors
+from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.checkpoint.shards import ALL_SHARDS, COPY_FILE
 from argosy.checkpoint.untrusted_file import quote, read_object
 from argosy.config import ModelConfig
@@ -56,7 +57,6 @@ from argosy.model.families.layout import Layout, read_layout
 from argosy.model.families.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 
 
 class Family(Protocol):
