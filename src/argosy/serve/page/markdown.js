@@ -1,10 +1,12 @@
 // Markdown as models write it, built from DOM nodes: a model's text can never become markup of this page.
 //
-// Headings, paragraphs, lists, quotes, tables, fenced code; code spans, emphasis, links. Links open only http and https
-// addresses, in a new tab. An image is shown as a link, because loading it would tell its host that it was shown. Time
-// is linear in the text, and nesting is bounded: no pattern has two ways to divide a run of spaces.
+// Headings, paragraphs, lists, tasks, quotes, tables, fenced code, folds (<details>); code spans, emphasis, links, formulas
+// (`math.js`). Links open only http and https addresses, in a new tab. An image is shown as a link, because loading it
+// would tell its host that it was shown. Time is linear in the text, and nesting is bounded: no pattern has two ways to
+// divide a run of spaces.
 
 import { highlight } from "./highlight.js";
+import { DISPLAYED, formula } from "./math.js";
 import { copyButton, element } from "./units.js";
 
 const DEEPEST = 8;
@@ -15,33 +17,51 @@ const RULE = /^ {0,3}(?:(?:\*\s*){3,}|(?:-\s*){3,}|(?:_\s*){3,})$/;
 const QUOTE = /^ {0,3}>/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/s;
 const TABLE_RULE = /^:?-+:?$/;  // one cell
+const TASK = /^\[([ xX])\]\s/;
+const FOLD = /^ {0,3}<details(?: open)?>/;
+const FOLD_END = /^ {0,3}<\/details>\s*$/;
+const TITLE = /^\s*<summary>([^<]*(?:<(?!\/summary>)[^<]*)*)<\/summary>/;
 
 /** A view of growing text. Unchanged blocks keep their nodes, so selections and scroll positions survive. */
 export class MarkdownView {
   constructor(container) {
     this.container = container;
-    this.keys = [];
+    this.from = 0;  // where in the text the blocks begin that may still change
+    this.numSettled = 0;  // blocks before it
+    this.rest = "";  // the text from there on
+    this.keys = [];  // of its blocks
   }
 
+  /** Show `text`, which continues the one before. All but its last two blocks stay as they are, and are not read again. */
   update(text) {
-    const blocks = split(text.split("\n"));
+    const rest = text.slice(this.from);
+    if (rest === this.rest) return;
+    const lines = rest.split("\n");
+    const blocks = split(lines);
     const keys = blocks.map((block) => `${block.kind}\n${block.isOpen ? "" : "closed"}\n${block.lines.join("\n")}`);
+    const { children } = this.container;
     blocks.forEach((block, index) => {
       if (this.keys[index] === keys[index]) return;
       const node = render(block, 0);
-      if (index < this.keys.length) this.container.children[index].replaceWith(node);
+      if (index < this.keys.length) children[this.numSettled + index].replaceWith(node);
       else this.container.append(node);
     });
-    while (this.container.children.length > blocks.length) this.container.lastElementChild.remove();
-    this.keys = keys;
+    while (children.length > this.numSettled + blocks.length) this.container.lastElementChild.remove();
+    // What follows a block can change it and the one before it, as a line that becomes an item ends a paragraph.
+    const numOver = Math.max(0, blocks.length - 2);
+    if (numOver > 0) this.from += lines.slice(0, blocks[numOver].from).reduce((sum, line) => sum + line.length + 1, 0);
+    this.numSettled += numOver;
+    this.keys = keys.slice(numOver);
+    this.rest = text.slice(this.from);
   }
 }
 
 function split(lines) {
   const blocks = [];
+  const absent = new Map();  // what ends a formula, and the line before which there is none
   let at = 0;
   const take = (kind, end, extra = {}) => {
-    blocks.push({ kind, lines: lines.slice(at, end), ...extra });
+    blocks.push({ kind, from: at, lines: lines.slice(at, end), ...extra });
     at = end;
   };
   while (at < lines.length) {
@@ -64,12 +84,49 @@ function split(lines) {
       take("list", endOfList(lines, at));
     } else if (line.includes("|") && lines[at + 1]?.includes("|") && isTableRule(lines[at + 1])) {
       take("table", runOf(lines, at, (other) => other.includes("|")));
+    } else if (FOLD.test(line)) {
+      const end = endOfFold(lines, at);
+      take("fold", Math.min(end + 1, lines.length), { isOpen: end >= lines.length });
     } else {
-      const ends = (other) => other.trim() === "" || [FENCE, HEADING, QUOTE, ITEM].some((start) => start.test(other));
-      take("paragraph", Math.max(at + 1, runOf(lines, at, (other) => !ends(other))));
+      take("paragraph", endOfParagraph(lines, at, absent));
     }
   }
   return blocks;
+}
+
+const endsParagraph = (line) => line.trim() === "" || [FENCE, HEADING, QUOTE, ITEM, FOLD].some((start) => start.test(line));
+
+/** Lines of a formula belong to its paragraph, whatever they begin with. Without an end before a blank line it is none. */
+function endOfParagraph(lines, at, absent) {
+  let end = at;
+  while (end < lines.length && (end === at || !endsParagraph(lines[end]))) {
+    const closing = closingOf(lines[end]);
+    end += 1;
+    if (!closing || absent.get(closing) >= end) continue;
+    const last = runOf(lines, end, (line) => line.trim() !== "" && !line.includes(closing));
+    if (lines[last]?.includes(closing)) end = last + 1;
+    else if (last === lines.length) end = last;  // more may come
+    else absent.set(closing, last);
+  }
+  return end;
+}
+
+/** What ends the formula that begins in a line and goes on after it; null if there is none. */
+function closingOf(line) {
+  if (line.split("$$").length % 2 === 0) return "$$";
+  if (line.lastIndexOf("\\[") > line.lastIndexOf("\\]")) return "\\]";
+  const environment = line.includes("\\begin{") && environmentIn(line.trimStart(), 0);
+  return environment && !line.includes(environment.closing) ? environment.closing : null;
+}
+
+function endOfFold(lines, at) {
+  let depth = 0;
+  for (let end = at; end < lines.length; end += 1) {
+    if (FOLD.test(lines[end])) depth += 1;
+    if (FOLD_END.test(lines[end]) || (FOLD.test(lines[end]) && lines[end].includes("</details>"))) depth -= 1;
+    if (depth === 0) return end;
+  }
+  return lines.length;
 }
 
 function isTableRule(line) {
@@ -127,6 +184,7 @@ function render(block, depth) {
       return inside(element("blockquote"), quoted, depth);
     }
     case "list": return list(block.lines, depth);
+    case "fold": return fold(block, depth);
     case "table": return table(block.lines);
     default: return inline(block.lines.map((line) => line.trim()).join("\n"), element("p"));
   }
@@ -136,6 +194,17 @@ function inside(container, lines, depth) {
   if (depth >= DEEPEST) return inline(lines.join("\n"), container);
   container.append(...split(lines).map((block) => render(block, depth + 1)));
   return container;
+}
+
+function fold(block, depth) {
+  const last = block.isOpen ? undefined : -1;
+  const isOneLine = block.lines.length === 1 && !block.isOpen;
+  const first = block.lines[0].replace(FOLD, "").replace(isOneLine ? "</details>" : "", "");
+  const inner = [first, ...block.lines.slice(1, isOneLine ? undefined : last)];
+  const place = inner.findIndex((line) => line.trim() !== "");
+  const title = TITLE.exec(inner[place] ?? "");
+  if (title) inner[place] = inner[place].slice(title[0].length);
+  return inside(element("details", { open: block.isOpen }, inline(title?.[1].trim() || "Details", element("summary"))), inner, depth);
 }
 
 function code(block) {
@@ -155,7 +224,14 @@ function list(lines, depth) {
   const finish = () => {
     if (!item.length) return;
     const isTight = !item.some((line, index) => index && line.trim() === "");
-    const container = inside(element("li"), item, depth);
+    const task = TASK.exec(item[0]);
+    if (task) item[0] = item[0].slice(task[0].length);
+    const container = inside(element("li", { class: task && "task" }), item, depth);
+    if (task) {
+      const isDone = task[1] !== " ";
+      const box = element("span", { role: "img", "aria-label": isDone ? "done" : "to do" }, isDone ? "\u2611" : "\u2610");
+      (container.firstElementChild ?? container).prepend(box, " ");
+    }
     if (isTight && container.firstElementChild?.tagName === "P") container.firstElementChild.classList.add("tight");
     made.append(container);
   };
@@ -192,7 +268,7 @@ const TARGET = /^\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))+)>?(?:\s+(?:"[^"]*"\s*)?)?
 const WORD = /[\p{L}\p{N}]/u;
 
 function inline(text, container, depth = 0) {
-  const missing = new Set();  // marks without an end from here on, so the search runs once
+  const missing = new Set();  // marks and signs without an end from here on, so the search runs once
   let bracket = 0;  // the first "]" from here on, or the end
   let plain = "";
   const flush = () => {
@@ -206,6 +282,15 @@ function inline(text, container, depth = 0) {
   let at = 0;
   while (at < text.length) {
     const char = text[at];
+    if (char === "$" || char === "\\") {
+      const found = formulaAt(text, at, missing);
+      if (found) {
+        if (found.node) add(found.node);
+        else plain += text.slice(at, found.end);
+        at = found.end;
+        continue;
+      }
+    }
     if (char === "\\" && /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "")) {
       plain += text[at + 1];
       at += 2;
@@ -264,6 +349,49 @@ function inline(text, container, depth = 0) {
   }
   flush();
   return container;
+}
+
+const ENVIRONMENT = /^\\begin\{([a-z]{1,12}\*?)\}/;
+const TEX = /[\\^_={}<>+]/;
+// An amount of money, a price range or a sentence: words, and no sign of TeX.
+const isProse = (text) => !TEX.test(text) && /\s/.test(text) && /[a-z]{2}/i.test(text) && /^[0-9]|[a-z]{2}\s+\S*[a-z]{2}/i.test(text);
+const isMoney = (tex, next) => /\s/.test(tex[0] ?? " ") || /[\s`]/.test(tex.at(-1)) || /[0-9$]/.test(next) || isProse(tex);
+
+/** A formula, or the source of one that has no end, that begins here: {node, end}; null if none begins. */
+function formulaAt(text, at, missing) {
+  const [opening, closing] = signsAt(text, at) ?? [];
+  if (!opening) return null;
+  const begin = at + opening.length;
+  const none = opening === "$" ? null : { end: begin };
+  let end = missing.has(closing) ? -1 : text.indexOf(closing, begin);
+  if (opening === "$") while (end > 0 && text[end - 1] === "\\") end = text.indexOf(closing, end + 1);
+  if (end < 0) {
+    missing.add(closing);
+    return none;
+  }
+  const after = end + closing.length;
+  const tex = text.slice(opening[1] === "b" ? at : begin, opening[1] === "b" ? after : end);
+  if (opening === "$" ? isMoney(tex, text[after] ?? "") : tex.trim() === "") return none;
+  if (opening === "$$" && /[a-z]{3}/i.test(tex) && !TEX.test(tex)) return none;
+  const isBlock = opening !== "$" && opening !== "\\(";
+  const drawn = formula(tex, isBlock);
+  if (!drawn) return { node: element("code", { class: "source" }, text.slice(at, after)), end: after };
+  return { node: isBlock ? element("span", { class: "formula", tabindex: "0" }, drawn) : drawn, end: after };
+}
+
+/** The signs around a formula that begins here, or undefined. */
+function signsAt(text, at) {
+  if (text[at] === "$") return text[at + 1] === "$" && text[at - 1] !== "$" && text[at + 2] !== "$" ? ["$$", "$$"] : ["$", "$"];
+  if (text[at + 1] === "(") return ["\\(", "\\)"];
+  if (text[at + 1] === "[") return ["\\[", "\\]"];
+  const found = text[at + 1] === "b" && environmentIn(text, at);
+  return found ? [found.opening, found.closing] : undefined;
+}
+
+/** The environment that begins here, if it is a formula by itself. */
+function environmentIn(text, at) {
+  const [opening, name] = ENVIRONMENT.exec(text.slice(at, at + 24)) ?? [];
+  return DISPLAYED.has(name) ? { opening, closing: `\\end{${name}}` } : null;
 }
 
 /** The end of emphasis that begins here; 0 if none begins; -1 if it has no end. */
