@@ -123,6 +123,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun: `1 expert`, `3 experts`. `nouns` is a plural that does not end in an s alone."""
+    return f"{number} {noun}" if number == 1 else f"{number} {nouns or noun + 's'}"
+
+
 class _Strict:
     """Adds `from_mapping` to a dataclass; it rejects misspelt keys."""
 

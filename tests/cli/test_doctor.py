@@ -13,6 +13,7 @@ import pytest
 
 from argosy import _native
 from argosy.cli import doctor as command
+from argosy.cli import output
 from argosy.cli.main import main
 from argosy.config import GIB, MIB, AskAhead, Tuning
 from argosy.errors import DiskFull, UsageError
@@ -61,7 +62,7 @@ def test_choices_are_shown_with_what_they_won(
         monkeypatch.setattr(command, "measure_drive", lambda *_: {"measured": [], "why_not_measured": "no"})
         assert main(["doctor", "--path", str(tmp_path), "--json", *options]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        lines[:] = command._choice_lines(found["choices"], has_amx=False)
+        lines[:] = command._choice_lines(found["choices"], has_amx=False, is_whole=True)
         return found["choices"]
 
     lines: list[str] = []
@@ -69,7 +70,7 @@ def test_choices_are_shown_with_what_they_won(
     use_cache(monkeypatch, tmp_path / "cache")
     monkeypatch.setenv("ARGOSY_TUNE", "off")
     assert doctor()["is_used"] is False
-    assert lines[1] == "  products          as the defaults say: ARGOSY_TUNE is off"
+    assert lines[1] == "  products          not tuned: ARGOSY_TUNE is off"
     monkeypatch.delenv("ARGOSY_TUNE")
     assert doctor()["formats"] == {}
     assert "nothing was measured yet" in lines[1]
@@ -94,10 +95,33 @@ def test_choices_are_shown_with_what_they_won(
     choices = doctor()
     choices["formats"]["q4"] |= {"amx_from": 24, "amx_gain": 1.3}
     choices["formats"]["q8"] |= {"amx_gain": 0.0}
-    with_amx = {line.split()[0]: line.split() for line in command._choice_lines(choices, has_amx=True)}
+    with_amx = {
+        line.split()[0]: line.split() for line in command._choice_lines(choices, has_amx=True, is_whole=True)
+    }
     assert with_amx["q4"] == [*columns, "from", "24", "+30", "%"]
     assert with_amx["q8"][-4:] == ["off:", "wrong", "-100", "%"]
     assert with_amx["q4_k"][-3:] == ["off", "+0", "%"]
+
+
+def test_the_report_fits_a_screen_unless_products_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path / "cache")
+    monkeypatch.setenv("ARGOSY_THREADS", "2")
+    keep(
+        {name: Tuning("two_levels", "off", 9, 0) for name in tuning.FORMATS},
+        2,
+        _native.instruction_sets()[-1],
+    )
+    monkeypatch.setattr(output, "terminal_width", lambda: 80)
+    arguments = ["doctor", "--path", str(tmp_path), "--size", "64MiB"]
+    assert main(arguments) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert "  products          tuned by a measurement; --products shows it" in short
+    assert len(short) <= 24
+    assert all(len(line) <= 80 for line in short if str(tmp_path) not in line)
+    assert main([*arguments, "--products"]) == 0
+    assert sum(line.startswith("    q") for line in capsys.readouterr().out.splitlines()) >= 10
 
 
 @pytest.mark.parametrize("state", command._AMX_STATES)
@@ -185,7 +209,7 @@ def facts_of(**changes: Any) -> dict[str, Any]:
 
 def test_advice_names_what_matters_most() -> None:
     assert command.advice(facts_of()).startswith(
-        "ready: every GB of experts that is not in memory costs 0.33 s"
+        "ready: reading 1 GB of experts takes 0.33 s, so a token that misses 1 GB takes that much longer;"
     )
     slow = [{**facts_of()["drive"]["measured"][0], "bytes_per_s": 0.15e9}]
     assert "reads 0.15 GB/s: prefer models that fit in 57.0 GiB" in command.advice(

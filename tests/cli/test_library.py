@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from argosy.cli import output
 from argosy.cli.main import main
 from argosy.engine import planning
 from argosy.library import kept
@@ -82,6 +83,28 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
     assert "someone/bert" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", [46, 50, 80, 100])
+@pytest.mark.parametrize("command", [["list", "--all"], ["show", "qwen"], ["plan", "qwen"]])
+def test_a_narrow_terminal_breaks_no_word(
+    command: list[str], width: int, models: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "terminal_width", lambda: width)
+    assert main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    for line in lines:
+        assert len(line) <= width or " " not in line.strip(), line  # only a word that is longer takes more
+
+
+def test_a_model_is_shown_by_its_name_however_it_is_found(models: Path, capsys: Captured) -> None:
+    path = next((models / "hf/hub/models--Qwen--Qwen3-30B-A3B/snapshots").iterdir())
+    for text in ("qwen", str(path)):
+        assert main(["show", text]) == 0
+        assert capsys.readouterr().out.startswith(f"model     Qwen/Qwen3-30B-A3B\n  path          {path}\n")
+    assert main(["show", str(TINY)]) == 0
+    assert capsys.readouterr().out.startswith(f"model     {TINY.name}\n  path          {TINY}\n")
+
+
 def test_a_budget_says_what_fits(models: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     smallest = listed(capsys)["Qwen/Qwen3-30B-A3B"]["smallest_bytes"]
     for budget_bytes, fits in ((smallest - 1, "no"), (smallest, "streams"), (smallest * 100, "resident")):
@@ -113,7 +136,7 @@ def test_headers_are_read_once_until_a_file_changes(
 
 def test_a_list_of_nothing_says_how_to_get_something(capsys: Captured) -> None:
     assert main(["list"]) == 0
-    assert "`argosy pull OWNER/NAME` fetches one" in capsys.readouterr().out
+    assert "`argosy pull OWNER/NAME` downloads one" in capsys.readouterr().out
 
 
 def test_what_is_passed_over_is_a_note(models: Path, capsys: Captured) -> None:

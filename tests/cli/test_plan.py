@@ -135,7 +135,7 @@ def test_prompts_that_the_context_has_no_room_for_are_said(
     short = ("--machine", "box:desktop-64", "--context", "2048")
     assert facts(capsys, kimi, *short)["prompts_longer_than_the_context"] == [16_384]
     assert main(["plan", str(kimi), *short]) == 0
-    assert "            16384  longer than the context" in capsys.readouterr().out.splitlines()
+    assert "   16384 tokens  longer than the context" in capsys.readouterr().out.splitlines()
     long = facts(capsys, kimi, "--machine", "box:desktop-64", "--context", "32768")
     assert long["prompts_longer_than_the_context"] == []
 

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from argosy.config import GIB, KIB, MIB, format_bytes
+from argosy.config import GIB, KIB, MIB, counted, format_bytes
 from argosy.errors import DiskFull, UsageError, is_disk_full
 
 if TYPE_CHECKING:
@@ -41,22 +41,21 @@ _AMX_STATES = {
     help="Directory on the drive to measure: where models are, or will be.",
 )
 @click.option("--size", metavar="SIZE", default="1GiB", help="Size of the temporary file (default: 1GiB).")
-@click.option("--tune", is_flag=True, help="Measure again how products run fastest, and keep that.")
+@click.option("--products", is_flag=True, help="Add how matrix products of each format run.")
+@click.option("--tune", is_flag=True, help="Measure that again, and keep the fastest way.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def doctor(path: Path, size: str, tune: bool, as_json: bool) -> None:
+def doctor(path: Path, size: str, products: bool, tune: bool, as_json: bool) -> None:
     """Show cores, memory limits and the drive of this machine, with advice.
 
-    Which kernels run was measured when a model first ran here; --tune measures it again.
-
     The drive is measured with a temporary file, which takes at most a tenth of the free space and is removed
-    afterwards.
+    afterwards. The fastest way to multiply matrices of each format was measured when a model first ran here.
 
     \b
     Examples:
       argosy doctor
       argosy doctor --path /data/models --size 4GiB --json
     """
-    from argosy.cli.output import progress_bar
+    from argosy.cli.output import print_facts, progress_bar
     from argosy.config import parse_size
 
     size_bytes = parse_size(size)
@@ -69,7 +68,7 @@ def doctor(path: Path, size: str, tune: bool, as_json: bool) -> None:
 
         print(json.dumps(facts, ensure_ascii=False))
     else:
-        print(*fact_lines(facts), sep="\n")
+        print_facts(fact_lines(facts, shows_products=products or tune))
 
 
 def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[st
 
     threads = settings.threads or tuning.known_threads(instruction_set)
     choices = tuning.measure(threads, instruction_set) if tune else tuning.kept(threads, instruction_set)
-    why_not = "nothing was measured yet: the first model that runs does, and so does `argosy doctor --tune`"
+    why_not = "nothing was measured yet; the first model that runs here does it, or `argosy doctor --tune`"
     number = tuning.kept_threads(instruction_set)
     return {
         "is_used": tuning.is_on(),
@@ -262,13 +261,13 @@ def advice(facts: dict[str, Any]) -> str:
     if memory["swap_bytes"]:
         return "keep --memory below the free memory: this machine has swap, and swapped weights are slow"
     return (
-        f"ready: every GB of experts that is not in memory costs {1e9 / direct:.2f} s;"
-        " `argosy pack` makes each expert one aligned read"
+        f"ready: reading 1 GB of experts takes {1e9 / direct:.2f} s, so a token that misses 1 GB takes that much"
+        " longer; `argosy pack` makes each expert one aligned read"
     )
 
 
-def fact_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts as lines of text."""
+def fact_lines(facts: dict[str, Any], *, shows_products: bool = False) -> list[str]:
+    """The facts as lines of text; with `shows_products`, how products of each format run."""
     memory, drive = facts["memory"], facts["drive"]
     free, total = format_bytes(memory["free_bytes"]), format_bytes(memory["total_bytes"])
     ahead = "" if drive["read_ahead_kb"] is None else f", read-ahead {drive['read_ahead_kb']} KiB"
@@ -277,7 +276,7 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
         f"cores     {facts['cores']} usable, {facts['cpu']}",
         f"  instruction sets  {', '.join(facts['instruction_sets'])}; {facts['instruction_set']} is used",
         f"  AMX               {_AMX_STATES[facts['amx']]}",
-        *_choice_lines(facts["choices"], has_amx=facts["amx"] == "usable"),
+        *_choice_lines(facts["choices"], has_amx=facts["amx"] == "usable", is_whole=shows_products),
         f"memory    {free} free of {total} ({memory['limited_by']})",
         f"  default budget    {format_bytes(memory['default_budget_bytes'])},"
         f" a margin of {format_bytes(memory['margin_bytes'])} left free",
@@ -299,19 +298,22 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _choice_lines(choices: dict[str, Any], *, has_amx: bool) -> list[str]:
+def _choice_lines(choices: dict[str, Any], *, has_amx: bool, is_whole: bool) -> list[str]:
     threads, default, fixed = choices["threads"], choices["default"], choices["fixed_ask_ahead"]
     lines = [f"  threads           {threads}"]
     if (gain := choices["all_cores_gain"]) is not None:
         lines[0] += f"; one for each usable core in place of each physical one: {_gain(gain)}, measured"
     if not choices["is_used"]:
-        return [*lines, "  products          as the defaults say: ARGOSY_TUNE is off"]
+        return [*lines, "  products          not tuned: ARGOSY_TUNE is off"]
     if not choices["formats"]:
-        return [*lines, f"  products          as the defaults say; {choices['why_not_kept']}"]
+        return [*lines, f"  products          not tuned: {choices['why_not_kept']}"]
     why_not = choices["why_not_kept"]
+    if not is_whole:
+        kept = "" if why_not is None else f", which cannot be kept: {why_not}"
+        return [*lines, f"  products          tuned by a measurement{kept}; --products shows it"]
     kept = f"kept in {choices['file']}" if why_not is None else f"not kept: {why_not}"
     lines += [
-        f"  products          measured with {threads} thread{'s' * (threads > 1)}, {kept}",
+        f"  products          measured with {counted(threads, 'thread')}, {kept}",
         f"    {'':<8}{'one token: prefetch':<21}{'GB/s':>5}{'gain':>7}"
         f"   {'few tokens: prefetch, two panels':<34}{'gain':>5}"
         + (f"   {'many tokens: AMX':<16}{'gain':>7}" if has_amx else ""),

@@ -1,4 +1,4 @@
-"""`argosy list`, `argosy rm` and `argosy alias`: the models that are here, by name."""
+"""`argosy list`, `argosy rm` and `argosy alias`: local models, by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.output import disk_size
+from argosy.cli.output import disk_size, print_facts, table_lines
 from argosy.config import format_bytes
 from argosy.errors import ArgosyError, UsageError
 
@@ -24,10 +24,10 @@ _MOST_REVISION = 20  # characters of a revision in the table
 @click.option("--all", "shows_all", is_flag=True, help="Also list models that Argosy does not run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def list_models(shows_all: bool, as_json: bool) -> None:
-    """List the models that are here: those of the hub's cache, of LM Studio and of Ollama, used in place.
+    """List local models, including those that Hugging Face tools, LM Studio and Ollama downloaded.
 
-    FITS says whether a model runs in the memory that is free now, and streams its experts from the drive or has all of
-    them in memory.
+    FITS says whether a model runs in the memory that is free now: with all its experts in memory, or by streaming them
+    from the drive.
 
     \b
     Examples:
@@ -67,9 +67,8 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     if shown:
         _print_table(shown)
     else:
-        print("no models are here yet; `argosy pull OWNER/NAME` fetches one, and `demo` is always there")
-    for alias, target in known.aliases.items():
-        print(f"alias     {alias} = {target}")
+        print_facts(["no models yet: `argosy pull OWNER/NAME` downloads one, and `demo` comes with Argosy"])
+    print_facts(f"alias     {alias} = {target}" for alias, target in known.aliases.items())
     if len(shown) < len(rows):
         others = len(rows) - len(shown)
         print(
@@ -130,7 +129,7 @@ def _row(model: Model, facts: dict[str, Any], used: int | None, budget_bytes: in
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    table = [("NAME", "FAMILY", "SIZE", "FORMAT", "EXPERTS", "USED", "FITS", "PLACE")]
+    table = []
     for row in rows:
         size, place = disk_size(row["size_bytes"]), row["place"]
         if row["revision"] is not None:
@@ -147,9 +146,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         table.append(
             (row["name"], row["family"], size, row["format"], experts, _ago(row["last_used"]), fits, place)
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    header = ("NAME", "FAMILY", "SIZE", "FORMAT", "EXPERTS", "USED", "FITS", "PLACE")
+    for line in table_lines(header, table):
         print("".join(char if char.isprintable() else "?" for char in line))
 
 

@@ -108,7 +108,7 @@ _ENGINE = (
         flag_value=False,
         default=None,
         type=bool,
-        help="Run products as the defaults say.",
+        help="Skip the start-up benchmark of kernels.",
     ),
     click.option(
         "--no-record",

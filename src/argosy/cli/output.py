@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TextIO
@@ -34,6 +36,9 @@ _CONTROLS = {
     for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\n\t"
 }
+
+_GAP = re.compile(r"(?<=\S) {2,}+")  # between a label and its value, or two values
+_LAST_COLUMN = 12  # of a table: the narrowest in which words are still readable
 
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 _CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
@@ -196,6 +201,62 @@ def dim(text: str) -> str:
 
 def _has_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is, or None if it is not one: then lines keep their length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def print_facts(lines: Iterable[str]) -> None:
+    """Print lines of labels and values. On a terminal they wrap between words, and go on below their value."""
+    width = terminal_width()
+    for line in lines:
+        if width is None or len(line) <= width:
+            print(line)
+            continue
+        indent = len(line) - len(line.lstrip())
+        columns = [gap.end() for gap in _GAP.finditer(line) if gap.end() <= 3 * width // 5]
+        print(*_parts(line, width, max(columns, default=min(indent, width // 2))), sep="\n")
+
+
+def table_lines(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
+) -> list[str]:
+    """Align cells in columns; on a narrow terminal, each cell follows its column's name instead.
+
+    Args:
+        right: columns whose cells are aligned at their end.
+    """
+    sizes = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    width = terminal_width()
+    start = sum(sizes[:-1]) + 2 * (len(sizes) - 1)  # of the last column, whose cells may wrap
+    if width is None or start + min(sizes[-1], _LAST_COLUMN) <= width:
+        lines = [
+            "  ".join(
+                cell.rjust(size) if at in right else cell.ljust(size)
+                for at, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+            ).rstrip()
+            for cells in (header, *rows)
+        ]
+        return lines if width is None else [part for line in lines for part in _parts(line, width, start)]
+    lines = []
+    for first, *others in rows:
+        facts = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True) if cell]
+        # A space that does not break keeps a name and its value together.
+        kept = [fact.replace(" ", "\N{NO-BREAK SPACE}") if len(fact) + 2 <= width else fact for fact in facts]
+        lines.append(f"{header[0]} {first.strip()}")
+        lines += [
+            part.replace("\N{NO-BREAK SPACE}", " ") for part in _parts("  " + "  ".join(kept), width, 2)
+        ]
+    return lines
+
+
+def _parts(line: str, width: int, hanging: int) -> list[str]:
+    """A line as lines of at most `width` columns, broken between words; all but the first begin at `hanging`."""
+    return textwrap.wrap(
+        line, width, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def disk_size(nbytes: int) -> str:

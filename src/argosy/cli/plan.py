@@ -12,7 +12,7 @@ import click
 from argosy.cli import completion
 from argosy.cli.help_all import Command, Further
 from argosy.cli.options import engine_options, recorder_of
-from argosy.cli.output import FITS, short_number
+from argosy.cli.output import FITS, print_facts, short_number, table_lines
 from argosy.cli.plan_traffic import Traffic, Wanted
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, format_bytes
 from argosy.errors import DoesNotFit, UsageError
@@ -183,7 +183,7 @@ def plan(
 
             print(json.dumps(facts.as_dict(), ensure_ascii=False))
         else:
-            print(*facts.lines(), sep="\n")
+            print_facts(facts.lines())
         if plot is not None:
             _write_plot(plot, forecast, owner)
         if verify and forecast.plan is not None:
@@ -525,33 +525,26 @@ def _short(values: Range, scale: float = 1.0, digits: int = 2) -> str:
 def _decode_lines(forecast: Forecast) -> list[str]:
     plan = forecast.plan
     assert plan is not None
-    lines = [
-        f"decode    {'at once':>7}  {'tok/s, all together':<22}{'hit rate':<20}{'drive, GB/token':<22}"
-        f"{'TB/day':>7}  bound by"
-    ]
+    rows = []
     for one in forecast.decode:
         per_day = one.drive_bytes_per_token.likely * one.tokens_per_s.likely * 86_400 / 1e12
         hits = f"{one.hit_rate.likely:.2f} ({one.hit_rate.low:.2f} to {one.hit_rate.high:.2f})"
-        lines.append(
-            f"          {one.streams:>7}  {_short(one.tokens_per_s):<22}{hits:<20}"
-            f"{_short(one.drive_bytes_per_token, 1e-9):<22}{short_number(per_day):>7}  {one.bound}"
-        )
+        read = _short(one.drive_bytes_per_token, 1e-9)
+        cells = _short(one.tokens_per_s), hits, read, short_number(per_day), one.bound
+        rows.append((f"  {one.streams:>3} at once", *cells))
+    header = ("decode", "tok/s in all", "hit rate", "drive, GB/token", "TB/day", "bound by")
+    lines = table_lines(header, rows, right={4})
     lines.append(f"          with {plan.context_tokens // 2} positions shared by all")
     return lines
 
 
 def _prompt_lines(forecast: Forecast) -> list[str]:
-    lines = [f"prompts   {'tokens':>7}  {'seconds to first token':<24}bound by"]
-    lines += [
-        f"          {one.num_tokens:>7}  {_short(one.seconds):<24}{one.bound}" for one in forecast.prompts
-    ]
-    lines += [f"          {length:>7}  longer than the context" for length in forecast.longer_prompts]
+    rows = [(f"  {one.num_tokens:>6} tokens", _short(one.seconds), one.bound) for one in forecast.prompts]
+    rows += [(f"  {length:>6} tokens", "longer than the context", "") for length in forecast.longer_prompts]
     if (picture := forecast.picture) is not None:
-        lines.append(
-            f"          picture  {_short(picture.seconds):<24}{picture.bound}; {picture.width} x {picture.height} are "
-            f"{picture.num_positions} positions"
-        )
-    return lines
+        size = f"{picture.width} x {picture.height} are {picture.num_positions} positions"
+        rows.append(("  a picture", _short(picture.seconds), f"{picture.bound}; {size}"))
+    return table_lines(("prompts", "seconds to first token", "bound by"), rows)
 
 
 def _write_plot(path: Path, forecast: Forecast, owner: Owner) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.library import ask
-from argosy.cli.output import FITS, disk_size, short_number
+from argosy.cli.output import FITS, disk_size, print_facts, short_number
 from argosy.config import format_bytes
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def pull(model: str, memory: str | None, revision: str | None, yes: bool) -> Non
     if missing_bytes:
         with progress_bar() as progress:
             _, forecast = plan_remote(download.source, memory=settings.memory, progress=progress)
-        print(*_lines(download, forecast, missing_bytes), sep="\n", flush=True)
+        print_facts(_lines(download, forecast, missing_bytes))
+        sys.stdout.flush()
         if not yes:
             licence = f", under the licence {download.licence}" if download.licence else ""
             also = " and accepts the licence" if download.licence else ""
@@ -70,8 +71,8 @@ def pull(model: str, memory: str | None, revision: str | None, yes: bool) -> Non
             raise KeyboardInterrupt(
                 f"Stopped at {done} of {total}. Run the same command to resume."
             ) from None
-    print(f"here      {path}")
-    print(f'          argosy run -m {download.name} "Why is the sky blue?"')
+    print(f'ready     argosy run -m {download.name} "Why is the sky blue?"')
+    print(f"path      {path}")
 
 
 def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[str]:

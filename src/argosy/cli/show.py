@@ -8,7 +8,7 @@ import click
 
 from argosy.cli import completion
 from argosy.cli.options import engine_options
-from argosy.cli.output import parameter_count
+from argosy.cli.output import parameter_count, print_facts
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def show(model: str, as_json: bool, **options: Any) -> None:
-    """Show family, geometry and memory plan of MODEL. Reads headers, not weights.
+    """Describe MODEL: family, geometry, memory plan. Reads headers, not weights.
 
     Exit code 3 means that it does not fit the budget. For a config.json without weights, sizes are calculated.
 
@@ -36,23 +36,24 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine.options import locate_model, open_files, require_context
+    from argosy.library import names
     from argosy.model.families import config_alone
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
-        path = locate_model(model, progress)
+        name, path = names.name_of(model), locate_model(model, progress)
     if (config := config_alone(path)) is not None:
         require_context(config, settings.context)
-        facts = {"path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
+        facts = {"name": name, "path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
         if as_json:
             _print_json(facts)
         else:
-            print(*config_lines(facts), sep="\n")
+            print_facts(config_lines(facts))
         return
     files = open_files(path, mmproj=settings.mmproj)
-    facts = model_facts(files)
+    facts = {"name": name, **model_facts(files)}
     if not as_json:
-        print(*fact_lines(facts), sep="\n")
+        print_facts(fact_lines(facts))
     try:
         plan = _plan(model, files, settings)
     except DoesNotFit as refusal:
@@ -67,7 +68,7 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     from argosy.cli.output import plan_lines
 
     print(f"fits      yes, {format_bytes(plan.total_bytes)} of {format_bytes(plan.budget_bytes)}")
-    print(*plan_lines(plan), sep="\n")
+    print_facts(plan_lines(plan))
 
 
 def geometry_facts(config: ModelConfig) -> dict[str, Any]:
@@ -179,7 +180,8 @@ def fact_lines(facts: dict[str, Any]) -> list[str]:
     kind = "a pack" if facts["is_packed"] else "a GGUF file" if facts["is_gguf"] else "in the hub's format"
     dense = "+".join(facts["dense_formats"])
     return [
-        f"model     {facts['path']}",
+        f"model     {facts['name']}",
+        f"  path          {facts['path']}",
         f"  family        {facts['family']}, {kind}, experts {facts['expert_format']}, rest {dense}",
         *_geometry_lines(facts),
         f"  on disk       {format_bytes(facts['dense_bytes'])} used by every token,"
@@ -222,7 +224,8 @@ def config_lines(facts: dict[str, Any]) -> list[str]:
     )
     per_token = facts["kv_bytes_per_token"]
     return [
-        f"model     {facts['path']}, without weights",
+        f"model     {facts['name']}, without weights",
+        f"  path          {facts['path']}",
         f"  family        {facts['family']}",
         *_geometry_lines(facts),
         f"  would take    {', '.join(sizes)} (used by every token + routed experts)",

@@ -62,6 +62,20 @@ def look_up(text: str) -> Named:
     return Named(text, model, str(model)) if isinstance(model, Path) else Named(text, model.path, model.name)
 
 
+def name_of(text: str) -> str:
+    """The name to show for what `text` stands for: its whole name in the library, or the last part of its path.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: parts of the model are missing.
+    """
+    named = look_up(text)
+    if named.path is None or text == DEMO:
+        return text
+    path = named.path.resolve()
+    known = (model.name for model in find_models().models if model.path.resolve() == path)
+    return next(known, path.name)
+
+
 def is_name(text: str) -> bool:
     """Whether `text` names a model as a whole: `demo`, a path of one, an alias, a name with or without its owner and
     format. A part of a name is not enough.
