@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from argosy.config import Grammar
 from argosy.engine import grammar_bounds
+from argosy.engine.closed_schema import close_objects
 from argosy.media.parts import Image
 from argosy.prompt import json_text, messages, replay, taint, template_worker, tools
 from argosy.prompt.stop import StopStrings
@@ -181,6 +182,19 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
     "a long enum": lambda n: {"enum": [f"v{at}" for at in range(n)]},
     "equal items in an enum": lambda n: {"enum": ["v"] * n},
     "many alternatives": lambda n: {"anyOf": [{"const": at} for at in range(n)]},
+    "parts of parts": lambda n: {
+        "$ref": "#/$defs/d0",
+        "$defs": {
+            f"d{at}": {
+                "allOf": [{"$ref": f"#/$defs/d{at + 1}"}, {"properties": {f"p{at}": {"type": "integer"}}}]
+            }
+            for at in range(n)
+        },
+    },
+    "one part of many": lambda n: {
+        "properties": {f"p{at}": {"allOf": [{"$ref": "#/$defs/d"}, {"required": ["r"]}]} for at in range(n)},
+        "$defs": {"d": _properties(n)},
+    },
     "long descriptions": lambda n: {"type": "object", "description": "d" * n},
     "empty objects": lambda n: {"enum": [{}] * n},
     "references to itself": lambda n: {"anyOf": [{"$ref": "#"}] * n},
@@ -1066,6 +1080,7 @@ def grammar_rows() -> Iterator[Row]:
             1 << 14,
         )
         yield Row("fields.schema_form", shape, schema, _schema_form, 1 << 13)
+        yield Row("closed_schema.close_objects", shape, schema, close_objects, 1 << 13)
 
 
 def _schema_form(schema: Any) -> Grammar:

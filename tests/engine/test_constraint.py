@@ -108,7 +108,24 @@ def test_white_space_between_the_parts_of_an_object_is_bounded(
     while (wanted := constraint.allowed() & blank).any():
         constraint.accept(int(np.flatnonzero(wanted)[0]))
         num_blank += 1
-    assert 1 <= num_blank <= 40
+    assert 1 <= num_blank <= 21
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}, {"indent": "\t"}], ids=str)
+def test_json_may_be_compact_or_indented_ten_levels_deep(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, layout: dict[str, object]
+) -> None:
+    value: object = [1, {"a": 2}]
+    for _ in range(8):
+        value = {"a": value}
+    constraint = compiler.compile(Grammar(kind="json_object"))
+    written = written_by(tokenizer)
+    for byte in json.dumps(value, **layout).encode():  # type: ignore[arg-type]
+        token_id = written.index(bytes([byte]))
+        allowed = constraint.allowed()
+        assert allowed is not None
+        assert allowed[token_id]
+        constraint.accept(token_id)
 
 
 @pytest.mark.parametrize("seed", range(8))

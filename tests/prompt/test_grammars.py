@@ -12,6 +12,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from argosy.config import Grammar
+from argosy.engine.constraint import _Schemas
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt
@@ -32,7 +33,7 @@ def matcher(family: Family, grammar: str) -> LLMatcher:
     tokenizer = LLTokenizer(
         core.to_str(), n_vocab=family.tokenizer.vocab_size, eos_token=list(family.tokenizer.eos_ids)
     )
-    made = LLMatcher(tokenizer, grammar)
+    made = LLMatcher(tokenizer, _Schemas(is_lenient=False).bind(grammar))  # as the engine writes it
     assert not made.is_error(), made.get_error()
     return made
 

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar, Trigger
+from argosy.engine.closed_schema import close_objects
 from argosy.engine.grammar_bounds import (
     read_lark,
     require_expression,
@@ -51,8 +52,8 @@ _LENIENT_SECONDS = 1.0
 
 # Forced text is not computed: an expression such as `(a{1000}){1000}` can force more of it than memory holds.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
-# A model with nothing to say writes blank lines for ever where it can; indented JSON needs fewer in one place.
-_SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+# A model with nothing to say writes white space wherever it can. llama.cpp has the same rule, but allows blank lines.
+_SCHEMA_OPTIONS: dict[str, object] = {"whitespace_pattern": r" |\n[ \t]{0,20}"}
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=150_000,  # 0.1 s; agents' tools, long lists and Unicode classes need a third of it at most
@@ -395,6 +396,8 @@ class _Schemas:
             is_lenient = True
         try:
             require_schema_bounds(schema)
+            schema = close_objects(schema)
+            require_schema_bounds(schema)  # closed copies of definitions are longer chains
         except GrammarError:
             if not is_lenient:
                 raise

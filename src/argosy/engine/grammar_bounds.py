@@ -138,7 +138,7 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
     """Nodes for the schema and every subschema that a reference names; a node refers to named subschemas inside it."""
     targets = {"#": schema}
     for reference in references:
-        targets[reference] = _part(schema, reference)
+        targets[reference] = part_of(schema, reference)
     names = {id(part): name for name, part in targets.items() if isinstance(part, dict | list)}
     nodes = {}
     for name, target in targets.items():
@@ -170,7 +170,7 @@ def _schema_nodes(schema: object, references: Iterable[str]) -> dict[str, _Node]
     return nodes
 
 
-def _part(schema: object, reference: str) -> object:
+def part_of(schema: object, reference: str) -> object:
     """The subschema that a reference names, or None if it does not exist.
 
     Raises:

@@ -17,7 +17,6 @@ from argosy.prompt.tools import Tool, types_of
 
 _ANYTHING = r"/(.|\n)*/"
 _MEANS_MORE = re.compile(r"[\\.+*?()|\[\]{}^$/]")  # escape no others: `\<` is the start of a word
-_OPEN_SCHEMA = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref", "if")
 
 _ANNOTATIONS = (
     "title",
@@ -120,11 +119,8 @@ class Lark:
         return self.json({"type": "object"} if form.kind == "json_object" else json.loads(form.text))
 
     def arguments(self, tool: Tool) -> str:
-        """The JSON object of a call's arguments; undeclared names only where the tool allows them."""
-        schema = dict(tool.parameters)
-        if not any(key in schema for key in _OPEN_SCHEMA):
-            schema["additionalProperties"] = False
-        return self.json(schema, tool)
+        """The JSON object of a call's arguments."""
+        return self.json(tool.parameters, tool)
 
     def bare_values(self, tool: Tool, form: ValueForm) -> str:
         """The arguments of a call, each in its own tags, in the order of the tool's parameters."""
