@@ -43,7 +43,7 @@ GGUF_METADATA_FILE = "metadata.gguf"  # in a pack made from a GGUF: its metadata
 MMPROJ_METADATA_FILE = "mmproj-metadata.gguf"  # likewise, of the file with its vision tower
 
 _FORMAT_IN_NAME = re.compile(
-    r"(?:^|[-_./])((?:UD-)?(?:(?:I?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
+    r"(?:^|[-_./])((?:UD-)?(?:(?:[IT]?Q\d{1,2}|MXFP4)(?:_[A-Z0-9]{1,16}){0,4}|BF16|F16|F32))$", re.IGNORECASE
 )
 PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -102,6 +102,10 @@ SLOT_FORMATS: Mapping[str, Format] = {
 }
 RUNNABLE_TYPES = ("F32", "F16", "BF16", *SLOT_FORMATS)
 TYPE_HINT = "Q4_K_M, Q6_K, Q8_0, Q2_K, Q3_K_M, IQ4_XS and BF16 files of a model use only these types"
+# Formats by the first part of their names, such as IQ2, of whose types none has a kernel.
+_UNREAD_FORMATS = {name.partition("_")[0] for name in BLOCK_SIZES} - {
+    name.partition("_")[0] for name in RUNNABLE_TYPES
+}
 _IK_LLAMA_TYPES = range(97, 512)  # the numbers of ik_llama.cpp's own types (its ggml.h)
 
 Scalar = int | float | bool | str
@@ -364,6 +368,11 @@ def format_in_name(stem: str) -> str:
     """The format that the name of a GGUF file ends with, such as Q4_K_M or UD-IQ2_XXS; "" if it ends otherwise."""
     found = _FORMAT_IN_NAME.search(stem)
     return found[1].upper() if found else ""
+
+
+def may_run(format: str) -> bool:
+    """Whether files in a format, as `format_in_name` returns it, may run here. Only the header says for certain."""
+    return format.removeprefix("UD-").partition("_")[0] not in _UNREAD_FORMATS
 
 
 def is_gguf(path: Path) -> bool:

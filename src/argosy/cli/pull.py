@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
+from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.library import ask
 from argosy.cli.output import FITS, disk_size, print_facts, short_number
 from argosy.config import format_bytes
+from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
+    from argosy.checkpoint.hub import RemoteFile
     from argosy.engine.forecast import Forecast
-    from argosy.library.pull import Download, Moment, Watch
+    from argosy.engine.planning import Fit
+    from argosy.experts.resident import Progress
+    from argosy.library.pull import Download, Moment, Offer, Repository, Watch
 
+_FITS = {"resident": FITS["resident"], "streams": FITS["streams"], "thrashes": "barely"}
+_MOST_BASES = 3  # headers read to estimate all formats of a repository
 _LINE_S = 10.0  # between lines of progress, if there is no terminal
 _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
 
@@ -26,29 +35,38 @@ _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
 @click.argument("model", metavar="OWNER/NAME[:FORMAT]")
 @click.option("--memory", metavar="SIZE", help="Budget to plan with: 8GiB, 8GB, 75%; default: what is free.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit; default: the main branch.")
+@click.option("--formats", "lists", is_flag=True, help="List the repository's formats, and fetch nothing.")
+@click.option("--fit", is_flag=True, help="Fetch the format that fits this machine best.")
 @click.option("--yes", is_flag=True, help="Fetch without asking: you accept the licence.")
-def pull(model: str, memory: str | None, revision: str | None, yes: bool) -> None:
+def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit: bool, yes: bool) -> None:
     """Fetch a model into the hub's cache, where other programs find it, too.
 
     First it says whether the model fits, how fast it will be, how large it is and which licence it has; then it asks,
     and notes when you accepted that licence.
-    FORMAT chooses one of several GGUF files by a part of its name. The name of the model means the revision that was
-    pulled last. Every file is checked against the hub's digest.
-    After ^C or a lost connection, the same command continues. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE,
-    HF_HOME, HF_HUB_OFFLINE.
+    FORMAT chooses one of several GGUF files by a part of its name; without it, the formats are listed. --fit takes the
+    largest with every expert in memory, of up to 8 bits a weight; if none is, the smallest of 4 bits or more.
+    The name of the model means the revision that was pulled last. Every file is checked against the hub's digest.
+    After ^C or a lost connection, the same command resumes. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_CACHE, HF_HOME,
+    HF_HUB_OFFLINE.
 
     \b
     Examples:
-      argosy pull Qwen/Qwen3-30B-A3B
+      argosy pull unsloth/Qwen3-30B-A3B-GGUF --fit
       argosy pull unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M --memory 16GiB --yes
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine.planning import plan_remote
-    from argosy.library.pull import fetch, look_up
+    from argosy.library.pull import ask_hub, fetch
 
     settings = Settings.read(memory=memory)
-    download = look_up(model, revision)
+    repository = ask_hub(model, revision)
+    if lists or fit or repository.is_open:
+        best = _formats(repository, settings.memory, lists=lists, fit=fit)
+        if best is None:
+            return
+        repository = replace(repository, source=best.source)
+    download = repository.download()
     missing_bytes = download.nbytes - download.here_bytes
     accepted_at = None
     if missing_bytes:
@@ -75,6 +93,115 @@ def pull(model: str, memory: str | None, revision: str | None, yes: bool) -> Non
     print(f"path      {path}")
 
 
+def _formats(repository: Repository, memory: str | int | None, *, lists: bool, fit: bool) -> Offer | None:
+    """The format that fits best, if it was asked for; None: the formats were listed, as was asked.
+
+    Raises:
+        UsageError: neither was asked, so they are listed on stderr.   DoesNotFit: none fits.
+        The errors of `fetch_headers`: the model does not run in any format.
+    """
+    from argosy.cli.output import progress_bar
+
+    part, owner = repository.source.part, repository.source.repository
+    offers = repository.offers(part) or repository.offers()
+    with progress_bar() as progress:
+        fits = _compare(offers, memory, progress)
+    best = _best(fits)
+    if part and not repository.has_part:
+        fit = False  # what was asked for is not there: another format is not taken silently
+    if fit and best is not None:
+        return best
+    if fit:
+        smallest = min((found.smallest_bytes for _, found in fits if found is not None), default=0)
+        raise DoesNotFit(
+            f"none of the {len(offers)} formats of {owner} fits this machine",
+            hint=f"the smallest needs about {format_bytes(smallest)}" if smallest else None,
+        )
+    print(*_table(fits, best, repository.tower), sep="\n", file=sys.stdout if lists else sys.stderr)
+    advice = "" if best is None else f"`argosy pull {best.name}` fetches the best that fits, as --fit does"
+    if lists:
+        print(advice or "none of them fits this machine")
+        return None
+    told = f"none of them has '{quote(part)}' in its name"
+    if not part:
+        told = "none was named"
+    elif len(offers) < len(repository.offers()):
+        told = f"'{quote(part)}' is a part of {len(offers)} names"
+    raise UsageError(f"{owner} has {len(repository.offers())} formats, and {told}", hint=advice or None)
+
+
+def _compare(
+    offers: Sequence[Offer], memory: str | int | None, progress: Progress | None
+) -> list[tuple[Offer, Fit | None]]:
+    """Each format with how it fits, from the header of one; None: it cannot run, or is not whole."""
+    from argosy.engine.planning import compare_sizes
+    from argosy.errors import UnsupportedModel
+
+    able = [offer for offer in offers if offer.may_run and offer.nbytes is not None]
+    # Others are estimated from the header of a common one. Its name may hide a type without a kernel.
+    bases = sorted(able, key=lambda offer: (offer.format != "Q4_K_M", offer.nbytes))[:_MOST_BASES]
+    for base in bases:
+        try:
+            found = compare_sizes(
+                base.source, [offer.nbytes or 0 for offer in able], memory=memory, progress=progress
+            )
+        except UnsupportedModel:
+            if base is bases[-1]:
+                raise
+            continue
+        fits = {offer.name: fit for offer, fit in zip(able, found, strict=True)}
+        return [(offer, fits.get(offer.name)) for offer in offers]
+    return [(offer, None) for offer in offers]
+
+
+def _best(fits: Sequence[tuple[Offer, Fit | None]]) -> Offer | None:
+    """The format to take: what `pull --help` says."""
+    able = [(offer, fit) for offer, fit in fits if fit is not None and fit.verdict != "no"]
+
+    def rank(one: tuple[Offer, Fit]) -> tuple[bool, ...] | tuple[float, ...]:
+        offer, fit = one
+        bits = _bits(offer.format)
+        size = offer.nbytes or 0
+        if fit.verdict == "resident" and bits <= 8:
+            return (3, size)
+        if fit.verdict == "resident":
+            return (2, -size)
+        return (1 if fit.verdict == "streams" else 0, bits >= 4, -size if bits >= 4 else size)
+
+    return max(able, key=rank)[0] if able else None
+
+
+def _bits(format: str) -> int:
+    """Bits of a weight, as the name of a format has them; 16 for safetensors."""
+    found = re.search(r"\d{1,2}", format)
+    return 16 if found is None else int(found[0])
+
+
+def _table(
+    fits: Sequence[tuple[Offer, Fit | None]], best: Offer | None, tower: RemoteFile | None
+) -> list[str]:
+    rows = [("FORMAT", "SIZE", "FITS", "SPEED, ESTIMATED", "")]
+    for offer, fit in fits:
+        size = "incomplete" if offer.nbytes is None else disk_size(offer.nbytes)
+        parts = f" in {offer.num_parts} parts" if offer.num_parts > 1 and offer.nbytes is not None else ""
+        told, speed = "not yet readable" if not offer.may_run else "-", ""
+        if fit is not None:
+            told = _FITS.get(fit.verdict) or f"no, needs {format_bytes(fit.smallest_bytes)}"
+        if fit is not None and fit.tokens_per_s is not None:
+            speed = f"about {short_number(fit.tokens_per_s)} tok/s"
+        mark = "best that fits" if offer is best else ""
+        rows.append((quote(offer.format), size + parts, told, speed, mark))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    if tower is not None and tower.nbytes is not None:
+        lines.append(
+            f"with each: {quote(tower.name)}, {disk_size(tower.nbytes)}, which reads pictures or sound"
+        )
+    return lines
+
+
 def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[str]:
     from argosy.plan import machine
 
@@ -99,8 +226,19 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
     return [
         *lines,
         f"size      {disk_size(download.nbytes)} in {num_files}{here}",
+        *_tower_lines(download),
         f"time      {times}",
         f"drive     {disk_size(machine.free_disk_bytes(download.root))} free in {download.root}",
+    ]
+
+
+def _tower_lines(download: Download) -> list[str]:
+    from argosy.library.places import is_tower
+
+    return [
+        f"          {quote(file.name)}, {disk_size(file.nbytes or 0)} of it, reads pictures or sound"
+        for file in download.files[1:]
+        if is_tower(file.name)
     ]
 
 

@@ -24,6 +24,7 @@ from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
     Forecast,
     Forecaster,
+    Verdict,
     tokenizer_bytes,
 )
 from argosy.engine.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
@@ -222,6 +223,54 @@ def plan_remote(
         assert subject.remote is not None
         found, budget_bytes = forecaster(subject, find_place(HERE), memory=memory, streams=streams)
         return subject.remote, found.forecast(budget_bytes, streams=streams, with_curve=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a model fits this machine in a format of which only the size is known. All is estimated.
+
+    smallest_bytes: the smallest budget with which it works.
+    tokens_per_s: of one answer; None: it does not fit.
+    """
+
+    verdict: Verdict
+    smallest_bytes: int
+    tokens_per_s: float | None
+
+
+def compare_sizes(
+    source: Source,
+    sizes: Sequence[int],
+    *,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> list[Fit]:
+    """Estimate how a model fits in other formats, from the header of one of them and their sizes.
+
+    Weights that are r times as large leave as much room for experts in a budget as those of the header in one whose
+    part for weights is r times smaller, and a token reads r times as many bytes.
+
+    Args:
+        sizes: bytes of the weights of each format.
+
+    Raises:
+        The errors of `fetch_headers`.
+    """
+    with _remote_subject(source.repository or source.url, source, progress) as subject:
+        assert subject.remote is not None
+        found, budget_bytes = forecaster(subject, find_place(HERE), memory=memory)
+        base_bytes = subject.remote.file_bytes
+        resident_bytes = found.forecast(budget_bytes, prompts=(), with_curve=False).resident_bytes
+        other_bytes = max(0, resident_bytes - base_bytes)  # keys and values, buffers, the process
+        fits = []
+        for nbytes in sizes:
+            ratio = nbytes / base_bytes
+            equal_bytes = other_bytes + (budget_bytes - other_bytes) / ratio
+            forecast = found.forecast(max(1, int(equal_bytes)), prompts=(), with_curve=False)
+            smallest_bytes = other_bytes + (forecast.smallest_bytes - other_bytes) * ratio
+            rate = forecast.decode[0].tokens_per_s.likely / ratio if forecast.decode else None
+            fits.append(Fit(forecast.verdict, int(smallest_bytes), rate))
+        return fits
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,11 +136,11 @@ def tower_of(model: Path) -> Path | None:
     snapshot = model.parent.parent
     if snapshot.parent.name != "snapshots" or not _REVISION.fullmatch(snapshot.name):
         return None
-    names = [entry.name for entry in _entries(model.parent, Found()) if _is_tower(entry.name)]
+    names = [entry.name for entry in _entries(model.parent, Found()) if is_tower(entry.name)]
     if names:
         return None  # beside it, where `open_model` finds it
     root = snapshot.parent.parent.parent
-    above = [entry.name for entry in _entries(snapshot, Found()) if _is_tower(entry.name)]
+    above = [entry.name for entry in _entries(snapshot, Found()) if is_tower(entry.name)]
     chosen = choose_tower(above)
     return snapshot / chosen if chosen is not None and _lies_in(root, snapshot / chosen) else None
 
@@ -178,7 +178,7 @@ def _read_params(root: Path, digest: str) -> Mapping[str, object]:
 
 def choose_tower(names: Sequence[str]) -> str | None:
     """One of several files with the same vision tower in different formats."""
-    towers = [name for name in sorted(names) if _is_tower(name.rpartition("/")[2])]
+    towers = [name for name in sorted(names) if is_tower(name.rpartition("/")[2])]
 
     def rank(name: str) -> int:
         format = format_in_name(name.removesuffix(GGUF_SUFFIX))
@@ -287,10 +287,10 @@ def _models_in(
     models: dict[str, list[str]] = {}
     for file in sorted(files):
         base = file.rpartition("/")[2]
-        if base.endswith(GGUF_SUFFIX) and not _is_tower(base):
+        if base.endswith(GGUF_SUFFIX) and not is_tower(base):
             part = PART_NAME.fullmatch(file)
             models.setdefault(part["stem"] if part else file.removesuffix(GGUF_SUFFIX), []).append(file)
-    towers = [file for file in files if _is_tower(file.rpartition("/")[2])]
+    towers = [file for file in files if is_tower(file.rpartition("/")[2])]
     names = gguf_names(name, list(models))
     for stem, parts in models.items():
         beside = [tower for tower in towers if tower.rpartition("/")[0] == stem.rpartition("/")[0]]
@@ -513,5 +513,5 @@ def _lies_in(root: Path, path: Path) -> bool:
     return target.is_relative_to(root.resolve()) and target.is_file()
 
 
-def _is_tower(name: str) -> bool:
+def is_tower(name: str) -> bool:
     return "mmproj" in name and name.endswith(GGUF_SUFFIX)

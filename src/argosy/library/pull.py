@@ -1,6 +1,7 @@
 """Fetch a model from a hub into the hub's cache, where other programs find it, too.
 
-    OWNER/NAME[:Q4_K_M]  ->  look_up  ->  Download: one commit, the files that are needed, what is here of them
+    OWNER/NAME[:Q4_K_M]  ->  ask_hub  ->  Repository: one commit, and the formats that it has
+                         ->  download ->  Download: the files that are needed, what is here of them
                          ->  fetch    ->  blobs/DIGEST, then links to them in snapshots/COMMIT
 
 Each file is written from its beginning to its end, as DIGEST.incomplete, and becomes a blob when its digest is right.
@@ -16,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 
-from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME
-from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, RemoteFile, Source
+from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, may_run
+from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, Listing, RemoteFile, Source
 from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
 from argosy.checkpoint.safetensors import INDEX_FILE
@@ -32,7 +33,7 @@ from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
 from argosy.library import kept
 from argosy.library.places import choose_tower, gguf_names, hub_cache, repository_folder
-from argosy.model.remote import choose_weights
+from argosy.model.remote import choose_weights, gguf_models, has_tensors
 from argosy.plan import machine
 
 PARTIAL_SUFFIX = ".incomplete"
@@ -40,6 +41,7 @@ _LIST_BYTES = 4 << 20
 _NUM_AT_ONCE = 4  # files
 _MOST_FAILURES = 5  # in a row, without a byte between them
 _READ_BYTES = 1 << 20
+_NO_SIZE = 1 << 62  # sorts last
 _RESERVE_BYTES = 64 << 20  # stay free on the drive
 _TICK_S, _GRACE_S = 0.2, 2.0
 
@@ -141,16 +143,139 @@ class Moment:
 Watch = Callable[[Moment], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A model of a repository, in one format.
+
+    name: its name in the library.
+    format: such as Q4_K_M, safetensors, or the name of a file that ends with no format.
+    source: names this model alone.
+    nbytes: size of its weights; None: some part or size is missing.
+    may_run: False: its format has no kernel.
+    """
+
+    name: str
+    format: str
+    source: Source
+    num_parts: int
+    nbytes: int | None
+    may_run: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository of the hub at one commit.
+
+    source: with the part of a name that selects one of its models, and the commit.
+    asked: the branch, tag or commit that was asked for; "": the main branch.
+    """
+
+    source: Source
+    asked: str
+    listing: Listing
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its models are GGUF files, and the source names none or several of them."""
+        names = self.listing.names
+        is_gguf = bool(self.source.part) or not has_tensors(names)
+        return is_gguf and bool(gguf_models(names)) and len(gguf_models(names, self.source.part)) != 1
+
+    def offers(self, part: str = "") -> list[Offer]:
+        """Its models, or those that a part of a name selects, the smallest first."""
+        names, sizes = self.listing.names, {file.name: file.nbytes for file in self.listing.files}
+        models = gguf_models(names, part)
+        library = gguf_names(self.source.repository, [model.stem for model in gguf_models(names)])
+        found = [
+            Offer(
+                name=library[model.stem],
+                format=model.format or model.stem.rpartition("/")[2],
+                source=replace(self.source, part=model.stem),
+                num_parts=model.num_parts,
+                nbytes=_total(sizes, model.parts) if len(model.parts) == model.num_parts else None,
+                may_run=may_run(model.format),
+            )
+            for model in models
+        ]
+        if has_tensors(names) and not part:
+            source = replace(self.source, part="")
+            shards = choose_weights(names, source)
+            nbytes = _total(sizes, shards)
+            found.append(
+                Offer(
+                    name=source.repository,
+                    format="safetensors",
+                    source=source,
+                    num_parts=len(shards),
+                    nbytes=nbytes,
+                    may_run=True,
+                )
+            )
+        return sorted(found, key=lambda offer: (offer.nbytes or _NO_SIZE, offer.name))
+
+    @property
+    def has_part(self) -> bool:
+        """Whether the source names a part of a name that some model has."""
+        return bool(self.source.part) and bool(gguf_models(self.listing.names, self.source.part))
+
+    @property
+    def tower(self) -> RemoteFile | None:
+        """The file with the vision tower of its GGUF models; None if it has none, or the formats lie in folders."""
+        name = choose_tower([file.name for file in self.listing.files if "/" not in file.name])
+        return next((file for file in self.listing.files if file.name == name), None)
+
+    def download(self) -> Download:
+        """The files that are needed of the model that the source names.
+
+        Raises:
+            UsageError: it does not say which of several.
+            CheckpointError: there is no model, or the hub's list has no sizes and digests.
+        """
+        source, listing = self.source, self.listing
+        weights = choose_weights(listing.names, source)
+        chosen = dict.fromkeys((*weights, *_beside(weights, listing.names)))
+        files = {file.name: file for file in listing.files}
+        for name in chosen:
+            _require_known(source, files[name])
+        stem = weights[0].removesuffix(GGUF_SUFFIX)
+        if part := PART_NAME.fullmatch(weights[0]):
+            stem = part["stem"]
+        is_gguf = weights[0].endswith(GGUF_SUFFIX)
+        return Download(
+            source=source,
+            asked=self.asked,
+            name=gguf_names(source.repository, [stem])[stem] if is_gguf else source.repository,
+            licence=listing.licence,
+            files=tuple(files[name] for name in chosen),
+            root=hub_cache(),
+        )
+
+
+def _total(sizes: Mapping[str, int | None], names: Iterable[str]) -> int | None:
+    found = [sizes[name] for name in names]
+    known = [nbytes for nbytes in found if nbytes is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
 def look_up(text: str, revision: str | None = None) -> Download:
-    """Ask the hub for the files of a model, and choose those that are needed. No weights are read.
+    """The download of a model; no weights are read.
+
+    Raises:
+        The errors of `ask_hub` and `Repository.download`.
+    """
+    return ask_hub(text, revision).download()
+
+
+def ask_hub(text: str, revision: str | None = None) -> Repository:
+    """Ask the hub for the files of a model.
 
     Args:
         revision: a branch, tag or commit; None: the main branch.
 
     Raises:
-        UsageError: `text` is no model of this hub, or does not say which of several, or the revision has no such form.
+        UsageError: `text` is no model of this hub, or the revision has no such form.
         FetchFailed: the hub cannot be reached, or refuses.
-        CheckpointError: there is no model, or the answer is malformed or has no digests.
+        CheckpointError: there is no such repository, or the answer is malformed.
     """
     source = Source.find(text)
     endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
@@ -172,23 +297,7 @@ def look_up(text: str, revision: str | None = None) -> Download:
     asked = "" if revision in (None, kept.MAIN) else revision
     source = replace(source, revision=asked)
     listing = Hub(source, most_bytes=_LIST_BYTES).list_files()
-    weights = choose_weights(listing.names, source)
-    chosen = dict.fromkeys((*weights, *_beside(weights, listing.names)))
-    files = {file.name: file for file in listing.files}
-    for name in chosen:
-        _require_known(source, files[name])
-    stem = weights[0].removesuffix(GGUF_SUFFIX)
-    if part := PART_NAME.fullmatch(weights[0]):
-        stem = part["stem"]
-    is_gguf = weights[0].endswith(GGUF_SUFFIX)
-    return Download(
-        source=replace(source, revision=listing.revision),
-        asked=asked,
-        name=gguf_names(source.repository, [stem])[stem] if is_gguf else source.repository,
-        licence=listing.licence,
-        files=tuple(files[name] for name in chosen),
-        root=hub_cache(),
-    )
+    return Repository(replace(source, revision=listing.revision), asked, listing)
 
 
 def _beside(weights: list[str], names: list[str]) -> list[str]:

@@ -110,6 +110,44 @@ def _fetch(source: Source, directory: Path, tell: Progress) -> RemoteHeaders:
     return headers
 
 
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """One of a repository's models as GGUF files.
+
+    stem: the name of its file, or what the names of its parts have in common.
+    parts: its files, in order.
+    """
+
+    stem: str
+    parts: tuple[str, ...]
+
+    @property
+    def num_parts(self) -> int:
+        """The number of its parts by their names, whether all are there or not."""
+        match = PART_NAME.fullmatch(self.parts[0])
+        return int(match["count"]) if match is not None else 1
+
+    @property
+    def format(self) -> str:
+        return format_in_name(self.stem)
+
+
+def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
+    """The models as GGUF files in a repository; with `part`, those that a part of a name selects.
+
+    A format or the name of a file selects that one alone, also if longer names contain it.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.endswith(GGUF_SUFFIX) and "mmproj" not in name.rpartition("/")[2]:
+            split = PART_NAME.fullmatch(name)
+            found.setdefault(split["stem"] if split else name.removesuffix(GGUF_SUFFIX), []).append(name)
+    models = [GgufModel(stem, tuple(parts)) for stem, parts in found.items()]
+    wanted = part.lower()
+    exact = [model for model in models if wanted in (model.format.lower(), model.stem.lower())]
+    return exact if part and len(exact) == 1 else [model for model in models if wanted in model.stem.lower()]
+
+
 def choose_weights(names: Sequence[str], source: Source) -> list[str]:
     """The files with the weights of the model that a source names, among all files of its repository.
 
@@ -119,16 +157,19 @@ def choose_weights(names: Sequence[str], source: Source) -> list[str]:
         CheckpointError: there is no model, or a part of it is missing.
         UsageError: there are several GGUF models, and the source does not say which.
     """
-    gguf = [name for name in names if name.endswith(GGUF_SUFFIX) and "mmproj" not in name.rpartition("/")[2]]
-    has_tensors = any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
-    if source.part or (gguf and not has_tensors):
-        return _chosen(gguf, source)
+    if source.part or (gguf_models(names) and not has_tensors(names)):
+        return _chosen(names, source)
     if CONFIG_FILE not in names:
         raise CheckpointError(
             f"{source.repository} holds no model: looked for {CONFIG_FILE} and for a {GGUF_SUFFIX} file",
             path=source.url,
         )
     return _shards(names, source)
+
+
+def has_tensors(names: Sequence[str]) -> bool:
+    """Whether a repository has a model as safetensors."""
+    return any(name == SINGLE_FILE or _SHARD.fullmatch(name) for name in names)
 
 
 # ── safetensors ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -318,27 +359,16 @@ def _write_with_hole(path: Path, beginning: bytes, file_bytes: int) -> None:
 
 def _chosen(names: Sequence[str], source: Source) -> list[str]:
     """The parts of the one GGUF model that the source names."""
-    wanted = source.part.lower()
-    matching = [name for name in names if wanted in name.lower()]
-    models: dict[str, list[str]] = {}
-    for name in sorted(matching):
-        part = PART_NAME.fullmatch(name)
-        models.setdefault(part["stem"] if part else name, []).append(name)
-    exact = [
-        parts
-        for stem, parts in models.items()
-        if format_in_name(stem.removesuffix(GGUF_SUFFIX)).lower() == wanted
-    ]
-    if len(models) == 1 or len(exact) == 1:
-        parts = exact[0] if exact else next(iter(models.values()))
-        match = PART_NAME.fullmatch(parts[0])
-        if match is not None and len(parts) != int(match["count"]):
+    models = gguf_models(names, source.part)
+    if len(models) == 1:
+        (model,) = models
+        if len(model.parts) != model.num_parts:
             raise CheckpointError(
-                f"{source.repository} has {len(parts)} of the {int(match['count'])} parts of {quote(match['stem'])}",
+                f"{source.repository} has {len(model.parts)} of the {model.num_parts} parts of {quote(model.stem)}",
                 path=source.url,
             )
-        return parts
-    shown = ", ".join(quote(model.rpartition("/")[2].removesuffix(GGUF_SUFFIX)) for model in list(models)[:8])
+        return list(model.parts)
+    shown = ", ".join(quote(model.stem.rpartition("/")[2]) for model in models[:8])
     if not models:
         raise CheckpointError(
             f"{source.repository} has no {GGUF_SUFFIX} file with '{quote(source.part)}' in its name",
