@@ -133,6 +133,9 @@ class FakeEngine:
             self.step()
             yield sequence.events.popleft()
 
+    def progress(self) -> None:
+        """Nobody waits for a prompt of this engine."""
+
     def __enter__(self) -> FakeEngine:
         return self
 

@@ -1,12 +1,23 @@
-"""Lines and tables of commands, on terminals of any width and elsewhere."""
+"""Lines and tables of commands, on terminals of any width and elsewhere.
+
+What takes long shows how far it is: a bar on a terminal, a line a minute elsewhere, nothing once it is over.
+"""
 
 from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
 from argosy.cli import output
-from argosy.cli.output import print_facts, table_lines
+from argosy.cli.output import AnswerWriter, Shown, Wait, print_facts, progress_bar, table_lines
+from argosy.engine.progress import RequestProgress
+from argosy.engine.sequence import TokenEvent
+from tests.cli.terminal import on_terminal
 
+Captured = pytest.CaptureFixture[str]
 HEADER = ("NAME", "SIZE", "FITS")
 ROWS = [("Qwen/Qwen3-30B-A3B", "16.4 GB", "yes, it streams"), ("b", "9 kB", "no")]
 
@@ -53,3 +64,101 @@ def test_the_last_column_wraps_first_and_then_each_cell_follows_its_name(
         "NAME b",
         "  SIZE 9 kB  FITS no",
     ]
+
+
+PATIENCE_S = 20.0
+READING = RequestProgress(
+    name="", prompt_tokens=22851, prompt_done=9216, answer_tokens=0, tok_per_s=61.0, seconds=150.0, seconds_left=223.0
+)  # fmt: skip
+
+
+def test_the_time_to_go_follows_from_the_share_of_the_part_that_runs() -> None:
+    now = [100.0]
+    steps = output._Steps(lambda: now[0])
+    assert steps.read() == ("reading headers", 0.0, None)
+    now[0] += 20
+    steps.tell("reading weights", 0.4)
+    assert steps.read() == ("reading weights", 0.4, pytest.approx(30))
+    assert steps.read().left == "about 30 s left"
+    steps.tell("packing layer 1", 0.0)  # another part begins
+    assert steps.read().seconds_left is None
+    now[0] += 60
+    steps.tell("packing layer 2", 0.5)
+    assert steps.read().seconds_left == pytest.approx(60)
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then_and_none_at_first(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress_bar() as tell:
+        tell("reading weights", 0.5)
+    assert capsys.readouterr().err == ""
+    was_read, num_read = threading.Event(), 0
+
+    def read() -> Shown | None:
+        nonlocal num_read
+        num_read += 1
+        if num_read == 3:
+            was_read.set()
+        return None if num_read == 1 else Shown("reading weights", 0.4, 130.0)
+
+    monkeypatch.setattr(output, "LINE_S", 0.001)
+    with Wait(read):
+        assert was_read.wait(PATIENCE_S)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == num_read - 1
+    assert set(lines) == {"reading weights (40 %), about 2 min left"}
+
+
+def test_the_progress_of_a_prompt_ends_with_its_first_token(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "LINE_S", 0.001)
+    was_read, reads = threading.Event(), [0]
+
+    def progress() -> RequestProgress:
+        reads[0] += 1
+        if reads[0] == 2:
+            was_read.set()
+        return READING
+
+    with AnswerWriter(None, shows_thoughts=False, progress=progress) as writer:
+        assert was_read.wait(PATIENCE_S)
+        writer.push(TokenEvent(1, "Paris", None, None, None))
+        num_reads = reads[0]
+        said = capsys.readouterr()
+        assert said.out == "Paris"
+        assert said.err == "prompt 9,216 of 22,851 tokens (40 %), about 4 min left\n" * num_reads
+    assert reads[0] == num_reads
+
+
+KEYS = """
+import sys
+from argosy.cli.output import progress_bar
+with progress_bar() as tell:
+    tell("reading weights", 0.4)
+    first = sys.stdin.readline()
+print("got", repr(first), flush=True)
+print("got", repr(sys.stdin.readline()), flush=True)
+"""
+
+
+def test_keys_that_are_typed_beside_a_bar_are_not_shown_and_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "keys.py").write_text(KEYS)
+    with on_terminal([sys.executable, str(tmp_path / "keys.py")]) as terminal:
+        terminal.until(b"reading weights")
+        terminal.send(b"early\n")
+        assert b"early" not in terminal.until(b"got 'early\\n'")
+        terminal.send(b"later\n")
+        assert b"later\r\n" in terminal.until(b"got 'later\\n'")
+
+
+def test_a_command_whose_input_is_no_terminal_has_no_keys_to_hide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "input").touch()
+    with open(tmp_path / "input") as file:
+        for stdin in (None, file):
+            monkeypatch.setattr(sys, "stdin", stdin)
+            with output.quiet_keys():
+                pass

@@ -17,6 +17,7 @@ from argosy.guard.keys import KeyRing
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
 from argosy.serve.models import Models
+from argosy.serve.opened import _told
 from argosy.serve.state import PROMPT_SAID_S, log_prompts
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
@@ -71,3 +72,16 @@ def test_the_log_tells_of_prompts_that_take_long_and_of_no_others(
         "event": "prompt_progress", "request_id": "req_1", "model": "tiny", "prompt_tokens": 22851,
         "prompt_done": 9216, "seconds_left": 224,
     }  # fmt: skip
+
+
+def test_the_log_tells_every_ten_seconds_how_far_a_model_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    now, num_checked = [0.0], [0]
+    tell = _told("tiny", lambda: num_checked.__setitem__(0, num_checked[0] + 1), lambda: now[0])
+    with caplog.at_level(logging.INFO, "argosy.serve"):
+        for second in range(25):
+            now[0] = float(second)
+            tell("reading weights", second / 25)
+    assert [record.getMessage() for record in caplog.records] == [
+        "loading tiny: reading weights (40 %)", "loading tiny: reading weights (80 %)",
+    ]  # fmt: skip
+    assert num_checked == [25]

@@ -414,7 +414,8 @@ class Conversation:
         try:
             asked = [*chat_room.oldest(self.messages, num_turns), question]
             prompt = engine.prompts.build(self._readable(asked))
-            writer = AnswerWriter(engine.prompts.parser(prompt), shows_text=False, shows_thoughts=False)
+            parser = engine.prompts.parser(prompt)
+            writer = AnswerWriter(parser, shows_text=False, shows_thoughts=False, progress=engine.progress)
             result, _ = self._generate(prompt, replace(self._params, max_tokens=most_tokens), writer)
         except PromptTooLong:
             _say("note: the turns are too long to be summarised")
@@ -619,7 +620,9 @@ class Conversation:
         if begun is not None and not begun.tokens:  # as the API does
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
         prompt = engine.prompts.build(self._readable(messages))
-        writer = AnswerWriter(engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts)
+        writer = AnswerWriter(
+            engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts, progress=engine.progress
+        )
         tokens = [] if begun is None else begun.tokens
         if begun is not None and tokens:
             writer.replay(tokens)

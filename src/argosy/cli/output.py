@@ -7,10 +7,12 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, NamedTuple, Self, TextIO
 
 from argosy.config import format_bytes
 from argosy.errors import UsageError
@@ -18,10 +20,18 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.engine.ledger import Ledger
     from argosy.engine.memory_plan import MemoryPlan
+    from argosy.engine.progress import RequestProgress
     from argosy.engine.sequence import TokenEvent
     from argosy.prompt.formats import Answer, Event, Parser
 
 Progress = Callable[[str, float], None]
+
+LINE_S = 60.0  # how often a wait is told of where there is no terminal
+_PATIENCE_S = 0.3  # a terminal shows nothing of what takes no longer
+_PROMPT_PATIENCE_S = 2.0  # and nothing of a prompt
+_REDRAW_S = 0.25
+_CLEAR_S = 5.0  # longest wait for a bar to be cleared
+_LEAST_SHARE = 0.01  # that has to be done before a time to go is known
 
 FITS = {  # by the verdict of a forecast
     "no": "no",
@@ -125,8 +135,20 @@ class AnswerWriter:
     Push every token inside a `with` block; after the block, `answer` is the whole answer.
     """
 
-    def __init__(self, parser: Parser | None, *, shows_text: bool = True, shows_thoughts: bool) -> None:
-        """`parser` separates thoughts from text; None treats every token as text."""
+    def __init__(
+        self,
+        parser: Parser | None,
+        *,
+        shows_text: bool = True,
+        shows_thoughts: bool,
+        progress: Callable[[], RequestProgress | None] | None = None,
+    ) -> None:
+        """Make a writer.
+
+        Args:
+            parser: separates thoughts from text; None treats every token as text.
+            progress: of the prompt, which is shown until the first token comes; None: it is not shown.
+        """
         self._parser = parser
         self._shows_text = shows_text
         self._shows_thoughts = shows_thoughts
@@ -134,11 +156,16 @@ class AnswerWriter:
         self._code = FencedCode() if _has_colour(sys.stdout) else None
         self._is_thinking = False  # the last thing shown was a thought
         self._events: list[Event] = []
+        self._progress = progress
+        self._wait: Wait | None = None  # for the first token
 
     def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._wait = Wait(self._read_progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._end_wait()
         if kind is None and self._parser is not None:
             self._take(self._parser.finish())
         self._end_thoughts()
@@ -156,9 +183,24 @@ class AnswerWriter:
         if self._code is not None:
             self._code.push(self.answer.text)
 
+    def _read_progress(self) -> Shown | None:
+        assert self._progress is not None
+        if (known := self._progress()) is None:
+            return None
+        from argosy.engine.progress import prompt_count
+
+        share = known.prompt_done / max(1, known.prompt_tokens)
+        return Shown(prompt_count(known.prompt_done, known.prompt_tokens), share, known.seconds_left)
+
+    def _end_wait(self) -> None:
+        if self._wait is not None:
+            self._wait.end()
+            self._wait = None
+
     def push(self, token: TokenEvent) -> None:
         from argosy.prompt.formats import TextDelta
 
+        self._end_wait()
         if self._parser is not None:
             self._take(self._parser.push(token.token_id, token.text))
         elif token.text:
@@ -363,22 +405,141 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
     ]
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress | None]:
-    """A bar on stderr if it is a terminal, otherwise None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+class Shown(NamedTuple):
+    """What is shown of something that takes long: a text, the share that is done, and about how long the rest takes."""
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading headers", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+    text: str
+    share: float
+    seconds_left: float | None = None
+
+    @property
+    def left(self) -> str:
+        from argosy.engine.progress import about
+
+        return "" if self.seconds_left is None else f"{about(self.seconds_left)} left"
+
+
+class Wait:
+    """Shows on stderr how far something is that takes long, until it is ended.
+
+    On a terminal that is a bar, without the keys that are typed meanwhile; elsewhere a line a minute.
+
+    Args:
+        read: called in a thread of its own; None: there is nothing to show yet.
+        patience_s: how long a terminal shows nothing.
+    """
+
+    def __init__(self, read: Callable[[], Shown | None], *, patience_s: float = _PATIENCE_S) -> None:
+        self._read, self._patience_s = read, patience_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="argosy-wait", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Clear the bar. Ending twice is harmless."""
+        self._over.set()
+        self._thread.join(_CLEAR_S)
+
+    def _run(self) -> None:
+        with suppress(OSError, ValueError):  # nobody reads stderr any more
+            if not sys.stderr.isatty():
+                self._write_lines()
+            elif not self._over.wait(self._patience_s):
+                with quiet_keys():
+                    self._draw()
+
+    def _write_lines(self) -> None:
+        while not self._over.wait(LINE_S):
+            if (shown := self._read()) is not None:
+                left = f", {shown.left}" if shown.left else ""
+                # In one write, because other threads write lines, too.
+                sys.stderr.write(f"{shown.text} ({100 * shown.share:.0f} %){left}\n")
+                sys.stderr.flush()
+
+    def _draw(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        text, left = (
+            TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[left]}")
+        )
+        columns = (text, BarColumn(), TextColumn("{task.percentage:>3.0f} %"), left)
+        with Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+            task = bar.add_task("", total=1.0, left="", visible=False)
+            while True:
+                if (shown := self._read()) is not None:
+                    bar.update(
+                        task, description=shown.text, completed=shown.share, left=shown.left, visible=True
+                    )
+                    bar.refresh()
+                if self._over.wait(_REDRAW_S):
+                    return
+
+
+class _Steps:
+    """What a command tells of its progress, and the time to go."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told = "reading headers", 0.0
+        self._began = clock(), 0.0  # when this part began, and the share that was done
+
+    def tell(self, what: str, share: float) -> None:
+        if share < self._told[1]:  # another part has begun
+            self._began = self._clock(), share
+        self._told = what, share
+
+    def read(self) -> Shown:
+        (what, share), (began, before) = self._told, self._began
+        seconds, done = self._clock() - began, share - before
+        is_known = done >= _LEAST_SHARE and seconds >= 1.0
+        return Shown(what, share, seconds * (1.0 - share) / done if is_known else None)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show the progress of a command on stderr: a bar on a terminal, elsewhere a line a minute."""
+    steps = _Steps()
+    with Wait(steps.read):
+        yield steps.tell
+
+
+@contextmanager
+def quiet_keys() -> Iterator[None]:
+    """Keep the terminal from showing keys that are typed meanwhile; the next reader of the terminal gets them."""
+    import termios
+
+    def set_echo(echo: int) -> int:
+        """Returns what it was."""
+        mode = termios.tcgetattr(terminal)
+        before = mode[3] & termios.ECHO
+        if before != echo and not _is_in_background(terminal):
+            mode[3] = mode[3] & ~termios.ECHO | echo
+            termios.tcsetattr(terminal, termios.TCSANOW, mode)
+        return int(before)
+
+    before = None
+    with suppress(AttributeError, OSError, ValueError, termios.error):  # stdin is no terminal
+        terminal = sys.stdin.fileno()
+        before = set_echo(0)
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError, termios.error):
+                set_echo(before)
+
+
+def _is_in_background(terminal: int) -> bool:
+    """Whether the system would stop this process if it changed the terminal."""
+    try:
+        return os.tcgetpgrp(terminal) != os.getpgrp()
+    except OSError:  # it does not control this process
+        return False

@@ -209,7 +209,9 @@ def _answer(
         params = replace(params, grammar=engine.prompts.grammar(prompt, form=form) if parses else form)
     parser = engine.prompts.parser(prompt) if parses else None
     result = None
-    with AnswerWriter(parser, shows_text=shows_text, shows_thoughts=shows_thoughts) as writer:
+    with AnswerWriter(
+        parser, shows_text=shows_text, shows_thoughts=shows_thoughts, progress=engine.progress
+    ) as writer:
         for event in engine.stream(prompt, params):
             writer.push(event)
             result = event.result

@@ -193,10 +193,11 @@ def watch(server: Server) -> None:
     """
     from rich.live import Live
 
+    from argosy.cli.output import quiet_keys
     from argosy.errors import ServerNotUsable
 
     state = server.state()
-    with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
+    with contextlib.suppress(KeyboardInterrupt), quiet_keys(), Live(screen=True, auto_refresh=False) as live:
         seen, wait_s = time.monotonic(), 0.5
         while True:
             trouble = f"{server.url} has ended the stream"

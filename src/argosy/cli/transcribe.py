@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -74,11 +75,11 @@ def transcribe(
         transcriber = Transcriber.open(model, threads=settings.threads, progress=progress)
     with transcriber:
         for path in files:
-            with progress_bar() as progress:
+            with nullcontext() if quiet else progress_bar() as tell:
 
                 def report(now: Transcription, path: str = path) -> None:
-                    if progress is not None and not quiet:
-                        progress(path, now.done_s / max(now.duration_s, 1e-9))
+                    if tell is not None:
+                        tell(path, now.done_s / max(now.duration_s, 1e-9))
 
                 transcript = transcriber.transcribe(Audio(path), options, report=report)
             if form == "json":

@@ -788,12 +788,15 @@ class Engine(BlockingCalls):
         scheduled = self._in_step
         return None if scheduled is None else RunningStep(scheduled, self._model.decoder.share_done)
 
-    def progress(self, sequences: Sequence[EngineSequence], name: str = "") -> RequestProgress | None:
+    def progress(
+        self, sequences: Sequence[EngineSequence] | None = None, name: str = ""
+    ) -> RequestProgress | None:
         """How far a request is, without waiting for the running step; None: it has not run yet. From any thread.
 
         Args:
-            sequences: its answers.
+            sequences: its answers; None: all sequences of the engine, if it has one request.
         """
+        sequences = list(self._sequences) if sequences is None else sequences
         return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
 
     @property

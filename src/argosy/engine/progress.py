@@ -118,7 +118,12 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
+def prompt_count(done: int, total: int) -> str:
+    """The tokens of a prompt, for people."""
+    return f"prompt {done:,} of {total:,} tokens"
+
+
 def prompt_line(done: int, total: int, seconds_left: float | None) -> str:
     """The progress of a prompt, for people: `prompt 9,216 of 22,851 tokens (40 %), about 4 min left`."""
-    line = f"prompt {done:,} of {total:,} tokens ({100 * done // max(1, total)} %)"
+    line = f"{prompt_count(done, total)} ({100 * done // max(1, total)} %)"
     return line if seconds_left is None else f"{line}, {about(seconds_left)} left"

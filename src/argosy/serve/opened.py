@@ -8,6 +8,7 @@ Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 log = logging.getLogger("argosy.serve")
+
+LOADING_SAID_S = 10.0  # how often the log tells of a model that is loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +222,7 @@ class EngineSource:
     def open(self, num_slots: int, go_on: Callable[[], None]) -> OpenedModel:
         """See `models.Source`."""
         opened = OpenedModel(
-            self._ready, self.facts, self._common, num_slots, progress=lambda task, share: go_on(),
+            self._ready, self.facts, self._common, num_slots, progress=_told(self._ready.name, go_on),
             recording=None if self._record is None else self._record(), speeds=self._speeds,
         )  # fmt: skip
         if self._note_use is not None:
@@ -229,6 +232,20 @@ class EngineSource:
     def forget(self, tenant: str) -> None:
         """See `models.Source`."""
         self._ready.forget(tenant)
+
+
+def _told(name: str, go_on: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress of loading a model for the log, every LOADING_SAID_S; `go_on` raises if the load shall end."""
+    said_at = clock()
+
+    def tell(task: str, share: float) -> None:
+        nonlocal said_at
+        go_on()
+        if (now := clock()) - said_at >= LOADING_SAID_S:
+            said_at = now
+            log.info("loading %s: %s (%.0f %%)", name, task, 100 * share)
+
+    return tell
 
 
 def facts_of(
