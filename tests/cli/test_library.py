@@ -64,6 +64,11 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
         "experts_per_token": 2,
         "smallest_bytes": 0,
         "resident_bytes": 0,
+        "context_tokens": 128,
+        "num_layers": 3,
+        "vocab_size": 112,
+        "num_parameters": 82200,
+        "weight_bytes": 164400,
         "fits": "resident",
     }
     assert found["Qwen/Qwen3-30B-A3B"]["last_used"] == pytest.approx(time.time(), abs=60)

@@ -20,7 +20,7 @@ from argosy.guard.stops import Stopped
 from argosy.serve import models as models_module
 from argosy.serve.core import ModelFacts
 from argosy.serve.gate import Caller, Refused
-from argosy.serve.models import Memory, Models, use_model
+from argosy.serve.models import Abilities, Memory, Models, Shelved, use_model
 from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
 
@@ -83,9 +83,6 @@ class FakeModel:
 
 
 class FakeSource:
-    tools: Any = "none"
-    has_efforts = can_infill = False
-    tokenizer = None
     slot_bytes = 10
     fewest_slots = 2
 
@@ -103,6 +100,20 @@ class FakeSource:
         self.can_open = threading.Event()
         self.can_open.set()
         self.resize_s = 0.0
+        self.prepared: list[bool] = []  # a True for each `prepare`, and a False for each `release`
+        self.unready: Exception | None = None
+
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        return Abilities()
+
+    def prepare(self) -> None:
+        self.prepared.append(True)
+        if self.unready is not None:
+            raise self.unready
+
+    def release(self) -> None:
+        assert self.opened is None
+        self.prepared.append(False)
 
     @property
     def num_slots(self) -> int:
@@ -565,3 +576,165 @@ def test_the_budget_stays_while_a_model_is_read() -> None:
         await loading
 
     run(test)
+
+
+# ── a library ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeShelf:
+    """A library whose models a test puts there and takes away."""
+
+    def __init__(self, *sources: FakeSource) -> None:
+        self.sources = {source.facts.id: source for source in sources}
+        self.others: dict[str, str] = {}
+        self.faults: dict[str, str] = {}
+        self.num_looks = 0
+
+    def look(self) -> Shelved:
+        self.num_looks += 1
+        return Shelved(sources=dict(self.sources), others=self.others, faults=self.faults)
+
+
+class LibraryRig(Rig):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.shelf = FakeShelf(self.a, self.b)
+        self.models = Models.sharing(
+            [],
+            Memory(budget_bytes=BUDGET, process_bytes=PROCESS),
+            shelf=self.shelf,
+            clock=lambda: self.now,
+            **options,
+        )
+
+    async def ask(self, name: str | None) -> str:
+        self.now += models_module.SHELF_S
+        if name is not None:
+            await self.models.look(name)
+        return await super().ask(name)
+
+
+def run_library(test: Callable[[LibraryRig], Coroutine[Any, Any, None]], **options: Any) -> None:
+    async def whole() -> None:
+        rig = LibraryRig(**options)
+        try:
+            await test(rig)
+        finally:
+            await rig.models.close()
+        assert rig.meter.held == PROCESS
+
+    asyncio.run(whole())
+
+
+def test_a_model_that_came_into_the_library_is_found_when_it_is_asked_for_and_one_that_left_is_not() -> None:
+    async def test(rig: LibraryRig) -> None:
+        assert await rig.ask("a") == "a"
+        with pytest.raises(Refused, match=r'the model "big" does not exist; this server has: a, b\n'):
+            await rig.ask("big")
+        rig.shelf.sources["big"] = rig.big
+        assert await rig.ask("big") == "big"
+        del rig.shelf.sources["a"], rig.shelf.sources["b"]
+        await rig.models.unload("a")  # one in memory stays
+        with pytest.raises(Refused, match="this server has: big"):
+            await rig.ask("c")
+        assert rig.models.names == ["big"]
+
+    run_library(test)
+
+
+def test_a_model_in_memory_stays_when_its_files_are_replaced_and_the_next_load_has_the_new_ones() -> None:
+    async def test(rig: LibraryRig) -> None:
+        new = FakeSource(rig.meter, "a", 200, 42)
+        await rig.models.look()
+        async with rig.using("a"):
+            rig.shelf.sources["a"] = new
+            with pytest.raises(Refused):
+                await rig.ask("c")
+            await rig.ask("a")
+            assert (rig.a.num_opened, new.num_opened) == (1, 0)
+        await rig.models.unload("a")
+        with pytest.raises(Refused):
+            await rig.ask("c")
+        await rig.ask("a")
+        assert (rig.a.num_opened, new.num_opened) == (1, 1)
+
+    run_library(test)
+
+
+def test_a_model_of_a_library_is_ready_only_while_it_is_in_memory() -> None:
+    async def test(rig: LibraryRig) -> None:
+        await rig.models.look()
+        assert rig.a.prepared == []
+        await rig.ask("a")
+        assert rig.a.prepared[-1] is True
+        await rig.models.unload("a")
+        assert rig.a.prepared[-1] is False
+        rig.b.unready = DoesNotFit("b needs more")
+        with pytest.raises(DoesNotFit, match="b needs more"):
+            await rig.ask("b")
+        assert rig.b.prepared == [True, False]
+        with pytest.raises(DoesNotFit, match="b needs more"):  # and is not read again at once
+            await rig.ask("b")
+        assert rig.b.prepared.count(True) == 1
+
+    run_library(test)
+
+
+def test_a_request_without_a_name_means_the_model_used_last_or_the_only_one() -> None:
+    async def test(rig: LibraryRig) -> None:
+        await rig.models.look()
+        with pytest.raises(Refused, match="no model is named; this server has: a, b"):
+            await rig.ask(None)
+        await rig.ask("b")
+        await rig.ask("a")
+        assert await rig.ask(None) == "a"
+        await rig.models.unload("a")
+        assert await rig.ask(None) == "b"
+        await rig.models.unload("b")
+        del rig.shelf.sources["a"]
+        with pytest.raises(Refused):
+            await rig.ask("c")
+        assert await rig.ask(None) == "b"
+
+    run_library(test)
+
+
+def test_other_names_mean_the_whole_one_and_a_model_that_cannot_run_says_why() -> None:
+    async def test(rig: LibraryRig) -> None:
+        rig.shelf.others = {"short": "a", "gone": "c"}
+        rig.shelf.faults = {"c": "c.gguf is cut off"}
+        for name in ("short", "Short", "a:latest", "SHORT:latest"):
+            assert await rig.ask(name) == "a"
+        with pytest.raises(
+            Refused, match=r'the model "c" cannot run: c.gguf is cut off; this server has: a, b'
+        ):
+            await rig.ask("c")
+        with pytest.raises(Refused, match=r'the model "gone" does not exist'):
+            await rig.ask("gone")
+
+    run_library(test)
+
+
+def test_unknown_names_look_at_the_library_once_a_second_and_an_error_lists_few_names() -> None:
+    async def test(rig: LibraryRig) -> None:
+        for number in range(50):
+            source = FakeSource(rig.meter, f"m{number}", 200, 42)
+            rig.shelf.sources[source.facts.id] = source
+        for number in range(100):
+            await rig.models.look(f"unknown{number}")
+        assert rig.shelf.num_looks == 1
+        with pytest.raises(Refused, match=r"m17, 32 more\n"):
+            rig.models.id_of("unknown")
+
+    run_library(test)
+
+
+def test_an_empty_library_says_so() -> None:
+    async def test(rig: LibraryRig) -> None:
+        rig.shelf.sources = {}
+        with pytest.raises(Refused, match="this server has: none yet") as refused:
+            await rig.ask("a")
+        assert "`argosy pull OWNER/NAME`" in str(refused.value.hint)
+        assert (rig.models.facts(), rig.models.shown(), rig.models.hearing()) == ([], None, None)
+
+    run_library(test)

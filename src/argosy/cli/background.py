@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from argosy.cli.own_server import Process
     from argosy.directory import Directory
 
+# Longer than Ollama's five minutes: what runs from a drive takes minutes to load, and its KV cache goes with it. If
+# another model needs the memory, an idle one leaves earlier.
+_IDLE_UNLOAD = "15m"
 _LOG_LIMIT = "8MiB"
 _LOG_BYTES = 8 * MIB
 START_S = 600.0  # for a server to load what it was told to load
@@ -98,7 +101,10 @@ def _command(arguments: Sequence[str]) -> list[str]:
                 f"--{name.replace('_', '-')} is for a server that an operator runs",
                 hint="`argosy serve` has it: docs/guides/deploying.md",
             )
-    given = ["--listen", own_server.socket_url(), "--log-limit", _LOG_LIMIT]
+    given = [] if context.params["models"] or context.params["library"] else ["--library"]
+    if (given or context.params["library"]) and context.params["idle_unload"] is None:
+        given += ["--idle-unload", _IDLE_UNLOAD]
+    given += ["--listen", own_server.socket_url(), "--log-limit", _LOG_LIMIT]
     given += ["--host", context.params["host"], "--port", str(context.params["port"])]
     checking = serve.make_context("argosy up", [*arguments, *given, "--check"])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -234,8 +240,13 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     models = [one for one in state.get("models") or () if isinstance(one, dict)]
     running, waiting = (sum(_whole(one.get(key)) for one in models) for key in ("running", "waiting"))
     yield f"requests  {running} running, {waiting} waiting, at most {_whole(queue.get('max_sequences'))} at once"
+    here = [one for one in models if one.get("state") != "unloaded"]
+    if others := len(models) - len(here):
+        yield f"unloaded  {others} model{'s' if others > 1 else ''}, loaded when a request names one (`argosy list`)"
+    if not here:
+        return
     table = [("MODEL", "STATE", "MEMORY", "REQUESTS", "UNLOADS")]
-    for one in models:
+    for one in here:
         memory_bytes, unloads_in_s = _whole(one.get("memory_bytes")), one.get("unloads_in_s")
         is_ready = one.get("state") == "ready"
         unloads = f"in {_span(unloads_in_s)}" if is_ready and isinstance(unloads_in_s, int | float) else "-"

@@ -16,6 +16,14 @@ from argosy.errors import ArgosyError, UsageError
 if TYPE_CHECKING:
     from argosy.library.places import Model
 
+_FACTS = {
+    "family",
+    "context_tokens",
+    "num_layers",
+    "vocab_size",
+    "num_parameters",
+    "weight_bytes",
+}  # of `Summary`
 _MOST_FILES_SHOWN = 20
 _MOST_REVISION = 20  # characters of a revision in the table
 
@@ -41,7 +49,8 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     found, known = find_models(), kept.read()
     budget_bytes, _ = machine.default_budget(machine.memory_limit())
     rows = [
-        _row(model, facts, known.used.get(model.name), budget_bytes) for model, facts in _facts(found.models)
+        _row(model, facts, known.used.get(model.name), budget_bytes)
+        for model, facts in model_facts(found.models)
     ]
     here = {model.name for model in found.models}
     rows += [
@@ -79,7 +88,7 @@ def list_models(shows_all: bool, as_json: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
+def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
     """Read the headers of each model, or say why it does not run."""
     from argosy.library.facts import FactsCache
 
@@ -91,7 +100,7 @@ def _facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
             continue
         try:
             facts = cache.get(model)
-            if facts is None:
+            if facts is None or not ("fault" in facts or facts.keys() >= _FACTS):
                 facts = _read_facts(model)
                 cache.put(model, facts)
         except OSError as error:  # it was removed meanwhile

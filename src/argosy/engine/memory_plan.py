@@ -620,19 +620,20 @@ def plan_share(
     return footprint, with_most(most)
 
 
-def shared_bytes(footprints: Sequence[ModelFootprint], *, kept_bytes: int) -> int:
+def shared_bytes(footprints: Sequence[ModelFootprint] | None, *, kept_bytes: int) -> int:
     """The memory of a server with several models, without the models.
 
     Call it when tokenizers, grammars and headers of all of them are in memory, and before any weights are.
 
     Args:
+        footprints: of the models; None: they are not known yet, and may take anything.
         kept_bytes: memory that the server has for what it keeps for clients.
     """
     _native.trim_heap()
     requests = REQUEST_BYTES
-    if any(footprint.encoder_bytes for footprint in footprints):
+    if footprints is None or any(footprint.encoder_bytes for footprint in footprints):
         requests += MEDIA_BODIES_BYTES
-    if any(footprint.takes_video for footprint in footprints):
+    if footprints is None or any(footprint.takes_video for footprint in footprints):
         requests += TEXT_BYTES  # as in `plan_memory`
     growth = PROCESS_GROWTH_BYTES + SERVER_GROWTH_BYTES + _OTHER_THREADS * THREAD_BYTES
     return held_bytes() + growth + requests + kept_bytes

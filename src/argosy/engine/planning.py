@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
@@ -283,6 +284,11 @@ class Summary:
     experts_per_token: int
     smallest_bytes: int
     resident_bytes: int
+    context_tokens: int
+    num_layers: int
+    vocab_size: int
+    num_parameters: int
+    weight_bytes: int
 
 
 def summarise(path: Path) -> Summary:
@@ -303,6 +309,11 @@ def summarise(path: Path) -> Summary:
         experts_per_token=files.config.experts_per_token,
         smallest_bytes=forecast.smallest_bytes,
         resident_bytes=forecast.resident_bytes,
+        context_tokens=files.config.context_tokens,
+        num_layers=len(files.config.layers),
+        vocab_size=files.config.vocab_size,
+        num_parameters=count_parameters(files.config)[0],
+        weight_bytes=files.dense_bytes + files.expert_bytes,
     )
 
 

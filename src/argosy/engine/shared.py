@@ -20,7 +20,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
-from argosy.config import EngineConfig, ModelConfig
+from argosy.config import KIB, MIB, EngineConfig, ModelConfig
 from argosy.engine.engine import Engine
 from argosy.engine.memory_plan import (
     TEMPLATE_WORKER_BYTES,
@@ -43,6 +43,8 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.tokenizer import Tokenizer
 
+_TOKEN_BYTES = 1 * KIB  # of a vocabulary: tokenizer, grammars and template; 690 measured
+_READY_BYTES = 16 * MIB  # headers and plan of a model
 _BACKGROUND_SHARE = 0.1  # a part of the cores, for reading a model while others step
 
 
@@ -91,13 +93,17 @@ class ReadyModel:
         self._plan: MemoryPlan | None = None
         self._process_bytes = 0
 
-    def fit(self, process_bytes: int) -> None:
+    def fit(self, process_bytes: int, *, own_bytes: int = 0) -> None:
         """Plan the model in the budget, in a process that takes so much beside its models.
+
+        Args:
+            own_bytes: a part of the floor for what is ready, if it is not part of the process.
 
         Raises:
             DoesNotFit: the budget is too small for this model alone.
         """
         self._process_bytes = process_bytes
+        process_bytes += own_bytes
         tokenizer = self._vocabulary.tokenizer
         if tokenizer is not None and tokenizer.chat_template is not None:
             process_bytes += TEMPLATE_WORKER_BYTES
@@ -173,6 +179,29 @@ class ReadyModel:
             forget_files(self.config.kv_dir.path, tenant)
 
 
+class Making:
+    """Makes models ready that step in turns, in one process.
+
+    Args:
+        process_bytes: memory of the process without models, if they are made ready one by one, while others run.
+    """
+
+    def __init__(self, recorder: OpenRecorder | None, *, process_bytes: int | None = None) -> None:
+        self._recorder, self._process_bytes = recorder, process_bytes
+        self._turns = Turns()
+        self._foreground: _native.Foreground | None = None
+
+    def ready(self, wanted: Wanted) -> ReadyModel:
+        """Raises CheckpointError and related errors, and DoesNotFit if `process_bytes` is known."""
+        if self._foreground is None:
+            threads, readers = wanted.config.threads, wanted.config.readers
+            self._foreground = _native.Foreground(min(1.0, _BACKGROUND_SHARE * threads / readers))
+        model = ReadyModel(wanted, turns=self._turns, foreground=self._foreground, recorder=self._recorder)
+        if self._process_bytes is not None:
+            model.fit(self._process_bytes, own_bytes=_READY_BYTES + _TOKEN_BYTES * model.model.vocab_size)
+        return model
+
+
 def make_ready(
     wanted: Sequence[Wanted], *, kept_bytes: int, recorder: OpenRecorder | None
 ) -> tuple[list[ReadyModel], int]:
@@ -188,9 +217,8 @@ def make_ready(
         DoesNotFit: the budget is too small for one of the models alone, or larger than the machine's memory.
         CheckpointError and related errors: a tokenizer cannot be read.
     """
-    threads, readers = wanted[0].config.threads, wanted[0].config.readers
-    turns, foreground = Turns(), _native.Foreground(min(1.0, _BACKGROUND_SHARE * threads / readers))
-    models = [ReadyModel(one, turns=turns, foreground=foreground, recorder=recorder) for one in wanted]
+    making = Making(recorder)
+    models = [making.ready(one) for one in wanted]
     process_bytes = shared_bytes([model.footprint for model in models], kept_bytes=kept_bytes)
     require_machine(models[0].config.budget.ram_bytes)
     for model in models:

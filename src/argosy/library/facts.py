@@ -35,10 +35,10 @@ class FactsCache:
                 self._facts = {key: value for key, value in raw.items() if isinstance(value, dict)}
 
     def get(self, model: Model) -> dict[str, Any] | None:
-        return self._facts.get(_key(model))
+        return self._facts.get(key_of(model))
 
     def put(self, model: Model, facts: dict[str, Any]) -> None:
-        self._facts[_key(model)] = facts
+        self._facts[key_of(model)] = facts
         self._is_changed = True
 
     def save(self) -> None:
@@ -54,7 +54,8 @@ class FactsCache:
             write(json.dumps(newest).encode())
 
 
-def _key(model: Model) -> str:
+def key_of(model: Model) -> str:
+    """Equal as long as the model's files, and what reads them, are unchanged."""
     towers = () if model.tower is None else (model.tower,)
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
     config = model.path / "config.json"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +114,21 @@ def locate(text: str) -> Path:
     if model is None:
         raise _unknown(text, found)
     return model if isinstance(model, Path) else model.path
+
+
+def other_names(models: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """Further names in lower case, and the whole names that they stand for: aliases of models, and names without owner
+    or format that only one model has.
+    """
+    short: dict[str, set[str]] = {}
+    for name in models:
+        whole, _, format = name.lower().partition(":")
+        last = whole.rpartition("/")[2]
+        for form in (name.lower(), whole, last, f"{last}:{format}"):
+            short.setdefault(form, set()).add(name)
+    return {form: next(iter(names)) for form, names in short.items() if len(names) == 1} | {
+        alias.lower(): target for alias, target in aliases.items() if not Path(target).is_absolute()
+    }
 
 
 def add_alias(alias: str, target: str) -> str:

@@ -248,9 +248,9 @@ _MODALITIES: Mapping[Kind, str] = {"picture": "image", "sound": "audio", "video"
 
 
 def _model(listing: Listing) -> Model:
-    model, tools = listing.facts, listing.tools
+    model, tools = listing.facts, listing.abilities.tools
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
-    more += ["reasoning_effort"] if listing.has_efforts else []
+    more += ["reasoning_effort"] if listing.abilities.has_efforts else []
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
@@ -289,6 +289,7 @@ def _ears(service: Service) -> Model:
 async def models(request: Request) -> ModelList:
     """List the models of the server, and the one that transcribes if there is one."""
     found = models_of(request)
+    await found.look()
     data = [_model(listing) for listing in await asyncio.to_thread(found.listed)]
     if (hearing := found.hearing()) is not None:
         data.append(_ears(hearing))
@@ -302,6 +303,7 @@ async def model(request: Request) -> Model:
     hearing = found.hearing()
     if hearing is not None and name == hearing.ears_id:
         return _ears(hearing)
+    await found.look(name)
     (listing,) = await asyncio.to_thread(found.listed, name)
     return _model(listing)
 

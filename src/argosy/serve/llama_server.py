@@ -66,16 +66,20 @@ class Slot(Closed):
 
 async def props(request: Request) -> Props:
     """Describe the server and its model, as llama-server does."""
-    (listing,) = await asyncio.to_thread(models_of(request).listed, _named(request))
-    model, tokenizer = listing.facts, listing.tokenizer
-    special = {} if tokenizer is None else tokenizer.special_tokens
+    models, name = models_of(request), await _named(request)
+    (listing,) = await asyncio.to_thread(models.listed, name)
+    model, template, special = (
+        listing.facts,
+        listing.abilities.chat_template,
+        listing.abilities.special_tokens,
+    )
     return {
         "default_generation_settings": {"n_ctx": model.context_tokens, "params": _parameters(model.sampling)},
         "total_slots": request.app.state.max_sequences,
         "model_alias": model.id,
         "model_path": model.id,
         "modalities": {"vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds},
-        "chat_template": (tokenizer.chat_template if tokenizer is not None else None) or "",
+        "chat_template": template or "",
         "bos_token": special.get("bos_token") or "",
         "eos_token": special.get("eos_token") or "",
         "build_info": f"argosy-{version('argosy')}",
@@ -92,7 +96,7 @@ def _parameters(defaults: SamplingDefaults) -> GenerationParameters:
 
 async def slots(request: Request) -> list[Slot]:
     """Show how many answers are generated, as llama-server does."""
-    (standing,) = models_of(request).facts(_named(request))
+    (standing,) = models_of(request).facts(await _named(request))
     service = standing.service
     num_running = 0 if service is None else service.loop.snapshot().engine.num_running
     return [
@@ -101,6 +105,8 @@ async def slots(request: Request) -> list[Slot]:
     ]
 
 
-def _named(request: Request) -> str:
-    """The model that a request is about."""
-    return request.query_params.get("model") or models_of(request).names[0]
+async def _named(request: Request) -> str:
+    """The id of the model that a request is about. Raises what `Models.id_of` raises."""
+    models, name = models_of(request), request.query_params.get("model") or None
+    await models.look(name)
+    return models.id_of(name)

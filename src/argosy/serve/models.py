@@ -10,6 +10,9 @@ after `idle_unload_s` without requests, or if a request asks for it and no other
 does not fit beside models that answer is refused. One that only experts of a model that is being read keep out waits
 until they can leave.
 
+A server may have a library: its models come and go with their files (`Shelf`), and each is made ready, with tokenizer
+and plan, when it is loaded, and forgotten when it is unloaded.
+
 Requests for a model in memory never wait for memory that moves. All state here belongs to the event loop. Whatever
 waits for an engine or a drive runs in a thread. `_moving` is held while memory changes hands, and not while a model is
 read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
@@ -23,9 +26,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
@@ -55,8 +58,32 @@ State = Literal["unloaded", "loading", "ready", "failed"]
 LATEST = ":latest"  # the tag that a name without a tag means, for clients of Ollama
 
 LOOK_S = 1.0  # how often to look for idle models, and for models that could use more memory
+SHELF_S = 1.0  # the library is not looked at again before
+_MOST_NAMES = 20  # of models, in an error
+_SHELF_THREADS = 16
 _RETRY_S = 10.0  # a model that could not be opened is not tried again before
 _RETRY_STOPPING_S = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """What a model's tokenizer and chat template say about it. The defaults are those of a model that was not read."""
+
+    tools: ToolCalling = "generic"
+    has_efforts: bool = False
+    can_infill: bool = False
+    chat_template: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer | None, *, tools: ToolCalling, has_efforts: bool, can_infill: bool
+    ) -> Abilities:
+        return cls(
+            tools=tools, has_efforts=has_efforts, can_infill=can_infill,
+            chat_template=None if tokenizer is None else tokenizer.chat_template,
+            special_tokens={} if tokenizer is None else tokenizer.special_tokens,
+        )  # fmt: skip
 
 
 class Served(Protocol):
@@ -80,17 +107,9 @@ class Source(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    @property
-    def tools(self) -> ToolCalling: ...
-
-    @property
-    def has_efforts(self) -> bool: ...
-
-    @property
-    def can_infill(self) -> bool: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        """What it can do; what is only in files, and was not read yet, is unknown unless it may be read now."""
+        ...
 
     @property
     def floor_bytes(self) -> int:
@@ -106,12 +125,42 @@ class Source(Protocol):
     @property
     def most_slots(self) -> int: ...
 
+    def prepare(self) -> None:
+        """Have what is needed before it is opened, such as its floor. Raises what `open` raises, and DoesNotFit."""
+        ...
+
+    def release(self) -> None:
+        """Free what `prepare` made; it is not open."""
+        ...
+
     def open(self, num_slots: int, go_on: Callable[[], None]) -> Served:
         """Bring the model into memory, with `num_slots` expert slots; `go_on` raises if it is no longer wanted."""
         ...
 
     def forget(self, tenant: str) -> None:
         """Delete what files keep of a revoked tenant, while the model is not in memory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelved:
+    """What a library has now.
+
+    sources: by the name for clients; a model whose files are unchanged keeps its source.
+    others: further names in lower case, such as aliases, and the names that they stand for.
+    faults: models that cannot run, and why.
+    """
+
+    sources: Mapping[str, Source]
+    others: Mapping[str, str]
+    faults: Mapping[str, str]
+
+
+class Shelf(Protocol):
+    """A library whose models a server has."""
+
+    def look(self) -> Shelved:
+        """Find its models now. It may read headers of new ones: call it in a thread."""
         ...
 
 
@@ -129,10 +178,7 @@ class Listing:
 
     facts: ModelFacts
     state: State
-    tools: ToolCalling
-    has_efforts: bool
-    can_infill: bool
-    tokenizer: Tokenizer | None
+    abilities: Abilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +201,7 @@ class Standing:
 class _Entry:
     """A model of the server."""
 
-    def __init__(self, facts: ModelFacts, *, source: Source | None, served: Served | None = None) -> None:
-        self._facts = facts
+    def __init__(self, source: Source | None, served: Served | None = None) -> None:
         self.source = source
         self.served = served
         self.is_loading = False  # it has memory, and is being read
@@ -171,12 +216,14 @@ class _Entry:
     @property
     def facts(self) -> ModelFacts:
         """What clients may know: of a model in memory, with the context that its budget leaves."""
-        served = self.served
-        return self._facts if served is None else served.service.model
+        if self.served is not None:
+            return self.served.service.model
+        assert self.source is not None
+        return self.source.facts
 
     @property
     def name(self) -> str:
-        return self._facts.id
+        return self.facts.id if self.source is None else self.source.facts.id
 
     @property
     def state(self) -> State:
@@ -192,6 +239,11 @@ class _Entry:
         return self.served is not None or self.is_loading
 
     @property
+    def is_free(self) -> bool:
+        """Whether nothing depends on it, so that it may leave the server."""
+        return not (self.is_here or self.num_uses or self.opening)
+
+    @property
     def is_idle(self) -> bool:
         return self.state == "ready" and not self.num_uses
 
@@ -205,7 +257,7 @@ class _Entry:
     @property
     def expert_bytes(self) -> int:
         """The bytes for experts beyond its floor."""
-        return 0 if self.source is None else self.num_slots * self.source.slot_bytes
+        return 0 if self.source is None or not self.num_slots else self.num_slots * self.source.slot_bytes
 
 
 class _Lasting:
@@ -222,7 +274,8 @@ class _Lasting:
 
 
 class Models:
-    """All models of a server, by name; the first one answers requests that name none.
+    """All models of a server, by name; the first one answers requests that name none. In a library it is the one used
+    last, or its only one.
 
     Args:
         memory: None: there is one model, which is in memory already.
@@ -242,6 +295,7 @@ class Models:
         idle_unload_s: float | None = None,
         work: Work,
         kept: KeptItems,
+        shelf: Shelf | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.is_draining = False  # the server is about to stop; requests that run go on, and load models
@@ -256,14 +310,19 @@ class Models:
         self._revoked: set[str] = set()
         self._moving = asyncio.Lock()
         # Each model may be read at once, and be resized or closed; a thread that waits takes no other's.
-        self._threads = Threads(2 * len(self._entries), thread_name_prefix="argosy-models")
+        num_threads = 2 * len(self._entries) if shelf is None else _SHELF_THREADS
+        self._threads = Threads(num_threads, thread_name_prefix="argosy-models")
+        self._shelf = shelf
+        self._shelved = Shelved(sources={}, others={}, faults={})
+        self._shelved_at: float | None = None
+        self._shelving = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
         self._is_closed = asyncio.Event()
 
     @classmethod
     def of(cls, service: Service) -> Models:
         """A server's only model, which is in memory from start to end."""
-        entry = _Entry(service.model, source=None, served=_Lasting(service))
+        entry = _Entry(None, _Lasting(service))
         return cls([entry], memory=None, any_model=service.any_model, work=service.work, kept=service.kept)
 
     @classmethod
@@ -276,14 +335,39 @@ class Models:
         idle_unload_s: float | None = None,
         work: Work | None = None,
         kept: KeptItems | None = None,
+        shelf: Shelf | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> Models:
-        """Models that share a budget; none is in memory yet."""
+        """Models that share a budget, and those of a library; none is in memory yet."""
         return cls(
-            [_Entry(source.facts, source=source) for source in sources],
+            [_Entry(source) for source in sources],
             memory=memory, any_model=any_model, idle_unload_s=idle_unload_s, work=work or Work(),
-            kept=KeptItems() if kept is None else kept, clock=clock,
+            kept=KeptItems() if kept is None else kept, shelf=shelf, clock=clock,
         )  # fmt: skip
+
+    # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def look(self, name: str | None = None) -> None:
+        """See which models the library has now; with a name, only if the server has no such model.
+
+        Without a library, and within SHELF_S of the last look, nothing happens.
+        """
+        if self._shelf is None or (name is not None and self._known(name) is not None):
+            return
+        async with self._shelving:  # those who came meanwhile find it done
+            if self._shelved_at is not None and self._clock() - self._shelved_at < SHELF_S:
+                return
+            self._shelved = shelved = await self._in_thread(self._shelf.look)
+            self._shelved_at = self._clock()
+            entries = {
+                one.name: one
+                for one in self._entries
+                if not one.is_free or shelved.sources.get(one.name) is one.source
+            }
+            self._entries = [
+                entries.pop(name) if name in entries else _Entry(source)
+                for name, source in shelved.sources.items()
+            ] + list(entries.values())
 
     # ── for requests ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,9 +376,14 @@ class Models:
         return [entry.name for entry in self._entries]
 
     @property
+    def has_shelf(self) -> bool:
+        """Whether its models are those of a library."""
+        return self._shelf is not None
+
+    @property
     def takes_media(self) -> bool:
         """Whether any model takes pictures or sounds."""
-        return any(entry.facts.media_kinds for entry in self._entries)
+        return self._shelf is not None or any(entry.facts.media_kinds for entry in self._entries)
 
     @property
     def budget_bytes(self) -> int:
@@ -309,20 +398,40 @@ class Models:
         process_bytes = 0 if self.memory is None else self.memory.process_bytes
         return process_bytes + sum(entry.held_bytes for entry in self._entries)
 
-    def _find(self, name: str | None) -> _Entry:
+    def _known(self, name: str) -> _Entry | None:
         found = {entry.name: entry for entry in self._entries}
-        for wanted in () if name is None else (name, name.removesuffix(LATEST), name + LATEST):
-            if wanted in found:
-                return found[wanted]
-        if name is None or self._any_model:
+        for wanted in (name, name.removesuffix(LATEST), name + LATEST):
+            for whole in (wanted, self._shelved.others.get(wanted.lower())):
+                if whole in found:
+                    return found[whole]
+        return None
+
+    def _first(self) -> _Entry | None:
+        """The model of requests that name none."""
+        if self._shelf is None:
             return self._entries[0]
-        raise Refused(
-            404,
-            f"the model {json.dumps(name)} does not exist; this server has: {', '.join(self.names)}",
-            hint="`argosy serve --any-model` accepts every model name",
-            param="model",
-            code="model_not_found",
+        here = sorted((one for one in self._entries if one.is_here), key=lambda one: one.used_at)
+        return (here or self._entries)[-1] if here or len(self._entries) == 1 else None
+
+    def _find(self, name: str | None) -> _Entry:
+        entry = None if name is None else self._known(name)
+        if entry is None and (name is None or self._any_model):
+            entry = self._first()
+        if entry is not None:
+            return entry
+        said = "no model is named" if name is None else f"the model {json.dumps(name)} does not exist"
+        names = self.names[:_MOST_NAMES] + (
+            [f"{len(self.names) - _MOST_NAMES} more"] if len(self.names) > _MOST_NAMES else []
         )
+        hint = "`argosy serve --any-model` accepts every model name"
+        if self._shelf is not None:
+            hint = "`argosy list` shows the models that are here; `argosy pull OWNER/NAME` fetches one from the hub"
+            fault = self._shelved.faults.get(name or "")
+            said = said if fault is None else f"the model {json.dumps(name)} cannot run: {fault}"
+        raise Refused(
+            404, f"{said}; this server has: {', '.join(names) or 'none yet'}", hint=hint, param="model",
+            code="model_not_found",
+        )  # fmt: skip
 
     def id_of(self, name: str | None) -> str:
         """The id of the model with this name.
@@ -362,10 +471,8 @@ class Models:
 
     def hearing(self) -> Service | None:
         """The service with ears, if there is one: a server of several models has none."""
-        served = self._entries[0].served
-        if self.memory is not None or served is None or served.service.ears is None:
-            return None
-        return served.service
+        served = None if self.memory is not None else self._entries[0].served
+        return None if served is None or served.service.ears is None else served.service
 
     def shown(self) -> Service | None:
         """The service of the model in memory that was used last."""
@@ -396,31 +503,29 @@ class Models:
         )
 
     def listed(self, name: str | None = None) -> list[Listing]:
-        """All models, or the one with this name. The first call may render a chat template: run it in a thread.
+        """All models, or the one with this name. It may read a model's files and render its chat template: run it in a
+        thread.
 
         Raises:
-            Refused: there is no such model.
+            Refused: there is no such model.   ArgosyError: it cannot be read.
         """
-        return [self._listing(entry) for entry in self._named(name)]
+        return [self._listing(entry, may_read=name is not None) for entry in self._named(name)]
 
     def _named(self, name: str | None) -> list[_Entry]:
         return self._entries if name is None else [self._find(name)]
 
     @staticmethod
-    def _listing(entry: _Entry) -> Listing:
+    def _listing(entry: _Entry, *, may_read: bool) -> Listing:
         if entry.source is not None:
-            source = entry.source
-            tools, has_efforts, can_infill = source.tools, source.has_efforts, source.can_infill
-            tokenizer = source.tokenizer
+            abilities = entry.source.abilities(may_read=may_read)
         else:
             assert entry.served is not None
             service = entry.served.service
-            tools, has_efforts = service.prompts.tool_calling, service.has_efforts
-            can_infill, tokenizer = service.prompts.can_infill, service.tokenizer
-        return Listing(
-            facts=entry.facts, state=entry.state, tools=tools, has_efforts=has_efforts, can_infill=can_infill,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+            abilities = Abilities.of(
+                service.tokenizer, tools=service.prompts.tool_calling, has_efforts=service.has_efforts,
+                can_infill=service.prompts.can_infill,
+            )  # fmt: skip
+        return Listing(facts=entry.facts, state=entry.state, abilities=abilities)
 
     async def resize(self, budget_bytes: int) -> None:
         """Have another memory budget from now on; requests go on meanwhile.
@@ -523,7 +628,8 @@ class Models:
     # ── the life of the server ──────────────────────────────────────────────────────────────────────────────────
 
     async def preload(self, names: Sequence[str]) -> None:
-        """Load models one after another. Raises what `use` raises."""
+        """Look at the library, and load models one after another. Raises what `use` raises."""
+        await self.look()
         for name in names:
             with ExitStack() as used:
                 await self.use(name, used)
@@ -549,10 +655,16 @@ class Models:
                     await self._unload(entry)
         self._threads.shutdown()
 
+    def _forget_unused(self, entry: _Entry) -> None:
+        """Free what was made for a model that is not open."""
+        if entry.source is not None and not entry.is_here:
+            entry.source.release()
+
     # ── moving memory ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def _open(self, entry: _Entry) -> None:
         """Make room for a model, and read it."""
+        assert entry.source is not None
         try:
             while True:
                 async with self._moving:
@@ -561,6 +673,7 @@ class Models:
                     self._require_wanted()
                     if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
                         raise entry.fault.with_traceback(None)
+                    await self._attempt(entry, entry.source.prepare)
                     if await self._make_room(entry):
                         break
                     reading = [
@@ -571,14 +684,23 @@ class Models:
             await self._read(entry)
         finally:
             entry.opening = None
+            self._forget_unused(entry)
 
     async def _read(self, entry: _Entry) -> None:
         source = entry.source
         assert source is not None
+        served = await self._attempt(
+            entry, source.open, source.fewest_slots + entry.num_slots, self._require_wanted
+        )
+        entry.served, entry.is_loading, entry.fault = served, False, None
+        entry.used_at = self._clock()
+        for tenant in tuple(self._revoked):  # its key was revoked while the model was read
+            served.service.revoke(tenant)
+
+    async def _attempt(self, entry: _Entry, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+        """Do a part of opening a model in a thread; what fails is remembered, and not tried again at once."""
         try:
-            served = await self._in_thread(
-                source.open, source.fewest_slots + entry.num_slots, self._require_wanted
-            )
+            return await self._in_thread(call, *args, **named)
         except Exception as error:
             entry.is_loading, entry.num_slots = False, 0
             if self._is_stopped:
@@ -589,10 +711,6 @@ class Models:
             )
             entry.failed_at = self._clock()
             raise entry.fault from None
-        entry.served, entry.is_loading, entry.fault = served, False, None
-        entry.used_at = self._clock()
-        for tenant in tuple(self._revoked):  # its key was revoked while the model was read
-            served.service.revoke(tenant)
 
     def _require_wanted(self) -> None:
         """Raise if the server is stopping. Any thread may call this."""
@@ -712,6 +830,7 @@ class Models:
         except Exception as error:
             log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
         entry.served, entry.is_leaving, entry.num_slots = None, False, 0
+        self._forget_unused(entry)
         if entry.source is not None and not self._is_stopped:
             log.info("models: %s is unloaded", entry.name)
 
@@ -766,6 +885,8 @@ async def use_model(request: Request, name: str | None = None) -> Service:
     """
     caller: Caller = request.state.caller
     models = models_of(request)
+    if name is not None:
+        await models.look(name)
     caller.uses = models.id_of(name)
     caller.go_on()  # a model that is stopped is not loaded
     service = await models.use(name, caller.ending)

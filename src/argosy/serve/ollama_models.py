@@ -89,7 +89,9 @@ class ApiVersion(Closed):
 
 async def tags(request: Request) -> OllamaModels:
     """List the models, as Ollama does."""
-    return {"models": [_listed(standing.facts) for standing in models_of(request).facts()]}
+    models = models_of(request)
+    await models.look()
+    return {"models": [_listed(standing.facts) for standing in models.facts()]}
 
 
 def _listed(model: ModelFacts) -> OllamaModel:
@@ -120,20 +122,22 @@ async def show(body: ShowBody, request: Request) -> Shown:
     """Describe a model, as Ollama does."""
     if body.model is None:
         raise UsageError("model: expected a name, found nothing", param="model")
-    (listing,) = await asyncio.to_thread(models_of(request).listed, body.model)
+    models = models_of(request)
+    await models.look(body.model)
+    (listing,) = await asyncio.to_thread(models.listed, body.model)
     return _shown(listing)
 
 
 def _shown(listing: Listing) -> Shown:
-    model, tokenizer = listing.facts, listing.tokenizer
+    model, abilities = listing.facts, listing.abilities
     can = {
-        "completion": True, "tools": listing.tools != "none", "insert": listing.can_infill,
-        "thinking": listing.has_efforts,
+        "completion": True, "tools": abilities.tools != "none", "insert": abilities.can_infill,
+        "thinking": abilities.has_efforts,
         "vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds,
     }  # fmt: skip
     return {
         "modelfile": "", "parameters": _parameters(model),
-        "template": (tokenizer.chat_template if tokenizer is not None else None) or "",
+        "template": abilities.chat_template or "",
         "details": _details(model), "model_info": _model_info(model),
         "capabilities": [name for name, has in can.items() if has],
         "modified_at": _modified_at(model),

@@ -1,6 +1,7 @@
 """A model in memory, as a server has it: the engine, the thread that steps it, and the service.
 
     ReadyModel  ─ EngineSource.open ─>  OpenedModel: Engine, EngineLoop, Service  ─ close ─>  ReadyModel
+    Offer of a library  ─ LazySource.prepare ─>  EngineSource  ─ release ─>  Offer
 
 Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared.py` has models without weights.
 """
@@ -8,9 +9,10 @@ Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,14 +27,13 @@ from argosy.guard.keys import KeyRing
 from argosy.media.parts import Hearing, Kind
 from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
-from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
-from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.core import ModelFacts, Service, Work, effort_variables
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.log import where_it_failed
 from argosy.serve.media_hosts import MediaHosts
+from argosy.serve.models import Abilities, Shelved
 
 if TYPE_CHECKING:
     from argosy.engine.forecast import Speeds
@@ -187,21 +188,23 @@ class EngineSource:
             hears=ready.hears, fingerprint=ready.fingerprint, sampling=ready.sampling,
         )  # fmt: skip
 
-    @property
-    def tools(self) -> ToolCalling:
-        return self._ready.tools
-
-    @property
-    def can_infill(self) -> bool:
-        return self._ready.can_infill
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self._ready.tokenizer
-
     @cached_property
-    def has_efforts(self) -> bool:
-        return bool(effort_variables("medium", self._ready.variables))
+    def _abilities(self) -> Abilities:
+        ready = self._ready
+        return Abilities.of(
+            ready.tokenizer, tools=ready.tools, has_efforts=bool(effort_variables("medium", ready.variables)),
+            can_infill=ready.can_infill,
+        )  # fmt: skip
+
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        """See `models.Source`."""
+        return self._abilities
+
+    def prepare(self) -> None:
+        """It is ready from start to end."""
+
+    def release(self) -> None:
+        """It is ready from start to end."""
 
     @property
     def floor_bytes(self) -> int:
@@ -246,6 +249,113 @@ def _told(name: str, go_on: Callable[[], None], clock: Callable[[], float] = tim
             log.info("loading %s: %s (%.0f %%)", name, task, 100 * share)
 
     return tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A model of a library.
+
+    key: equal as long as its files are unchanged.
+    make: reads its tokenizer and plans it; raises DoesNotFit, CheckpointError and related errors.
+    """
+
+    facts: ModelFacts
+    key: object
+    make: Callable[[], tuple[ReadyModel, Speeds | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offers:
+    """The models of a library; `others` and `faults` as in `models.Shelved`."""
+
+    offers: Sequence[Offer]
+    others: Mapping[str, str]
+    faults: Mapping[str, str]
+
+
+class LazySource:
+    """A `models.Source` of a library's model: it is made ready for each time that it is opened."""
+
+    _reading = threading.Lock()  # one at a time: a tokenizer that is read for a list counts in no budget
+
+    def __init__(self, offer: Offer, to_source: Callable[[ReadyModel, Speeds | None], EngineSource]) -> None:
+        self.key, self.facts = offer.key, offer.facts
+        self._make, self._to_source = offer.make, to_source
+        self._source: EngineSource | None = None
+        self._abilities: Abilities | None = None
+
+    def _read(self) -> EngineSource:
+        source = self._to_source(*self._make())
+        self._abilities = source.abilities()
+        self.facts = replace(source.facts, created=self.facts.created)
+        return source
+
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        """See `models.Source`."""
+        if self._abilities is None and may_read:
+            with self._reading:
+                if self._abilities is None:
+                    self._read()
+        return self._abilities or Abilities()
+
+    def prepare(self) -> None:
+        """See `models.Source`."""
+        with self._reading:
+            if self._source is None:
+                self._source = self._read()
+
+    def release(self) -> None:
+        """See `models.Source`."""
+        self._source = None
+
+    @property
+    def _ready(self) -> EngineSource:
+        assert self._source is not None
+        return self._source
+
+    @property
+    def floor_bytes(self) -> int:
+        return self._ready.floor_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._ready.slot_bytes
+
+    @property
+    def fewest_slots(self) -> int:
+        return self._ready.fewest_slots
+
+    @property
+    def most_slots(self) -> int:
+        return self._ready.most_slots
+
+    def open(self, num_slots: int, go_on: Callable[[], None]) -> OpenedModel:
+        """See `models.Source`."""
+        return self._ready.open(num_slots, go_on)
+
+    def forget(self, tenant: str) -> None:
+        """A library's models keep nothing in files."""
+
+
+class LibraryShelf:
+    """A `models.Shelf` over what a library offers."""
+
+    def __init__(
+        self, look: Callable[[], Offers], to_source: Callable[[ReadyModel, Speeds | None], EngineSource]
+    ) -> None:
+        self._look, self._to_source = look, to_source
+        self._sources: dict[str, LazySource] = {}
+
+    def look(self) -> Shelved:
+        """See `models.Shelf`."""
+        found, before = self._look(), self._sources
+        self._sources = {}
+        for offer in found.offers:
+            source = before.get(offer.facts.id)
+            if source is None or source.key != offer.key:
+                source = LazySource(offer, self._to_source)
+            self._sources[offer.facts.id] = source
+        return Shelved(sources=self._sources, others=found.others, faults=found.faults)
 
 
 def facts_of(

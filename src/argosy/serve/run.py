@@ -62,7 +62,7 @@ from argosy.serve.log import LogFormat, LogWriter, where_it_failed
 from argosy.serve.media_hosts import MediaHosts
 from argosy.serve.memory import MemoryWatch
 from argosy.serve.models import Memory, Models
-from argosy.serve.opened import Common, EngineSource, Recording, facts_of, service_for
+from argosy.serve.opened import Common, EngineSource, LibraryShelf, Offers, Recording, facts_of, service_for
 from argosy.serve.origins import Origins
 from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
@@ -615,8 +615,8 @@ def serve(
 
 
 def serve_several(
-    models: Sequence[ReadyModel],
-    process_bytes: int,
+    models: Sequence[ReadyModel] | Callable[[], Offers],
+    memory: Memory,
     sockets: Sequence[Listener],
     settings: ServerSettings,
     *,
@@ -624,13 +624,14 @@ def serve_several(
     record: Callable[[], Recording] | None,
     speeds: Mapping[str, Speeds],
     idle_unload_s: float | None,
+    max_sequences: int,
     preload: Sequence[str] = (),
     note_use: Callable[[str], None] | None = None,
 ) -> None:
     """Serve models that share a budget until a signal, as `serve` does one.
 
     Args:
-        models, process_bytes: from `make_ready`.
+        models: from `make_ready`; or what finds those of a library.
         kept_bytes: memory for items that clients refer to.
         record: makes what records the routing of a model while it is open; None: nothing is recorded.
         speeds: predictions for `/metrics`, by model.
@@ -644,18 +645,17 @@ def serve_several(
     """
     with _keyed(settings) as (ring, limits, auditor):
         common = settings.common(ring, kept_bytes=kept_bytes)
-        memory = Memory(budget_bytes=models[0].config.budget.ram_bytes, process_bytes=process_bytes)
-        sources = [
-            EngineSource(ready, common, record=record, speeds=speeds.get(ready.name), note_use=note_use)
-            for ready in models
-        ]
+
+        def to_source(ready: ReadyModel, expected: Speeds | None) -> EngineSource:
+            return EngineSource(ready, common, record=record, speeds=expected, note_use=note_use)
+
         shared = Models.sharing(
-            sources, memory, any_model=settings.any_model, idle_unload_s=idle_unload_s, work=common.work,
-            kept=common.kept,
+            [] if callable(models) else [to_source(ready, speeds.get(ready.name)) for ready in models], memory,
+            any_model=settings.any_model, idle_unload_s=idle_unload_s, work=common.work, kept=common.kept,
+            shelf=LibraryShelf(models, to_source) if callable(models) else None,
         )  # fmt: skip
         _run(
-            shared, ring, limits, sockets, settings, max_sequences=models[0].config.max_sequences, preload=preload,
-            auditor=auditor,
+            shared, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload, auditor=auditor,
         )  # fmt: skip
 
 
@@ -730,7 +730,7 @@ def _run(
     )
 
     def started(address: str) -> None:
-        name = ", ".join(models.names)
+        name = "the library" if models.has_shelf else ", ".join(models.names)
         if settings.log_format == "json":
             log.info("serving", extra={"facts": {"event": "started", "model": name, "address": address}})
             return

@@ -25,7 +25,7 @@ from argosy.engine.loop import LoopFacts
 from argosy.engine.progress import RequestProgress, prompt_line
 from argosy.serve.answer_metrics import AnswerMetrics
 from argosy.serve.cluster import Workers, WorkerState, worker_metrics
-from argosy.serve.core import Service
+from argosy.serve.core import ModelFacts, Service
 from argosy.serve.fields import Closed
 from argosy.serve.models import Memory, Models, Standing, State
 
@@ -166,6 +166,12 @@ class EngineState(Closed):
     privacy: Privacy
 
 
+# A library may be empty.
+_NO_MODEL = ModelFacts(
+    id="", family="", context_tokens=0, num_layers=0, num_experts=0, experts_per_token=0, vocab_size=0
+)
+
+
 def memory_of(models: Models) -> MemoryState:
     """The memory budget of the server, and what it is used for."""
     shown = models.shown()
@@ -195,7 +201,8 @@ def state_of(
     """
     shown = models.shown()
     if shown is None:
-        model, facts, recent = models.facts()[0].facts, _nothing(), None
+        known = models.facts()
+        model, facts, recent = known[0].facts if known else _NO_MODEL, _nothing(), None
     else:
         model, facts = shown.model, shown.loop.snapshot()
         recent = None if shown.recent_cache is None else shown.recent_cache()

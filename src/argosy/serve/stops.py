@@ -65,6 +65,7 @@ async def stop(body: StopBody, request: Request) -> Stopped:
     """Stop something at once, or let it go on."""
     kept, names = _stops_of(request), {body.name}
     if body.kind == "model":
+        await models_of(request).look(body.name)
         names = {_model_id(body.name, request)}
     elif body.kind == "key" and body.is_stopped:
         names = {_id_of_other_key(body.name, request)}

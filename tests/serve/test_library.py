@@ -1,0 +1,150 @@
+"""A server that has the whole library: by its names, from every dialect, within one budget, and never by a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from argosy.cli import served_library
+from argosy.cli.served_library import ServedLibrary
+from argosy.config import GIB
+from argosy.engine.memory_plan import shared_bytes
+from argosy.guard.keys import KeyRing
+from argosy.library import names as library_names
+from argosy.serve.app import make_app
+from argosy.serve.core import Work
+from argosy.serve.kept_items import KeptItems
+from argosy.serve.models import Memory, Models
+from argosy.serve.opened import Common, EngineSource, LibraryShelf
+from tests.cli.tiny_chat_model import write_chat_model
+from tests.library.caches import add_to_hub
+from tests.serve.conftest import start
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("files") / "model")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache with two models, and no other program's."""
+    for name in ("HF_HOME", "OLLAMA_MODELS", "HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "ARGOSY_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    hub = tmp_path / "HF_HOME" / "hub"
+    add_to_hub(hub, "Acme/One-30B", model_files)
+    add_to_hub(hub, "Acme/Two", model_files)
+    return hub
+
+
+@pytest.fixture
+def server(hub: Path) -> Iterator[str]:
+    given = {"memory": GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
+    process_bytes = shared_bytes(None, kept_bytes=1 << 20)
+    library = ServedLibrary(given, process_bytes, None)
+    common = Common(ring=None, kept=KeptItems(), work=Work())
+    models = Models.sharing(
+        [], Memory(budget_bytes=GIB, process_bytes=process_bytes), work=common.work, kept=common.kept,
+        shelf=LibraryShelf(library.look, lambda ready, speeds: EngineSource(ready, common, record=None, speeds=speeds)),
+    )  # fmt: skip
+    yield from start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4))
+    for entry in models._entries:
+        if entry.served is not None:
+            entry.served.close()
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    return httpx.post(url, json=body, timeout=60)
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def test_every_dialect_loads_a_model_of_the_library_by_its_name(
+    server: str, hub: Path, model_files: Path
+) -> None:
+    assert httpx.get(f"{server}/v1/engine/state").json()["models"] == []  # before anybody asked for the list
+    listed = httpx.get(f"{server}/v1/models").json()["data"]
+    assert [(one["id"], one["state"], one["context_length"]) for one in listed] == [
+        ("Acme/One-30B", "unloaded", 256),
+        ("Acme/Two", "unloaded", 256),
+    ]
+    tags = httpx.get(f"{server}/api/tags").json()["models"]
+    assert [one["name"] for one in tags] == ["Acme/One-30B:latest", "Acme/Two:latest"]
+    shown = post(f"{server}/api/show", {"model": "Acme/Two"}).json()
+    assert (shown["capabilities"], "<|im_start|>" in shown["template"]) == (["completion", "tools"], True)
+
+    library_names.add_alias("coder", "Acme/Two")
+    limit = {"messages": MESSAGES, "max_tokens": 2}
+    for name, whole in (("Acme/One-30B", "Acme/One-30B"), ("one-30b", "Acme/One-30B"), ("coder", "Acme/Two")):
+        chat = post(f"{server}/v1/chat/completions", {"model": name, **limit})
+        assert (chat.status_code, chat.json()["model"]) == (200, whole), chat.text
+        message = post(f"{server}/v1/messages", {"model": name, **limit})
+        assert (message.status_code, message.json()["model"]) == (200, whole)
+        line = post(
+            f"{server}/api/chat",
+            {"model": name, "messages": MESSAGES, "stream": False, "options": {"num_predict": 2}},
+        )
+        assert (line.status_code, line.json()["model"]) == (200, whole)
+    assert {one["id"]: one["state"] for one in httpx.get(f"{server}/v1/models").json()["data"]} == {
+        "Acme/One-30B": "ready",
+        "Acme/Two": "ready",
+    }
+    add_to_hub(hub, "Acme/Three", model_files)  # a pull, while the server runs
+
+
+def test_a_model_that_was_pulled_meanwhile_is_there(
+    server: str, hub: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argosy.serve.models.SHELF_S", 0.0)
+    assert len(httpx.get(f"{server}/v1/models").json()["data"]) == 2
+    add_to_hub(hub, "Acme/Three", model_files)
+    answer = post(f"{server}/v1/completions", {"model": "Acme/Three", "prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    "kind", ["snapshot", "relative", "link", "config", "traversal", "alias of a path, by its path"]
+)
+def test_a_path_in_a_request_is_never_opened(
+    server: str, hub: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snapshot,) = (hub / "models--Acme--Two" / "snapshots").iterdir()
+    monkeypatch.chdir(snapshot.parent)
+    library_names.add_alias("mine", str(snapshot))
+    (snapshot.parent / "here").symlink_to(snapshot)
+    name = {
+        "snapshot": str(snapshot), "relative": snapshot.name, "link": "here", "config": f"{snapshot}/config.json",
+        "traversal": f"../snapshots/{snapshot.name}", "alias of a path, by its path": f"{snapshot}/",
+    }[kind]  # fmt: skip
+    for path, body in (
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/embeddings", {"input": "x"}),
+        ("/api/show", {}),
+        ("/api/generate", {"keep_alive": 0}),
+    ):
+        answer = post(server + path, {"model": name, **body})
+        assert answer.status_code == 404, answer.text
+        assert "this server has: Acme/One-30B, Acme/Two, mine" in answer.text
+    # The user's own alias of a path is a name.
+    answer = post(f"{server}/v1/completions", {"model": "mine", "prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+
+
+def test_a_model_that_cannot_be_read_says_why_and_the_others_answer(hub: Path, server: str) -> None:
+    (snapshot,) = (hub / "models--Acme--Two" / "snapshots").iterdir()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text("{")
+    assert [one["id"] for one in httpx.get(f"{server}/v1/models").json()["data"]] == ["Acme/One-30B"]
+    answer = post(f"{server}/v1/completions", {"model": "Acme/Two", "prompt": "x"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].startswith(
+        'the model "Acme/Two" cannot run: config.json is not JSON'
+    )
+    answer = post(f"{server}/v1/completions", {"model": "Acme/One-30B", "prompt": "x", "max_tokens": 1})
+    assert answer.status_code == 200
+    assert served_library.DEMO not in answer.text
