@@ -35,6 +35,7 @@ class FakePrompts:
     def __init__(self, family: Family, asked: list[Any]) -> None:
         self._builder: PromptBuilder = family.builder()
         self._asked = asked
+        self.built: list[Prompt] = []
 
     @property
     def tool_calling(self) -> str:
@@ -43,10 +44,15 @@ class FakePrompts:
     def build(self, request: Any, **options: Any) -> Prompt:
         if not options.get("is_counted"):
             self._asked.append([dict(m) for m in request] if isinstance(request, list) else request)
-        return self._builder.build(request, **options)
+        self.built.append(self._builder.build(request, **options))
+        return self.built[-1]
 
     def grammar(self, prompt: Prompt, *, form: Grammar) -> Grammar | None:
         return self._builder.grammar(prompt, form=form)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return self._builder.variables
 
     def parser(self, prompt: Prompt) -> Parser:
         return self._builder.parser(prompt)
@@ -68,12 +74,14 @@ class FakeEngine:
     num_parameters = 30_500_000_000
     sampling = SamplingDefaults()
     media_faults: Mapping[str, Exception] = MappingProxyType({})
+    ends: str = "stop"  # why it stops after `answer`
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
     opened: list[dict[str, Any]]
     recorders: ClassVar[list[Any]] = []
     asked: list[Any]
     params: list[SamplingParams]
+    prompts: FakePrompts
 
     def __init__(
         self, model: object, *, progress: object = None, recorder: object = None, **arguments: Any
@@ -82,7 +90,7 @@ class FakeEngine:
         type(self).recorders.append(recorder)
         type(self).opened.append({"model": model, **arguments})
         self.plan = FakePlan()
-        self.prompts = FakePrompts(FAMILIES[self.family], type(self).asked)
+        self.prompts = type(self).prompts = FakePrompts(FAMILIES[self.family], type(self).asked)
         self.is_open = True
 
     @classmethod
@@ -108,12 +116,12 @@ class FakeEngine:
         self.sequence.at += 1
         is_last = self.sequence.at == len(self.answer)
         if is_last:
-            self.finish("stop")
+            self.finish(self.ends)
         tokenizer, said = FAMILIES[self.family].tokenizer, self.answer[at]
         control = tokenizer.control_id(said)
         text = "" if control in tokenizer.hidden_ids else said
         token_id = at if control is None else control
-        event = TokenEvent(token_id, text, None, "stop" if is_last else None, self.sequence.result)
+        event = TokenEvent(token_id, text, None, self.ends if is_last else None, self.sequence.result)
         self.sequence.events.append(event)
 
     def finish(self, reason: Any) -> None:

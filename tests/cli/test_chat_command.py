@@ -15,6 +15,7 @@ from argosy.cli.chat import Conversation
 from argosy.cli.main import main
 from argosy.config import SamplingParams
 from argosy.errors import DoesNotFit, PromptTooLong, ReadFailed, UsageError
+from argosy.prompt.thinking import Thinking
 from tests.cli.fake_engine import FakeEngine
 from tests.cli.terminal import on_terminal
 
@@ -92,7 +93,7 @@ def test_commands_answer_on_stderr(engine: Engine, capsys: Captured) -> None:
     assert "/reset         forget the conversation" in captured.err
     assert "hit rate 0.60" in captured.err
     assert (
-        "unknown command '/legder'; known: /help /image /audio /video /system /retry /continue /trim /tokens"
+        "unknown command '/legder'; known: /help /image /audio /video /system /think /retry /continue /trim /tokens"
         in captured.err
     )
     assert len(engine.asked) == 1
@@ -143,6 +144,29 @@ def test_a_refused_turn_is_forgotten(
     said = capsys.readouterr().err
     assert f"error: {error.message}" in said
     assert hint in said
+
+
+def test_think_switches_thoughts_within_a_chat(engine: Engine, capsys: Captured) -> None:
+    engine.family = "qwen3"
+    lines = iter(["/think", "/think off", "Hi", "/think on", "Hi", "/think high", "/think maybe", "/quit"])
+    talk = Conversation(engine("model"), SamplingParams(), thinking=Thinking(effort="low"))  # type: ignore[arg-type]
+    talk.talk(lambda: next(lines))
+    first, second = (one.text for one in engine.prompts.built)
+    assert first.endswith("</think>\n\n")
+    assert second.endswith("<|im_start|>assistant\n")
+    err = capsys.readouterr().err
+    assert "thinking low\n" in err
+    assert "thinking off\n" in err
+    assert err.count("this model knows no effort") == 2
+    assert "error: /think takes on, off, low, medium, high, found 'maybe'" in err
+
+
+def test_an_answer_of_thoughts_alone_is_said_to_be_one(engine: Engine, capsys: Captured) -> None:
+    engine.family, engine.answer, engine.ends = "qwen3", ("<think>", "Let me ", "see"), "length"
+    lines = iter(["Hi", "/quit"])
+    Conversation(engine("model"), SamplingParams()).talk(lambda: next(lines))  # type: ignore[arg-type]
+    said = "(cut off after 3 tokens, all of them thoughts, the limit of -n: /continue goes on, /think off skips them)"
+    assert said in capsys.readouterr().err
 
 
 def test_a_real_model_talks_over_several_turns(

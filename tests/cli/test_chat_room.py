@@ -38,7 +38,8 @@ def chat(chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) ->
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-        assert main(["chat", str(chat_model), "--threads", "1", "--no-record", *options]) == 0
+        command = ["chat", str(chat_model), "-t", "0", "--threads", "1", "--no-record"]
+        assert main([*command, *options]) == 0
         captured = capsys.readouterr()
         return captured.out, captured.err
 

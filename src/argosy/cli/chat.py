@@ -30,7 +30,8 @@ from argosy.cli.options import (
     open_engine,
     sampling_options,
     split_options,
-    thoughts_option,
+    take_thinking,
+    thinking_options,
     watermark_option,
 )
 from argosy.cli.output import AnswerWriter, dim, ledger_lines, parameter_count, write_text
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
     from argosy.engine.sequence import Result, TokenEvent
     from argosy.media.parts import Content, Kind
     from argosy.prompt.prompt import Prompt
+    from argosy.prompt.thinking import Thinking
 
 HELP = """/help          list the commands
 /image FILE    show a picture with the next message
 /audio FILE    let the model hear a sound with the next message
 /video FILE    show a video with the next message
 /system TEXT   set the system message; @FILE reads it from a file, "" removes it, no TEXT shows it
+/think [WORD]  let the model think: on, off, low, medium or high; without a word, show what is set
 /retry         answer the last message again
 /continue      go on with an answer that was cut off or stopped
 /trim [N]      drop the oldest turns until N tokens (or N%) of the context are free; without N, half of it
@@ -88,7 +91,7 @@ _LEAST_SUMMARY = 16  # tokens
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print no facts about the model and its speed.")
 @watermark_option
-@thoughts_option
+@thinking_options
 @engine_options
 @sampling_options
 def chat(
@@ -107,6 +110,7 @@ def chat(
       argosy chat
       argosy chat ./Qwen3-30B-A3B --memory 75% --temperature 0.7 --top-p 0.9
     """
+    thinking = take_thinking(options)
     settings, params = split_options(options)
     system = None if system is None else text_or_file(system)
     read = _reader(_open_history(history))
@@ -120,6 +124,7 @@ def chat(
             model=model,
             policy=context_policy,
             is_quiet=quiet,
+            thinking=thinking,
             shows_thoughts=thoughts,
             switch=engines.switch,
         ).talk(read)
@@ -201,6 +206,7 @@ class Conversation:
         model: its name.
         policy: what to do when the conversation no longer fits the context.
         is_quiet: facts about the model and its speed are not shown.
+        thinking: whether the model is to think; None leaves that to the model.
         switch: opens another model; see `_Engines.switch`.
     """
 
@@ -213,14 +219,19 @@ class Conversation:
         model: str = DEMO,
         policy: ContextPolicy = "stop",
         is_quiet: bool = False,
+        thinking: Thinking | None = None,
         shows_thoughts: bool = False,
         switch: Callable[[str], tuple[Engine, ArgosyError | None]] | None = None,
     ) -> None:
+        from argosy.prompt.thinking import WORDS, Thinking
+
         self._engine: Engine | None = engine
         self._params = params
         self._model = model
         self._policy = policy
         self._is_quiet = is_quiet
+        self._thinking = Thinking() if thinking is None else thinking
+        self._not_thinking = WORDS["off"]
         self._switch = switch
         self._shows_thoughts = shows_thoughts
         self._start = [] if system is None else [{"role": "system", "content": system}]
@@ -237,6 +248,7 @@ class Conversation:
             "/audio": lambda path: self._attach("audio", path),
             "/video": lambda path: self._attach("video", path),
             "/system": self._set_system,
+            "/think": self._set_thinking,
             "/retry": self._retry,
             "/continue": self._continue,
             "/trim": self._trim,
@@ -255,6 +267,7 @@ class Conversation:
             KeyboardInterrupt: ^C twice, at the prompt or while an answer was being stopped.
         """
         self._introduce()
+        self._note_thinking()
         _say("/help lists the commands, ^D quits")
         is_leaving = False
         while True:
@@ -307,6 +320,21 @@ class Conversation:
         self._start = [{"role": "system", "content": text}] if text else []
         self.messages = [*self._start, *turns]
 
+    def _set_thinking(self, word: str) -> None:
+        from argosy.prompt.thinking import WORDS
+
+        if word:
+            if word not in WORDS:
+                raise UsageError(f"/think takes {', '.join(WORDS)}, found '{word}'")
+            self._thinking = WORDS[word]
+            self._note_thinking()
+        said = next((name for name, one in WORDS.items() if one == self._thinking), "is left to the model")
+        _say(f"thinking {said}")
+
+    def _note_thinking(self) -> None:
+        if (shortfall := self._thinking.shortfall(self._open_engine.prompts.variables)) is not None:
+            _say(f"note: {shortfall}")
+
     def _introduce(self) -> None:
         """Say which model answers, and what it can do."""
         if self._is_quiet:
@@ -334,10 +362,13 @@ class Conversation:
         """The tokens of a conversation, without the opening of an answer."""
         if not messages:
             return 0
-        prompt = self._open_engine.prompts.build(
-            self._readable(messages), add_generation_prompt=False, is_counted=True
-        )
+        prompt = self._build(messages, self._thinking, add_generation_prompt=False, is_counted=True)
         return len(prompt.token_ids or ())
+
+    def _build(self, messages: Sequence[Message], thinking: Thinking, **options: Any) -> Prompt:
+        prompts = self._open_engine.prompts
+        variables = thinking.variables(prompts.variables)
+        return prompts.build(self._readable(messages), variables=variables, **options)
 
     def _readable(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation as this model can take it: notes replace what earlier models took."""
@@ -413,7 +444,7 @@ class Conversation:
         _say(f"summarising {what} to make room; ^C stops")
         try:
             asked = [*chat_room.oldest(self.messages, num_turns), question]
-            prompt = engine.prompts.build(self._readable(asked))
+            prompt = self._build(asked, self._not_thinking)
             parser = engine.prompts.parser(prompt)
             writer = AnswerWriter(parser, shows_text=False, shows_thoughts=False, progress=engine.progress)
             result, _ = self._generate(prompt, replace(self._params, max_tokens=most_tokens), writer)
@@ -440,6 +471,7 @@ class Conversation:
             if self._begun is not None:
                 self._begun = _Begun(self._begun.message)  # another vocabulary
             self._note_unreadable()
+            self._note_thinking()
         _say(f"model    {self._model}")
 
     def _note_unreadable(self) -> None:
@@ -589,7 +621,12 @@ class Conversation:
                 if is_full
                 else "the limit of -n: /continue goes on"
             )
-            _say(f"(cut off after {num_tokens:,} tokens, {why})")
+            what = ""
+            if begun.message.get("reasoning_content") and not chat_room.text_of(begun.message).strip():
+                what = ", all of them thoughts"
+                if self._not_thinking.variables(self._open_engine.prompts.variables):
+                    why += ", /think off skips them"
+            _say(f"(cut off after {num_tokens:,} tokens{what}, {why})")
         self._say_speed(result)
 
     def _has_made_room(self, begun: _Begun | None) -> bool:
@@ -619,7 +656,7 @@ class Conversation:
         messages = self.messages
         if begun is not None and not begun.tokens:  # as the API does
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
-        prompt = engine.prompts.build(self._readable(messages))
+        prompt = self._build(messages, self._thinking)
         writer = AnswerWriter(
             engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts, progress=engine.progress
         )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from argosy.media.parts import Audio, Image, Video
     from argosy.observe.recorder import Recorder
     from argosy.plan.hit_rate import WorkingSet
+    from argosy.prompt.thinking import Thinking
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -124,7 +125,7 @@ _MEDIA = ("image", "audio", "video")
 
 _CHOOSING = (
     click.option(
-        "-t", "--temperature", type=float, metavar="X", help="0 picks the likeliest token; default: the model's."
+        "-t", "--temperature", type=float, metavar="X", help="0 is greedy; default: the model's own."
     ),
     click.option(
         "--top-k",
@@ -146,7 +147,7 @@ _CHOOSING = (
 )  # fmt: skip
 _SAMPLING = (
     click.option(
-        "-n", "--max-tokens", type=int, metavar="N", help="Maximum length of the answer; default: the context."
+        "-n", "--max-tokens", type=int, metavar="N", help="Most tokens; default: to the context's end."
     ),
     *_CHOOSING,
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
@@ -243,13 +244,39 @@ def media_of() -> list[Image | Audio | Video]:
     return [kinds[kind](path) for kind, path in click.get_current_context().meta[__name__]]
 
 
-def thoughts_option(command: Command) -> Command:
-    return click.option(
-        "--thoughts/--no-thoughts",
-        "thoughts",
-        default=None,
-        help="Show thoughts on stderr; default: on a tty.",
-    )(command)
+def thinking_options(command: Command) -> Command:
+    """Whether the model thinks, how much, and whether its thoughts are shown."""
+    options = (
+        click.option(
+            "--think/--no-think", "thinks", default=None, help="Think first, or not; default: the model's."
+        ),
+        click.option(
+            "--effort", type=click.Choice(["low", "medium", "high"]), metavar="LEVEL", help="Think low, medium or high."
+        ),
+        click.option(
+            "--thoughts/--no-thoughts",
+            "thoughts",
+            default=None,
+            help="Show or hide thoughts; default: on a tty.",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def take_thinking(options: dict[str, Any]) -> Thinking:
+    """Take what `thinking_options` ask of the model out of a command's options.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    from argosy.prompt.thinking import Thinking
+
+    thinks, effort = options.pop("thinks", None), options.pop("effort", None)
+    if thinks is False and effort is not None:
+        raise UsageError("--no-think and --effort exclude each other")
+    return Thinking(thinks=thinks if effort is None else None, effort=effort)
 
 
 def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:

@@ -24,7 +24,8 @@ from argosy.cli.options import (
     open_engine,
     sampling_options,
     split_options,
-    thoughts_option,
+    take_thinking,
+    thinking_options,
     watermark_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from argosy.media.parts import Audio, Image, Video
     from argosy.prompt.formats import Answer
     from argosy.prompt.messages import Message
+    from argosy.prompt.thinking import Thinking
 
 _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 128 Ki characters
 
@@ -75,7 +77,7 @@ _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 1
 @click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
 @co2_option
 @watermark_option
-@thoughts_option
+@thinking_options
 @engine_options
 @group_options
 @sampling_options
@@ -100,9 +102,12 @@ def run(
       argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
     wanted = take_group(options)
+    thinking = take_thinking(options)
     settings, params = split_options(options)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
+    if raw and thinking.is_asked:
+        raise UsageError("--raw excludes --think, --no-think and --effort: raw text has no chat template")
     form = None if json_schema is None else _read_schema(Path(json_schema))
     system = None if system is None else text_or_file(system)
     text = prompt_text(
@@ -120,8 +125,17 @@ def run(
     more: dict[str, Any] = {} if form is None else {"grammars": True}
     with wanted.open(model) as group, open_engine(model, settings, group=group, **more) as engine:
         parses = engine.prompts.takes_messages and not raw
+        if (shortfall := thinking.shortfall(engine.prompts.variables)) is not None:
+            print(f"note: {shortfall}", file=sys.stderr)
         result, answer = _answer(
-            engine, request, params, form, parses=parses, shows_text=not as_json, shows_thoughts=thoughts
+            engine,
+            request,
+            params,
+            form,
+            thinking,
+            parses=parses,
+            shows_text=not as_json,
+            shows_thoughts=thoughts,
         )
         if as_json:
             print(_as_json(result, answer, engine, co2_grams_per_kwh))
@@ -130,11 +144,31 @@ def run(
                 result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh
             )
             print(*lines, *_ears_lines(engine), sep="\n", file=sys.stderr)
-    if form is not None and result.finish_reason == "length":
+        if result.finish_reason == "length":
+            _say_cut(result, answer, engine, has_form=form is not None)
+
+
+def _say_cut(result: Result, answer: Answer, engine: Engine, *, has_form: bool) -> None:
+    """Say that a limit cut the answer, and what allows more.
+
+    Raises:
+        UsageError: nothing of use came.
+    """
+    from argosy.prompt.thinking import Thinking
+
+    num_tokens, context = len(result.token_ids), engine.plan.context_tokens
+    more = "allow more with -n"
+    if result.usage["total_tokens"] >= context:
+        more = f"the context of {context:,} tokens is full: a larger --context allows more"
+    if answer.reasoning and not answer.text.strip():
+        if Thinking(thinks=False).variables(engine.prompts.variables):
+            more += ", or use --no-think"
+        raise UsageError(f"all {num_tokens:,} tokens went into thoughts, so there is no answer", hint=more)
+    if has_form:
         raise UsageError(
-            f"the answer was cut off after {len(result.token_ids)} tokens, before its JSON was complete",
-            hint="allow a longer one with -n, or a larger --context",
+            f"the answer was cut off after {num_tokens:,} tokens, before its JSON was complete", hint=more
         )
+    print(f"note: the answer was cut off after {num_tokens:,} tokens; {more}", file=sys.stderr)
 
 
 def _is_given(parameter: str) -> bool:
@@ -199,12 +233,13 @@ def _answer(
     request: PromptLike,
     params: SamplingParams,
     form: Grammar | None,
+    thinking: Thinking,
     *,
     parses: bool,
     shows_text: bool,
     shows_thoughts: bool,
 ) -> tuple[Result, Answer]:
-    prompt = engine.prompts.build(request)
+    prompt = engine.prompts.build(request, variables=thinking.variables(engine.prompts.variables))
     if form is not None:
         params = replace(params, grammar=engine.prompts.grammar(prompt, form=form) if parses else form)
     parser = engine.prompts.parser(prompt) if parses else None

@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +41,7 @@ from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.infill import Snippet
 from argosy.prompt.messages import require_few_values
 from argosy.prompt.prompt import Prompt
+from argosy.prompt.thinking import Thinking
 from argosy.serve.answer_metrics import AnswerWatch, Operation
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
@@ -404,7 +405,7 @@ class Service:
     @property
     def has_efforts(self) -> bool:
         """Whether the model's template supports a reasoning effort."""
-        return bool(self._effort("medium"))
+        return bool(Thinking(effort="medium").variables(self.prompts.variables))
 
     def intake(self, caller: Caller) -> Intake:
         """Create the intake for the pictures and sounds of a caller's request."""
@@ -630,22 +631,16 @@ class Service:
         if isinstance(request, TextRequest):
             return ignored_header([*request.ignored, *(f"input_extra.{at}" for at in range(num_left_out))])
         ignored = list(request.ignored)
-        if request.effort is not None and not self._effort(request.effort):
+        known = self.prompts.variables
+        if request.effort is not None and not Thinking(effort=request.effort).variables(known):
             ignored.append(request.effort_field)
-        if request.thinks is not None and not self._switches(request.thinks):
+        if request.thinks is not None and not Thinking(thinks=request.thinks).variables(known):
             ignored += request.thinks_fields
         return ignored_header(ignored) | request.replaced.header()
 
     def _variables(self, request: ChatRequest) -> dict[str, Any]:
-        return self._effort(request.effort) | self._switches(request.thinks) | dict(request.variables)
-
-    def _effort(self, effort: str | None) -> dict[str, Any]:
-        """The template variables for `effort`; empty if the template has none."""
-        return {} if effort is None else effort_variables(effort, self.prompts.variables)
-
-    def _switches(self, thinks: bool | None) -> dict[str, Any]:
-        """The template variables that switch thinking; empty if the template has none."""
-        return {} if thinks is None else _switches(thinks, self.prompts.variables)
+        asked = Thinking(thinks=request.thinks, effort=request.effort)
+        return asked.variables(self.prompts.variables) | dict(request.variables)
 
 
 def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -654,16 +649,6 @@ def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
     if tokenizer is not None and tokenizer.chat_template is not None:
         found["template_sha256"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     return found
-
-
-def effort_variables(effort: str, known: Collection[str]) -> dict[str, Any]:
-    """The variables for a reasoning effort, of those that a chat template knows."""
-    said = {"reasoning_effort": effort} if "reasoning_effort" in known and effort != "none" else {}
-    return _switches(effort != "none", known) | said
-
-
-def _switches(thinks: bool, known: Collection[str]) -> dict[str, Any]:
-    return {name: thinks for name in ("enable_thinking", "thinking") if name in known}
 
 
 def no_ears() -> Refused:

@@ -29,7 +29,8 @@ from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
-from argosy.serve.core import ModelFacts, Service, Work, effort_variables
+from argosy.prompt.thinking import Thinking
+from argosy.serve.core import ModelFacts, Service, Work
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.log import where_it_failed
 from argosy.serve.media_hosts import MediaHosts
@@ -192,7 +193,7 @@ class EngineSource:
     def _abilities(self) -> Abilities:
         ready = self._ready
         return Abilities.of(
-            ready.tokenizer, tools=ready.tools, has_efforts=bool(effort_variables("medium", ready.variables)),
+            ready.tokenizer, tools=ready.tools, has_efforts=bool(Thinking(effort="medium").variables(ready.variables)),
             can_infill=ready.can_infill,
         )  # fmt: skip
 

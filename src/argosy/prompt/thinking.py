@@ -1,0 +1,64 @@
+"""Whether a model thinks before it answers, in the words of its chat template.
+
+    --no-think, "think": false, reasoning_effort  ->  Thinking  ->  enable_thinking, thinking, reasoning_effort
+
+Templates know these variables by different names, and many know none: then nothing can be asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+_SWITCHES = ("enable_thinking", "thinking")  # Qwen3, GLM and others; DeepSeek
+_EFFORT = "reasoning_effort"  # gpt-oss and others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """What is asked for; None leaves it to the template. If both are given, `thinks` decides.
+
+    effort: `low`, `medium`, `high` or another that the template knows; `none` is no thinking.
+    """
+
+    thinks: bool | None = None
+    effort: str | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is asked for."""
+        return self != Thinking()
+
+    def variables(self, known: Collection[str]) -> dict[str, Any]:
+        """The template variables that say so, of those that a template knows; empty if it has no way to say so."""
+        found: dict[str, Any] = {}
+        thinks = self.thinks
+        if self.effort is not None:
+            if _EFFORT in known and self.effort != "none":
+                found[_EFFORT] = self.effort
+            if thinks is None:
+                thinks = self.effort != "none"
+        if thinks is not None:
+            found |= {name: thinks for name in _SWITCHES if name in known}
+        return found
+
+    def shortfall(self, known: Collection[str]) -> str | None:
+        """Says what of it a template that knows these variables cannot pass on; None if it can pass on all."""
+        if not self.is_asked:
+            return None
+        if not self.variables(known):
+            if _EFFORT in known:
+                return "this model can be told how much to think (--effort low), and not whether to"
+            return "this model cannot be told whether to think: its chat template has no switch for that"
+        if self.effort is not None and _EFFORT not in known:
+            return f"this model knows no effort, so '{self.effort}' only tells it to think"
+        return None
+
+
+WORDS = {
+    "on": Thinking(thinks=True),
+    "off": Thinking(thinks=False),
+    **{effort: Thinking(effort=effort) for effort in ("low", "medium", "high")},
+}
+"""What may be asked for, in a word of the command line."""
