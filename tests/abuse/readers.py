@@ -1408,7 +1408,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
     from argosy.cli import chat_files, edit_file, output
     from argosy.evaluate import questions, reports
     from argosy.guard.policy import read_policies
-    from argosy.library import kept, places
+    from argosy.library import kept, places, search
     from argosy.media import worker
     from argosy.model.families.quantization import read_quantization
     from argosy.observe import texts as labelled
@@ -1603,6 +1603,22 @@ def file_rows(folder: Path) -> Iterator[Row]:
         def _fetch(self, url: str, start: int | None, most_bytes: int) -> hub.Range:
             return hub.Range(self.answer, len(self.answer))
 
+    read_hits = _quiet(
+        lambda answer: [
+            search._hit(entry) for entry in Listed(answer).search([], 1 << 22) if isinstance(entry, dict)
+        ]
+    )
+    yield from jsons("hub: list of models", read_hits, encode=True)
+    for shape, tags in (("models", ["gguf"] * 4), ("licences", ["license:" + "x" * 99] * 40)):
+        yield Row(
+            "hub: list of models",
+            shape,
+            lambda n, tags=tags: json.dumps(
+                [{"id": f"a/{at}", "tags": tags, "gguf": {"total": at}} for at in range(n)]
+            ).encode(),
+            read_hits,
+            5000,
+        )
     read_list = _quiet(lambda answer: Listed(answer).list_files())
     yield from jsons("hub: list of files", read_list, encode=True)
     for shape, name, licence in (

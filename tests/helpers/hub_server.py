@@ -29,6 +29,7 @@ class Served:
     """A repository, and what was asked of it.
 
     refusal: a status, headers (an empty one is left out) and a body that answer every request.
+    models: the answer to a search.
     lies: response headers by file name that replace the true ones; "status" replaces the status, and "stall" keeps the
         body back.
     cuts: by file name, the byte before which the connection ends, once.
@@ -39,6 +40,7 @@ class Served:
 
     files: dict[str, tuple[bytes, int]]
     refusal: tuple[int, dict[str, str], bytes] | None = None
+    models: Any = None
     lies: dict[str, dict[str, str]] = field(default_factory=dict)
     answers_ranges: bool = True
     token: str | None = None
@@ -99,6 +101,8 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
             if not is_known and not self.path.startswith("/storage/"):
                 return self._send(401, b"")
             address, _, query = self.path.partition("?")
+            if address == "/api/models" and what.models is not None:
+                return self._send(200, json.dumps(what.models).encode())
             if asked := re.fullmatch(rf"/api/models/{REPOSITORY}(?:/revision/([^/]+))?", address):
                 assert query == "blobs=true"
                 if (at := what.at(urllib.parse.unquote(asked[1] or ""))) is None:

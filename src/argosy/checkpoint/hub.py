@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock, local
@@ -54,9 +54,9 @@ _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A repository of a hub, or one file.
+    """A hub, a repository of one, or one file.
 
-    url: the hub's address or, without `repository`, the file's.
+    url: the hub's address, or the file's, which ends with .gguf.
     part: selects among a repository's GGUF files by a piece of the name, such as Q4_K_M; "" leaves it open.
     revision: the branch, tag or commit to read; "": the main branch.
     """
@@ -65,6 +65,10 @@ class Source:
     repository: str = ""
     part: str = ""
     revision: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        return not self.repository and self.url.endswith(".gguf")
 
     @classmethod
     def find(cls, text: str, environment: Mapping[str, str] | None = None) -> Source | None:
@@ -77,8 +81,7 @@ class Source:
         """
         environment = os.environ if environment is None else environment
         if found := _HUB_NAME.fullmatch(text):
-            endpoint = environment.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
-            return cls(_checked_address(endpoint.rstrip("/"), "HF_ENDPOINT"), found[1], found[2] or "")
+            return cls(hub_address(environment), found[1], found[2] or "")
         if not re.match(r"https?://", text):
             return None
         url = _checked_address(text, "the address")
@@ -91,6 +94,21 @@ class Source:
             f"'{quote(text)}' is no address of a model",
             hint="give https://HUB/OWNER/NAME, or the address of a .gguf file",
         )
+
+
+def hub_address(environment: Mapping[str, str] | None = None) -> str:
+    """The address of the hub: HF_ENDPOINT, or Hugging Face's.
+
+    Raises:
+        UsageError: HF_ENDPOINT is no address that may be opened.
+    """
+    environment = os.environ if environment is None else environment
+    return _checked_address((environment.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/"), "HF_ENDPOINT")
+
+
+def is_hub_name(text: object) -> bool:
+    """Whether a value is the name of a repository: OWNER/NAME."""
+    return isinstance(text, str) and re.fullmatch(rf"{_NAME}/{_NAME}", text) is not None
 
 
 def is_commit(revision: str) -> bool:
@@ -181,7 +199,7 @@ class Hub:
         if not all("!" <= character <= "~" for character in token):
             raise UsageError("HF_TOKEN must be one line of printable characters without spaces")
         # A token is for a hub, and not for any server whose file is named.
-        self._redirects = _Redirects(source.url, token if source.repository else "")
+        self._redirects = _Redirects(source.url, "" if source.is_file else token)
         self._opener = urllib.request.build_opener(self._redirects)
 
     def list_files(self) -> Listing:
@@ -194,11 +212,7 @@ class Hub:
         url = f"{self.source.url}/api/models/{self.source.repository}"
         if self.source.revision:
             url += f"/revision/{urllib.parse.quote(self.source.revision, safe='')}"
-        data, _ = self._fetch(f"{url}?blobs=true", None, _LIST_BYTES)
-        try:
-            answer = parse_json(data)
-        except JsonError as error:
-            raise self._lie(f"its list of files {error.fault}") from error
+        answer = self._json(f"{url}?blobs=true", "its list of files", _LIST_BYTES)
         if not isinstance(answer, dict):
             raise self._lie("its list of files is no object")
         revision, siblings = answer.get("sha"), answer.get("siblings")
@@ -213,6 +227,25 @@ class Hub:
         listed = [self._file(sibling) for sibling in siblings if isinstance(sibling, dict)]
         files = {file.name: file for file in listed if file is not None}
         return Listing(revision, tuple(files.values()), _licence(answer))
+
+    def search(self, query: Sequence[tuple[str, str]], most_bytes: int) -> list[object]:
+        """The hub's entries of the models that a query finds, as it sends them.
+
+        Raises:
+            FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is no list, or too long.
+        """
+        url = f"{self.source.url}/api/models?{urllib.parse.urlencode(query)}"
+        answer = self._json(url, "its list of models", most_bytes)
+        if not isinstance(answer, list):
+            raise self._lie("its list of models is no list")
+        return answer
+
+    def _json(self, url: str, what: str, most_bytes: int) -> object:
+        data, _ = self._fetch(url, None, most_bytes)
+        try:
+            return parse_json(data)
+        except JsonError as error:
+            raise self._lie(f"{what} {error.fault}") from error
 
     def _file(self, sibling: Mapping[str, object]) -> RemoteFile | None:
         """An entry of the list; None for a name that could not be part of an address, and so is no file of a model."""
@@ -426,9 +459,9 @@ class Hub:
         """Says why no answer came, and what can be done; facts: `is_absent`."""
         host, proxy = self._redirects.asked_host, self._redirects.proxy
         hint = "check the network"
-        if self.source.repository and os.environ.get("HF_ENDPOINT"):
+        if not self.source.is_file and os.environ.get("HF_ENDPOINT"):
             hint += " and the address in HF_ENDPOINT"
-        elif self.source.repository:
+        elif not self.source.is_file:
             hint += ", or set HF_ENDPOINT to a mirror"
         if isinstance(error, TimeoutError):
             why = f"no answer within {timeout_s:.0f} s"
@@ -473,7 +506,9 @@ class Hub:
 
     @property
     def _what(self) -> str:
-        return self.source.repository or _name(self.source.url)
+        return (
+            self.source.repository or _name(self.source.url) or urllib.parse.urlsplit(self.source.url).netloc
+        )
 
     def _failed(self, url: str, why: str) -> FetchFailed:
         return FetchFailed(f"{_name(url)} of {self._what} cannot be fetched: {why}", what=self._what)

@@ -39,6 +39,7 @@ _SUBJECTS = {
         "serve": ("argosy.cli.serve", "serve", "Serve models to other programs over HTTP."),
     },
     "Models": {
+        "search": ("argosy.cli.search", "search", "Search the hub for models by words of their names."),
         "list": ("argosy.cli.library", "list_models", "List local models."),
         "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
         "alias": ("argosy.cli.library", "alias", "Give a model a short name."),

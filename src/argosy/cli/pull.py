@@ -14,7 +14,7 @@ import click
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.library import ask
-from argosy.cli.output import FITS, disk_size, print_facts, short_number
+from argosy.cli.output import FITS, disk_size, print_facts, short_number, table_lines
 from argosy.config import format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
@@ -180,7 +180,7 @@ def _bits(format: str) -> int:
 def _table(
     fits: Sequence[tuple[Offer, Fit | None]], best: Offer | None, tower: RemoteFile | None
 ) -> list[str]:
-    rows = [("FORMAT", "SIZE", "FITS", "SPEED, ESTIMATED", "")]
+    rows = []
     for offer, fit in fits:
         size = "incomplete" if offer.nbytes is None else disk_size(offer.nbytes)
         parts = f" in {offer.num_parts} parts" if offer.num_parts > 1 and offer.nbytes is not None else ""
@@ -191,10 +191,7 @@ def _table(
             speed = f"about {short_number(fit.tokens_per_s)} tok/s"
         mark = "best that fits" if offer is best else ""
         rows.append((quote(offer.format), size + parts, told, speed, mark))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = table_lines(("FORMAT", "SIZE", "FITS", "SPEED, ESTIMATED", "CHOICE"), rows)
     if tower is not None and tower.nbytes is not None:
         lines.append(
             f"with each: {quote(tower.name)}, {disk_size(tower.nbytes)}, which reads pictures or sound"

@@ -24,7 +24,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from argosy.checkpoint.gguf import GGUF_SUFFIX, PART_NAME, may_run
-from argosy.checkpoint.hub import DEFAULT_ENDPOINT, Hub, Listing, RemoteFile, Source
+from argosy.checkpoint.hub import Hub, Listing, RemoteFile, Source, hub_address
 from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
 from argosy.checkpoint.safetensors import INDEX_FILE
@@ -278,7 +278,7 @@ def ask_hub(text: str, revision: str | None = None) -> Repository:
         CheckpointError: there is no such repository, or the answer is malformed.
     """
     source = Source.find(text)
-    endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    endpoint = hub_address()
     if source is None or not source.repository:
         raise UsageError(
             f"models on the hub are named OWNER/NAME, found '{quote(text)}'",

@@ -1,0 +1,119 @@
+"""Search a hub for models by words of their names, and say which of them Argosy may run.
+
+    words  ->  search  ->  one request for the most downloaded  ->  Hit: name, format, parameters, downloads, licence
+
+What a model is comes from the hub's tags and from the architecture that it read in GGUF files, so no file is opened.
+Tags are strangers' words: only those that are known here count.
+
+Elsewhere: `checkpoint/hub.py` bounds the answer; `places.py` finds the models of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from argosy.checkpoint.hub import Hub, Source, hub_address, is_hub_name
+from argosy.checkpoint.untrusted_file import quote
+from argosy.errors import UsageError
+from argosy.library.places import Model, find_models
+from argosy.model.families import FAMILIES, mixtral
+
+MOST_ASKED = 100  # models of which the hub tells; the most downloaded ones
+_MOST_BYTES = 4 << 20
+_LONGEST_WORDS = 200
+_MOST_TAGS = 500
+_LONGEST_LICENCE = 40
+_LARGEST_NUMBER = 10**15
+_EXPAND = ("downloads", "gated", "gguf", "safetensors", "tags")
+# Tags of weights that are stored in a way that is not read, or are no model of their own.
+_NOT_READ = {"awq", "gptq", "exl2", "exl3", "mlx", "bitsandbytes", "nvfp4", "peft", "lora"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """A model of the hub.
+
+    format: GGUF, safetensors, or "" for others.
+    num_parameters, downloads: None: the hub does not say. Downloads are those of the last 30 days.
+    licence: as its tags have it, or "".
+    is_gated: its owner must let one read it.
+    may_run: None: the hub does not say what it is.
+    """
+
+    name: str
+    format: str
+    num_parameters: int | None
+    downloads: int | None
+    licence: str
+    is_gated: bool
+    may_run: bool | None
+
+
+def search(words: str) -> list[Hit]:
+    """The models of the hub whose names have the words, the most downloaded first.
+
+    Raises:
+        UsageError: there are no words, or too many.
+        FetchFailed: the hub cannot be reached, or refuses.   CheckpointError: its answer is malformed.
+    """
+    words = " ".join(words.split())
+    if not 0 < len(words) <= _LONGEST_WORDS:
+        raise UsageError(
+            f"a search needs 1 to {_LONGEST_WORDS} characters, found {len(words)}",
+            hint="for example `argosy search qwen3 30b`",
+        )
+    query = [("search", words), ("sort", "downloads"), ("limit", str(MOST_ASKED))]
+    query += [("expand", field) for field in _EXPAND]
+    entries = Hub(Source(hub_address()), most_bytes=_MOST_BYTES).search(query, _MOST_BYTES)
+    hits = [_hit(entry) for entry in entries[:MOST_ASKED] if isinstance(entry, dict)]
+    return [hit for hit in hits if hit is not None]
+
+
+def search_here(words: str) -> list[Model]:
+    """The models of this machine whose names have all the words."""
+    wanted = words.lower().split()
+    return [model for model in find_models().models if all(word in model.name.lower() for word in wanted)]
+
+
+def _hit(entry: Mapping[str, object]) -> Hit | None:
+    name = entry.get("id")
+    if not isinstance(name, str) or not is_hub_name(name):
+        return None
+    tags = _tags(entry.get("tags"))
+    gguf, tensors = entry.get("gguf"), entry.get("safetensors")
+    gguf = gguf if isinstance(gguf, dict) else {}
+    tensors = tensors if isinstance(tensors, dict) else {}
+    is_gguf = "gguf" in tags
+    licences = [tag.removeprefix("license:") for tag in tags if tag.startswith("license:")]
+    return Hit(
+        name=name,
+        format="GGUF" if is_gguf else "safetensors" if "safetensors" in tags else "",
+        num_parameters=_number(gguf.get("total") if is_gguf else tensors.get("total")),
+        downloads=_number(entry.get("downloads")),
+        licence=quote(licences[0][:_LONGEST_LICENCE]) if licences else "",
+        is_gated=entry.get("gated") not in (None, False),
+        may_run=_may_run(name, set(tags), gguf.get("architecture")),
+    )
+
+
+def _tags(value: object) -> list[str]:
+    return [tag for tag in value[:_MOST_TAGS] if isinstance(tag, str)] if isinstance(value, list) else []
+
+
+def _number(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _LARGEST_NUMBER else None
+
+
+def _may_run(name: str, tags: set[str], architecture: object) -> bool | None:
+    """Whether a model is of a family that is built in; None: a GGUF file of which nothing is told."""
+    if tags & _NOT_READ:
+        return False
+    if "gguf" in tags:
+        known = {family.GGUF_ARCHITECTURE for family in FAMILIES.values()} - {None}
+        if architecture == mixtral.GGUF_ARCHITECTURE:  # dense models have it as well
+            return mixtral.MODEL_TYPE in tags or mixtral.MODEL_TYPE in name.lower()
+        if isinstance(architecture, str):
+            return architecture in known
+        return True if tags & FAMILIES.keys() else None
+    return "safetensors" in tags and bool(tags & FAMILIES.keys())
