@@ -13,6 +13,7 @@ import pytest
 
 from argosy.cli import output
 from argosy.cli.main import main
+from argosy.config import SamplingDefaults
 from argosy.engine import planning
 from argosy.library import kept
 from tests.cli.fake_engine import FakeEngine
@@ -69,6 +70,7 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
         "vocab_size": 112,
         "num_parameters": 82200,
         "weight_bytes": 164400,
+        "sampling": SamplingDefaults().as_dict(),
         "fits": "resident",
     }
     assert found["Qwen/Qwen3-30B-A3B"]["last_used"] == pytest.approx(time.time(), abs=60)

@@ -37,13 +37,15 @@ def hub(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> P
         monkeypatch.setenv(name, str(tmp_path / name))
     hub = tmp_path / "HF_HOME" / "hub"
     add_to_hub(hub, "Acme/One-30B", model_files)
-    add_to_hub(hub, "Acme/Two", model_files)
+    two = add_to_hub(hub, "Acme/Two", model_files)
+    (two / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
     return hub
 
 
 @pytest.fixture
 def server(hub: Path) -> Iterator[str]:
     given = {"memory": GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
+    given["sampling"] = {"top_p": 0.9}
     process_bytes = shared_bytes(None, kept_bytes=1 << 20)
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
@@ -62,6 +64,27 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def test_a_model_shows_its_own_sampling_before_it_is_loaded_and_after(server: str) -> None:
+    def shown() -> dict[str, Any]:
+        models = httpx.get(f"{server}/v1/models", timeout=60).json()["data"]
+        return {one["id"]: one["default_parameters"] for one in models}
+
+    before = shown()
+    two = before["Acme/Two"]
+    assert (two["temperature"], two["top_k"], two["top_p"], two["min_p"]) == (0.6, 20, 0.9, 0)
+    assert before["Acme/One-30B"]["temperature"] == 0.8
+    body = {"model": "Acme/Two", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    assert httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    assert shown() == before
+    props = httpx.get(f"{server}/props", params={"model": "Acme/Two"}, timeout=60).json()
+    assert props["default_generation_settings"]["params"]["top_k"] == 20
+    parameters = httpx.post(f"{server}/api/show", json={"model": "Acme/Two"}, timeout=60).json()["parameters"]
+    assert [line.split() for line in parameters.splitlines()][1:3] == [
+        ["temperature", "0.6"],
+        ["top_k", "20"],
+    ]
 
 
 def test_every_dialect_loads_a_model_of_the_library_by_its_name(

@@ -23,6 +23,7 @@ _FACTS = {
     "vocab_size",
     "num_parameters",
     "weight_bytes",
+    "sampling",
 }  # of `Summary`
 _MOST_FILES_SHOWN = 20
 _MOST_REVISION = 20  # characters of a revision in the table

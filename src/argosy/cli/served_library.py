@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argosy.config import DEMO
+from argosy.config import DEMO, SamplingDefaults
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class ServedLibrary:
             num_experts=facts["num_experts"], experts_per_token=facts["experts_per_token"],
             vocab_size=facts["vocab_size"], num_parameters=facts["num_parameters"],
             weight_bytes=facts["weight_bytes"], created=self._since,
+            sampling=SamplingDefaults(**facts["sampling"]).overridden(self._given.get("sampling", {})),
         )  # fmt: skip
 
     def _make(self, name: str, path: Path) -> tuple[ReadyModel, Speeds | None]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
+from argosy.checkpoint.sampling import declared_sampling
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
 from argosy.engine import kept_rates
@@ -289,6 +290,7 @@ class Summary:
     vocab_size: int
     num_parameters: int
     weight_bytes: int
+    sampling: dict[str, float]  # `SamplingDefaults.as_dict`
 
 
 def summarise(path: Path) -> Summary:
@@ -314,6 +316,7 @@ def summarise(path: Path) -> Summary:
         vocab_size=files.config.vocab_size,
         num_parameters=count_parameters(files.config)[0],
         weight_bytes=files.dense_bytes + files.expert_bytes,
+        sampling=declared_sampling(files).as_dict(),
     )
 
 

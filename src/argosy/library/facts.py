@@ -11,6 +11,7 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
+from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.directory import Directory
 from argosy.library.places import Model
 from argosy.plan import machine
@@ -58,8 +59,11 @@ def key_of(model: Model) -> str:
     """Equal as long as the model's files, and what reads them, are unchanged."""
     towers = () if model.tower is None else (model.tower,)
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
-    config = model.path / "config.json"
-    if config.exists():
-        files.append((str(config), config.stat().st_size, config.stat().st_mtime_ns))
+    beside = (model.path / "config.json", model.path / GENERATION_FILE, model.manifest)
+    files += [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in beside
+        if path is not None and path.exists()
+    ]
     known = (metadata.version("argosy"), machine.usable_cores(), str(model.path), files)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
