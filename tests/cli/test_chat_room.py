@@ -91,7 +91,7 @@ def test_trim_refuses_what_is_no_share_of_the_context(text: str) -> None:
 
 def test_an_answer_cut_by_n_goes_on_token_for_token(chat: Chat) -> None:
     sampled = ("-t", "0.9", "--seed", "4")
-    for options in ((), sampled):
+    for options in (("-t", "0"), sampled):
         whole, _ = chat("Hi", options=("-n", "24", "--ignore-eos", *options))
         cut, err = chat("Hi", "/continue", "/continue", options=("-n", "8", "--ignore-eos", *options))
         # A character that the cut divides shows twice as damaged.
@@ -102,8 +102,8 @@ def test_an_answer_cut_by_n_goes_on_token_for_token(chat: Chat) -> None:
 
 def test_an_answer_that_went_on_is_one_message(chat: Chat, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    chat("Hi", f"/save {whole}", options=("-n", "24", "--ignore-eos"))
-    chat("Hi", "/continue", f"/save {cut}", options=("-n", "12", "--ignore-eos"))
+    chat("Hi", f"/save {whole}", options=("-n", "24", "-t", "0", "--ignore-eos"))
+    chat("Hi", "/continue", f"/save {cut}", options=("-n", "12", "-t", "0", "--ignore-eos"))
     assert json.loads(cut.read_text()) == json.loads(whole.read_text())
 
 

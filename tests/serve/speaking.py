@@ -8,8 +8,9 @@ sampling, stop strings, parsing, scheduling and HTTP do not know about the scrip
 
     python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
 
-The variable SPEAKING_SCRIPTS may name a JSON file with more scripts. A script that is a list holds one answer for each
-turn after its key: for example a call, and then the answer to its result.
+The variable SPEAKING_TOKENS_PER_S slows the model down, and SPEAKING_SCRIPTS may name a JSON file with more scripts. A
+script that is a list holds one answer for each turn after its key: for example a call, and then the answer to its
+result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +29,7 @@ from argosy.engine import answers, requests
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.engine.watermark import MarkedAnswer
 from argosy.errors import GrammarError
+from argosy.model.model import Model
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.families import FAMILIES
 from tests.prompt.tokenizers_for_tests import write_tokenizer
@@ -138,7 +141,20 @@ def speaking(more: Mapping[str, Script] | None = None) -> ExitStack:
 
     stack.enter_context(mock.patch.object(requests, "SamplerState", ScriptedState))
     stack.enter_context(mock.patch.object(answers, "Sampler", ScriptedSampler))
+    if rate := os.environ.get("SPEAKING_TOKENS_PER_S"):
+        stack.enter_context(_slowed(float(rate)))
     return stack
+
+
+def _slowed(tokens_per_s: float) -> Any:
+    """While this is entered, a step takes as long as at this rate."""
+    forward = Model.forward
+
+    def slowly(self: Model, step: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(step.num_tokens / tokens_per_s)
+        return forward(self, step, *arguments, **options)
+
+    return mock.patch.object(Model, "forward", slowly)
 
 
 if __name__ == "__main__":

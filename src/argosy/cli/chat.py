@@ -34,7 +34,7 @@ from argosy.cli.options import (
     thinking_options,
     watermark_option,
 )
-from argosy.cli.output import AnswerWriter, dim, ledger_lines, parameter_count, write_text
+from argosy.cli.output import AnswerWriter, ledger_lines, parameter_count, write_dim, write_text
 from argosy.cli.texts import MOST_BYTES, text_or_file
 from argosy.config import DEMO, format_bytes
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
@@ -457,7 +457,7 @@ class Conversation:
         if not text:
             _say(f"note: the model wrote no summary in {most_tokens:,} tokens")
             return []
-        _say(dim(text))
+        write_dim(text)
         return [question, {"role": "assistant", "content": text}]
 
     def _change_model(self, name: str) -> None:
@@ -648,7 +648,7 @@ class Conversation:
             said.append(f"{ledger.decode_tok_per_s:.1f} tok/s")
         if ledger.time_to_first_token_s is not None:
             said.append(f"first token after {ledger.time_to_first_token_s:.1f} s")
-        _say(dim(f"[{', '.join(said)}]"))
+        write_dim(f"[{', '.join(said)}]")
 
     def _answer(self, begun: _Begun | None) -> tuple[Result, _Begun]:
         """Show one answer, or how it goes on; ^C ends it cleanly, between two steps."""

@@ -236,9 +236,13 @@ class AnswerWriter:
             sys.stderr.flush()
 
 
-def dim(text: str) -> str:
-    """Text that steps back, if stderr is a terminal with colours."""
-    return f"{_DIM}{text}{_NOT_DIM}" if _has_colour(sys.stderr) else text
+def write_dim(text: str) -> None:
+    """Show a line on stderr that steps back, if that is a terminal with colours."""
+    marks = (_DIM, _NOT_DIM) if _has_colour(sys.stderr) else ("", "")
+    sys.stderr.write(marks[0])
+    write_text(text, sys.stderr)
+    sys.stderr.write(f"{marks[1]}\n")
+    sys.stderr.flush()
 
 
 def _has_colour(stream: TextIO) -> bool:
