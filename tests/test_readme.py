@@ -1,21 +1,26 @@
-"""The README's commands exist as written, in an order that works, and its Python runs."""
+"""The commands of README and guides exist as written; the README's have an order that works, and its Python runs."""
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
-from argosy.cli.main import cli
+from argosy.cli.main import cli, main
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.serve.speaking import speaking, write_speaking_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ALL_COMMANDS = re.findall(r"^\$ (.*)$", README, flags=re.MULTILINE)
 COMMANDS = re.findall(r"^\$ argosy (.*)$", README, flags=re.MULTILINE)
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -53,13 +58,90 @@ def test_no_section_is_empty_and_no_placeholder_is_left(name: str) -> None:
     assert "TODO" not in text
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_every_argosy_command_of_the_readme_parses(line: str) -> None:
-    name, *arguments = shlex.split(line)
+def parse(words: list[str]) -> None:
+    """Parse a command line of `argosy` without running it."""
     context = click.Context(cli)
+    name, *arguments = words
     command = cli.get_command(context, name)
-    assert command is not None
-    command.make_context(name, arguments, parent=context)  # parses without running
+    while isinstance(command, click.Group) and arguments:
+        name, *arguments = arguments
+        command = command.get_command(context, name)
+    assert command is not None, f"there is no command {name}"
+    command.make_context(name, arguments, parent=context)
+
+
+def argosy_commands(lines: list[str]) -> Iterator[list[str]]:
+    """The words of each `argosy` command in lines of a shell, between pipes and without redirections."""
+    for line in lines:
+        whole = re.sub(r"\s#\s.*", "", line.replace("\\\n", " "))
+        for part in re.split(r"\s[|&]+\s?|<\(|\$\(", whole):
+            command = re.split(r"\s[<>]|\)$", part)[0].strip()
+            if command.startswith("argosy "):
+                yield shlex.split(command)[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_argosy_command_of_a_page_parses(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "serve.toml").touch()
+    for words in argosy_commands(
+        re.findall(r"^\$ (.*(?:\\\n.*)*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    ):
+        try:
+            parse(words)
+        except click.UsageError as error:
+            pytest.fail(f"argosy {shlex.join(words)}: {error.message}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_mentions_has_the_options_it_names(page: Path) -> None:
+    """A mention may leave out arguments and values, and have names in capitals for them."""
+    for words in argosy_commands(re.findall(r"`(argosy [^`\n]+)`", page.read_text("utf-8"))):
+        if words[0] == "COMMAND" or words[0].startswith("-"):
+            continue
+        try:
+            parse(words)
+        except (click.MissingParameter, click.exceptions.Exit, click.exceptions.NoArgsIsHelpError):
+            pass
+        except click.UsageError as error:
+            if not (
+                error.message.endswith("requires an argument.") or re.search("'[A-Z]+' is not", error.message)
+            ):
+                pytest.fail(f"argosy {shlex.join(words)}: {error.message}")
+
+
+# What the guide to the terminal asks the demo model, and what the model that stands for it says.
+SAID = {
+    "Why is the sky blue?": "<think>\nLight scatters.\n</think>\n\nBlue light scatters most.",
+    "What do these disagree about?": "The report says ten, the notes eleven.",
+    "Review this change.": "It is fine.",
+    "Ada Lovelace, born 1815 in London.": '{"name": "Ada Lovelace", "born": 1815}',
+}
+
+
+def test_the_first_commands_of_the_guide_to_the_terminal_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide = (ROOT / "docs" / "guides" / "terminal.md").read_text("utf-8")
+    lines = re.findall(r"^\$ (.*argosy run .*)$", guide, flags=re.MULTILINE)
+    model = write_speaking_model(tmp_path / "demo")
+    monkeypatch.setattr("argosy.demo.locate.locate", lambda progress=None: model)
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("report.md", "Ten."), ("notes.txt", "Eleven."), ("reviewer.txt", "You review code.")):
+        (tmp_path / name).write_text(text)
+    person = {"type": "object", "properties": {"name": {"type": "string"}, "born": {"type": "integer"}}}
+    (tmp_path / "person.json").write_text(json.dumps({**person, "required": ["name", "born"]}))
+    answers = []
+    with speaking(SAID):
+        for line, words in zip(lines, argosy_commands(lines), strict=True):
+            monkeypatch.setattr("sys.stdin", io.StringIO("diff\n" if line.startswith("git diff |") else ""))
+            assert main(words) == 0, line
+            answers.append(capsys.readouterr().out.strip())
+    assert answers[:3] == [said.split("\n")[-1] for said in list(SAID.values())[:3]]
+    assert lines[3].endswith("| jq .name")
+    assert json.loads(answers[3])["name"] == "Ada Lovelace"
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
