@@ -164,13 +164,6 @@ def test_a_message_too_long_for_any_context_is_said_to_be(chat: Chat) -> None:
     assert "dropped" not in err  # the turn before could not make room
 
 
-def test_the_end_of_the_context_is_not_the_limit_of_n(chat: Chat) -> None:
-    _, err = chat(LONG, options=("-n", "500", "--ignore-eos"))
-    assert re.search(
-        r"\(cut off after \d+ tokens, the context of 256 tokens is full: /trim drops the oldest turns", err
-    )
-
-
 def test_after_trim_an_answer_goes_on_that_the_context_had_cut(chat: Chat) -> None:
     _, err = chat("Hi", LONG, "/continue", "/trim 30%", "/continue", options=("-n", "90", "--ignore-eos"))
     assert "/trim drops the oldest turns, and then /continue goes on" in err
@@ -188,6 +181,15 @@ def talked(engine: Engine, policy: chat_room.ContextPolicy, *lines: str, **param
     waiting = iter(lines)
     talk.talk(lambda: next(waiting, "/quit"))
     return talk
+
+
+def test_the_end_of_the_context_is_not_the_limit_of_n(policies: Engine, capsys: Captured) -> None:
+    for earlier, way in (([], "/save the conversation"), ([USER, ANSWER], "/trim drops the oldest turns")):
+        talk = Conversation(policies, SamplingParams(max_tokens=None, ignore_eos=True))
+        talk.messages = list(earlier)
+        talk._turn("word " * 20)
+        cut = rf"\(cut off after \d+ tokens, the context of 256 tokens is full: {way}"
+        assert re.search(cut, capsys.readouterr().err)
 
 
 def test_the_policy_trim_goes_on_and_says_what_it_dropped(policies: Engine, capsys: Captured) -> None:

@@ -23,7 +23,20 @@ from tests.models.seeing import write_seeing_chat_model
 from tests.prompt.tokenizers_for_tests import CHATML
 
 Captured = pytest.CaptureFixture[str]
-LIMITS = ["--memory", "3GiB", "--threads", "1", "--image-tokens", "64", "--video-tokens", "64", "-n", "8"]
+LIMITS = [
+    "--memory",
+    "3GiB",
+    "--threads",
+    "1",
+    "--image-tokens",
+    "64",
+    "--video-tokens",
+    "64",
+    "-n",
+    "8",
+    "-t",
+    "0",
+]
 needs_ffmpeg = pytest.mark.skipif(
     shutil.which("ffmpeg") is None or shutil.which("ffprobe") is None,
     reason="needs the programs ffmpeg and ffprobe (`apt install ffmpeg`)",

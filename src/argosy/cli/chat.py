@@ -616,11 +616,13 @@ class Conversation:
             _say("(stopped; /continue goes on)")
         elif result.finish_reason == "length":
             num_tokens = len(begun.tokens) or len(result.token_ids)
-            why = (
-                f"the context of {context:,} tokens is full: /trim drops the oldest turns, and then /continue goes on"
-                if is_full
-                else "the limit of -n: /continue goes on"
-            )
+            why = "the limit of -n: /continue goes on"
+            if is_full:
+                can_trim = len(chat_room.split_turns(self.messages)[1]) > 1
+                way = "/trim drops the oldest turns, and then /continue goes on"
+                if not can_trim:
+                    way = "/save the conversation, and /load it in a chat with a larger --context"
+                why = f"the context of {context:,} tokens is full: {way}"
             what = ""
             if begun.message.get("reasoning_content") and not chat_room.text_of(begun.message).strip():
                 what = ", all of them thoughts"
