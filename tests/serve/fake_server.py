@@ -1,7 +1,8 @@
 """A fake server without a model, with the routes that the page, `top` and `connect` read.
 
-Its answer depends on the last message: `think` reasons first, `slow` continues until it is stopped, `fail` breaks off,
-`busy` and `too long` are refused, `markdown` answers with every construct, `hostile` with markup that would do harm.
+Its answer depends on the last message: `think` reasons first, `slow` continues until it is stopped, `fail` is an error,
+`break` one after half of the answer, `lost` ends there without an error, `busy` and `too long` are refused, `markdown`
+answers with every construct, `hostile` with markup that would do harm.
 It records every request for the test.
 """
 
@@ -103,6 +104,9 @@ class FakeServer(ThreadingHTTPServer):
         self.tokens = 300
         self.expert_slots = 2480
         self.sharing: list[dict[str, Any]] = []  # `models` of the state, if there are several
+        self.is_away = False  # the engine's states end, and are refused
+        self.about: dict[str, Any] = {}  # more of the model's entry in /v1/models
+        self.num_busy = 0  # requests for an answer that will be refused for a second
         self.running = 0
         self.prompts: list[dict[str, Any]] = []  # `running` of the state
         self.requests: list[tuple[str, Any]] = []
@@ -239,14 +243,16 @@ class _Handler(BaseHTTPRequestHandler):
                 "architecture": {"input_modalities": self.server.inputs, "output_modalities": ["text"]},
                 "capabilities": {"tools": self.server.tools},
             }
-            self._json({"object": "list", "data": [entry | about, *self.server.others]})
+            self._json({"object": "list", "data": [entry | about | self.server.about, *self.server.others]})
         elif path == "/v1/engine/transparency":
             self._json({"object": "transparency", "watermark": {"is_on": self.server.has_watermark}})
         elif path == "/v1/engine/state":
             self._json(self.server.state())
+        elif path == "/v1/engine/events" and self.server.is_away:
+            self.close_connection = True
         elif path == "/v1/engine/events":
             self._stream()
-            while True:
+            while not self.server.is_away:
                 self._event(self.server.state())
                 time.sleep(0.1)
         else:
@@ -264,9 +270,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path != "/v1/chat/completions":
             self._refuse(404, f"there is nothing at {self.path}")
         elif "busy" in text_of(body["messages"][-1]):
-            self._refuse(503, "all places are taken", {"Retry-After": "7"})
+            self._refuse(503, "all places are taken", {"Retry-After": "120"})
+        elif self.server.num_busy > 0:
+            self.server.num_busy -= 1
+            self._refuse(429, "2 requests wait\nhint: try again later", {"Retry-After": "1"})
         elif "too long" in text_of(body["messages"][-1]):
-            self._refuse(400, "the prompt has 9 tokens, and 4 fit\nhint: leave something out")
+            told = "the prompt has 9 tokens, and 4 fit\nhint: leave something out"
+            self._refuse(400, told, code="context_length_exceeded")
+        elif sum(text_of(said).startswith("long") for said in body["messages"]) > 2:
+            self._refuse(400, "the conversation does not fit", code="context_length_exceeded")
         else:
             self.server.running += 1
             try:
@@ -301,8 +313,11 @@ class _Handler(BaseHTTPRequestHandler):
         if "think" in asked:
             for word in ("Let ", "me ", "think ", "about ", "it."):
                 self._delta({"reasoning_content": word})
-        if "fail" in asked:
+        if "lost" in asked or "break" in asked:
             self._delta({"content": "Half an "})
+        if "lost" in asked:
+            return
+        if "fail" in asked or "break" in asked:
             self._event({"error": {"message": "the drive refused a read", "type": "server_error"}})
             return
         words = self._words(asked, len(messages))
@@ -363,8 +378,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, facts: Any) -> None:
         self._send(200, json.dumps(facts).encode(), "application/json")
 
-    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        body = {"error": {"message": message, "type": "error", "param": None, "code": None}}
+    def _refuse(
+        self, status: int, message: str, headers: dict[str, str] | None = None, *, code: str | None = None
+    ) -> None:
+        body = {"error": {"message": message, "type": "error", "param": None, "code": code}}
         self._send(status, json.dumps(body).encode(), "application/json", headers)
 
     def _send(self, status: int, body: bytes, media_type: str, headers: dict[str, str] | None = None) -> None:

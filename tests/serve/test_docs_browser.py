@@ -28,7 +28,24 @@ def test_every_route_is_listed_and_the_filter_finds_some(docs: Browser) -> None:
     assert docs.text("#status") == f"{len(ROUTES)} of {len(ROUTES)} routes"
     docs.one("#filter").send_keys("/api/CHAT")
     docs.until(lambda: docs.text("#status") == f"1 of {len(ROUTES)} routes")
-    assert docs.one("details.route:not([hidden]) h2").text.startswith("POST /api/chat")
+    assert docs.one("details.route:not([hidden]) h3").text.startswith("POST /api/chat")
+
+
+def test_routes_are_in_groups_and_no_line_has_a_key_if_the_server_needs_none(docs: Browser) -> None:
+    titles = docs.script("return [...document.querySelectorAll('h2')].map((one) => one.textContent)")
+    assert titles[:5] == [
+        "Chat and text",
+        "Embeddings and ranking",
+        "Audio",
+        "Ollama",
+        "llama.cpp and tokens",
+    ]
+    assert titles[5:] == ["Engine and health", "Administration", "This page"]
+    docs.one("#filter").send_keys("/api/chat")
+    docs.until(lambda: [one.text for one in docs.all("h2") if one.is_displayed()] == ["Ollama"])
+    docs.script("document.querySelectorAll('details.route').forEach((one) => { one.open = true; })")
+    docs.until(lambda: len(docs.all("details.route > div")) == len(ROUTES))
+    assert "Authorization" not in docs.text("main")
 
 
 def test_a_route_is_opened_with_the_keyboard_and_shows_fields_and_a_line_that_works(docs: Browser) -> None:

@@ -29,6 +29,7 @@ from argosy.serve.app import make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import pattern, png, wav, wave
 from tests.serve.conftest import serving, start
+from tests.serve.fake_server import fake_server
 from tests.serve.page_browser import CONTRAST, Browser, Keys, seen_on, webdriver
 from tests.serve.seeing_model import write_seeing_model
 
@@ -156,7 +157,7 @@ def test_a_models_text_is_shown_and_never_becomes_html(browser: Browser) -> None
     ("text", "state", "sentence"),
     [
         ("fail", "failed", "the drive refused a read"),
-        ("busy", "failed", "all places are taken; try again in 7 s"),
+        ("busy", "failed", "all places are taken; try again in 2 min 0 s"),
     ],
 )
 def test_a_failed_answer_shows_its_reason_and_can_be_retried(
@@ -176,7 +177,63 @@ def test_the_hint_of_an_error_is_on_its_own_line(browser: Browser) -> None:
     browser.say("too long")
     browser.wait_for_the_answer("failed")
     shown = browser.one(".turn.assistant .note").text  # as rendered, with its line breaks
-    assert shown == "the prompt has 9 tokens, and 4 fit\nhint: leave something out"
+    assert shown == "the prompt has 9 tokens, and 4 fit\nleave something out"
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [("lost", "The connection to the server was lost."), ("break", "the drive refused a read")],
+)
+def test_an_answer_that_breaks_off_keeps_its_text_and_can_be_continued(
+    browser: Browser, text: str, note: str
+) -> None:
+    browser.open()
+    browser.say(text)
+    browser.wait_for_the_answer("stopped")
+    assert (browser.answer, browser.text(".turn.assistant .note")) == ("Half an", note)
+    browser.press_button("Continue")
+    browser.until(lambda: len(browser.server.conversations) == 2)
+    asked = {"role": "assistant", "content": "Half an "}
+    assert browser.server.conversations[1][-1] == asked
+
+
+def test_a_busy_server_is_asked_again_and_the_page_says_when(browser: Browser) -> None:
+    browser.open()
+    browser.server.num_busy = 2
+    browser.say("hello")
+    told = "The server is busy: 2 requests wait. Trying again in 1 s Cancel"
+    browser.until(lambda: browser.text(".turn.assistant .progress") == told)
+    browser.wait_for_the_answer()
+    assert len(browser.server.conversations) == 3
+    browser.server.num_busy = 1000
+    browser.say("hello")
+    browser.until(lambda: browser.text(".turn.assistant:last-child .progress") == told)
+    browser.press_button("Cancel")
+    browser.wait_for_the_answer("stopped")
+    assert browser.one("#send").is_displayed()
+
+
+def test_a_conversation_that_does_not_fit_leaves_out_what_the_page_names(browser: Browser) -> None:
+    browser.open()
+    for turn in ("long one", "long two"):
+        browser.say(turn)
+        browser.until(lambda turn=turn: turn in browser.answer and browser.one("#send").is_displayed())
+    browser.say("long three")
+    browser.wait_for_the_answer("failed")
+    browser.press_button("Leave out the oldest turns")
+    browser.wait_for_the_answer()
+    sent = browser.server.conversations[-1]
+    assert [said["content"] for said in sent if said["role"] == "user"] == ["long two", "long three"]
+    told = (
+        "To fit the context, the first 2 messages are left out: from \u201clong one\u201d to the answer to "
+        "\u201clong one\u201d. The model does not read them."
+    )
+    assert browser.text(".turn.assistant:last-child .left-out") == told
+    browser.say("next")
+    browser.until(lambda: "next" in browser.answer)
+    assert browser.server.conversations[-1][0]["content"] == "long two"
+    browser.driver.refresh()
+    browser.until(lambda: browser.text(".turn.assistant:last-child .left-out") == told)
 
 
 def test_the_page_stays_at_the_end_when_an_answer_fails(browser: Browser) -> None:
@@ -365,9 +422,12 @@ def test_the_memory_bar_follows_the_engine_and_has_a_text_alternative(browser: B
     browser.until(lambda: browser.text("#memory-total"))
     assert browser.text("#memory-total").startswith("limit 12.0 GiB, peak so far 10.1 GiB")
     names = [row.text for row in browser.all("#memory-legend .name")]
-    assert names == [
-        "process", "dense weights", "KV cache", "working buffers", "staging", "expert cache", "unused",
-    ]  # fmt: skip
+    assert names == ["dense weights", "KV cache", "expert cache", "unused", "peak so far"]
+    rest = [row.text for row in browser.all("#memory-rest .name")]
+    assert (browser.text("#memory-more-title"), rest) == ("3 more", [""] * 3)  # folded
+    browser.one("#memory-more-title").click()
+    rest = [row.text for row in browser.all("#memory-rest .name")]
+    assert rest == ["process", "working buffers", "staging"]
     label = browser.one("#memory-bar").get_attribute("aria-label")
     assert "expert cache 6.9 GiB" in label
 
@@ -397,7 +457,7 @@ def drawn(browser: Browser) -> list[str]:
 def test_unused_memory_is_shown_with_its_reason(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#memory-total"))
-    reason = "#memory-legend li:last-child .remark"
+    reason = "#memory-legend li:nth-last-child(2) .remark"
     assert browser.text(reason) == "the cache is fixed at 2,480 experts; --memory lets it grow"
     browser.server.expert_slots = 48 * 128
     browser.until(lambda: browser.text(reason) == "every expert is in memory")
@@ -740,7 +800,7 @@ def test_files_that_are_too_large_are_refused_in_the_page(watching: Browser) -> 
 def test_what_the_server_finds_wrong_is_said_beside_the_file(seeing: Browser, files: dict[str, Path]) -> None:
     seeing.server.refuses_media = 400, "input.0.content.0: the picture is damaged\nhint: save it again"
     choose(seeing, files["cat.png"])
-    seeing.until(lambda: facts(seeing) == ["the picture is damaged\nhint: save it again"])
+    seeing.until(lambda: facts(seeing) == ["the picture is damaged\nsave it again"])
     assert seeing.one("#attachments [role=alert]")
     assert seeing.one("#send").get_attribute("aria-disabled") == "true"
     seeing.one("[aria-label='Remove cat.png']").click()
@@ -1022,7 +1082,7 @@ def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> Non
     assert browser.server.conversations[0][0]["content"] == "slow\nplease"
     backwards = []
     browser.until(lambda: browser.all("#chat-list .chat"))
-    for _ in range(18):
+    for _ in range(19):
         browser.press_with_shift(Keys.TAB)
         backwards.append(browser.focus)
     turns = ["attach", "Continue", "Regenerate", "Copy", "Edit", "Copy"]
@@ -1036,12 +1096,12 @@ def test_everything_can_be_done_with_the_keyboard_alone(browser: Browser) -> Non
         "export-all",
         "keeping",
     ]
-    items = ["\u2715", browser.text("#chat-list .chat"), "search"]
+    items = ["\u2715", "\u2606", browser.text("#chat-list .chat"), "search"]
     assert backwards == [*turns, *chat, *items, "open-settings"]
     browser.script("document.getElementById('open-settings').focus()")
     browser.press(Keys.ENTER)
-    assert browser.focus == "key"
-    browser.press(Keys.TAB, "Be brief.", Keys.TAB, "0.5", Keys.ENTER)
+    assert browser.focus == "system"
+    browser.press("Be brief.", Keys.TAB, "0.5", Keys.ENTER)
     assert browser.focus == "open-settings"
     browser.press_button("Regenerate")
     browser.until(lambda: len(browser.server.conversations) == 2)
@@ -1131,3 +1191,58 @@ return [...document.querySelectorAll('[placeholder]')].filter((field) => field.c
   return context.measureText(field.placeholder).width > room;
 }).map((field) => field.id);
 """
+
+
+# Before the first message, and when the server is away
+
+
+def test_an_empty_page_tells_of_the_model_and_offers_three_prompts(browser: Browser) -> None:
+    browser.server.inputs = ["text", "image", "audio"]
+    browser.open()
+    told = (
+        "Qwen3-30B-A3B-Q4_K_M runs on this server: 8 of 128 experts in each layer for a token, "
+        "32,768-token context, reads pictures and sound."
+    )
+    browser.until(lambda: browser.text("#welcome-model") == told)
+    assert len(browser.all("#examples button")) == 3
+    browser.one("#examples button").click()
+    browser.wait_for_the_answer()
+    asked = "Explain in one paragraph what a mixture of experts is."
+    assert browser.server.conversations == [[{"role": "user", "content": asked}]]
+
+
+def test_the_panel_shows_how_far_each_prompt_is(browser: Browser) -> None:
+    browser.open()
+    about = {"prompt_tokens": 22_851, "prompt_done": 9_216, "seconds_left": 245.0}
+    browser.server.prompts = [about, about | {"prompt_done": 22_851, "seconds_left": None}]
+    browser.until(lambda: browser.all("#prompts-facts dd"))
+    told = [node.text for node in browser.all("#prompts-facts dd")]
+    assert told == ["9,216 of 22,851 tokens (40 %), about 4 min left"]
+
+
+def test_a_lost_server_greys_the_panel_and_its_return_is_noticed(driver: webdriver.Chrome) -> None:
+    with fake_server() as server:
+        browser = Browser(driver, server.url)
+        browser.open()
+        browser.until(lambda: browser.text("#memory-total"))
+        server.is_away = True
+        browser.until(lambda: browser.text("#connection") == "not connected")
+        assert browser.one("#engine").get_attribute("class") == "engine stale"
+        assert browser.text("#stale").startswith("The server has not been heard of since ")
+        server.is_away = False
+        browser.until(lambda: browser.text("#connection") == "connected")
+        assert browser.one("#engine").get_attribute("class") == "engine"
+        assert not browser.one("#stale").is_displayed()
+        driver.get("about:blank")
+
+
+def test_what_grows_below_the_conversation_hides_nothing_of_its_end(browser: Browser, tmp_path: Path) -> None:
+    browser.open()
+    for _ in range(2):
+        browser.say("markdown")
+        browser.until(lambda: browser.one("#send").is_displayed())
+    (tmp_path / "notes.md").write_text("notes")
+    browser.one("#files").send_keys(str(tmp_path / "notes.md"))
+    browser.until(lambda: browser.all(".attachment"))
+    below = "const at = document.getElementById('scroll'); return at.scrollHeight - at.scrollTop - at.clientHeight"
+    browser.until(lambda: browser.script(below) < 2)

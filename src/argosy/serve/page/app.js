@@ -5,7 +5,7 @@
 import { Attachments, kindsOf } from "./attachments.js";
 import { Chats } from "./chats.js";
 import { Conversation } from "./conversation.js";
-import { showLedger, showState } from "./engine_panel.js";
+import { showLedger, showStale, showState } from "./engine_panel.js";
 import { showHeat, watchHeat } from "./heat_map.js";
 import { Models } from "./models.js";
 import { canRecord, Recorder } from "./recorder.js";
@@ -23,6 +23,7 @@ const conversation = new Conversation({
   status: byId("status"),
   settings: () => chats.record.settings,
   model: () => models.current?.id ?? null,
+  contextTokens: () => contextTokens(),
   onKeep: (record, tree, messages) => chats.keep(record, tree, messages),
   onChange: showConversation,
   onBusy: showBusy,
@@ -47,6 +48,7 @@ const models = new Models({
   onLearned: showPractice,
   onChange() {
     offerAttachments(models.current ? kindsOf(models.current) : []);
+    showModel();
     showContext();
   },
   onRefused: askForKey,
@@ -54,6 +56,7 @@ const models = new Models({
 
 const drawer = new Drawer({
   settings: () => chats.record.settings,
+  model: () => models.current,
   onSave(settings) {
     chats.changeSettings(settings);
     showSettings();
@@ -85,17 +88,25 @@ function showConversation() {
   chats.catchUp();
 }
 
+const contextTokens = () => models.current?.context_length ?? models.current?.max_model_len ?? null;
+
 /** How much of the context the conversation takes, and whether the next message fits. */
 function showContext() {
-  const limit = models.current?.context_length ?? models.current?.max_model_len;
+  const limit = contextTokens();
   const { tokens } = conversation;
   const node = byId("context");
-  node.hidden = !isNumber(limit);
+  byId("room").hidden = !isNumber(limit);
   if (!isNumber(limit)) return;
   const next = attachments.tokens;
   const left = Math.max(0, limit - (tokens ?? 0));
   const isTight = next > left;
   node.classList.toggle("warning", isTight);
+  const answer = Math.min(left - next, chats.record.settings.maxTokens ?? left);
+  [tokens ?? 0, next, Math.max(0, answer)].forEach((part, place) => {
+    byId("meter").children[place].style.width = `${(100 * part) / limit}%`;
+  });
+  byId("meter").setAttribute("aria-label", `Context: ${count(tokens ?? 0)} used, ${count(next)} for this message, ${count(Math.max(0, answer))} for the answer`);
+  byId("meter").title = byId("meter").getAttribute("aria-label");
   if (isTight) node.textContent = `This message has about ${count(next)} tokens, and ${count(left)} of the context are left.`;
   else if (tokens === null) node.textContent = `Context: ${count(limit)} tokens`;
   else node.textContent = `Context: ${count(tokens)} of ${count(limit)} tokens, ${count(left)} left`;
@@ -126,6 +137,34 @@ byId("copy-chat").addEventListener("click", async () => {
 });
 byId("export-chat").addEventListener("click", () => chats.exportShown());
 byId("print-chat").addEventListener("click", () => window.print());
+
+const SENSES = { picture: "pictures", sound: "sound", video: "video" };
+let experts = "";
+
+/** What the model is, where an empty conversation begins. */
+function showModel() {
+  const { current } = models;
+  if (!current) return;
+  const limit = contextTokens();
+  const senses = kindsOf(current).map((kind) => SENSES[kind]).join(", ").replace(/, ([^,]*)$/, " and $1");
+  const facts = [experts, isNumber(limit) && `${count(limit)}-token context`, senses && `reads ${senses}`].filter(Boolean);
+  byId("welcome-model").textContent = `${current.id} runs on this server${facts.length ? `: ${facts.join(", ")}` : ""}.`;
+}
+
+/** The experts of the model, once the engine has told them. */
+function learnExperts({ num_layers: layers, num_experts: number, experts_per_token: chosen } = {}) {
+  const told = layers > 0 && number > 0 ? `${count(chosen)} of ${count(number)} experts in each layer for a token` : "";
+  if (told === experts) return;
+  experts = told;
+  showModel();
+}
+
+byId("examples").addEventListener("click", ({ target }) => {
+  if (target.localName !== "button" || conversation.isBusy) return;
+  prompt.value = target.textContent;
+  send();
+  prompt.focus();
+});
 
 // The message field
 
@@ -287,8 +326,13 @@ function offerAttachments(kinds) {
 
 // Notices and questions
 
-/** Show a sentence, with a button if there is something to do about it. */
+const FADES_MS = 6000;
+let fading = null;
+
+/** Show a sentence, with a button if there is something to do about it. News without one goes by itself. */
 function notify(kind, text, action = null, act = null) {
+  clearTimeout(fading);
+  if (kind === "news" && action === null) fading = setTimeout(() => { byId("notice").hidden = true; }, FADES_MS);
   byId("notice").dataset.kind = kind;
   byId("notice-text").textContent = text;
   byId("notice").hidden = false;
@@ -305,7 +349,7 @@ byId("notice-close").addEventListener("click", () => { byId("notice").hidden = t
 
 function askForKey(error) {
   const text = key() ? `The key was refused: ${error.message}` : "This server needs an API key.";
-  notify("warning", text, "Enter key", () => drawer.open());
+  notify("warning", text, "Enter key", () => drawer.open(true));
 }
 
 /** Ask before something that cannot be undone. Gives whether the user agrees. */
@@ -362,6 +406,7 @@ function showConnection(change, error) {
   if (node.dataset.state === change) return;
   node.dataset.state = change;
   node.textContent = CONNECTION[change];
+  showStale(change === "closed", change === "refused");
   if (change === "refused") askForKey(error);
   if (change === "open") models.learn();
 }
@@ -374,5 +419,6 @@ models.learn();
 const follow = watchEngine((state) => {
   showState(state);
   showHeat(state.heat);
+  learnExperts(state.model?.id === models.current?.id ? state.model : undefined);
 }, showConnection);
 prompt.focus();

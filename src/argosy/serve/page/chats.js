@@ -208,7 +208,7 @@ export class Chats {
     byId("export-all").hidden = byId("delete-all").hidden = !all.length;
     byId("import-chats").disabled = !this.isKeeping;
     byId("welcome-keeping").textContent = this.isKeeping
-      ? "Conversations are kept in this browser, and never on the server."
+      ? "Chats stay in this browser, and never on the server."
       : "The conversation and its files stay in this tab and are gone when you close it.";
   }
 
@@ -219,13 +219,22 @@ export class Chats {
     return this.all.length ? "" : "Your conversations will be listed here.";
   }
 
-  itemOf({ id, title: given, changed }) {
+  itemOf({ id, title: given, changed, isPinned = false }) {
     const title = given || "Untitled";
     const about = this.found?.get(id) || momentOf(changed);
     const open = button(title, () => this.choose(id), { class: "chat", "aria-current": id === this.record.id && "true" });
     open.append(element("small", {}, about));
-    return element("li", { "data-id": id }, open,
+    const pin = button(isPinned ? "\u2605" : "\u2606", () => this.pin(id, !isPinned), {
+      class: "pin quiet", "aria-label": `Keep \u201c${title}\u201d on top`, "aria-pressed": String(isPinned), title: isPinned ? "Unpin" : "Pin",
+    });
+    return element("li", { "data-id": id }, open, pin,
       button("\u2715", () => this.remove(id), { class: "remove quiet", "aria-label": `Delete \u201c${title}\u201d`, title: "Delete" }));
+  }
+
+  async pin(id, isPinned) {
+    if (id === this.record.id) this.record.isPinned = isPinned;
+    await this.store.keep(id, { changes: { isPinned } }).catch(() => {});  // deleted in another tab
+    await this.refresh();
   }
 
   choose(id) {
@@ -281,12 +290,12 @@ export class Chats {
 
   /** Save the shown conversation as a file. */
   exportShown() {
-    const { title, isNamed, created, changed, settings } = this.record;
+    const { title, isNamed, isPinned, created, changed, settings } = this.record;
     const { tree } = this.conversation;
     const messages = [...tree.messages.values()];
     const media = new Map(messages.flatMap(({ attachments }) => attachments).filter(({ blob }) => blob).map((one) => [one.id, one]));
     return this.export([{
-      conversation: { title, isNamed, created, changed, settings, leaf: tree.leaf },
+      conversation: { title, isNamed, isPinned, created, changed, settings, leaf: tree.leaf },
       messages: messages.map((message) => ({ ...recordOf(message), id: message.id })),
       media: [...media.values()],
     }], "conversation");
@@ -326,6 +335,13 @@ export class Chats {
 
   listen() {
     let timer = null;
+    byId("chat-list").addEventListener("dblclick", async ({ clientX, clientY }) => {
+      // The first click has drawn the list anew, so the event is not that of an item.
+      const item = document.elementFromPoint(clientX, clientY)?.closest("#chat-list .chat")?.parentElement;
+      if (!item) return;
+      await this.choose(item.dataset.id);
+      byId("title").select();
+    });
     byId("search").addEventListener("input", () => {
       clearTimeout(timer);
       timer = setTimeout(() => this.refresh(), SEARCH_MS);

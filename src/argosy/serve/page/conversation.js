@@ -8,19 +8,21 @@
 
 import { previewOf } from "./attachments.js";
 import { MarkdownView } from "./markdown.js";
-import { complete } from "./server.js";
+import { complete, errorOf } from "./server.js";
 import { sampling } from "./settings.js";
 import { quoted } from "./text_files.js";
-import { LONGEST_NOTE, messageAsMarkdown, newId, Tree } from "./tree.js";
-import { button, copyButton, count, element, isNumber, rate, seconds, volume } from "./units.js";
+import { LONGEST_NOTE, messageAsMarkdown, newId, titleOf, Tree } from "./tree.js";
+import { button, copyButton, count, element, isNumber, rate, roughly, seconds, volume } from "./units.js";
 
 const TOO_LONG = "The answer reached its maximum length.";
 const ENDINGS = { length: TOO_LONG, content_filter: "The server's policy blocked the answer." };
 const KEEP_MS = 2000;  // how often a growing answer is kept
+const LONGEST_WAIT_S = 60;  // for a busy server; a quota may ask for hours
 
 export class Conversation {
   /**
-   * `parts`: the elements `log`, `scroll`, `status`; `settings()` and `model()` give what the next request uses;
+   * `parts`: the elements `log`, `scroll`, `status`; `settings()` and `model()` give what the next request uses, and
+   * `contextTokens()` what it may hold, or null;
    * `onKeep(record, tree, messages)` is called with messages to keep, `onChange()` whenever other messages are shown,
    * `onBusy(isBusy)`, `onLedger(timings, usage)`, `onIgnored(names)` and `onRefused(error)` for other parts of the page.
    */
@@ -31,6 +33,10 @@ export class Conversation {
     this.tree = new Tree();
     this.views = new Map();
     this.editing = null;
+    // What grows below the conversation, as attachments do, hides nothing of its end.
+    this.isFollowing = true;
+    this.scroll.addEventListener("scroll", () => { this.isFollowing = this.isAtEnd(); });
+    new ResizeObserver(() => { if (this.isFollowing) this.follow(); }).observe(this.scroll);
   }
 
   get isBusy() {
@@ -95,7 +101,7 @@ export class Conversation {
   begin(parent) {
     const answer = {
       id: newId(), parent, role: "assistant", created: Date.now(), text: "", attachments: [], reasoning: "",
-      state: "running", note: "", model: this.model(), tokens: null, ledger: "",
+      state: "running", note: "", model: this.model(), tokens: null, ledger: "", dropped: droppedOf(this.tree.path(parent)),
     };
     this.tree.add(answer);
     this.answer(answer, false);
@@ -119,6 +125,19 @@ export class Conversation {
     if (this.isBusy) return;
     Object.assign(message, { state: "running", note: "", ledger: "" });
     this.answer(message, true);
+  }
+
+  /** Leave out the oldest turns, so that about half of the context is free, and ask again. */
+  trim(message) {
+    const before = this.tree.path(message.id).slice(0, -1);
+    const cuts = cutsOf(before);
+    const limit = this.contextTokens();
+    const total = before.findLast(({ tokens }) => isNumber(tokens))?.tokens;
+    const fits = (cut) => isNumber(before[cut - 1].tokens) && total - before[cut - 1].tokens <= limit / 2;
+    const isCounted = isNumber(limit) && isNumber(total);
+    message.dropped = (isCounted && cuts.find(fits)) || cuts[isCounted ? cuts.length - 1 : Math.floor(cuts.length / 2)];
+    if (message.state === "failed") this.regenerate(message);
+    else this.continue(message);
   }
 
   /** Show another version of a message, and keep the keyboard on the arrows. */
@@ -189,7 +208,9 @@ export class Conversation {
     const { path } = this;
     for (const message of path) {
       const tools = message.state === "running" ? [] : this.toolsOf(message, message === path.at(-1));
-      this.viewOf(message).tools.replaceChildren(...tools.filter(Boolean));
+      const view = this.viewOf(message);
+      view.tools.replaceChildren(...tools.filter(Boolean));
+      if (message.dropped > 0) view.showDropped(path.slice(0, message.dropped));
     }
   }
 
@@ -203,6 +224,9 @@ export class Conversation {
     if (isQuestion) tools.push(button("Edit", () => this.edit(message), quiet));
     else if (message.state === "failed") tools.push(button("Try again", () => this.regenerate(message), quiet));
     else tools.push(button("Regenerate", () => this.regenerate(message), quiet));
+    if (isLast && message.isTooLong && cutsOf(this.path.slice(0, -1)).length) {
+      tools.push(button("Leave out the oldest turns", () => this.trim(message), quiet));
+    }
     const isUnfinished = message.state === "stopped" || message.note === TOO_LONG;
     if (isLast && isUnfinished && message.text) tools.push(button("Continue", () => this.continue(message), quiet));
     return [this.arrows(message), ...tools];
@@ -230,7 +254,7 @@ export class Conversation {
     const path = tree.path(message.id);
     const body = {
       model: this.model(),
-      messages: chatMessages(settings.system, isContinued ? path : path.slice(0, -1)),
+      messages: chatMessages(settings.system, path.slice(droppedOf(path), isContinued ? undefined : -1)),
       ...sampling(settings),
     };
     const controller = new AbortController();
@@ -247,8 +271,8 @@ export class Conversation {
     let keptAt = performance.now();
     try {
       const { signal } = controller;
-      for await (const chunk of complete(body, { signal, onIgnored: (names) => this.onIgnored(names) })) {
-        if (chunk.error) throw new Error(chunk.error.message ?? "The answer was cut off.");
+      for await (const chunk of this.chunks(body, view, signal)) {
+        if (chunk.error) throw errorOf(chunk);
         if (chunk.prompt_progress) view.showProgress(chunk.prompt_progress, (text) => this.say(text));
         const choice = chunk.choices?.[0];
         const delta = choice?.delta ?? {};
@@ -267,11 +291,12 @@ export class Conversation {
           this.onKeep(record, tree, [message]);
         }
       }
-      if (finish === null) throw new Error("The connection ended before the answer did.");
+      if (finish === null) throw new Error("The connection to the server was lost.");
     } catch (error) {
       failure = error;
     }
-    Object.assign(message, failure ? this.failed(failure, isContinued) : { state: "done", note: ENDINGS[finish] ?? "" });
+    message.isTooLong = failure?.code === "context_length_exceeded";
+    Object.assign(message, failure ? this.failed(failure, message.text !== "") : { state: "done", note: ENDINGS[finish] ?? "" });
     view.end();
     this.onKeep(record, tree, [message]);
     if (failure?.status === 401 || failure?.status === 403) this.onRefused(failure);
@@ -287,13 +312,32 @@ export class Conversation {
     });
   }
 
-  /** What an answer becomes by an error. An answer that was continued keeps what it had. */
-  failed(error, isContinued) {
+  /** The chunks of an answer. A busy server is asked again, after as long as it says. */
+  async* chunks(body, view, signal) {
+    for (;;) {
+      try {
+        yield* complete(body, { signal, onIgnored: (names) => this.onIgnored(names) });
+        return;
+      } catch (error) {
+        const isBusy = (error.status === 429 || error.status === 503) && error.retryAfter !== null && error.retryAfter <= LONGEST_WAIT_S;
+        if (!isBusy) throw error;
+        const reason = factOf(error);
+        this.say(`The server is busy: ${reason}. The page asks again by itself.`);
+        for (let left = Math.max(1, error.retryAfter); left > 0; left -= 1) {
+          view.showBusy(`The server is busy: ${reason}. Trying again in ${left} s`, () => this.stop());
+          await second(signal);
+        }
+        view.wait();
+      }
+    }
+  }
+
+  /** What an answer becomes by an error. One that has begun keeps what it has, and can be continued. */
+  failed(error, hasBegun) {
     if (error.name === "AbortError") return { state: "stopped", note: "Stopped." };
-    const wait = error.retryAfter ? `; try again in ${error.retryAfter} s` : "";
-    const [fact, ...hint] = error.message.split("\n");
-    const note = [fact + wait, ...hint].join("\n").slice(0, LONGEST_NOTE);
-    return { state: isContinued ? "stopped" : "failed", note };
+    const wait = error.retryAfter ? `; try again in ${seconds(error.retryAfter)}` : "";
+    const note = [factOf(error) + wait, ...error.message.split("\n").slice(1)].join("\n").slice(0, LONGEST_NOTE);
+    return { state: hasBegun ? "stopped" : "failed", note };
   }
 
   say(text) {
@@ -324,6 +368,34 @@ export class Conversation {
   follow() {
     this.scroll.scrollTop = this.scroll.scrollHeight;
   }
+}
+
+/** How many messages at the start of a path the model does not read. */
+const droppedOf = (path) => path.findLast(({ role }) => role === "assistant")?.dropped ?? 0;
+
+/** Where a path could begin so that it has fewer turns: the places of its later questions. */
+function cutsOf(path) {
+  const dropped = droppedOf(path);
+  return path.flatMap(({ role }, place) => (role === "user" && place > dropped && path[place - 1].role === "assistant" ? [place] : []));
+}
+
+/** What an error says first, without a wait, which is told apart. */
+const factOf = (error) => error.message.split("\n", 1)[0].replace(/; try again in \d+ s$/, "");
+
+/** Wait a second, or fail as soon as the user stops. */
+function second(signal) {
+  return new Promise((resolve, reject) => {
+    const stop = () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    };
+    const timer = setTimeout(() => {
+      signal.removeEventListener("abort", stop);
+      resolve();
+    }, 1000);
+    signal.addEventListener("abort", stop);
+    if (signal.aborted) stop();
+  });
 }
 
 /** The messages of a request. */
@@ -408,8 +480,27 @@ class AnswerView {
   wait() {
     this.progressText.textContent = "Waiting for the model";
     this.progress.hidden = false;
+    this.bar.hidden = false;
+    this.bar.removeAttribute("value");
     this.isBegun = false;
+    this.readingFrom = null;
     this.draw();
+  }
+
+  /** Say which messages the model does not read. */
+  showDropped(messages) {
+    const [first, last] = [messages[0], messages.findLast(({ role }) => role === "user")].map(titleOf);
+    this.dropped ??= element("p", { class: "left-out" });
+    this.dropped.textContent = `To fit the context, the first ${count(messages.length)} messages are left out: from `
+      + `\u201c${first}\u201d to the answer to \u201c${last}\u201d. The model does not read them.`;
+    this.node.prepend(this.dropped);
+  }
+
+  /** Show why the answer does not begin yet, and a button that gives it up. */
+  showBusy(text, cancel) {
+    this.bar.hidden = true;
+    this.cancel ??= button("Cancel", cancel, { class: "quiet" });
+    this.progressText.replaceChildren(text, " ", this.cancel);
   }
 
   showProgress({ processed, total, cache, encoded }, say) {
@@ -418,8 +509,18 @@ class AnswerView {
     this.bar.value = processed;
     const fromCache = cache > 0 ? `, ${count(cache)} from the prefix cache` : "";
     const next = isNumber(encoded) ? `; the next file is ${Math.floor(100 * encoded)} % encoded` : "";
-    this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}${next}`;
+    const left = this.secondsLeft(processed, total);
+    const toGo = left > 2 ? `, about ${roughly(left)} left` : "";
+    this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}${toGo}${next}`;
     say(`Reading the prompt, ${25 * Math.floor((4 * processed) / total)} percent.`);
+  }
+
+  /** Seconds until the whole prompt is read, at the rate since the first news of it. */
+  secondsLeft(processed, total) {
+    const now = performance.now();
+    this.readingFrom ??= { processed, at: now };
+    const { processed: before, at } = this.readingFrom;
+    return processed > before ? ((total - processed) * (now - at)) / (1000 * (processed - before)) : 0;
   }
 
   addReasoning(text) {

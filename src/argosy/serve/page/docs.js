@@ -115,9 +115,12 @@ class Document {
   }
 }
 
+// Whether this server answers without a key: then no line needs one.
+let hasKeys = true;
+
 function curlLine({ method, path, operation }, content) {
   const words = ["curl", `${location.origin}${path}`];
-  if (operation.security) words.push('-H "Authorization: Bearer $ARGOSY_API_KEY"');
+  if (operation.security && hasKeys) words.push('-H "Authorization: Bearer $ARGOSY_API_KEY"');
   const [type, body] = Object.entries(operation.requestBody?.content ?? {})[0] ?? [];
   if (type === "application/json") {
     const text = JSON.stringify(content.exampleOf(body.schema)).replaceAll("'", "'\\''");
@@ -173,13 +176,13 @@ function drawRoute(entry, content) {
       byId("status").textContent = `Selected the curl line of ${entry.path}`;
     }
   });
-  const key = operation.security ? "Needs a key, if the server has keys." : "Needs no key.";
+  const key = operation.security && hasKeys ? "Needs a key." : "Needs no key.";
   parts.push(made("p", { className: "soft", textContent: key }));
-  parts.push(made("h3", { textContent: "Try it" }), made("pre", {}, shown), copy);
+  parts.push(made("h4", { textContent: "Try it" }), made("pre", {}, shown), copy);
   for (const [type, body] of Object.entries(operation.requestBody?.content ?? {})) {
-    parts.push(made("h3", { textContent: "Request" }), drawFields(body.schema, content, type));
+    parts.push(made("h4", { textContent: "Request" }), drawFields(body.schema, content, type));
   }
-  parts.push(made("h3", { textContent: "Answer" }));
+  parts.push(made("h4", { textContent: "Answer" }));
   for (const [type, answer] of Object.entries(operation.responses["200"].content ?? {})) {
     const item = answer.itemSchema?.properties?.data;
     const streamed = item?.contentSchema ?? item?.anyOf?.find((one) => one.contentSchema)?.contentSchema;
@@ -189,12 +192,12 @@ function drawRoute(entry, content) {
   const refusals = Object.entries(operation.responses).filter(([status]) => status !== "200");
   const rows = refusals.map(([status, { description }]) =>
     made("tr", {}, made("td", {}, made("code", { textContent: status })), made("td", { textContent: description })));
-  parts.push(made("h3", { textContent: "Refusals" }), made("table", {}, made("tbody", {}, ...rows)));
+  parts.push(made("h4", { textContent: "Refusals" }), made("table", {}, made("tbody", {}, ...rows)));
   return made("div", {}, ...parts);
 }
 
 function drawEntry(entry, content) {
-  const title = made("h2", {},
+  const title = made("h3", {},
     made("code", { className: "method", textContent: entry.method }), " ", made("code", { textContent: entry.path }),
     made("span", { className: "soft", textContent: ` ${entry.operation.summary.split("\n")[0]}` }));
   const details = made("details", { className: "route" }, made("summary", {}, title));
@@ -204,19 +207,39 @@ function drawEntry(entry, content) {
   return details;
 }
 
+// The groups of routes, in the order in which they are shown; a route belongs to the first one that matches.
+const GROUPS = [
+  ["Chat and text", /^\/v1\/(?:chat|completions|responses|messages|models|moderations)/],
+  ["Embeddings and ranking", /^\/(?:v1\/)?(?:embed|rerank)/],
+  ["Audio", /^\/v1\/audio/],
+  ["Ollama", /^\/api\//],
+  ["llama.cpp and tokens", /^\/(?:infill|props|slots|tokenize|tokenizer_info|detokenize|apply-template)/],
+  ["Engine and health", /^\/(?:v1\/engine\/(?:state|events|transparency)|health|ready|metrics|v1\/cluster$)/],
+  ["Administration", /^\/v1\/(?:engine|cluster)/],
+  ["This page", /^/],
+];
+
 async function start() {
-  const answer = await fetch("openapi.json");
+  const [answer, models] = await Promise.all([fetch("openapi.json"), fetch("v1/models").catch(() => null)]);
+  hasKeys = models?.ok !== true;
   if (!answer.ok) throw new Error(`the server answered with status ${answer.status}`);
   const content = new Document(await answer.json());
   byId("version").textContent = content.content.info.version;
   const entries = content.operations().map((entry) => {
     const words = `${entry.method} ${entry.path} ${entry.operation.summary}`.toLowerCase();
-    return { words, element: drawEntry(entry, content) };
+    const group = GROUPS.findIndex(([, pattern]) => pattern.test(entry.path));
+    return { words, group, element: drawEntry(entry, content) };
   });
-  byId("routes").replaceChildren(...entries.map((entry) => entry.element));
+  const groups = GROUPS.map(([title], place) => {
+    const own = entries.filter(({ group }) => group === place);
+    const element = made("section", {}, made("h2", { className: "group", textContent: title }), ...own.map((entry) => entry.element));
+    return { own, element };
+  });
+  byId("routes").replaceChildren(...groups.map(({ element }) => element));
   const show = () => {
     const wanted = byId("filter").value.trim().toLowerCase();
     for (const { words, element } of entries) element.hidden = !words.includes(wanted);
+    for (const { own, element } of groups) element.hidden = own.every((entry) => entry.element.hidden);
     const count = entries.filter(({ element }) => !element.hidden).length;
     byId("status").textContent = `${count} of ${entries.length} routes`;
   };

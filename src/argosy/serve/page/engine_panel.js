@@ -1,19 +1,19 @@
 // The engine's state for the user: memory and its limit, speed, experts, queue, privacy, and the ledger of the last
 // answer. Every bar has the same facts as text beside it, so nothing is shown by colour alone.
 
-import { UNKNOWN, count, element, isNumber, memory, rate, seconds, volume } from "./units.js";
+import { UNKNOWN, count, element, isNumber, memory, rate, roughly, seconds, volume } from "./units.js";
 
 const HUES = {
   "process": "gray",
   "dense weights": "blue",
   "KV cache": "violet",
   "recurrent state": "pink",
-  "state snapshots": "pink",
-  "replay": "pink",
+  "state snapshots": "rose",
+  "replay": "brown",
   "working buffers": "amber",
   "staging": "olive",
-  "expert records": "gray",
-  "page tables": "gray",
+  "expert records": "lime",
+  "page tables": "steel",
   "expert cache": "teal",
   "expert slots": "teal",
 };
@@ -25,7 +25,9 @@ const PART_HUES = {
   "sampling": "pink",
   "other": "gray",
 };
-const SPARE = ["olive", "pink", "violet", "amber"];
+const MOST_PROMPTS = 8;
+const SPARE = ["rose", "lime", "brown", "steel"];
+const MOST_SHOWN = 4;  // parts of a bar before the others are folded
 
 const byId = (id) => document.getElementById(id);
 const share = (part, whole) => (whole > 0 ? Math.min(1, Math.max(0, part / whole)) : 0);
@@ -40,9 +42,11 @@ function write(id, value, unit = "") {
 
 /** A bar of parts and its legend. Nodes are reused while the parts stay the same, so that widths can animate. */
 class Bar {
-  constructor(bar, legend) {
+  /** `more`: a fold for all but the largest parts, with a `title` and a list for the `rest`. */
+  constructor(bar, legend, more = null) {
     this.bar = bar;
     this.legend = legend;
+    this.more = more;
     this.names = null;
   }
 
@@ -72,15 +76,38 @@ class Bar {
       return { segment, fill, value, note, row };
     });
     this.bar.replaceChildren(...this.rows.map(({ segment }) => segment));
-    this.legend.replaceChildren(...this.rows.map(({ row }) => row));
+    const isFolded = this.more !== null && parts.length > MOST_SHOWN + 1;
+    const sizes = parts.map(({ size }) => size).sort((a, b) => b - a);
+    const large = this.rows.filter((_, index) => !isFolded || parts[index].size >= sizes[MOST_SHOWN - 1]);
+    this.legend.replaceChildren(...large.map(({ row }) => row));
+    if (!this.more) return;
+    this.more.fold.hidden = !isFolded;
+    this.more.title.textContent = `${parts.length - large.length} more`;
+    this.more.rest.replaceChildren(...this.rows.filter((one) => !large.includes(one)).map(({ row }) => row));
   }
 }
 
-const memoryBar = new Bar(byId("memory-bar"), byId("memory-legend"));
+const memoryBar = new Bar(byId("memory-bar"), byId("memory-legend"), {
+  fold: byId("memory-more"), title: byId("memory-more-title"), rest: byId("memory-rest"),
+});
 const timeBar = new Bar(byId("time-bar"), byId("time-legend"));
 const answerBar = new Bar(byId("answer-bar"), byId("answer-legend"));
 
+let heardAt = null;
+
+/** Whether the numbers are old, because the server is gone, and whether there are none without a key. */
+export function showStale(isStale, isRefused) {
+  const panel = byId("engine");
+  panel.classList.toggle("stale", isStale && heardAt !== null);
+  panel.classList.toggle("refused", isRefused);
+  byId("stale").hidden = !isStale && !isRefused;
+  const when = heardAt?.toLocaleTimeString("en", { hour12: false });
+  const lost = when ? `The server has not been heard of since ${when}. The numbers are from then.` : "The server cannot be reached.";
+  byId("stale").textContent = isRefused ? "The engine's state needs a key of scope metrics." : lost;
+}
+
 export function showState(state) {
+  heardAt = new Date();
   showMemory(state);
   showModels(state);
   showWorkers(state);
@@ -96,9 +123,20 @@ export function showState(state) {
   const kept = kv.blocks_cached > 0 ? `, ${count(kv.blocks_cached)} kept for later` : "";
   write("kv", isNumber(kv.blocks_used) ? `${count(kv.blocks_used)} of ${count(kv.blocks_total)} in use${kept}` : null);
   write("read", isNumber(experts.bytes_read) ? volume(experts.bytes_read) : null);
+  showPrompts(state.running);
   showRecent(state.recent);
   showTime(state.time);
   showPrivacy(state.privacy);
+}
+
+/** How far the prompts are that are being read, for everyone who waits for one. */
+function showPrompts(running = []) {
+  const reading = running.filter(({ prompt_done: done, prompt_tokens: all }) => done < all);
+  byId("prompts").hidden = reading.length === 0;
+  writeList("prompts-facts", reading.slice(0, MOST_PROMPTS).map(({ prompt_done: done, prompt_tokens: all, seconds_left: left }) => {
+    const toGo = isNumber(left) ? `, about ${roughly(left)} left` : "";
+    return ["Reading a prompt", `${count(done)} of ${count(all)} tokens (${Math.floor((100 * done) / all)} %)${toGo}`];
+  }));
 }
 
 /** The hit rate of the last minutes beside what other caches would have done with the same choices. */
@@ -200,15 +238,23 @@ function standing({ state, memory_bytes: bytes, running }) {
   return `${state}${held}${running > 0 ? `, ${count(running)} running` : ""}`;
 }
 
+const peakRow = element("li", {}, element("span", { class: "swatch tick" }),
+  element("span", { class: "name" }, "peak so far"), element("span", { class: "value" }));
+
 function showPeak({ peak_bytes: peak }, whole) {
   let mark = byId("memory-bar").querySelector(".peak");
-  if (!isNumber(peak)) return mark?.remove();
+  if (!isNumber(peak)) {
+    peakRow.remove();
+    return mark?.remove();
+  }
   if (!mark) {
     mark = element("span", { class: "peak" });
     byId("memory-bar").append(mark);
   }
   mark.style.left = `${100 * share(peak, whole)}%`;
   mark.title = `peak ${memory(peak)}`;
+  byId("memory-legend").append(peakRow);  // stays the last one
+  peakRow.lastElementChild.textContent = memory(peak);
 }
 
 /** Why part of the limit is unused. */

@@ -4,12 +4,16 @@
 // sessionStorage, which ends with the tab. Conversations are kept elsewhere: `store.js`.
 
 const KEY = "argosy-key";
+const AGAIN_MS = 1000;  // between attempts to follow the engine
+const SILENT_MS = 10_000;  // states come twice a second; a connection without any is dead
+
+/** A server's sentence without what is only for terminals. */
+const said = (message) => message.replace(/^hint: /gm, "");
 
 export class ServerError extends Error {
-  constructor(message, status = 0, retryAfter = null) {
+  constructor(message, status = 0, retryAfter = null, code = null) {
     super(message);
-    this.status = status;
-    this.retryAfter = retryAfter;
+    Object.assign(this, { status, retryAfter, code });
   }
 }
 
@@ -30,7 +34,7 @@ async function request(path, options = {}) {
     response = await fetch(address, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer.");
+    throw new ServerError("The server cannot be reached.");
   }
   if (!response.ok) throw await refusal(response);
   return response;
@@ -38,14 +42,16 @@ async function request(path, options = {}) {
 
 async function refusal(response) {
   let message = `The server answered ${response.status}.`;
+  let code = null;
   try {
     const body = await response.json();
-    if (typeof body.error?.message === "string") message = body.error.message;
+    if (typeof body.error?.message === "string") message = said(body.error.message);
+    code = body.error?.code ?? null;
   } catch {
     // A proxy's page instead of JSON: the status must do.
   }
   const wait = response.headers.get("Retry-After");
-  return new ServerError(message, response.status, /^\d+$/.test(wait) ? Number(wait) : null);
+  return new ServerError(message, response.status, /^\d+$/.test(wait) ? Number(wait) : null, code);
 }
 
 export async function getJson(path, signal) {
@@ -99,6 +105,9 @@ export async function countTextTokens(text, signal) {
   return (await postJson("/tokenize", { content: text }, signal)).count;
 }
 
+/** The error that a chunk of an answer tells. */
+export const errorOf = ({ error }) => new ServerError(said(error.message ?? "The answer was cut off."));
+
 /** The chunks of a chat completion. `onIgnored(names)` is called with the fields that had no effect, if there are any. */
 export function complete(body, { signal, onIgnored }) {
   return events("/v1/chat/completions", {
@@ -120,7 +129,7 @@ export function complete(body, { signal, onIgnored }) {
 
 /**
  * Call `onState` with every state of the engine, twice a second, while the page is visible. `onChange` is called with
- * "open", "closed" or "refused". A lost connection is retried at growing intervals.
+ * "open", "closed" or "refused". A lost connection is tried again every second.
  */
 export function watchEngine(onState, onChange) {
   let stop = null;
@@ -128,11 +137,14 @@ export function watchEngine(onState, onChange) {
   async function follow() {
     const controller = new AbortController();
     stop = controller;
-    let wait = 500;
     while (!controller.signal.aborted) {
+      const silence = new AbortController();
+      let timer = setTimeout(() => silence.abort(), SILENT_MS);
       try {
-        for await (const state of events("/v1/engine/events", { signal: controller.signal })) {
-          wait = 500;
+        const signal = AbortSignal.any([controller.signal, silence.signal]);
+        for await (const state of events("/v1/engine/events", { signal })) {
+          clearTimeout(timer);
+          timer = setTimeout(() => silence.abort(), SILENT_MS);
           onChange("open");
           onState(state);
         }
@@ -142,9 +154,10 @@ export function watchEngine(onState, onChange) {
         const isRefused = error.status === 401 || error.status === 403;
         onChange(isRefused ? "refused" : "closed", error);
         if (isRefused) return;
+      } finally {
+        clearTimeout(timer);
       }
-      await new Promise((resume) => setTimeout(resume, wait));
-      wait = Math.min(2 * wait, 10_000);
+      await new Promise((resume) => setTimeout(resume, AGAIN_MS));
     }
   }
 

@@ -3,16 +3,18 @@
 // The key belongs to the tab (`server.js`). Everything else belongs to the conversation, and a new one starts with it.
 
 import { key, setKey } from "./server.js";
+import { isNumber } from "./units.js";
 
 /** Null, or an empty system message, leaves a choice to the server. */
 export const DEFAULTS = Object.freeze({
-  model: null, system: "", temperature: null, topP: null, maxTokens: null, seed: null, thinking: null,
+  model: null, system: "", temperature: null, topP: null, topK: null, minP: null, maxTokens: null, seed: null, thinking: null,
 });
 
 const NAMES = {
-  temperature: "temperature", topP: "top_p", maxTokens: "max_tokens", seed: "seed", thinking: "enable_thinking",
+  temperature: "temperature", topP: "top_p", topK: "top_k", minP: "min_p", maxTokens: "max_tokens", seed: "seed",
+  thinking: "enable_thinking",
 };
-const FIELDS = { temperature: "temperature", topP: "top-p", maxTokens: "max-tokens", seed: "seed" };
+const FIELDS = { temperature: "temperature", topP: "top-p", topK: "top-k", minP: "min-p", maxTokens: "max-tokens", seed: "seed" };
 const THINKING = { "": null, on: true, off: false };
 
 /** The fields of a request that these settings ask for. */
@@ -29,7 +31,10 @@ export function numChanged(settings) {
 const byId = (id) => document.getElementById(id);
 
 export class Drawer {
-  /** `settings()` gives those to show; `onSave(settings)` takes changed ones, `onKey()` is called for another key. */
+  /**
+   * `settings()` gives those to show, `model()` the model's entry in /v1/models or null; `onSave(settings)` takes changed
+   * ones, `onKey()` is called for another key.
+   */
   constructor(parts) {
     Object.assign(this, parts);
     const drawer = byId("settings");
@@ -43,11 +48,27 @@ export class Drawer {
     return byId("settings").open;
   }
 
-  open() {
+  /** With `needsKey`, the server has refused a request without the right key. */
+  open(needsKey = false) {
+    this.needsKey ||= needsKey;
     byId("key").value = key();
+    byId("key-part").hidden = !this.needsKey && !key();
+    this.showModel();
     this.fill(this.settings());
     byId("settings").returnValue = "";
     byId("settings").showModal();
+    if (needsKey) byId("key").focus();
+  }
+
+  /** The model's own values in empty fields, and a switch for thinking unless it is known to have none. */
+  showModel() {
+    const { default_parameters: own = {}, supported_parameters: known } = this.model() ?? {};
+    for (const [name, id] of Object.entries(FIELDS)) {
+      const value = own[NAMES[name]];
+      if (isNumber(value)) byId(id).placeholder = String(value);
+    }
+    const canThink = !Array.isArray(known) || known.includes("reasoning_effort");
+    byId("thinking-choice").hidden = !canThink && this.settings().thinking === null;
   }
 
   fill(settings) {

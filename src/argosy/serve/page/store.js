@@ -31,7 +31,7 @@ const finished = (transaction) => new Promise((resolve, reject) => {
 
 const within = (id) => IDBKeyRange.bound([id], [id, []]);
 
-const FIELDS = ["parent", "role", "created", "text", "reasoning", "state", "note", "model", "tokens", "ledger"];
+const FIELDS = ["parent", "role", "created", "text", "reasoning", "state", "note", "model", "tokens", "ledger", "dropped"];
 
 /** What is stored of a message: its own fields, and its attachments without their bytes. */
 export function recordOf(message) {
@@ -80,11 +80,11 @@ export class Store {
     });
   }
 
-  /** All conversations, the last changed first. */
+  /** All conversations, pinned ones and then the last changed first. */
   async list() {
     await this.last;
     const all = await done(this.reading("conversations").objectStore("conversations").getAll());
-    return all.sort((a, b) => b.changed - a.changed);
+    return all.sort((a, b) => Boolean(b.isPinned) - Boolean(a.isPinned) || b.changed - a.changed);
   }
 
   /** A conversation with its messages and media, or null. */

@@ -41,13 +41,13 @@ export async function exported(loaded) {
 }
 
 async function plain({ conversation, messages, media }) {
-  const { title, isNamed, created, changed, settings, leaf } = conversation;
+  const { title, isNamed, isPinned = false, created, changed, settings, leaf } = conversation;
   const ordered = parentsFirst(messages);
   const places = new Map(ordered.map(({ id }, place) => [id, place]));
   const bytes = new Map();
   for (const { id, blob } of media) bytes.set(id, await base64Of(blob));
   return {
-    title, isNamed, created, changed, settings,
+    title, isNamed, isPinned, created, changed, settings,
     leaf: places.get(leaf) ?? null,
     messages: ordered.map(({ id, conversation: own, revision, parent, attachments, ...message }) => ({
       ...message,
@@ -177,7 +177,7 @@ const SETTINGS = record({
   maxTokens: orNull(whole(1, 2 ** 31)),
   seed: orNull(whole(0, Number.MAX_SAFE_INTEGER)),
   thinking: orNull(truth),
-});
+}, { topK: orNull(whole(0, 2 ** 31 - 1)), minP: orNull(number(0, 1)) });
 const NAME = text(LONGEST_NAME);
 const TEXT_FILE = record({ kind: oneOf("text"), name: NAME, text: text(MOST_TEXT_BYTES) });
 const mediaFile = (kind) => record({ kind: oneOf(kind), name: NAME, format: oneOf(...FORMATS[kind]), data: orNull(base64) });
@@ -195,14 +195,14 @@ const ANSWER = record(
   { ...SAID, attachments: list(attachment, 0), state: oneOf("running", "done", "stopped", "failed") },
   {
     reasoning: text(LONGEST_TEXT), note: text(LONGEST_NOTE), model: orNull(text(256)), tokens: orNull(whole(0, 2 ** 31)),
-    ledger: text(500),
+    ledger: text(500), dropped: whole(0, MOST_MESSAGES),
   });
 const message = (value, where) => (value?.role === "assistant" ? ANSWER : QUESTION)(value, where);
 
 const CONVERSATION = record({
   title: text(LONGEST_TITLE), isNamed: truth, created: MOMENT, changed: MOMENT, settings: SETTINGS,
   leaf: orNull(whole(0, MOST_MESSAGES)), messages: list(message, MOST_MESSAGES),
-});
+}, { isPinned: truth });
 
 const FILE = record({
   format: oneOf(FORMAT),

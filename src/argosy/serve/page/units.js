@@ -49,6 +49,9 @@ export function seconds(value) {
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
 
+/** A time to go, no more exact than it is known. */
+export const roughly = (value) => (value >= 90 ? `${Math.round(value / 60)} min` : `${Math.ceil(value)} s`);
+
 export function rate(tokensPerSecond) {
   return tokensPerSecond == null ? null : tokensPerSecond.toFixed(tokensPerSecond < 100 ? 1 : 0);
 }
