@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tokenizers
@@ -1402,6 +1403,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
         manifest,
         pooling,
         safetensors,
+        sampling,
         tiktoken_model,
         untrusted_file,
     )
@@ -1512,6 +1514,16 @@ def file_rows(folder: Path) -> Iterator[Row]:
         manifest.MANIFEST_FILE,
         lambda path: manifest.read_manifest(path.parent),
         {name: make for name, make in _JSONS.items() if "key" in name or "nested" in name},
+    )
+    yield from rows_of(
+        "generation_config.json",
+        "generation_config.json",
+        _quiet(
+            lambda path: sampling.declared_sampling(
+                SimpleNamespace(path=path.parent, header=None, ollama_params={})
+            )
+        ),
+        dict(_JSONS.items()),
     )
     yield from rows_of(
         "modules.json",

@@ -594,6 +594,26 @@ def test_a_real_model_answers_the_same_streamed_and_as_json(chat_model: Path, ca
     assert "encoding" not in streamed.err  # a text has nothing to encode
 
 
+@pytest.mark.parametrize(
+    ("said", "explicit"),
+    [({"do_sample": False}, ["-t", "0"]), ({"temperature": 1.4, "top_k": 9}, ["-t", "1.4", "--top-k", "9"])],
+)
+def test_a_checkpoints_own_sampling_is_that_of_an_answer(
+    said: dict[str, object], explicit: list[str], chat_model: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    texts = []
+    for name, content in (("own", said), ("other", {"temperature": 0.5, "top_k": 0, "do_sample": True})):
+        model = tmp_path / name
+        model.mkdir()
+        for file in chat_model.iterdir():
+            (model / file.name).symlink_to(file)
+        (model / "generation_config.json").write_text(json.dumps(content))
+        options = ["--threads", "1", "-n", "12", "--seed", "3", "-q", *(explicit if name == "other" else ())]
+        assert main(["run", "-m", str(model), *options, "Hi"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 def test_logprobs_are_in_the_json(chat_model: Path, capsys: Captured) -> None:
     command = [
         "run",

@@ -10,7 +10,7 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.cli.serve import _ids
-from argosy.config import parse_seconds
+from argosy.config import SamplingDefaults, parse_seconds
 from argosy.errors import UsageError
 from argosy.library import kept, names
 from argosy.library.names import look_up
@@ -89,3 +89,23 @@ def test_a_model_served_with_others_is_noted_as_used_when_it_is_opened(
     monkeypatch.setattr("argosy.serve.run.serve_several", serve_several)
     assert main(["serve", "short", str(paths[1]), "--port", "0", "--memory", "1GiB"]) == 0
     assert list(kept.read().used) == [str(paths[0])]
+
+
+@pytest.mark.parametrize("options", [(), ("--idle-unload", "1m")])
+def test_sampling_options_go_before_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    model = write_chat_model(tmp_path / "one")
+    (model / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20}')
+    found: list[SamplingDefaults] = []
+    monkeypatch.setattr("argosy.serve.run.serve", lambda engine, *_, **__: found.append(engine.sampling))
+    monkeypatch.setattr(
+        "argosy.serve.run.serve_several", lambda ready, *_, **__: found.append(ready[0].sampling)
+    )
+    assert main(["serve", str(model), "--port", "0", "--memory", "1GiB", "-t", "0.3", *options]) == 0
+    assert (found[0].temperature, found[0].top_k, found[0].top_p) == (0.3, 20, 1)
+
+
+def test_sampling_options_out_of_bounds_are_refused_before_a_model_opens(capsys: Captured) -> None:
+    assert main(["serve", "nowhere", "--top-p", "0"]) == 2
+    assert "top_p must be above 0, at most 1, found 0.0" in capsys.readouterr().err
