@@ -206,6 +206,11 @@ class AnswerWriter:
         elif token.text:
             self._take([TextDelta(token.text)])
 
+    def show(self, event: Event) -> None:
+        """Take a part of an answer that another program parsed."""
+        self._end_wait()
+        self._take([event])
+
     @property
     def answer(self) -> Answer:
         from argosy.prompt.formats import collect

@@ -29,6 +29,8 @@ from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _TIMEOUT_S = 10.0
+ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
+_REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
 _LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -174,19 +176,49 @@ class Server:
     def states(self) -> Iterator[dict[str, Any]]:
         """The engine's state, twice a second, until the server ends the stream."""
         with self._get("/v1/engine/events") as response:
-            data: list[bytes] = []
-            size = 0
-            while line := response.readline(_LONGEST_BYTES):
-                size += len(line)
-                if size > _LONGEST_BYTES:
-                    raise self._stranger("an event is too long")
-                text = line.rstrip(b"\r\n")
-                if text.startswith(b"data:"):
-                    data.append(text[5:].removeprefix(b" "))
-                elif not text:
-                    if data:
-                        yield self._checked(self._parsed(b"\n".join(data)))
-                    data, size = [], 0
+            for event in self._events(response):
+                yield self._checked(self._parsed(event))
+
+    def answers(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed answer, as OpenAI's API has them.
+
+        Raises:
+            UsageError: the server refuses the request.   ServerNotUsable: the answer does not come, or not to its end.
+        """
+        try:
+            with self._ask("POST", path, body, timeout_s=ANSWER_S) as response:
+                for event in self._events(response):
+                    if event == b"[DONE]":
+                        return
+                    chunk = self._parsed(event)
+                    if not isinstance(chunk, dict):
+                        raise self._stranger("its answer cannot be read")
+                    if isinstance(error := chunk.get("error"), dict):
+                        raise ServerNotUsable(f"{self.url}: {quote(error.get('message'))}", url=self.url)
+                    yield chunk
+        except ServerNotUsable as error:
+            if error.facts.get("status") in _REFUSALS:
+                raise UsageError(error.message, hint=error.hint) from None
+            raise
+        raise ServerNotUsable(
+            f"{self.url} ended before its answer did", hint="`argosy logs` may say why", url=self.url
+        )
+
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """The data of server-sent events."""
+        data: list[bytes] = []
+        size = 0
+        while line := response.readline(_LONGEST_BYTES):
+            size += len(line)
+            if size > _LONGEST_BYTES:
+                raise self._stranger("an event is too long")
+            text = line.rstrip(b"\r\n")
+            if text.startswith(b"data:"):
+                data.append(text[5:].removeprefix(b" "))
+            elif not text:
+                if data:
+                    yield b"\n".join(data)
+                data, size = [], 0
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers of the server's group."""
@@ -227,15 +259,17 @@ class Server:
     def _get(self, path: str) -> AbstractContextManager[http.client.HTTPResponse]:
         return self._ask("GET", path)
 
-    def _connection(self) -> http.client.HTTPConnection:
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         if self._file is not None:
-            return _FileConnection(self._file, _TIMEOUT_S)
+            return _FileConnection(self._file, timeout_s)
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=_TIMEOUT_S)
+        return kind(self._host, self._port, timeout=timeout_s)
 
     @contextmanager
-    def _ask(self, method: str, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
-        connection = self._connection()
+    def _ask(
+        self, method: str, path: str, body: object = None, *, timeout_s: float = _TIMEOUT_S
+    ) -> Iterator[http.client.HTTPResponse]:
+        connection = self._connection(timeout_s)
         headers = {"Accept": "application/json, text/event-stream"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -253,7 +287,7 @@ class Server:
             raise self._stranger("it does not speak HTTP") from error
         except TimeoutError as error:
             raise ServerNotUsable(
-                f"{self.url} has not answered for {_TIMEOUT_S:.0f} s", url=self.url, is_absent=True
+                f"{self.url} has not answered for {timeout_s:.0f} s", url=self.url, is_absent=True
             ) from error
         except OSError as error:
             raise ServerNotUsable(
@@ -283,7 +317,13 @@ class Server:
         # Other servers send errors of this form, too, for routes that only Argosy has.
         if message is None or (status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/")):
             return self._stranger(f"it answers {status} to {path}", status)
-        return ServerNotUsable(f"{self.url} answers {status}: {quote(message)}", url=self.url, status=status)
+        said, _, hint = message.partition("\nhint: ") if isinstance(message, str) else (message, "", "")
+        return ServerNotUsable(
+            f"{self.url} answers {status}: {quote(said)}",
+            hint=quote(hint) if hint else None,
+            url=self.url,
+            status=status,
+        )
 
     def _stranger(self, why: str, status: int | None = None) -> ServerNotUsable:
         return ServerNotUsable(

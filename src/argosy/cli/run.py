@@ -29,6 +29,7 @@ from argosy.cli.options import (
     watermark_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
+from argosy.cli.server_model import ServerModel, find_model, server_model_options
 from argosy.cli.texts import prompt_of, prompt_text, read_file, text_or_file
 from argosy.config import DEMO
 from argosy.errors import UsageError
@@ -75,6 +76,7 @@ _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 1
 @click.option("--raw", is_flag=True, help="Continue the text without a chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
+@server_model_options
 @co2_option
 @watermark_option
 @thinking_options
@@ -92,6 +94,8 @@ def run(
     quiet: bool,
     co2_grams_per_kwh: float | None,
     thoughts: bool | None,
+    url: str | None,
+    no_server: bool,
     **options: Any,
 ) -> None:
     """Answer one prompt. Files, pictures, sound and stdin can come with it; statistics go to stderr.
@@ -116,12 +120,15 @@ def run(
         has_media=bool(media_of()),
         is_raw=raw,
     )
+    if thoughts is None:
+        thoughts = sys.stderr.isatty() and not as_json
+    if (at := find_model(model, url, no_server=no_server, is_quiet=quiet)) is not None:
+        _ask(at, text, system, form, params, thinking, raw=raw, quiet=quiet, shows_thoughts=thoughts)
+        return
     request = _request(text, media_of(), system, raw)
     if settings.media is None and settings.ears is None:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
         settings = replace(settings, media=bool(media_of()))
-    if thoughts is None:
-        thoughts = sys.stderr.isatty() and not as_json
     more: dict[str, Any] = {} if form is None else {"grammars": True}
     with wanted.open(model) as group, open_engine(model, settings, group=group, **more) as engine:
         parses = engine.prompts.takes_messages and not raw
@@ -145,23 +152,35 @@ def run(
             )
             print(*lines, *_ears_lines(engine), sep="\n", file=sys.stderr)
         if result.finish_reason == "length":
-            _say_cut(result, answer, engine, has_form=form is not None)
+            from argosy.prompt.thinking import Thinking
+
+            context = engine.plan.context_tokens
+            _say_cut(
+                answer,
+                len(result.token_ids),
+                context if result.usage["total_tokens"] >= context else None,
+                has_switch=bool(Thinking(thinks=False).variables(engine.prompts.variables)),
+                has_form=form is not None,
+            )
 
 
-def _say_cut(result: Result, answer: Answer, engine: Engine, *, has_form: bool) -> None:
+def _say_cut(
+    answer: Answer, num_tokens: int, full_context: int | None, *, has_switch: bool, has_form: bool
+) -> None:
     """Say that a limit cut the answer, and what allows more.
+
+    Args:
+        full_context: its tokens, if that was the limit.
+        has_switch: the model can be told not to think.
 
     Raises:
         UsageError: nothing of use came.
     """
-    from argosy.prompt.thinking import Thinking
-
-    num_tokens, context = len(result.token_ids), engine.plan.context_tokens
     more = "allow more with -n"
-    if result.usage["total_tokens"] >= context:
-        more = f"the context of {context:,} tokens is full: a larger --context allows more"
+    if full_context is not None:
+        more = f"the context of {full_context:,} tokens is full: a larger --context allows more"
     if answer.reasoning and not answer.text.strip():
-        if Thinking(thinks=False).variables(engine.prompts.variables):
+        if has_switch:
             more += ", or use --no-think"
         raise UsageError(f"all {num_tokens:,} tokens went into thoughts, so there is no answer", hint=more)
     if has_form:
@@ -169,6 +188,51 @@ def _say_cut(result: Result, answer: Answer, engine: Engine, *, has_form: bool) 
             f"the answer was cut off after {num_tokens:,} tokens, before its JSON was complete", hint=more
         )
     print(f"note: the answer was cut off after {num_tokens:,} tokens; {more}", file=sys.stderr)
+
+
+def _ask(
+    at: ServerModel,
+    text: str,
+    system: str | None,
+    form: Grammar | None,
+    params: SamplingParams,
+    thinking: Thinking,
+    *,
+    raw: bool,
+    quiet: bool,
+    shows_thoughts: bool,
+) -> None:
+    """Let a server answer."""
+    from argosy.cli.server_model import part_of
+    from argosy.media.parts import PROMPT_LIMITS
+
+    _request(text, media_of(), system, raw)  # checks that they go together
+    parts = [part_of(one.read(PROMPT_LIMITS), one.source) for one in media_of()]
+    content: object = [*parts, *([{"type": "text", "text": text}] if text else [])] if parts else text
+    messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    writer = AnswerWriter(None, shows_thoughts=shows_thoughts)
+    said = at.answer(
+        text if raw else messages,
+        params,
+        writer,
+        form=None if form is None else json.loads(form.text),
+        thinking=thinking,
+    )
+    if not writer.answer.text.endswith("\n"):
+        write_text("\n")
+    if not quiet:
+        print(*said.lines(), sep="\n", file=sys.stderr)
+    if said.finish_reason == "length":
+        is_full = said.prompt_tokens + said.new_tokens >= at.context_tokens
+        _say_cut(
+            writer.answer,
+            said.new_tokens,
+            at.context_tokens if is_full else None,
+            has_switch=False,  # its API does not say
+            has_form=form is not None,
+        )
 
 
 def _is_given(parameter: str) -> bool:
