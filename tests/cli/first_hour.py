@@ -77,7 +77,7 @@ def live(hour: Hour, home: Path) -> None:
     done = "<0> "  # the shell's prompt, after a command that succeeded
     hour.type(f"argosy plan {REPOSITORY}", "fits      yes", "not here: a download of", done)
     hour.type(f"argosy pull {REPOSITORY}", "licence   apache-2.0", "[y/N]")
-    hour.type("y", "here      ", done)
+    hour.type("y", f"argosy run -m {REPOSITORY}", done)
     hour.type("argosy list", REPOSITORY, done)
     hour.type(
         f'argosy run -m {REPOSITORY} "#think How are you?"', "thinking: Let me see.", "It is well.", done

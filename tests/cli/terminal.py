@@ -58,7 +58,7 @@ class OnTerminal:
         """Wait for `text`; returns what came before it."""
         deadline = time.monotonic() + _TIMEOUT_S
         while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
+            assert time.monotonic() < deadline, (text, self.shown[-500:])
             if select.select([self._master], [], [], 1)[0]:
                 part = os.read(self._master, 4096)
                 self._note_wait()
