@@ -105,6 +105,21 @@ def test_a_running_prompt_has_a_line_with_what_is_done_and_the_time_to_go(server
     assert lines[at + 9] == "  and 2 more"
 
 
+@pytest.mark.parametrize(
+    ("state", "owned", "resident", "said"),
+    [
+        ("ready", 253, 360, "owns 253 experts, all in memory"),  # it has files of others, too
+        ("ready", 6016, 1570, "owns 6016 experts, 1570 in memory"),
+        ("away", 360, 0, "owns 360 experts"),
+        ("draining", 0, 360, "owns no experts"),
+    ],
+)
+def test_a_worker_has_the_experts_that_it_owns(state: str, owned: int, resident: int, said: str) -> None:
+    worker = {"host": "10.0.0.2:7070", "state": state, "experts_owned": owned, "resident": resident}
+    (line,) = top.worker_lines([worker])
+    assert line.startswith(f"{'10.0.0.2:7070':<22}{state:<10} {said}, hits -")
+
+
 def test_where_there_is_no_terminal_it_prints_once(server: FakeServer, capsys: Captured) -> None:
     assert main(["top", "--url", server.url + "/"]) == 0
     assert capsys.readouterr().out == GOLDEN.format(url=server.url)

@@ -5,6 +5,7 @@ Elsewhere: `cluster/group.py` is the group; `worker.py` starts what answers on t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class WantedGroup:
             workers = opened.enter_context(self._found(model, key)) if self.hosts == (AUTO,) else None
             group = opened.enter_context(
                 Group(
-                    self.hosts if workers is None else workers.hosts(),
+                    self.hosts if workers is None else workers.hosts(tell=_say),
                     replicas=self.replicas,
                     key=key,
                     tls=None if self.authorities is None else client_context(self.authorities),
@@ -108,6 +109,10 @@ class WantedGroup:
 
         memory = () if self.worker_memory is None else ("--memory", self.worker_memory)
         return RayWorkers([model, *memory], key=key, num_workers=self.num_workers)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def take_group(options: dict[str, Any]) -> WantedGroup:

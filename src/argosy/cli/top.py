@@ -176,13 +176,22 @@ def worker_lines(workers: Sequence[dict[str, Any]]) -> list[str]:
         sent, received = (_number(one.get(key), format_bytes) for key in ("bytes_out", "bytes_in"))
         lines.append(
             f"{_name(one.get('host')):<22}{_name(one.get('state')):<10} "
-            f"{_number(one.get('resident'))} of {_number(one.get('experts_owned'))} experts in memory, "
-            f"hits {rate}, {p50} ms (p99 {p99}), {sent} out, {received} in, "
+            f"{_owned(one)}, hits {rate}, {p50} ms (p99 {p99}), {sent} out, {received} in, "
             f"{_number(one.get('experts_rerouted'))} rerouted"
         )
         if why := one.get("why"):
             lines.append(f"  {_name(why)}")
     return lines
+
+
+def _owned(worker: dict[str, Any]) -> str:
+    """How many experts a worker owns, and how many it has in memory, which may be others, too."""
+    owned, resident = _whole(worker.get("experts_owned")), _whole(worker.get("resident"))
+    if not owned:
+        return "owns no experts"
+    if worker.get("state") in ("away", "refused"):  # it tells nothing
+        return f"owns {owned} experts"
+    return f"owns {owned} experts, {'all' if resident >= owned else resident} in memory"
 
 
 def watch(server: Server) -> None:

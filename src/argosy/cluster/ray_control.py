@@ -8,9 +8,12 @@ Ray is the control plane only. A worker is the ordinary process, bound to its no
 between it and the coordinator without Ray: no token costs a call. If Ray's head dies, workers go on; only changes wait.
 The key comes from the driver's memory and reaches the worker through a file that has no name.
 
-A worker that ends is started again where it was. Ray notices a dead node after about 15 seconds with its defaults, and
-after 1.5 with the settings of docs/guides/cluster-ray.md; a spare worker is added then. Until then the other owners
-answer: the group notices by its connections, within milliseconds.
+A worker that ends is started again where it was. Whoever waits for the first workers hears how many are ready, and the
+last words of one that did not start; after three failed starts of one that is needed, the wait ends.
+
+Ray notices a dead node after about 15 seconds with its defaults, and after 1.5 with the settings of
+docs/guides/cluster-ray.md; a spare worker is added then. Until then the other owners answer: the group notices by its
+connections, within milliseconds.
 
 Elsewhere: connections and owners are `group.py`; a worker is `worker.py`; why Ray is decision 60.
 """
@@ -21,13 +24,14 @@ import contextlib
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 from argosy.errors import ArgosyError, UsageError
@@ -37,12 +41,15 @@ log = logging.getLogger("argosy.cluster")
 
 RESOURCE = "argosy_expert"
 START_S = 600.0  # a worker reads its experts before it is ready
+SAID_S = 60.0  # how often a wait for workers is told of
+_MOST_FAILED = 3  # starts of a worker, one after another
 _LOOK_S = 0.25
 _CALL_S = 5.0  # an actor that does not answer for so long is gone
 _MOST_PAUSE_S = 10.0  # between two starts of a worker that ends
 _AWAY_S = 10.0  # a worker that is not back after so long is replaced by a spare one, if there is one
 _LONGEST_LINE = 4096
 _LAST_WORDS = 2000  # characters of a worker's errors
+_LAST_LINES = 8  # of them that are shown
 # A worker that asks the kernel to end it when the thread ends that started it (PR_SET_PDEATHSIG).
 _AS_CHILD = """
 import ctypes, os, sys
@@ -165,19 +172,26 @@ class WorkerKeeper:
         self._address = ""
         self._fault = ""
         self._num_starts = 0
+        self._num_failed = 0  # starts, since it was ready last
         threading.Thread(target=self._keep, daemon=True).start()
 
     def where(self) -> str:
         """The address of this node."""
         return str(_import_ray().util.get_node_ip_address())
 
-    def state(self) -> tuple[str, str, int, int]:
-        """(address, empty until the worker is ready; the last fault; how often it was started; its process id)."""
+    def state(self) -> tuple[str, str, int, int, int]:
+        """Where the worker is and what became of it.
+
+        Returns:
+            Its address, empty until it is ready; the last fault; how often it was started; its process id; how many
+            starts have failed since it was ready last.
+        """
         with self._changes:
             worker = self._worker
             is_running = worker is not None and worker.poll() is None
             return (
-                self._address if is_running else "", self._fault, self._num_starts, worker.pid if worker else 0
+                self._address if is_running else "", self._fault, self._num_starts, worker.pid if worker else 0,
+                self._num_failed,
             )  # fmt: skip
 
     def _keep(self) -> None:
@@ -195,6 +209,7 @@ class WorkerKeeper:
                 worker = launch([*self._arguments, "--bind", f"{shown}:{port}"], self._key, ready.append)
                 with self._changes:
                     self._worker, self._address, self._fault = worker, ready[0], ""
+                    self._num_failed = 0
                 port = ready[0].rpartition(":")[2]  # the group knows the worker by its address
                 code = worker.wait()
                 fault = f"the worker ended with {code}"
@@ -202,6 +217,7 @@ class WorkerKeeper:
                 fault, port = str(error), "0"
             with self._changes:
                 self._worker, self._fault = None, fault
+                self._num_failed += not ready
             print(fault, file=sys.stderr, flush=True)
             pause_s = _LOOK_S if time.monotonic() - began > _MOST_PAUSE_S else min(_MOST_PAUSE_S, 2 * pause_s)
             time.sleep(pause_s)
@@ -211,20 +227,29 @@ class WorkerKeeper:
 class _Node:
     """A node of the Ray cluster and its actor.
 
+    where: its address, for people.
     is_member: the group has its worker, or will; otherwise the worker is a spare one.
     host: its worker's address; empty until the worker is ready.
     last_host: its worker's address when it was ready; the group connects to it again by itself.
     lost_at: when it was ready last.
+    num_failed, fault: starts of its worker that failed since it was ready last, and the last words of the last one.
     """
 
     id: str
     actor: Any
+    where: str = ""
     is_member: bool = False
     host: str = ""
     last_host: str = ""
     lost_at: float = 0.0
+    num_failed: int = 0
+    fault: str = ""
     call: Any = None
     called_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return f"{self.id[:8]} ({self.where})" if self.where else self.id[:8]
 
 
 class RayWorkers:
@@ -256,7 +281,8 @@ class RayWorkers:
         if num_workers is not None and num_workers < 1:
             raise UsageError(f"there must be 1 worker or more, found {num_workers}")
         self._ray = ray = _import_ray()
-        if not ray.is_initialized():
+        self._has_connected = not ray.is_initialized()
+        if self._has_connected:
             try:
                 ray.init(address=address or "auto", log_to_driver=False, namespace="argosy")
             except (ConnectionError, ValueError) as error:
@@ -272,19 +298,32 @@ class RayWorkers:
         self._keeper = threading.Thread(target=self._keep, name="argosy-ray", daemon=True)
         self._keeper.start()
 
-    def hosts(self, *, timeout_s: float = START_S) -> list[str]:
+    def hosts(self, *, timeout_s: float = START_S, tell: Callable[[str], None] = log.info) -> list[str]:
         """Wait until as many workers are ready as the group has, and return their addresses.
 
+        Args:
+            tell: called with a line at once and every SAID_S, and with the last words of workers that did not start.
+
         Raises:
-            NoWorkers: none is ready in time.
+            NoWorkers: none is ready in time, or one that is needed does not start.
         """
-        until = time.monotonic() + timeout_s
-        with self._changes:
+        until, telling = time.monotonic() + timeout_s, _Telling(tell)
+        with _sigterm_as_exit(), self._changes:
             while True:
-                ready = [node.host for node in self._nodes.values() if node.is_member and node.host]
-                num_wanted = self._num_workers or max(1, len(self._nodes))
-                if len(ready) >= num_wanted or time.monotonic() > until:
+                nodes = list(self._nodes.values())
+                ready = [node.host for node in nodes if node.is_member and node.host]
+                num_wanted = self._num_workers or len(nodes)
+                if len(ready) >= max(1, num_wanted) or time.monotonic() > until:
                     break
+                telling.look(nodes, len(ready), num_wanted)
+                failed = [node for node in nodes if not node.host and node.num_failed >= _MOST_FAILED]
+                if failed and len(nodes) - len(failed) < num_wanted:
+                    raise NoWorkers(
+                        f"the worker on node {failed[0].name} did not start, {failed[0].num_failed} times in a row:\n"
+                        + _last_lines(failed[0].fault),
+                        hint="workers have the environment of `ray start` on their node: "
+                        "name the model by a path that is the same on all nodes",
+                    )
                 self._changes.wait(_LOOK_S)
             if not ready:
                 raise NoWorkers(
@@ -306,6 +345,9 @@ class RayWorkers:
         for node in list(self._nodes.values()):
             with contextlib.suppress(Exception):  # the node may be gone
                 self._ray.kill(node.actor)
+        if self._has_connected and not self._keeper.is_alive():
+            # Otherwise it ends with the interpreter, and prints a stack trace if a thread is inside it.
+            self._ray.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -332,14 +374,14 @@ class RayWorkers:
     def _look(self) -> None:
         """Compare the nodes of the cluster with those that are known, and workers with those that are wanted."""
         alive = {
-            node["NodeID"]
+            node["NodeID"]: str(node.get("NodeManagerAddress", ""))
             for node in self._ray.nodes()
             if node["Alive"] and node["Resources"].get(RESOURCE, 0) >= 1
         }
         for name in sorted(alive - self._nodes.keys()):
             actor = self._actor_on(name)
             with self._changes:
-                self._nodes[name] = _Node(name, actor)
+                self._nodes[name] = _Node(name, actor, alive[name])
         for node in list(self._nodes.values()):
             if node.id not in alive:
                 self._forget(node, "its node is gone")
@@ -368,11 +410,13 @@ class RayWorkers:
                 self._forget(node, "its actor does not answer")
             return
         try:
-            host, fault, *_ = self._ray.get(node.call)
+            host, fault, _, _, num_failed = self._ray.get(node.call)
         except self._ray.exceptions.RayError:
             self._forget(node, "its actor died")
             return
         node.call = None
+        with self._changes:
+            node.num_failed, node.fault = num_failed, fault
         if host != node.host:
             log.info(
                 "cluster: the worker on node %s is %s",
@@ -426,6 +470,54 @@ class RayWorkers:
             with contextlib.suppress(ArgosyError):
                 group.drain(host)
             self._told.discard(host)
+
+
+class _Telling:
+    """Tells of a wait for workers."""
+
+    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._clock = tell, clock
+        self._said: tuple[float, int, int] | None = None  # when, and the numbers
+        self._failed: set[str] = set()  # nodes whose first failed start was told
+
+    def look(self, nodes: Sequence[_Node], num_ready: int, num_wanted: int) -> None:
+        for node in nodes:
+            if node.num_failed and not node.host and node.id not in self._failed:
+                self._failed.add(node.id)
+                self._tell(f"the worker on node {node.name} did not start:\n{_last_lines(node.fault)}")
+        now = self._clock()
+        if self._said is None or self._said[1:] != (num_ready, num_wanted) or now - self._said[0] >= SAID_S:
+            self._said = now, num_ready, num_wanted
+            ready = (
+                f"{num_ready} of {num_wanted} nodes ready" if num_wanted else f"no node has {RESOURCE} yet"
+            )
+            self._tell(f"waiting for workers: {ready}")
+
+
+def _last_lines(text: str) -> str:
+    """The end of what a worker said, safe for a terminal."""
+    lines = [line for line in text[-_LAST_WORDS:].splitlines() if line.strip()][-_LAST_LINES:]
+    shown = (
+        "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in line) for line in lines
+    )
+    return "\n".join(f"  {line}" for line in shown)
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM end the process in order: Ray's own handler prints a stack trace and ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _import_ray() -> Any:
