@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argosy.config import parse_size
+from argosy.config import counted, disk_size, parse_size
 from argosy.errors import UsageError
 
 
@@ -27,3 +27,14 @@ def test_a_size_without_a_unit_is_refused_with_the_units_it_may_have(text: str) 
     assert (
         str(refused.value) == f"'{text}' has no unit\nhint: write {text}GiB, {text}MiB, or {text}B for bytes"
     )
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    assert [counted(number, "fault") for number in (0, 1, 2)] == ["0 faults", "1 fault", "2 faults"]
+    assert [counted(number, "entry", "entries") for number in (1, 2)] == ["1 entry", "2 entries"]
+
+
+def test_a_size_on_a_drive_is_never_nothing() -> None:
+    assert [disk_size(size) for size in (0, 999, 4000, 280_000_000, 16_400_000_000)] == [
+        "0 bytes", "999 bytes", "4 kB", "280 MB", "16.4 GB",
+    ]  # fmt: skip

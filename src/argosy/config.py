@@ -123,6 +123,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def disk_size(nbytes: int) -> str:
+    """Bytes on a drive or a line, in its own units: `18.6 GB`, `271 MB`, `4 kB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            value = nbytes / size
+            return f"{value:.1f} {unit}" if unit == "GB" and value < 1000 else f"{value:.0f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
     """A number with its noun: `1 expert`, `3 experts`. `nouns` is a plural that does not end in an s alone."""
     return f"{number} {noun}" if number == 1 else f"{number} {nouns or noun + 's'}"

@@ -70,6 +70,11 @@ def scaled(writer: GGUFWriter) -> None:
     writer.add_rope_scaling_factor(4.0)
 
 
+def test_a_dense_model_that_does_not_exist_is_said_to_be_absent(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'none'} does not exist"):
+        upcycle(tmp_path / "none", tmp_path / "mixture")
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [

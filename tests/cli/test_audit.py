@@ -48,7 +48,7 @@ def test_a_valid_audit_is_said_to_be_valid_with_its_anchor(
     assert main(["audit", "verify", str(directory)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("valid    no line was changed, and none is missing\n")
-    assert "lines    6 in 1 files (1 anchor, 3 request, 1 start, 1 stop)" in out
+    assert "lines    6 in 1 file (1 anchor, 3 request, 1 start, 1 stop)" in out
     assert "content  3 kept, 0 erased" in out
     anchor = re.search(r"anchor   (\S+)", out)
     assert anchor is not None
@@ -146,13 +146,21 @@ def test_data_of_a_stopped_server_is_erased_by_the_name_of_its_key(
     assert "data erase --url URL" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["verify", "show", "export"])
+def test_an_audit_that_does_not_exist_is_said_to_be_absent(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", command, str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'} does not exist\n"
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ([], "nothing says where the data is"),
         (["--url", "http://127.0.0.1:1", "--audit", "x"], "--url erases everything"),
         (["--audit", "x"], "there is no key 'laptop', and it is not a key's id"),
-        (["--key", "local", "--audit", "no-such-directory"], "no-such-directory/key cannot be read"),
+        (["--key", "local", "--audit", "no-such-directory"], "no-such-directory does not exist"),
         (["--key", "key-0123abcd", "--kv-dir", "no-such-directory"], "no-such-directory cannot be read"),
         (["--audit", ".", "--keys", "no-such-file"], "no-such-file cannot be read"),
     ],

@@ -85,7 +85,7 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
     assert lines[2].startswith("someone/vision-GGUF:model")
     assert lines[2].endswith("LM Studio")
     assert len(lines) == 3
-    assert "does not run 1 other; --all lists them" in said.err
+    assert "Argosy cannot run 1 other model; --all lists it" in said.err
     assert main(["list", "--all"]) == 0
     assert "someone/bert" in capsys.readouterr().out
 

@@ -265,6 +265,7 @@ def _cpu_seconds(run: Callable[[], None]) -> float:
         (["run", "--logit-bias", "7:3", "x"], "--logit-bias takes ID=X, found '7:3'"),
         (["run", "--raw", "--system", "s", "x"], "--raw and --system exclude each other"),
         (["upcycle", "only-one"], "missing argument 'DST'"),
+        (["serve", "--name", "a", "--name", "b"], "--name was given 2 times, and there is 1 model\n"),
     ],
 )
 def test_an_invalid_argument_is_named_and_exits_2(

@@ -237,6 +237,17 @@ def test_a_refusal_that_is_not_about_the_key_is_told_in_the_servers_words() -> N
         Server(url, "ak-x").state()
 
 
+def test_the_hint_and_the_lines_of_a_servers_error_are_told_as_such() -> None:
+    said = "needs 2.0 GiB\n  weights 1.5 GiB\x1b[2J\nhint: ask for more"
+    body = json.dumps({"error": {"message": said}}).encode()
+    head = f"HTTP/1.1 409 Conflict\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with stranger(head + body) as url, pytest.raises(ServerNotUsable) as refused:
+        Server(url).resize("1GiB")
+    assert str(refused.value) == (
+        f"{url} answers 409: needs 2.0 GiB\n  weights 1.5 GiB\\x1b[2J\nhint: ask for more"
+    )
+
+
 def test_a_key_file_overrides_the_environment(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

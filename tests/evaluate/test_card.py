@@ -159,6 +159,11 @@ def test_what_the_library_knows_of_a_pull_is_on_the_card() -> None:
     assert "- apache-2.0, says the hub's card\n- accepted here: 2025-10-09T08:53:20Z\n" in markdown(facts)
 
 
+def test_a_model_that_comes_with_argosy_has_its_licence_on_the_card() -> None:
+    facts = gather("demo", open_files(GGUF / "model.gguf"), budget=BUDGET, licence="Apache-2.0")
+    assert "- Apache-2.0, says Argosy\n" in markdown(facts)
+
+
 def test_names_from_files_and_hubs_cannot_write_markdown() -> None:
     hostile = "x](http://a.b) <img src=x>\n# `title` | **b** \x1b[31m"
     pulled = Pulled("owner/name", "a" * 40, 1, (), licence=hostile)

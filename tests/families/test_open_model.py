@@ -343,9 +343,17 @@ def test_a_config_without_weights_gives_an_error_with_the_expected_files(tmp_pat
 def test_a_path_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone") == f"{tmp_path / 'gone'} does not exist"
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "is a file; a model is a .gguf file, or a directory with" in refusal(
-        tmp_path / "model.safetensors"
-    )
+    assert "is neither a .gguf file nor a directory with" in refusal(tmp_path / "model.safetensors")
+
+
+def test_a_file_of_a_model_names_its_directory_and_any_other_file_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    for hint in (None, f"try {tmp_path}"):
+        with pytest.raises(CheckpointError) as refused:
+            open_model(file)
+        assert refused.value.hint == hint
+        (tmp_path / "config.json").write_bytes(b"{}")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "kimi_linear", None, 7, ["mixtral"]])

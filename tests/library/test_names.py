@@ -10,7 +10,7 @@ import pytest
 from argosy.engine.options import locate_model, open_files
 from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.library import kept
-from argosy.library.names import add_alias, is_name, remove_alias
+from argosy.library.names import add_alias, is_name, look_up, name_of, remove_alias
 from tests.library.caches import GGUF, TINY, WEIGHTS, add_to_hub, add_to_lm_studio, add_to_ollama
 
 
@@ -133,6 +133,12 @@ def test_an_alias_stands_for_a_model_or_a_path_until_it_is_forgotten(library: Pa
     assert remove_alias("fast") == "unsloth/Qwen3-Coder-GGUF:Q8_0"
     with pytest.raises(CheckpointError, match="no model here is named 'fast'"):
         locate_model("fast")
+
+
+def test_an_alias_may_stand_for_the_demo(library: Path) -> None:
+    assert add_alias("fast", "demo") == "demo"
+    assert look_up("fast") == ("fast", Path("demo"), "demo")
+    assert name_of("fast") == name_of("demo") == "demo"
 
 
 @pytest.mark.parametrize("alias", ["demo", "a/b", "", ".x", "x y", "x" * 65, "a:b", "é"])

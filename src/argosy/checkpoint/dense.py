@@ -83,6 +83,8 @@ def open_dense(path: Path) -> DenseModel:
         CheckpointError: `path` is neither, a tensor is missing, or a tensor has the wrong shape.
         UnsupportedModel: another architecture, or a flag that has no counterpart.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", path=path)
     model = _open_gguf(path) if path.is_file() else _open_safetensors(path)
     for name in expected_shapes(model.config):
         if name not in model.readers:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from argosy.config import counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ def read_key(directory: Path, key_file: Path | None) -> bytes:
     from argosy.guard.chain import KEY, KEY_BYTES
     from argosy.private_files import read_secret
 
+    if not directory.is_dir():
+        raise UsageError(
+            f"{directory} is not a directory" if directory.exists() else f"{directory} does not exist"
+        )
     path = directory / KEY if key_file is None else key_file
     try:
         return read_secret(
@@ -203,17 +208,21 @@ def _lines(report: Report) -> list[str]:
     if (more := report.num_faults - len(report.faults)) > 0:
         lines.append(f"  and {more} more")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.kinds.items()))
-    lines.append(f"lines    {report.kinds.total()} in {report.num_files} files ({kinds or 'none'})")
+    lines.append(
+        f"lines    {report.kinds.total()} in {counted(report.num_files, 'file')} ({kinds or 'none'})"
+    )
     if first is not None and last is not None:
         lines.append(f"from     line {first.head.seq}, {first.facts.get('time')}")
         lines.append(f"to       line {last.head.seq}, {last.facts.get('time')}")
         lines.append(f"anchor   {last.head}")
     if report.num_lost:
-        lines.append(f"lost     {report.num_lost} requests were not recorded, as the server says itself")
+        lines.append(
+            f"lost     {counted(report.num_lost, 'request')} not recorded, by the server's own account"
+        )
     if report.num_refused:
-        lines.append(f"refused  {report.num_refused} requests without a valid key")
+        lines.append(f"refused  {counted(report.num_refused, 'request')} without a valid key")
     if report.num_unkept:
-        lines.append(f"unkept   {report.num_unkept} contents could not be kept; their lines say why")
+        lines.append(f"unkept   {counted(report.num_unkept, 'content')} not kept; the lines say why")
     if report.num_objects or report.num_erased or report.num_missing:
         missing = f", {report.num_missing} missing" if report.num_missing else ""
         lines.append(f"content  {report.num_objects} kept, {report.num_erased} erased or expired{missing}")
@@ -236,6 +245,6 @@ def _require_valid(report: Report) -> None:
 
     if not report.is_valid:
         raise ChainBroken(
-            f"the audit is not valid: {report.num_faults} faults, the first: {report.faults[0]}",
+            f"the audit is not valid: {counted(report.num_faults, 'fault')}, the first: {report.faults[0]}",
             hint="keep the directory as it is, and compare it with a copy or with anchors in the server's log",
         )

@@ -25,7 +25,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import completion, own_server
 from argosy.cli.help_all import Command
 from argosy.cli.remote import server_options
-from argosy.config import MIB, format_bytes
+from argosy.config import MIB, counted, format_bytes
 from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
@@ -373,5 +373,5 @@ def _ago(since: float) -> str:
 def _span(seconds: float) -> str:
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if (count := int(seconds) // size) >= 1:
-            return f"{count} {unit}{'s' if count > 1 else ''}"
+            return counted(count, unit)
     return f"{max(0, int(seconds))} s"

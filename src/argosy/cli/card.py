@@ -10,6 +10,7 @@ import click
 
 from argosy.cli import completion
 from argosy.cli.output import progress_bar, write_file
+from argosy.config import DEMO
 
 if TYPE_CHECKING:
     from argosy.evaluate.card import Guard
@@ -33,7 +34,7 @@ def card(
 ) -> None:
     """Write a card of MODEL: hashes, licence, conversion, drift, memory, guard settings and known limits.
 
-    The card has what the files, the library and your reports say. What none of them says is called unknown.
+    The card contains what the files, the library and your reports say. Anything else is marked as unknown.
 
     \b
     Examples:
@@ -41,6 +42,7 @@ def card(
       argosy card Qwen/Qwen3-30B-A3B --policy policy.toml --json
     """
     from argosy.cli.eval import REPORT_FILE
+    from argosy.demo.locate import LICENCE
     from argosy.engine.options import open_files
     from argosy.engine.planning import summarise
     from argosy.evaluate.card import gather, markdown
@@ -57,6 +59,7 @@ def card(
             name or Path(text).name or text,
             files,
             budget=summarise(files.path),
+            licence=LICENCE if DEMO in (text, name) else None,
             pulled=None if name is None else kept.read().pulled.get(name),
             drift=None if drift is None else read_report(drift, identity_of(files)),
             guard=None if policy is None else _guard(policy),
@@ -73,7 +76,6 @@ def card(
 
 
 def _located(text: str, path: Path | None) -> Path:
-    from argosy.config import DEMO
     from argosy.engine.options import locate_model
 
     return locate_model(text if path is None or text == DEMO else path)

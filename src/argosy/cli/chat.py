@@ -36,7 +36,7 @@ from argosy.cli.options import (
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, parameter_count, write_dim, write_text
 from argosy.cli.texts import MOST_BYTES, text_or_file
-from argosy.config import DEMO, format_bytes
+from argosy.config import DEMO, counted, format_bytes
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
 
 if TYPE_CHECKING:
@@ -411,7 +411,7 @@ class Conversation:
         if not num_dropped or num_kept + num_begun >= context:
             return False
         num_tokens = self._count(self.messages) - num_kept
-        what = f"{num_dropped} turn{'s' * (num_dropped > 1)} ({num_tokens:,} tokens)"
+        what = f"{counted(num_dropped, 'turn')} ({num_tokens:,} tokens)"
         done = "dropped"
         if summarises:
             # A quarter of the context is left for what comes next.
@@ -493,7 +493,7 @@ class Conversation:
     def _save(self, name: str) -> None:
         path = _path(name, "/save")
         chat_files.save(path, self.messages)
-        _say(f"{len(self.messages)} messages saved in {path}")
+        _say(f"{counted(len(self.messages), 'message')} saved in {path}")
 
     def _load(self, name: str) -> None:
         path = _path(name, "/load")
@@ -504,7 +504,7 @@ class Conversation:
         last = self.messages[-1]
         self._begun = _Begun(last) if last["role"] == "assistant" else None
         self._note_unreadable()
-        _say(f"{len(self.messages)} messages loaded from {path}")
+        _say(f"{counted(len(self.messages), 'message')} loaded from {path}")
 
     def _show_ledger(self, _: str) -> None:
         engine = self._open_engine

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from argosy.config import counted, disk_size
 from argosy.directory import Directory
 from argosy.errors import UsageError
 
@@ -116,7 +117,7 @@ def _erase_running(name: str, url: str, key_file: Path | None) -> None:
     done = Server(url, api_key(key_file)).erase(name)
     print(f"key               {done['key']}")
     print(f"stored responses  {done['responses']} erased, with their items")
-    print(f"replay            {done['answers']} answers erased")
+    print(f"replay            {counted(done['answers'], 'answer')} erased")
     print("prefixes          erased, in memory and in files")
     contents = done["audit_contents"]
     print(f"audit contents    {'the server has no audit' if contents is None else f'{contents} erased'}")
@@ -186,6 +187,5 @@ def _size(path: Path | None) -> int | None:
 
 
 def _told(num_bytes: int | None) -> str:
-    from argosy.cli.output import disk_size
 
     return "" if num_bytes is None else disk_size(num_bytes)

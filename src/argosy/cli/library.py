@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.output import disk_size, print_facts, table_lines
-from argosy.config import format_bytes
+from argosy.cli.output import print_facts, table_lines
+from argosy.config import counted, disk_size, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     if len(shown) < len(rows):
         others = len(rows) - len(shown)
         print(
-            f"note: Argosy does not run {others} other{'s' if others > 1 else ''}; --all lists them",
+            f"note: Argosy cannot run {counted(others, 'other model')}; --all lists {'it' if others == 1 else 'them'}",
             file=sys.stderr,
         )
     for note in found.notes:
@@ -167,7 +167,7 @@ def _ago(when: int | None) -> str:
     seconds = max(0, int(time.time()) - when)
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if (count := seconds // size) >= 1:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+            return f"{counted(count, unit)} ago"
     return "just now"
 
 
@@ -187,8 +187,14 @@ def rm(name: str, yes: bool) -> None:
     from argosy.library.remove import plan_removal, remove
 
     removal = plan_removal(name)
-    shared = f"; {removal.num_shared} files stay, which other models use" if removal.num_shared else ""
-    print(f"removes  {removal.name}: {len(removal.files)} files, {disk_size(removal.nbytes)}{shared}")
+    shared = (
+        f"; {counted(removal.num_shared, 'file')} used by other models will stay"
+        if removal.num_shared
+        else ""
+    )
+    print(
+        f"removes  {removal.name}: {counted(len(removal.files), 'file')}, {disk_size(removal.nbytes)}{shared}"
+    )
     if removal.whose is not None and not yes:
         for path in removal.files[:_MOST_FILES_SHOWN]:
             print(f"  {path}")

@@ -310,15 +310,6 @@ def _parts(line: str, width: int, hanging: int) -> list[str]:
     )
 
 
-def disk_size(nbytes: int) -> str:
-    """Bytes on a drive or a line, in its own units: `18.6 GB`, `271 MB`, `4 kB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            value = nbytes / size
-            return f"{value:.1f} {unit}" if unit == "GB" and value < 1000 else f"{value:.0f} {unit}"
-    return f"{nbytes} bytes"
-
-
 def parameter_count(number: int) -> str:
     """A number of parameters as people say it: `30.5 B`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.config import format_bytes
+from argosy.config import counted, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
@@ -180,6 +180,6 @@ def _verify(directory: Path, as_json: bool) -> None:
         )
         return
     print(
-        f"intact   {directory}: {report.num_files} files, {format_bytes(report.nbytes)}, "
+        f"intact   {directory}: {counted(report.num_files, 'file')}, {format_bytes(report.nbytes)}, "
         "every BLAKE3 hash matches"
     )

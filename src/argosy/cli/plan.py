@@ -14,7 +14,7 @@ from argosy.cli.help_all import Command, Further
 from argosy.cli.options import engine_options, recorder_of
 from argosy.cli.output import FITS, print_facts, short_number, table_lines
 from argosy.cli.plan_traffic import Traffic, Wanted
-from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, format_bytes
+from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, disk_size, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -375,9 +375,9 @@ class _Facts:
             if subject.left_out:
                 where += f"; text only, for it does not say what a {' or a '.join(subject.left_out)} takes"
         elif subject.remote is not None:
-            where = f"not here: a download of {subject.remote.file_bytes / 1e9:.1f} GB"
+            where = f"not here: a download of {disk_size(subject.remote.file_bytes)}"
             if (free := self._free_disk_bytes) is not None and free < subject.remote.file_bytes:
-                where += f", for which {hub_cache()} has no room: {free / 1e9:.1f} GB are free"
+                where += f", for which {hub_cache()} has no room: {disk_size(free)} are free"
         lines = [
             f"model     {subject.name}; {where}",
             f"          {everything / 1e9:.1f} B parameters, {active / 1e9:.1f} B active; experts in "

@@ -14,8 +14,8 @@ import click
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.library import ask
-from argosy.cli.output import FITS, disk_size, print_facts, short_number, table_lines
-from argosy.config import format_bytes
+from argosy.cli.output import FITS, print_facts, short_number, table_lines
+from argosy.config import counted, disk_size, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
         budget_bytes = forecast.plan.budget_bytes
         fits += f"; {format_bytes(forecast.plan.total_bytes)} of {format_bytes(budget_bytes)}"
     here = f", {disk_size(download.here_bytes)} of them are here" if download.here_bytes else ""
-    num_files = "1 file" if len(download.files) == 1 else f"{len(download.files)} files"
+    num_files = counted(len(download.files), "file")
     times = ", ".join(f"{_duration(missing_bytes / rate)} at {name}" for rate, name in _RATES)
     lines = [
         f"model     {download.name}, revision {_revision(download)}",

@@ -31,6 +31,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 _TIMEOUT_S = 10.0
 ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
 _REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
+_MOST_LINES = 4  # of a server's error
 _LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -314,13 +315,15 @@ class Server:
             message = error if path.startswith("/api/") else error["message"]  # Ollama's form, and OpenAI's
         except (JsonError, KeyError, TypeError):
             message = None
-        # Other servers send errors of this form, too, for routes that only Argosy has.
-        if message is None or (status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/")):
+        # Other servers also send errors of this form for routes that only Argosy has.
+        is_unknown = status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/")
+        if is_unknown or not isinstance(message, str):
             return self._stranger(f"it answers {status} to {path}", status)
-        said, _, hint = message.partition("\nhint: ") if isinstance(message, str) else (message, "", "")
+        said, _, hint = message.partition("\nhint: ")  # as `str` of an ArgosyError writes it
+        lines = [quote(line) for line in said.splitlines()[:_MOST_LINES]]
         return ServerNotUsable(
-            f"{self.url} answers {status}: {quote(said)}",
-            hint=quote(hint) if hint else None,
+            f"{self.url} answers {status}: " + "\n".join(lines),
+            hint=quote(hint) or None,
             url=self.url,
             status=status,
         )

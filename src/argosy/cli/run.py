@@ -31,7 +31,7 @@ from argosy.cli.options import (
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
 from argosy.cli.server_model import ServerModel, find_model, server_model_options
 from argosy.cli.texts import prompt_of, prompt_text, read_file, text_or_file
-from argosy.config import DEMO
+from argosy.config import DEMO, counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -247,8 +247,9 @@ def _ears_lines(engine: Engine) -> list[str]:
     num_sounds = sum(isinstance(one, Audio) for one in media_of())
     if not num_sounds or engine.hears != "transcript":
         return []
-    sounds = "1 sound" if num_sounds == 1 else f"{num_sounds} sounds"
-    return [f"ears     {sounds} transcribed: the model read the text, and did not hear it"]
+    return [
+        f"ears     {counted(num_sounds, 'sound')} transcribed: the model read the text, and did not hear it"
+    ]
 
 
 def _read_schema(path: Path) -> Grammar:

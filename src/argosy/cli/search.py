@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.cli.output import disk_size, parameter_count, table_lines
+from argosy.cli.output import parameter_count, table_lines
+from argosy.config import disk_size
 from argosy.errors import FetchFailed
 
 if TYPE_CHECKING:

@@ -25,7 +25,16 @@ from argosy.cli.options import (
     watermark_option,
 )
 from argosy.cli.output import short_number
-from argosy.config import DEMO, SERVED_AT_ONCE, SERVED_WAITING, KvDir, Pooling, parse_seconds, parse_size
+from argosy.config import (
+    DEMO,
+    SERVED_AT_ONCE,
+    SERVED_WAITING,
+    KvDir,
+    Pooling,
+    counted,
+    parse_seconds,
+    parse_size,
+)
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -239,7 +248,8 @@ def _ids(models: Sequence[Named], names: Sequence[str]) -> list[str]:
     """
     if names and len(names) != len(models):
         raise UsageError(
-            f"--name was given {len(names)} times, and there are {len(models)} models",
+            f"--name was given {counted(len(names), 'time')}, and there {'is' if len(models) == 1 else 'are'} "
+            f"{counted(len(models), 'model')}",
             hint="give it once for each model, in their order, or not at all",
         )
     # A part of a name, or an alias, becomes the whole name.

@@ -15,6 +15,7 @@ from argosy.directory import Directory
 from argosy.errors import CheckpointError, UsageError
 from argosy.user_directories import cache_directory
 
+LICENCE = "Apache-2.0"
 _LOCK, _VERSION = "demo.lock", "demo.version"
 _PACKED_SUFFIX = "-q8"
 _DIGEST = re.compile(r"[0-9a-f]{12}")

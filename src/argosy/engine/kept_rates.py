@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from argosy.config import MIB
+from argosy.config import MIB, counted
 from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.plan import machine, tuning
@@ -170,7 +170,7 @@ def _age(at: float) -> str:
     for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
             number = int(seconds // length)
-            return f"{number} {unit}{'' if number == 1 else 's'} ago"
+            return f"{counted(number, unit)} ago"
     return "just now"
 
 

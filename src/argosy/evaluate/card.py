@@ -58,6 +58,7 @@ def gather(
     *,
     budget: Summary,
     pulled: Pulled | None = None,
+    licence: str | None = None,
     drift: Mapping[str, Any] | None = None,
     guard: Guard | None = None,
     hashes: bool = False,
@@ -67,6 +68,7 @@ def gather(
 
     Args:
         pulled: the library's record of the pull that brought the model here.
+        licence: that of a model which comes with Argosy.
         drift: from `reports.read_report`.
         hashes: read the files whose hash is not known, and hash them.
 
@@ -77,7 +79,7 @@ def gather(
     everything, active = count_parameters(config)
     manifest = read_manifest(files.path) if files.is_packed else None
     listed = _files(files, manifest, hashes=hashes, progress=progress)
-    licence = _licence(files, pulled, listed)
+    licensed = _licence(files, pulled, licence, listed)
     return {
         "argosy_card": CARD_VERSION,
         "model": {
@@ -93,7 +95,7 @@ def gather(
             "context_tokens": config.context_tokens,
         },
         "source": None if pulled is None else {"repository": pulled.repository, "revision": pulled.revision},
-        "licence": licence,
+        "licence": licensed,
         "files": listed,
         "conversion": _conversion(files, manifest, drift),
         "drift": None if drift is None else dict(drift),
@@ -101,7 +103,7 @@ def gather(
         "guard": None
         if guard is None
         else {"policy_sha256": guard.digest, "default": guard.default, "policies": list(guard.policies)},
-        "limits": _limits(files, bool(licence["name"]), drift, listed),
+        "limits": _limits(files, bool(licensed["name"]), drift, listed),
     }
 
 
@@ -152,9 +154,13 @@ def _blake3(path: Path, note: Callable[[int], None]) -> str:
     return hasher.hexdigest()
 
 
-def _licence(files: ModelFiles, pulled: Pulled | None, listed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _licence(
+    files: ModelFiles, pulled: Pulled | None, own: str | None, listed: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
     name, origin = None, None
-    if pulled is not None and pulled.licence:
+    if own is not None:
+        name, origin = own, "Argosy"
+    elif pulled is not None and pulled.licence:
         name, origin = pulled.licence, "the hub's card"
     elif files.header is not None:
         try:

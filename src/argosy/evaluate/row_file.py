@@ -17,6 +17,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.config import disk_size
 from argosy.errors import DiskFull, UsageError, room_for
 from argosy.plan import machine
 
@@ -42,8 +43,8 @@ class RowFile:
         free_bytes = machine.free_disk_bytes(directory)
         if needed_bytes + _RESERVE_BYTES > free_bytes:
             raise DiskFull(
-                f"the reference's logits take {needed_bytes / 1e9:.1f} GB while the candidate is read, and "
-                f"{free_bytes / 1e9:.1f} GB are free in {directory}",
+                f"the reference's logits take {disk_size(needed_bytes)} while the candidate is read, and "
+                f"{disk_size(free_bytes)} are free in {directory}",
                 hint=_HINT,
                 path=directory,
                 needed_bytes=needed_bytes + _RESERVE_BYTES,

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from argosy.config import counted
 from argosy.directory import Directory
 from argosy.errors import ArgosyError, UsageError
 from argosy.guard.keys import Key
@@ -161,7 +162,7 @@ class Limits:
             running = self._running.get(key.id, 0)
             if key.concurrent_requests is not None and running >= key.concurrent_requests:
                 raise TooMany(
-                    f"{running} requests of the key are running, and its limit is {key.concurrent_requests}",
+                    f"the key has {counted(running, 'running request')}, and its limit is {key.concurrent_requests}",
                     retry_after_s=1,
                 )
             if rate is not None:
@@ -170,7 +171,9 @@ class Limits:
                 use.filled_at = now
                 if use.requests_left < 1:
                     wait = max(1, math.ceil((1 - use.requests_left) * 60 / rate))
-                    raise TooMany(f"the key may make {rate} requests per minute", retry_after_s=wait)
+                    raise TooMany(
+                        f"the key may make {counted(rate, 'request')} per minute", retry_after_s=wait
+                    )
                 use.requests_left -= 1
                 self._changed.add(key.id)
             self._running[key.id] = running + 1

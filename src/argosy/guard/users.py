@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Callable
 
+from argosy.config import counted
 from argosy.errors import ArgosyError
 from argosy.guard.buckets import Buckets
 from argosy.guard.limits import TooMany
@@ -47,4 +48,6 @@ class Users:
         ).hexdigest()
         wait_s = self._buckets.take(name, per_minute)
         if wait_s:
-            raise TooMany(f"a user may make {per_minute} requests per minute", retry_after_s=wait_s)
+            raise TooMany(
+                f"a user may make {counted(per_minute, 'request')} per minute", retry_after_s=wait_s
+            )

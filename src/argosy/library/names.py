@@ -69,8 +69,8 @@ def name_of(text: str) -> str:
         UsageError: several models match.   CheckpointError: parts of the model are missing.
     """
     named = look_up(text)
-    if named.path is None or text == DEMO:
-        return text
+    if named.path is None or str(named.path) == DEMO:
+        return named.name or text
     path = named.path.resolve()
     known = (model.name for model in find_models().models if model.path.resolve() == path)
     return next(known, path.name)
@@ -145,7 +145,9 @@ def add_alias(alias: str, target: str) -> str:
     found = find_models()
     if any(model.name == alias for model in found.models):
         raise UsageError(f"'{alias}' is the name of a model already")
-    if _exists(target):
+    if target == DEMO:
+        whole = DEMO
+    elif _exists(target):
         whole = str(Path(target).resolve())
     else:
         model = _find(target, found)
@@ -183,6 +185,8 @@ def _find(text: str, found: Found) -> Model | Path | None:
     aliases = kept.read().aliases
     if text in aliases:
         target = aliases[text]
+        if target == DEMO:
+            return Path(DEMO)
         if Path(target).is_absolute():
             if not _exists(target):
                 raise CheckpointError(f"the alias '{text}' stands for {target}, which does not exist")

@@ -29,6 +29,7 @@ from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.pooling import MODULE_CONFIG, MODULES_FILE
 from argosy.checkpoint.safetensors import INDEX_FILE
 from argosy.checkpoint.untrusted_file import JSON_LIMIT_BYTES, quote
+from argosy.config import disk_size
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
 from argosy.library import kept
@@ -344,7 +345,7 @@ def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at
     free_bytes = machine.free_disk_bytes(download.root)
     if missing_bytes and missing_bytes + _RESERVE_BYTES > free_bytes:
         raise DiskFull(
-            f"{download.name} needs {missing_bytes / 1e9:.1f} GB more, and {free_bytes / 1e9:.1f} GB are free in "
+            f"{download.name} needs {disk_size(missing_bytes)} more, and {disk_size(free_bytes)} are free in "
             f"{download.root}",
             hint="free some space, or name a directory on another drive with HF_HUB_CACHE",
             path=download.root,

@@ -711,7 +711,7 @@ class PromptBuilder:
         if self._tokenizer is None:
             raise UsageError(
                 f"this model has no tokenizer.json, so it cannot take {what}",
-                hint="give it a list of token ids",
+                hint="copy the tokenizer files of the original model into its directory, or pass token ids from Python",
             )
         return self._tokenizer
 

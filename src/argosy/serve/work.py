@@ -28,6 +28,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+from argosy.config import counted
 from argosy.errors import as_exception, refused_by_system
 from argosy.guard.limits import TooMany
 
@@ -110,7 +111,7 @@ class WorkQueue:
             queue = self._waiting.setdefault(tenant, deque())
             if len(queue) >= self._max_waiting:
                 raise TooMany(
-                    f"{len(queue)} requests of this key are already waiting to be read, which is the limit",
+                    f"{counted(len(queue), 'request')} of this key already waiting to be read, which is the limit",
                     retry_after_s=_RETRY_S,
                 )
             queue.append(job)

@@ -144,8 +144,8 @@ def _open(path: Path, mmproj: Path | None, tower: Path | None, shards: int) -> M
     if not path.is_dir():
         if path.suffix != GGUF_SUFFIX and not is_gguf(path):
             raise CheckpointError(
-                f"{path} is a file; a model is a {GGUF_SUFFIX} file, or a directory with {CONFIG_FILE} and safetensors",
-                hint=f"try {path.parent}",
+                f"{path} is neither a {GGUF_SUFFIX} file nor a directory with {CONFIG_FILE} and safetensors",
+                hint=f"try {path.parent}" if (path.parent / CONFIG_FILE).is_file() else None,
                 path=path,
             )
         return _open_gguf(path, mmproj, tower)
