@@ -160,11 +160,16 @@ $(VENV)/.wheel: $(VENV)/.installed
 first-hour: $(VENV)/.installed  ## type the first hour of a new user into a terminal, and print each wait and what was shown meanwhile
 	$(BIN)/python -m tests.cli.first_hour
 
+$(VENV)/.tools: $(VENV)/.installed
+	$(SAY) "downloading uv and pipx, which install the wheel in a test (once)"
+	@$(PIP) uv pipx
+	@touch $@
+
 # The wheel is built from the sdist, so the sdist is complete. A portable wheel brings its own libstdc++ (CMakeLists.txt),
 # and auditwheel names the oldest glibc that has every symbol it needs: that of this machine at most.
 wheel: $(VENV)/.wheel     ## the wheel, the sdist, and the wheel of the demo's experts, in dist/
 	$(SAY) "compiling for dist/: one to three minutes on two cores"
-	@rm -rf build/wheel dist
+	@rm -rf build/wheel dist && mkdir -p build
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel \
 	  --config-setting=cmake.define.ARGOSY_PORTABLE=ON > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --wheel-dir dist build/wheel/argosy-*.whl
@@ -172,7 +177,7 @@ wheel: $(VENV)/.wheel     ## the wheel, the sdist, and the wheel of the demo's e
 	@$(BIN)/python -m build --no-isolation --wheel --outdir dist $(DEMO) >> build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
 	@ls -l dist
 
-test-wheel: wheel         ## install the wheels into bare environments without a compiler, and ask the demo model there
+test-wheel: wheel $(VENV)/.tools  ## install the wheels without a compiler, also with uv and pipx, and run them in an empty root
 	$(PYTEST) tests/wheel
 
 $(VENV)/.sbom: $(VENV)/.installed

@@ -143,7 +143,7 @@ def test_headers_are_read_once_until_a_file_changes(
 
 def test_a_list_of_nothing_says_how_to_get_something(capsys: Captured) -> None:
     assert main(["list"]) == 0
-    assert "`argosy pull OWNER/NAME` downloads one" in capsys.readouterr().out
+    assert "`argosy search WORDS` finds some to pull" in capsys.readouterr().out
 
 
 def test_what_is_passed_over_is_a_note(models: Path, capsys: Captured) -> None:

@@ -734,7 +734,7 @@ def test_an_empty_library_says_so() -> None:
         rig.shelf.sources = {}
         with pytest.raises(Refused, match="this server has: none yet") as refused:
             await rig.ask("a")
-        assert "`argosy pull OWNER/NAME`" in str(refused.value.hint)
+        assert "`argosy search WORDS`" in str(refused.value.hint)
         assert (rig.models.facts(), rig.models.shown(), rig.models.hearing()) == ([], None, None)
 
     run_library(test)

@@ -77,7 +77,7 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     if shown:
         _print_table(shown)
     else:
-        print_facts(["no models yet: `argosy pull OWNER/NAME` downloads one, and `demo` comes with Argosy"])
+        print_facts(["no models yet: `argosy search WORDS` finds some to pull, and `demo` comes with Argosy"])
     print_facts(f"alias     {alias} = {target}" for alias, target in known.aliases.items())
     if len(shown) < len(rows):
         others = len(rows) - len(shown)

@@ -255,9 +255,7 @@ def _unknown(text: str, found: Found) -> CheckpointError:
     if "/" in text and Source.find(text, {}) is not None:
         hint = f"`argosy pull {text}` fetches it from the hub, and `argosy plan {text}` says first whether it fits"
     else:
-        hint = (
-            "`argosy list` shows the models that are here; `argosy pull OWNER/NAME` fetches one from the hub"
-        )
+        hint = "`argosy list` shows the models that are here; `argosy search WORDS` finds others to pull"
     return CheckpointError(f"no model here is named '{quote(text)}'{said}", hint=hint, path=Path(text))
 
 

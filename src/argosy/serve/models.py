@@ -425,7 +425,7 @@ class Models:
         )
         hint = "`argosy serve --any-model` accepts every model name"
         if self._shelf is not None:
-            hint = "`argosy list` shows the models that are here; `argosy pull OWNER/NAME` fetches one from the hub"
+            hint = "`argosy list` shows the models that are here; `argosy search WORDS` finds others to pull"
             fault = self._shelved.faults.get(name or "")
             said = said if fault is None else f"the model {json.dumps(name)} cannot run: {fault}"
         raise Refused(
