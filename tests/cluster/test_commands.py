@@ -76,7 +76,7 @@ def argosy(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_run_answers_the_same_with_workers(model: Path, key_file: Path, workers: list[str]) -> None:
-    command = ["run", "Hi", "-m", str(model), "--memory", "1GiB", "-n", "12", "--quiet"]
+    command = ["run", "Hi", "-m", str(model), "--memory", "1GiB", "-n", "12", "-t", "0", "--quiet"]
     alone = argosy(*command)
     together = argosy(
         *command, "--cluster", ",".join(workers), "--cluster-key-file", str(key_file), "--verify", "50%"
