@@ -122,7 +122,7 @@ def clients(url: str) -> dict[str, Callable[[], object]]:
 
         client = anthropic.Anthropic(base_url=url, api_key="none")
         model = client.models.list().data[0].id
-        assert client.messages.create(model=model, messages=question, max_tokens=8).content
+        assert client.messages.create(model=model, messages=question, max_tokens=8).usage.output_tokens
 
     def ollama() -> None:
         import ollama

@@ -18,7 +18,7 @@ from argosy.cli import chat_room
 from argosy.cli.chat import Conversation
 from argosy.cli.main import main
 from argosy.config import SamplingParams
-from argosy.errors import UsageError
+from argosy.errors import PromptTooLong, UsageError
 from tests.cli.fake_engine import FakeEngine
 from tests.cli.tiny_chat_model import write_chat_model
 
@@ -91,7 +91,7 @@ def test_trim_refuses_what_is_no_share_of_the_context(text: str) -> None:
 
 def test_an_answer_cut_by_n_goes_on_token_for_token(chat: Chat) -> None:
     sampled = ("-t", "0.9", "--seed", "4")
-    for options in (("-t", "0"), sampled):
+    for options in ((), sampled):
         whole, _ = chat("Hi", options=("-n", "24", "--ignore-eos", *options))
         cut, err = chat("Hi", "/continue", "/continue", options=("-n", "8", "--ignore-eos", *options))
         # A character that the cut divides shows twice as damaged.
@@ -102,8 +102,8 @@ def test_an_answer_cut_by_n_goes_on_token_for_token(chat: Chat) -> None:
 
 def test_an_answer_that_went_on_is_one_message(chat: Chat, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
-    chat("Hi", f"/save {whole}", options=("-n", "24", "-t", "0", "--ignore-eos"))
-    chat("Hi", "/continue", f"/save {cut}", options=("-n", "12", "-t", "0", "--ignore-eos"))
+    chat("Hi", f"/save {whole}", options=("-n", "24", "--ignore-eos"))
+    chat("Hi", "/continue", f"/save {cut}", options=("-n", "12", "--ignore-eos"))
     assert json.loads(cut.read_text()) == json.loads(whole.read_text())
 
 
@@ -164,12 +164,6 @@ def test_a_message_too_long_for_any_context_is_said_to_be(chat: Chat) -> None:
     assert "dropped" not in err  # the turn before could not make room
 
 
-def test_after_trim_an_answer_goes_on_that_the_context_had_cut(chat: Chat) -> None:
-    _, err = chat("Hi", LONG, "/continue", "/trim 30%", "/continue", options=("-n", "90", "--ignore-eos"))
-    assert "/trim drops the oldest turns, and then /continue goes on" in err
-    assert "dropped 1 turn (" in err
-
-
 @pytest.fixture(scope="module")
 def policies(chat_model: Path) -> Iterator[Engine]:
     with Engine.open(chat_model, memory="2GiB", threads=1) as engine:
@@ -188,8 +182,25 @@ def test_the_end_of_the_context_is_not_the_limit_of_n(policies: Engine, capsys: 
         talk = Conversation(policies, SamplingParams(max_tokens=None, ignore_eos=True))
         talk.messages = list(earlier)
         talk._turn("word " * 20)
+        with pytest.raises(PromptTooLong) as caught:
+            talk._continue("")
+        assert (caught.value.hint or "").startswith(way)
         cut = rf"\(cut off after \d+ tokens, the context of 256 tokens is full: {way}"
         assert re.search(cut, capsys.readouterr().err)
+
+
+def test_after_trim_an_answer_goes_on_that_the_context_had_cut(policies: Engine, capsys: Captured) -> None:
+    talk = Conversation(policies, SamplingParams(max_tokens=120, ignore_eos=True))
+    talk.messages = [USER, ANSWER] * 4
+    talk._turn("word " * 20)
+    before = talk.messages[-1]["content"].rstrip("\ufffd")
+    talk._trim("")
+    talk._continue("")
+    assert talk.messages[-1]["content"].startswith(before)
+    assert len(talk.messages) == 2
+    err = capsys.readouterr().err
+    assert "tokens is full: /trim drops the oldest turns, and then /continue goes on" in err
+    assert "dropped 4 turns (" in err
 
 
 def test_the_policy_trim_goes_on_and_says_what_it_dropped(policies: Engine, capsys: Captured) -> None:

@@ -457,7 +457,7 @@ class Conversation:
         if not text:
             _say(f"note: the model wrote no summary in {most_tokens:,} tokens")
             return []
-        write_dim(text)
+        write_dim(f"summary: {text}")
         return [question, {"role": "assistant", "content": text}]
 
     def _change_model(self, name: str) -> None:
@@ -563,7 +563,7 @@ class Conversation:
         except BaseException as error:
             self.messages = before
             if isinstance(error, PromptTooLong):
-                error.hint = "/trim drops the oldest turns, and then /continue goes on"
+                error.hint = self._way_to_continue()
             raise
 
     def _send(self, message: Message) -> None:
@@ -593,6 +593,11 @@ class Conversation:
             "--context; /reset starts over (--context-policy trim or summarise makes room by itself)"
         )
 
+    def _way_to_continue(self) -> str:
+        if len(chat_room.split_turns(self.messages)[1]) > 1:
+            return "/trim drops the oldest turns, and then /continue goes on"
+        return "/save the conversation, and /load it in a chat with a larger --context"
+
     def _reply(self, begun: _Begun | None = None) -> None:
         """Answer the conversation, or go on with an answer, and keep it. Makes room, if the policy is to."""
         context, has_answered = self._open_engine.plan.context_tokens, False
@@ -618,11 +623,7 @@ class Conversation:
             num_tokens = len(begun.tokens) or len(result.token_ids)
             why = "the limit of -n: /continue goes on"
             if is_full:
-                can_trim = len(chat_room.split_turns(self.messages)[1]) > 1
-                way = "/trim drops the oldest turns, and then /continue goes on"
-                if not can_trim:
-                    way = "/save the conversation, and /load it in a chat with a larger --context"
-                why = f"the context of {context:,} tokens is full: {way}"
+                why = f"the context of {context:,} tokens is full: {self._way_to_continue()}"
             what = ""
             if begun.message.get("reasoning_content") and not chat_room.text_of(begun.message).strip():
                 what = ", all of them thoughts"
