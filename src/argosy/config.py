@@ -365,7 +365,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams(_Strict):
-    """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie."""
+    """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie.
+
+    Built directly, it is complete, and the same for every model; `asked` leaves the rest to the model.
+    """
 
     max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
     min_tokens: int = 0  # until this many tokens, no end token, stop token or stop string ends the answer
