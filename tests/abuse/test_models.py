@@ -260,7 +260,7 @@ def test_an_engine_with_a_flipped_bit_still_answers_prompts_that_do_not_need_it(
 
 def test_the_command_names_a_flipped_bit_and_exits_with_four(packed: Path) -> None:
     flip_a_bit(packed, layer=0, expert=5)
-    done = run_argosy("run", "-m", packed, PROMPT)
+    done = run_argosy("run", "-m", packed, "-t", "0", PROMPT)
 
     assert (done.returncode, done.stdout) == (4, "")
     assert "experts.bin: layer 0, expert 5" in done.stderr

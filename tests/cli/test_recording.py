@@ -15,7 +15,7 @@ from tests.cli.conftest import FakeEngine
 Engine = type[FakeEngine]
 Captured = pytest.CaptureFixture[str]
 
-LONG = ["-n", "60", "--ignore-eos", "--memory", "2GiB", "Hi"]
+LONG = ["-n", "60", "-t", "0", "--ignore-eos", "--memory", "2GiB", "Hi"]
 
 
 @pytest.fixture(autouse=True)
