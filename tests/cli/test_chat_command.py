@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from argosy.cli import own_server
 from argosy.cli.chat import Conversation
 from argosy.cli.main import main
 from argosy.config import SamplingParams
@@ -420,3 +421,16 @@ def test_text_on_a_pipe_that_is_not_utf_8_ends_the_chat(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), encoding="utf-8"))
     assert main(["chat", "demo", "--no-record"]) == 2
     assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_chat_says_that_it_takes_memory_beside_the_users_server(
+    engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = own_server.Process(1, 1, 0.0, "http://127.0.0.1:8080")
+    monkeypatch.setattr(own_server, "running", lambda: process)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    assert main(["chat"]) == 0
+    assert (
+        "note: this chat loads the model itself, beside the server at http://127.0.0.1:8080"
+        in capsys.readouterr().err
+    )

@@ -327,7 +327,12 @@ def logs(follow: bool, lines: int) -> None:
         try:
             log = state.open(own_server.LOG)
         except FileNotFoundError:
-            raise _is_down() from None
+            if own_server.running() is None:
+                raise _is_down() from None
+            raise UsageError(
+                "the server was not started by `argosy up`, and its log is elsewhere",
+                hint="of a systemd service: `journalctl --user -u argosy -f`",
+            ) from None
     with open(log, "rb", buffering=0) as file:
         text = os.pread(file.fileno(), 2 * _LOG_BYTES, 0)
         shown = len(text)

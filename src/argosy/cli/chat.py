@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import click
 
-from argosy.cli import chat_files, chat_room, completion
+from argosy.cli import chat_files, chat_room, completion, own_server
 from argosy.cli.chat_room import ContextPolicy, Message
 from argosy.cli.help_all import Command
 from argosy.cli.options import (
@@ -116,6 +116,11 @@ def chat(
     read = _reader(_open_history(history))
     if thoughts is None:
         thoughts = sys.stderr.isatty()
+    if (process := own_server.running()) is not None:
+        _say(
+            f"note: this chat loads the model itself, beside the server at {process.address}: `argosy stop MODEL` "
+            "frees the memory of an idle one there, and the server's page chats with it"
+        )
     with _keys_held(), _Engines(settings) as engines:
         Conversation(
             engines.open(model),

@@ -46,6 +46,7 @@ _MEDIA_TYPES = {
     ".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm",
     ".mkv": "video/x-matroska", ".avi": "video/x-msvideo",
 }  # fmt: skip
+_LEAST_S = 0.1  # a rate over less says nothing
 _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
 
 
@@ -78,9 +79,7 @@ class Said:
     def lines(self) -> list[str]:
         """What a command says of it."""
         decode_s = self.wall_s - self.first_s
-        rate = (
-            f"{(self.new_tokens - 1) / decode_s:.1f} tok/s, " if self.new_tokens > 1 and decode_s > 0 else ""
-        )
+        rate = f"{(self.new_tokens - 1) / decode_s:.1f} tok/s, " if decode_s > _LEAST_S else ""
         return [
             f"tokens   {self.prompt_tokens} prompt, {self.new_tokens} new",
             f"time     {self.wall_s:.1f} s, {rate}first token after {self.first_s:.1f} s",
