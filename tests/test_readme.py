@@ -144,6 +144,23 @@ def test_the_first_commands_of_the_guide_to_the_terminal_run(
     assert json.loads(answers[3])["name"] == "Ada Lovelace"
 
 
+def test_the_readmes_breakdown_has_the_lines_that_are_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def labels(text: str) -> set[str]:
+        return set(re.findall(r"^ {0,2}([A-Za-z]+(?: [A-Za-z]+)*?)(?=  |\t)", text, flags=re.MULTILINE))
+
+    monkeypatch.setattr(
+        "argosy.demo.locate.locate", lambda progress=None: write_speaking_model(tmp_path / "demo")
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with speaking():
+        assert main(["run", "#plain"]) == 0
+    shown = re.findall(r"```text\n(The capital of France.*?)```", README, flags=re.DOTALL)[0]
+    assert {"tokens", "memory", "KV cache", "expert compute"} <= labels(shown)
+    assert labels(capsys.readouterr().err) <= {*labels(shown), "energy"}  # where it is measured
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_chat_model(tmp_path / "model")
     exec(PYTHON[0].replace('"demo"', repr(str(tmp_path / "model"))), {})

@@ -407,7 +407,7 @@ class Conversation:
             summarises: the model summarises what is dropped.
 
         Returns:
-            Whether any turn was dropped. None is if the last one, which always stays, does not fit alone.
+            Whether any turn was dropped. The last one always stays; if it does not fit alone, nothing is dropped.
         """
         context = self._open_engine.plan.context_tokens
         num_dropped = chat_room.num_to_drop(self.messages, context - num_free - num_begun, self._count)
