@@ -451,7 +451,9 @@ def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     with Engine.open(REFERENCE.directory, memory="2GiB", threads=1, max_sequences=2, max_waiting=1) as engine:
         kept = [engine.submit(PROMPT, params) for _ in range(3)]
-        with pytest.raises(Overloaded, match="too many requests: 1 waiting, and the limit is 1") as refused:
+        with pytest.raises(
+            Overloaded, match=r"the server is busy: 1 request is waiting \(limit 1\)"
+        ) as refused:
             engine.submit(PROMPT, params)
         assert refused.value.http_status == 503
         assert 1 <= refused.value.retry_after_s <= 60

@@ -106,6 +106,7 @@ class FakeServer(ThreadingHTTPServer):
         self.sharing: list[dict[str, Any]] = []  # `models` of the state, if there are several
         self.is_away = False  # the engine's states end, and are refused
         self.about: dict[str, Any] = {}  # more of the model's entry in /v1/models
+        self.fills_context = False  # an answer ends because the context is full
         self.num_busy = 0  # requests for an answer that will be refused for a second
         self.running = 0
         self.prompts: list[dict[str, Any]] = []  # `running` of the state
@@ -323,7 +324,8 @@ class _Handler(BaseHTTPRequestHandler):
         words = self._words(asked, len(messages))
         for word in words:
             self._delta({"content": word})
-        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        reason = "length" if self.server.fills_context else "stop"
+        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         timings = {
             "prompt_tokens": total,
             "new_tokens": len(words),
@@ -341,7 +343,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "other": 0.13,
             },
         }
-        usage = {"prompt_tokens": total, "completion_tokens": len(words), "total_tokens": total + len(words)}
+        tokens = CONTEXT_TOKENS if self.server.fills_context else total + len(words)
+        usage = {"prompt_tokens": total, "completion_tokens": len(words), "total_tokens": tokens}
         self._event({"choices": [], "usage": usage, "timings": timings})
         self.wfile.write(b"data: [DONE]\n\n")
 

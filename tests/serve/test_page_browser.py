@@ -213,6 +213,22 @@ def test_a_busy_server_is_asked_again_and_the_page_says_when(browser: Browser) -
     assert browser.one("#send").is_displayed()
 
 
+def test_an_answer_that_filled_the_context_goes_on_without_the_oldest_turns(browser: Browser) -> None:
+    browser.open()
+    browser.say("hello")
+    browser.until(lambda: browser.one("#send").is_displayed() and "hello" in browser.answer)
+    browser.server.fills_context = True
+    browser.say("again")
+    told = "The answer filled the context."
+    browser.until(lambda: browser.text(".turn.assistant:last-child .note") == told)
+    begun = browser.answer
+    browser.server.fills_context = False
+    browser.press_button("Leave out the oldest turns")
+    browser.until(lambda: "(2 messages" in browser.answer and browser.one("#send").is_displayed())
+    assert browser.answer.startswith(begun)
+    assert [said["content"] for said in browser.server.conversations[-1]] == ["again", begun]
+
+
 def test_a_conversation_that_does_not_fit_leaves_out_what_the_page_names(browser: Browser) -> None:
     browser.open()
     for turn in ("long one", "long two"):

@@ -28,8 +28,9 @@ class Admission:
         """
         limit, num_waiting = self._max_waiting, max(0, num_live - self._max_sequences)
         if limit is not None and num_live + num_more > self._max_sequences + limit:
+            waiting = "1 request is" if num_waiting == 1 else f"{num_waiting} requests are"
             raise Overloaded(
-                f"too many requests: {num_waiting} waiting, and the limit is {limit}",
+                f"the server is busy: {waiting} waiting (limit {limit})",
                 retry_after_s=self.seconds_to_next(),
                 hint="try again later",
                 waiting=num_waiting,

@@ -15,6 +15,7 @@ import { LONGEST_NOTE, messageAsMarkdown, newId, titleOf, Tree } from "./tree.js
 import { button, copyButton, count, element, isNumber, rate, roughly, seconds, volume } from "./units.js";
 
 const TOO_LONG = "The answer reached its maximum length.";
+const FULL = "The answer filled the context.";
 const ENDINGS = { length: TOO_LONG, content_filter: "The server's policy blocked the answer." };
 const KEEP_MS = 2000;  // how often a growing answer is kept
 const LONGEST_WAIT_S = 60;  // for a busy server; a quota may ask for hours
@@ -224,7 +225,7 @@ export class Conversation {
     if (isQuestion) tools.push(button("Edit", () => this.edit(message), quiet));
     else if (message.state === "failed") tools.push(button("Try again", () => this.regenerate(message), quiet));
     else tools.push(button("Regenerate", () => this.regenerate(message), quiet));
-    if (isLast && message.isTooLong && cutsOf(this.path.slice(0, -1)).length) {
+    if (isLast && (message.isTooLong || message.note === FULL) && cutsOf(this.path.slice(0, -1)).length) {
       tools.push(button("Leave out the oldest turns", () => this.trim(message), quiet));
     }
     const isUnfinished = message.state === "stopped" || message.note === TOO_LONG;
@@ -296,7 +297,9 @@ export class Conversation {
       failure = error;
     }
     message.isTooLong = failure?.code === "context_length_exceeded";
-    Object.assign(message, failure ? this.failed(failure, message.text !== "") : { state: "done", note: ENDINGS[finish] ?? "" });
+    const isFull = finish === "length" && message.tokens >= (this.contextTokens() ?? Infinity);
+    const ending = { state: "done", note: isFull ? FULL : (ENDINGS[finish] ?? "") };
+    Object.assign(message, failure ? this.failed(failure, message.text !== "") : ending);
     view.end();
     this.onKeep(record, tree, [message]);
     if (failure?.status === 401 || failure?.status === 403) this.onRefused(failure);
@@ -321,10 +324,11 @@ export class Conversation {
       } catch (error) {
         const isBusy = (error.status === 429 || error.status === 503) && error.retryAfter !== null && error.retryAfter <= LONGEST_WAIT_S;
         if (!isBusy) throw error;
-        const reason = factOf(error);
-        this.say(`The server is busy: ${reason}. The page asks again by itself.`);
+        const fact = factOf(error);
+        const reason = fact.startsWith("the server is busy") ? `T${fact.slice(1)}` : `The server is busy: ${fact}`;
+        this.say(`${reason}. The page asks again by itself.`);
         for (let left = Math.max(1, error.retryAfter); left > 0; left -= 1) {
-          view.showBusy(`The server is busy: ${reason}. Trying again in ${left} s`, () => this.stop());
+          view.showBusy(`${reason}. Trying again in ${left} s`, () => this.stop());
           await second(signal);
         }
         view.wait();
