@@ -23,7 +23,7 @@ READY_BYTES = 80 << 20  # of the process before it decodes anything
 # Every sentence that a file can cause; text of a library would match none.
 SENTENCES = [
     r"the (picture|sound) is empty: it has 0 bytes",
-    r"the (picture|sound) is in no format that is read; needed: [A-Z0-9a-z, ]+",
+    r"unsupported (picture|sound) format; use [A-Z0-9a-z, ]+",
     r"the (picture|sound) is damaged or incomplete",
     r"the (picture|sound) is damaged: its decoder failed",
     r"the picture has no pixels: its size is \d+ x \d+",

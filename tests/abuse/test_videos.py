@@ -33,7 +33,7 @@ CPU_SECONDS = 5.0  # of all processes for one file, on a busy machine
 # Every sentence that a file can cause; text of ffmpeg would match none.
 SENTENCES = [
     r"the video is empty: it has 0 bytes",
-    r"the video is in no format that is read; needed: MP4, MOV, WEBM, MKV, AVI or GIF",
+    r"unsupported video format; use MP4, MOV, WEBM, MKV, AVI or GIF",
     r"the file has no video that can be read",
     r"the video is damaged or incomplete",
     r"the video is damaged: its decoder failed",

@@ -117,7 +117,7 @@ def test_a_picture_may_be_the_whole_prompt(
         (["--video", "/nowhere.mp4"], "cannot read the video /nowhere.mp4: No such file or directory"),
         (
             ["--video", __file__],
-            "the video is in no format that is read; needed: MP4, MOV, WEBM, MKV, AVI or GIF",
+            "unsupported video format; use MP4, MOV, WEBM, MKV, AVI or GIF",
         ),
         (
             ["--no-media", "--video", "x.mp4"],

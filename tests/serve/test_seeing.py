@@ -267,7 +267,7 @@ REFUSALS: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "a file": (lambda dialect: address(dialect, "file:///etc/passwd"), "found an address"),
     "nothing": (lambda dialect: picture(dialect, ""), "the picture is empty: it has 0 bytes"),
     "a truncated picture": (lambda dialect: picture(dialect, CAT[: len(CAT) // 2]), "the picture"),
-    "another content": (lambda dialect: picture(dialect, b"<svg/>" * 9), "PNG, JPEG, WEBP or GIF"),
+    "another content": (lambda dialect: picture(dialect, b"<svg/>" * 9), "PNG, JPEG, WebP or GIF"),
     "too many pixels": (
         lambda dialect: picture(dialect, raw_png(16_000, 16_000, 8, 2, b"")),
         "a picture may have at most 24 megapixels, found 16,000 x 16,000",
@@ -325,7 +325,7 @@ DAMAGED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
         lambda dialect: picture(dialect, CAT[: len(CAT) // 2]), "the picture is damaged or incomplete",
     ),
     "nothing": (lambda dialect: picture(dialect, ""), "the picture is empty: it has 0 bytes"),
-    "no picture": (lambda dialect: picture(dialect, b"<svg/>" * 9), "the picture is in no format that is read"),
+    "no picture": (lambda dialect: picture(dialect, b"<svg/>" * 9), "unsupported picture format"),
     "no base64": (lambda dialect: picture(dialect, "AAA"), "the data of the picture is not base64"),
     "too many pixels": (
         lambda dialect: picture(dialect, raw_png(16_000, 16_000, 8, 2, b"")),
@@ -569,7 +569,7 @@ def test_a_video_that_cannot_be_shown_is_refused_by_name(
             "expected a video of type video/mp4, video/quicktime, video/webm",
         ),
         (video(dialect, b""), "the video is empty: it has 0 bytes"),
-        (video(dialect, b"#EXTM3U\nfile:///etc/passwd\n"), "the video is in no format that is read"),
+        (video(dialect, b"#EXTM3U\nfile:///etc/passwd\n"), "unsupported video format"),
     ):
         answer = ask(viewer, dialect, [part])
         assert answer.status_code == 400

@@ -52,7 +52,9 @@ def audit() -> None:
     metavar="SEQ:SHA256",
     help="A line from the server's log; repeatable.",
 )
-@click.option("--no-key", is_flag=True, help="Check hashes only; whoever can write the files can forge them.")
+@click.option(
+    "--no-key", is_flag=True, help="Check hashes only; anyone who can write the files can forge them."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def verify(
     directory: Path, key_file: Path | None, anchors: tuple[str, ...], no_key: bool, as_json: bool

@@ -64,7 +64,7 @@ HELP = """/help          list the commands
 /reset         forget the conversation
 /ledger        show the use of time and memory
 /quit          quit; ^D does the same
-A line with nothing but the path of a picture, sound or video attaches it, too.
+A line that is only the path of a picture, sound or video also attaches it.
 Alt-Enter, or a backslash at the end of a line, starts a new line. ^C stops an answer; pressed twice, it quits."""
 
 _DEFAULT_HISTORY = ""  # `--history` without a file

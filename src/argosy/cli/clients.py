@@ -122,7 +122,7 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
     return Setup(
         files=(SettingsFile(path=path, shown=shown, change=lambda text: merge_json(text, written)),),
         place=f'in the shell that starts `claude`; or under "env" in {path}, where --write puts them',
-        notes=("do not set ANTHROPIC_API_KEY as well: Claude Code would send it, too",),
+        notes=("do not set ANTHROPIC_API_KEY as well: Claude Code would also send it",),
     )
 
 

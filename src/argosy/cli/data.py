@@ -26,7 +26,7 @@ _ERASED = {
 
 @click.group("data")
 def data() -> None:
-    """List what Argosy keeps of people, and erase what belongs to a key.
+    """List what Argosy stores about users, and erase what belongs to a key.
 
     \b
     Examples:
@@ -83,7 +83,7 @@ def erase(
     name: str, url: str | None, key_file: Path | None, keys: Path | None, kv_dir: Path | None, audit: Path | None,
     audit_key_file: Path | None,
 ) -> None:  # fmt: skip
-    """Erase what is kept of a key, and say what that was.
+    """Erase what is stored about a key, and list it.
 
     With --url the running server erases everything that it keeps, in memory and in files. Without it, the files of a
     server that is stopped are erased: its directories for --kv-dir and --audit.

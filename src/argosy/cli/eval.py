@@ -23,7 +23,7 @@ _MOST_DECIMALS = 7
 
 @click.group("eval")
 def eval_group() -> None:
-    """Compare a model with another form of itself.
+    """Compare a model with a converted copy of itself.
 
     \b
     Examples:
@@ -70,11 +70,11 @@ def drift(
     reference: str, candidate: str, languages: str | None, bbq: Path | None, bbq_questions: int,
     candidate_kv: str | None, save: Path | None, as_json: bool, memory: str | None, threads: int | None,
 ) -> None:  # fmt: skip
-    """Say how far CANDIDATE has drifted from REFERENCE: a pack from its checkpoint, or one format from another.
+    """Measure how much CANDIDATE differs from REFERENCE: a pack from its checkpoint, or one format from another.
 
     Both read the same texts, one model after the other: KL divergence and perplexity on plain passages, sentences
-    that differ only in whom they name, and the user's own questions. This measures what compression changes, not
-    the bias that REFERENCE has.
+    that differ only in the group they name, and the user's own questions. This measures what compression changes,
+    not the bias of REFERENCE.
     """
     from argosy.cli.settings import Settings
     from argosy.evaluate.measure import measure_drift

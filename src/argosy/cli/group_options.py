@@ -1,4 +1,4 @@
-"""Options of commands that may run experts on other machines, too, converted to a `Group`.
+"""Options of commands that may also run experts on other machines, converted to a `Group`.
 
 Elsewhere: `cluster/group.py` is the group; `worker.py` starts what answers on the other machines.
 """
@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 AUTO = "auto"  # instead of hosts: workers that Ray starts
 _FILE = click.Path(path_type=Path)
 _OPTIONS = (
-    click.option("--cluster", metavar="HOST:PORT,...", cls=Further, help="Workers that run experts, too, or auto."),
+    click.option("--cluster", metavar="HOST:PORT,...", cls=Further, help="Also run experts on these workers, or auto."),
     click.option("--workers", type=click.IntRange(1), metavar="N", cls=Further, help="With auto: workers in use."),
     click.option("--worker-memory", metavar="SIZE", cls=Further, help="With auto: budget of each worker."),
     click.option(
@@ -35,8 +35,8 @@ _OPTIONS = (
     ),
     click.option("--cluster-key-file", type=_FILE, metavar="FILE", cls=Further, help="Key that the workers share."),
     click.option("--cluster-ca", type=_FILE, metavar="FILE", cls=Further, help="Certificates to trust; speaks TLS."),
-    click.option("--verify", metavar="PERCENT", cls=Further, help="Compute this share of the answers twice."),
-    click.option("--copy-rate", metavar="SIZE", cls=Further, help="Most bytes a second for copies beside answers."),
+    click.option("--verify", metavar="PERCENT", cls=Further, help="Check this share of the answers on a second worker."),
+    click.option("--copy-rate", metavar="SIZE", cls=Further, help="Limit of copying while answering, per second."),
     click.option("--no-local-experts", is_flag=True, cls=Further, help="Run no experts in this process."),
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ _FILE = click.Path(path_type=Path)
 _FURTHER = (
     click.option(
         "--listen", metavar="unix:PATH", cls=Further,
-        help="Listen on a socket file; on a port, too, only if --host or --port is given.",
+        help="Listen on a socket file, and also on a port if --host or --port is given.",
     ),
     click.option(
         "--socket-mode", default="0600", metavar="MODE", cls=Further, help="Mode of the socket file: 0660."
@@ -45,7 +45,7 @@ _FURTHER = (
     ),
     click.option("--base-path", default="", metavar="/PATH", cls=Further, help="Prefix of all paths."),
     click.option(
-        "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Form of log lines."
+        "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Format of log lines."
     ),
     click.option(
         "--log-limit", metavar="SIZE", cls=Further,
@@ -108,7 +108,7 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
     certificate, key = options.pop("tls_cert"), options.pop("tls_key")
     if (certificate is None) != (key is None):
         given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
-        raise UsageError(f"{given} needs {missing}, too", hint="TLS takes a certificate and its key")
+        raise UsageError(f"{given} needs {missing}", hint="TLS takes a certificate and its key")
     front = Front(
         certificate=None if certificate is None else Certificate(certificate, key),
         proxies=tuple(options.pop("forwarded_from")),

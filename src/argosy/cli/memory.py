@@ -19,8 +19,8 @@ from argosy.config import GIB, format_bytes, parse_size
 def memory(size: str, url: str, key_file: Path | None, as_json: bool) -> None:
     """Change the memory budget of a running server, while it answers.
 
-    SIZE is a budget as `argosy serve --memory` has it. Experts leave first, then what no answer needs of the KV cache;
-    a larger budget brings them back. The key needs the scope `admin`.
+    SIZE is written as for `argosy serve --memory`. A smaller budget evicts experts first, then unused parts of the KV
+    cache; a larger one brings them back. The key needs the scope `admin`.
 
     \b
     Examples:

@@ -88,7 +88,7 @@ def plan(
     network: str | None, rate: float | None, traffic: str | None, target: str | None, plot: Path | None, as_json: bool,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Say from headers whether MODEL fits, how fast it is, and what it costs. MODEL is a name or path, config.json,
+    """Estimate whether MODEL fits, how fast it will run and what it will cost. MODEL is a name or path, config.json,
     OWNER/NAME[:Q4_K_M] on the Hugging Face Hub, or an https address. Exit code 3: it does not fit.
 
     \b

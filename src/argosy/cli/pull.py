@@ -39,10 +39,10 @@ _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
 @click.option("--fit", is_flag=True, help="Fetch the format that fits this machine best.")
 @click.option("--yes", is_flag=True, help="Fetch without asking: you accept the licence.")
 def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit: bool, yes: bool) -> None:
-    """Fetch a model into the hub's cache, where other programs find it, too.
+    """Download a model into the hub's cache, where other programs also find it.
 
-    First it says whether the model fits, how fast it will be, how large it is and which licence it has; then it asks,
-    and notes when you accepted that licence.
+    First it shows whether the model fits, its speed, size and licence; then it asks, and records when you accepted the
+    licence.
     FORMAT chooses one of several GGUF files by a part of its name; without it, the formats are listed. --fit takes the
     largest with every expert in memory, of up to 8 bits a weight; if none is, the smallest of 4 bits or more.
     The name of the model means the revision that was pulled last. Every file is checked against the hub's digest.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--keys",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="API keys of clients: the file of the servers, which check them, too.",
+    help="API keys of clients: the same file as the servers', which also check them.",
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
 @click.option(
@@ -54,7 +54,7 @@ def route(
     allow_origin: tuple[str, ...], drain: float, max_connections: int, check: bool, log_format: LogFormat,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Pass requests on to several servers; an answer outlives its server.
+    """Distribute requests over several servers; an answer survives the loss of its server.
 
     A request goes to the server with the fewest tokens to do, and where its prompt's beginning is known. If a server
     dies, another one repeats its answers from where their clients are (docs/guides/routing.md).

@@ -66,7 +66,7 @@ def routes(
     model: str, files: tuple[Path, ...], tokens: int, ablate: str | None, ablate_tokens: int, svg: Path | None,
     as_json: bool, memory: str | None, threads: int | None,
 ) -> None:  # fmt: skip
-    """Report what the experts of MODEL do with texts.
+    """Show which experts of MODEL are used for given texts.
 
     Each FILE is a domain, named after the file. A file named .jsonl has lines such as
     {"domain": "maths", "text": "2 + 2 = 4"}. Which experts ran can reveal a text: treat the report like the texts.

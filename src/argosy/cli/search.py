@@ -26,8 +26,8 @@ _MOST_SHOWN = 25
 def search(words: tuple[str, ...], shows_all: bool, as_json: bool) -> None:
     """Search the hub for models by words of their names, the most downloaded first.
 
-    Models of families that Argosy does not run are left out, as far as the hub tells. If the hub cannot be reached, or
-    HF_HUB_OFFLINE is set, the models of this machine are searched. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+    Models that Argosy cannot run are left out, as far as the hub tells. If the hub cannot be reached, or HF_HUB_OFFLINE
+    is set, local models are searched. Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
 
     \b
     Examples:

@@ -82,7 +82,7 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
 @click.option(
     "--name", "names", multiple=True, metavar="ID", help="Model name for clients; default: the file name."
 )
-@click.option("--preload", cls=Further, multiple=True, metavar="ID", help="Load this one at the start.")
+@click.option("--preload", cls=Further, multiple=True, metavar="ID", help="Load this model at the start.")
 @click.option("--library", is_flag=True, help="Serve all local models, each when it is asked for.")
 @click.option("--idle-unload", metavar="TIME", help="Unload a model after 10m (90s, 1h) of no use.")
 @click.option("--any-model", cls=Further, is_flag=True, help="Accept every model name that clients send.")
@@ -93,7 +93,7 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
     show_default=True,
     type=click.FloatRange(0, 3600),
     metavar="S",
-    help="Seconds to shut down.",
+    help="Seconds for running answers to finish at the end.",
 )
 @click.option(
     "--max-sequences",
@@ -122,7 +122,7 @@ _KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refe
     help="Open connections.",
 )
 @click.option(
-    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV cache of prompts here."
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV cache of prompts in DIR."
 )
 @click.option(
     "--pooling",
@@ -154,7 +154,7 @@ def serve(
     keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
     log_limit: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, a page.
+    """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, and a page.
 
     \b
     Examples:

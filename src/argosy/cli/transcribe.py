@@ -23,13 +23,18 @@ if TYPE_CHECKING:
     "--model",
     default="tiny.en",
     metavar="MODEL",
-    help="Whisper, a name or a path; default: tiny.en, which knows English and is fetched once (71 MB).",
+    help="Whisper model, by name or path; default: tiny.en, English only, downloaded once (71 MB).",
 )
-@click.option("--language", metavar="CODE", help="Language that is spoken; default: the one that is heard.")
-@click.option("--translate", is_flag=True, help="Write English, whatever is spoken.")
+@click.option("--language", metavar="CODE", help="Spoken language; default: detected.")
+@click.option("--translate", is_flag=True, help="Translate into English.")
 @click.option("--prompt", default="", metavar="TEXT", help="Earlier text, for names and style.")
 @click.option(
-    "-t", "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is the surest choice."
+    "-t",
+    "--temperature",
+    type=float,
+    default=0.0,
+    metavar="X",
+    help="0, the default, always takes the likeliest word.",
 )
 @click.option(
     "--format",
@@ -53,7 +58,7 @@ def transcribe(
     threads: int | None,
     quiet: bool,
 ) -> None:
-    """Write down what is said in each FILE (WAV, MP3, FLAC or OGG, at most ten minutes), with Whisper.
+    """Transcribe each FILE (WAV, MP3, FLAC or OGG, at most ten minutes) with Whisper.
 
     \b
     Examples:

@@ -21,7 +21,7 @@ _FALSE_POSITIVES = 1e-4  # texts without the watermark that are taken for marked
 
 @click.group("watermark")
 def watermark() -> None:
-    """Make the key of a watermark, and judge whether a text carries it.
+    """Make a watermark key, and detect its watermark in a text.
 
     \b
     Examples:
@@ -35,7 +35,7 @@ def watermark() -> None:
 def make_key(path: Path) -> None:
     """Make a secret key in FILE, which only its owner can read. `argosy serve --watermark FILE` marks texts with it.
 
-    Who has the key can recognise marked texts, remove the mark, and write texts that carry it.
+    Anyone with the key can recognise marked texts, remove the mark, and write texts that carry it.
     """
     from argosy.engine.watermark import make_key
 
@@ -73,8 +73,8 @@ def make_key(path: Path) -> None:
 def detect(file: str, key_file: Path, model: str, false_positives: float, as_json: bool) -> None:
     """Judge whether the text in FILE (- for stdin) was sampled with the watermark of a key.
 
-    The p-value is exact: the probability that a text without the watermark scores as high. A text that is short, was
-    rewritten, or had no choice of words shows no mark, so "not shown" never means that a person wrote it.
+    The p-value is exact: the probability that a text without the watermark scores as high. Short, rewritten or
+    predictable texts show no mark, so "not shown" never means that a person wrote it.
     """  # fmt: skip
     from argosy.cli.texts import STDIN, read_file
     from argosy.engine.options import locate_model

@@ -78,7 +78,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--disk-rate", metavar="SIZE", hidden=True, help="Bytes per second of the drive; default: measured."
 )
-@click.option("--disk-limit", metavar="SIZE", hidden=True, help="Read at most so many bytes per second.")
+@click.option("--disk-limit", metavar="SIZE", hidden=True, help="Limit of reads, in bytes per second.")
 def worker(
     model: str, bind: str, memory: str | None, key_file: Path | None, tls_cert: Path | None, tls_key: Path | None,
     shares: tuple[str, ...], is_copy: bool, threads: int | None, instruction_set: str | None, most_coordinators: int,
@@ -86,8 +86,8 @@ def worker(
 ) -> None:  # fmt: skip
     """Run experts of MODEL for engines on other machines, until SIGTERM.
 
-    It needs the files of the model that the engine has, or with --copy a directory: then the engine gives it the
-    experts that it is to run. After an interruption the same command continues.
+    The worker needs the same model files as the engine. With --copy it needs only a directory, which it fills with
+    its experts from the engine; after an interruption, run the same command to resume.
 
     \b
     Examples:

@@ -52,7 +52,7 @@ _WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 _LESS_MEMORY = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 _MOST_HEADER_BYTES = 1 << 10
 _Check = Callable[[int, int], object]
-_FORMATS = {"picture": "PNG, JPEG, WEBP or GIF", "sound": "WAV, MP3, FLAC or OGG Vorbis"}
+_FORMATS = {"picture": "PNG, JPEG, WebP or GIF", "sound": "WAV, MP3, FLAC or OGG Vorbis"}
 
 
 class Decoder:
@@ -196,7 +196,7 @@ class Decoder:
         most = self.limits.decode_bytes
         if reason == "format":
             return BadMedia(
-                f"the {kind} is in no format that is read; needed: {_FORMATS[kind]}",
+                f"unsupported {kind} format; use {_FORMATS[kind]}",
                 kind=kind,
                 needed=_FORMATS[kind],
             )

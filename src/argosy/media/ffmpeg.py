@@ -420,9 +420,7 @@ def _format_of(data: bytes) -> str:
         return "avi"
     if data.startswith((b"GIF87a", b"GIF89a")):
         return "gif"
-    raise BadMedia(
-        f"the video is in no format that is read; needed: {_FORMATS}", kind="video", needed=_FORMATS
-    )
+    raise BadMedia(f"unsupported video format; use {_FORMATS}", kind="video", needed=_FORMATS)
 
 
 def _program(name: str) -> str:
