@@ -57,7 +57,7 @@ def test_what_cannot_be_done_is_one_sentence(whisper: Path, files: list[str], ca
         (["--translate", files[0]], "error: this model knows English only, so it cannot translate"),
         (["--language", "de", files[0]], "error: the model does not know the language 'de'; known: en"),
         (["nothing.wav"], "error: cannot read the sound nothing.wav: No such file or directory"),
-        ([str(whisper / "config.json")], "error: the sound"),
+        ([str(whisper / "config.json")], "error: unsupported sound format; use WAV"),
     ):
         assert main(["transcribe", "--model", str(whisper), *more]) == 2
         assert capsys.readouterr().err.startswith(message)

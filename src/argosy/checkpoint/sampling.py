@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufArray, GgufFile, read_gguf
 from argosy.checkpoint.untrusted_file import kind_of, quote, read_object
 from argosy.config import CHOOSING, SamplingDefaults, SamplingParams
 from argosy.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from argosy.checkpoint.files import ModelFiles
 
 GENERATION_FILE = "generation_config.json"
 

@@ -35,7 +35,7 @@ _OPTIONS = (
     ),
     click.option("--cluster-key-file", type=_FILE, metavar="FILE", cls=Further, help="Key that the workers share."),
     click.option("--cluster-ca", type=_FILE, metavar="FILE", cls=Further, help="Certificates to trust; speaks TLS."),
-    click.option("--verify", metavar="PERCENT", cls=Further, help="Check this share of the answers on a second worker."),
+    click.option("--verify", metavar="PERCENT", cls=Further, help="Check this share of answers on a second worker."),
     click.option("--copy-rate", metavar="SIZE", cls=Further, help="Limit of copying while answering, per second."),
     click.option("--no-local-experts", is_flag=True, cls=Further, help="Run no experts in this process."),
 )  # fmt: skip
