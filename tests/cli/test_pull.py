@@ -44,6 +44,7 @@ def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         "m-UD-IQ2_XXS.gguf": larger(0.5),
         "m-UD-TQ1_0.gguf": larger(0.3),
         "m-Q3_K_M-00001-of-00003.gguf": larger(0.1),
+        "m-imatrix.gguf": (b"of a quantisation", 17),
         "mmproj-F32.gguf": (b"not this one", 12),
         "mmproj-F16.gguf": gguf["mmproj-model.gguf"],
     }
@@ -108,6 +109,28 @@ def test_fit_fetches_the_best_that_fits_with_its_tower(server: Served, hub: Path
     assert f"model     {NAME}:Q8_0, revision" in said
     assert "mmproj-F16.gguf, 161 kB of it, reads pictures or sound" in said
     assert {path.name for path in hub.rglob("*.gguf")} == {"m-Q8_0.gguf", "mmproj-F16.gguf"}
+
+
+def test_formats_of_a_revision_are_fetched_from_it(server: Served, capsys: Captured) -> None:
+    server.branches["v1"] = Served(dict(server.files), revision="1" * 40)
+    assert main(["pull", NAME, "--formats", "--memory", "1GiB", "--revision", "v1"]) == 0
+    assert f"`argosy pull {NAME}:Q6_K --revision v1` fetches" in capsys.readouterr().out
+
+
+def test_listing_and_fetching_exclude_each_other(server: Served, capsys: Captured) -> None:
+    assert main(["pull", NAME, "--formats", "--fit"]) == 2
+    assert "--formats lists and --fit fetches" in capsys.readouterr().err
+    assert server.tokens == []
+
+
+def test_a_repository_with_more_formats_than_anybody_makes_is_not_compared(
+    server: Served, capsys: Captured
+) -> None:
+    siblings = [{"rfilename": f"m-{at}.gguf", "size": 9} for at in range(5000)]
+    server.listing = {"sha": "a" * 40, "siblings": siblings}
+    assert main(["pull", NAME, "--formats"]) == 2
+    assert "has 5000 files or formats of that name, too many to list" in capsys.readouterr().err
+    assert server.ranges == []
 
 
 def test_fit_keeps_to_the_part_of_a_name_that_is_given(server: Served, hub: Path, capsys: Captured) -> None:

@@ -132,7 +132,10 @@ def _checked_address(url: str, what: str) -> str:
     if parts.path and not _PATH.fullmatch(parts.path.rstrip("/") or "/-"):
         raise UsageError(f"{what} has a path with characters that are not allowed")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_this_machine(host)):
-        raise UsageError(f"{what} must begin with https://, found {quote(parts.scheme)}://")
+        raise UsageError(
+            f"{what} must begin with https://, found {quote(parts.scheme)}://",
+            hint="http is opened on this machine alone, such as http://127.0.0.1:8000",
+        )
     return url
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from argosy.library.pull import Download, Moment, Offer, Repository, Watch
 
 _FITS = {"resident": FITS["resident"], "streams": FITS["streams"], "thrashes": "barely"}
+_MOST_FORMATS = 100  # compared; repositories have up to 40
 _MOST_BASES = 3  # headers read to estimate all formats of a repository
 _LINE_S = 10.0  # between lines of progress, if there is no terminal
 _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
@@ -59,6 +60,8 @@ def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit:
     from argosy.engine.planning import plan_remote
     from argosy.library.pull import ask_hub, fetch
 
+    if lists and fit:
+        raise UsageError("--formats lists and --fit fetches; give one of them")
     settings = Settings.read(memory=memory)
     repository = ask_hub(model, revision)
     if lists or fit or repository.is_open:
@@ -103,7 +106,13 @@ def _formats(repository: Repository, memory: str | int | None, *, lists: bool, f
     from argosy.cli.output import progress_bar
 
     part, owner = repository.source.part, repository.source.repository
+    num_formats = len(repository.offers())
     offers = repository.offers(part) or repository.offers()
+    if len(offers) > _MOST_FORMATS:
+        raise UsageError(
+            f"{owner} has {len(offers)} files or formats of that name, too many to list",
+            hint=f"name one by a longer part of its name, for example {owner}:Q4_K_M",
+        )
     with progress_bar() as progress:
         fits = _compare(offers, memory, progress)
     best = _best(fits)
@@ -118,16 +127,19 @@ def _formats(repository: Repository, memory: str | int | None, *, lists: bool, f
             hint=f"the smallest needs about {format_bytes(smallest)}" if smallest else None,
         )
     print(*_table(fits, best, repository.tower), sep="\n", file=sys.stdout if lists else sys.stderr)
-    advice = "" if best is None else f"`argosy pull {best.name}` fetches the best that fits, as --fit does"
+    at = f" --revision {repository.asked}" if repository.asked else ""
+    advice = (
+        "" if best is None else f"`argosy pull {best.name}{at}` fetches the best that fits, as --fit does"
+    )
     if lists:
         print(advice or "none of them fits this machine")
         return None
     told = f"none of them has '{quote(part)}' in its name"
     if not part:
         told = "none was named"
-    elif len(offers) < len(repository.offers()):
+    elif repository.has_part:
         told = f"'{quote(part)}' is a part of {len(offers)} names"
-    raise UsageError(f"{owner} has {len(repository.offers())} formats, and {told}", hint=advice or None)
+    raise UsageError(f"{owner} has {num_formats} formats, and {told}", hint=advice or None)
 
 
 def _compare(

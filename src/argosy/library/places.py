@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -192,7 +193,7 @@ def gguf_names(repository: str, stems: Sequence[str]) -> dict[str, str]:
     no other's name, too.
     """
     parts = {stem: format_in_name(stem) for stem in stems}
-    alone = {part for part in parts.values() if part and list(parts.values()).count(part) == 1}
+    alone = {part for part, count in Counter(parts.values()).items() if part and count == 1}
     return {
         stem: f"{repository}:{part if part in alone else stem.rpartition('/')[2]}"
         for stem, part in parts.items()

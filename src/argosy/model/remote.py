@@ -139,13 +139,22 @@ def gguf_models(names: Sequence[str], part: str = "") -> list[GgufModel]:
     """
     found: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name.endswith(GGUF_SUFFIX) and "mmproj" not in name.rpartition("/")[2]:
+        if _is_gguf_model(name):
             split = PART_NAME.fullmatch(name)
             found.setdefault(split["stem"] if split else name.removesuffix(GGUF_SUFFIX), []).append(name)
     models = [GgufModel(stem, tuple(parts)) for stem, parts in found.items()]
     wanted = part.lower()
     exact = [model for model in models if wanted in (model.format.lower(), model.stem.lower())]
     return exact if part and len(exact) == 1 else [model for model in models if wanted in model.stem.lower()]
+
+
+def _is_gguf_model(name: str) -> bool:
+    """Whether a file has weights of a model, by its name: it is no tower, and no measurement for a quantisation."""
+    base = name.rpartition("/")[2]
+    stem = base.removesuffix(GGUF_SUFFIX)
+    before = stem.lower().removesuffix("imatrix").rstrip("-._")
+    is_measurement = stem.lower().endswith("imatrix") and not format_in_name(before)
+    return base.endswith(GGUF_SUFFIX) and "mmproj" not in base and not is_measurement
 
 
 def choose_weights(names: Sequence[str], source: Source) -> list[str]:
