@@ -181,7 +181,7 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
         monkeypatch.setattr("argosy.plan.machine.free_disk_bytes", lambda path: 12_345)
         assert facts(capsys, REPOSITORY)["model"]["free_disk_bytes"] == 12_345
         assert main(["plan", REPOSITORY]) == 0
-        assert f"for which {hub_cache()} has no room: 0.0 GB are free" in capsys.readouterr().out
+        assert f"for which {hub_cache()} has no room: 12 kB are free" in capsys.readouterr().out
     assert found["model"]["free_disk_bytes"] > 1 << 20
     assert local["model"]["free_disk_bytes"] is None
     assert found["model"]["place"] == "headers"
