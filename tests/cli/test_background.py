@@ -175,6 +175,8 @@ def test_a_directory_that_others_can_change_is_refused(state: Path, capfd: Captu
     for command in (["up"], ["stop"], ["logs"], ["ps"]):
         assert main(command) == 2
         assert "would hold the server's socket, but other users can access it" in capfd.readouterr().err
+    # Commands that do without a server go by its port.
+    assert (own_server.found(), default_url()) == (None, DEFAULT_URL)
 
 
 def test_a_link_in_the_place_of_the_log_is_not_followed(state: Path, tmp_path: Path, capfd: Captured) -> None:

@@ -427,7 +427,7 @@ def test_a_chat_says_that_it_takes_memory_beside_the_users_server(
     engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = own_server.Process(1, 1, 0.0, "http://127.0.0.1:8080")
-    monkeypatch.setattr(own_server, "running", lambda: process)
+    monkeypatch.setattr(own_server, "found", lambda: process)
     monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
     assert main(["chat"]) == 0
     assert (

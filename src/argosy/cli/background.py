@@ -207,7 +207,9 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
     from argosy.cli.remote import Server
     from argosy.cli.settings import api_key
 
-    process = own_server.running() if url == own_server.socket_url() else None
+    process = own_server.running()
+    if url != own_server.socket_url():
+        process = None
     try:
         state = Server(url, api_key(key_file)).state()
     except ServerNotUsable as error:

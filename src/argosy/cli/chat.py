@@ -116,7 +116,7 @@ def chat(
     read = _reader(_open_history(history))
     if thoughts is None:
         thoughts = sys.stderr.isatty()
-    if (process := own_server.running()) is not None:
+    if (process := own_server.found()) is not None:
         _say(
             f"note: this chat loads the model itself, beside the server at {process.address}: `argosy stop MODEL` "
             "frees the memory of an idle one there, and the server's page chats with it"

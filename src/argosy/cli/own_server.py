@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from argosy.directory import Directory
+from argosy.errors import UsageError
 from argosy.private_files import open_private
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import state_directory
@@ -99,6 +100,13 @@ def running() -> Process | None:
     if _started(pid) != started:
         return None  # it was killed
     return Process(pid, started, noted.st_mtime, address)
+
+
+def found() -> Process | None:
+    """`running`, for commands that do without a server: None also if its directory cannot be used or trusted."""
+    with suppress(UsageError, OSError):
+        return running()
+    return None
 
 
 def is_running(process: Process) -> bool:

@@ -52,7 +52,7 @@ def server_options(command: Command) -> Command:
 
 def default_url() -> str:
     """The socket file of the user's own server if it runs, which nobody else can own; otherwise DEFAULT_URL."""
-    return DEFAULT_URL if own_server.running() is None else own_server.socket_url()
+    return DEFAULT_URL if own_server.found() is None else own_server.socket_url()
 
 
 class _FileConnection(http.client.HTTPConnection):

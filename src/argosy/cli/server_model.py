@@ -179,7 +179,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
         if url is not None:
             raise UsageError("--url and --no-server exclude each other")
         return None
-    process = own_server.running() if url is None else None
+    process = own_server.found() if url is None else None
     if process is None and url is None:
         return None
     server = Server(own_server.socket_url() if url is None else url, api_key())
