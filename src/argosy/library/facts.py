@@ -11,7 +11,6 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-from argosy.checkpoint.sampling import GENERATION_FILE
 from argosy.directory import Directory
 from argosy.library.places import Model
 from argosy.plan import machine
@@ -59,7 +58,7 @@ def key_of(model: Model) -> str:
     """Equal as long as the model's files, and what reads them, are unchanged."""
     towers = () if model.tower is None else (model.tower,)
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*model.files, *towers)]
-    beside = (model.path / "config.json", model.path / GENERATION_FILE, model.manifest)
+    beside = (model.path / "config.json", model.path / "generation_config.json", model.manifest)
     files += [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for path in beside
