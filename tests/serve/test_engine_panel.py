@@ -56,6 +56,7 @@ def test_the_panel_shows_workers_as_top_does_and_nothing_without_any(tmp_path: P
         "experts_rerouted": 7,
     }  # fmt: skip
     other = worker | {"host": "b:1", "state": "copying", "why": "1.2 GiB are copied", "hit_rate": None}
+    other |= {"experts_owned": 253, "resident": 360}
     alone, group = shown(
         tmp_path, [{}, {"workers": [worker, other]}], "workers", "workers-total", "workers-facts"
     )
@@ -66,12 +67,12 @@ def test_the_panel_shows_workers_as_top_does_and_nothing_without_any(tmp_path: P
     assert group["workers-facts"][1] == [
         "10.0.0.2:7070",
         "ready",
-        "1,570 of 12,032 experts in memory, hit rate 0.62",
+        "owns 12,032 experts, 1,570 in memory, hit rate 0.62",
         "round trip 0.21 ms, 99th percentile 9.80 ms; 7 experts rerouted",
         "1.2 GB sent, 2.4 GB received",
         "b:1",
         "copying",
-        "1,570 of 12,032 experts in memory",
+        "owns 253 experts, all in memory",
         "round trip 0.21 ms, 99th percentile 9.80 ms; 7 experts rerouted",
         "1.2 GB sent, 2.4 GB received",
         "1.2 GiB are copied",

@@ -226,11 +226,18 @@ function work(worker) {
   const hits = isNumber(worker.hit_rate) ? `, hit rate ${worker.hit_rate.toFixed(2)}` : "";
   const [p50, p99] = [worker.p50_us, worker.p99_us].map((us) => (us / 1e3).toFixed(2));
   const lines = [
-    `${count(worker.resident)} of ${count(worker.experts_owned)} experts in memory${hits}`,
+    `${owned(worker)}${hits}`,
     `round trip ${p50} ms, 99th percentile ${p99} ms; ${count(worker.experts_rerouted)} experts rerouted`,
     `${volume(worker.bytes_out)} sent, ${volume(worker.bytes_in)} received`,
   ];
   return worker.why ? [...lines, worker.why] : lines;
+}
+
+/** A worker may have experts in memory that others own. One that is not connected tells nothing. */
+function owned({ state, experts_owned: all, resident }) {
+  if (!all) return "owns no experts";
+  if (state === "away" || state === "refused") return `owns ${count(all)} experts`;
+  return `owns ${count(all)} experts, ${resident >= all ? "all" : count(resident)} in memory`;
 }
 
 function standing({ state, memory_bytes: bytes, running }) {
