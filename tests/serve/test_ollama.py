@@ -51,6 +51,26 @@ def test_a_name_means_the_same_model_with_and_without_its_tag(
     assert speaker.post("/api/chat", json={"model": "tiny:30b", "messages": []}).status_code == 404
 
 
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_json_of_any_content_type_is_read_unless_a_browser_sends_it(
+    speaker: httpx.Client, content_type: str | None
+) -> None:
+    """`curl -d` of Ollama's documentation and LiteLLM send JSON like this."""
+    content = json.dumps(
+        {"model": "tiny", "messages": [{"role": "user", "content": "#plain"}], "stream": False}
+    )
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = speaker.post("/api/chat", content=content, headers=headers)
+    assert answer.status_code == 200
+    assert answer.json()["message"]["content"] == "It is well, thank you."
+    own = f"{speaker.base_url}".rstrip("/")
+    for more in ({"origin": own}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}):
+        assert speaker.post("/api/chat", content=content, headers=headers | more).status_code == 415
+    for more in ({"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+        assert speaker.post("/api/chat", content=content, headers=headers | more).status_code == 403
+    assert speaker.post("/v1/chat/completions", content=content, headers=headers).status_code == 415
+
+
 def test_a_stream_is_the_default_and_null_means_the_default(speaker: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": "#plain"}], "options": GREEDY}
     for more in ({}, {"stream": None}, {"stream": True}):

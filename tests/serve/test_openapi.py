@@ -169,7 +169,6 @@ SAY = [{"role": "user", "content": "Hi"}]
         ("/v1/completions", {"prompt": "a", "logit_bias": {"a": 1}}),
         ("/v1/chat/completions", {"messages": SAY, "top_logprobs": 1}),
         ("/v1/chat/completions", {"messages": SAY, "tools": [], "functions": []}),
-        ("/v1/chat/completions", {"messages": SAY, "tool_choice": "auto", "function_call": "auto"}),
         ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": None}, *SAY]}),
         ("/v1/messages", {"messages": SAY, "max_tokens": 1, "tools": [{"type": "bash_20250124"}]}),
     ],
@@ -289,7 +288,7 @@ def test_an_operation_without_coverage_of_its_own_takes_the_fields_of_one_that_h
     for path, other in COVERED_BY.items():
         known = fields(other)
         assert [name for name, schema in fields(path).items() if schema != known.get(name)] == []
-        assert client.post(path, content=b"{}").status_code == 415
+        assert client.post(path, content=b"{}", headers={"sec-fetch-site": "none"}).status_code == 415
 
 
 # The least number of requests that schemathesis sends; set SCHEMATHESIS_CASES=10000 for a long run.
@@ -344,4 +343,5 @@ def test_every_answer_to_schemathesis_is_in_the_document(
         if route.policy.method == "POST":
             assert answered[route.policy.path, "400"]
             assert answered[route.policy.path, "401"]
-            assert route.policy.path in COVERED_BY or answered[route.policy.path, "415"]
+            if not (route.policy.path in COVERED_BY or dialect_of(route.policy.path) == "ollama"):
+                assert answered[route.policy.path, "415"]

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from argosy.errors import PromptTooLong
 from argosy.serve.app import ROUTES
 from argosy.serve.core import Service
-from argosy.serve.fields import ForOpenAI
+from argosy.serve.fields import ForOpenAI, Neutral
 from argosy.serve.gate import error_body
 from tests.serve.dialects import DIALECTS, MAX_TOKENS, PATHS, TOOLS, greedy
 from tests.serve.record import read_events
@@ -172,9 +172,59 @@ def test_idle_fields_of_messages_parts_calls_and_tools_are_accepted_and_named(sp
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["logits_processors", "bad_words", "use_beam_search", "suffix", "best_of", "grammar"]
-)
+# What SillyTavern, KoboldAI Lite, the page of llama-server and vLLM's clients send when their user has chosen nothing.
+NEUTRAL: dict[str, Any] = {
+    "typical_p": 1.0, "typical": 1, "typ_p": 1.0, "tfs": 1, "tfs_z": 1.0, "top_a": 0, "top_n_sigma": -1, "nsigma": 0,
+    "epsilon_cutoff": 0, "eta_cutoff": 0, "skew": 0.0, "smoothing_factor": 0, "smoothing_curve": 1,
+    "dynamic_temperature": False, "dynatemp_range": 0, "dynatemp_exponent": 1, "xtc_probability": 0,
+    "xtc_threshold": 0.1, "mirostat": 0, "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1,
+    "dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1,
+    "dry_sequence_breakers": ["\n", ":"], "repeat_last_n": 64, "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0, "penalty_alpha": 0, "use_beam_search": False, "num_beams": 1, "length_penalty": 1.0,
+    "early_stopping": False, "guidance_scale": 1, "negative_prompt": "", "ban_eos_token": False,
+    "custom_token_bans": "", "banned_tokens": "", "banned_strings": [], "min_length": 0, "priority": 0, "lora": [],
+    "include_stop_str_in_output": False, "samplers": ["top_k", "temperature"], "sampler_priority": ["top_k"],
+    "sampler_order": [6, 0, 1], "reasoning_format": "auto", "timings_per_token": True, "keep_alive": "5m", "n_keep": 0,
+    "n_probs": 0, "id_slot": -1,
+}  # fmt: skip
+CHANGING: dict[str, Any] = {
+    "typical_p": 0.9, "top_a": 0.2, "top_n_sigma": 1, "xtc_probability": 0.5, "mirostat": 2, "dry_multiplier": 0.8,
+    "use_beam_search": True, "num_beams": 4, "length_penalty": True, "early_stopping": True, "priority": False,
+    "negative_prompt": "no", "banned_tokens": ["x"], "banned_strings": ["x"], "lora": [{"id": 0, "scale": 1}],
+    "reasoning_format": "none", "logit_bias": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_neutral_value_is_accepted_in_every_dialect_changes_nothing_and_is_named(
+    speaker: httpx.Client, dialect: str
+) -> None:
+    assert NEUTRAL.keys() == Neutral.model_fields.keys()
+    plain, answer = ask(speaker, dialect), ask(speaker, dialect, **NEUTRAL, logit_bias=[])
+    assert text_of(dialect, answer) == text_of(dialect, plain)
+    assert len(ignored(answer)) == 32  # at most that many are named
+    assert ignored(answer) <= NEUTRAL.keys()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_value_that_would_change_the_answer_is_refused_by_name(
+    speaker: httpx.Client, dialect: str, name: str
+) -> None:
+    answer = speaker.post(PATHS[dialect], json=body(dialect, **{name: CHANGING[name]}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(f"{name}")
+
+
+def test_penalties_over_the_last_tokens_only_are_refused(speaker: httpx.Client) -> None:
+    for more in ({"repeat_last_n": -1, "repeat_penalty": 1.1}, {"repeat_last_n": 64, "repeat_penalty": 1.0}):
+        ask(speaker, "chat", **more)
+    answer = speaker.post(PATHS["chat"], json=body("chat", repeat_last_n=64, repeat_penalty=1.1))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("repeat_last_n: expected -1")
+
+
+@pytest.mark.parametrize("name", ["logits_processors", "bad_words", "suffix", "grammar"])
 def test_an_unsupported_field_that_would_change_the_answer_is_refused_by_name(
     speaker: httpx.Client, name: str
 ) -> None:

@@ -178,7 +178,7 @@ class Router:
         kept = self.pool.share()
         caller.ending.callback(kept.close)
         kept.hold(2 * len(asked.body))  # the connection to a server copies it
-        if request.headers.get("content-type", "").startswith("application/json"):
+        if not request.headers.get("content-type", "").startswith("multipart/"):
             tenant = (request.headers.get("authorization") or request.headers.get("x-api-key") or "").encode()
             args = asked, caller.share, kept.hold, self.fleet.prefixes, tenant
             if len(asked.body) < _READ_AT_ONCE_BYTES:

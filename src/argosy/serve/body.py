@@ -17,6 +17,7 @@ import io
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,7 +27,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import UsageError
 from argosy.prompt.json_text import count_values
 from argosy.serve.core import Work
-from argosy.serve.fields import Strict
+from argosy.serve.fields import Strict, names_with_effect
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.held import Share
 from argosy.serve.media_parts import media_in
@@ -246,9 +247,10 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
     here = [error for error, place in zip(errors, places, strict=True) if place == deepest]
     first, where = here[0], ".".join(map(str, deepest))[:_LONGEST_PLACE]
     if first["type"] in ("extra_forbidden", "none_required"):
-        known = ", ".join(model.model_fields) if len(deepest) == 1 else ""
+        known = names_with_effect(model) if len(deepest) == 1 else ()
+        near = [f"'{name}'" for name in get_close_matches(where, known, n=2)]
         return UsageError(
-            f"unknown field '{where}'" + (f"; known: {known}" if known else ""), param=where,
+            f"unknown field '{where}'" + (f"; did you mean {' or '.join(near)}?" if near else ""), param=where,
             hint="leave it out; /openapi.json lists the fields of every route",
         )  # fmt: skip
     needed = " or ".join(dict.fromkeys(_needed(error) for error in here))

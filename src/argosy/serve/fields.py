@@ -68,6 +68,10 @@ def _only_false(value: object) -> object:
 
 
 NoFlag = Annotated[Literal[False], BeforeValidator(_only_false)]
+Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False, strict=True)]
+One = Annotated[float, Field(ge=1, le=1, allow_inf_nan=False, strict=True)]
+Off = Annotated[float, Field(ge=-1, le=0, allow_inf_nan=False, strict=True)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False, strict=True)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)]
@@ -225,6 +229,7 @@ class Lenient(_Part):
     model_config = ConfigDict(extra="allow")
 
 
+KeepAlive = Short | Annotated[float, Field(ge=-1e9, le=1e9, strict=True)]
 T = TypeVar("T")
 _NO_EFFECT = object()
 # A field that is accepted, does not change the answer, and is named in `x-ignored-params`.
@@ -243,6 +248,11 @@ def without_effect(given: BaseModel, where: str = "") -> Iterator[str]:
         for part in value if isinstance(value, list) else (value,):
             if isinstance(part, BaseModel):
                 yield from without_effect(part, f"{where}{name}.")
+
+
+def names_with_effect(model: type[BaseModel]) -> list[str]:
+    fields = model.model_fields.items()
+    return [field.alias or name for name, field in fields if _NO_EFFECT not in field.metadata]
 
 
 class Noted(Strict):
@@ -355,7 +365,79 @@ class StreamOptions(Strict):
     include_obfuscation: Flag | None = None
 
 
-class Sampling(Strict):
+class Neutral(Strict):
+    """Settings of other servers, accepted with the values that change nothing.
+
+    SillyTavern, KoboldAI Lite, the page of llama-server and others always send all that they know. A value that would
+    change the answer is refused. A setting that only adjusts another one of these may have any value.
+    """
+
+    # Truncation and the shape of the distribution.
+    typical_p: NoEffect[One] = None
+    typical: NoEffect[One] = None
+    typ_p: NoEffect[One] = None
+    tfs: NoEffect[One] = None
+    tfs_z: NoEffect[One] = None
+    top_a: NoEffect[Zero] = None
+    top_n_sigma: NoEffect[Off] = None
+    nsigma: NoEffect[Off] = None
+    epsilon_cutoff: NoEffect[Zero] = None
+    eta_cutoff: NoEffect[Zero] = None
+    skew: NoEffect[Zero] = None
+    smoothing_factor: NoEffect[Zero] = None
+    smoothing_curve: NoEffect[Number] = None
+    dynamic_temperature: NoEffect[NoFlag] = None
+    dynatemp_range: NoEffect[Zero] = None
+    dynatemp_exponent: NoEffect[Number] = None
+    xtc_probability: NoEffect[Zero] = None
+    xtc_threshold: NoEffect[Number] = None
+    mirostat: NoEffect[Zero] = None
+    mirostat_mode: NoEffect[Zero] = None
+    mirostat_tau: NoEffect[Number] = None
+    mirostat_eta: NoEffect[Number] = None
+    # Repetition.
+    dry_multiplier: NoEffect[Zero] = None
+    dry_base: NoEffect[Number] = None
+    dry_allowed_length: NoEffect[Number] = None
+    dry_penalty_last_n: NoEffect[Number] = None
+    dry_sequence_breakers: NoEffect[Name | Annotated[list[Name], few(256)]] = None
+    repeat_last_n: Annotated[
+        NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]],
+        Field(
+            description="Penalties count the whole prompt and answer, so with one of them only -1 is accepted."
+        ),
+    ] = None
+    encoder_repetition_penalty: NoEffect[One] = None
+    no_repeat_ngram_size: NoEffect[Zero] = None
+    penalty_alpha: NoEffect[Zero] = None
+    # Beams, guidance, bans, order.
+    use_beam_search: NoEffect[NoFlag] = None
+    num_beams: NoEffect[One] = None
+    length_penalty: NoEffect[One] = None
+    early_stopping: NoEffect[NoFlag] = None
+    guidance_scale: NoEffect[One] = None
+    negative_prompt: NoEffect[Literal[""]] = None
+    ban_eos_token: NoEffect[NoFlag] = None
+    custom_token_bans: NoEffect[Literal[""]] = None
+    banned_tokens: NoEffect[Literal[""] | Annotated[list[Any], few(0)]] = None
+    banned_strings: NoEffect[Annotated[list[Any], few(0)]] = None
+    min_length: NoEffect[Zero] = None
+    priority: NoEffect[Zero] = None
+    lora: NoEffect[Annotated[list[Any], few(0)]] = None
+    include_stop_str_in_output: NoEffect[NoFlag] = None
+    # How another server works, and what it shows of that.
+    samplers: NoEffect[Short | Annotated[list[Short], few(32)]] = None
+    sampler_priority: NoEffect[Annotated[list[Short], few(32)]] = None
+    sampler_order: NoEffect[Annotated[list[NumTokens], few(32)]] = None
+    reasoning_format: NoEffect[Literal["auto", "deepseek"]] = None
+    timings_per_token: NoEffect[Flag] = None
+    keep_alive: NoEffect[KeepAlive] = None
+    n_keep: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
+    n_probs: NoEffect[Zero] = None
+    id_slot: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
+
+
+class Sampling(Neutral):
     """Sampling fields, accepted in every dialect, even those that its own clients do not know."""
 
     model: str | None = Field(None, max_length=256)
@@ -368,7 +450,10 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
-    logit_bias: Annotated[dict[str, Bias], MostEntries(1024), _BIASES] | None = None
+    # An empty list is an empty object of a language that cannot tell them apart.
+    logit_bias: (
+        Annotated[dict[str, Bias], MostEntries(1024), _BIASES] | Annotated[list[Any], few(0)] | None
+    ) = None
     min_tokens: NumTokens | None = None
     stop_token_ids: Annotated[list[TokenId], few(MAX_STOP_IDS)] | None = None
     ignore_eos: Flag | None = None
@@ -381,6 +466,7 @@ class Sampling(Strict):
 
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """The given arguments of `SamplingParams`; what is not given of `CHOOSING` is left to the model."""
+        self._require_penalties_of_all()
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -391,7 +477,7 @@ class Sampling(Strict):
             "frequency_penalty": self.frequency_penalty,
             "seed": None if self.seed == -1 else self.seed,
             "stop": tuple(stop) or None,
-            "logit_bias": _biases(self.logit_bias or {}) or None,
+            "logit_bias": _biases(self.logit_bias if isinstance(self.logit_bias, dict) else {}) or None,
             "min_tokens": self.min_tokens,
             "stop_token_ids": tuple(self.stop_token_ids or ()) or None,
             "ignore_eos": self.ignore_eos,
@@ -399,6 +485,15 @@ class Sampling(Strict):
         }
         given = {name: value for name, value in given.items() if value is not None}
         return {**given, "left_to_model": frozenset(CHOOSING) - given.keys()}
+
+    def _require_penalties_of_all(self) -> None:
+        penalties = ((self._repetition() or 1) - 1, self.presence_penalty, self.frequency_penalty)
+        if self.repeat_last_n not in (None, -1) and any(penalties):
+            raise UsageError(
+                f"repeat_last_n: expected -1, because penalties count the whole prompt and answer, found "
+                f"{self.repeat_last_n}",
+                param="repeat_last_n",
+            )
 
     def _repetition(self) -> float | None:
         given = {self.repetition_penalty, self.repeat_penalty} - {None}

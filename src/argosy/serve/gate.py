@@ -658,15 +658,18 @@ def _trace_id(headers: Mapping[str, str]) -> str | None:
 def _require_type(policy: Policy, headers: dict[str, str]) -> None:
     """Refuse a body of another content type.
 
-    Where JSON is wanted, `curl -d` is refused too: it sends a form's type, which pages of other sites may send unasked.
-    Browsers tell the origin of forms, which has been checked.
+    Pages of other sites may send a form's type unasked, so it must not pass as JSON. Ollama's clients send it as well:
+    on Ollama's paths any type will do, unless a browser sends it. With every POST, browsers give their origin or
+    `Sec-Fetch-Site`.
     """
     found = headers.get("content-type", "").partition(";")[0].strip().lower()
     if policy.takes_form and found != FORM_TYPE:
         raise Refused(
             415, f"the content type must be {FORM_TYPE}", hint="with curl: -F file=@talk.mp3 -F model=NAME"
         )
-    if not policy.takes_form and found != "application/json":
+    is_browser = "origin" in headers or "sec-fetch-site" in headers
+    takes_any = dialect_of(policy.path) == "ollama" and not is_browser
+    if not policy.takes_form and found != "application/json" and not takes_any:
         raise Refused(
             415,
             "the content type must be application/json",

@@ -29,13 +29,11 @@ from argosy.serve.fields import (
     WHOLE,
     Closed,
     Flag,
-    FreeObject,
     Lenient,
     Name,
     NoEffect,
     NumTokens,
     Sampling,
-    Short,
     Stop,
     Text,
     few,
@@ -81,16 +79,11 @@ class InfillBody(Sampling):
     stop: Stop | Annotated[list[Stop], few(64)] | None = None
     # How llama-server works, and what it shows of it.
     cache_prompt: NoEffect[Flag] = None
-    samplers: NoEffect[Short | Annotated[list[Short], few(32)]] = None
     n_indent: NoEffect[NumTokens] = None
-    n_keep: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
-    id_slot: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
     t_max_prompt_ms: NoEffect[_Milliseconds] = None
     t_max_predict_ms: NoEffect[_Milliseconds] = None
     response_fields: NoEffect[Annotated[list[Name], few(64)]] = None
-    timings_per_token: NoEffect[Flag] = None
     return_progress: NoEffect[Flag] = None
-    lora: NoEffect[Annotated[list[FreeObject], few(64)]] = None
 
     @property
     def limit(self) -> int | None:

@@ -32,6 +32,7 @@ from argosy.serve.fields import (
     Effort,
     Flag,
     FreeObject,
+    KeepAlive,
     Lenient,
     Many,
     MinP,
@@ -293,9 +294,6 @@ class OllamaOptions(Lenient):
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         given = Sampling(**{name: getattr(self, name) for name in names}).sampling(stops)
         return {**given, "max_tokens": self.num_predict if (self.num_predict or 0) > 0 else None}
-
-
-KeepAlive = Short | Annotated[float, Field(ge=-1e9, le=1e9, strict=True)]
 
 
 class OllamaBody(Strict):

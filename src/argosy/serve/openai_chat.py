@@ -37,6 +37,7 @@ from argosy.serve.fields import (
     NumBest,
     NumTokens,
     ObjectSchema,
+    One,
     OpenAISampling,
     ReadOfPrompt,
     Setting,
@@ -320,7 +321,6 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     RULES = (
         any_of(absent("response_format"), absent(*Formed.model_fields)),
         at_most_one("tools", "functions"),
-        at_most_one("tool_choice", "function_call"),
         any_of(absent("top_logprobs"), given(logprobs={"const": True})),
     )
 
@@ -329,6 +329,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     max_completion_tokens: TokenLimit | None = None
     logprobs: Flag | None = None
     top_logprobs: NumBest | None = None
+    best_of: NoEffect[One] = None
     tools: Annotated[list[OfferedTool], Tools] | None = None
     tool_choice: ToolMode | Annotated[ChosenTool | AllowedTools, Field(discriminator="type")] | None = None
     parallel_tool_calls: Flag | None = None
