@@ -69,6 +69,7 @@ def test_the_printed_settings_of_each_client_match_its_golden_file(
     text = said.out + "\nstderr:\n" + said.err
     assert KEY not in text
     text = text.replace(server.url, "http://127.0.0.1:8080").replace(str(home), "/home/someone")
+    text = text.replace(f"docker.internal:{server.url.rpartition(':')[2]}", "docker.internal:8080")
     golden = GOLDEN / f"connect-{client}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text, encoding="utf-8")
@@ -131,6 +132,20 @@ def test_a_client_with_a_form_has_no_file_to_write(
     assert main(["connect", client, "--url", server.url, "--file", "x.json"]) == 2
     assert "--file names a settings file" in capsys.readouterr().err
     assert list(home.iterdir()) == []
+
+
+def test_a_container_is_told_the_port_of_the_server(server: FakeServer, capsys: Captured) -> None:
+    assert main(["connect", "openwebui", "--url", server.url]) == 0
+    port = server.url.rpartition(":")[2]
+    assert f"--url http://host.docker.internal:{port}`" in capsys.readouterr().err
+
+
+def test_an_unknown_client_is_refused_with_one_list_of_the_known_ones(capsys: Captured) -> None:
+    assert main(["connect", "foo"]) == 2
+    assert capsys.readouterr().err.count("opencode") == 1
+    assert main(["connect", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(client in said for client in CLIENTS)
 
 
 def test_every_client_is_tested_with_its_file_or_its_form() -> None:

@@ -331,6 +331,22 @@ def test_a_schema_reaches_the_sampler_as_the_grammar_of_the_answer(
     assert engine.params[1].grammar is None
 
 
+def test_a_schema_may_come_on_stdin_which_is_read_only_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(SCHEMA)))
+    assert main(["run", "-m", "model", "--json-schema", "-", "Hi"]) == 0
+    grammar = engine.params[0].grammar
+    assert grammar is not None
+    assert '"required": ["name"]' in grammar.text
+    for more in (["-f", "-", "Hi"], ["-"]):
+        assert main(["run", "-m", "model", "--json-schema", "-", *more]) == 2
+        assert "stdin can be read only once" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("[]"))
+    assert main(["run", "-m", "model", "--json-schema", "-", "Hi"]) == 2
+    assert "-: a JSON schema is an object, found list" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

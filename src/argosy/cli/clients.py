@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
 
 from argosy.cli.edit_file import (
     Change,
@@ -114,6 +115,8 @@ def _claude_code(connection: Connection, file: Path | None, environment: Mapping
             # Drops a line at the start of the prompt that changes with every conversation and defeats the prefix cache.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
             "API_TIMEOUT_MS": str(_HOUR_MS),
+            # Without it, Claude Code drops a stream whose first token takes more than five minutes, and asks again.
+            "CLAUDE_STREAM_IDLE_TIMEOUT_MS": str(_HOUR_MS),
         }
 
     shown = _exports(values(connection.secret(_REFERENCE)))
@@ -279,8 +282,8 @@ def _open_webui(connection: Connection, file: Path | None, environment: Mapping[
         place=f"in the shell of `open-webui serve`; --write puts them into {path}, for `docker run --env-file`",
         notes=(
             "they apply at the first start; later use Admin Settings, Connections, or ENABLE_PERSISTENT_CONFIG=False",
-            "in a container 127.0.0.1 is the container itself: use `--url http://host.docker.internal:8080`, and a"
-            " server that listens there, with a key",
+            "in a container 127.0.0.1 is the container itself: use"
+            f" `--url {_from_container(connection.url)}`, and a server that listens there, with a key",
         ),
     )
 
@@ -483,6 +486,13 @@ def _variable_note(connection: Connection) -> tuple[str, ...]:
     )
 
 
+def _from_container(url: str) -> str:
+    """The address of this machine in a container, with the port and path of `url`."""
+    parts = urlsplit(url)
+    port = "" if parts.port is None else f":{parts.port}"
+    return urlunsplit(parts._replace(netloc=f"host.docker.internal{port}"))
+
+
 def _home(environment: Mapping[str, str], variable: str, name: str) -> Path:
     return Path(environment.get(variable) or home_directory(environment) / name)
 
@@ -498,7 +508,13 @@ SETUPS: dict[str, Callable[[Connection, Path | None, Mapping[str, str]], Setup]]
     "aider": _aider,
     "llm": _llm,
     "cline": _form(_cline_fields, "in the settings panel of Cline"),
-    "roo": _form(_cline_fields, "in the settings panel of Roo Code"),
+    "roo": _form(
+        _cline_fields,
+        "in the settings panel of Roo Code",
+        notes=(
+            'it gives up after ten minutes: set `"roo-cline.apiRequestTimeout": 3600` in VS Code\'s settings',
+        ),
+    ),
     "jan": _form(
         _jan_fields,
         "in Jan under Settings, Model Providers, Add Provider",

@@ -30,7 +30,7 @@ _CONTEXT_TOKENS = 32_768  # if the server does not say
 
 
 @click.command("connect")
-@click.argument("client", type=click.Choice(CLIENTS))
+@click.argument("client", metavar="CLIENT", type=click.Choice(CLIENTS))
 @server_options
 @click.option("--model", metavar="NAME", help="Name of the model; default: the served model.")
 @click.option(
@@ -56,6 +56,8 @@ def connect(
     """Print the settings for CLIENT to use a running server, and where they belong.
 
     The server reports its model and context, so start it first. Otherwise give --model and --context.
+
+    CLIENT: claude-code, codex, opencode, openwebui, ollama, continue, zed, aider, llm, cline, roo or jan.
 
     \b
     Examples:

@@ -30,7 +30,7 @@ from argosy.cli.options import (
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, write_text
 from argosy.cli.server_model import ServerModel, find_model, server_model_options
-from argosy.cli.texts import prompt_of, prompt_text, read_file, text_or_file
+from argosy.cli.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
 from argosy.config import DEMO, counted
 from argosy.errors import UsageError
 
@@ -112,7 +112,9 @@ def run(
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
     if raw and thinking.is_asked:
         raise UsageError("--raw excludes --think, --no-think and --effort: raw text has no chat template")
-    form = None if json_schema is None else _read_schema(Path(json_schema))
+    if json_schema == STDIN and STDIN in (*prompt, *files):
+        raise UsageError("stdin can be read only once, and --json-schema - reads it")
+    form = None if json_schema is None else _read_schema(json_schema)
     system = None if system is None else text_or_file(system)
     text = prompt_text(
         prompt_of(prompt, may_name_model=not _is_given("model")),
@@ -252,8 +254,8 @@ def _ears_lines(engine: Engine) -> list[str]:
     ]
 
 
-def _read_schema(path: Path) -> Grammar:
-    """The form of answers that follow the JSON schema in a file.
+def _read_schema(name: str) -> Grammar:
+    """The form of answers that follow the JSON schema in a file; "-" is stdin.
 
     Raises:
         UsageError: the file cannot be read, or holds no schema.   GrammarError: the schema exceeds a bound.
@@ -264,11 +266,16 @@ def _read_schema(path: Path) -> Grammar:
     from argosy.strict_json import JsonError, parse_json
 
     try:
-        schema = parse_json(read_file(path, _SCHEMA_BYTES))
+        text = (
+            read_stdin(_SCHEMA_BYTES, is_needed=False)
+            if name == STDIN
+            else read_file(Path(name), _SCHEMA_BYTES)
+        )
+        schema = parse_json(text)
     except JsonError as error:
-        raise UsageError(f"{path}: {error}", hint="--json-schema takes a file with one JSON schema") from None
+        raise UsageError(f"{name}: {error}", hint="--json-schema takes a file with one JSON schema") from None
     if not isinstance(schema, dict):
-        raise UsageError(f"{path}: a JSON schema is an object, found {type(schema).__name__}")
+        raise UsageError(f"{name}: a JSON schema is an object, found {type(schema).__name__}")
     plain = without_annotations(schema)
     require_schema_bounds(plain)
     text = json.dumps(plain)

@@ -71,14 +71,14 @@ def prompt_text(prompt: str | None, files: Sequence[str], *, has_media: bool, is
     is_needed = prompt is None and not files and not has_media
     piped = None
     if prompt == STDIN or (num_asked == 0 and (is_needed or _is_piped())):
-        piped = _read_stdin(MOST_BYTES, is_needed=is_needed)
+        piped = read_stdin(MOST_BYTES, is_needed=is_needed)
     texts: list[tuple[str | None, str]] = []
     if piped and prompt not in (None, STDIN):
         texts.append((None, piped))
     num_left = MOST_BYTES - _num_bytes(piped or "")
     for name in files:
         text = (
-            _read_stdin(num_left, is_needed=False) if name == STDIN else read_file(Path(name), num_left, name)
+            read_stdin(num_left, is_needed=False) if name == STDIN else read_file(Path(name), num_left, name)
         )
         num_left -= _num_bytes(text)
         texts.append((None if name == STDIN else name, text))
@@ -127,7 +127,15 @@ def read_file(path: Path, most_bytes: int = MOST_BYTES, name: str | None = None)
         raise UsageError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _read_stdin(most_bytes: int, *, is_needed: bool) -> str:
+def read_stdin(most_bytes: int, *, is_needed: bool) -> str:
+    """The text on stdin, without the line break at its end.
+
+    Args:
+        is_needed: there is no other text, so a terminal has none either.
+
+    Raises:
+        UsageError: it is not there, is too large, or is not UTF-8.
+    """
     if sys.stdin is None or (is_needed and sys.stdin.isatty()):
         raise UsageError(
             "run needs a prompt", hint='`argosy run "Why is the sky blue?"`, or pass text on stdin'
