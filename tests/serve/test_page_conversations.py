@@ -490,6 +490,25 @@ def test_empty_settings_show_the_models_own_and_only_what_it_can(browser: Browse
     assert not browser.one("#key").is_displayed()  # the server needs none
 
 
+def test_news_go_by_themselves_and_warnings_stay(browser: Browser, tmp_path: Path) -> None:
+    # The six seconds for which news stay are over at once.
+    quick = "const late = setTimeout; window.setTimeout = (act, ms) => late(act, ms === 6000 ? 0 : ms);"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    made = browser.driver.execute_cdp_cmd(command, {"source": quick})  # type: ignore[no-untyped-call]
+    try:
+        browser.open()
+        browser.until(lambda: not browser.one("#import-chats").get_attribute("disabled"))
+        bring(browser, file_of(conversation(QUESTION)), tmp_path)
+        browser.until(lambda: browser.text("#notice-text") == "One conversation was imported.")
+        browser.until(lambda: not browser.one("#notice").is_displayed())
+        bring(browser, file_of(conversation(leaf=9)), tmp_path)
+        browser.until(lambda: browser.text("#notice-text").startswith("Nothing was imported."))
+        assert browser.one("#notice").is_displayed()
+    finally:
+        command = "Page.removeScriptToEvaluateOnNewDocument"
+        browser.driver.execute_cdp_cmd(command, made)  # type: ignore[no-untyped-call]
+
+
 def test_a_conversation_is_renamed_with_a_double_click_and_pinned(browser: Browser) -> None:
     browser.open()
     for text in ("first", "second"):

@@ -260,7 +260,8 @@ function showPeak({ peak_bytes: peak }, whole) {
   }
   mark.style.left = `${100 * share(peak, whole)}%`;
   mark.title = `peak ${memory(peak)}`;
-  byId("memory-legend").append(peakRow);  // stays the last one
+  const legend = byId("memory-legend");
+  if (legend.lastElementChild !== peakRow) legend.append(peakRow);
   peakRow.lastElementChild.textContent = memory(peak);
 }
 
