@@ -318,9 +318,8 @@ class Hub:
         if timeout_s <= 0:
             raise self._failed(url, f"all headers took more than {_ALL_REQUESTS_S:.0f} s")
         with self._answer(url, start, most_bytes, timeout_s) as response:
-            if (
-                start is None and "Content-Length" not in response.headers
-            ):  # a list that is made as it is sent
+            # A hub may send a list while it is made, without its length.
+            if start is None and "Content-Length" not in response.headers:
                 data = self._body(response, url, most_bytes + 1, deadline, may_end=True)
                 self._count(len(data))
                 if len(data) > most_bytes:
