@@ -71,7 +71,7 @@ def test_a_history_keeps_the_newest_lines_within_its_bounds(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b'"one"\n"tw', "is no history of a chat: line 2: it is not JSON"),
+        (b'"one"\n"tw', "is not a chat history: line 2: it is not JSON"),
         (b"ls -la\n", "line 1: it is not JSON"),
         (b'{"a": 1}\n', "line 1 is a dict, expected text"),
         (b'"\\ud800"\n', "holds half a character"),
@@ -128,7 +128,7 @@ def test_pictures_are_saved_with_the_conversation(tmp_path: Path) -> None:
 def test_a_file_that_is_no_conversation_is_not_overwritten(tmp_path: Path) -> None:
     notes = tmp_path / "notes.md"
     notes.write_text("# Mine\n")
-    with pytest.raises(UsageError, match="is left unchanged, because it is no saved conversation"):
+    with pytest.raises(UsageError, match="is left unchanged, because it is not a saved conversation"):
         save(notes, TALK)
     assert notes.read_text() == "# Mine\n"
     with pytest.raises(UsageError, match="cannot be written: No such file or directory"):

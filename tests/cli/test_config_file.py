@@ -151,7 +151,7 @@ def test_check_validates_and_opens_nothing(tmp_path: Path, capsys: Captured) -> 
         ('tls-cert = "c.pem"\ntls-key = "k.pem"', "c.pem cannot be read"),
         ('forwarded-from = ["10.0.0.0/8"]', "there are no keys"),
         ('forwarded-from = ["proxy"]', "takes an address, a network or `unix`"),
-        ('forwarded-from = ["0.0.0.0/0"]', "would believe every client"),
+        ('forwarded-from = ["0.0.0.0/0"]', "would trust every client"),
         ('base-path = "argosy"', "--base-path must begin with /"),
         ('base-path = "/a/"', "--base-path must begin with /"),
         ('listen = "tcp:1"', "--listen takes unix:PATH"),

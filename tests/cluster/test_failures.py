@@ -425,7 +425,7 @@ def test_tls_carries_the_same_bits(model: Path, alone: list[Any], tmp_path: Path
             assert answers(engine) == alone
         with (
             Group([host], tls=secure.client_context(other)) as group,
-            pytest.raises(PeerNotUsable, match="its certificate is not believed"),
+            pytest.raises(PeerNotUsable, match="its certificate is not trusted"),
         ):
             open_engine(model, group)
         with Group([host]) as group, pytest.raises(PeerNotUsable):  # plain bytes to a worker that speaks TLS

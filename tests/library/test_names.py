@@ -150,7 +150,7 @@ def test_an_alias_is_a_short_plain_word(library: Path, alias: str) -> None:
 def test_an_alias_of_nothing_is_refused_and_one_that_dangles_says_so(library: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no model here is named"):
         add_alias("x", "nowhere")
-    with pytest.raises(UsageError, match="is no alias"):
+    with pytest.raises(UsageError, match="is not an alias"):
         remove_alias("x")
     add_alias("x", str(tmp_path / "files"))
     add_alias("y", "instruct")

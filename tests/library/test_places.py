@@ -316,7 +316,7 @@ def test_settings_of_lm_studio_that_name_no_folder_are_a_note(home: Path, folder
     found = find_models()
     assert [model.name for model in found.models] == ["a/default-GGUF:model"]
     (note,) = found.notes
-    assert "which is no absolute path" in note
+    assert "which is not an absolute path" in note
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1, "a": 2}', " " * ((4 << 20) + 1)])

@@ -404,7 +404,7 @@ def test_a_sound_of_an_unknown_format_is_refused_by_name(viewer: httpx.Client) -
     assert message.startswith(
         'messages.0.content.0: expected a sound of type wav, mp3, flac or ogg, found "midi"'
     )
-    assert "the sound" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
+    assert "unsupported sound format" in ask(viewer, "chat", [sound(b"RIFF" * 20)]).json()["error"]["message"]
 
 
 def video(dialect: str, content: bytes, form: str = "video/mp4") -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Source:
         if repository := _HUB_NAME.fullmatch(parts.path.strip("/")):
             return cls(f"{parts.scheme}://{parts.netloc}", repository[1], repository[2] or "")
         raise UsageError(
-            f"'{quote(text)}' is no address of a model",
+            f"'{quote(text)}' is not the address of a model",
             hint="give https://HUB/OWNER/NAME, or the address of a .gguf file",
         )
 

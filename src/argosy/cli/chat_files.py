@@ -79,10 +79,10 @@ class LineHistory:
             try:
                 line = parse_json(text)
             except JsonError as error:
-                raise self._fault(f"is no history of a chat: line {number}: {error}") from None
+                raise self._fault(f"is not a chat history: line {number}: {error}") from None
             if not isinstance(line, str):
                 raise self._fault(
-                    f"is no history of a chat: line {number} is a {type(line).__name__}, expected text"
+                    f"is not a chat history: line {number} is a {type(line).__name__}, expected text"
                 )
             lines.append(line)
         return lines
@@ -127,7 +127,7 @@ def save(path: Path, messages: Sequence[dict[str, Any]]) -> None:
             write(data)
     except UsageError as error:
         raise UsageError(
-            f"{path} is left unchanged, because it is no saved conversation", hint=error.message
+            f"{path} is left unchanged, because it is not a saved conversation", hint=error.message
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the path is invalid"
@@ -150,9 +150,9 @@ def load(path: Path) -> list[dict[str, Any]]:
         count_values(data)
         messages = parse_json(data)
     except ValueError as error:
-        raise UsageError(f"{path} is no saved conversation: {error}") from None
+        raise UsageError(f"{path} is not a saved conversation: {error}") from None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UsageError(f"{path} is no saved conversation: expected a list of messages")
+        raise UsageError(f"{path} is not a saved conversation: expected a list of messages")
     loaded = [_loaded(message, f"{path}: message {at}") for at, message in enumerate(messages)]
     try:
         check_messages(loaded, add_generation_prompt=False)

@@ -180,7 +180,7 @@ def _tell(running: Worker, address: str) -> None:
         flush=True,
     )
     if not running.has_key:
-        print("note: there is no key: whoever reaches this address may use the worker", file=sys.stderr)
+        print("note: there is no key: anyone who reaches this address can use the worker", file=sys.stderr)
 
 
 def shards_of(shares: Sequence[str]) -> int:

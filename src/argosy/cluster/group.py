@@ -547,7 +547,7 @@ class Group:
     @staticmethod
     def _unanswered(member: _Member, error: OSError) -> PeerNotUsable:
         if isinstance(error, ssl.SSLCertVerificationError):
-            why = f"its certificate is not believed: {error.verify_message}"
+            why = f"its certificate is not trusted: {error.verify_message}"
         else:
             why = error.strerror or str(error) or type(error).__name__
         member.why = why

@@ -64,7 +64,7 @@ def read_report(path: Path, identity: str) -> dict[str, Any]:
         raise UsageError(error.message) from error
     if raw.get("argosy_drift") != REPORT_VERSION:
         raise UsageError(
-            f"{path} is no drift report of version {REPORT_VERSION}",
+            f"{path} is not a drift report of version {REPORT_VERSION}",
             hint="`argosy eval drift REFERENCE CANDIDATE --save FILE` writes one",
         )
     found: dict[str, Any] = _checked(raw, _SHAPE, path, "the report")

@@ -168,7 +168,7 @@ def remove_alias(alias: str) -> str:
     with kept.changing() as known:
         if alias not in known.aliases:
             raise UsageError(
-                f"'{quote(alias)}' is no alias",
+                f"'{quote(alias)}' is not an alias",
                 hint="`argosy alias` lists them",
             )
         return known.aliases.pop(alias)

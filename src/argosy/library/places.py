@@ -349,7 +349,7 @@ def _named_folder(settings: Path, found: Found) -> Path | None:
     if folder is None:
         return None
     if not isinstance(folder, str) or not Path(folder).is_absolute() or "\0" in folder:
-        found.note(f"{settings} names the folder '{quote(folder)}', which is no absolute path")
+        found.note(f"{settings} names the folder '{quote(folder)}', which is not an absolute path")
         return None
     return Path(folder)
 
@@ -423,7 +423,7 @@ def ollama_manifests(root: Path, found: Found) -> Iterator[tuple[str, str, str, 
                     if not _NAME.fullmatch(manifest.name):
                         continue
                     if manifest.is_symlink() or not manifest.is_file():
-                        found.note(f"{manifest} is no regular file, and is passed over")
+                        found.note(f"{manifest} is not a regular file, and is passed over")
                         continue
                     yield host.name, owner.name, name.name, manifest
 

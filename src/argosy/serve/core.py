@@ -377,7 +377,7 @@ class Service:
             raise Refused(
                 404,
                 f"the model {json.dumps(name)} does not transcribe; this server has: {self.ears_id}",
-                hint=f"{ANY_EARS} names it, too; `argosy serve --any-model` accepts every model name",
+                hint=f"{ANY_EARS} also names it; `argosy serve --any-model` accepts every model name",
                 param="model",
                 code="model_not_found",
             )

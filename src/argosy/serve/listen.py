@@ -238,5 +238,5 @@ def _require_network(text: str) -> None:
         ) from None
     if not network.prefixlen:
         raise UsageError(
-            f"--forwarded-from {text} would believe every client", hint="name the proxy's own address"
+            f"--forwarded-from {text} would trust every client", hint="name the proxy's own address"
         )
