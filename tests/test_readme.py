@@ -60,7 +60,7 @@ def test_no_section_is_empty_and_no_placeholder_is_left(name: str) -> None:
 
 def parse(words: list[str]) -> None:
     """Parse a command line of `argosy` without running it."""
-    context = click.Context(cli)
+    context = click.Context(cli, **cli.context_settings)
     name, *arguments = words
     command = cli.get_command(context, name)
     while isinstance(command, click.Group) and arguments:

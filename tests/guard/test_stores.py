@@ -54,7 +54,7 @@ def test_the_times_of_the_table_are_the_defaults_of_the_code() -> None:
 
 
 def test_the_options_and_modules_of_the_table_exist() -> None:
-    context = click.Context(cli)
+    context = click.Context(cli, **cli.context_settings)
     known: set[str] = set()
     for name in ("serve", "chat", "run"):
         command = cli.get_command(context, name)
