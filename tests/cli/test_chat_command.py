@@ -268,7 +268,8 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt_and_neither_they_nor_an
         terminal.send(b"Hi\r")
         terminal.until(b"[2J")  # the end of the first token
         terminal.send(b"/tokens\r\x03")
-        assert terminal.until(b"(stopped; /continue goes on)") == b"\r\n```py\r\n\r\n"
+        shown = terminal.until(b"(stopped; /continue goes on)")
+        assert shown.replace(b"```py", b"").strip() == b""  # the next token may have come
         terminal.until(b"tokens   ")
         terminal.until(b">")
         terminal.send(b"\x04")
