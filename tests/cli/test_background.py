@@ -158,6 +158,19 @@ def test_a_later_process_with_the_servers_id_is_never_stopped(state: Path, capfd
             victim.kill()
 
 
+def test_a_server_that_ends_before_it_is_stopped_has_stopped(
+    monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    own_server.open_state().close()
+    process = own_server.Process(ended.pid, 1, 0.0, "http://127.0.0.1:1")
+    with monkeypatch.context() as patched:
+        patched.setattr(own_server, "running", lambda: process)
+        assert main(["stop"]) == 0
+    assert capfd.readouterr().out == "the server has stopped\n"
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "null", "{", '{"pid": 1}', '{"pid": true, "started": 1, "address": ""}', "9" * 5000,

@@ -288,7 +288,10 @@ def stop(model: str | None, now: bool) -> None:
 
 def _stop(process: Process, *, now: bool) -> None:
     """End a process; `stop` holds the lock, so no other one takes its place."""
-    descriptor = os.pidfd_open(process.pid)
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:  # it has just ended
+        return
     try:
         if not own_server.is_running(process):  # from here on the descriptor means the server
             return
