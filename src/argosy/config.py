@@ -185,7 +185,9 @@ FEWEST_VIDEO_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(_Strict):
-    """How one engine runs. Only `kv_dtype`, `instruction_set` and `watermark` can change which tokens come out."""
+    """How one engine runs. Only `kv_dtype`, `instruction_set` and `watermark` can change which tokens come out, and
+    `sampling` where a request leaves that to the model.
+    """
 
     budget: Budget
     threads: int
