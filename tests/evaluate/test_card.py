@@ -187,8 +187,8 @@ IDENTITY = "blake3:1"
     [
         ("", "is not JSON"),
         ("[]", "expected an object"),
-        ({}, "no drift report of version 1"),
-        ({"argosy_drift": "1"}, "no drift report of version 1"),
+        ({}, "not a drift report of version 1"),
+        ({"argosy_drift": "1"}, "not a drift report of version 1"),
         (report(IDENTITY, verdict=None), "verdict is null, expected an object"),
         (report(IDENTITY, verdict={"level": "small", "reasons": ["a"] * 257}), "expected a list of at most 256"),
         (report(IDENTITY, verdict={"level": "s" * 501, "reasons": []}), "expected a text of at most 500"),

@@ -279,7 +279,7 @@ def test_a_manifest_that_is_a_link_or_a_pipe_is_passed_over(ollama: Path) -> Non
     os.mkfifo(folder / "pipe")
     found = find_models()
     assert found.models == []
-    assert notes_of(found).count("is no regular file") == 2
+    assert notes_of(found).count("is not a regular file") == 2
 
 
 def add_named_folder(home: Path, folder: object, *, at: str = ".lmstudio") -> None:
