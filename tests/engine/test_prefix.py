@@ -102,6 +102,24 @@ def test_a_prompt_that_was_computed_before_is_found_and_its_answer_is_the_same(m
     assert visible(sampled) == model.alone(prompt, SAMPLED)
 
 
+def test_a_prompt_that_was_cancelled_halfway_is_computed_from_there(model: Model) -> None:
+    """Clients drop a request whose prompt takes long, and send it again."""
+    prompt = model.prompt(1, 300)
+    with model.engine() as engine:
+        dropped = engine.submit(prompt, GREEDY)
+        for _ in range(3):
+            engine.step()
+        num_computed = dropped.num_computed
+        engine.cancel(dropped)
+        num_before = engine.facts().tokens_run
+        again = engine.generate(prompt, GREEDY)
+        num_run = engine.facts().tokens_run - num_before
+    assert num_computed == num_before == 192
+    assert cached(again) == num_computed
+    assert num_run == 300 - num_computed + NUM_NEW - 1
+    assert visible(again) == model.alone(prompt)
+
+
 def test_a_prompt_that_diverges_from_another_is_computed_from_there(model: Model) -> None:
     shared = model.prompt(1, 100)
     prompts = [shared + model.prompt(seed, 40) for seed in (2, 3, 4)]

@@ -8,7 +8,8 @@ depend only on the tokens before them, not on the chunks they came in, so an ans
 prefix as without. Tenants never share prefixes.
 
 Where layers have a recurrent state, a prefix is usable only up to a snapshot. Snapshots are taken after the last full
-block of a longer prompt, where prompts were seen to diverge, and every SNAPSHOT_TOKENS of an answer.
+block of a longer prompt, where prompts were seen to diverge, every SNAPSHOT_TOKENS of an answer, and where a prompt
+stops halfway after a full block.
 
 Where layers have a sliding window, a prefix is usable if what its next token sees there is left (`kv_windows.py`). The
 ends that are kept for that are the places where snapshots would be taken, and the ends of answers.
@@ -246,7 +247,21 @@ class PrefixCache:
             self._write_prompt(sequence, contents)
 
     def stopped(self, sequence: Sequence) -> None:
-        """Let go of what a sequence sees in layers with a sliding window, before it gives back its blocks."""
+        """Let go of what a sequence sees in layers with a sliding window, before it gives back its blocks.
+
+        The state of a prompt that stopped halfway is kept: clients drop a request that takes long, and send it again.
+        """
+        if self.states is not None and self._is_on and sequence.is_prefilling:
+            num_full, more = divmod(sequence.num_computed, self.blocks.block_tokens)
+            slot = sequence.state_slot
+            # After a step that was not committed, the state is further on; after one that failed, it is invalid.
+            if (
+                num_full
+                and not more
+                and slot is not None
+                and self.states.state.position(slot) == sequence.num_computed
+            ):
+                self._snapshot(sequence, sequence.chain.contents(sequence, num_full)[num_full - 1].key)
         if self.windows is None:
             return
         if self._is_on:
