@@ -138,7 +138,7 @@ def test_zsh_completes_a_command_and_a_size(tmp_path: Path) -> None:
 def test_fish_completes_a_command_and_a_size(tmp_path: Path) -> None:
     environment = with_script(tmp_path, "fish") | {"HOME": str(tmp_path)}
     for line, item in (
-        ("argosy transc", "transcribe\tWrite down what is said in sound files."),
+        ("argosy transc", "transcribe\tTranscribe audio files."),
         ("argosy run --memory 48G", "48GiB"),
     ):
         done = subprocess.run(
