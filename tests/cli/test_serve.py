@@ -26,7 +26,7 @@ def test_names_are_those_of_the_files_or_one_for_each_model() -> None:
     assert _ids(same, ("x", "y")) == ["x", "y"]
     with pytest.raises(UsageError, match="two models are named model"):
         _ids(same, ())
-    with pytest.raises(UsageError, match="--name was given 1 times, and there are 2 models"):
+    with pytest.raises(UsageError, match="--name was given 1 time, and there are 2 models"):
         _ids(same, ("x",))
 
 
