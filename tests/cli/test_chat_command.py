@@ -188,6 +188,7 @@ def test_a_real_model_talks_over_several_turns(
 
 def test_the_line_editor_reads_a_line_and_quits_on_interrupts(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "chat", str(chat_model), "--threads", "1", "-n", "4"]
+    command += ["-t", "0", "--ignore-eos"]
     with on_terminal(command) as terminal:
         terminal.until(b">")
         terminal.send(b"Hi\r")
