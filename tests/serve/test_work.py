@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
@@ -302,3 +305,40 @@ def test_a_queue_has_stopped_once_jobs_wait_and_none_begins_or_ends(monkeypatch:
         await asyncio.gather(*waiting)
 
     run(test)
+
+
+# Counts the arenas of a process in which several threads hold memory at once.
+_COUNT_ARENAS = """
+import ctypes, sys, tempfile, threading
+from argosy.serve.work import share_one_heap
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.fdopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+if sys.argv[1] == "one":
+    share_one_heap()
+have = threading.Barrier(4)
+def hold():
+    assert libc.malloc(4096)
+    have.wait(60)
+threads = [threading.Thread(target=hold) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+with tempfile.NamedTemporaryFile() as told:
+    stream = libc.fdopen(told.fileno(), b"w")
+    libc.malloc_info(0, stream)
+    libc.fflush(ctypes.c_void_p(stream))
+    print(open(told.name).read().count("<heap nr="))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc")
+def test_threads_of_a_server_share_one_heap() -> None:
+    def num_arenas(share: str) -> int:
+        command = [sys.executable, "-c", _COUNT_ARENAS, share]
+        return int(subprocess.run(command, capture_output=True, check=True, text=True, timeout=60).stdout)
+
+    assert num_arenas("one") == 1
+    assert num_arenas("own") > 1

@@ -170,6 +170,7 @@ def serve(
     from argosy.serve.origins import Origins
     from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
     from argosy.serve.screening import Guarding
+    from argosy.serve.work import share_one_heap
 
     listening = take_listening(options, host=host, port=port)
     wanted, sampling = take_group(options), take_choosing(options)
@@ -213,6 +214,7 @@ def serve(
         "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "pooling": pooling,
         "kv_dir": kept, "sampling": sampling,
     }  # fmt: skip
+    share_one_heap()
     make_room_for_files(max_connections)
     with listening.bind() as sockets:
         if len(found) != 1 or idle_unload is not None:

@@ -214,4 +214,17 @@ def give_memory_back() -> None:
         _malloc_trim(0)
 
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # exists in glibc
+def share_one_heap() -> None:
+    """Make all threads that begin later allocate from one arena of the C library, if it can.
+
+    With an arena for each thread, the free memory of one is of no use to another, and a server of many threads grows by
+    fragmentation for hours.
+    """
+    if _mallopt is not None:
+        _mallopt(_M_ARENA_MAX, 1)
+
+
+_M_ARENA_MAX = -8  # <malloc.h>
+_malloc_trim, _mallopt = (
+    getattr(ctypes.CDLL(None), name, None) for name in ("malloc_trim", "mallopt")
+)  # exist in glibc
