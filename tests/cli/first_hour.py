@@ -132,13 +132,11 @@ def clients(url: str) -> dict[str, Callable[[], object]]:
         assert client.chat(model=model, messages=question, options={"num_predict": 8}).message
 
     def as_curl() -> None:
-        """Ollama's own example."""
+        """Ollama's own example, which names no content type: curl and urllib then name a form's."""
         with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as models:
             model = json.load(models)["data"][0]["id"]
         body = {"model": model, "messages": question, "stream": False, "options": {"num_predict": 8}}
-        chat = urllib.request.Request(
-            f"{url}/api/chat", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        chat = urllib.request.Request(f"{url}/api/chat", json.dumps(body).encode())
         with urllib.request.urlopen(chat, timeout=30) as answer:
             assert json.load(answer)["message"]
 

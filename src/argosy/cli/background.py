@@ -170,7 +170,7 @@ def _wait_until_ready(child: subprocess.Popen[bytes], log: int, shown: int) -> P
             child.returncode = 0  # it goes on without us, and nobody waits for it here
             return process
         if time.monotonic() - said > _SAY_S:
-            said += 10 * _SAY_S
+            said += 5 * _SAY_S
             _say(f"waiting for the server: {time.monotonic() - began:.0f} s")
         time.sleep(_LOOK_S)
     raise ServerNotUsable(
