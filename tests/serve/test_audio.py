@@ -213,7 +213,7 @@ def test_models_tell_what_transcribes(hearing: tuple[Service, str, Transcriber])
         ({"timestamp_granularities[]": "segment"}, "needs response_format verbose_json", None),
         ({"stream": "perhaps"}, "stream: expected", "stream"),
         ({"stream": "true", "response_format": "srt"}, "stream needs response_format json or text", "stream"),
-        ({"colour": "red"}, "unknown field 'colour'; known: file, model", "colour"),
+        ({"colour": "red"}, "unknown field 'colour'\nhint: leave it out", "colour"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(

@@ -318,6 +318,7 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
         await asyncio.sleep(0)
         caller: Any = SimpleNamespace(
             tenant="",
+            request_id="req",
             count=lambda **_: None,
             metrics=None,
             finishes=[],
@@ -347,7 +348,9 @@ def test_an_answer_that_is_added_after_its_client_left_ends_at_once() -> None:
     cancelled: list[object] = []
     loop = SimpleNamespace(submit=lambda *_, **__: "request", cancel=cancelled.append)
     service: Any = SimpleNamespace(loop=loop, prompts=None, model=SimpleNamespace(id="tiny"))
-    caller: Any = SimpleNamespace(tenant="", count=lambda **_: None, metrics=None, screening=None)
+    caller: Any = SimpleNamespace(
+        tenant="", request_id="req", count=lambda **_: None, metrics=None, screening=None
+    )
     answers = Answers(service, caller, Any)  # type: ignore[arg-type]
     answers.cancel()
     answers.add(Prompt((1,), ""), SamplingParams(), ToolUse(), 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from argosy.config import SamplingDefaults
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result
 from argosy.prompt.formats.events import Event as SaidEvent
@@ -44,7 +45,9 @@ EVENTS = (
 )
 RESULT = Result("", [1, 2], "stop", None, {}, 0, Ledger())
 MESSAGES = MessagesBody.model_validate({"messages": [{"role": "user", "content": ""}], "max_tokens": 9})
-SERVICE: Any = SimpleNamespace(model=SimpleNamespace(id="m"), tokenizer=None, kept=KeptItems())
+SERVICE: Any = SimpleNamespace(
+    model=SimpleNamespace(id="m", sampling=SamplingDefaults()), tokenizer=None, kept=KeptItems()
+)
 
 
 class FakeAnswers:
