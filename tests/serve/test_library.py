@@ -45,13 +45,13 @@ def hub(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> P
 @pytest.fixture
 def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr("argosy.serve.models.SHELF_S", 0.0)
-    given = {"memory": GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
+    given = {"memory": 4 * GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
     given["sampling"] = {"top_p": 0.9}
     process_bytes = shared_bytes(None, kept_bytes=1 << 20)
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
     models = Models.sharing(
-        [], Memory(budget_bytes=GIB, process_bytes=process_bytes), work=common.work, kept=common.kept,
+        [], Memory(budget_bytes=4 * GIB, process_bytes=process_bytes), work=common.work, kept=common.kept,
         shelf=LibraryShelf(library.look, lambda ready, speeds: EngineSource(ready, common, record=None, speeds=speeds)),
     )  # fmt: skip
     yield from start(make_app(models, KeyRing(None), block_tokens=16, max_sequences=4))
