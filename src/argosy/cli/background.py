@@ -24,7 +24,8 @@ import click
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import completion, own_server
 from argosy.cli.help_all import Command
-from argosy.cli.remote import server_options
+from argosy.cli.output import table_lines, time_span
+from argosy.cli.remote import server_options, whole
 from argosy.config import MIB, counted, format_bytes
 from argosy.errors import ServerNotUsable, UsageError
 
@@ -237,27 +238,27 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
     memory, queue = state["memory"], state.get("queue") or {}
-    used = sum(_whole(line.get("bytes")) for line in memory.get("lines") or () if isinstance(line, dict))
-    yield f"memory    {format_bytes(used)} of {format_bytes(_whole(memory.get('budget_bytes')))}"
+    used = sum(whole(line.get("bytes")) for line in memory.get("lines") or () if isinstance(line, dict))
+    yield f"memory    {format_bytes(used)} of {format_bytes(whole(memory.get('budget_bytes')))}"
     models = [one for one in state.get("models") or () if isinstance(one, dict)]
-    running, waiting = (sum(_whole(one.get(key)) for one in models) for key in ("running", "waiting"))
-    yield f"requests  {running} running, {waiting} waiting, at most {_whole(queue.get('max_sequences'))} at once"
+    running, waiting = (sum(whole(one.get(key)) for one in models) for key in ("running", "waiting"))
+    yield f"requests  {running} running, {waiting} waiting, at most {whole(queue.get('max_sequences'))} at once"
     here = [one for one in models if one.get("state") != "unloaded"]
     if others := len(models) - len(here):
-        yield f"unloaded  {others} model{'s' if others > 1 else ''}, loaded when a request names one (`argosy list`)"
+        yield f"unloaded  {counted(others, 'model')}, loaded when a request names one (`argosy list`)"
     if not here:
         return
-    table = [("MODEL", "STATE", "MEMORY", "REQUESTS", "UNLOADS")]
+    rows = []
     for one in here:
-        memory_bytes, unloads_in_s = _whole(one.get("memory_bytes")), one.get("unloads_in_s")
+        memory_bytes, unloads_in_s = whole(one.get("memory_bytes")), one.get("unloads_in_s")
         is_ready = one.get("state") == "ready"
-        unloads = f"in {_span(unloads_in_s)}" if is_ready and isinstance(unloads_in_s, int | float) else "-"
-        requests = _whole(one.get("running")) + _whole(one.get("waiting"))
+        unloads = (
+            f"in {time_span(unloads_in_s)}" if is_ready and isinstance(unloads_in_s, int | float) else "-"
+        )
+        requests = whole(one.get("running")) + whole(one.get("waiting"))
         size = format_bytes(memory_bytes or used * is_ready) if is_ready else "-"
-        table.append((quote(one.get("id")), quote(one.get("state")), size, str(requests), unloads))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        rows.append((quote(one.get("id")), quote(one.get("state")), size, str(requests), unloads))
+    yield from table_lines(("MODEL", "STATE", "MEMORY", "REQUESTS", "UNLOADS"), rows)
 
 
 @click.command("stop")
@@ -371,17 +372,6 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _whole(value: object) -> int:
-    return max(0, value) if isinstance(value, int) else 0
-
-
 def _ago(since: float) -> str:
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
-    return f"{at} ({_span(time.time() - since)})"
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if (count := int(seconds) // size) >= 1:
-            return counted(count, unit)
-    return f"{max(0, int(seconds))} s"
+    return f"{at} ({time_span(time.time() - since)})"

@@ -187,5 +187,4 @@ def _size(path: Path | None) -> int | None:
 
 
 def _told(num_bytes: int | None) -> str:
-
     return "" if num_bytes is None else disk_size(num_bytes)

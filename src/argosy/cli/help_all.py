@@ -1,4 +1,4 @@
-"""`--help` shows the options of a command that most people need; `--help-all` shows all; `argosy help` shows either.
+"""`--help` shows the options of a command that most people need; `--help-all` shows all of them.
 
 A command whose help has many lines is a `Command`, and each option that few people need is `Further`. So a new option
 does not push the help of a command beyond a screen.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.output import print_facts, table_lines
+from argosy.cli.output import print_facts, table_lines, time_span
 from argosy.config import counted, disk_size, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
@@ -164,11 +164,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _ago(when: int | None) -> str:
     if when is None:
         return "-"
-    seconds = max(0, int(time.time()) - when)
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if (count := seconds // size) >= 1:
-            return f"{counted(count, unit)} ago"
-    return "just now"
+    seconds = int(time.time()) - when
+    return "just now" if seconds < 60 else f"{time_span(seconds)} ago"
 
 
 @click.command("rm")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TextIO
 
-from argosy.config import format_bytes
+from argosy.config import counted, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -316,6 +316,14 @@ def parameter_count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+def time_span(seconds: float) -> str:
+    """A duration in its largest whole unit, such as `3 hours`; less than a minute is `42 s`."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if (count := int(seconds) // size) >= 1:
+            return counted(count, unit)
+    return f"{max(0, int(seconds))} s"
 
 
 def short_number(value: float, digits: int = 2) -> str:

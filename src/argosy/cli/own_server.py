@@ -2,8 +2,8 @@
 
     argosy serve --listen unix:STATE/server.sock  ─ noting ─>  STATE/server.json: process, address  ─>  running
 
-Only this user can access the directory. So whoever listens on the socket file is this user's, while a port may belong
-to anybody: our own commands prefer the file. A process is known by its id and the time at which it started, so a later
+Only this user can access the directory, so a server on the socket file is always this user's. A port may belong to
+anybody, so our own commands prefer the file. A process is known by its id and the time at which it started, so a later
 process with the same id is never taken for it.
 
 Elsewhere: commands are `background.py`; requests are `remote.py`.

@@ -50,6 +50,11 @@ def server_options(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def whole(value: object) -> int:
+    """A count that a server tells; 0 if it is anything else."""
+    return max(0, value) if isinstance(value, int) else 0
+
+
 def default_url() -> str:
     """The socket file of the user's own server if it runs, which nobody else can own; otherwise DEFAULT_URL."""
     return DEFAULT_URL if own_server.found() is None else own_server.socket_url()

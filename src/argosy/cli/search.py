@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.output import parameter_count, table_lines
-from argosy.config import disk_size
+from argosy.config import counted, disk_size
 from argosy.errors import FetchFailed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _notes(num_found: int, num_shown: int, most: int) -> list[str]:
     if num_shown > _MOST_SHOWN:
         notes.append(f"{num_shown - _MOST_SHOWN} more are not shown; --json prints all")
     if others := num_found - num_shown:
-        notes.append(f"Argosy does not run {others} other{'s' if others > 1 else ''}; --all lists them")
+        notes.append(f"Argosy does not run {counted(others, 'other')}; --all lists them")
     if num_found >= most:
         notes.append(f"only the {most} most downloaded were looked at; more words narrow the search")
     return notes

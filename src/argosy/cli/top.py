@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.remote import server_options
+from argosy.cli.remote import server_options, whole
 from argosy.config import format_bytes
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ def _model_lines(state: dict[str, Any]) -> list[str]:
     models = state.get("models") or ()
     if len(models) < 2:
         return []
-    limit = _whole(state["memory"].get("budget_bytes"))
+    limit = whole(state["memory"].get("budget_bytes"))
     num_ready = sum(model.get("state") == "ready" for model in models)
     lines = [f"models    {num_ready} of {len(models)} in memory"]
     for model in models:
-        num_bytes, running = _whole(model.get("memory_bytes")), _whole(model.get("running"))
+        num_bytes, running = whole(model.get("memory_bytes")), whole(model.get("running"))
         facts = [_name(model.get("state"))]
         facts += [f"{100 * num_bytes / limit:.0f} % of the limit"] if num_bytes and limit else []
         facts += [f"{running} running"] if running else []
@@ -152,7 +152,7 @@ def _request_lines(state: dict[str, Any]) -> list[str]:
     lines = []
     for one in running[:_MOST_REQUESTS]:
         total, done, new = (
-            min(_whole(one.get(key)), _MOST_TOKENS)
+            min(whole(one.get(key)), _MOST_TOKENS)
             for key in ("prompt_tokens", "prompt_done", "answer_tokens")
         )
         left, rate = one.get("seconds_left"), one.get("tok_per_s")
@@ -185,8 +185,8 @@ def worker_lines(workers: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _owned(worker: dict[str, Any]) -> str:
-    """How many experts a worker owns, and how many it has in memory, which may be others, too."""
-    owned, resident = _whole(worker.get("experts_owned")), _whole(worker.get("resident"))
+    """How many experts a worker owns, and how many it has in memory, which may include others' experts."""
+    owned, resident = whole(worker.get("experts_owned")), whole(worker.get("resident"))
     if not owned:
         return "owns no experts"
     if worker.get("state") in ("away", "refused"):  # it tells nothing
@@ -253,8 +253,8 @@ def memory_bar(memory: dict[str, Any], width: int) -> Text:
     """The parts of the memory plan in order, at least one cell for each that is not empty; dots are unused memory."""
     from rich.text import Text
 
-    parts = [(_name(line.get("name")), _whole(line.get("bytes"))) for line in memory.get("lines", ())]
-    limit = max(_whole(memory.get("budget_bytes")), sum(size for _, size in parts), 1)
+    parts = [(_name(line.get("name")), whole(line.get("bytes"))) for line in memory.get("lines", ())]
+    limit = max(whole(memory.get("budget_bytes")), sum(size for _, size in parts), 1)
     bar = Text(no_wrap=True, overflow="crop")
     reached = 0
     for name, size in parts:
@@ -320,10 +320,6 @@ def _name(value: object, absent: str = UNKNOWN) -> str:
 
 def _number(value: object, show: Callable[[float], str] = lambda number: f"{number:.0f}") -> str:
     return show(value) if isinstance(value, int | float) and math.isfinite(value) else UNKNOWN
-
-
-def _whole(value: object) -> int:
-    return max(0, value) if isinstance(value, int) else 0
 
 
 def _rate(tokens_per_s: float) -> str:

@@ -39,7 +39,7 @@ class Wheel:
 
 
 def _pip() -> list[str]:
-    """The command of this environment's pip, or else of the copy that Python has for new environments."""
+    """Returns the command that runs this environment's pip, or the copy of pip that Python bundles."""
     source = find_spec("ensurepip") if find_spec("pip") is None else None
     if source is not None and source.origin is not None:
         for wheel in Path(source.origin).parent.glob("_bundled/pip-*.whl"):

@@ -110,7 +110,7 @@ def _rate(count: float, seconds: float) -> float | None:
 
 
 def about(seconds: float) -> str:
-    """A time to go, for people: `about 4 min`. An estimate has no more digits."""
+    """The time left, for people to read: `about 4 min`. More digits would claim too much precision."""
     if seconds < 55:
         return f"about {max(5, 5 * round(seconds / 5))} s"
     if seconds < 90 * 60:

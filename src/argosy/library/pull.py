@@ -221,7 +221,7 @@ class Repository:
 
     @property
     def tower(self) -> RemoteFile | None:
-        """The file with the vision tower of its GGUF models; None if it has none, or the formats lie in folders."""
+        """The vision tower's file for the GGUF models here; None if there is none, or if it lies in a folder."""
         name = choose_tower([file.name for file in self.listing.files if "/" not in file.name])
         return next((file for file in self.listing.files if file.name == name), None)
 

@@ -240,7 +240,7 @@ class _Entry:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing depends on it, so that it may leave the server."""
+        """Whether it is neither in memory nor used by a request or load, so it can be removed from the server."""
         return not (self.is_here or self.num_uses or self.opening)
 
     @property
