@@ -12,8 +12,9 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,7 +148,10 @@ def test_a_later_process_with_the_servers_id_is_never_stopped(state: Path, capfd
     with subprocess.Popen(["sleep", "600"]) as victim:
         try:
             state.mkdir(parents=True, mode=0o700)
-            facts = {"pid": victim.pid, "started": 1, "address": "http://127.0.0.1:1"}
+            facts = {
+                "pid": victim.pid, "started": 1, "since": 1.0, "address": "http://127.0.0.1:1",
+                "is_ending": False,
+            }  # fmt: skip
             (state / "server.json").write_text(json.dumps(facts))
             assert own_server.running() is None
             assert default_url() == DEFAULT_URL
@@ -171,10 +175,90 @@ def test_a_server_that_ends_before_it_is_stopped_has_stopped(
     assert capfd.readouterr().out == "the server has stopped\n"
 
 
+SIGNALS = """
+import signal, sys
+kinds = [signal.SIGTERM, signal.SIGINT]
+signal.pthread_sigmask(signal.SIG_BLOCK, kinds)
+print("ready", flush=True)
+found = [signal.sigwaitinfo(kinds)]
+while (more := signal.sigtimedwait(kinds, 0.7)) is not None:
+    found.append(more)
+print(*sorted(signal.Signals(one.si_signo).name for one in found))
+"""
+
+
+@contextmanager
+def noted(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is noted as the server."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            started = own_server._started(child.pid)
+            assert started is not None
+            with own_server.open_state() as opened:
+                own_server._note(opened, own_server.Process(child.pid, started, 1.0, "http://127.0.0.1:1"))
+            yield child
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(("options", "sent"), [([], "SIGTERM"), (["--now"], "SIGINT SIGTERM")])
+def test_stop_sends_each_signal_once(options: list[str], sent: str, capfd: Captured) -> None:
+    with noted([sys.executable, "-c", SIGNALS]) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        assert main(["stop", *options]) == 0
+        assert child.stdout.read() == f"{sent}\n"
+    said = f"the server, pid {child.pid}, does not answer; it is told to end\n"
+    assert capfd.readouterr() == ("the server has stopped\n", "" if options else said)
+
+
+def test_a_second_stop_ends_no_answers_and_a_frozen_server_is_killed_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    from argosy.cli import background
+
+    monkeypatch.setattr(background, "_SILENT_S", 0.3)
+    monkeypatch.setattr(background, "_STOP_S", 0.3)
+    with noted(["sleep", "600"]) as child:
+        child.send_signal(signal.SIGSTOP)
+        for said in ("does not answer; it is told to end", "was told to end, and finishes its answers"):
+            assert main(["stop"]) == 1
+            told = capfd.readouterr().err
+            assert said in told
+            assert (
+                f"pid {child.pid}, was told to end, and has not reacted for 0 s\nhint: `argosy stop --kill`"
+                in told
+            )
+            with open(f"/proc/{child.pid}/status") as status:
+                pending = re.search(r"ShdPnd:\s*([0-9a-f]+)", status.read())
+            assert pending is not None
+            assert int(pending[1], 16) == 1 << signal.SIGTERM - 1
+        assert main(["ps"]) == 1
+        assert "finishes its answers and ends" in capfd.readouterr().err
+        assert main(["up"]) == 2
+        assert "hint: `argosy stop` waits for it" in capfd.readouterr().err
+        assert main(["stop", "--kill"]) == 0
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_stop_says_what_the_server_does_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argosy.cli import background
+
+    state = {"models": [{"running": 1, "waiting": 0}], "running": [{"seconds": 40.4}, {"seconds": 3}, None]}
+    monkeypatch.setattr(background, "_own", lambda timeout_s: SimpleNamespace(state=lambda: state))
+    process = own_server.Process(1, 1, 0.0, "")
+    assert background._why_wait(process)[0].startswith(
+        "1 request is running, 40 s so far, and may finish within the time of --drain (30 s); `argosy stop --now` ends"
+    )
+    state["models"] = []
+    assert background._why_wait(process)[0] == "the server is told to end"
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "null", "{", '{"pid": 1}', '{"pid": true, "started": 1, "address": ""}', "9" * 5000,
-     '{"pid": -1, "started": 1, "address": ""}', '{"pid": 1, "started": 1.0, "address": "x"}'],
+     '{"pid": -1, "started": 1, "address": ""}', '{"pid": 1, "started": 1.0, "address": "x"}',
+     '{"pid": 1, "started": 1, "since": 1e999, "address": "x", "is_ending": 1}'],
 )  # fmt: skip
 def test_damaged_facts_are_no_server(text: str, state: Path) -> None:
     state.mkdir(parents=True, mode=0o700)

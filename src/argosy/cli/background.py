@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import completion, own_server
 from argosy.cli.help_all import Command
 from argosy.cli.output import table_lines, time_span
-from argosy.cli.remote import server_options, whole
+from argosy.cli.remote import TIMEOUT_S, server_options, whole
 from argosy.config import MIB, counted, format_bytes
 from argosy.errors import ServerNotUsable, UsageError
 
@@ -41,6 +42,8 @@ _LOG_BYTES = 8 * MIB
 START_S = 600.0  # for a server to load what it was told to load
 _STOP_S = 3700.0  # the longest time that `--drain` gives answers, and some more
 _NOW_S = 15.0  # for a server that was told to end at once
+_SILENT_S = 60.0  # for one that did not answer before
+_ASK_S = 2.0  # for a server to say what it does, before it is told to end
 _LOOK_S = 0.1
 _OF_SERVICES = (
     "listen",
@@ -50,6 +53,7 @@ _OF_SERVICES = (
     "check",
 )  # our commands would have to know them
 _SAY_S = 2.0  # after which a wait says what it waits for
+_SAID_S = 10.0  # how often it says that it goes on
 
 
 def _is_up() -> UsageError:
@@ -81,6 +85,11 @@ def up(arguments: tuple[str, ...]) -> None:
         process = own_server.running()
         if process is not None and arguments:
             raise _is_up()
+        if process is not None and process.is_ending:
+            raise UsageError(
+                f"the server, pid {process.pid}, finishes its answers and ends",
+                hint="`argosy stop` waits for it, then `argosy up` starts another",
+            )
         if process is None:
             process = _start(state, command)
     print(f"the server runs at {process.address}, pid {process.pid}")
@@ -171,7 +180,7 @@ def _wait_until_ready(child: subprocess.Popen[bytes], log: int, shown: int) -> P
             child.returncode = 0  # it goes on without us, and nobody waits for it here
             return process
         if time.monotonic() - said > _SAY_S:
-            said += 5 * _SAY_S
+            said += _SAID_S
             _say(f"waiting for the server: {time.monotonic() - began:.0f} s")
         time.sleep(_LOOK_S)
     raise ServerNotUsable(
@@ -187,11 +196,11 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.kill()
 
 
-def _own() -> Any:
+def _own(timeout_s: float = TIMEOUT_S) -> Any:
     from argosy.cli.remote import Server
     from argosy.cli.settings import api_key
 
-    return Server(own_server.socket_url(), api_key())
+    return Server(own_server.socket_url(), api_key(), timeout_s=timeout_s)
 
 
 @click.command("ps")
@@ -217,7 +226,8 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
         if process is None or not error.facts.get("is_absent"):
             raise
         raise ServerNotUsable(
-            f"the server, pid {process.pid}, is loading, or it hangs",
+            f"the server, pid {process.pid}, "
+            + ("finishes its answers and ends" if process.is_ending else "is loading, or it hangs"),
             hint="`argosy logs -f` shows its log",
             is_absent=True,
         ) from None
@@ -264,7 +274,8 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
 @click.command("stop")
 @click.argument("model", required=False, shell_complete=completion.models)
 @click.option("--now", is_flag=True, help="End running answers, instead of waiting for them.")
-def stop(model: str | None, now: bool) -> None:
+@click.option("--kill", is_flag=True, help="Kill a server that does not react to --now.")
+def stop(model: str | None, now: bool, kill: bool) -> None:
     """Stop the server, or unload MODEL from it. Running answers may finish first.
 
     \b
@@ -273,49 +284,101 @@ def stop(model: str | None, now: bool) -> None:
       argosy stop Qwen3-30B-A3B
     """
     if model is not None:
-        if now:
+        if now or kill:
             raise UsageError(
-                "--now is for the whole server", hint=f"`argosy stop {model}` unloads an idle model"
+                f"{'--now' if now else '--kill'} is for the whole server",
+                hint=f"`argosy stop {model}` unloads an idle model",
             )
         print(f"unloaded {_own().unload(model)}")
         return
-    with own_server.open_state() as state, _alone(state):
-        process = own_server.running()
-        if process is None:
-            raise _is_down()
-        _stop(process, now=now)
+    with contextlib.ExitStack() as opened:
+        with own_server.open_state() as state, _alone(state):
+            process = own_server.running()
+            if process is None:
+                raise _is_down()
+            descriptor = _descriptor_of(process)
+            if descriptor is not None:
+                opened.callback(os.close, descriptor)
+                limit_s = _tell_to_end(state, process, descriptor, now=now, kill=kill)
+        if descriptor is not None:  # without the lock: `argosy stop --now` may come meanwhile
+            _wait_for_end(process, descriptor, limit_s)
     print("the server has stopped")
 
 
-def _stop(process: Process, *, now: bool) -> None:
-    """End a process; `stop` holds the lock, so no other one takes its place."""
+def _descriptor_of(process: Process) -> int | None:
+    """A descriptor that means this process and no later one with its id; None: it has just ended."""
     try:
         descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:  # it has just ended
-        return
-    try:
-        if not own_server.is_running(process):  # from here on the descriptor means the server
-            return
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-        began, said = time.monotonic(), False
-        limit_s = _NOW_S if now else _STOP_S
-        while own_server.is_running(process):
-            waited_s = time.monotonic() - began
-            if waited_s > limit_s:
-                _say(f"the server has not ended for {limit_s:.0f} s, and is killed")
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            elif waited_s > _SAY_S and not said:
-                said = True
-                _say(
-                    "answers are running, and have the time of --drain (30 s) to finish; `argosy stop --now` ends them"
-                )
-            time.sleep(_LOOK_S)
-            if now:
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)  # the second one ends answers
     except ProcessLookupError:
-        pass
-    finally:
-        os.close(descriptor)
+        return None
+    if own_server.is_running(process):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _tell_to_end(state: Directory, process: Process, descriptor: int, *, now: bool, kill: bool) -> float:
+    """Send the signals, and say what the server does first; returns how long it may take, in seconds."""
+    if kill:
+        _signal(descriptor, signal.SIGKILL)
+        return _NOW_S
+    limit_s = _NOW_S
+    if not now:
+        line, limit_s = _why_wait(process)
+        _say(line)
+    if not process.is_ending:
+        own_server.note_end(state, process)
+        _signal(descriptor, signal.SIGTERM)
+    if now:
+        # The second one ends answers. It is of another kind, because the kernel keeps only one of each.
+        _signal(descriptor, signal.SIGINT)
+    return limit_s
+
+
+def _signal(descriptor: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        signal.pidfd_send_signal(descriptor, number)
+
+
+def _why_wait(process: Process) -> tuple[str, float]:
+    """What a server does before it ends, and how long that may take, in seconds."""
+    if process.is_ending:
+        return "the server was told to end, and finishes its answers; `argosy stop --now` ends them", _STOP_S
+    try:
+        state = _own(_ASK_S).state()
+    except ServerNotUsable:
+        return f"the server, pid {process.pid}, does not answer; it is told to end", _SILENT_S
+    models = [one for one in state.get("models") or () if isinstance(one, dict)]
+    count = sum(whole(one.get(key)) for one in models for key in ("running", "waiting"))
+    if not count:
+        return "the server is told to end", _STOP_S
+    seconds = [one.get("seconds") for one in state.get("running") or () if isinstance(one, dict)]
+    longest = max((float(one) for one in seconds if isinstance(one, int | float)), default=0.0)
+    return (
+        f"{counted(count, 'request')} {'is' if count == 1 else 'are'} running, {longest:.0f} s so far, and may "
+        "finish within the time of --drain (30 s); `argosy stop --now` ends answers, and ^C ends only this wait"
+    ), _STOP_S
+
+
+def _wait_for_end(process: Process, descriptor: int, limit_s: float) -> None:
+    """Wait until a process has ended, and say now and then that it has not.
+
+    Raises:
+        ServerNotUsable: it goes on for longer than `limit_s`.
+    """
+    began = time.monotonic()
+    while own_server.is_running(process):
+        waited_s = time.monotonic() - began
+        if waited_s >= limit_s:
+            raise ServerNotUsable(
+                f"the server, pid {process.pid}, was told to end, and has not reacted for {limit_s:.0f} s",
+                hint="`argosy stop --kill` kills it, and its running answers with it",
+            )
+        if waited_s >= _SAID_S:
+            _say(f"waiting for the server to end: {waited_s:.0f} s")
+        with selectors.DefaultSelector() as ended:  # the descriptor can be read when the process has ended
+            ended.register(descriptor, selectors.EVENT_READ)
+            ended.select(min(_SAID_S, limit_s - waited_s))
 
 
 @click.command("logs")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,12 +38,14 @@ class Process(NamedTuple):
     started: clock ticks from the start of the machine, which tell processes with the same id apart.
     since: when it began to serve, in seconds since 1970.
     address: what clients are given.
+    is_ending: `argosy stop` has told it to end.
     """
 
     pid: int
     started: int
     since: float
     address: str
+    is_ending: bool = False
 
 
 def open_state() -> Directory:
@@ -69,13 +72,23 @@ def noting(path: Path | None, address: str) -> Iterator[None]:
         yield
         return
     with open_state() as state:
-        facts = {"pid": os.getpid(), "started": _started(os.getpid()), "address": address}
-        state.put(_FACTS, json.dumps(facts).encode())
+        started = _started(os.getpid())
+        assert started is not None
+        _note(state, Process(os.getpid(), started, time.time(), address))
         try:
             yield
         finally:
             with suppress(OSError):
                 state.remove(_FACTS)
+
+
+def note_end(state: Directory, process: Process) -> None:
+    """Note that a process is told to end: another signal would end its answers."""
+    _note(state, process._replace(is_ending=True))
+
+
+def _note(state: Directory, process: Process) -> None:
+    state.put(_FACTS, json.dumps(process._asdict()).encode())
 
 
 def running() -> Process | None:
@@ -89,17 +102,21 @@ def running() -> Process | None:
     with open_state() as state:
         try:
             facts = parse_json(state.read(_FACTS, _MOST_BYTES))
-            noted = state.stat(_FACTS)
         except (OSError, JsonError):  # none was noted, or the disk was full
             return None
-    pid, started, address = (
-        facts.get(key) if isinstance(facts, dict) else None for key in ("pid", "started", "address")
-    )
-    if type(pid) is not int or type(started) is not int or not isinstance(address, str) or noted is None:
+    process = _process(facts)
+    # Another one has the id of a server that was killed.
+    return process if process is not None and is_running(process) else None
+
+
+def _process(facts: object) -> Process | None:
+    """The process that was noted; None: the file is damaged."""
+    if not isinstance(facts, dict):
         return None
-    if _started(pid) != started:
-        return None  # it was killed
-    return Process(pid, started, noted.st_mtime, address)
+    kinds = {"pid": int, "started": int, "since": float, "address": str, "is_ending": bool}
+    if any(type(facts.get(name)) is not kind for name, kind in kinds.items()):
+        return None
+    return Process(**{name: facts[name] for name in kinds})
 
 
 def found() -> Process | None:

@@ -28,7 +28,7 @@ from argosy.errors import ServerNotUsable, UsageError
 from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-_TIMEOUT_S = 10.0
+TIMEOUT_S = 10.0
 ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
 _REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
 _MOST_LINES = 4  # of a server's error
@@ -76,13 +76,14 @@ class _FileConnection(http.client.HTTPConnection):
 class Server:
     """One server, by its address and, if it has one, its base path. The constructor sends no request."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+    def __init__(self, url: str, key: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
         """
         Raises:
             UsageError: `url` is not the address of a server.
         """
         from argosy.serve.listen import BASE_PATH
 
+        self._timeout_s = timeout_s
         self._key, self._file = key, url.removeprefix("unix:") if url.startswith("unix:") else None
         if self._file is not None:
             self.url, self._base_path = url, ""
@@ -273,8 +274,9 @@ class Server:
 
     @contextmanager
     def _ask(
-        self, method: str, path: str, body: object = None, *, timeout_s: float = _TIMEOUT_S
+        self, method: str, path: str, body: object = None, *, timeout_s: float | None = None
     ) -> Iterator[http.client.HTTPResponse]:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         connection = self._connection(timeout_s)
         headers = {"Accept": "application/json, text/event-stream"}
         if self._key is not None:
