@@ -24,6 +24,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
 }
 MODEL = "Qwen3-30B-A3B-Q4_K_M"
 CONTEXT_TOKENS = 32_768

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
 
 # Formulas of answers, with the text of the MathML that KaTeX 0.19 makes of them, without spaces.
 FORMULAS = json.loads((Path(__file__).parent / "formulas.json").read_text(encoding="utf-8"))
-SAME = str.maketrans({"\u2223": "|", "\u2225": "\u2016", "\u2192": None})
+SAME = str.maketrans({"\u2223": "|", "\u2225": "\u2016", "\u2192": None, "\u27f6": None})
 ACCENTS = "^~\u20d7\u02c6\u02c9\u02d9\u02dc\u00a8\u00af\u00b4\u203e"
 
 
@@ -56,6 +56,10 @@ DRAWN = {
     r"\left(x\right.": ["MROW", ["MO", "("], X],
     r"\begin{matrix}x&1\\[2pt]x\\\end{matrix}": [
         "MTABLE", ["MTR", ["MTD", X], ["MTD", ["MN", "1"]]], ["MTR", ["MTD", X]],
+    ],
+    r"\begin{matrix}x\\\hline 1\end{matrix}": ["MTABLE", ["MTR", ["MTD", X]], ["MTR", ["MTD", ["MN", "1"]]]],
+    r"\ce{H2 -> x^+}": [
+        "MROW", ["MSUB", ["MI", "H"], ["MN", "2"]], ["MO", "\u2192"], ["MSUP", X, ["MO", "+"]],
     ],
     r"<b>": ["MO", "<"],
 }  # fmt: skip

@@ -78,6 +78,7 @@ _PAGE_TYPES = {
     "js": "text/javascript",
     "css": "text/css",
     "svg": "image/svg+xml",
+    "woff2": "font/woff2",
 }
 
 

@@ -26,7 +26,8 @@ const table = (text) => {
 const LETTERS = table(`
   alpha α beta β gamma γ delta δ epsilon ϵ varepsilon ε zeta ζ eta η theta θ vartheta ϑ iota ι kappa κ varkappa ϰ
   lambda λ mu μ nu ν xi ξ omicron ο pi π varpi ϖ rho ρ varrho ϱ sigma σ varsigma ς tau τ upsilon υ phi ϕ varphi φ chi χ
-  psi ψ omega ω ell ℓ hbar ℏ imath ı jmath ȷ wp ℘ digamma ϝ`);
+  psi ψ omega ω varGamma Γ varDelta Δ varTheta Θ varLambda Λ varXi Ξ varPi Π varSigma Σ varUpsilon Υ varPhi Φ varPsi Ψ varOmega Ω
+  ell ℓ hbar ℏ imath ı jmath ȷ wp ℘ digamma ϝ`);
 const UPRIGHT = table(`
   Gamma Γ Delta Δ Theta Θ Lambda Λ Xi Ξ Pi Π Sigma Σ Upsilon Υ Phi Φ Psi Ψ Omega Ω infty ∞ partial ∂ nabla ∇ forall ∀
   exists ∃ nexists ∄ emptyset ∅ varnothing ∅ aleph ℵ beth ℶ Re ℜ Im ℑ top ⊤ bot ⊥ angle ∠ triangle △ square □ Box □
@@ -60,12 +61,12 @@ const LIMITS = table(`
   lim lim max max min min sup sup inf inf det det gcd gcd Pr Pr limsup lim\u2009sup liminf lim\u2009inf argmax arg\u2009max
   argmin arg\u2009min injlim inj\u2009lim projlim proj\u2009lim`.replaceAll("\u2009", "_"));
 const ACCENTS = table(`
-  hat ˆ widehat ^ bar ¯ vec → tilde ˜ widetilde ~ dot ˙ ddot ¨ dddot ⃛ check ˇ widecheck ˇ breve ˘ acute ´ grave \`
+  hat ˆ widehat ̂ bar ¯ vec → tilde ˜ widetilde ~ dot ˙ ddot ¨ dddot ⃛ check ˇ widecheck ˇ breve ˘ acute ´ grave \`
   mathring ˚ overrightarrow → overleftarrow ← overleftrightarrow ↔ overbrace ⏞ overparen ⏜`);
 const UNDER = table("underbrace ⏟ underparen ⏝ underrightarrow → underleftarrow ←");
 const WIDE = /^\\(?:over|under|wide)/;
 const ARROWS = table(`
-  xrightarrow → xleftarrow ← xRightarrow ⇒ xLeftarrow ⇐ xleftrightarrow ↔ xLeftrightarrow ⇔ xmapsto ↦ xlongequal =
+  xrightarrow ⟶ xleftarrow ⟵ xRightarrow ⟹ xLeftarrow ⟸ xleftrightarrow ⟷ xLeftrightarrow ⟺ xmapsto ⟼ xlongequal =
   xhookrightarrow ↪ xrightleftharpoons ⇌`);
 const SPACES = table(`
   , 0.1667em thinspace 0.1667em : 0.2222em > 0.2222em medspace 0.2222em ; 0.2778em thickspace 0.2778em ! -0.1667em
@@ -89,8 +90,9 @@ export const DISPLAYED = new Set("equation align alignat gather multline eqnarra
 // Content alone: classes of spacing, and sizes that the browser chooses itself.
 const TRANSPARENT = new Set("mathop mathrel mathbin mathord mathopen mathclose mathpunct mathinner smash hbox mathstrut"
   .split(" ").map((name) => `\\${name}`));
-const IGNORED = new Set(("nonumber notag hline toprule midrule bottomrule allowbreak nobreak strut limits nolimits relax centering "
+const IGNORED = new Set(("nonumber notag allowbreak nobreak strut limits nolimits relax centering "
   + "displaylimits small normalsize large tiny").split(" ").map((name) => `\\${name}`));
+const LINES_BETWEEN = ["\\hline", "\\toprule", "\\midrule", "\\bottomrule"];
 const STYLES = table("displaystyle 0 textstyle 0 scriptstyle 1 scriptscriptstyle 2");
 const LITERAL = new Set("%$#&_".split("").map((sign) => `\\${sign}`));
 
@@ -125,7 +127,7 @@ function inFont(text, font) {
 const operator = (text, attributes = {}) => mathml("mo", attributes, text);
 const still = (text) => operator(text, "|‖/".includes(text) ? { stretchy: "false", lspace: "0", rspace: "0" } : { stretchy: "false" });
 const SIGNS = new Set("+−±∓");
-const CLOSING = new Set(")]}|‖!⟩⌋⌉′");
+const CLOSING = new Set(")]}|‖!⟩⌋⌉′…⋯");
 /** Whether what follows this node is a sign of its own and not one between two terms. */
 const isBeforeTerm = (node) => !node || (node.tagName === "mo" && !CLOSING.has(node.textContent));
 const space = (width) => mathml("mspace", { width });
@@ -238,7 +240,7 @@ class Parser {
 
   /** An operator; in a script it has no space around it. */
   sign(text) {
-    if (this.numScripts && text !== ",") return operator(text, { lspace: "0", rspace: "0" });
+    if ((this.numScripts && text !== ",") || text === ".") return operator(text, { lspace: "0", rspace: "0" });
     return operator(text, text === ":" ? { lspace: "0.2778em", rspace: "0.2778em" } : {});
   }
 
@@ -248,9 +250,9 @@ class Parser {
     return text === null ? null : group(this.inner(text));
   }
 
-  inner(text) {
+  inner(text, font = this.font) {
     const inner = new Parser(text);
-    Object.assign(inner, { depth: this.depth + 1, font: this.font, numScripts: this.numScripts });
+    Object.assign(inner, { depth: this.depth + 1, font, numScripts: this.numScripts });
     const nodes = inner.row("");
     if (inner.token !== "") throw new Malformed(inner.token);
     return nodes;
@@ -299,7 +301,7 @@ class Parser {
       } else if (this.token === "'" && !sup) {
         let primes = "";
         while (this.takes("'")) primes += "′";
-        sup = operator(primes);
+        sup = operator(primes, { class: "prime", lspace: "0", rspace: "0" });
         if (this.takes("^")) sup = mathml("mrow", {}, sup, this.script());
       } else if (this.token === "^" && !sup) {
         this.read();
@@ -313,6 +315,8 @@ class Parser {
     }
     const [below, above] = isForced ?? hasLimits ? ["munder", "mover"] : ["msub", "msup"];
     const both = below === "munder" ? "munderover" : "msubsup";
+    if (isForced) node.setAttribute("movablelimits", "false");
+    if (hasLimits !== undefined && node.tagName === "mo" && isBeforeTerm(last)) node.setAttribute("lspace", "0");
     const scripts = [sub, sup].filter(Boolean);
     const made = scripts.length ? mathml(sub && sup ? both : sub ? below : above, {}, node, ...scripts) : node;
     if (made === node && node.tagName === "mo" && SIGNS.has(node.textContent) && isBeforeTerm(last)) node.setAttribute("form", "prefix");
@@ -377,7 +381,7 @@ class Parser {
     }
     if (ARROWS.has(name)) {
       const [below, above] = [this.optionRow(), this.argument()];
-      const arrow = operator(ARROWS.get(name), { stretchy: "true" });
+      const arrow = operator(ARROWS.get(name), { stretchy: "true" });  // browsers stretch no arrow below a label
       const padded = (node) => mathml("mrow", {}, space("0.5em"), node, space("0.5em"));
       return below ? mathml("munderover", {}, arrow, padded(below), padded(above)) : mathml("mover", {}, arrow, padded(above));
     }
@@ -437,7 +441,8 @@ class Parser {
         this.takes("*");
         return mathml("mrow", {}, space("2em"), words(`(${this.source()})`));
       }
-      case "\\label": this.source(); return mathml("mrow", {});
+      case "\\ce": return group(this.inner(formulaOf(this.source()), "normal"));
+      case "\\label": case "\\require": this.source(); return mathml("mrow", {});
       case "\\hspace": case "\\mspace": case "\\hskip": {
         this.takes("*");
         const width = /^-?[0-9]{1,3}(?:\.[0-9]{1,4})?(?:em|ex|pt|px)$/.exec(this.source().trim())?.[0];
@@ -518,6 +523,7 @@ class Parser {
   cells(end) {
     const found = [[]];
     for (;;) {
+      while (LINES_BETWEEN.some((line) => this.takes(line))) found.at(-1).hasLine = true;
       found.at(-1).push(this.row("&", "\\\\", "\\cr", end));
       const { token } = this;
       if (token === end) break;
@@ -527,7 +533,10 @@ class Parser {
       found.push([]);
     }
     const last = found.at(-1);
-    if (found.length > 1 && last.length === 1 && last[0].length === 0) found.pop();  // a break after the last row
+    if (found.length > 1 && last.length === 1 && last[0].length === 0) {  // a break after the last row
+      found.pop();
+      found.at(-1).isUnderlined = last.hasLine;
+    }
     return found;
   }
 
@@ -537,6 +546,13 @@ class Parser {
     Object.assign(inner, { depth: this.depth + 1, font: this.font, numScripts: this.numScripts });
     return inner.cells("");
   }
+}
+
+/** A chemical formula, as in \\ce{2 H2 + O2 -> 2 H2O}, in TeX. */
+function formulaOf(text) {
+  return text.replace(/<=>|<->|->/g, (arrow) => ({ "<=>": "\\rightleftharpoons ", "<->": "\\leftrightarrow ", "->": "\\rightarrow " })[arrow])
+    .replace(/(?<=[A-Za-z)\]])[0-9]+/g, "_{$&}").replace(/\^([0-9]*[+-])/g, "^{$1}")
+    .replace(/(?<=^|[\s+>])[0-9]+ ?(?=[A-Z(])/g, "$&\\,");
 }
 
 function limit(text) {
@@ -557,7 +573,8 @@ function fence(open, nodes, close) {
 }
 
 function rows(found, attributes, classOf = () => "") {
-  return mathml("mtable", attributes, ...found.map((cells) => mathml("mtr", {}, ...cells.map((nodes, place) => {
+  const lineOf = ({ hasLine, isUnderlined }) => [hasLine && "line-above", isUnderlined && "line-below"].filter(Boolean).join(" ");
+  return mathml("mtable", attributes, ...found.map((cells) => mathml("mtr", lineOf(cells) && { class: lineOf(cells) }, ...cells.map((nodes, place) => {
     const name = classOf(place);
     return mathml("mtd", name ? { class: name } : {}, ...nodes);
   }))));
