@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from argosy.cli.chat_room import summary_question
 from argosy.engine.engine import Engine
 from argosy.engine.memory_plan import MEDIA_BODY_BYTES
 from argosy.guard.keys import KeyRing
@@ -29,7 +30,7 @@ from argosy.serve.app import make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import pattern, png, wav, wave
 from tests.serve.conftest import serving, start
-from tests.serve.fake_server import fake_server
+from tests.serve.fake_server import CONTEXT_TOKENS, fake_server
 from tests.serve.page_browser import CONTRAST, Browser, Keys, seen_on, webdriver
 from tests.serve.seeing_model import write_seeing_model
 
@@ -172,12 +173,15 @@ def test_a_failed_answer_shows_its_reason_and_can_be_retried(
     assert browser.server.conversations[0] == browser.server.conversations[1]
 
 
-def test_the_hint_of_an_error_is_on_its_own_line(browser: Browser) -> None:
+def test_a_message_that_does_not_fit_is_refused_in_the_pages_own_words(browser: Browser) -> None:
     browser.open()
     browser.say("too long")
     browser.wait_for_the_answer("failed")
-    shown = browser.one(".turn.assistant .note").text  # as rendered, with its line breaks
-    assert shown == "the prompt has 9 tokens, and 4 fit\nleave something out"
+    assert browser.text(".turn.assistant .note") == (
+        "The context is full: this message alone does not fit into 32,768 tokens. Shorten it, or start the server "
+        "with a larger --context."
+    )
+    assert [button.text for button in browser.all(".turn.assistant .tools button")] == ["Try again"]
 
 
 @pytest.mark.parametrize(
@@ -219,11 +223,14 @@ def test_an_answer_that_filled_the_context_goes_on_without_the_oldest_turns(brow
     browser.until(lambda: browser.one("#send").is_displayed() and "hello" in browser.answer)
     browser.server.fills_context = True
     browser.say("again")
-    told = "The answer filled the context."
+    told = (
+        "The context is full: 32,768 tokens are used. Nothing is lost: drop or summarise the oldest turns, and the "
+        "answer goes on."
+    )
     browser.until(lambda: browser.text(".turn.assistant:last-child .note") == told)
     begun = browser.answer
     browser.server.fills_context = False
-    browser.press_button("Leave out the oldest turns")
+    browser.press_button("Drop the oldest turns")
     browser.until(lambda: "(2 messages" in browser.answer and browser.one("#send").is_displayed())
     assert browser.answer.startswith(begun)
     assert [said["content"] for said in browser.server.conversations[-1]] == ["again", begun]
@@ -236,20 +243,84 @@ def test_a_conversation_that_does_not_fit_leaves_out_what_the_page_names(browser
         browser.until(lambda turn=turn: turn in browser.answer and browser.one("#send").is_displayed())
     browser.say("long three")
     browser.wait_for_the_answer("failed")
-    browser.press_button("Leave out the oldest turns")
+    browser.press_button("Drop the oldest turns")
     browser.wait_for_the_answer()
     sent = browser.server.conversations[-1]
     assert [said["content"] for said in sent if said["role"] == "user"] == ["long two", "long three"]
     told = (
-        "To fit the context, the first 2 messages are left out: from \u201clong one\u201d to the answer to "
-        "\u201clong one\u201d. The model does not read them."
+        "To fit the context, the first 2 messages are left out: \u201clong one\u201d and its answer. "
+        "The model does not read them."
     )
     assert browser.text(".turn.assistant:last-child .left-out") == told
     browser.say("next")
     browser.until(lambda: "next" in browser.answer)
     assert browser.server.conversations[-1][0]["content"] == "long two"
     browser.driver.refresh()
-    browser.until(lambda: browser.text(".turn.assistant:last-child .left-out") == told)
+    browser.until(
+        lambda: [node.text for node in browser.all(".left-out")] == [told]
+    )  # once, where it changed
+
+
+def test_a_full_context_is_summarised_in_the_words_of_the_chat_and_the_summary_is_shown(
+    browser: Browser,
+) -> None:
+    question = summary_question(CONTEXT_TOKENS // 8)
+    browser.open()
+    for turn in ("long one", "long two"):
+        browser.say(turn)
+        browser.until(lambda turn=turn: turn in browser.answer and browser.one("#send").is_displayed())
+    browser.say("long three")
+    browser.wait_for_the_answer("failed")
+    browser.press_button("Summarise the oldest turns")
+    browser.wait_for_the_answer()
+    asked = [body for path, body in browser.server.requests if path == "/v1/chat/completions"][-2]
+    assert [said["content"] for said in asked["messages"]][::2] == ["long one", question]
+    assert (asked["max_tokens"], asked["enable_thinking"]) == (CONTEXT_TOKENS // 8, False)
+    summary = f"You said: {question} (3 messages, answer 4)"
+    sent = [said["content"] for said in browser.server.conversations[-1]]
+    assert (sent[:3], len(sent)) == ([question, summary, "long two"], 5)
+    assert browser.text(".left-out p") == (
+        "To fit the context, the model reads a summary in place of the first 2 messages: \u201clong one\u201d and its "
+        "answer."
+    )
+    browser.driver.refresh()
+    browser.until(lambda: browser.text(".left-out details p") == summary)
+    browser.say("next")
+    browser.until(lambda: "next" in browser.answer)
+    assert [said["content"] for said in browser.server.conversations[-1]][:3] == sent[:3]
+
+
+@pytest.mark.parametrize("policy", ["trim", "summarise"])
+def test_a_policy_makes_room_by_itself_and_says_so(browser: Browser, policy: str) -> None:
+    browser.open()
+    browser.press_button("Settings")
+    browser.script("document.getElementById('policy').value = arguments[0]", policy)
+    browser.one("#save-settings").click()
+    for turn in ("long one", "long two", "long three"):
+        browser.say(turn)
+        browser.until(lambda turn=turn: turn in browser.answer and browser.one("#send").is_displayed())
+    browser.until(lambda: len(browser.all(".left-out")) == 1)
+    asked = [said["content"] for said in browser.server.conversations[-1] if said["role"] == "user"]
+    question = [] if policy == "trim" else [summary_question(CONTEXT_TOKENS // 8)]
+    assert asked == [*question, "long two", "long three"]
+
+
+def test_a_summary_that_is_stopped_drops_nothing(browser: Browser) -> None:
+    browser.open()
+    for turn in ("long one", "long two", "long three"):
+        browser.say(turn)
+        browser.until(lambda: browser.one("#send").is_displayed() and len(browser.all(".turn")) % 2 == 0)
+    browser.server.num_busy = 1000
+    browser.press_button("Summarise the oldest turns")
+    browser.until(lambda: "busy" in browser.text(".turn.assistant:last-child .progress"))
+    browser.one("#stop").click()
+    browser.wait_for_the_answer("failed")
+    told = "The context is full. The summary was stopped, so nothing was dropped."
+    assert browser.text(".turn.assistant:last-child .note") == told
+    assert browser.all(".left-out") == []
+    browser.server.num_busy = 0
+    browser.press_button("Drop the oldest turns")
+    browser.wait_for_the_answer()
 
 
 def test_the_page_stays_at_the_end_when_an_answer_fails(browser: Browser) -> None:

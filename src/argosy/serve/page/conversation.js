@@ -8,14 +8,17 @@
 
 import { previewOf } from "./attachments.js";
 import { MarkdownView } from "./markdown.js";
+import { cutFor, cutsOf, roomOf, summaryQuestion, summaryTokens } from "./room.js";
 import { complete, errorOf } from "./server.js";
-import { sampling } from "./settings.js";
+import { POLICIES, sampling } from "./settings.js";
 import { quoted } from "./text_files.js";
 import { LONGEST_NOTE, messageAsMarkdown, newId, titleOf, Tree } from "./tree.js";
 import { button, copyButton, count, element, isNumber, rate, roughly, seconds, volume } from "./units.js";
 
 const TOO_LONG = "The answer reached its maximum length.";
-const FULL = "The answer filled the context.";
+const FULL = "The context is full";  // so begins the note of an answer that needs room
+const THOUGHT_OUT = "All tokens that the answer may have went into thoughts. Allow more in Settings, or turn thinking off.";
+const MAKE_ROOM = { trim: "Drop the oldest turns", summarise: "Summarise the oldest turns" };
 const ENDINGS = { length: TOO_LONG, content_filter: "The server's policy blocked the answer." };
 const KEEP_MS = 2000;  // how often a growing answer is kept
 const LONGEST_WAIT_S = 60;  // for a busy server; a quota may ask for hours
@@ -98,14 +101,14 @@ export class Conversation {
     this.begin(question.id);
   }
 
-  /** Answer a question once more, beside the answers it has. */
-  begin(parent) {
+  /** Answer a question once more, beside the answers it has; `room` is what the model does not read. */
+  begin(parent, room = {}) {
     const answer = {
       id: newId(), parent, role: "assistant", created: Date.now(), text: "", attachments: [], reasoning: "",
-      state: "running", note: "", model: this.model(), tokens: null, ledger: "", dropped: droppedOf(this.tree.path(parent)),
+      state: "running", note: "", model: this.model(), tokens: null, ledger: "", ...room,
     };
     this.tree.add(answer);
-    this.answer(answer, false);
+    this.answer(answer);
   }
 
   stop() {
@@ -115,30 +118,20 @@ export class Conversation {
   /** A failed answer is tried again in its place; any other keeps its branch. */
   regenerate(message) {
     if (this.isBusy) return;
-    if (message.state !== "failed") return void this.begin(message.parent);
-    Object.assign(message, { text: "", reasoning: "", state: "running", note: "", model: this.model(), tokens: null, ledger: "" });
-    this.views.delete(message.id);
-    this.tree.select(message);
-    this.answer(message, false);
+    if (message.state !== "failed") this.begin(message.parent, { dropped: message.dropped, summary: message.summary });
+    else this.goOn(message);
   }
 
-  continue(message) {
+  /** Go on with an answer, after making room by `policy` if one is given. One without text begins anew. */
+  goOn(message, policy = null) {
     if (this.isBusy) return;
     Object.assign(message, { state: "running", note: "", ledger: "" });
-    this.answer(message, true);
-  }
-
-  /** Leave out the oldest turns, so that about half of the context is free, and ask again. */
-  trim(message) {
-    const before = this.tree.path(message.id).slice(0, -1);
-    const cuts = cutsOf(before);
-    const limit = this.contextTokens();
-    const total = before.findLast(({ tokens }) => isNumber(tokens))?.tokens;
-    const fits = (cut) => isNumber(before[cut - 1].tokens) && total - before[cut - 1].tokens <= limit / 2;
-    const isCounted = isNumber(limit) && isNumber(total);
-    message.dropped = (isCounted && cuts.find(fits)) || cuts[isCounted ? cuts.length - 1 : Math.floor(cuts.length / 2)];
-    if (message.state === "failed") this.regenerate(message);
-    else this.continue(message);
+    if (!message.text) {
+      Object.assign(message, { reasoning: "", model: this.model(), tokens: null });
+      this.views.delete(message.id);
+    }
+    this.tree.select(message);
+    this.answer(message, policy);
   }
 
   /** Show another version of a message, and keep the keyboard on the arrows. */
@@ -207,11 +200,13 @@ export class Conversation {
 
   offerTools() {
     const { path } = this;
+    let dropped = 0;
     for (const message of path) {
       const tools = message.state === "running" ? [] : this.toolsOf(message, message === path.at(-1));
       const view = this.viewOf(message);
       view.tools.replaceChildren(...tools.filter(Boolean));
-      if (message.dropped > 0) view.showDropped(path.slice(0, message.dropped));
+      if (message.dropped > dropped) view.showDropped(path.slice(0, message.dropped));
+      dropped = message.dropped || dropped;
     }
   }
 
@@ -225,11 +220,12 @@ export class Conversation {
     if (isQuestion) tools.push(button("Edit", () => this.edit(message), quiet));
     else if (message.state === "failed") tools.push(button("Try again", () => this.regenerate(message), quiet));
     else tools.push(button("Regenerate", () => this.regenerate(message), quiet));
-    if (isLast && (message.isTooLong || message.note === FULL) && cutsOf(this.path.slice(0, -1)).length) {
-      tools.push(button("Leave out the oldest turns", () => this.trim(message), quiet));
+    const isFull = !isQuestion && message.note.startsWith(FULL);
+    if (isLast && isFull && cutsOf(this.path).length) {
+      tools.push(...POLICIES.map((policy) => button(MAKE_ROOM[policy], () => this.goOn(message, policy), quiet)));
     }
-    const isUnfinished = message.state === "stopped" || message.note === TOO_LONG;
-    if (isLast && isUnfinished && message.text) tools.push(button("Continue", () => this.continue(message), quiet));
+    const isUnfinished = !isFull && (message.state === "stopped" || message.note === TOO_LONG);
+    if (isLast && isUnfinished && message.text) tools.push(button("Continue", () => this.goOn(message), quiet));
     return [this.arrows(message), ...tools];
   }
 
@@ -247,32 +243,57 @@ export class Conversation {
       arrow(1, "\u203a", "Next version"));
   }
 
-  /** Get the answer from the server: a new one, or the rest of one that was stopped. */
-  async answer(message, isContinued) {
+  /** Get the answer from the server: a new one, or the rest of one that has begun. Makes room if the policy is to. */
+  async answer(message, policy = null) {
     const { record, tree } = this;
     const isShown = () => this.tree === tree;
-    const settings = this.settings();
-    const path = tree.path(message.id);
-    const body = {
-      model: this.model(),
-      messages: chatMessages(settings.system, path.slice(droppedOf(path), isContinued ? undefined : -1)),
-      ...sampling(settings),
-    };
     const controller = new AbortController();
     this.controller = controller;
     this.log.setAttribute("aria-busy", "true");  // read aloud once complete, not word by word
     this.render();
     const view = this.viewOf(message);
-    view.wait();
     this.follow();
     this.onBusy(true);
-    this.say("Waiting for the model.");
+    const asked = { message, view, record, tree, settings: this.settings(), signal: controller.signal };
+    for (let next = policy; ;) {
+      const isTooLong = await this.attempt(asked, next);
+      if (controller.signal.aborted || !message.note.startsWith(FULL)) break;
+      next = cutsOf(tree.path(message.id)).length ? asked.settings.policy : null;
+      const hasSpare = isTooLong && message.summary;  // without its summary it may fit
+      if (!next && !hasSpare) break;
+      if (!next) message.summary = "";
+      Object.assign(message, { state: "running", note: "", ...(message.text ? {} : { reasoning: "" }) });
+    }
+    view.end();
+    this.onKeep(record, tree, [message]);
+    if (!isShown() || this.controller !== controller) return;
+    this.controller = null;
+    this.say({ done: "The answer is complete.", stopped: "Stopped.", failed: "The answer failed." }[message.state]);
+    this.keepEnd(() => {
+      view.draw();
+      this.log.removeAttribute("aria-busy");
+      this.offerTools();
+      this.onChange();
+      this.onBusy(false);
+    });
+  }
+
+  /** Ask once: what comes, and how it ends, is written into the message. Gives whether the server found it too long. */
+  async attempt({ message, view, record, tree, settings, signal }, policy) {
     let finish = null;
     let failure = null;
     let keptAt = performance.now();
+    view.wait();
     try {
-      const { signal } = controller;
-      for await (const chunk of this.chunks(body, view, signal)) {
+      if (policy) await this.makeRoom({ message, view, tree, settings, signal }, policy);
+      this.say("Waiting for the model.");
+      const path = tree.path(message.id);
+      const body = {
+        model: this.model(),
+        messages: this.messagesOf(settings, message.text ? path : path.slice(0, -1), roomOf(path)),
+        ...sampling(settings),
+      };
+      for await (const chunk of this.chunks(body, view, signal, (names) => this.onIgnored(names))) {
         if (chunk.error) throw errorOf(chunk);
         if (chunk.prompt_progress) view.showProgress(chunk.prompt_progress, (text) => this.say(text));
         const choice = chunk.choices?.[0];
@@ -296,30 +317,73 @@ export class Conversation {
     } catch (error) {
       failure = error;
     }
-    message.isTooLong = failure?.code === "context_length_exceeded";
+    const isTooLong = failure?.code === "context_length_exceeded";
     const isFull = finish === "length" && message.tokens >= (this.contextTokens() ?? Infinity);
-    const ending = { state: "done", note: isFull ? FULL : (ENDINGS[finish] ?? "") };
-    Object.assign(message, failure ? this.failed(failure, message.text !== "") : ending);
-    view.end();
-    this.onKeep(record, tree, [message]);
+    if (isTooLong || isFull) Object.assign(message, this.full(tree.path(message.id), isTooLong));
+    else if (failure) Object.assign(message, this.failed(failure, message.text !== ""));
+    else Object.assign(message, { state: "done", note: finish === "length" && !message.text ? THOUGHT_OUT : (ENDINGS[finish] ?? "") });
     if (failure?.status === 401 || failure?.status === 403) this.onRefused(failure);
-    if (!isShown() || this.controller !== controller) return;
-    this.controller = null;
-    this.say({ done: "The answer is complete.", stopped: "Stopped.", failed: "The answer failed." }[message.state]);
-    this.keepEnd(() => {
-      view.draw();
-      this.log.removeAttribute("aria-busy");
-      this.offerTools();
-      this.onChange();
-      this.onBusy(false);
-    });
+    return isTooLong;
+  }
+
+  /** The messages of a request: those of a path that the model reads. */
+  messagesOf({ system }, path, { dropped, summary }) {
+    const summed = summary ? [
+      { role: "user", content: summaryQuestion(this.contextTokens()) }, { role: "assistant", content: summary },
+    ] : [];
+    return chatMessages(system, path.slice(dropped), summed);
+  }
+
+  /** Leave out the oldest turns, so that about half of the context is free; the model may summarise them first. */
+  async makeRoom({ message, view, tree, settings, signal }, policy) {
+    const limit = this.contextTokens();
+    const path = tree.path(message.id);
+    const room = { dropped: cutFor(path, limit), summary: "" };
+    if (policy === "summarise") {
+      const told = "Summarising the oldest turns";
+      view.showWork(told);
+      this.say(`${told}.`);
+      const question = { role: "user", content: summaryQuestion(limit) };
+      const body = {
+        model: this.model(),
+        messages: [...this.messagesOf(settings, path.slice(0, room.dropped), roomOf(path)), question],
+        ...sampling(settings), max_tokens: summaryTokens(limit), enable_thinking: false,
+      };
+      try {
+        for await (const chunk of this.chunks(body, view, signal, () => {})) {
+          if (chunk.error) throw errorOf(chunk);
+          if (chunk.prompt_progress) view.showProgress(chunk.prompt_progress, (text) => this.say(text), "Reading the oldest turns for a summary");
+          room.summary += chunk.choices?.[0]?.delta?.content ?? "";
+          if (room.summary) view.showWork(`${told}: ${count(room.summary.length)} characters`);
+        }
+      } catch (error) {
+        if (error.name === "AbortError") throw new Error(`${FULL}. The summary was stopped, so nothing was dropped.`);
+        if (error.code !== "context_length_exceeded") throw error;
+        room.summary = "";  // the turns are too long to be summarised
+      }
+      room.summary = room.summary.trim();
+      view.wait();
+    }
+    Object.assign(message, room);
+    view.showDropped(path.slice(0, room.dropped));
+  }
+
+  /** How an answer ends that has no room, and what helps. */
+  full(path, isTooLong) {
+    const limit = this.contextTokens();
+    const size = isNumber(limit) ? `${count(limit)} tokens` : "it";
+    const canDrop = cutsOf(path).length > 0;
+    const fact = !isTooLong ? `${FULL}: ${size} are used.` : `${FULL}: ${canDrop ? "the conversation" : "this message alone"} does not fit into ${size}.`;
+    const help = canDrop ? "Nothing is lost: drop or summarise the oldest turns, and the answer goes on."
+      : isTooLong ? "Shorten it, or start the server with a larger --context." : "A server with a larger --context can go on.";
+    return { state: path.at(-1).text ? "stopped" : "failed", note: `${fact} ${help}` };
   }
 
   /** The chunks of an answer. A busy server is asked again, after as long as it says. */
-  async* chunks(body, view, signal) {
+  async* chunks(body, view, signal, onIgnored) {
     for (;;) {
       try {
-        yield* complete(body, { signal, onIgnored: (names) => this.onIgnored(names) });
+        yield* complete(body, { signal, onIgnored });
         return;
       } catch (error) {
         const isBusy = (error.status === 429 || error.status === 503) && error.retryAfter !== null && error.retryAfter <= LONGEST_WAIT_S;
@@ -374,15 +438,6 @@ export class Conversation {
   }
 }
 
-/** How many messages at the start of a path the model does not read. */
-const droppedOf = (path) => path.findLast(({ role }) => role === "assistant")?.dropped ?? 0;
-
-/** Where a path could begin so that it has fewer turns: the places of its later questions. */
-function cutsOf(path) {
-  const dropped = droppedOf(path);
-  return path.flatMap(({ role }, place) => (role === "user" && place > dropped && path[place - 1].role === "assistant" ? [place] : []));
-}
-
 /** What an error says first, without a wait, which is told apart. */
 const factOf = (error) => error.message.split("\n", 1)[0].replace(/; try again in \d+ s$/, "");
 
@@ -402,9 +457,9 @@ function second(signal) {
   });
 }
 
-/** The messages of a request. */
-function chatMessages(system, path) {
-  const said = system ? [{ role: "system", content: system }] : [];
+/** The messages of a path as those of a request, after the system message and the turn `before`. */
+function chatMessages(system, path, before) {
+  const said = [...(system ? [{ role: "system", content: system }] : []), ...before];
   for (const message of path) {
     const last = said.at(-1);
     if (message.role === "assistant") {
@@ -491,13 +546,24 @@ class AnswerView {
     this.draw();
   }
 
-  /** Say which messages the model does not read. */
+  /** Say which messages the model does not read, and what it reads instead. */
   showDropped(messages) {
-    const [first, last] = [messages[0], messages.findLast(({ role }) => role === "user")].map(titleOf);
-    this.dropped ??= element("p", { class: "left-out" });
-    this.dropped.textContent = `To fit the context, the first ${count(messages.length)} messages are left out: from `
-      + `\u201c${first}\u201d to the answer to \u201c${last}\u201d. The model does not read them.`;
-    this.node.prepend(this.dropped);
+    const [first, last] = [messages[0], messages.findLast(({ role }) => role === "user")].map((one) => `\u201c${titleOf(one)}\u201d`);
+    const which = first === last ? `${first} and its answer` : `from ${first} to the answer to ${last}`;
+    const { summary } = this.message;
+    const told = summary ? `To fit the context, the model reads a summary in place of the first ${count(messages.length)} messages: ${which}.`
+      : `To fit the context, the first ${count(messages.length)} messages are left out: ${which}. The model does not read them.`;
+    const made = element("div", { class: "left-out" }, element("p", {}, told));
+    if (summary) made.append(element("details", {}, element("summary", {}, "The summary"), element("p", {}, summary)));
+    if (this.dropped?.textContent === made.textContent) return;
+    this.dropped?.remove();
+    this.dropped = made;
+    this.node.prepend(made);
+  }
+
+  /** Show what is done before the answer can begin. */
+  showWork(text) {
+    this.progressText.textContent = text;
   }
 
   /** Show why the answer does not begin yet, and a button that gives it up. */
@@ -507,7 +573,7 @@ class AnswerView {
     this.progressText.replaceChildren(text, " ", this.cancel);
   }
 
-  showProgress({ processed, total, cache, encoded }, say) {
+  showProgress({ processed, total, cache, encoded }, say, what = "Reading the prompt") {
     if (this.isBegun || !(total > 0)) return;
     this.bar.max = total;
     this.bar.value = processed;
@@ -515,8 +581,8 @@ class AnswerView {
     const next = isNumber(encoded) ? `; the next file is ${Math.floor(100 * encoded)} % encoded` : "";
     const left = this.secondsLeft(processed, total);
     const toGo = left > 2 ? `, about ${roughly(left)} left` : "";
-    this.progressText.textContent = `Reading the prompt: ${count(processed)} of ${count(total)} tokens${fromCache}${toGo}${next}`;
-    say(`Reading the prompt, ${25 * Math.floor((4 * processed) / total)} percent.`);
+    this.progressText.textContent = `${what}: ${count(processed)} of ${count(total)} tokens${fromCache}${toGo}${next}`;
+    say(`${what}, ${25 * Math.floor((4 * processed) / total)} percent.`);
   }
 
   /** Seconds until the whole prompt is read, at the rate since the first news of it. */

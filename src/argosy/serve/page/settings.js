@@ -8,6 +8,7 @@ import { isNumber } from "./units.js";
 /** Null, or an empty system message, leaves a choice to the server. */
 export const DEFAULTS = Object.freeze({
   model: null, system: "", temperature: null, topP: null, topK: null, minP: null, maxTokens: null, seed: null, thinking: null,
+  policy: null,  // what to do about a full context: null asks
 });
 
 const NAMES = {
@@ -16,6 +17,7 @@ const NAMES = {
 };
 const FIELDS = { temperature: "temperature", topP: "top-p", topK: "top-k", minP: "min-p", maxTokens: "max-tokens", seed: "seed" };
 const THINKING = { "": null, on: true, off: false };
+export const POLICIES = ["trim", "summarise"];
 
 /** The fields of a request that these settings ask for. */
 export function sampling(settings) {
@@ -73,6 +75,7 @@ export class Drawer {
 
   fill(settings) {
     byId("system").value = settings.system;
+    byId("policy").value = settings.policy ?? "";
     for (const [name, id] of Object.entries(FIELDS)) byId(id).value = settings[name] ?? "";
     byId("thinking").value = Object.keys(THINKING).find((word) => THINKING[word] === settings.thinking);
   }
@@ -81,7 +84,7 @@ export class Drawer {
     const typed = byId("key").value.trim();
     const isOtherKey = typed !== key();
     setKey(typed);
-    const chosen = { ...this.settings(), system: byId("system").value.trim(), thinking: THINKING[byId("thinking").value] };
+    const chosen = { ...this.settings(), system: byId("system").value.trim(), thinking: THINKING[byId("thinking").value], policy: byId("policy").value || null };
     for (const [name, id] of Object.entries(FIELDS)) chosen[name] = byId(id).value === "" ? null : byId(id).valueAsNumber;
     this.onSave(chosen);
     if (isOtherKey) this.onKey();

@@ -31,7 +31,7 @@ const finished = (transaction) => new Promise((resolve, reject) => {
 
 const within = (id) => IDBKeyRange.bound([id], [id, []]);
 
-const FIELDS = ["parent", "role", "created", "text", "reasoning", "state", "note", "model", "tokens", "ledger", "dropped"];
+const FIELDS = ["parent", "role", "created", "text", "reasoning", "state", "note", "model", "tokens", "ledger", "dropped", "summary"];
 
 /** What is stored of a message: its own fields, and its attachments without their bytes. */
 export function recordOf(message) {

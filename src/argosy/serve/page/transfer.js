@@ -9,6 +9,7 @@
 // Text stays text. Nothing is imported unless all of it is valid.
 
 import { FORMATS, mediaType, MOST_KEPT_BYTES } from "./attachments.js";
+import { POLICIES } from "./settings.js";
 import { LONGEST_NAME, MOST_TEXT_BYTES } from "./text_files.js";
 import { LONGEST_NOTE, LONGEST_TITLE, newId } from "./tree.js";
 import { count, volume } from "./units.js";
@@ -177,7 +178,7 @@ const SETTINGS = record({
   maxTokens: orNull(whole(1, 2 ** 31)),
   seed: orNull(whole(0, Number.MAX_SAFE_INTEGER)),
   thinking: orNull(truth),
-}, { topK: orNull(whole(0, 2 ** 31 - 1)), minP: orNull(number(0, 1)) });
+}, { topK: orNull(whole(0, 2 ** 31 - 1)), minP: orNull(number(0, 1)), policy: orNull(oneOf(...POLICIES)) });
 const NAME = text(LONGEST_NAME);
 const TEXT_FILE = record({ kind: oneOf("text"), name: NAME, text: text(MOST_TEXT_BYTES) });
 const mediaFile = (kind) => record({ kind: oneOf(kind), name: NAME, format: oneOf(...FORMATS[kind]), data: orNull(base64) });
@@ -195,7 +196,7 @@ const ANSWER = record(
   { ...SAID, attachments: list(attachment, 0), state: oneOf("running", "done", "stopped", "failed") },
   {
     reasoning: text(LONGEST_TEXT), note: text(LONGEST_NOTE), model: orNull(text(256)), tokens: orNull(whole(0, 2 ** 31)),
-    ledger: text(500), dropped: whole(0, MOST_MESSAGES),
+    ledger: text(500), dropped: whole(0, MOST_MESSAGES), summary: text(LONGEST_TEXT),
   });
 const message = (value, where) => (value?.role === "assistant" ? ANSWER : QUESTION)(value, where);
 

@@ -1,7 +1,8 @@
 // The messages of a conversation as a tree. An edited message or a second answer is a new branch beside the old one.
 //
 //   message: id, parent (an id or null), role "user" or "assistant", created (ms), text, attachments
-//   answers: reasoning, state, note, model, tokens, ledger, dropped (how many messages before it the model does not read)
+//   answers: reasoning, state, note, model, tokens, ledger; where room was made, dropped (how many messages of the path the
+//            model does not read from there on) and summary (what it reads instead)
 //   states:  "running", "done", "stopped", "failed"
 //
 // One leaf is selected, and the path from the root to it is what the page shows and the model reads. Messages are added
