@@ -2,13 +2,16 @@
 
     options  ->  Listening: checked, before anything is opened  ->  sockets, Front
 
-Elsewhere: sockets and TLS are `serve/listen.py` and `serve/run.py`; the file is `config_file.py`.
+Elsewhere: sockets and TLS are `serve/listen.py`, `serve/systemd.py` and `serve/run.py`; the file is `config_file.py`.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +76,7 @@ class Listening:
 
     path: the socket file, which only this machine reaches; None: there is none.
     port: None: there is only the socket file.
+    passed: sockets that listen already, in the place of others; systemd passed them.
     """
 
     host: str
@@ -80,6 +84,7 @@ class Listening:
     path: Path | None
     mode: int
     front: Front
+    passed: Sequence[Listener] = ()
 
     @contextmanager
     def bind(self) -> Iterator[list[Listener]]:
@@ -88,6 +93,11 @@ class Listening:
         from argosy.serve.run import address_of, bind
 
         with ExitStack() as bound:
+            if self.passed:
+                sockets = [bound.enter_context(one) for one in self.passed]
+                with own_server.noting(self.path, address_of(sockets[0], self.host, self.front), stays=True):
+                    yield sockets
+                return
             # The file first: its lock says that another server of this user is about to listen on the same port.
             of_file = [] if self.path is None else bound.enter_context(bind_file(self.path, self.mode))
             of_port = [] if self.port is None else bound.enter_context(bind(self.host, self.port))
@@ -103,6 +113,7 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
         UsageError: one of them is invalid, or they contradict each other.
     """
     from argosy.serve.listen import Certificate, Front
+    from argosy.serve.systemd import passed_sockets
 
     listen, mode = options.pop("listen"), options.pop("socket_mode")
     certificate, key = options.pop("tls_cert"), options.pop("tls_key")
@@ -116,10 +127,50 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
     )
     if not re.fullmatch(r"0?[0-7]{3}", mode):
         raise UsageError(f"--socket-mode must be three octal digits, found '{mode}'", hint="for example 0660")
+    if passed := passed_sockets():
+        return _of_passed(passed, front, host=host, port=port, listen=listen, mode=int(mode, 8))
     path, has_port = _addresses(listen)
     return Listening(
         host=host if has_port else "localhost", port=port if has_port else None, path=path, mode=int(mode, 8),
         front=front,
+    )  # fmt: skip
+
+
+def _of_passed(
+    passed: Sequence[Listener], front: Front, *, host: str, port: int, listen: str | None, mode: int
+) -> Listening:
+    """Listen on sockets that systemd passed. Options may say the same, or nothing.
+
+    Raises:
+        UsageError: an option names an address that is not among them.
+    """
+    from argosy.serve.systemd import shown
+
+    paths = [one.getsockname() for one in passed if one.family == socket.AF_UNIX]
+    ports = [one.getsockname()[:2] for one in passed if one.family != socket.AF_UNIX]
+    source = click.get_current_context().get_parameter_source
+    is_given = {
+        name: source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+        for name in ("host", "port", "listen", "socket_mode")
+    }
+    wrong = {
+        f"--host {host}": is_given["host"] and host not in [own_host for own_host, _ in ports],
+        f"--port {port}": is_given["port"] and port not in [own_port for _, own_port in ports],
+        f"--listen {listen}": is_given["listen"] and listen not in [f"unix:{path}" for path in paths],
+        f"--socket-mode {mode:04o}": is_given["socket_mode"]
+        and any(stat.S_IMODE(os.stat(path).st_mode) != mode for path in paths),
+    }
+    for option, is_wrong in wrong.items():
+        if is_wrong:
+            raise UsageError(
+                f"{option} contradicts the sockets that systemd passed: {', '.join(map(shown, passed))}",
+                hint="leave it out: ListenStream= and SocketMode= of the .socket unit say where the server listens",
+            )
+    own = str(own_server.socket_path())
+    path = own if own in paths else next(iter(paths), None)
+    return Listening(
+        host=ports[0][0] if ports else "localhost", port=None, path=None if path is None else Path(path), mode=mode,
+        front=front, passed=passed,
     )  # fmt: skip
 
 

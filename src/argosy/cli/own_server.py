@@ -66,8 +66,12 @@ def socket_url() -> str:
 
 
 @contextmanager
-def noting(path: Path | None, address: str) -> Iterator[None]:
-    """Note this process as the server of the socket file `path`, if that is the user's own; until the context ends."""
+def noting(path: Path | None, address: str, *, stays: bool = False) -> Iterator[None]:
+    """Note this process as the server of the socket file `path`, if that is the user's own; until the context ends.
+
+    Args:
+        stays: the socket listens on without this process, and the address remains noted.
+    """
     if path is None or path != socket_path():
         yield
         return
@@ -78,8 +82,9 @@ def noting(path: Path | None, address: str) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                state.remove(_FACTS)
+            if not stays:
+                with suppress(OSError):
+                    state.remove(_FACTS)
 
 
 def note_end(state: Directory, process: Process) -> None:

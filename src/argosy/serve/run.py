@@ -11,7 +11,8 @@ so `pyproject.toml` bounds its version:
                  flow.resume_reading, loop, scheme, transport
     Config       `http` as a function that makes a protocol
 
-Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; options are `cli/serve.py`.
+Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; sockets of systemd are
+`systemd.py`; options are `cli/serve.py`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ from argosy.serve.origins import Origins
 from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
 from argosy.serve.state import watch_prompts
+from argosy.serve.systemd import Notifier
 from argosy.serve.transparency import Practice
 from argosy.serve.work import Threads
 
@@ -327,6 +329,7 @@ class _Server(uvicorn.Server):
         beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         super().__init__(config)
+        self._notifier = Notifier()
         self._beside = beside
         self._running_beside: asyncio.Task[None] | None = None
         self._guarding = guarding
@@ -405,6 +408,7 @@ class _Server(uvicorn.Server):
                 if self._beside is not None:
                     self._running_beside = asyncio.create_task(self._beside())
                 self._started()
+                self._notifier.tell("READY=1")
         except BaseException:
             await self._models.close()
             raise
@@ -440,6 +444,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._models.is_draining = True
+        self._notifier.tell("STOPPING=1")
         if self._sweep is not None:
             self._sweep.cancel()
         if self._running_beside is not None:
@@ -586,7 +591,7 @@ def serve(
     After the first signal, no signal ends the process before everything is closed; the exit code stays 0.
 
     Args:
-        sockets: from `bind` or `bind_file`.
+        sockets: from `bind`, `bind_file` or `passed_sockets`.
         recorder: has the choices of recent tokens; None: nothing is recorded.
         speeds: predictions for `/metrics`; None: there are none.
         expectation: a line to print below the address.
