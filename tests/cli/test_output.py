@@ -8,11 +8,21 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from argosy.cli import output
-from argosy.cli.output import AnswerWriter, Shown, Wait, print_facts, progress_bar, table_lines
+from argosy.cli.output import (
+    AnswerWriter,
+    Shown,
+    Wait,
+    print_facts,
+    progress_bar,
+    prompt_shown,
+    table_lines,
+)
 from argosy.engine.progress import RequestProgress
 from argosy.engine.sequence import TokenEvent
 from tests.cli.terminal import on_terminal
@@ -122,7 +132,8 @@ def test_the_progress_of_a_prompt_ends_with_its_first_token(
             was_read.set()
         return READING
 
-    with AnswerWriter(None, shows_thoughts=False, progress=progress) as writer:
+    engine: Any = SimpleNamespace(progress=progress)
+    with AnswerWriter(None, shows_thoughts=False, progress=prompt_shown(engine)) as writer:
         assert was_read.wait(PATIENCE_S)
         writer.push(TokenEvent(1, "Paris", None, None, None))
         num_reads = reads[0]
@@ -130,6 +141,21 @@ def test_the_progress_of_a_prompt_ends_with_its_first_token(
         assert said.out == "Paris"
         assert said.err == "prompt 9,216 of 22,851 tokens (40 %), about 4 min left\n" * num_reads
     assert reads[0] == num_reads
+
+
+def test_a_wait_without_a_known_end_is_told_without_a_share(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "LINE_S", 0.001)
+    was_read = threading.Event()
+
+    def read() -> Shown:
+        was_read.set()
+        return Shown("waits for its turn", None)
+
+    with Wait(read):
+        assert was_read.wait(PATIENCE_S)
+    assert set(capsys.readouterr().err.splitlines()) == {"waits for its turn"}
 
 
 KEYS = """

@@ -15,13 +15,15 @@ import pytest
 
 from argosy.cli import own_server
 from argosy.cli.main import main
-from argosy.cli.server_model import part_of
+from argosy.cli.remote import Server
+from argosy.cli.server_model import Followed, part_of
 from argosy.library import names
 from argosy.media.parts import Content, Kind
 from argosy.serve.media_parts import media_in
 from argosy.serve.openai_chat import ChatBody
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
+from tests.serve.fake_server import fake_server
 
 Captured = pytest.CaptureFixture[str]
 SEEN = (
@@ -155,3 +157,35 @@ def test_a_refused_request_has_the_exit_code_and_the_words_of_a_local_one(capfd:
     error = capfd.readouterr().err
     assert "maximum context length is 256 tokens" in error
     assert "\nhint: shorten the prompt" in error
+
+
+def test_a_request_at_a_server_is_followed_from_its_wait_to_its_last_token_of_the_prompt() -> None:
+    with fake_server() as server:
+        followed = Followed(Server(server.url), "one")
+        server.prompts = [{"id": "req_1", "prompt_tokens": 10, "prompt_done": 1}]
+        server.waits = [{"id": "req_3", "model": "other", "why": "model"}]
+        assert followed.read() is None
+        server.waits.append(
+            {"id": "req_2", "model": "one", "why": "model", "seconds": 7.4, "ahead": 0, "share_done": 0.5}
+        )
+        assert followed.read() == ("waits for the model to load, 7 s", 0.5, None)
+        followed.begin("req_2")
+        server.waits = [{"id": "req_2", "model": "one", "why": "turn", "seconds": 9.0, "ahead": 2}]
+        assert followed.read() == ("waits for its turn, 2 before it, 9 s", None, None)
+        server.prompts.append({"id": "req_2", "prompt_tokens": 40, "prompt_done": 10, "seconds_left": 90.0})
+        assert followed.read() == ("prompt 10 of 40 tokens", 0.25, 90.0)
+        server.key = "other"  # from now on, no state
+        assert followed.read() is None
+        num_requests = len(server.requests)
+        assert followed.read() is None
+        assert len(server.requests) == num_requests
+
+
+def test_a_request_learns_its_id_when_its_stream_begins(home: Path) -> None:
+    ids: list[str | None] = []
+    body = {"model": "Acme/One", "prompt": "hello", "max_tokens": 2, "stream": True}
+    for chunk in Server(address()).answers("/v1/completions", body, ids.append):
+        assert chunk["object"] == "text_completion"
+    (request_id,) = ids
+    assert request_id is not None
+    assert request_id.startswith("req_")

@@ -7,11 +7,12 @@ import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from argosy.cli import top
+from argosy.cli import background, top
 from argosy.cli.main import main
 from argosy.cli.remote import Server
 from argosy.errors import ServerNotUsable
@@ -94,15 +95,23 @@ def test_a_running_prompt_has_a_line_with_what_is_done_and_the_time_to_go(server
         "tok_per_s": None,
     }
     hostile = {"id": "a\x1b[2J", "prompt_tokens": 10**400, "seconds_left": 10**400, "tok_per_s": "x"}
-    server.prompts = [reading, answering, hostile, *[answering] * 7]
+    server.prompts = [reading, answering, hostile, *[answering] * 3]
+    server.waits = [
+        {"id": "req_7", "why": "turn", "ahead": 0}, {"id": "req_8", "why": "model", "ahead": 1, "share_done": 0.25},
+        {"id": "req_9", "why": "turn"},
+    ]  # fmt: skip
     lines = top.state_lines(server.state(), server.url)
     at = next(number for number, line in enumerate(lines) if line.startswith("requests"))
     assert lines[at + 1 : at + 4] == [
         "  req_1  prompt 9,216 of 22,851 tokens (40 %), about 4 min left, 61.2 tok/s",
         "  req_2  prompt 12 tokens, answer 1,200",
-        "  a\\x1b[2J  prompt 0 of 1,000,000,000 tokens (0 %), - tok/s",
+        "  a\\x1b[2J  prompt 0 tokens, answer 0, - tok/s",
     ]
-    assert lines[at + 9] == "  and 2 more"
+    assert lines[at + 7 : at + 10] == [
+        "  req_7  waits for its turn",
+        "  req_8  waits for the model to load (25 %), 1 before it",
+        "  and 1 more",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,54 @@ def test_missing_facts_are_dashes_and_escape_sequences_in_a_state_do_not_reach_t
     assert lines[1] == "memory    peak -, limit -"
     assert lines[3] == "speed     - tok/s decode, - tok/s prefill"
     assert not any("\x1b" in line or "\n" in line for line in lines)
+
+
+HOSTILE = [
+    10**400, -(10**400), 10**300, -1, 1e308, float("nan"), float("inf"), "\x1b]0;owned\x07\x1b[2J\u202e" * 1000, None,
+    True, [], {}, [[]], [None], ["\x1b[2J"], {"id": "\x1b"}, [[10**400, "x"]],
+]  # fmt: skip
+
+
+def replaced(state: Any, value: object) -> Iterator[Any]:
+    """The state, each time with this value in another place."""
+    for key in state if isinstance(state, dict) else range(len(state)):
+        yield type(state)({**state, key: value} if isinstance(state, dict) else [value])
+        if isinstance(state[key], dict | list) and key != "layers":
+            for inner in replaced(state[key], value):
+                yield {**state, key: inner} if isinstance(state, dict) else [inner]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_state_of_any_form_is_shown_in_printable_lines_of_bounded_length(value: object) -> None:
+    entry = {"id": "x", "state": "ready", "memory_bytes": 1, "unloads_in_s": 1.0, "running": 1, "waiting": 1}
+    known = {
+        "model": {"id": "x", "family": "y"}, "models": [entry, entry],
+        "memory": {"budget_bytes": 1, "peak_bytes": 1, "lines": [{"name": "x", "bytes": 1, "note": "y"}]},
+        "speed": {"decode_tok_per_s": 1.0, "prefill_tok_per_s": 1.0},
+        "experts": {"total": 1, "slots": 1, "resident": 1, "hit_rate": 1.0, "bytes_read": 1, "drive_bytes_per_s": 1.0},
+        "recent": {"tokens": 1, "hit_rate": 1.0, "lru": 1.0, "optimum": 1.0},
+        "queue": {"running": 1, "waiting": 1, "max_sequences": 1},
+        "running": [{
+            "id": "x", "prompt_tokens": 2, "prompt_done": 1, "answer_tokens": 1, "tok_per_s": 1.0, "seconds_left": 1.0,
+        }],
+        "waiting": [{"id": "x", "why": "turn", "ahead": 1, "share_done": 1.0}],
+        "kv": {"blocks_total": 1, "blocks_used": 1, "blocks_cached": 1},
+        "heat": {"tokens": 1, "layers": [[1, 2]]},
+        "workers": [{
+            "host": "x", "state": "ready", "why": "y", "experts_owned": 1, "resident": 1, "hit_rate": 1.0, "p50_us": 1,
+            "p99_us": 1, "bytes_in": 1, "bytes_out": 1, "experts_rerouted": 1,
+        }],
+        "privacy": {"logging": False, "traces": False},
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=100, height=40)
+    for state in replaced(known, value):
+        shown = [*top.state_lines(state, "http://h"), *background._state_lines(state)]
+        shown += [
+            text.plain for text in top._Screen(state, "http://h").__rich_console__(console, console.options)
+        ]
+        for line in shown:
+            assert line.isprintable()
+            assert len(line) < 1000
 
 
 # Redrawn in place

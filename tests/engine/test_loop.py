@@ -544,6 +544,33 @@ def test_rates_are_right_for_steps_of_any_length_and_zero_after_them(
         assert (facts.prompt_tok_per_s, facts.new_tok_per_s, facts.bytes_read_per_s) == (0.0, 0.0, 0.0)
 
 
+def test_requests_that_wait_are_told_in_order_with_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_engine(max_sequences=1) as engine, EngineLoop(engine) as loop:
+        forward, runs, may_go_on = engine._model.forward, threading.Event(), threading.Event()
+
+        def hold(step: Any) -> Any:
+            runs.set()
+            assert may_go_on.wait(PATIENCE_S)
+            return forward(step)
+
+        monkeypatch.setattr(engine._model, "forward", hold)
+        heard = [Heard(2), Heard(), Heard()]
+        loop.submit(PROMPT, SHORT, heard[0], name="req_1", num_answers=2)
+        assert runs.wait(PATIENCE_S)
+        for number in (1, 2):
+            loop.submit(PROMPT[number:], SHORT, heard[number], name=f"req_{number + 1}")
+        facts = loop.snapshot()
+        assert [one.name for one in facts.requests] == ["req_1"]
+        assert [(one.name, one.why, one.ahead) for one in facts.waiting] == [
+            ("req_2", "turn", 0), ("req_3", "turn", 1),
+        ]  # fmt: skip
+        assert all(one.seconds > 0 for one in facts.waiting)
+        may_go_on.set()
+        for one in heard:
+            one.wait()
+        assert loop.snapshot().waiting == ()
+
+
 def test_a_prompt_is_followed_within_its_step_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[LoopFacts] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from argosy.engine.progress import about, progress_of, prompt_line
+from argosy.engine.progress import about, progress_of, prompt_line, wait_line
 
 
 def sequence(**known: Any) -> Any:
@@ -72,3 +72,10 @@ def test_a_line_says_how_much_is_done_and_about_how_long_the_rest_takes() -> Non
         "about 5 s", "about 5 s", "about 50 s", "about 1 min", "about 2 min", "about 90 min", "about 1.5 h",
         "about 24.0 h",
     ]  # fmt: skip
+
+
+def test_a_line_says_what_a_request_waits_for_and_how_many_are_before_it() -> None:
+    assert wait_line("turn", 2) == "waits for its turn, 2 before it"
+    assert wait_line("memory", 0) == "waits for memory"
+    assert wait_line("model", 0, 0.431) == "waits for the model to load (43 %)"
+    assert wait_line("a newer reason", 1) == "waits, 1 before it"

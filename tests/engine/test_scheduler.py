@@ -61,6 +61,25 @@ def test_at_most_max_sequences_run_at_once() -> None:
     assert order == rig.sequences  # first come, first served
 
 
+def test_a_sequence_that_waits_says_for_what() -> None:
+    rig = Rig(num_blocks=8, max_sequences=2, chunk_tokens=2, reuse=True)
+    first, same, large, last = (
+        rig.sequence(8, max_new=4), rig.sequence(8, max_new=4), rig.sequence(24, first_id=100),
+        rig.sequence(1, first_id=300),
+    )  # fmt: skip
+    rig.add(first, same)
+    rig.step()
+    assert rig.scheduler.why_waiting(same) == "prompt"
+    rig.scheduler.remove(same)
+    rig.add(large)
+    rig.step()
+    assert rig.scheduler.why_waiting(large) == "memory"
+    rig.scheduler.remove(large)
+    rig.add(rig.sequence(1, first_id=200), last)
+    rig.step()
+    assert rig.scheduler.why_waiting(last) == "turn"
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 4])
 def test_a_cancelled_sequence_gives_its_blocks_back(num_steps: int) -> None:
     """It is cancelled while it waits, during prefill and while it decodes."""

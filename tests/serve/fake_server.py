@@ -111,6 +111,7 @@ class FakeServer(ThreadingHTTPServer):
         self.num_busy = 0  # requests for an answer that will be refused for a second
         self.running = 0
         self.prompts: list[dict[str, Any]] = []  # `running` of the state
+        self.waits: list[dict[str, Any]] = []  # `waiting` of the state
         self.requests: list[tuple[str, Any]] = []
         self.disconnects = 0
 
@@ -176,6 +177,7 @@ class FakeServer(ThreadingHTTPServer):
             },
             "queue": {"running": self.running, "waiting": 0, "max_sequences": 4},
             "running": self.prompts,
+            "waiting": self.waits,
             "kv": {
                 "blocks_total": 512,
                 "blocks_used": min(512, self.tokens // 16),

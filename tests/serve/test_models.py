@@ -20,7 +20,7 @@ from argosy.guard.stops import Stopped
 from argosy.serve import models as models_module
 from argosy.serve.core import ModelFacts
 from argosy.serve.gate import Caller, Refused
-from argosy.serve.models import Abilities, Memory, Models, Shelved, use_model
+from argosy.serve.models import Abilities, Memory, Models, Progress, Shelved, use_model
 from argosy.serve.running import Running
 from argosy.serve.screening import Guarding
 
@@ -99,6 +99,7 @@ class FakeSource:
         self.error: Exception | None = None
         self.can_open = threading.Event()
         self.can_open.set()
+        self.has_told = threading.Event()
         self.resize_s = 0.0
         self.prepared: list[bool] = []  # a True for each `prepare`, and a False for each `release`
         self.unready: Exception | None = None
@@ -119,9 +120,10 @@ class FakeSource:
     def num_slots(self) -> int:
         return 0 if self.opened is None else self.opened.num_slots
 
-    def open(self, num_slots: int, go_on: Callable[[], None]) -> FakeModel:
+    def open(self, num_slots: int, progress: Progress) -> FakeModel:
         while not self.can_open.wait(0.005):
-            go_on()
+            progress("reading experts", 0.5)
+            self.has_told.set()
         if self.error is not None:
             raise self.error
         self.num_opened += 1
@@ -188,6 +190,27 @@ def test_a_model_is_loaded_when_it_is_first_used_and_once_for_all_who_wait() -> 
         assert rig.states() == {"a": "unloaded", "b": "ready", "big": "unloaded"}
         assert rig.b.num_opened == 1
         assert await rig.ask(None) == "a"
+
+    run(test)
+
+
+def test_those_who_wait_for_a_model_are_told_of_with_the_share_that_is_read() -> None:
+    async def test(rig: Rig) -> None:
+        def waits() -> list[tuple[str, str, str, float | None]]:
+            return [(model, one.name, one.why, one.share_done) for model, one in rig.models.waits()]
+
+        rig.b.can_open.clear()
+        with ExitStack() as used:
+            waiting = [asyncio.create_task(rig.models.use("b", used, f"req_{n}")) for n in (1, 2)]
+            await asyncio.to_thread(rig.b.has_told.wait)
+            assert waits() == [("b", "req_1", "model", 0.5), ("b", "req_2", "model", 0.5)]
+            # The experts of b leave no room for the floor of another one until b is read.
+            other = asyncio.create_task(rig.models.use("big", used, "req_3"))
+            while ("big", "req_3", "room", None) not in waits():
+                await asyncio.sleep(0)
+            rig.b.can_open.set()
+            await asyncio.gather(*waiting, other)
+            assert waits() == []
 
     run(test)
 

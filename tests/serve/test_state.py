@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from argosy.engine.engine import Engine
-from argosy.engine.progress import RequestProgress
+from argosy.engine.progress import RequestProgress, RequestWait
 from argosy.guard.keys import KeyRing
 from argosy.serve.app import make_app
 from argosy.serve.core import Service
@@ -35,7 +35,9 @@ def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
     forward, seen = own_engine._model.forward, list[Any]()
 
     def look(step: Any) -> Any:  # a state is shown while the step runs
-        seen.append(httpx.get(f"{url}/v1/engine/state").json()["running"])
+        state = httpx.get(f"{url}/v1/engine/state").json()
+        seen.append(state["running"])
+        assert state["waiting"] == []
         return forward(step)
 
     monkeypatch.setattr(own_engine._model, "forward", look)
@@ -53,7 +55,7 @@ def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
     assert (last["prompt_done"], last["answer_tokens"]) == (total, len(seen) - 1)
 
 
-def test_the_log_tells_of_prompts_that_take_long_and_of_no_others(
+def test_the_log_tells_of_prompts_and_waits_that_take_long_and_of_no_others(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = RequestProgress(
@@ -62,11 +64,17 @@ def test_the_log_tells_of_prompts_that_take_long_and_of_no_others(
     )  # fmt: skip
     short = replace(long, name="req_2", seconds=PROMPT_SAID_S - 1)
     answering = replace(long, name="req_3", prompt_done=22851)
-    facts = replace(service.loop.snapshot(), requests=(long, short, answering))
+    waits = RequestWait(name="req_4", why="turn", ahead=2, seconds=PROMPT_SAID_S)
+    waiting = (waits, replace(waits, name="req_5", seconds=PROMPT_SAID_S - 1))
+    facts = replace(service.loop.snapshot(), requests=(long, short, answering), waiting=waiting)
     monkeypatch.setattr(service.loop, "snapshot", lambda: facts)
     with caplog.at_level(logging.INFO, "argosy.serve"):
         log_prompts(Models.of(service))
-    (record,) = caplog.records
+    record, of_wait = caplog.records
+    assert of_wait.getMessage() == "req_4 waits for its turn, 2 before it"
+    assert of_wait.facts == {  # type: ignore[attr-defined]
+        "event": "request_waits", "request_id": "req_4", "model": "tiny", "why": "turn", "ahead": 2,
+    }  # fmt: skip
     assert record.getMessage() == "req_1 prompt 9,216 of 22,851 tokens (40 %), about 4 min left"
     assert record.facts == {  # type: ignore[attr-defined]
         "event": "prompt_progress", "request_id": "req_1", "model": "tiny", "prompt_tokens": 22851,
@@ -76,7 +84,7 @@ def test_the_log_tells_of_prompts_that_take_long_and_of_no_others(
 
 def test_the_log_tells_every_ten_seconds_how_far_a_model_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
     now, num_checked = [0.0], [0]
-    tell = _told("tiny", lambda: num_checked.__setitem__(0, num_checked[0] + 1), lambda: now[0])
+    tell = _told("tiny", lambda *_: num_checked.__setitem__(0, num_checked[0] + 1), lambda: now[0])
     with caplog.at_level(logging.INFO, "argosy.serve"):
         for second in range(25):
             now[0] = float(second)

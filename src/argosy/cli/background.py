@@ -26,7 +26,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import completion, own_server
 from argosy.cli.help_all import Command
 from argosy.cli.output import table_lines, time_span
-from argosy.cli.remote import TIMEOUT_S, server_options, whole
+from argosy.cli.remote import TIMEOUT_S, entries, fields, number, server_options, whole
 from argosy.config import MIB, counted, format_bytes
 from argosy.errors import ServerNotUsable, UsageError
 
@@ -247,10 +247,10 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
 
 
 def _state_lines(state: dict[str, Any]) -> Iterator[str]:
-    memory, queue = state["memory"], state.get("queue") or {}
-    used = sum(whole(line.get("bytes")) for line in memory.get("lines") or () if isinstance(line, dict))
+    memory, queue = fields(state.get("memory")), fields(state.get("queue"))
+    used = sum(whole(line.get("bytes")) for line in entries(memory.get("lines")))
     yield f"memory    {format_bytes(used)} of {format_bytes(whole(memory.get('budget_bytes')))}"
-    models = [one for one in state.get("models") or () if isinstance(one, dict)]
+    models = entries(state.get("models"))
     running, waiting = (sum(whole(one.get(key)) for one in models) for key in ("running", "waiting"))
     yield f"requests  {running} running, {waiting} waiting, at most {whole(queue.get('max_sequences'))} at once"
     here = [one for one in models if one.get("state") != "unloaded"]
@@ -260,11 +260,9 @@ def _state_lines(state: dict[str, Any]) -> Iterator[str]:
         return
     rows = []
     for one in here:
-        memory_bytes, unloads_in_s = whole(one.get("memory_bytes")), one.get("unloads_in_s")
+        memory_bytes, unloads_in_s = whole(one.get("memory_bytes")), number(one.get("unloads_in_s"))
         is_ready = one.get("state") == "ready"
-        unloads = (
-            f"in {time_span(unloads_in_s)}" if is_ready and isinstance(unloads_in_s, int | float) else "-"
-        )
+        unloads = f"in {time_span(unloads_in_s)}" if is_ready and unloads_in_s is not None else "-"
         requests = whole(one.get("running")) + whole(one.get("waiting"))
         size = format_bytes(memory_bytes or used * is_ready) if is_ready else "-"
         rows.append((quote(one.get("id")), quote(one.get("state")), size, str(requests), unloads))
@@ -348,12 +346,11 @@ def _why_wait(process: Process) -> tuple[str, float]:
         state = _own(_ASK_S).state()
     except ServerNotUsable:
         return f"the server, pid {process.pid}, does not answer; it is told to end", _SILENT_S
-    models = [one for one in state.get("models") or () if isinstance(one, dict)]
+    models = entries(state.get("models"))
     count = sum(whole(one.get(key)) for one in models for key in ("running", "waiting"))
     if not count:
         return "the server is told to end", _STOP_S
-    seconds = [one.get("seconds") for one in state.get("running") or () if isinstance(one, dict)]
-    longest = max((float(one) for one in seconds if isinstance(one, int | float)), default=0.0)
+    longest = max((number(one.get("seconds")) or 0.0 for one in entries(state.get("running"))), default=0.0)
     return (
         f"{counted(count, 'request')} {'is' if count == 1 else 'are'} running, {longest:.0f} s so far, and may "
         "finish within the time of --drain (30 s); `argosy stop --now` ends answers, and ^C ends only this wait"

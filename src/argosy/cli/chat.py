@@ -34,7 +34,14 @@ from argosy.cli.options import (
     thinking_options,
     watermark_option,
 )
-from argosy.cli.output import AnswerWriter, ledger_lines, parameter_count, write_dim, write_text
+from argosy.cli.output import (
+    AnswerWriter,
+    ledger_lines,
+    parameter_count,
+    prompt_shown,
+    write_dim,
+    write_text,
+)
 from argosy.cli.texts import MOST_BYTES, text_or_file
 from argosy.config import DEMO, counted, format_bytes
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
@@ -451,7 +458,9 @@ class Conversation:
             asked = [*chat_room.oldest(self.messages, num_turns), question]
             prompt = self._build(asked, self._not_thinking)
             parser = engine.prompts.parser(prompt)
-            writer = AnswerWriter(parser, shows_text=False, shows_thoughts=False, progress=engine.progress)
+            writer = AnswerWriter(
+                parser, shows_text=False, shows_thoughts=False, progress=prompt_shown(engine)
+            )
             result, _ = self._generate(prompt, replace(self._params, max_tokens=most_tokens), writer)
         except PromptTooLong:
             _say("note: the turns are too long to be summarised")
@@ -666,7 +675,7 @@ class Conversation:
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
         prompt = self._build(messages, self._thinking)
         writer = AnswerWriter(
-            engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts, progress=engine.progress
+            engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts, progress=prompt_shown(engine)
         )
         tokens = [] if begun is None else begun.tokens
         if begun is not None and tokens:

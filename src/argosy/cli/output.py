@@ -18,9 +18,9 @@ from argosy.config import counted, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.engine.engine import Engine
     from argosy.engine.ledger import Ledger
     from argosy.engine.memory_plan import MemoryPlan
-    from argosy.engine.progress import RequestProgress
     from argosy.engine.sequence import TokenEvent
     from argosy.prompt.formats import Answer, Event, Parser
 
@@ -141,13 +141,13 @@ class AnswerWriter:
         *,
         shows_text: bool = True,
         shows_thoughts: bool,
-        progress: Callable[[], RequestProgress | None] | None = None,
+        progress: Callable[[], Shown | None] | None = None,
     ) -> None:
         """Make a writer.
 
         Args:
             parser: separates thoughts from text; None treats every token as text.
-            progress: of the prompt, which is shown until the first token comes; None: it is not shown.
+            progress: of the prompt (`prompt_shown`), which is shown until the first token comes; None: it is not shown.
         """
         self._parser = parser
         self._shows_text = shows_text
@@ -161,7 +161,7 @@ class AnswerWriter:
 
     def __enter__(self) -> Self:
         if self._progress is not None:
-            self._wait = Wait(self._read_progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
+            self._wait = Wait(self._progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -182,15 +182,6 @@ class AnswerWriter:
         self._shows_text, self._shows_thoughts = shown
         if self._code is not None:
             self._code.push(self.answer.text)
-
-    def _read_progress(self) -> Shown | None:
-        assert self._progress is not None
-        if (known := self._progress()) is None:
-            return None
-        from argosy.engine.progress import prompt_count
-
-        share = known.prompt_done / max(1, known.prompt_tokens)
-        return Shown(prompt_count(known.prompt_done, known.prompt_tokens), share, known.seconds_left)
 
     def _end_wait(self) -> None:
         if self._wait is not None:
@@ -414,10 +405,13 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
 
 
 class Shown(NamedTuple):
-    """What is shown of something that takes long: a text, the share that is done, and about how long the rest takes."""
+    """What is shown of something that takes long: a text, the share that is done, and about how long the rest takes.
+
+    share: None: not known.
+    """
 
     text: str
-    share: float
+    share: float | None
     seconds_left: float | None = None
 
     @property
@@ -425,6 +419,20 @@ class Shown(NamedTuple):
         from argosy.engine.progress import about
 
         return "" if self.seconds_left is None else f"{about(self.seconds_left)} left"
+
+
+def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:
+    """What to show of an engine's only prompt, now."""
+
+    def read() -> Shown | None:
+        from argosy.engine.progress import prompt_count
+
+        if (known := engine.progress()) is None:
+            return None
+        share = known.prompt_done / max(1, known.prompt_tokens)
+        return Shown(prompt_count(known.prompt_done, known.prompt_tokens), share, known.seconds_left)
+
+    return read
 
 
 class Wait:
@@ -465,9 +473,10 @@ class Wait:
     def _write_lines(self) -> None:
         while not self._over.wait(LINE_S):
             if (shown := self._read()) is not None:
+                share = "" if shown.share is None else f" ({100 * shown.share:.0f} %)"
                 left = f", {shown.left}" if shown.left else ""
                 # In one write, because other threads write lines, too.
-                sys.stderr.write(f"{shown.text} ({100 * shown.share:.0f} %){left}\n")
+                sys.stderr.write(f"{shown.text}{share}{left}\n")
                 sys.stderr.flush()
 
     def _draw(self) -> None:
@@ -478,14 +487,16 @@ class Wait:
         text, left = (
             TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[left]}")
         )
-        columns = (text, BarColumn(), TextColumn("{task.percentage:>3.0f} %"), left)
+        columns = (text, BarColumn(), TextColumn("{task.fields[share]}"), left)
         with Bar(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-            task = bar.add_task("", total=1.0, left="", visible=False)
+            task = bar.add_task("", total=1.0, share="", left="", visible=False)
             while True:
                 if (shown := self._read()) is not None:
+                    share = "" if shown.share is None else f"{100 * shown.share:>3.0f} %"
                     bar.update(
-                        task, description=shown.text, completed=shown.share, left=shown.left, visible=True
-                    )
+                        task, description=shown.text, completed=shown.share or 0.0, share=share, left=shown.left,
+                        visible=True,
+                    )  # fmt: skip
                     bar.refresh()
                 if self._over.wait(_REDRAW_S):
                     return

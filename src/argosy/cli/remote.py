@@ -32,6 +32,7 @@ TIMEOUT_S = 10.0
 ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
 _REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
 _MOST_LINES = 4  # of a server's error
+_MOST = 10**18  # an exabyte; a larger number measures nothing
 _LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -51,8 +52,23 @@ def server_options(command: Command) -> Command:
 
 
 def whole(value: object) -> int:
-    """A count that a server tells; 0 if it is anything else."""
-    return max(0, value) if isinstance(value, int) else 0
+    """A count that a server tells; 0 if it is anything else, or absurd."""
+    return value if isinstance(value, int) and 0 <= value <= _MOST else 0
+
+
+def number(value: object) -> float | None:
+    """A number that a server tells; None if it is anything else, or absurd."""
+    return value if isinstance(value, int | float) and -_MOST <= value <= _MOST else None
+
+
+def fields(value: object) -> dict[str, Any]:
+    """An object that a server tells; empty if it is anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def entries(value: object) -> list[dict[str, Any]]:
+    """The objects of a list that a server tells."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def default_url() -> str:
@@ -186,14 +202,20 @@ class Server:
             for event in self._events(response):
                 yield self._checked(self._parsed(event))
 
-    def answers(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def answers(
+        self, path: str, body: dict[str, Any], begin: Callable[[str | None], None] = lambda request_id: None
+    ) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer, as OpenAI's API has them.
+
+        Args:
+            begin: called with the request's id when the stream begins.
 
         Raises:
             UsageError: the server refuses the request.   ServerNotUsable: the answer does not come, or not to its end.
         """
         try:
             with self._ask("POST", path, body, timeout_s=ANSWER_S) as response:
+                begin(response.headers.get("x-request-id"))
                 for event in self._events(response):
                     if event == b"[DONE]":
                         return

@@ -28,7 +28,7 @@ from argosy.cli.options import (
     thinking_options,
     watermark_option,
 )
-from argosy.cli.output import AnswerWriter, ledger_lines, write_text
+from argosy.cli.output import AnswerWriter, ledger_lines, prompt_shown, write_text
 from argosy.cli.server_model import ServerModel, find_model, server_model_options
 from argosy.cli.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
 from argosy.config import DEMO, counted
@@ -214,7 +214,7 @@ def _ask(
     messages = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    writer = AnswerWriter(None, shows_thoughts=shows_thoughts)
+    writer = AnswerWriter(None, shows_thoughts=shows_thoughts, progress=at.followed.read)
     said = at.answer(
         text if raw else messages,
         params,
@@ -317,7 +317,7 @@ def _answer(
     parser = engine.prompts.parser(prompt) if parses else None
     result = None
     with AnswerWriter(
-        parser, shows_text=shows_text, shows_thoughts=shows_thoughts, progress=engine.progress
+        parser, shows_text=shows_text, shows_thoughts=shows_thoughts, progress=prompt_shown(engine)
     ) as writer:
         for event in engine.stream(prompt, params):
             writer.push(event)

@@ -27,7 +27,7 @@ from argosy.config import CHOOSING, DEMO
 from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
-    from argosy.cli.output import AnswerWriter
+    from argosy.cli.output import AnswerWriter, Shown
     from argosy.cli.remote import Server
     from argosy.config import SamplingParams
     from argosy.media.parts import Content
@@ -46,6 +46,7 @@ _MEDIA_TYPES = {
     ".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm",
     ".mkv": "video/x-matroska", ".avi": "video/x-msvideo",
 }  # fmt: skip
+_STATE_S = 2.0  # the longest that the first token may wait for a state
 _LEAST_S = 0.1  # a rate over less says nothing
 _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
 
@@ -86,6 +87,52 @@ class Said:
         ]
 
 
+class Followed:
+    """The last request for a model of a server, by the server's state, which a key without `metrics` may not read."""
+
+    def __init__(self, server: Server, model: str) -> None:
+        self._server, self._model = server, model
+        self._is_refused = False
+        self._request_id: str | None = (
+            None  # None: the server has not said it; its model is not in memory, perhaps
+        )
+
+    def begin(self, request_id: str | None) -> None:
+        """The server has begun to answer."""
+        self._request_id = request_id
+
+    def read(self) -> Shown | None:
+        """What to show of it now."""
+        from argosy.cli.output import Shown
+        from argosy.cli.remote import entries, number, whole
+        from argosy.engine.progress import prompt_count, wait_line
+
+        if self._is_refused:
+            return None
+        try:
+            state = self._server.state()
+        except ServerNotUsable as error:
+            self._is_refused = "status" in error.facts
+            return None
+        for one in entries(state.get("running")):
+            total, done = (whole(one.get(key)) for key in ("prompt_tokens", "prompt_done"))
+            if self._is_it(one) and total:
+                return Shown(prompt_count(done, total), done / total, number(one.get("seconds_left")))
+        for one in entries(state.get("waiting")):
+            if self._is_it(one):
+                line = wait_line(str(one.get("why")), whole(one.get("ahead")))
+                return Shown(
+                    f"{line}, {number(one.get('seconds')) or 0:.0f} s", number(one.get("share_done"))
+                )
+        return None
+
+    def _is_it(self, one: dict[str, Any]) -> bool:
+        if self._request_id is not None:
+            return bool(one.get("id") == self._request_id)
+        # All who wait for the model to load see the same.
+        return one.get("model") == self._model and one.get("why") in ("model", "room")
+
+
 @dataclass(frozen=True, slots=True)
 class ServerModel:
     """A model of a server, by its name there."""
@@ -95,6 +142,7 @@ class ServerModel:
     address: str
     is_loaded: bool
     context_tokens: int
+    followed: Followed
 
     @property
     def line(self) -> str:
@@ -136,7 +184,7 @@ class ServerModel:
         finish = "stop"
         usage: dict[str, Any] = {}
         with writer:
-            for event in self.server.answers(path, body):
+            for event in self.server.answers(path, body, self.followed.begin):
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or ():
                     delta = choice.get("delta") or choice
@@ -182,7 +230,8 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     process = own_server.found() if url is None else None
     if process is None and url is None:
         return None
-    server = Server(own_server.socket_url() if url is None else url, api_key())
+    url, key = own_server.socket_url() if url is None else url, api_key()
+    server = Server(url, key)
     address = server.url if process is None else process.address
     try:
         if (option := _option_for_engines()) is not None:
@@ -203,6 +252,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
         address,
         entry.get("state") == "ready",
         context if isinstance(context, int) else 0,
+        Followed(Server(url, key, timeout_s=_STATE_S), entry["id"]),
     )
     if not is_quiet:
         click.echo(found.line, err=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from argosy.cli.remote import server_options, whole
+from argosy.cli.remote import entries, fields, number, server_options, whole
 from argosy.config import format_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _COLORS = {
 _SHADES = " ·░▒▓█"
 _FEWEST_ROWS = 6
 _MOST_REQUESTS = 8  # lines of running requests
-_MOST_TOKENS = 10**9  # a larger number is no count of a server
+_MOST_LINES = 200  # of memory, models or workers
 _HOTTEST = 4  # times an equal share of the layer's uses
 
 _RECENT = (("hit rate", "hit_rate"), ("LRU", "lru"), ("best possible", "optimum"))
@@ -78,7 +78,7 @@ def top(url: str, key_file: Path | None, once: bool, as_json: bool) -> None:
 
 def state_lines(state: dict[str, Any], url: str) -> list[str]:
     """The state as lines of text, without colour."""
-    model, memory = state.get("model") or {}, state["memory"]
+    model, memory = fields(state.get("model")), fields(state.get("memory"))
     peak = _number(memory.get("peak_bytes"), format_bytes)
     return [
         f"model     {_name(model.get('id'))}, {_name(model.get('family'))}, at {url}",
@@ -86,7 +86,7 @@ def state_lines(state: dict[str, Any], url: str) -> list[str]:
         *(
             f"  {_name(line.get('name')):<20}{_number(line.get('bytes'), format_bytes):>10}"
             f"   {_name(line.get('note'), '')}".rstrip()
-            for line in memory.get("lines", ())
+            for line in entries(memory.get("lines"))[:_MOST_LINES]
         ),
         *_model_lines(state),
         *_running_lines(state),
@@ -95,13 +95,13 @@ def state_lines(state: dict[str, Any], url: str) -> list[str]:
 
 def _model_lines(state: dict[str, Any]) -> list[str]:
     """The state of each model, if there are several: its memory, and its share of the limit."""
-    models = state.get("models") or ()
+    models = entries(state.get("models"))
     if len(models) < 2:
         return []
-    limit = whole(state["memory"].get("budget_bytes"))
+    limit = whole(fields(state.get("memory")).get("budget_bytes"))
     num_ready = sum(model.get("state") == "ready" for model in models)
     lines = [f"models    {num_ready} of {len(models)} in memory"]
-    for model in models:
+    for model in models[:_MOST_LINES]:
         num_bytes, running = whole(model.get("memory_bytes")), whole(model.get("running"))
         facts = [_name(model.get("state"))]
         facts += [f"{100 * num_bytes / limit:.0f} % of the limit"] if num_bytes and limit else []
@@ -112,9 +112,9 @@ def _model_lines(state: dict[str, Any]) -> list[str]:
 
 
 def _running_lines(state: dict[str, Any]) -> list[str]:
-    speed, experts = state.get("speed") or {}, state.get("experts") or {}
-    queue, kv = state.get("queue") or {}, state.get("kv") or {}
-    privacy = state.get("privacy") or {}
+    speed, experts, queue, kv, privacy, recent = (
+        fields(state.get(key)) for key in ("speed", "experts", "queue", "kv", "privacy", "recent")
+    )
     lines = [
         f"speed     {_number(speed.get('decode_tok_per_s'), _rate)} tok/s decode,"
         f" {_number(speed.get('prefill_tok_per_s'), _rate)} tok/s prefill",
@@ -129,13 +129,12 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
         f"KV        {_number(kv.get('blocks_used'))} of {_number(kv.get('blocks_total'))} blocks in use,"
         f" {_number(kv.get('blocks_cached'))} kept for later",
     ]
-    if recent := state.get("recent"):
+    if recent:
         rates = (f"{name} {_number(recent.get(key), '{:.2f}'.format)}" for name, key in _RECENT)
         lines.append(f"cache     over the last {_number(recent.get('tokens'))} tokens: {', '.join(rates)}")
     if (use := _most_uneven(state)) is not None:
         lines.append(f"use       {use}")
-    if workers := [one for one in state.get("workers") or () if isinstance(one, dict)]:
-        lines += [f"worker    {line}" for line in worker_lines(workers)]
+    lines += [f"worker    {line}" for line in worker_lines(entries(state.get("workers"))[:_MOST_LINES])]
     said = (
         "prompts and answers are logged" if privacy.get("logging") else "prompts and answers are not logged"
     )
@@ -145,25 +144,24 @@ def _running_lines(state: dict[str, Any]) -> list[str]:
 
 
 def _request_lines(state: dict[str, Any]) -> list[str]:
-    """How far each request is that runs; the first of them, if there are many."""
-    from argosy.engine.progress import prompt_line
+    """How far each request is that runs, and what others wait for; the first of them, if there are many."""
+    from argosy.engine.progress import prompt_line, wait_line
 
-    running = [one for one in state.get("running") or () if isinstance(one, dict)]
+    running, waiting = (entries(state.get(key)) for key in ("running", "waiting"))
     lines = []
     for one in running[:_MOST_REQUESTS]:
-        total, done, new = (
-            min(whole(one.get(key)), _MOST_TOKENS)
-            for key in ("prompt_tokens", "prompt_done", "answer_tokens")
-        )
-        left, rate = one.get("seconds_left"), one.get("tok_per_s")
-        is_known = isinstance(left, int | float) and 0 <= left <= _MOST_TOKENS
-        progress = prompt_line(done, total, left if is_known else None)
+        total, done, new = (whole(one.get(key)) for key in ("prompt_tokens", "prompt_done", "answer_tokens"))
+        left, rate = number(one.get("seconds_left")), one.get("tok_per_s")
+        progress = prompt_line(done, total, left)
         if done >= total:
             progress = f"prompt {total:,} tokens, answer {new:,}"
         speed = "" if rate is None else f", {_number(rate, _rate)} tok/s"
         lines.append(f"  {_name(one.get('id'))}  {progress}{speed}")
-    if len(running) > _MOST_REQUESTS:
-        lines.append(f"  and {len(running) - _MOST_REQUESTS} more")
+    for one in waiting[: max(0, _MOST_REQUESTS - len(running))]:
+        why = wait_line(str(one.get("why")), whole(one.get("ahead")), number(one.get("share_done")))
+        lines.append(f"  {_name(one.get('id'))}  {why}")
+    if (more := len(running) + len(waiting) - len(lines)) > 0:
+        lines.append(f"  and {more} more")
     return lines
 
 
@@ -240,7 +238,7 @@ class _Screen:
         lines = [
             Text(line, no_wrap=True, overflow="ellipsis") for line in state_lines(self._state, self._url)
         ]
-        lines.insert(2, memory_bar(self._state["memory"], width))
+        lines.insert(2, memory_bar(fields(self._state.get("memory")), width))
         if self._trouble is not None:
             lines.insert(0, Text(self._trouble, style="yellow", no_wrap=True, overflow="ellipsis"))
         room = height - len(lines) - 1
@@ -253,7 +251,7 @@ def memory_bar(memory: dict[str, Any], width: int) -> Text:
     """The parts of the memory plan in order, at least one cell for each that is not empty; dots are unused memory."""
     from rich.text import Text
 
-    parts = [(_name(line.get("name")), whole(line.get("bytes"))) for line in memory.get("lines", ())]
+    parts = [(_name(line.get("name")), whole(line.get("bytes"))) for line in entries(memory.get("lines"))]
     limit = max(whole(memory.get("budget_bytes")), sum(size for _, size in parts), 1)
     bar = Text(no_wrap=True, overflow="crop")
     reached = 0
@@ -290,23 +288,29 @@ def _shares(uses: Sequence[int]) -> list[float]:
 
 def _layers(state: dict[str, Any]) -> list[list[int]] | None:
     """Uses per expert, for the layers that have experts; None if the server does not say."""
-    heat = state.get("heat")
-    layers = [uses for uses in heat.get("layers", ()) if uses] if isinstance(heat, dict) else []
-    return layers or None
+    return [uses for uses in _uses(state) if uses] or None
+
+
+def _uses(state: dict[str, Any]) -> list[list[int]]:
+    """Uses per expert, for all layers."""
+    layers = fields(state.get("heat")).get("layers")
+    return [
+        [whole(use) for use in uses] if isinstance(uses, list) else []
+        for uses in (layers if isinstance(layers, list) else ())
+    ]
 
 
 def _most_uneven(state: dict[str, Any]) -> str | None:
     """A sentence about the layer whose busiest expert has the largest share."""
-    heat = state.get("heat")
-    if _layers(state) is None or not isinstance(heat, dict):
+    used = [(layer, uses) for layer, uses in enumerate(_uses(state)) if uses]
+    if not used:
         return None
-    used = ((layer, uses) for layer, uses in enumerate(heat["layers"]) if uses)
     share, layer, expert = max(
         ((max(uses) / (sum(uses) or 1), layer, uses.index(max(uses))) for layer, uses in used),
         key=lambda found: found[0],
     )
     return (
-        f"over {_number(heat.get('tokens'))} tokens; layer {layer} is the most uneven:"
+        f"over {_number(fields(state['heat']).get('tokens'))} tokens; layer {layer} is the most uneven:"
         f" expert {expert} has {100 * share:.1f} % of its uses"
     )
 
@@ -318,8 +322,9 @@ def _name(value: object, absent: str = UNKNOWN) -> str:
     return quote(value) if isinstance(value, str) else absent
 
 
-def _number(value: object, show: Callable[[float], str] = lambda number: f"{number:.0f}") -> str:
-    return show(value) if isinstance(value, int | float) and math.isfinite(value) else UNKNOWN
+def _number(value: object, show: Callable[[float], str] = "{:.0f}".format) -> str:
+    known = number(value)
+    return UNKNOWN if known is None else show(known)
 
 
 def _rate(tokens_per_s: float) -> str:

@@ -65,7 +65,7 @@ from argosy.engine.options import (
 from argosy.engine.progress import RequestProgress, RunningStep, progress_of
 from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.scheduler import CannotRun, Scheduled, Scheduler
-from argosy.engine.sequence import FinishReason, Result, TokenEvent
+from argosy.engine.sequence import FinishReason, Result, TokenEvent, WaitReason
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.engine.start import Share, idle_memory, reserved_slots, start
 from argosy.engine.watermark import Watermark
@@ -798,6 +798,10 @@ class Engine(BlockingCalls):
         """
         sequences = list(self._sequences) if sequences is None else sequences
         return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
+
+    def why_waiting(self, sequence: EngineSequence) -> WaitReason:
+        """What a sequence waits for that has not run yet, without waiting for the running step. From any thread."""
+        return self._scheduler.why_waiting(sequence)
 
     @property
     def progressed_at(self) -> float:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from operator import add
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Literal, NamedTuple
 
 from argosy.config import KV_BLOCK_TOKENS, SamplingParams
@@ -35,7 +35,7 @@ from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
-from argosy.engine.progress import RequestProgress
+from argosy.engine.progress import MOST_WAITS, RequestProgress, RequestWait
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent
 from argosy.errors import ArgosyError, Overloaded, Revoked, as_exception, refused_by_system
@@ -129,7 +129,9 @@ class LoopFacts:
     recent_parts: Mapping[str, float]
     # Steps without prompt tokens in the last DECODE_SECONDS; None: there were none.
     recent_decode: DecodeSteps | None = None
-    requests: tuple[RequestProgress, ...] = ()  # those that run, in order of arrival
+    # In order of arrival: those that run, and the first MOST_WAITS of those that have not run yet.
+    requests: tuple[RequestProgress, ...] = ()
+    waiting: tuple[RequestWait, ...] = ()
 
 
 class EngineLoop:
@@ -265,7 +267,7 @@ class EngineLoop:
         if running is not None and step is not None and (num_done := step.prompt_tokens_done):
             share = min(1.0, RATE_SECONDS / (now - running)) if now > running else 1.0
             prompt_rate = _Window(samples, now, running).mean("prompt_tokens", share * num_done)
-        requests = (self._engine.progress(one._sequences, one.name) for one in list(self._live))
+        requests, waiting = self._requests()
         decodes = [steps for at, steps in list(self._decodes) if now - at <= DECODE_SECONDS]
         return LoopFacts(
             engine=self._facts,
@@ -278,8 +280,28 @@ class EngineLoop:
             silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.progressed_at)),
             recent_parts=window.parts(),
             recent_decode=reduce(add, decodes) if decodes else None,
-            requests=tuple(one for one in requests if one is not None),
+            requests=requests,
+            waiting=waiting,
         )
+
+    def _requests(self) -> tuple[tuple[RequestProgress, ...], tuple[RequestWait, ...]]:
+        """The requests that run, and those that have not run yet; one that the thread just takes may be missing."""
+        running: list[RequestProgress] = []
+        waiting: list[RequestWait] = []
+        for request in dict.fromkeys([*self._live, *self._inbox]):
+            progress = self._engine.progress(request._sequences, request.name)
+            if progress is not None:
+                running.append(progress)
+            elif request._open and len(waiting) < MOST_WAITS:
+                waiting.append(
+                    RequestWait(
+                        name=request.name,
+                        why=self._engine.why_waiting(request._sequences[0]),
+                        ahead=len(waiting),
+                        seconds=perf_counter() - request._sequences[0].started_at,
+                    )
+                )
+        return tuple(running), tuple(waiting)
 
     def drain(self, timeout_s: float) -> bool:
         """Accept no new requests and wait until all running ones end. Returns False if `timeout_s` passes first."""

@@ -1,4 +1,4 @@
-"""How far running requests are: counts, rates and times for those who wait, and nothing that anyone said.
+"""How far requests are, and what they wait for: counts, rates and times, and nothing that anyone said.
 
 A step can take minutes, so nobody waits for one to read this: within a step, progress follows from the layers that it
 has run. Any thread may call `progress_of`; a number may be one step old.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.engine.scheduler import Scheduled
-    from argosy.engine.sequence import Sequence
+    from argosy.engine.sequence import Sequence, WaitReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,29 @@ class RequestProgress:
     def is_reading(self) -> bool:
         """Whether the prompt is not done."""
         return self.prompt_done < self.prompt_tokens
+
+
+MOST_WAITS = 100  # of one model that are told one by one
+_REASONS = {
+    "turn": "waits for its turn", "memory": "waits for memory", "model": "waits for the model to load",
+    "room": "waits for the memory of other models", "prompt": "waits for the same prompt of another request",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestWait:
+    """A request that has not run yet.
+
+    ahead: requests of the same model that came before and wait, too; one of another tenant may still overtake.
+    seconds: since it waits.
+    share_done: of what it waits for; None: not known.
+    """
+
+    name: str
+    why: WaitReason
+    ahead: int
+    seconds: float
+    share_done: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +144,14 @@ def about(seconds: float) -> str:
 def prompt_count(done: int, total: int) -> str:
     """The tokens of a prompt, for people."""
     return f"prompt {done:,} of {total:,} tokens"
+
+
+def wait_line(why: str, ahead: int, share_done: float | None = None) -> str:
+    """What a request waits for, for people: `waits for its turn, 2 before it`."""
+    line = _REASONS.get(why, "waits")
+    if share_done is not None:
+        line += f" ({100 * share_done:.0f} %)"
+    return f"{line}, {ahead:,} before it" if ahead else line
 
 
 def prompt_line(done: int, total: int, seconds_left: float | None) -> str:

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from argosy.engine.drafter import Drafter
 from argosy.engine.governor import Governor, Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
-from argosy.engine.sequence import Sequence
+from argosy.engine.sequence import Sequence, WaitReason
 from argosy.errors import ArgosyError
 from argosy.model.step import Addition, Overrides, Step
 
@@ -214,6 +214,14 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    def why_waiting(self, sequence: Sequence) -> WaitReason:
+        """What a sequence waits for that does not run, as of the last step. Any thread may call this."""
+        if sequence.waits_for in self._coming:
+            return "prompt"
+        refused = self._refused
+        has_no_memory = refused is not None and refused[0] in self._waiting
+        return "memory" if has_no_memory and len(self._running) < self._max_sequences else "turn"
 
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=lambda one: one.number)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from argosy.engine.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+# turn: others run, as many as may at once. memory: no room for its keys and values. prompt: another request computes
+# the beginning of its prompt. model: its model is being loaded. room: other models have the memory for its own.
+WaitReason = Literal["turn", "memory", "prompt", "model", "room"]
 
 
 @dataclass(frozen=True, slots=True)

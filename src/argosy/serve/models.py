@@ -26,8 +26,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
 from argosy.config import MIB, format_bytes
 from argosy.engine.memory_plan import require_budget
+from argosy.engine.progress import MOST_WAITS, RequestWait
 from argosy.engine.shares import IN_USE_S, Claim, divide
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.prompt.prompt import ToolCalling
@@ -54,6 +55,7 @@ log = logging.getLogger("argosy.serve")
 P = ParamSpec("P")
 T = TypeVar("T")
 State = Literal["unloaded", "loading", "ready", "failed"]
+Progress = Callable[[str, float], None]  # the current task, and the share done from 0 to 1
 
 LATEST = ":latest"  # the tag that a name without a tag means, for clients of Ollama
 
@@ -133,8 +135,8 @@ class Source(Protocol):
         """Free what `prepare` made; it is not open."""
         ...
 
-    def open(self, num_slots: int, go_on: Callable[[], None]) -> Served:
-        """Bring the model into memory, with `num_slots` expert slots; `go_on` raises if it is no longer wanted."""
+    def open(self, num_slots: int, progress: Progress) -> Served:
+        """Bring the model into memory, with `num_slots` expert slots; `progress` raises if it is no longer wanted."""
         ...
 
     def forget(self, tenant: str) -> None:
@@ -198,6 +200,14 @@ class Standing:
     unloads_in_s: float | None
 
 
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A request that waits for a model, by its id."""
+
+    name: str
+    since: float
+
+
 class _Entry:
     """A model of the server."""
 
@@ -205,6 +215,9 @@ class _Entry:
         self.source = source
         self.served = served
         self.is_loading = False  # it has memory, and is being read
+        self.share_read: float | None = None  # of the part of it that is being read
+        self.has_no_room = False  # it waits for memory of models that are being read
+        self.waiters: list[_Waiter] = []
         self.is_leaving = False  # it is being closed, and still has memory
         self.fault: ArgosyError | None = None  # why it could not be opened
         self.failed_at = 0.0
@@ -441,8 +454,11 @@ class Models:
         """
         return self._find(name).name
 
-    async def use(self, name: str | None, until: ExitStack) -> Service:
+    async def use(self, name: str | None, until: ExitStack, request_id: str = "") -> Service:
         """The service of a model, which is loaded if it is not in memory. It stays until `until` is closed.
+
+        Args:
+            request_id: for `waits`; empty: it waits unseen.
 
         Raises:
             Refused: there is no such model.
@@ -456,10 +472,36 @@ class Models:
             if entry.opening is None:
                 entry.opening = asyncio.create_task(self._open(entry))
                 entry.opening.add_done_callback(_retrieve)  # all who wait may have gone
-            await asyncio.shield(entry.opening)
+            with self._waiting(entry, request_id):
+                await asyncio.shield(entry.opening)
         if entry.source is not None and self._looking is None:
             self._looking = asyncio.create_task(self._look())
         return entry.served.service
+
+    @contextmanager
+    def _waiting(self, entry: _Entry, request_id: str) -> Iterator[None]:
+        waiter = _Waiter(request_id, self._clock())
+        entry.waiters.append(waiter)
+        try:
+            yield
+        finally:
+            entry.waiters.remove(waiter)
+
+    def waits(self) -> list[tuple[str, RequestWait]]:
+        """The requests that wait for their models, the first MOST_WAITS of each, with the model's id."""
+        now = self._clock()
+        return [
+            (
+                entry.name,
+                RequestWait(
+                    name=waiter.name, why="room" if entry.has_no_room else "model", ahead=0, seconds=now - waiter.since,
+                    share_done=entry.share_read if entry.is_loading else None,
+                ),
+            )
+            for entry in self._entries
+            for waiter in entry.waiters[:MOST_WAITS]
+            if waiter.name
+        ]  # fmt: skip
 
     def _end_use(self, entry: _Entry) -> None:
         entry.num_uses -= 1
@@ -679,19 +721,25 @@ class Models:
                     reading = [
                         one.opening for one in self._entries if one.is_loading and one.opening is not None
                     ]
+                entry.has_no_room = True
                 await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+                entry.has_no_room = False
             log.info("models: %s is loaded, with %s", entry.name, format_bytes(entry.held_bytes))
             await self._read(entry)
         finally:
-            entry.opening = None
+            entry.opening, entry.has_no_room = None, False
             self._forget_unused(entry)
 
     async def _read(self, entry: _Entry) -> None:
         source = entry.source
         assert source is not None
-        served = await self._attempt(
-            entry, source.open, source.fewest_slots + entry.num_slots, self._require_wanted
-        )
+
+        def tell(task: str, share: float) -> None:  # in a thread
+            self._require_wanted()
+            entry.share_read = share
+
+        entry.share_read = None
+        served = await self._attempt(entry, source.open, source.fewest_slots + entry.num_slots, tell)
         entry.served, entry.is_loading, entry.fault = served, False, None
         entry.used_at = self._clock()
         for tenant in tuple(self._revoked):  # its key was revoked while the model was read
@@ -889,7 +937,7 @@ async def use_model(request: Request, name: str | None = None) -> Service:
         await models.look(name)
     caller.uses = models.id_of(name)
     caller.go_on()  # a model that is stopped is not loaded
-    service = await models.use(name, caller.ending)
+    service = await models.use(name, caller.ending, caller.request_id)
     request.state.service = service
     return service
 

@@ -34,12 +34,10 @@ from argosy.serve.core import ModelFacts, Service, Work
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.log import where_it_failed
 from argosy.serve.media_hosts import MediaHosts
-from argosy.serve.models import Abilities, Shelved
+from argosy.serve.models import Abilities, Progress, Shelved
 
 if TYPE_CHECKING:
     from argosy.engine.forecast import Speeds
-
-Progress = Callable[[str, float], None]
 
 log = logging.getLogger("argosy.serve")
 
@@ -223,10 +221,10 @@ class EngineSource:
     def most_slots(self) -> int:
         return self._ready.plan.most_slots
 
-    def open(self, num_slots: int, go_on: Callable[[], None]) -> OpenedModel:
+    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
         """See `models.Source`."""
         opened = OpenedModel(
-            self._ready, self.facts, self._common, num_slots, progress=_told(self._ready.name, go_on),
+            self._ready, self.facts, self._common, num_slots, progress=_told(self._ready.name, progress),
             recording=None if self._record is None else self._record(), speeds=self._speeds,
         )  # fmt: skip
         if self._note_use is not None:
@@ -238,13 +236,13 @@ class EngineSource:
         self._ready.forget(tenant)
 
 
-def _told(name: str, go_on: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Progress of loading a model for the log, every LOADING_SAID_S; `go_on` raises if the load shall end."""
+def _told(name: str, progress: Progress, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress of loading a model, for the log as well, every LOADING_SAID_S."""
     said_at = clock()
 
     def tell(task: str, share: float) -> None:
         nonlocal said_at
-        go_on()
+        progress(task, share)
         if (now := clock()) - said_at >= LOADING_SAID_S:
             said_at = now
             log.info("loading %s: %s (%.0f %%)", name, task, 100 * share)
@@ -330,9 +328,9 @@ class LazySource:
     def most_slots(self) -> int:
         return self._ready.most_slots
 
-    def open(self, num_slots: int, go_on: Callable[[], None]) -> OpenedModel:
+    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
         """See `models.Source`."""
-        return self._ready.open(num_slots, go_on)
+        return self._ready.open(num_slots, progress)
 
     def forget(self, tenant: str) -> None:
         """A library's models keep nothing in files."""

@@ -22,7 +22,8 @@ from argosy.engine.energy import co2_grams
 from argosy.engine.facts import WINDOW_TOKENS, EngineFacts
 from argosy.engine.ledger import Ledger
 from argosy.engine.loop import LoopFacts
-from argosy.engine.progress import RequestProgress, prompt_line
+from argosy.engine.progress import RequestProgress, RequestWait, prompt_line, wait_line
+from argosy.engine.sequence import WaitReason
 from argosy.serve.answer_metrics import AnswerMetrics
 from argosy.serve.cluster import Workers, WorkerState, worker_metrics
 from argosy.serve.core import ModelFacts, Service
@@ -31,7 +32,8 @@ from argosy.serve.models import Memory, Models, Standing, State
 
 log = logging.getLogger("argosy.serve")
 
-PROMPT_SAID_S = 10.0  # how often the log tells of a prompt that takes longer
+PROMPT_SAID_S = 10.0  # how often the log tells of a prompt or a wait that takes longer
+_MOST_WAITS_SAID = 8  # each time; the state has more
 
 
 class ModelState(Closed):
@@ -144,10 +146,30 @@ class RunningState(Closed):
     seconds_left: float | None
 
 
+class WaitingState(Closed):
+    """A request that has not run yet.
+
+    why: "turn": others run, as many as may at once; "memory": no room for its keys and values; "prompt": another
+        request computes the beginning of its prompt; "model": its model is being loaded; "room": other models have the
+        memory for its own.
+    ahead: requests of the same model that came before and wait, too.
+    seconds: since it waits.
+    share_done: of the model that is being loaded; null: not known.
+    """
+
+    id: str
+    model: str
+    why: WaitReason
+    ahead: int
+    seconds: float
+    share_done: float | None
+
+
 class EngineState(Closed):
     """The state of a server. If it has several models, `model` is the one used last, with its numbers.
 
     running: the prompts of all models that run, in order of arrival.
+    waiting: requests that have not run yet, likewise; the first hundred of each model. `queue` counts all.
     workers: machines that run experts; empty: the server runs alone.
     """
 
@@ -160,6 +182,7 @@ class EngineState(Closed):
     time: TimeState
     queue: QueueState
     running: list[RunningState]
+    waiting: list[WaitingState]
     kv: KvState
     heat: Heat | None
     workers: list[WorkerState]
@@ -229,6 +252,7 @@ def state_of(
         "time": {"wall_s": sum(facts.recent_parts.values()), "parts": dict(facts.recent_parts)},
         "queue": {"running": engine.num_running, "waiting": engine.num_waiting, "max_sequences": max_sequences},
         "running": [_running(one, name) for name, one in _requests(models)],
+        "waiting": [_waiting(one, name) for name, one in _waits(models)],
         "kv": {
             "blocks_total": engine.kv_blocks, "blocks_used": engine.kv_blocks_held,
             "blocks_cached": engine.kv_blocks_kept, "block_tokens": block_tokens,
@@ -246,6 +270,21 @@ def _requests(models: Models) -> Iterator[tuple[str, RequestProgress]]:
             yield service.model.id, one
 
 
+def _waits(models: Models) -> Iterator[tuple[str, RequestWait]]:
+    """The requests that have not run yet, each with the id of its model."""
+    yield from models.waits()
+    for service in models.services():
+        for one in service.loop.snapshot().waiting:
+            yield service.model.id, one
+
+
+def _waiting(one: RequestWait, model: str) -> WaitingState:
+    return {
+        "id": one.name, "model": model, "why": one.why, "ahead": one.ahead, "seconds": one.seconds,
+        "share_done": one.share_done,
+    }  # fmt: skip
+
+
 def _running(one: RequestProgress, model: str) -> RunningState:
     return {
         "id": one.name, "model": model, "prompt_tokens": one.prompt_tokens, "prompt_done": one.prompt_done,
@@ -255,14 +294,14 @@ def _running(one: RequestProgress, model: str) -> RunningState:
 
 
 async def watch_prompts(models: Models) -> None:
-    """Log how far long prompts are, until it is cancelled."""
+    """Log how far long prompts are, and what requests wait for, until it is cancelled."""
     while True:
         await asyncio.sleep(PROMPT_SAID_S)
         log_prompts(models)
 
 
 def log_prompts(models: Models) -> None:
-    """Log how far prompts are that have taken PROMPT_SAID_S or more."""
+    """Log how far prompts are, and what requests wait for, that have taken PROMPT_SAID_S or more."""
     for model, one in _requests(models):
         if one.is_reading and one.seconds >= PROMPT_SAID_S:
             line = prompt_line(one.prompt_done, one.prompt_tokens, one.seconds_left)
@@ -272,6 +311,17 @@ def log_prompts(models: Models) -> None:
                 "seconds_left": None if one.seconds_left is None else round(one.seconds_left),
             }  # fmt: skip
             log.info("%s %s", one.name, line, extra={"facts": facts})
+    for model, wait in _waits(models):
+        if wait.seconds >= PROMPT_SAID_S:
+            line = wait_line(wait.why, wait.ahead, wait.share_done)
+            facts = {
+                "event": "request_waits",
+                "request_id": wait.name,
+                "model": model,
+                "why": wait.why,
+                "ahead": wait.ahead,
+            }
+            log.info("%s %s", wait.name, line, extra={"facts": facts})
 
 
 def _sharing(one: Standing) -> SharingState:
