@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ MOE: dict[str, Any] = {
     "downloads": 1234567,
     "gated": False,
     "tags": ["transformers", "safetensors", "qwen3_moe", "license:apache-2.0"],
-    "safetensors": {"total": 30532122624},
+    "safetensors": {"parameters": {"BF16": 30532122624}, "total": 30532122624},
 }
 GGUF: dict[str, Any] = {
     "id": "bartowski/Qwen3-30B-A3B-GGUF",
@@ -108,6 +110,53 @@ def test_one_bounded_request_goes_to_the_hub_with_its_token(
     assert query["limit"] == ["100"]
     assert set(query["expand"]) == {"downloads", "gated", "gguf", "safetensors", "tags"}
     assert token == "Bearer hf_secret"
+
+
+_OF_THE_HUBS_CLIENT = """
+import sys
+from huggingface_hub import HfApi
+fields = ["downloads", "gated", "gguf", "safetensors", "tags"]
+print([one.id for one in HfApi().list_models(search=sys.argv[1], sort="downloads", limit=100, expand=fields)])
+"""
+
+
+def test_the_hubs_own_client_sends_the_same_request(
+    server: Served, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    server.models = [MOE]
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main(["search", "Qwen3 30b & more"]) == 0
+    # A process of its own: the client reads its environment once, when it is imported.
+    command = [sys.executable, "-c", _OF_THE_HUBS_CLIENT, "Qwen3 30b & more"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == f"{[MOE['id']]}\n", done.stderr
+    ours, theirs = (one for one in server.tokens if one[0].startswith("/api/models?"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("status", "token", "message", "hint"),
+    [
+        (401, "hf_old", "refuses the search: it answers 401", "unset HF_TOKEN, or set it to a valid token of this hub"),
+        (403, "", "refuses the search: it answers 403", "set HF_TOKEN to a token of this hub"),
+        (429, "", "answers 429: too many requests", "try again in 7 s; with HF_TOKEN set, the hub allows more"),
+        (503, "", "has a fault of its own: it answers 503", "try again later; HF_ENDPOINT names a mirror"),
+    ],
+)  # fmt: skip
+def test_a_search_that_is_refused_says_why_and_what_to_do(
+    server: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    status: int,
+    token: str,
+    message: str,
+    hint: str,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    server.refusal = (status, {"Retry-After": "7"}, b"")
+    assert main(["search", "qwen3"]) == 1
+    host = server.url.removeprefix("http://")
+    assert capsys.readouterr().err == f"error: {host} {message}\nhint: {hint}\n"
 
 
 @pytest.mark.parametrize(

@@ -426,6 +426,11 @@ class Hub:
             self.source.url
         )  # else a link of the hub has run out
         if is_own_host and status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            if not self.source.repository and not self.source.is_file:  # a search, which names no model
+                hint = "unset HF_TOKEN, or set it to a valid token of this hub"
+                if not self._redirects.has_token:
+                    hint = "set HF_TOKEN to a token of this hub"
+                return FetchFailed(f"{host} refuses the search: it answers {status}", hint=hint, what=what)
             hint = "check the spelling; for a private model, set HF_TOKEN to a token that may read it"
             if self._redirects.has_token:
                 hint = "check the spelling, and that the token in HF_TOKEN is valid and may read it"
