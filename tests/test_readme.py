@@ -1,4 +1,8 @@
-"""The commands of README and guides exist as written; the README's have an order that works, and its Python runs."""
+"""The commands of README and guides exist as written; the README's have an order that works, and its Python runs.
+
+What a guide shows of an output is compared with what the command prints: all of it where numbers are known beforehand,
+and otherwise its names, headings and sentences.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from argosy.cli.main import cli, main
 from tests.cli.tiny_chat_model import write_chat_model
+from tests.helpers.guides import shown_after
+from tests.helpers.hub_server import directory_files, served
+from tests.library.caches import GGUF
 from tests.serve.speaking import speaking, write_speaking_model
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +167,69 @@ def test_the_readmes_breakdown_has_the_lines_that_are_printed(
     shown = re.findall(r"```text\n(The capital of France.*?)```", README, flags=re.DOTALL)[0]
     assert {"tokens", "memory", "KV cache", "expert compute"} <= labels(shown)
     assert labels(capsys.readouterr().err) <= {*labels(shown), "energy"}  # where it is measured
+
+
+@pytest.fixture
+def new_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_search_prints_what_the_guide_shows(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models: list[dict[str, Any]] = [
+        {"id": "Qwen/Qwen3-30B-A3B", "downloads": 1234567, "safetensors": {"total": 30532122624}}
+        | {"tags": ["safetensors", "qwen3_moe", "license:apache-2.0"]},
+        {"id": "unsloth/Qwen3-30B-A3B-GGUF", "downloads": 123456, "tags": ["gguf", "license:apache-2.0"]}
+        | {"gguf": {"total": 30532122624, "architecture": "qwen3moe"}},
+        *({"id": f"others/{at}", "tags": ["safetensors", "qwen3"]} for at in range(61)),
+    ]
+    with served({}, models=models) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert main(["search", "qwen3", "30b"]) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).splitlines() == shown_after("getting-a-model.md", "argosy search qwen3 30b")
+
+
+def test_a_pull_prints_what_the_guide_shows(
+    new_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "unsloth/Qwen3-30B-A3B-GGUF"
+    beginning, size = directory_files(GGUF)["model.gguf"]
+    sizes = {"UD-IQ2_XXS": 10.3, "Q2_K": 11.3, "Q3_K_M": 14.7, "Q8_0": 32.5}
+    files = {f"m-{format}.gguf": (beginning, int(gb * 1e9)) for format, gb in sizes.items()}
+    files |= {f"m-BF16-0000{part}-of-00002.gguf": (beginning, int(61.1e9 / 2)) for part in (1, 2)}
+    files["m-Q4_K_M.gguf"] = beginning, size
+    with served(files, repository=name) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert main(["pull", name, "--formats"]) == 0
+        table = capsys.readouterr().out.splitlines()
+        assert main(["pull", f"{name}:Q4_K_M", "--yes"]) == 0
+        plan = capsys.readouterr().out.splitlines()
+
+    def cells(lines: list[str]) -> list[list[str]]:
+        return [re.split(r"  +", line) for line in lines]
+
+    *shown, last = shown_after("getting-a-model.md", f"argosy pull {name} --formats")
+    assert cells(table)[0] == cells(shown)[0]
+    of_a_format = {row[0]: row[1:3] for row in cells(table)}
+    for format, *row in cells(shown)[1:]:
+        assert format in of_a_format
+        if format != "Q4_K_M":  # it has its true size here
+            assert of_a_format[format][0] == row[0]
+    assert of_a_format["UD-IQ2_XXS"][1] == "not yet readable"
+    assert re.sub(r":\w+`", ":`", table[-1]) == re.sub(r":\w+`", ":`", last)
+
+    *shown, question = shown_after("getting-a-model.md", f"argosy pull {name}:Q4_K_M")
+    assert question == "Fetch it, under the licence apache-2.0? [y/N]:"
+    printed = {line.partition(" ")[0]: line for line in plan}
+    assert {line.partition(" ")[0] for line in shown} <= {*printed}
+    assert printed["licence"].replace(hub.url, "https://huggingface.co") == shown[1]
+    revision = re.compile("revision [0-9a-f]{12}")
+    assert revision.sub("", printed["model"]) == revision.sub("", shown[0])
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

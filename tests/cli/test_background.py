@@ -21,6 +21,7 @@ import pytest
 from argosy.cli import own_server
 from argosy.cli.main import main
 from argosy.cli.remote import DEFAULT_URL, default_url
+from tests.helpers.guides import shown_after
 
 Captured = pytest.CaptureFixture[str]
 WAIT_S = 120
@@ -84,7 +85,26 @@ def test_up_starts_a_server_that_ps_logs_top_and_stop_find(
     assert main(["connect", "aider"]) == 0  # other programs use the port
     assert process.address in capfd.readouterr().out
     assert main(["logs"]) == 0
-    assert f"serving model at {process.address}" in capfd.readouterr().out
+    log = capfd.readouterr().out
+    assert f"serving model at {process.address}" in log
+
+    # The guide shows what was printed.
+    def of_guide(command: str) -> list[str]:
+        text = "\n".join(shown_after("serving.md", command))
+        for example, ours in (
+            ("http://127.0.0.1:8080", process.address),
+            ("pid 4711", f"pid {process.pid}"),
+            ("Qwen3-30B-A3B", "model"),
+        ):
+            text = text.replace(example, ours)
+        return text.splitlines()
+
+    assert done.stdout.splitlines() == of_guide("argosy up Qwen3-30B-A3B --memory 16GiB")
+    assert {*of_guide("argosy serve ./Qwen3-30B-A3B --memory 16GiB")} <= {*log.splitlines()}
+    assert main(["memory", "900MiB"]) == 0
+    size = re.compile(r" *[0-9.]+ (?:MiB|GiB)")
+    said = size.sub(" SIZE", capfd.readouterr().out).splitlines()
+    assert said[:2] == size.sub(" SIZE", "\n".join(of_guide("argosy memory 8GiB"))).splitlines()[:2]
 
     # A second one starts nothing, and options that it cannot have are an error.
     assert main(["up"]) == 0

@@ -28,6 +28,7 @@ _MOST_HASHED = 64 << 20
 class Served:
     """A repository, and what was asked of it.
 
+    repository: its name, OWNER/NAME.
     refusal: a status, headers (an empty one is left out) and a body that answer every request.
     models: the answer to a search.
     lies: response headers by file name that replace the true ones; "status" replaces the status, and "stall" keeps the
@@ -39,6 +40,7 @@ class Served:
     """
 
     files: dict[str, tuple[bytes, int]]
+    repository: str = REPOSITORY
     refusal: tuple[int, dict[str, str], bytes] | None = None
     models: Any = None
     lies: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -103,7 +105,7 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
             address, _, query = self.path.partition("?")
             if address == "/api/models" and what.models is not None:
                 return self._send(200, json.dumps(what.models).encode())
-            if asked := re.fullmatch(rf"/api/models/{REPOSITORY}(?:/revision/([^/]+))?", address):
+            if asked := re.fullmatch(rf"/api/models/{what.repository}(?:/revision/([^/]+))?", address):
                 assert query == "blobs=true"
                 if (at := what.at(urllib.parse.unquote(asked[1] or ""))) is None:
                     return self._send(404, b"")
@@ -111,11 +113,11 @@ def served(files: Mapping[str, tuple[bytes, int]], **options: Any) -> Iterator[S
                     return self._send(302, b"", {"Location": f"{what.listing_from}{self.path}"})
                 listing = true_listing(at) if what.listing is None else what.listing
                 return self._send(200, json.dumps(listing).encode())
-            of_branch = re.fullmatch(rf"/{REPOSITORY}/resolve/([0-9a-f]+)/(.+)", self.path)
+            of_branch = re.fullmatch(rf"/{what.repository}/resolve/([0-9a-f]+)/(.+)", self.path)
             at = what.at(of_branch[1]) if of_branch is not None else None
             if of_branch is not None and at is not None and at is not what:
                 return self._file(of_branch[2], at)
-            found = re.fullmatch(rf"/(?:{REPOSITORY}/resolve/{REVISION}|storage)/(.+)", self.path)
+            found = re.fullmatch(rf"/(?:{what.repository}/resolve/{REVISION}|storage)/(.+)", self.path)
             if found is None or found[1] not in what.files:
                 return self._send(404, b"")
             if not self.path.startswith("/storage/") and found[1].endswith((".safetensors", ".gguf")):
