@@ -28,7 +28,7 @@ Captured = pytest.CaptureFixture[str]
 SMALL = REFERENCE / "mixtral_head_dim_tied_sharded"
 BUDGET = Summary(
     "mixtral", "f32", 6, 2, smallest_bytes=300 << 20, resident_bytes=400 << 20, context_tokens=128, num_layers=3,
-    vocab_size=90, num_parameters=1000, weight_bytes=4000, sampling={},
+    vocab_size=90, num_parameters=1000, weight_bytes=4000, sampling={}, media_kinds=[],
 )  # fmt: skip
 ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75}
 

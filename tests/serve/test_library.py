@@ -23,6 +23,7 @@ from argosy.serve.opened import Common, EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
 from tests.serve.conftest import start
+from tests.serve.seeing_model import write_seeing_model
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,29 @@ def test_a_model_shows_its_own_sampling_before_it_is_loaded_and_after(server: st
         ["temperature", "0.6"],
         ["top_k", "20"],
     ]
+
+
+def test_what_a_model_takes_is_listed_before_it_is_loaded_and_how_it_thinks_once_it_was_read(
+    hub: Path, server: str, tmp_path: Path
+) -> None:
+    add_to_hub(hub, "Acme/Seeing", write_seeing_model(tmp_path / "seeing"))
+
+    def shown() -> tuple[list[str], str | None, str]:
+        models = httpx.get(f"{server}/v1/models", timeout=60).json()["data"]
+        (one,) = (model for model in models if model["id"] == "Acme/Seeing")
+        return one["architecture"]["input_modalities"], one["capabilities"]["thinking"], one["state"]
+
+    assert shown() == (["text", "image", "audio", "video"], None, "unloaded")
+    assert post(f"{server}/api/show", {"model": "Acme/Seeing"}).status_code == 200
+    assert shown() == (["text", "image", "audio", "video"], "none", "unloaded")
+
+
+def test_a_model_is_planned_in_the_budget_that_is_given(hub: Path) -> None:
+    given = {"memory": 4 * GIB, "threads": 1, "max_sequences": 4, "max_waiting": 8}
+    library = ServedLibrary(given, shared_bytes(None, kept_bytes=1 << 20), None)
+    one, _ = library.look().offers
+    budgets = [one.make(budget)[0].plan.budget_bytes for budget in (None, 1 * GIB)]
+    assert budgets == [4 * GIB, 1 * GIB]
 
 
 def test_every_dialect_loads_a_model_of_the_library_by_its_name(

@@ -107,8 +107,9 @@ class FakeSource:
     def abilities(self, *, may_read: bool = False) -> Abilities:
         return Abilities()
 
-    def prepare(self) -> None:
+    def prepare(self, budget_bytes: int) -> None:
         self.prepared.append(True)
+        self.budget_bytes = budget_bytes
         if self.unready is not None:
             raise self.unready
 
@@ -661,6 +662,18 @@ def test_a_model_that_came_into_the_library_is_found_when_it_is_asked_for_and_on
         with pytest.raises(Refused, match="this server has: big"):
             await rig.ask("c")
         assert rig.models.names == ["big"]
+
+    run_library(test)
+
+
+def test_a_model_of_the_library_is_planned_in_the_present_budget() -> None:
+    async def test(rig: LibraryRig) -> None:
+        await rig.ask("a")
+        assert rig.a.budget_bytes == BUDGET
+        await rig.models.unload("a")
+        await rig.models.resize(700)
+        await rig.ask("a")
+        assert rig.a.budget_bytes == 700
 
     run_library(test)
 

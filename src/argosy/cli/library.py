@@ -23,6 +23,7 @@ _FACTS = {
     "vocab_size",
     "num_parameters",
     "weight_bytes",
+    "media_kinds",
     "sampling",
 }  # of `Summary`
 _MOST_FILES_SHOWN = 20

@@ -32,7 +32,7 @@ class ServedLibrary:
     """Finds the models of the library, and makes them ready for one process and one budget.
 
     Args:
-        given: options of every engine; `memory` is the budget of all.
+        given: options of every engine; `memory` is the budget of all at the start.
         process_bytes: memory of the process without models.
         recording: counts routing; None: nothing does.
     """
@@ -106,21 +106,25 @@ class ServedLibrary:
     def _facts_of(self, name: str, facts: Mapping[str, Any]) -> ModelFacts:
         from argosy.serve.core import ModelFacts
 
+        kinds = () if self._given.get("media") is False else tuple(facts["media_kinds"])
         return ModelFacts(
             id=name, family=facts["family"], context_tokens=facts["context_tokens"], num_layers=facts["num_layers"],
             num_experts=facts["num_experts"], experts_per_token=facts["experts_per_token"],
             vocab_size=facts["vocab_size"], num_parameters=facts["num_parameters"],
             weight_bytes=facts["weight_bytes"], created=self._since,
+            media_kinds=kinds, hears="native" if "sound" in kinds else "none",
             sampling=SamplingDefaults(**facts["sampling"]).overridden(self._given.get("sampling", {})),
         )  # fmt: skip
 
-    def _make(self, name: str, path: Path) -> tuple[ReadyModel, Speeds | None]:
+    def _make(self, name: str, path: Path, budget_bytes: int | None) -> tuple[ReadyModel, Speeds | None]:
         """Raises CheckpointError and related errors, and DoesNotFit."""
         from argosy.engine.options import configure, open_files
         from argosy.engine.shared import Wanted
 
-        files = open_files(path)
-        ready = self._making.ready(Wanted(name, files, configure(name, files, **self._given)))
+        files, given = open_files(path), dict(self._given)
+        if budget_bytes is not None:
+            given["memory"] = budget_bytes
+        ready = self._making.ready(Wanted(name, files, configure(name, files, **given)))
         return ready, speeds_of(ready, path)
 
 

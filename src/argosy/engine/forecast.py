@@ -15,7 +15,8 @@ from typing import Any, Literal
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.engine.memory_plan import MemoryPlan, plan_memory, plan_with_media
-from argosy.errors import BadMedia, DoesNotFit
+from argosy.errors import ArgosyError, BadMedia, DoesNotFit
+from argosy.media.parts import Kind
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
@@ -158,6 +159,11 @@ class Forecaster(Speeds):
         self._with_any_slots = replace(config, expert_slots=None)
         self._process_bytes = process_bytes
         self._model = files.config
+
+    @property
+    def media_kinds(self) -> list[Kind]:
+        """The media that a prompt may contain."""
+        return [kind for kind, one in self._footprint.processors.items() if not isinstance(one, ArgosyError)]
 
     def plan(self, budget_bytes: int) -> MemoryPlan:
         """The memory plan of a budget.

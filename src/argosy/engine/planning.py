@@ -291,6 +291,7 @@ class Summary:
     num_parameters: int
     weight_bytes: int
     sampling: dict[str, float]  # `SamplingDefaults.as_dict`
+    media_kinds: list[Kind]  # that a prompt may contain
 
 
 def summarise(path: Path) -> Summary:
@@ -317,6 +318,7 @@ def summarise(path: Path) -> Summary:
         num_parameters=count_parameters(files.config)[0],
         weight_bytes=files.dense_bytes + files.expert_bytes,
         sampling=declared_sampling(files).as_dict(),
+        media_kinds=found.media_kinds,
     )
 
 

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 _SWITCHES = ("enable_thinking", "thinking")  # Qwen3, GLM and others; DeepSeek
 _EFFORT = "reasoning_effort"  # gpt-oss and others
+
+
+ThinkingSwitch = Literal["none", "on-off", "efforts", "both"]
+"""What a chat template lets a caller choose: nothing, whether to think, how much, or both."""
+
+
+def switch_of(known: Collection[str]) -> ThinkingSwitch:
+    """The switch of a template that knows these variables."""
+    if _EFFORT not in known:
+        return "on-off" if set(_SWITCHES) & set(known) else "none"
+    return "both" if set(_SWITCHES) & set(known) else "efforts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

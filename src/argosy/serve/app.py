@@ -26,6 +26,7 @@ from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
 from argosy.media.parts import Hearing, Kind
 from argosy.prompt.prompt import ToolCalling
+from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve import (
     anthropic_messages,
     llama_infill,
@@ -127,13 +128,16 @@ class Modalities(Closed):
 
 
 class Capabilities(Closed):
-    """How tools and sounds reach the model.
+    """How tools and sounds reach the model, and what a request may choose.
 
     tools: `native` by its chat template, `generic` by a generic prompt, `none` not at all.
+    thinking: `on-off` (enable_thinking), `efforts` (reasoning_effort), `both` or `none`; null: the model's template was
+        not read yet.
     sound: `native` if the model hears, `transcript` if it reads what a transcriber heard, `none` if it takes no sound.
     """
 
     tools: ToolCalling
+    thinking: ThinkingSwitch | None
     sound: Hearing
 
 
@@ -251,7 +255,8 @@ _MODALITIES: Mapping[Kind, str] = {"picture": "image", "sound": "audio", "video"
 def _model(listing: Listing) -> Model:
     model, tools = listing.facts, listing.abilities.tools
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
-    more += ["reasoning_effort"] if listing.abilities.has_efforts else []
+    thinking = listing.abilities.thinking
+    more += [] if thinking in (None, "none") else ["reasoning_effort"]
     return {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
@@ -259,7 +264,8 @@ def _model(listing: Listing) -> Model:
             "input_modalities": ["text", *(_MODALITIES[kind] for kind in model.media_kinds)],
             "output_modalities": ["text"],
         },
-        "supported_parameters": [*_PARAMETERS, *more], "capabilities": {"tools": tools, "sound": model.hears},
+        "supported_parameters": [*_PARAMETERS, *more],
+        "capabilities": {"tools": tools, "thinking": thinking, "sound": model.hears},
         "state": listing.state, "default_parameters": cast(DefaultParameters, model.sampling.as_dict()),
     }  # fmt: skip
 
@@ -282,7 +288,8 @@ def _ears(service: Service) -> Model:
         "id": service.ears_id, "object": "model", "created": service.model.created, "owned_by": "argosy",
         "context_length": context_tokens, "max_model_len": context_tokens,
         "architecture": {"input_modalities": ["audio"], "output_modalities": ["text"]},
-        "supported_parameters": list(_EARS_PARAMETERS), "capabilities": {"tools": "none", "sound": "native"},
+        "supported_parameters": list(_EARS_PARAMETERS),
+        "capabilities": {"tools": "none", "thinking": "none", "sound": "native"},
         "state": "ready",
     }  # fmt: skip
 

@@ -41,7 +41,7 @@ from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.infill import Snippet
 from argosy.prompt.messages import require_few_values
 from argosy.prompt.prompt import Prompt
-from argosy.prompt.thinking import Thinking
+from argosy.prompt.thinking import Thinking, ThinkingSwitch, switch_of
 from argosy.serve.answer_metrics import AnswerWatch, Operation
 from argosy.serve.fields import PromptTokens, ReadOfPrompt, ignored_header
 from argosy.serve.gate import Caller, Refused
@@ -403,9 +403,9 @@ class Service:
         return await self.work.ears.run(caller.tenant, transcribe)
 
     @property
-    def has_efforts(self) -> bool:
-        """Whether the model's template supports a reasoning effort."""
-        return bool(Thinking(effort="medium").variables(self.prompts.variables))
+    def thinking(self) -> ThinkingSwitch:
+        """What its template lets a caller choose about thinking."""
+        return switch_of(self.prompts.variables)
 
     def intake(self, caller: Caller) -> Intake:
         """Create the intake for the pictures and sounds of a caller's request."""

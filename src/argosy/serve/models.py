@@ -39,6 +39,7 @@ from argosy.engine.progress import MOST_WAITS, RequestWait
 from argosy.engine.shares import IN_USE_S, Claim, divide
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.prompt.prompt import ToolCalling
+from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve.core import ModelFacts, Service, Work
 from argosy.serve.gate import Caller, Refused
 from argosy.serve.kept_items import KeptItems
@@ -72,17 +73,17 @@ class Abilities:
     """What a model's tokenizer and chat template say about it. The defaults are those of a model that was not read."""
 
     tools: ToolCalling = "generic"
-    has_efforts: bool = False
+    thinking: ThinkingSwitch | None = None
     can_infill: bool = False
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, tokenizer: Tokenizer | None, *, tools: ToolCalling, has_efforts: bool, can_infill: bool
+        cls, tokenizer: Tokenizer | None, *, tools: ToolCalling, thinking: ThinkingSwitch, can_infill: bool
     ) -> Abilities:
         return cls(
-            tools=tools, has_efforts=has_efforts, can_infill=can_infill,
+            tools=tools, thinking=thinking, can_infill=can_infill,
             chat_template=None if tokenizer is None else tokenizer.chat_template,
             special_tokens={} if tokenizer is None else tokenizer.special_tokens,
         )  # fmt: skip
@@ -127,8 +128,11 @@ class Source(Protocol):
     @property
     def most_slots(self) -> int: ...
 
-    def prepare(self) -> None:
-        """Have what is needed before it is opened, such as its floor. Raises what `open` raises, and DoesNotFit."""
+    def prepare(self, budget_bytes: int) -> None:
+        """Have what is needed before it is opened, such as its floor in the server's budget.
+
+        Raises what `open` raises, and DoesNotFit.
+        """
         ...
 
     def release(self) -> None:
@@ -564,7 +568,7 @@ class Models:
             assert entry.served is not None
             service = entry.served.service
             abilities = Abilities.of(
-                service.tokenizer, tools=service.prompts.tool_calling, has_efforts=service.has_efforts,
+                service.tokenizer, tools=service.prompts.tool_calling, thinking=service.thinking,
                 can_infill=service.prompts.can_infill,
             )  # fmt: skip
         return Listing(facts=entry.facts, state=entry.state, abilities=abilities)
@@ -715,7 +719,8 @@ class Models:
                     self._require_wanted()
                     if entry.fault is not None and self._clock() - entry.failed_at < _RETRY_S:
                         raise entry.fault.with_traceback(None)
-                    await self._attempt(entry, entry.source.prepare)
+                    assert self.memory is not None
+                    await self._attempt(entry, entry.source.prepare, self.memory.budget_bytes)
                     if await self._make_room(entry):
                         break
                     reading = [

@@ -132,7 +132,7 @@ def _shown(listing: Listing) -> Shown:
     model, abilities = listing.facts, listing.abilities
     can = {
         "completion": True, "tools": abilities.tools != "none", "insert": abilities.can_infill,
-        "thinking": abilities.has_efforts,
+        "thinking": abilities.thinking not in (None, "none"),
         "vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds,
     }  # fmt: skip
     return {

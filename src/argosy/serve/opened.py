@@ -29,7 +29,7 @@ from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
-from argosy.prompt.thinking import Thinking
+from argosy.prompt.thinking import switch_of
 from argosy.serve.core import ModelFacts, Service, Work
 from argosy.serve.kept_items import KeptItems
 from argosy.serve.log import where_it_failed
@@ -191,7 +191,7 @@ class EngineSource:
     def _abilities(self) -> Abilities:
         ready = self._ready
         return Abilities.of(
-            ready.tokenizer, tools=ready.tools, has_efforts=bool(Thinking(effort="medium").variables(ready.variables)),
+            ready.tokenizer, tools=ready.tools, thinking=switch_of(ready.variables),
             can_infill=ready.can_infill,
         )  # fmt: skip
 
@@ -199,7 +199,7 @@ class EngineSource:
         """See `models.Source`."""
         return self._abilities
 
-    def prepare(self) -> None:
+    def prepare(self, budget_bytes: int) -> None:
         """It is ready from start to end."""
 
     def release(self) -> None:
@@ -255,12 +255,13 @@ class Offer:
     """A model of a library.
 
     key: equal as long as its files are unchanged.
-    make: reads its tokenizer and plans it; raises DoesNotFit, CheckpointError and related errors.
+    make: reads its tokenizer and plans it in a budget, or in that of the server's start; raises DoesNotFit,
+        CheckpointError and related errors.
     """
 
     facts: ModelFacts
     key: object
-    make: Callable[[], tuple[ReadyModel, Speeds | None]]
+    make: Callable[[int | None], tuple[ReadyModel, Speeds | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +284,8 @@ class LazySource:
         self._source: EngineSource | None = None
         self._abilities: Abilities | None = None
 
-    def _read(self) -> EngineSource:
-        source = self._to_source(*self._make())
+    def _read(self, budget_bytes: int | None = None) -> EngineSource:
+        source = self._to_source(*self._make(budget_bytes))
         self._abilities = source.abilities()
         self.facts = replace(source.facts, created=self.facts.created)
         return source
@@ -297,11 +298,11 @@ class LazySource:
                     self._read()
         return self._abilities or Abilities()
 
-    def prepare(self) -> None:
+    def prepare(self, budget_bytes: int) -> None:
         """See `models.Source`."""
         with self._reading:
             if self._source is None:
-                self._source = self._read()
+                self._source = self._read(budget_bytes)
 
     def release(self) -> None:
         """See `models.Source`."""
