@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "plan": {"experts", "checkpoint", "_native"},
     "experts": {"checkpoint", "_native"},
     "model": {"experts", "prompt", "media", "checkpoint", "_native"},
-    "serve": {"engine", "prompt", "media", "guard", "observe"},
+    "serve": {"engine", "prompt", "media", "guard", "observe", "library"},
     "route": {"serve", "guard"},
     "batch": {"engine"},
     "evaluate": {"engine", "prompt", "model", "checkpoint", "library", "plan"},

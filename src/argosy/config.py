@@ -6,6 +6,7 @@ The command line and the environment are read in one place and become an `Engine
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -356,9 +357,11 @@ class SamplingDefaults:
     source: str = "Argosy: the checkpoint says nothing"
     notes: tuple[str, ...] = ()
 
-    def overridden(self, given: Mapping[str, float]) -> SamplingDefaults:
-        """The defaults with an operator's values."""
-        return replace(self, **given, source="this server's options") if given else self  # type: ignore[arg-type]
+    def overridden(
+        self, given: Mapping[str, float], source: str = "this server's options"
+    ) -> SamplingDefaults:
+        """The defaults with the values of an operator or a preset."""
+        return replace(self, **given, source=source) if given else self  # type: ignore[arg-type]
 
     def as_dict(self) -> dict[str, float]:
         """The values, by the name of their field."""
@@ -452,6 +455,67 @@ class SamplingParams(_Strict):
         for token_id, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
                 raise UsageError(f"logit_bias must be from -100 to 100, found {bias} for token {token_id}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A model under another name, with defaults for requests that do not say.
+
+    model: the whole name in the library, `demo` or an absolute path; for a server, the id of its model.
+    system: for conversations without a system message of their own.
+    messages: examples that come before every conversation, after its system message: `role` and `content`.
+    sampling: fields of `CHOOSING`.
+    context: most tokens of prompt and answer together; it makes no context larger.
+    """
+
+    name: str
+    model: str
+    system: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    context: int | None = None
+    thinks: bool | None = None
+    effort: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise UsageError(f"context must be at least 1, found {self.context}")
+        if self.thinks is False and self.effort is not None:
+            raise UsageError("an effort needs thinking, which is off")
+        self.fill_in(SamplingParams.asked({}))  # checks the values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it does to requests."""
+        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
+
+    def fill_in(self, params: SamplingParams) -> SamplingParams:
+        """The parameters of a request, with the preset's for those that it does not name."""
+        chosen: dict[str, Any] = {
+            name: value for name, value in self.sampling.items() if name in params.left_to_model
+        }
+        left = params.left_to_model - chosen.keys()
+        for name in ("max_tokens", "seed", "stop"):
+            if getattr(params, name) in (None, ()) and (value := getattr(self, name)) not in (None, ()):
+                chosen[name] = value
+        return replace(params, **chosen, left_to_model=left) if chosen else params
+
+    def with_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """A conversation with the preset's system message, unless it has one, and examples."""
+        num_first = next(
+            (at for at, one in enumerate(messages) if one.get("role") not in _SYSTEM_ROLES), len(messages)
+        )
+        first = list(messages[:num_first])
+        has_own = any(one.get("role") in _SYSTEM_ROLES for one in messages)
+        if self.system and not has_own:
+            first = [{"role": "system", "content": self.system}]
+        return [*first, *self.messages, *messages[num_first:]]
+
+
+_SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -381,7 +381,7 @@ def test_the_time_until_a_model_is_unloaded_is_told() -> None:
         rig.now += 100
         async with rig.using("a"):
             rig.now += 20
-            (a,), (b,) = rig.models.facts("a"), rig.models.facts("b")
+            a, b = rig.models.standing("a"), rig.models.standing("b")
             assert (a.unloads_in_s, b.unloads_in_s) == (600, 480)
 
     async def never(rig: Rig) -> None:
@@ -437,10 +437,10 @@ def test_a_name_is_found_with_and_without_the_tag_latest() -> None:
         rig.b.facts = replace(rig.b.facts, id="b:latest")
         models = Models.sharing([rig.a, rig.b], Memory(budget_bytes=BUDGET, process_bytes=PROCESS))
         for name, found in (("a", "a"), ("a:latest", "a"), ("b", "b:latest"), ("b:latest", "b:latest")):
-            assert [one.facts.id for one in models.facts(name)] == [found]
+            assert models.standing(name).facts.id == found
         for name in ("a:30b", "A:latest", ":latest", ""):
             with pytest.raises(Refused):
-                models.facts(name)
+                models.standing(name)
         await models.close()
 
     run(test)

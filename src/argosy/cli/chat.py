@@ -29,8 +29,10 @@ from argosy.cli.options import (
     engine_options,
     open_engine,
     sampling_options,
+    settings_of,
     split_options,
     take_thinking,
+    thinking_of,
     thinking_options,
     watermark_option,
 )
@@ -169,7 +171,10 @@ class _Engines:
         self._opened.close()
 
     def open(self, model: str) -> Engine:
-        self._engine = self._opened.enter_context(open_engine(model, self._settings))
+        from argosy.library.names import preset_of
+
+        settings = settings_of(preset_of(model), self._settings)
+        self._engine = self._opened.enter_context(open_engine(model, settings))
         self._model = model
         return self._engine
 
@@ -235,9 +240,11 @@ class Conversation:
         shows_thoughts: bool = False,
         switch: Callable[[str], tuple[Engine, ArgosyError | None]] | None = None,
     ) -> None:
+        from argosy.library.names import preset_of
         from argosy.prompt.thinking import WORDS, Thinking
 
         self._engine: Engine | None = engine
+        self._preset = preset_of(model)
         self._params = params
         self._model = model
         self._policy = policy
@@ -322,9 +329,15 @@ class Conversation:
         assert self._engine is not None  # only None while another is opened
         return self._engine
 
+    @property
+    def _own_params(self) -> SamplingParams:
+        """What is asked for, and what a preset says otherwise."""
+        return self._params if self._preset is None else self._preset.fill_in(self._params)
+
     def _set_system(self, text: str) -> None:
         if not text:
-            found = [message["content"] for message in self._start]
+            preset = None if self._preset is None else self._preset.system
+            found = [message["content"] for message in self._start] or ([preset] if preset else [])
             _say(*found or ["there is no system message"])
             return
         text = "" if text == '""' else text_or_file(text)
@@ -344,7 +357,8 @@ class Conversation:
         _say(f"thinking {said}")
 
     def _note_thinking(self) -> None:
-        if (shortfall := self._thinking.shortfall(self._open_engine.prompts.variables)) is not None:
+        asked = thinking_of(self._preset, self._thinking)
+        if (shortfall := asked.shortfall(self._open_engine.prompts.variables)) is not None:
             _say(f"note: {shortfall}")
 
     def _introduce(self) -> None:
@@ -379,7 +393,9 @@ class Conversation:
 
     def _build(self, messages: Sequence[Message], thinking: Thinking, **options: Any) -> Prompt:
         prompts = self._open_engine.prompts
-        variables = thinking.variables(prompts.variables)
+        variables = thinking_of(self._preset, thinking).variables(prompts.variables)
+        if self._preset is not None:
+            messages = [dict(one) for one in self._preset.with_messages(messages)]
         return prompts.build(self._readable(messages), variables=variables, **options)
 
     def _readable(self, messages: Sequence[Message]) -> list[Message]:
@@ -461,7 +477,7 @@ class Conversation:
             writer = AnswerWriter(
                 parser, shows_text=False, shows_thoughts=False, progress=prompt_shown(engine)
             )
-            result, _ = self._generate(prompt, replace(self._params, max_tokens=most_tokens), writer)
+            result, _ = self._generate(prompt, replace(self._own_params, max_tokens=most_tokens), writer)
         except PromptTooLong:
             _say("note: the turns are too long to be summarised")
             return []
@@ -475,13 +491,15 @@ class Conversation:
         return [question, {"role": "assistant", "content": text}]
 
     def _change_model(self, name: str) -> None:
+        from argosy.library.names import preset_of
+
         if name and self._switch is not None:
             self._engine = None  # if the switch fails, there is none
             self._engine, why = self._switch(name)
             if why is not None:
                 raise why
             self._last = None
-            self._model = name
+            self._model, self._preset = name, preset_of(name)
             if self._begun is not None:
                 self._begun = _Begun(self._begun.message)  # another vocabulary
             self._note_unreadable()
@@ -555,7 +573,7 @@ class Conversation:
             turns.pop()
         if not turns:
             raise UsageError("there is no message to answer again")
-        params = self._params.fill_in(self._open_engine.sampling)
+        params = self._own_params.fill_in(self._open_engine.sampling)
         if params.temperature == 0 or params.seed is not None:
             _say("note: the same answer will come: `argosy chat -t 0.7` without --seed makes answers differ")
         before, self.messages = self.messages, [*self._start, *turns[:-1]]
@@ -669,7 +687,7 @@ class Conversation:
 
     def _answer(self, begun: _Begun | None) -> tuple[Result, _Begun]:
         """Show one answer, or how it goes on; ^C ends it cleanly, between two steps."""
-        engine, params, said = self._open_engine, self._params, ""
+        engine, params, said = self._open_engine, self._own_params, ""
         messages = self.messages
         if begun is not None and not begun.tokens:  # as the API does
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]

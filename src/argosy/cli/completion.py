@@ -58,15 +58,28 @@ def answer(group: click.Group, asked: str) -> int:
 
 
 def models(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
-    """Names and aliases of models, and files and directories."""
+    """Names and aliases of models, presets, and files and directories."""
     from argosy.library import kept, places
 
-    names = [DEMO]
+    names = [DEMO, *_preset_names()]
     # A damaged file is reported when a command reads it, not between two keys.
     with suppress(ArgosyError, OSError):
         names += kept.read().aliases
         names += [model.name for model in places.find_models().models]
     return [*files(ctx, param, incomplete), *_beginning_with(incomplete, tuple(dict.fromkeys(names)))]
+
+
+def presets(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:
+    """Names of presets."""
+    return _beginning_with(incomplete, tuple(_preset_names()))
+
+
+def _preset_names() -> list[str]:
+    from argosy.library import presets
+
+    with suppress(ArgosyError, OSError):
+        return presets.names()
+    return []
 
 
 def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:

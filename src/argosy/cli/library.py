@@ -44,11 +44,14 @@ def list_models(shows_all: bool, as_json: bool) -> None:
       argosy list
       argosy list --json
     """
-    from argosy.library import kept
+    from argosy.cli.preset import lines as preset_lines
+    from argosy.library import kept, presets
     from argosy.library.places import find_models
     from argosy.plan import machine
 
     found, known = find_models(), kept.read()
+    named, faults = presets.find_all()
+    notes = [*found.notes, *faults]
     budget_bytes, _ = machine.default_budget(machine.memory_limit())
     rows = [
         _row(model, facts, known.used.get(model.name), budget_bytes)
@@ -71,7 +74,17 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     ]
     if as_json:
         print(
-            json.dumps({"models": rows, "aliases": known.aliases, "notes": found.notes}, ensure_ascii=False)
+            json.dumps(
+                {
+                    "models": rows,
+                    "aliases": known.aliases,
+                    "presets": {
+                        one.name: {**presets.facts_of(one), "messages": one.messages} for one in named
+                    },
+                    "notes": notes,
+                },
+                ensure_ascii=False,
+            )
         )
         return
     shown = [row for row in rows if shows_all or "family" in row or row.get("is_partial")]
@@ -80,13 +93,14 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     else:
         print_facts(["no models yet: `argosy search WORDS` finds some to pull, and `demo` comes with Argosy"])
     print_facts(f"alias     {alias} = {target}" for alias, target in known.aliases.items())
+    print_facts(f"preset    {line}" for line in preset_lines(named))
     if len(shown) < len(rows):
         others = len(rows) - len(shown)
         print(
             f"note: Argosy cannot run {counted(others, 'other model')}; --all lists {'it' if others == 1 else 'them'}",
             file=sys.stderr,
         )
-    for note in found.notes:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -43,6 +43,11 @@ _SUBJECTS = {
         "list": ("argosy.cli.library", "list_models", "List local models."),
         "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
         "alias": ("argosy.cli.library", "alias", "Give a model a short name."),
+        "preset": (
+            "argosy.cli.preset",
+            "preset",
+            "Name a system message, sampling and limits for a model.",
+        ),
         "rm": ("argosy.cli.library", "rm", "Remove a model."),
         "pack": ("argosy.cli.pack", "pack", "Convert a model so that each expert is one aligned read."),
         "card": ("argosy.cli.card", "card", "Write a model card: licence, hashes, drift, limits."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +20,7 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
     from argosy.cli.settings import Settings
-    from argosy.config import EngineConfig
+    from argosy.config import EngineConfig, Preset
     from argosy.engine.engine import Engine
     from argosy.experts.recording import OpenRecorder
     from argosy.experts.runner import ExpertGroup
@@ -145,13 +146,24 @@ _CHOOSING = (
         "--frequency-penalty", cls=Further, type=float, metavar="X", help="Lower them by X per occurrence."
     ),
 )  # fmt: skip
-_SAMPLING = (
+_THINKING = (
+    click.option(
+        "--think/--no-think", "thinks", default=None, help="Think first, or not; default: the model's."
+    ),
+    click.option(
+        "--effort", type=click.Choice(["low", "medium", "high"]), metavar="LEVEL", help="Think low, medium or high."
+    ),
+)  # fmt: skip
+_ENDING = (
     click.option(
         "-n", "--max-tokens", type=int, metavar="N", help="Most tokens; default: to the context's end."
     ),
     *_CHOOSING,
     click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be repeated."),
+)  # fmt: skip
+_SAMPLING = (
+    *_ENDING,
     click.option(
         "--logit-bias", cls=Further, multiple=True, metavar="ID=X", help="Add X to the logit of a token."
     ),
@@ -205,6 +217,13 @@ def take_choosing(options: dict[str, Any]) -> dict[str, float]:
     return chosen
 
 
+def preset_options(command: Command) -> Command:
+    """The options of requests that a preset can set."""
+    for option in reversed((*_THINKING, *_ENDING)):
+        command = option(command)
+    return command
+
+
 def sampling_options(command: Command) -> Command:
     for option in reversed(_SAMPLING):
         command = option(command)
@@ -246,21 +265,10 @@ def media_of() -> list[Image | Audio | Video]:
 
 def thinking_options(command: Command) -> Command:
     """Whether the model thinks, how much, and whether its thoughts are shown."""
-    options = (
-        click.option(
-            "--think/--no-think", "thinks", default=None, help="Think first, or not; default: the model's."
-        ),
-        click.option(
-            "--effort", type=click.Choice(["low", "medium", "high"]), metavar="LEVEL", help="Think low, medium or high."
-        ),
-        click.option(
-            "--thoughts/--no-thoughts",
-            "thoughts",
-            default=None,
-            help="Show or hide thoughts; default: on a tty.",
-        ),
-    )  # fmt: skip
-    for option in reversed(options):
+    command = click.option(
+        "--thoughts/--no-thoughts", "thoughts", default=None, help="Show or hide thoughts; default: on a tty."
+    )(command)
+    for option in reversed(_THINKING):
         command = option(command)
     return command
 
@@ -295,6 +303,27 @@ def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:
     if bias:
         given["logit_bias"] = bias
     return Settings.read(**engine), SamplingParams.asked(given)
+
+
+def settings_of(preset: Preset | None, settings: Settings) -> Settings:
+    """The settings of an engine for a preset: its context, if no other is given and as far as the model's goes.
+
+    Raises:
+        What `locate_model` and `open_files` raise.
+    """
+    from argosy.engine.options import locate_model, open_files
+
+    if preset is None or preset.context is None or settings.context is not None:
+        return settings
+    longest = open_files(locate_model(preset.model)).config.context_tokens
+    return replace(settings, context=min(preset.context, longest))
+
+
+def thinking_of(preset: Preset | None, thinking: Thinking) -> Thinking:
+    """What is asked of the model, or else what a preset asks of it."""
+    if preset is None or thinking.is_asked:
+        return thinking
+    return replace(thinking, thinks=preset.thinks, effort=preset.effort)
 
 
 def _logit_bias(pairs: Sequence[str]) -> dict[int, float]:

@@ -11,7 +11,7 @@ import click
 
 from argosy.cli import completion
 from argosy.cli.help_all import Command, Further
-from argosy.cli.options import engine_options, recorder_of
+from argosy.cli.options import engine_options, recorder_of, settings_of
 from argosy.cli.output import FITS, print_facts, short_number, table_lines
 from argosy.cli.plan_traffic import Traffic, Wanted
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, disk_size, format_bytes
@@ -105,6 +105,7 @@ def plan(
     from argosy.engine import calibration, kept_rates
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
     from argosy.engine.step_probe import measured_servers
+    from argosy.library.names import preset_of
     from argosy.plan.group import parse_count, parse_network
     from argosy.plan.money import Owner
 
@@ -116,6 +117,7 @@ def plan(
     between = parse_network(network or "10GbE")
     # This machine's environment says nothing about another machine.
     settings = Settings.read(None if machine == HERE else {}, **options)
+    settings = settings_of(preset_of(model), settings)
     if machine != HERE and (calibrate or verify):
         raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
     recorded = None if working_set is None else read_working_set(working_set)

@@ -23,8 +23,10 @@ from argosy.cli.options import (
     media_of,
     open_engine,
     sampling_options,
+    settings_of,
     split_options,
     take_thinking,
+    thinking_of,
     thinking_options,
     watermark_option,
 )
@@ -35,7 +37,7 @@ from argosy.config import DEMO, counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.config import Grammar, SamplingParams
+    from argosy.config import Grammar, Preset, SamplingParams
     from argosy.engine.engine import Engine
     from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result
@@ -105,6 +107,8 @@ def run(
       argosy run -f notes.txt "Summarise this."
       argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
+    from argosy.library.names import preset_of
+
     wanted = take_group(options)
     thinking = take_thinking(options)
     settings, params = split_options(options)
@@ -127,7 +131,10 @@ def run(
     if (at := find_model(model, url, no_server=no_server, is_quiet=quiet)) is not None:
         _ask(at, text, system, form, params, thinking, raw=raw, quiet=quiet, shows_thoughts=thoughts)
         return
-    request = _request(text, media_of(), system, raw)
+    if (preset := preset_of(model)) is not None:
+        params, thinking = preset.fill_in(params), thinking_of(preset, thinking)
+        settings = settings_of(preset, settings)
+    request = _request(text, media_of(), system, raw, preset)
     if settings.media is None and settings.ears is None:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
         settings = replace(settings, media=bool(media_of()))
@@ -283,7 +290,13 @@ def _read_schema(name: str) -> Grammar:
     return Grammar(kind="json_schema", text=text)
 
 
-def _request(text: str, media: Sequence[Image | Audio | Video], system: str | None, raw: bool) -> PromptLike:
+def _request(
+    text: str,
+    media: Sequence[Image | Audio | Video],
+    system: str | None,
+    raw: bool,
+    preset: Preset | None = None,
+) -> PromptLike:
     from argosy.media.parts import Text
     from argosy.prompt.prompt import Prompt
 
@@ -293,11 +306,12 @@ def _request(text: str, media: Sequence[Image | Audio | Video], system: str | No
         )
     if raw:
         return Prompt.raw(text)
-    if system is None and not media:
+    if system is None and not media and preset is None:
         return text
     parts = [*media, Text(text)] if text else [*media]
     question: Message = {"role": "user", "content": parts if media else text}
-    return [question] if system is None else [{"role": "system", "content": system}, question]
+    messages = [question] if system is None else [{"role": "system", "content": system}, question]
+    return messages if preset is None else preset.with_messages(messages)
 
 
 def _answer(

@@ -162,10 +162,11 @@ def serve(
       argosy serve model.gguf ./GLM-4.7-Flash --host 0.0.0.0 --keys keys.json
     """
     # Imported before the engine, because the memory plan counts the memory that the process already uses.
+    from argosy.cli.served_library import ServedPresets
     from argosy.cli.settings import Settings
     from argosy.guard.audit import check_audit
     from argosy.guard.keys import KeyFile
-    from argosy.library.names import look_up
+    from argosy.library.names import look_up, preset_of
     from argosy.serve.media_hosts import MediaHosts
     from argosy.serve.origins import Origins
     from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
@@ -179,7 +180,12 @@ def serve(
     require_keys_behind_proxy(listening.front, keys)
     if library:
         _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **options)
-    found = [] if library else [look_up(model) for model in models or (DEMO,)]
+    presets = {model for model in models if preset_of(model) is not None}
+    found: list[Named] = []
+    for model in [] if library else sorted(models or (DEMO,), key=presets.__contains__):
+        named = look_up(model)
+        if model not in presets or named.path not in [one.path for one in found]:
+            found.append(named)
     ids = _ids(found, names)
     idle_unload_s = None if idle_unload is None else parse_seconds(idle_unload)
     for name in preload:
@@ -198,6 +204,8 @@ def serve(
         guarding=None if policy is None else Guarding(policy),
         has_watermark=settings.watermark is not None,
         prefix_files_s=None if kept is None else kept.ttl_s,
+        presets=ServedPresets(None if library else dict(zip(ids, found, strict=True))),
+        default=next((model for model in models[:1] if model in presets), None),
     )  # fmt: skip
     if keys is not None:
         KeyFile(keys).read()

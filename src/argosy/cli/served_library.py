@@ -2,7 +2,7 @@
 
     files of all programs  ─ look ─>  Offers: facts from headers, other names, faults  ─ make ─>  ReadyModel
 
-A request names a model of the library or an alias, and never a path.
+A request names a model of the library, an alias or a preset, and never a path.
 
 Elsewhere: which model is in memory is `serve/models.py`; the library is `library/`.
 """
@@ -12,18 +12,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from argosy.config import DEMO, SamplingDefaults
+from argosy.config import DEMO, Preset, SamplingDefaults
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.options import Recording
     from argosy.engine.forecast import Speeds
     from argosy.engine.shared import ReadyModel
+    from argosy.library.names import Named
     from argosy.serve.core import ModelFacts
     from argosy.serve.opened import Offer, Offers
 
@@ -126,6 +127,58 @@ class ServedLibrary:
             given["memory"] = budget_bytes
         ready = self._making.ready(Wanted(name, files, configure(name, files, **given)))
         return ready, speeds_of(ready, path)
+
+
+class ServedPresets:
+    """The presets of a server's models; see `models.Presets`. Files are read each time, so a change has effect at once.
+
+    Args:
+        models: those of the server by their ids; None: it has the library.
+    """
+
+    def __init__(self, models: Mapping[str, Named] | None) -> None:
+        self._models = models
+
+    @cached_property
+    def _own_ids(self) -> Mapping[str, str]:
+        """The ids of the server's models, by what a preset calls them."""
+        from argosy.library.names import whole_name
+
+        found: dict[str, str] = {}
+        for name, model in (self._models or {}).items():
+            with suppress(ArgosyError):  # it is not here; the server says so when it opens it
+                is_whole = model.name is not None and not Path(model.name).is_absolute()
+                found[model.name if model.name and is_whole else whole_name(model.text)] = name
+        return found
+
+    def _ids(self) -> Mapping[str, str]:
+        if self._models is not None:
+            return self._own_ids
+        from argosy.library import kept
+
+        try:  # a model outside the library is served by its alias
+            return {
+                target: alias for alias, target in kept.read().aliases.items() if Path(target).is_absolute()
+            }
+        except UsageError:  # a damaged file of aliases; `argosy list` reports it
+            return {}
+
+    def find(self, name: str) -> Preset | None:
+        from argosy.library import presets
+
+        preset = presets.find(name)
+        return None if preset is None else self._served(preset, self._ids())
+
+    def all(self) -> list[Preset]:
+        from argosy.library import presets
+
+        ids = self._ids()
+        found = (self._served(preset, ids) for preset in presets.find_all()[0])
+        return [preset for preset in found if preset is not None]
+
+    def _served(self, preset: Preset, ids: Mapping[str, str]) -> Preset | None:
+        model = ids.get(preset.model, preset.model if self._models is None else None)
+        return None if model is None else replace(preset, model=model)
 
 
 def speeds_of(ready: ReadyModel, path: Path) -> Speeds | None:

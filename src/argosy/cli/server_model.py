@@ -279,9 +279,11 @@ def _entry_of(model: str, entries: Sequence[dict[str, Any]], address: str) -> di
     Raises:
         UsageError: there is none, or `model` is a path.
     """
-    from argosy.library.names import look_up
+    from argosy.library.names import Named, look_up, preset_of
 
     found = look_up(model)
+    if preset_of(model) is not None:  # its model alone would not do
+        found = Named(model, None, None)
     if found.name is None and found.path is not None and model != DEMO:
         raise UsageError(f"the server at {address} takes names of models, and {model} is a path")
     whole = found.name or model

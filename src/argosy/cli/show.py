@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from argosy.cli import completion
-from argosy.cli.options import engine_options
+from argosy.cli.options import engine_options, settings_of
 from argosy.cli.output import parameter_count, print_facts
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
@@ -34,14 +34,15 @@ def show(model: str, as_json: bool, **options: Any) -> None:
       argosy show ./mixtral.Q4_K_M.gguf --memory 75% --context 32768 --json
     """
     from argosy.cli.output import progress_bar
+    from argosy.cli.preset import lines as preset_lines
     from argosy.cli.settings import Settings
     from argosy.engine.options import locate_model, open_files, require_context
-    from argosy.library import names
+    from argosy.library import names, presets
     from argosy.model.families import config_alone
 
     settings = Settings.read(**options)
     with progress_bar() as progress:
-        name, path = names.name_of(model), locate_model(model, progress)
+        name, path, preset = names.name_of(model), locate_model(model, progress), names.preset_of(model)
     if (config := config_alone(path)) is not None:
         require_context(config, settings.context)
         facts = {"name": name, "path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
@@ -52,7 +53,16 @@ def show(model: str, as_json: bool, **options: Any) -> None:
         return
     files = open_files(path, mmproj=settings.mmproj)
     facts = {"name": name, **model_facts(files)}
+    if preset is not None:
+        facts["preset"] = {**presets.facts_of(preset), "messages": preset.messages}
+        facts["sampling"] |= preset.sampling
+        facts["sampling_source"] = (
+            f"the preset {preset.name}" if preset.sampling else facts["sampling_source"]
+        )
+        settings = settings_of(preset, settings)
     if not as_json:
+        if preset is not None:
+            print_facts([f"preset    {line}" for line in preset_lines([preset])])
         print_facts(fact_lines(facts))
     try:
         plan = _plan(model, files, settings)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from argosy.config import DEMO
 from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.strict_json import JsonError, parse_json
@@ -25,6 +26,7 @@ _MOST_BYTES = 8 << 20
 _MOST_USED = 1000  # models whose last use is remembered
 _VERSION = 1
 _LATEST = 1 << 37  # latest time; later ones have no date
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _MOST_CHARACTERS = 128  # per revision
@@ -63,6 +65,11 @@ class Kept:
 def is_revision(text: str) -> bool:
     """Whether a text can be a branch, a tag or a commit, and a path below `refs` in the hub's cache."""
     return len(text) <= _MOST_CHARACTERS and _REVISION.fullmatch(text) is not None
+
+
+def is_alias(text: str) -> bool:
+    """Whether a text can be an alias or the name of a preset, and the name of a file."""
+    return _ALIAS.fullmatch(text) is not None and text != DEMO
 
 
 def path() -> Path:

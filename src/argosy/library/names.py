@@ -1,4 +1,4 @@
-"""Find a model by what a caller writes: `demo`, a path, an alias, a name, or a part that only one name has.
+"""Find a model by what a caller writes: `demo`, a path, an alias or preset, a name, or a part that only one name has.
 
 A path that exists always wins, so that a command that names a file never begins to mean another. A name of the form
 OWNER/NAME is whole: it is never taken for a part of a longer one.
@@ -9,19 +9,17 @@ Elsewhere: `places.py` finds the models; `engine/options.py` has `locate_model`,
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from argosy.checkpoint.gguf import GGUF_SUFFIX
 from argosy.checkpoint.untrusted_file import quote
-from argosy.config import DEMO
+from argosy.config import DEMO, Preset
 from argosy.errors import ArgosyError, CheckpointError, UsageError
-from argosy.library import kept
+from argosy.library import kept, presets
 from argosy.library.places import Found, Model, find_models
 
-_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST_SHOWN = 12
 
 
@@ -85,7 +83,8 @@ def is_name(text: str) -> bool:
     if _exists(text):
         return Path(text).suffix == GGUF_SUFFIX or _exists(f"{text}/config.json")
     try:
-        return text in kept.read().aliases or find_exactly(text, find_models().models) is not None
+        known = (*kept.read().aliases, *presets.names())
+        return text in known or find_exactly(text, find_models().models) is not None
     except (ArgosyError, OSError):  # what a command reports when it opens its model
         return False
 
@@ -137,7 +136,7 @@ def add_alias(alias: str, target: str) -> str:
     Raises:
         UsageError: it cannot be an alias, or several models match the target.   CheckpointError: the target is nowhere.
     """
-    if not _ALIAS.fullmatch(alias) or alias == DEMO:
+    if not kept.is_alias(alias):
         raise UsageError(
             f"'{quote(alias)}' cannot be an alias",
             hint=f"an alias has at most 64 letters, digits, '.', '_' and '-', and is not '{DEMO}'",
@@ -145,18 +144,76 @@ def add_alias(alias: str, target: str) -> str:
     found = find_models()
     if any(model.name == alias for model in found.models):
         raise UsageError(f"'{alias}' is the name of a model already")
-    if target == DEMO:
-        whole = DEMO
-    elif _exists(target):
-        whole = str(Path(target).resolve())
-    else:
-        model = _find(target, found)
-        if model is None:
-            raise _unknown(target, found)
-        whole = str(model) if isinstance(model, Path) else model.name
+    if alias in presets.names():
+        raise UsageError(
+            f"'{alias}' is the name of a preset already", hint=f"`argosy preset {alias} --remove` forgets it"
+        )
+    whole = _stands_for(target, found)
     with kept.changing() as known:
         known.aliases[alias] = whole
     return whole
+
+
+def _stands_for(target: str, found: Found) -> str:
+    """`demo`, the absolute path of a file or directory, or the whole name of a model. Raises what `locate` raises."""
+    if target == DEMO:
+        return DEMO
+    if _exists(target):
+        return str(Path(target).resolve())
+    model = _find(target, found)
+    if model is None:
+        raise _unknown(target, found)
+    return str(model) if isinstance(model, Path) else model.name
+
+
+def preset_of(text: str) -> Preset | None:
+    """The preset that `text` names; None: it is a path that exists, an alias, or no preset.
+
+    Raises:
+        UsageError: its file, or that of the aliases, is damaged.
+    """
+    if text == DEMO or _exists(text) or text in kept.read().aliases:
+        return None
+    return presets.find(text)
+
+
+def base_of(name: str, target: str) -> str:
+    """The model of a new preset: what `target` means, by its name in the library even if a path of it is given.
+
+    Raises:
+        UsageError: the preset cannot have that name, or several models match the target.
+        CheckpointError: the target is nowhere.
+    """
+    if not kept.is_alias(name):
+        raise UsageError(
+            f"'{quote(name)}' cannot be the name of a preset",
+            hint=f"a name has at most 64 letters, digits, '.', '_' and '-', and is not '{DEMO}'",
+        )
+    found = find_models()
+    if find_exactly(name, found.models) is not None:
+        raise UsageError(f"'{name}' is the name of a model already")
+    if name in kept.read().aliases:
+        raise UsageError(f"'{name}' is an alias already", hint=f"`argosy alias {name} --remove` forgets it")
+    if (other := preset_of(target)) is not None:
+        raise UsageError(
+            f"'{target}' is a preset, and a preset is of a model", hint=f"its model is {quote(other.model)}"
+        )
+    return whole_name(target)
+
+
+def whole_name(target: str) -> str:
+    """The one name for what `target` means: its name in the library, even if a path of it is given; `demo`; or its
+    absolute path.
+
+    Raises:
+        UsageError: several models match.   CheckpointError: the target is nowhere.
+    """
+    found = find_models()
+    whole = _stands_for(target, found)
+    path = Path(whole)
+    return next(
+        (one.name for one in found.models if path.is_absolute() and one.path.resolve() == path), whole
+    )
 
 
 def remove_alias(alias: str) -> str:
@@ -182,19 +239,20 @@ def _exists(text: str) -> bool:
 
 
 def _find(text: str, found: Found) -> Model | Path | None:
-    aliases = kept.read().aliases
-    if text in aliases:
-        target = aliases[text]
+    target, what = kept.read().aliases.get(text), "alias"
+    if target is None and (preset := presets.find(text)) is not None:
+        target, what = preset.model, "preset"
+    if target is not None:
         if target == DEMO:
             return Path(DEMO)
         if Path(target).is_absolute():
             if not _exists(target):
-                raise CheckpointError(f"the alias '{text}' stands for {target}, which does not exist")
+                raise CheckpointError(f"the {what} '{text}' stands for {quote(target)}, which does not exist")
             return Path(target)
         if (model := _named(target, found.models, allow_part=False)) is None:
             raise CheckpointError(
-                f"the alias '{text}' stands for {quote(target)}, which is not here",
-                hint=f"`argosy alias {text} --remove` forgets it",
+                f"the {what} '{text}' stands for {quote(target)}, which is not here",
+                hint=f"`argosy {what} {text} --remove` forgets it",
             )
     elif (model := _named(text, found.models, allow_part=True)) is None:
         return None
@@ -248,7 +306,7 @@ def _unknown(text: str, found: Found) -> CheckpointError:
         return CheckpointError(f"{quote(text)} does not exist", path=Path(text))
     from argosy.checkpoint.hub import Source  # imports HTTP, which an engine does not need
 
-    names = [*(model.name for model in found.models), *kept.read().aliases]
+    names = [*(model.name for model in found.models), *kept.read().aliases, *presets.names()]
     short = {name.rpartition("/")[2].lower(): name for name in names}
     near = difflib.get_close_matches(text.rpartition("/")[2].lower(), short, n=3, cutoff=0.6)
     said = f"; near: {', '.join(short[name] for name in near)}" if near else ""

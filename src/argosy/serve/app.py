@@ -158,6 +158,7 @@ class Model(Closed):
 
     state: `ready` in memory, `loading`, `unloaded` until a request needs it, `failed` if it could not be opened.
     default_parameters: of models that answer; the one that transcribes has none.
+    parent: of a preset, the id of its model.
     """
 
     id: str
@@ -171,6 +172,7 @@ class Model(Closed):
     capabilities: Capabilities
     state: State
     default_parameters: NotRequired[DefaultParameters]
+    parent: NotRequired[str]
 
 
 class ModelList(Closed):
@@ -257,7 +259,7 @@ def _model(listing: Listing) -> Model:
     more = [*(() if tools == "none" else _TOOL_PARAMETERS)]
     thinking = listing.abilities.thinking
     more += [] if thinking in (None, "none") else ["reasoning_effort"]
-    return {
+    described: Model = {
         "id": model.id, "object": "model", "created": model.created, "owned_by": "argosy",
         "context_length": model.context_tokens, "max_model_len": model.context_tokens,
         "architecture": {
@@ -268,6 +270,9 @@ def _model(listing: Listing) -> Model:
         "capabilities": {"tools": tools, "thinking": thinking, "sound": model.hears},
         "state": listing.state, "default_parameters": cast(DefaultParameters, model.sampling.as_dict()),
     }  # fmt: skip
+    if model.preset is not None:
+        described["parent"] = model.preset.model
+    return described
 
 
 _EARS_PARAMETERS = (
@@ -295,7 +300,7 @@ def _ears(service: Service) -> Model:
 
 
 async def models(request: Request) -> ModelList:
-    """List the models of the server, and the one that transcribes if there is one."""
+    """List the models of the server and their presets, and the one that transcribes if there is one."""
     found = models_of(request)
     await found.look()
     data = [_model(listing) for listing in await asyncio.to_thread(found.listed)]

@@ -51,7 +51,7 @@ class ModelJudge:
             continues=False,
         )
         with ExitStack() as until:
-            caller = Caller(key=key, uses=self._models.id_of(check.model), running=self._running)
+            caller = Caller(key=key, uses=(self._models.id_of(check.model),), running=self._running)
             caller.go_on()
             service = await self._models.use(check.model, until)
             answers, _ = await service.open([lambda: request], caller)

@@ -14,6 +14,7 @@ engine's thread is `engine/loop.py`.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import sys
@@ -23,15 +24,15 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, Self, TypeVar, cast
 
-from argosy.config import Grammar, SamplingDefaults, SamplingParams
+from argosy.config import Grammar, Preset, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.engine.verification import Verification
-from argosy.errors import ArgosyError, UsageError
+from argosy.errors import ArgosyError, PromptTooLong, UsageError
 from argosy.guard.view import Shown
 from argosy.media.parts import Content, Hearing, Kind
 from argosy.media.transcript import Transcript, TranscriptOptions
@@ -116,7 +117,10 @@ Compare = Callable[[DecodeSteps], Verification]  # puts predictions beside recen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Facts about the model that clients can see."""
+    """Facts about the model that clients can see.
+
+    preset: names the model's id, and fills in what requests do not say; None: this is the model under its own name.
+    """
 
     id: str
     family: str
@@ -133,6 +137,13 @@ class ModelFacts:
     fingerprint: str = ""  # says which model it is, as `checkpoint/fingerprint.py` does
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # for requests that do not say
     created: int = field(default_factory=lambda: int(time.time()))
+    preset: Preset | None = None
+
+    def under(self, preset: Preset) -> ModelFacts:
+        """The same model under the name of one of its presets."""
+        context_tokens = min(self.context_tokens, preset.context or self.context_tokens)
+        sampling = self.sampling.overridden(preset.sampling, f"the preset {preset.name}")
+        return replace(self, id=preset.name, context_tokens=context_tokens, sampling=sampling, preset=preset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,7 +317,7 @@ def service_of(request: Request) -> Service:
 
 
 class Service:
-    """One model, for all dialects.
+    """One model, for all dialects, or one of its presets.
 
     Args:
         work: threads for the work before the engine; None: its own.
@@ -344,6 +355,13 @@ class Service:
         self._media_hosts = media_hosts
         self.work = Work() if work is None else work
         self._digests = _digests(model, tokenizer)
+
+    def under(self, preset: Preset) -> Self:
+        """The service for a request that names a preset: it shares everything with this one except its facts."""
+        made = copy.copy(self)
+        made.model = self.model.under(preset)
+        made._digests = {**self._digests, "preset_sha256": preset.digest}
+        return made
 
     @property
     def has_stopped(self) -> bool:
@@ -455,13 +473,14 @@ class Service:
 
         def begin(read: Read) -> dict[str, str]:
             with _holding_media(caller):
-                request = read()
+                request = self._filled_in(read())
                 caller.files.require_all()
                 if screening is not None:
                     request, _ = self._screened(request, screening, caller)
                     if not screening.policy.watermark:
                         request = replace(request, params=replace(request.params, watermark=False))
                 prompt, params, use, num_left_out = self._prepared(request, caller)
+                params = self._within_context(prompt, params)
                 caller.go_on()  # it may have ended while its prompt was made
                 answers.add(prompt, params, use, request.num_answers)
                 return self._headers(request, num_left_out)
@@ -479,9 +498,39 @@ class Service:
 
     def _asked_texts(self, read: Read, caller: Caller, screening: Screening) -> list[str]:
         with _holding_media(caller):
-            request = read()
+            request = self._filled_in(read())
             caller.files.require_all()
             return self._screened(request, screening, caller, counts=False)[1]
+
+    def _filled_in(self, request: ChatRequest | TextRequest) -> ChatRequest | TextRequest:
+        """The request with the preset's values where it does not say; a policy checks those as well."""
+        preset = self.model.preset
+        if preset is None:
+            return request
+        params = preset.fill_in(request.params)
+        if isinstance(request, TextRequest):
+            return replace(request, params=params)
+        request = replace(request, params=params, messages=preset.with_messages(request.messages))
+        thinking = Thinking(thinks=preset.thinks, effort=preset.effort)
+        is_silent = request.thinks is None and request.effort is None
+        if is_silent and thinking.variables(self.prompts.variables):
+            return replace(request, thinks=thinking.thinks, effort=thinking.effort)
+        return request
+
+    def _within_context(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """The parameters of an answer that stays within the context of the preset.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for it.
+        """
+        if self.model.preset is None or self.model.preset.context is None:
+            return params
+        num_tokens, available = len(prompt.token_ids or ()), self.model.context_tokens
+        least = max(1, params.min_tokens)
+        if num_tokens + least > available:
+            raise PromptTooLong.of(num_tokens, available, for_answer=least)
+        left = available - num_tokens
+        return replace(params, max_tokens=left if params.max_tokens is None else min(left, params.max_tokens))
 
     def _screened(
         self, request: ChatRequest | TextRequest, screening: Screening, caller: Caller, *, counts: bool = True
@@ -570,7 +619,8 @@ class Service:
 
         def count() -> tuple[int, dict[MediaTokens, int]]:
             with _holding_media(caller):
-                request = read()
+                request = self._filled_in(read())
+                assert isinstance(request, ChatRequest)
                 caller.files.require_all()
                 prompt = self._build(request, _tool_use(request), caller, is_counted=True)
                 return len(prompt.token_ids or ()), media_tokens([prompt])

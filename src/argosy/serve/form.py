@@ -100,7 +100,7 @@ def answering_form(
             raise no_ears()
         request.state.service = service
         caller: Caller = request.state.caller
-        caller.uses = service.ears_id
+        caller.uses = (service.ears_id,)
         caller.go_on()
         body = await read_form(request, model)
         service.require_ears(body.model)  # type: ignore[attr-defined]

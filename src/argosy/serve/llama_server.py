@@ -96,7 +96,8 @@ def _parameters(defaults: SamplingDefaults) -> GenerationParameters:
 
 async def slots(request: Request) -> list[Slot]:
     """Show how many answers are generated, as llama-server does."""
-    (standing,) = models_of(request).facts(await _named(request))
+    models = models_of(request)
+    standing = models.standing(*await models.named(request.query_params.get("model") or None))
     service = standing.service
     num_running = 0 if service is None else service.loop.snapshot().engine.num_running
     return [
@@ -106,7 +107,7 @@ async def slots(request: Request) -> list[Slot]:
 
 
 async def _named(request: Request) -> str:
-    """The id of the model that a request is about. Raises what `Models.id_of` raises."""
-    models, name = models_of(request), request.query_params.get("model") or None
-    await models.look(name)
-    return models.id_of(name)
+    """The id of the model that a request is about. Raises what `Models.named` and `id_of` raise."""
+    models = models_of(request)
+    name, preset = await models.named(request.query_params.get("model") or None)
+    return models.id_of(name) if preset is None else preset.name

@@ -10,6 +10,9 @@ after `idle_unload_s` without requests, or if a request asks for it and no other
 does not fit beside models that answer is refused. One that only experts of a model that is being read keep out waits
 until they can leave.
 
+A preset is a further name of a model: it loads nothing, and shares the model's engine, memory and queue. The name of a
+model always means the model.
+
 A server may have a library: its models come and go with their files (`Shelf`), and each is made ready, with tokenizer
 and plan, when it is loaded, and forgotten when it is unloaded.
 
@@ -33,11 +36,11 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
-from argosy.config import MIB, format_bytes
+from argosy.config import MIB, Preset, format_bytes
 from argosy.engine.memory_plan import require_budget
 from argosy.engine.progress import MOST_WAITS, RequestWait
 from argosy.engine.shares import IN_USE_S, Claim, divide
-from argosy.errors import ArgosyError, DoesNotFit, Overloaded
+from argosy.errors import ArgosyError, DoesNotFit, Overloaded, UsageError
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch
 from argosy.serve.core import ModelFacts, Service, Work
@@ -167,6 +170,22 @@ class Shelf(Protocol):
 
     def look(self) -> Shelved:
         """Find its models now. It may read headers of new ones: call it in a thread."""
+        ...
+
+
+class Presets(Protocol):
+    """The presets of a server's models as they are now, each with the id of its model. Call both in a thread."""
+
+    def find(self, name: str) -> Preset | None:
+        """The preset of that name; None: there is none, or none of a model that this server has.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        ...
+
+    def all(self) -> list[Preset]:
+        """Those that can be used."""
         ...
 
 
@@ -300,6 +319,8 @@ class Models:
         idle_unload_s: unload a model after so long without requests; None: only if its memory is needed.
         work: threads for the work before the engines.
         kept: items of earlier responses, of all models.
+        presets: None: there are none.
+        default: the name that requests mean that name no model; None: the first model.
         clock: seconds.
     """
 
@@ -313,8 +334,11 @@ class Models:
         work: Work,
         kept: KeptItems,
         shelf: Shelf | None = None,
+        presets: Presets | None = None,
+        default: str | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self._presets, self._default = presets, default
         self.is_draining = False  # the server is about to stop; requests that run go on, and load models
         self._is_stopped = False
         self.work = work
@@ -337,10 +361,13 @@ class Models:
         self._is_closed = asyncio.Event()
 
     @classmethod
-    def of(cls, service: Service) -> Models:
+    def of(cls, service: Service, *, presets: Presets | None = None, default: str | None = None) -> Models:
         """A server's only model, which is in memory from start to end."""
         entry = _Entry(None, _Lasting(service))
-        return cls([entry], memory=None, any_model=service.any_model, work=service.work, kept=service.kept)
+        return cls(
+            [entry], memory=None, any_model=service.any_model, work=service.work, kept=service.kept, presets=presets,
+            default=default,
+        )  # fmt: skip
 
     @classmethod
     def sharing(
@@ -353,13 +380,15 @@ class Models:
         work: Work | None = None,
         kept: KeptItems | None = None,
         shelf: Shelf | None = None,
+        presets: Presets | None = None,
+        default: str | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> Models:
         """Models that share a budget, and those of a library; none is in memory yet."""
         return cls(
             [_Entry(source) for source in sources],
             memory=memory, any_model=any_model, idle_unload_s=idle_unload_s, work=work or Work(),
-            kept=KeptItems() if kept is None else kept, shelf=shelf, clock=clock,
+            kept=KeptItems() if kept is None else kept, shelf=shelf, presets=presets, default=default, clock=clock,
         )  # fmt: skip
 
     # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -450,6 +479,49 @@ class Models:
             code="model_not_found",
         )  # fmt: skip
 
+    async def named(self, name: str | None) -> tuple[str | None, Preset | None]:
+        """The model that a request's name means, and the preset if it is one's. Looks at the library if need be.
+
+        Raises:
+            Refused: it is a preset that cannot be used.
+        """
+        if name is not None:
+            await self.look(name)
+        if self._presets is None or self._is_model(name or self._default):
+            return name, None
+        preset = await asyncio.to_thread(self._preset, name)
+        return (name, None) if preset is None else (preset.model, preset)
+
+    def _preset(self, name: str | None) -> Preset | None:
+        """The preset that a request's name means. Reads a file: call it in a thread. Raises what `named` raises."""
+        names = [] if name is None else [name]
+        if name is None or (self._any_model and self._known(name) is None):
+            names += [] if self._default is None else [self._default]
+        for one in names:
+            if self._presets is None or self._is_model(one):
+                return None
+            try:
+                preset = self._presets.find(one.removesuffix(LATEST))
+            except UsageError as error:
+                log.error("models: %s", error.message)
+                raise Refused(
+                    404, f"the preset {json.dumps(one)} cannot be used: its file is damaged",
+                    hint="`argosy preset NAME` on the server's machine says what is wrong", param="model",
+                    code="model_not_found",
+                ) from None  # fmt: skip
+            if preset is not None and self._known(preset.model) is not None:
+                return preset
+        return None
+
+    def _is_model(self, name: str | None) -> bool:
+        """Whether a model has exactly this name; a short form of one may be the name of a preset."""
+        return any(entry.name == name for entry in self._entries)
+
+    def presets(self) -> list[Preset]:
+        """The presets that requests can name. Reads files: call it in a thread."""
+        known = [] if self._presets is None else self._presets.all()
+        return [one for one in known if not self._is_model(one.name) and self._known(one.model) is not None]
+
     def id_of(self, name: str | None) -> str:
         """The id of the model with this name.
 
@@ -526,13 +598,18 @@ class Models:
         ready.sort(key=lambda entry: (entry.num_uses > 0, entry.used_at))
         return ready[-1].served.service if ready and ready[-1].served is not None else None
 
-    def facts(self, name: str | None = None) -> list[Standing]:
-        """The standing of each model, or of the one with this name.
+    def facts(self) -> list[Standing]:
+        """The standing of each model, without presets."""
+        return [self._standing(entry) for entry in self._entries]
+
+    def standing(self, name: str | None, preset: Preset | None = None) -> Standing:
+        """The standing of the model with a name, as `named` has both.
 
         Raises:
             Refused: there is no such model.
         """
-        return [self._standing(entry) for entry in self._named(name)]
+        found = self._standing(self._find(name))
+        return found if preset is None else replace(found, facts=found.facts.under(preset))
 
     def _standing(self, entry: _Entry) -> Standing:
         unloads_in_s = None
@@ -549,19 +626,23 @@ class Models:
         )
 
     def listed(self, name: str | None = None) -> list[Listing]:
-        """All models, or the one with this name. It may read a model's files and render its chat template: run it in a
-        thread.
+        """All models and presets, or the one with this name. It may read a model's files and render its chat template:
+        run it in a thread.
 
         Raises:
             Refused: there is no such model.   ArgosyError: it cannot be read.
         """
-        return [self._listing(entry, may_read=name is not None) for entry in self._named(name)]
-
-    def _named(self, name: str | None) -> list[_Entry]:
-        return self._entries if name is None else [self._find(name)]
+        if name is not None:
+            preset = self._preset(name)
+            return [self._listing(self._find(preset.model if preset else name), preset, may_read=True)]
+        return [self._listing(entry, may_read=False) for entry in self._entries] + [
+            self._listing(entry, preset, may_read=False)
+            for preset in self.presets()
+            if (entry := self._known(preset.model)) is not None
+        ]
 
     @staticmethod
-    def _listing(entry: _Entry, *, may_read: bool) -> Listing:
+    def _listing(entry: _Entry, preset: Preset | None = None, *, may_read: bool) -> Listing:
         if entry.source is not None:
             abilities = entry.source.abilities(may_read=may_read)
         else:
@@ -571,7 +652,8 @@ class Models:
                 service.tokenizer, tools=service.prompts.tool_calling, thinking=service.thinking,
                 can_infill=service.prompts.can_infill,
             )  # fmt: skip
-        return Listing(facts=entry.facts, state=entry.state, abilities=abilities)
+        facts = entry.facts if preset is None else entry.facts.under(preset)
+        return Listing(facts=facts, state=entry.state, abilities=abilities)
 
     async def resize(self, budget_bytes: int) -> None:
         """Have another memory budget from now on; requests go on meanwhile.
@@ -677,8 +759,9 @@ class Models:
         """Look at the library, and load models one after another. Raises what `use` raises."""
         await self.look()
         for name in names:
+            base, _ = await self.named(name)
             with ExitStack() as used:
-                await self.use(name, used)
+                await self.use(base, used)
 
     async def stop(self) -> None:
         """End running requests, and loads."""
@@ -938,12 +1021,11 @@ async def use_model(request: Request, name: str | None = None) -> Service:
     """
     caller: Caller = request.state.caller
     models = models_of(request)
-    if name is not None:
-        await models.look(name)
-    caller.uses = models.id_of(name)
+    name, preset = await models.named(name)
+    caller.uses = (models.id_of(name), *([] if preset is None else [preset.name]))
     caller.go_on()  # a model that is stopped is not loaded
     service = await models.use(name, caller.ending, caller.request_id)
-    request.state.service = service
+    request.state.service = service = service if preset is None else service.under(preset)
     return service
 
 

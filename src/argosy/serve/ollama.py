@@ -237,10 +237,9 @@ class GenerateExchange(LineExchange[GenerateBody, GenerateLine]):
 async def _load_or_unload(body: OllamaBody, request: Request, **said: Any) -> Response:
     """The answer to a request that only loads the model, or unloads it; `said` is what its line says otherwise."""
     models, ignored = models_of(request), body.ignored()
-    if body.model is not None:
-        await models.look(body.model)
-    model, *_ = models.facts(body.model)
-    is_unloaded = body.unloads and await models.unload(body.model)
+    name, preset = await models.named(body.model)
+    model = models.standing(name, preset)
+    is_unloaded = body.unloads and await models.unload(name)
     if is_unloaded:
         ignored.remove("keep_alive")
     line = {

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NotRequired
 
 from starlette.requests import Request
 
 from argosy.errors import UsageError
+from argosy.library import modelfile
 from argosy.serve.core import ModelFacts
 from argosy.serve.fields import Closed
 from argosy.serve.models import LATEST, Listing, Standing, models_of
@@ -54,7 +56,8 @@ class OllamaModels(Closed):
 class LoadedModel(Closed):
     """A loaded model, and when it is unloaded if no request uses it; nothing is on a GPU.
 
-    size: the memory that it has of a budget that models share, or of a server's only model the size of its weights.
+    size: the memory that it has of a budget that models share, or of a server's only model the size of its weights. A
+        preset shares its model's, and has none of its own.
     """
 
     name: str
@@ -71,8 +74,13 @@ class LoadedModels(Closed):
     models: list[LoadedModel]
 
 
+class Example(Closed):
+    role: str
+    content: str
+
+
 class Shown(Closed):
-    """A model. `template` is its chat template, in Jinja."""
+    """A model. `template` is its chat template, in Jinja. A preset may have a system message and examples."""
 
     modelfile: str
     parameters: str
@@ -81,6 +89,8 @@ class Shown(Closed):
     model_info: dict[str, Any]
     capabilities: list[str]
     modified_at: str
+    system: NotRequired[str]
+    messages: NotRequired[list[Example]]
 
 
 class ApiVersion(Closed):
@@ -91,7 +101,7 @@ async def tags(request: Request) -> OllamaModels:
     """List the models, as Ollama does."""
     models = models_of(request)
     await models.look()
-    return {"models": [_listed(standing.facts) for standing in models.facts()]}
+    return {"models": [_listed(listing.facts) for listing in await asyncio.to_thread(models.listed)]}
 
 
 def _listed(model: ModelFacts) -> OllamaModel:
@@ -103,8 +113,16 @@ def _listed(model: ModelFacts) -> OllamaModel:
 
 async def ps(request: Request) -> LoadedModels:
     """List the loaded models, as Ollama does."""
-    standings = models_of(request).facts()
-    return {"models": [_in_memory(standing) for standing in standings if standing.state == "ready"]}
+    models = models_of(request)
+    presets = await asyncio.to_thread(models.presets)
+    standings = [standing for standing in models.facts() if standing.state == "ready"]
+    standings += [
+        replace(standing, facts=standing.facts.under(preset))
+        for preset in presets
+        for standing in standings
+        if standing.facts.id == preset.model
+    ]
+    return {"models": [_in_memory(standing) for standing in standings]}
 
 
 def _in_memory(standing: Standing) -> LoadedModel:
@@ -112,7 +130,8 @@ def _in_memory(standing: Standing) -> LoadedModel:
     if standing.unloads_in_s is not None:
         expires_at = time_text(datetime.now(UTC) + timedelta(seconds=standing.unloads_in_s))
     return {
-        "name": tagged(model.id), "model": tagged(model.id), "size": standing.memory_bytes or model.weight_bytes,
+        "name": tagged(model.id), "model": tagged(model.id),
+        "size": 0 if model.preset is not None else standing.memory_bytes or model.weight_bytes,
         "digest": _digest(model), "details": _details(model), "expires_at": expires_at, "size_vram": 0,
         "context_length": model.context_tokens,
     }  # fmt: skip
@@ -135,22 +154,30 @@ def _shown(listing: Listing) -> Shown:
         "thinking": abilities.thinking not in (None, "none"),
         "vision": "picture" in model.media_kinds, "audio": "sound" in model.media_kinds,
     }  # fmt: skip
-    return {
+    shown: Shown = {
         "modelfile": "", "parameters": _parameters(model),
         "template": abilities.chat_template or "",
         "details": _details(model), "model_info": _model_info(model),
         "capabilities": [name for name, has in can.items() if has],
         "modified_at": _modified_at(model),
     }  # fmt: skip
+    if (preset := model.preset) is not None:
+        shown["modelfile"] = modelfile.written(preset, tagged(preset.model))
+        if preset.system is not None:
+            shown["system"] = preset.system
+        if preset.messages:
+            shown["messages"] = [{"role": one["role"], "content": one["content"]} for one in preset.messages]
+    return shown
 
 
 def _parameters(model: ModelFacts) -> str:
     """What an answer gets where its request does not say, as lines of a Modelfile."""
-    defaults = model.sampling.as_dict()
+    defaults: dict[str, Any] = model.sampling.as_dict()
     defaults["repeat_penalty"] = defaults.pop("repetition_penalty")
-    return "\n".join(
-        f"{name:<30} {value}" for name, value in {"num_ctx": model.context_tokens, **defaults}.items()
-    )
+    lines = [*{"num_ctx": model.context_tokens, **defaults}.items()]
+    if model.preset is not None:
+        lines += [one for one in modelfile.parameters_of(model.preset) if one[0] not in dict(lines)]
+    return "\n".join(f"{name:<30} {value}" for name, value in lines)
 
 
 async def api_version(request: Request) -> ApiVersion:
@@ -180,7 +207,8 @@ def _model_info(model: ModelFacts) -> dict[str, Any]:
 
 def _details(model: ModelFacts) -> Details:
     return {
-        "parent_model": "", "format": "", "family": model.family, "families": [model.family],
+        "parent_model": "" if model.preset is None else tagged(model.preset.model),
+        "format": "", "family": model.family, "families": [model.family],
         "parameter_size": _count(model.num_parameters), "quantization_level": "",
     }  # fmt: skip
 

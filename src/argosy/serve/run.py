@@ -62,7 +62,7 @@ from argosy.serve.listen import SOCKET_CLIENT, Certificate, Front, Listener
 from argosy.serve.log import LogFormat, LogWriter, where_it_failed
 from argosy.serve.media_hosts import MediaHosts
 from argosy.serve.memory import MemoryWatch
-from argosy.serve.models import Memory, Models
+from argosy.serve.models import Memory, Models, Presets
 from argosy.serve.opened import Common, EngineSource, LibraryShelf, Offers, Recording, facts_of, service_for
 from argosy.serve.origins import Origins
 from argosy.serve.running import Running
@@ -515,6 +515,8 @@ class ServerSettings:
     guarding: policies, and what is stopped; None: there are none.
     has_watermark: the engines mark what they sample.
     prefix_files_s: how long they keep prefixes in files; None: they do not.
+    presets: further names of the models; None: there are none.
+    default: the name that a request means that names no model; None: the first model.
     """
 
     host: str
@@ -538,6 +540,8 @@ class ServerSettings:
     co2_grams_per_kwh: float | None = None
     has_watermark: bool = False
     prefix_files_s: float | None = None
+    presets: Presets | None = None
+    default: str | None = None
 
     @property
     def practice(self) -> Practice:
@@ -612,7 +616,8 @@ def serve(
         )  # fmt: skip
         try:
             _run(
-                Models.of(service), ring, limits, sockets, settings, max_sequences=engine.settings.max_sequences,
+                Models.of(service, presets=settings.presets, default=settings.default), ring, limits, sockets, settings,
+                max_sequences=engine.settings.max_sequences,
                 expectation=expectation, auditor=auditor,
             )  # fmt: skip
         finally:
@@ -658,6 +663,7 @@ def serve_several(
             [] if callable(models) else [to_source(ready, speeds.get(ready.name)) for ready in models], memory,
             any_model=settings.any_model, idle_unload_s=idle_unload_s, work=common.work, kept=common.kept,
             shelf=LibraryShelf(models, to_source) if callable(models) else None,
+            presets=settings.presets, default=settings.default,
         )  # fmt: skip
         _run(
             shared, ring, limits, sockets, settings, max_sequences=max_sequences, preload=preload, auditor=auditor,

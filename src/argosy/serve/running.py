@@ -169,13 +169,13 @@ class Run:
     """A request, its client, and what has ended it.
 
     persons: the users that its client names.
-    uses: the id of the model that it uses; empty until it uses one.
+    uses: the id of the model that it uses, and its name if a preset is named; empty until it uses one.
     ended: why it has ended; None: it has not.
     """
 
     key: Key | None = None
     persons: Collection[str] = ()
-    uses: str = ""
+    uses: Collection[str] = ()
     ended: Exception | None = None
     running: Running = field(default_factory=Running)
     _task: asyncio.Task[object] | None = None  # while it runs

@@ -127,16 +127,18 @@ class Guarding:
             self._passed.clear()
         self.changed()
 
-    def why_not(self, key: Key | None, model: str, persons: Collection[str]) -> ArgosyError | None:
+    def why_not(
+        self, key: Key | None, models: Collection[str], persons: Collection[str]
+    ) -> ArgosyError | None:
         """Why a request may not run now, by what is stopped and who is blocked; None: it may.
 
         Args:
-            model: the id of the model that it uses, if it uses one.
+            models: the id of the model that it uses and the name of the preset, if it uses one.
             persons: all names by which its client means a person.
         """
         if key is not None and self.stops.has("key", key.id, key.name):
             return stopped("key")
-        if self.stops.has("model", model):
+        if self.stops.has("model", *models):
             return stopped("model")
         blocked = () if self._policies is None else self._policies.blocked_users
         if self.stops.has("user", *persons) or any(person in blocked for person in persons):

@@ -24,7 +24,7 @@ from argosy.serve.running import Running
 
 
 class StopBody(Strict):
-    """Stop a model by its id, a key by its id or name, or a person as clients name them; or let them go on."""
+    """Stop a model or preset, a key by its id or name, or a person as clients name them; or let them go on."""
 
     kind: Kind
     name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, examples=["demo"])]
@@ -65,8 +65,7 @@ async def stop(body: StopBody, request: Request) -> Stopped:
     """Stop something at once, or let it go on."""
     kept, names = _stops_of(request), {body.name}
     if body.kind == "model":
-        await models_of(request).look(body.name)
-        names = {_model_id(body.name, request)}
+        names = {await _model_id(body, kept, request)}
     elif body.kind == "key" and body.is_stopped:
         names = {_id_of_other_key(body.name, request)}
     elif body.kind == "key":
@@ -78,10 +77,16 @@ async def stop(body: StopBody, request: Request) -> Stopped:
     return _listed(kept)
 
 
-def _model_id(name: str, request: Request) -> str:
+async def _model_id(body: StopBody, kept: Stops, request: Request) -> str:
+    """The id of a model, or the name of a preset: stopping that leaves its model and other presets running."""
     models = models_of(request)
     hearing = models.hearing()
-    return name if hearing is not None and name == hearing.ears_id else models.id_of(name)
+    if hearing is not None and body.name == hearing.ears_id:
+        return body.name
+    if not body.is_stopped and kept.has("model", body.name):  # it may be gone
+        return body.name
+    name, preset = await models.named(body.name)
+    return models.id_of(name) if preset is None else preset.name
 
 
 def _id_of_other_key(name: str, request: Request) -> str:
