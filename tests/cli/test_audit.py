@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from argosy.cli import data
 from argosy.cli.main import main
 from argosy.guard.audit import Audit, AuditSettings, Content
 from argosy.guard.keys import KeyFile
@@ -183,6 +184,15 @@ def test_the_list_of_stores_has_sizes_of_what_is_here(
     assert stores["audit contents"]["bytes"] > 3 * len(CONTENT)
     assert stores["audit"]["bytes"] > stores["audit contents"]["bytes"]
     assert stores["prefix files"]["bytes"] is None
+    measured = directory / "cache"
+    measured.mkdir()
+    for name, size in (("rates-1.json", 3), ("rates-2.json", 4), ("drive-1.json", 5), ("demo", 100)):
+        (measured / name).write_bytes(bytes(size))
+    assert [data._size(measured / name) for name in ("rates-*.json", "drive-*.json", "none-*.json")] == [
+        7,
+        5,
+        0,
+    ]
     assert main(["data", "list"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^audit contents \(off by default\) +--audit, in content/ +30 days", out, re.MULTILINE)

@@ -71,6 +71,7 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
         "num_parameters": 82200,
         "weight_bytes": 164400,
         "sampling": SamplingDefaults().as_dict(),
+        "media_kinds": [],
         "fits": "resident",
     }
     assert found["Qwen/Qwen3-30B-A3B"]["last_used"] == pytest.approx(time.time(), abs=60)
@@ -91,7 +92,7 @@ def test_a_list_says_what_is_here_from_headers(models: Path, capsys: Captured) -
 
 
 @pytest.mark.parametrize("width", [46, 50, 80, 100])
-@pytest.mark.parametrize("command", [["list", "--all"], ["show", "qwen"], ["plan", "qwen"]])
+@pytest.mark.parametrize("command", [["list", "--all"], ["show", "qwen"], ["plan", "qwen"], ["data", "list"]])
 def test_a_narrow_terminal_breaks_no_word(
     command: list[str], width: int, models: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

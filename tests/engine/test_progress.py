@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from argosy.engine.progress import about, progress_of, prompt_line, wait_line
+from argosy.engine.progress import progress_of, prompt_line, rough_time, wait_line
 
 
 def sequence(**known: Any) -> Any:
@@ -68,9 +68,9 @@ def test_a_line_says_how_much_is_done_and_about_how_long_the_rest_takes() -> Non
     assert prompt_line(9216, 22851, 222.6) == "prompt 9,216 of 22,851 tokens (40 %), about 4 min left"
     assert prompt_line(0, 22851, None) == "prompt 0 of 22,851 tokens (0 %)"
     times = [0, 7, 52, 56, 100, 5399, 5400, 86400]
-    assert [about(seconds) for seconds in times] == [
-        "about 5 s", "about 5 s", "about 50 s", "about 1 min", "about 2 min", "about 90 min", "about 1.5 h",
-        "about 24.0 h",
+    assert [rough_time(seconds) for seconds in times] == [
+        "5 s", "5 s", "50 s", "1 min", "2 min", "90 min", "1.5 h",
+        "24.0 h",
     ]  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def show(
     last: int,
 ) -> None:  # fmt: skip
     """Show the last requests in the audit in DIR, as far as their lines are valid."""
-    from argosy.cli.output import write_text
+    from argosy.cli.output import table_lines, write_text
     from argosy.guard import chain
 
     if with_content and request_id is None:
@@ -121,10 +121,8 @@ def show(
                 for name, text in (said or {}).items():
                     write_text(f"── {name}\n{text}\n")
     else:
-        rows = [("TIME", "KIND", "KEY", "ROUTE", "STATUS", "TOKENS", "FINISH"), *map(_row, found)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        header = ("TIME", "KIND", "KEY", "ROUTE", "STATUS", "TOKENS", "FINISH")
+        print(*table_lines(header, [_row(line) for line in found]), sep="\n")
     _require_valid(report)
 
 

@@ -32,7 +32,10 @@ def status(url: str, key_file: Path | None, as_json: bool) -> None:
     from argosy.cli.settings import api_key
 
     workers = Server(url, api_key(key_file)).workers()
-    print(json.dumps(workers) if as_json else _shown(workers))
+    if as_json:
+        print(json.dumps(workers))
+    else:
+        _show(workers)
 
 
 @cluster.command("add")
@@ -55,8 +58,10 @@ def _change(what: str, host: str, url: str, key_file: Path | None) -> None:
     from argosy.cli.remote import Server
     from argosy.cli.settings import api_key
 
-    print(_shown(Server(url, api_key(key_file)).change_worker(what, host)))
+    _show(Server(url, api_key(key_file)).change_worker(what, host))
 
 
-def _shown(workers: list[dict[str, Any]]) -> str:
-    return "\n".join(worker_lines(workers)) or "this server runs without workers"
+def _show(workers: list[dict[str, Any]]) -> None:
+    from argosy.cli.output import print_facts
+
+    print_facts(worker_lines(workers) or ["this server runs without workers"])

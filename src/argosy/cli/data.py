@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.guard.stores import Store
 
+_HEADER = ("DATA", "WHERE", "HOW LONG", "OPTION", "ERASED BY", "NOW")
 _ERASED = {
     "key": "data erase",
     "revoke": "keys revoke",
@@ -47,20 +49,19 @@ _AUDIT = click.option("--audit", type=click.Path(path_type=Path), metavar="DIR",
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def list_stores(kv_dir: Path | None, audit: Path | None, as_json: bool) -> None:
     """List every kind of data that is kept: where, how long, what sets that, and what erases it."""
+    from argosy.cli.output import table_lines
     from argosy.guard.stores import STORES
 
     sizes = {store.name: _size(_place(store, kv_dir, audit)) for store in STORES}
     if as_json:
         print(json.dumps([{**asdict(store), "bytes": sizes[store.name]} for store in STORES]))
         return
-    rows: list[tuple[str, ...]] = [("DATA", "WHERE", "HOW LONG", "OPTION", "ERASED BY", "NOW")]
+    rows = []
     for store in STORES:
         name = store.name if store.by_default else f"{store.name} (off by default)"
         erased, size = _ERASED[store.erased], _told(sizes[store.name])
         rows.append((name, store.place, store.kept_for, store.option, erased, size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*table_lines(_HEADER, rows), sep="\n")
 
 
 @data.command("erase")
@@ -162,7 +163,7 @@ def _erase_audit(key_id: str, directory: Path, key_file: Path | None) -> int:
 
 
 def _place(store: Store, kv_dir: Path | None, audit: Path | None) -> Path | None:
-    """The file or directory of a store, if it is known."""
+    """The file, files or directory of a store, if that is known."""
     from argosy.guard.sealed import CONTENT
 
     given = {
@@ -176,13 +177,16 @@ def _place(store: Store, kv_dir: Path | None, audit: Path | None) -> Path | None
 
 
 def _size(path: Path | None) -> int | None:
-    """The bytes of a file, or of all files in a directory; None: it is not known."""
+    """The bytes of a file, of files with a pattern as their name, or of all in a directory; None: it is not known."""
     if path is None:
         return None
-    if not path.is_dir():
-        return path.stat().st_size if path.is_file() else 0
-    with Directory(path) as directory:
-        facts = [directory.stat(name) for name in directory.files()]
+    if path.is_file():
+        return path.stat().st_size
+    pattern, parent = ("*", path) if path.is_dir() else (path.name, path.parent)
+    if not parent.is_dir():
+        return 0
+    with Directory(parent) as directory:
+        facts = [directory.stat(name) for name in directory.files() if fnmatch(str(name), pattern)]
     return sum(one.st_size for one in facts if one is not None)
 
 

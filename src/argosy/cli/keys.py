@@ -53,18 +53,17 @@ def add(name: str, path: Path, **limits: object) -> None:
 @_FILE
 def list_keys(path: Path) -> None:
     """List keys: id, name, scopes, limits."""
+    from argosy.cli.output import table_lines
     from argosy.guard.keys import KeyFile
 
-    rows = [("ID", "NAME", "SCOPES", "LIMITS")]
+    rows = []
     for key in KeyFile(path).read():
         limits = (key.requests_per_minute, key.concurrent_requests, key.tokens_per_day)
         names = ("requests/min", "at once", "tokens/day")
         told = [f"{value} {name}" for value, name in zip(limits, names, strict=True) if value is not None]
         name = key.name if key.name.isprintable() else ascii(key.name)  # the file may be written by hand
         rows.append((key.id, name, ",".join(key.scopes), ", ".join(told) or "no limits"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*table_lines(("ID", "NAME", "SCOPES", "LIMITS"), rows), sep="\n")
 
 
 @keys.command("revoke")

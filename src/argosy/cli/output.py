@@ -416,9 +416,9 @@ class Shown(NamedTuple):
 
     @property
     def left(self) -> str:
-        from argosy.engine.progress import about
+        from argosy.engine.progress import rough_time
 
-        return "" if self.seconds_left is None else f"{about(self.seconds_left)} left"
+        return "" if self.seconds_left is None else f"about {rough_time(self.seconds_left)} left"
 
 
 def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:

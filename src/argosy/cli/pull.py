@@ -16,6 +16,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.library import ask
 from argosy.cli.output import FITS, print_facts, short_number, table_lines
 from argosy.config import counted, disk_size, format_bytes
+from argosy.engine.progress import rough_time
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
         fits += f"; {format_bytes(forecast.plan.total_bytes)} of {format_bytes(budget_bytes)}"
     here = f", {disk_size(download.here_bytes)} of them are here" if download.here_bytes else ""
     num_files = counted(len(download.files), "file")
-    times = ", ".join(f"{_duration(missing_bytes / rate)} at {name}" for rate, name in _RATES)
+    times = ", ".join(f"{rough_time(missing_bytes / rate)} at {name}" for rate, name in _RATES)
     lines = [
         f"model     {download.name}, revision {_revision(download)}",
         f"licence   {download.licence or 'not stated'}, see {download.source.url}/{download.source.repository}",
@@ -254,14 +255,6 @@ def _tower_lines(download: Download) -> list[str]:
 def _revision(download: Download) -> str:
     commit = download.source.revision
     return f"{download.asked}, {commit[:12]}" if download.asked not in ("", commit) else commit[:12]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -312,7 +305,7 @@ class _Lines:
             return
         self._last = now
         rate = (moment.done_bytes - self._here_bytes) / (now - self._start)
-        left = f", {_duration((moment.total_bytes - moment.done_bytes) / rate)} left" if rate > 0 else ""
+        left = f", {rough_time((moment.total_bytes - moment.done_bytes) / rate)} left" if rate > 0 else ""
         print(
             f"{disk_size(moment.done_bytes)} of {disk_size(moment.total_bytes)}, {rate / 1e6:.1f} MB/s{left}",
             file=sys.stderr,

@@ -132,13 +132,13 @@ def _rate(count: float, seconds: float) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
 
 
-def about(seconds: float) -> str:
-    """The time left, for people to read: `about 4 min`. More digits would claim too much precision."""
+def rough_time(seconds: float) -> str:
+    """An estimated time, for people to read: `4 min`. More digits would claim too much precision."""
     if seconds < 55:
-        return f"about {max(5, 5 * round(seconds / 5))} s"
+        return f"{max(5, 5 * round(seconds / 5))} s"
     if seconds < 90 * 60:
-        return f"about {round(seconds / 60) or 1} min"
-    return f"about {seconds / 3600:.1f} h"
+        return f"{round(seconds / 60) or 1} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def prompt_count(done: int, total: int) -> str:
@@ -157,4 +157,4 @@ def wait_line(why: str, ahead: int, share_done: float | None = None) -> str:
 def prompt_line(done: int, total: int, seconds_left: float | None) -> str:
     """The progress of a prompt, for people: `prompt 9,216 of 22,851 tokens (40 %), about 4 min left`."""
     line = f"{prompt_count(done, total)} ({100 * done // max(1, total)} %)"
-    return line if seconds_left is None else f"{line}, {about(seconds_left)} left"
+    return line if seconds_left is None else f"{line}, about {rough_time(seconds_left)} left"

@@ -20,7 +20,7 @@ class Store:
 
     Attributes:
         keeps: the data in it.
-        place: `memory` of a process, or the file or directory.
+        place: `memory` of a process, or the file, files or directory.
         kept_for: how long, at most.
         option: sets that, or switches the store off; empty: there is no option.
         by_default: whether it is kept without any option.
@@ -233,7 +233,7 @@ STORES = (
     Store(
         name="measured rates",
         keeps="speeds of this machine",
-        place="~/.cache/argosy",
+        place="~/.cache/argosy/rates-*.json",
         kept_for="until removed",
         option="",
         by_default=False,
@@ -243,7 +243,7 @@ STORES = (
     Store(
         name="rates of the drive",
         keeps="how fast it was read while models ran",
-        place="~/.cache/argosy",
+        place="~/.cache/argosy/drive-*.json",
         kept_for="30 days",
         option="--no-record",
         by_default=True,
