@@ -552,6 +552,34 @@ def test_a_model_is_chosen_from_a_list_with_states(browser: Browser) -> None:
     browser.until(lambda: browser.one("#models").get_attribute("value") == "small")
 
 
+def test_presets_are_below_their_model_and_settings_show_their_values(browser: Browser) -> None:
+    own = {"temperature": 0.6, "top_k": 20}
+    browser.server.about = {"default_parameters": own}
+    writer = entry("writer", parent=MODEL, default_parameters={"temperature": 1.2})
+    orphan = entry("orphan", parent="gone")
+    browser.server.others = [entry("small"), writer, orphan]
+    browser.open()
+    browser.until(lambda: browser.one("#models").is_displayed())
+    labels = "return [...document.querySelectorAll('#models option')].map((node) => node.textContent)"
+    assert browser.script(labels) == [MODEL, "\u2003writer", "small", "orphan"]
+
+    def shown() -> list[str | None]:
+        browser.press_button("Settings")
+        values = [browser.one(f"#{name}").get_attribute("placeholder") for name in ("temperature", "top-k")]
+        browser.press_button("Cancel")
+        return values
+
+    assert shown() == ["0.6", "20"]
+    browser.script(
+        "const list = document.getElementById('models'); list.value = 'writer'; list.dispatchEvent(new Event('change'))"
+    )
+    assert shown() == ["1.2", "model's own"]
+    talk(browser, "hello")
+    body = browser.server.requests[-1][1]
+    assert body["model"] == "writer"
+    assert not {"temperature", "top_k"} & body.keys()
+
+
 def test_the_context_that_is_left_is_shown_and_a_message_that_is_too_long(browser: Browser) -> None:
     browser.open()
     browser.until(lambda: browser.text("#context") == "Context: 32,768 tokens")

@@ -1,7 +1,7 @@
 // The models of the server: which one answers, whether it is loaded, and what it takes.
 //
-// One model is shown by its name. Several are a list to choose from, each with its state. A model without a state is
-// loaded. Models that read no text, such as transcribers, are left out.
+// One model is shown by its name. Several are a list to choose from, each with its state; presets are below their model.
+// A model without a state is loaded. Models that read no text, such as transcribers, are left out.
 
 import { getJson } from "./server.js";
 import { element } from "./units.js";
@@ -15,6 +15,14 @@ const wordsOf = (state) => (typeof state === "string" && !LOADED.has(state) ? st
 function chats({ architecture = {} }) {
   const { input_modalities: takes = ["text"], output_modalities: gives = ["text"] } = architecture;
   return takes.includes("text") && gives.includes("text");
+}
+
+/** Models in their order, each followed by its presets. */
+function grouped(all) {
+  const ids = new Set(all.map(({ id }) => id));
+  const isPreset = ({ id, parent }) => parent !== id && ids.has(parent);
+  return all.filter((one) => !isPreset(one)).flatMap((one) => (
+    [one, ...all.filter((other) => isPreset(other) && other.parent === one.id).map((other) => ({ ...other, isPreset: true }))]));
 }
 
 export class Models {
@@ -50,7 +58,7 @@ export class Models {
     clearTimeout(this.timer);
     try {
       const { data } = await getJson("/v1/models");
-      this.all = (data ?? []).filter(chats);
+      this.all = grouped((data ?? []).filter(chats));
       this.show();
       this.onLearned();
     } catch (error) {
@@ -63,13 +71,13 @@ export class Models {
 
   show() {
     const { all, current } = this;
-    const labelOf = ({ id, state }) => (wordsOf(state) ? `${id} (${wordsOf(state)})` : id);
+    const labelOf = ({ id, state, isPreset }) => `${isPreset ? "\u2003" : ""}${id}${wordsOf(state) && ` (${wordsOf(state)})`}`;
     const [label, list] = [byId("model"), byId("models")];
     const isChoice = all.length > 1;
     label.hidden = isChoice;
     list.hidden = !isChoice;
     if (current) {
-      label.textContent = label.title = labelOf(current);
+      label.textContent = label.title = list.title = labelOf(current).trim();
       document.title = `${current.id} \u2013 Argosy`;
     }
     if (isChoice) {

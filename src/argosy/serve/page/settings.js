@@ -39,6 +39,7 @@ export class Drawer {
    */
   constructor(parts) {
     Object.assign(this, parts);
+    this.empty = {};  // what an empty field shows if the model tells no value
     const drawer = byId("settings");
     byId("cancel-settings").addEventListener("click", () => drawer.close());
     byId("reset-settings").addEventListener("click", () => this.fill(DEFAULTS));
@@ -67,7 +68,8 @@ export class Drawer {
     const { default_parameters: own = {}, supported_parameters: known } = this.model() ?? {};
     for (const [name, id] of Object.entries(FIELDS)) {
       const value = own[NAMES[name]];
-      if (isNumber(value)) byId(id).placeholder = String(value);
+      this.empty[id] ??= byId(id).placeholder;
+      byId(id).placeholder = isNumber(value) ? String(value) : this.empty[id];
     }
     const canThink = !Array.isArray(known) || known.includes("reasoning_effort");
     byId("thinking-choice").hidden = !canThink && this.settings().thinking === null;
