@@ -283,6 +283,14 @@ def test_a_full_context_is_summarised_in_the_words_of_the_chat_and_the_summary_i
         "To fit the context, the model reads a summary in place of the first 2 messages: \u201clong one\u201d and its "
         "answer."
     )
+    kept = (
+        "const [done] = arguments; indexedDB.open('argosy').onsuccess = ({ target: { result: base } }) => {"
+        "  base.transaction('messages').objectStore('messages').getAll().onsuccess = ({ target }) => {"
+        "    base.close(); done(target.result.map((one) => one.state === 'done' && one.summary).filter(Boolean));"
+        "  };"
+        "};"
+    )
+    browser.until(lambda: browser.driver.execute_async_script(kept) == [summary])  # type: ignore[no-untyped-call]
     browser.driver.refresh()
     browser.until(lambda: browser.text(".left-out details p") == summary)
     browser.say("next")
@@ -830,14 +838,16 @@ def test_a_file_that_the_model_cannot_take_is_refused_beside_its_name(
     browser.until(lambda: browser.one("#files").get_attribute("accept").startswith(accepted))
     assert not browser.one("#record").is_displayed()
     sentence = "This model takes text files, PNG, JPEG, WEBP and GIF pictures."
-    for name, content in (("clip.mp4", b"ftyp"), ("old.doc", b"\xd0\xcf\x11\xe0")):
+    pdf = "PDF files are not read. Paste their text, or attach pictures of the pages."
+    unread = {"clip.mp4": b"ftyp", "old.doc": b"\xd0\xcf\x11\xe0", "paper.pdf": b"%PDF-1.7"}
+    for name, content in unread.items():
         (tmp_path / name).write_bytes(content)
-    choose(browser, files["tone.wav"], tmp_path / "clip.mp4", tmp_path / "old.doc")
-    browser.until(lambda: facts(browser) == [sentence] * 2 + ["This file is not text in UTF-8."])
+    choose(browser, files["tone.wav"], *(tmp_path / name for name in unread))
+    browser.until(lambda: facts(browser) == [sentence] * 2 + ["This file is not text in UTF-8.", pdf])
     browser.one("#prompt").send_keys("hello", Keys.ENTER)
     assert browser.server.conversations == []
     assert browser.one("#send").get_attribute("title") == "Remove the files that cannot be sent."
-    for name in ("tone.wav", "clip.mp4", "old.doc"):
+    for name in ("tone.wav", *unread):
         browser.one(f"[aria-label='Remove {name}']").click()
     browser.one("#prompt").send_keys(Keys.ENTER)
     browser.wait_for_the_answer()

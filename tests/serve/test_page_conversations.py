@@ -552,6 +552,40 @@ def test_a_model_is_chosen_from_a_list_with_states(browser: Browser) -> None:
     browser.until(lambda: browser.one("#models").get_attribute("value") == "small")
 
 
+@pytest.mark.parametrize(
+    ("thinking", "offered"),
+    [
+        ("none", None),
+        ("on-off", ["The model's default", "On", "Off"]),
+        ("efforts", ["The model's default", "Little", "Medium", "Much"]),
+        ("both", ["The model's default", "On", "Off", "Little", "Medium", "Much"]),
+        (None, ["The model's default", "On", "Off"]),  # a model of the library that was not read yet
+    ],
+)
+def test_settings_offer_the_thinking_that_the_model_has(
+    browser: Browser, thinking: str | None, offered: list[str] | None
+) -> None:
+    browser.server.about = {"capabilities": {"thinking": thinking}}
+    browser.open()
+    browser.until(lambda: browser.text("#model") == MODEL)
+    browser.press_button("Settings")
+    assert browser.one("#thinking").is_displayed() == (offered is not None)
+    if offered is None:
+        return
+    shown = "return [...document.querySelectorAll('#thinking option:not([hidden])')].map((node) => node.textContent)"
+    assert browser.script(shown) == offered
+    browser.one("#thinking").send_keys(offered[-1])
+    browser.one("#save-settings").click()
+    talk(browser, "hello")
+    sent = {
+        name: browser.server.requests[-1][1].get(name) for name in ("enable_thinking", "reasoning_effort")
+    }
+    is_effort = offered[-1] == "Much"
+    assert sent == {
+        "enable_thinking": None if is_effort else False, "reasoning_effort": "high" if is_effort else None
+    }  # fmt: skip
+
+
 def test_presets_are_below_their_model_and_settings_show_their_values(browser: Browser) -> None:
     own = {"temperature": 0.6, "top_k": 20}
     browser.server.about = {"default_parameters": own}

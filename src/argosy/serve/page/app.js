@@ -29,6 +29,7 @@ const conversation = new Conversation({
   onBusy: showBusy,
   onLedger: showLedger,
   onIgnored: showIgnored,
+  onNews: (text) => notify("news", text),
   onRefused: askForKey,
 });
 
@@ -364,7 +365,10 @@ function ask(question, action) {
   });
 }
 
-const SWITCHES = { enable_thinking: "This model has no switch for thinking: that setting had no effect." };
+const SWITCHES = {
+  enable_thinking: "This model has no switch for thinking: that setting had no effect.",
+  reasoning_effort: "This model cannot think more or less: that setting had no effect.",
+};
 
 function showIgnored(names) {
   const text = names.map((name) => SWITCHES[name]).find(Boolean);

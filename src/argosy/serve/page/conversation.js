@@ -28,7 +28,7 @@ export class Conversation {
    * `parts`: the elements `log`, `scroll`, `status`; `settings()` and `model()` give what the next request uses, and
    * `contextTokens()` what it may hold, or null;
    * `onKeep(record, tree, messages)` is called with messages to keep, `onChange()` whenever other messages are shown,
-   * `onBusy(isBusy)`, `onLedger(timings, usage)`, `onIgnored(names)` and `onRefused(error)` for other parts of the page.
+   * `onBusy(isBusy)`, `onLedger(timings, usage)`, `onIgnored(names)`, `onNews(text)` and `onRefused(error)` for other parts of the page.
    */
   constructor(parts) {
     Object.assign(this, parts);
@@ -285,7 +285,10 @@ export class Conversation {
     let keptAt = performance.now();
     view.wait();
     try {
-      if (policy) await this.makeRoom({ message, view, tree, settings, signal }, policy);
+      if (policy) {
+        await this.makeRoom({ message, view, tree, settings, signal }, policy);
+        this.onKeep(record, tree, [message]);
+      }
       this.say("Waiting for the model.");
       const path = tree.path(message.id);
       const body = {
@@ -347,7 +350,7 @@ export class Conversation {
       const body = {
         model: this.model(),
         messages: [...this.messagesOf(settings, path.slice(0, room.dropped), roomOf(path)), question],
-        ...sampling(settings), max_tokens: summaryTokens(limit), enable_thinking: false,
+        ...sampling({ ...settings, thinking: false, effort: null, maxTokens: summaryTokens(limit) }),
       };
       try {
         for await (const chunk of this.chunks(body, view, signal, () => {})) {
@@ -362,6 +365,7 @@ export class Conversation {
         room.summary = "";  // the turns are too long to be summarised
       }
       room.summary = room.summary.trim();
+      if (!room.summary) this.onNews("The oldest turns could not be summarised: they are left out without a summary.");
       view.wait();
     }
     Object.assign(message, room);

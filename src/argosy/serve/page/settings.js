@@ -7,16 +7,22 @@ import { isNumber } from "./units.js";
 
 /** Null, or an empty system message, leaves a choice to the server. */
 export const DEFAULTS = Object.freeze({
-  model: null, system: "", temperature: null, topP: null, topK: null, minP: null, maxTokens: null, seed: null, thinking: null,
+  model: null, system: "", temperature: null, topP: null, topK: null, minP: null, maxTokens: null, seed: null, thinking: null, effort: null,
   policy: null,  // what to do about a full context: null asks
 });
 
 const NAMES = {
   temperature: "temperature", topP: "top_p", topK: "top_k", minP: "min_p", maxTokens: "max_tokens", seed: "seed",
-  thinking: "enable_thinking",
+  thinking: "enable_thinking", effort: "reasoning_effort",
 };
 const FIELDS = { temperature: "temperature", topP: "top-p", topK: "top-k", minP: "min-p", maxTokens: "max-tokens", seed: "seed" };
-const THINKING = { "": null, on: true, off: false };
+export const EFFORTS = ["low", "medium", "high"];
+const THINKING = { on: { thinking: true }, off: { thinking: false }, ...Object.fromEntries(EFFORTS.map((effort) => [effort, { effort }])) };
+// What a model lets one choose, by its entry in /v1/models.
+const CHOICES = { none: [], "on-off": ["on", "off"], efforts: EFFORTS, both: ["on", "off", ...EFFORTS] };
+
+/** The choice of thinking in these settings, or "". */
+const thinkingOf = ({ thinking, effort }) => effort ?? { true: "on", false: "off" }[thinking] ?? "";
 export const POLICIES = ["trim", "summarise"];
 
 /** The fields of a request that these settings ask for. */
@@ -63,30 +69,36 @@ export class Drawer {
     if (needsKey) byId("key").focus();
   }
 
-  /** The model's own values in empty fields, and a switch for thinking unless it is known to have none. */
+  /** The model's own values in empty fields, and how it may think: on or off, how much, or both. */
   showModel() {
-    const { default_parameters: own = {}, supported_parameters: known } = this.model() ?? {};
+    const { default_parameters: own = {}, capabilities = {}, supported_parameters: known } = this.model() ?? {};
     for (const [name, id] of Object.entries(FIELDS)) {
       const value = own[NAMES[name]];
       this.empty[id] ??= byId(id).placeholder;
       byId(id).placeholder = isNumber(value) ? String(value) : this.empty[id];
     }
     const canThink = !Array.isArray(known) || known.includes("reasoning_effort");
-    byId("thinking-choice").hidden = !canThink && this.settings().thinking === null;
+    const choices = CHOICES[capabilities.thinking] ?? CHOICES[canThink ? "on-off" : "none"];
+    const chosen = thinkingOf(this.settings());
+    for (const option of byId("thinking").options) {
+      option.hidden = option.disabled = option.value !== "" && option.value !== chosen && !choices.includes(option.value);
+    }
+    byId("thinking-choice").hidden = !choices.length && !chosen;
   }
 
   fill(settings) {
     byId("system").value = settings.system;
     byId("policy").value = settings.policy ?? "";
     for (const [name, id] of Object.entries(FIELDS)) byId(id).value = settings[name] ?? "";
-    byId("thinking").value = Object.keys(THINKING).find((word) => THINKING[word] === settings.thinking);
+    byId("thinking").value = thinkingOf(settings);
   }
 
   save() {
     const typed = byId("key").value.trim();
     const isOtherKey = typed !== key();
     setKey(typed);
-    const chosen = { ...this.settings(), system: byId("system").value.trim(), thinking: THINKING[byId("thinking").value], policy: byId("policy").value || null };
+    const chosen = { ...this.settings(), system: byId("system").value.trim(), policy: byId("policy").value || null };
+    Object.assign(chosen, { thinking: null, effort: null, ...THINKING[byId("thinking").value] });
     for (const [name, id] of Object.entries(FIELDS)) chosen[name] = byId(id).value === "" ? null : byId(id).valueAsNumber;
     this.onSave(chosen);
     if (isOtherKey) this.onKey();

@@ -12,6 +12,9 @@ export const TEXT_ACCEPT = ["text/*", ...TEXT_ENDINGS.split(" ").map((ending) =>
 
 /** The text of a file. The error says what is wrong with it. */
 export async function readText(file) {
+  if (file.type === "application/pdf" || /\.pdf$/i.test(file.name)) {
+    throw new Error("PDF files are not read. Paste their text, or attach pictures of the pages.");
+  }
   if (file.size > MOST_TEXT_BYTES) {
     throw new Error(`A text file may have at most ${volume(MOST_TEXT_BYTES)}, and this one has ${volume(file.size)}.`);
   }

@@ -9,7 +9,7 @@
 // Text stays text. Nothing is imported unless all of it is valid.
 
 import { FORMATS, mediaType, MOST_KEPT_BYTES } from "./attachments.js";
-import { POLICIES } from "./settings.js";
+import { EFFORTS, POLICIES } from "./settings.js";
 import { LONGEST_NAME, MOST_TEXT_BYTES } from "./text_files.js";
 import { LONGEST_NOTE, LONGEST_TITLE, newId } from "./tree.js";
 import { count, volume } from "./units.js";
@@ -178,7 +178,7 @@ const SETTINGS = record({
   maxTokens: orNull(whole(1, 2 ** 31)),
   seed: orNull(whole(0, Number.MAX_SAFE_INTEGER)),
   thinking: orNull(truth),
-}, { topK: orNull(whole(0, 2 ** 31 - 1)), minP: orNull(number(0, 1)), policy: orNull(oneOf(...POLICIES)) });
+}, { topK: orNull(whole(0, 2 ** 31 - 1)), minP: orNull(number(0, 1)), policy: orNull(oneOf(...POLICIES)), effort: orNull(oneOf(...EFFORTS)) });
 const NAME = text(LONGEST_NAME);
 const TEXT_FILE = record({ kind: oneOf("text"), name: NAME, text: text(MOST_TEXT_BYTES) });
 const mediaFile = (kind) => record({ kind: oneOf(kind), name: NAME, format: oneOf(...FORMATS[kind]), data: orNull(base64) });
