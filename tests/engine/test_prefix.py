@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.config import KvDir
+from argosy.config import KV_BLOCK_TOKENS, KvDir
 from argosy.directory import Directory
 from argosy.engine import prefix_files
 from argosy.engine.sequence import Sequence
@@ -117,6 +117,23 @@ def test_a_prompt_that_was_cancelled_halfway_is_computed_from_there(model: Model
     assert num_computed == num_before == 192
     assert cached(again) == num_computed
     assert num_run == 300 - num_computed + NUM_NEW - 1
+    assert visible(again) == model.alone(prompt)
+
+
+def test_a_prompt_that_was_cancelled_beside_others_is_computed_from_its_last_full_block(model: Model) -> None:
+    """The others leave it parts of steps that do not end with a block."""
+    prompt, other = model.prompt(1, 300), model.prompt(2, 84)
+    with model.engine() as engine:
+        beside = engine.submit(other, GREEDY)
+        dropped = engine.submit(prompt, GREEDY)
+        while dropped.num_computed < 150:
+            engine.step()
+        num_computed = dropped.num_computed
+        engine.cancel(dropped)
+        run(engine, beside)
+        again = engine.generate(prompt, GREEDY)
+    assert num_computed < 300
+    assert cached(again) == num_computed - num_computed % KV_BLOCK_TOKENS
     assert visible(again) == model.alone(prompt)
 
 

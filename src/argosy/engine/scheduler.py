@@ -669,10 +669,20 @@ class Scheduler:
             given = least + min(count - least, left[sequence.tenant])
             if sequence.spans is not None:
                 given = sequence.spans.cut(at, at + given) - at
+            if least < given < count:
+                given = self._whole_blocks(sequence, given, least)
             left[sequence.tenant] -= given - least
             if given:
                 shared.append((sequence, given))
         return shared
+
+    def _whole_blocks(self, sequence: Sequence, given: int, least: int) -> int:
+        """End a part of a prompt after a full block, if it reaches one: a recurrent state is found again only there."""
+        at, spans = sequence.num_computed, sequence.spans
+        end = at + given - (at + given) % self._blocks.block_tokens
+        if self._states is None or end <= at + least or (spans is not None and spans.cut(at, end) != end):
+            return given
+        return end - at
 
     @staticmethod
     def _chunk_end(sequence: Sequence) -> int:
