@@ -353,3 +353,24 @@ def test_a_client_that_leaves_frees_its_server() -> None:
         assert left.wait(10)
         router.until_idle()
         assert router.fleet.servers[0].owed_tokens == pytest.approx(0.0)
+
+
+def test_a_whole_answer_of_a_server_that_stops_after_its_head_is_given_by_another() -> None:
+    """Its status was sent before it knew its end."""
+    servers: list[FakeServer] = []
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    def answer(connection: socket.socket) -> None:
+        asked = [server for server in servers if server.bodies]
+        if len(asked) == 1:
+            asked[0].ready = 503
+            said = b'{"error": {"message": "the server is stopping"}}'
+        else:
+            said = b'{"choices": []}'
+        connection.sendall(head + chunked(b"\n\n") + chunked(said + b"\n") + chunked(b""))
+
+    with faking(answer, answer) as (router, made), router.client() as client:
+        servers += made
+        got = client.post("/v1/chat/completions", json=ASKED | {"stream": False})
+    assert (got.status_code, got.json()) == (200, {"choices": []})
+    assert all(server.bodies for server in servers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.guard.keys import KeyRing
 from argosy.serve import app
+from argosy.serve import respond as respond_module
 from argosy.serve.anthropic_messages import CountBody, MessagesBody
 from argosy.serve.core import ChatRequest, Read, Said, Service, Step
 from argosy.serve.fields import Closed, NoEffect, Sampling, Text, Tokens
@@ -24,6 +26,7 @@ from argosy.serve.openai_completions import CompletionBody
 from argosy.serve.openai_responses_bodies import ResponsesBody
 from argosy.serve.openapi import Route
 from argosy.serve.respond import Exchange, respond
+from argosy.serve.streams import EventStream
 from tests.serve.conftest import start
 from tests.serve.record import read_events
 
@@ -106,6 +109,39 @@ def test_a_new_dialect_refuses_and_fails_like_the_others(plainly: httpx.Client) 
     )
     assert "".join(event["data"]["text"] for event in said) == "It is"
     assert last["data"] == json.loads(failed.text)
+
+
+def test_a_whole_answer_that_comes_late_follows_line_breaks_and_a_late_failure_has_only_its_body(
+    plainly: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients wait five or ten minutes for the head of an answer, and as long for each part of it."""
+    asked = {"ask": "#plain", "temperature": 0, "mood": "cheerful"}
+    failing = {"ask": "#fail", "temperature": 0}
+    soon, failed = plainly.post("/plain", json=asked), plainly.post("/plain", json=failing)
+    keep_alive, folded, has_begun = EventStream._keep_alive, respond_module.folded, asyncio.Event()
+
+    async def at_once(self: EventStream, write: Any) -> None:
+        await write(self._idle)
+        has_begun.set()
+        await keep_alive(self, write)
+
+    async def late_folded(exchange: PlainExchange) -> Any:
+        await has_begun.wait()
+        has_begun.clear()
+        return await folded(exchange)
+
+    monkeypatch.setattr("argosy.serve.streams.WHOLE_S", 0)
+    monkeypatch.setattr(EventStream, "_keep_alive", at_once)
+    monkeypatch.setattr(respond_module, "folded", late_folded)
+    late = plainly.post("/plain", json=asked)
+    assert (late.status_code, late.text) == (200, "\n" + soon.text)
+    assert late.headers["content-type"] == soon.headers["content-type"]
+    assert late.headers["x-ignored-params"] == "mood"
+    assert late.json() == soon.json()
+    late = plainly.post("/plain", json=failing)
+    assert (failed.status_code, late.status_code) == (400, 200)
+    assert late.text.startswith("\n")
+    assert late.json() == failed.json()
 
 
 def test_a_refused_prompt_cancels_the_prompts_before_it(

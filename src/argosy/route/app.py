@@ -53,7 +53,7 @@ from argosy.serve.core import Work
 from argosy.serve.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
 from argosy.serve.held import Pool, Share
 from argosy.serve.origins import Origins
-from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, error_event, sse
+from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse
 from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.serve")
@@ -143,10 +143,8 @@ class Router:
         exchange = _Exchange(self, asked, caller, dialect_of(asked.route))
         try:
             await exchange.begin()
-            if exchange.encoding is None:
-                body = await exchange.whole()
-                exchange.close()
-                return _response(exchange.reply, body)
+            if exchange.encoding is None and not exchange.is_awaited:
+                return await exchange.answer()
         except BaseException:
             exchange.close()
             raise
@@ -155,6 +153,10 @@ class Router:
             for name, value in _returned(exchange.reply.headers)
             if name != b"content-type"
         }
+        if exchange.encoding is None:
+            return await answer_whole(
+                exchange.answer(), caller, exchange.close, dialect=dialect_of(asked.route), headers=headers
+            )
         return EventStream(
             exchange.events(), caller, exchange.close, encoding=exchange.encoding, failed=exchange.failed,
             headers=headers, idle=exchange.idle,
@@ -307,6 +309,8 @@ class _Exchange:
         streams = {one.media_type: one for one in (SSE, JSON_LINES)}
         self.encoding = streams.get(kind) if reply.status == 200 else None
         self.idle = b": keep-alive\n\n" if self.encoding is SSE else b""
+        # The server has begun a whole answer, and its end may take long.
+        self.is_awaited = self.reply.status == 200 and kind == "application/json"
 
     async def _leave(self, server: Server, error: ArgosyError) -> None:
         """Note that `server` has failed this request.
@@ -326,8 +330,15 @@ class _Exchange:
                 message = "the server failed, and only that server keeps what this request refers to"
             raise Broken(message, hint="send the request again") from None
 
-    async def whole(self) -> bytes:
-        """The whole answer. Raises what `begin` raises."""
+    async def answer(self) -> Response:
+        """The answer, once it is whole. Raises what `begin` raises."""
+        try:
+            body = await self._whole()
+            return _response(self.reply, body)
+        finally:
+            self.close()
+
+    async def _whole(self) -> bytes:
         while True:
             server = self._server
             assert server is not None
@@ -337,9 +348,13 @@ class _Exchange:
                     async for part in parts:
                         self._share.hold(2 * len(part))  # it is copied once
                         body += part
+                # It began before the server knew its end, and so has the status 200 in any case.
+                has_failed = body.startswith(b"\n") and is_failure(parse_event(bytes(body)))
+                if has_failed and await self._fleet.check(server) != "up":
+                    raise ServerGone(f"{server.address} is stopping", server=str(server.address))
                 self._count_whole(body)
                 return self._returned_ids(bytes(body))
-            except ServerGone as error:
+            except (ServerGone, BadStream) as error:
                 self._share.release()
                 await self._leave(server, error)
                 await self.begin()

@@ -2,7 +2,7 @@
 
 An answer that comes whole comes at its end, so its head may take `ANSWER_S`. A stream begins when its request is read
 and its model is loaded, within `HEAD_S`. After the head a server may be silent for `STALL_S`: it sends a sign of life
-every ten seconds of a stream.
+every ten seconds of a stream, and of a whole answer that has begun.
 
     Address  ->  Reply.connect  ->  ask: method, path, headers, body  ->  status, headers, then parts of the body
 

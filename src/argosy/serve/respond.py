@@ -26,7 +26,7 @@ from argosy.errors import PromptTooLong
 from argosy.serve.core import Answers, Read, Service, Step, service_of
 from argosy.serve.gate import Caller, Dialect
 from argosy.serve.media_parts import media_in
-from argosy.serve.streams import COMMENT, DONE, SSE, Encoding, EventStream, error_event, sse
+from argosy.serve.streams import COMMENT, DONE, SSE, Encoding, EventStream, answer_whole, error_event, sse
 
 
 class Asked(Protocol):
@@ -125,7 +125,13 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
             streamed(exchange), caller, exchange.answers.cancel, encoding=kind.encoding, idle=exchange.idle(),
             headers=headers, failed=exchange.failed,
         )  # fmt: skip
-    return JSONResponse(await folded(exchange), headers=headers)
+
+    async def whole() -> Response:
+        return JSONResponse(await folded(exchange), headers=headers)
+
+    return await answer_whole(
+        whole(), caller, exchange.answers.cancel, dialect=exchange.errors, headers=headers
+    )
 
 
 async def streamed(exchange: Exchange[Body, Event]) -> AsyncGenerator[bytes, None]:

@@ -2,6 +2,9 @@
 
     an event  ->  Encoding.write  ->  bytes: a server-sent event, or a line of JSON
 
+An answer that is not streamed begins when it is whole, or after WHOLE_S: then line breaks, which JSON allows before its
+value, keep the connection alive until it comes. Clients give up after five or ten silent minutes, proxies after one.
+
 Elsewhere: the content and the encoding are up to each dialect.
 """
 
@@ -10,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,6 +24,9 @@ from argosy.serve.gate import Caller, Dialect, error_body, report
 from argosy.serve.running import GoneAway
 
 KEEP_ALIVE_S = 10.0
+WHOLE_S = (
+    30.0  # silence before an answer that is not streamed; until then its status may still be that of an error
+)
 DONE = "[DONE]"  # OpenAI's last event
 COMMENT = b": keep-alive\n\n"  # clients skip it
 
@@ -50,6 +57,7 @@ class Encoding:
 
 SSE = Encoding("text/event-stream", sse)
 JSON_LINES = Encoding("application/x-ndjson", json_line)
+_WHOLE = Encoding("application/json", json_line)
 
 
 def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
@@ -133,3 +141,43 @@ class EventStream(Response):
                 await write(self._idle)
                 idle_s = 0.0
             await asyncio.sleep(KEEP_ALIVE_S - idle_s)
+
+
+async def answer_whole(
+    answer: Coroutine[Any, Any, Response],
+    caller: Caller,
+    close: Callable[[], None],
+    *,
+    dialect: Dialect,
+    headers: dict[str, str],
+) -> Response:
+    """Send an answer of JSON that is not streamed: as it is within WHOLE_S, otherwise after line breaks.
+
+    After the first of them the status is 200, so a failure has only its body.
+
+    Args:
+        close: called if the request ends, or its answer comes late.
+        headers: of an answer that comes late.
+
+    Raises what `answer` raises within WHOLE_S.
+    """
+    answering = asyncio.ensure_future(answer)
+
+    def stop() -> None:
+        answering.cancel()
+        close()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield bytes((await answering).body)
+
+    try:
+        await asyncio.wait({answering}, timeout=WHOLE_S)
+    except BaseException:
+        stop()
+        raise
+    if answering.done():
+        return answering.result()
+    return EventStream(
+        parts(), caller, stop, encoding=_WHOLE, idle=b"\n", headers=headers,
+        failed=lambda error: json_line(error_body(error, dialect, caller.request_id)[1]),
+    )  # fmt: skip
