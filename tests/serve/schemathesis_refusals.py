@@ -19,6 +19,7 @@ REASONS = (
     r"tool_choice names '.*', which is not among the tools",
     r"tool_choice requires a tool call, and there are no tools",
     r"tool \d+: the name '.*' is used twice",
+    r"message \d+: tool call \d+ has the id '.*' of an earlier call in this message",
     r"message \d+: reasoning_content and reasoning differ",
     r"an answer can have only one form",
     r"best_of must equal n",
@@ -30,9 +31,10 @@ REASONS = (
     # Requirements on the last message.
     r"the last (message|item) ",
     r"the only message is an empty one from the assistant",
-    r"(continue_final_message|add_generation_prompt): the last message is",
+    r"(continue_final_message|add_generation_prompt|continue_token_ids): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
     r"the answer cannot be a tool call and have a form",
+    r"continue_token_ids: an answer that goes on from tokens has neither tools nor a form",
     r"the answer continues the assistant's last message, so it cannot have a required form",
     # Limits of the served model, and of the responses in memory.
     r"This model's maximum context length is \d+ tokens",

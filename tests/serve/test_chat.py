@@ -141,3 +141,107 @@ def test_a_client_that_hangs_up_leaves_no_sequence_and_no_block_behind(
             break
         time.sleep(0.02)
     assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held) == (0, 0, 0)
+
+
+# Tokens
+
+
+def said(chunks: list[dict[str, Any]]) -> tuple[str, str, list[int]]:
+    """The thoughts, the text and the tokens of a stream."""
+    deltas = [choice for chunk in chunks for choice in chunk["choices"]]
+    texts = [
+        "".join(one["delta"].get(name) or "" for one in deltas) for name in ("reasoning_content", "content")
+    ]
+    return texts[0], texts[1], [token_id for one in deltas for token_id in one.get("token_ids", ())]
+
+
+@pytest.mark.parametrize(
+    "sampled", [{}, {"temperature": 1, "seed": 5, "presence_penalty": 1.5, "stop": ["qqq"]}]
+)
+def test_an_answer_that_goes_on_from_its_tokens_is_what_one_uninterrupted_answer_is(
+    client: httpx.Client, sampled: dict[str, Any]
+) -> None:
+    asked = {"return_token_ids": True, "ignore_eos": True, "max_tokens": 24, **sampled}
+    whole = ask(client, **asked).json()
+    (answer,) = whole["choices"]
+    token_ids = answer["token_ids"]
+    assert len(token_ids) == 24
+    told = answer["message"].get("reasoning_content", ""), answer["message"]["content"] or "", token_ids
+    assert said(chunks(client, **asked)) == told
+    for cut in (1, 7, 23):
+        rest = asked | {"continue_token_ids": token_ids[:cut], "max_tokens": 24 - cut}
+        assert said(chunks(client, **rest)) == told
+        again = ask(client, **rest).json()
+        assert again["choices"][0] == answer
+        assert again["usage"]["completion_tokens"] == 24 - cut
+        assert again["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+        assert again["prompt_token_ids"] == whole["prompt_token_ids"] + token_ids[:cut]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"continue_token_ids": [1 << 30]}, "1073741824"),
+        ({"continue_token_ids": [5] * 4096}, "maximum context length"),
+        (
+            {
+                "continue_token_ids": [5],
+                "messages": [*ASK["messages"], {"role": "assistant", "content": "I"}],
+            },
+            "two beginnings",
+        ),
+        ({"continue_token_ids": [5], "guided_choice": ["a", "b"]}, "neither tools nor a form"),
+        ({"continue_token_ids": [5], "response_format": {"type": "json_object"}}, "neither tools nor a form"),
+        (
+            {"continue_token_ids": [5], "tools": [{"type": "function", "function": {"name": "f"}}]},
+            "neither tools nor a form",
+        ),
+        ({"continue_token_ids": [-1]}, "continue_token_ids"),
+        ({"continue_token_ids": "5"}, "continue_token_ids"),
+    ],
+)
+def test_a_beginning_that_no_answer_can_have_is_refused(
+    client: httpx.Client, more: dict[str, Any], why: str
+) -> None:
+    answer = ask(client, **more)
+    assert answer.status_code == 400
+    assert why in answer.json()["error"]["message"]
+
+
+def test_a_completion_tells_its_tokens_as_vllm_does(client: httpx.Client) -> None:
+    asked = {
+        "prompt": "The sea",
+        "max_tokens": 6,
+        "temperature": 0,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    (whole,) = client.post("/v1/completions", json=asked).json()["choices"]
+    lines = client.post("/v1/completions", json=asked | {"stream": True}).text.split("\n\n")
+    streamed = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert [token_id for one in streamed for token_id in one.get("token_ids", ())] == whole["token_ids"]
+    assert len(whole["token_ids"]) == 6
+    prompts = [one["prompt_token_ids"] for one in streamed if "prompt_token_ids" in one]
+    tokens = client.post("/tokenize", json={"prompt": "The sea", "add_special_tokens": True}).json()["tokens"]
+    assert prompts == [whole["prompt_token_ids"]] == [tokens]
+
+
+def test_a_conversation_is_tokenized_as_its_prompt_is(speaker: httpx.Client) -> None:
+    messages = [
+        *ASK["messages"],
+        {"role": "assistant", "content": "Well."},
+        {"role": "user", "content": "And?"},
+    ]
+    for more in ({}, {"enable_thinking": False}):
+        tokens = speaker.post("/tokenize", json={"messages": messages} | more).json()
+        prompt = ask(speaker, messages=messages, return_token_ids=True, max_tokens=1, **more).json()[
+            "prompt_token_ids"
+        ]
+        assert tokens["tokens"] == prompt
+        assert tokens["count"] == len(prompt)
+    closed = speaker.post("/tokenize", json={"messages": messages, "add_generation_prompt": False}).json()[
+        "tokens"
+    ]
+    whole = speaker.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert closed == whole[: len(closed)] != whole
+    assert speaker.post("/tokenize", json={"messages": messages, "content": "x"}).status_code == 400

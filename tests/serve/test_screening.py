@@ -866,3 +866,34 @@ def test_other_requests_go_on_while_a_check_is_slow(
     moderator.may_answer.set()
     waiting.join()
     assert done == [200]
+
+
+def test_the_tokens_that_an_answer_begins_with_are_checked_as_its_text_is(
+    ask: Ask, speaking_service: Service
+) -> None:
+    def begun(text: str) -> dict[str, Any]:
+        token_ids = speaking_service.prompts.tokenize(text)
+        return body_of("/v1/chat/completions", "#plain", continue_token_ids=token_ids)
+
+    path = "/v1/chat/completions"
+    for policy, text in (
+        ("words-in", "a blue moon"), ("block-given", "joe@example.com"), ("redact", "joe@example.com"),
+    ):  # fmt: skip
+        answer = ask(policy, path, begun(text))
+        assert answer.status_code == 400, policy
+        assert "policy of this server" in answer.text
+        assert ask(policy, path, begun("fine")).status_code == 200
+    for stream in (False, True):
+        held = ask("words-out", path, begun("a blue moon") | {"stream": stream})
+        assert "moon" not in held.text
+        assert FILTERED[path] in held.text
+
+
+def test_tokens_are_told_only_where_no_policy_may_hold_their_text_back(ask: Ask) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        for stream in (False, True):
+            body = body_of(path, "#plain", return_token_ids=True, stream=stream)
+            for policy, tells in (("words-in", True), ("words-out", False), ("redact", False)):
+                answer = ask(policy, path, body)
+                assert answer.status_code == 200
+                assert ("token_ids" in answer.text) == tells, (path, stream, policy)

@@ -26,7 +26,7 @@ from argosy.prompt.prompt import Prompt, ToolCalling
 
 if TYPE_CHECKING:
     from argosy.prompt.chat import ChatTemplate, Variables, Worker
-    from argosy.prompt.formats import Answer, Format, Parser
+    from argosy.prompt.formats import Answer, Event, Format, Parser
     from argosy.prompt.infill import Infill, Snippet
     from argosy.prompt.messages import Media, Message, Piece, Turn
     from argosy.prompt.replay import Replay, ReplayMemory
@@ -458,6 +458,12 @@ class PromptBuilder:
 
         checked = check_tools(tools)
         return self._format_for(checked).parser(checked, prompt)
+
+    def begun(self, prompt: Prompt, parser: Parser, *, keep_special: bool = False) -> list[Event]:
+        """What the answer has said whose first tokens end the prompt; `parser` can then take the rest of it."""
+        ids = (prompt.token_ids or ())[-prompt.num_answered :] if prompt.num_answered else ()
+        stream = self._needed("text").stream(keep_special=keep_special, is_start=prompt.is_conversation)
+        return [event for token_id in ids for event in parser.push(token_id, stream.push(token_id))]
 
     def grammar(
         self,

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from argosy.config import SamplingParams
 from argosy.engine.loop import SILENT_S
 from argosy.errors import ArgosyError, Overloaded, UsageError
 from argosy.guard.keys import KeyRing, is_key_id
@@ -47,8 +48,19 @@ from argosy.serve.audited import Auditor
 from argosy.serve.body import answering
 from argosy.serve.check_by_model import ModelJudge
 from argosy.serve.cluster import WorkerList, Workers, add_worker, drain_worker, list_workers
-from argosy.serve.core import Service, service_of
-from argosy.serve.fields import MAX_TOKENS, Closed, Flag, Messages, Strict, Text, TokenId, Tools, few
+from argosy.serve.core import ChatRequest, Service, service_of
+from argosy.serve.fields import (
+    MAX_TOKENS,
+    Closed,
+    Effort,
+    Flag,
+    Messages,
+    Strict,
+    Text,
+    TokenId,
+    Tools,
+    few,
+)
 from argosy.serve.form import answering_form
 from argosy.serve.gate import (
     AnthropicError,
@@ -63,6 +75,7 @@ from argosy.serve.gate import (
     error_body,
     error_headers,
 )  # fmt: skip
+from argosy.serve.media_parts import Intake
 from argosy.serve.models import Listing, Models, State, models_of, use_model
 from argosy.serve.openapi import Route, document
 from argosy.serve.origins import Origins
@@ -84,24 +97,38 @@ _PAGE_TYPES = {
 
 
 class TokenizeBody(Strict):
-    """The text, as `content` (llama.cpp's name) or as `prompt` (vLLM's name)."""
+    """A text, as `content` (llama.cpp's name) or as `prompt` (vLLM's name), or a conversation, as vLLM has it."""
 
-    RULES = (exactly_one("content", "prompt"),)
+    RULES = (exactly_one("content", "prompt", "messages"),)
 
     content: Text | None = Field(None, examples=["Hello"])
     prompt: Text | None = None
     add_special: Flag = False
     add_special_tokens: Flag = False
+    messages: Annotated[list[openai_chat.Turn], Messages] | None = None
+    tools: Annotated[list[openai_chat.OfferedTool], Tools] | None = None
+    add_generation_prompt: Flag = True
+    enable_thinking: Flag | None = None
+    reasoning_effort: Effort | None = None
     model: str | None = Field(None, max_length=256)
 
     @property
-    def text(self) -> str:
-        given = [text for text in (self.content, self.prompt) if text is not None]
+    def text(self) -> str | None:
+        """None: it is a conversation."""
+        given = [one for one in (self.content, self.prompt, self.messages) if one is not None]
         if len(given) != 1:
             raise UsageError(
-                f"expected either content or prompt, found {len(given)} of them", param="content"
+                f"expected one of content, prompt and messages, found {len(given)} of them", param="content"
             )
-        return given[0]
+        return self.prompt if self.content is None else self.content
+
+    def request(self, intake: Intake) -> ChatRequest:
+        """The conversation."""
+        return ChatRequest(
+            messages=openai_chat.sent(self.messages or (), intake), replaced=intake.replaced, params=SamplingParams(),
+            tools=[tool.model_dump(exclude_unset=True) for tool in self.tools or ()], thinks=self.enable_thinking,
+            effort=self.reasoning_effort,
+        )  # fmt: skip
 
 
 class DetokenizeBody(Strict):
@@ -322,11 +349,17 @@ async def model(request: Request) -> Model:
 
 
 async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
-    """Tokenize a text. Nothing in the text becomes a control token."""
+    """Tokenize a text, in which nothing becomes a control token, or a conversation."""
     service = service_of(request)
     has_prefix = body.add_special or body.add_special_tokens
     caller: Caller = request.state.caller
-    tokens = await service.run(caller, service.prompts.tokenize, body.text, add_prefix=has_prefix)
+    if (text := body.text) is None:
+        found, _ = await service.tokenize(
+            lambda: body.request(service.intake(caller)), caller, opens_answer=body.add_generation_prompt
+        )
+        tokens = list(found)
+    else:
+        tokens = await service.run(caller, service.prompts.tokenize, text, add_prefix=has_prefix)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.model.context_tokens}
 
 
@@ -533,7 +566,7 @@ ROUTES = (
     _get("/v1/engine/stops", stops.stops, "admin", answer=stops.Stopped),
     _admin("/v1/engine/memory", memory.resize, MemoryState, refusals=("409",)),
     _admin("/v1/engine/stops", stops.stop, stops.Stopped, refusals=("404",)),
-    _post("/tokenize", tokenize, Tokenized, screens="nothing"),
+    _post("/tokenize", tokenize, Tokenized, screens="nothing", takes_media=True),
     _post("/detokenize", detokenize, Detokenized, screens="nothing"),
     _get("/tokenizer_info", tokenizer_info, "infer", answer=TokenizerInfo, refusals=("404",)),
     _post("/apply-template", apply_template, Rendered, screens="nothing", takes_media=True),

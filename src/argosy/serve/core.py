@@ -208,6 +208,7 @@ class ChatRequest:
     thinks: whether the model thinks at all; None leaves that to `effort`.
     thinks_fields: names of the fields that switch thinking.
     continues: whether the answer continues a last message of the assistant; otherwise it is a turn of its own.
+    begun_ids: tokens that the answer begins with; the rest comes as if it had not been cut.
     replaced: notes in the messages that replace blocks that the model cannot read.
     ignored: names of fields that were given and have no effect, whatever the model.
     """
@@ -223,6 +224,7 @@ class ChatRequest:
     thinks: bool | None = None
     thinks_fields: Sequence[str] = ()
     continues: bool = True
+    begun_ids: Sequence[int] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     num_answers: int = 1
     replaced: Replaced = field(default_factory=Replaced)
@@ -259,12 +261,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """The output of one token: events, sampled text and, if requested, its log-probability."""
+    """The output of one token: events, sampled text and, if requested, its log-probability.
+
+    token_ids: the token, or those that the answer began with; empty where a policy may change the answer.
+    """
 
     answer: int
     events: tuple[SaidEvent, ...]
     text: str
     logprob: TokenLogprob | None
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,7 +563,15 @@ class Service:
                 require_few_values(request.messages)  # the view parses the arguments of calls
             request = self._near(self._heard(request, caller))
         if isinstance(request, ChatRequest):
-            made, texts = screen.check(request.shown(), counts=counts)
+            shown = request.shown()
+            if request.begun_ids:
+                shown = replace(shown, texts=[self._decode(request.begun_ids)])
+            made, texts = screen.check(shown, counts=counts)
+            if list(made.texts) != list(shown.texts):
+                raise UsageError(
+                    "the policy of this server replaces values in the beginning of the answer, which is token ids",
+                    param="continue_token_ids", hint="send it as a last message of the assistant",
+                )  # fmt: skip
             caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
             return replace(request.with_shown(made), ignored=ignored), texts
         given = request.shown(self._decode)
@@ -616,14 +630,26 @@ class Service:
         self, read: Callable[[], ChatRequest], caller: Caller
     ) -> tuple[int, dict[MediaTokens, int]]:
         """Count the prompt tokens of a conversation, and those of pictures and sounds. Raises what `open` raises."""
+        token_ids, of_media = await self.tokenize(read, caller)
+        return len(token_ids), of_media
 
-        def count() -> tuple[int, dict[MediaTokens, int]]:
+    async def tokenize(
+        self, read: Callable[[], ChatRequest], caller: Caller, *, opens_answer: bool = True
+    ) -> tuple[Sequence[int], dict[MediaTokens, int]]:
+        """The prompt tokens of a conversation, and how many pictures and sounds have. Raises what `open` raises.
+
+        Args:
+            opens_answer: with the opening of an answer.
+        """
+
+        def count() -> tuple[Sequence[int], dict[MediaTokens, int]]:
             with _holding_media(caller):
                 request = self._filled_in(read())
                 assert isinstance(request, ChatRequest)
                 caller.files.require_all()
-                prompt = self._build(request, _tool_use(request), caller, is_counted=True)
-                return len(prompt.token_ids or ()), media_tokens([prompt])
+                use = _tool_use(request)
+                prompt = self._build(request, use, caller, is_counted=True, opens_answer=opens_answer)
+                return prompt.token_ids or (), media_tokens([prompt])
 
         return await self.run_reading(caller, count)
 
@@ -643,12 +669,18 @@ class Service:
         return self.prompts.forget(tenant)
 
     def _build(
-        self, request: ChatRequest, use: ToolUse, caller: Caller, *, is_counted: bool = False
+        self,
+        request: ChatRequest,
+        use: ToolUse,
+        caller: Caller,
+        *,
+        is_counted: bool = False,
+        opens_answer: bool = True,
     ) -> Prompt:
         return self.prompts.build(
             request.messages, tools=use.told, variables=self._variables(request), tenant=caller.tenant,
-            continues=request.continues, is_counted=is_counted, replace_damaged=request.replaced.replace_damaged,
-            check=caller.go_on,
+            add_generation_prompt=opens_answer, continues=request.continues, is_counted=is_counted,
+            replace_damaged=request.replaced.replace_damaged, check=caller.go_on,
         )  # fmt: skip
 
     def _prepared(
@@ -674,6 +706,8 @@ class Service:
         grammar = self.prompts.grammar(
             prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
         )
+        if request.begun_ids:
+            prompt = self.prompts.build(prompt.answered_by(request.begun_ids))  # checks the ids
         return prompt, params if grammar is None else replace(params, grammar=grammar), use, 0
 
     def _headers(self, request: ChatRequest | TextRequest, num_left_out: int) -> dict[str, str]:
@@ -767,6 +801,14 @@ class Answers:
         self._is_behind = False
         self._is_left = False  # what is still queued for it ends at once
         self._screened: list[ScreenedAnswer] = []  # all answers, if there is a policy
+        self._begun_ids: tuple[int, ...] = ()  # that every answer began with
+        self._begun: list[Step] = []  # and what they said
+
+    @property
+    def tells_token_ids(self) -> bool:
+        """Whether the client may know the tokens: not if a policy may hold back or change what they say."""
+        screening = self._caller.screening
+        return screening is None or not screening.policy.changes_answers
 
     def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
         """Queue a prompt in the engine; only the one prompt of a conversation has tools.
@@ -816,6 +858,17 @@ class Answers:
         self._num_open += num_answers
         if self._is_left:  # while a thread was queueing this prompt
             self._service.loop.cancel(request)
+        if prompt.num_answered:
+            self._begun_ids = (prompt.token_ids or ())[-prompt.num_answered :]
+            keeps_special = not params.skip_special_tokens
+            for number in range(first, first + num_answers):
+                parser = self._parsers[number]
+                assert parser is not None
+                said = self._keep(
+                    number, self._service.prompts.begun(prompt, parser, keep_special=keeps_special)
+                )
+                told = self._begun_ids if self.tells_token_ids else ()
+                self._begun.append(Said(number, tuple(said), "", None, told))
         num_tokens = len(prompt.token_ids or ())
         self.num_prompt_tokens += num_tokens
         self._caller.count(prompt=num_tokens)
@@ -883,6 +936,8 @@ class Answers:
         return made
 
     async def _own_steps(self) -> AsyncGenerator[Step, None]:
+        for begun in self._begun:
+            yield begun
         turn_began = time.monotonic()
         while self._num_open:
             if not self._arrived:
@@ -913,7 +968,7 @@ class Answers:
         if self._parsers[end.answer] is not None and not is_blocked:
             tenant, token_ids, said = (
                 self._caller.tenant,
-                end.result.token_ids,
+                [*self._begun_ids, *end.result.token_ids],
                 collect(self._said[end.answer]),
             )
             remember = self._service.prompts.remember
@@ -933,7 +988,8 @@ class Answers:
                     return []
                 self.num_new_tokens += 1
                 said = self._parse(answer, token.token_id, token.text)
-                return [Said(answer, tuple(said), token.text, token.logprob)]
+                told = (token.token_id,) if self.tells_token_ids else ()
+                return [Said(answer, tuple(said), token.text, token.logprob, told)]
             case AnswerEnd(answer=answer, result=result):
                 return self._end(answer, result)
 

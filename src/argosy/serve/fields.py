@@ -576,6 +576,10 @@ class OpenAISampling(ForOpenAI, Sampling):
     stream_options: StreamOptions | None = None
     timings: Flag | None = None
     return_progress: Flag | None = None
+    return_token_ids: Flag | None = Field(
+        None,
+        description="Tell the tokens of prompt and answer, as vLLM does; not where a policy changes answers.",
+    )
 
     def ignored(self) -> list[str]:
         names, options = super().ignored(), self.stream_options

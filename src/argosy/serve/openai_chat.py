@@ -22,6 +22,7 @@ from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ReasoningDelta, TextDelta, ToolCallArguments, ToolCallBegin
 from argosy.serve.core import ChatRequest, Ended, Finish, Progress, Read, Said, Step
 from argosy.serve.fields import (
+    MAX_TOKENS,
     WHOLE,
     Closed,
     Effort,
@@ -48,6 +49,7 @@ from argosy.serve.fields import (
     Thinking,
     ThoughtTokens,
     Timings,
+    TokenId,
     TokenLimit,
     ToolName,
     Tools,
@@ -343,6 +345,11 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     continue_final_message: Flag | None = None
     add_generation_prompt: Flag | None = None
     chat_template_kwargs: Annotated[dict[TemplateVariable, Setting], MostEntries(16)] | None = None
+    continue_token_ids: Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)] | None = Field(
+        None,
+        description="Tokens that the answer begins with, as `return_token_ids` gave them: the answer then has them, "
+        "and goes on as if it had not been cut.",
+    )
 
     def request(self, caller: Caller, intake: Intake) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
@@ -374,6 +381,7 @@ class ChatBody(Formed, Thinking, OpenAISampling):
             thinks_fields=self.switches(),
             variables=dict[str, Any]((self.chat_template_kwargs or {}).items()),
             num_answers=self.n or 1,
+            begun_ids=self.continue_token_ids or (),
             ignored=self.ignored(),
         )
 
@@ -393,6 +401,18 @@ class ChatBody(Formed, Thinking, OpenAISampling):
             raise UsageError(
                 f"add_generation_prompt: the last message is {whose}", param="add_generation_prompt"
             )
+        if self.continue_token_ids:
+            if continues:
+                raise UsageError(
+                    f"continue_token_ids: the last message is {whose}, so there are two beginnings",
+                    hint="leave out that message, or the tokens", param="continue_token_ids",
+                )  # fmt: skip
+            asks_for_form = self.response_format is not None or self.form_name() is not None
+            if self.tools is not None or self.functions is not None or asks_for_form:
+                raise UsageError(
+                    "continue_token_ids: an answer that goes on from tokens has neither tools nor a form",
+                    hint="leave out one of them", param="continue_token_ids",
+                )  # fmt: skip
 
     @property
     def calls_functions(self) -> bool:
@@ -451,6 +471,7 @@ class Choice(Closed):
     message: ChatMessage
     finish_reason: ChatFinish
     logprobs: Scores | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatUsage(Usage):
@@ -466,6 +487,7 @@ class ChatCompletion(Closed):
     choices: list[Choice]
     usage: ChatUsage
     timings: NotRequired[Timings]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class FunctionDelta(Closed):
@@ -493,6 +515,7 @@ class ChoiceDelta(Closed):
     delta: Delta
     finish_reason: ChatFinish | None
     logprobs: NotRequired[Scores]
+    token_ids: NotRequired[list[int]]
 
 
 class ChatChunk(Closed):
@@ -504,6 +527,7 @@ class ChatChunk(Closed):
     usage: NotRequired[ChatUsage]
     timings: NotRequired[Timings]
     prompt_progress: NotRequired[ReadOfPrompt]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 async def chat_completions(body: ChatBody, request: Request) -> Response:
@@ -519,9 +543,12 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         return [lambda: self.body.request(self.caller, self.service.intake(self.caller))]
 
     def begin(self) -> list[ChatChunk]:
-        return [
+        chunks = [
             self._chunk(number, {"role": "assistant", "content": ""}) for number in range(self.body.n or 1)
         ]
+        if (prompt_ids := self._prompt_ids()) is not None:
+            chunks[0]["prompt_token_ids"] = prompt_ids
+        return chunks
 
     def take(self, step: Step) -> list[ChatChunk]:
         match step:
@@ -529,12 +556,16 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
                 return self.progress(step)
             case Said():
                 deltas = [delta for event in step.events if (delta := self._delta(event))]
-                if step.logprob is not None and not deltas:
+                token_ids = step.token_ids if self.body.return_token_ids else ()
+                if (step.logprob is not None or token_ids) and not deltas:
                     deltas = [{}]
-                return [
+                chunks = [
                     self._chunk(step.answer, delta, logprob=step.logprob if at == 0 else None)
                     for at, delta in enumerate(deltas)
                 ]
+                if token_ids:
+                    chunks[0]["choices"][0]["token_ids"] = list(token_ids)
+                return chunks
             case Ended():
                 is_older_form = step.finish == "tool_calls" and self.body.calls_functions
                 return [
@@ -553,6 +584,8 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
             "usage": self._last_usage(),
             **self.timings(),
         }
+        if (prompt_ids := self._prompt_ids()) is not None:
+            made["prompt_token_ids"] = prompt_ids
         return cast(ChatCompletion, made)
 
     def _choice(self, folded: dict[str, Any]) -> Choice:
@@ -570,10 +603,20 @@ class ChatExchange(ChunkExchange[ChatBody, ChatChunk]):
         if not said["content"] and ("tool_calls" in said or "function_call" in said):
             message["content"] = None
         scores = folded.get("logprobs", {}).get("content", [])
-        return {
+        choice: Choice = {
             "index": folded["index"], "message": message, "finish_reason": folded["finish_reason"],
             "logprobs": {"content": scores, "refusal": None} if self.body.logprobs else None,
         }  # fmt: skip
+        if "token_ids" in folded:
+            choice["token_ids"] = folded["token_ids"]
+        return choice
+
+    def _prompt_ids(self) -> list[int] | None:
+        """The tokens of the prompt, if requested."""
+        answers = self.answers
+        if not (self.body.return_token_ids and answers.tells_token_ids):
+            return None
+        return list(answers.prompts[0].token_ids or ())
 
     def _chunk(
         self,

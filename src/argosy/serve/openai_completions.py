@@ -133,6 +133,8 @@ class TextChoice(Closed):
     text: str
     logprobs: Scored | None
     finish_reason: Literal["stop", "length", "content_filter"] | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class Completion(Closed):
@@ -178,16 +180,21 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
         if isinstance(step, Progress):
             return self.progress(step)
         number, text, scored = step.answer, "", None
+        tokens: dict[str, list[int]] = {}
+        tells = self.body.return_token_ids and self.answers.tells_token_ids
         if number not in self._begun:
             text = self._echoed(number)
             self._begun[number] = self._offsets(len(text))
+            tokens = {"prompt_token_ids": list(self._prompt(number).token_ids or ())} if tells else {}
         if isinstance(step, Said):
             text += step.text
             if step.logprob is not None:
                 scored = self._scored([step.logprob], self._begun[number].of([step.logprob.token_id]))
+            if tells:
+                tokens["token_ids"] = list(step.token_ids)
         finish = _reason(step) if isinstance(step, Ended) else None
-        choice: TextChoice = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
-        return [self.chunk_of(choice)]
+        choice: dict[str, Any] = {"index": number, "text": text, "logprobs": scored, "finish_reason": finish}
+        return [self.chunk_of(choice | tokens)]
 
     async def end(self) -> list[Completion]:
         return self.last(self.timings() | ({"usage": self.usage()} if self.wants_usage else {}))
@@ -202,9 +209,11 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
             # Scores of a prompt cannot be streamed, because they are known only at the end.
             scored = self._scored_prompt(number) if self.body.echo else self._scored([], [])
             join(cast(dict[str, Any], scored), folded.get("logprobs", {}))
-        return {
+        made: dict[str, Any] = {
             "index": number, "text": folded["text"], "logprobs": scored, "finish_reason": folded["finish_reason"],
+            **{name: folded[name] for name in ("token_ids", "prompt_token_ids") if name in folded},
         }  # fmt: skip
+        return cast(TextChoice, made)
 
     def _echoed(self, number: int) -> str:
         """The text of an answer's prompt, if requested: as given, or decoded from its token ids."""
