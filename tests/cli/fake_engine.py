@@ -11,7 +11,7 @@ from argosy.config import MIB, Grammar, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.prompt.builder import PromptBuilder
-from argosy.prompt.formats import Parser
+from argosy.prompt.formats import Event, Parser
 from argosy.prompt.prompt import Prompt
 from tests.prompt.families import FAMILIES, Family
 
@@ -32,7 +32,8 @@ class FakePrompts:
 
     takes_messages = True
 
-    def __init__(self, family: Family, asked: list[Any]) -> None:
+    def __init__(self, family: Family, asked: list[Any], answer: list[tuple[int, str]]) -> None:
+        self.answer = answer  # tokens and their texts
         self._builder: PromptBuilder = family.builder()
         self._asked = asked
         self.built: list[Prompt] = []
@@ -56,6 +57,15 @@ class FakePrompts:
 
     def parser(self, prompt: Prompt) -> Parser:
         return self._builder.parser(prompt)
+
+    def remembering(self, memory: object) -> Self:
+        return self
+
+    def remember(self, *answer: object) -> None:
+        """Each conversation is rendered anew."""
+
+    def begun(self, prompt: Prompt, parser: Parser) -> list[Event]:
+        return [event for token in self.answer[: prompt.num_answered] for event in parser.push(*token)]
 
     def close(self) -> None:
         self._builder.close()
@@ -90,7 +100,9 @@ class FakeEngine:
         type(self).recorders.append(recorder)
         type(self).opened.append({"model": model, **arguments})
         self.plan = FakePlan()
-        self.prompts = type(self).prompts = FakePrompts(FAMILIES[self.family], type(self).asked)
+        self.prompts = type(self).prompts = FakePrompts(
+            FAMILIES[self.family], type(self).asked, list(map(self._token, range(len(self.answer))))
+        )
         self.is_open = True
 
     @classmethod
@@ -117,12 +129,14 @@ class FakeEngine:
         is_last = self.sequence.at == len(self.answer)
         if is_last:
             self.finish(self.ends)
-        tokenizer, said = FAMILIES[self.family].tokenizer, self.answer[at]
-        control = tokenizer.control_id(said)
-        text = "" if control in tokenizer.hidden_ids else said
-        token_id = at if control is None else control
+        token_id, text = self._token(at)
         event = TokenEvent(token_id, text, None, self.ends if is_last else None, self.sequence.result)
         self.sequence.events.append(event)
+
+    def _token(self, at: int) -> tuple[int, str]:
+        tokenizer, said = FAMILIES[self.family].tokenizer, self.answer[at]
+        control = tokenizer.control_id(said)
+        return at if control is None else control, "" if control in tokenizer.hidden_ids else said
 
     def finish(self, reason: Any) -> None:
         count = self.sequence.at

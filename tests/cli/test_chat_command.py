@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cli import own_server
 from argosy.cli.chat import Conversation
+from argosy.cli.chat_models import LocalModel
 from argosy.cli.main import main
 from argosy.config import SamplingParams
 from argosy.errors import DoesNotFit, PromptTooLong, ReadFailed, UsageError
@@ -40,7 +40,7 @@ def reading(*lines: object) -> Callable[[], str]:
 
 
 def conversation(engine: Engine, system: str | None = None) -> Conversation:
-    return Conversation(engine("model"), SamplingParams(), system)  # type: ignore[arg-type]
+    return Conversation(LocalModel(engine("model"), "demo"), SamplingParams(), system)  # type: ignore[arg-type]
 
 
 def test_each_turn_is_sent_with_all_turns_before_it(engine: Engine, capsys: Captured) -> None:
@@ -68,7 +68,7 @@ def test_only_the_answer_is_shown_and_thoughts_are_sent_back_as_thoughts(
         said,
         {"role": "user", "content": "And now?"},
     ]
-    again = talk._engine.prompts.build(engine.asked[1])
+    again = engine.prompts.build(engine.asked[1])
     assert "<|start|>assistant<|channel|>final<|message|>Hello!<|end|>" in again.text
     assert "analysis" not in again.text  # this template omits the thoughts of earlier turns
 
@@ -150,7 +150,7 @@ def test_a_refused_turn_is_forgotten(
 def test_think_switches_thoughts_within_a_chat(engine: Engine, capsys: Captured) -> None:
     engine.family = "qwen3"
     lines = iter(["/think", "/think off", "Hi", "/think on", "Hi", "/think high", "/think maybe", "/quit"])
-    talk = Conversation(engine("model"), SamplingParams(), thinking=Thinking(effort="low"))  # type: ignore[arg-type]
+    talk = Conversation(LocalModel(engine("model")), SamplingParams(), thinking=Thinking(effort="low"))  # type: ignore[arg-type]
     talk.talk(lambda: next(lines))
     first, second = (one.text for one in engine.prompts.built)
     assert first.endswith("</think>\n\n")
@@ -165,7 +165,7 @@ def test_think_switches_thoughts_within_a_chat(engine: Engine, capsys: Captured)
 def test_an_answer_of_thoughts_alone_is_said_to_be_one(engine: Engine, capsys: Captured) -> None:
     engine.family, engine.answer, engine.ends = "qwen3", ("<think>", "Let me ", "see"), "length"
     lines = iter(["Hi", "/quit"])
-    Conversation(engine("model"), SamplingParams()).talk(lambda: next(lines))  # type: ignore[arg-type]
+    Conversation(LocalModel(engine("model")), SamplingParams()).talk(lambda: next(lines))  # type: ignore[arg-type]
     said = "(cut off after 3 tokens, all of them thoughts, the limit of -n: /continue goes on, /think off skips them)"
     assert said in capsys.readouterr().err
 
@@ -269,6 +269,7 @@ def test_keys_typed_during_an_answer_wait_for_the_prompt_and_neither_they_nor_an
         terminal.send(b"Hi\r")
         terminal.until(b"[2J")  # the end of the first token
         terminal.send(b"/tokens\r\x03")
+        terminal.until("stopping after this step …\r\n".encode())
         shown = terminal.until(b"(stopped; /continue goes on)")
         assert shown.replace(b"```py", b"").strip() == b""  # the next token may have come
         terminal.until(b"tokens   ")
@@ -344,7 +345,7 @@ def test_retry_says_when_the_same_answer_will_come(engine: Engine, capsys: Captu
         (SamplingParams(temperature=0.7, seed=3), True),
         (SamplingParams(temperature=0.7), False),
     ):
-        Conversation(engine("model"), params).talk(reading("Hi", "/retry"))  # type: ignore[arg-type]
+        Conversation(LocalModel(engine("model")), params).talk(reading("Hi", "/retry"))  # type: ignore[arg-type]
         assert ("the same answer will come" in capsys.readouterr().err) == is_said
     assert engine.asked[0] == engine.asked[1]
 
@@ -423,16 +424,3 @@ def test_text_on_a_pipe_that_is_not_utf_8_ends_the_chat(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), encoding="utf-8"))
     assert main(["chat", "demo", "--no-record"]) == 2
     assert "not UTF-8" in capsys.readouterr().err
-
-
-def test_a_chat_says_that_it_takes_memory_beside_the_users_server(
-    engine: Engine, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process = own_server.Process(1, 1, 0.0, "http://127.0.0.1:8080")
-    monkeypatch.setattr(own_server, "found", lambda: process)
-    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
-    assert main(["chat"]) == 0
-    assert (
-        "note: this chat loads the model itself, beside the server at http://127.0.0.1:8080"
-        in capsys.readouterr().err
-    )

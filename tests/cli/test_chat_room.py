@@ -16,6 +16,7 @@ import pytest
 from argosy import Engine
 from argosy.cli import chat_room
 from argosy.cli.chat import Conversation
+from argosy.cli.chat_models import LocalModel
 from argosy.cli.main import main
 from argosy.config import SamplingParams
 from argosy.errors import PromptTooLong, UsageError
@@ -130,7 +131,7 @@ def test_an_answer_stopped_in_its_thoughts_goes_on_in_them(
             signal.raise_signal(signal.SIGINT)
 
     engine.before_token = staticmethod(interrupt)
-    talk = Conversation(engine("model"), SamplingParams(), shows_thoughts=True)  # type: ignore[arg-type]
+    talk = Conversation(LocalModel(engine("model")), SamplingParams(), shows_thoughts=True)  # type: ignore[arg-type]
     lines = iter(["Hi", "/continue"])
     talk.talk(lambda: next(lines, "/quit"))
     assert talk.messages == [USER, said("assistant", "Hello!", reasoning_content="User says hi")]
@@ -171,7 +172,7 @@ def policies(chat_model: Path) -> Iterator[Engine]:
 
 
 def talked(engine: Engine, policy: chat_room.ContextPolicy, *lines: str, **params: Any) -> Conversation:
-    talk = Conversation(engine, SamplingParams(**params), "Be kind.", policy=policy)
+    talk = Conversation(LocalModel(engine), SamplingParams(**params), "Be kind.", policy=policy)
     waiting = iter(lines)
     talk.talk(lambda: next(waiting, "/quit"))
     return talk
@@ -179,7 +180,7 @@ def talked(engine: Engine, policy: chat_room.ContextPolicy, *lines: str, **param
 
 def test_the_end_of_the_context_is_not_the_limit_of_n(policies: Engine, capsys: Captured) -> None:
     for earlier, way in (([], "/save the conversation"), ([USER, ANSWER], "/trim drops the oldest turns")):
-        talk = Conversation(policies, SamplingParams(max_tokens=None, ignore_eos=True))
+        talk = Conversation(LocalModel(policies), SamplingParams(max_tokens=None, ignore_eos=True))
         talk.messages = list(earlier)
         talk._turn("word " * 20)
         with pytest.raises(PromptTooLong) as caught:
@@ -190,7 +191,7 @@ def test_the_end_of_the_context_is_not_the_limit_of_n(policies: Engine, capsys: 
 
 
 def test_after_trim_an_answer_goes_on_that_the_context_had_cut(policies: Engine, capsys: Captured) -> None:
-    talk = Conversation(policies, SamplingParams(max_tokens=120, ignore_eos=True))
+    talk = Conversation(LocalModel(policies), SamplingParams(max_tokens=120, ignore_eos=True))
     talk.messages = [USER, ANSWER] * 4
     talk._turn("word " * 20)
     before = talk.messages[-1]["content"].rstrip("\ufffd")

@@ -16,6 +16,7 @@ from PIL import Image as Pictures
 
 from argosy import Audio, Engine, Image, SamplingParams, Text, Video
 from argosy.cli.chat import Conversation
+from argosy.cli.chat_models import LocalModel
 from argosy.cli.main import main
 from argosy.errors import UsageError
 from tests.media.video_samples import clip_file
@@ -177,7 +178,7 @@ def test_frames_are_a_video_without_ffmpeg(
 
 @needs_ffmpeg
 def test_chat_attaches_a_video(engine: Engine, video: Path, capsys: Captured) -> None:
-    talk = Conversation(engine, SamplingParams(max_tokens=2, temperature=0))
+    talk = Conversation(LocalModel(engine), SamplingParams(max_tokens=2, temperature=0))
     lines = iter([f"/video {video}", str(video), "What happens?"])
 
     def read() -> str:
@@ -209,7 +210,7 @@ def test_chat_attaches_pictures_to_the_next_message(
     lines = iter(
         [f"/image {one}", "'" + str(two) + "'", "What?", "And?", "/image /nowhere.png", "/audio x.wav"]
     )
-    talk = Conversation(engine, SamplingParams(max_tokens=4, temperature=0))
+    talk = Conversation(LocalModel(engine), SamplingParams(max_tokens=4, temperature=0))
 
     def read() -> str:
         for line in lines:
@@ -233,7 +234,7 @@ def test_chat_reads_a_picture_when_it_is_attached(
 ) -> None:
     path = tmp_path / "gone.png"
     path.write_bytes(pictures[0].read_bytes())
-    talk = Conversation(engine, SamplingParams(max_tokens=2, temperature=0))
+    talk = Conversation(LocalModel(engine), SamplingParams(max_tokens=2, temperature=0))
     talk._attach("image", str(path))
     path.unlink()
     talk._turn("What?")

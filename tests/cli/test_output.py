@@ -143,6 +143,42 @@ def test_the_progress_of_a_prompt_ends_with_its_first_token(
     assert reads[0] == num_reads
 
 
+def test_an_answer_that_is_not_shown_tells_how_far_it_is(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "LINE_S", 0.001)
+    was_read, has_tokens = threading.Event(), threading.Event()
+
+    def counted(writer: AnswerWriter) -> Shown | None:
+        shown = read(writer)
+        if has_tokens.is_set():
+            was_read.set()
+        return shown
+
+    read = AnswerWriter._read_progress
+    monkeypatch.setattr(AnswerWriter, "_read_progress", counted)
+    writer = AnswerWriter(shows_text=False, shows_thoughts=False, progress=lambda: None, most_tokens=8)
+    with writer:
+        for text in ("Paris", " is"):
+            writer.push(TokenEvent(1, text, None, None, None))
+        has_tokens.set()
+        assert was_read.wait(PATIENCE_S)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == "answer 2 of at most 8 tokens (25 %)"
+    assert writer.answer.text == "Paris is"
+
+
+def test_an_interrupt_is_answered_at_once_below_what_was_shown(capsys: Captured) -> None:
+    with AnswerWriter(shows_thoughts=False) as writer:
+        writer.push(TokenEvent(1, "Par", None, None, None))
+        writer.say_stopping()
+    assert capsys.readouterr().err == "\nstopping after this step …\n"
+    with AnswerWriter(shows_thoughts=False) as writer:
+        writer.say_stopping()
+    assert capsys.readouterr().err == "stopping after this step …\n"
+
+
 def test_a_wait_without_a_known_end_is_told_without_a_share(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,55 +6,46 @@
 writes it; nothing that is typed is kept without `--history`. What no longer fits the context is dropped only by
 `/trim` or by the `--context-policy`, and a line says what was dropped.
 
-Elsewhere: `chat_room.py` chooses what is dropped; `chat_files.py` has the files of both; `output.py` shows answers.
+Elsewhere: `chat_models.py` opens models, here or at the user's server; `chat_room.py` chooses what is dropped;
+`chat_files.py` has the files of both; `output.py` shows answers.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from argosy.cli import chat_files, chat_room, completion, own_server
+from argosy.cli import chat_files, chat_room, completion
+from argosy.cli.chat_models import Models
 from argosy.cli.chat_room import ContextPolicy, Message
 from argosy.cli.help_all import Command
+from argosy.cli.interrupts import Interrupts
 from argosy.cli.options import (
     engine_options,
-    open_engine,
     sampling_options,
-    settings_of,
     split_options,
     take_thinking,
-    thinking_of,
     thinking_options,
     watermark_option,
 )
-from argosy.cli.output import (
-    AnswerWriter,
-    ledger_lines,
-    parameter_count,
-    prompt_shown,
-    write_dim,
-    write_text,
-)
+from argosy.cli.output import AnswerWriter, ledger_lines, write_dim, write_text
+from argosy.cli.server_model import server_model_options
 from argosy.cli.texts import MOST_BYTES, text_or_file
-from argosy.config import DEMO, counted, format_bytes
-from argosy.errors import ArgosyError, PromptTooLong, UsageError
+from argosy.config import DEMO, counted
+from argosy.errors import ArgosyError, PromptTooLong, ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
-    from argosy.cli.settings import Settings
+    from argosy.cli.chat_models import ChatModel
+    from argosy.cli.server_model import Reply
     from argosy.config import SamplingParams
-    from argosy.engine.engine import Engine
-    from argosy.engine.sequence import Result, TokenEvent
     from argosy.media.parts import Content, Kind
-    from argosy.prompt.prompt import Prompt
     from argosy.prompt.thinking import Thinking
 
 HELP = """/help          list the commands
@@ -99,6 +90,7 @@ _LEAST_SUMMARY = 16  # tokens
     help="Full context: stop and ask (default), drop the oldest turns, or let the model summarise them.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print no facts about the model and its speed.")
+@server_model_options
 @watermark_option
 @thinking_options
 @engine_options
@@ -110,6 +102,8 @@ def chat(
     context_policy: ContextPolicy,
     quiet: bool,
     thoughts: bool | None,
+    url: str | None,
+    no_server: bool,
     **options: Any,
 ) -> None:
     """Chat with MODEL, a name or a path; the default is the demo model.
@@ -125,22 +119,19 @@ def chat(
     read = _reader(_open_history(history))
     if thoughts is None:
         thoughts = sys.stderr.isatty()
-    if (process := own_server.found()) is not None:
-        _say(
-            f"note: this chat loads the model itself, beside the server at {process.address}: `argosy stop MODEL` "
-            "frees the memory of an idle one there, and the server's page chats with it"
-        )
-    with _keys_held(), _Engines(settings) as engines:
+    with (
+        _keys_held(),
+        Models.opening(settings, url, no_server=no_server, is_quiet=quiet) as models,
+    ):
         Conversation(
-            engines.open(model),
+            models.open(model),
             params,
             system,
-            model=model,
             policy=context_policy,
             is_quiet=quiet,
             thinking=thinking,
             shows_thoughts=thoughts,
-            switch=engines.switch,
+            models=models,
         ).talk(read)
 
 
@@ -155,54 +146,6 @@ def _open_history(history: str | None) -> chat_files.LineHistory | None:
     return lines
 
 
-class _Engines:
-    """Opens one engine at a time, because the budget has room for one."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._opened = ExitStack()
-        self._engine: Engine | None = None
-        self._model = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
-
-    def open(self, model: str) -> Engine:
-        from argosy.library.names import preset_of
-
-        settings = settings_of(preset_of(model), self._settings)
-        self._engine = self._opened.enter_context(open_engine(model, settings))
-        self._model = model
-        return self._engine
-
-    def switch(self, model: str) -> tuple[Engine, ArgosyError | None]:
-        """Close the engine, and open another. Returns the engine to go on with, and why it is not the one asked for.
-
-        Raises:
-            ArgosyError: neither can be opened.
-        """
-        from argosy.engine.options import locate_model, open_files
-
-        assert self._engine is not None
-        try:
-            open_files(locate_model(model))
-        except ArgosyError as error:
-            return self._engine, error
-        before, settings = self._model, self._settings
-        self._engine = None
-        self._opened.close()
-        self._settings = replace(settings, mmproj=None)  # it belongs to the first model
-        try:
-            return self.open(model), None
-        except (ArgosyError, KeyboardInterrupt) as error:
-            self._settings = settings
-            why = error if isinstance(error, ArgosyError) else UsageError(f"{model} was not opened")
-            return self.open(before), why
-
-
 @dataclass(slots=True)
 class _Begun:
     """The last answer, if it can go on.
@@ -212,7 +155,7 @@ class _Begun:
     """
 
     message: Message
-    tokens: list[TokenEvent] = field(default_factory=list)
+    tokens: Sequence[int] = ()
     seed: int | None = None
 
 
@@ -220,46 +163,42 @@ class Conversation:
     """The turns of one chat; `talk` reads until the end of its input.
 
     Args:
-        model: its name.
         policy: what to do when the conversation no longer fits the context.
         is_quiet: facts about the model and its speed are not shown.
         thinking: whether the model is to think; None leaves that to the model.
-        switch: opens another model; see `_Engines.switch`.
+        models: opens another model, or a lost one again.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        model: ChatModel,
         params: SamplingParams,
         system: str | None = None,
         *,
-        model: str = DEMO,
         policy: ContextPolicy = "stop",
         is_quiet: bool = False,
         thinking: Thinking | None = None,
         shows_thoughts: bool = False,
-        switch: Callable[[str], tuple[Engine, ArgosyError | None]] | None = None,
+        models: Models | None = None,
     ) -> None:
-        from argosy.library.names import preset_of
         from argosy.prompt.thinking import WORDS, Thinking
 
-        self._engine: Engine | None = engine
-        self._preset = preset_of(model)
+        self._model: ChatModel | None = model
+        self._is_lost = False  # the server of the model
         self._params = params
-        self._model = model
         self._policy = policy
         self._is_quiet = is_quiet
         self._thinking = Thinking() if thinking is None else thinking
         self._not_thinking = WORDS["off"]
-        self._switch = switch
+        self._models = models
         self._shows_thoughts = shows_thoughts
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = list(self._start)
         self._attached: list[Content] = []  # media for the next message
         self._refused: Message | None = None  # a message that got no answer
         self._begun: _Begun | None = None
-        self._last: Result | None = None
-        self._kinds: tuple[Kind, ...] = engine.media_kinds
+        self._last: Reply | None = None
+        self._kinds: Sequence[Kind] = model.media_kinds
         self._takes_calls = True  # until a conversation comes from elsewhere
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: _say(HELP),
@@ -306,9 +245,20 @@ class Conversation:
             try:
                 self._take(said)
             except ArgosyError as error:
-                if self._engine is None:
+                if self._model is None:
                     raise
+                self._is_lost = self._is_lost or isinstance(error, ServerNotUsable)
                 _say(f"error: {error}")
+
+    def _find_again(self) -> None:
+        """Find the model again, at its server or here, if the server did not answer."""
+        if not self._is_lost or self._models is None:
+            return
+        found = self._models.again()
+        if type(found) is not type(self._model) and self._begun is not None:
+            self._begun = _Begun(self._begun.message)  # it may not be the same file
+        self._model, self._is_lost = found, False
+        self._note_unreadable()
 
     def _take(self, said: str) -> None:
         """Do what a line says, or answer it."""
@@ -325,19 +275,17 @@ class Conversation:
             self._turn(said)
 
     @property
-    def _open_engine(self) -> Engine:
-        assert self._engine is not None  # only None while another is opened
-        return self._engine
-
-    @property
-    def _own_params(self) -> SamplingParams:
-        """What is asked for, and what a preset says otherwise."""
-        return self._params if self._preset is None else self._preset.fill_in(self._params)
+    def _open_model(self) -> ChatModel:
+        assert self._model is not None  # only None while another is opened
+        return self._model
 
     def _set_system(self, text: str) -> None:
+        from argosy.library.names import preset_of
+
         if not text:
-            preset = None if self._preset is None else self._preset.system
-            found = [message["content"] for message in self._start] or ([preset] if preset else [])
+            preset = preset_of(self._open_model.name)
+            of_preset = [preset.system] if preset is not None and preset.system else []
+            found = [message["content"] for message in self._start] or of_preset
             _say(*found or ["there is no system message"])
             return
         text = "" if text == '""' else text_or_file(text)
@@ -357,26 +305,20 @@ class Conversation:
         _say(f"thinking {said}")
 
     def _note_thinking(self) -> None:
-        asked = thinking_of(self._preset, self._thinking)
-        if (shortfall := asked.shortfall(self._open_engine.prompts.variables)) is not None:
+        if (shortfall := self._open_model.shortfall(self._thinking)) is not None:
             _say(f"note: {shortfall}")
 
     def _introduce(self) -> None:
         """Say which model answers, and what it can do."""
         if self._is_quiet:
             return
-        engine = self._open_engine
+        model = self._open_model
         sees = [f"{kind}s" for kind in ("picture", "video") if kind in self._kinds]
         able = [f"sees {' and '.join(sees)}"] if sees else []
         if "sound" in self._kinds:
-            able.append("hears sound" if engine.hears == "native" else "reads transcripts of sound")
-        facts = [
-            f"{parameter_count(engine.num_parameters)} parameters",
-            f"context of {engine.plan.context_tokens:,} tokens",
-            f"{format_bytes(engine.plan.total_bytes)} of memory planned",
-            " and ".join(able) or "text only",
-        ]
-        _say(f"{Path(self._model).name}: {', '.join(facts)}")
+            able.append("hears sound" if model.hears == "native" else "reads transcripts of sound")
+        facts = [*model.facts(), " and ".join(able) or "text only"]
+        _say(f"{Path(model.name).name}: {', '.join(facts)}")
 
     def _reset(self, _: str) -> None:
         self.messages = list(self._start)
@@ -386,29 +328,20 @@ class Conversation:
 
     def _count(self, messages: Sequence[Message]) -> int:
         """The tokens of a conversation, without the opening of an answer."""
-        if not messages:
-            return 0
-        prompt = self._build(messages, self._thinking, add_generation_prompt=False, is_counted=True)
-        return len(prompt.token_ids or ())
-
-    def _build(self, messages: Sequence[Message], thinking: Thinking, **options: Any) -> Prompt:
-        prompts = self._open_engine.prompts
-        variables = thinking_of(self._preset, thinking).variables(prompts.variables)
-        if self._preset is not None:
-            messages = [dict(one) for one in self._preset.with_messages(messages)]
-        return prompts.build(self._readable(messages), variables=variables, **options)
+        self._find_again()
+        return self._open_model.count(self._readable(messages), self._thinking) if messages else 0
 
     def _readable(self, messages: Sequence[Message]) -> list[Message]:
         """The conversation as this model can take it: notes replace what earlier models took."""
         return chat_room.with_notes(messages, self._kinds, takes_calls=self._takes_calls)[0]
 
     def _count_tokens(self, _: str) -> None:
-        used, context = self._count(self.messages), self._open_engine.plan.context_tokens
+        used, context = self._count(self.messages), self._open_model.context_tokens
         _say(f"tokens   {used} used, {max(0, context - used)} left of {context}")
 
     def _trim(self, wanted: str) -> None:
         """Drop the oldest turns; a message that did not fit is then answered."""
-        num_free = chat_room.wanted_tokens(wanted, self._open_engine.plan.context_tokens)
+        num_free = chat_room.wanted_tokens(wanted, self._open_model.context_tokens)
         refused, before = self._refused, self.messages
         if refused is not None:
             self.messages = [*before, refused]
@@ -432,7 +365,7 @@ class Conversation:
         Returns:
             Whether any turn was dropped. The last one always stays; if it does not fit alone, nothing is dropped.
         """
-        context = self._open_engine.plan.context_tokens
+        context = self._open_model.context_tokens
         num_dropped = chat_room.num_to_drop(self.messages, context - num_free - num_begun, self._count)
         kept = chat_room.without_oldest(self.messages, num_dropped)
         num_kept = self._count(kept)
@@ -454,7 +387,7 @@ class Conversation:
         return True
 
     def _usage(self) -> str:
-        return f"{self._count(self.messages):,} of {self._open_engine.plan.context_tokens:,} tokens are used"
+        return f"{self._count(self.messages):,} of {self._open_model.context_tokens:,} tokens are used"
 
     def _summary(self, num_turns: int, what: str, room_tokens: int) -> list[Message]:
         """A turn of at most `room_tokens` in which the model summarises the oldest turns; none if it cannot.
@@ -462,8 +395,7 @@ class Conversation:
         Raises:
             UsageError: ^C stopped it.
         """
-        engine = self._open_engine
-        most_tokens = engine.plan.context_tokens // _SUMMARY_SHARE
+        most_tokens = self._open_model.context_tokens // _SUMMARY_SHARE
         question = {"role": "user", "content": chat_room.summary_question(most_tokens)}
         most_tokens = min(most_tokens, room_tokens - self._count([question]))
         if most_tokens < _LEAST_SUMMARY:
@@ -472,16 +404,15 @@ class Conversation:
         _say(f"summarising {what} to make room; ^C stops")
         try:
             asked = [*chat_room.oldest(self.messages, num_turns), question]
-            prompt = self._build(asked, self._not_thinking)
-            parser = engine.prompts.parser(prompt)
-            writer = AnswerWriter(
-                parser, shows_text=False, shows_thoughts=False, progress=prompt_shown(engine)
-            )
-            result, _ = self._generate(prompt, replace(self._own_params, max_tokens=most_tokens), writer)
+            writer = AnswerWriter(shows_text=False, shows_thoughts=False, most_tokens=most_tokens)
+            params = replace(self._params, max_tokens=most_tokens)
+            reply = self._ask(asked, params, writer, self._not_thinking)
         except PromptTooLong:
             _say("note: the turns are too long to be summarised")
             return []
-        if result.finish_reason == "cancelled":
+        if reply.fault is not None:
+            raise reply.fault
+        if reply.finish_reason == "cancelled":
             raise UsageError("the summary was stopped, so nothing was dropped")
         text = writer.answer.text.strip()
         if not text:
@@ -491,25 +422,22 @@ class Conversation:
         return [question, {"role": "assistant", "content": text}]
 
     def _change_model(self, name: str) -> None:
-        from argosy.library.names import preset_of
-
-        if name and self._switch is not None:
-            self._engine = None  # if the switch fails, there is none
-            self._engine, why = self._switch(name)
+        if name and self._models is not None:
+            self._model = None  # if the switch fails, there is none
+            self._model, why = self._models.switch(name)
             if why is not None:
                 raise why
             self._last = None
-            self._model, self._preset = name, preset_of(name)
             if self._begun is not None:
                 self._begun = _Begun(self._begun.message)  # another vocabulary
             self._note_unreadable()
             self._note_thinking()
-        _say(f"model    {self._model}")
+        _say(f"model    {self._open_model.name}")
 
     def _note_unreadable(self) -> None:
         """Say what of the conversation this model does not take; it gets notes in their places."""
-        engine = self._open_engine
-        self._kinds, self._takes_calls = engine.media_kinds, engine.prompts.tool_calling != "none"
+        model = self._open_model
+        self._kinds, self._takes_calls = model.media_kinds, model.takes_calls
         try:
             self._count(self.messages)
         except ArgosyError:
@@ -539,22 +467,20 @@ class Conversation:
         _say(f"{counted(len(self.messages), 'message')} loaded from {path}")
 
     def _show_ledger(self, _: str) -> None:
-        engine = self._open_engine
         if self._last is not None:
             _say("last answer", *ledger_lines(self._last.ledger, None, self._last.finish_reason))
-        _say("since the start", *ledger_lines(engine.ledger, engine.plan))
+        _say(*self._open_model.use_lines())
 
     def _attach(self, kind: str, name: str) -> None:
         """Read a picture, sound or video now, so that the conversation does not depend on its file later."""
         from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Video
 
-        engine = self._open_engine
+        model = self._open_model
         part = {"image": Image, "audio": Audio, "video": Video}[kind](_path(name, f"/{kind}"))
         if part.kind not in self._kinds:
-            fault = engine.media_faults.get(part.kind)
-            raise UsageError(f"this model does not take a {part.kind}" if fault is None else fault.message)
+            raise UsageError(model.media_fault(part.kind) or f"this model does not take a {part.kind}")
         self._attached.append(part.read(PROMPT_LIMITS))
-        is_read = part.kind == "sound" and engine.hears == "transcript"
+        is_read = part.kind == "sound" and model.hears == "transcript"
         how = "; the model does not hear it, but reads its transcript" if is_read else ""
         _say(f"({part.kind} attached; it goes with your next message{how})")
 
@@ -573,7 +499,7 @@ class Conversation:
             turns.pop()
         if not turns:
             raise UsageError("there is no message to answer again")
-        params = self._own_params.fill_in(self._open_engine.sampling)
+        params = self._params.fill_in(self._open_model.sampling)
         if params.temperature == 0 or params.seed is not None:
             _say("note: the same answer will come: `argosy chat -t 0.7` without --seed makes answers differ")
         before, self.messages = self.messages, [*self._start, *turns[:-1]]
@@ -632,101 +558,98 @@ class Conversation:
 
     def _reply(self, begun: _Begun | None = None) -> None:
         """Answer the conversation, or go on with an answer, and keep it. Makes room, if the policy is to."""
-        context, has_answered = self._open_engine.plan.context_tokens, False
+        self._find_again()
+        context, has_answered = self._open_model.context_tokens, False
         while True:
             try:
-                result, begun = self._answer(begun)
+                reply, begun = self._answer(begun)
             except PromptTooLong:
                 if self._has_made_room(begun):
                     continue
                 if not has_answered:
                     raise
                 break
-            has_answered, self._last = True, result
-            is_full = result.finish_reason == "length" and result.usage["total_tokens"] >= context
+            has_answered, self._last = True, reply
+            is_full = reply.finish_reason == "length" and reply.total_tokens >= context
             if not (is_full and self._has_made_room(begun)):
                 break
         assert begun is not None
         self.messages.append(begun.message)
-        self._begun = None if result.finish_reason == "stop" else begun
-        if result.finish_reason == "cancelled":
+        self._begun = None if reply.finish_reason == "stop" else begun
+        if reply.fault is not None:
+            self._is_lost = True
+            _say(f"error: {reply.fault}", "(what has come is kept; /continue goes on)")
+        elif reply.finish_reason == "cancelled":
             _say("(stopped; /continue goes on)")
-        elif result.finish_reason == "length":
-            num_tokens = len(begun.tokens) or len(result.token_ids)
+        elif reply.finish_reason == "length":
+            num_tokens = len(reply.token_ids) or reply.ledger.new_tokens
             why = "the limit of -n: /continue goes on"
             if is_full:
                 why = f"the context of {context:,} tokens is full: {self._way_to_continue()}"
             what = ""
             if begun.message.get("reasoning_content") and not chat_room.text_of(begun.message).strip():
                 what = ", all of them thoughts"
-                if self._not_thinking.variables(self._open_engine.prompts.variables):
+                if self._not_thinking.variables(self._open_model.variables):
                     why += ", /think off skips them"
             _say(f"(cut off after {num_tokens:,} tokens{what}, {why})")
-        self._say_speed(result)
+        self._say_speed(reply)
 
     def _has_made_room(self, begun: _Begun | None) -> bool:
         """Make room as the policy says, until half of the context is free."""
         if self._policy == "stop":
             return False
         return self._make_room(
-            self._open_engine.plan.context_tokens // 2,
+            self._open_model.context_tokens // 2,
             num_begun=0 if begun is None else len(begun.tokens),
             summarises=self._policy == "summarise",
         )
 
-    def _say_speed(self, result: Result) -> None:
+    def _say_speed(self, reply: Reply) -> None:
         if self._is_quiet:
             return
-        ledger, used = result.ledger, result.usage["total_tokens"]
-        said = [f"{used:,} of {self._open_engine.plan.context_tokens:,} tokens of context"]
+        ledger, used = reply.ledger, reply.total_tokens
+        said = [f"{used:,} of {self._open_model.context_tokens:,} tokens of context"]
         if ledger.decode_tok_per_s is not None:
             said.append(f"{ledger.decode_tok_per_s:.1f} tok/s")
         if ledger.time_to_first_token_s is not None:
             said.append(f"first token after {ledger.time_to_first_token_s:.1f} s")
         write_dim(f"[{', '.join(said)}]")
 
-    def _answer(self, begun: _Begun | None) -> tuple[Result, _Begun]:
+    def _answer(self, begun: _Begun | None) -> tuple[Reply, _Begun]:
         """Show one answer, or how it goes on; ^C ends it cleanly, between two steps."""
-        engine, params, said = self._open_engine, self._own_params, ""
-        messages = self.messages
-        if begun is not None and not begun.tokens:  # as the API does
+        params, said, messages = self._params, "", self.messages
+        tokens: Sequence[int] = ()
+        if begun is not None and begun.tokens:
+            tokens, params = begun.tokens, replace(params, seed=begun.seed)
+        elif begun is not None:  # as the API does
             said, messages = chat_room.text_of(begun.message), [*messages, begun.message]
-        prompt = self._build(messages, self._thinking)
-        writer = AnswerWriter(
-            engine.prompts.parser(prompt), shows_thoughts=self._shows_thoughts, progress=prompt_shown(engine)
-        )
-        tokens = [] if begun is None else begun.tokens
-        if begun is not None and tokens:
-            writer.replay(tokens)
-            prompt = prompt.answered_by([token.token_id for token in tokens])
-            params = replace(params, seed=begun.seed)
-        result, new_tokens = self._generate(prompt, params, writer)
+        writer = AnswerWriter(shows_thoughts=self._shows_thoughts)
+        reply = self._ask(messages, params, writer, self._thinking, tokens)
         write_text("\n")
         # Thoughts are kept apart from the text: the chat template decides whether the model sees them again.
         thought = {"reasoning_content": writer.answer.reasoning} if writer.answer.reasoning else {}
         message = {"role": "assistant", "content": said + writer.answer.text, **thought}
         if begun is not None and not tokens:
-            return result, _Begun({**begun.message, **message})
-        return result, _Begun(message, [*tokens, *new_tokens], result.seed)
+            return reply, _Begun({**begun.message, **message})
+        return reply, _Begun(message, reply.token_ids, reply.seed)
 
-    def _generate(
-        self, prompt: Prompt, params: SamplingParams, writer: AnswerWriter
-    ) -> tuple[Result, list[TokenEvent]]:
-        """Run one prompt to its end or to ^C. Returns the result, and the tokens that came."""
-        engine = self._open_engine
-        tokens: list[TokenEvent] = []
-        sequence = engine.submit(prompt, params)
-        try:
-            with writer, _interrupts() as was_interrupted:
-                while sequence.result is None and not was_interrupted():
-                    engine.step()
-                    while sequence.events:
-                        tokens.append(sequence.events.popleft())
-                        writer.push(tokens[-1])
-        finally:
-            engine.cancel(sequence)
-        assert sequence.result is not None  # finished, or cancelled just now
-        return sequence.result.require(), tokens
+    def _ask(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        writer: AnswerWriter,
+        thinking: Thinking,
+        begun: Sequence[int] = (),
+    ) -> Reply:
+        with Interrupts.watched() as interrupts:
+            return self._open_model.answer(
+                self._readable(messages),
+                params,
+                writer,
+                thinking=thinking,
+                begun=begun,
+                interrupts=interrupts,
+            )
 
 
 def _say(*lines: str) -> None:
@@ -774,24 +697,6 @@ def _keys_held() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Remember the first ^C instead of raising; the second ^C raises."""
-    count = 0
-
-    def remember(number: int, frame: object) -> None:
-        nonlocal count
-        count += 1
-        if count > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, remember)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _reader(history: chat_files.LineHistory | None) -> Callable[[], str]:

@@ -50,6 +50,7 @@ _CONTROLS = {
 _GAP = re.compile(r"(?<=\S) {2,}+")  # between a label and its value, or two values
 _LAST_COLUMN = 12  # of a table: the narrowest in which words are still readable
 
+_STOPPING = "stopping after this step …"
 _DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
 _CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
 
@@ -137,19 +138,25 @@ class AnswerWriter:
 
     def __init__(
         self,
-        parser: Parser | None,
+        parser: Parser | None = None,
         *,
         shows_text: bool = True,
         shows_thoughts: bool,
         progress: Callable[[], Shown | None] | None = None,
+        most_tokens: int | None = None,
     ) -> None:
         """Make a writer.
 
         Args:
             parser: separates thoughts from text; None treats every token as text.
             progress: of the prompt (`prompt_shown`), which is shown until the first token comes; None: it is not shown.
+            most_tokens: of an answer that is not shown, whose progress is shown instead.
         """
         self._parser = parser
+        self._most_tokens = most_tokens
+        self._num_tokens = 0
+        self._is_stopping = False
+        self._is_inside_line = False
         self._shows_text = shows_text
         self._shows_thoughts = shows_thoughts
         self._is_dim = _has_colour(sys.stderr)
@@ -161,7 +168,7 @@ class AnswerWriter:
 
     def __enter__(self) -> Self:
         if self._progress is not None:
-            self._wait = Wait(self._progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
+            self._wait = Wait(self._read_progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -173,15 +180,45 @@ class AnswerWriter:
             sys.stdout.write(self._code.finish())
             sys.stdout.flush()
 
-    def replay(self, tokens: Sequence[TokenEvent]) -> None:
-        """Take the tokens of an answer that was shown before, and show nothing."""
-        shown = self._shows_text, self._shows_thoughts
-        self._shows_text = self._shows_thoughts = False
-        for token in tokens:
-            self.push(token)
-        self._shows_text, self._shows_thoughts = shown
+    def begin(
+        self,
+        parser: Parser | None,
+        progress: Callable[[], Shown | None],
+        *,
+        said: Sequence[Event] = (),
+    ) -> None:
+        """Set what depends on the model, before the `with` block; `said` is what the answer began with."""
+        self._parser, self._progress = parser, progress
+        self.replay(said)
+
+    def replay(self, events: Sequence[Event]) -> None:
+        """Take the parts of an answer that were shown before, and show nothing."""
+        from argosy.prompt.formats import TextDelta
+
+        self._events += events
         if self._code is not None:
-            self._code.push(self.answer.text)
+            for event in events:
+                self._code.push(event.text if isinstance(event, TextDelta) else "")
+
+    def say_stopping(self) -> None:
+        """Say that the answer ends after this step, which may take minutes. A signal's handler may call this."""
+        self._is_stopping = True
+        if self._wait is not None and self._wait.is_drawn:
+            return  # its bar says it
+        lead = "\n" if self._is_inside_line else ""
+        with suppress(RuntimeError):  # the signal came within another write
+            sys.stderr.write(f"{lead}{_STOPPING}\n")
+            sys.stderr.flush()
+        self._is_inside_line = False
+
+    def _read_progress(self) -> Shown | None:
+        assert self._progress is not None
+        if self._num_tokens and self._most_tokens:
+            share = min(1.0, self._num_tokens / self._most_tokens)
+            text = f"answer {self._num_tokens:,} of at most {self._most_tokens:,} tokens"
+            return Shown(_STOPPING if self._is_stopping else text, share)
+        shown = self._progress()
+        return Shown(_STOPPING, shown.share) if shown is not None and self._is_stopping else shown
 
     def _end_wait(self) -> None:
         if self._wait is not None:
@@ -191,7 +228,7 @@ class AnswerWriter:
     def push(self, token: TokenEvent) -> None:
         from argosy.prompt.formats import TextDelta
 
-        self._end_wait()
+        self.note_token()
         if self._parser is not None:
             self._take(self._parser.push(token.token_id, token.text))
         elif token.text:
@@ -199,8 +236,13 @@ class AnswerWriter:
 
     def show(self, event: Event) -> None:
         """Take a part of an answer that another program parsed."""
-        self._end_wait()
         self._take([event])
+
+    def note_token(self) -> None:
+        """Note that a token has come: the prompt is done."""
+        self._num_tokens += 1
+        if self._most_tokens is None:
+            self._end_wait()
 
     @property
     def answer(self) -> Answer:
@@ -216,9 +258,11 @@ class AnswerWriter:
             if isinstance(event, TextDelta) and self._shows_text:
                 self._end_thoughts()
                 write_text(event.text, code=self._code)
+                self._is_inside_line = not event.text.endswith("\n")
             elif isinstance(event, ReasoningDelta) and self._shows_thoughts:
                 self._begin_thoughts()
                 write_text(event.text, sys.stderr)
+                self._is_inside_line = not event.text.endswith("\n")
 
     def _begin_thoughts(self) -> None:
         if not self._is_thinking:
@@ -447,6 +491,7 @@ class Wait:
 
     def __init__(self, read: Callable[[], Shown | None], *, patience_s: float = _PATIENCE_S) -> None:
         self._read, self._patience_s = read, patience_s
+        self.is_drawn = False  # there is a bar, so other lines would break it
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="argosy-wait", daemon=True)
 
@@ -498,6 +543,7 @@ class Wait:
                         visible=True,
                     )  # fmt: skip
                     bar.refresh()
+                    self.is_drawn = True
                 if self._over.wait(_REDRAW_S):
                     return
 

@@ -14,7 +14,7 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote as urlquote
@@ -24,11 +24,12 @@ import click
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import own_server
-from argosy.errors import ServerNotUsable, UsageError
+from argosy.errors import PromptTooLong, ServerNotUsable, UsageError
 from argosy.strict_json import JsonError, parse_json
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 TIMEOUT_S = 10.0
+_COUNT_S = 600.0  # the tokens of a conversation, whose model may have to be loaded again
 ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
 _REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
 _MOST_LINES = 4  # of a server's error
@@ -87,6 +88,32 @@ class _FileConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+class Call:
+    """A request that another thread, or a signal's handler, can stop.
+
+    Attributes:
+        is_stopped: nobody waits for its answer any more.
+    """
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._sock: socket.socket | None = None
+
+    def stop(self) -> None:
+        """End the connection; the server then stops computing."""
+        self.is_stopped = True
+        if self._sock is not None:
+            with suppress(OSError):  # it has ended already
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def begin(self, connection: http.client.HTTPConnection) -> None:
+        """Connect. Raises OSError."""
+        connection.connect()
+        self._sock = connection.sock
+        if self.is_stopped:
+            self.stop()
 
 
 class Server:
@@ -202,8 +229,25 @@ class Server:
             for event in self._events(response):
                 yield self._checked(self._parsed(event))
 
+    def tokenize(self, body: dict[str, Any], timeout_s: float = _COUNT_S) -> int:
+        """Count the tokens of a text or a conversation, as vLLM's /tokenize; its model is loaded if it has to be.
+
+        Raises:
+            UsageError: the server refuses the request.   ServerNotUsable: it does not answer.
+        """
+        with _refusing(), self._ask("POST", "/tokenize", body, timeout_s=timeout_s) as response:
+            answer = self._parsed(response.read(_LONGEST_BYTES))
+        count = answer.get("count") if isinstance(answer, dict) else None
+        if not isinstance(count, int):
+            raise self._stranger("it does not say how many tokens there are")
+        return count
+
     def answers(
-        self, path: str, body: dict[str, Any], begin: Callable[[str | None], None] = lambda request_id: None
+        self,
+        path: str,
+        body: dict[str, Any],
+        begin: Callable[[str | None], None] = lambda request_id: None,
+        call: Call | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer, as OpenAI's API has them.
 
@@ -213,22 +257,17 @@ class Server:
         Raises:
             UsageError: the server refuses the request.   ServerNotUsable: the answer does not come, or not to its end.
         """
-        try:
-            with self._ask("POST", path, body, timeout_s=ANSWER_S) as response:
-                begin(response.headers.get("x-request-id"))
-                for event in self._events(response):
-                    if event == b"[DONE]":
-                        return
-                    chunk = self._parsed(event)
-                    if not isinstance(chunk, dict):
-                        raise self._stranger("its answer cannot be read")
-                    if isinstance(error := chunk.get("error"), dict):
-                        raise ServerNotUsable(f"{self.url}: {quote(error.get('message'))}", url=self.url)
-                    yield chunk
-        except ServerNotUsable as error:
-            if error.facts.get("status") in _REFUSALS:
-                raise UsageError(error.message, hint=error.hint) from None
-            raise
+        with _refusing(), self._ask("POST", path, body, timeout_s=ANSWER_S, call=call) as response:
+            begin(response.headers.get("x-request-id"))
+            for event in self._events(response):
+                if event == b"[DONE]":
+                    return
+                chunk = self._parsed(event)
+                if not isinstance(chunk, dict):
+                    raise self._stranger("its answer cannot be read")
+                if isinstance(error := chunk.get("error"), dict):
+                    raise ServerNotUsable(f"{self.url}: {quote(error.get('message'))}", url=self.url)
+                yield chunk
         raise ServerNotUsable(
             f"{self.url} ended before its answer did", hint="`argosy logs` may say why", url=self.url
         )
@@ -296,7 +335,13 @@ class Server:
 
     @contextmanager
     def _ask(
-        self, method: str, path: str, body: object = None, *, timeout_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        timeout_s: float | None = None,
+        call: Call | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         connection = self._connection(timeout_s)
@@ -304,6 +349,8 @@ class Server:
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
+            if call is not None:
+                call.begin(connection)
             if body is None:
                 connection.request(method, self._base_path + path, headers=headers)
             else:
@@ -339,8 +386,10 @@ class Server:
                 url=self.url,
                 status=status,
             )
+        code = None
         try:
             error = parse_json(response.read(_LONGEST_BYTES))["error"]  # type: ignore[index]
+            code = error.get("code") if isinstance(error, dict) else None
             message = error if path.startswith("/api/") else error["message"]  # Ollama's form, and OpenAI's
         except (JsonError, KeyError, TypeError):
             message = None
@@ -355,6 +404,9 @@ class Server:
             hint=quote(hint) or None,
             url=self.url,
             status=status,
+            code=code,
+            said="\n".join(lines),
+            **_retry_after(response),
         )
 
     def _stranger(self, why: str, status: int | None = None) -> ServerNotUsable:
@@ -364,6 +416,29 @@ class Server:
             url=self.url,
             status=status,
         )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raise what a server refuses as the error that an engine here would raise."""
+    try:
+        yield
+    except ServerNotUsable as error:
+        if error.facts.get("status") not in _REFUSALS:
+            raise
+        kind = PromptTooLong if error.facts.get("code") == "context_length_exceeded" else UsageError
+        raise kind(str(error.facts.get("said") or error.message), hint=error.hint) from None
+
+
+def _retry_after(response: http.client.HTTPResponse) -> dict[str, int]:
+    """When a busy server may be asked again."""
+    told = response.headers.get("retry-after") or ""
+    is_busy = response.status in (http.HTTPStatus.TOO_MANY_REQUESTS, http.HTTPStatus.SERVICE_UNAVAILABLE)
+    return (
+        {"retry_after_s": int(told)}
+        if is_busy and told.isascii() and told.isdecimal() and len(told) < 6
+        else {}
+    )
 
 
 def _is_line(line: object) -> bool:

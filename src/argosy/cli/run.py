@@ -31,7 +31,7 @@ from argosy.cli.options import (
     watermark_option,
 )
 from argosy.cli.output import AnswerWriter, ledger_lines, prompt_shown, write_text
-from argosy.cli.server_model import ServerModel, find_model, server_model_options
+from argosy.cli.server_model import Reply, ServerModel, find_model, server_model_options
 from argosy.cli.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
 from argosy.config import DEMO, counted
 from argosy.errors import UsageError
@@ -39,9 +39,10 @@ from argosy.errors import UsageError
 if TYPE_CHECKING:
     from argosy.config import Grammar, Preset, SamplingParams
     from argosy.engine.engine import Engine
+    from argosy.engine.memory_plan import MemoryPlan
     from argosy.engine.requests import PromptLike
-    from argosy.engine.sequence import Result
-    from argosy.media.parts import Audio, Image, Video
+    from argosy.engine.sequence import Result, TokenLogprob
+    from argosy.media.parts import Audio, Hearing, Image, Video
     from argosy.prompt.formats import Answer
     from argosy.prompt.messages import Message
     from argosy.prompt.thinking import Thinking
@@ -129,7 +130,10 @@ def run(
     if thoughts is None:
         thoughts = sys.stderr.isatty() and not as_json
     if (at := find_model(model, url, no_server=no_server, is_quiet=quiet)) is not None:
-        _ask(at, text, system, form, params, thinking, raw=raw, quiet=quiet, shows_thoughts=thoughts)
+        _ask(
+            at, text, system, form, params, thinking,
+            raw=raw, quiet=quiet, shows_thoughts=thoughts, as_json=as_json, co2_grams_per_kwh=co2_grams_per_kwh,
+        )  # fmt: skip
         return
     if (preset := preset_of(model)) is not None:
         params, thinking = preset.fill_in(params), thinking_of(preset, thinking)
@@ -154,7 +158,14 @@ def run(
             shows_thoughts=thoughts,
         )
         if as_json:
-            print(_as_json(result, answer, engine, co2_grams_per_kwh))
+            reply = Reply(
+                result.finish_reason,
+                result.token_ids,
+                result.seed,
+                result.usage,
+                result.ledger,
+            )
+            print(_as_json(answer, reply, engine.hears, engine.plan, co2_grams_per_kwh, result.logprobs))
         elif not quiet:
             lines = ledger_lines(
                 result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh
@@ -210,6 +221,8 @@ def _ask(
     raw: bool,
     quiet: bool,
     shows_thoughts: bool,
+    as_json: bool,
+    co2_grams_per_kwh: float | None,
 ) -> None:
     """Let a server answer."""
     from argosy.cli.server_model import part_of
@@ -221,25 +234,29 @@ def _ask(
     messages = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    writer = AnswerWriter(None, shows_thoughts=shows_thoughts, progress=at.followed.read)
-    said = at.answer(
+    writer = AnswerWriter(shows_text=not as_json, shows_thoughts=shows_thoughts)
+    reply = at.answer(
         text if raw else messages,
         params,
         writer,
         form=None if form is None else json.loads(form.text),
         thinking=thinking,
     )
-    if not writer.answer.text.endswith("\n"):
+    ledger = reply.ledger
+    if as_json:
+        print(_as_json(writer.answer, reply, at.hears, None, co2_grams_per_kwh))
+    elif not writer.answer.text.endswith("\n"):
         write_text("\n")
-    if not quiet:
-        print(*said.lines(), sep="\n", file=sys.stderr)
-    if said.finish_reason == "length":
-        is_full = said.prompt_tokens + said.new_tokens >= at.context_tokens
+    if not quiet and not as_json:
+        lines = ledger_lines(ledger, None, reply.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh)
+        print(*lines, sep="\n", file=sys.stderr)
+    if reply.finish_reason == "length":
+        is_full = reply.total_tokens >= at.context_tokens
         _say_cut(
             writer.answer,
-            said.new_tokens,
+            ledger.new_tokens,
             at.context_tokens if is_full else None,
-            has_switch=False,  # its API does not say
+            has_switch="enable_thinking" in at.variables,
             has_form=form is not None,
         )
 
@@ -343,29 +360,42 @@ def _answer(
     return result, answer
 
 
-def _as_json(result: Result, answer: Answer, engine: Engine, co2_grams_per_kwh: float | None) -> str:
+def _as_json(
+    answer: Answer,
+    reply: Reply,
+    hears: Hearing,
+    plan: MemoryPlan | None,
+    co2_grams_per_kwh: float | None,
+    logprobs: Sequence[TokenLogprob] | None = None,
+) -> str:
+    """The answer and its ledger; without a plan, a server gave it."""
     from argosy.engine.energy import co2_grams
 
+    ledger = reply.ledger
     facts: dict[str, Any] = {
         "text": answer.text,
         "reasoning": answer.reasoning,
-        "token_ids": list(result.token_ids),
-        "finish_reason": result.finish_reason,
-        "usage": result.usage,
-        "seed": result.seed,
-        "hears": engine.hears,
-        "ledger": result.ledger.as_dict(),
-        "plan": engine.plan.as_dict(),
+        "token_ids": list(reply.token_ids),
+        "finish_reason": reply.finish_reason,
+        "usage": {
+            "prompt_tokens": ledger.prompt_tokens,
+            "completion_tokens": ledger.new_tokens,
+            "total_tokens": reply.total_tokens,
+        },
+        "seed": reply.seed,
+        "hears": hears,
+        "ledger": ledger.as_dict(),
+        "plan": None if plan is None else plan.as_dict(),
     }
-    if co2_grams_per_kwh is not None and (joules := result.ledger.total_energy_j) is not None:
+    if co2_grams_per_kwh is not None and (joules := ledger.total_energy_j) is not None:
         facts["co2_grams"] = list(co2_grams(joules, co2_grams_per_kwh))
-    if result.logprobs is not None:
+    if logprobs is not None:
         facts["logprobs"] = [
             {
                 "token_id": entry.token_id,
                 "logprob": entry.logprob,
                 "top": [{"token_id": token_id, "logprob": value} for token_id, value in entry.top],
             }
-            for entry in result.logprobs
+            for entry in logprobs
         ]
     return json.dumps(facts, ensure_ascii=False)

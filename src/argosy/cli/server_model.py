@@ -1,19 +1,21 @@
 """A model that a server answers with, so that a command need not load it beside the server.
 
-    --url, the user's own server  ─ find_model ─>  ServerModel  ─ answer ─>  events for an AnswerWriter
+    --url, the user's own server  ─ find_model ─>  ServerModel  ─ answer ─>  events for an AnswerWriter, and a Reply
 
 A server answers what its API can say. If a command has an option that only an engine of its own honours, or the server
-lacks the model, a line says so and the command loads the model itself. With --url that is an error.
+lacks the model, a line says so and the command loads the model itself. With --url that is an error. A busy server is
+asked again. An answer goes on from its tokens, which a server tells (`return_token_ids`) and takes back.
 
-Elsewhere: requests are `remote.py`; which process the user's server is, `own_server.py`.
+Elsewhere: requests are `remote.py`; which process the user's server is, `own_server.py`; chats with it, `chat.py`.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,22 +25,26 @@ from click.core import ParameterSource
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli import own_server
 from argosy.cli.help_all import Further
-from argosy.config import CHOOSING, DEMO
+from argosy.cli.interrupts import Interrupts
+from argosy.config import CHOOSING, DEMO, SamplingDefaults
 from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.output import AnswerWriter, Shown
-    from argosy.cli.remote import Server
+    from argosy.cli.remote import Call, Server
     from argosy.config import SamplingParams
-    from argosy.media.parts import Content
+    from argosy.engine.ledger import Ledger
+    from argosy.media.parts import Content, Hearing, Kind
+    from argosy.prompt.formats import Event
     from argosy.prompt.thinking import Thinking
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+T = TypeVar("T")
 
 # Options of commands that a request says, or that concern the terminal alone. All others are for an engine.
 _SAID = {
-    *CHOOSING, "prompt", "model", "files", "system", "json_schema", "raw", "quiet", "thoughts", "thinks", "effort",
-    "max_tokens", "seed", "stop", "ignore_eos", "logit_bias", "url", "no_server",
+    *CHOOSING, "prompt", "model", "files", "system", "json_schema", "raw", "as_json", "quiet", "thoughts", "thinks",
+    "effort", "max_tokens", "seed", "stop", "ignore_eos", "logit_bias", "url", "no_server", "history", "context_policy",
 }  # fmt: skip
 _MEDIA_TYPES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif",
@@ -46,8 +52,17 @@ _MEDIA_TYPES = {
     ".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm",
     ".mkv": "video/x-matroska", ".avi": "video/x-msvideo",
 }  # fmt: skip
+_KINDS: Mapping[str, Kind] = {
+    "image": "picture",
+    "audio": "sound",
+    "video": "video",
+}  # by the name in /v1/models
+_SWITCHES = {
+    "on-off": ["enable_thinking"], "efforts": ["reasoning_effort"], "both": ["enable_thinking", "reasoning_effort"],
+}  # fmt: skip
 _STATE_S = 2.0  # the longest that the first token may wait for a state
-_LEAST_S = 0.1  # a rate over less says nothing
+_LONGEST_WAIT_S = 60  # that a busy server may ask for
+_LOOK_S = 0.1  # how often a wait looks for ^C
 _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
 
 
@@ -65,26 +80,25 @@ def server_model_options(command: Command) -> Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """An answer of a server.
+class Reply:
+    """An answer.
 
-    finish_reason: "stop" or "length", as an engine has it.
+    finish_reason: "stop", "length" or "cancelled", as an engine has it.
+    token_ids: of the whole answer, with those it began with; empty if a server does not tell them.
+    usage: tokens of the prompt and the answer, as an engine has them.
+    fault: why a server ended it, which is then "cancelled"; None: it did not.
     """
 
     finish_reason: str
-    prompt_tokens: int
-    new_tokens: int
-    first_s: float
-    wall_s: float
+    token_ids: Sequence[int]
+    seed: int
+    usage: Mapping[str, int]
+    ledger: Ledger
+    fault: ServerNotUsable | None = None
 
-    def lines(self) -> list[str]:
-        """What a command says of it."""
-        decode_s = self.wall_s - self.first_s
-        rate = f"{(self.new_tokens - 1) / decode_s:.1f} tok/s, " if decode_s > _LEAST_S else ""
-        return [
-            f"tokens   {self.prompt_tokens} prompt, {self.new_tokens} new",
-            f"time     {self.wall_s:.1f} s, {rate}first token after {self.first_s:.1f} s",
-        ]
+    @property
+    def total_tokens(self) -> int:
+        return self.usage.get("total_tokens", 0)
 
 
 class Followed:
@@ -133,21 +147,96 @@ class Followed:
         return one.get("model") == self._model and one.get("why") in ("model", "room")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ServerModel:
-    """A model of a server, by its name there."""
+    """A model of a server. It answers as `chat_models.ChatModel` says.
+
+    Attributes:
+        name: as the user gave it.
+        entry: of /v1/models.
+        address: the server's, as clients are given it.
+    """
 
     server: Server
     name: str
+    entry: Mapping[str, Any]
     address: str
-    is_loaded: bool
-    context_tokens: int
     followed: Followed
 
     @property
     def line(self) -> str:
-        how = "in memory" if self.is_loaded else "loaded now"
-        return f"using the server at {self.address}: {quote(self.name)} is {how} (--no-server loads the model here)"
+        how = "in memory" if self._is_loaded else "loaded now"
+        return f"using the server at {self.address}: {quote(self._id)} is {how} (--no-server loads the model here)"
+
+    @property
+    def _id(self) -> str:
+        """Its name at the server."""
+        return str(self.entry["id"])
+
+    @property
+    def _is_loaded(self) -> bool:
+        return self.entry.get("state") == "ready"
+
+    @property
+    def context_tokens(self) -> int:
+        context = self.entry.get("context_length")
+        return context if isinstance(context, int) else 0
+
+    @property
+    def media_kinds(self) -> Sequence[Kind]:
+        told = _mapping(self.entry, "architecture").get("input_modalities")
+        return [_KINDS[one] for one in told if one in _KINDS] if isinstance(told, list) else []
+
+    @property
+    def hears(self) -> Hearing:
+        told = _mapping(self.entry, "capabilities").get("sound")
+        return "native" if told == "native" else "transcript" if told == "transcript" else "none"
+
+    @property
+    def takes_calls(self) -> bool:
+        return _mapping(self.entry, "capabilities").get("tools") != "none"
+
+    @property
+    def variables(self) -> frozenset[str]:
+        told = _mapping(self.entry, "capabilities").get("thinking")
+        return frozenset(_SWITCHES.get(told, ()) if isinstance(told, str) else ())
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        told = _mapping(self.entry, "default_parameters")
+        given = {name: told[name] for name in CHOOSING if isinstance(told.get(name), int | float)}
+        return replace(SamplingDefaults(), **given)
+
+    def facts(self) -> list[str]:
+        return [f"context of {self.context_tokens:,} tokens"]
+
+    def media_fault(self, kind: Kind) -> str | None:
+        return None
+
+    def shortfall(self, thinking: Thinking) -> str | None:
+        return thinking.shortfall(self.variables)
+
+    def loaded(self) -> ServerModel:
+        """The model once it is in memory: only then its server knows what it can do.
+
+        Raises:
+            ServerNotUsable: it cannot be loaded.
+        """
+        from argosy.cli.output import Wait
+        from argosy.cli.remote import ANSWER_S
+
+        if self._is_loaded:
+            return self
+        body = {"model": self._id, "content": ""}
+        with Wait(self.followed.read):
+            list(self._asking(lambda: [self.server.tokenize(body, ANSWER_S)], None))
+        entry = next((one for one in self.server.models() if one["id"] == self._id), self.entry)
+        return replace(self, entry=entry)
+
+    def count(self, messages: Sequence[Mapping[str, Any]], thinking: Thinking) -> int:
+        body = {"model": self._id, "messages": _sent(messages), "add_generation_prompt": False}
+        (tokens,) = self._asking(lambda: [self.server.tokenize(body | _thinking(thinking))], None)
+        return tokens
 
     def answer(
         self,
@@ -157,57 +246,202 @@ class ServerModel:
         *,
         form: Mapping[str, Any] | None = None,
         thinking: Thinking | None = None,
-    ) -> Said:
-        """Show the answer to a text that is continued, or to messages.
+        begun: Sequence[int] = (),
+        interrupts: Interrupts | None = None,
+    ) -> Reply:
+        """Show the answer to a text that is continued, or to messages, until ^C if `interrupts` watches for it.
+
+        Args:
+            begun: tokens that the answer begins with, and that were shown.
 
         Raises:
-            UsageError: the server refuses the request.   ServerNotUsable: it ends before the answer does.
+            UsageError: the server refuses the request.   ServerNotUsable: it ends before the answer has begun.
         """
-        from argosy.prompt.formats import ReasoningDelta, TextDelta
+        from argosy.cli.remote import Call
 
-        path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
-        body = {
-            "model": self.name,
-            **_sampling(params),
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
+        body: dict[str, Any] = {
+            "model": self._id, **_sampling(params), "seed": seed, "stream": True, "timings": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "return_token_ids": True,
+        }  # fmt: skip
+        body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": _sent(prompt)}
         if form is not None:
             schema = {"name": "answer", "schema": form, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if thinking is not None:
-            asked = {"enable_thinking": thinking.thinks, "reasoning_effort": thinking.effort}
-            body |= {name: value for name, value in asked.items() if value is not None}
-        began = time.monotonic()
-        first_s: float | None = None
-        finish = "stop"
-        usage: dict[str, Any] = {}
+            body |= _thinking(thinking)
+        if begun:
+            body["continue_token_ids"] = list(begun)
+        call = Call()
+        if interrupts is not None:
+            interrupts.on_first = call.stop
+        taken = _Taken(writer)
+        self.followed.begin(None)
+        writer.begin(None, self.followed.read)
+        path = "/v1/completions" if isinstance(prompt, str) else "/v1/chat/completions"
+        fault = None
         with writer:
-            for event in self.server.answers(path, body, self.followed.begin):
-                usage = event.get("usage") or usage
-                for choice in event.get("choices") or ():
-                    delta = choice.get("delta") or choice
-                    for key, kind in (
-                        ("reasoning_content", ReasoningDelta),
-                        ("content", TextDelta),
-                        ("text", TextDelta),
-                    ):
-                        if isinstance(text := delta.get(key), str) and text:
-                            first_s = time.monotonic() - began if first_s is None else first_s
-                            writer.show(kind(text))
-                    finish = choice.get("finish_reason") or finish
-        wall_s = time.monotonic() - began
-        counts = (usage.get(key) for key in ("prompt_tokens", "completion_tokens"))
-        num_prompt, num_new = (count if isinstance(count, int) else 0 for count in counts)
-        return Said(str(finish), num_prompt, num_new, wall_s if first_s is None else first_s, wall_s)
+            try:
+                for event in self._asking(
+                    lambda: self.server.answers(path, body, self.followed.begin, call), call
+                ):
+                    taken.take(event)
+            except ServerNotUsable as error:
+                # What has come is kept, unless nobody waits for how it goes on.
+                if not call.is_stopped and (interrupts is None or not taken.token_ids):
+                    raise
+                fault = None if call.is_stopped else error
+        if call.is_stopped or fault is not None:
+            taken.finish = "cancelled"
+        token_ids = taken.token_ids or list(begun)
+        return Reply(taken.finish, token_ids, seed, taken.usage, taken.ledger(), fault)
+
+    def use_lines(self) -> list[str]:
+        return ["`argosy top` shows the server's use of time and memory"]
+
+    def _asking(self, ask: Callable[[], Iterable[T]], call: Call | None) -> Iterator[T]:
+        """What `ask` yields. A server that is busy is asked again, after as long as it says."""
+        from argosy.cli.remote import ANSWER_S
+
+        until, has_said = time.monotonic() + ANSWER_S, False
+        while True:
+            try:
+                yield from ask()
+                return
+            except ServerNotUsable as error:
+                wait_s = error.facts.get("retry_after_s")
+                if not isinstance(wait_s, int) or wait_s > _LONGEST_WAIT_S or time.monotonic() > until:
+                    raise
+                if not has_said:
+                    click.echo(f"{error.message}; it is asked again until it is free (^C stops)", err=True)
+                has_said = True
+            free_at = time.monotonic() + max(1, wait_s)
+            while time.monotonic() < free_at and not (call is not None and call.is_stopped):
+                time.sleep(_LOOK_S)
+
+
+class _Taken:
+    """What has come of an answer.
+
+    Attributes:
+        finish: why it ended, as an engine has it.
+        token_ids: of the whole answer, as far as the server tells them.
+        usage: as an engine has it.
+    """
+
+    def __init__(self, writer: AnswerWriter) -> None:
+        self.finish = "stop"
+        self.token_ids: list[int] = []
+        self._writer = writer
+        self._began = time.monotonic()
+        self._first_s: float | None = None
+        self.usage: dict[str, int] = {}
+        self._timings: object = None
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Show a chunk."""
+        from argosy.prompt.formats import ReasoningDelta, TextDelta
+
+        told = event.get("usage")
+        if isinstance(told, dict):
+            self.usage = {name: count for name, count in told.items() if isinstance(count, int)}
+            cached = _mapping(told, "prompt_tokens_details").get("cached_tokens")
+            self.usage["cached_tokens"] = cached if isinstance(cached, int) else 0
+        self._timings = event.get("timings") or self._timings
+        is_new = self.usage.get("completion_tokens", 1) > 0
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, dict):
+                continue
+            delta = choice.get("delta")
+            delta = delta if isinstance(delta, dict) else choice
+            said: list[Event] = []
+            for key, kind in (
+                ("reasoning_content", ReasoningDelta),
+                ("content", TextDelta),
+                ("text", TextDelta),
+            ):
+                if isinstance(text := delta.get(key), str) and text:
+                    said.append(kind(text))
+            told = choice.get("token_ids")
+            ids = [one for one in told if isinstance(one, int)] if isinstance(told, list) else []
+            self.token_ids += ids
+            if not is_new:  # what the answer began with
+                self._writer.replay(said)
+                continue
+            if said or ids:
+                self._first_s = self._first_s or time.monotonic() - self._began
+                self._writer.note_token()
+            for one in said:
+                self._writer.show(one)
+            if (finish := choice.get("finish_reason")) is not None:
+                self.finish = "length" if finish == "length" else "stop"
+
+    def ledger(self) -> Ledger:
+        """The answer's, as the server tells it, or what can be measured here."""
+        from argosy.engine.ledger import Ledger
+
+        if isinstance(self._timings, dict):
+            return _ledger_of(self._timings)
+        wall_s, first_s = time.monotonic() - self._began, self._first_s
+        return Ledger(
+            prompt_tokens=self.usage.get("prompt_tokens", 0), new_tokens=self.usage.get("completion_tokens", 0),
+            wall_s=wall_s, time_to_first_token_s=first_s, decode_s=None if first_s is None else wall_s - first_s,
+        )  # fmt: skip
+
+
+def _ledger_of(told: Mapping[str, Any]) -> Ledger:
+    """The ledger that a server tells; what is no number is left out."""
+    from argosy.engine.ledger import Ledger
+    from argosy.model.clock import PARTS
+
+    numbers = {name: value for name, value in told.items() if isinstance(value, int | float)}
+    known = {one.name for one in fields(Ledger)} - {"parts", "drive_energy_j"}
+    given: dict[str, Any] = {name: value for name, value in numbers.items() if name in known}
+    rate, new = numbers.get("decode_tok_per_s"), numbers.get("new_tokens", 0)
+    if rate:
+        given["decode_s"] = (new - 1) / rate
+    parts = _mapping(told, "parts")
+    given["parts"] = {
+        name: parts[name] if isinstance(parts.get(name), int | float) else 0.0 for name in PARTS
+    }
+    match told.get("drive_energy_j"):
+        case [int() | float() as low, int() | float() as high]:
+            given["drive_energy_j"] = low, high
+    return Ledger(**given)
+
+
+def _mapping(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = entry.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _thinking(thinking: Thinking) -> dict[str, Any]:
+    """The fields of a request that say whether the model thinks."""
+    asked = {"enable_thinking": thinking.thinks, "reasoning_effort": thinking.effort}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _sent(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with their media as a request has them."""
+    from argosy.media.parts import Content
+
+    return [
+        {
+            **message,
+            "content": [part_of(part) if isinstance(part, Content) else part for part in message["content"]],
+        }
+        if isinstance(message.get("content"), list)
+        else dict(message)
+        for message in messages
+    ]
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
     """The fields of a request; what is left to the model is left out."""
     chosen = {name: getattr(params, name) for name in CHOOSING if name not in params.left_to_model}
     more = {
-        "max_tokens": params.max_tokens, "seed": params.seed, "stop": list(params.stop) or None,
+        "max_tokens": params.max_tokens, "stop": list(params.stop) or None,
         "ignore_eos": params.ignore_eos or None,
         "logit_bias": {str(one): bias for one, bias in params.logit_bias.items()} or None,
     }  # fmt: skip
@@ -245,15 +479,8 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
             raise
         click.echo(f"note: {error.message}; {model} is loaded here, beside that server", err=True)
         return None
-    context = entry.get("context_length")
-    found = ServerModel(
-        server,
-        entry["id"],
-        address,
-        entry.get("state") == "ready",
-        context if isinstance(context, int) else 0,
-        Followed(Server(url, key, timeout_s=_STATE_S), entry["id"]),
-    )
+    followed = Followed(Server(url, key, timeout_s=_STATE_S), entry["id"])
+    found = ServerModel(server, model, entry, address, followed)
     if not is_quiet:
         click.echo(found.line, err=True)
     return found
@@ -298,7 +525,7 @@ def _entry_of(model: str, entries: Sequence[dict[str, Any]], address: str) -> di
     )
 
 
-def part_of(content: Content, source: object) -> dict[str, Any]:
+def part_of(content: Content, source: object = "") -> dict[str, Any]:
     """A picture, sound or video as a part of a message."""
     assert isinstance(content.data, bytes)
     suffix = source.suffix.lower() if isinstance(source, Path) else Path(str(source)).suffix.lower()

@@ -1,0 +1,36 @@
+"""^C while a command answers: the first one stops the answer, the second one ends the command."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+
+class Interrupts:
+    """Remembers the first ^C instead of raising; the second ^C raises.
+
+    Attributes:
+        on_first: called at the first one, in the signal's handler.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.on_first: Callable[[], None] = lambda: None
+
+    @classmethod
+    @contextmanager
+    def watched(cls) -> Iterator[Self]:
+        made = cls()
+        before = signal.signal(signal.SIGINT, made._remember)
+        try:
+            yield made
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt
+        self.on_first()
