@@ -1205,6 +1205,20 @@ def _quiet(read: Read) -> Read:
     return reading
 
 
+def library_rows() -> Iterator[Row]:
+    from argosy.library import modelfile
+
+    def read(text: str) -> object:
+        return modelfile.read(text.encode(errors="surrogatepass"), Path("/nowhere"))
+
+    instructions = (
+        'FROM x\nSYSTEM """|a |', 'FROM x\nSYSTEM """|"\n|', 'FROM x\nSYSTEM "|\n |', "FROM x|\nPARAMETER stop x|",
+        "FROM x|\nMESSAGE user x|", "FROM x|\nSYSTEM y|", "|#\n|FROM x", "FROM |x/|", "FROM x\nPARAMETER seed |9|",
+        "FROM x\nPARAMETER |a|", "FROM x|\r\n|", "FROM x|\nLICENSE z|",
+    )  # fmt: skip
+    yield from texts("modelfile", read, most=1 << 16, more=instructions)
+
+
 def guard_rows() -> Iterator[Row]:
     from argosy.cluster import copied, group
     from argosy.guard import chain, guard_models, keys, stops, view
@@ -1699,5 +1713,6 @@ def rows(folder: Path) -> Iterator[Row]:
         grammar_rows,
         route_rows,
         guard_rows,
+        library_rows,
     ):
         yield from some()

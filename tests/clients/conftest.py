@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,17 @@ NUM_LONG = 1200  # tokens of the answer to "#long"; it ends earlier when its cli
 class Server:
     url: str
     model: Path
+
+    @contextmanager
+    def preset(self, name: str, text: str) -> Iterator[None]:
+        """A preset of the server's model."""
+        path = self.model.parent / "data" / "argosy" / "presets" / f"{name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'model = "{self.model.resolve()}"\n{text}')
+        try:
+            yield
+        finally:
+            path.unlink()
 
     @property
     def num_new_tokens(self) -> int:
@@ -60,7 +72,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.serve.speaking", "serve", str(model)]
     command += ["--memory", "1GiB", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(model.parent / "data")}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):

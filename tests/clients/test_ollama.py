@@ -47,6 +47,29 @@ def test_models_are_listed_shown_and_loaded(client: ollama.Client) -> None:
     assert client.generate("tiny").done_reason == "load"
 
 
+def test_a_preset_is_listed_shown_and_answers_with_its_system_message(
+    server: Server, client: ollama.Client
+) -> None:
+    with server.preset("brief", 'system = "#plain"\ntemperature = 0\nmax-tokens = 4\nstop = ["zzz"]\n'):
+        listed = {one.model: one.details for one in client.list().models}
+        assert list(listed) == ["tiny:latest", "brief:latest"]
+        assert listed["brief:latest"] is not None
+        assert listed["brief:latest"].parent_model == "tiny:latest"
+        assert [(one.model, one.size) for one in client.ps().models][1:] == [("brief:latest", 0)]
+        shown = client.show("brief")
+        assert 'SYSTEM "#plain"' in (shown.modelfile or "")
+        assert "stop" in (shown.parameters or "")
+        answer = client.chat("brief", said("Hi"))
+        assert (answer.model, answer.done_reason, answer.eval_count) == ("brief", "length", 4)
+        whole = client.chat("brief:latest", said("Hi"), options={"num_predict": -1}).message.content
+        assert whole == "It is well, thank you."
+        own = [{"role": "system", "content": "Be kind."}, *said("#quote")]
+        assert "left" in (client.chat("brief", own, options={"num_predict": 40}).message.content or "")
+        assert client.generate("brief").done_reason == "load"
+    with pytest.raises(ollama.ResponseError, match="does not exist"):
+        client.chat("brief", said("Hi"))
+
+
 def test_an_answer_is_the_same_whole_and_streamed(client: ollama.Client) -> None:
     whole = client.chat("tiny", said("#think"), think=True, options=GREEDY)
     assert (whole.message.content, whole.message.thinking) == ("It is well.", "Let me see.")

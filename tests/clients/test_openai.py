@@ -47,6 +47,19 @@ def test_chat_plain_and_streamed(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+def test_a_preset_is_a_model_of_its_own_name(client: openai.OpenAI, server: Server) -> None:
+    with server.preset("brief", 'system = "#plain"\ntemperature = 0\n'):
+        listed = {one.id: (one.model_extra or {}).get("parent") for one in client.models.list()}
+        assert listed == {"tiny": None, "brief": "tiny"}
+        assert client.models.retrieve("brief").id == "brief"
+        chat = client.chat.completions.create(model="brief", messages=said("Hi"))
+        assert (chat.model, chat.choices[0].message.content) == ("brief", "It is well, thank you.")
+        response = client.responses.create(model="brief", input="Hi")
+        assert (response.model, response.output_text) == ("brief", "It is well, thank you.")
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="brief", messages=said("Hi"))
+
+
 def test_chat_streams_parallel_tool_calls_and_continues_with_their_results(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="tiny", messages=said("#weather"), tools=TOOLS) as stream:
         done = [e for e in stream if e.type == "tool_calls.function.arguments.done"]

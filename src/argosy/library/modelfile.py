@@ -99,7 +99,7 @@ def read(data: bytes, folder: Path) -> Imported:
             raise UsageError(f"line {line}: {error.message}", hint=error.hint) from None
     if reading.model is None:
         raise UsageError("it has no FROM, which names the model")
-    return Imported(reading.model, reading.fields, list(reading.notes))
+    return Imported(reading.model, reading.all_fields(), list(reading.notes))
 
 
 def _instructions(text: str) -> Iterator[tuple[int, str, str]]:
@@ -147,6 +147,8 @@ class _Reading:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._messages: list[dict[str, str]] = []
+        self._stops: list[str] = []
         self.model: str | None = None
         self.fields: dict[str, Any] = {}
         self.notes: dict[str, None] = {}  # in order, each once
@@ -165,11 +167,16 @@ class _Reading:
                 if role.lower() not in presets.ROLES:
                     raise UsageError(f"a message is of {', '.join(presets.ROLES)}, found '{quote(role)}'")
                 message = {"role": role.lower(), "content": content}
-                self.fields["messages"] = (*self.fields.get("messages", ()), message)
+                self._messages.append(message)
             case "ADAPTER":
                 raise UsageError("ADAPTER: adapters are not supported yet")
             case _:
                 self.notes[f"{name} has no effect: {_IGNORED[name]}"] = None
+
+    def all_fields(self) -> dict[str, Any]:
+        """The arguments of `presets.made` after the last instruction."""
+        more = {"stop": tuple(self._stops), "messages": tuple(self._messages)}
+        return self.fields | {name: value for name, value in more.items() if value}
 
     def _take_model(self, value: str) -> None:
         if self.model is not None:
@@ -189,7 +196,7 @@ class _Reading:
         presets.require_known(name, (*_FIELDS, *_WITHOUT_EFFECT))
         field = _FIELDS[name]
         if field == "stop":
-            self.fields[field] = (*self.fields.get(field, ()), value)
+            self._stops.append(value)
         elif field == "think":
             self.fields |= _thinking(value)
         elif field in ("max_tokens", "context", "seed", "top_k"):

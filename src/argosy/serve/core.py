@@ -534,7 +534,9 @@ class Service:
         num_tokens, available = len(prompt.token_ids or ()), self.model.context_tokens
         least = max(1, params.min_tokens)
         if num_tokens + least > available:
-            raise PromptTooLong.of(num_tokens, available, for_answer=least)
+            refusal = PromptTooLong.of(num_tokens, available, for_answer=least)
+            refusal.hint = "shorten the prompt, or use the model under its own name"
+            raise refusal
         left = available - num_tokens
         return replace(params, max_tokens=left if params.max_tokens is None else min(left, params.max_tokens))
 

@@ -85,9 +85,12 @@ MinusOne = Annotated[int, Field(ge=-1, le=-1, strict=True), WHOLE]
 TokenLimit = Tokens | MinusOne
 
 
+_NO_LIMIT = 1 << 40  # more than any context
+
+
 def limit_of(given: int | None) -> int | None:
-    """The token limit that `max_tokens` means; None means as many as the context holds."""
-    return None if given == -1 else given
+    """The token limit that `max_tokens` means; None is not given, which a preset may fill in."""
+    return _NO_LIMIT if given == -1 else given
 
 
 NumAnswers = Annotated[int, Field(ge=1, le=MAX_ANSWERS, strict=True), WHOLE]

@@ -58,6 +58,7 @@ from argosy.serve.fields import (
     Tools,
     TopK,
     few,
+    limit_of,
     schema_form,
     strays,
     without_effect,
@@ -293,7 +294,8 @@ class OllamaOptions(Lenient):
         names = OllamaOptions.model_fields.keys() & Sampling.model_fields.keys()
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         given = Sampling(**{name: getattr(self, name) for name in names}).sampling(stops)
-        return {**given, "max_tokens": self.num_predict if (self.num_predict or 0) > 0 else None}
+        limit = None if self.num_predict is None else self.num_predict if self.num_predict > 0 else -1
+        return {**given, "max_tokens": limit_of(limit)}
 
 
 class OllamaBody(Strict):
