@@ -382,8 +382,9 @@ class Parser {
     if (ARROWS.has(name)) {
       const [below, above] = [this.optionRow(), this.argument()];
       const arrow = operator(ARROWS.get(name), { stretchy: "true" });  // browsers stretch no arrow below a label
-      const padded = (node) => mathml("mrow", {}, space("0.5em"), node, space("0.5em"));
-      return below ? mathml("munderover", {}, arrow, padded(below), padded(above)) : mathml("mover", {}, arrow, padded(above));
+      const padded = (node, attributes) => mathml("mrow", attributes, space("0.5em"), node, space("0.5em"));
+      const label = padded(above, { class: "on-arrow" });
+      return below ? mathml("munderover", {}, arrow, padded(below, {}), label) : mathml("mover", {}, arrow, label);
     }
     if (TRANSPARENT.has(name)) return this.argument();
     if (LITERAL.has(name)) return mathml("mtext", {}, name.slice(1));
