@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from argosy.cli import data
+from argosy.cli import data, output
 from argosy.cli.main import main
 from argosy.guard.audit import Audit, AuditSettings, Content
 from argosy.guard.keys import KeyFile
@@ -174,6 +174,22 @@ def test_an_erasure_without_a_place_is_refused(
     assert main(["data", "erase", "--key", "laptop", *options]) == 2
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+def test_the_progress_of_reading_an_audit_ends_with_its_last_line(
+    directory: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    @contextmanager
+    def progress_bar() -> Iterator[Any]:
+        yield lambda what, share: told.append(share)
+
+    monkeypatch.setattr(output, "progress_bar", progress_bar)
+    assert main(["audit", command, str(directory)]) == 0
+    assert told == sorted(told)
+    assert told[-1] == 1.0
 
 
 def test_the_list_of_stores_has_sizes_of_what_is_here(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,9 +70,9 @@ def verify(
     wanted = [chain.Head.parse(text) for text in anchors]
     key = None if no_key else read_key(directory, key_file)
     contents = None if key is None else _contents(directory, key)
-    report = chain.verify(
-        directory, key, anchors=wanted, check_object=None if contents is None else contents.is_same
-    )
+    check = None if contents is None else contents.is_same
+    with _progress(directory, key) as see:
+        report = chain.verify(directory, key, anchors=wanted, check_object=check, see=see)
     if as_json:
         print(json.dumps(_as_dict(report)))
     else:
@@ -103,6 +104,7 @@ def show(
     found: deque[Line] = deque(maxlen=last)
 
     def see(line: Line) -> None:
+        tell(line)
         facts = line.facts
         if request_id is not None:
             is_wanted = facts.get("request_id") == request_id
@@ -111,7 +113,8 @@ def show(
         if is_wanted:
             found.append(line)
 
-    report = chain.verify(directory, key, see=see)
+    with _progress(directory, key) as tell:
+        report = chain.verify(directory, key, see=see)
     if request_id is not None:
         for line in found:
             print(json.dumps(line.facts, indent=1))
@@ -143,6 +146,19 @@ def export(directory: Path, key_file: Path | None, key_id: str | None, with_cont
             print(json.dumps(line.facts if said is None else {**line.facts, "said": said}))
 
     _require_valid(chain.verify(directory, key, see=see))
+
+
+@contextmanager
+def _progress(directory: Path, key: bytes | None) -> Iterator[Callable[[Line], None]]:
+    """Show how far an audit is read; what is yielded takes each line."""
+    from argosy.cli import output
+    from argosy.guard import chain
+
+    last = 0
+    with suppress(UsageError):  # `chain.verify` reports it
+        last = chain.read_head(directory, key).seq
+    with output.progress_bar() as tell:
+        yield lambda line: tell("checking lines", min(1.0, line.head.seq / last) if last > 0 else 0.0)
 
 
 def read_key(directory: Path, key_file: Path | None) -> bytes:
