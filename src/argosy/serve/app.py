@@ -390,6 +390,8 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
     def apply() -> str:
         intake = service.intake(caller)
         said = openai_chat.sent(body.messages, intake)
+        if (preset := service.model.preset) is not None:
+            said = [dict(one) for one in preset.with_messages(said)]
         caller.files.require_all()
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         return service.prompts.apply_template(
