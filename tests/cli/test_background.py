@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import stat
@@ -31,6 +30,10 @@ WAIT_S = 120
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The directory of the server; a server that a test leaves is ended."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    # A developer's own systemd is left alone.
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS", raising=False)
     path = tmp_path / "state" / "argosy"
     yield path
     if path.is_dir():
@@ -355,23 +358,3 @@ def test_a_server_listens_on_a_file_and_a_port_if_both_are_named(tmp_path: Path)
             assert isinstance(context, click.Context)
             found = take_listening(dict(context.params), host="127.0.0.1", port=context.params["port"])
         assert (found.path, found.port) == expected
-
-
-def test_the_unit_of_a_user_starts_a_server_that_our_commands_find(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its command is one that `serve` accepts, and its socket file is the one that commands look for."""
-    from argosy.cli.serve import serve
-
-    monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setenv("HOME", "/home/u")
-    unit = (Path(__file__).parents[2] / "deploy" / "argosy-user.service").read_text()
-    (command,) = re.findall(r"^ExecStart=%h/.local/bin/argosy serve (.*)$", unit, re.MULTILINE)
-    context = serve.make_context("serve", shlex.split(command.replace("%h", "/home/u")))
-    assert context.params["listen"] == own_server.socket_url()
-    assert (context.params["library"], context.params["idle_unload"], context.params["port"]) == (
-        True,
-        "15m",
-        8080,
-    )
-    assert f"mkdir -p -m 0700 {own_server.socket_path().parent}\n".replace("/home/u", "%h") in unit

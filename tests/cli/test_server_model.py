@@ -51,7 +51,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
     add_to_hub(home / "HF_HOME" / "hub", "Acme/One", write_chat_model(home / "files" / "model"))
     environment = {**os.environ, **{name: str(home / name) for name in SEEN}}
-    command = [sys.executable, "-m", "argosy", "up", "--port", "0", "--memory", "1GiB", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "argosy",
+        "up",
+        "--no-systemd",
+        "--port",
+        "0",
+        "--memory",
+        "1GiB",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     yield home

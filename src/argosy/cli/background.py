@@ -1,8 +1,10 @@
 """`argosy up`, `ps`, `logs` and `stop`: the server that runs in the background for this user.
 
-    up  ->  argosy serve ... --listen unix:STATE/server.sock  (a session of its own, its log in STATE/server.log)
+    up  ->  systemd listens, and starts `argosy serve ... --listen unix:STATE/server.sock` on first use
+        ->  without systemd, the same command in a session of its own, its log in STATE/server.log
 
-Elsewhere: which process that is, and its directory, are `own_server.py`; its options are those of `serve.py`.
+Elsewhere: which process that is, and its directory, are `own_server.py`; what systemd is told is
+`user_units.py`; its options are those of `serve.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.checkpoint.untrusted_file import quote
-from argosy.cli import completion, own_server
+from argosy.cli import completion, own_server, user_units
 from argosy.cli.help_all import Command
 from argosy.cli.output import table_lines, time_span
 from argosy.cli.remote import TIMEOUT_S, entries, fields, number, server_options, whole
@@ -70,8 +72,10 @@ def _is_up() -> UsageError:
     "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL]... [OPTIONS OF SERVE]",
     shell_complete=completion.models,
 )  # fmt: skip
-def up(arguments: tuple[str, ...]) -> None:
-    """Start a server in the background for this user, and wait until it answers.
+@click.option("--print", "shown", is_flag=True, help="Print the units of systemd, and install nothing.")
+@click.option("--no-systemd", is_flag=True, help="Start a process in the background, without systemd.")
+def up(arguments: tuple[str, ...], shown: bool, no_systemd: bool) -> None:
+    """Start a server for this user: systemd starts it on first use, or it runs in the background.
 
     It takes the models and options of `argosy serve`. `argosy ps`, `argosy logs` and `argosy stop` belong to it.
 
@@ -80,24 +84,36 @@ def up(arguments: tuple[str, ...]) -> None:
       argosy up
       argosy up Qwen3-30B-A3B --memory 16GiB
     """
-    command = _command(arguments)
+    # They may stand behind those of `serve`, too.
+    shown, no_systemd = shown or "--print" in arguments, no_systemd or "--no-systemd" in arguments
+    arguments = tuple(one for one in arguments if one not in ("--print", "--no-systemd"))
+    command, options = _command(arguments)
+    if shown:
+        for name, text in _units(command, options, arguments).items():
+            print(f"# {name}\n{text}")
+        return
     with own_server.open_state() as state, _alone(state):
-        process = own_server.running()
-        if process is not None and arguments:
-            raise _is_up()
+        process = own_server.running() or own_server.awaited()
         if process is not None and process.is_ending:
             raise UsageError(
                 f"the server, pid {process.pid}, finishes its answers and ends",
                 hint="`argosy stop` waits for it, then `argosy up` starts another",
             )
-        if process is None:
+        if process is not None and arguments:
+            raise _is_up()
+        if process is None and not no_systemd and user_units.is_reachable():
+            process = _install(state, _units(command, options, arguments), options)
+        elif process is None:
             process = _start(state, command)
-    print(f"the server runs at {process.address}, pid {process.pid}")
+    if process.pid:
+        print(f"the server runs at {process.address}, pid {process.pid}")
+    else:
+        print(f"systemd starts the server on first use, at {process.address}")
     print("`argosy ps` shows what it does, `argosy logs` its log, `argosy stop` ends it", file=sys.stderr)
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
-    """The command of the server, with options that `serve` accepts.
+def _command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command of the server, with options that `serve` accepts, and their values.
 
     Raises:
         UsageError, click.UsageError: `serve` refuses them.
@@ -120,7 +136,72 @@ def _command(arguments: Sequence[str]) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()):
         serve.invoke(checking)
     # -P: a folder `argosy` in the working directory is not the program.
-    return [sys.executable, "-P", "-m", "argosy", "serve", *arguments, *given]
+    return [sys.executable, "-P", "-m", "argosy", "serve", *arguments, *given], context.params
+
+
+def _units(command: Sequence[str], options: dict[str, Any], arguments: Sequence[str]) -> dict[str, str]:
+    """The units of systemd for the server."""
+    return user_units.texts(
+        command, path=own_server.socket_path(), host=options["host"], port=options["port"],
+        mode=options["socket_mode"], drain_s=options["drain"], directory=Path.cwd() if arguments else None,
+        environment=os.environ,
+    )  # fmt: skip
+
+
+def _install(state: Directory, units: dict[str, str], options: dict[str, Any]) -> Process:
+    """Let systemd listen for the server, and start it now if it has models of its own.
+
+    Raises:
+        UsageError, ServerNotUsable: systemd or the server does not start.
+    """
+    user_units.install(units)
+    shown = f"[{options['host']}]" if ":" in options["host"] else options["host"]
+    own_server.note_awaited(state, f"http://{shown}:{options['port']}")
+    _say(
+        f"systemd listens for it, also after each login: {user_units.SOCKET} and {user_units.SERVICE} are written and "
+        f"enabled; `argosy stop` and `systemctl --user disable {user_units.SOCKET}` undo that"
+    )
+    if options["models"]:
+        _start_service()
+    process = own_server.running() or own_server.awaited()
+    if process is None:
+        raise ServerNotUsable(
+            f"systemd does not listen on {own_server.socket_path()}",
+            hint="`systemctl --user status argosy.socket` says why; `argosy up --no-systemd` does without it",
+        )
+    return process
+
+
+def _start_service() -> None:
+    """Start the service, so that what is wrong with its models is told now."""
+    starting = user_units.start()
+    began = time.monotonic()
+    try:
+        while (code := _code_within(starting, _SAID_S)) is None:
+            waited_s = time.monotonic() - began
+            if waited_s > START_S:
+                raise ServerNotUsable(
+                    f"the server was not ready after {START_S:.0f} s", hint="`argosy logs` shows its log"
+                )
+            _say(f"waiting for the server: {waited_s:.0f} s")
+        if code:
+            sys.stderr.write(_printable(user_units.last_lines()))
+            raise ServerNotUsable(
+                "the server did not start", hint="the lines above are its log; `argosy logs` shows more"
+            )
+    except BaseException:  # ^C too: it would go on unseen
+        starting.kill()
+        starting.wait(timeout=_NOW_S)
+        user_units.disable()
+        user_units.stop_service()
+        raise
+
+
+def _code_within(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code of a process that ends in time."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=seconds)
+    return None
 
 
 @contextlib.contextmanager
@@ -217,9 +298,15 @@ def ps(url: str, key_file: Path | None, as_json: bool) -> None:
     from argosy.cli.remote import Server
     from argosy.cli.settings import api_key
 
-    process = own_server.running()
+    process = own_server.running() or own_server.awaited()
     if url != own_server.socket_url():
         process = None
+    if process is not None and not process.pid:  # to ask would start it
+        if as_json:
+            print(json.dumps({"process": process._asdict(), "models": None, "memory": None, "queue": None}))
+        else:
+            print(f"server    {quote(process.address)}, started by systemd on first use")
+        return
     try:
         state = Server(url, api_key(key_file)).state()
     except ServerNotUsable as error:
@@ -291,16 +378,31 @@ def stop(model: str | None, now: bool, kill: bool) -> None:
         return
     with contextlib.ExitStack() as opened:
         with own_server.open_state() as state, _alone(state):
-            process = own_server.running()
-            if process is None:
+            process, is_service = own_server.running(), user_units.is_active()
+            if process is None and not is_service:
                 raise _is_down()
-            descriptor = _descriptor_of(process)
-            if descriptor is not None:
+            why = None if process is None or now or kill else _why_wait(process)  # before nobody listens
+            if is_service:
+                user_units.stop_listening()
+            descriptor = None if process is None else _descriptor_of(process)
+            if process is not None and descriptor is not None:
                 opened.callback(os.close, descriptor)
-                limit_s = _tell_to_end(state, process, descriptor, now=now, kill=kill)
-        if descriptor is not None:  # without the lock: `argosy stop --now` may come meanwhile
+                limit_s = _NOW_S
+                if why is not None:
+                    line, limit_s = why
+                    _say(line)
+                _tell_to_end(state, process, descriptor, now=now, kill=kill)
+        # Without the lock: `argosy stop --now` may come meanwhile.
+        if process is not None and descriptor is not None:
             _wait_for_end(process, descriptor, limit_s)
+    if is_service:
+        user_units.stop_service()
     print("the server has stopped")
+    if is_service and user_units.is_enabled():
+        _say(
+            "systemd listens for it again after the next login; "
+            f"`systemctl --user disable {user_units.SOCKET}` ends that"
+        )
 
 
 def _descriptor_of(process: Process) -> int | None:
@@ -315,22 +417,17 @@ def _descriptor_of(process: Process) -> int | None:
     return None
 
 
-def _tell_to_end(state: Directory, process: Process, descriptor: int, *, now: bool, kill: bool) -> float:
-    """Send the signals, and say what the server does first; returns how long it may take, in seconds."""
+def _tell_to_end(state: Directory, process: Process, descriptor: int, *, now: bool, kill: bool) -> None:
+    """Send each signal once."""
     if kill:
         _signal(descriptor, signal.SIGKILL)
-        return _NOW_S
-    limit_s = _NOW_S
-    if not now:
-        line, limit_s = _why_wait(process)
-        _say(line)
+        return
     if not process.is_ending:
         own_server.note_end(state, process)
         _signal(descriptor, signal.SIGTERM)
     if now:
         # The second one ends answers. It is of another kind, because the kernel keeps only one of each.
         _signal(descriptor, signal.SIGINT)
-    return limit_s
 
 
 def _signal(descriptor: int, number: signal.Signals) -> None:
@@ -382,7 +479,7 @@ def _wait_for_end(process: Process, descriptor: int, limit_s: float) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines until ^C.")
 @click.option("-n", "--lines", default=100, show_default=True, type=click.IntRange(0), help="The last lines.")
 def logs(follow: bool, lines: int) -> None:
-    """Show the log of the server that `argosy up` started.
+    """Show the log of the server that `argosy up` started, which systemd keeps in its journal.
 
     \b
     Examples:
@@ -390,15 +487,15 @@ def logs(follow: bool, lines: int) -> None:
       argosy logs -f
     """
     with own_server.open_state() as state:
+        process = own_server.running()
+        if user_units.is_installed() and (process is None or user_units.runs(process.pid)):
+            user_units.show_log(follow=follow, lines=lines)
         try:
             log = state.open(own_server.LOG)
         except FileNotFoundError:
-            if own_server.running() is None:
+            if process is None:
                 raise _is_down() from None
-            raise UsageError(
-                "the server was not started by `argosy up`, and its log is elsewhere",
-                hint="of a systemd service: `journalctl --user -u argosy -f`",
-            ) from None
+            raise UsageError("the server was not started by `argosy up`, and its log is elsewhere") from None
     with open(log, "rb", buffering=0) as file:
         text = os.pread(file.fileno(), 2 * _LOG_BYTES, 0)
         shown = len(text)

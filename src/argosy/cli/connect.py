@@ -130,7 +130,7 @@ def describe(
             tools = cast("ToolCalling", served_tools)
     if not model.isprintable():
         raise UsageError(f"{server.url} serves a model whose name cannot be written to settings: {model!r}")
-    process = own_server.running() if server.url == own_server.socket_url() else None
+    process = own_server.found() if server.url == own_server.socket_url() else None
     return Connection(
         url=server.url if process is None else process.address,  # clients speak to a port
         model=model,

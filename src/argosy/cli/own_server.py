@@ -30,6 +30,7 @@ LOCK = "up.lock"  # held by `argosy up` and `argosy stop`
 _SOCKET = "server.sock"
 _FACTS = "server.json"
 _MOST_BYTES = 4096
+_ACCEPTS = 1 << 16  # flag of a socket that listens, in /proc/net/unix
 
 
 class Process(NamedTuple):
@@ -125,10 +126,35 @@ def _process(facts: object) -> Process | None:
 
 
 def found() -> Process | None:
-    """`running`, for commands that do without a server: None also if its directory cannot be used or trusted."""
+    """`running` or `awaited`; None also if the directory of the server cannot be used or trusted."""
     with suppress(UsageError, OSError):
-        return running()
+        return running() or awaited()
     return None
+
+
+def awaited() -> Process | None:
+    """The server that systemd starts on first use, with pid 0; None: nobody listens for it."""
+    if not socket_path().exists() or not _is_listening(socket_path()):
+        return None
+    with open_state() as state, suppress(OSError, JsonError):
+        if (process := _process(parse_json(state.read(_FACTS, _MOST_BYTES)))) is not None:
+            return process._replace(pid=0, started=0, is_ending=False)
+    return None
+
+
+def note_awaited(state: Directory, address: str) -> None:
+    """Note that systemd listens, and where."""
+    _note(state, Process(0, 0, time.time(), address))
+
+
+def _is_listening(path: Path) -> bool:
+    """Whether a socket file is listened on; a connection would start the server."""
+    with suppress(OSError), open("/proc/net/unix", "rb") as sockets:
+        for line in sockets:
+            _, _, _, flags, _, _, _, *name = line.rstrip(b"\n").split(None, 7)
+            if name == [os.fsencode(path)] and int(flags, 16) & _ACCEPTS:
+                return True
+    return False
 
 
 def is_running(process: Process) -> bool:
