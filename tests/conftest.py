@@ -55,19 +55,21 @@ def _memory_of_a_module_ends_with_it() -> Iterator[None]:
     _native.trim_heap()
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_from_outside(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    for name in list(os.environ):
-        if name.startswith("ARGOSY_") and name not in KEPT:
-            monkeypatch.delenv(name)
-    # Commands keep aliases and counts of routing there.
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "data"))
-    # A server that a developer started with `argosy up` answers none of the tests' commands.
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
-    # Models of a developer's library are none of the tests'.
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hub"))
-    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path_factory.getbasetemp() / "ollama"))
+@pytest.fixture(autouse=True, scope="session")
+def _no_settings_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For the whole session, so that the models and servers that modules share see it as well."""
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("ARGOSY_") and name not in KEPT:
+                patch.delenv(name)
+        # Commands keep aliases and counts of routing there.
+        patch.setenv("XDG_DATA_HOME", str(base / "data"))
+        # A server that a developer started with `argosy up` answers none of the tests' commands.
+        patch.setenv("XDG_STATE_HOME", str(base / "state"))
+        # Models of a developer's library are none of the tests'.
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HOME", str(base / "hub"))
+        patch.setenv("OLLAMA_MODELS", str(base / "ollama"))
+        yield

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pwd
+from pathlib import Path
 
 import pytest
 
 from argosy.errors import UsageError
-from argosy.library.places import find_models
-from argosy.user_directories import cache_directory, data_directory
+from argosy.library.places import find_models, hub_cache
+from argosy.user_directories import cache_directory, data_directory, state_directory
 
 
 def test_a_user_without_a_home_directory_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,16 @@ def test_a_user_without_a_home_directory_is_told_to_name_one(monkeypatch: pytest
     for find in (cache_directory, data_directory, find_models):
         with pytest.raises(UsageError, match="this user has no home directory, and HOME is not set"):
             find()
+
+
+@pytest.fixture(scope="module")
+def of_a_module() -> list[Path]:
+    """Where what the tests of a module share would be written."""
+    return [data_directory(), state_directory(), hub_cache()]
+
+
+def test_what_tests_share_is_not_written_into_the_developers_home(
+    of_a_module: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = tmp_path_factory.getbasetemp()
+    assert [place for place in of_a_module if not place.is_relative_to(base)] == []

@@ -169,4 +169,4 @@ if __name__ == "__main__":
         write_speaking_model(Path(arguments[1]), positions)
     given = os.environ.get("SPEAKING_SCRIPTS")
     with speaking(json.loads(Path(given).read_text()) if given else None):
-        main()
+        sys.exit(main())
