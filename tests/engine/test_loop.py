@@ -164,7 +164,8 @@ def test_submitting_does_not_wait_for_a_step(
     loop.submit(PROMPT, SHORT, second)
     request = loop.submit(PROMPT, LONG, third)
     loop.cancel(request)
-    loop.snapshot()
+    facts = loop.snapshot().engine
+    assert (facts.num_running, facts.num_waiting) == (1, 2)  # not as they were before the step
     assert time.monotonic() - begin < 1.0
     assert second.events == []
     go_on.set()

@@ -258,7 +258,7 @@ class EngineLoop:
         return plan
 
     def snapshot(self) -> LoopFacts:
-        """Facts as of about the last step, without waiting for one."""
+        """Facts as of about the last step, without waiting for one. A request that just came counts as waiting."""
         now, running = self._clock(), self._step_began
         samples = list(self._samples)
         known_until = now if running is None else running
@@ -268,9 +268,13 @@ class EngineLoop:
             share = min(1.0, RATE_SECONDS / (now - running)) if now > running else 1.0
             prompt_rate = _Window(samples, now, running).mean("prompt_tokens", share * num_done)
         requests, waiting = self._requests()
+        # The facts are of the end of a step, and the next one may take minutes.
+        facts = self._facts
+        num_open = max(facts.num_running + facts.num_waiting, self._num_live)
+        num_running = max(facts.num_running, 0 if step is None else len(step.scheduled.sequences))
         decodes = [steps for at, steps in list(self._decodes) if now - at <= DECODE_SECONDS]
         return LoopFacts(
-            engine=self._facts,
+            engine=replace(facts, num_running=num_running, num_waiting=max(0, num_open - num_running)),
             num_steps=self._num_steps,
             is_stopping=self._is_stopping,
             has_failed=self._has_failed,
