@@ -159,6 +159,7 @@ def test_think_switches_thoughts_within_a_chat(engine: Engine, capsys: Captured)
     assert "thinking low\n" in err
     assert "thinking off\n" in err
     assert err.count("this model knows no effort") == 2
+    assert "thinking high" not in err
     assert "error: /think takes on, off, low, medium, high, found 'maybe'" in err
 
 

@@ -300,13 +300,16 @@ class Conversation:
             if word not in WORDS:
                 raise UsageError(f"/think takes {', '.join(WORDS)}, found '{word}'")
             self._thinking = WORDS[word]
-            self._note_thinking()
+            if self._note_thinking():
+                return
         said = next((name for name, one in WORDS.items() if one == self._thinking), "is left to the model")
         _say(f"thinking {said}")
 
-    def _note_thinking(self) -> None:
+    def _note_thinking(self) -> bool:
+        """Say what the model cannot be told; returns whether there is something."""
         if (shortfall := self._open_model.shortfall(self._thinking)) is not None:
             _say(f"note: {shortfall}")
+        return shortfall is not None
 
     def _introduce(self) -> None:
         """Say which model answers, and what it can do."""

@@ -462,7 +462,9 @@ class Shown(NamedTuple):
     def left(self) -> str:
         from argosy.engine.progress import rough_time
 
-        return "" if self.seconds_left is None else f"about {rough_time(self.seconds_left)} left"
+        if self.seconds_left is None or self.share >= 1:
+            return ""
+        return f"about {rough_time(self.seconds_left)} left"
 
 
 def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:
