@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import errno
+import inspect
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +130,20 @@ def test_a_tree_that_cannot_go_whole_loses_the_rest(root: Directory, monkeypatch
     with pytest.raises(PermissionError):
         root.remove_tree("tree")
     assert root.names("tree") == ["a"]
+
+
+def test_a_tree_deeper_than_the_stack_is_listed(root: Directory) -> None:
+    deep = Path("d/" * 200)
+    (root.path / deep).mkdir(parents=True)
+    (root.path / deep / "file").write_bytes(b"")
+    (root.path / "beside").write_bytes(b"")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        found = root.files()
+    finally:
+        sys.setrecursionlimit(limit)
+    assert sorted(found) == [Path("beside"), deep / "file"]
 
 
 def test_a_tree_ends_where_another_file_system_begins(root: Directory) -> None:

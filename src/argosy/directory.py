@@ -154,9 +154,12 @@ class Directory:
     def files(self, name: Name = "") -> list[Path]:
         """The names of all files and links below a directory; none if it is missing."""
         found: list[Path] = []
-        for entry in self.names(name):
-            inner = Path(name, entry)
-            found += self.files(inner) if self.is_directory(inner) else [inner]
+        remaining = [Path(name)]  # a tree may be deeper than Python's stack
+        while remaining:
+            directory = remaining.pop()
+            for entry in self.names(directory):
+                inner = directory / entry
+                (remaining if self.is_directory(inner) else found).append(inner)
         return found
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────

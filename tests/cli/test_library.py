@@ -138,8 +138,14 @@ def test_headers_are_read_once_until_a_file_changes(
     path.write_text(path.read_text() + " ")
     assert listed(capsys) == first
     assert len(read) == 4
-    (models / "cache" / "library-facts.json").write_text("damaged")
+    kept = models / "cache" / "library-facts.json"
+    kept.write_text("damaged")
     assert listed(capsys) == first
+    good = json.loads(kept.read_text())
+    for name, value in [("family", None), ("smallest_bytes", "x"), ("sampling", {"a": 1}), ("fault", [])]:
+        kept.write_text(json.dumps({key: {**facts, name: value} for key, facts in good.items()}))
+        assert listed(capsys) == first
+        assert json.loads(kept.read_text()) == good
 
 
 def test_a_list_of_nothing_says_how_to_get_something(capsys: Captured) -> None:

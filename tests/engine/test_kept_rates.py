@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,9 +53,12 @@ def test_rates_of_another_version_of_the_file_are_measured_again_and_not_refused
     assert not kept_rates.rates_here(tmp_path).is_measured
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer_s", ["{", "1e-320", "0", "1e300"])
+def test_a_damaged_file_is_named(tmp_path: Path, layer_s: str) -> None:
     place = kept_rates.save(guess("", usable_cores()), tmp_path)
-    place.write_text("{")
+    text = place.read_text()
+    place.write_text(re.sub(r'("layer_s": )[^,]*', rf"\g<1>{layer_s}", text))
+    assert place.read_text() != text
     with pytest.raises(UsageError, match="--calibrate"):
         kept_rates.load(tmp_path)
 

@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.output import print_facts, table_lines, time_span
-from argosy.config import counted, disk_size, format_bytes
+from argosy.config import CHOOSING, counted, disk_size, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
     from argosy.library.places import Model
 
 _FACTS = {
-    "family",
-    "context_tokens",
-    "num_layers",
-    "vocab_size",
-    "num_parameters",
-    "weight_bytes",
-    "media_kinds",
-    "sampling",
-}  # of `Summary`
+    "family": str, "format": str, "num_experts": int, "experts_per_token": int, "smallest_bytes": int,
+    "resident_bytes": int, "context_tokens": int, "num_layers": int, "vocab_size": int, "num_parameters": int,
+    "weight_bytes": int, "media_kinds": list, "sampling": dict,
+}  # fmt: skip  # of `Summary`
 _MOST_FILES_SHOWN = 20
 _MOST_REVISION = 20  # characters of a revision in the table
 
@@ -116,7 +111,7 @@ def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
             continue
         try:
             facts = cache.get(model)
-            if facts is None or not ("fault" in facts or facts.keys() >= _FACTS):
+            if facts is None or not _are_facts(facts):
                 facts = _read_facts(model)
                 cache.put(model, facts)
         except OSError as error:  # it was removed meanwhile
@@ -124,6 +119,18 @@ def model_facts(models: list[Model]) -> list[tuple[Model, dict[str, Any]]]:
         result.append((model, facts))
     cache.save()
     return result
+
+
+def _are_facts(found: dict[str, Any]) -> bool:
+    """Whether they are what `_read_facts` returns; the file may be of another version or damaged."""
+    if found.keys() == {"fault"}:
+        return isinstance(found["fault"], str)
+    return (
+        found.keys() == _FACTS.keys()
+        and all(type(found[name]) is kind for name, kind in _FACTS.items())
+        and found["sampling"].keys() == set(CHOOSING)
+        and all(type(value) in (int, float) for value in found["sampling"].values())
+    )
 
 
 def _read_facts(model: Model) -> dict[str, Any]:

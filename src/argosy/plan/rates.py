@@ -25,7 +25,7 @@ from argosy.strict_json import JsonError
 MEASURED_SPREAD, MOST_MEASURED_SPREAD, GUESSED_SPREAD = 1.1, 1.4, 1.5
 FORMAT = "argosy-rates-10"
 NUM_TOKENS = (1, 2, 4, 8, 16, 64)  # more are as fast as the last
-_MOST_RATE = 1e15
+_LEAST_RATE, _MOST_RATE = 1e-18, 1e15
 _OVERLAP = 0.5  # between machines that hide all of it and those that hide nothing
 _DRIVE_LATENCY_S = 300e-6  # a few records at once take this beyond what the drive's rate explains
 # Medians of cores of Zen 4 and 5 (`--calibrate`, 2026-11).
@@ -223,14 +223,14 @@ def _checked(value: object) -> Rates:
         "missing_layer_s_per_byte", "miss_s", "step_s", "spread", "drive_spread",
     ):  # fmt: skip
         if not _is_rate(value[name]):
-            raise JsonError(f"has `{name}` that is no number above zero")
+            raise JsonError(f"has `{name}` that is not a number above zero")
     for name in ("overlap", "transcoding_overlap"):
         share = value[name]
         if share != 0 and not (_is_rate(share) and share <= 1):
-            raise JsonError(f"has `{name}` that is no number from 0 to 1")
+            raise JsonError(f"has `{name}` that is not a number from 0 to 1")
     for name in ("source", "drive_source"):
         if not isinstance(value[name], str) or len(value[name]) > 200:
-            raise JsonError(f"has `{name}` that is no short text")
+            raise JsonError(f"has `{name}` that is not a short text")
     by_tokens = {
         name: {format: tuple(found) for format, found in value[name].items()}
         for name in ("operations", "waits")
@@ -239,7 +239,7 @@ def _checked(value: object) -> Rates:
 
 
 def _is_rate(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < _MOST_RATE  # type: ignore[operator]
+    return type(value) in (int, float) and _LEAST_RATE < value < _MOST_RATE  # type: ignore[operator]
 
 
 def _are_rates(value: object) -> bool:
