@@ -211,7 +211,7 @@ def test_a_licence_controls_no_terminal_and_is_short(server: Served, capsys: Cap
 def test_an_answer_that_is_no_list_is_refused(server: Served, capsys: Captured, answer: object) -> None:
     server.models = answer
     assert main(["search", "x"]) == 4
-    assert "its list of models is no list" in capsys.readouterr().err
+    assert "its list of models is not a list" in capsys.readouterr().err
 
 
 def test_an_answer_that_is_too_long_is_refused(server: Served, capsys: Captured) -> None:

@@ -259,7 +259,7 @@ def test_logits_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         def read_logits(self, ids: Any, take: Any) -> None:
             take(0, np.full((len(ids), 8), np.nan, np.float32))
 
-    with RowFile(tmp_path, 8, 8) as rows, pytest.raises(ArgosyError, match="no finite numbers"):
+    with RowFile(tmp_path, 8, 8) as rows, pytest.raises(ArgosyError, match="not finite numbers"):
         score(Broken(), Tokens([np.arange(4)], [], []), rows, is_reference=True)  # type: ignore[arg-type]
 
 

@@ -86,7 +86,7 @@ def test_questions_are_read_and_spread_over_the_file(tmp_path: Path) -> None:
         ([b""], "has no question"),
         ([b"\n\n  \n"], "has no question"),
         ([b"nonsense"], "question 1 is not JSON"),
-        ([b"[]"], "question 1 is no object"),
+        ([b"[]"], "question 1 is not an object"),
         ([QUESTION, QUESTION | {"label": 3}], "question 2 has the label 3, expected 0, 1 or 2"),
         ([QUESTION | {"label": True}], "has the label True"),
         ([QUESTION | {"label": None}], "has the label None"),

@@ -217,7 +217,7 @@ class Hub:
             url += f"/revision/{urllib.parse.quote(self.source.revision, safe='')}"
         answer = self._json(f"{url}?blobs=true", "its list of files", _LIST_BYTES)
         if not isinstance(answer, dict):
-            raise self._lie("its list of files is no object")
+            raise self._lie("its list of files is not an object")
         revision, siblings = answer.get("sha"), answer.get("siblings")
         if not isinstance(revision, str) or not is_commit(revision):
             raise self._lie("its list of files has no revision")
@@ -240,7 +240,7 @@ class Hub:
         url = f"{self.source.url}/api/models?{urllib.parse.urlencode(query)}"
         answer = self._json(url, "its list of models", most_bytes)
         if not isinstance(answer, list):
-            raise self._lie("its list of models is no list")
+            raise self._lie("its list of models is not a list")
         return answer
 
     def _json(self, url: str, what: str, most_bytes: int) -> object:

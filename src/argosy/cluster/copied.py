@@ -356,7 +356,7 @@ def _parse_list(data: bytes) -> _State:
         name, nbytes, head = entry
         if not isinstance(name, str) or not _is_plain(name):
             raise CheckpointError(
-                f"{path} has '{quote(name)}', which is no name of a file of a model", path=path
+                f"{path} has '{quote(name)}', which cannot name a file of a model", path=path
             )
         if not (type(nbytes) is type(head) is int and 0 <= head <= nbytes <= _LARGEST_FILE):
             raise CheckpointError(f"{path} gives '{name}' a size that no file has", path=path)
@@ -406,7 +406,7 @@ class CopyingWorker:
     def __init__(self, copy: Copy, settings: WorkerSettings, *, progress: Progress | None = None) -> None:
         if not settings.key:
             raise UsageError(
-                "--copy needs --key-file: without a key, whoever reaches the port could fill the drive",
+                "--copy needs --key-file: without a key, anyone who reaches the port could fill the drive",
                 hint="`openssl rand -hex 32 > FILE; chmod 600 FILE` makes one; copy it to every machine",
             )
         self._copy, self._settings = copy, settings

@@ -212,7 +212,7 @@ def _limits(
             "was not."
         )
     if not has_licence:
-        limits.append("The licence is not known: ask whoever published the model.")
+        limits.append("The licence is not known: ask the publisher of the model.")
     if any(one["sha256"] is None and one["blake3"] is None for one in listed):
         limits.append("Files without a hash were not read; --hash reads them.")
     encoders = find_encoders(files)

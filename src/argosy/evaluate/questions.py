@@ -1,4 +1,4 @@
-"""Read questions with three answers from a file of the user's, in the form of BBQ's own files (arXiv:2110.08193).
+"""Read questions with three answers from a file of the user's, in the format of BBQ's own files (arXiv:2110.08193).
 
     {"context": "...", "question": "...", "ans0": "...", "ans1": "...", "ans2": "...", "label": 2,
      "context_condition": "ambig", "category": "Age"}                  a line each; the last two are optional
@@ -77,7 +77,7 @@ def _question(line: bytes, path: Path, number: int) -> Question:
     except JsonError as error:
         raise wrong(error.fault) from error
     if not isinstance(raw, dict):
-        raise wrong("is no object")
+        raise wrong("is not an object")
 
     def text(key: str, most: int = MOST_CHARACTERS) -> str:
         value = raw.get(key)

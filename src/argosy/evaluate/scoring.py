@@ -202,7 +202,7 @@ class _Passage:
 
 def _log_softmax(row: NDArray[np.float32]) -> Floats:
     if not np.isfinite(row).all():
-        raise ArgosyError("the model computes logits that are no finite numbers: its weights are damaged")
+        raise ArgosyError("the model computes logits that are not finite numbers: its weights are damaged")
     values = row.astype(np.float64)
     values -= values.max()
     values -= np.log(np.exp(values).sum())

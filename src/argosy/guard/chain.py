@@ -496,7 +496,7 @@ class _Reader:
         is_stopped = self._report.last is not None and self._report.last.kind == "stop"
         length = min(len(begin), len(self._cut))
         if is_stopped or self._cut[:length] != begin[:length]:
-            self._report.add_fault(f"{len(self._cut)} bytes after line {last.seq} are no part of the chain")
+            self._report.add_fault(f"{len(self._cut)} bytes after line {last.seq} are not part of the chain")
         else:
             self._report.notes.append(
                 f"the line after {last.seq} is cut: it is being written, or a crash cut it"

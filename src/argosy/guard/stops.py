@@ -116,5 +116,5 @@ def _names_in(data: bytes) -> dict[Kind, frozenset[str]]:
         names = given[kind]
         is_list = isinstance(names, list) and len(names) <= MOST_STOPPED
         if not is_list or not all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names):
-            raise ValueError(f"{kind} is no list of at most {MOST_STOPPED} names")
+            raise ValueError(f"{kind} is not a list of at most {MOST_STOPPED} names")
     return {kind: frozenset(given[kind]) for kind in KINDS}

@@ -144,7 +144,7 @@ def _parse(data: bytes, place: Path) -> Kept:
     if not all(isinstance(target, str) for target in aliases.values()):
         raise _damaged(place, "has an alias that stands for no text")
     if not all(type(when) is int for when in used.values()):
-        raise _damaged(place, "has a time that is no whole number")
+        raise _damaged(place, "has a time that is not a whole number")
     return Kept(aliases, used, {name: _pulled(value, place) for name, value in pulled.items()})
 
 

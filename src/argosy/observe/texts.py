@@ -97,12 +97,12 @@ def _labelled(path: Path) -> list[tuple[str, str]]:
                 raise JsonError(f"has {len(line)} bytes; at most {MOST_LINE_BYTES} are read")
             value = parse_json(line)
             if not isinstance(value, dict) or value.keys() != {"domain", "text"}:
-                raise JsonError("is no object with `domain` and `text`, and nothing else")
+                raise JsonError("is not an object with `domain` and `text`, and nothing else")
             domain, text = value["domain"], value["text"]
             if not isinstance(domain, str) or not 1 <= len(domain) <= MOST_NAME or not domain.isprintable():
                 raise JsonError(f"has no `domain` of 1 to {MOST_NAME} printable characters")
             if not isinstance(text, str):
-                raise JsonError("has a `text` that is no text")
+                raise JsonError("has a `text` that is not text")
         except JsonError as error:
             raise UsageError(f"{path}, line {number}: {error}", hint=_HINT) from None
         found.append((domain, text))

@@ -257,7 +257,11 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
     found = (
         "nothing" if first["type"] == "missing" else _shown(first.get("ctx", {}).get("tag", first["input"]))
     )
-    return UsageError(f"{where or 'the body'}: expected {needed}, found {found}", param=where or None)
+    is_used = len(deepest) != 1 or where in names_with_effect(model)
+    return UsageError(
+        f"{where or 'the body'}: expected {needed}, found {found}", param=where or None,
+        hint=None if is_used else "Argosy does not support this setting: leave it out",
+    )  # fmt: skip
 
 
 def _place(error: Mapping[str, Any], body: object) -> tuple[str | int, ...]:

@@ -85,7 +85,7 @@ def _verdict(data: bytes) -> Verdict:
     if not isinstance(flagged, bool):
         raise CheckFailed("its answer does not say whether the text is `flagged`")
     if not isinstance(scores, dict) or len(scores) > _MOST_CATEGORIES:
-        raise CheckFailed(f"its `category_scores` are no object of at most {_MOST_CATEGORIES} numbers")
+        raise CheckFailed(f"its `category_scores` are not an object of at most {_MOST_CATEGORIES} numbers")
     known = {
         name: min(1.0, max(0.0, float(score)))
         for name, score in scores.items()
