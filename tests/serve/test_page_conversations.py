@@ -599,15 +599,18 @@ def test_presets_are_below_their_model_and_settings_show_their_values(browser: B
 
     def shown() -> list[str | None]:
         browser.press_button("Settings")
-        values = [browser.one(f"#{name}").get_attribute("placeholder") for name in ("temperature", "top-k")]
+        names = ("system", "temperature", "top-k")
+        values = [browser.one(f"#{name}").get_attribute("placeholder") for name in names]
         browser.press_button("Cancel")
         return values
 
-    assert shown() == ["0.6", "20"]
+    assert shown() == ["none", "0.6", "20"]
     browser.script(
         "const list = document.getElementById('models'); list.value = 'writer'; list.dispatchEvent(new Event('change'))"
     )
-    assert shown() == ["1.2", "model's own"]
+    assert shown() == ["that of the preset", "1.2", "model's own"]
+    told = f"writer, a preset of {MODEL}, runs on this server: 8 of 128 experts in each layer for a token, "
+    browser.until(lambda: browser.text("#welcome-model").startswith(told))
     talk(browser, "hello")
     body = browser.server.requests[-1][1]
     assert body["model"] == "writer"

@@ -149,7 +149,7 @@ function showModel() {
   const limit = contextTokens();
   const senses = kindsOf(current).map((kind) => SENSES[kind]).join(", ").replace(/, ([^,]*)$/, " and $1");
   const facts = [experts, isNumber(limit) && `${count(limit)}-token context`, senses && `reads ${senses}`].filter(Boolean);
-  byId("welcome-model").textContent = `${current.id} runs on this server${facts.length ? `: ${facts.join(", ")}` : ""}.`;
+  byId("welcome-model").textContent = `${current.id}${current.isPreset ? `, a preset of ${current.parent},` : ""} runs on this server${facts.length ? `: ${facts.join(", ")}` : ""}.`;
 }
 
 /** The experts of the model, once the engine has told them. */
@@ -423,6 +423,7 @@ models.learn();
 const follow = watchEngine((state) => {
   showState(state);
   showHeat(state.heat);
-  learnExperts(state.model?.id === models.current?.id ? state.model : undefined);
+  const { id, parent } = models.current ?? {};
+  learnExperts([id, parent].includes(state.model?.id) ? state.model : undefined);
 }, showConnection);
 prompt.focus();

@@ -71,12 +71,13 @@ export class Drawer {
 
   /** The model's own values in empty fields, and how it may think: on or off, how much, or both. */
   showModel() {
-    const { default_parameters: own = {}, capabilities = {}, supported_parameters: known } = this.model() ?? {};
+    const { default_parameters: own = {}, capabilities = {}, parent, supported_parameters: known } = this.model() ?? {};
     for (const [name, id] of Object.entries(FIELDS)) {
       const value = own[NAMES[name]];
       this.empty[id] ??= byId(id).placeholder;
       byId(id).placeholder = isNumber(value) ? String(value) : this.empty[id];
     }
+    byId("system").placeholder = parent ? "that of the preset" : "none";
     const canThink = !Array.isArray(known) || known.includes("reasoning_effort");
     const choices = CHOICES[capabilities.thinking] ?? CHOICES[canThink ? "on-off" : "none"];
     const chosen = thinkingOf(this.settings());
