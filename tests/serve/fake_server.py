@@ -1,8 +1,8 @@
 """A fake server without a model, with the routes that the page, `top` and `connect` read.
 
 Its answer depends on the last message: `think` reasons first, `slow` continues until it is stopped, `fail` is an error,
-`break` one after half of the answer, `lost` ends there without an error, `busy` and `too long` are refused, `markdown`
-answers with every construct, `hostile` with markup that would do harm.
+`break` one after half of the answer, `lost` ends there without an error, `nothing` reaches its maximum without text,
+`busy` and `too long` are refused, `markdown` answers with every construct, `hostile` with markup that would do harm.
 It records every request for the test.
 """
 
@@ -327,7 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
         words = self._words(asked, len(messages))
         for word in words:
             self._delta({"content": word})
-        reason = "length" if self.server.fills_context else "stop"
+        reason = "length" if self.server.fills_context or not words else "stop"
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
         timings = {
             "prompt_tokens": total,
@@ -356,6 +356,8 @@ class _Handler(BaseHTTPRequestHandler):
             return [HOSTILE[at : at + 50] for at in range(0, len(HOSTILE), 50)]
         if "markdown" in asked:
             return [MARKDOWN[at : at + 7] for at in range(0, len(MARKDOWN), 7)]
+        if "nothing" in asked:
+            return []
         if "slow" in asked:
             return [f"word {number} " for number in range(3000)]
         return [

@@ -136,6 +136,15 @@ def test_reasoning_is_folded_and_not_sent_back_to_the_model(browser: Browser) ->
     assert "Let me think" not in str(browser.server.conversations[1])
 
 
+def test_an_answer_that_was_all_thoughts_says_so(browser: Browser) -> None:
+    browser.open()
+    browser.say("think of nothing")
+    browser.wait_for_the_answer()
+    assert browser.text(".turn.assistant .note") == (
+        "All tokens that the answer may have went into thoughts. Allow more in Settings, or turn thinking off."
+    )
+
+
 def test_a_models_text_is_shown_and_never_becomes_html(browser: Browser) -> None:
     browser.open()
     browser.say("markdown")

@@ -21,7 +21,7 @@ export function cutsOf(path) {
   return path.flatMap(({ role }, place) => (role === "user" && place > dropped && path[place - 1].role === "assistant" ? [place] : []));
 }
 
-/** The place from which on the messages take about half of a context of `limit` tokens, or none is nearer. */
+/** Where to cut so that the rest takes at most half of a context of `limit` tokens; the last place if none is enough. */
 export function cutFor(path, limit) {
   const cuts = cutsOf(path);
   if (!isNumber(limit)) return cuts[Math.floor(cuts.length / 2)];
