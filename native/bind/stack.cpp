@@ -562,6 +562,7 @@ class BoundStack {
     resident_ = experts;
   }
 
+  int64_t layers_done() const { return stack_->layers_done(); }
   const StackSizes& sizes() const { return stack_->sizes(); }
   int64_t buffer_bytes() const { return stack_->buffer_bytes(); }
 
@@ -951,6 +952,8 @@ void bind_stack(nb::module_& m) {
 
         Raises:
             ValueError: the layer has no such experts, or a group of them would keep too few.)")
+      .def_prop_ro("layers_done", &BoundStack::layers_done,
+                   "The layers that the step has run; 0 once it is done. Any thread may ask while it runs.")
       .def_prop_ro("sizes", &BoundStack::sizes)
       .def_prop_ro("buffer_bytes", &BoundStack::buffer_bytes,
                    "Bytes of the allocated working memory, without scratch.")

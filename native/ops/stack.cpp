@@ -155,6 +155,7 @@ void Stack::begin(const Step& step) {
   stage_ = Stage::done;  // if anything throws, there is no step
   step_ = step;
   layer_ = chosen_per_token_ = num_chosen_layers_ = 0;
+  layers_done_.store(0, std::memory_order_relaxed);
   if (recurrent_ != nullptr) begin_runs();
   stage_ = Stage::begun;
 }
@@ -223,6 +224,7 @@ Pause Stack::advance(std::chrono::nanoseconds slice) {
   }
   for (const DeltaRun& run : runs_) recurrent_->set_position(run.slot, step_.order[run.end - 1] + 1);
   logits(step_.wanted, step_.num_wanted, step_.logits);
+  layers_done_.store(0, std::memory_order_relaxed);
   return Pause::done;
 }
 
@@ -240,6 +242,7 @@ void Stack::end_layer() {
     if (tap.layer == layer_) std::copy_n(buffers_.hidden, step_.num_tokens * hidden, tap.hidden);
   }
   ++layer_;
+  layers_done_.store(layer_, std::memory_order_relaxed);
 }
 
 void Stack::norm(const float* weight, const float* x, float* out) {
@@ -650,6 +653,8 @@ void Stack::finish_experts(const std::vector<int32_t>& experts) {
     is_finished_[size_t(index)] = true;
     --num_unfinished_;
   }
+  // What is left of the layer is little beside its experts.
+  if (num_unfinished_ == 0) layers_done_.store(layer_ + 1, std::memory_order_relaxed);
 }
 
 void Stack::final_states(const int64_t* rows, int64_t num_rows, float* out) {

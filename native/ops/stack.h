@@ -22,6 +22,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -209,6 +210,9 @@ class Stack {
   Stack(Runtime& runtime, KvCache& kv, RecurrentState* recurrent, StackDescription description,
         int64_t max_tokens);
 
+  // The layers that the step has run; 0 once it is done. Any thread may ask while it runs.
+  int64_t layers_done() const { return layers_done_.load(std::memory_order_relaxed); }
+
   // Starts a step, however the previous one ended. With a recurrent state, throws std::invalid_argument if
   // the tokens of a sequence are not consecutive or do not continue at the position of its slot.
   void begin(const Step& step);
@@ -326,6 +330,7 @@ class Stack {
   std::vector<DeltaRun> runs_;  // runs of the step, if there is a recurrent state
   Stage stage_ = Stage::done;
   int64_t layer_ = 0;
+  std::atomic<int64_t> layers_done_ = 0;
   int64_t chosen_per_token_ = 0;
   std::shared_ptr<Dispatch> dispatch_ = std::make_shared<Dispatch>();  // the current layer's
   std::vector<bool> is_finished_;                                      // [experts of the dispatch]

@@ -2151,6 +2151,12 @@ class Stack:
         """
 
     @property
+    def layers_done(self) -> int:
+        """
+        The layers that the step has run; 0 once it is done. Any thread may ask while it runs.
+        """
+
+    @property
     def sizes(self) -> StackSizes: ...
     @property
     def buffer_bytes(self) -> int:

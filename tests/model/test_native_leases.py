@@ -107,23 +107,27 @@ def test_a_layer_whose_reads_take_long_goes_on_in_python(
     first = num_opening_reads(directory, "smallest cache")
     faults = _native.FaultyFileSystem(first + nth, "hold")
     with cached(directory, "smallest cache", faults) as (parts, runner):
-        runs: list[tuple[int, int]] = []
+        runs: list[tuple[int, int, float]] = []
+        decoder = decoder_of(parts)
         take_done = runner.cache.core.take_done
 
         def run(layer: int, dispatch: Any, rows: Any, out: Any) -> Any:
-            runs.append((layer, runner.cache.core.num_in_flight))
+            runs.append((layer, runner.cache.core.num_in_flight, decoder.share_done))
             if len(runs) == 1:  # on a slow machine, other layers take long, too
                 timer.start()
             return CachedRunner.run(runner, layer, dispatch, rows, out)
 
         runner.run = run  # type: ignore[method-assign]
         timer = threading.Timer(0.01, faults.release)
-        found = logits(parts)
+        found = logits(parts, decoder)
         timer.join()
         assert take_done() == []
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-        _, in_flight = runs[0]  # Python took over a lease whose read was held
+        _, in_flight, _ = runs[0]  # Python took over a lease whose read was held
         assert in_flight > 0
+        # Layers that native code ran count, too.
+        assert [share for _, _, share in runs] == [layer / parts.config.num_layers for layer, _, _ in runs]
+        assert decoder.share_done == 0
         stats = runner.stats
         assert stats.lookups == runner.cache.core.num_run + runner._num_leased == runner.cache.table.num_runs
         check_idle(runner)

@@ -71,7 +71,7 @@ class RequestWait:
 class RunningStep:
     """A step that runs.
 
-    share_done: of its layers; 0 if nothing tells.
+    share_done: of its layers.
     """
 
     scheduled: Scheduled

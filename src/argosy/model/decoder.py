@@ -73,9 +73,6 @@ class Decoder:
         self.choices: NDArray[np.int32] | None = None  # in the last step, best first
         self.between_layers: Callable[[], None] | None = None
         self.progressed_at = 0.0  # monotonic seconds at which a step was last between two layers
-        # Of the running step's layers, up to the last one that waited for its experts: native code that need not wait
-        # runs layers without saying which.
-        self.share_done = 0.0
         self._experts = experts
         self._clock = clock
         self._observe = observe
@@ -108,7 +105,7 @@ class Decoder:
             ValueError: a field of the step has a wrong type or shape, or a number that is out of range.
         """
         logits = np.empty((len(step.wanted), self.config.vocab_size), np.float32)
-        self._tapped, self.share_done = {}, 0.0
+        self._tapped = {}
         for layer in step.taps:
             self._tapped[layer] = np.empty((step.num_tokens, self.config.hidden_size), np.float32)
         self._use_experts()
@@ -134,11 +131,14 @@ class Decoder:
         )
         while (demand := self._stack.advance(self._pause)) is not None:
             self._run_experts(*demand)
-            self.share_done = (demand[0] + 1 - self._layers.start) / len(self._layers)
             self._pause()
         self._clock.mark_native(self._stack.take_seconds())
-        self.share_done = 0.0
         return logits
+
+    @property
+    def share_done(self) -> float:
+        """Of the running step's layers, while it runs; 0 once it is done. Any thread may ask."""
+        return self._stack.layers_done / len(self._layers)
 
     def _use_experts(self) -> None:
         # An observer receives every layer's choice, so steps stop at every layer, as they do to wait for reads.
