@@ -25,8 +25,8 @@ REASONS = (
     r"best_of must equal n",
     r"min_tokens must be at most max_tokens",
     r"ignore_eos cannot be used with a grammar",
-    r"repeat_penalty and repetition_penalty are two names for one setting, and their values differ",
-    r"repeat_last_n: expected -1, because penalties count",
+    r"[a-z_]+ and [a-z_]+ are two names for one setting, and their values differ",
+    r"[a-z_]+: expected (-1|0), because penalties count",
     r"the request has both tool_choice and its older form function_call",
     # Requirements on the last message.
     r"the last (message|item) ",

@@ -185,13 +185,17 @@ NEUTRAL: dict[str, Any] = {
     "custom_token_bans": "", "banned_tokens": "", "banned_strings": [], "min_length": 0, "priority": 0, "lora": [],
     "include_stop_str_in_output": False, "samplers": ["top_k", "temperature"], "sampler_priority": ["top_k"],
     "sampler_order": [6, 0, 1], "reasoning_format": "auto", "timings_per_token": True, "keep_alive": "5m", "n_keep": 0,
-    "n_probs": 0, "id_slot": -1,
+    "n_probs": 0, "id_slot": -1, "repetition_penalty_range": 0, "rep_pen_range": 0, "rep_pen_slope": 1,
+    "do_sample": True, "add_bos_token": True, "spaces_between_special_tokens": True, "grammar_string": "",
+    "max_tokens_second": 0, "temperature_last": False, "truncation_length": 8192, "num_ctx": 8192, "api_type": "ooba",
+    "api_server": "http://127.0.0.1:8080", "legacy_api": False,
 }  # fmt: skip
 CHANGING: dict[str, Any] = {
     "typical_p": 0.9, "top_a": 0.2, "top_n_sigma": 1, "xtc_probability": 0.5, "mirostat": 2, "dry_multiplier": 0.8,
     "use_beam_search": True, "num_beams": 4, "length_penalty": True, "early_stopping": True, "priority": False,
     "negative_prompt": "no", "banned_tokens": ["x"], "banned_strings": ["x"], "lora": [{"id": 0, "scale": 1}],
-    "reasoning_format": "none", "logit_bias": [1],
+    "reasoning_format": "none", "logit_bias": [1], "do_sample": False, "add_bos_token": False, "max_tokens_second": 3,
+    "grammar_string": "root ::= x",
 }  # fmt: skip
 
 
@@ -222,6 +226,58 @@ def test_penalties_over_the_last_tokens_only_are_refused(speaker: httpx.Client) 
     answer = speaker.post(PATHS["chat"], json=body("chat", repeat_last_n=64, repeat_penalty=1.1))
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("repeat_last_n: expected -1")
+
+
+def test_sillytaverns_text_completion_is_accepted_as_it_is_with_its_default_settings(
+    speaker: httpx.Client,
+) -> None:
+    """What `getTextGenGenerationData` makes for the types Default and vLLM, here with a limit of 20 tokens."""
+    stop = ["\nAnn:", "thank"]
+    default: dict[str, Any] = {
+        "prompt": "#plain", "model": "tiny", "max_new_tokens": 20, "max_tokens": 20, "temperature": 0, "top_p": 0.5,
+        "typical_p": 1, "typical": 1, "sampler_seed": -1, "min_p": 0, "repetition_penalty": 1.2,
+        "frequency_penalty": 0, "presence_penalty": 0, "top_k": 40, "skew": 0, "min_length": 0, "min_tokens": 0,
+        "num_beams": 1, "length_penalty": 1, "early_stopping": False, "add_bos_token": True, "smoothing_factor": 0,
+        "smoothing_curve": 1, "dry_allowed_length": 2, "dry_multiplier": 0, "dry_base": 1.75,
+        "dry_sequence_breakers": '["\\n", ":", "\\"", "*"]', "dry_penalty_last_n": 0, "max_tokens_second": 0,
+        "sampler_priority": ["temperature", "top_k"], "stopping_strings": stop, "stop": stop,
+        "truncation_length": 8192, "ban_eos_token": False, "skip_special_tokens": True, "top_a": 0, "tfs": 1,
+        "epsilon_cutoff": 0, "eta_cutoff": 0, "mirostat_mode": 0, "mirostat_tau": 5, "mirostat_eta": 0.1,
+        "custom_token_bans": "", "banned_strings": [], "api_type": "ooba", "api_server": "http://127.0.0.1:8080",
+        "legacy_api": False, "xtc_threshold": 0.1, "xtc_probability": 0, "rep_pen": 1.2, "rep_pen_range": 0,
+        "repetition_penalty_range": 0, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0, "penalty_alpha": 0,
+        "temperature_last": True, "do_sample": True, "seed": -1, "guidance_scale": 1, "negative_prompt": "",
+        "grammar_string": "", "repeat_penalty": 1.2, "tfs_z": 1, "repeat_last_n": 0, "n_predict": 20,
+        "num_predict": 20, "num_ctx": 8192, "mirostat": 0, "ignore_eos": False, "rep_pen_slope": 1,
+    }  # fmt: skip
+    vllm = (
+        "prompt",
+        "model",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "stop",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+    )
+    filtered = {name: default[name] for name in vllm} | {
+        "n": 1, "best_of": 1, "length_penalty": 1, "ignore_eos": False, "spaces_between_special_tokens": True,
+        "skip_special_tokens": True,
+    }  # fmt: skip
+    for asked in (default, filtered):
+        answer = speaker.post("/v1/completions", json=asked)
+        assert answer.status_code == 200, answer.text
+        assert text_of("completions", answer) == "It is well, "
+    for more in (
+        {"max_new_tokens": 21},
+        {"rep_pen": 1.1},
+        {"rep_pen_range": 64},
+        {"stopping_strings": ["x"]},
+    ):
+        refused = speaker.post("/v1/completions", json=default | more)
+        assert refused.status_code == 400
+        assert next(iter(more)) in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("name", ["logits_processors", "bad_words", "suffix", "grammar"])

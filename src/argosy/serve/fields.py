@@ -67,7 +67,14 @@ def _only_false(value: object) -> object:
     return value
 
 
+def _only_true(value: object) -> object:
+    if value is not True:  # 1 == True
+        raise PydanticCustomError("literal_error", "Input should be true")
+    return value
+
+
 NoFlag = Annotated[Literal[False], BeforeValidator(_only_false)]
+YesFlag = Annotated[Literal[True], BeforeValidator(_only_true)]
 Zero = Annotated[float, Field(ge=0, le=0, allow_inf_nan=False, strict=True)]
 One = Annotated[float, Field(ge=1, le=1, allow_inf_nan=False, strict=True)]
 Off = Annotated[float, Field(ge=-1, le=0, allow_inf_nan=False, strict=True)]
@@ -410,6 +417,9 @@ class Neutral(Strict):
             description="Penalties count the whole prompt and answer, so with one of them only -1 is accepted."
         ),
     ] = None
+    repetition_penalty_range: NoEffect[NumTokens] = None  # of text-generation-webui, where 0 means all tokens
+    rep_pen_range: NoEffect[NumTokens] = None
+    rep_pen_slope: NoEffect[Number] = None
     encoder_repetition_penalty: NoEffect[One] = None
     no_repeat_ngram_size: NoEffect[Zero] = None
     penalty_alpha: NoEffect[Zero] = None
@@ -428,6 +438,11 @@ class Neutral(Strict):
     priority: NoEffect[Zero] = None
     lora: NoEffect[Annotated[list[Any], few(0)]] = None
     include_stop_str_in_output: NoEffect[NoFlag] = None
+    do_sample: NoEffect[YesFlag] = None
+    add_bos_token: NoEffect[YesFlag] = None
+    spaces_between_special_tokens: NoEffect[YesFlag] = None
+    grammar_string: NoEffect[Literal[""]] = None
+    max_tokens_second: NoEffect[Zero] = None
     # How another server works, and what it shows of that.
     samplers: NoEffect[Short | Annotated[list[Short], few(32)]] = None
     sampler_priority: NoEffect[Annotated[list[Short], few(32)]] = None
@@ -437,6 +452,12 @@ class Neutral(Strict):
     keep_alive: NoEffect[KeepAlive] = None
     n_keep: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
     n_probs: NoEffect[Zero] = None
+    temperature_last: NoEffect[Flag] = None
+    truncation_length: NoEffect[NumTokens] = None  # the client has already cut its prompt to it
+    num_ctx: NoEffect[NumTokens] = None
+    api_type: NoEffect[Name] = None
+    api_server: NoEffect[Name] = None
+    legacy_api: NoEffect[NoFlag] = None
     id_slot: NoEffect[Annotated[int, Field(ge=-1, le=MAX_TOKENS, strict=True), WHOLE]] = None
 
 
@@ -450,9 +471,11 @@ class Sampling(Neutral):
     min_p: MinP | None = None
     repetition_penalty: Repetition | None = None
     repeat_penalty: Repetition | None = Field(None, description="llama.cpp's name for `repetition_penalty`.")
+    rep_pen: Repetition | None = Field(None, description="KoboldAI's name for `repetition_penalty`.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Seed | MinusOne | None = None
+    sampler_seed: Seed | MinusOne | None = Field(None, description="KoboldAI's name for `seed`.")
     # An empty list is an empty object of a language that cannot tell them apart.
     logit_bias: (
         Annotated[dict[str, Bias], MostEntries(1024), _BIASES] | Annotated[list[Any], few(0)] | None
@@ -470,15 +493,16 @@ class Sampling(Neutral):
     def sampling(self, stop: Sequence[str] = ()) -> dict[str, Any]:
         """The given arguments of `SamplingParams`; what is not given of `CHOOSING` is left to the model."""
         self._require_penalties_of_all()
+        seed = self.one_of("seed", "sampler_seed")
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(0, self.top_k),
             "min_p": self.min_p,
-            "repetition_penalty": self._repetition(),
+            "repetition_penalty": self.one_of("repetition_penalty", "repeat_penalty", "rep_pen"),
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "seed": None if self.seed == -1 else self.seed,
+            "seed": None if seed == -1 else seed,
             "stop": tuple(stop) or None,
             "logit_bias": _biases(self.logit_bias if isinstance(self.logit_bias, dict) else {}) or None,
             "min_tokens": self.min_tokens,
@@ -490,23 +514,35 @@ class Sampling(Neutral):
         return {**given, "left_to_model": frozenset(CHOOSING) - given.keys()}
 
     def _require_penalties_of_all(self) -> None:
-        penalties = ((self._repetition() or 1) - 1, self.presence_penalty, self.frequency_penalty)
-        if self.repeat_last_n not in (None, -1) and any(penalties):
-            raise UsageError(
-                f"repeat_last_n: expected -1, because penalties count the whole prompt and answer, found "
-                f"{self.repeat_last_n}",
-                param="repeat_last_n",
-            )
+        repetition = self.one_of("repetition_penalty", "repeat_penalty", "rep_pen")
+        penalties = ((repetition or 1) - 1, self.presence_penalty, self.frequency_penalty)
+        ranges = {"repetition_penalty_range": 0, "rep_pen_range": 0, "repeat_last_n": -1}
+        if any(getattr(self, name) == 0 for name in ("repetition_penalty_range", "rep_pen_range")):
+            ranges["repeat_last_n"] = 0  # SillyTavern sends one number by all three names
+        for name, all_tokens in ranges.items():
+            if getattr(self, name) not in (None, -1, all_tokens) and any(penalties):
+                raise UsageError(
+                    f"{name}: expected {all_tokens}, because penalties count the whole prompt and answer, found "
+                    f"{getattr(self, name)}",
+                    param=name,
+                )
 
-    def _repetition(self) -> float | None:
-        given = {self.repetition_penalty, self.repeat_penalty} - {None}
-        if len(given) > 1:
-            raise UsageError(
-                "repeat_penalty and repetition_penalty are two names for one setting, and their values differ",
-                param="repeat_penalty",
-                hint="leave one of them out",
-            )
-        return next(iter(given), None)
+    def one_of(self, *names: str) -> Any:
+        """The value of a setting with several names; None: it is not given.
+
+        Raises:
+            UsageError: it is given by two names with different values.
+        """
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        first, *others = [*given] or [names[0]]
+        for name in others:
+            if given[name] != given[first]:
+                raise UsageError(
+                    f"{name} and {first} are two names for one setting, and their values differ",
+                    param=name,
+                    hint="leave one of them out",
+                )
+        return given.get(first)
 
 
 class ForOpenAI(Strict):

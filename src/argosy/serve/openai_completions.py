@@ -33,11 +33,13 @@ from argosy.serve.fields import (
     NumTokens,
     OpenAISampling,
     ReadOfPrompt,
+    Stop,
     Text,
     Thinking,
     ThinkingSwitch,
     Timings,
     TokenId,
+    TokenLimit,
     Usage,
     few,
     limit_of,
@@ -74,6 +76,11 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
     ) = Field(examples=["Once upon a time"])
     suffix: Text | None = Field(None, description="The text behind the gap that the model fills in.")
     max_tokens: NumTokens | MinusOne | None = None
+    # Other servers' names for `max_tokens` and `stop`; SillyTavern sends all of them.
+    max_new_tokens: TokenLimit | None = None
+    n_predict: TokenLimit | None = None
+    num_predict: TokenLimit | None = None
+    stopping_strings: Annotated[list[Stop], few(16)] | None = None
     echo: Flag | None = None
     logprobs: NumBest | None = None
     best_of: NumAnswers | None = None
@@ -90,7 +97,8 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
         return self.prompt
 
     def params(self, caller: Caller) -> SamplingParams:
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        limit = self.one_of("max_tokens", "max_new_tokens", "n_predict", "num_predict")
+        max_tokens = 16 if limit is None else limit
         has_scores = bool(self.echo) and self.logprobs is not None
         if max_tokens == 0 and not has_scores:
             raise UsageError("max_tokens can be 0 only with echo and logprobs", param="max_tokens")
@@ -113,6 +121,11 @@ class CompletionBody(Formed, Thinking, OpenAISampling):
             grammar=self.form(None, caller),
             **self.sampling(self.stops),
         )
+
+    @property
+    def stops(self) -> Sequence[str]:
+        self.one_of("stop", "stopping_strings")
+        return super().stops or self.stopping_strings or ()
 
 
 class Scored(Closed):
