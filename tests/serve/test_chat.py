@@ -178,6 +178,18 @@ def test_an_answer_that_goes_on_from_its_tokens_is_what_one_uninterrupted_answer
         assert again["prompt_token_ids"] == whole["prompt_token_ids"] + token_ids[:cut]
 
 
+def test_an_answer_that_was_cut_in_its_thoughts_goes_on_in_them(speaker: httpx.Client) -> None:
+    asked = {
+        "messages": [{"role": "user", "content": "#think Hi"}],
+        "max_tokens": 60,
+        "return_token_ids": True,
+    }
+    whole = said(chunks(speaker, **asked))
+    assert whole[:2] == ("Let me see.", "It is well.")
+    for cut in (1, 8, len(whole[2]) - 2):
+        assert said(chunks(speaker, **asked, continue_token_ids=whole[2][:cut])) == whole
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

@@ -254,10 +254,12 @@ class Conversation:
         """Find the model again, at its server or here, if the server did not answer."""
         if not self._is_lost or self._models is None:
             return
-        found = self._models.again()
-        if type(found) is not type(self._model) and self._begun is not None:
-            self._begun = _Begun(self._begun.message)  # it may not be the same file
-        self._model, self._is_lost = found, False
+        before, self._model = self._model, self._models.again()
+        self._is_lost = False
+        if type(self._model) is not type(before):
+            if self._begun is not None:
+                self._begun = _Begun(self._begun.message)  # it may not be the same file
+            self._introduce()
         self._note_unreadable()
 
     def _take(self, said: str) -> None:

@@ -16,7 +16,6 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.library import ask
 from argosy.cli.output import FITS, print_facts, short_number, table_lines
 from argosy.config import counted, disk_size, format_bytes
-from argosy.engine.progress import rough_time
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -213,6 +212,7 @@ def _table(
 
 
 def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[str]:
+    from argosy.engine.progress import rough_time
     from argosy.plan import machine
 
     fits = FITS[forecast.verdict]
@@ -304,6 +304,8 @@ class _Lines:
         if now - self._last < _LINE_S:
             return
         self._last = now
+        from argosy.engine.progress import rough_time
+
         rate = (moment.done_bytes - self._here_bytes) / (now - self._start)
         left = f", {rough_time((moment.total_bytes - moment.done_bytes) / rate)} left" if rate > 0 else ""
         print(

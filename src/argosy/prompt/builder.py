@@ -457,7 +457,7 @@ class PromptBuilder:
         from argosy.prompt.tools import check_tools
 
         checked = check_tools(tools)
-        return self._format_for(checked).parser(checked, prompt)
+        return self._format_for(checked).parser(checked, prompt.unanswered)
 
     def begun(self, prompt: Prompt, parser: Parser, *, keep_special: bool = False) -> list[Event]:
         """What the answer has said whose first tokens end the prompt; `parser` can then take the rest of it."""
@@ -524,7 +524,7 @@ class PromptBuilder:
 
         if self._replay is None:
             return False
-        return self._replay.remember(tenant, prompt, token_ids, answer, check_tools(tools))
+        return self._replay.remember(tenant, prompt.unanswered, token_ids, answer, check_tools(tools))
 
     def forget(self, tenant: str) -> int:
         """Forget the answers kept for `tenant`; returns their number."""

@@ -69,6 +69,13 @@ class Prompt:
         num_answered = self.num_answered + len(token_ids)
         return replace(self, token_ids=(*self.token_ids, *token_ids), num_answered=num_answered)
 
+    @property
+    def unanswered(self) -> Self:
+        """This prompt without the tokens that its answer begins with."""
+        if not self.num_answered or self.token_ids is None:
+            return self
+        return replace(self, token_ids=self.token_ids[: -self.num_answered], num_answered=0)
+
     @classmethod
     def raw(cls, text: str) -> Self:
         """Text to continue as it is: no chat template, and a BOS token where the tokenizer adds one."""
