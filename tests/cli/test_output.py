@@ -90,6 +90,7 @@ def test_the_time_to_go_follows_from_the_share_of_the_part_that_runs() -> None:
     steps.tell("reading weights", 0.4)
     assert steps.read() == ("reading weights", 0.4, pytest.approx(30))
     assert steps.read().left == "about 30 s left"
+    assert steps.read()._replace(share=0.996).left == ""  # 100 % is shown
     steps.tell("packing layer 1", 0.0)  # another part begins
     assert steps.read().seconds_left is None
     now[0] += 60

@@ -544,7 +544,10 @@ def test_infill_stops_at_a_word_and_at_a_token_of_the_form(client: httpx.Client,
         ({**GAP, "input_extra": [{"filename": "x"}]}, "input_extra.0.text: expected a value"),
         ({**GAP, "input_extra": [{"text": "a"}] * 257}, "input_extra: expected at most 256 items"),
         ({**GAP, "n_predict": -3}, "n_predict: expected"),
-        ({**GAP, "mirostat": 2}, "mirostat: expected less than or equal to 0, found 2"),
+        (
+            {**GAP, "mirostat": 2},
+            "mirostat: expected less than or equal to 0, found 2\nhint: Argosy does not support this setting",
+        ),
         ({**GAP, "input_suffix": "a b " * 400}, "This model's maximum context length is 256 tokens"),
     ],
 )

@@ -462,7 +462,7 @@ class Shown(NamedTuple):
     def left(self) -> str:
         from argosy.engine.progress import rough_time
 
-        if self.seconds_left is None or self.share == 1:
+        if self.seconds_left is None or (self.share or 0.0) >= 0.995:  # shown as 100 %
             return ""
         return f"about {rough_time(self.seconds_left)} left"
 
