@@ -433,11 +433,13 @@ def main() -> None:
     os.environ["SPEAKING_TOKENS_PER_S"] = str(given.rate)
     installed = Installed([*given.python, sys.executable], given.node_modules.absolute())
     with ThreadPoolExecutor(given.side_by_side) as pool:
-        found = list(pool.map(lambda name: try_row(name, installed), given.rows or ROWS))
+        rows = {name: pool.submit(try_row, name, installed) for name in given.rows or ROWS}
     print(HEAD)
-    for one in found:
-        if one is not None:
-            print(one)
+    for name, row in rows.items():
+        if (error := row.exception()) is not None:
+            print(f"{name}: {error}", file=sys.stderr)
+        elif (found := row.result()) is not None:
+            print(found)
 
 
 if __name__ == "__main__":
