@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 INTERRUPTED = 130
+_LONGEST_UNEXPECTED = 300
 _SHOW = "hint: ARGOSY_TRACEBACK=1 shows the traceback"
 # Threads of libraries would compete with the model's, and gain nothing. Where the system refuses one, OpenBLAS ends the
 # process while numpy is imported, as ^C would.
@@ -232,8 +233,8 @@ def _tell(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror:  # a drive that fails
         print(f"error: {error.filename or 'the system'}: {error.strerror}\n{_SHOW}", file=sys.stderr)
         return UsageError.exit_code
-    first = (str(error).splitlines() or [""])[0]
-    print(f"error: unexpected {type(error).__name__}: {first}\n{_SHOW}", file=sys.stderr)
+    line = " ".join(str(error).split())[:_LONGEST_UNEXPECTED]  # of several lines the last may name the cause
+    print(f"error: unexpected {type(error).__name__}: {line}\n{_SHOW}", file=sys.stderr)
     return 1
 
 
