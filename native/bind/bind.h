@@ -243,8 +243,11 @@ struct nanobind::detail::type_caster<argosy::Array> {
   NB_TYPE_CASTER(argosy::Array, make_caster<argosy::Array::Base>::Name)
 
   bool from_python(handle source, uint8_t flags, cleanup_list* cleanup) noexcept {
-    const std::string_view type = Py_TYPE(source.ptr())->tp_name;
-    if (type == "numpy.datetime64" || type == "numpy.timedelta64") return false;
+    const object type = steal(PyType_GetName(Py_TYPE(source.ptr())));
+    if (!type.is_valid()) return PyErr_Clear(), false;
+    for (const char* refused : {"datetime64", "timedelta64"}) {
+      if (PyUnicode_CompareWithASCIIString(type.ptr(), refused) == 0) return false;
+    }
     make_caster<argosy::Array::Base> caster;
     if (!caster.from_python(source, flags, cleanup)) return false;
     value = argosy::Array(std::move(caster.value));

@@ -2,6 +2,13 @@
 
 #include "bind/bind.h"
 
+#if !__has_include(<sys/single_threaded.h>)
+// A libstdc++ that was compiled for glibc 2.32 or later asks glibc whether the process has one thread. A
+// module that is linked against an older glibc answers itself: perhaps not.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif
+
 NB_MODULE(_native, m) {
   m.doc() = R"(
     The native module: arithmetic, threads and bytes.
