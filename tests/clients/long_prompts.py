@@ -337,7 +337,7 @@ class Installed:
             return None
         body = directory / "body.json"
         said = {"role": "user", "content": prompt.read_text()}
-        body.write_text(json.dumps({"model": "tiny", "messages": [said]}))
+        body.write_text(json.dumps({"model": "tiny", "messages": [said], "stream": False}))
         words = {"PROMPT": prompt.read_text(), "@BODY": f"@{body}"}
         return [program, *(words.get(word, word) for word in row.command)]
 
