@@ -209,7 +209,8 @@ def test_the_larger_limit_is_for_routes_that_take_pictures(seeing: tuple[Gate, s
     _, url, _ = seeing
     for path, most in (
         (CHAT, MEDIA_BODY_BYTES),
-        ("/tokenize", MAX_BODY_BYTES),
+        ("/tokenize", MEDIA_BODY_BYTES),
+        ("/detokenize", MAX_BODY_BYTES),
         ("/v1/completions", MAX_BODY_BYTES),
     ):
         with httpx.Client(base_url=url, timeout=120) as client:
