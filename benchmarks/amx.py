@@ -22,7 +22,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import Format, KvDtype
-from argosy.plan import tuning
+from argosy.machine import tuning
 from attention import BLOCK, SCALE
 from common import Report, Sample
 from kernels import ARENA_BYTES, Matrices, finite_bits, product_operations

@@ -41,8 +41,8 @@ from argosy import Engine, SamplingParams
 from argosy.checkpoint.pack import pack
 from argosy.cluster.group import Group
 from argosy.config import MIB, format_bytes
+from argosy.machine.resources import peak_bytes
 from argosy.model.families import open_model
-from argosy.plan.machine import peak_bytes
 from cgroup import capped, run_capped, why_no_cap
 from cluster_simulation import Layer, Recording, simulate
 from common import Sample, machine_line, run_inside

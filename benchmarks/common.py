@@ -27,9 +27,9 @@ from typing import Any
 
 from argosy import _native
 from argosy.config import format_bytes
-from argosy.plan import machine
-from argosy.plan.neighbours import Neighbours
-from argosy.plan.probes import drive_rate, memory_rate
+from argosy.machine import resources
+from argosy.machine.neighbours import Neighbours
+from argosy.machine.probes import drive_rate, memory_rate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -51,9 +51,9 @@ def commit() -> str:
 
 
 def machine_line() -> str:
-    total = machine.memory_limit().total_bytes
+    total = resources.memory_limit().total_bytes
     return (
-        f"{machine.usable_cores()} cores ({machine.cpu_model()}), {_native.instruction_sets()[-1]}, "
+        f"{resources.usable_cores()} cores ({resources.cpu_model()}), {_native.instruction_sets()[-1]}, "
         f"{format_bytes(total)}, commit {commit()}"
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import AskAhead, Format
-from argosy.plan import tuning
+from argosy.machine import tuning
 from common import Report, Sample, verdict
 from engines import passes
 

@@ -29,8 +29,8 @@ from argosy import Engine, SamplingParams
 from argosy.config import format_bytes, parse_size
 from argosy.engine.media_memory import IDLE_S
 from argosy.errors import ArgosyError
+from argosy.machine import resources
 from argosy.media.parts import Audio, Image
-from argosy.plan import machine
 from argosy.prompt.prompt import Prompt
 from cgroup import NoMemoryCap, run_capped
 from common import Report, Sample, drop_page_cache, print_plan, run_inside
@@ -127,7 +127,7 @@ class Run:
                 "hit_rate": hits / max(1, lookups),
                 "answered": len(answers),
                 "refused": refused,
-                "process": machine.process_footprint().resident_bytes,
+                "process": resources.process_footprint().resident_bytes,
             }
         )
 

@@ -34,9 +34,9 @@ import numpy as np
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import MIB
-from argosy.engine import calibration, kept_rates
+from argosy.engine import calibration
 from argosy.engine.planning import HERE, find_place, forecaster, open_subject
-from argosy.plan import machine
+from argosy.machine import kept_rates, resources
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from common import RESULTS, Report, drop_page_cache
 from engines import FIRST_DOCUMENT, MODELS
@@ -90,7 +90,7 @@ class Moment(NamedTuple):
 
 def moment() -> Moment:
     """The rates of the next seconds: harmonic means, as a step takes the sum of its parts' times."""
-    cores = machine.usable_cores()
+    cores = resources.usable_cores()
     memory, arithmetic = [], []
     end = time.perf_counter() + MOMENT_S
     while time.perf_counter() < end:
@@ -163,7 +163,7 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
                 right += num_continued(one, length, sequence.new_ids)
                 asked += len(sequence.new_ids)
         planned = engine.plan
-        peak_bytes = machine.peak_bytes()
+        peak_bytes = resources.peak_bytes()
     lookups, hits, bytes_read = map(float, decoded)
     return {
         "tokens_per_s": tokens / seconds,

@@ -27,8 +27,8 @@ import numpy as np
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import EngineConfig
+from argosy.machine import resources
 from argosy.observe.recorder import Recorder
-from argosy.plan import machine
 from cgroup import NoMemoryCap, run_capped
 from common import Report, drop_page_cache
 from engines import MODELS
@@ -97,10 +97,10 @@ def run_cell(job: dict[str, Any]) -> dict[str, Any]:
         prompts = random.integers(0, engine.config.vocab_size, (streams, length)).tolist()
         engine.generate_batch(prompts, params)
         planned, resident = engine.plan, engine.facts().num_resident
-    peak = machine.peak_bytes()
+    peak = resources.peak_bytes()
     assert peak is not None
     return {
-        "peak_bytes": peak + machine.process_footprint().page_table_bytes,
+        "peak_bytes": peak + resources.process_footprint().page_table_bytes,
         "planned_bytes": planned.total_bytes,
         "parts": planned.as_dict(),
         "filled": resident / max(1, min(planned.num_experts, planned.num_slots)),

@@ -22,7 +22,7 @@ import numpy as np
 
 from argosy import _native
 from argosy.config import AskAhead, Format, Tuning
-from argosy.plan import tuning
+from argosy.machine import tuning
 from common import Report, Sample, verdict
 from kernels import ARENA_BYTES, COLD_SAMPLE_BYTES, Matrices, best_rate, finite_bits, require_right
 

@@ -319,7 +319,7 @@ WRITES_BY_PATH = {
     "demo/wheel.py",
     "engine/calibration.py",
     "model/remote.py",
-    "plan/machine.py",  # a file of the kernel
+    "machine/resources.py",  # a file of the kernel
 }
 OF_ANY_PATH = {
     "unlink",

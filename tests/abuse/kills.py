@@ -45,7 +45,6 @@ from argosy.checkpoint.pack import PackReport, pack
 from argosy.cli.main import main as argosy
 from argosy.config import KvDir
 from argosy.demo import base, build, locate
-from argosy.engine import kept_rates
 from argosy.engine.kv_cache import BlockContent
 from argosy.engine.prefix_files import PrefixFiles
 from argosy.errors import ArgosyError
@@ -60,11 +59,11 @@ from argosy.library.kept import note_use
 from argosy.library.kept import read as read_kept
 from argosy.library.pull import fetch, look_up
 from argosy.library.remove import plan_removal, remove
+from argosy.machine import kept_rates, tuning
+from argosy.machine.rates import guess
 from argosy.model.encoders.reading import find_encoders, tensor_names
 from argosy.model.families import open_model
 from argosy.observe import saved
-from argosy.plan import tuning
-from argosy.plan.rates import guess
 from tests.checkpoint.dense_models import write_dense_gguf
 from tests.demo.test_build import write_experts
 from tests.helpers.hub_server import REPOSITORY, REVISION, directory_files, served

@@ -14,7 +14,7 @@ from argosy import Engine, __version__
 from argosy.cli.main import main
 from argosy.config import MIB
 from argosy.engine import bench
-from argosy.plan import neighbours, probes
+from argosy.machine import neighbours, probes
 from tests.models.tiny import qwen3_moe, write_model
 
 Captured = pytest.CaptureFixture[str]

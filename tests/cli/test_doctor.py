@@ -17,7 +17,7 @@ from argosy.cli import output
 from argosy.cli.main import main
 from argosy.config import GIB, MIB, AskAhead, Tuning
 from argosy.errors import DiskFull, UsageError
-from argosy.plan import machine, tuning
+from argosy.machine import resources, tuning
 from tests.helpers.tunings import keep, use_cache
 
 
@@ -42,7 +42,7 @@ def test_doctor_prints_facts_and_leaves_no_file(tmp_path: Path, capsys: pytest.C
 def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--path", str(tmp_path), "--size", "64MiB", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["cores"] == machine.usable_cores()
+    assert facts["cores"] == resources.usable_cores()
     assert facts["instruction_set"] in facts["instruction_sets"]
     assert facts["drive"]["file_bytes"] == 64 * MIB
     buffered = [cell for cell in facts["drive"]["measured"] if not cell["is_direct"]]
@@ -158,7 +158,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_nearly_full_drive_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 300 * MIB)
+    monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 300 * MIB)
     found = command.measure_drive(tmp_path, GIB)
     assert found["file_bytes"] == 0
     assert found["measured"] == []

@@ -116,9 +116,11 @@ def test_a_model_is_shown_by_its_name_however_it_is_found(models: Path, capsys: 
 def test_a_budget_says_what_fits(models: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     smallest = listed(capsys)["Qwen/Qwen3-30B-A3B"]["smallest_bytes"]
     for budget_bytes, fits in ((smallest - 1, "no"), (smallest, "streams"), (smallest * 100, "resident")):
-        monkeypatch.setattr("argosy.plan.machine.default_budget", lambda limit, most=budget_bytes: (most, 0))
+        monkeypatch.setattr(
+            "argosy.machine.resources.default_budget", lambda limit, most=budget_bytes: (most, 0)
+        )
         assert listed(capsys)["Qwen/Qwen3-30B-A3B"]["fits"] == fits
-    monkeypatch.setattr("argosy.plan.machine.default_budget", lambda limit: (1, 0))
+    monkeypatch.setattr("argosy.machine.resources.default_budget", lambda limit: (1, 0))
     assert main(["list"]) == 0
     assert "no, needs " in capsys.readouterr().out
 

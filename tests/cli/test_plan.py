@@ -14,13 +14,13 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
-from argosy.engine import kept_rates
 from argosy.library.places import hub_cache
+from argosy.machine import kept_rates
+from argosy.machine.rates import guess
+from argosy.machine.resources import usable_cores
 from argosy.model.families import open_model
 from argosy.observe import saved
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
-from argosy.plan.machine import usable_cores
-from argosy.plan.rates import guess
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, directory_files, served
 
@@ -178,7 +178,7 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         found = facts(capsys, REPOSITORY, "--memory", "1GiB")
         local = facts(capsys, TINY, "--memory", "1GiB")
-        monkeypatch.setattr("argosy.plan.machine.free_disk_bytes", lambda path: 12_345)
+        monkeypatch.setattr("argosy.machine.resources.free_disk_bytes", lambda path: 12_345)
         assert facts(capsys, REPOSITORY)["model"]["free_disk_bytes"] == 12_345
         assert main(["plan", REPOSITORY]) == 0
         assert f"for which {hub_cache()} has no room: 12 kB are free" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from argosy.cli.main import main
 from argosy.cli.output import FencedCode, write_file, write_text
 from argosy.config import CHOOSING, SamplingParams
 from argosy.errors import UsageError
-from argosy.plan.machine import MemoryLimit
+from argosy.machine.resources import MemoryLimit
 from argosy.prompt.prompt import Prompt
 from tests.cli.fake_engine import FakeEngine
 
@@ -145,7 +145,7 @@ def test_a_plan_beyond_the_free_memory_is_said_and_run(
 ) -> None:
     for free_mib, is_said in ((200, True), (400, False)):
         limit = MemoryLimit(1 << 30, free_mib << 20, "a test")
-        monkeypatch.setattr("argosy.plan.machine.memory_limit", lambda limit=limit: limit)
+        monkeypatch.setattr("argosy.machine.resources.memory_limit", lambda limit=limit: limit)
         assert main(["run", "-q", "-m", "model", "Hi"]) == 0
         printed = capsys.readouterr()
         assert printed.out == "Paris is it.\n"

@@ -9,7 +9,7 @@ import pytest
 
 from argosy import _native
 from argosy.engine import calibration
-from argosy.plan.rates import Rates, guess
+from argosy.machine.rates import Rates, guess
 
 
 @pytest.fixture(autouse=True)

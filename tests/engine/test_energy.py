@@ -13,8 +13,8 @@ from argosy.cli.output import ledger_lines
 from argosy.engine import energy
 from argosy.engine.energy import EnergyShares, Metered, co2_grams, drive_joules
 from argosy.engine.ledger import Ledger
-from argosy.plan import energy as counters
-from argosy.plan.energy import EnergyMeter
+from argosy.machine import energy as counters
+from argosy.machine.energy import EnergyMeter
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.plan.powercap import Zones, write_zones
 

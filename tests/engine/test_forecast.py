@@ -15,13 +15,13 @@ from argosy.engine.memory_plan import plan_memory, plan_with_media, quarter_of_e
 from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.recording import OpenRecorder
+from argosy.machine.rates import guess
 from argosy.model.encoders.reading import EncoderFiles
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
 from argosy.observe.recorder import Recorder
 from argosy.plan.assumed import assume_pack
 from argosy.plan.hit_rate import ReuseGaps, WorkingSet
-from argosy.plan.rates import guess
 from argosy.plan.work import work_of
 from tests.families.published import PUBLISHED
 

@@ -20,8 +20,8 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.config import AskAhead
+from argosy.machine import tuning
 from argosy.model.families import open_model
-from argosy.plan import tuning
 from tests.experts.process_runner import ProcessRunner
 from tests.helpers.tunings import keep, random_tunings, use_cache
 from tests.models.hub_quantised import write_fp8_model, write_int4_model

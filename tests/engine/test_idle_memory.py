@@ -21,10 +21,10 @@ from argosy.engine.memory_plan import MemoryPlan, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedRunner
+from argosy.machine.resources import process_footprint
 from argosy.model.families import open_model
 from argosy.model.footprint import KvLayout, ModelFootprint, kv_blocks
 from argosy.model.layers import kv_shapes
-from argosy.plan.machine import process_footprint
 from tests.models.tiny import qwen3_moe, write_model
 
 # ── with a cache that only counts ───────────────────────────────────────────────────────────────────────────────────

@@ -20,10 +20,10 @@ from argosy.engine.media_memory import IDLE_S, MediaMemory
 from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, UsageError
+from argosy.machine.resources import page_table_bytes
 from argosy.media.parts import Image, RequestMedia
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
-from argosy.plan.machine import page_table_bytes
 from argosy.prompt.prompt import Prompt
 from tests.models.seeing import with_towers, write
 from tests.models.tiny_wrappers import qwen3_vl_moe

@@ -25,7 +25,7 @@ PROMPT_TOKENS, NEW_TOKENS = 1000, 200
 GENERATE = """
 import json, random, sys
 from argosy import Engine, SamplingParams
-from argosy.plan.machine import process_footprint
+from argosy.machine.resources import process_footprint
 
 model, memory, prompt_tokens, new_tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 prompt = random.Random(5).choices(range(1024), k=prompt_tokens)

@@ -12,10 +12,10 @@ from argosy.engine.forecast import Forecaster
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.verification import Row, Verification, compare_decode
+from argosy.machine import resources
+from argosy.machine.rates import guess
 from argosy.model.families import FAMILIES
-from argosy.plan import machine
 from argosy.plan.assumed import assume_pack
-from argosy.plan.rates import guess
 from argosy.plan.speed import Range
 from tests.families.published import PUBLISHED
 
@@ -121,11 +121,11 @@ def test_quantities_of_four_digits_are_shown_in_a_larger_unit() -> None:
 
 def test_the_peak_of_memory_begins_anew_when_a_model_is_verified() -> None:
     taken = bytearray(b"x" * (64 << 20))
-    before = machine.peak_bytes()
+    before = resources.peak_bytes()
     del taken
-    if not machine.reset_peak():
+    if not resources.reset_peak():
         pytest.skip("this kernel does not let a process forget its peak")
-    after = machine.peak_bytes()
+    after = resources.peak_bytes()
     assert before is not None
     assert after is not None
     assert after <= before - (60 << 20)

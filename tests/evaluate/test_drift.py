@@ -24,7 +24,7 @@ from argosy.evaluate.measure import Report, measure_drift
 from argosy.evaluate.questions import Question
 from argosy.evaluate.row_file import RowFile
 from argosy.evaluate.scoring import Scores, Tokens, score
-from argosy.plan import machine
+from argosy.machine import resources
 from tests.evaluate.small_models import (
     few_texts,
     in_two_bits,
@@ -277,7 +277,7 @@ def test_rows_come_back_as_they_went_and_leave_no_file(
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be written"):
         RowFile(tmp_path / "file" / "beside", 1, 1)
-    monkeypatch.setattr(machine, "free_disk_bytes", lambda path: 100 * MIB)
+    monkeypatch.setattr(resources, "free_disk_bytes", lambda path: 100 * MIB)
     with pytest.raises(DiskFull, match=r"take 320 MB"):
         RowFile(tmp_path, 1000, 80_000)
 

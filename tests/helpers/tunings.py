@@ -10,7 +10,7 @@ import pytest
 
 from argosy import _native
 from argosy.config import AskAhead, Format, Tuning
-from argosy.plan import tuning
+from argosy.machine import tuning
 
 
 def use_cache(monkeypatch: pytest.MonkeyPatch, directory: Path, *, probe_s: float = 0.001) -> None:

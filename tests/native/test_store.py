@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from argosy._native import Arena, FaultyFileSystem, RealFileSystem, Store, crc32c_wide, drive_probe
-from argosy.plan.machine import process_footprint
+from argosy.machine.resources import process_footprint
 
 PAGE = 4096
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from argosy.errors import UsageError
+from argosy.machine.rates import NUM_TOKENS, guess
 from argosy.plan.group import Network, parse_count, parse_network, predict_group
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import NUM_TOKENS, guess
 from argosy.plan.work import Attention, Work
 
 # Equal desktops: memory 60 GB/s, drive 6 GB/s, 10 GbE; no other overhead.

@@ -43,7 +43,7 @@ def bench(model: str, as_json: bool, **options: Any) -> None:
     from argosy.cli.settings import Settings
     from argosy.engine.bench import CONTEXT_TOKENS
     from argosy.engine.options import locate_model, open_files
-    from argosy.plan.neighbours import Neighbours
+    from argosy.machine.neighbours import Neighbours
 
     with progress_bar() as progress:
         files = open_files(locate_model(model, progress))
@@ -90,16 +90,16 @@ def _speeds(model: str, settings: Settings, least_slots: int, drive: float | Non
 
 def _machine_facts(settings: Settings) -> dict[str, Any]:
     from argosy import __version__, _native
-    from argosy.plan import machine, tuning
+    from argosy.machine import resources, tuning
 
     return {
         "version": __version__,
         "commit": _commit(),
-        "cpu": machine.cpu_model(),
-        "cores": machine.usable_cores(),
+        "cpu": resources.cpu_model(),
+        "cores": resources.usable_cores(),
         "threads": settings.threads or tuning.known_threads(settings.instruction_set),
         "instruction_set": settings.instruction_set or _native.instruction_sets()[-1],
-        "total_bytes": machine.memory_limit().total_bytes,
+        "total_bytes": resources.memory_limit().total_bytes,
     }
 
 
@@ -118,10 +118,10 @@ def _model_facts(model: str, files: ModelFiles) -> dict[str, Any]:
 
 def _rates(files: ModelFiles, settings: Settings) -> dict[str, Any]:
     """Rates of memory, and of the drive with the largest file of the model; None if they cannot be measured."""
-    from argosy.plan import machine, probes, tuning
+    from argosy.machine import probes, resources, tuning
 
     memory = None
-    if machine.memory_limit().free_bytes > 2 * probes.MEMORY_BYTES:
+    if resources.memory_limit().free_bytes > 2 * probes.MEMORY_BYTES:
         known = tuning.known_threads(settings.instruction_set)
         memory = probes.memory_rate(settings.threads or known)
     record_bytes = max((record.nbytes for record in files.experts.values()), default=MIB)

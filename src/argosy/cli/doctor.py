@@ -75,19 +75,19 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
     """Facts about the machine that do not need measuring the drive; `tune` measures its choices again."""
     from argosy import _native
     from argosy.cli.settings import Settings
-    from argosy.plan import machine
+    from argosy.machine import resources
 
     known = _native.instruction_sets()
     settings = Settings.read()
     chosen = settings.instruction_set or known[-1]
     if chosen not in known:
         raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
-    limit = machine.memory_limit()
-    budget_bytes, margin_bytes = machine.default_budget(limit)
-    drive = machine.drive_of(path)
+    limit = resources.memory_limit()
+    budget_bytes, margin_bytes = resources.default_budget(limit)
+    drive = resources.drive_of(path)
     return {
-        "cores": machine.usable_cores(),
-        "cpu": machine.cpu_model(),
+        "cores": resources.usable_cores(),
+        "cpu": resources.cpu_model(),
         "instruction_sets": known,
         "instruction_set": chosen,
         "amx": _native.amx_state() if chosen in {"amx", known[-1]} else "unused",
@@ -98,21 +98,21 @@ def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
             "limited_by": limit.source,
             "default_budget_bytes": budget_bytes,
             "margin_bytes": margin_bytes,
-            "swap_bytes": machine.swap_bytes(),
+            "swap_bytes": resources.swap_bytes(),
         },
         "drive": {
             "path": str(path.resolve()),
             "file_system": drive.file_system if drive else None,
             "device": drive.device if drive else None,
             "read_ahead_kb": drive.read_ahead_kb if drive else None,
-            "free_bytes": machine.free_disk_bytes(path),
+            "free_bytes": resources.free_disk_bytes(path),
         },
     }
 
 
 def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[str, Any]:
     """How products run: as measured when a model first ran here, or now."""
-    from argosy.plan import tuning
+    from argosy.machine import tuning
 
     threads = settings.threads or tuning.known_threads(instruction_set)
     choices = tuning.measure(threads, instruction_set) if tune else tuning.kept(threads, instruction_set)
@@ -145,9 +145,9 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
     Raises:
         DiskFull: the file does not fit.   UsageError: the directory cannot be written to.
     """
-    from argosy.plan import machine
+    from argosy.machine import resources
 
-    file_bytes = min(size_bytes, machine.free_disk_bytes(path) // 10) // _CHUNK_BYTES * _CHUNK_BYTES
+    file_bytes = min(size_bytes, resources.free_disk_bytes(path) // 10) // _CHUNK_BYTES * _CHUNK_BYTES
     if file_bytes < _SMALLEST_FILE_BYTES:
         needed = format_bytes(_SMALLEST_FILE_BYTES)
         why = f"the temporary file would be smaller than {needed}"
@@ -165,7 +165,7 @@ def measure_drive(path: Path, size_bytes: int, progress: Progress | None = None)
                 hint="choose a smaller --size",
                 path=str(path),
                 needed_bytes=file_bytes,
-                free_bytes=machine.free_disk_bytes(path),
+                free_bytes=resources.free_disk_bytes(path),
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(

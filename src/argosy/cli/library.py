@@ -42,12 +42,12 @@ def list_models(shows_all: bool, as_json: bool) -> None:
     from argosy.cli.preset import lines as preset_lines
     from argosy.library import kept, presets
     from argosy.library.places import find_models
-    from argosy.plan import machine
+    from argosy.machine import resources
 
     found, known = find_models(), kept.read()
     named, faults = presets.find_all()
     notes = [*found.notes, *faults]
-    budget_bytes, _ = machine.default_budget(machine.memory_limit())
+    budget_bytes, _ = resources.default_budget(resources.memory_limit())
     rows = [
         _row(model, facts, known.used.get(model.name), budget_bytes)
         for model, facts in model_facts(found.models)

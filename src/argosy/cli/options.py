@@ -396,12 +396,12 @@ def open_engine(
 
 def _shortage(engine: Engine) -> str | None:
     """A warning if the plan takes more memory than is free now."""
-    from argosy.plan import machine
+    from argosy.machine import resources
 
-    limit, needed = machine.memory_limit(), engine.plan.total_bytes
+    limit, needed = resources.memory_limit(), engine.plan.total_bytes
     if needed <= limit.free_bytes:
         return None
-    budget_bytes, _ = machine.default_budget(limit)
+    budget_bytes, _ = resources.default_budget(limit)
     return (
         f"the memory plan takes {format_bytes(needed)}, and there are {limit}: the system may swap, or end a program; "
         f"`--memory {budget_bytes // MIB}MiB` is what is free, less a margin"

@@ -99,13 +99,14 @@ def plan(
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
     from argosy.engine.engine import Engine  # noqa: F401  all that a process which runs the model imports
-    from argosy.plan.machine import held_bytes
+    from argosy.machine.resources import held_bytes
 
     before = held_bytes()
-    from argosy.engine import calibration, kept_rates
+    from argosy.engine import calibration
     from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
     from argosy.engine.step_probe import measured_servers
     from argosy.library.names import preset_of
+    from argosy.machine import kept_rates
     from argosy.plan.group import parse_count, parse_network
     from argosy.plan.money import Owner
 
@@ -339,10 +340,10 @@ class _Facts:
     def _free_disk_bytes(self) -> int | None:
         """Room for a download."""
         from argosy.library.places import hub_cache
-        from argosy.plan import machine
+        from argosy.machine import resources
 
         is_download = self._subject.remote is not None and self._place.row is None
-        return machine.free_disk_bytes(hub_cache()) if is_download else None
+        return resources.free_disk_bytes(hub_cache()) if is_download else None
 
     @property
     def _exceeds_machine(self) -> bool:

@@ -213,7 +213,7 @@ def _table(
 
 def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[str]:
     from argosy.engine.progress import rough_time
-    from argosy.plan import machine
+    from argosy.machine import resources
 
     fits = FITS[forecast.verdict]
     if forecast.plan is not None:
@@ -238,7 +238,7 @@ def _lines(download: Download, forecast: Forecast, missing_bytes: int) -> list[s
         f"size      {disk_size(download.nbytes)} in {num_files}{here}",
         *_tower_lines(download),
         f"time      {times}",
-        f"drive     {disk_size(machine.free_disk_bytes(download.root))} free in {download.root}",
+        f"drive     {disk_size(resources.free_disk_bytes(download.root))} free in {download.root}",
     ]
 
 

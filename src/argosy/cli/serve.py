@@ -282,10 +282,10 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.engine import kept_rates
     from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
     from argosy.engine.options import locate_model
+    from argosy.machine import kept_rates
     from argosy.serve.run import serve as run
 
     request_bytes = REQUEST_BYTES + (AUDIT_BYTES if server.keeps_content else 0)

@@ -183,8 +183,8 @@ class ServedPresets:
 
 def speeds_of(ready: ReadyModel, path: Path) -> Speeds | None:
     """Predictions of a model's speed; None if the rates that are kept cannot be read, which `argosy plan` reports."""
-    from argosy.engine import kept_rates
     from argosy.engine.forecast import Speeds
+    from argosy.machine import kept_rates
     from argosy.observe import saved
 
     try:

@@ -4,7 +4,7 @@
 
 ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are the defaults of the flags with the same names.
 ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`).
-ARGOSY_TUNE (on, off) says whether products run as measured on this machine (read by `plan/tuning.py`), and
+ARGOSY_TUNE (on, off) says whether products run as measured on this machine (read by `machine/tuning.py`), and
 ARGOSY_ASK_AHEAD fixes how they prefetch weights.
 ARGOSY_CACHE is the directory of the demo model (read by `demo/locate.py`), ARGOSY_API_KEY is the key for a running
 server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspelt ARGOSY_ variable is an error.

@@ -44,8 +44,8 @@ from argosy.cluster.worker_plan import biases_of
 from argosy.config import format_bytes
 from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, PeerNotUsable, UsageError, is_disk_full
+from argosy.machine.resources import free_disk_bytes, usable_cores
 from argosy.model.families import open_model
-from argosy.plan.machine import free_disk_bytes, usable_cores
 
 log = logging.getLogger("argosy.cluster")
 

@@ -46,7 +46,7 @@ from argosy.cluster.worker_plan import num_experts_by_layer
 from argosy.config import format_bytes
 from argosy.errors import ArgosyError, PeerNotUsable, PeerRefused, UsageError
 from argosy.experts.runner import ExpertRunner
-from argosy.plan import probes
+from argosy.machine import probes
 from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.cluster")

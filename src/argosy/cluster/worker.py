@@ -47,10 +47,10 @@ from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles, Key
 from argosy.experts.resident import Progress, load_resident
 from argosy.experts.runner import ExpertRunner
+from argosy.machine import probes, tuning
+from argosy.machine.resources import held_bytes, peak_bytes
 from argosy.model.layers import describe_experts
 from argosy.model.weights import DenseWeights, load_dense
-from argosy.plan import probes, tuning
-from argosy.plan.machine import held_bytes, peak_bytes
 
 log = logging.getLogger("argosy.cluster")
 

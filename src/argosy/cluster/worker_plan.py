@@ -21,8 +21,8 @@ from argosy.config import ModelConfig, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts import slots as expert_slots
 from argosy.experts.files import Key, bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
+from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, page_table_bytes
 from argosy.model.weights import dense_footprint
-from argosy.plan.machine import PROCESS_GROWTH_BYTES, THREAD_BYTES, page_table_bytes
 
 _OTHER_THREADS = 8  # accepting, introductions, the ticker, and one for each connection
 

@@ -28,9 +28,9 @@ from argosy.engine.scheduler import Scheduled
 from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogprob
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
+from argosy.machine import resources
 from argosy.model.clock import PartClock
 from argosy.model.model import Model
-from argosy.plan import machine
 
 
 @dataclass(slots=True)
@@ -233,7 +233,7 @@ class Answers:
             lookups=stats.lookups if stats else 0,
             hits=stats.hits if stats else 0,
             bytes_read=stats.bytes_read if stats else 0,
-            peak_bytes=machine.peak_bytes(),
+            peak_bytes=resources.peak_bytes(),
             energy_j=None if metered is None else metered.joules,
             drive_energy_j=None if metered is None else metered.drive_j,
             parts={part: s - self._seconds_at_start[part] for part, s in seconds.items()},

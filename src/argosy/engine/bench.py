@@ -9,7 +9,7 @@ One sequence at a time, greedy, and nothing is reused. Each kind of prompt runs 
 from its call to the id of the token. This is the method of `benchmarks/`, and `benchmarks/bench_command.py` compares
 the two.
 
-Elsewhere: `verification.py` compares with a forecast; `plan/probes.py` measures the machine.
+Elsewhere: `verification.py` compares with a forecast; `machine/probes.py` measures the machine.
 """
 
 from __future__ import annotations

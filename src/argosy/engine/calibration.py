@@ -10,7 +10,7 @@ how much of one the other hides. The engine runs two tiny models of different de
 beyond its products, and two with experts of usual sizes, which give that of a layer's first miss and of each further
 one.
 
-Elsewhere: `kept_rates.py` keeps the result; `plan/rates.py` has its form, and guesses for machines that were not
+Elsewhere: `kept_rates.py` keeps the result; `machine/rates.py` has its form, and guesses for machines that were not
 measured.
 """
 
@@ -40,14 +40,14 @@ from argosy.config import MIB, Format, KvDtype, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.errors import DiskFull, UsageError, is_disk_full
 from argosy.experts.resident import Progress
-from argosy.model.families import CONFIG_FILE, FAMILIES
-from argosy.plan import machine, tuning
-from argosy.plan.rates import (
+from argosy.machine import resources, tuning
+from argosy.machine.rates import (
     MEASURED_SPREAD,
     MOST_MEASURED_SPREAD,
     NUM_TOKENS,
     Rates,
 )
+from argosy.model.families import CONFIG_FILE, FAMILIES
 
 _ARENA_BYTES = 192 << 20  # larger than most last-level caches
 _TILE_BYTES = 4 << 20  # random bytes, which repeat
@@ -136,7 +136,7 @@ def calibrate(
         miss_s=overheads.miss_s,
         step_s=overheads.step_s,
         spread=min(MOST_MEASURED_SPREAD, max(MEASURED_SPREAD, varied)),
-        source=f"measured {date.today().isoformat()}, {machine.cpu_model()[:100]}, {cores} threads",
+        source=f"measured {date.today().isoformat()}, {resources.cpu_model()[:100]}, {cores} threads",
     )
 
 
@@ -337,7 +337,7 @@ def _file_to_read(files: Sequence[Path]) -> Iterator[str]:
         yield str(largest)
         return
     directory = largest.parent if largest is not None and os.access(largest.parent, os.W_OK) else Path.cwd()
-    room = machine.free_disk_bytes(directory) // 4
+    room = resources.free_disk_bytes(directory) // 4
     try:
         if room < _SMALLEST_FILE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -26,6 +26,7 @@ from argosy.engine.memory_plan import TRANSCRIPTS_KEPT_BYTES
 from argosy.engine.options import TINY_EN, locate_ears
 from argosy.errors import Overloaded, UsageError
 from argosy.experts.resident import Progress
+from argosy.machine import tuning
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, RequestMedia
 from argosy.media.transcript import Transcript, TranscriptOptions
@@ -33,7 +34,6 @@ from argosy.model.weights import load_dense
 from argosy.model.whisper.files import WhisperFiles, open_whisper
 from argosy.model.whisper.network import Whisper
 from argosy.model.whisper.transcription import Transcription, check_options, prepare
-from argosy.plan import tuning
 from argosy.prompt.replay import TenantMemory
 
 _MOST_WAITING = 8  # sounds that wait for the one before them

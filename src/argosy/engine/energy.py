@@ -6,7 +6,7 @@ A step's energy is that of all processor packages and their memory while it ran:
 with what other programs used. It is shared by tokens: of a step with a prompt of 30 tokens and two answers of one
 token each, the prompt pays 30 of 32 parts. Steps within 50 ms share one reading. Time without steps is nobody's.
 
-Elsewhere: the counters are `plan/energy.py`; the ledger has the sums.
+Elsewhere: the counters are `machine/energy.py`; the ledger has the sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from time import monotonic
 from typing import Protocol
 
-from argosy.plan.energy import EnergyMeter
+from argosy.machine.energy import EnergyMeter
 
 # A reading takes some microseconds for each counter, which are updated once a millisecond.
 _READ_EVERY_S = 0.05

@@ -48,7 +48,6 @@ from argosy.engine.expert_memory import OWN, ExpertMemory
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.governor import Governor
 from argosy.engine.idle_memory import KV
-from argosy.engine.kept_rates import DriveReads
 from argosy.engine.ledger import Ledger
 from argosy.engine.lookup import LookupDrafter
 from argosy.engine.memory_plan import MemoryPlan, in_slots, replan, require_budget
@@ -81,11 +80,12 @@ from argosy.errors import (
 from argosy.experts.recording import OpenRecorder, RouteLog, StepRoutes
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
+from argosy.machine.energy import EnergyMeter
+from argosy.machine.kept_rates import DriveReads
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import kv_blocks
 from argosy.model.step import Step
-from argosy.plan.energy import EnergyMeter
 from argosy.plan.work import work_of
 from argosy.prompt.builder import PromptBuilder
 

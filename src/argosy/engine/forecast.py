@@ -16,12 +16,12 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.engine.memory_plan import MemoryPlan, plan_memory, plan_with_media
 from argosy.errors import ArgosyError, BadMedia, DoesNotFit
+from argosy.machine.rates import Rates
+from argosy.machine.resources import PROCESS_GROWTH_BYTES, page_table_bytes
 from argosy.media.parts import Kind
 from argosy.model.footprint import ModelFootprint
 from argosy.plan.group import Group, Network, predict_group
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.machine import PROCESS_GROWTH_BYTES, page_table_bytes
-from argosy.plan.rates import Rates
 from argosy.plan.simulation import Server
 from argosy.plan.speed import (
     Decode,

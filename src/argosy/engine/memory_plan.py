@@ -41,13 +41,13 @@ from argosy.config import (
 from argosy.engine.kv_windows import WindowSizes, window_sizes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
+from argosy.machine import resources
+from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
-from argosy.plan import machine
 from argosy.plan.hit_rate import typical_hit_rate
-from argosy.plan.machine import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
@@ -731,14 +731,14 @@ def require_mappable(footprint: ModelFootprint, config: EngineConfig) -> None:
     Raises:
         DoesNotFit: the address space is too small, or no plan fits.
     """
-    limits = (machine.address_space_limit(), machine.data_limit())
+    limits = (resources.address_space_limit(), resources.data_limit())
     if limits == (None, None):
         return
     held = held_bytes()
     _, plan = plan_with_media(footprint, config, process_bytes=held)
     tokenizer_file = footprint.files.path / TOKENIZER_FILE
     json_bytes = tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
-    stacks = (config.threads + config.readers + _OTHER_THREADS) * machine.thread_stack_bytes()
+    stacks = (config.threads + config.readers + _OTHER_THREADS) * resources.thread_stack_bytes()
     others = stacks + max(TOKENIZER_ROOM_BYTES, json_bytes * _TOKENIZER_BYTES_PER_BYTE)
     # glibc's reservation counts as address space at once, and as data only when it is used.
     reserved = (config.readers + _OTHER_THREADS // 2) * _MALLOC_ARENA_BYTES
@@ -767,7 +767,7 @@ def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
     Raises:
         DoesNotFit: it has less.
     """
-    limit = machine.memory_limit()
+    limit = resources.memory_limit()
     if config.budget.ram_bytes <= limit.total_bytes:
         return
     planned = None
@@ -777,7 +777,7 @@ def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
         raise DoesNotFit(
             f"needs {format_bytes(planned.total_bytes)} of the budget of {format_bytes(config.budget.ram_bytes)}, and "
             f"there are {format_bytes(limit.total_bytes)} ({limit.source})",
-            hint=f"`--memory {machine.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
+            hint=f"`--memory {resources.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
             needed_bytes=planned.total_bytes,
             budget_bytes=limit.total_bytes,
         )
@@ -785,7 +785,7 @@ def require_memory(footprint: ModelFootprint, config: EngineConfig) -> None:
 
 def machine_bytes() -> int:
     """The memory that the machine and the cgroups of this process allow."""
-    return machine.memory_limit().total_bytes
+    return resources.memory_limit().total_bytes
 
 
 def require_budget(budget_bytes: int) -> None:
@@ -794,12 +794,12 @@ def require_budget(budget_bytes: int) -> None:
     Raises:
         DoesNotFit: it has less.
     """
-    limit = machine.memory_limit()
+    limit = resources.memory_limit()
     if budget_bytes > limit.total_bytes:
         raise DoesNotFit(
             f"the budget is {format_bytes(budget_bytes)}, and there are {format_bytes(limit.total_bytes)} "
             f"({limit.source})",
-            hint=f"`--memory {machine.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
+            hint=f"`--memory {resources.default_budget(limit)[0] // MIB}MiB` is what is free, less a margin",
             needed_bytes=budget_bytes,
             budget_bytes=limit.total_bytes,
         )
@@ -813,7 +813,7 @@ def require_machine(budget_bytes: int) -> None:
             much as it could have alone.
     """
     require_budget(budget_bytes)
-    for bound in (machine.address_space_limit(), machine.data_limit()):
+    for bound in (resources.address_space_limit(), resources.data_limit()):
         if bound is not None:
             raise DoesNotFit(
                 f"several models reserve more address space than they use, and `{bound.command}` lets this process map "

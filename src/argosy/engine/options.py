@@ -29,8 +29,8 @@ from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
 from argosy.library import names
 from argosy.library.places import ollama_params_of, tower_of
+from argosy.machine import resources, tuning
 from argosy.model.families import open_model
-from argosy.plan import machine, tuning
 
 TINY_EN = "tiny.en"
 DEMO_CHUNK = 256  # default tokens of a step of the demo model
@@ -247,9 +247,9 @@ def budget_of(memory: str | int | Budget | None, context: int | None) -> Budget:
     """The budget for these options; None for `memory` is what is free, less a margin."""
     if isinstance(memory, Budget):
         return memory
-    limit = machine.memory_limit()
+    limit = resources.memory_limit()
     if memory is None:
-        ram_bytes, _ = machine.default_budget(limit)
+        ram_bytes, _ = resources.default_budget(limit)
     else:
         ram_bytes = parse_size(memory, total_bytes=limit.total_bytes)
     return Budget(ram_bytes=ram_bytes, context_tokens=context)

@@ -21,7 +21,6 @@ from argosy.checkpoint.hub import Source
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
-from argosy.engine import kept_rates
 from argosy.engine.forecast import (
     BARE_PROCESS_BYTES,
     Forecast,
@@ -35,14 +34,15 @@ from argosy.errors import UsageError
 from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
 from argosy.library.names import find
+from argosy.machine import kept_rates
+from argosy.machine import resources as this_machine
+from argosy.machine.rates import Rates
 from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
-from argosy.plan import machine as this_machine
 from argosy.plan.assumed import assume_pack
 from argosy.plan.hit_rate import WorkingSet
 from argosy.plan.machines import Machine, find_machine
-from argosy.plan.rates import Rates
 from argosy.prompt.tokenizer import Tokenizer
 
 HERE = "here"

@@ -46,14 +46,14 @@ from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.recording import RouteLog, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
+from argosy.machine import tuning
+from argosy.machine.resources import held_bytes, may_reserve, memory_limit, page_table_bytes
 from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import ModelFootprint, files_to_run, kv_blocks, state_bytes
 from argosy.model.model import Model, ModelReading
-from argosy.plan import tuning
-from argosy.plan.machine import held_bytes, may_reserve, memory_limit, page_table_bytes
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 

@@ -24,7 +24,7 @@ from argosy.engine.forecast import Forecaster, Speeds
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.experts.recording import OpenRecorder
-from argosy.plan import machine
+from argosy.machine import resources
 from argosy.plan.speed import Range
 
 PROMPT_TOKENS, WARM_TOKENS, ANSWER_TOKENS = 256, 32, 64
@@ -157,7 +157,7 @@ def verify(
     Raises:
         The errors of `Engine.open`.
     """
-    is_reset = machine.reset_peak()  # calibrating, or planning, may have taken more than the model will
+    is_reset = resources.reset_peak()  # calibrating, or planning, may have taken more than the model will
     random = np.random.default_rng(0)
     room = plan.context_tokens - WARM_TOKENS - ANSWER_TOKENS - 1
     num_tokens = max(1, min(PROMPT_TOKENS, room))
@@ -183,7 +183,7 @@ def verify(
             num_steps += 1
         context = num_tokens + WARM_TOKENS + num_steps // 2
         steps = DecodeSteps.between(warm, engine.ledger, num_steps=num_steps, context=context)
-        peak, planned = machine.peak_bytes() if is_reset else None, engine.plan
+        peak, planned = resources.peak_bytes() if is_reset else None, engine.plan
     compared = compare_decode(forecaster, planned, steps)
     expected = forecaster.prompt(planned, num_tokens)
     rows = [*compared.rows, Row(f"first token of {num_tokens}", "s", expected.seconds, first_s)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from argosy.config import disk_size
 from argosy.errors import DiskFull, UsageError, room_for
-from argosy.plan import machine
+from argosy.machine import resources
 
 _WRITTEN_BYTES = 8 << 20  # at most so many written bytes lie in the page cache
 _RESERVE_BYTES = 64 << 20  # bytes of the drive that stay free
@@ -40,7 +40,7 @@ class RowFile:
     def __init__(self, directory: Path, num_rows: int, row_values: int) -> None:
         self._directory, self._row_values = directory, row_values
         needed_bytes = num_rows * row_values * 4
-        free_bytes = machine.free_disk_bytes(directory)
+        free_bytes = resources.free_disk_bytes(directory)
         if needed_bytes + _RESERVE_BYTES > free_bytes:
             raise DiskFull(
                 f"the reference's logits take {disk_size(needed_bytes)} while the candidate is read, and "

@@ -238,7 +238,7 @@ STORES = (
         option="",
         by_default=False,
         erased="none",
-        module="engine/kept_rates.py",
+        module="machine/kept_rates.py",
     ),
     Store(
         name="rates of the drive",
@@ -248,7 +248,7 @@ STORES = (
         option="--no-record",
         by_default=True,
         erased="none",
-        module="engine/kept_rates.py",
+        module="machine/kept_rates.py",
     ),
     Store(
         name="chat history",

@@ -13,7 +13,7 @@ from typing import Any
 
 from argosy.directory import Directory
 from argosy.library.places import Model
-from argosy.plan import machine
+from argosy.machine import resources
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import cache_directory
 
@@ -64,5 +64,5 @@ def key_of(model: Model) -> str:
         for path in beside
         if path is not None and path.exists()
     ]
-    known = (metadata.version("argosy"), machine.usable_cores(), str(model.path), files)
+    known = (metadata.version("argosy"), resources.usable_cores(), str(model.path), files)
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]

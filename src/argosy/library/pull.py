@@ -34,8 +34,8 @@ from argosy.directory import Directory
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError, room_for
 from argosy.library import kept
 from argosy.library.places import choose_tower, gguf_names, hub_cache, repository_folder
+from argosy.machine import resources
 from argosy.model.remote import choose_weights, gguf_models, has_tensors
-from argosy.plan import machine
 
 PARTIAL_SUFFIX = ".incomplete"
 _LIST_BYTES = 4 << 20
@@ -342,7 +342,7 @@ def fetch(download: Download, watch: Watch = lambda moment: None, *, accepted_at
         CheckpointError: a file has another size or digest than the hub's list says; it is not kept.
     """
     missing_bytes = download.nbytes - download.here_bytes
-    free_bytes = machine.free_disk_bytes(download.root)
+    free_bytes = resources.free_disk_bytes(download.root)
     if missing_bytes and missing_bytes + _RESERVE_BYTES > free_bytes:
         raise DiskFull(
             f"{download.name} needs {disk_size(missing_bytes)} more, and {disk_size(free_bytes)} are free in "

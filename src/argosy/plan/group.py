@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from argosy.errors import UsageError
+from argosy.machine.rates import Rates
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import Rates
 from argosy.plan.speed import Range
 from argosy.plan.work import Work
 

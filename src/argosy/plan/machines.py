@@ -22,7 +22,7 @@ from pathlib import Path
 
 from argosy.config import GIB
 from argosy.errors import UsageError
-from argosy.plan.rates import Rates, guess
+from argosy.machine.rates import Rates, guess
 
 TABLE = Path(__file__).with_name("machines.csv")
 _LARGEST_FILE = 1 << 20

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from math import comb, expm1
 from typing import NamedTuple
 
+from argosy.machine.rates import NUM_TOKENS, Rates
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import NUM_TOKENS, Rates
 from argosy.plan.work import Work
 
 # More than enough for six digits, except next to one token, where every rate is almost zero.

@@ -16,8 +16,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from argosy.machine.rates import Rates
 from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.rates import Rates
 from argosy.plan.speed import Range, predict_chunk, predict_decode
 from argosy.plan.work import Work
 

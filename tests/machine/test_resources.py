@@ -9,8 +9,8 @@ import pytest
 
 from argosy.config import GIB, MIB
 from argosy.errors import UsageError
-from argosy.plan import machine
-from argosy.plan.machine import MappingLimit, MemoryLimit
+from argosy.machine import resources
+from argosy.machine.resources import MappingLimit, MemoryLimit
 
 KB = 1024
 
@@ -63,8 +63,8 @@ OWN_BYTES = 200 * MIB  # RssAnon of the fake process
 
 
 def test_without_a_cgroup_the_machine_is_the_limit(fake: FakeMachine) -> None:
-    assert machine.memory_limit(fake.root) == MemoryLimit(16 * GIB, 10 * GIB + OWN_BYTES, "machine")
-    assert machine.swap_bytes(fake.root) == 2 * MIB
+    assert resources.memory_limit(fake.root) == MemoryLimit(16 * GIB, 10 * GIB + OWN_BYTES, "machine")
+    assert resources.swap_bytes(fake.root) == 2 * MIB
 
 
 def test_the_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: FakeMachine) -> None:
@@ -75,7 +75,7 @@ def test_the_cgroup_v2_limit_is_found_and_its_page_cache_counts_as_free(fake: Fa
         "sys/fs/cgroup/user.slice/app/memory.stat",
         f"anon {GIB}\ninactive_file {GIB}\nactive_file {GIB // 2}\n",
     )
-    limit = machine.memory_limit(fake.root)
+    limit = resources.memory_limit(fake.root)
     assert limit == MemoryLimit(4 * GIB, 4 * GIB - 3 * GIB // 2 + OWN_BYTES, "cgroup v2 /user.slice/app")
     assert str(limit) == "2.7 GiB free of 4.0 GiB (cgroup v2 /user.slice/app)"
 
@@ -85,7 +85,7 @@ def test_the_smallest_limit_of_all_parents_applies(fake: FakeMachine) -> None:
     for group, limit_text, used in (("user.slice/app", "max", 10), ("user.slice", str(2 * GIB), 50 * MIB)):
         fake.write(f"sys/fs/cgroup/{group}/memory.max", limit_text + "\n")
         fake.write(f"sys/fs/cgroup/{group}/memory.current", f"{used}\n")
-    limit = machine.memory_limit(fake.root)
+    limit = resources.memory_limit(fake.root)
     # Free memory never exceeds the limit.
     assert limit == MemoryLimit(2 * GIB, 2 * GIB, "cgroup v2 /user.slice")
 
@@ -97,19 +97,19 @@ def test_memory_high_is_a_limit_like_memory_max(fake: FakeMachine) -> None:
     fake.write(f"{group}/memory.high", f"{3 * GIB}\n")
     fake.write(f"{group}/memory.current", f"{GIB}\n")
     expected = MemoryLimit(3 * GIB, 2 * GIB + OWN_BYTES, "cgroup v2 /user.slice/app")
-    assert machine.memory_limit(fake.root) == expected
+    assert resources.memory_limit(fake.root) == expected
 
     fake.write(f"{group}/memory.max", f"{4 * GIB}\n")  # the smaller one applies
-    assert machine.memory_limit(fake.root) == expected
+    assert resources.memory_limit(fake.root) == expected
     fake.write(f"{group}/memory.max", f"{2 * GIB}\n")
-    assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
+    assert resources.memory_limit(fake.root).total_bytes == 2 * GIB
     fake.write(f"{group}/memory.high", "max\n")
-    assert machine.memory_limit(fake.root).total_bytes == 2 * GIB
+    assert resources.memory_limit(fake.root).total_bytes == 2 * GIB
 
     fake.write("sys/fs/cgroup/user.slice/memory.max", "max\n")  # a parent's limit applies too
     fake.write("sys/fs/cgroup/user.slice/memory.high", f"{GIB}\n")
     fake.write("sys/fs/cgroup/user.slice/memory.current", "0\n")
-    assert machine.memory_limit(fake.root) == MemoryLimit(GIB, GIB, "cgroup v2 /user.slice")
+    assert resources.memory_limit(fake.root) == MemoryLimit(GIB, GIB, "cgroup v2 /user.slice")
 
 
 def test_the_cgroup_v1_limit_is_found_and_a_huge_one_is_no_limit(fake: FakeMachine) -> None:
@@ -117,7 +117,7 @@ def test_the_cgroup_v1_limit_is_found_and_a_huge_one_is_no_limit(fake: FakeMachi
     memory = "sys/fs/cgroup/memory"
     fake.write(f"{memory}/memory.limit_in_bytes", "9223372036854771712\n")
     fake.write(f"{memory}/memory.usage_in_bytes", f"{9 * GIB}\n")
-    assert machine.memory_limit(fake.root).source == "machine"
+    assert resources.memory_limit(fake.root).source == "machine"
 
     fake.write(f"{memory}/docker/abc/memory.limit_in_bytes", f"{GIB}\n")
     fake.write(f"{memory}/docker/abc/memory.usage_in_bytes", f"{800 * MIB}\n")
@@ -126,7 +126,7 @@ def test_the_cgroup_v1_limit_is_found_and_a_huge_one_is_no_limit(fake: FakeMachi
         f"inactive_file 1\ntotal_inactive_file {100 * MIB}\ntotal_active_file {50 * MIB}\n",
     )
     expected = GIB - 650 * MIB + OWN_BYTES
-    assert machine.memory_limit(fake.root) == MemoryLimit(GIB, expected, "cgroup v1 /docker/abc")
+    assert resources.memory_limit(fake.root) == MemoryLimit(GIB, expected, "cgroup v1 /docker/abc")
 
 
 def test_in_a_container_the_cgroup_path_may_lie_outside_the_mount(fake: FakeMachine) -> None:
@@ -135,9 +135,9 @@ def test_in_a_container_the_cgroup_path_may_lie_outside_the_mount(fake: FakeMach
     )
     fake.write("sys/fs/cgroup/memory.max", f"{3 * GIB}\n")
     fake.write("sys/fs/cgroup/memory.current", "0\n")
-    assert machine.memory_limit(fake.root).total_bytes == 3 * GIB
+    assert resources.memory_limit(fake.root).total_bytes == 3 * GIB
     fake.put_in_cgroup_v2(path="/elsewhere", inner_path="/system.slice/docker-abc.scope")
-    assert machine.memory_limit(fake.root).total_bytes == 3 * GIB
+    assert resources.memory_limit(fake.root).total_bytes == 3 * GIB
 
 
 @pytest.mark.parametrize(
@@ -146,22 +146,22 @@ def test_in_a_container_the_cgroup_path_may_lie_outside_the_mount(fake: FakeMach
 )
 def test_the_margin_is_a_twentieth_but_bounded_on_small_machines(free_bytes: int, margin_bytes: int) -> None:
     limit = MemoryLimit(200 * GIB, free_bytes, "machine")
-    assert machine.default_budget(limit) == (free_bytes - margin_bytes, margin_bytes)
+    assert resources.default_budget(limit) == (free_bytes - margin_bytes, margin_bytes)
 
 
 def test_the_footprint_is_what_the_kernel_counts(fake: FakeMachine) -> None:
-    found = machine.process_footprint(fake.root)
+    found = resources.process_footprint(fake.root)
     assert (found.resident_bytes, found.anonymous_bytes, found.file_bytes, found.peak_bytes) == tuple(
         n * MIB for n in (300, 200, 100, 400)
     )
 
 
 def test_page_tables_are_what_the_kernel_counts(fake: FakeMachine) -> None:
-    assert machine.process_footprint(fake.root).page_table_bytes == 2 * MIB
+    assert resources.process_footprint(fake.root).page_table_bytes == 2 * MIB
 
 
 def test_mapping_limits_are_found_and_unlimited_ones_are_none(fake: FakeMachine) -> None:
-    assert machine.address_space_limit(fake.root) is None  # the file is missing
+    assert resources.address_space_limit(fake.root) is None  # the file is missing
     fake.write(
         "proc/self/limits",
         "Limit                     Soft Limit           Hard Limit           Units     \n"
@@ -169,42 +169,42 @@ def test_mapping_limits_are_found_and_unlimited_ones_are_none(fake: FakeMachine)
         "Max stack size            16777216             unlimited            bytes     \n"
         f"Max address space         {2 * GIB}           unlimited            bytes     \n",
     )
-    assert machine.address_space_limit(fake.root) == MappingLimit("ulimit -v", 2 * GIB, 900 * MIB)
-    assert machine.data_limit(fake.root) is None
-    assert machine.thread_stack_bytes(fake.root) == 16 * MIB
+    assert resources.address_space_limit(fake.root) == MappingLimit("ulimit -v", 2 * GIB, 900 * MIB)
+    assert resources.data_limit(fake.root) is None
+    assert resources.thread_stack_bytes(fake.root) == 16 * MIB
 
 
 def test_the_cgroup_peak_counts_only_if_the_process_is_alone(fake: FakeMachine) -> None:
-    assert machine.cgroup_peak_bytes(fake.root) is None
+    assert resources.cgroup_peak_bytes(fake.root) is None
     fake.put_in_cgroup_v2()
     group = "sys/fs/cgroup/user.slice/app"
     fake.write(f"{group}/memory.peak", f"{GIB}\n")
     fake.write(f"{group}/cgroup.procs", f"{os.getpid()}\n1\n")
-    assert machine.cgroup_peak_bytes(fake.root) is None
+    assert resources.cgroup_peak_bytes(fake.root) is None
     fake.write(f"{group}/cgroup.procs", f"{os.getpid()}\n")
-    assert machine.cgroup_peak_bytes(fake.root) == GIB
+    assert resources.cgroup_peak_bytes(fake.root) == GIB
     fake.put_in_cgroup_v1()
     fake.write("sys/fs/cgroup/memory/docker/abc/cgroup.procs", f"{os.getpid()}\n")
     fake.write("sys/fs/cgroup/memory/docker/abc/memory.max_usage_in_bytes", f"{2 * GIB}\n")
-    assert machine.cgroup_peak_bytes(fake.root) == 2 * GIB
+    assert resources.cgroup_peak_bytes(fake.root) == 2 * GIB
 
 
 def test_usable_cores_are_the_affinity_mask_or_a_smaller_quota(
     fake: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert machine.usable_cores(fake.root) == 8
+    assert resources.usable_cores(fake.root) == 8
     fake.put_in_cgroup_v2()
     fake.write("sys/fs/cgroup/user.slice/app/cpu.max", "max 100000\n")
     fake.write("sys/fs/cgroup/user.slice/cpu.max", "250000 100000\n")
-    assert machine.usable_cores(fake.root) == 2
+    assert resources.usable_cores(fake.root) == 2
     fake.write("sys/fs/cgroup/user.slice/cpu.max", "50000 100000\n")
-    assert machine.usable_cores(fake.root) == 1
+    assert resources.usable_cores(fake.root) == 1
     fake.put_in_cgroup_v1()
     fake.write("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
     fake.write("sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us", "300000\n")
     fake.write("sys/fs/cgroup/cpu/docker/abc/cpu.cfs_period_us", "100000\n")
-    assert machine.usable_cores(fake.root) == 3
+    assert resources.usable_cores(fake.root) == 3
 
 
 def test_threads_of_one_core_count_once_as_physical_cores(
@@ -212,11 +212,11 @@ def test_threads_of_one_core_count_once_as_physical_cores(
 ) -> None:
     fake.write("proc/self/cgroup", "0::/\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 4, 5})
-    assert machine.physical_cores(fake.root) == 5  # nothing is known
+    assert resources.physical_cores(fake.root) == 5  # nothing is known
     for cpu in range(6):
         siblings = f"{cpu % 3},{cpu % 3 + 3}\n"
         fake.write(f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", siblings)
-    assert machine.physical_cores(fake.root) == 3
+    assert resources.physical_cores(fake.root) == 3
 
 
 def test_the_drive_is_that_of_the_longest_matching_mount_point(fake: FakeMachine, tmp_path: Path) -> None:
@@ -236,35 +236,35 @@ def test_the_drive_is_that_of_the_longest_matching_mount_point(fake: FakeMachine
     (fake.root / "sys/dev/block").mkdir(parents=True)
     (fake.root / "sys/dev/block/259:2").symlink_to(disk / "nvme0n1p2")
 
-    found = machine.drive_of(data / "not" / "yet" / "there", fake.root)
-    assert found == machine.Drive("xfs", "/dev/nvme0n1p2", str(data), 128)
-    other = machine.drive_of(Path("/usr"), fake.root)
-    assert other == machine.Drive("ext4", "/dev/vda", "/", 8192)
+    found = resources.drive_of(data / "not" / "yet" / "there", fake.root)
+    assert found == resources.Drive("xfs", "/dev/nvme0n1p2", str(data), 128)
+    other = resources.drive_of(Path("/usr"), fake.root)
+    assert other == resources.Drive("ext4", "/dev/vda", "/", 8192)
 
 
 def test_the_processor_is_given_by_name_or_by_architecture(fake: FakeMachine) -> None:
-    assert machine.cpu_model(fake.root) == os.uname().machine
+    assert resources.cpu_model(fake.root) == os.uname().machine
     fake.write("proc/cpuinfo", "processor\t: 0\nmodel name\t: Some CPU 9000\n")
-    assert machine.cpu_model(fake.root) == "Some CPU 9000"
+    assert resources.cpu_model(fake.root) == "Some CPU 9000"
 
 
 def test_the_facts_of_this_machine_are_consistent() -> None:
-    limit, footprint = machine.memory_limit(), machine.process_footprint()
+    limit, footprint = resources.memory_limit(), resources.process_footprint()
     assert 0 < limit.free_bytes <= limit.total_bytes
     assert 0 < footprint.resident_bytes <= limit.total_bytes
     assert footprint.peak_bytes >= footprint.anonymous_bytes
-    assert 1 <= machine.usable_cores() <= (os.cpu_count() or 1)
-    assert machine.free_disk_bytes(Path("nothing") / "here") > 0
+    assert 1 <= resources.usable_cores() <= (os.cpu_count() or 1)
+    assert resources.free_disk_bytes(Path("nothing") / "here") > 0
 
 
 def test_a_peak_that_cannot_be_read_is_none(tmp_path: Path) -> None:
-    assert machine.peak_bytes(tmp_path) is None
+    assert resources.peak_bytes(tmp_path) is None
     status = tmp_path / "proc/self/status"
     status.parent.mkdir(parents=True)
     status.write_text("VmSize:  1 kB\n")  # a kernel without VmHWM
-    assert machine.peak_bytes(tmp_path) is None
+    assert resources.peak_bytes(tmp_path) is None
     status.write_text("VmHWM:  8 kB\nRssAnon:  1 kB\nRssFile:  2 kB\nRssShmem:  3 kB\n")
-    assert machine.peak_bytes(tmp_path) == 8192
+    assert resources.peak_bytes(tmp_path) == 8192
 
 
 @pytest.mark.parametrize("name", ["MemTotal", "MemAvailable"])
@@ -274,4 +274,4 @@ def test_a_machine_that_does_not_tell_its_memory_is_told(fake: FakeMachine, name
     with pytest.raises(
         UsageError, match=f"proc/meminfo has no {name}, so the memory of this machine is unknown"
     ):
-        machine.memory_limit(fake.root)
+        resources.memory_limit(fake.root)

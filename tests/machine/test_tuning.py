@@ -14,7 +14,7 @@ import pytest
 from argosy import _native
 from argosy.config import Format, Tuning
 from argosy.directory import replacing
-from argosy.plan import machine, tuning
+from argosy.machine import resources, tuning
 from tests.helpers.tunings import keep, random_tunings, use_cache
 
 Trial = tuple[Format, int, tuple[str, str, int]]
@@ -169,9 +169,9 @@ def test_it_is_measured_once_for_a_machine_and_a_number_of_threads(
     assert len(list(cache.glob("choices-*.json"))) == 2
     assert tuning.measure(2, AVX512).formats == first.formats
     assert probe.num_passes == 4  # asked for
-    cores = machine.usable_cores()
+    cores = resources.usable_cores()
     monkeypatch.setattr(
-        machine, "usable_cores", lambda root=None: cores + 1
+        resources, "usable_cores", lambda root=None: cores + 1
     )  # a container with another quota
     new_process()
     tuning.choose(2, AVX512)
@@ -305,8 +305,8 @@ def test_a_file_keeps_the_latest_numbers_of_threads(monkeypatch: pytest.MonkeyPa
 
 
 def test_sibling_threads_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
-    monkeypatch.setattr(machine, "physical_cores", lambda: 4)
+    monkeypatch.setattr(resources, "usable_cores", lambda: 8)
+    monkeypatch.setattr(resources, "physical_cores", lambda: 4)
     speed = 1.0
     probe = Probe(monkeypatch, lambda threads, trial: 1e9 * (speed if threads == 8 else 1.0))
     assert tuning.known_threads(AVX512) == 8  # nothing was measured
@@ -322,7 +322,7 @@ def test_sibling_threads_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch
     num_calls = probe.num_calls
     assert tuning.measured_threads(AVX512) == 8
     assert probe.num_calls == num_calls
-    monkeypatch.setattr(machine, "physical_cores", lambda: 8)
+    monkeypatch.setattr(resources, "physical_cores", lambda: 8)
     assert tuning.measured_threads(AVX512) == 8
     assert probe.num_calls == num_calls
 

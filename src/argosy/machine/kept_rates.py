@@ -9,7 +9,7 @@ found in its minute. A rate is printed with its age.
 
 Files are in the user's cache, and only their owner reads them.
 
-Elsewhere: `calibration.py` measures; the engine notes what its store read; `plan/rates.py` has guesses.
+Elsewhere: `calibration.py` measures; the engine notes what its store read; `machine/rates.py` has guesses.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import NamedTuple
 from argosy.config import MIB, counted
 from argosy.directory import Directory
 from argosy.errors import UsageError
-from argosy.plan import machine, tuning
-from argosy.plan.rates import FORMAT, Rates, guess
+from argosy.machine import resources, tuning
+from argosy.machine.rates import FORMAT, Rates, guess
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import measurement_file
 
@@ -125,7 +125,7 @@ def rates_here(path: Path, *, threads: int | None = None) -> Rates:
     """
     if (measured := load(path, threads=threads)) is not None:
         return measured
-    return _as_seen(guess(machine.cpu_model(), threads or tuning.known_threads()), path)
+    return _as_seen(guess(resources.cpu_model(), threads or tuning.known_threads()), path)
 
 
 def save(rates: Rates, path: Path) -> Path:
@@ -178,16 +178,16 @@ def _age(at: float) -> str:
 
 
 def _cache_file(path: Path, threads: int) -> Path:
-    drive = machine.drive_of(path)
+    drive = resources.drive_of(path)
     facts = (
-        machine.cpu_model(), threads, machine.memory_limit().total_bytes >> 30, os.uname().nodename,
+        resources.cpu_model(), threads, resources.memory_limit().total_bytes >> 30, os.uname().nodename,
         drive.device if drive else None, metadata.version("argosy"), FORMAT,
     )  # fmt: skip
     return measurement_file("rates", facts)
 
 
 def _drive_file(path: Path) -> Path | None:
-    drive = machine.drive_of(path)
+    drive = resources.drive_of(path)
     return None if drive is None else measurement_file("drive", (os.uname().nodename, drive.device))
 
 

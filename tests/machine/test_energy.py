@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.plan.energy import EnergyMeter
+from argosy.machine.energy import EnergyMeter
 from tests.plan.powercap import RANGE, write_zones
 
 

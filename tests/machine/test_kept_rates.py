@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from argosy.engine import kept_rates
-from argosy.engine.kept_rates import DriveReads
 from argosy.errors import UsageError
-from argosy.plan.machine import usable_cores
-from argosy.plan.rates import Rates, guess
+from argosy.machine import kept_rates
+from argosy.machine.kept_rates import DriveReads
+from argosy.machine.rates import Rates, guess
+from argosy.machine.resources import usable_cores
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from typing import NamedTuple, get_args
 from argosy import _native
 from argosy.config import FLOAT_FORMATS, MIB, AskAhead, Format, Tuning
 from argosy.directory import Directory
-from argosy.plan import machine
+from argosy.machine import resources
 from argosy.strict_json import JsonError, parse_json
 from argosy.user_directories import measurement_file
 
@@ -122,8 +122,8 @@ def default_tuning() -> Tuning:
 
 def known_threads(instruction_set: str | None = None, *, tune: bool = True) -> int:
     """Compute threads of a process that is told nothing: as measured, or else one for each usable core."""
-    usable = machine.usable_cores()
-    if not tune or not is_on() or machine.physical_cores() >= usable:
+    usable = resources.usable_cores()
+    if not tune or not is_on() or resources.physical_cores() >= usable:
         return usable
     found = kept_threads(instruction_set or _native.instruction_sets()[-1])
     return usable if found is None else found.threads
@@ -136,7 +136,7 @@ def measured_threads(instruction_set: str | None = None, *, tune: bool = True) -
     for each usable core, in a fraction of a second.
     """
     chosen = instruction_set or _native.instruction_sets()[-1]
-    usable, physical = machine.usable_cores(), machine.physical_cores()
+    usable, physical = resources.usable_cores(), resources.physical_cores()
 
     def missing(known: _Kept) -> _Kept:
         if known.threads is not None:
@@ -166,7 +166,7 @@ def choose(
 def measure(threads: int, instruction_set: str) -> Choices:
     """Measure again whatever is kept, and keep it: `argosy doctor --tune`."""
     _chosen.cache_clear()
-    usable, physical = machine.usable_cores(), machine.physical_cores()
+    usable, physical = resources.usable_cores(), resources.physical_cores()
 
     def again(known: _Kept) -> _Kept:
         chosen = _measured_threads(instruction_set, usable, physical) if physical < usable else None
@@ -194,7 +194,7 @@ def kept_file(instruction_set: str) -> Path:
 
 def probe_bytes(threads: int) -> int:
     """The most memory that measuring takes, which uses quantised weights only."""
-    working = threads * machine.THREAD_BYTES + _native.product_scratch_bytes(threads)
+    working = threads * resources.THREAD_BYTES + _native.product_scratch_bytes(threads)
     return int(_weights_bytes(threads) * (1 + _OUTPUT_SHARE)) + working
 
 
@@ -383,7 +383,7 @@ _NOTHING = _Kept(None, {})
 def _facts(instruction_set: str) -> list[str | int]:
     """The facts for which choices are valid."""
     return [
-        machine.cpu_model(), machine.usable_cores(), machine.physical_cores(), instruction_set,
+        resources.cpu_model(), resources.usable_cores(), resources.physical_cores(), instruction_set,
         metadata.version("argosy"), _VERSION,
     ]  # fmt: skip
 
@@ -437,7 +437,7 @@ def _checked(value: object, instruction_set: str) -> _Kept:
         raise JsonError("is of another machine")
     threads, formats = value["threads"], value["formats"]
     if threads is not None:
-        limits = (machine.physical_cores(), machine.usable_cores())
+        limits = (resources.physical_cores(), resources.usable_cores())
         if not isinstance(threads, list) or len(threads) != 2 or threads[0] not in limits:
             raise JsonError("has a number of threads that is not of this machine")
         threads = ThreadsChoice(_whole(threads[0], limits[1]), _number(threads[1], _MOST_GAIN))
