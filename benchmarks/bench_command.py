@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from argosy.engine.bench import (
+from argosy.forecast.bench import (
     ANSWER_TOKENS,
     CONTEXT_TOKENS,
     LONG_TOKENS,
@@ -26,7 +26,7 @@ from argosy.engine.bench import (
     measure_alone,
     prompts,
 )
-from argosy.engine.planning import HERE, find_place, forecaster, open_subject
+from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
 from argosy.model.families import open_model
 from argosy.prompt.tokenizer import Tokenizer
 from common import Report, alternate

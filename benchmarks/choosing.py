@@ -22,11 +22,11 @@ from common import REPOSITORY
 sys.path.insert(0, str(REPOSITORY))
 
 from argosy.config import format_bytes
-from argosy.engine.forecast import Forecast
-from argosy.engine.planning import find_place, forecaster, open_subject
-from argosy.plan.assumed import active_parameters
-from argosy.plan.money import PROMPT_TOKENS, Owner, cost
-from argosy.plan.speed import Range
+from argosy.forecast.assumed import active_parameters
+from argosy.forecast.forecast import Forecast
+from argosy.forecast.money import PROMPT_TOKENS, Owner, cost
+from argosy.forecast.planning import find_place, forecaster, open_subject
+from argosy.forecast.speed import Range
 from tests.families.published import PUBLISHED
 
 PAGE = REPOSITORY / "docs" / "guides" / "choosing-a-machine.md"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from argosy.plan.hit_rate import RECORDED_ERROR, ReuseGaps, WorkingSet
+from argosy.experts.hit_rate import RECORDED_ERROR, ReuseGaps, WorkingSet
 from common import Report
 from replay import RECORDED, Argosy, Lru, Trace, read_trace
 

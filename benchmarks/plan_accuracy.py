@@ -34,10 +34,10 @@ import numpy as np
 
 from argosy import Engine, SamplingParams, _native
 from argosy.config import MIB
-from argosy.engine import calibration
-from argosy.engine.planning import HERE, find_place, forecaster, open_subject
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
+from argosy.forecast import calibration
+from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
 from argosy.machine import kept_rates, resources
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from common import RESULTS, Report, drop_page_cache
 from engines import FIRST_DOCUMENT, MODELS
 from make_checkpoint import named_model

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING
-from argosy.engine import calibration
 from argosy.engine.memory_plan import REQUEST_BYTES
-from argosy.engine.planning import HERE, find_place, forecaster, open_subject
-from argosy.engine.step_probe import measured_servers
+from argosy.forecast import calibration
+from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
+from argosy.forecast.simulation import Server, Times, requests_per_s, simulate
+from argosy.forecast.step_probe import measured_servers
+from argosy.forecast.traffic import Request, parse_traffic, requests_of
 from argosy.machine import kept_rates
-from argosy.plan.simulation import Server, Times, requests_per_s, simulate
-from argosy.plan.traffic import Request, parse_traffic, requests_of
 from common import RESULTS, Report, Sample, file_bytes, tidy_up_when_terminated
 from engines import ARGOSY, MODELS
 from load import FEWEST_RIGHT, Reply, Way, ask, running

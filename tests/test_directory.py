@@ -317,7 +317,7 @@ WRITES_BY_PATH = {
     "demo/build.py",
     "demo/parts.py",
     "demo/wheel.py",
-    "engine/calibration.py",
+    "forecast/calibration.py",
     "model/remote.py",
     "machine/resources.py",  # a file of the kernel
 }

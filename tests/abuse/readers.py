@@ -1423,12 +1423,12 @@ def file_rows(folder: Path) -> Iterator[Row]:
     )
     from argosy.cli import chat_files, edit_file, output
     from argosy.evaluate import questions, reports
+    from argosy.experts.hit_rate import WorkingSet
     from argosy.guard.policy import read_policies
     from argosy.library import kept, places, search
     from argosy.media import worker
     from argosy.model.families.quantization import read_quantization
     from argosy.observe import texts as labelled
-    from argosy.plan.hit_rate import WorkingSet
 
     def rows_of(
         reader: str,

@@ -13,7 +13,7 @@ import pytest
 from argosy import Engine, __version__
 from argosy.cli.main import main
 from argosy.config import MIB
-from argosy.engine import bench
+from argosy.forecast import bench
 from argosy.machine import neighbours, probes
 from tests.models.tiny import qwen3_moe, write_model
 

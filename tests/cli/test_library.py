@@ -14,7 +14,7 @@ import pytest
 from argosy.cli import output
 from argosy.cli.main import main
 from argosy.config import SamplingDefaults
-from argosy.engine import planning
+from argosy.forecast import planning
 from argosy.library import kept
 from tests.cli.fake_engine import FakeEngine
 from tests.library.caches import GGUF, TINY, WEIGHTS, add_to_hub, add_to_lm_studio, add_to_ollama

@@ -14,13 +14,13 @@ import pytest
 
 from argosy.cli.main import main
 from argosy.config import GIB, MIB
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.library.places import hub_cache
 from argosy.machine import kept_rates
 from argosy.machine.rates import guess
 from argosy.machine.resources import usable_cores
 from argosy.model.families import open_model
 from argosy.observe import saved
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from tests.families.published import PUBLISHED
 from tests.helpers.hub_server import REPOSITORY, directory_files, served
 
@@ -162,7 +162,7 @@ def test_files_on_disk_are_planned_as_they_are(capsys: pytest.CaptureFixture[str
 def test_a_budget_without_room_for_pictures_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.engine.planning.process_bytes", lambda tokenizer: 120 * MIB)
+    monkeypatch.setattr("argosy.forecast.planning.process_bytes", lambda tokenizer: 120 * MIB)
     seeing = REFERENCE.parent / "reference_seeing" / "qwen3_vl_moe"
     with_pictures = facts(capsys, seeing, "--memory", "3GiB", "--media")
     assert (with_pictures["fits"], with_pictures["is_text_only"]) == (True, False)
@@ -192,7 +192,7 @@ def test_a_model_on_a_hub_is_planned_from_its_headers(
 
 def test_plan_remote_is_the_function_for_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     from argosy.checkpoint.hub import Source
-    from argosy.engine.planning import plan_remote
+    from argosy.forecast.planning import plan_remote
 
     with served(directory_files(TINY)) as server:
         headers, forecast = plan_remote(Source(server.url, REPOSITORY), memory="2GiB")

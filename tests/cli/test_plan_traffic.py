@@ -15,7 +15,7 @@ from tests.families.published import PUBLISHED
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARGOSY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("argosy.plan.traffic.MOST_REQUESTS", 600)
+    monkeypatch.setattr("argosy.forecast.traffic.MOST_REQUESTS", 600)
 
 
 @pytest.fixture

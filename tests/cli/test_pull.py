@@ -9,7 +9,7 @@ import pytest
 
 from argosy.cli import pull
 from argosy.cli.main import main
-from argosy.engine.planning import Fit, compare_sizes, plan_remote
+from argosy.forecast.planning import Fit, compare_sizes, plan_remote
 from argosy.library.pull import Offer, ask_hub, look_up
 from tests.helpers.hub_server import REPOSITORY, Served, directory_files, served
 from tests.library.caches import GGUF

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.plan.simulation import Server, Times, simulate
-from argosy.plan.step_times import StepTimes, Table
-from argosy.plan.traffic import Request
+from argosy.forecast.simulation import Server, Times, simulate
+from argosy.forecast.step_times import StepTimes, Table
+from argosy.forecast.traffic import Request
 from tests.engine.scheduling import BLOCK_TOKENS, Rig
 
 # Seconds that are no multiples of each other, so that no two things happen at once by rounding.

@@ -23,8 +23,8 @@ from argosy.checkpoint.pooling import declared_pooling
 from argosy.cli import pull as cli_pull
 from argosy.cli.main import main
 from argosy.engine.options import locate_model, open_files
-from argosy.engine.planning import plan_remote, summarise
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError
+from argosy.forecast.planning import plan_remote, summarise
 from argosy.library import kept, pull
 from argosy.library.pull import Moment, fetch, look_up
 from argosy.model.encoders.reading import EncoderFiles, find_encoders

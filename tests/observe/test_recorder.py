@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import Budget, EngineConfig, ModelConfig
+from argosy.experts.hit_rate import WINDOWS
 from argosy.experts.recording import StepRoutes
 from argosy.model.families import open_model
 from argosy.observe.recorder import BLOCK_TOKENS, MOST_LANES, Recorder
-from argosy.plan.hit_rate import WINDOWS
 from tests.models.tiny import mixtral, prompt_ids, qwen2_moe, write_model
 
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)

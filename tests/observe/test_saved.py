@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.model.families import open_model
 from argosy.observe import saved
 from argosy.observe.recorder import RoutingCounts
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 from tests.models.tiny import mixtral, write_model
 
 

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy.errors import UsageError
+from argosy.experts import hit_rate
+from argosy.experts.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 from argosy.experts.policy import BONUS_TURNS, HALF_LIFE_TURNS
-from argosy.plan import hit_rate
-from argosy.plan.hit_rate import AGES, WINDOWS, ReuseGaps, WorkingSet
 
 
 def choices(

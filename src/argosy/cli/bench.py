@@ -1,6 +1,6 @@
 """`argosy bench`: a model's speed on this machine, in lines for a bug report.
 
-Elsewhere: `engine/bench.py` measures.
+Elsewhere: `forecast/bench.py` measures.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def bench(model: str, as_json: bool, **options: Any) -> None:
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
-    from argosy.engine.bench import CONTEXT_TOKENS
     from argosy.engine.options import locate_model, open_files
+    from argosy.forecast.bench import CONTEXT_TOKENS
     from argosy.machine.neighbours import Neighbours
 
     with progress_bar() as progress:
@@ -73,7 +73,7 @@ def bench(model: str, as_json: bool, **options: Any) -> None:
 def _speeds(model: str, settings: Settings, least_slots: int, drive: float | None) -> list[dict[str, Any]]:
     """Measure at the budget, and with half of the experts that fit it, if a token's experts fit then."""
     from argosy.cli.output import progress_bar
-    from argosy.engine.bench import measure_alone
+    from argosy.forecast.bench import measure_alone
 
     def measured(**more: int) -> dict[str, Any]:
         with progress_bar() as progress:

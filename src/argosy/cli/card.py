@@ -44,10 +44,10 @@ def card(
     from argosy.cli.eval import REPORT_FILE
     from argosy.demo.locate import LICENCE
     from argosy.engine.options import open_files
-    from argosy.engine.planning import summarise
     from argosy.evaluate.card import gather, markdown
     from argosy.evaluate.measure import identity_of
     from argosy.evaluate.reports import read_report
+    from argosy.forecast.planning import summarise
     from argosy.library import kept, names
 
     with progress_bar() as progress:

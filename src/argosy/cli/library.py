@@ -136,7 +136,7 @@ def _are_facts(found: dict[str, Any]) -> bool:
 def _read_facts(model: Model) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from argosy.engine.planning import summarise
+    from argosy.forecast.planning import summarise
 
     try:
         return asdict(summarise(model.path))

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from argosy.cli.settings import Settings
     from argosy.config import EngineConfig, Preset
     from argosy.engine.engine import Engine
+    from argosy.experts.hit_rate import WorkingSet
     from argosy.experts.recording import OpenRecorder
     from argosy.experts.runner import ExpertGroup
     from argosy.library.names import Named
     from argosy.media.parts import Audio, Image, Video
     from argosy.observe.recorder import Recorder
-    from argosy.plan.hit_rate import WorkingSet
     from argosy.prompt.thinking import Thinking
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -18,12 +18,12 @@ from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, disk_size, format_byte
 from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
-    from argosy.engine.forecast import Forecast, Forecaster
-    from argosy.engine.planning import Place, Subject
-    from argosy.plan.group import Group
-    from argosy.plan.hit_rate import WorkingSet
-    from argosy.plan.money import ApiPrice, Cost, Owner
-    from argosy.plan.speed import Decode, Range
+    from argosy.experts.hit_rate import WorkingSet
+    from argosy.forecast.forecast import Forecast, Forecaster
+    from argosy.forecast.group import Group
+    from argosy.forecast.money import ApiPrice, Cost, Owner
+    from argosy.forecast.planning import Place, Subject
+    from argosy.forecast.speed import Decode, Range
 
 
 @click.command("plan", cls=Command)
@@ -102,13 +102,13 @@ def plan(
     from argosy.machine.resources import held_bytes
 
     before = held_bytes()
-    from argosy.engine import calibration
-    from argosy.engine.planning import HERE, find_place, forecaster, open_subject, read_working_set
-    from argosy.engine.step_probe import measured_servers
+    from argosy.forecast import calibration
+    from argosy.forecast.group import parse_count, parse_network
+    from argosy.forecast.money import Owner
+    from argosy.forecast.planning import HERE, find_place, forecaster, open_subject, read_working_set
+    from argosy.forecast.step_probe import measured_servers
     from argosy.library.names import preset_of
     from argosy.machine import kept_rates
-    from argosy.plan.group import parse_count, parse_network
-    from argosy.plan.money import Owner
 
     planner_bytes = held_bytes() - before
     counts = _counts(streams)
@@ -190,7 +190,7 @@ def plan(
         if plot is not None:
             _write_plot(plot, forecast, owner)
         if verify and forecast.plan is not None:
-            from argosy.engine.verification import verify as run
+            from argosy.forecast.verification import verify as run
 
             result = run(
                 model,
@@ -232,7 +232,7 @@ def _saved(subject: Subject) -> WorkingSet | None:
 
 
 def _api_price(api: str | None, api_price: str | None, model: str) -> ApiPrice | None:
-    from argosy.plan.money import look_up_price, parse_price
+    from argosy.forecast.money import look_up_price, parse_price
 
     if api is not None and api_price is not None:
         raise UsageError("--api and --api-price exclude each other")
@@ -266,7 +266,7 @@ class _Facts:
         self._traffic = traffic
         self._costs: list[tuple[int, Cost]] = []
         if forecast.plan is not None and (owner.is_priced or api is not None):
-            from argosy.plan.money import PROMPT_TOKENS, cost
+            from argosy.forecast.money import PROMPT_TOKENS, cost
 
             prompt_s = found.prompt(forecast.plan, PROMPT_TOKENS).seconds.likely
             self._costs = [
@@ -366,8 +366,8 @@ class _Facts:
         return lines
 
     def _model(self) -> list[str]:
+        from argosy.forecast.assumed import active_parameters
         from argosy.library.places import hub_cache
-        from argosy.plan.assumed import active_parameters
 
         subject, work = self._subject, self._forecast.work
         everything, active = active_parameters(subject.files.config)
@@ -410,7 +410,7 @@ class _Facts:
     def _money(self) -> list[str]:
         if not self._costs:
             return []
-        from argosy.plan.money import sentence
+        from argosy.forecast.money import sentence
 
         owner = self._owner
         basis = []
@@ -439,7 +439,7 @@ class _Facts:
     def as_dict(self) -> dict[str, Any]:
         from dataclasses import asdict
 
-        from argosy.plan.assumed import active_parameters
+        from argosy.forecast.assumed import active_parameters
 
         subject, place, forecast = self._subject, self._place, self._forecast
         everything, active = active_parameters(subject.files.config)

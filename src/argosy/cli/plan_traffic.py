@@ -11,9 +11,9 @@ from argosy.cli.output import short_number
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.plan.money import Owner
-    from argosy.plan.simulation import Case, Outcome, Prediction, Server, Target, Times
-    from argosy.plan.traffic import Mix, Recording
+    from argosy.forecast.money import Owner
+    from argosy.forecast.simulation import Case, Outcome, Prediction, Server, Target, Times
+    from argosy.forecast.traffic import Mix, Recording
 
 DEFAULT_TRAFFIC = "prompt=1024,answer=256"  # the request that money is told for
 _HOURS_A_MONTH = 730.5
@@ -42,8 +42,8 @@ class Wanted:
         Raises:
             UsageError: an option is invalid, or needs another one.
         """
-        from argosy.plan.simulation import parse_target
-        from argosy.plan.traffic import parse_traffic, requests_of, require_rate
+        from argosy.forecast.simulation import parse_target
+        from argosy.forecast.traffic import parse_traffic, requests_of, require_rate
 
         if rate is None and traffic is None:
             if target is not None:
@@ -61,8 +61,8 @@ class Wanted:
         Args:
             servers: fast, likely and slow ones.   are_measured: their steps were measured.
         """
-        from argosy.plan.simulation import predict_traffic
-        from argosy.plan.traffic import MOST_LINES, MOST_REQUESTS, requests_of
+        from argosy.forecast.simulation import predict_traffic
+        from argosy.forecast.traffic import MOST_LINES, MOST_REQUESTS, requests_of
 
         most = MOST_LINES if self.rate_per_s is None else MOST_REQUESTS
         requests = requests_of(self.source, self.rate_per_s, count=most)
@@ -83,7 +83,7 @@ class Traffic:
     are_measured: bool
 
     def lines(self) -> list[str]:
-        from argosy.plan.traffic import SEED
+        from argosy.forecast.traffic import SEED
 
         found, likely = self.found, self.found.likely.outcome
         when = f"at random (seed {SEED})" if found.is_random else "as the file says"
@@ -136,7 +136,7 @@ class Traffic:
         return lines
 
     def _machines(self) -> list[str]:
-        from argosy.plan.simulation import MOST_SERVERS
+        from argosy.forecast.simulation import MOST_SERVERS
 
         found = self.found
         if found.target is None:
@@ -164,7 +164,7 @@ class Traffic:
         return needed.num_servers * hourly * _HOURS_A_MONTH
 
     def as_dict(self) -> dict[str, Any]:
-        from argosy.plan.traffic import SEED
+        from argosy.forecast.traffic import SEED
 
         found = self.found
         fast, likely, slow = found.cases

@@ -20,9 +20,9 @@ from argosy.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
     from argosy.checkpoint.hub import RemoteFile
-    from argosy.engine.forecast import Forecast
-    from argosy.engine.planning import Fit
     from argosy.experts.resident import Progress
+    from argosy.forecast.forecast import Forecast
+    from argosy.forecast.planning import Fit
     from argosy.library.pull import Download, Moment, Offer, Repository, Watch
 
 _FITS = {"resident": FITS["resident"], "streams": FITS["streams"], "thrashes": "barely"}
@@ -57,7 +57,7 @@ def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit:
     """
     from argosy.cli.output import progress_bar
     from argosy.cli.settings import Settings
-    from argosy.engine.planning import plan_remote
+    from argosy.forecast.planning import plan_remote
     from argosy.library.pull import ask_hub, fetch
 
     if lists and fit:
@@ -146,8 +146,8 @@ def _compare(
     offers: Sequence[Offer], memory: str | int | None, progress: Progress | None
 ) -> list[tuple[Offer, Fit | None]]:
     """Each format with how it fits, from the header of one; None: it cannot run, or is not whole."""
-    from argosy.engine.planning import compare_sizes
     from argosy.errors import UnsupportedModel
+    from argosy.forecast.planning import compare_sizes
 
     able = [offer for offer in offers if offer.may_run and offer.nbytes is not None]
     # Others are estimated from the header of a common one. Its name may hide a type without a kernel.

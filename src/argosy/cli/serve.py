@@ -39,9 +39,9 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.settings import Settings
-    from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import MemoryPlan
     from argosy.engine.shared import ReadyModel
+    from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.listen import Listener
     from argosy.serve.log import LogFormat
@@ -282,9 +282,9 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.engine.forecast import Speeds
     from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
     from argosy.engine.options import locate_model
+    from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
     from argosy.serve.run import serve as run
 

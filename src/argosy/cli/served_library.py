@@ -22,8 +22,8 @@ from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.options import Recording
-    from argosy.engine.forecast import Speeds
     from argosy.engine.shared import ReadyModel
+    from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.core import ModelFacts
     from argosy.serve.opened import Offer, Offers
@@ -87,7 +87,7 @@ class ServedLibrary:
             self._offer_path(DEMO, path, offers, faults)
 
     def _offer_path(self, name: str, path: Path, offers: dict[str, Offer], faults: dict[str, str]) -> None:
-        from argosy.engine.planning import summarise
+        from argosy.forecast.planning import summarise
 
         try:
             key = (path, path.stat().st_mtime_ns)
@@ -183,7 +183,7 @@ class ServedPresets:
 
 def speeds_of(ready: ReadyModel, path: Path) -> Speeds | None:
     """Predictions of a model's speed; None if the rates that are kept cannot be read, which `argosy plan` reports."""
-    from argosy.engine.forecast import Speeds
+    from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
     from argosy.observe import saved
 

@@ -86,7 +86,7 @@ from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
 from argosy.model.footprint import kv_blocks
 from argosy.model.step import Step
-from argosy.plan.work import work_of
+from argosy.model.work import work_of
 from argosy.prompt.builder import PromptBuilder
 
 if TYPE_CHECKING:

@@ -41,13 +41,13 @@ from argosy.config import (
 from argosy.engine.kv_windows import WindowSizes, window_sizes
 from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
+from argosy.experts.hit_rate import typical_hit_rate
 from argosy.machine import resources
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
-from argosy.plan.hit_rate import typical_hit_rate
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
@@ -685,7 +685,7 @@ def experts_read(model: ModelConfig, plan: MemoryPlan) -> float:
     working buffers take slots, so the answer misses more. Arithmetic is the same for every chunk. The request has a
     prompt of PLANNED_PROMPT and an answer of PLANNED_ANSWER tokens. A sweep needs the experts that a chunk of
     independent tokens touches, and misses those that are not resident. The answer misses what is typical of models of
-    its kind (`plan/hit_rate.py`): what runs recorded has no say, so that a model always has the same plan.
+    its kind (`experts/hit_rate.py`): what runs recorded has no say, so that a model always has the same plan.
     """
     per_layer, missing = model.num_experts, 1.0 - plan.num_slots / max(1, plan.num_experts)
     if not missing or not per_layer:

@@ -38,7 +38,7 @@ from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
 from argosy.media.parts import Hearing, Kind
 from argosy.model.footprint import ModelFootprint
-from argosy.plan.work import Work, work_of
+from argosy.model.work import Work, work_of
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.tokenizer import Tokenizer

@@ -25,9 +25,9 @@ from argosy.checkpoint.manifest import Manifest, read_manifest
 from argosy.checkpoint.pack import goes_with_weights, is_licence
 from argosy.checkpoint.untrusted_file import open_regular, quote
 from argosy.config import format_bytes
-from argosy.engine.planning import Summary
 from argosy.errors import ArgosyError, CheckpointError
 from argosy.evaluate.measure import identity_of
+from argosy.forecast.planning import Summary
 from argosy.library.kept import Pulled
 from argosy.model.encoders.reading import find_encoders
 

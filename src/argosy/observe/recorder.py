@@ -8,7 +8,7 @@ tokens of one sequence after another, as one user would see them; sequences that
 
 Which experts ran can reveal the text, so a recorder stays in memory. What is saved names no expert (`saved.py`).
 
-Elsewhere: `plan/hit_rate.py` has the working set.
+Elsewhere: `experts/hit_rate.py` has the working set.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from argosy.config import EngineConfig, ModelConfig
 from argosy.errors import UsageError
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.experts.recording import StepRoutes
 from argosy.observe.replay import replay_bytes
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 
 BLOCK_TOKENS = 128
 MOST_LANES = 8  # with more sequences at once, only uses are counted

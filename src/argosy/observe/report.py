@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.observe.recorder import Choices
 from argosy.observe.replay import hit_rates, replay_bytes
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
 
 CLASSES = ("word", "word part", "number", "punctuation", "white space", "other")
 STRETCH = 64  # tokens that keep their domain together in the test: what stands near is alike

@@ -6,7 +6,7 @@ What is kept is, for each layer, how many distinct experts a number of tokens ne
 are used again: no expert's number, no order, no time. Even so, routing is content: only the owner can read the file, a
 run of fewer than FEWEST_TOKENS adds nothing, and `--no-record` (or ARGOSY_RECORD=off) keeps nothing.
 
-Elsewhere: `plan/hit_rate.py` has the curve and its form in JSON.
+Elsewhere: `experts/hit_rate.py` has the curve and its form in JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from argosy.checkpoint.files import ModelFiles
 from argosy.directory import Directory
 from argosy.errors import UsageError
+from argosy.experts.hit_rate import MOST_JSON_BYTES, WorkingSet
 from argosy.observe.recorder import RoutingCounts
-from argosy.plan.hit_rate import MOST_JSON_BYTES, WorkingSet
 from argosy.user_directories import data_directory
 
 FEWEST_TOKENS = 256  # decode tokens of a run that is added

@@ -31,8 +31,8 @@ from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Result, TokenLogprob
-from argosy.engine.verification import Verification
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
+from argosy.forecast.verification import Verification
 from argosy.guard.view import Shown
 from argosy.media.parts import Content, Hearing, Kind
 from argosy.media.transcript import Transcript, TranscriptOptions

@@ -22,7 +22,7 @@ from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.shared import ReadyModel
-from argosy.engine.verification import Verification, compare_decode
+from argosy.forecast.verification import Verification, compare_decode
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Hearing, Kind
 from argosy.observe.live import LiveCache
@@ -37,7 +37,7 @@ from argosy.serve.media_hosts import MediaHosts
 from argosy.serve.models import Abilities, Progress, Shelved
 
 if TYPE_CHECKING:
-    from argosy.engine.forecast import Speeds
+    from argosy.forecast.forecast import Speeds
 
 log = logging.getLogger("argosy.serve")
 

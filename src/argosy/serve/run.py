@@ -74,8 +74,8 @@ from argosy.serve.work import Threads
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine
-    from argosy.engine.forecast import Speeds
     from argosy.engine.shared import ReadyModel
+    from argosy.forecast.forecast import Speeds
 
 log = logging.getLogger("argosy.serve")
 

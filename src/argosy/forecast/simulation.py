@@ -28,8 +28,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from argosy.errors import UsageError
-from argosy.plan.step_times import StepTimes
-from argosy.plan.traffic import Request
+from argosy.forecast.step_times import StepTimes
+from argosy.forecast.traffic import Request
 
 _WARM_SHARE = 0.1  # random requests that come before the queue is as long as it will be
 _SATURATING = 1000  # requests, at least, to find out what a server can do

@@ -20,12 +20,12 @@ import numpy as np
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.forecast import Forecaster, Speeds
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.memory_plan import MemoryPlan
 from argosy.experts.recording import OpenRecorder
+from argosy.forecast.forecast import Forecaster, Speeds
+from argosy.forecast.speed import Range
 from argosy.machine import resources
-from argosy.plan.speed import Range
 
 PROMPT_TOKENS, WARM_TOKENS, ANSWER_TOKENS = 256, 32, 64
 # Parts of a ledger -> the part of a decode step that predicts them.

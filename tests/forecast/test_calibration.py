@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from argosy import _native
-from argosy.engine import calibration
+from argosy.forecast import calibration
 from argosy.machine.rates import Rates, guess
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from argosy.plan.speed import predict_chunk, predict_decode, predict_prompt
-from argosy.plan.step_times import StepTimes, Table, tabulate
-from tests.plan.test_speed import ALL, MEASURED, PRIOR, WORK
+from argosy.forecast.speed import predict_chunk, predict_decode, predict_prompt
+from argosy.forecast.step_times import StepTimes, Table, tabulate
+from tests.forecast.test_speed import ALL, MEASURED, PRIOR, WORK
 
 FAST, LIKELY, SLOW = tabulate(
     WORK, MEASURED, PRIOR, num_slots=80, most_streams=12, chunk_tokens=512, context_tokens=8192

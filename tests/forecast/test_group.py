@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from argosy.errors import UsageError
+from argosy.experts.hit_rate import WorkingSet
+from argosy.forecast.group import Network, parse_count, parse_network, predict_group
 from argosy.machine.rates import NUM_TOKENS, guess
-from argosy.plan.group import Network, parse_count, parse_network, predict_group
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.work import Attention, Work
+from argosy.model.work import Attention, Work
 
 # Equal desktops: memory 60 GB/s, drive 6 GB/s, 10 GbE; no other overhead.
 DESKTOP = replace(

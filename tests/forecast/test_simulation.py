@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.errors import UsageError
-from argosy.plan.simulation import (
+from argosy.forecast.simulation import (
     Server,
     Target,
     parse_target,
@@ -23,8 +23,8 @@ from argosy.plan.simulation import (
     servers_needed,
     simulate,
 )
-from argosy.plan.step_times import StepTimes, Table
-from argosy.plan.traffic import Request, parse_traffic, requests_of
+from argosy.forecast.step_times import StepTimes, Table
+from argosy.forecast.traffic import Request, parse_traffic, requests_of
 
 
 def constant(seconds: float) -> Table:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from argosy.plan.hit_rate import PRIOR_ERROR, RECORDED_ERROR, WorkingSet, typical_hit_rate
+from argosy.experts.hit_rate import PRIOR_ERROR, RECORDED_ERROR, WorkingSet, typical_hit_rate
 from hit_rate import replayed, working_set
 from replay import Argosy, Lru, Trace, synthetic
 

@@ -5,7 +5,7 @@
 Each kind of step gets the factor by which its forecast was wrong, and kinds in between are corrected as their
 neighbours are. The mean counts, because a queue waits for slow steps as well.
 
-Elsewhere: `forecast.py` predicts; `plan/simulation.py` runs requests through such steps.
+Elsewhere: `forecast.py` predicts; `forecast/simulation.py` runs requests through such steps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Sequence
 from argosy.errors import UsageError
 from argosy.experts.resident import Progress
-from argosy.plan.simulation import Server
-from argosy.plan.step_times import StepTimes, Table
+from argosy.forecast.simulation import Server
+from argosy.forecast.step_times import StepTimes, Table
 
 # Seconds of each kind of step in each round, and how many at least. In rounds, because a machine's speed changes from
 # one second to the next.

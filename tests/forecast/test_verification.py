@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from argosy.config import GIB, Budget, EngineConfig
-from argosy.engine.forecast import Forecaster
 from argosy.engine.ledger import DecodeSteps, Ledger
 from argosy.engine.memory_plan import MemoryPlan
-from argosy.engine.verification import Row, Verification, compare_decode
+from argosy.forecast.assumed import assume_pack
+from argosy.forecast.forecast import Forecaster
+from argosy.forecast.speed import Range
+from argosy.forecast.verification import Row, Verification, compare_decode
 from argosy.machine import resources
 from argosy.machine.rates import guess
 from argosy.model.families import FAMILIES
-from argosy.plan.assumed import assume_pack
-from argosy.plan.speed import Range
 from tests.families.published import PUBLISHED
 
 NUM_STEPS, CONTEXT = 50, 700

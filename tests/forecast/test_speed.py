@@ -9,10 +9,10 @@ from typing import Any, get_args
 import pytest
 
 from argosy.config import KvDtype
+from argosy.experts.hit_rate import WorkingSet
+from argosy.forecast.speed import predict_decode, predict_prompt
 from argosy.machine.rates import CPU_FAMILIES, GUESSED_SPREAD, NUM_TOKENS, Rates, guess, unhidden_waits
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.speed import predict_decode, predict_prompt
-from argosy.plan.work import Attention, Work
+from argosy.model.work import Attention, Work
 from argosy.strict_json import JsonError
 
 GB = 10**9

@@ -6,7 +6,7 @@ A step has one token of each sequence that decodes, and chunks of prompts. Betwe
 interpolated. A step with both takes what a chunk of all its rows takes, and what attention adds for the positions that
 they see: its rows share one reading of the weights, so this is less than the sum of two steps.
 
-Elsewhere: `speed.py` predicts each point; `simulation.py` runs requests through such steps; `engine/step_probe.py`
+Elsewhere: `speed.py` predicts each point; `simulation.py` runs requests through such steps; `forecast/step_probe.py`
 measures how far predictions are off.
 """
 
@@ -16,10 +16,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from argosy.experts.hit_rate import WorkingSet
+from argosy.forecast.speed import Range, predict_chunk, predict_decode
 from argosy.machine.rates import Rates
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.speed import Range, predict_chunk, predict_decode
-from argosy.plan.work import Work
+from argosy.model.work import Work
 
 _CONTEXT_STEP = 64  # positions within which decode steps take equally long
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from argosy.engine import calibration, step_probe
 from argosy.engine import engine as engines
-from argosy.engine.planning import HERE, find_place, forecaster, open_subject
-from argosy.engine.step_probe import measured_servers
 from argosy.errors import UsageError
-from argosy.plan.simulation import Server
+from argosy.forecast import calibration, step_probe
+from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
+from argosy.forecast.simulation import Server
+from argosy.forecast.step_probe import measured_servers
 
 
 @pytest.fixture(scope="module")

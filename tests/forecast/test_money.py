@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from argosy.errors import UsageError
-from argosy.plan.machines import COLUMNS, TABLE, find_machine, read_machines
-from argosy.plan.money import ApiPrice, Owner, cost, look_up_price, parse_price, sentence
+from argosy.forecast.machines import COLUMNS, TABLE, find_machine, read_machines
+from argosy.forecast.money import ApiPrice, Owner, cost, look_up_price, parse_price, sentence
 
 API = ApiPrice("moonshotai/kimi-k2", 0.6, 2.5)
 

@@ -21,18 +21,21 @@ from argosy.checkpoint.hub import Source
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
-from argosy.engine.forecast import (
+from argosy.engine.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
+from argosy.engine.options import configure, locate_model, open_files, with_recorder
+from argosy.errors import UsageError
+from argosy.experts.hit_rate import WorkingSet
+from argosy.experts.recording import OpenRecorder
+from argosy.experts.resident import Progress
+from argosy.forecast.assumed import assume_pack
+from argosy.forecast.forecast import (
     BARE_PROCESS_BYTES,
     Forecast,
     Forecaster,
     Verdict,
     tokenizer_bytes,
 )
-from argosy.engine.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
-from argosy.engine.options import configure, locate_model, open_files, with_recorder
-from argosy.errors import UsageError
-from argosy.experts.recording import OpenRecorder
-from argosy.experts.resident import Progress
+from argosy.forecast.machines import Machine, find_machine
 from argosy.library.names import find
 from argosy.machine import kept_rates
 from argosy.machine import resources as this_machine
@@ -40,9 +43,6 @@ from argosy.machine.rates import Rates
 from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
-from argosy.plan.assumed import assume_pack
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.machines import Machine, find_machine
 from argosy.prompt.tokenizer import Tokenizer
 
 HERE = "here"

@@ -15,7 +15,7 @@ fast as it does each alone, 0 if both together take as long as one after the oth
 what it reads, costs processor time and bandwidth of memory. A prompt's products wait for neither memory nor reads, so
 reads take only their processor time from them.
 
-Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `engine/forecast.py` puts it together.
+Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `forecast/forecast.py` puts it together.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from math import comb, expm1
 from typing import NamedTuple
 
+from argosy.experts.hit_rate import WorkingSet
 from argosy.machine.rates import NUM_TOKENS, Rates
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.work import Work
+from argosy.model.work import Work
 
 # More than enough for six digits, except next to one token, where every rate is almost zero.
 _SOLVING_STEPS = 60

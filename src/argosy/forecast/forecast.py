@@ -1,9 +1,9 @@
 """Forecast whether a model runs in a budget, how fast and where the time goes, from headers and a machine's rates.
 
     ModelFiles + EngineConfig  ->  memory plan at any budget   (memory_plan.py)
-    memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (plan/speed.py)
+    memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)
 
-Elsewhere: `cli/plan.py` prints it; `plan/money.py` prices it.
+Elsewhere: `cli/plan.py` prints it; `forecast/money.py` prices it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
 from argosy.engine.memory_plan import MemoryPlan, plan_memory, plan_with_media
 from argosy.errors import ArgosyError, BadMedia, DoesNotFit
-from argosy.machine.rates import Rates
-from argosy.machine.resources import PROCESS_GROWTH_BYTES, page_table_bytes
-from argosy.media.parts import Kind
-from argosy.model.footprint import ModelFootprint
-from argosy.plan.group import Group, Network, predict_group
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.simulation import Server
-from argosy.plan.speed import (
+from argosy.experts.hit_rate import WorkingSet
+from argosy.forecast.group import Group, Network, predict_group
+from argosy.forecast.simulation import Server
+from argosy.forecast.speed import (
     Decode,
     Picture,
     Prompt,
@@ -31,8 +27,12 @@ from argosy.plan.speed import (
     predict_picture,
     predict_prompt,
 )
-from argosy.plan.step_times import StepTimes, tabulate
-from argosy.plan.work import Work, work_of
+from argosy.forecast.step_times import StepTimes, tabulate
+from argosy.machine.rates import Rates
+from argosy.machine.resources import PROCESS_GROWTH_BYTES, page_table_bytes
+from argosy.media.parts import Kind
+from argosy.model.footprint import ModelFootprint
+from argosy.model.work import Work, work_of
 
 Verdict = Literal["no", "thrashes", "streams", "resident"]
 

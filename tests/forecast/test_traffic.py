@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from argosy.errors import UsageError
-from argosy.plan import traffic
-from argosy.plan.traffic import Length, Mix, Recording, Request, parse_traffic, requests_of, require_rate
+from argosy.forecast import traffic
+from argosy.forecast.traffic import Length, Mix, Recording, Request, parse_traffic, requests_of, require_rate
 
 
 def lines(path: Path, *values: object) -> str:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from argosy.errors import UsageError
+from argosy.experts.hit_rate import WorkingSet
+from argosy.forecast.speed import Range
 from argosy.machine.rates import Rates
-from argosy.plan.hit_rate import WorkingSet
-from argosy.plan.speed import Range
-from argosy.plan.work import Work
+from argosy.model.work import Work
 
 MOST_MACHINES = 64
 # One way, network stack included, from this bandwidth (bytes per second) upwards.

@@ -9,9 +9,9 @@ import pytest
 
 from argosy.config import Budget, EngineConfig
 from argosy.errors import UnsupportedModel
+from argosy.forecast.assumed import active_parameters, assume_pack
 from argosy.model.families import FAMILIES
 from argosy.model.footprint import ModelFootprint
-from argosy.plan.assumed import active_parameters, assume_pack
 from tests.families.published import PUBLISHED
 
 

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from argosy.config import DEMO, GIB, Budget, EngineConfig
-from argosy.engine import planning
-from argosy.engine.forecast import Forecaster
 from argosy.engine.memory_plan import plan_memory, plan_with_media, quarter_of_experts
 from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
+from argosy.experts.hit_rate import ReuseGaps, WorkingSet
 from argosy.experts.recording import OpenRecorder
+from argosy.forecast import planning
+from argosy.forecast.assumed import assume_pack
+from argosy.forecast.forecast import Forecaster
 from argosy.machine.rates import guess
 from argosy.model.encoders.reading import EncoderFiles
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes
+from argosy.model.work import work_of
 from argosy.observe.recorder import Recorder
-from argosy.plan.assumed import assume_pack
-from argosy.plan.hit_rate import ReuseGaps, WorkingSet
-from argosy.plan.work import work_of
 from tests.families.published import PUBLISHED
 
 REFERENCE = Path(__file__).parents[1] / "models" / "reference"
