@@ -45,14 +45,14 @@ from argosy.checkpoint.pack import PackReport, pack
 from argosy.cli.main import main as argosy
 from argosy.config import KvDir
 from argosy.demo import base, build, locate
-from argosy.engine.kv_cache import BlockContent
-from argosy.engine.prefix_files import PrefixFiles
 from argosy.errors import ArgosyError
 from argosy.guard.chain import verify
 from argosy.guard.chain_writer import ChainWriter
 from argosy.guard.keys import KeyFile
 from argosy.guard.limits import Use, UseFile
 from argosy.guard.sealed import SealedContents
+from argosy.kept.kv_cache import BlockContent
+from argosy.kept.prefix_files import PrefixFiles
 from argosy.library import pull
 from argosy.library.facts import FactsCache
 from argosy.library.kept import note_use

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import SamplingParams
-from argosy.engine.kv_cache import KvBlocks
-from argosy.engine.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.engine.prefix import PrefixCache
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sampler import SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import Sequence
 from argosy.engine.spans import Spans
+from argosy.kept.kv_cache import KvBlocks
+from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes
+from argosy.kept.recurrent_state import StateSlots
 
 BLOCK_TOKENS = 4
 

@@ -20,11 +20,11 @@ from argosy.engine.memory_plan import (
     plan_memory,
     require_memory,
 )
-from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.policy import CachePolicy
 from argosy.forecast.assumed import assume_pack
+from argosy.kept.prefix_files import buffer_bytes
 from argosy.machine.resources import MemoryLimit, held_bytes, page_table_bytes
 from argosy.model.families import FAMILIES, open_model
 from argosy.model.footprint import ModelFootprint, kv_bytes

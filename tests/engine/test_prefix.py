@@ -18,8 +18,8 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.config import KV_BLOCK_TOKENS, KvDir
 from argosy.directory import Directory
-from argosy.engine import prefix_files
 from argosy.engine.sequence import Sequence
+from argosy.kept import prefix_files
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next

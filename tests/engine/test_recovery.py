@@ -14,8 +14,9 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
-from argosy.engine import kv_cache, kv_windows, recurrent_state, scheduler
+from argosy.engine import scheduler
 from argosy.errors import ArgosyError, CorruptRecord, ReadFailed
+from argosy.kept import kv_cache, kv_windows, recurrent_state
 from argosy.model.families import open_model
 from tests.models.runnable import runnable
 from tests.models.tiny import RawConfig, gpt_oss, prompt_ids, qwen3_moe, write_model

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argosy.engine.kv_windows import WindowSizes
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.scheduler import CannotRun, Scheduled
+from argosy.kept.kv_windows import WindowSizes
+from argosy.kept.recurrent_state import StateSlots
 from tests.engine.scheduling import BLOCK_TOKENS, NotedStates, Rig, num_prefill
 
 

@@ -103,7 +103,7 @@ def erase(
         )
     key_id = _id_of(name, keys)
     if kv_dir is not None:
-        from argosy.engine.prefix_files import erase_files
+        from argosy.kept.prefix_files import erase_files
 
         print(f"prefix files      {erase_files(kv_dir, key_id)} erased in {kv_dir}")
     if audit is not None:

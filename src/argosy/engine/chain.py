@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from blake3 import blake3
 
-from argosy.engine.kv_cache import BlockContent
+from argosy.kept.kv_cache import BlockContent
 
 
 class HasContent(Protocol):

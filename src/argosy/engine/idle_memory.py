@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 from argosy import _native
 from argosy.engine.expert_memory import ExpertMemory
-from argosy.engine.kv_cache import KvBlocks
 from argosy.engine.memory_plan import KV_PARTS
+from argosy.kept.kv_cache import KvBlocks
 from argosy.model.decoder import Decoder
 
 BUFFERS, KV = "working buffers", "KV cache"  # the sources

@@ -38,10 +38,10 @@ from argosy.config import (
     ModelConfig,
     format_bytes,
 )
-from argosy.engine.kv_windows import WindowSizes, window_sizes
-from argosy.engine.prefix_files import buffer_bytes
 from argosy.errors import DoesNotFit
 from argosy.experts.hit_rate import typical_hit_rate
+from argosy.kept.kv_windows import WindowSizes, window_sizes
+from argosy.kept.prefix_files import buffer_bytes
 from argosy.machine import resources
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS

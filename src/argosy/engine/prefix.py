@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.engine.chain import Chain
-from argosy.engine.kv_cache import BlockContent, KvBlocks
-from argosy.engine.prefix_files import Kind, PrefixFiles, tenant_key
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
+from argosy.kept.kv_cache import BlockContent, KvBlocks
+from argosy.kept.prefix_files import Kind, PrefixFiles, tenant_key
+from argosy.kept.recurrent_state import StateSlots
 from argosy.media.settings import VIDEO_FILES
 
 # A snapshot after the last full block puts the tokens after it in a step of their own, so short prompts take none.

@@ -30,12 +30,12 @@ from argosy.engine.memory_plan import (
     shared_bytes,
 )
 from argosy.engine.options import with_recorder
-from argosy.engine.prefix_files import forget_files
 from argosy.engine.start import Share, Vocabulary
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit
 from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
+from argosy.kept.prefix_files import forget_files
 from argosy.media.parts import Hearing, Kind
 from argosy.model.footprint import ModelFootprint
 from argosy.model.work import Work, work_of

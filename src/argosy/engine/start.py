@@ -26,8 +26,6 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, EngineConfig
 from argosy.engine.expert_memory import ExpertMemory
 from argosy.engine.idle_memory import IdleMemory
-from argosy.engine.kv_cache import KvBlocks
-from argosy.engine.kv_windows import KvWindows
 from argosy.engine.memory_plan import (
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
@@ -39,13 +37,15 @@ from argosy.engine.memory_plan import (
 )
 from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
-from argosy.engine.prefix_files import SECRET_BYTES, PrefixFiles
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.turns import Turns
 from argosy.errors import ArgosyError, DoesNotFit, UnsupportedModel, UsageError
 from argosy.experts.recording import RouteLog, RouteRecorder
 from argosy.experts.resident import Progress
 from argosy.experts.runner import ExpertGroup
+from argosy.kept.kv_cache import KvBlocks
+from argosy.kept.kv_windows import KvWindows
+from argosy.kept.prefix_files import SECRET_BYTES, PrefixFiles
+from argosy.kept.recurrent_state import StateSlots
 from argosy.machine import tuning
 from argosy.machine.resources import held_bytes, may_reserve, memory_limit, page_table_bytes
 from argosy.media.decoder import Decoder

@@ -68,7 +68,7 @@ STORES = (
         option="--kv-keep",
         by_default=False,
         erased="key",
-        module="engine/prefix_files.py",
+        module="kept/prefix_files.py",
     ),
     Store(
         name="replay",

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from argosy.config import KvDir
 from argosy.directory import Directory
-from argosy.engine import prefix_files
-from argosy.engine.kv_cache import BlockContent
-from argosy.engine.prefix_files import PrefixFiles, erase_files, forget_files
 from argosy.errors import UsageError
+from argosy.kept import prefix_files
+from argosy.kept.kv_cache import BlockContent
+from argosy.kept.prefix_files import PrefixFiles, erase_files, forget_files
 
 BLOCK_BYTES, STATE_BYTES = 3000, 5000
 IDENTITY = bytes(range(32))
@@ -390,7 +390,7 @@ def test_a_drive_that_refuses_writes_costs_only_the_reuse(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("argosy.engine.prefix_files.os.fdatasync", full)
+        patch.setattr("argosy.kept.prefix_files.os.fdatasync", full)
         write(files, content(1))
     assert not files.has("kv", content(1))
     assert list(files._root.path.rglob("*.writing")) == []
@@ -431,8 +431,8 @@ WRITE_FOR_EVER = """
 import sys, numpy as np
 from pathlib import Path
 from argosy.config import KvDir
-from argosy.engine.kv_cache import BlockContent
-from argosy.engine.prefix_files import PrefixFiles
+from argosy.kept.kv_cache import BlockContent
+from argosy.kept.prefix_files import PrefixFiles
 files = PrefixFiles(KvDir(path=Path(sys.argv[1])), identity=bytes(range(32)), block_bytes=400_000)
 print("ready", flush=True)
 number = 0

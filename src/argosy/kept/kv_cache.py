@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-from argosy.engine.kv_windows import KvWindows
+from argosy.kept.kv_windows import KvWindows
 
 
 class BlockContent(NamedTuple):

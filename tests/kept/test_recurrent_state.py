@@ -11,10 +11,10 @@ import pytest
 from argosy import Engine, SamplingParams, _native
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
 from argosy.engine.memory_plan import plan_memory
-from argosy.engine.recurrent_state import StateSlots
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
 from argosy.experts.cache import CachedRunner
+from argosy.kept.recurrent_state import StateSlots
 from argosy.model.families import open_model
 from argosy.model.footprint import ModelFootprint
 from tests.engine.scheduling import Rig

@@ -44,8 +44,8 @@ from numpy.typing import NDArray
 
 from argosy.config import KvDir
 from argosy.directory import Directory
-from argosy.engine.kv_cache import BlockContent
 from argosy.errors import UsageError
+from argosy.kept.kv_cache import BlockContent
 from argosy.private_files import hold, open_private, read_secret
 
 VERSION = 1

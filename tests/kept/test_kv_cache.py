@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from argosy.engine.kv_cache import BlockContent, KvBlocks
 from argosy.engine.prefix import PrefixCache
+from argosy.kept.kv_cache import BlockContent, KvBlocks
 from tests.engine.scheduling import NotedTokens
 
 
