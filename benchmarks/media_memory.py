@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image as Pillow
 
 from argosy import Engine, SamplingParams
+from argosy.budget.media_memory import IDLE_S
 from argosy.config import format_bytes, parse_size
-from argosy.engine.media_memory import IDLE_S
 from argosy.errors import ArgosyError
 from argosy.machine import resources
 from argosy.media.parts import Audio, Image

@@ -90,7 +90,7 @@ def budget_of(models: Sequence[Path]) -> int:
         "import sys, json\n"
         "from argosy.engine.options import configure, open_files\n"
         "from argosy.engine.shared import Wanted, make_ready\n"
-        "from argosy.engine.memory_plan import REQUEST_BYTES\n"
+        "from argosy.budget.memory_plan import REQUEST_BYTES\n"
         "from pathlib import Path\n"
         f"options = dict(memory='75%', context={CONTEXT}, grammars=True, max_sequences=16, replay_bytes=12 << 20)\n"
         "files = [(Path(path).name, open_files(Path(path))) for path in sys.argv[1:]]\n"

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from argosy.budget.memory_plan import REQUEST_BYTES
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING
-from argosy.engine.memory_plan import REQUEST_BYTES
 from argosy.forecast import calibration
 from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
 from argosy.forecast.simulation import Server, Times, requests_per_s, simulate

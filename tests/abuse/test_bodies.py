@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from argosy.budget.memory_plan import BODY_BYTES
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import BODY_BYTES
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
 from argosy.prompt.tokenizer import Tokenizer

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import (
+from argosy.budget.memory_plan import (
     BODY_BYTES,
     MEDIA_BODIES_BYTES,
     MEDIA_BODY_BYTES,
     TEXT_BYTES,
     media_bytes,
 )
+from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.serve import kept_items
 from argosy.serve.app import make_app

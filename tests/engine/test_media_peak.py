@@ -24,7 +24,7 @@ import io, json, sys, threading, wave
 import numpy as np
 from PIL import Image as Pillow
 from argosy import Engine, SamplingParams
-from argosy.engine.media_memory import IDLE_S
+from argosy.budget.media_memory import IDLE_S
 from argosy.errors import PromptTooLong
 from argosy.media.parts import Audio, Image, RequestMedia
 from argosy.prompt.prompt import Prompt

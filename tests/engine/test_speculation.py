@@ -11,17 +11,17 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams
+from argosy.budget.footprint import ModelFootprint
+from argosy.budget.memory_plan import MemoryPlan, plan_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import DRAFT_TOKENS, DRAFTED_AT_ONCE, EngineConfig
 from argosy.engine.drafter import Drafter
 from argosy.engine.lookup import LookupDrafter
-from argosy.engine.memory_plan import MemoryPlan, plan_memory
 from argosy.engine.options import configure
 from argosy.engine.sequence import Result
 from argosy.errors import UsageError
 from argosy.experts.recording import StepRoutes
 from argosy.model.families import open_model
-from argosy.model.footprint import ModelFootprint
 from tests.engine.random_drafter import RandomDrafter
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_next

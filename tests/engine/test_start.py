@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from argosy import Engine, _native
+from argosy.budget.memory_plan import TOKENIZER_ROOM_BYTES, growth_bytes
 from argosy.checkpoint.gguf import GgufFile
-from argosy.engine.memory_plan import TOKENIZER_ROOM_BYTES, growth_bytes
 from argosy.errors import CheckpointError, DoesNotFit
 from argosy.experts.cache import CachedRunner
 from argosy.experts.files import ExpertFiles

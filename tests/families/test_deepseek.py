@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from argosy.budget.footprint import kv_bytes
 from argosy.checkpoint.geometry import count_parameters
 from argosy.config import LatentConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
-from argosy.model.footprint import kv_bytes
 from tests.families.hub_configs import (
     DEEPSEEK_R1,
     DEEPSEEK_V2,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from argosy.budget.footprint import kv_bytes
 from argosy.config import KV_BLOCK_TOKENS, ActivationConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.footprint import kv_bytes
 from argosy.model.rope import inverse_frequency
 from tests.families.published import GEMMA_4_26B
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint

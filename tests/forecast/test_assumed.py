@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 
+from argosy.budget.footprint import ModelFootprint
 from argosy.config import Budget, EngineConfig
 from argosy.errors import UnsupportedModel
 from argosy.forecast.assumed import active_parameters, assume_pack
 from argosy.model.families import FAMILIES
-from argosy.model.footprint import ModelFootprint
 from tests.families.published import PUBLISHED
 
 

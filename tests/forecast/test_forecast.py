@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from argosy.budget.footprint import ModelFootprint, kv_bytes
+from argosy.budget.memory_plan import plan_memory, plan_with_media, quarter_of_experts
 from argosy.config import DEMO, GIB, Budget, EngineConfig
-from argosy.engine.memory_plan import plan_memory, plan_with_media, quarter_of_experts
 from argosy.engine.options import configure
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.hit_rate import ReuseGaps, WorkingSet
@@ -20,7 +21,6 @@ from argosy.forecast.forecast import Forecaster
 from argosy.machine.rates import guess
 from argosy.model.encoders.reading import EncoderFiles
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.footprint import ModelFootprint, kv_bytes
 from argosy.model.work import work_of
 from argosy.observe.recorder import Recorder
 from tests.families.published import PUBLISHED

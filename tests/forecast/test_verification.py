@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import GIB, Budget, EngineConfig
 from argosy.engine.ledger import DecodeSteps, Ledger
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.forecast.assumed import assume_pack
 from argosy.forecast.forecast import Forecaster
 from argosy.forecast.speed import Range

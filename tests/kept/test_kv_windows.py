@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from argosy.budget import memory_plan
+from argosy.budget.footprint import ModelFootprint, kv_bytes
+from argosy.budget.memory_plan import plan_memory
 from argosy.config import Budget, EngineConfig, KvDir
-from argosy.engine import memory_plan
-from argosy.engine.memory_plan import plan_memory
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes, window_sizes
 from argosy.model.families import open_model
-from argosy.model.footprint import ModelFootprint, kv_bytes
 from tests.models.mxfp4_models import write_mxfp4_model
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe, write_model
 

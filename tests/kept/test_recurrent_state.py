@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from argosy.budget.footprint import ModelFootprint
+from argosy.budget.memory_plan import plan_memory
 from argosy.config import GIB, MIB, Budget, EngineConfig, format_bytes
-from argosy.engine.memory_plan import plan_memory
 from argosy.engine.sequence import Sequence
 from argosy.errors import DoesNotFit
 from argosy.experts.cache import CachedRunner
 from argosy.kept.recurrent_state import StateSlots
 from argosy.model.families import open_model
-from argosy.model.footprint import ModelFootprint
 from tests.engine.scheduling import Rig
 from tests.models.tiny import prompt_ids, qwen3_moe, write_model
 from tests.models.tiny_delta import qwen3_5_moe_text, qwen3_next

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from argosy.engine import memory_plan
+from argosy.budget import memory_plan
 from argosy.errors import BadMedia, UsageError
 from argosy.media import ffmpeg
 from argosy.media.decoder import Decoder

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from argosy import _native
+from argosy.budget.footprint import kv_bytes
 from argosy.checkpoint.files import KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
 from argosy.checkpoint.gguf import SLOT_FORMATS
 from argosy.config import Format, KvDtype, LatentConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
 from argosy.model.decoder import Decoder
-from argosy.model.footprint import kv_bytes
 from argosy.model.layers import kv_shapes, stack_sizes
 from argosy.model.weights import dense_footprint, load_dense
 from tests.model.latent_model import PLAIN_QUERY, QUERY_RANK, LatentModel, latent_config

@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from argosy.budget.memory_plan import shared_bytes
 from argosy.cli import served_library
 from argosy.cli.served_library import ServedLibrary
 from argosy.config import GIB
-from argosy.engine.memory_plan import shared_bytes
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names
 from argosy.serve.app import make_app

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from argosy.engine.shares import IN_USE_S
+from argosy.budget.shares import IN_USE_S
 from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
 from argosy.guard.stops import Stopped
 from argosy.serve import models as models_module

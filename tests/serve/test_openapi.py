@@ -20,9 +20,9 @@ import jsonschema_rs
 import pytest
 from pydantic import TypeAdapter
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import SamplingParams
 from argosy.engine.loop import Event, LoopFacts
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.infill import Infill, InfillForm

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from argosy.budget.memory_plan import MEDIA_BODY_BYTES
 from argosy.cli.chat_room import summary_question
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import MEDIA_BODY_BYTES
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.media.parts import Image as Picture

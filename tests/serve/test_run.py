@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from argosy.budget.memory_plan import AUDIT_BYTES, REQUEST_BYTES
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
 from argosy.errors import UsageError
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile

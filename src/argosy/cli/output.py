@@ -18,9 +18,9 @@ from argosy.config import counted, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.budget.memory_plan import MemoryPlan
     from argosy.engine.engine import Engine
     from argosy.engine.ledger import Ledger
-    from argosy.engine.memory_plan import MemoryPlan
     from argosy.engine.sequence import TokenEvent
     from argosy.prompt.formats import Answer, Event, Parser
 

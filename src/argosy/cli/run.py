@@ -37,9 +37,9 @@ from argosy.config import DEMO, counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.budget.memory_plan import MemoryPlan
     from argosy.config import Grammar, Preset, SamplingParams
     from argosy.engine.engine import Engine
-    from argosy.engine.memory_plan import MemoryPlan
     from argosy.engine.requests import PromptLike
     from argosy.engine.sequence import Result, TokenLogprob
     from argosy.media.parts import Audio, Hearing, Image, Video

@@ -38,8 +38,8 @@ from argosy.config import (
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
+    from argosy.budget.memory_plan import MemoryPlan
     from argosy.cli.settings import Settings
-    from argosy.engine.memory_plan import MemoryPlan
     from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
@@ -282,7 +282,7 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.engine.memory_plan import AUDIT_BYTES, REQUEST_BYTES
+    from argosy.budget.memory_plan import AUDIT_BYTES, REQUEST_BYTES
     from argosy.engine.options import locate_model
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
@@ -320,9 +320,9 @@ def _serve_several(
 ) -> None:
     from urllib.parse import quote
 
+    from argosy.budget.memory_plan import AUDIT_BYTES, require_machine, shared_bytes
     from argosy.cli.output import progress_bar
     from argosy.cli.served_library import ServedLibrary, speeds_of
-    from argosy.engine.memory_plan import AUDIT_BYTES, require_machine, shared_bytes
     from argosy.engine.options import budget_of, configure, locate_model, open_files
     from argosy.engine.shared import Wanted, make_ready
     from argosy.library import kept

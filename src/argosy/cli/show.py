@@ -13,10 +13,10 @@ from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
 if TYPE_CHECKING:
+    from argosy.budget.memory_plan import MemoryPlan
     from argosy.checkpoint.files import ModelFiles
     from argosy.cli.settings import Settings
     from argosy.config import ModelConfig
-    from argosy.engine.memory_plan import MemoryPlan
 
 
 @click.command("show")
@@ -83,8 +83,8 @@ def show(model: str, as_json: bool, **options: Any) -> None:
 
 def geometry_facts(config: ModelConfig) -> dict[str, Any]:
     """Family, geometry and parameters, by name."""
+    from argosy.budget.footprint import state_bytes
     from argosy.checkpoint.geometry import count_parameters
-    from argosy.model.footprint import state_bytes
 
     everything, active = count_parameters(config)
     return {
@@ -159,10 +159,10 @@ def _encoder_facts(files: ModelFiles) -> list[dict[str, Any]]:
 
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """Bytes of a model as a checkpoint and as packs, and of its KV cache."""
+    from argosy.budget.footprint import kv_bytes
     from argosy.checkpoint.files import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
     from argosy.config import Format, KvDtype
-    from argosy.model.footprint import kv_bytes
 
     def dense_bytes(format: Format) -> int:
         return sum(
@@ -263,10 +263,10 @@ def _geometry_lines(facts: dict[str, Any]) -> list[str]:
 
 def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     """The plan that `Engine` would make, in a process with the same memory in use."""
+    from argosy.budget.footprint import ModelFootprint
+    from argosy.budget.memory_plan import plan_with_media, process_bytes, require_mappable, require_memory
     from argosy.cli.options import recorder_of
-    from argosy.engine.memory_plan import plan_with_media, process_bytes, require_mappable, require_memory
     from argosy.engine.options import configure, with_recorder
-    from argosy.model.footprint import ModelFootprint
     from argosy.prompt.tokenizer import Tokenizer
 
     config = configure(model, files, **settings.for_engine())

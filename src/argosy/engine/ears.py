@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from argosy import _native
-from argosy.engine.memory_plan import TRANSCRIPTS_KEPT_BYTES
+from argosy.budget.memory_plan import TRANSCRIPTS_KEPT_BYTES
 from argosy.engine.options import TINY_EN, locate_ears
 from argosy.errors import Overloaded, UsageError
 from argosy.experts.resident import Progress

@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING, Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.budget.expert_memory import OWN, ExpertMemory
+from argosy.budget.footprint import kv_blocks
+from argosy.budget.idle_memory import KV
+from argosy.budget.memory_plan import MemoryPlan, in_slots, replan, require_budget
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
@@ -44,13 +48,10 @@ from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
 from argosy.engine.drafter import Drafter
 from argosy.engine.energy import EnergyShares
-from argosy.engine.expert_memory import OWN, ExpertMemory
 from argosy.engine.facts import EngineFacts, ExpertUses
 from argosy.engine.governor import Governor
-from argosy.engine.idle_memory import KV
 from argosy.engine.ledger import Ledger
 from argosy.engine.lookup import LookupDrafter
-from argosy.engine.memory_plan import MemoryPlan, in_slots, replan, require_budget
 from argosy.engine.mtp import MtpDrafter
 from argosy.engine.options import (
     EngineOptions,
@@ -84,7 +85,6 @@ from argosy.machine.energy import EnergyMeter
 from argosy.machine.kept_rates import DriveReads
 from argosy.media.parts import Hearing, Kind
 from argosy.model.decoder import RouteObserver
-from argosy.model.footprint import kv_blocks
 from argosy.model.step import Step
 from argosy.model.work import work_of
 from argosy.prompt.builder import PromptBuilder

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.engine.answers import Answers
 from argosy.engine.ledger import Ledger
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.scheduler import Scheduler
 from argosy.model.model import Model

@@ -30,11 +30,11 @@ from operator import add
 from time import monotonic, perf_counter
 from typing import Literal, NamedTuple
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import KV_BLOCK_TOKENS, SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import DecodeSteps, Ledger
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.progress import MOST_WAITS, RequestProgress, RequestWait
 from argosy.engine.requests import PromptLike
 from argosy.engine.sequence import Result, Sequence, TokenEvent

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from argosy import _native
+from argosy.budget.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK, quarter_of_experts
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
     DEMO,
@@ -22,7 +23,6 @@ from argosy.config import (
     Speculate,
     parse_size,
 )
-from argosy.engine.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK, quarter_of_experts
 from argosy.errors import ArgosyError, UsageError
 from argosy.experts.recording import OpenRecorder, RouteRecorder
 from argosy.experts.resident import Progress

@@ -16,19 +16,20 @@ from functools import cached_property
 from typing import NamedTuple
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.fingerprint import fingerprint
-from argosy.checkpoint.geometry import count_parameters
-from argosy.checkpoint.sampling import declared_sampling
-from argosy.config import KIB, MIB, EngineConfig, ModelConfig
-from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import (
+from argosy.budget.footprint import ModelFootprint
+from argosy.budget.memory_plan import (
     TEMPLATE_WORKER_BYTES,
     MemoryPlan,
     plan_share,
     require_machine,
     shared_bytes,
 )
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.fingerprint import fingerprint
+from argosy.checkpoint.geometry import count_parameters
+from argosy.checkpoint.sampling import declared_sampling
+from argosy.config import KIB, MIB, EngineConfig, ModelConfig
+from argosy.engine.engine import Engine
 from argosy.engine.options import with_recorder
 from argosy.engine.start import Share, Vocabulary
 from argosy.engine.turns import Turns
@@ -37,7 +38,6 @@ from argosy.experts.recording import OpenRecorder
 from argosy.experts.resident import Progress
 from argosy.kept.prefix_files import forget_files
 from argosy.media.parts import Hearing, Kind
-from argosy.model.footprint import ModelFootprint
 from argosy.model.work import Work, work_of
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.prompt import ToolCalling

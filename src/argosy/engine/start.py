@@ -22,11 +22,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles
-from argosy.config import KV_BLOCK_TOKENS, EngineConfig
-from argosy.engine.expert_memory import ExpertMemory
-from argosy.engine.idle_memory import IdleMemory
-from argosy.engine.memory_plan import (
+from argosy.budget.expert_memory import ExpertMemory
+from argosy.budget.footprint import ModelFootprint, files_to_run, kv_blocks, state_bytes
+from argosy.budget.idle_memory import IdleMemory
+from argosy.budget.memory_plan import (
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
     lendable_bytes,
@@ -35,6 +34,8 @@ from argosy.engine.memory_plan import (
     require_mappable,
     require_memory,
 )
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import KV_BLOCK_TOKENS, EngineConfig
 from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.turns import Turns
@@ -52,7 +53,6 @@ from argosy.media.decoder import Decoder
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.model.clock import PartClock
 from argosy.model.decoder import RouteObserver
-from argosy.model.footprint import ModelFootprint, files_to_run, kv_blocks, state_bytes
 from argosy.model.model import Model, ModelReading
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
@@ -384,8 +384,8 @@ def _open_media(
 ) -> PromptMedia | None:
     if not footprint.encoders and ears is None:
         return None
+    from argosy.budget.media_memory import MediaMemory
     from argosy.engine.media import open_media  # imports modules that only media need
-    from argosy.engine.media_memory import MediaMemory
     from argosy.model.encoders.reading import Encoders, runnable
 
     lend = functools.partial(

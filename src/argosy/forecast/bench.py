@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from argosy import errors
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.errors import ArgosyError
 from argosy.experts.resident import Progress
 from argosy.prompt.tokenizer import Tokenizer

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from argosy.budget.footprint import ModelFootprint
+from argosy.budget.memory_plan import MemoryPlan, plan_memory, plan_with_media
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, Budget, EngineConfig, ModelConfig
-from argosy.engine.memory_plan import MemoryPlan, plan_memory, plan_with_media
 from argosy.errors import ArgosyError, BadMedia, DoesNotFit
 from argosy.experts.hit_rate import WorkingSet
 from argosy.forecast.group import Group, Network, predict_group
@@ -31,7 +32,6 @@ from argosy.forecast.step_times import StepTimes, tabulate
 from argosy.machine.rates import Rates
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, page_table_bytes
 from argosy.media.parts import Kind
-from argosy.model.footprint import ModelFootprint
 from argosy.model.work import Work, work_of
 
 Verdict = Literal["no", "thrashes", "streams", "resident"]

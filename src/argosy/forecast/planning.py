@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from argosy.budget.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.sampling import declared_sampling
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.config import Budget, Format, ModelConfig, parse_size
-from argosy.engine.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
 from argosy.engine.options import configure, locate_model, open_files, with_recorder
 from argosy.errors import UsageError
 from argosy.experts.hit_rate import WorkingSet

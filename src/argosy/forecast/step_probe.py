@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Sequence
 from argosy.errors import UsageError
 from argosy.experts.resident import Progress

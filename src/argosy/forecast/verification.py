@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.ledger import DecodeSteps
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.experts.recording import OpenRecorder
 from argosy.forecast.forecast import Forecaster, Speeds
 from argosy.forecast.speed import Range

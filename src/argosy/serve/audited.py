@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 
-from argosy.engine.memory_plan import AUDIT_BYTES
+from argosy.budget.memory_plan import AUDIT_BYTES
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
 from argosy.serve.gate import Caller, Heard, Policy

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, Self, TypeVar, cast
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import Grammar, Preset, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event, LoopFacts, PromptProgress
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.sequence import Result, TokenLogprob
 from argosy.errors import ArgosyError, PromptTooLong, UsageError
 from argosy.forecast.verification import Verification

@@ -31,7 +31,7 @@ from typing import Literal, NotRequired, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from argosy.engine.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
+from argosy.budget.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
 from argosy.errors import ArgosyError, Overloaded, PromptTooLong, refused_by_system
 from argosy.guard.audit import Content
 from argosy.guard.keys import Key, KeyRing

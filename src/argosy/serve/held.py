@@ -6,14 +6,14 @@
 A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
 a body is charged before it is parsed.
 
-Elsewhere: the cost of parsing is `body.py`; the plan is `engine/memory_plan.py`.
+Elsewhere: the cost of parsing is `body.py`; the plan is `budget/memory_plan.py`.
 """
 
 from __future__ import annotations
 
 import threading
 
-from argosy.engine.memory_plan import BODY_BYTES
+from argosy.budget.memory_plan import BODY_BYTES
 from argosy.errors import Overloaded
 
 _RETRY_S = 1

@@ -22,8 +22,8 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
+from argosy.budget.memory_plan import machine_bytes
 from argosy.config import format_bytes, parse_size
-from argosy.engine.memory_plan import machine_bytes
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.serve.fields import WHOLE, Strict
 from argosy.serve.gate import Refused

@@ -4,7 +4,7 @@
                        ─ open fails ─>  failed  ─ the next request, after a while ─>  loading
 
 A server with one model has it ready from start to end, and nothing here moves. A server with several loads a model when
-a request first names it. A model takes its floor, and `engine/shares.py` divides what the floors leave among the models
+a request first names it. A model takes its floor, and `budget/shares.py` divides what the floors leave among the models
 in memory. Idle models give their experts first; a model is unloaded only if another one's floor does not fit otherwise,
 after `idle_unload_s` without requests, or if a request asks for it and no other uses the model. A model whose floor
 does not fit beside models that answer is refused. One that only experts of a model that is being read keep out waits
@@ -36,10 +36,10 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Literal, ParamSpec, Protocol, TypeVar
 
+from argosy.budget.memory_plan import require_budget
+from argosy.budget.shares import IN_USE_S, Claim, divide
 from argosy.config import MIB, Preset, format_bytes
-from argosy.engine.memory_plan import require_budget
 from argosy.engine.progress import MOST_WAITS, RequestWait
-from argosy.engine.shares import IN_USE_S, Claim, divide
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded, UsageError
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from argosy.budget.memory_plan import MemoryPlan
 from argosy.config import EngineConfig, ModelConfig, SamplingDefaults
 from argosy.engine.engine import Engine
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
-from argosy.engine.memory_plan import MemoryPlan
 from argosy.engine.shared import ReadyModel
 from argosy.forecast.verification import Verification, compare_decode
 from argosy.guard.keys import KeyRing

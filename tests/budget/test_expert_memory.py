@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from argosy.budget.expert_memory import OWN, ExpertMemory
 from argosy.config import MIB
-from argosy.engine.expert_memory import OWN, ExpertMemory
 from argosy.engine.turns import Turns
 from argosy.errors import UsageError
 

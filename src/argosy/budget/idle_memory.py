@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from argosy import _native
-from argosy.engine.expert_memory import ExpertMemory
-from argosy.engine.memory_plan import KV_PARTS
+from argosy.budget.expert_memory import ExpertMemory
+from argosy.budget.memory_plan import KV_PARTS
 from argosy.kept.kv_cache import KvBlocks
 from argosy.model.decoder import Decoder
 

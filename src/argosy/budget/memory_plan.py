@@ -27,6 +27,7 @@ from functools import partial
 from typing import NamedTuple, get_args
 
 from argosy import _native
+from argosy.budget.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
     DRAFTED_AT_ONCE,
@@ -46,7 +47,6 @@ from argosy.machine import resources
 from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_bytes, page_table_bytes
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.draft_layer import MOST_BEHIND
-from argosy.model.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.model.model import ModelSizes
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 

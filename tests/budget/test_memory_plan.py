@@ -11,15 +11,16 @@ from typing import Any, get_args
 import pytest
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles
-from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir, KvDtype
-from argosy.engine.memory_plan import (
+from argosy.budget.footprint import ModelFootprint, kv_bytes
+from argosy.budget.memory_plan import (
     GRAMMAR_BYTES,
     MemoryPlan,
     experts_read,
     plan_memory,
     require_memory,
 )
+from argosy.checkpoint.files import ModelFiles
+from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir, KvDtype
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.policy import CachePolicy
@@ -27,7 +28,6 @@ from argosy.forecast.assumed import assume_pack
 from argosy.kept.prefix_files import buffer_bytes
 from argosy.machine.resources import MemoryLimit, held_bytes, page_table_bytes
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.footprint import ModelFootprint, kv_bytes
 from tests.families.published import PUBLISHED
 from tests.models.tiny import qwen3_moe, write_model
 
@@ -170,7 +170,7 @@ def test_a_plan_that_takes_more_than_the_machine_has_is_refused(
 ) -> None:
     def require(total_bytes: int) -> None:
         limit = MemoryLimit(total_bytes, total_bytes, "a test")
-        monkeypatch.setattr("argosy.engine.memory_plan.machine.memory_limit", lambda: limit)
+        monkeypatch.setattr("argosy.budget.memory_plan.machine.memory_limit", lambda: limit)
         config = EngineConfig(budget=Budget(ram_bytes=64 * GIB), threads=2)
         require_memory(ModelFootprint(files, config), config)
 

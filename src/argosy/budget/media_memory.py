@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from time import monotonic
 
 from argosy import _native
-from argosy.engine.expert_memory import ExpertMemory
+from argosy.budget.expert_memory import ExpertMemory
 from argosy.errors import UsageError
 
 # Reading an encoder of 1 GB again takes about a second, and so does reading the experts that it displaces.

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
+from argosy.budget.expert_memory import ExpertMemory
+from argosy.budget.footprint import KvLayout, ModelFootprint, kv_blocks
+from argosy.budget.idle_memory import IdleMemory
+from argosy.budget.memory_plan import MemoryPlan, plan_memory
 from argosy.config import KV_BLOCK_TOKENS, MIB, Budget, EngineConfig
 from argosy.engine import start
-from argosy.engine.expert_memory import ExpertMemory
-from argosy.engine.idle_memory import IdleMemory
-from argosy.engine.memory_plan import MemoryPlan, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, PromptTooLong, UsageError
 from argosy.experts.cache import CachedRunner
 from argosy.kept.kv_cache import BlockContent, KvBlocks
 from argosy.machine.resources import process_footprint
 from argosy.model.families import open_model
-from argosy.model.footprint import KvLayout, ModelFootprint, kv_blocks
 from argosy.model.layers import kv_shapes
 from tests.models.tiny import qwen3_moe, write_model
 

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams
+from argosy.budget.expert_memory import ExpertMemory
+from argosy.budget.footprint import ModelFootprint
+from argosy.budget.media_memory import IDLE_S, MediaMemory
+from argosy.budget.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine import start
-from argosy.engine.expert_memory import ExpertMemory
-from argosy.engine.media_memory import IDLE_S, MediaMemory
-from argosy.engine.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, UsageError
 from argosy.machine.resources import page_table_bytes
 from argosy.media.parts import Image, RequestMedia
 from argosy.model.families import open_model
-from argosy.model.footprint import ModelFootprint
 from argosy.prompt.prompt import Prompt
 from tests.models.seeing import with_towers, write
 from tests.models.tiny_wrappers import qwen3_vl_moe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argosy.engine.shares import Claim, divide
+from argosy.budget.shares import Claim, divide
 
 
 def claim(
