@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.config import Budget, Grammar, SamplingParams
-    from argosy.engine.ears import Transcriber
     from argosy.engine.engine import Engine
+    from argosy.engine.media.ears import Transcriber
     from argosy.media.parts import Audio, Image, Text, Video
     from argosy.media.transcript import Segment, Transcript, TranscriptOptions
     from argosy.prompt.prompt import Prompt
@@ -31,7 +31,7 @@ _HOMES = {
     "Grammar": "argosy.config",
     "SamplingParams": "argosy.config",
     "Engine": "argosy.engine.engine",
-    "Transcriber": "argosy.engine.ears",
+    "Transcriber": "argosy.engine.media.ears",
     "Audio": "argosy.media.parts",
     "Image": "argosy.media.parts",
     "Text": "argosy.media.parts",

@@ -38,7 +38,7 @@ AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
 # zeros, and a draft goes on from its state before the final norm. qwen: neither.
 DraftForm = Literal["deepseek", "qwen"]
 Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
-# The drafter (`engine/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
+# The drafter (`engine/drafts/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
 Speculate = Literal["off", "lookup", "mtp"]
 # Storage formats of a weight matrix in memory; native/kernels/formats.h has the layouts.
 Format = Literal[

@@ -19,8 +19,8 @@ import tokenizers
 from pydantic import BaseModel
 
 from argosy.config import Grammar
-from argosy.engine import grammar_bounds
-from argosy.engine.closed_schema import close_objects
+from argosy.engine.grammar import grammar_bounds
+from argosy.engine.grammar.closed_schema import close_objects
 from argosy.media.parts import Image
 from argosy.prompt import json_text, messages, replay, taint, template_worker, tools
 from argosy.prompt.stop import StopStrings

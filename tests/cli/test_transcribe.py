@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from argosy.cli.main import main
-from argosy.engine.ears import Transcriber
+from argosy.engine.media.ears import Transcriber
 from argosy.media.parts import Audio
 from argosy.media.transcript import Segment, Transcript, as_srt, as_vtt
 from tests.cli.tiny_chat_model import write_chat_model

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import SamplingParams
+from argosy.engine.media.spans import Spans
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState
 from argosy.engine.scheduler import Scheduled, Scheduler
 from argosy.engine.sequence import Sequence
-from argosy.engine.spans import Spans
 from argosy.kept.kv_cache import KvBlocks
 from argosy.kept.kv_windows import NONE, KvWindows, WindowSizes
 from argosy.kept.recurrent_state import StateSlots

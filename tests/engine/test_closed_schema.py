@@ -11,8 +11,8 @@ import tokenizers
 
 from argosy import Engine, SamplingParams
 from argosy.config import Grammar
-from argosy.engine.closed_schema import close_objects
-from argosy.engine.constraint import GrammarCompiler
+from argosy.engine.grammar.closed_schema import close_objects
+from argosy.engine.grammar.constraint import GrammarCompiler
 from argosy.errors import GrammarError
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.user_directories import cache_directory

@@ -17,8 +17,8 @@ import tokenizers
 
 from argosy import Engine, SamplingParams
 from argosy.config import Grammar, Trigger
-from argosy.engine.constraint import Constraint, GrammarCompiler
-from argosy.engine.grammar_bounds import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS
+from argosy.engine.grammar.constraint import Constraint, GrammarCompiler
+from argosy.engine.grammar.grammar_bounds import MAX_GRAMMAR_CHARACTERS, MAX_REGEX_CHARACTERS
 from argosy.engine.loop import AnswerEnd, EngineLoop
 from argosy.engine.sampler import Sampler, SamplerState
 from argosy.errors import GrammarError, UsageError

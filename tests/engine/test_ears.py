@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from argosy.config import SamplingParams
-from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
+from argosy.engine.media.ears import Transcriber
 from argosy.errors import BadMedia, DoesNotFit, Overloaded, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Content, Image, MediaLimits, RequestMedia, Text
 from argosy.media.transcript import Transcript
@@ -152,8 +152,8 @@ def test_the_sounds_of_a_conversation_are_bounded_together_before_the_work(
             yield
             return Transcript(text="", language="en", task="transcribe", duration_s=begun[-1], segments=())
 
-    monkeypatch.setattr("argosy.engine.ears.Transcription", Fake)
-    monkeypatch.setattr("argosy.engine.ears.prepare", lambda files, samples: None)
+    monkeypatch.setattr("argosy.engine.media.ears.Transcription", Fake)
+    monkeypatch.setattr("argosy.engine.media.ears.prepare", lambda files, samples: None)
     long = [Audio(np.full(600 * RATE, level, np.float32), rate=RATE) for level in (0.0, 0.1, 0.2)]
     assert engine.prompts.build([*long, Text("?")]).token_ids
     assert begun == [600.0, 600.0, 600.0]

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from argosy.config import DRAFTED_AT_ONCE
-from argosy.engine.governor import FIRST_PAUSE, PLAIN_EVERY, TRIED, Governor, Outcome
+from argosy.engine.drafts.governor import FIRST_PAUSE, PLAIN_EVERY, TRIED, Governor, Outcome
 from argosy.engine.sequence import Sequence
 from tests.engine.scheduling import Rig
 

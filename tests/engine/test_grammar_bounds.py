@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from argosy.config import Grammar
-from argosy.engine.constraint import GrammarCompiler
-from argosy.engine.grammar_bounds import (
+from argosy.engine.grammar.constraint import GrammarCompiler
+from argosy.engine.grammar.grammar_bounds import (
     MAX_CALLERS_CHARACTERS,
     MAX_REGEX_CHARACTERS,
     read_lark,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from argosy.config import Grammar, Trigger
-from argosy.engine.constraint import Constraint, GrammarCompiler
+from argosy.engine.grammar.constraint import Constraint, GrammarCompiler
 from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.prompt import Prompt
 from tests.prompt.families import FAMILIES, TOOLS

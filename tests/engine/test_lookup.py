@@ -9,7 +9,7 @@ import pytest
 
 from argosy.config import SamplingParams
 from argosy.engine.chain import Chain
-from argosy.engine.lookup import SHORTEST, LookupDrafter, find_match
+from argosy.engine.drafts.lookup import SHORTEST, LookupDrafter, find_match
 from argosy.engine.sampler import SamplerState
 from argosy.engine.sequence import Sequence
 

@@ -10,7 +10,7 @@ import pytest
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.files import matrix_bytes
-from argosy.engine.mtp import MtpDrafter
+from argosy.engine.drafts.mtp import MtpDrafter
 from argosy.engine.sequence import Sequence
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError
 from argosy.model.draft_layer import MOST_BEHIND

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
-from argosy.engine import media
+from argosy.engine.media import prompt_media
 from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
 from argosy.model.encoders.reading import find_encoders, tensor_names
@@ -173,7 +173,7 @@ def test_prepared_media_give_their_room_back() -> None:
 def test_media_that_are_collected_while_others_are_refused_give_their_room_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room = media._Room(100)
+    room = prompt_media._Room(100)
 
     class Cyclic:
         def __init__(self) -> None:
@@ -191,7 +191,7 @@ def test_media_that_are_collected_while_others_are_refused_give_their_room_back(
         gc.collect()  # as the collector may, wherever an object is made
         return Overloaded(*args, **named)
 
-    monkeypatch.setattr(media, "Overloaded", refusal)
+    monkeypatch.setattr(prompt_media, "Overloaded", refusal)
     assert charge(60, keeps=[])  # garbage from here on
     outcome: list[bool] = []
     thread = threading.Thread(target=lambda: outcome.append(charge(60, keeps=[])), daemon=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from argosy.engine.media.spans import Spans
 from argosy.engine.scheduler import MAKING_S, CannotRun
 from argosy.engine.sequence import Sequence
-from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError, UsageError
 from argosy.prompt.media_span import MakeRows, Making, MediaSpan, SpanRows
 from argosy.prompt.prompt import Prompt

@@ -15,8 +15,8 @@ from argosy.budget.footprint import ModelFootprint
 from argosy.budget.memory_plan import MemoryPlan, plan_memory
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import DRAFT_TOKENS, DRAFTED_AT_ONCE, EngineConfig
-from argosy.engine.drafter import Drafter
-from argosy.engine.lookup import LookupDrafter
+from argosy.engine.drafts.drafter import Drafter
+from argosy.engine.drafts.lookup import LookupDrafter
 from argosy.engine.options import configure
 from argosy.engine.sequence import Result
 from argosy.errors import UsageError

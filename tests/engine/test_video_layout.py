@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
+from argosy.engine.media.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.media.videos import Texts
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import argosy.engine.media
+import argosy.engine.media.prompt_media
 from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
 from argosy.errors import BadMedia, PromptTooLong, UnsupportedModel
@@ -96,7 +96,7 @@ def with_tracks(reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
         )
 
     if tracks:
-        monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
+        monkeypatch.setattr(argosy.engine.media.prompt_media, "open_frames", open_frames)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -230,7 +230,7 @@ def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.
 
             yield Frames(len(film), 4.0, read)
 
-        monkeypatch.setattr(argosy.engine.media, "open_frames", open_frames)
+        monkeypatch.setattr(argosy.engine.media.prompt_media, "open_frames", open_frames)
         monkeypatch.setattr(media._decoder, "picture", decoded)
         media.segments(media.read(Video(film, rate=4.0)), "", RequestMedia())
         asking.join()

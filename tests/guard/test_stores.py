@@ -73,7 +73,11 @@ def test_every_module_that_keeps_something_by_tenant_is_in_the_table() -> None:
         for path in source.rglob("*.py")
         if re.search(r"(?<!class )\bTenantMemory(?:\[[^=]*\])?\(", path.read_text())
     }
-    assert {"engine/ears.py", "engine/media.py"} <= found <= {store.module for store in STORES}
+    assert (
+        {"engine/media/ears.py", "engine/media/prompt_media.py"}
+        <= found
+        <= {store.module for store in STORES}
+    )
 
 
 def test_nothing_that_reads_texts_of_people_caches_its_arguments() -> None:

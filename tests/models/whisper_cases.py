@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from argosy.engine.ears import Transcriber
+from argosy.engine.media.ears import Transcriber
 from argosy.media.parts import Audio
 from argosy.media.transcript import Task, TranscriptOptions
 from tests.media.samples import RATE

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.engine.ears import Transcriber
+from argosy.engine.media.ears import Transcriber
 from argosy.media.transcript import LANGUAGE_NAMES
 from argosy.model.weights import load_dense
 from argosy.model.whisper.files import open_whisper

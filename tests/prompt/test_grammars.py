@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from argosy.config import Grammar
-from argosy.engine.constraint import _Schemas
+from argosy.engine.grammar.constraint import _Schemas
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.formats import Format, ToolCallBegin, collect, find_format
 from argosy.prompt.prompt import Prompt

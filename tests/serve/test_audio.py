@@ -16,8 +16,8 @@ import httpx
 import openai
 import pytest
 
-from argosy.engine.ears import Transcriber
 from argosy.engine.engine import Engine
+from argosy.engine.media.ears import Transcriber
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.word_list import digest_of

@@ -19,7 +19,7 @@ import pytest
 
 from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.media import PromptMedia
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video

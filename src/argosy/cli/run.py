@@ -285,7 +285,7 @@ def _read_schema(name: str) -> Grammar:
         UsageError: the file cannot be read, or holds no schema.   GrammarError: the schema exceeds a bound.
     """
     from argosy.config import Grammar
-    from argosy.engine.grammar_bounds import require_schema_bounds, require_size
+    from argosy.engine.grammar.grammar_bounds import require_schema_bounds, require_size
     from argosy.prompt.formats.lark import without_annotations
     from argosy.strict_json import JsonError, parse_json
 

@@ -65,7 +65,7 @@ def transcribe(
       argosy transcribe talk.mp3
       argosy transcribe --format srt --model ./whisper-small film.flac > film.srt
     """
-    from argosy.engine.ears import Transcriber
+    from argosy.engine.media.ears import Transcriber
     from argosy.media.parts import Audio
     from argosy.media.transcript import WRITERS, TranscriptOptions, as_dict
 

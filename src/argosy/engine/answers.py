@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.engine.admission import Admission
+from argosy.engine.drafts.governor import Governor
 from argosy.engine.energy import EnergyShares
-from argosy.engine.governor import Governor
 from argosy.engine.ledger import Ledger
 from argosy.engine.sampler import Sampler, with_logprobs
 from argosy.engine.scheduler import Scheduled

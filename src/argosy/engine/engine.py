@@ -46,13 +46,13 @@ from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
 from argosy.engine.blocking import BlockingCalls
-from argosy.engine.drafter import Drafter
+from argosy.engine.drafts.drafter import Drafter
+from argosy.engine.drafts.governor import Governor
+from argosy.engine.drafts.lookup import LookupDrafter
+from argosy.engine.drafts.mtp import MtpDrafter
 from argosy.engine.energy import EnergyShares
 from argosy.engine.facts import EngineFacts, ExpertUses
-from argosy.engine.governor import Governor
 from argosy.engine.ledger import Ledger
-from argosy.engine.lookup import LookupDrafter
-from argosy.engine.mtp import MtpDrafter
 from argosy.engine.options import (
     EngineOptions,
     configure,
@@ -90,7 +90,7 @@ from argosy.model.work import work_of
 from argosy.prompt.builder import PromptBuilder
 
 if TYPE_CHECKING:
-    from argosy.engine.ears import Transcriber
+    from argosy.engine.media.ears import Transcriber
 
 
 class Engine(BlockingCalls):

@@ -8,11 +8,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from argosy.config import ModelConfig, Pooling, SamplingDefaults, SamplingParams
+from argosy.engine.media.spans import Spans
 from argosy.engine.pooling import Pool
 from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
-from argosy.engine.spans import Spans
 from argosy.engine.watermark import MarkedAnswer, Watermark
 from argosy.errors import PromptTooLong, UsageError
 from argosy.media.parts import Part
@@ -22,7 +22,7 @@ from argosy.prompt.prompt import Prompt
 from argosy.prompt.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
-    from argosy.engine.constraint import Constraint, GrammarCompiler
+    from argosy.engine.grammar.constraint import Constraint, GrammarCompiler
 
 PromptLike = str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt
 

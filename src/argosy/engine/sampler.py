@@ -42,7 +42,7 @@ from argosy.config import SamplingParams
 from argosy.errors import ArgosyError, GrammarError, UsageError
 
 if TYPE_CHECKING:
-    from argosy.engine.constraint import Constraint
+    from argosy.engine.grammar.constraint import Constraint
     from argosy.engine.watermark import MarkedAnswer
 
 Logits = npt.NDArray[np.float32]

@@ -38,8 +38,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.engine.drafter import Drafter
-from argosy.engine.governor import Governor, Outcome
+from argosy.engine.drafts.drafter import Drafter
+from argosy.engine.drafts.governor import Governor, Outcome
 from argosy.engine.prefix import Prefix, PrefixCache
 from argosy.engine.sequence import Sequence, WaitReason
 from argosy.errors import ArgosyError

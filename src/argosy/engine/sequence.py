@@ -15,15 +15,15 @@ from argosy.config import SamplingParams
 from argosy.engine.chain import Chain
 from argosy.engine.energy import Metered
 from argosy.engine.ledger import Ledger
+from argosy.engine.media.spans import Spans
 from argosy.engine.pooling import Pool
 from argosy.engine.sampler import SamplerState
-from argosy.engine.spans import Spans
 from argosy.errors import ArgosyError
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from argosy.engine.constraint import Constraint
+    from argosy.engine.grammar.constraint import Constraint
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 # turn: others run, as many as may at once. memory: no room for its keys and values. prompt: another request computes

@@ -58,9 +58,9 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.tokenizer import Tokenizer, has_chat_template
 
 if TYPE_CHECKING:
-    from argosy.engine.constraint import GrammarCompiler
-    from argosy.engine.ears import Transcriber
-    from argosy.engine.media import PromptMedia
+    from argosy.engine.grammar.constraint import GrammarCompiler
+    from argosy.engine.media.ears import Transcriber
+    from argosy.engine.media.prompt_media import PromptMedia
     from argosy.prompt.chat import Worker
 
 
@@ -214,7 +214,7 @@ def start(
         decoder = Decoder(PROMPT_LIMITS)
         undo.callback(decoder.close)
         if ears_files is not None:
-            from argosy.engine.ears import Transcriber
+            from argosy.engine.media.ears import Transcriber
 
             ears = Transcriber(ears_files, store, runtime, turns=turns, decoder=decoder)
         media = _open_media(
@@ -385,7 +385,7 @@ def _open_media(
     if not footprint.encoders and ears is None:
         return None
     from argosy.budget.media_memory import MediaMemory
-    from argosy.engine.media import open_media  # imports modules that only media need
+    from argosy.engine.media.prompt_media import open_media  # imports modules that only media need
     from argosy.model.encoders.reading import Encoders, runnable
 
     lend = functools.partial(
@@ -448,7 +448,7 @@ def _open_grammars(
         )
     if tokenizer is None:
         return UsageError("a grammar needs a tokenizer, and this checkpoint has no tokenizer.json")
-    from argosy.engine.constraint import GrammarCompiler  # imports modules that few engines need
+    from argosy.engine.grammar.constraint import GrammarCompiler  # imports modules that few engines need
 
     try:
         return GrammarCompiler(tokenizer, vocab_size=files.config.vocab_size, end_ids=eos_ids)

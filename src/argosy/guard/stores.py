@@ -88,7 +88,7 @@ STORES = (
         option="",
         by_default=True,
         erased="key",
-        module="engine/media.py",
+        module="engine/media/prompt_media.py",
     ),
     Store(
         name="transcripts",
@@ -98,7 +98,7 @@ STORES = (
         option="--ears",
         by_default=False,
         erased="key",
-        module="engine/ears.py",
+        module="engine/media/ears.py",
     ),
     Store(
         name="grammars",
@@ -108,7 +108,7 @@ STORES = (
         option="",
         by_default=True,
         erased="key",
-        module="engine/constraint.py",
+        module="engine/grammar/constraint.py",
     ),
     Store(
         name="stored responses",

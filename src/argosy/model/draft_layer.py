@@ -13,7 +13,7 @@ bytes or fewer: a draft reads little else than its layer and a head.
 The hidden state is that after the model's final norm. `config.DraftForm` says how families differ (vLLM's
 `deepseek_mtp.py` and `qwen3_next_mtp.py`).
 
-Elsewhere: `engine/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
+Elsewhere: `engine/drafts/mtp.py` proposes tokens with it; `decoder.py` runs the layer.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ from argosy.serve.work import LARGE_JOB_S, WorkQueue, give_memory_back
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from argosy.engine.ears import Report, Transcriber
+    from argosy.engine.media.ears import Report, Transcriber
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
     from argosy.prompt.reranking import Reranking

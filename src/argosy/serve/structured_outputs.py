@@ -6,7 +6,7 @@
 A regular expression or a grammar needs a key with the scope `grammar`: its cost is bounded, but higher than that of a
 schema. A choice costs no more than a schema.
 
-Elsewhere: bounds are `engine/grammar_bounds.py`; combining a form with thoughts and tool calls is `prompt/formats/`.
+Elsewhere: bounds are `engine/grammar/grammar_bounds.py`; combining a form with thoughts and tool calls is `prompt/formats/`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from argosy.config import Grammar
-from argosy.engine.grammar_bounds import MAX_CALLERS_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
+from argosy.engine.grammar.grammar_bounds import MAX_CALLERS_CHARACTERS, MAX_REGEX_CHARACTERS, require_plain
 from argosy.errors import GrammarError, UsageError
 from argosy.prompt.json_text import read_json
 from argosy.serve.fields import FreeObject, Strict, Text, few, schema_form

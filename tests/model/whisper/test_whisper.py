@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.engine.ears import Transcriber
+from argosy.engine.media.ears import Transcriber
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import TranscriptOptions

@@ -6,7 +6,7 @@
 A tower that cannot be run does not keep text from running: the error is raised for the first picture or sound.
 
 Elsewhere: `table.py` knows where a family keeps its towers, `mmproj.py` how GGUF files describe them;
-`engine/media.py` gives them pictures and sounds.
+`engine/media/prompt_media.py` gives them pictures and sounds.
 """
 
 from __future__ import annotations

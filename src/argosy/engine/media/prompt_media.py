@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from argosy.budget.media_memory import MediaMemory
 from argosy.budget.memory_plan import MEDIA_KEPT_BYTES, MEDIA_WAITING_BYTES
+from argosy.engine.media.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.engine.turns import Turns
-from argosy.engine.video_layout import Group, Sound, told_by_angles, told_by_text
 from argosy.errors import ArgosyError, BadMedia, Overloaded, UnsupportedModel, UsageError
 from argosy.media.decoder import Decoder
 from argosy.media.frames import open_frames
@@ -45,7 +45,7 @@ from argosy.prompt.replay import TenantMemory
 from argosy.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from argosy.engine.ears import Transcriber
+    from argosy.engine.media.ears import Transcriber
 
 _RETRY_S = 5
 

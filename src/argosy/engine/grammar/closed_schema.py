@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from argosy.config import MAX_GRAMMAR_CHARACTERS
-from argosy.engine.grammar_bounds import part_of
+from argosy.engine.grammar.grammar_bounds import part_of
 from argosy.errors import GrammarError
 
 _SAYS_MORE = (

@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import LENIENT_SCHEMA, MAX_GRAMMAR_CHARACTERS, Grammar, Trigger
-from argosy.engine.closed_schema import close_objects
-from argosy.engine.grammar_bounds import (
+from argosy.engine.grammar.closed_schema import close_objects
+from argosy.engine.grammar.grammar_bounds import (
     read_lark,
     require_expression,
     require_lark_bounds,
