@@ -14,7 +14,7 @@ from argosy import _native
 from argosy.checkpoint.files import MatrixRef
 from argosy.checkpoint.safetensors import open_tensors
 from argosy.model.encoders.table import Tower
-from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
 from argosy.model.weights import load_dense
 from argosy.prompt.media_span import SpanRows
 from towers import INPUTS, encoder_of, make

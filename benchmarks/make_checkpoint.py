@@ -44,8 +44,8 @@ from argosy.checkpoint.safetensors_write import TensorToWrite, encode, to_bfloat
 from argosy.config import LatentConfig, ModelConfig, format_bytes
 from argosy.model.encoders.table import ENCODERS
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.gguf_layout import dense_name
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.gguf_layout import dense_name
 from random_weights import ROUTINGS, WEIGHTS_VERSION, Exact, Normal, RandomWeights, Recipe, Routing
 
 RawConfig = dict[str, Any]

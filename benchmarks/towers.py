@@ -26,7 +26,7 @@ from argosy.media.pictures import read_picture_processor
 from argosy.media.sounds import read_sound_processor
 from argosy.model.encoders import EncoderTensor
 from argosy.model.encoders.table import ENCODERS, Encoder
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from common import REPOSITORY
 
 DIRECTORY = REPOSITORY / "build" / "models" / "towers"

@@ -1427,7 +1427,7 @@ def file_rows(folder: Path) -> Iterator[Row]:
     from argosy.guard.policy import read_policies
     from argosy.library import kept, places, search
     from argosy.media import worker
-    from argosy.model.families.quantization import read_quantization
+    from argosy.model.reading.quantization import read_quantization
     from argosy.observe import texts as labelled
 
     def rows_of(

@@ -13,7 +13,7 @@ from argosy.checkpoint.safetensors import open_tensors
 from argosy.checkpoint.safetensors_write import write_safetensors
 from argosy.demo.hearing import Hearing
 from argosy.model.encoders import whisper_audio
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.demo.base_files import write_base
 from tests.models.safetensors_file import read_checkpoint
 from tests.models.tiny_whisper import Tiny, weights, write_ctranslate2

@@ -15,7 +15,7 @@ from argosy.demo.seeing import PATCH_SIZE, SIDE, Seeing
 from argosy.media.pictures import read_picture_processor
 from argosy.model.encoders import qwen_vision
 from argosy.model.encoders.qwen_vision import QwenVisionConfig
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.demo.base_files import write_base
 from tests.models.safetensors_file import read_checkpoint
 

@@ -10,7 +10,7 @@ import pytest
 from argosy.config import LayerConfig, ModelConfig, RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.models.tiny import RawConfig, glm4_moe, minimax_m2, mixtral, olmoe, qwen2_moe, qwen3_moe, respelt
 
 MAKERS = (mixtral, qwen2_moe, qwen3_moe, glm4_moe, olmoe, minimax_m2)

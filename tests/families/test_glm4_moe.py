@@ -12,7 +12,7 @@ from argosy.checkpoint.safetensors import open_tensors
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.families.layout import read_layout
+from argosy.model.reading.layout import read_layout
 from tests.models.safetensors_file import read_checkpoint, write_checkpoint
 from tests.models.tiny import RawConfig, glm4_moe, write_model
 

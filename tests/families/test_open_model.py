@@ -17,7 +17,7 @@ from argosy.checkpoint.safetensors import open_tensors
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.families.layout import Layout, read_layout
+from argosy.model.reading.layout import Layout, read_layout
 from tests.checkpoint.raw_files import write_raw
 from tests.models import tiny_delta, tiny_gemma, tiny_wrappers
 from tests.models.configurations import CONFIGURATIONS, Configuration

@@ -15,7 +15,7 @@ from argosy import Engine
 from argosy.checkpoint.pack import pack
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
-from argosy.model.families.quantization import Quantization, read_quantization
+from argosy.model.reading.quantization import Quantization, read_quantization
 from tests.models.hub_quantised import FP8, INT4, write_fp8_model, write_int4_model
 from tests.models.safetensors_file import edit_header, read_header
 from tests.models.tiny import prompt_ids, qwen3_moe

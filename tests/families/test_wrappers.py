@@ -16,7 +16,7 @@ from argosy.checkpoint.pack import pack
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import FAMILIES, open_model
-from argosy.model.families.quantization import read_quantization
+from argosy.model.reading.quantization import read_quantization
 from tests.families.published import GLM_45V, QWEN3_OMNI, qwen3_vl_moe_of
 from tests.models.gguf_models import one_type, write_gguf_model
 from tests.models.numpy_model import NumpyModel

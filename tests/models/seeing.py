@@ -11,7 +11,7 @@ import tokenizers
 
 from argosy.model.encoders.table import ENCODERS, Encoder
 from argosy.model.families import open_model
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.models import tiny_encoders
 from tests.models.safetensors_file import read_checkpoint, write_safetensors
 from tests.models.tiny import text_of, write_model

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from argosy import _native  # noqa: E402
 from argosy.model.encoders import qwen_vision  # noqa: E402
-from argosy.model.families.config_reader import ConfigReader  # noqa: E402
+from argosy.model.reading.config_reader import ConfigReader  # noqa: E402
 from tests.model.encoders.open_tower import dense_weights, finish  # noqa: E402
 from tests.models.references import difference  # noqa: E402
 

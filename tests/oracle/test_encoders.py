@@ -11,7 +11,7 @@ import transformers
 
 from argosy import _native
 from argosy.model.encoders import gemma_vision, glm_vision, omni_audio, qwen_vision
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.model.encoders.open_tower import PARTS, dense_weights, finish
 from tests.models.make_encoders import make
 from tests.models.references import difference

@@ -15,7 +15,7 @@ import numpy as np
 from argosy import _native
 from argosy.model.encoders import EncoderTensor, qwen_vision
 from argosy.model.encoders.table import ENCODERS, Encoder
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights, is_vector
 from argosy.prompt.media_span import SpanRows
 from tests.models.safetensors_file import Array

@@ -12,7 +12,7 @@ import pytest
 from argosy import _native
 from argosy.errors import CheckpointError, UnsupportedModel, UsageError
 from argosy.model.encoders import gemma_vision, glm_vision, moon_vit, omni_audio, qwen_vision
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from tests.model.encoders.open_tower import PARTS, dense_weights
 from tests.models.tiny_encoders import CONFIGS, RawConfig, Sizes, random_tensors
 

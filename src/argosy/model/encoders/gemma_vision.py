@@ -27,7 +27,7 @@ from argosy.model.encoders.blocks import (
     in_blocks,
 )
 from argosy.model.encoders.grid import Grid, frame_patches, read_theta
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.blocks import FLOAT_BYTES, Operations, Rows
-from argosy.model.families.config_reader import ConfigReader, is_positive_number
+from argosy.model.reading.config_reader import ConfigReader, is_positive_number
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 Weigh = Callable[[NDArray[np.float64]], NDArray[np.float64]]

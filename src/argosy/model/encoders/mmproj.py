@@ -25,8 +25,8 @@ from argosy.config import ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.media.parts import Kind
 from argosy.model.encoders.table import ENCODERS, Encoder
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
 
 _ARCHITECTURE = "clip"
 _PARTS: Mapping[Kind, str] = {"picture": "vision", "sound": "audio"}  # as the keys name them

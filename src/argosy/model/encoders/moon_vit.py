@@ -39,7 +39,7 @@ from argosy.model.encoders.grid import (
     rotation_bytes,
 )
 from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
 _NORM_EPS = 1e-5

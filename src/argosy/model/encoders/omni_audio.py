@@ -31,7 +31,7 @@ from argosy.model.encoders.blocks import (
     in_blocks,
     sinusoids,
 )
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making, SpanRows
 

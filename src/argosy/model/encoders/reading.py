@@ -32,8 +32,8 @@ from argosy.model.encoders.blocks import FLOAT_BYTES, attention_flop
 from argosy.model.encoders.mmproj import TowerInFile, is_of, read_towers
 from argosy.model.encoders.table import ENCODERS, Encoder, Shape, Tower, VideoForm
 from argosy.model.families import CONFIG_FILE
-from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseReading, dense_footprint, is_vector
 
 # What is read of a tower between two steps: reads in progress when a step begins compete with those of its experts, so

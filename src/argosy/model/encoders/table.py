@@ -21,7 +21,7 @@ from argosy.model.encoders import (
     whisper_audio,
 )
 from argosy.model.encoders.blocks import Rows
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 from argosy.model.weights import DenseWeights
 from argosy.prompt.media_span import Making
 

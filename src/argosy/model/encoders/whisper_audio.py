@@ -31,7 +31,7 @@ from argosy.model.encoders.blocks import (
     gelu_mlp_floats,
     in_blocks,
 )
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.prompt.media_span import Making, SpanRows
 
 _NORM_EPS = 1e-5

@@ -52,9 +52,9 @@ from argosy.model.families import (
     qwen3_omni_moe,
     qwen3_vl_moe,
 )
-from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.layout import Layout, read_layout
-from argosy.model.families.quantization import read_quantization
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.layout import Layout, read_layout
+from argosy.model.reading.quantization import read_quantization
 
 CONFIG_FILE = "config.json"
 

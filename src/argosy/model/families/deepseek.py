@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 
 from argosy.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
-from argosy.model.families.layout import ATTENTION_NAMES, separate_and_fused
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, ConfigReader
+from argosy.model.reading.layout import ATTENTION_NAMES, separate_and_fused
 
 LATENT_NORM_EPS = 1e-6
 RENORMALIZE_EPS = 1e-20

@@ -23,8 +23,8 @@ from argosy.model.families.deepseek import (
     attention_scale,
     require_groups,
 )
-from argosy.model.families.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
-from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
+from argosy.model.reading.gguf_config import SIGMOID, SOFTMAX, GgufConfigReader
+from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 
 GGUF_ARCHITECTURE = "deepseek2"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.deepseek import (
     LAYOUTS,
     Defaults,
@@ -19,6 +18,7 @@ from argosy.model.families.deepseek import (
     require_groups,
 )
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.reading.config_reader import ConfigReader
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

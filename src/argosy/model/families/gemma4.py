@@ -18,10 +18,10 @@ from typing import Any
 
 from argosy.config import ActivationConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.common_config import parse_wrapper
-from argosy.model.families.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
-from argosy.model.families.layout import ATTENTION_NAMES, Layout
-from argosy.model.families.rope_config import read_ropes_of_layers
+from argosy.model.reading.common_config import parse_wrapper
+from argosy.model.reading.config_reader import MOST_EXPERTS, MOST_LAYERS, AttentionShape, ConfigReader
+from argosy.model.reading.layout import ATTENTION_NAMES, Layout
+from argosy.model.reading.rope_config import read_ropes_of_layers
 
 MODEL_TYPE = "gemma4"
 GGUF_ARCHITECTURE = None  # their tokenizer is of a kind that is not supported

@@ -12,8 +12,6 @@ from typing import Any
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.deepseek import (
     LAYOUTS,
     layers_behind_the_dense,
@@ -22,9 +20,11 @@ from argosy.model.families.deepseek import (
     require_groups,
 )
 from argosy.model.families.deepseek_gguf import read_dense_layers, read_grouped_router
-from argosy.model.families.gguf_config import SIGMOID, GgufConfigReader
-from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
-from argosy.model.families.rope_config import Axes
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import SIGMOID, GgufConfigReader
+from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
+from argosy.model.reading.rope_config import Axes
 
 __all__ = ["AXES", "GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config", "read_text"]
 

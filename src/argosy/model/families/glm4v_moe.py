@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import glm4_moe
-from argosy.model.families.common_config import parse_wrapper
-from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.glm4_moe import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.reading.common_config import parse_wrapper
+from argosy.model.reading.config_reader import ConfigReader
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from argosy.config import ModelConfig
 from argosy.model.families import deepseek, kimi_k2
-from argosy.model.families.common_config import parse_wrapper
 from argosy.model.families.deepseek_gguf import GGUF_ARCHITECTURE, open_gguf
+from argosy.model.reading.common_config import parse_wrapper
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

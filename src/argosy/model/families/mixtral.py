@@ -15,11 +15,11 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader, frequency_factors
-from argosy.model.families.gguf_layout import read_gguf_layout
-from argosy.model.families.layout import ATTENTION_NAMES, Layout
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader, frequency_factors
+from argosy.model.reading.gguf_layout import read_gguf_layout
+from argosy.model.reading.layout import ATTENTION_NAMES, Layout
 
 MODEL_TYPE = "mixtral"
 GGUF_ARCHITECTURE = "llama"

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.gguf_layout import read_gguf_layout
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

@@ -13,11 +13,11 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader
-from argosy.model.families.gguf_layout import dense_name, read_gguf_layout
 from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.gguf_layout import dense_name, read_gguf_layout
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

@@ -13,8 +13,6 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.qwen_delta import (
     DELTA_NAMES,
     MTP_PREFIX,
@@ -26,7 +24,9 @@ from argosy.model.families.qwen_delta import (
 )
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts
-from argosy.model.families.rope_config import Axes
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.rope_config import Axes
 
 __all__ = [
     "GGUF_ARCHITECTURE",

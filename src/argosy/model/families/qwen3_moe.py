@@ -13,12 +13,12 @@ from typing import Any
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import LayerConfig, ModelConfig, RouterConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
 from argosy.model.families.qwen_moe import LAYOUTS, read_moe_layers
-from argosy.model.families.rope_config import Axes
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.gguf_layout import read_gguf_layout
+from argosy.model.reading.rope_config import Axes
 
 __all__ = [
     "GGUF_ARCHITECTURE",

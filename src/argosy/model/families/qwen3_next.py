@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig, RouterConfig
-from argosy.model.families.common_config import read_common
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.families.qwen_delta import (
     DELTA_NAMES,
     MTP_PREFIX,
@@ -24,6 +22,8 @@ from argosy.model.families.qwen_delta import (
 )
 from argosy.model.families.qwen_delta_gguf import open_delta_gguf
 from argosy.model.families.qwen_moe import make_layouts, read_moe_layers
+from argosy.model.reading.common_config import read_common
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

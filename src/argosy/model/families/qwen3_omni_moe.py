@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from argosy.config import ModelConfig
-from argosy.model.families.common_config import VISION_KEYS, in_wrapper
-from argosy.model.families.config_reader import ConfigReader
 from argosy.model.families.qwen3_moe import read_text
 from argosy.model.families.qwen3_vl_moe import AXES, GGUF_ARCHITECTURE, open_gguf
 from argosy.model.families.qwen_moe import make_layouts
+from argosy.model.reading.common_config import VISION_KEYS, in_wrapper
+from argosy.model.reading.config_reader import ConfigReader
 
 __all__ = ["GGUF_ARCHITECTURE", "LAYOUTS", "MODEL_TYPE", "open_gguf", "parse_config"]
 

@@ -14,12 +14,12 @@ from dataclasses import replace
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import ModelConfig
-from argosy.model.families.common_config import parse_wrapper
-from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.gguf_config import GgufConfigReader
 from argosy.model.families.qwen3_moe import open_qwen3_gguf, read_text
 from argosy.model.families.qwen_moe import make_layouts
-from argosy.model.families.rope_config import Axes
+from argosy.model.reading.common_config import parse_wrapper
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.rope_config import Axes
 
 MODEL_TYPE = "qwen3_vl_moe"
 GGUF_ARCHITECTURE = "qwen3vlmoe"

@@ -12,7 +12,7 @@ from typing import Any
 
 from argosy.config import DeltaConfig, LayerConfig, MixerKind
 from argosy.errors import CheckpointError
-from argosy.model.families.config_reader import ConfigReader
+from argosy.model.reading.config_reader import ConfigReader
 
 MTP_PREFIX = "mtp."
 MTP_TENSORS = r"mtp\..*"

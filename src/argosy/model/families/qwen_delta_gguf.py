@@ -12,9 +12,9 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GgufFile
 from argosy.config import DeltaConfig, LayerConfig, ModelConfig, RouterConfig
 from argosy.errors import CheckpointError
-from argosy.model.families.gguf_config import GgufConfigReader
-from argosy.model.families.gguf_layout import read_gguf_layout
-from argosy.model.families.rope_config import Axes
+from argosy.model.reading.gguf_config import GgufConfigReader
+from argosy.model.reading.gguf_layout import read_gguf_layout
+from argosy.model.reading.rope_config import Axes
 
 _NAMES = {
     "mlp_norm": "post_attention_norm.weight",

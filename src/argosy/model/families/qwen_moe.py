@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from argosy.errors import CheckpointError
-from argosy.model.families.config_reader import ConfigReader
-from argosy.model.families.layout import ATTENTION_NAMES, Layout, separate_and_fused
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.model.reading.layout import ATTENTION_NAMES, Layout, separate_and_fused
 
 _LAYER_NAMES = {
     **ATTENTION_NAMES,

@@ -25,8 +25,8 @@ from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.media.sounds import SoundProcessor, read_sound_processor
 from argosy.model.encoders import EncoderTensor, with_bias
 from argosy.model.encoders.whisper_audio import attention_tensors, encoder_tensors, mlp_tensors
-from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts
-from argosy.model.families.config_reader import MOST_LAYERS, ConfigReader
+from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts
+from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
 from argosy.model.weights import dense_footprint
 from argosy.prompt.tokenizer import Tokenizer
 

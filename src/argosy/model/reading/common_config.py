@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from argosy.config import ModelConfig
-from argosy.model.families.config_reader import MOST_EXPERTS, ConfigReader
-from argosy.model.families.rope_config import Axes, read_rope
+from argosy.model.reading.config_reader import MOST_EXPERTS, ConfigReader
+from argosy.model.reading.rope_config import Axes, read_rope
 
 # Keys of a wrapper: the vision tower, and the placeholders of images and video in a prompt.
 VISION_KEYS = (

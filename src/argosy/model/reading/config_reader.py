@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from argosy.checkpoint.untrusted_file import kind_of, quote
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families.quantization import KEY, read_quantization
+from argosy.model.reading.quantization import KEY, read_quantization
 
 # Models have about a hundred layers and a few hundred experts; larger values mean a damaged file.
 MOST_LAYERS = 4096

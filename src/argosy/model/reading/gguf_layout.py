@@ -32,7 +32,7 @@ from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError
-from argosy.model.families.accounts import TensorAccounts, read_draft
+from argosy.model.reading.accounts import TensorAccounts, read_draft
 
 _FLOAT_FORMATS: Mapping[str, Format] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 FORMAT_OF_TYPE: Mapping[str, Format] = {**_FLOAT_FORMATS, **SLOT_FORMATS}

@@ -22,8 +22,8 @@ from argosy.checkpoint.gguf import GgufArray, GgufFile, read_values
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
-from argosy.model.families.rope_config import Axes, axes_of_pairs
+from argosy.model.reading.config_reader import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
+from argosy.model.reading.rope_config import Axes, axes_of_pairs
 
 # Keys that any writer may add, with values that change nothing.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {

@@ -43,8 +43,8 @@ from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-from argosy.model.families.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
-from argosy.model.families.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
+from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
+from argosy.model.reading.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
 
 # Constants that old exporters saved with the weights; Argosy computes them from the config.
 _LEFTOVERS = (

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import RopeConfig
 from argosy.errors import CheckpointError, UnsupportedModel
-from argosy.model.families.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number
+from argosy.model.reading.config_reader import LARGEST_SIZE, ConfigReader, is_positive_number
 
 Kind = Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"]
 _KINDS_OF_MODELS: tuple[Kind, ...] = ("default", "linear", "dynamic", "yarn", "llama3")

@@ -1,0 +1,1 @@
+"""Readers of configs and files that all families share."""
