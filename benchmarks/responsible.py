@@ -32,8 +32,8 @@ from pathlib import Path
 
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
-from argosy.serve.audited import Auditor
-from argosy.serve.gate import Caller, Policy
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.http.gate import Caller, Policy
 from common import Report, tidy_up_when_terminated
 
 TARGET = 0.01

@@ -26,14 +26,16 @@ from argosy.prompt import json_text, messages, replay, taint, template_worker, t
 from argosy.prompt.stop import StopStrings
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.route import asked, events, prefixes
-from argosy.serve import check_over_http, gate, openai_chat, openai_chunks
+from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.media_parts import Intake, content_of, media_in
 from argosy.serve.app import ROUTES
-from argosy.serve.body import validated
-from argosy.serve.gate import Caller
-from argosy.serve.held import Pool
-from argosy.serve.kept_items import KeptItems
-from argosy.serve.media_parts import Intake, content_of, media_in
-from argosy.serve.streams import SSE
+from argosy.serve.dialects import openai_chat, openai_chunks
+from argosy.serve.guards import check_over_http
+from argosy.serve.http import gate
+from argosy.serve.http.body import validated
+from argosy.serve.http.gate import Caller
+from argosy.serve.http.held import Pool
+from argosy.serve.http.streams import SSE
 from argosy.strict_json import parse_json
 from tests.abuse.growth import Row
 from tests.prompt.families import FAMILIES, TOOLS
@@ -353,15 +355,15 @@ def _asked_of(model: type[BaseModel]) -> Callable[[Any, Caller], object]:
 
 
 def body_rows() -> Iterator[Row]:
-    from argosy.serve.anthropic_messages import MessagesBody
     from argosy.serve.app import DetokenizeBody, TokenizeBody
-    from argosy.serve.llama_infill import InfillBody
-    from argosy.serve.ollama_bodies import EmbedBody, GenerateBody, OllamaChatBody
-    from argosy.serve.openai_completions import CompletionBody
-    from argosy.serve.openai_embeddings import EmbeddingsBody
-    from argosy.serve.openai_moderations import ModerationBody
-    from argosy.serve.openai_responses_bodies import ResponsesBody
-    from argosy.serve.rerank import RerankBody
+    from argosy.serve.dialects.anthropic_messages import MessagesBody
+    from argosy.serve.dialects.llama_infill import InfillBody
+    from argosy.serve.dialects.ollama_bodies import EmbedBody, GenerateBody, OllamaChatBody
+    from argosy.serve.dialects.openai_completions import CompletionBody
+    from argosy.serve.dialects.openai_embeddings import EmbeddingsBody
+    from argosy.serve.dialects.openai_moderations import ModerationBody
+    from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+    from argosy.serve.dialects.rerank import RerankBody
 
     def rows_of(model: type[BaseModel], shapes: dict[str, Callable[[int], Any]]) -> Iterator[Row]:
         asked_of = _asked_of(model)
@@ -453,8 +455,8 @@ def connection_rows() -> Iterator[Row]:
     from starlette.datastructures import QueryParams
     from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-    from argosy.serve import form, origins
-    from argosy.serve.openai_audio import TranscriptionBody
+    from argosy.serve.dialects.openai_audio import TranscriptionBody
+    from argosy.serve.http import form, origins
 
     most = 32 << 10  # the longest head of a request
 
@@ -1085,7 +1087,7 @@ def grammar_rows() -> Iterator[Row]:
 
 
 def _schema_form(schema: Any) -> Grammar:
-    from argosy.serve.fields import schema_form
+    from argosy.serve.answer.fields import schema_form
 
     return schema_form(schema)
 

@@ -20,7 +20,7 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.app import make_app
-from argosy.serve.gate import Gate
+from argosy.serve.http.gate import Gate
 from tests.abuse.hostile_bodies import ATTACKS, CHAT, SPEAKING_OF_BRACES
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start

@@ -9,7 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from argosy.serve import gate, run
+from argosy.serve import run
+from argosy.serve.http import gate
 
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 HIDDEN = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from argosy.guard.keys import KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
 from tests.serve.conftest import start
 
 OURS = [

@@ -17,8 +17,8 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
 from tests.serve.conftest import start
 
 NUM_WRITERS = 12

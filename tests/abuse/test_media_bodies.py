@@ -24,15 +24,15 @@ from argosy.budget.memory_plan import (
 )
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
-from argosy.serve import kept_items
+from argosy.serve.answer import kept_items
+from argosy.serve.answer.core import Answers, Service
+from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.media_parts import Intake
 from argosy.serve.app import make_app
-from argosy.serve.body import validated
-from argosy.serve.core import Answers, Service
-from argosy.serve.gate import MAX_BODY_BYTES, Gate, Refused
-from argosy.serve.held import Pool
-from argosy.serve.kept_items import KeptItems
-from argosy.serve.media_parts import Intake
-from argosy.serve.openai_chat import ChatBody, sent
+from argosy.serve.dialects.openai_chat import ChatBody, sent
+from argosy.serve.http.body import validated
+from argosy.serve.http.gate import MAX_BODY_BYTES, Gate, Refused
+from argosy.serve.http.held import Pool
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS
 from tests.serve.seeing_model import write_seeing_model
@@ -105,7 +105,7 @@ def test_no_more_memory_is_taken_than_was_charged(name: str) -> None:
 def test_a_body_that_would_take_more_than_all_memory_is_refused_before_it_is_parsed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("argosy.serve.body.parse_json", lambda text: pytest.fail("parsed"))
+    monkeypatch.setattr("argosy.serve.http.body.parse_json", lambda text: pytest.fail("parsed"))
     data = chat("A" * (40 * MILLION), "\U0001f600", ensure_ascii=False)
     share = Pool(ROOM).share()
     share.hold(len(data))

@@ -12,7 +12,7 @@ from argosy.cli.main import cli
 from argosy.config import KvDir
 from argosy.guard.audit import DAY_S, AuditSettings
 from argosy.guard.stores import STORES
-from argosy.serve.kept_items import KEPT_S
+from argosy.serve.answer.kept_items import KEPT_S
 
 REPOSITORY = Path(__file__).parents[2]
 STORE = {store.name: store for store in STORES}

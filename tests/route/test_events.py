@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from argosy.route.events import BadStream, Event, NotTheSame, Splitter, Transcript, is_failure, parse_event
-from argosy.serve.streams import JSON_LINES, SSE, Encoding
+from argosy.serve.http.streams import JSON_LINES, SSE, Encoding
 
 TRANSCRIPTS = Path(__file__).parents[1] / "serve" / "transcripts"
 STREAMS = sorted(

@@ -22,7 +22,7 @@ from argosy.route.everywhere import EVERYWHERE
 from argosy.route.servers import Fleet
 from argosy.route.upstream import parse_address
 from argosy.serve.app import ROUTES
-from argosy.serve.gate import Gate
+from argosy.serve.http.gate import Gate
 from tests.route.conftest import RealServer, RunningRouter, free_port, routing
 from tests.route.test_hostile import faking
 from tests.serve.conftest import start

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from argosy.route.events import MOST_EVENT_BYTES
-from argosy.serve.streams import sse
+from argosy.serve.http.streams import sse
 from tests.route.conftest import RunningRouter, routing
 
 Answer = Callable[[socket.socket], None]

@@ -17,8 +17,8 @@ from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
+from argosy.serve.answer.core import ModelFacts, Service
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
 from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.fake_server import fake_server

@@ -16,11 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from argosy.engine.ledger import Ledger
 from argosy.engine.sequence import FinishReason, Result
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.serve.answer_metrics import MOST_KEYS, AnswerMetrics
+from argosy.serve.admin.answer_metrics import MOST_KEYS, AnswerMetrics
+from argosy.serve.admin.state import Metrics
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.models import Models
-from argosy.serve.state import Metrics
+from argosy.serve.models.models import Models
 from tests.serve.conftest import start
 
 

@@ -23,11 +23,11 @@ from argosy.guard.limits import Limits
 from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
-from argosy.serve import openai_audio
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES
-from argosy.serve.screening import Guarding
+from argosy.serve.dialects import openai_audio
+from argosy.serve.dialects.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES
+from argosy.serve.guards.screening import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
 from tests.models.tiny_whisper import TINY, sound, write_transformers

@@ -18,12 +18,12 @@ from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.sealed import SealedContents
-from argosy.serve import audited
+from argosy.serve.admin.transparency import Practice
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.audited import Auditor, SaidOfRequest
-from argosy.serve.core import Service
-from argosy.serve.held import Pool
-from argosy.serve.transparency import Practice
+from argosy.serve.guards import audited
+from argosy.serve.guards.audited import Auditor, SaidOfRequest
+from argosy.serve.http.held import Pool
 from tests.serve.conftest import start
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

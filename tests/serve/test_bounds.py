@@ -16,15 +16,15 @@ from pydantic import BaseModel, Field, ValidationError
 
 from argosy.errors import DiskFull, Overloaded, ReadFailed
 from argosy.prompt.builder import PromptBuilder
-from argosy.serve.anthropic_messages import MessagesBody
+from argosy.serve.answer.core import Answers, Said, Service
+from argosy.serve.answer.fields import MAX_FIELDS, Neutral
+from argosy.serve.answer.media_parts import content_of, media_in
 from argosy.serve.app import ROUTES, DetokenizeBody
-from argosy.serve.body import refusal
-from argosy.serve.core import Answers, Said, Service
-from argosy.serve.fields import MAX_FIELDS, Neutral
-from argosy.serve.media_parts import content_of, media_in
-from argosy.serve.openai_chat import ChatBody
-from argosy.serve.openai_completions import CompletionBody
-from argosy.serve.openai_responses_bodies import ResponsesBody
+from argosy.serve.dialects.anthropic_messages import MessagesBody
+from argosy.serve.dialects.openai_chat import ChatBody
+from argosy.serve.dialects.openai_completions import CompletionBody
+from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http.body import refusal
 from tests.serve.fake_server import POLICY
 from tests.serve.record import read_events
 

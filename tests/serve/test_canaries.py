@@ -19,11 +19,11 @@ import pytest
 
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.audited import Auditor
-from argosy.serve.core import Service
-from argosy.serve.gate import Gate
-from argosy.serve.log import LogWriter
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.http.gate import Gate
+from argosy.serve.http.log import LogWriter
 from tests.abuse.figures import PATHS, body_of, request_with
 
 NUM_REQUESTS = 1000

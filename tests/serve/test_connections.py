@@ -14,8 +14,8 @@ import pytest
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.serve import run
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
 from tests.serve.conftest import start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 

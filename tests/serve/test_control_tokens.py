@@ -13,8 +13,8 @@ import pytest
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.prompt.prompt import Prompt
+from argosy.serve.answer.core import ModelFacts, Service
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
 from tests.prompt.families import FAMILIES
 
 

@@ -36,10 +36,10 @@ from argosy.guard.limits import Limits
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.prompt import Prompt, Trace
 from argosy.prompt.replay import ReplayMemory
+from argosy.serve.answer.core import Answers, Ended, ModelFacts, Service
+from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.app import make_app
-from argosy.serve.core import Answers, Ended, ModelFacts, Service
 from argosy.serve.run import bind, uvicorn_config
-from argosy.serve.tool_use import ToolUse
 from tests.cli.tiny_chat_model import write_chat_model
 
 NUM_DISCONNECTS, NUM_CLIENTS = 500, 5

@@ -15,15 +15,16 @@ import pytest
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.builder import PromptBuilder
-from argosy.serve import kept_items, run
+from argosy.serve import run
+from argosy.serve.answer import kept_items
+from argosy.serve.answer.core import ModelFacts, Service
+from argosy.serve.answer.kept_items import KEPT_S, KeptItems
+from argosy.serve.answer.media_parts import Intake
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
-from argosy.serve.gate import Refused
-from argosy.serve.held import Pool, Share
-from argosy.serve.kept_items import KEPT_S, KeptItems
-from argosy.serve.media_parts import Intake
-from argosy.serve.models import Models
-from argosy.serve.openai_responses_bodies import ResponsesBody
+from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http.gate import Refused
+from argosy.serve.http.held import Pool, Share
+from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import TOOLS
@@ -444,7 +445,7 @@ def test_a_response_that_failed_is_not_kept(speaker: httpx.Client, speaking_serv
 def test_a_stored_conversation_has_the_same_limit_on_items_as_a_sent_one(
     speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.openai_responses_bodies.MAX_ITEMS", 4)
+    monkeypatch.setattr("argosy.serve.dialects.openai_responses_bodies.MAX_ITEMS", 4)
     first = ask(speaker, "#plain")
     second = ask(speaker, "#plain", previous_response_id=first["id"])
     refused = speaker.post(

@@ -21,10 +21,10 @@ from argosy.guard.keys import Key, KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
+from argosy.serve.admin.key_watch import KeyWatch
+from argosy.serve.answer.core import ModelFacts, Service
+from argosy.serve.answer.running import Run, Running
 from argosy.serve.app import make_app
-from argosy.serve.core import ModelFacts, Service
-from argosy.serve.key_watch import KeyWatch
-from argosy.serve.running import Run, Running
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start
 
@@ -78,7 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         Engine.open(model, memory="2GiB", threads=2, grammars=True, kv_dir=root / "kv") as engine,
     ):
         patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.02)
-        patch.setattr("argosy.serve.key_watch.LOOK_S", 0.02)
+        patch.setattr("argosy.serve.admin.key_watch.LOOK_S", 0.02)
         facts = ModelFacts(
             id="tiny", family="", context_tokens=8192, num_layers=1, num_experts=1, experts_per_token=1, vocab_size=512
         )  # fmt: skip

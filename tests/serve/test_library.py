@@ -15,11 +15,11 @@ from argosy.cli.served_library import ServedLibrary
 from argosy.config import GIB
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names
+from argosy.serve.answer.core import Work
+from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.app import make_app
-from argosy.serve.core import Work
-from argosy.serve.kept_items import KeptItems
-from argosy.serve.models import Memory, Models
-from argosy.serve.opened import Common, EngineSource, LibraryShelf
+from argosy.serve.models.models import Memory, Models
+from argosy.serve.models.opened import Common, EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
 from tests.serve.conftest import start
@@ -45,7 +45,7 @@ def hub(tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.fixture
 def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("argosy.serve.models.SHELF_S", 0.0)
+    monkeypatch.setattr("argosy.serve.models.models.SHELF_S", 0.0)
     given = {"memory": 4 * GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
     given["sampling"] = {"top_p": 0.9}
     process_bytes = shared_bytes(None, kept_bytes=1 << 20)

@@ -25,9 +25,9 @@ from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.strangers import PER_MINUTE
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.listen import Certificate, Front, Listener, bind_file
+from argosy.serve.http.listen import Certificate, Front, Listener, bind_file
 from argosy.serve.run import require_keys_behind_proxy
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start

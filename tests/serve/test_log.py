@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.serve.log import LogWriter
+from argosy.serve.http.log import LogWriter
 
 
 def record(text: str) -> logging.LogRecord:
@@ -63,7 +63,7 @@ def test_a_log_on_a_full_drive_goes_on_once_there_is_room(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(to, data)
 
-    monkeypatch.setattr("argosy.serve.log.os.write", full)
+    monkeypatch.setattr("argosy.serve.http.log.os.write", full)
     log = LogWriter(descriptor)
     log.handle(record("one"))
     assert tried[0].wait(10)

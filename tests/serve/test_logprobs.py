@@ -12,8 +12,8 @@ import pytest
 
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
+from argosy.serve.answer.logprobs import Speller
 from argosy.serve.app import make_app
-from argosy.serve.logprobs import Speller
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.test_tokenizer import BYTE_LEVEL, LLAMA, LLAMA_CONFIG, QWEN_CONFIG, UNIGRAM, WORD_PIECE
 from tests.prompt.tokenizers_for_tests import byte_level_json, llama_json, unigram_json, write_tokenizer

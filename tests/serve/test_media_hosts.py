@@ -25,11 +25,11 @@ from argosy.engine.engine import Engine
 from argosy.errors import Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Image, MediaLimits
-from argosy.serve import media_hosts
+from argosy.serve.answer import media_hosts
+from argosy.serve.answer.core import Service
+from argosy.serve.answer.media_hosts import MOST_FILES, Files, HttpsNetwork, MediaHosts, is_public
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.held import Pool, Share
-from argosy.serve.media_hosts import MOST_FILES, Files, HttpsNetwork, MediaHosts, is_public
+from argosy.serve.http.held import Pool, Share
 from tests.media.samples import pattern, png
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS

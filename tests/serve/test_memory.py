@@ -19,10 +19,10 @@ from argosy.errors import DoesNotFit, Overloaded, ServerNotUsable
 from argosy.guard.keys import KeyRing
 from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
-from argosy.serve import memory as memory_module
+from argosy.serve.admin import memory as memory_module
+from argosy.serve.admin.memory import MemoryWatch
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.memory import MemoryWatch
 from tests.serve.conftest import start
 
 FLOOR, ASKED = 300, 1000

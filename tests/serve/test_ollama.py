@@ -13,10 +13,10 @@ import pytest
 
 from argosy import Engine
 from argosy.guard.keys import KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.ollama import HINTS
-from argosy.serve.streams import EventStream
+from argosy.serve.dialects.ollama import HINTS
+from argosy.serve.http.streams import EventStream
 from tests.media.samples import pattern, png
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import TOOLS

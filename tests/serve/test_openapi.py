@@ -29,14 +29,14 @@ from argosy.prompt.infill import Infill, InfillForm
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RerankForm, Reranking
+from argosy.serve.admin.cluster import WorkerState
+from argosy.serve.admin.openapi import Route
+from argosy.serve.answer.core import Service
+from argosy.serve.answer.fields import MAX_ANSWERS
 from argosy.serve.app import ROUTES, make_app
-from argosy.serve.cluster import WorkerState
-from argosy.serve.core import Service
-from argosy.serve.fields import MAX_ANSWERS
-from argosy.serve.gate import AnthropicError, OllamaError, OpenAIError, dialect_of
-from argosy.serve.openapi import Route
-from argosy.serve.screening import Guarding
-from argosy.serve.streams import DONE
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http.gate import AnthropicError, OllamaError, OpenAIError, dialect_of
+from argosy.serve.http.streams import DONE
 from tests.serve import record
 from tests.serve.conftest import start
 

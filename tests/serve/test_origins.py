@@ -9,9 +9,9 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import ROUTES, make_app
-from argosy.serve.core import Service
-from argosy.serve.origins import Origins, granted, origin_of
+from argosy.serve.http.origins import Origins, granted, origin_of
 from tests.serve.conftest import start
 
 PAGE, APP = "https://chat.example.org", "app://obsidian.md"

@@ -41,10 +41,10 @@ from argosy.prompt.formats.events import (
 )
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.reranking import RerankForm, Reranking
+from argosy.serve.admin.openapi import Route
+from argosy.serve.answer.core import Service
 from argosy.serve.app import ROUTES, make_app
-from argosy.serve.core import Service
-from argosy.serve.openapi import Route
-from argosy.serve.screening import Guarding
+from argosy.serve.guards.screening import Guarding
 from tests.serve.conftest import serving, start
 from tests.serve.speaking import write_speaking_model
 
@@ -192,7 +192,7 @@ def test_a_text_that_the_policy_does_not_allow_is_refused_where_a_route_screens(
 
 def test_a_route_without_a_policy_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     from argosy.serve.app import _post
-    from argosy.serve.openai_embeddings import Embeddings, embeddings
+    from argosy.serve.dialects.openai_embeddings import Embeddings, embeddings
 
     with pytest.raises(AssertionError, match="say what the content policy"):
         test_every_route_declares_what_it_screens_and_has_a_body_here(_post("/new", embeddings, Embeddings))

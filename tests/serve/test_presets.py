@@ -15,11 +15,11 @@ from argosy.cli.served_library import ServedPresets
 from argosy.config import Preset, SamplingParams
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.library.names import Named
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.gate import Caller
-from argosy.serve.models import Models
-from argosy.serve.screening import Guarding
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http.gate import Caller
+from argosy.serve.models.models import Models
 from tests.serve.conftest import start
 
 POLICY = """

@@ -16,17 +16,17 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.guard.keys import KeyRing
 from argosy.serve import app
-from argosy.serve import respond as respond_module
-from argosy.serve.anthropic_messages import CountBody, MessagesBody
-from argosy.serve.core import ChatRequest, Read, Said, Service, Step
-from argosy.serve.fields import Closed, NoEffect, Sampling, Text, Tokens
-from argosy.serve.ollama_bodies import GenerateBody, OllamaChatBody
-from argosy.serve.openai_chat import ChatBody
-from argosy.serve.openai_completions import CompletionBody
-from argosy.serve.openai_responses_bodies import ResponsesBody
-from argosy.serve.openapi import Route
-from argosy.serve.respond import Exchange, respond
-from argosy.serve.streams import EventStream
+from argosy.serve.admin.openapi import Route
+from argosy.serve.answer import respond as respond_module
+from argosy.serve.answer.core import ChatRequest, Read, Said, Service, Step
+from argosy.serve.answer.fields import Closed, NoEffect, Sampling, Text, Tokens
+from argosy.serve.answer.respond import Exchange, respond
+from argosy.serve.dialects.anthropic_messages import CountBody, MessagesBody
+from argosy.serve.dialects.ollama_bodies import GenerateBody, OllamaChatBody
+from argosy.serve.dialects.openai_chat import ChatBody
+from argosy.serve.dialects.openai_completions import CompletionBody
+from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http.streams import EventStream
 from tests.serve.conftest import start
 from tests.serve.record import read_events
 
@@ -130,7 +130,7 @@ def test_a_whole_answer_that_comes_late_follows_line_breaks_and_a_late_failure_h
         has_begun.clear()
         return await folded(exchange)
 
-    monkeypatch.setattr("argosy.serve.streams.WHOLE_S", 0)
+    monkeypatch.setattr("argosy.serve.http.streams.WHOLE_S", 0)
     monkeypatch.setattr(EventStream, "_keep_alive", at_once)
     monkeypatch.setattr(respond_module, "folded", late_folded)
     late = plainly.post("/plain", json=asked)

@@ -31,9 +31,9 @@ from argosy.guard.keys import KeyFile
 from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve import run
-from argosy.serve.listen import Front
+from argosy.serve.answer.running import Running
+from argosy.serve.http.listen import Front
 from argosy.serve.run import bind
-from argosy.serve.running import Running
 from tests.cli.tiny_chat_model import write_chat_model
 
 

@@ -31,14 +31,14 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.verdict import CheckFailed
 from argosy.prompt.reranking import RerankForm, Reranking
-from argosy.serve import body
+from argosy.serve.admin.key_watch import KeyWatch
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.audited import Auditor
-from argosy.serve.core import Service
-from argosy.serve.gate import Gate
-from argosy.serve.key_watch import KeyWatch
-from argosy.serve.screening import Guarding
-from argosy.serve.work import WorkQueue
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http import body
+from argosy.serve.http.gate import Gate
+from argosy.serve.http.work import WorkQueue
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 
@@ -251,7 +251,7 @@ def serve(root: Path) -> Iterator[Server]:
     with entered:
         patch = entered.enter_context(pytest.MonkeyPatch.context())
         patch.setattr("argosy.guard.keys._LOOK_AGAIN_S", 0.01)
-        patch.setattr("argosy.serve.key_watch.LOOK_S", 0.01)
+        patch.setattr("argosy.serve.admin.key_watch.LOOK_S", 0.01)
         door = entered.enter_context(socket.create_server(("127.0.0.1", 0)))  # a check that never answers
         policy = root / "policy.toml"
         policy.write_text(POLICY.format(port=door.getsockname()[1]))
@@ -282,7 +282,7 @@ def serve(root: Path) -> Iterator[Server]:
             may_go_on.wait(60)
             raise CheckFailed("released")
 
-        patch.setattr("argosy.serve.check_over_http.judge", judge)
+        patch.setattr("argosy.serve.guards.check_over_http.judge", judge)
         ring, limits, guarding = KeyRing(keys), Limits(), Guarding(policy)
         audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
         entered.callback(audit.close)

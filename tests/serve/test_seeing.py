@@ -24,15 +24,15 @@ from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
 from argosy.media.pictures import PictureProcessor
-from argosy.serve.anthropic_messages import AddressSource, VideoBlock
+from argosy.serve.answer.core import Service
+from argosy.serve.answer.media_hosts import Files
+from argosy.serve.answer.media_parts import Intake, MediaPart
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.gate import Caller
-from argosy.serve.held import Pool, Share
-from argosy.serve.media_hosts import Files
-from argosy.serve.media_parts import Intake, MediaPart
-from argosy.serve.openai_chat import PictureAddress, PicturePart, VideoAddress, VideoPart
-from argosy.serve.openai_responses_bodies import VideoInput
+from argosy.serve.dialects.anthropic_messages import AddressSource, VideoBlock
+from argosy.serve.dialects.openai_chat import PictureAddress, PicturePart, VideoAddress, VideoPart
+from argosy.serve.dialects.openai_responses_bodies import VideoInput
+from argosy.serve.http.gate import Caller
+from argosy.serve.http.held import Pool, Share
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start
@@ -702,7 +702,7 @@ def test_the_size_is_checked_and_charged_before_anything_is_decoded(monkeypatch:
     def decode(*_: object, **__: object) -> bytes:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("argosy.serve.media_parts.binascii.a2b_base64", decode)
+    monkeypatch.setattr("argosy.serve.answer.media_parts.binascii.a2b_base64", decode)
     pool = Pool(2 << 20)
     with pytest.raises(BadMedia, match="a picture may have at most 10 bytes, found 11"):
         Intake(["picture"], pool.share(), MediaLimits(file_bytes=10)).piece(

@@ -21,11 +21,11 @@ from argosy.config import MIB
 from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.guard.keys import KeyRing
+from argosy.serve.answer.core import Work
+from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.app import make_app
-from argosy.serve.core import Work
-from argosy.serve.kept_items import KeptItems
-from argosy.serve.models import Memory, Models
-from argosy.serve.opened import Common, EngineSource
+from argosy.serve.models.models import Memory, Models
+from argosy.serve.models.opened import Common, EngineSource
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tokenizer
 from tests.serve.conftest import start

@@ -14,11 +14,11 @@ import pytest
 from argosy.engine.engine import Engine
 from argosy.engine.progress import RequestProgress, RequestWait
 from argosy.guard.keys import KeyRing
+from argosy.serve.admin.state import PROMPT_SAID_S, log_prompts
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
-from argosy.serve.models import Models
-from argosy.serve.opened import _told
-from argosy.serve.state import PROMPT_SAID_S, log_prompts
+from argosy.serve.models.models import Models
+from argosy.serve.models.opened import _told
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 

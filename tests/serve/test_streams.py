@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from argosy.errors import Revoked
-from argosy.serve.gate import Caller
-from argosy.serve.running import GoneAway
-from argosy.serve.streams import EventStream
+from argosy.serve.answer.running import GoneAway
+from argosy.serve.http.gate import Caller
+from argosy.serve.http.streams import EventStream
 from tests.serve.conftest import start
 
 
@@ -65,7 +65,7 @@ def sent_by(stream: EventStream) -> list[bytes]:
 def test_a_stream_sends_keep_alives_only_while_it_has_no_events(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("argosy.serve.streams.KEEP_ALIVE_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.streams.KEEP_ALIVE_S", 0.3)
 
     async def parts() -> AsyncIterator[bytes]:
         for number in range(10):

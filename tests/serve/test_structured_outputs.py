@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from argosy.guard.keys import SCOPES, KeyFile, KeyRing
+from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
-from argosy.serve.core import Service
 from tests.engine.test_grammar_bounds import BOMBS, REFUSED
 from tests.serve.conftest import start
 from tests.serve.record import read_events

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from argosy.errors import UsageError
-from argosy.serve import systemd
-from argosy.serve.systemd import Notifier, passed_sockets
+from argosy.serve.http import systemd
+from argosy.serve.http.systemd import Notifier, passed_sockets
 
 WAIT_S = 120
 # What systemd does: the sockets become descriptors from 3 on, and the variables have the id of the new process.

@@ -21,16 +21,16 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.anthropic_messages import Event as MessagesEvent
-from argosy.serve.anthropic_messages import Message, MessagesBody, MessagesExchange
-from argosy.serve.core import Ended, Said, Step
-from argosy.serve.gate import Caller
-from argosy.serve.kept_items import KeptItems
-from argosy.serve.openai_chat import ChatBody, ChatChunk, ChatCompletion, ChatExchange
-from argosy.serve.openai_responses import Answer, ResponsesExchange
-from argosy.serve.openai_responses import Event as ResponsesEvent
-from argosy.serve.openai_responses_bodies import ResponsesBody
-from argosy.serve.respond import Exchange, folded, streamed
+from argosy.serve.answer.core import Ended, Said, Step
+from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.respond import Exchange, folded, streamed
+from argosy.serve.dialects.anthropic_messages import Event as MessagesEvent
+from argosy.serve.dialects.anthropic_messages import Message, MessagesBody, MessagesExchange
+from argosy.serve.dialects.openai_chat import ChatBody, ChatChunk, ChatCompletion, ChatExchange
+from argosy.serve.dialects.openai_responses import Answer, ResponsesExchange
+from argosy.serve.dialects.openai_responses import Event as ResponsesEvent
+from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http.gate import Caller
 
 EVENTS = (
     ReasoningDelta("Hm."),

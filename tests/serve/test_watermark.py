@@ -15,10 +15,10 @@ from argosy.engine.watermark import Watermark, make_key
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyRing
 from argosy.guard.watermark import first_ngrams, judge
+from argosy.serve.admin.transparency import Practice
 from argosy.serve.app import ROUTES, make_app
-from argosy.serve.audited import Auditor
-from argosy.serve.screening import Guarding
-from argosy.serve.transparency import Practice
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.screening import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.test_audited import Server

@@ -16,8 +16,8 @@ import pytest
 
 from argosy.errors import Overloaded
 from argosy.guard.limits import TooMany
-from argosy.serve import work
-from argosy.serve.work import Threads, WorkQueue
+from argosy.serve.http import work
+from argosy.serve.http.work import Threads, WorkQueue
 
 
 class Jobs:
@@ -310,7 +310,7 @@ def test_a_queue_has_stopped_once_jobs_wait_and_none_begins_or_ends(monkeypatch:
 # Counts the arenas of a process in which several threads hold memory at once.
 _COUNT_ARENAS = """
 import ctypes, sys, tempfile, threading
-from argosy.serve.work import share_one_heap
+from argosy.serve.http.work import share_one_heap
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.fdopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

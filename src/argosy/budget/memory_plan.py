@@ -69,7 +69,7 @@ LOOKUP_TOKEN_BYTES = 20
 KV_PARTS = 32  # idle memory of the KV cache is lent and returned in this many parts
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
 TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
-BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/held.py`)
+BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/http/held.py`)
 # The largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64.
 MEDIA_BODY_BYTES = 48 * MIB
 # Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.

@@ -65,7 +65,7 @@ def take_keeping(options: dict[str, Any], *, kv_dir: Path | None, store: bool) -
     Raises:
         UsageError: one of them is invalid or needs another.
     """
-    from argosy.serve.kept_items import KEPT_S
+    from argosy.serve.answer.kept_items import KEPT_S
 
     names = ("audit", "audit_key_file", "audit_full", "audit_keep", "audit_content", "audit_content_keep")
     given = {name: options.pop(name) for name in names}

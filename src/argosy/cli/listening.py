@@ -2,7 +2,7 @@
 
     options  ->  Listening: checked, before anything is opened  ->  sockets, Front
 
-Elsewhere: sockets and TLS are `serve/listen.py`, `serve/systemd.py` and `serve/run.py`; the file is `config_file.py`.
+Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py` and `serve/run.py`; the file is `config_file.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from argosy.cli.help_all import Further
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
-    from argosy.serve.listen import Front, Listener
+    from argosy.serve.http.listen import Front, Listener
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -89,7 +89,7 @@ class Listening:
     @contextmanager
     def bind(self) -> Iterator[list[Listener]]:
         """Bind sockets, without listening yet. Raises what `bind_file` and `serve.run.bind` raise."""
-        from argosy.serve.listen import bind_file
+        from argosy.serve.http.listen import bind_file
         from argosy.serve.run import address_of, bind
 
         with ExitStack() as bound:
@@ -112,8 +112,8 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
     Raises:
         UsageError: one of them is invalid, or they contradict each other.
     """
-    from argosy.serve.listen import Certificate, Front
-    from argosy.serve.systemd import passed_sockets
+    from argosy.serve.http.listen import Certificate, Front
+    from argosy.serve.http.systemd import passed_sockets
 
     listen, mode = options.pop("listen"), options.pop("socket_mode")
     certificate, key = options.pop("tls_cert"), options.pop("tls_key")
@@ -144,7 +144,7 @@ def _of_passed(
     Raises:
         UsageError: an option names an address that is not among them.
     """
-    from argosy.serve.systemd import shown
+    from argosy.serve.http.systemd import shown
 
     paths = [one.getsockname() for one in passed if one.family == socket.AF_UNIX]
     ports = [one.getsockname()[:2] for one in passed if one.family != socket.AF_UNIX]

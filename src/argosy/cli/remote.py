@@ -124,7 +124,7 @@ class Server:
         Raises:
             UsageError: `url` is not the address of a server.
         """
-        from argosy.serve.listen import BASE_PATH
+        from argosy.serve.http.listen import BASE_PATH
 
         self._timeout_s = timeout_s
         self._key, self._file = key, url.removeprefix("unix:") if url.startswith("unix:") else None

@@ -11,7 +11,7 @@ from argosy.cli.help_all import Command, Further
 from argosy.cli.listening import listening_options, take_listening
 
 if TYPE_CHECKING:
-    from argosy.serve.log import LogFormat
+    from argosy.serve.http.log import LogFormat
 
 
 @click.command("route", cls=Command)
@@ -69,7 +69,7 @@ def route(
     from argosy.route.run import RouterSettings
     from argosy.route.run import route as run
     from argosy.route.upstream import parse_address
-    from argosy.serve.origins import Origins
+    from argosy.serve.http.origins import Origins
     from argosy.serve.run import require_keys, require_keys_behind_proxy
 
     addresses = [parse_address(url) for url in urls]

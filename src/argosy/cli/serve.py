@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
-    from argosy.serve.listen import Listener
-    from argosy.serve.log import LogFormat
+    from argosy.serve.http.listen import Listener
+    from argosy.serve.http.log import LogFormat
     from argosy.serve.run import ServerSettings
 
 _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at the start
@@ -167,11 +167,11 @@ def serve(
     from argosy.guard.audit import check_audit
     from argosy.guard.keys import KeyFile
     from argosy.library.names import look_up, preset_of
-    from argosy.serve.media_hosts import MediaHosts
-    from argosy.serve.origins import Origins
+    from argosy.serve.answer.media_hosts import MediaHosts
+    from argosy.serve.guards.screening import Guarding
+    from argosy.serve.http.origins import Origins
+    from argosy.serve.http.work import share_one_heap
     from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
-    from argosy.serve.screening import Guarding
-    from argosy.serve.work import share_one_heap
 
     listening = take_listening(options, host=host, port=port)
     wanted, sampling = take_group(options), take_choosing(options)
@@ -326,7 +326,7 @@ def _serve_several(
     from argosy.engine.options import budget_of, configure, locate_model, open_files
     from argosy.engine.shared import Wanted, make_ready
     from argosy.library import kept
-    from argosy.serve.models import Memory
+    from argosy.serve.models.models import Memory
     from argosy.serve.run import serve_several
 
     for option in ("mmproj", "ears"):

@@ -4,7 +4,7 @@
 
 A request names a model of the library, an alias or a preset, and never a path.
 
-Elsewhere: which model is in memory is `serve/models.py`; the library is `library/`.
+Elsewhere: which model is in memory is `serve/models/models.py`; the library is `library/`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
-    from argosy.serve.core import ModelFacts
-    from argosy.serve.opened import Offer, Offers
+    from argosy.serve.answer.core import ModelFacts
+    from argosy.serve.models.opened import Offer, Offers
 
 
 class ServedLibrary:
@@ -52,7 +52,7 @@ class ServedLibrary:
         from argosy.library import kept, names
         from argosy.library.facts import key_of
         from argosy.library.places import find_models
-        from argosy.serve.opened import Offers
+        from argosy.serve.models.opened import Offers
 
         offers: dict[str, Offer] = {}
         faults: dict[str, str] = {}
@@ -100,12 +100,12 @@ class ServedLibrary:
             faults[name] = str(error.strerror)
 
     def _offer(self, name: str, facts: Mapping[str, Any], path: Path, key: object) -> Offer:
-        from argosy.serve.opened import Offer
+        from argosy.serve.models.opened import Offer
 
         return Offer(facts=self._facts_of(name, facts), key=key, make=partial(self._make, name, path))
 
     def _facts_of(self, name: str, facts: Mapping[str, Any]) -> ModelFacts:
-        from argosy.serve.core import ModelFacts
+        from argosy.serve.answer.core import ModelFacts
 
         kinds = () if self._given.get("media") is False else tuple(facts["media_kinds"])
         return ModelFacts(

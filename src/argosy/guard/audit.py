@@ -14,7 +14,7 @@ requests. If the drive is full, the operator's choice holds: with `stop` new req
 written again, and those that were running wait in the queue; with `degrade` lines are dropped, and the next line that
 can be written says how many. No line is dropped without being counted.
 
-Elsewhere: the format and its verification are `chain.py`; the server's part is `serve/audited.py`.
+Elsewhere: the format and its verification are `chain.py`; the server's part is `serve/guards/audited.py`.
 """
 
 from __future__ import annotations

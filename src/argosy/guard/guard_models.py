@@ -5,7 +5,7 @@
 The operator names the form, because a model's files do not. An answer in no known form is a failure, never a pass.
 The models find what they were trained to find: published recall is far from 1 (docs/guides/responsible-use.md).
 
-Elsewhere: `serve/check_by_model.py` runs the model.
+Elsewhere: `serve/guards/check_by_model.py` runs the model.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Checks that only compute run here, in whatever thread calls. Checks that ask som
 and says `answered`. A text is passed on only after every check saw it and let it pass; `overlap_characters` of it wait
 for the next question, so no passage of that length is sent in part.
 
-Elsewhere: the policy is `policy.py`; who asks is `serve/screening.py`.
+Elsewhere: the policy is `policy.py`; who asks is `serve/guards/screening.py`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ STORES = (
         option="",
         by_default=True,
         erased="key",
-        module="serve/held.py",
+        module="serve/http/held.py",
     ),
     Store(
         name="prefixes in memory",
@@ -118,7 +118,7 @@ STORES = (
         option="--store-keep, --no-store",
         by_default=True,
         erased="key",
-        module="serve/kept_items.py",
+        module="serve/answer/kept_items.py",
     ),
     Store(
         name="marks of a router",
@@ -138,7 +138,7 @@ STORES = (
         option="--policy",
         by_default=False,
         erased="none",
-        module="serve/screening.py",
+        module="serve/guards/screening.py",
     ),
     Store(
         name="limits of users",
@@ -208,7 +208,7 @@ STORES = (
         option="",
         by_default=True,
         erased="none",
-        module="serve/answer_metrics.py",
+        module="serve/admin/answer_metrics.py",
     ),
     Store(
         name="log",
@@ -218,7 +218,7 @@ STORES = (
         option="--log-format",
         by_default=True,
         erased="hand",
-        module="serve/log.py",
+        module="serve/http/log.py",
     ),
     Store(
         name="routing counts",

@@ -2,7 +2,7 @@
 
 Categories are OpenAI's where they fit (`/v1/moderations`), and otherwise the check's own.
 
-Elsewhere: checks are `word_list.py`, `guard_models.py` and, over HTTP, `serve/check_over_http.py`.
+Elsewhere: checks are `word_list.py`, `guard_models.py` and, over HTTP, `serve/guards/check_over_http.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A reranker is an ordinary model that was trained with one of these prompts. Its files do not say so; the operator does.
 
-Elsewhere: `serve/rerank.py` compares the probabilities of the two words.
+Elsewhere: `serve/dialects/rerank.py` compares the probabilities of the two words.
 """
 
 from __future__ import annotations

@@ -48,12 +48,12 @@ from argosy.route.everywhere import EVERYWHERE, ask_everywhere, used_everywhere
 from argosy.route.metrics import RouteMetrics
 from argosy.route.servers import Fleet, Load, Server
 from argosy.route.upstream import RawHeaders, Reply, ServerGone
+from argosy.serve.answer.core import Work
 from argosy.serve.app import ROUTES
-from argosy.serve.core import Work
-from argosy.serve.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
-from argosy.serve.held import Pool, Share
-from argosy.serve.origins import Origins
-from argosy.serve.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse
+from argosy.serve.http.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
+from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.origins import Origins
+from argosy.serve.http.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse
 from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.serve")

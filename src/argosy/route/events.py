@@ -9,7 +9,7 @@ tools, reasons to stop), joined in order. It keeps one digest for each choice of
 In a replay, what the client has is compared and dropped, an event that reaches beyond it loses the beginning of its
 text, and later events get the ids that the client knows.
 
-Elsewhere: who dies and who replaces it is `app.py`; how servers write events is `serve/streams.py`.
+Elsewhere: who dies and who replaces it is `app.py`; how servers write events is `serve/http/streams.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from argosy.errors import ArgosyError
-from argosy.serve.streams import DONE, Encoding
+from argosy.serve.http.streams import DONE, Encoding
 from argosy.strict_json import JsonError, parse_json
 
 MOST_EVENT_BYTES = 8 << 20  # the last event of a response repeats its request and all of its text

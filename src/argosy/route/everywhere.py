@@ -22,7 +22,7 @@ from argosy.errors import ArgosyError
 from argosy.route.asked import Asked
 from argosy.route.servers import Fleet, Server
 from argosy.route.upstream import RawHeaders, Reply, ServerGone
-from argosy.serve.gate import TOKENS_LEFT
+from argosy.serve.http.gate import TOKENS_LEFT
 from argosy.strict_json import JsonError, parse_json
 
 _LONGEST_S = 600.0  # loading a model takes minutes

@@ -1,6 +1,6 @@
 """Prometheus metrics of a router: its requests, its servers, and answers that outlived one.
 
-Elsewhere: those of servers are `serve/state.py`.
+Elsewhere: those of servers are `serve/admin/state.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from argosy.route.servers import Fleet
-from argosy.serve.state import RequestMetrics
+from argosy.serve.admin.state import RequestMetrics
 
 Outcome = Literal["continued", "repeated", "failed"]
 

@@ -15,10 +15,10 @@ from argosy.guard.limits import Limits
 from argosy.route.app import make_router
 from argosy.route.servers import Fleet, Health
 from argosy.route.upstream import Address
-from argosy.serve.key_watch import KeyWatch
-from argosy.serve.listen import Front, Listener
-from argosy.serve.log import LogFormat
-from argosy.serve.origins import Origins
+from argosy.serve.admin.key_watch import KeyWatch
+from argosy.serve.http.listen import Front, Listener
+from argosy.serve.http.log import LogFormat
+from argosy.serve.http.origins import Origins
 from argosy.serve.run import MAX_CONNECTIONS, logging_to_stderr, make_room_for_files, run_app
 
 

@@ -28,28 +28,13 @@ from argosy.guard.limits import Limits
 from argosy.media.parts import Hearing, Kind
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch
-from argosy.serve import (
-    anthropic_messages,
-    llama_infill,
-    llama_server,
-    memory,
-    ollama,
-    ollama_models,
-    openai_audio,
-    openai_chat,
-    openai_completions,
-    openai_embeddings,
-    openai_moderations,
-    openai_responses,
-    rerank,
-    stops,
-)
-from argosy.serve.audited import Auditor
-from argosy.serve.body import answering
-from argosy.serve.check_by_model import ModelJudge
-from argosy.serve.cluster import WorkerList, Workers, add_worker, drain_worker, list_workers
-from argosy.serve.core import ChatRequest, Service, service_of
-from argosy.serve.fields import (
+from argosy.serve.admin import memory, stops
+from argosy.serve.admin.cluster import WorkerList, Workers, add_worker, drain_worker, list_workers
+from argosy.serve.admin.openapi import Route, document
+from argosy.serve.admin.state import EngineState, MemoryState, Metrics, state_of
+from argosy.serve.admin.transparency import Practice, Transparency, transparency
+from argosy.serve.answer.core import ChatRequest, Service, service_of
+from argosy.serve.answer.fields import (
     MAX_TOKENS,
     Closed,
     Effort,
@@ -61,8 +46,29 @@ from argosy.serve.fields import (
     Tools,
     few,
 )
-from argosy.serve.form import answering_form
-from argosy.serve.gate import (
+from argosy.serve.answer.media_parts import Intake
+from argosy.serve.answer.rules import exactly_one
+from argosy.serve.answer.running import GoneAway, Running
+from argosy.serve.dialects import (
+    anthropic_messages,
+    llama_infill,
+    llama_server,
+    ollama,
+    ollama_models,
+    openai_audio,
+    openai_chat,
+    openai_completions,
+    openai_embeddings,
+    openai_moderations,
+    openai_responses,
+    rerank,
+)
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.check_by_model import ModelJudge
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http.body import answering
+from argosy.serve.http.form import answering_form
+from argosy.serve.http.gate import (
     AnthropicError,
     Caller,
     Gate,
@@ -75,16 +81,9 @@ from argosy.serve.gate import (
     error_body,
     error_headers,
 )  # fmt: skip
-from argosy.serve.media_parts import Intake
-from argosy.serve.models import Listing, Models, State, models_of, use_model
-from argosy.serve.openapi import Route, document
-from argosy.serve.origins import Origins
-from argosy.serve.rules import exactly_one
-from argosy.serve.running import GoneAway, Running
-from argosy.serve.screening import Guarding
-from argosy.serve.state import EngineState, MemoryState, Metrics, state_of
-from argosy.serve.streams import JSON_LINES, EventStream, sse
-from argosy.serve.transparency import Practice, Transparency, transparency
+from argosy.serve.http.origins import Origins
+from argosy.serve.http.streams import JSON_LINES, EventStream, sse
+from argosy.serve.models.models import Listing, Models, State, models_of, use_model
 
 _STATE_S = 0.5
 _PAGE_TYPES = {

@@ -51,26 +51,34 @@ from argosy.guard.chain import Head
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits, UseFile
 from argosy.observe.recorder import Recorder
+from argosy.serve.admin.cluster import Workers
+from argosy.serve.admin.key_watch import KeyWatch
+from argosy.serve.admin.memory import MemoryWatch
+from argosy.serve.admin.state import watch_prompts
+from argosy.serve.admin.transparency import Practice
+from argosy.serve.answer.core import Work
+from argosy.serve.answer.kept_items import KEPT_S, SWEEP_S, KeptItems
+from argosy.serve.answer.media_hosts import MediaHosts
+from argosy.serve.answer.running import Running
 from argosy.serve.app import make_app
-from argosy.serve.audited import Auditor
-from argosy.serve.cluster import Workers
-from argosy.serve.core import Work
-from argosy.serve.gate import NO_ROOM, Gate
-from argosy.serve.kept_items import KEPT_S, SWEEP_S, KeptItems
-from argosy.serve.key_watch import KeyWatch
-from argosy.serve.listen import SOCKET_CLIENT, Certificate, Front, Listener
-from argosy.serve.log import LogFormat, LogWriter, where_it_failed
-from argosy.serve.media_hosts import MediaHosts
-from argosy.serve.memory import MemoryWatch
-from argosy.serve.models import Memory, Models, Presets
-from argosy.serve.opened import Common, EngineSource, LibraryShelf, Offers, Recording, facts_of, service_for
-from argosy.serve.origins import Origins
-from argosy.serve.running import Running
-from argosy.serve.screening import Guarding
-from argosy.serve.state import watch_prompts
-from argosy.serve.systemd import Notifier
-from argosy.serve.transparency import Practice
-from argosy.serve.work import Threads
+from argosy.serve.guards.audited import Auditor
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http.gate import NO_ROOM, Gate
+from argosy.serve.http.listen import SOCKET_CLIENT, Certificate, Front, Listener
+from argosy.serve.http.log import LogFormat, LogWriter, where_it_failed
+from argosy.serve.http.origins import Origins
+from argosy.serve.http.systemd import Notifier
+from argosy.serve.http.work import Threads
+from argosy.serve.models.models import Memory, Models, Presets
+from argosy.serve.models.opened import (
+    Common,
+    EngineSource,
+    LibraryShelf,
+    Offers,
+    Recording,
+    facts_of,
+    service_for,
+)
 
 if TYPE_CHECKING:
     from argosy.engine.engine import Engine

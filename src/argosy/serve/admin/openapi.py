@@ -1,0 +1,174 @@
+"""The OpenAPI document, generated from the table of routes and the models that check requests.
+
+    ROUTES: policy, handler's body, answer, events  ->  document  ->  /openapi.json
+
+Nothing is written twice: a body is the model that its handler takes, an answer is the type that its handler returns,
+an error is the type that `gate.error_body` returns, and the statuses follow from the policy. Streams are described as
+in OpenAPI 3.2, by `itemSchema`: a line of JSON, or an event whose `data` is JSON text described by `contentSchema`.
+
+Elsewhere: the table is `app.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from argosy.serve.http.gate import FORM_TYPE, AnthropicError, OllamaError, OpenAIError, Policy, dialect_of
+from argosy.serve.http.streams import DONE, JSON_LINES, SSE, Encoding
+
+_REFUSALS = {
+    "400": "The request is invalid.",
+    "401": "The API key is missing or invalid.",
+    "403": "The key lacks the required scope, or the request's host or origin is not allowed.",
+    "404": "The path, model or item does not exist.",
+    "408": "The body took too long to arrive.",
+    "409": "The server runs without workers, or not with this one.",
+    "413": "The body is too large.",
+    "415": "The content type is not the one that the route takes.",
+    "429": "The key has reached one of its limits.",
+    "500": "The answer could not be finished.",
+    "503": "The server has no room for the request, or is stopping.",
+}
+_RETRY = {
+    "retry-after": {"description": "Seconds to wait before trying again.", "schema": {"type": "integer"}}
+}
+_NOTES = {
+    name: {"description": description, "schema": {"type": "string"}, "required": False}
+    for name, description in {
+        "x-ignored-params": "Fields that were accepted and have no effect.",
+        "x-replaced-blocks": "Number of blocks, by type, that the model cannot read; notes replace them.",
+        "x-truncated-texts": "Number of texts of which only the beginning, as much as fits, is embedded.",
+    }.items()
+}
+_GENERATED = {
+    "x-ai-generated": {"description": "A model wrote the answer.", "schema": {"const": "1"}, "required": True}
+}
+_BYTES: dict[str, Any] = {"type": "string"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One row of the table.
+
+    answer: type of the handler's JSON answer; None if the answer is not JSON.
+    events: type of the data of each event that the handler may stream instead; None if it does not stream.
+    encoding: how the stream writes events.
+    has_done: the last event is DONE.
+    media: content types other than JSON.
+    refusals: statuses of the handler's refusals, besides those that follow from the policy.
+    query: schemas of the parameters in the query that the handler reads, by name.
+    """
+
+    policy: Policy
+    handler: Callable[..., Any]
+    answer: Any = None
+    events: Any = None
+    encoding: Encoding = SSE
+    has_done: bool = False
+    media: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    query: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def body(self) -> Any:
+        """The model of the request body; None if the handler takes no body."""
+        return get_type_hints(self.handler).get("body")
+
+
+def document(routes: Sequence[Route], version: str, *, base_path: str = "") -> dict[str, Any]:
+    """Build the OpenAPI document of `routes`, whose paths follow `base_path` on the server."""
+    inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
+    errors = {"openai": OpenAIError, "anthropic": AnthropicError, "ollama": OllamaError}
+    for name, error in errors.items():
+        inputs.append((name, "serialization", TypeAdapter(error)))
+    for route in routes:
+        for what in ("body", "answer", "events"):
+            kind = getattr(route, what)
+            if kind is not None:
+                mode: JsonSchemaMode = "validation" if what == "body" else "serialization"
+                inputs.append((f"{what} {route.policy.method} {route.policy.path}", mode, TypeAdapter(kind)))
+    schemas, shared = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    found = {str(name): schema for (name, _), schema in schemas.items()}
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.policy.path, {})[route.policy.method.lower()] = _operation(route, found)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Argosy", "version": version},
+        **({"servers": [{"url": base_path}]} if base_path else {}),
+        "paths": paths,
+        "components": {
+            "schemas": shared.get("$defs", {}),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }  # fmt: skip
+
+
+def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
+    policy = route.policy
+    key = f"{policy.method} {policy.path}"
+    content: dict[str, Any] = {media: {"schema": _BYTES} for media in route.media}
+    if route.answer is not None:
+        content["application/json"] = {"schema": schemas[f"answer {key}"]}
+    if route.encoding is JSON_LINES:
+        content[JSON_LINES.media_type] = {"itemSchema": schemas[f"events {key}"]}
+    elif route.events is not None:
+        data: dict[str, Any] = {
+            "type": "string", "contentMediaType": "application/json", "contentSchema": schemas[f"events {key}"],
+        }  # fmt: skip
+        if route.has_done:
+            data = {"anyOf": [{"const": DONE}, data]}
+        event = {"type": "object", "properties": {"event": _BYTES, "data": data}, "required": ["data"]}
+        content[SSE.media_type] = {"itemSchema": event}
+    answered: dict[str, Any] = {"description": "The answer.", "content": content}
+    if policy.is_counted:
+        answered["headers"] = _NOTES | (_GENERATED if policy.screens == "answers" else {})
+    operation: dict[str, Any] = {
+        "operationId": route.handler.__name__, "summary": (route.handler.__doc__ or "").strip(),
+        "responses": {"200": answered} | {status: _refused(status, policy, schemas) for status in _statuses(route)},
+    }  # fmt: skip
+    names = re.findall(r"\{(\w+)\}", policy.path)
+    if names:
+        text = {"type": "string", "minLength": 1, "maxLength": 256}
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": text} for name in names
+        ]
+    if route.query:
+        operation.setdefault("parameters", []).extend(
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in route.query.items()
+        )
+    if route.body is not None:
+        media = FORM_TYPE if policy.takes_form else "application/json"
+        body = {media: {"schema": schemas[f"body {key}"]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    if policy.scope is not None:
+        operation["security"] = [{"bearer": []}, {"header": []}]
+    return operation
+
+
+def _statuses(route: Route) -> list[str]:
+    """The statuses with which a request can be refused."""
+    policy = route.policy
+    found = {"400", "403", "500", "503", *route.refusals}
+    found |= {"401"} if policy.scope is not None else set()
+    names_model = "model" in getattr(route.body, "model_fields", ())
+    found |= {"404"} if "{" in policy.path or names_model else set()
+    found |= {"408", "413", "415"} if policy.method == "POST" else set()
+    found |= {"429"} if policy.is_counted else set()
+    return sorted(found)
+
+
+def _refused(status: str, policy: Policy, schemas: dict[str, Any]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schemas[dialect_of(policy.path)]}}
+    refused: dict[str, Any] = {"description": _REFUSALS[status], "content": content}
+    return refused | ({"headers": _RETRY} if status in ("429", "503") else {})

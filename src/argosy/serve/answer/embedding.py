@@ -1,0 +1,131 @@
+"""Embed the texts of a request, for every dialect that has embeddings.
+
+The vectors are charged to the memory for requests before the first text is read. All of them are computed before the
+first is sent, so that a text that is refused gets a status. They are written piece by piece, because their JSON is
+several times as large as they are.
+
+Elsewhere: hidden states are pooled in `engine/pooling.py`; texts run in `side_by_side.py`; the dialects are
+`openai_embeddings.py` and `ollama.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from argosy.engine.pooling import shortened
+from argosy.engine.sequence import Result
+from argosy.errors import CheckpointError, PromptTooLong, UsageError
+from argosy.serve.answer.core import Service
+from argosy.serve.answer.side_by_side import Deliver, run_parts
+from argosy.serve.http.gate import Caller, Refused
+
+MOST_TEXTS = 2048  # per request, as with OpenAI
+_TEXT_BYTES = 512  # Python's objects for a text that runs, and for its vector
+_PIECE_BYTES = 64 << 10  # vectors that are written as JSON at a time
+
+
+@dataclass(slots=True)
+class Embedded:
+    """The embeddings of a request.
+
+    vectors: float32 [texts, dimensions].   num_tokens: over all texts.   cut: numbers of the texts that were cut.
+    """
+
+    vectors: NDArray[np.float32]
+    num_tokens: int = 0
+    cut: list[int] = field(default_factory=list)
+
+    def header(self) -> dict[str, str]:
+        """The header that counts the texts of which only the beginning is embedded."""
+        return {"x-truncated-texts": str(len(self.cut))} if self.cut else {}
+
+
+async def embed(
+    service: Service,
+    caller: Caller,
+    texts: Sequence[str | Sequence[int]],
+    *,
+    dimensions: int | None = None,
+    param: str = "input",
+    cuts: bool = False,
+) -> Embedded:
+    """Embed texts or lists of token ids, each of them as it is.
+
+    Args:
+        dimensions: only so many of the first dimensions of a vector; None: all.
+        param: the field of the texts, for errors.
+        cuts: whether to cut a text that is longer than the context, and embed its beginning.
+
+    Raises:
+        UsageError: a text is empty or too long (unless it is cut), or the model has fewer dimensions.
+        Refused: the model cannot embed texts, or the vectors take more memory than there is for all requests.
+        Overloaded: there is no room for the vectors or for another text now.
+    """
+    most = service.model.hidden_size
+    size = most if dimensions is None else dimensions
+    if size > most:
+        raise UsageError(
+            f"dimensions must be from 1 to {most} with this model, found {size}", param="dimensions"
+        )
+    num_bytes = len(texts) * (size * 4 + _TEXT_BYTES)
+    if num_bytes > caller.share.max_bytes:
+        raise Refused(
+            413,
+            f"these embeddings take {num_bytes} bytes of memory, and there are {caller.share.max_bytes} for requests",
+            hint="send fewer texts in a request",
+        )
+    caller.share.hold(num_bytes)
+    texts = await service.screened_texts(texts, caller, cuts=cuts)
+    made = Embedded(np.empty((len(texts), size), np.float32))
+
+    def submit(number: int, deliver: Deliver) -> Any:
+        text = texts[number]
+        queue = partial(service.loop.submit_embedding, tenant=caller.tenant, name=caller.request_id)
+        try:
+            try:
+                return queue(text, deliver)
+            except PromptTooLong:
+                if not cuts or not isinstance(text, str):
+                    raise
+                start = service.prompts.start_of_text(text)
+                made.cut.append(number)
+                return queue(start, deliver)
+        except CheckpointError as error:  # the pooling that the checkpoint declares is unknown
+            raise Refused(400, error.message, hint=error.hint, param="model") from None
+
+    def take(number: int, result: Result) -> None:
+        assert result.embedding is not None
+        made.vectors[number] = shortened(result.embedding, size)
+        made.num_tokens += result.usage["prompt_tokens"]
+
+    def place(number: int) -> str:
+        return param if len(texts) == 1 else f"{param}.{number}"
+
+    await run_parts(service, caller, len(texts), max(map(len, texts)), submit, take, param=place)
+    return made
+
+
+def json_items(
+    vectors: NDArray[np.float32], item: Callable[[int, NDArray[np.float32]], str]
+) -> Iterator[bytes]:
+    """The items of a JSON list, some at a time.
+
+    Args:
+        vectors: float32 [texts, dimensions].
+        item: writes the item of the vector with this number.
+    """
+    at_once = max(1, _PIECE_BYTES // (vectors.shape[1] * vectors.itemsize))
+    for start in range(0, len(vectors), at_once):
+        items = [item(number, vectors[number]) for number in range(start, min(start + at_once, len(vectors)))]
+        yield (b"," if start else b"") + ",".join(items).encode()
+
+
+def json_numbers(vector: NDArray[np.float32]) -> str:
+    """Nine digits, from which every float32 reads back exactly."""
+    return "[" + ",".join(map("%.9g".__mod__, vector.tolist())) + "]"

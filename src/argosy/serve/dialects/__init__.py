@@ -1,0 +1,1 @@
+"""The API dialects, a file each."""

@@ -1,0 +1,104 @@
+"""OpenAI's moderation endpoint: POST /v1/moderations, answered by the checks of the key's policy.
+
+The checks are those that the policy applies to what a client sends; tokens of a model count for its key. Their
+categories are OpenAI's where they fit; a check with categories of its own adds them. A category that no check knows is
+not flagged, and its score is 0: that says nothing about the text.
+
+Elsewhere: checks run in `screening.py`; docs/guides/responsible-use.md says what they find.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+
+from argosy.guard.verdict import CATEGORIES, Verdict
+from argosy.serve.answer.fields import Closed, Strict, Text, few
+from argosy.serve.http.gate import Caller, Refused
+
+_MOST_INPUTS = 256
+_OPENAI_PREFIXES = ("omni-moderation-", "text-moderation-")  # the names that OpenAI's client sends
+
+
+class TextInput(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class ModerationBody(Strict):
+    """Texts to judge. Pictures are not judged here."""
+
+    input: (
+        Text
+        | Annotated[list[Text], few(_MOST_INPUTS, at_least=1)]
+        | Annotated[list[TextInput], few(_MOST_INPUTS, at_least=1)]
+    ) = Field(examples=["Hello"])
+    model: str | None = Field(
+        None,
+        max_length=256,
+        description="The name of a check; without one, or with one of OpenAI's names: all.",
+    )
+
+    @property
+    def needs_model(self) -> bool:
+        return False
+
+    @property
+    def texts(self) -> list[str]:
+        given = [self.input] if isinstance(self.input, str) else self.input
+        return [one if isinstance(one, str) else one.text for one in given]
+
+
+class Judged(Closed):
+    flagged: bool
+    categories: dict[str, bool]
+    category_scores: dict[str, float]
+    category_applied_input_types: dict[str, list[str]]
+
+
+class Moderated(Closed):
+    id: str
+    model: str
+    results: list[Judged]
+
+
+async def moderations(body: ModerationBody, request: Request) -> Moderated:
+    """Judge texts by the checks of the server's policy."""
+    caller: Caller = request.state.caller
+    screening = caller.screening
+    names = [] if screening is None else [check.name for check in screening.policy.input]
+    if screening is None or not names:
+        raise Refused(
+            404,
+            "this server judges no texts",
+            hint="start it with `--policy FILE`, with checks of the input in the policy of the key",
+        )
+    name = None if body.model is None or body.model.startswith(_OPENAI_PREFIXES) else body.model
+    if name is not None and name not in names:
+        raise Refused(
+            404,
+            f"there is no such check; the policy has: {', '.join(names)}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def count(model: str, num_prompt: int, num_new: int) -> None:
+        caller.answered_by(model)
+        caller.count(prompt=num_prompt, new=num_new)
+
+    results = [_judged(await screening.moderate(text, name, count)) for text in body.texts]
+    return {"id": "modr-" + secrets.token_hex(12), "model": name or "+".join(names), "results": results}
+
+
+def _judged(verdict: Verdict) -> Judged:
+    scores = {**dict.fromkeys(CATEGORIES, 0.0), **verdict.scores}
+    found = verdict.categories
+    return {
+        "flagged": verdict.is_flagged,
+        "categories": {name: name in found for name in scores},
+        "category_scores": scores,
+        "category_applied_input_types": {name: ["text"] for name in scores},
+    }

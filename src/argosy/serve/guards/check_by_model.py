@@ -1,0 +1,68 @@
+"""Ask a model of this server whether a text is allowed.
+
+    Question  ─ a form of `guard/guard_models.py` ─>  a conversation  ─ the model's template ─>  answer  ->  Verdict
+
+The question runs like any request of the same key, so nothing is shared between tenants. Its tokens count for nobody,
+unless the key asks for the verdict itself (`openai_moderations.py`). The model is loaded if it is not in memory, like
+any model of the server.
+
+Elsewhere: `screening.py` calls this, within the time of the check.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, aclosing
+
+from argosy.config import SamplingParams
+from argosy.guard.guard_models import GUARD_FORMS, Question
+from argosy.guard.keys import Key
+from argosy.guard.policy import ModelCheck
+from argosy.guard.verdict import Verdict
+from argosy.prompt.formats.events import TextDelta
+from argosy.serve.answer.core import ChatRequest, Said
+from argosy.serve.answer.running import Running
+from argosy.serve.guards.screening import CountTokens
+from argosy.serve.http.gate import Caller
+from argosy.serve.models.models import Models
+
+
+class ModelJudge:
+    """Asks the models of a server."""
+
+    def __init__(self, models: Models, running: Running) -> None:
+        self._models, self._running = models, running
+
+    async def __call__(
+        self, check: ModelCheck, question: Question, key: Key | None, count: CountTokens | None
+    ) -> Verdict:
+        """The verdict of a model on a text.
+
+        Args:
+            count: counts the tokens of the question and its answer for the key; None: they count for nobody.
+
+        Raises:
+            CheckFailed: the answer has no known form.
+            ArgosyError: the model cannot be loaded, or has no room for the question.
+        """
+        form = GUARD_FORMS[check.form]
+        request = ChatRequest(
+            messages=form.messages(question, check.policy),
+            params=SamplingParams(max_tokens=form.max_tokens, temperature=0.0),
+            continues=False,
+        )
+        with ExitStack() as until:
+            caller = Caller(key=key, uses=(self._models.id_of(check.model),), running=self._running)
+            caller.go_on()
+            service = await self._models.use(check.model, until)
+            answers, _ = await service.open([lambda: request], caller)
+            said: list[str] = []
+            try:
+                async with aclosing(answers.steps()) as steps:
+                    async for step in steps:
+                        if isinstance(step, Said):
+                            said += [event.text for event in step.events if isinstance(event, TextDelta)]
+            finally:
+                answers.cancel()
+                if count is not None:
+                    count(check.model, answers.num_prompt_tokens, answers.num_new_tokens)
+        return form.read("".join(said))

@@ -1,0 +1,1 @@
+"""The server as a process: sockets, bodies, checks before a route, streams, the log."""

@@ -1,0 +1,1 @@
+"""The models of a server, and each as it is open."""

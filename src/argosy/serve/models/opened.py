@@ -1,0 +1,388 @@
+"""A model in memory, as a server has it: the engine, the thread that steps it, and the service.
+
+    ReadyModel  ─ EngineSource.open ─>  OpenedModel: Engine, EngineLoop, Service  ─ close ─>  ReadyModel
+    Offer of a library  ─ LazySource.prepare ─>  EngineSource  ─ release ─>  Offer
+
+Elsewhere: `models.py` decides when a model is opened and closed; `engine/shared.py` has models without weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from argosy.budget.memory_plan import MemoryPlan
+from argosy.config import EngineConfig, ModelConfig, SamplingDefaults
+from argosy.engine.engine import Engine
+from argosy.engine.ledger import DecodeSteps
+from argosy.engine.loop import EngineLoop
+from argosy.engine.shared import ReadyModel
+from argosy.forecast.verification import Verification, compare_decode
+from argosy.guard.keys import KeyRing
+from argosy.media.parts import Hearing, Kind
+from argosy.observe.live import LiveCache
+from argosy.observe.recorder import Recorder
+from argosy.prompt.replay import ReplayMemory
+from argosy.prompt.reranking import RERANK_FORMS, Reranking
+from argosy.prompt.thinking import switch_of
+from argosy.serve.answer.core import ModelFacts, Service, Work
+from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.media_hosts import MediaHosts
+from argosy.serve.http.log import where_it_failed
+from argosy.serve.models.models import Abilities, Progress, Shelved
+
+if TYPE_CHECKING:
+    from argosy.forecast.forecast import Speeds
+
+log = logging.getLogger("argosy.serve")
+
+LOADING_SAID_S = 10.0  # how often the log tells of a model that is loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The parts that all models of a server share.
+
+    ring: prefix files of tenants without a key are deleted when a model is opened; None: the server has no keys.
+    kept: items of earlier responses.
+    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    """
+
+    ring: KeyRing | None
+    kept: KeptItems
+    work: Work
+    keep_billing_line: bool = False
+    any_model: bool = False
+    media_hosts: MediaHosts | None = None
+    rerank: str | None = None
+
+
+class Recording(Protocol):
+    """Opens the recorder of a model's routing (`experts/recording.py`), and saves what it counted."""
+
+    recorder: Recorder | None
+
+    def __call__(self, files: Any, config: EngineConfig) -> Recorder: ...
+
+    def save(self) -> None: ...
+
+
+class OpenedModel:
+    """A model that its source opened. `close` frees its memory."""
+
+    def __init__(
+        self,
+        ready: ReadyModel,
+        facts: ModelFacts,
+        common: Common,
+        num_slots: int,
+        *,
+        progress: Progress,
+        recording: Recording | None,
+        speeds: Speeds | None,
+    ) -> None:
+        self._ready, self._recording = ready, recording
+        self._engine = ready.open(num_slots, progress=progress, recorder=recording)
+        try:
+            self.service = service_for(
+                self._engine, facts, common, replay_bytes=self._engine.plan.replay_bytes,
+                recorder=None if recording is None else recording.recorder, speeds=speeds,
+            )  # fmt: skip
+        except BaseException:
+            ready.close(self._engine)
+            raise
+
+    def resize(self, num_slots: int) -> None:
+        """See `models.Served`."""
+        self._engine.resize_experts(num_slots)
+        if self.service.recent_cache is not None:
+            self.service.recent_cache.num_slots = num_slots
+
+    def close(self) -> None:
+        """See `models.Served`."""
+        self.service.loop.close()
+        self._ready.close(self._engine)
+        if self._recording is not None:
+            self._recording.save()
+
+
+def service_for(
+    engine: Engine,
+    facts: ModelFacts,
+    common: Common,
+    *,
+    replay_bytes: int,
+    recorder: Recorder | None,
+    speeds: Speeds | None,
+) -> Service:
+    """Start the thread that steps an engine; whoever closes the engine closes the service's `loop` first.
+
+    Args:
+        replay_bytes: for answers whose tokens are kept until their conversation continues.
+        recorder: has the choices of recent tokens; None: nothing is recorded.
+        speeds: predictions of its speed; None: there are none.
+    """
+
+    def compare(steps: DecodeSteps) -> Verification:
+        assert speeds is not None
+        return compare_decode(speeds, engine.plan, steps)
+
+    recent_cache = None
+    if recorder is not None and not engine.plan.is_packed:
+        num_experts, num_slots = engine.config.num_experts, engine.plan.usual_slots
+        recent_cache = LiveCache(recorder, num_experts=num_experts, num_slots=num_slots)
+    reranking = None
+    if common.rerank is not None:
+        form, context_tokens = RERANK_FORMS[common.rerank], engine.plan.context_tokens
+        reranking = Reranking(form, engine.tokenizer, context_tokens=context_tokens)
+    if common.ring is not None:
+        engine.forget_others(["", *common.ring.ids])  # drops tenants whose keys were revoked meanwhile
+    return Service(
+        EngineLoop(engine, report=lambda error: log.error("engine: %s", where_it_failed(error))),
+        engine.prompts.remembering(ReplayMemory(max_bytes=replay_bytes)),
+        engine.tokenizer,
+        facts,
+        keep_billing_line=common.keep_billing_line,
+        any_model=common.any_model,
+        kept=common.kept,
+        work=common.work,
+        media_hosts=common.media_hosts,
+        ears=engine.ears,
+        reranking=reranking,
+        recent_cache=recent_cache,
+        compare=None if speeds is None else compare,
+    )
+
+
+class EngineSource:
+    """A `models.Source`: opens engines of a model that is ready.
+
+    Args:
+        record: makes what records the routing while the model is open; None: nothing is recorded.
+        speeds: predictions of its speed; None: there are none.
+        note_use: called, in a thread, with the model's name when it is opened; None: nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        ready: ReadyModel,
+        common: Common,
+        *,
+        record: Callable[[], Recording] | None,
+        speeds: Speeds | None = None,
+        note_use: Callable[[str], None] | None = None,
+    ) -> None:
+        self._ready = ready
+        self._common = common
+        self._record = record
+        self._speeds = speeds
+        self._note_use = note_use
+        self.facts = facts_of(
+            ready.name, ready.model, ready.plan, num_parameters=ready.num_parameters, media_kinds=ready.media_kinds,
+            hears=ready.hears, fingerprint=ready.fingerprint, sampling=ready.sampling,
+        )  # fmt: skip
+
+    @cached_property
+    def _abilities(self) -> Abilities:
+        ready = self._ready
+        return Abilities.of(
+            ready.tokenizer, tools=ready.tools, thinking=switch_of(ready.variables),
+            can_infill=ready.can_infill,
+        )  # fmt: skip
+
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        """See `models.Source`."""
+        return self._abilities
+
+    def prepare(self, budget_bytes: int) -> None:
+        """It is ready from start to end."""
+
+    def release(self) -> None:
+        """It is ready from start to end."""
+
+    @property
+    def floor_bytes(self) -> int:
+        return self._ready.floor_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._ready.plan.slot_bytes
+
+    @property
+    def fewest_slots(self) -> int:
+        return self._ready.plan.num_slots
+
+    @property
+    def most_slots(self) -> int:
+        return self._ready.plan.most_slots
+
+    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
+        """See `models.Source`."""
+        opened = OpenedModel(
+            self._ready, self.facts, self._common, num_slots, progress=_told(self._ready.name, progress),
+            recording=None if self._record is None else self._record(), speeds=self._speeds,
+        )  # fmt: skip
+        if self._note_use is not None:
+            self._note_use(self._ready.name)
+        return opened
+
+    def forget(self, tenant: str) -> None:
+        """See `models.Source`."""
+        self._ready.forget(tenant)
+
+
+def _told(name: str, progress: Progress, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Progress of loading a model, for the log as well, every LOADING_SAID_S."""
+    said_at = clock()
+
+    def tell(task: str, share: float) -> None:
+        nonlocal said_at
+        progress(task, share)
+        if (now := clock()) - said_at >= LOADING_SAID_S:
+            said_at = now
+            log.info("loading %s: %s (%.0f %%)", name, task, 100 * share)
+
+    return tell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A model of a library.
+
+    key: equal as long as its files are unchanged.
+    make: reads its tokenizer and plans it in a budget, or in that of the server's start; raises DoesNotFit,
+        CheckpointError and related errors.
+    """
+
+    facts: ModelFacts
+    key: object
+    make: Callable[[int | None], tuple[ReadyModel, Speeds | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offers:
+    """The models of a library; `others` and `faults` as in `models.Shelved`."""
+
+    offers: Sequence[Offer]
+    others: Mapping[str, str]
+    faults: Mapping[str, str]
+
+
+class LazySource:
+    """A `models.Source` of a library's model: it is made ready for each time that it is opened."""
+
+    _reading = threading.Lock()  # one at a time: a tokenizer that is read for a list counts in no budget
+
+    def __init__(self, offer: Offer, to_source: Callable[[ReadyModel, Speeds | None], EngineSource]) -> None:
+        self.key, self.facts = offer.key, offer.facts
+        self._make, self._to_source = offer.make, to_source
+        self._source: EngineSource | None = None
+        self._abilities: Abilities | None = None
+
+    def _read(self, budget_bytes: int | None = None) -> EngineSource:
+        source = self._to_source(*self._make(budget_bytes))
+        self._abilities = source.abilities()
+        self.facts = replace(source.facts, created=self.facts.created)
+        return source
+
+    def abilities(self, *, may_read: bool = False) -> Abilities:
+        """See `models.Source`."""
+        if self._abilities is None and may_read:
+            with self._reading:
+                if self._abilities is None:
+                    self._read()
+        return self._abilities or Abilities()
+
+    def prepare(self, budget_bytes: int) -> None:
+        """See `models.Source`."""
+        with self._reading:
+            if self._source is None:
+                self._source = self._read(budget_bytes)
+
+    def release(self) -> None:
+        """See `models.Source`."""
+        self._source = None
+
+    @property
+    def _ready(self) -> EngineSource:
+        assert self._source is not None
+        return self._source
+
+    @property
+    def floor_bytes(self) -> int:
+        return self._ready.floor_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        return self._ready.slot_bytes
+
+    @property
+    def fewest_slots(self) -> int:
+        return self._ready.fewest_slots
+
+    @property
+    def most_slots(self) -> int:
+        return self._ready.most_slots
+
+    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
+        """See `models.Source`."""
+        return self._ready.open(num_slots, progress)
+
+    def forget(self, tenant: str) -> None:
+        """A library's models keep nothing in files."""
+
+
+class LibraryShelf:
+    """A `models.Shelf` over what a library offers."""
+
+    def __init__(
+        self, look: Callable[[], Offers], to_source: Callable[[ReadyModel, Speeds | None], EngineSource]
+    ) -> None:
+        self._look, self._to_source = look, to_source
+        self._sources: dict[str, LazySource] = {}
+
+    def look(self) -> Shelved:
+        """See `models.Shelf`."""
+        found, before = self._look(), self._sources
+        self._sources = {}
+        for offer in found.offers:
+            source = before.get(offer.facts.id)
+            if source is None or source.key != offer.key:
+                source = LazySource(offer, self._to_source)
+            self._sources[offer.facts.id] = source
+        return Shelved(sources=self._sources, others=found.others, faults=found.faults)
+
+
+def facts_of(
+    name: str,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    *,
+    num_parameters: int,
+    media_kinds: tuple[Kind, ...],
+    hears: Hearing,
+    fingerprint: str,
+    sampling: SamplingDefaults,
+) -> ModelFacts:
+    """The facts about a model that clients may know."""
+    return ModelFacts(
+        id=name,
+        family=model.family,
+        context_tokens=plan.context_tokens,
+        num_layers=len(model.layers),
+        num_experts=model.num_experts,
+        experts_per_token=model.experts_per_token,
+        vocab_size=model.vocab_size,
+        num_parameters=num_parameters,
+        weight_bytes=plan.dense_bytes + plan.resident_bytes,
+        media_kinds=media_kinds,
+        hears=hears,
+        hidden_size=model.hidden_size,
+        fingerprint=fingerprint,
+        sampling=sampling,
+    )
