@@ -24,7 +24,7 @@ import numpy as np
 
 from argosy.checkpoint.pack import pack
 from argosy.checkpoint.safetensors import read_header
-from argosy.cli.eval import interval, table
+from argosy.cli.commands.eval import interval, table
 from argosy.config import format_bytes, parse_size
 from argosy.demo.build import build_demo
 from argosy.evaluate.intervals import Estimate

@@ -313,7 +313,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 WRITES_BY_PATH = {
     "checkpoint/safetensors_write.py",
     "checkpoint/upcycle.py",
-    "cli/output.py",
+    "cli/shared/output.py",
     "demo/build.py",
     "demo/parts.py",
     "demo/wheel.py",

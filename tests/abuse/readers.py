@@ -1423,7 +1423,8 @@ def file_rows(folder: Path) -> Iterator[Row]:
         tiktoken_model,
         untrusted_file,
     )
-    from argosy.cli import chat_files, edit_file, output
+    from argosy.cli.commands import chat_files
+    from argosy.cli.shared import edit_file, output
     from argosy.evaluate import questions, reports
     from argosy.experts.hit_rate import WorkingSet
     from argosy.guard.policy import read_policies

@@ -10,7 +10,7 @@ from tests.abuse.patterns import Automaton, slow_patterns
 ALLOWED = {
     ("checkpoint/hub.py", "f'[0-9a-f]{{{length}}}'"): "one set of characters, a fixed number of times",
     ("checkpoint/upcycle.py", "own"): "a name that is escaped, and eight characters",
-    ("cli/remote.py", "own_path"): "the address that the user gave on the command line",
+    ("cli/shared/remote.py", "own_path"): "the address that the user gave on the command line",
     ("engine/grammar/constraint.py", "b'|'.join(map(re.escape, texts))"): "literal words",
     ("engine/grammar/grammar_bounds.py", "_LEXEME"): "reading ends at the first character that begins no lexeme",
     ("guard/guard_models.py", "_OF_SAFETY"): "the rest of a line always ends at its end",

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from argosy.cli import data, output
+from argosy.cli.commands import data
 from argosy.cli.main import main
+from argosy.cli.shared import output
 from argosy.guard.audit import Audit, AuditSettings, Content
 from argosy.guard.keys import KeyFile
 

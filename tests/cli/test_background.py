@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from argosy.cli import own_server
 from argosy.cli.main import main
-from argosy.cli.remote import DEFAULT_URL, default_url
+from argosy.cli.shared import own_server
+from argosy.cli.shared.remote import DEFAULT_URL, default_url
 from tests.helpers.guides import shown_after
 
 Captured = pytest.CaptureFixture[str]
@@ -238,7 +238,7 @@ def test_stop_sends_each_signal_once(options: list[str], sent: str, capfd: Captu
 def test_a_second_stop_ends_no_answers_and_a_frozen_server_is_killed_only_when_asked(
     monkeypatch: pytest.MonkeyPatch, capfd: Captured
 ) -> None:
-    from argosy.cli import background
+    from argosy.cli.commands import background
 
     monkeypatch.setattr(background, "_SILENT_S", 0.3)
     monkeypatch.setattr(background, "_STOP_S", 0.3)
@@ -265,7 +265,7 @@ def test_a_second_stop_ends_no_answers_and_a_frozen_server_is_killed_only_when_a
 
 
 def test_stop_says_what_the_server_does_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from argosy.cli import background
+    from argosy.cli.commands import background
 
     state = {"models": [{"running": 1, "waiting": 0}], "running": [{"seconds": 40.4}, {"seconds": 3}, None]}
     monkeypatch.setattr(background, "_own", lambda timeout_s: SimpleNamespace(state=lambda: state))
@@ -344,14 +344,14 @@ def test_the_log_is_printed_without_what_a_terminal_would_obey(state: Path, capf
 def test_a_server_listens_on_a_file_and_a_port_if_both_are_named(tmp_path: Path) -> None:
     import click
 
-    from argosy.cli.serve import serve
+    from argosy.cli.commands.serve import serve
 
     for options, expected in (
         (["--listen", "unix:s"], (Path("s"), None)),
         (["--listen", "unix:s", "--port", "1"], (Path("s"), 1)),
         (["--port", "1"], (None, 1)),
     ):
-        from argosy.cli.listening import take_listening
+        from argosy.cli.commands.listening import take_listening
 
         with ExitStack() as entered:
             context = entered.enter_context(serve.make_context("serve", list(options)))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cli.chat import Conversation
-from argosy.cli.chat_models import LocalModel
+from argosy.cli.commands.chat import Conversation
 from argosy.cli.main import main
+from argosy.cli.shared.chat_models import LocalModel
 from argosy.config import SamplingParams
 from argosy.errors import DoesNotFit, PromptTooLong, ReadFailed, UsageError
 from argosy.prompt.thinking import Thinking

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image as Pictures
 
-from argosy.cli import chat_files
-from argosy.cli.chat_files import LineHistory, load, save
+from argosy.cli.commands import chat_files
+from argosy.cli.commands.chat_files import LineHistory, load, save
 from argosy.errors import UsageError
 from argosy.media.parts import PROMPT_LIMITS, Image
 

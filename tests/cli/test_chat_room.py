@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from argosy import Engine
-from argosy.cli import chat_room
-from argosy.cli.chat import Conversation
-from argosy.cli.chat_models import LocalModel
+from argosy.cli.commands import chat_room
+from argosy.cli.commands.chat import Conversation
 from argosy.cli.main import main
+from argosy.cli.shared.chat_models import LocalModel
 from argosy.config import SamplingParams
 from argosy.errors import PromptTooLong, UsageError
 from tests.cli.fake_engine import FakeEngine

@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 
-from argosy.cli.config_file import read_config
+from argosy.cli.commands.serve import serve
 from argosy.cli.main import main
-from argosy.cli.serve import serve
+from argosy.cli.shared.config_file import read_config
 from argosy.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
@@ -67,7 +67,7 @@ def test_every_option_of_serve_may_be_in_the_file(tmp_path: Path) -> None:
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from argosy.cli.settings import Settings
+    from argosy.cli.shared.settings import Settings
 
     monkeypatch.setenv("ARGOSY_MEMORY", "1GiB")
     monkeypatch.setenv("ARGOSY_THREADS", "3")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from argosy.cli.connect import CLIENTS
+from argosy.cli.commands.connect import CLIENTS
 from argosy.cli.main import main
 from tests.serve.fake_server import FakeServer, fake_server, stranger
 
@@ -572,7 +572,7 @@ def test_the_backup_is_the_only_file_left_beside_a_changed_file(server: FakeServ
 def test_a_file_that_another_program_changes_meanwhile_is_not_overwritten(
     server: FakeServer, home: Path, capsys: Captured
 ) -> None:
-    from argosy.cli import edit_file
+    from argosy.cli.shared import edit_file
 
     path = home / "settings.json"
     put(path, "{}")

@@ -12,9 +12,9 @@ from typing import Any, get_args
 import pytest
 
 from argosy import _native
-from argosy.cli import doctor as command
-from argosy.cli import output
+from argosy.cli.commands import doctor as command
 from argosy.cli.main import main
+from argosy.cli.shared import output
 from argosy.config import GIB, MIB, AskAhead, Tuning
 from argosy.errors import DiskFull, UsageError
 from argosy.machine import resources, tuning

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from argosy.cli import output
 from argosy.cli.main import main
+from argosy.cli.shared import output
 from argosy.config import SamplingDefaults
 from argosy.forecast import planning
 from argosy.library import kept

@@ -14,13 +14,13 @@ import click
 import pytest
 
 from argosy import errors
-from argosy.cli.chat import chat
-from argosy.cli.help_all import Further
+from argosy.cli.commands.chat import chat
+from argosy.cli.commands.plan import plan
+from argosy.cli.commands.run import run
+from argosy.cli.commands.serve import serve
 from argosy.cli.main import _COMMANDS, _SUBJECTS, main
-from argosy.cli.plan import plan
-from argosy.cli.run import run
-from argosy.cli.serve import serve
-from argosy.cli.settings import Settings, wants_traceback
+from argosy.cli.shared.help_all import Further
+from argosy.cli.shared.settings import Settings, wants_traceback
 from argosy.errors import UsageError
 from argosy.user_directories import data_directory
 from tests.cli.fake_engine import FakeEngine

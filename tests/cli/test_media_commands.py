@@ -15,9 +15,9 @@ import pytest
 from PIL import Image as Pictures
 
 from argosy import Audio, Engine, Image, SamplingParams, Text, Video
-from argosy.cli.chat import Conversation
-from argosy.cli.chat_models import LocalModel
+from argosy.cli.commands.chat import Conversation
 from argosy.cli.main import main
+from argosy.cli.shared.chat_models import LocalModel
 from argosy.errors import UsageError
 from tests.media.video_samples import clip_file
 from tests.models.seeing import write_seeing_chat_model

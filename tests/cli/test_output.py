@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from argosy.cli import output
-from argosy.cli.output import (
+from argosy.cli.shared import output
+from argosy.cli.shared.output import (
     AnswerWriter,
     Shown,
     Wait,
@@ -197,7 +197,7 @@ def test_a_wait_without_a_known_end_is_told_without_a_share(
 
 KEYS = """
 import sys
-from argosy.cli.output import progress_bar
+from argosy.cli.shared.output import progress_bar
 with progress_bar() as tell:
     tell("reading weights", 0.4)
     first = sys.stdin.readline()

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from argosy.checkpoint.pack import PACK_FORMATS
+from argosy.cli.commands.pack import FORMATS, pack
 from argosy.cli.main import main
-from argosy.cli.pack import FORMATS, pack
 from argosy.errors import CorruptRecord, UsageError
 from argosy.model.families import open_model
 from tests.models.seeing import REFERENCE

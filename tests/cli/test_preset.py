@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from argosy.cli.main import main
-from argosy.cli.server_model import _entry_of
+from argosy.cli.shared.server_model import _entry_of
 from argosy.errors import UsageError
 from argosy.library import presets
 from argosy.serve.run import ServerSettings

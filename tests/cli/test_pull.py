@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cli import pull
+from argosy.cli.commands import pull
 from argosy.cli.main import main
 from argosy.forecast.planning import Fit, compare_sizes, plan_remote
 from argosy.library.pull import Offer, ask_hub, look_up

@@ -19,7 +19,7 @@ from unittest.mock import ANY
 import pytest
 
 from argosy.cli.main import main
-from argosy.cli.output import FencedCode, write_file, write_text
+from argosy.cli.shared.output import FencedCode, write_file, write_text
 from argosy.config import CHOOSING, SamplingParams
 from argosy.errors import UsageError
 from argosy.machine.resources import MemoryLimit
@@ -239,7 +239,7 @@ def test_files_and_stdin_come_before_the_prompt(
 def test_a_program_that_keeps_its_pipe_open_is_told_what_is_waited_for(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    monkeypatch.setattr("argosy.cli.texts._PATIENCE_S", 0.01)
+    monkeypatch.setattr("argosy.cli.shared.texts._PATIENCE_S", 0.01)
     end, start = os.pipe()
     said: list[str] = []
 
@@ -272,7 +272,7 @@ def test_a_text_that_cannot_be_read_is_named_before_a_model_opens(
     engine: Engine, pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("argosy.cli.texts.MOST_BYTES", 20)
+    monkeypatch.setattr("argosy.cli.shared.texts.MOST_BYTES", 20)
     Path("large.txt").write_text("x" * 12)
     Path("binary").write_bytes(b"ab\xff")
     for arguments, sentence in (
@@ -568,7 +568,7 @@ def test_thoughts_are_dim_on_a_terminal(
     monkeypatch.setenv("NO_COLOR", no_color)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("argosy.cli.output.progress_bar", contextlib.nullcontext)
+    monkeypatch.setattr("argosy.cli.shared.output.progress_bar", contextlib.nullcontext)
     assert main(["run", "-m", "model", "-q", "Hi"]) == 0
     assert terminal.getvalue() == shown
     assert main(["run", "-m", "model", "-q", "--no-thoughts", "Hi"]) == 0
@@ -584,7 +584,7 @@ def test_an_interrupted_thought_leaves_the_terminal_as_it_was(
             raise KeyboardInterrupt
 
     engine.family, engine.answer, engine.before_token = "harmony", HARMONY, staticmethod(interrupt)
-    monkeypatch.setattr("argosy.cli.output.progress_bar", contextlib.nullcontext)
+    monkeypatch.setattr("argosy.cli.shared.output.progress_bar", contextlib.nullcontext)
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert main(["run", "-m", "model", "Hi"]) == 130
@@ -684,7 +684,7 @@ def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
     # The pause after each write keeps the answer from ending before the signal arrives.
     code = (
-        "import sys, argosy.cli.output as output\n"
+        "import sys, argosy.cli.shared.output as output\n"
         "real = output.write_text\n"
         "output.write_text = lambda *a, **k: (real(*a, **k), __import__('time').sleep(0.2))\n"
         "from argosy.cli.main import main\n"

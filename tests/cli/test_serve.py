@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from argosy.cli.commands.serve import _ids
 from argosy.cli.main import main
-from argosy.cli.serve import _ids
 from argosy.config import SamplingDefaults, parse_seconds
 from argosy.errors import UsageError
 from argosy.library import kept, names

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from argosy.cli import own_server
 from argosy.cli.main import main
-from argosy.cli.remote import Server
-from argosy.cli.server_model import Followed, part_of
-from argosy.cli.server_model import _sent as sent_messages
+from argosy.cli.shared import own_server
+from argosy.cli.shared.remote import Server
+from argosy.cli.shared.server_model import Followed, part_of
+from argosy.cli.shared.server_model import _sent as sent_messages
 from argosy.library import names
 from argosy.media.parts import Content, Kind
 from argosy.serve.answer.media_parts import media_in

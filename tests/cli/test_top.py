@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from argosy.cli import background, top
+from argosy.cli.commands import background, top
 from argosy.cli.main import main
-from argosy.cli.remote import Server
+from argosy.cli.shared.remote import Server
 from argosy.errors import ServerNotUsable
 from tests.serve.fake_server import FakeServer, fake_server, stranger
 

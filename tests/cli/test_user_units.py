@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cli import own_server, user_units
 from argosy.cli.main import main
+from argosy.cli.shared import own_server, user_units
 from argosy.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
@@ -124,7 +124,7 @@ def test_logs_are_those_of_the_journal(systemd: Path) -> None:
 def test_the_service_runs_a_command_of_serve_and_finds_the_same_files(
     systemd: Path, tmp_path: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from argosy.cli.serve import serve
+    from argosy.cli.commands.serve import serve
 
     monkeypatch.setenv("ARGOSY_API_KEY", "secret")
     assert main(["up", "--memory", "1GiB", "--print"]) == 0

@@ -16,9 +16,9 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.shards import ALL_SHARDS
-from argosy.cli.group_options import parse_percent
+from argosy.cli.commands.worker import shards_of
 from argosy.cli.main import main
-from argosy.cli.worker import shards_of
+from argosy.cli.shared.group_options import parse_percent
 from argosy.cluster.group import Group
 from argosy.errors import UsageError
 from tests.cli.tiny_chat_model import write_chat_model

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.cli import routes
+from argosy.cli.commands import routes
 from argosy.demo.locate import locate
 from argosy.errors import FetchFailed
 from argosy.observe.report import DomainRoutes, RouteReport, report

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.cli.output import ledger_lines
+from argosy.cli.shared.output import ledger_lines
 from argosy.engine import energy
 from argosy.engine.energy import EnergyShares, Metered, co2_grams, drive_joules
 from argosy.engine.ledger import Ledger

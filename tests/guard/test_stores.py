@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from argosy.cli.data import _ERASED
+from argosy.cli.commands.data import _ERASED
 from argosy.cli.main import cli
 from argosy.config import KvDir
 from argosy.guard.audit import DAY_S, AuditSettings

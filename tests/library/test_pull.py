@@ -20,7 +20,7 @@ import pytest
 
 from argosy.checkpoint.hub import Source
 from argosy.checkpoint.pooling import declared_pooling
-from argosy.cli import pull as cli_pull
+from argosy.cli.commands import pull as cli_pull
 from argosy.cli.main import main
 from argosy.engine.options import locate_model, open_files
 from argosy.errors import CheckpointError, DiskFull, FetchFailed, UsageError

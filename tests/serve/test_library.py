@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from argosy.budget.memory_plan import shared_bytes
-from argosy.cli import served_library
-from argosy.cli.served_library import ServedLibrary
+from argosy.cli.commands import served_library
+from argosy.cli.commands.served_library import ServedLibrary
 from argosy.config import GIB
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from argosy.cli.serve import serve
+from argosy.cli.commands.serve import serve
 from argosy.engine.engine import Engine
 from argosy.errors import Overloaded, UsageError
 from argosy.guard.keys import KeyRing
@@ -248,7 +248,7 @@ def test_an_allowed_host_is_a_plain_name(name: str) -> None:
 @pytest.mark.parametrize("names", [(), (HOST,), (HOST, "cdn.example.org"), ("localhost",)])
 def test_the_command_line_names_the_hosts(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[MediaHosts | None] = []
-    monkeypatch.setattr("argosy.cli.serve.open_engine", lambda *_, **__: MagicMock())
+    monkeypatch.setattr("argosy.cli.commands.serve.open_engine", lambda *_, **__: MagicMock())
     monkeypatch.setattr("argosy.engine.options.locate_model", Mock(side_effect=UsageError("no model")))
     monkeypatch.setattr(
         "argosy.serve.run.serve",

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from argosy.cli.memory import memory as memory_command
+from argosy.cli.commands.memory import memory as memory_command
 from argosy.engine.engine import Engine
 from argosy.errors import DoesNotFit, Overloaded, ServerNotUsable
 from argosy.guard.keys import KeyRing

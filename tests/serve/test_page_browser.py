@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from argosy.budget.memory_plan import MEDIA_BODY_BYTES
-from argosy.cli.chat_room import summary_question
+from argosy.cli.commands.chat_room import summary_question
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import PROMPT_LIMITS

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.cli.served_library import ServedPresets
+from argosy.cli.commands.served_library import ServedPresets
 from argosy.config import Preset, SamplingParams
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.library.names import Named

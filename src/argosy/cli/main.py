@@ -30,78 +30,106 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _SUBJECTS = {
     "First steps": {
         "plan": (
-            "argosy.cli.plan",
+            "argosy.cli.commands.plan",
             "plan",
             "Estimate whether a model fits, its speed and its cost.",
         ),
-        "pull": ("argosy.cli.pull", "pull", "Download a model, after saying whether it fits."),
-        "run": ("argosy.cli.run", "run", "Answer one prompt."),
-        "chat": ("argosy.cli.chat", "chat", "Chat with a model in the terminal."),
-        "serve": ("argosy.cli.serve", "serve", "Serve models to other programs over HTTP."),
+        "pull": ("argosy.cli.commands.pull", "pull", "Download a model, after saying whether it fits."),
+        "run": ("argosy.cli.commands.run", "run", "Answer one prompt."),
+        "chat": ("argosy.cli.commands.chat", "chat", "Chat with a model in the terminal."),
+        "serve": ("argosy.cli.commands.serve", "serve", "Serve models to other programs over HTTP."),
     },
     "Models": {
-        "search": ("argosy.cli.search", "search", "Search the hub for models by words of their names."),
-        "list": ("argosy.cli.library", "list_models", "List local models."),
-        "show": ("argosy.cli.show", "show", "Describe a model and whether it fits, without loading it."),
-        "alias": ("argosy.cli.library", "alias", "Give a model a short name."),
+        "search": (
+            "argosy.cli.commands.search",
+            "search",
+            "Search the hub for models by words of their names.",
+        ),
+        "list": ("argosy.cli.commands.library", "list_models", "List local models."),
+        "show": (
+            "argosy.cli.commands.show",
+            "show",
+            "Describe a model and whether it fits, without loading it.",
+        ),
+        "alias": ("argosy.cli.commands.library", "alias", "Give a model a short name."),
         "preset": (
-            "argosy.cli.preset",
+            "argosy.cli.commands.preset",
             "preset",
             "Name a system message, sampling and limits for a model.",
         ),
-        "rm": ("argosy.cli.library", "rm", "Remove a model."),
-        "pack": ("argosy.cli.pack", "pack", "Convert a model so that each expert is one aligned read."),
-        "card": ("argosy.cli.card", "card", "Write a model card: licence, hashes, drift, limits."),
-        "upcycle": ("argosy.cli.upcycle", "upcycle", "Make a mixture of experts from a dense model."),
+        "rm": ("argosy.cli.commands.library", "rm", "Remove a model."),
+        "pack": (
+            "argosy.cli.commands.pack",
+            "pack",
+            "Convert a model so that each expert is one aligned read.",
+        ),
+        "card": ("argosy.cli.commands.card", "card", "Write a model card: licence, hashes, drift, limits."),
+        "upcycle": (
+            "argosy.cli.commands.upcycle",
+            "upcycle",
+            "Make a mixture of experts from a dense model.",
+        ),
     },
     "A running server": {
-        "up": ("argosy.cli.background", "up", "Start a server in the background."),
-        "ps": ("argosy.cli.background", "ps", "Show the server's models, memory and requests."),
-        "logs": ("argosy.cli.background", "logs", "Show the log of the server in the background."),
-        "stop": ("argosy.cli.background", "stop", "Stop that server, or unload a model from it."),
-        "top": ("argosy.cli.top", "top", "Watch a server: memory, speed, experts, queue."),
+        "up": ("argosy.cli.commands.background", "up", "Start a server in the background."),
+        "ps": ("argosy.cli.commands.background", "ps", "Show the server's models, memory and requests."),
+        "logs": ("argosy.cli.commands.background", "logs", "Show the log of the server in the background."),
+        "stop": ("argosy.cli.commands.background", "stop", "Stop that server, or unload a model from it."),
+        "top": ("argosy.cli.commands.top", "top", "Watch a server: memory, speed, experts, queue."),
         "connect": (
-            "argosy.cli.connect",
+            "argosy.cli.commands.connect",
             "connect",
             "Print the settings with which an editor or agent uses a server.",
         ),
-        "memory": ("argosy.cli.memory", "memory", "Change the memory budget."),
-        "keys": ("argosy.cli.keys", "keys", "Make, list and revoke API keys."),
-        "audit": ("argosy.cli.audit", "audit", "Verify, show and export the audit log."),
+        "memory": ("argosy.cli.commands.memory", "memory", "Change the memory budget."),
+        "keys": ("argosy.cli.commands.keys", "keys", "Make, list and revoke API keys."),
+        "audit": ("argosy.cli.commands.audit", "audit", "Verify, show and export the audit log."),
         "data": (
-            "argosy.cli.data",
+            "argosy.cli.commands.data",
             "data",
             "List what is stored about users; erase what belongs to a key.",
         ),
         "watermark": (
-            "argosy.cli.watermark",
+            "argosy.cli.commands.watermark",
             "watermark",
             "Make a watermark key, and detect its watermark in a text.",
         ),
     },
     "Several machines": {
-        "worker": ("argosy.cli.worker", "worker", "Run experts for engines on other machines."),
-        "cluster": ("argosy.cli.cluster", "cluster", "Show, add or drain the workers of a server."),
-        "route": ("argosy.cli.route", "route", "Distribute requests over several servers."),
+        "worker": ("argosy.cli.commands.worker", "worker", "Run experts for engines on other machines."),
+        "cluster": ("argosy.cli.commands.cluster", "cluster", "Show, add or drain the workers of a server."),
+        "route": ("argosy.cli.commands.route", "route", "Distribute requests over several servers."),
     },
     "Studies": {
-        "routes": ("argosy.cli.routes", "routes", "Show which experts a model uses for given texts."),
+        "routes": (
+            "argosy.cli.commands.routes",
+            "routes",
+            "Show which experts a model uses for given texts.",
+        ),
         "eval": (
-            "argosy.cli.eval",
+            "argosy.cli.commands.eval",
             "eval_group",
             "Measure how much a converted model differs from the original.",
         ),
-        "bench": ("argosy.cli.bench", "bench", "Measure a model's speed on this machine, for a bug report."),
+        "bench": (
+            "argosy.cli.commands.bench",
+            "bench",
+            "Measure a model's speed on this machine, for a bug report.",
+        ),
     },
     "Everything else": {
-        "transcribe": ("argosy.cli.transcribe", "transcribe", "Transcribe audio files."),
-        "doctor": ("argosy.cli.doctor", "doctor", "Check this machine: cores, memory, drive, and advice."),
+        "transcribe": ("argosy.cli.commands.transcribe", "transcribe", "Transcribe audio files."),
+        "doctor": (
+            "argosy.cli.commands.doctor",
+            "doctor",
+            "Check this machine: cores, memory, drive, and advice.",
+        ),
         "completion": (
-            "argosy.cli.completion",
+            "argosy.cli.commands.completion",
             "completion",
             "Print a script that completes commands in a shell.",
         ),
-        "help": ("argosy.cli.help_all", "show_help", "Show the help of a command."),
+        "help": ("argosy.cli.shared.help_all", "show_help", "Show the help of a command."),
     },
 }
 _COMMANDS = {name: row for rows in _SUBJECTS.values() for name, row in rows.items()}
@@ -187,7 +215,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # show '?' for characters that the terminal cannot show
         if asked := os.environ.get("_ARGOSY_COMPLETE"):
-            from argosy.cli import completion
+            from argosy.cli.commands import completion
 
             return completion.answer(cli, asked)
         with cli.make_context("argosy", list(sys.argv[1:] if args is None else args)) as context:
@@ -244,7 +272,7 @@ def _drop_output() -> None:
 
 
 def _wants_traceback() -> bool:
-    from argosy.cli.settings import wants_traceback
+    from argosy.cli.shared.settings import wants_traceback
 
     return wants_traceback()
 

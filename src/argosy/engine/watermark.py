@@ -11,7 +11,7 @@ contexts, the last _MOST_CONTEXTS are remembered. What is marked is decided by t
 batch, the budget or the number of threads.
 
 Elsewhere: `sampler.py` draws; the score of a text and its p-value are `guard/watermark.py`; `argosy watermark` is
-`cli/watermark.py`.
+`cli/commands/watermark.py`.
 """
 
 from __future__ import annotations

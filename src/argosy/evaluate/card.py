@@ -5,7 +5,7 @@
 Nothing is guessed, and nothing is computed from weights but hashes, if they are asked for. Names and licences come from
 files and hubs and may hold anything, so Markdown shows them with every special character escaped.
 
-Elsewhere: `reports.py` reads drift reports; `cli/card.py` prints.
+Elsewhere: `reports.py` reads drift reports; `cli/commands/card.py` prints.
 """
 
 from __future__ import annotations

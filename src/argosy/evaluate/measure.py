@@ -2,7 +2,7 @@
 
 The two are never in memory together, so each has the whole budget: a model that runs in production fits here, too.
 
-Elsewhere: `scoring.py` reads, `drift.py` compares, `cli/eval.py` prints.
+Elsewhere: `scoring.py` reads, `drift.py` compares, `cli/commands/eval.py` prints.
 """
 
 from __future__ import annotations

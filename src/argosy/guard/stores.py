@@ -258,7 +258,7 @@ STORES = (
         option="--history",
         by_default=False,
         erased="hand",
-        module="cli/chat_files.py",
+        module="cli/commands/chat_files.py",
     ),
     Store(
         name="conversations of the page",

@@ -15,7 +15,7 @@ rounds), times 29: early rounds mark more than late ones.
 The p-value is P(sum >= S) of the same sum of coins, from the product of their generating functions. They are tilted
 first (Esscher, 1932), so that S is their mean: then the smallest p-value is as precise as the largest.
 
-Elsewhere: the bits are `engine/watermark.py`, the command is `cli/watermark.py`.
+Elsewhere: the bits are `engine/watermark.py`, the command is `cli/commands/watermark.py`.
 """
 
 from __future__ import annotations

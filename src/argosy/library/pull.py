@@ -9,7 +9,7 @@ A pull that ends, in whatever way, leaves beginnings of files, and the next one 
 one process at a time write a blob, so two pulls of a model share its files. A snapshot gets its links when all its
 blobs are there.
 
-Elsewhere: `checkpoint/hub.py` trusts no answer; `cli/pull.py` asks before it fetches.
+Elsewhere: `checkpoint/hub.py` trusts no answer; `cli/commands/pull.py` asks before it fetches.
 """
 
 from __future__ import annotations

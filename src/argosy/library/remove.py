@@ -6,7 +6,7 @@ Only files of the model go. A file stays if another snapshot of the hub's cache,
 manifest of Ollama uses it. A link goes itself, and nothing behind it: a place with a link where a directory belongs is
 refused.
 
-Elsewhere: `cli/library.py` asks before files of another program are deleted.
+Elsewhere: `cli/commands/library.py` asks before files of another program are deleted.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     /proc, /sys, cgroups  ->  facts  ->  memory plan, `argosy doctor`
 
 Everything is read from kernel files, below a `root` that tests can replace. A fact that cannot be read is None, never a
-guess. Nothing is measured here: `cli/doctor.py` measures.
+guess. Nothing is measured here: `cli/commands/doctor.py` measures.
 """
 
 from __future__ import annotations

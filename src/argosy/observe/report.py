@@ -10,7 +10,7 @@ beside it stands its mean over random labels, and how often random labels gave a
     across layers      experts change their numbers within each layer: only where an expert's number means the same in
                        all layers is there more in common than after such a shuffle
 
-Elsewhere: `trace.py` keeps the choices; `cli/routes.py` has the model read texts; `replay.py` replays caches.
+Elsewhere: `trace.py` keeps the choices; `cli/commands/routes.py` has the model read texts; `replay.py` replays caches.
 """
 
 from __future__ import annotations

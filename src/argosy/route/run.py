@@ -1,6 +1,6 @@
 """Start and stop a router, as `serve/run.py` does a server.
 
-Elsewhere: the application is `app.py`; options are `cli/route.py`.
+Elsewhere: the application is `app.py`; options are `cli/commands/route.py`.
 """
 
 from __future__ import annotations

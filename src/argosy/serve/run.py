@@ -12,7 +12,7 @@ so `pyproject.toml` bounds its version:
     Config       `http` as a function that makes a protocol
 
 Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; sockets of systemd are
-`systemd.py`; options are `cli/serve.py`.
+`systemd.py`; options are `cli/commands/serve.py`.
 """
 
 from __future__ import annotations

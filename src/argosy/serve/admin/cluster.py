@@ -2,7 +2,7 @@
 
     argosy cluster, or a program with an admin key  ->  /v1/cluster ...  ->  Workers
 
-Elsewhere: the workers' group is `cluster/group.py`, which `cli/serve.py` gives to the server as `Workers`.
+Elsewhere: the workers' group is `cluster/group.py`, which `cli/commands/serve.py` gives to the server as `Workers`.
 """
 
 from __future__ import annotations

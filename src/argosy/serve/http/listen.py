@@ -2,7 +2,7 @@
 
     options  ->  Front  ->  bind_file, Certificate  ->  run.py
 
-Elsewhere: TCP addresses are `run.py`; options are `cli/listening.py`.
+Elsewhere: TCP addresses are `run.py`; options are `cli/commands/listening.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,197 @@
+"""Options of `argosy serve` for operators: where to listen, TLS, proxies, the log, and a file of settings.
+
+    options  ->  Listening: checked, before anything is opened  ->  sockets, Front
+
+Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py` and `serve/run.py`; the file is `config_file.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from argosy.cli.shared import own_server
+from argosy.cli.shared.config_file import use_config
+from argosy.cli.shared.help_all import Further
+from argosy.errors import UsageError
+
+if TYPE_CHECKING:
+    from argosy.serve.http.listen import Front, Listener
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_FILE = click.Path(path_type=Path)
+# docs/guides/deploying.md explains them.
+_FURTHER = (
+    click.option(
+        "--listen", metavar="unix:PATH", cls=Further,
+        help="Listen on a socket file, and also on a port if --host or --port is given.",
+    ),
+    click.option(
+        "--socket-mode", default="0600", metavar="MODE", cls=Further, help="Mode of the socket file: 0660."
+    ),
+    click.option("--tls-cert", type=_FILE, metavar="FILE", cls=Further, help="Certificate, to speak TLS."),
+    click.option("--tls-key", type=_FILE, metavar="FILE", cls=Further, help="Key of the certificate."),
+    click.option(
+        "--forwarded-from", multiple=True, metavar="CIDR", cls=Further,
+        help="Trust the X-Forwarded headers of this proxy; `unix`: of the socket file's clients.",
+    ),
+    click.option("--base-path", default="", metavar="/PATH", cls=Further, help="Prefix of all paths."),
+    click.option(
+        "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Format of log lines."
+    ),
+    click.option(
+        "--log-limit", metavar="SIZE", cls=Further,
+        help="Keep the newest part of a log of this size, if stderr is a file: 8MiB.",
+    ),
+)  # fmt: skip
+_CONFIG = (
+    click.option(
+        "--config", type=_FILE, metavar="FILE", is_eager=True, expose_value=False, callback=use_config,
+        help="Settings as TOML; with --check, check them and stop.",
+    ),
+    click.option("--check", is_flag=True, cls=Further, help="Check the settings and their files, and stop."),
+)  # fmt: skip
+
+
+def listening_options(command: Command) -> Command:
+    for option in reversed((*_CONFIG, *_FURTHER)):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """Where to listen, checked.
+
+    path: the socket file, which only this machine reaches; None: there is none.
+    port: None: there is only the socket file.
+    passed: sockets that listen already, in the place of others; systemd passed them.
+    """
+
+    host: str
+    port: int | None
+    path: Path | None
+    mode: int
+    front: Front
+    passed: Sequence[Listener] = ()
+
+    @contextmanager
+    def bind(self) -> Iterator[list[Listener]]:
+        """Bind sockets, without listening yet. Raises what `bind_file` and `serve.run.bind` raise."""
+        from argosy.serve.http.listen import bind_file
+        from argosy.serve.run import address_of, bind
+
+        with ExitStack() as bound:
+            if self.passed:
+                sockets = [bound.enter_context(one) for one in self.passed]
+                with own_server.noting(self.path, address_of(sockets[0], self.host, self.front), stays=True):
+                    yield sockets
+                return
+            # The file first: its lock says that another server of this user is about to listen on the same port.
+            of_file = [] if self.path is None else bound.enter_context(bind_file(self.path, self.mode))
+            of_port = [] if self.port is None else bound.enter_context(bind(self.host, self.port))
+            sockets = [*of_port, *of_file]
+            with own_server.noting(self.path, address_of(sockets[0], self.host, self.front)):
+                yield sockets
+
+
+def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listening:
+    """Take the options of this module out of those of a command, and check them and their files.
+
+    Raises:
+        UsageError: one of them is invalid, or they contradict each other.
+    """
+    from argosy.serve.http.listen import Certificate, Front
+    from argosy.serve.http.systemd import passed_sockets
+
+    listen, mode = options.pop("listen"), options.pop("socket_mode")
+    certificate, key = options.pop("tls_cert"), options.pop("tls_key")
+    if (certificate is None) != (key is None):
+        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        raise UsageError(f"{given} needs {missing}", hint="TLS takes a certificate and its key")
+    front = Front(
+        certificate=None if certificate is None else Certificate(certificate, key),
+        proxies=tuple(options.pop("forwarded_from")),
+        base_path=options.pop("base_path"),
+    )
+    if not re.fullmatch(r"0?[0-7]{3}", mode):
+        raise UsageError(f"--socket-mode must be three octal digits, found '{mode}'", hint="for example 0660")
+    if passed := passed_sockets():
+        return _of_passed(passed, front, host=host, port=port, listen=listen, mode=int(mode, 8))
+    path, has_port = _addresses(listen)
+    return Listening(
+        host=host if has_port else "localhost", port=port if has_port else None, path=path, mode=int(mode, 8),
+        front=front,
+    )  # fmt: skip
+
+
+def _of_passed(
+    passed: Sequence[Listener], front: Front, *, host: str, port: int, listen: str | None, mode: int
+) -> Listening:
+    """Listen on sockets that systemd passed. Options may say the same, or nothing.
+
+    Raises:
+        UsageError: an option names an address that is not among them.
+    """
+    from argosy.serve.http.systemd import shown
+
+    paths = [one.getsockname() for one in passed if one.family == socket.AF_UNIX]
+    ports = [one.getsockname()[:2] for one in passed if one.family != socket.AF_UNIX]
+    source = click.get_current_context().get_parameter_source
+    is_given = {
+        name: source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+        for name in ("host", "port", "listen", "socket_mode")
+    }
+    wrong = {
+        f"--host {host}": is_given["host"] and host not in [own_host for own_host, _ in ports],
+        f"--port {port}": is_given["port"] and port not in [own_port for _, own_port in ports],
+        f"--listen {listen}": is_given["listen"] and listen not in [f"unix:{path}" for path in paths],
+        f"--socket-mode {mode:04o}": is_given["socket_mode"]
+        and any(stat.S_IMODE(os.stat(path).st_mode) != mode for path in paths),
+    }
+    for option, is_wrong in wrong.items():
+        if is_wrong:
+            raise UsageError(
+                f"{option} contradicts the sockets that systemd passed: {', '.join(map(shown, passed))}",
+                hint="leave it out: ListenStream= and SocketMode= of the .socket unit say where the server listens",
+            )
+    own = str(own_server.socket_path())
+    path = own if own in paths else next(iter(paths), None)
+    return Listening(
+        host=ports[0][0] if ports else "localhost", port=None, path=None if path is None else Path(path), mode=mode,
+        front=front, passed=passed,
+    )  # fmt: skip
+
+
+def _addresses(listen: str | None) -> tuple[Path | None, bool]:
+    """The path of the socket file or None, and whether the server listens on a port.
+
+    Options of the command line win over those of a file, also if they name the other kind of address.
+    """
+    if listen is None:
+        return None, True
+    ranks = {ParameterSource.COMMANDLINE: 2, ParameterSource.DEFAULT_MAP: 1}
+    source = click.get_current_context().get_parameter_source
+    of_file, of_port = (
+        max(ranks.get(source(name), 0) for name in names)  # type: ignore[arg-type]
+        for names in (("listen",), ("host", "port"))
+    )
+    if of_port > of_file:
+        return None, True
+    kind, _, path = listen.partition(":")
+    if kind != "unix" or Path(path).name in ("", ".."):
+        raise UsageError(
+            f"--listen takes unix:PATH, found '{listen}'", hint="TCP addresses are --host and --port"
+        )
+    return Path(path), of_port == of_file

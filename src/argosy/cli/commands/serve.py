@@ -1,0 +1,386 @@
+"""`argosy serve`: serve one model or several to other tools over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from argosy.cli.commands import completion
+from argosy.cli.commands.auditing import keeping_options, take_keeping
+from argosy.cli.commands.listening import listening_options, take_listening
+from argosy.cli.shared.group_options import WantedGroup, group_options, take_group
+from argosy.cli.shared.help_all import Command, Further
+from argosy.cli.shared.options import (
+    Recording,
+    choosing_options,
+    co2_option,
+    engine_options,
+    open_engine,
+    take_choosing,
+    watermark_option,
+)
+from argosy.cli.shared.output import short_number
+from argosy.config import (
+    DEMO,
+    SERVED_AT_ONCE,
+    SERVED_WAITING,
+    KvDir,
+    Pooling,
+    counted,
+    parse_seconds,
+    parse_size,
+)
+from argosy.errors import UsageError
+
+if TYPE_CHECKING:
+    from argosy.budget.memory_plan import MemoryPlan
+    from argosy.cli.shared.settings import Settings
+    from argosy.engine.shared import ReadyModel
+    from argosy.forecast.forecast import Speeds
+    from argosy.library.names import Named
+    from argosy.serve.http.listen import Listener
+    from argosy.serve.http.log import LogFormat
+    from argosy.serve.run import ServerSettings
+
+_PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at the start
+_REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
+_KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refer to; several models share it
+
+
+@click.command("serve", cls=Command)
+@click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=completion.models)
+@engine_options
+@choosing_options
+@group_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    default=8080,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port, or 0 for any.",
+)
+@click.option(
+    "--keys", type=click.Path(path_type=Path), metavar="FILE", help="API keys of clients; see `argosy keys`."
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
+@click.option(
+    "--allow-origin", multiple=True, metavar="ORIGIN", help="Let pages of this origin use the server."
+)
+@click.option(
+    "--media-host",
+    cls=Further,
+    multiple=True,
+    metavar="NAME",
+    help="Fetch media from this host if requests name it.",
+)
+@click.option(
+    "--name", "names", multiple=True, metavar="ID", help="Model name for clients; default: the file name."
+)
+@click.option("--preload", cls=Further, multiple=True, metavar="ID", help="Load this model at the start.")
+@click.option("--library", is_flag=True, help="Serve all local models, each when it is asked for.")
+@click.option("--idle-unload", metavar="TIME", help="Unload a model after 10m (90s, 1h) of no use.")
+@click.option("--any-model", cls=Further, is_flag=True, help="Accept every model name that clients send.")
+@click.option(
+    "--drain",
+    cls=Further,
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600),
+    metavar="S",
+    help="Seconds for running answers to finish at the end.",
+)
+@click.option(
+    "--max-sequences",
+    default=SERVED_AT_ONCE,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Answers at once.",
+)
+@click.option(
+    "--max-waiting",
+    cls=Further,
+    default=SERVED_WAITING,
+    show_default=True,
+    type=click.IntRange(0),
+    metavar="N",
+    help="Requests that may wait.",
+)
+@click.option(
+    "--max-connections",
+    cls=Further,
+    default=512,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="Open connections.",
+)
+@click.option(
+    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV cache of prompts in DIR."
+)
+@click.option(
+    "--pooling",
+    cls=Further,
+    type=click.Choice(["mean", "last"]),
+    help="Pooling of embeddings; default: the checkpoint's.",
+)
+@click.option(
+    "--rerank", cls=Further, type=click.Choice(["qwen3"]), help="Rank documents with prompts of this form."
+)
+@click.option("--no-store", is_flag=True, help="Keep no responses for later requests.")
+@click.option(
+    "--policy",
+    cls=Further,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Policy for texts: docs/guides/responsible-use.md.",
+)
+@click.option("--keep-billing-line", is_flag=True, cls=Further, help="Keep the billing line of Claude Code.")
+@watermark_option
+@co2_option
+@keeping_options
+@listening_options
+def serve(
+    models: tuple[str, ...], host: str, port: int, keys: Path | None, allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...], media_host: tuple[str, ...], names: tuple[str, ...], preload: tuple[str, ...],
+    library: bool, idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
+    kv_dir: Path | None, pooling: Pooling | None, rerank: str | None, no_store: bool, policy: Path | None,
+    keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
+    log_limit: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, and a page.
+
+    \b
+    Examples:
+      argosy serve Qwen3-30B-A3B --memory 16GiB
+      argosy serve model.gguf ./GLM-4.7-Flash --host 0.0.0.0 --keys keys.json
+    """
+    # Imported before the engine, because the memory plan counts the memory that the process already uses.
+    from argosy.cli.commands.served_library import ServedPresets
+    from argosy.cli.shared.settings import Settings
+    from argosy.guard.audit import check_audit
+    from argosy.guard.keys import KeyFile
+    from argosy.library.names import look_up, preset_of
+    from argosy.serve.answer.media_hosts import MediaHosts
+    from argosy.serve.guards.screening import Guarding
+    from argosy.serve.http.origins import Origins
+    from argosy.serve.http.work import share_one_heap
+    from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
+
+    listening = take_listening(options, host=host, port=port)
+    wanted, sampling = take_group(options), take_choosing(options)
+    keeping = take_keeping(options, kv_dir=kv_dir, store=not no_store)
+    require_keys(listening.host, keys)
+    require_keys_behind_proxy(listening.front, keys)
+    if library:
+        _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **options)
+    presets = {model for model in models if preset_of(model) is not None}
+    found: list[Named] = []
+    for model in [] if library else sorted(models or (DEMO,), key=presets.__contains__):
+        named = look_up(model)
+        if model not in presets or named.path not in [one.path for one in found]:
+            found.append(named)
+    ids = _ids(found, names)
+    idle_unload_s = None if idle_unload is None else parse_seconds(idle_unload)
+    for name in preload:
+        if name not in ids and not library:
+            raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
+    settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
+    kept = None if kv_dir is None else _kv_dir(kv_dir, keeping.kv_s)
+    server = ServerSettings(
+        host=listening.host, keys=keys, hosts=allow_host, origins=Origins(allow_origin), front=listening.front,
+        log_format=log_format, log_bytes=None if log_limit is None else parse_size(log_limit),
+        drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
+        any_model=any_model, store=not no_store, rerank=rerank,
+        media_hosts=MediaHosts(media_host) if media_host else None, audit=keeping.audit,
+        co2_grams_per_kwh=co2_grams_per_kwh,
+        store_s=keeping.store_s,
+        guarding=None if policy is None else Guarding(policy),
+        has_watermark=settings.watermark is not None,
+        prefix_files_s=None if kept is None else kept.ttl_s,
+        presets=ServedPresets(None if library else dict(zip(ids, found, strict=True))),
+        default=next((model for model in models[:1] if model in presets), None),
+    )  # fmt: skip
+    if keys is not None:
+        KeyFile(keys).read()
+    if settings.watermark is not None:
+        from argosy.engine.watermark import Watermark
+
+        Watermark.read(settings.watermark)
+    if check:
+        print("the settings are valid")
+        return
+    if keeping.audit is not None:
+        check_audit(keeping.audit)
+    more = {
+        "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "pooling": pooling,
+        "kv_dir": kept, "sampling": sampling,
+    }  # fmt: skip
+    share_one_heap()
+    make_room_for_files(max_connections)
+    with listening.bind() as sockets:
+        if len(found) != 1 or idle_unload is not None:
+            if wanted.hosts:
+                raise UsageError(
+                    "--cluster is for a server with one model that stays loaded",
+                    hint="start a server for each model, each with workers of its own",
+                )
+            _serve_several(found, ids, settings, more, sockets, server, preload, idle_unload_s)
+        else:
+            _serve_one(found[0], ids[0], settings, more, sockets, server, wanted)
+
+
+def _refuse_beside_library(**options: Any) -> None:
+    for name in ("models", "name", "kv_dir", "policy", "mmproj", "ears"):
+        if options.get(name):
+            what = "a MODEL" if name == "models" else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"--library and {what} exclude each other: the library is every local model",
+                hint="`argosy serve MODEL... --idle-unload 15m` serves some of them",
+            )
+
+
+def _kv_dir(path: Path, kept_s: float | None) -> KvDir:
+    return KvDir(path=path) if kept_s is None else KvDir(path=path, ttl_s=kept_s)
+
+
+def _ids(models: Sequence[Named], names: Sequence[str]) -> list[str]:
+    """The names of models for clients.
+
+    Raises:
+        UsageError: two models would have the same name, or there are names for some models only.
+    """
+    if names and len(names) != len(models):
+        raise UsageError(
+            f"--name was given {counted(len(names), 'time')}, and there {'is' if len(models) == 1 else 'are'} "
+            f"{counted(len(models), 'model')}",
+            hint="give it once for each model, in their order, or not at all",
+        )
+    # A part of a name, or an alias, becomes the whole name.
+    ids = list(names) or [Path(one.name or one.text).name.removesuffix(".gguf") for one in models]
+    for name in ids:
+        if ids.count(name) > 1:
+            raise UsageError(
+                f"two models are named {name}",
+                hint="`--name ID` for each model, in their order, names them otherwise",
+            )
+    return ids
+
+
+def _serve_one(
+    model: Named,
+    name: str,
+    settings: Settings,
+    more: Mapping[str, Any],
+    sockets: Sequence[Listener],
+    server: ServerSettings,
+    wanted: WantedGroup,
+) -> None:
+    from argosy.budget.memory_plan import AUDIT_BYTES, REQUEST_BYTES
+    from argosy.engine.options import locate_model
+    from argosy.forecast.forecast import Speeds
+    from argosy.machine import kept_rates
+    from argosy.serve.run import serve as run
+
+    request_bytes = REQUEST_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
+    more = {**more, "replay_bytes": _REPLAY_BYTES, "request_bytes": request_bytes}
+    recording = Recording(keeps_recent=True)
+    with (
+        wanted.open(model.text) as group,
+        open_engine(model, settings, recording=recording, group=group, **more) as engine,
+    ):
+        server = replace(server, workers=group)
+        speeds = expectation = None
+        with suppress(UsageError):  # a damaged file of kept rates; `argosy plan` reports it
+            rates = kept_rates.rates_here(
+                locate_model(model.path or model.text), threads=engine.settings.threads
+            )
+            speeds = Speeds(engine.config, engine.work, rates, recording.known)
+            expectation = _expectation(model.text, speeds, engine.plan)
+        run(
+            engine, name, sockets, server, recorder=recording.recorder, speeds=speeds, expectation=expectation
+        )  # fmt: skip
+
+
+def _serve_several(
+    models: Sequence[Named],
+    ids: Sequence[str],
+    settings: Settings,
+    more: Mapping[str, Any],
+    sockets: Sequence[Listener],
+    server: ServerSettings,
+    preload: Sequence[str],
+    idle_unload_s: float | None,
+) -> None:
+    from urllib.parse import quote
+
+    from argosy.budget.memory_plan import AUDIT_BYTES, require_machine, shared_bytes
+    from argosy.cli.commands.served_library import ServedLibrary, speeds_of
+    from argosy.cli.shared.output import progress_bar
+    from argosy.engine.options import budget_of, configure, locate_model, open_files
+    from argosy.engine.shared import Wanted, make_ready
+    from argosy.library import kept
+    from argosy.serve.models.models import Memory
+    from argosy.serve.run import serve_several
+
+    for option in ("mmproj", "ears"):
+        if getattr(settings, option) is not None:
+            raise UsageError(
+                f"--{option} is for a server with one model",
+                hint="a vision tower beside its GGUF file is found" if option == "mmproj" else None,
+            )
+    given = settings.for_engine() | dict(more) | {"replay_bytes": _REPLAY_BYTES - _KEPT_BYTES}
+    given["memory"] = budget_of(settings.memory, None).ram_bytes
+    recording = Recording(keeps_recent=True) if settings.record else None
+    kept_bytes = _KEPT_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
+    wanted, paths = [], {}
+    ready: list[ReadyModel] = []
+    with progress_bar() as progress:
+        for found, name in zip(models, ids, strict=True):
+            model = found.path or found.text
+            paths[name] = path = locate_model(model, progress)
+            files = open_files(path)
+            if (kv_dir := more["kv_dir"]) is not None:
+                own = replace(kv_dir, path=kv_dir.path / quote(name, safe=""))
+                given["kv_dir"] = replace(own, max_bytes=own.max_bytes // len(models))
+            wanted.append(Wanted(name, files, configure(model, files, **given)))
+        if wanted:
+            ready, process_bytes = make_ready(wanted, kept_bytes=kept_bytes, recorder=recording)
+        else:
+            require_machine(given["memory"])
+            process_bytes = shared_bytes(None, kept_bytes=kept_bytes)
+    library_names = {name: found.name for found, name in zip(models, ids, strict=True)}
+
+    def note_use(name: str) -> None:
+        if (in_library := library_names.get(name, name)) is not None:
+            kept.note_use(in_library)
+
+    speeds = {one.name: rates for one in ready if (rates := speeds_of(one, paths[one.name])) is not None}
+    serve_several(
+        ready if wanted else ServedLibrary(given, process_bytes, recording).look,
+        Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=_KEPT_BYTES,
+        speeds=speeds, idle_unload_s=idle_unload_s, max_sequences=given["max_sequences"],
+        record=(lambda: Recording(keeps_recent=True)) if settings.record else None, preload=preload,
+        note_use=note_use,
+    )  # fmt: skip
+
+
+def _expectation(model: str, speeds: Speeds, plan: MemoryPlan) -> str:
+    """The expected speed of one answer at a time, in a line."""
+    decode = speeds.decode(plan, 1)
+    prompt = speeds.prompt(plan, min(_PROMPT_TOKENS, plan.context_tokens // 2))
+    rates, seconds = map(short_number, decode.tokens_per_s), map(short_number, prompt.seconds)
+    (slow, _, fast), (soon, _, late) = rates, seconds
+    known = "measured on this machine"
+    if not speeds.rates.is_measured:
+        known = f"guessed from the kind of processor: `argosy plan {model} --calibrate` measures them"
+    return (
+        f"expects {slow} to {fast} tok/s for one answer, bound by {decode.bound}; first token of a prompt of "
+        f"{prompt.num_tokens} after {soon} to {late} s (rates are {known})"
+    )

@@ -1,0 +1,1 @@
+"""What commands share: options, output, settings, servers that they talk to."""

@@ -1,0 +1,281 @@
+"""The models that a chat talks to: one that is loaded here, or one of a server.
+
+    Models.open, switch, again  ─>  ChatModel: LocalModel, or server_model.ServerModel  ─ answer ─>  AnswerWriter, Reply
+
+Both answer the same conversation with the same text, and go on with an answer from its tokens.
+
+Elsewhere: the conversation is `chat.py`; a server's answers are `server_model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from argosy.cli.shared.interrupts import Interrupts
+from argosy.cli.shared.options import open_engine, settings_of, thinking_of
+from argosy.cli.shared.output import AnswerWriter, ledger_lines, parameter_count, prompt_shown
+from argosy.cli.shared.server_model import Reply, find_model
+from argosy.config import format_bytes
+from argosy.errors import ArgosyError, UsageError
+
+if TYPE_CHECKING:
+    from argosy.cli.shared.settings import Settings
+    from argosy.config import Preset, SamplingDefaults, SamplingParams
+    from argosy.engine.engine import Engine
+    from argosy.media.parts import Hearing, Kind
+    from argosy.prompt.prompt import Prompt
+    from argosy.prompt.thinking import Thinking
+
+_KEPT_BYTES = 8 << 20  # of earlier answers, for their tokens: 1.4 KB each
+
+
+class ChatModel(Protocol):
+    """A model that answers conversations.
+
+    Attributes:
+        name: as the user gave it.
+        variables: of its chat template, as far as they say whether it thinks.
+        sampling: what it takes where nothing is asked for.
+    """
+
+    name: str
+
+    @property
+    def context_tokens(self) -> int: ...
+
+    @property
+    def media_kinds(self) -> Sequence[Kind]: ...
+
+    @property
+    def hears(self) -> Hearing: ...
+
+    @property
+    def takes_calls(self) -> bool: ...
+
+    @property
+    def variables(self) -> frozenset[str]: ...
+
+    @property
+    def sampling(self) -> SamplingDefaults: ...
+
+    def facts(self) -> list[str]:
+        """What people may want to know of it."""
+        ...
+
+    def media_fault(self, kind: Kind) -> str | None:
+        """Why it does not take media of a kind, if that is known."""
+        ...
+
+    def shortfall(self, thinking: Thinking) -> str | None:
+        """Says what of it the model cannot be asked for; None: all can be."""
+        ...
+
+    def count(self, messages: Sequence[dict[str, Any]], thinking: Thinking) -> int:
+        """The tokens of a conversation, without the opening of an answer."""
+        ...
+
+    def answer(
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams,
+        writer: AnswerWriter,
+        *,
+        thinking: Thinking,
+        begun: Sequence[int] = (),
+        interrupts: Interrupts,
+    ) -> Reply:
+        """Show the answer to a conversation, until ^C.
+
+        Args:
+            begun: tokens that the answer begins with, and that were shown.
+
+        Raises:
+            PromptTooLong: there is no room for an answer.   ArgosyError: none can be given.
+        """
+        ...
+
+    def use_lines(self) -> list[str]:
+        """Its use of time and memory so far."""
+        ...
+
+
+class LocalModel:
+    """A model in this process."""
+
+    def __init__(self, engine: Engine, name: str = "", preset: Preset | None = None) -> None:
+        from argosy.prompt.replay import ReplayMemory
+
+        self.name = name
+        self._preset = preset
+        self._engine = engine
+        # As a server does: an answer keeps its tokens, so the prefix cache finds them in the next turn.
+        self._prompts = engine.prompts.remembering(ReplayMemory(max_bytes=_KEPT_BYTES))
+
+    @property
+    def context_tokens(self) -> int:
+        return self._engine.plan.context_tokens
+
+    @property
+    def media_kinds(self) -> Sequence[Kind]:
+        return self._engine.media_kinds
+
+    @property
+    def hears(self) -> Hearing:
+        return self._engine.hears
+
+    @property
+    def takes_calls(self) -> bool:
+        return self._prompts.tool_calling != "none"
+
+    @property
+    def variables(self) -> frozenset[str]:
+        return self._prompts.variables
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        sampling, preset = self._engine.sampling, self._preset
+        return sampling if preset is None else sampling.overridden(preset.sampling)
+
+    def facts(self) -> list[str]:
+        engine = self._engine
+        return [
+            f"{parameter_count(engine.num_parameters)} parameters",
+            f"context of {engine.plan.context_tokens:,} tokens",
+            f"{format_bytes(engine.plan.total_bytes)} of memory planned",
+        ]
+
+    def media_fault(self, kind: Kind) -> str | None:
+        fault = self._engine.media_faults.get(kind)
+        return None if fault is None else fault.message
+
+    def shortfall(self, thinking: Thinking) -> str | None:
+        return thinking_of(self._preset, thinking).shortfall(self.variables)
+
+    def count(self, messages: Sequence[dict[str, Any]], thinking: Thinking) -> int:
+        prompt = self._build(messages, thinking, add_generation_prompt=False, is_counted=True)
+        return len(prompt.token_ids or ())
+
+    def _build(self, messages: Sequence[dict[str, Any]], thinking: Thinking, **options: Any) -> Prompt:
+        variables = thinking_of(self._preset, thinking).variables(self.variables)
+        if self._preset is not None:
+            messages = [dict(one) for one in self._preset.with_messages(messages)]
+        return self._prompts.build(messages, variables=variables, tenant="", **options)
+
+    def answer(
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams,
+        writer: AnswerWriter,
+        *,
+        thinking: Thinking,
+        begun: Sequence[int] = (),
+        interrupts: Interrupts,
+    ) -> Reply:
+        engine, prompts = self._engine, self._prompts
+        conversation = self._build(messages, thinking)
+        params = params if self._preset is None else self._preset.fill_in(params)
+        parser = prompts.parser(conversation)
+        prompt = conversation.answered_by(begun)
+        writer.begin(parser, prompt_shown(engine), said=prompts.begun(prompt, parser) if begun else ())
+        token_ids = list(begun)
+        interrupts.on_first = writer.say_stopping
+        sequence = engine.submit(prompt, params)
+        try:
+            with writer:
+                while sequence.result is None and not interrupts.count:
+                    engine.step()
+                    while sequence.events:
+                        event = sequence.events.popleft()
+                        token_ids.append(event.token_id)
+                        writer.push(event)
+        finally:
+            engine.cancel(sequence)
+        assert sequence.result is not None  # finished, or cancelled just now
+        result = sequence.result.require()
+        if result.finish_reason != "cancelled":
+            prompts.remember("", conversation, token_ids, writer.answer)
+        return Reply(result.finish_reason, token_ids, result.seed, result.usage, result.ledger)
+
+    def use_lines(self) -> list[str]:
+        return ["since the start", *ledger_lines(self._engine.ledger, self._engine.plan)]
+
+
+@dataclass(slots=True)
+class Models:
+    """Opens one model at a time, because the budget has room for one.
+
+    Attributes:
+        url, no_server, is_quiet: for `find_model`.
+    """
+
+    settings: Settings
+    url: str | None
+    no_server: bool
+    is_quiet: bool
+    _opened: ExitStack
+    _model: ChatModel | None = None
+
+    @classmethod
+    @contextmanager
+    def opening(
+        cls, settings: Settings, url: str | None, *, no_server: bool, is_quiet: bool
+    ) -> Iterator[Self]:
+        with ExitStack() as opened:
+            yield cls(settings, url, no_server, is_quiet, opened)
+
+    def open(self, name: str) -> ChatModel:
+        """Open a model at the server, or here."""
+        self._model = self._at_server(name) or self._here(name)
+        return self._model
+
+    def again(self) -> ChatModel:
+        """Find the model again whose server was lost.
+
+        Raises:
+            ArgosyError: the given server does not answer, or the model cannot be opened here.
+        """
+        assert self._model is not None
+        return self.open(self._model.name)
+
+    def switch(self, name: str) -> tuple[ChatModel, ArgosyError | None]:
+        """Close the model, and open another. Returns the model to go on with, and why it is not the one asked for.
+
+        Raises:
+            ArgosyError: neither can be opened.
+        """
+        from argosy.engine.options import locate_model, open_files
+
+        before, settings = self._model, self.settings
+        assert before is not None
+        try:
+            if (found := self._at_server(name)) is not None:
+                self._opened.close()
+                self._model = found
+                return found, None
+            open_files(locate_model(name))
+        except ArgosyError as error:
+            return before, error
+        self._model = None
+        self._opened.close()
+        self.settings = replace(settings, mmproj=None)  # it belongs to the first model
+        try:
+            self._model = self._here(name)
+            return self._model, None
+        except (ArgosyError, KeyboardInterrupt) as error:
+            self.settings = settings
+            why = error if isinstance(error, ArgosyError) else UsageError(f"{name} was not opened")
+            return self.open(before.name), why
+
+    def _at_server(self, name: str) -> ChatModel | None:
+        found = find_model(name, self.url, no_server=self.no_server, is_quiet=self.is_quiet)
+        return None if found is None else found.loaded()
+
+    def _here(self, name: str) -> LocalModel:
+        from argosy.library.names import preset_of
+
+        preset = preset_of(name)
+        engine = self._opened.enter_context(open_engine(name, settings_of(preset, self.settings)))
+        return LocalModel(engine, name, preset)
