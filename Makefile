@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format bench peer clean
+.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -237,6 +237,9 @@ format: $(VENV)/.lint     ## reformat the sources for lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files --cached --others --exclude-standard 'native/*.cpp' 'native/*.h')
+
+map:                      ## every module: its lines of code and first sentence
+	@$(PYTHON) .ci/map.py
 
 bench: $(VENV)/.installed ## the short form of every benchmark
 	$(BIN)/python benchmarks/run_all.py --short

@@ -5,7 +5,8 @@
 What is ready stays in memory. So a model that cannot run is refused before anything is served, what the process takes
 is measured while there are no weights, and opening a model reads weights and nothing else.
 
-Elsewhere: `memory_plan.plan_share` plans; `shares.py` divides what floors leave; `serve/models/models.py` opens and closes.
+Elsewhere: `memory_plan.plan_share` plans; `budget/shares.py` divides what floors leave;
+`serve/models/models.py` opens and closes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare the recent hit rate of the expert cache with the best possible one, for a server's page (`serve/admin/state.py`).
+"""Compare the recent hit rate of the expert cache with the best possible one, for a server's page.
 
     last choices of a Recorder  ─ in a thread of its own, at most every EVERY_S seconds ─>  RecentCache
 

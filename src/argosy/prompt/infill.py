@@ -6,7 +6,8 @@
 The forms are those that the models were trained with, as their makers document them. Only the tokens of the form are
 control tokens; all texts are encoded as a caller's text.
 
-Elsewhere: `builder.py` chooses a model's form; `serve/dialects/openai_completions.py` has `suffix`, `serve/dialects/llama_infill.py` has
+Elsewhere: `builder.py` chooses a model's form; `serve/dialects/openai_completions.py` has `suffix`,
+`serve/dialects/llama_infill.py` has
 snippets, too.
 """
 

@@ -6,8 +6,8 @@ An answer can be repeated by another server if it follows from its request: gree
 a seed. A request without one gets a random seed here, which changes nothing for its client: the server would have
 drawn one. A request that refers to kept responses goes to the server that keeps them, and no other can repeat it.
 
-Elsewhere: servers check bodies (`serve/http/body.py`), so only what is needed here is read, and nothing is refused that a
-server would accept.
+Elsewhere: servers check bodies (`serve/http/body.py`), so only what is needed here is read, and nothing is refused
+that a server would accept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine over HTTP: one core, and one file for each API dialect.
+"""The engine over HTTP: one path for every request, and one file for each API dialect.
 
-gate.py  admission  ->  app.py  routes  ->  the dialect's file  ->  core.py  ->  the engine's thread
+http/gate.py  admission  ->  app.py  routes  ->  dialects/  ->  answer/core.py  ->  the engine's thread
 """

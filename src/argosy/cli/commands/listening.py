@@ -2,7 +2,8 @@
 
     options  ->  Listening: checked, before anything is opened  ->  sockets, Front
 
-Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py` and `serve/run.py`; the file is `config_file.py`.
+Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py` and `serve/run.py`; the file is
+`cli/shared/config_file.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 A regular expression or a grammar needs a key with the scope `grammar`: its cost is bounded, but higher than that of a
 schema. A choice costs no more than a schema.
 
-Elsewhere: bounds are `engine/grammar/grammar_bounds.py`; combining a form with thoughts and tool calls is `prompt/formats/`.
+Elsewhere: bounds are `engine/grammar/grammar_bounds.py`; combining a form with thoughts and tool calls is
+`prompt/formats/`.
 """
 
 from __future__ import annotations
