@@ -3,7 +3,7 @@
     python benchmarks/choosing.py [--write]
 
 Models are known by the geometry in their config.json (`tests/families`) and taken to be packed as q4; machines are rows
-of `plan/machines.csv`, with speeds guessed from their processors. Nothing is measured, so nothing depends on the
+of `forecast/machines.csv`, with speeds guessed from their processors. Nothing is measured, so nothing depends on the
 machine that runs this. `--write` puts the tables into the page; a test compares them.
 """
 

@@ -16,7 +16,7 @@ from argosy.engine.ledger import Ledger
 from argosy.machine import energy as counters
 from argosy.machine.energy import EnergyMeter
 from tests.cli.tiny_chat_model import write_chat_model
-from tests.plan.powercap import Zones, write_zones
+from tests.machine.powercap import Zones, write_zones
 
 
 class Ran(NamedTuple):

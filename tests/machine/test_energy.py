@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from argosy.machine.energy import EnergyMeter
-from tests.plan.powercap import RANGE, write_zones
+from tests.machine.powercap import RANGE, write_zones
 
 
 def test_packages_and_memory_are_summed_and_parts_of_packages_are_not(tmp_path: Path) -> None:

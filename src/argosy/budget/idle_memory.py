@@ -9,7 +9,7 @@ It is taken back by the step that needs it, before it runs: experts leave, the s
 block or a buffer is written. It is lent again once no step has had prompt tokens for a while, because experts that left
 are read again, and pages that were given back have to be cleared.
 
-Elsewhere: `kv_cache.py` hands out blocks, the lowest first; native code has the memory of both.
+Elsewhere: `kept/kv_cache.py` hands out blocks, the lowest first; native code has the memory of both.
 """
 
 from __future__ import annotations

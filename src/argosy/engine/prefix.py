@@ -11,11 +11,11 @@ Where layers have a recurrent state, a prefix is usable only up to a snapshot. S
 block of a longer prompt, where prompts were seen to diverge, every SNAPSHOT_TOKENS of an answer, and where a prompt
 stops halfway after a full block.
 
-Where layers have a sliding window, a prefix is usable if what its next token sees there is left (`kv_windows.py`). The
-ends that are kept for that are the places where snapshots would be taken, and the ends of answers.
+Where layers have a sliding window, a prefix is usable if what its next token sees there is left (`kept/kv_windows.py`).
+The ends that are kept for that are the places where snapshots would be taken, and the ends of answers.
 
-Elsewhere: `kv_cache.py` tracks who holds which block; `recurrent_state.py` has the snapshot slots; `prefix_files.py`
-has the files; `scheduler.py` chooses the running sequences.
+Elsewhere: `kept/kv_cache.py` tracks who holds which block; `kept/recurrent_state.py` has the snapshot slots;
+`kept/prefix_files.py` has the files; `scheduler.py` chooses the running sequences.
 """
 
 from __future__ import annotations

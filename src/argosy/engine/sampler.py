@@ -23,8 +23,8 @@ that it applies the temperature last. Log-probabilities are the model's own, fro
 The number in step 9 depends only on the seed and the length of the answer so far: not on the batch, the budget or the
 machine (Philox, Salmon et al., SC 2011).
 
-Elsewhere: `constraint.py` decides what a grammar allows; `watermark.py` reweighs; the engine decides when an answer
-ends; logits come from `model/decoder.py`.
+Elsewhere: `grammar/constraint.py` decides what a grammar allows; `watermark.py` reweighs; the engine decides when an
+answer ends; logits come from `model/decoder.py`.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@
 - Among waiting sequences, the first one of the tenant with the fewest running goes next. If there is no room for it,
   none behind it may pass, so it gets its turn.
 
-A decoding sequence may run proposed tokens behind its own (`drafter.py`). They count only if the sampler chooses them,
-so `commit` comes after sampling: what was computed for a rejected token is overwritten and never published. A recurrent
-state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the confirmed tokens
-then run again.
+A decoding sequence may run proposed tokens behind its own (`drafts/drafter.py`). They count only if the sampler chooses
+them, so `commit` comes after sampling: what was computed for a rejected token is overwritten and never published. A
+recurrent state cannot be overwritten, so it is saved before proposals run, and restored if one is rejected; the
+confirmed tokens then run again.
 
-Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals; `governor.py` says
-whether they pay.
+Elsewhere: `prefix.py` finds prefixes; `engine.py` runs the step; `answers.py` confirms proposals; `drafts/governor.py`
+says whether they pay.
 """
 
 from __future__ import annotations

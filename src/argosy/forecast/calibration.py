@@ -10,8 +10,8 @@ how much of one the other hides. The engine runs two tiny models of different de
 beyond its products, and two with experts of usual sizes, which give that of a layer's first miss and of each further
 one.
 
-Elsewhere: `kept_rates.py` keeps the result; `machine/rates.py` has its form, and guesses for machines that were not
-measured.
+Elsewhere: `machine/kept_rates.py` keeps the result; `machine/rates.py` has its form, and guesses for machines that were
+not measured.
 """
 
 from __future__ import annotations

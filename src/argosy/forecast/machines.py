@@ -9,7 +9,7 @@
 `name`, `cpu` (as /proc/cpuinfo prints it), `cores` (physical) and `memory_gib` are required; a field that is empty is
 unknown. `usd_per_hour` is the rent, `usd` the purchase price, `watts` what it draws while it answers.
 
-Elsewhere: `rates.py` guesses speeds from the name of the processor.
+Elsewhere: `machine/rates.py` guesses speeds from the name of the processor.
 """
 
 from __future__ import annotations

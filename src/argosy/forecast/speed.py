@@ -15,7 +15,8 @@ fast as it does each alone, 0 if both together take as long as one after the oth
 what it reads, costs processor time and bandwidth of memory. A prompt's products wait for neither memory nor reads, so
 reads take only their processor time from them.
 
-Elsewhere: `work.py` counts what a model reads; `hit_rate.py` gives the misses; `forecast/forecast.py` puts it together.
+Elsewhere: `model/work.py` counts what a model reads; `experts/hit_rate.py` gives the misses; `forecast/forecast.py`
+puts it together.
 """
 
 from __future__ import annotations

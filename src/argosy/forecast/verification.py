@@ -1,11 +1,11 @@
 """Put what was measured beside what was forecast, part by part.
 
     `argosy plan --verify`: a prompt and an answer after a warm-up  ─┐
-    a server: its recent decode steps (`loop.py`)                   ─┴─>  Verification: predicted, measured, what is off
+    a server: its recent decode steps (`engine/loop.py`)            ─┴─>  Verification: predicted, measured
 
 Predictions of parts take the hit rate that was measured, so that a wrong hit rate shows as such and in no other part.
 
-Elsewhere: `forecast.py` predicts; `ledger.py` says where time went.
+Elsewhere: `forecast.py` predicts; `engine/ledger.py` says where time went.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 A block is free, held by one or more sequences, or kept: held by none, with a content that another sequence may reuse.
 When free blocks run out, kept blocks are evicted: the least recently used block of the tenant that has the most. So one
 tenant's flood of prompts does not evict what others have kept. The lowest free block is taken first, so that the memory
-of the highest ones can be used for something else (`idle_memory.py`).
+of the highest ones can be used for something else (`budget/idle_memory.py`).
 
-Elsewhere: `prefix.py` looks contents up; keys and values are native memory (`_native.KvCache`).
+Elsewhere: `engine/prefix.py` looks contents up; keys and values are native memory (`_native.KvCache`).
 """
 
 from __future__ import annotations

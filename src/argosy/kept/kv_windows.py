@@ -9,7 +9,8 @@ Ends of prefixes that are likely to come back are kept: of prompts and answers, 
 Of the other idle window blocks, the least recently used one is evicted first; then the least recently used end.
 There are enough window blocks for all running sequences, so there is always one to take.
 
-Elsewhere: `kv_cache.py` hands out KV blocks; `prefix.py` finds prefixes; native code reads `of_block` in every step.
+Elsewhere: `kv_cache.py` hands out KV blocks; `engine/prefix.py` finds prefixes; native code reads `of_block` in every
+step.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ reuse is lost.
 These files reveal prompts: directories have mode 0700, files 0600, and names are hashes that cannot be made without the
 secret. One thread writes; others read ahead of the caller, enough of them to keep a drive busy.
 
-Elsewhere: `prefix.py` decides which contents to keep in files.
+Elsewhere: `engine/prefix.py` decides which contents to keep in files.
 """
 
 from __future__ import annotations

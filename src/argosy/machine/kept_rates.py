@@ -9,7 +9,7 @@ found in its minute. A rate is printed with its age.
 
 Files are in the user's cache, and only their owner reads them.
 
-Elsewhere: `calibration.py` measures; the engine notes what its store read; `machine/rates.py` has guesses.
+Elsewhere: `forecast/calibration.py` measures; the engine notes what its store read; `machine/rates.py` has guesses.
 """
 
 from __future__ import annotations

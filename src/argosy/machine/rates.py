@@ -6,7 +6,7 @@
 Guesses come from a table of CPU families: memory channels times transfers per second, and the speeds that Argosy's
 benchmarks reached on such machines. They are labelled as guesses wherever they are printed.
 
-Elsewhere: `forecast/calibration.py` measures; `speed.py` turns rates into seconds.
+Elsewhere: `forecast/calibration.py` measures; `forecast/speed.py` turns rates into seconds.
 """
 
 from __future__ import annotations

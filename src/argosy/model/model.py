@@ -5,8 +5,8 @@
 A memory plan needs to know how large the tokenizer is, and reading weights takes as long as building it. So a model is
 opened in two steps: `ModelReading` starts the reads, and `finish` allocates the rest once the plan is made.
 
-Elsewhere: `footprint.py` says beforehand what a model takes; `decoder.py` runs a step; an engine owns the threads and
-the store, which models share.
+Elsewhere: `budget/footprint.py` says beforehand what a model takes; `decoder.py` runs a step; an engine owns the
+threads and the store, which models share.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A module of its own, because every engine has its `Work` and few predict anything.
 
-Elsewhere: `speed.py` turns it into seconds.
+Elsewhere: `forecast/speed.py` turns it into seconds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of routes, and the application built from it. Nothing outside the table is served.
 
-Elsewhere: the checks that every request passes first are `gate.py`; each dialect has its own file.
+Elsewhere: the checks that every request passes first are `http/gate.py`; each dialect has its own file.
 """
 
 from __future__ import annotations

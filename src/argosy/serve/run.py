@@ -11,8 +11,8 @@ so `pyproject.toml` bounds its version:
                  flow.resume_reading, loop, scheme, transport
     Config       `http` as a function that makes a protocol
 
-Elsewhere: the application is `app.py`; socket files, TLS and proxies are `listen.py`; sockets of systemd are
-`systemd.py`; options are `cli/commands/serve.py`.
+Elsewhere: the application is `app.py`; socket files, TLS and proxies are `http/listen.py`; sockets of systemd are
+`http/systemd.py`; options are `cli/commands/serve.py`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     up  ->  systemd listens, and starts `argosy serve ... --listen unix:STATE/server.sock` on first use
         ->  without systemd, the same command in a session of its own, its log in STATE/server.log
 
-Elsewhere: which process that is, and its directory, are `own_server.py`; what systemd is told is
-`user_units.py`; its options are those of `serve.py`.
+Elsewhere: which process that is, and its directory, are `cli/shared/own_server.py`; what systemd is told is
+`cli/shared/user_units.py`; its options are those of `serve.py`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 writes it; nothing that is typed is kept without `--history`. What no longer fits the context is dropped only by
 `/trim` or by the `--context-policy`, and a line says what was dropped.
 
-Elsewhere: `chat_models.py` opens models, here or at the user's server; `chat_room.py` chooses what is dropped;
-`chat_files.py` has the files of both; `output.py` shows answers.
+Elsewhere: `cli/shared/chat_models.py` opens models, here or at the user's server; `chat_room.py` chooses what is
+dropped; `chat_files.py` has the files of both; `cli/shared/output.py` shows answers.
 """
 
 from __future__ import annotations

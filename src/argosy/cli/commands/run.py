@@ -1,6 +1,6 @@
 """`argosy run`: answer one prompt. The answer alone goes to stdout.
 
-Elsewhere: `texts.py` reads files and stdin.
+Elsewhere: `cli/shared/texts.py` reads files and stdin.
 """
 
 from __future__ import annotations

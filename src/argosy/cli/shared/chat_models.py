@@ -4,7 +4,7 @@
 
 Both answer the same conversation with the same text, and go on with an answer from its tokens.
 
-Elsewhere: the conversation is `chat.py`; a server's answers are `server_model.py`.
+Elsewhere: the conversation is `cli/commands/chat.py`; a server's answers are `server_model.py`.
 """
 
 from __future__ import annotations

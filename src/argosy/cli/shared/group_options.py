@@ -1,6 +1,6 @@
 """Options of commands that may also run experts on other machines, converted to a `Group`.
 
-Elsewhere: `cluster/group.py` is the group; `worker.py` starts what answers on the other machines.
+Elsewhere: `cluster/group.py` is the group; `cli/commands/worker.py` starts what answers on the other machines.
 """
 
 from __future__ import annotations

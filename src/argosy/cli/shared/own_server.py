@@ -6,7 +6,7 @@ Only this user can access the directory, so a server on the socket file is alway
 anybody, so our own commands prefer the file. A process is known by its id and the time at which it started, so a later
 process with the same id is never taken for it.
 
-Elsewhere: commands are `background.py`; requests are `remote.py`.
+Elsewhere: commands are `cli/commands/background.py`; requests are `remote.py`.
 """
 
 from __future__ import annotations

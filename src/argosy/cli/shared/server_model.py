@@ -6,7 +6,8 @@ A server answers what its API can say. If a command has an option that only an e
 lacks the model, a line says so and the command loads the model itself. With --url that is an error. A busy server is
 asked again. An answer goes on from its tokens, which a server tells (`return_token_ids`) and takes back.
 
-Elsewhere: requests are `remote.py`; which process the user's server is, `own_server.py`; chats with it, `chat.py`.
+Elsewhere: requests are `remote.py`; which process the user's server is, `own_server.py`; chats with it,
+`cli/commands/chat.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A unit begins with the SHA-256 of its other lines, so one that somebody else wrote or changed is never replaced.
 
-Elsewhere: commands are `background.py`; how the server takes the sockets is `serve/http/systemd.py`.
+Elsewhere: commands are `cli/commands/background.py`; how the server takes the sockets is `serve/http/systemd.py`.
 """
 
 from __future__ import annotations

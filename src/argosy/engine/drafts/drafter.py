@@ -1,7 +1,7 @@
 """Guess the next tokens of an answer cheaply, so that one step of the model can confirm several of them.
 
-A draft only saves time: the sampler chooses every token from the model's own logits (`answers.py`), so text with a
-drafter equals text without.
+A draft only saves time: the sampler chooses every token from the model's own logits (`engine/answers.py`), so text with
+a drafter equals text without.
 
 Elsewhere: `lookup.py` is a drafter; `governor.py` says when one may propose.
 """

@@ -25,7 +25,7 @@ the drive reads for more than `BUSY` of the time, when every missing expert cost
 
 All this decides when tokens come and never which: any choice here gives the same text.
 
-Elsewhere: `scheduler.py` asks before each step, and counts it afterwards.
+Elsewhere: `engine/scheduler.py` asks before each step, and counts it afterwards.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ A grammar is a caller's text, so its size, nesting and repetition, and the work 
 grammar that exceeds a bound fails only its own request. The memory plan has room for all grammars
 (`memory_plan.GRAMMAR_BYTES`).
 
-Elsewhere: the size and nesting of a grammar's text are checked in `grammar_bounds.py`; `sampler.py` turns masked logits
-into a token; the bytes of tokens come from `prompt/tokenizer.py`.
+Elsewhere: the size and nesting of a grammar's text are checked in `grammar_bounds.py`; `engine/sampler.py` turns masked
+logits into a token; the bytes of tokens come from `prompt/tokenizer.py`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ What a request costs before its turn is small: of a picture or frame it holds th
 byte each. `MEDIA_WAITING_BYTES` bounds what all requests hold together.
 
 Elsewhere: `media/` decodes and prepares; `model/encoders/` has the towers; `video_layout.py` orders the parts of a
-video; `spans.py` puts rows into steps; `media_memory.py` lends to experts what all this takes.
+video; `spans.py` puts rows into steps; `budget/media_memory.py` lends to experts what all this takes.
 """
 
 from __future__ import annotations

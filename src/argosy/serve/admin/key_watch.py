@@ -5,8 +5,8 @@
 
 They are deleted again until no thread works for the key any more, and until deleting them succeeds.
 
-Elsewhere: requests end in `running.py`; keys and limits are the room `guard`; a tenant's blocks and files are
-`engine/prefix.py`.
+Elsewhere: requests end in `serve/answer/running.py`; keys and limits are the room `guard`; a tenant's blocks and files
+are `engine/prefix.py`.
 """
 
 from __future__ import annotations

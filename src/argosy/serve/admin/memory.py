@@ -7,7 +7,7 @@ exceeds it. `memory.max` does not, so ask for the smaller budget first, and lowe
 Once a minute the C library returns free memory to the system: requests of many sizes fragment its heap, which would
 grow for hours although no more of it is used.
 
-Elsewhere: `models.py` and `engine/engine.py` move the memory.
+Elsewhere: `serve/models/models.py` and `engine/engine.py` move the memory.
 """
 
 from __future__ import annotations

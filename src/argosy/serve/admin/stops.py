@@ -2,7 +2,7 @@
 
 Requests are refused, and those that run end with an error before their next token or event. Nothing is deleted.
 
-Elsewhere: what is stopped is kept by `guard/stops.py`; `running.py` ends requests.
+Elsewhere: what is stopped is kept by `guard/stops.py`; `serve/answer/running.py` ends requests.
 """
 
 from __future__ import annotations

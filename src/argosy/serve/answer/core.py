@@ -2,13 +2,13 @@
 
     dialect  ->  ChatRequest or TextRequest  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
 
-Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), answers are stored for
-replay in other threads, and steps run in the engine's own thread, so the event loop never waits. No answer keeps the
-event loop for longer than a turn, however many of its tokens are ready. Cancelling an `Answers` before its end makes
-the engine free its sequences before the next step.
+Prompts are rendered and requests checked in threads that all callers share fairly (`http/work.py`), answers are stored
+for replay in other threads, and steps run in the engine's own thread, so the event loop never waits. No answer keeps
+the event loop for longer than a turn, however many of its tokens are ready. Cancelling an `Answers` before its end
+makes the engine free its sequences before the next step.
 
-Elsewhere: the path from a dialect's handler to here is `respond.py`; routes and errors are `app.py` and `gate.py`; the
-engine's thread is `engine/loop.py`.
+Elsewhere: the path from a dialect's handler to here is `respond.py`; routes and errors are `app.py` and
+`serve/http/gate.py`; the engine's thread is `engine/loop.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ first is sent, so that a text that is refused gets a status. They are written pi
 several times as large as they are.
 
 Elsewhere: hidden states are pooled in `engine/pooling.py`; texts run in `side_by_side.py`; the dialects are
-`openai_embeddings.py` and `ollama.py`.
+`serve/dialects/openai_embeddings.py` and `serve/dialects/ollama.py`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ All of it is kept only in memory, within a budget; the least recently used is dr
 `kept_s` is dropped anyway: the server calls `drop_expired` every SWEEP_S (`run.py`). Another tenant never finds it, a
 restart or the revocation of the key drops it, and a request with `store: false` keeps nothing.
 
-Elsewhere: input items are `openai_responses_bodies.py`, output items `openai_responses.py`; their budget is part of
-the replay memory (`run.py`).
+Elsewhere: input items are `serve/dialects/openai_responses_bodies.py`, output items
+`serve/dialects/openai_responses.py`; their budget is part of the replay memory (`run.py`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
                                 └── not taken by the model, or damaged  ->  a note, or a refusal (`replaced.py`)
 
 A client sends the data itself, or its address, if the operator allows its host; the server keeps no files. The decoded
-bytes are charged to the memory for bodies (`held.py`) before they are decoded, and given back when the prompt is built.
+bytes are charged to the memory for bodies (`serve/http/held.py`) before they are decoded, and given back when the
+prompt is built.
 
 Elsewhere: `media_hosts.py` fetches what is at an address; the fields of a part are in its dialect's file;
 `media/decoder.py` finds out whether the bytes are a picture.

@@ -8,8 +8,8 @@ of its events and its whole answer; an `Exchange`, which turns steps into events
 calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that nobody waits
 for any more. A whole answer is folded from the events of its own stream, so the two always agree.
 
-Elsewhere: prompts and steps are `core.py`; bytes on the connection are `streams.py`; routes are `app.py`. A new
-dialect can start from the one in `tests/serve/test_respond.py`.
+Elsewhere: prompts and steps are `core.py`; bytes on the connection are `serve/http/streams.py`; routes are `app.py`. A
+new dialect can start from the one in `tests/serve/test_respond.py`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ May a request start, and must a running one end: both ask `Running.why_not`. `lo
 and ends those that may not go on before their next token or event. The error that ends a request is its answer, as a
 status or as the last event of its stream. Commands of operators do not end: what they began is finished.
 
-Elsewhere: what an operator has stopped is `guard/stops.py`; revoked keys are found by `key_watch.py`; `gate.py` enters
-requests, and `streams.py` writes the last event.
+Elsewhere: what an operator has stopped is `guard/stops.py`; revoked keys are found by `serve/admin/key_watch.py`;
+`serve/http/gate.py` enters requests, and `serve/http/streams.py` writes the last event.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A stream has one content block for each tool call and for each stretch of text o
 Claude Code puts a line at the start of the system prompt that changes with each conversation, so no prompt prefix could
 be reused. The line is removed before the prompt is built, unless the server runs with `--keep-billing-line`.
 
-Elsewhere: the path of a request is `respond.py`; answers are `core.py`.
+Elsewhere: the path of a request is `serve/answer/respond.py`; answers are `serve/answer/core.py`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 A stream is server-sent events without names; the last one has `stop: true`, and nothing follows it. `n_predict: 0` only
 computes the prompt, so that the next request finds it: editors send snippets ahead like this.
 
-Elsewhere: the same with `suffix` is `openai_completions.py`; the path of a request is `respond.py`; other routes of
-llama-server are `llama_server.py`.
+Elsewhere: the same with `suffix` is `openai_completions.py`; the path of a request is `serve/answer/respond.py`; other
+routes of llama-server are `llama_server.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ prompt or messages loads the model; with `"keep_alive": 0` it unloads the model,
 other request uses it.
 
 Elsewhere: what requests may say is `ollama_bodies.py`; lists of models are `ollama_models.py`; the path of a request is
-`respond.py`; JSON lines are `streams.py`; vectors are `embedding.py`; loading and unloading is `models.py`.
+`serve/answer/respond.py`; JSON lines are `serve/http/streams.py`; vectors are `serve/answer/embedding.py`; loading and
+unloading is `serve/models/models.py`.
 """
 
 from __future__ import annotations

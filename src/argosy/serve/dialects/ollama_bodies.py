@@ -6,7 +6,7 @@ Results name no call: they belong to the calls that wait for one, by id or name 
 are accepted and named in `x-ignored-params`.
 
 Elsewhere: how answers are written is `ollama.py`; lists of models are `ollama_models.py`; fields that dialects share
-are `fields.py`.
+are `serve/answer/fields.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Ollama's API about models: GET /api/tags and /api/ps, POST /api/show, GET /api/version. No route loads a model.
 
-Elsewhere: answers are `ollama.py`; the facts that are shown are from `models.py`.
+Elsewhere: answers are `ollama.py`; the facts that are shown are from `serve/models/models.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 They are offered by a server with ears (`argosy serve --ears`). A transcription takes turns with the steps of the model,
 and ends when its client leaves.
 
-Elsewhere: `form.py` reads the body; `engine/media/ears.py` transcribes; `media/transcript.py` writes subtitles.
+Elsewhere: `serve/http/form.py` reads the body; `engine/media/ears.py` transcribes; `media/transcript.py` writes
+subtitles.
 """
 
 from __future__ import annotations

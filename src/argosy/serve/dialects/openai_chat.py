@@ -3,7 +3,8 @@
 A stream sends the role once, and the id and name of a tool call before its arguments. A call keeps its index, and with
 `include_usage` the last chunk has no choices. `x-ignored-params` names accepted fields that have no effect.
 
-Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`; answers are `core.py`.
+Elsewhere: the path of a request is `serve/answer/respond.py`; chunks are `openai_chunks.py`; answers are
+`serve/answer/core.py`.
 """
 
 from __future__ import annotations

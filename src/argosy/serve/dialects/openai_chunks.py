@@ -1,6 +1,6 @@
 """The answers of Chat Completions and Completions: chunks with choices, usage, the ledger and prefill progress.
 
-Elsewhere: a dialect's own choices are in its file; the path of a request is `respond.py`.
+Elsewhere: a dialect's own choices are in its file; the path of a request is `serve/answer/respond.py`.
 """
 
 from __future__ import annotations

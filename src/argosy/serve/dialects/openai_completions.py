@@ -4,7 +4,8 @@
 prompts run together; a stream sends their choices as they are made. With `suffix` the model fills in what stands
 between the two texts, if it was trained to (`prompt/infill.py`).
 
-Elsewhere: the path of a request is `respond.py`; chunks are `openai_chunks.py`; answers are `core.py`.
+Elsewhere: the path of a request is `serve/answer/respond.py`; chunks are `openai_chunks.py`; answers are
+`serve/answer/core.py`.
 """
 
 from __future__ import annotations

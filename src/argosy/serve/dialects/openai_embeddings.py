@@ -1,6 +1,6 @@
 """OpenAI's Embeddings: POST /v1/embeddings.
 
-Elsewhere: `embedding.py` computes the vectors; the pooling is `engine/pooling.py`.
+Elsewhere: `serve/answer/embedding.py` computes the vectors; the pooling is `engine/pooling.py`.
 """
 
 from __future__ import annotations

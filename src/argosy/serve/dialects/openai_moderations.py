@@ -4,7 +4,7 @@ The checks are those that the policy applies to what a client sends; tokens of a
 categories are OpenAI's where they fit; a check with categories of its own adds them. A category that no check knows is
 not flagged, and its score is 0: that says nothing about the text.
 
-Elsewhere: checks run in `screening.py`; docs/guides/responsible-use.md says what they find.
+Elsewhere: checks run in `serve/guards/screening.py`; docs/guides/responsible-use.md says what they find.
 """
 
 from __future__ import annotations

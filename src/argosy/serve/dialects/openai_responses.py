@@ -1,12 +1,12 @@
 """OpenAI's Responses API: POST /v1/responses and /v1/responses/input_tokens, GET and DELETE of stored responses.
 
 A client sends the whole conversation, or refers to items that the server still has, by `item_reference` and
-`previous_response_id` (`kept_items.py`). A response that is still kept can be fetched and deleted by its id.
-A stream numbers its events. Each piece of an answer is an output item that is added, filled by deltas, and done. The
-last event is `response.completed`, `response.incomplete` or `response.failed`.
+`previous_response_id` (`serve/answer/kept_items.py`). A response that is still kept can be fetched and deleted by its
+id. A stream numbers its events. Each piece of an answer is an output item that is added, filled by deltas, and done.
+The last event is `response.completed`, `response.incomplete` or `response.failed`.
 
-Elsewhere: what requests may say is `openai_responses_bodies.py`; the path of a request is `respond.py`; answers are
-`core.py`.
+Elsewhere: what requests may say is `openai_responses_bodies.py`; the path of a request is `serve/answer/respond.py`;
+answers are `serve/answer/core.py`.
 """
 
 from __future__ import annotations

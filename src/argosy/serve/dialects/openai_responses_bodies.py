@@ -4,7 +4,8 @@
 
 Tools that OpenAI would run itself are left out and named in `x-ignored-params`.
 
-Elsewhere: how answers are written is `openai_responses.py`; items of earlier responses are `kept_items.py`.
+Elsewhere: how answers are written is `openai_responses.py`; items of earlier responses are
+`serve/answer/kept_items.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The score of a document is the probability that the model answers yes, if it answers yes or no: the two words'
 log-probabilities, each that of one token after the same prompt. The second reuses the keys and values of the first.
 
-Elsewhere: the prompt is `prompt/reranking.py`; parts run in `side_by_side.py`.
+Elsewhere: the prompt is `prompt/reranking.py`; parts run in `serve/answer/side_by_side.py`.
 """
 
 from __future__ import annotations

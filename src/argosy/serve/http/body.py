@@ -8,7 +8,8 @@ thread. Ambiguous JSON, which two parsers could
 read in two ways, is refused. A refusal names the place, the expected value and the value found; for a union, it
 describes the branch that matched furthest.
 
-Elsewhere: bounds of fields are `fields.py`; limits on size and time of a body are `gate.py`; threads are `work.py`.
+Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are `gate.py`; threads are
+`work.py`.
 """
 
 from __future__ import annotations

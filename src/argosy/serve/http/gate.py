@@ -9,8 +9,8 @@ method, the route's template, the status, times, token counts, the model and the
 exception becomes "internal error"; the log says where it was raised (`log.py`), and both have the id. A trace id that
 the client sends in `traceparent` goes into the JSON log and the audit, and nothing else of that header does.
 
-Elsewhere: the table is `app.py`; the audit is `audited.py`; allowed origins are `origins.py`; keys and limits are the
-room `guard`.
+Elsewhere: the table is `app.py`; the audit is `serve/guards/audited.py`; allowed origins are `origins.py`; keys and
+limits are the room `guard`.
 """
 
 from __future__ import annotations

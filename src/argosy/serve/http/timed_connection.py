@@ -5,7 +5,7 @@
 A time-out of a socket begins again with each byte, so a server that sends one byte a second would hold a thread for as
 long as it likes.
 
-Elsewhere: `media_hosts.py` fetches files, and `check_over_http.py` asks about texts.
+Elsewhere: `serve/answer/media_hosts.py` fetches files, and `serve/guards/check_over_http.py` asks about texts.
 """
 
 from __future__ import annotations
