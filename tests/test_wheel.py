@@ -38,10 +38,8 @@ sys.exit(main())
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with what an installed wheel puts into site-packages."""
     place = tmp_path_factory.mktemp("wheel")
-    build = (
-        "from scikit_build_core.build import build_wheel;"
-        f" build_wheel({str(place)!r}, {{'wheel.cmake': 'false', 'build-dir': {str(place / 'build')!r}}})"
-    )
+    settings = {"wheel.cmake": "false", "wheel.py-api": "py3", "build-dir": str(place / "build")}
+    build = f"from scikit_build_core.build import build_wheel; build_wheel({str(place)!r}, {settings!r})"
     made = subprocess.run(
         [sys.executable, "-c", build], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
