@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,35 @@ def test_a_full_worker_refuses_further_coordinators(model: Path) -> None:
         ):  # a worker that is full today does not keep the others from working
             assert len(engine.generate(PROMPT, GREEDY).token_ids) == 10
             assert status_of(second, address)["state"] == "away"
+
+
+def test_the_wait_for_workers_says_at_once_who_is_ready_and_who_is_not(model: Path) -> None:
+    lines: list[str] = []
+    is_told = threading.Event()
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if "does not answer" in line:
+            is_told.set()
+
+    with worker_thread(model) as (address, _), socket.create_server(("127.0.0.1", 0)) as silent:
+        silent_host = f"127.0.0.1:{silent.getsockname()[1]}"
+
+        def refuse() -> None:  # the silent worker ends once the dead one was told of
+            accepted, _ = silent.accept()
+            is_told.wait(30)
+            accepted.close()
+
+        refusing = threading.Thread(target=refuse)
+        refusing.start()
+        with Group([address, "127.0.0.1:1", silent_host], tell=tell) as group, open_engine(model, group):
+            refusing.join()
+    assert is_told.is_set()
+    assert lines[0] == "waiting for workers: 0 of 3 ready"
+    assert any(
+        line.endswith("of 3 ready; 127.0.0.1:1 does not answer: Connection refused") for line in lines[1:]
+    )
+    assert len(lines) == 3
 
 
 def test_a_group_without_any_worker_says_so(model: Path) -> None:

@@ -21,8 +21,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -162,6 +162,7 @@ class Group:
         local: whether this machine runs experts, too.
         disk_bytes_per_s: the rate of this machine's drive; None: measured by `open`.
         copy_bytes_per_s: the rate at which workers may copy files from here while the engine answers a request.
+        tell: called with a line about the workers that `open` waits for.
 
     Raises:
         UsageError: an argument is invalid.
@@ -178,6 +179,7 @@ class Group:
         local: bool = True,
         disk_bytes_per_s: float | None = None,
         copy_bytes_per_s: float = _COPY_BYTES_PER_S,
+        tell: Callable[[str], None] = log.info,
     ) -> None:
         if not 1 <= replicas <= MOST_HOSTS:
             raise UsageError(f"replicas must be 1 to {MOST_HOSTS}, found {replicas}")
@@ -193,6 +195,7 @@ class Group:
         self._key, self._tls = key, tls
         self._verify, self._runs_here = verify, local
         self._disk_bytes_per_s = disk_bytes_per_s
+        self._tell = tell
         self._members: dict[str, _Member] = {}  # in the order in which they were named
         self._changes = threading.RLock()  # guards members, and everything that plans owners
         self._stop = threading.Event()
@@ -481,8 +484,17 @@ class Group:
                 return error
             return None
 
-        with ThreadPoolExecutor(min(8, len(self._members)), "argosy-hello") as pool:
-            errors = [error for error in pool.map(attempt, self._members.values()) if error is not None]
+        num_wanted, num_ready = len(self._members), 0
+        with ThreadPoolExecutor(min(8, num_wanted), "argosy-hello") as pool:
+            self._tell(f"waiting for workers: 0 of {num_wanted} ready")
+            attempts = [pool.submit(attempt, member) for member in self._members.values()]
+            for num_left, done in zip(reversed(range(num_wanted)), as_completed(attempts), strict=True):
+                error = done.result()
+                num_ready += error is None
+                if num_left:
+                    failed = "" if error is None else f"; {error.message}"
+                    self._tell(f"waiting for workers: {num_ready} of {num_wanted} ready{failed}")
+        errors = [error for done in attempts if (error := done.result()) is not None]
         for error in errors:
             if isinstance(error, PeerRefused) and (_is_lasting(error) or len(errors) == len(self._members)):
                 raise error

@@ -96,6 +96,7 @@ class WantedGroup:
                     tls=None if self.authorities is None else client_context(self.authorities),
                     verify=self.verify,
                     local=self.local,
+                    tell=_say,
                     **rate,
                 )
             )
