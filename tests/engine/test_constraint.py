@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import resource
@@ -141,6 +142,122 @@ def test_an_answer_is_an_instance_of_its_schema(
     assert 0 <= found["size"] <= 99
     assert set(found.get("tags", [])) <= {"a", "b<|im_end|>"}
     assert not tokenizer.control_ids & set(ids)  # text that spells a marker comes from ordinary tokens
+
+
+def write(constraint: Constraint, text: str, *, most: int) -> str:
+    """Write `text` again and again, a byte at a time, until that is no longer allowed; then finish the answer."""
+    vocabulary, written = constraint._vocabulary, b""
+    wanted = itertools.cycle(text.encode())
+    while not constraint.is_finished and len(written) < most:
+        allowed = constraint.allowed()
+        assert allowed is not None
+        token_id = vocabulary.id_of_byte[next(wanted)]
+        if not allowed[token_id]:
+            wanted = itertools.repeat(ord("]"))
+            token_id = int(np.flatnonzero(allowed)[0])
+        assert constraint.accept(token_id)
+        written += vocabulary.tokens[token_id]
+    return written.decode()
+
+
+NAMES: dict[str, object] = {"type": "array", "items": {"type": "string"}}
+GRID: dict[str, object] = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
+OBJECTS: dict[str, object] = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"a": NAMES, "b": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "items", "num_bytes"),
+    [
+        (NAMES, '"red","blue",', 512),
+        (NAMES, '"red, or [blue]", ', 512),
+        (NAMES, '"red" , ', 512),
+        (OBJECTS, '{"a":["x","y"],"b":"z"},', 512),
+        (GRID, "[0,0],[0,0],[0,1],", 2048),
+        (NAMES, '"12","",', 2048),
+    ],
+)
+def test_an_array_whose_items_repeat_for_long_ends_after_an_item(
+    compiler: GrammarCompiler, schema: dict[str, object], items: str, num_bytes: int
+) -> None:
+    constraint = compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    begin = compiler._vocabulary.id_of_byte[ord("[")]
+    assert constraint.accept(begin)
+    written = write(constraint, items, most=3000)
+    whole, piece = json.loads("[" + written), json.loads(f"[{items.rstrip(', ')}]")
+    assert whole == (piece * 3000)[: len(whole)]
+    assert num_bytes < len(written) < num_bytes + 3 * len(items)
+
+
+def test_a_string_that_repeats_itself_for_long_ends(compiler: GrammarCompiler) -> None:
+    constraint = compiler.compile(
+        Grammar(kind="json_schema", text='{"type": "string", "pattern": "^[^#]*$"}')
+    )
+    assert constraint.accept(compiler._vocabulary.id_of_byte[ord('"')])
+    written = write(constraint, "8x = -23, ", most=3000)
+    assert json.loads('"' + written) == ("8x = -23, " * 99)[: len(written) - 1]
+    assert 512 < len(written) < 530
+
+
+def test_an_array_of_strings_that_repeat_themselves_ends(compiler: GrammarCompiler) -> None:
+    """Each ends sooner than the first, and the array after a few equal ones."""
+    constraint = compiler.compile(Grammar(kind="json_schema", text=json.dumps(NAMES)))
+    id_of_byte, written = compiler._vocabulary.id_of_byte, "["
+    assert constraint.accept(id_of_byte[ord("[")])
+    while not constraint.is_finished:
+        allowed = constraint.allowed()
+        assert allowed is not None
+        # Strings of "a" without end, and a comma behind each.
+        wanted = [id_of_byte[byte] for byte in (b',"]' if written.endswith('a"') else b'a",]')]
+        token_id = next(token_id for token_id in wanted if allowed[token_id])
+        assert constraint.accept(token_id)
+        written += compiler._vocabulary.tokens[token_id].decode()
+    first, *more = (len(text) for text in json.loads(written))
+    assert 512 < first < 520
+    assert {64 < length < 70 for length in more} == {True}
+    assert 4 <= len(more) <= 6
+
+
+@pytest.mark.parametrize("added", [['",'], ['",', '"]']])
+def test_an_array_ends_where_one_token_would_end_its_item_and_begin_the_next(added: list[str]) -> None:
+    written_as = json.loads(byte_level_json())
+    for token in written_as["added_tokens"]:
+        token["id"] += 100 * (token["id"] > 2)
+    known = len(written_as["model"]["vocab"])
+    written_as["model"]["vocab"] |= {text: known + at for at, text in enumerate(added)}
+    written_as["model"]["merges"] += [list(text) for text in added]
+    tokenizer = Tokenizer(
+        tokenizers.Tokenizer.from_str(json.dumps(written_as)), config={"eos_token": "<|im_end|>"}
+    )
+    compiler = GrammarCompiler(tokenizer, vocab_size=VOCAB, end_ids=tokenizer.eos_ids)
+    constraint = compiler.compile(Grammar(kind="json_schema", text=json.dumps(NAMES)))
+    assert constraint.accept(id_of(tokenizer, "["))
+    written, cycle = "[", itertools.cycle(id_of(tokenizer, text) for text in ('"', "a", '",'))
+    while not constraint.is_finished:
+        allowed, token_id = constraint.allowed(), next(cycle)
+        assert allowed is not None
+        token_id = token_id if allowed[token_id] else int(np.flatnonzero(allowed)[0])
+        assert constraint.accept(token_id)
+        written += compiler._vocabulary.tokens[token_id].decode()
+    assert json.loads(written) == ["a"] * 172
+
+
+@pytest.mark.parametrize(
+    ("schema", "items"),
+    [
+        (NAMES | {"minItems": 300}, '"red","blue",'),
+        (NAMES, "".join(f'"{number}",' for number in range(99))),
+        ({"type": "array", "items": {"type": "integer"}}, "0,"),
+    ],
+)
+def test_an_array_goes_on_that_is_too_short_or_repeats_itself_late_or_has_fewer_numbers(
+    compiler: GrammarCompiler, schema: dict[str, object], items: str
+) -> None:
+    constraint = compiler.compile(Grammar(kind="json_schema", text=json.dumps(schema)))
+    assert constraint.accept(compiler._vocabulary.id_of_byte[ord("[")])
+    assert write(constraint, items, most=1000) == (items * 1000)[:1000]
 
 
 def test_answers_follow_each_kind_of_grammar(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -11,6 +11,10 @@ A grammar is a caller's text, so its size, nesting and repetition, and the work 
 grammar that exceeds a bound fails only its own request. The memory plan has room for all grammars
 (`memory_plan.GRAMMAR_BYTES`).
 
+Small models repeat words or items without end. If the whole answer follows a grammar, a string or array in JSON ends
+after 512 tokens of exact repetition, the next ones after 64, and four times as many if they have no letters: a grid of
+numbers repeats itself, too. Minimum lengths hold.
+
 Elsewhere: the size and nesting of a grammar's text are checked in `grammar_bounds.py`; `engine/sampler.py` turns masked
 logits into a token; the bytes of tokens come from `prompt/tokenizer.py`.
 """
@@ -40,6 +44,7 @@ from argosy.engine.grammar.grammar_bounds import (
     require_size,
     too_deep,
 )
+from argosy.engine.grammar.repeats import Repeats
 from argosy.errors import GrammarError, Overloaded, UsageError
 from argosy.prompt.formats.lark import expression
 from argosy.prompt.tokenizer import Tokenizer
@@ -64,6 +69,9 @@ _LIMITS = llguidance.LLParserLimits(
     precompute_large_lexemes=False,
     verbose_errors=False,  # keeps generated text out of messages
 )
+
+_MOST_REPEATED, _MOST_REPEATED_AGAIN = 512, 64  # tokens; four times as many without letters
+_WORDS = re.compile(rb"[A-Za-z\x80-\xff]")
 
 _Key = tuple[str, str, str, bool]  # tenant, kind, text, is_lenient
 
@@ -91,6 +99,9 @@ class Constraint:
         self._watch = None if trigger is None else _Watch(trigger)
         self._is_lenient = is_lenient
         self._has_let_go = False
+        self._repeats = Repeats() if trigger is None else None
+        self._most_repeated = _MOST_REPEATED
+        self._ending = b""  # what the next tokens must write, to end what repeats
 
     @property
     def is_finished(self) -> bool:
@@ -115,7 +126,55 @@ class Constraint:
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if not self._is_sound():
             return None
-        return np.unpackbits(bits.view(np.uint8), count=num_tokens, bitorder="little").view(np.bool_)
+        allowed = np.unpackbits(bits.view(np.uint8), count=num_tokens, bitorder="little").view(np.bool_)
+        return self._without_repeats(allowed)
+
+    def _without_repeats(self, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """`allowed` without tokens that go on with a string or an array that has repeated itself for too long."""
+        self._ending = ending = self._ending or self._end_of_repeats()
+        if not ending:
+            return allowed
+        self._most_repeated = _MOST_REPEATED_AGAIN
+        tokens = self._vocabulary.tokens
+        ids = [
+            at for at in np.flatnonzero(allowed)
+            if tokens[at].startswith(ending) or (tokens[at] and ending.startswith(tokens[at]))
+        ]  # fmt: skip
+        narrowed = np.zeros_like(allowed)
+        narrowed[ids] = True
+        return narrowed
+
+    def _end_of_repeats(self) -> bytes:
+        """What ends the string or the array that has repeated itself for too long; empty if nothing has, or if it
+        cannot end within the next token.
+        """
+        if self._repeats is None or not (ids := self._repeats.cycle(self._most_repeated)):
+            return b""
+        cycle = [self._vocabulary.tokens[token_id] for token_id in ids]
+        text = b"".join(cycle)
+        if not _WORDS.search(text) and not self._repeats.cycle(4 * self._most_repeated):
+            return b""
+        # The grammar tells what is part of a string: letters may follow there.
+        if (
+            b'"' not in text
+            and self._may_write(b"z")
+            and self._may_write(b'"')
+            and not self._may_write(b'"z')
+        ):
+            return b'"'
+        item_end, comma, behind = cycle[0].partition(b",")
+        if not comma or not self._may_write(item_end + b"]") or self._may_write(item_end + b"z"):
+            return b""
+        try:
+            json.loads(b"[%b]" % (behind + b"".join(cycle[1:]) + item_end))
+        except (ValueError, RecursionError):  # the comma stands inside an item
+            return b""
+        return item_end + b"]"
+
+    def _may_write(self, text: bytes) -> bool:
+        ids = [self._vocabulary.id_of_byte.get(byte) for byte in text]
+        known = [token_id for token_id in ids if token_id is not None]
+        return len(known) == len(ids) == self._matcher.deep_copy().try_consume_tokens(known)
 
     def accept(self, token_id: int) -> bool:
         """Take the next token of the answer.
@@ -129,6 +188,9 @@ class Constraint:
         if self._has_let_go:
             return True
         if self._watch is None:
+            if self._repeats is not None:
+                self._repeats.accept(token_id)
+                self._ending = self._ending[len(self._vocabulary.tokens[token_id]) :]
             self._matcher.consume_token(token_id)
             self._is_sound()
             return True
