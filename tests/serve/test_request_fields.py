@@ -209,6 +209,18 @@ def test_an_answer_may_be_constrained_to_any_json_object(speaker: httpx.Client, 
                       says(speaker, dialect, "#json", max_tokens=99, **more)) == {"answer": 42}  # fmt: skip
 
 
+@pytest.mark.parametrize("dialect", ["chat", "responses"])
+def test_a_json_object_may_name_its_schema(speaker: httpx.Client, dialect: str) -> None:
+    """As llama.cpp and Together take it, and instructor sends it."""
+    kind = {"type": "json_object", "schema": ANSWER_SCHEMA}
+    more = {"response_format": kind} if dialect == "chat" else {"text": {"format": kind}}
+    most = {MAX_TOKENS[dialect]: 400}
+    assert json.loads(says(speaker, dialect, "#json", **most, **more)) == {"answer": 42}
+    assert says(speaker, dialect, "#plain", **most, **more) == says(
+        speaker, dialect, "#plain", **most, **form(dialect)
+    )
+
+
 Choice = Callable[[str], dict[str, Any]]
 AUTO: Choice = lambda dialect: {}  # noqa: E731
 NONE: Choice = lambda dialect: {"tool_choice": {"type": "none"} if dialect == "messages" else "none"}  # noqa: E731

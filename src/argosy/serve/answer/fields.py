@@ -279,14 +279,24 @@ class ObjectSchema(Lenient):
     properties: FreeObject | None = None
 
 
-class FreeForm(Strict):
-    """An answer in any form, or as any JSON object."""
+class TextForm(Strict):
+    """An answer in any form."""
 
-    type: Literal["text", "json_object"]
+    type: Literal["text"]
 
-    def asked(self) -> Grammar | None:
+    def asked(self) -> None:
         """The value for `ChatRequest.form`."""
-        return Grammar(kind="json_object") if self.type == "json_object" else None
+
+
+class ObjectForm(Strict):
+    """Any JSON object, or JSON that follows `schema`, as llama.cpp and Together take it here."""
+
+    type: Literal["json_object"]
+    schema_: FreeObject | None = Field(None, alias="schema")
+
+    def asked(self) -> Grammar:
+        """The value for `ChatRequest.form`."""
+        return Grammar(kind="json_object") if self.schema_ is None else schema_form(self.schema_)
 
 
 def schema_form(schema: object) -> Grammar:

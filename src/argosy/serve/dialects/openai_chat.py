@@ -28,7 +28,6 @@ from argosy.serve.answer.fields import (
     Closed,
     Effort,
     Flag,
-    FreeForm,
     FreeObject,
     Lenient,
     Many,
@@ -38,6 +37,7 @@ from argosy.serve.answer.fields import (
     Noted,
     NumBest,
     NumTokens,
+    ObjectForm,
     ObjectSchema,
     One,
     OpenAISampling,
@@ -47,6 +47,7 @@ from argosy.serve.answer.fields import (
     Strict,
     TemplateVariable,
     Text,
+    TextForm,
     Thinking,
     ThoughtTokens,
     Timings,
@@ -338,7 +339,9 @@ class ChatBody(Formed, Thinking, OpenAISampling):
     parallel_tool_calls: Flag | None = None
     functions: Annotated[list[OfferedFunction], Tools] | None = None
     function_call: Literal["auto", "none"] | NamedFunction | None = None
-    response_format: Annotated[FreeForm | JsonSchemaForm, Field(discriminator="type")] | None = None
+    response_format: Annotated[TextForm | ObjectForm | JsonSchemaForm, Field(discriminator="type")] | None = (
+        None
+    )
     reasoning: Reasoning | None = None
     reasoning_effort: Effort | None = None
     modalities: Annotated[list[Literal["text"]], few(1)] | None = None

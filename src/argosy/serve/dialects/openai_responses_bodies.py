@@ -24,7 +24,6 @@ from argosy.serve.answer.fields import (
     Effort,
     Flag,
     ForOpenAI,
-    FreeForm,
     FreeObject,
     Lenient,
     Many,
@@ -32,11 +31,13 @@ from argosy.serve.answer.fields import (
     NoEffect,
     NoFlag,
     NumBest,
+    ObjectForm,
     ObjectSchema,
     Sampling,
     Short,
     Strict,
     Text,
+    TextForm,
     Thinking,
     TokenLimit,
     ToolName,
@@ -234,7 +235,7 @@ class FlatSchemaForm(Strict):
 
 
 class TextOptions(Strict):
-    format: Annotated[FreeForm | FlatSchemaForm, Field(discriminator="type")] | None = None
+    format: Annotated[TextForm | ObjectForm | FlatSchemaForm, Field(discriminator="type")] | None = None
     verbosity: str | None = Field(None, max_length=64)
 
 
