@@ -19,6 +19,7 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.answer.core import ModelFacts, Service
 from argosy.serve.app import make_app
+from argosy.serve.http.streams import EventStream
 from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.fake_server import fake_server
@@ -73,6 +74,18 @@ def start(app: Any, **options: Any) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+def alive_at_once(monkeypatch: pytest.MonkeyPatch, num_signs: int = 1) -> None:
+    """From now on, a stream that begins sends `num_signs` signs of life at once."""
+    keep_alive = EventStream._keep_alive
+
+    async def at_once(self: EventStream, write: Any) -> None:
+        for _ in range(num_signs):
+            await write(self._idle)
+        await keep_alive(self, write)
+
+    monkeypatch.setattr(EventStream, "_keep_alive", at_once)
 
 
 @pytest.fixture(scope="session")

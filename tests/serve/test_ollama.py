@@ -16,9 +16,8 @@ from argosy.guard.keys import KeyRing
 from argosy.serve.answer.core import Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects.ollama import HINTS
-from argosy.serve.http.streams import EventStream
 from tests.media.samples import pattern, png
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import alive_at_once, serving, start
 from tests.serve.dialects import TOOLS
 from tests.serve.record import read_lines
 from tests.serve.seeing_model import write_seeing_model
@@ -253,13 +252,7 @@ def test_what_changes_models_is_refused_with_the_command_to_use(
 def test_a_silent_stream_sends_lines_that_say_nothing(
     speaker: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_alive = EventStream._keep_alive
-
-    async def at_once(self: EventStream, write: Any) -> None:
-        await write(self._idle)
-        await keep_alive(self, write)
-
-    monkeypatch.setattr(EventStream, "_keep_alive", at_once)
+    alive_at_once(monkeypatch)
     body = {"messages": [{"role": "user", "content": "#plain"}], "options": GREEDY}
     lines = [json.loads(line) for line in read_lines(speaker.post("/api/chat", json=body).text)]
     silent = [line for line in lines if not line["message"]["content"] and not line["done"]]
