@@ -774,3 +774,64 @@ def test_an_empty_library_says_so() -> None:
         assert (rig.models.facts(), rig.models.shown(), rig.models.hearing()) == ([], None, None)
 
     run_library(test)
+
+
+def test_budgets_that_are_asked_for_at_once_apply_one_after_another() -> None:
+    async def test(rig: Rig) -> None:
+        async with rig.using("b"):
+            rig.meter.budget = 2000
+            await rig.ask("a")
+            await asyncio.gather(rig.models.resize(700), rig.models.resize(450))
+            assert rig.states() == {"a": "unloaded", "b": "ready", "big": "unloaded"}
+            assert rig.meter.held <= rig.models.budget_bytes == 450
+            await rig.models.resize(1000)
+            growing = asyncio.create_task(rig.models.resize(2000))
+            with pytest.raises(DoesNotFit, match="need 300 B"):
+                await rig.models.resize(250)
+            await growing
+            assert rig.models.budget_bytes == 2000
+
+    run(test)
+
+
+def test_a_model_whose_client_left_while_it_was_read_is_unloaded_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models_module, "LOOK_S", 0.001)
+
+    async def test(rig: Rig) -> None:
+        rig.a.can_open.clear()
+        asking = asyncio.create_task(rig.ask("a"))
+        await asyncio.to_thread(rig.a.has_told.wait)
+        asking.cancel()
+        rig.a.can_open.set()
+        async with asyncio.timeout(30):
+            while rig.states()["a"] != "ready":
+                await asyncio.sleep(0.001)
+            rig.now += 600
+            while rig.states()["a"] != "unloaded":
+                await asyncio.sleep(0.001)
+
+    run(test, idle_unload_s=600.0)
+
+
+def test_idle_models_stay_usable_if_one_cannot_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.ask("a")
+        await rig.ask("b")
+        submit = models_module.Threads.submit
+
+        def refuse(threads: Any, call: Any, /, *args: Any, **named: Any) -> Any:
+            if "close" in repr(call):
+                raise Overloaded("no thread", retry_after_s=1)
+            return submit(threads, call, *args, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(models_module.Threads, "submit", refuse)
+            with pytest.raises(Overloaded, match="no thread"):
+                await rig.models.resize(150)
+        assert rig.states() == {"a": "ready", "b": "ready", "big": "unloaded"}
+        await rig.ask("b")
+        assert rig.b.num_opened == 1
+
+    run(test)

@@ -551,8 +551,6 @@ class Models:
                 entry.opening.add_done_callback(_retrieve)  # all who wait may have gone
             with self._waiting(entry, request_id):
                 await asyncio.shield(entry.opening)
-        if entry.source is not None and self._looking is None:
-            self._looking = asyncio.create_task(self._look())
         return entry.served.service
 
     @contextmanager
@@ -672,16 +670,17 @@ class Models:
             return
         await self._in_thread(require_budget, budget_bytes)
         # Whoever asks may leave, and what has begun is finished.
-        await asyncio.shield(asyncio.create_task(self._resize(self.memory, budget_bytes)))
+        await asyncio.shield(asyncio.create_task(self._resize(budget_bytes)))
 
-    async def _resize(self, memory: Memory, budget_bytes: int) -> None:
+    async def _resize(self, budget_bytes: int) -> None:
         async with self._moving:
+            assert self.memory is not None
             here = [one for one in self._entries if one.is_here and one.source is not None]
             if any(one.is_loading for one in here):
                 raise Overloaded(
                     "a model is being loaded, and its share is fixed until then", retry_after_s=1
                 )
-            free_bytes = self._bytes_beside_floors() - memory.budget_bytes + budget_bytes
+            free_bytes = self._bytes_beside_floors() - self.memory.budget_bytes + budget_bytes
             leaving: list[_Entry] = []
             for idle in sorted((one for one in here if one.is_idle), key=lambda one: one.used_at):
                 if free_bytes >= 0:
@@ -698,11 +697,8 @@ class Models:
                     needed_bytes=needed,
                     budget_bytes=budget_bytes,
                 )
-            for idle in leaving:
-                idle.is_leaving = True
-            for idle in leaving:
-                await self._unload(idle)
-            self.memory = replace(memory, budget_bytes=budget_bytes)
+            await self._unload_all(leaving)
+            self.memory = replace(self.memory, budget_bytes=budget_bytes)
             await self._divide()
 
     async def unload(self, name: str | None) -> bool:
@@ -831,6 +827,8 @@ class Models:
         served = await self._attempt(entry, source.open, source.fewest_slots + entry.num_slots, tell)
         entry.served, entry.is_loading, entry.fault = served, False, None
         entry.used_at = self._clock()
+        if self._looking is None and not self._is_stopped:  # also if all who waited have gone
+            self._looking = asyncio.create_task(self._look())
         for tenant in tuple(self._revoked):  # its key was revoked while the model was read
             served.service.revoke(tenant)
 
@@ -877,10 +875,7 @@ class Models:
             raise self._no_room(entry, free_bytes)
         if needed > free_bytes - self._loading_bytes():
             return False
-        for idle in leaving:
-            idle.is_leaving = True
-        for idle in leaving:
-            await self._unload(idle)
+        await self._unload_all(leaving)
         await self._divide(entry)
         return True
 
@@ -954,6 +949,17 @@ class Models:
             used_at=entry.used_at,
             is_in_use=is_joining or entry.num_uses > 0 or now - entry.used_at < IN_USE_S,
         )
+
+    async def _unload_all(self, leaving: Sequence[_Entry]) -> None:
+        """Unload idle models; `_moving` is held. If one stays, for want of a thread, so do those after it."""
+        for entry in leaving:
+            entry.is_leaving = True  # no request begins to use one meanwhile
+        try:
+            for entry in leaving:
+                await self._unload(entry)
+        finally:
+            for entry in leaving:
+                entry.is_leaving = False
 
     async def _unload(self, entry: _Entry) -> None:
         """Free a model's memory; `_moving` is held."""
