@@ -82,6 +82,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "patternProperties": (
         {**NAMED, "patternProperties": {"^m": {"type": "integer"}}}, [ANY], ['{"name":"x","more":"x"}']
     ),
+    "a value": ({**NAMED, "const": {"name": "x", "more": 1}}, [ANY], [A]),
+    "values that are listed": ({**NAMED, "enum": [{"name": "x"}, {"name": "x", "more": 1}]}, [A, ANY], [B]),
+    "a value of a definition": (
+        {"$ref": "#/$defs/N", "enum": [{"name": "x", "more": 1}], "$defs": {"N": NAMED}}, [ANY], [A]
+    ),
     "no members named": ({"type": "object"}, ["{}", A, ANY], []),
     "more members than are named": ({**NAMED, "minProperties": 2}, [ANY], [A]),
 }  # fmt: skip

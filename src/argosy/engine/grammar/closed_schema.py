@@ -5,7 +5,7 @@
 
 JSON Schema allows any other member by default, and a small model invents them until the context is full. llama.cpp,
 Ollama and xgrammar close objects as well. An object whose schema says anything about other members, such as
-`additionalProperties: true`, stays as it is.
+`additionalProperties: true`, stays as it is; so does one whose values are listed.
 
 The parts of an `allOf` describe one object, so a part must not forbid the members of the others: only the whole is
 closed, over the names in all parts. A definition that is a part somewhere stays open; elsewhere a closed copy of it is
@@ -22,6 +22,7 @@ from argosy.errors import GrammarError
 
 _SAYS_MORE = (
     "additionalProperties", "patternProperties", "propertyNames", "unevaluatedProperties", "dependentSchemas", "if",
+    "const", "enum",
 )  # fmt: skip
 _OWN = ("properties", "required", "minProperties", "maxProperties", *_SAYS_MORE)
 _CHOICES = ("allOf", "anyOf", "oneOf")
