@@ -82,6 +82,19 @@ def test_the_log_tells_of_prompts_and_waits_that_take_long_and_of_no_others(
     }  # fmt: skip
 
 
+def test_the_log_tells_of_the_first_waits_alone_when_many_wait(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait = RequestWait(name="", why="turn", ahead=0, seconds=PROMPT_SAID_S)
+    waiting = tuple(replace(wait, name=f"req_{ahead}", ahead=ahead) for ahead in range(100))
+    facts = replace(service.loop.snapshot(), waiting=waiting)
+    monkeypatch.setattr(service.loop, "snapshot", lambda: facts)
+    with caplog.at_level(logging.INFO, "argosy.serve"):
+        log_prompts(Models.of(service))
+    told = [record.facts["request_id"] for record in caplog.records]  # type: ignore[attr-defined]
+    assert told == [f"req_{ahead}" for ahead in range(8)]
+
+
 def test_the_log_tells_every_ten_seconds_how_far_a_model_is_loaded(caplog: pytest.LogCaptureFixture) -> None:
     now, num_checked = [0.0], [0]
     tell = _told("tiny", lambda *_: num_checked.__setitem__(0, num_checked[0] + 1), lambda: now[0])

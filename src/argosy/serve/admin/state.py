@@ -14,6 +14,7 @@ import logging
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -311,17 +312,13 @@ def log_prompts(models: Models) -> None:
                 "seconds_left": None if one.seconds_left is None else round(one.seconds_left),
             }  # fmt: skip
             log.info("%s %s", one.name, line, extra={"facts": facts})
-    for model, wait in _waits(models):
-        if wait.seconds >= PROMPT_SAID_S:
-            line = wait_line(wait.why, wait.ahead, wait.share_done)
-            facts = {
-                "event": "request_waits",
-                "request_id": wait.name,
-                "model": model,
-                "why": wait.why,
-                "ahead": wait.ahead,
-            }
-            log.info("%s %s", wait.name, line, extra={"facts": facts})
+    long_waits = ((model, wait) for model, wait in _waits(models) if wait.seconds >= PROMPT_SAID_S)
+    for model, wait in islice(long_waits, _MOST_WAITS_SAID):
+        line = wait_line(wait.why, wait.ahead, wait.share_done)
+        facts = {
+            "event": "request_waits", "request_id": wait.name, "model": model, "why": wait.why, "ahead": wait.ahead,
+        }  # fmt: skip
+        log.info("%s %s", wait.name, line, extra={"facts": facts})
 
 
 def _sharing(one: Standing) -> SharingState:
