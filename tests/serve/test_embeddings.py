@@ -7,7 +7,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from argosy.serve.http.held import Pool
 from tests.models.safetensors_file import Array
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, FIM, byte_level_json, filling_json, write_tokenizer
-from tests.serve.conftest import serving, start
+from tests.serve.conftest import alive_at_once, serving, start
 from tests.serve.record import read_events
 
 TEXTS = ["How are you?", "I am well, thank you; and you?", "東京の空"]
@@ -288,6 +288,36 @@ def expected_score(engine: Engine, document: str) -> float:
     logits = engine.logits(ids)[-1].astype(np.float64)
     yes, no = (logits[engine.tokenizer.encode(word)[0]] for word in ("yes", "no"))
     return float(np.exp(yes) / (np.exp(yes) + np.exp(no)))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "differs"),
+    [
+        ("/v1/embeddings", {"input": TEXTS, "encoding_format": "base64"}, ()),
+        ("/api/embed", {"input": TEXTS}, ("total_duration",)),
+        ("/api/embeddings", {"prompt": TEXTS[0]}, ()),
+        ("/v1/rerank", {"query": QUERY, "documents": DOCUMENTS}, ("id",)),
+    ],
+)
+def test_vectors_and_scores_that_come_late_follow_line_breaks(
+    client: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    differs: Sequence[str],
+) -> None:
+    """Many texts take minutes, and Node's fetch waits for five."""
+    soon = client.post(path, json=body)
+    monkeypatch.setattr("argosy.serve.http.streams.WHOLE_S", 0)
+    alive_at_once(monkeypatch)
+    late = client.post(path, json=body)
+    assert late.text.startswith("\n{")
+    assert late.headers["content-type"] == soon.headers["content-type"] == "application/json"
+    same = [
+        {name: value for name, value in answer.json().items() if name not in differs}
+        for answer in (soon, late)
+    ]
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank"])

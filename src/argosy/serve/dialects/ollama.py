@@ -46,7 +46,7 @@ from argosy.serve.dialects.ollama_bodies import (
 )
 from argosy.serve.dialects.ollama_models import time_text
 from argosy.serve.http.gate import Caller
-from argosy.serve.http.streams import JSON_LINES, json_line
+from argosy.serve.http.streams import JSON_LINES, answer_whole, json_line
 from argosy.serve.models.models import models_of
 
 HINTS = {
@@ -291,6 +291,10 @@ class OldEmbedding(Closed):
 
 async def embed(body: EmbedBody, request: Request) -> Response:
     """Embed texts, as Ollama does."""
+    return await answer_whole(_embed(body, request), request.state.caller, dialect="ollama")
+
+
+async def _embed(body: EmbedBody, request: Request) -> Response:
     service, began_ns = service_of(request), time.perf_counter_ns()
     cuts = body.truncate is not False
     made = await _embedded(request, body.texts, "input", dimensions=body.dimensions, cuts=cuts)
@@ -312,6 +316,10 @@ async def embed(body: EmbedBody, request: Request) -> Response:
 
 async def old_embed(body: OldEmbedBody, request: Request) -> Response:
     """Embed a text, as Ollama did before /api/embed: its beginning, if it does not fit the context."""
+    return await answer_whole(_old_embed(body, request), request.state.caller, dialect="ollama")
+
+
+async def _old_embed(body: OldEmbedBody, request: Request) -> Response:
     made = await _embedded(request, [body.prompt] if body.prompt else [], "prompt", cuts=True)
     vector = "[]" if made is None else json_numbers(made.vectors[0])
     headers = ignored_header(without_effect(body)) | ({} if made is None else made.header())

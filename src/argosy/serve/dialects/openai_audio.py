@@ -29,7 +29,7 @@ from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions
 from argosy.serve.answer.core import service_of
 from argosy.serve.answer.fields import Closed, Flag, Short, Strict, few
 from argosy.serve.http.gate import Caller
-from argosy.serve.http.streams import EventStream, sse
+from argosy.serve.http.streams import EventStream, answer_whole, sse
 
 MOST_FILE_BYTES = 25 << 20
 MOST_BODY_BYTES = MOST_FILE_BYTES + (1 << 20)
@@ -173,9 +173,14 @@ async def _options(
 
 
 async def _whole(body: TranslationBody, options: TranscriptOptions, request: Request) -> Response:
-    transcript = await _Work(body, options, request).run()
+    work = _Work(body, options, request)
     if (write := WRITERS.get(body.response_format)) is not None:
-        return Response(write(transcript), media_type="text/plain")
+        return Response(write(await work.run()), media_type="text/plain")
+    return await answer_whole(_json(body, work), request.state.caller, dialect="openai")
+
+
+async def _json(body: TranslationBody, work: _Work) -> Response:
+    transcript = await work.run()
     usage = _usage(transcript)
     if body.response_format == "verbose_json":
         return JSONResponse({**as_dict(transcript), "usage": usage})

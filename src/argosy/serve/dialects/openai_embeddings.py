@@ -32,6 +32,7 @@ from argosy.serve.answer.fields import (
     without_effect,
 )
 from argosy.serve.http.gate import Caller
+from argosy.serve.http.streams import answer_whole
 
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
 
@@ -94,12 +95,14 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> Response:
     """Embed texts."""
     service = service_of(request)
     caller: Caller = request.state.caller
-    made = await embed(service, caller, body.texts, dimensions=body.dimensions)
-    return StreamingResponse(
-        _written(made, service.model.id, is_base64=body.encoding_format == "base64"),
-        media_type="application/json",
-        headers=ignored_header(without_effect(body)),
-    )
+    headers = ignored_header(without_effect(body))
+
+    async def answer() -> Response:
+        made = await embed(service, caller, body.texts, dimensions=body.dimensions)
+        written = _written(made, service.model.id, is_base64=body.encoding_format == "base64")
+        return StreamingResponse(written, media_type="application/json", headers=headers)
+
+    return await answer_whole(answer(), caller, dialect="openai", headers=headers)
 
 
 async def _written(made: Embedded, model: str, *, is_base64: bool) -> AsyncIterator[bytes]:

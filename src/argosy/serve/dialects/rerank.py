@@ -24,6 +24,7 @@ from argosy.serve.answer.core import Service, service_of
 from argosy.serve.answer.fields import WHOLE, Closed, Flag, Strict, Text, few
 from argosy.serve.answer.side_by_side import Deliver, run_parts
 from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.http.streams import answer_whole
 
 _MOST_DOCUMENTS = 1024
 _CERTAIN = 100.0  # a bias beside which no difference of logits counts
@@ -74,6 +75,10 @@ class Reranked(Closed):
 
 async def rerank(body: RerankBody, request: Request) -> Response:
     """Rank documents by how well they answer a query."""
+    return await answer_whole(_ranked(body, request), request.state.caller, dialect="openai")
+
+
+async def _ranked(body: RerankBody, request: Request) -> Response:
     service = service_of(request)
     caller: Caller = request.state.caller
     texts = body.texts

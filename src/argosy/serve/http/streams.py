@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from argosy.serve.answer.running import GoneAway
@@ -146,10 +146,10 @@ class EventStream(Response):
 async def answer_whole(
     answer: Coroutine[Any, Any, Response],
     caller: Caller,
-    close: Callable[[], None],
+    close: Callable[[], None] = lambda: None,
     *,
     dialect: Dialect,
-    headers: dict[str, str],
+    headers: dict[str, str] | None = None,
 ) -> Response:
     """Send an answer of JSON that is not streamed: as it is within WHOLE_S, otherwise after line breaks.
 
@@ -168,7 +168,12 @@ async def answer_whole(
         close()
 
     async def parts() -> AsyncIterator[bytes]:
-        yield bytes((await answering).body)
+        response = await answering
+        if isinstance(response, StreamingResponse):
+            async for part in response.body_iterator:
+                yield bytes(part)  # type: ignore[arg-type]
+        else:
+            yield bytes(response.body)
 
     try:
         await asyncio.wait({answering}, timeout=WHOLE_S)
