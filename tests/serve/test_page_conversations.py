@@ -231,6 +231,12 @@ def test_nothing_of_the_list_reaches_the_server(browser: Browser) -> None:
 
 
 UNUSABLE = "IDBFactory.prototype.open = () => { throw new DOMException('no', 'SecurityError') }"
+# As in a browser whose user allows no site any data.
+FORBIDDEN = """
+for (const name of ['indexedDB', 'sessionStorage']) {
+  Object.defineProperty(window, name, { get() { throw new DOMException('Access is denied', 'SecurityError'); } });
+}
+"""
 FULL = "IDBObjectStore.prototype.put = () => { throw new DOMException('no', 'QuotaExceededError') }"
 
 
@@ -238,6 +244,7 @@ FULL = "IDBObjectStore.prototype.put = () => { throw new DOMException('no', 'Quo
     ("fault", "place", "sentence"),
     [
         (UNUSABLE, "#chats-status", "This browser keeps nothing for this page: a conversation ends with its tab."),
+        (FORBIDDEN, "#chats-status", "This browser keeps nothing for this page: a conversation ends with its tab."),
         (
             FULL, "#notice-text",
             "The browser has no room for this conversation: it ends with this tab. Delete or export others.",
@@ -776,6 +783,9 @@ WRONG = {
     file_of(
         conversation(QUESTION, {**ANSWER, "state": "<b>"})
     ): ".state: needed running or done or stopped or failed",
+    file_of(
+        conversation(QUESTION, {**ANSWER, "dropped": 1})
+    ): "messages[1].dropped: needed fewer than the messages before this one, found 1",
     file_of(
         conversation(QUESTION, {**ANSWER, "attachments": [1]})
     ): ".attachments: needed a list of at most 0",

@@ -17,11 +17,20 @@ export class ServerError extends Error {
   }
 }
 
-export const key = () => sessionStorage.getItem(KEY) ?? "";
+/** The tab's storage; in a browser that allows the page none, a plain object, which ends with the page. */
+const kept = (() => {
+  try {
+    return sessionStorage;
+  } catch {
+    return {};
+  }
+})();
+
+export const key = () => kept[KEY] ?? "";
 
 export function setKey(value) {
-  if (value) sessionStorage.setItem(KEY, value);
-  else sessionStorage.removeItem(KEY);
+  if (value) kept[KEY] = value;
+  else delete kept[KEY];
 }
 
 async function request(path, options = {}) {

@@ -213,12 +213,15 @@ const FILE = record({
 
 /** Check what fields alone cannot show: the shape of the tree, and the size of all media. */
 function connected(facts, where) {
-  facts.messages.forEach(({ parent, role }, place) => {
+  const depths = [];  // how many messages are before each one on its path
+  facts.messages.forEach(({ parent, role, dropped = 0 }, place) => {
     const at = `${where}.messages[${place}]`;
     if (parent !== null && parent >= place) refuse(`${at}.parent`, "a message before this one", parent);
     const before = parent === null ? null : facts.messages[parent].role;
     if (role === "assistant" && before !== "user") refuse(`${at}.parent`, "a question", parent);
     if (role === "user" && before === "user") refuse(`${at}.parent`, "an answer or null", parent);
+    depths.push(parent === null ? 0 : depths[parent] + 1);
+    if (dropped > 0 && dropped >= depths[place]) refuse(`${at}.dropped`, "fewer than the messages before this one", dropped);
   });
   if (facts.leaf !== null && facts.leaf >= facts.messages.length) refuse(`${where}.leaf`, "a message of this conversation", facts.leaf);
   const files = facts.messages.flatMap(({ attachments }) => attachments);
