@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from argosy.errors import Revoked
 from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.gate import Caller
-from argosy.serve.http.streams import EventStream
+from argosy.serve.http.streams import WHOLE_S, EventStream, answer_whole
 from tests.serve.conftest import start
 
 
@@ -78,6 +80,25 @@ def test_a_stream_sends_keep_alives_only_while_it_has_no_events(
     assert sent[:11] == [b"the head", *(b"%d" % number for number in range(10))]
     assert set(sent[11:-2]) == {b": keep-alive\n\n"}
     assert sent[-2:] == [b"late", b""]
+
+
+def test_a_whole_answer_begins_at_once_if_its_client_has_waited_long_enough_before() -> None:
+    """Behind a router, whose server has begun after as long, the client would wait twice."""
+
+    async def begun() -> Response:
+        has_begun = asyncio.Event()
+
+        async def answer() -> Response:
+            await has_begun.wait()
+            return Response(b"{}")
+
+        caller = Caller(began=time.monotonic() - WHOLE_S)
+        response = await answer_whole(answer(), caller, lambda: None, dialect="openai", headers={})
+        has_begun.set()
+        return response
+
+    response = asyncio.run(asyncio.wait_for(begun(), WHOLE_S - 5))
+    assert isinstance(response, EventStream)
 
 
 def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

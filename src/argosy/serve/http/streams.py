@@ -24,9 +24,8 @@ from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.gate import Caller, Dialect, error_body, report
 
 KEEP_ALIVE_S = 10.0
-WHOLE_S = (
-    30.0  # silence before an answer that is not streamed; until then its status may still be that of an error
-)
+# Silence before an answer that is not streamed; until then its status may still be that of an error.
+WHOLE_S = 30.0
 DONE = "[DONE]"  # OpenAI's last event
 COMMENT = b": keep-alive\n\n"  # clients skip it
 
@@ -153,7 +152,8 @@ async def answer_whole(
 ) -> Response:
     """Send an answer of JSON that is not streamed: as it is within WHOLE_S, otherwise after line breaks.
 
-    After the first of them the status is 200, so a failure has only its body.
+    After the first of them the status is 200, so a failure has only its body. The time counts from the request's
+    arrival: its client has heard nothing while its model was loaded, or while a router waited for a server.
 
     Args:
         close: called if the request ends, or its answer comes late.
@@ -176,7 +176,7 @@ async def answer_whole(
             yield bytes(response.body)
 
     try:
-        await asyncio.wait({answering}, timeout=WHOLE_S)
+        await asyncio.wait({answering}, timeout=max(0.0, caller.began + WHOLE_S - time.monotonic()))
     except BaseException:
         stop()
         raise
