@@ -39,7 +39,13 @@ def open_private(path: Path, *, option: str, holds: str) -> Directory:
             hint=f"name the directory itself: {path.resolve()}",
         )
     facts = os.fstat(directory.descriptor)
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+    if facts.st_uid != os.geteuid():
+        directory.close()
+        raise UsageError(
+            f"{path} would hold {holds}, but it belongs to another user",
+            hint="run the command as that user, or name a directory of your own",
+        )
+    if facts.st_mode & 0o077:
         directory.close()
         raise UsageError(
             f"{path} would hold {holds}, but other users can access it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import pytest
 from argosy.cli.main import main
 from argosy.cli.shared import own_server
 from argosy.cli.shared.remote import DEFAULT_URL, default_url
+from argosy.directory import Directory
+from argosy.errors import ServerNotUsable
 from tests.helpers.guides import shown_after
 
 Captured = pytest.CaptureFixture[str]
@@ -264,6 +267,19 @@ def test_a_second_stop_ends_no_answers_and_a_frozen_server_is_killed_only_when_a
     assert child.returncode == -signal.SIGKILL
 
 
+def test_a_full_drive_keeps_no_server_from_being_stopped(
+    monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with noted(["sleep", "600"]) as child, monkeypatch.context() as patched:
+        patched.setattr(Directory, "put", refuse)
+        assert main(["stop"]) == 0
+        assert capfd.readouterr().out == "the server has stopped\n"
+    assert child.returncode == -signal.SIGTERM
+
+
 def test_stop_says_what_the_server_does_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from argosy.cli.commands import background
 
@@ -339,6 +355,73 @@ def test_the_log_is_printed_without_what_a_terminal_would_obey(state: Path, capf
     (state / "server.log").write_text("one\ntwo \x1b[2J\nthree\n")
     assert main(["logs", "-n", "2"]) == 0
     assert capfd.readouterr().out == "two ?[2J\nthree\n"
+
+
+def test_a_log_whose_older_half_is_dropped_is_read_on_and_not_again(state: Path) -> None:
+    from argosy.cli.commands.background import _LogReader
+
+    state.mkdir(parents=True, mode=0o700)
+    path = state / "server.log"
+    path.write_text("".join(f"line {number}\n" for number in range(1000)))
+    with path.open("rb") as log:
+        reader = _LogReader(log.fileno(), path.stat().st_size)
+        path.write_text("".join(f"line {number}\n" for number in range(900, 1002)))
+        assert reader.new() == "line 1000\nline 1001\n"
+        path.write_text("other\n")
+        assert reader.new() == "other\n"
+        path.write_text("other\nmore\n")
+        assert (reader.new(), reader.new()) == ("more\n", "")
+
+
+def test_the_limit_of_the_log_is_the_users_if_there_is_one(chat_model: Path, capfd: Captured) -> None:
+    for options, limit in (([], "8MiB"), (["--log-limit", "1MiB"], "1MiB")):
+        assert main(["up", str(chat_model), "--print", *options]) == 0
+        assert re.findall(r'"--log-limit" "(\w+)"', capfd.readouterr().out) == [limit]
+
+
+def test_a_directory_that_is_too_long_for_a_socket_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ("long" * 25)))
+    assert main(["up"]) == 2
+    told = capfd.readouterr().err
+    assert "server.sock is too long: a socket's path may have 107 bytes" in told
+    assert "hint: `export XDG_STATE_HOME=DIR` names a shorter directory" in told
+
+
+def test_a_command_waits_for_the_models_of_a_server_that_is_starting(
+    capfd: Captured,
+) -> None:
+    from argosy.cli.shared import server_model
+
+    with ExitStack() as opened:
+        listener = opened.enter_context(socket.socket(socket.AF_UNIX))
+        with noted(["sleep", "600"]) as child:
+            listener.bind(str(own_server.socket_path()))
+            asked = SimpleNamespace(num=0)
+
+            def models() -> list[dict[str, str]]:
+                asked.num += 1
+                if asked.num == 1:
+                    raise ServerNotUsable("nothing answers", is_absent=True)
+                listener.listen()
+                return [{"id": "one"}]
+
+            process = own_server.running()
+            server = SimpleNamespace(models=models)
+            assert server_model._models_of(server, process, "one") == [{"id": "one"}]  # type: ignore[arg-type]
+            assert capfd.readouterr().err.startswith(
+                "waiting for the server of `argosy up`, which is starting"
+            )
+            asked.num = 0
+            with pytest.raises(ServerNotUsable):  # it listens, so it has started
+                server_model._models_of(server, process, "one")  # type: ignore[arg-type]
+            assert child.poll() is None
+        listener.close()
+        own_server.socket_path().unlink()
+        asked.num = 0
+        with pytest.raises(ServerNotUsable):  # it has ended
+            server_model._models_of(server, process, "one")  # type: ignore[arg-type]
 
 
 def test_a_server_listens_on_a_file_and_a_port_if_both_are_named(tmp_path: Path) -> None:

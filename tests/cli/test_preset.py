@@ -154,5 +154,5 @@ def test_a_server_without_a_preset_does_not_stand_in_for_it(model: Path) -> None
     assert make("coder", "-m", str(model)) == 0
     entries = [{"id": "tiny"}]
     with pytest.raises(UsageError, match="does not have coder"):
-        _entry_of("coder", entries, "here")
-    assert _entry_of("coder", [*entries, {"id": "coder"}], "here") == {"id": "coder"}
+        _entry_of("coder", lambda: entries, "here")
+    assert _entry_of("coder", lambda: [*entries, {"id": "coder"}], "here") == {"id": "coder"}

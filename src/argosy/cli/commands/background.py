@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _IDLE_UNLOAD = "15m"
 _LOG_LIMIT = "8MiB"
 _LOG_BYTES = 8 * MIB
+_LAST_BYTES = 512  # of a log, by which its reader finds its place again
 START_S = 600.0  # for a server to load what it was told to load
 _STOP_S = 3700.0  # the longest time that `--drain` gives answers, and some more
 _NOW_S = 15.0  # for a server that was told to end at once
@@ -120,7 +121,13 @@ def _command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         UsageError, click.UsageError: `serve` refuses them.
     """
     from argosy.cli.commands.serve import serve
+    from argosy.serve.http.listen import LONGEST_PATH
 
+    if len(os.fsencode(own_server.socket_path())) > LONGEST_PATH:
+        raise UsageError(
+            f"{own_server.socket_path()} is too long: a socket's path may have {LONGEST_PATH} bytes",
+            hint="`export XDG_STATE_HOME=DIR` names a shorter directory",
+        )
     context = serve.make_context("argosy up", list(arguments))
     for name in _OF_SERVICES:
         if context.params[name]:
@@ -131,7 +138,9 @@ def _command(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     given = [] if context.params["models"] or context.params["library"] else ["--library"]
     if (given or context.params["library"]) and context.params["idle_unload"] is None:
         given += ["--idle-unload", _IDLE_UNLOAD]
-    given += ["--listen", own_server.socket_url(), "--log-limit", _LOG_LIMIT]
+    given += ["--listen", own_server.socket_url()]
+    if context.params["log_limit"] is None:
+        given += ["--log-limit", _LOG_LIMIT]
     given += ["--host", context.params["host"], "--port", str(context.params["port"])]
     checking = serve.make_context("argosy up", [*arguments, *given, "--check"])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -231,12 +240,12 @@ def _start(state: Directory, command: Sequence[str]) -> Process:
     log = state.open(own_server.LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         os.set_blocking(log, True)
-        shown = os.fstat(log).st_size  # what came before is of earlier servers
+        reader = _LogReader(log, os.fstat(log).st_size)  # what came before is of earlier servers
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o077
         )
         try:
-            return _wait_until_ready(child, log, shown)
+            return _wait_until_ready(child, reader)
         except BaseException:  # ^C too: it would go on unseen
             _end(child)
             raise
@@ -244,13 +253,11 @@ def _start(state: Directory, command: Sequence[str]) -> Process:
         os.close(log)
 
 
-def _wait_until_ready(child: subprocess.Popen[bytes], log: int, shown: int) -> Process:
+def _wait_until_ready(child: subprocess.Popen[bytes], log: _LogReader) -> Process:
     server = _own()
     began = said = time.monotonic()
     while time.monotonic() - began < START_S:
-        new = os.pread(log, _LOG_BYTES, shown)
-        shown += len(new)
-        sys.stderr.write(_printable(new.decode("utf-8", "replace")))
+        sys.stderr.write(log.new())
         if child.poll() is not None:
             raise ServerNotUsable(
                 f"the server ended with exit code {child.returncode} before it was ready",
@@ -497,18 +504,33 @@ def logs(follow: bool, lines: int) -> None:
             if process is None:
                 raise _is_down() from None
             raise UsageError("the server was not started by `argosy up`, and its log is elsewhere") from None
-    with open(log, "rb", buffering=0) as file:
-        text = os.pread(file.fileno(), 2 * _LOG_BYTES, 0)
-        shown = len(text)
-        last = text.decode("utf-8", "replace").splitlines(keepends=True)
+    try:
+        reader = _LogReader(log, max(0, os.fstat(log).st_size - 2 * _LOG_BYTES))
+        last = reader.new().splitlines(keepends=True)
         _print("".join(last[len(last) - lines :] if lines < len(last) else last))
         while follow:
             time.sleep(_LOOK_S)
-            if os.fstat(file.fileno()).st_size < shown:  # the older half was dropped
-                shown = 0
-            new = os.pread(file.fileno(), _LOG_BYTES, shown)
-            shown += len(new)
-            _print(new.decode("utf-8", "replace"))
+            _print(reader.new())
+    finally:
+        os.close(log)
+
+
+class _LogReader:
+    """Reads what is added to a log, whose older half its server drops when it is too large."""
+
+    def __init__(self, descriptor: int, shown: int) -> None:
+        self._descriptor, self._shown = descriptor, shown
+        self._last = os.pread(descriptor, min(shown, _LAST_BYTES), max(0, shown - _LAST_BYTES))
+
+    def new(self) -> str:
+        is_shorter = os.fstat(self._descriptor).st_size < self._shown
+        begin = 0 if is_shorter else self._shown
+        new = os.pread(self._descriptor, 2 * _LOG_BYTES, begin)
+        self._shown = begin + len(new)
+        if is_shorter and self._last:
+            new = new.rpartition(self._last)[2]
+        self._last = (self._last + new)[-_LAST_BYTES:]
+        return _printable(new.decode("utf-8", "replace"))
 
 
 def _is_down() -> ServerNotUsable:
@@ -518,7 +540,7 @@ def _is_down() -> ServerNotUsable:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(_printable(text))
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

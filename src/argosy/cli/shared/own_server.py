@@ -89,8 +89,9 @@ def noting(path: Path | None, address: str, *, stays: bool = False) -> Iterator[
 
 
 def note_end(state: Directory, process: Process) -> None:
-    """Note that a process is told to end: another signal would end its answers."""
-    _note(state, process._replace(is_ending=True))
+    """Note that a process is told to end: another signal would end its answers. A full drive keeps none from ending."""
+    with suppress(OSError):
+        _note(state, process._replace(is_ending=True))
 
 
 def _note(state: Directory, process: Process) -> None:
@@ -159,6 +160,11 @@ def _is_listening(path: Path) -> bool:
 
 def is_running(process: Process) -> bool:
     return _started(process.pid) == process.started
+
+
+def is_starting(process: Process) -> bool:
+    """Whether a process will serve, and does not listen on the socket file yet."""
+    return is_running(process) and not process.is_ending and not _is_listening(socket_path())
 
 
 def _started(pid: int) -> int | None:

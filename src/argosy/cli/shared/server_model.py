@@ -32,6 +32,7 @@ from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
     from argosy.cli.shared.output import AnswerWriter, Shown
+    from argosy.cli.shared.own_server import Process
     from argosy.cli.shared.remote import Call, Server
     from argosy.config import SamplingParams
     from argosy.engine.ledger import Ledger
@@ -474,7 +475,7 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
                 f"the server at {address} has settings of its own, and {option} is for a model that is loaded here",
                 hint="leave out --url, or the option",
             )
-        entry = _entry_of(model, server.models(), address)
+        entry = _entry_of(model, lambda: _models_of(server, process, model), address)
     except (UsageError, ServerNotUsable) as error:
         if process is None:
             raise
@@ -485,6 +486,26 @@ def find_model(model: str, url: str | None, *, no_server: bool, is_quiet: bool) 
     if not is_quiet:
         click.echo(found.line, err=True)
     return found
+
+
+def _models_of(server: Server, process: Process | None, model: str) -> Sequence[dict[str, Any]]:
+    """The models of a server. One that is starting is waited for: loaded twice, a model needs its memory twice."""
+    has_said = False
+    while True:
+        is_starting = process is not None and own_server.is_starting(process)
+        try:
+            return server.models()
+        except ServerNotUsable:
+            if not is_starting:
+                raise
+            if not has_said:
+                click.echo(
+                    "waiting for the server of `argosy up`, which is starting "
+                    f"(^C stops; --no-server loads {model} here)",
+                    err=True,
+                )
+            has_said = True
+        time.sleep(_LOOK_S)
 
 
 def _option_for_engines() -> str | None:
@@ -501,8 +522,8 @@ def _option_for_engines() -> str | None:
     return None
 
 
-def _entry_of(model: str, entries: Sequence[dict[str, Any]], address: str) -> dict[str, Any]:
-    """The server's entry for what the user calls `model`.
+def _entry_of(model: str, entries: Callable[[], Sequence[dict[str, Any]]], address: str) -> dict[str, Any]:
+    """The server's entry for what the user calls `model`. The server is asked only if it may have it.
 
     Raises:
         UsageError: there is none, or `model` is a path.
@@ -517,7 +538,7 @@ def _entry_of(model: str, entries: Sequence[dict[str, Any]], address: str) -> di
     whole = found.name or model
     # A server that was given this model by its name has the last part of it; files of one name may differ.
     wanted = [model] if Path(whole).is_absolute() else [model, whole, Path(whole).name]
-    by_name = {str(entry["id"]).lower(): entry for entry in entries}
+    by_name = {str(entry["id"]).lower(): entry for entry in entries()}
     for name in wanted:
         if (entry := by_name.get(name.lower())) is not None:
             return entry

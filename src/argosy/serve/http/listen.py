@@ -27,7 +27,7 @@ from argosy.errors import UsageError
 BASE_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 SOCKET_CLIENT = "unix"  # the address of every client of a socket file
 _BACKLOG = 1024  # connections that the kernel queues for the server
-_LONGEST_PATH = 107  # bytes; Linux has room for no more
+LONGEST_PATH = 107  # bytes; Linux has room for no more
 _MOST_FILE_BYTES = 1 << 20  # certificates with their chain
 
 
@@ -72,9 +72,9 @@ def bind_file(path: Path, mode: int) -> Iterator[list[Listener]]:
     Raises:
         UsageError: somebody listens there, or the file is not a socket, or it cannot be made.
     """
-    if len(os.fsencode(path)) > _LONGEST_PATH:
+    if len(os.fsencode(path)) > LONGEST_PATH:
         raise UsageError(
-            f"--listen unix:{path} is too long: a socket's path may have {_LONGEST_PATH} bytes",
+            f"--listen unix:{path} is too long: a socket's path may have {LONGEST_PATH} bytes",
             hint="use a shorter path, such as /run/argosy.sock",
         )
     with ExitStack() as held:

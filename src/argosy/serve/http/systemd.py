@@ -17,13 +17,12 @@ import socket
 import stat
 
 from argosy.errors import UsageError
-from argosy.serve.http.listen import Listener
+from argosy.serve.http.listen import LONGEST_PATH, Listener
 
 log = logging.getLogger("argosy.serve")
 
 _FIRST = 3  # descriptor of the first socket
 _MOST_SOCKETS = 64
-_LONGEST_NAME = 107  # bytes of a socket's path
 _TELL_S = 1.0
 
 
@@ -102,7 +101,7 @@ class Notifier:
             return
         address = b"\0" + self._address[1:] if self._address.startswith(b"@") else self._address
         try:
-            if len(address) > _LONGEST_NAME:
+            if len(address) > LONGEST_PATH:
                 raise OSError(0, "its name is too long")
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
                 notified.settimeout(_TELL_S)
