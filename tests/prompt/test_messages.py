@@ -94,6 +94,10 @@ def test_the_arguments_of_a_truncated_call_do_not_end_the_conversation(given_: s
         ([*ASKS, ANSWER | {"reasoning_content": "x"}], "unknown key 'reasoning_content' for role tool"),
         (ASKS, "the last message calls tools, so there is nothing to answer"),
         (
+            [{"role": "assistant", "content": []}, {"role": "assistant", "content": " "}],
+            "every message is an empty one from the assistant, so there is nothing to answer",
+        ),
+        (
             [{"role": "assistant", "content": " "}],
             "an empty one from the assistant, so there is nothing to answer",
         ),

@@ -30,7 +30,7 @@ REASONS = (
     r"the request has both tool_choice and its older form function_call",
     # Requirements on the last message.
     r"the last (message|item) ",
-    r"the only message is an empty one from the assistant",
+    r"every message is an empty one from the assistant",
     r"(continue_final_message|add_generation_prompt|continue_token_ids): the last message is",
     r"messages: final assistant content cannot end with trailing whitespace",
     r"the answer cannot be a tool call and have a form",

@@ -121,11 +121,13 @@ def check_messages(
         raise UsageError(
             f"a conversation may have at most {_MOST_MEDIA} pictures, sounds and videos, found {num_media}"
         )
-    if add_generation_prompt and turns[-1].role == "assistant":
-        turns += _to_be_continued(turns.pop())
+    while add_generation_prompt and turns[-1].role == "assistant":
+        if last := _to_be_continued(turns.pop()):
+            turns += last
+            break
         if not turns:
             raise UsageError(
-                "the only message is an empty one from the assistant, so there is nothing to answer"
+                "every message is an empty one from the assistant, so there is nothing to answer"
             )
     return tuple(turns)
 
