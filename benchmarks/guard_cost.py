@@ -48,7 +48,7 @@ words = "words.txt"
 """
 TEXTS = {
     "prose": "The quick brown fox jumps over the lazy dog, and 12 of 30 dogs agreed at 10:30. ",
-    "code": (REPOSITORY / "src" / "argosy" / "serve" / "core.py").read_text(),
+    "code": (REPOSITORY / "src" / "argosy" / "serve" / "answer" / "core.py").read_text(),
     "umlauts": "Über schöne Grüße aus München freut sich jeder, größer als 3,5 Meter. ",
     "values": "Write to joe@example.com or +49 30 901820; the card is 4111 1111 1111 1111. ",
 }

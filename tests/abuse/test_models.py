@@ -1,6 +1,6 @@
 """Broken models, budgets and prompts: each gets a clear error, from the Python API and from the command line.
 
-`tests/checkpoint/` and `test_files.py` test the reader's own errors; here the errors must reach the user.
+`tests/checkpoint/` tests the reader's own errors; here the errors must reach the user.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class ExpertMemory:
 
     Args:
         num_slots: the plan's own slots.
-        lock: held by whoever runs a step; it goes to whoever has waited longest (`turns.py`).
+        lock: held by whoever runs a step; it goes to whoever has waited longest (`engine/turns.py`).
     """
 
     def __init__(

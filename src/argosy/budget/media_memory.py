@@ -6,7 +6,7 @@ The plan reserves memory for encoders and ears, one encode, and the process that
 (`memory_plan.lendable_bytes`). While nothing uses it, the expert cache has more slots there. Whoever needs it says so
 with `use`, which returns once experts have given it back and the system has their pages.
 
-Elsewhere: `expert_memory.py` gives it to experts; `media.py` is who uses the memory.
+Elsewhere: `expert_memory.py` gives it to experts; `engine/media/prompt_media.py` uses it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MediaMemory:
         clear: frees all that pictures and sounds use of it.
         experts: whom it is lent to; None: it is never lent.
         nbytes: how much is lent.
-        lock: held by whoever runs a step; it goes to whoever has waited longest (`turns.py`).
+        lock: held by whoever runs a step; it goes to whoever has waited longest (`engine/turns.py`).
     """
 
     def __init__(

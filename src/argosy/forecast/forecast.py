@@ -1,6 +1,6 @@
 """Forecast whether a model runs in a budget, how fast and where the time goes, from headers and a machine's rates.
 
-    ModelFiles + EngineConfig  ->  memory plan at any budget   (memory_plan.py)
+    ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/memory_plan.py)
     memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)
 
 Elsewhere: `cli/commands/plan.py` prints it; `forecast/money.py` prices it.

@@ -2,7 +2,7 @@
 
     with Neighbours() as others: ...   ->  seconds, cores that other processes used, the busiest of them by name
 
-Elsewhere: `machine.py` has what this process may use.
+Elsewhere: `resources.py` has what this process may use.
 """
 
 from __future__ import annotations

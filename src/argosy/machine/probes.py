@@ -1,6 +1,6 @@
 """Rates of this machine at this moment: memory and the drive. Each takes a second or two.
 
-Elsewhere: `forecast/calibration.py` measures what a forecast needs, in a minute; `machine.py` reads facts.
+Elsewhere: `forecast/calibration.py` measures what a forecast needs, in a minute; `resources.py` reads facts.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ model waits for one piece at most, and a piece for one step. One sound is transc
 A model that takes text only gets the transcript as text in its prompt, marked as a transcript. Transcripts are kept for
 the next prompt that has the same sound.
 
-Elsewhere: `model/whisper/` has the network; `media.py` is for models that hear themselves.
+Elsewhere: `model/whisper/` has the network; `prompt_media.py` is for models that hear themselves.
 """
 
 from __future__ import annotations

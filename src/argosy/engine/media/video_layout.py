@@ -3,7 +3,7 @@
     texts of groups               ->  "<0.2 seconds>" group "<1.2 seconds>" group ...
     rotary positions that tell time  ->  group group ..., or with sound: sound group sound group ...
 
-Elsewhere: `media/videos.py` makes the texts; `media.py` turns groups and pieces of sound into spans.
+Elsewhere: `media/videos.py` makes the texts; `prompt_media.py` turns groups and pieces of sound into spans.
 """
 
 from __future__ import annotations

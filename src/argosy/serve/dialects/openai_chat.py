@@ -140,7 +140,7 @@ class OtherPart(UnreadPart):
     type: Literal["file", "audio_url"]
 
 
-# May hold parts that the model cannot read: see `replaced.py`.
+# May hold parts that the model cannot read: see `answer/replaced.py`.
 MixedContent = (
     Text
     | Many[Annotated[TextPart | PicturePart | SoundPart | VideoPart | OtherPart, Field(discriminator="type")]]

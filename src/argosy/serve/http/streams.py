@@ -68,10 +68,10 @@ def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
 class EventStream(Response):
     """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
 
-    What ends the request (`running.py`) is such a failure, unless the client has left. `failed` encodes a failure, if
-    the dialect has its own event for it. `close` is always called, even if no event was requested, and before the last
-    event is sent: a client that does not read must not hold up the end. The next event is requested once the last has
-    been sent. The connection drops a client that reads nothing (`run.TimedProtocol`).
+    What ends the request (`answer/running.py`) is such a failure, unless the client has left. `failed` encodes a
+    failure, if the dialect has its own event for it. `close` is always called, even if no event was requested, and
+    before the last event is sent: a client that does not read must not hold up the end. The next event is requested
+    once the last has been sent. The connection drops a client that reads nothing (`run.TimedProtocol`).
     """
 
     def __init__(

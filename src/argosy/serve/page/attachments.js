@@ -11,7 +11,7 @@ import { LONGEST_NAME, quoted, readText, TEXT_ACCEPT } from "./text_files.js";
 import { newId } from "./tree.js";
 import { button, count, element, volume } from "./units.js";
 
-// The server's limits (PROMPT_LIMITS in media/parts.py, MEDIA_BODY_BYTES in engine/memory_plan.py).
+// The server's limits (PROMPT_LIMITS in media/parts.py, MEDIA_BODY_BYTES in budget/memory_plan.py).
 const MOST_PIXELS = 24e6;
 const LONGEST_SIDE = 16384;
 const MOST_FILE_BYTES = 32 * 2 ** 20;
