@@ -268,6 +268,22 @@ def engine_answer(directory: Path, prompt: list[int]) -> list[int]:
         return engine.generate(prompt, SHORT).token_ids
 
 
+def test_a_loop_tells_its_facts_while_its_engine_is_closed_and_after_that(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server shows its models until they are out of memory, which takes a while for a large one."""
+    seen: list[LoopFacts] = []
+    with EngineLoop(engine) as loop:
+        loop.submit(PROMPT, SHORT, heard := Heard())
+        heard.wait()
+        wait_until(lambda: is_idle(loop))
+    free = engine._model.close
+    monkeypatch.setattr(engine._model, "close", lambda: (free(), seen.append(loop.snapshot())))
+    engine.close()
+    seen.append(loop.snapshot())
+    assert [(one.is_stopping, one.requests, one.engine.num_running) for one in seen] == [(True, (), 0)] * 2
+
+
 class PanicException(BaseException):
     """As pyo3 raises it for a panic of a Rust library: not an Exception."""
 

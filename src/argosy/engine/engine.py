@@ -805,8 +805,8 @@ class Engine(BlockingCalls):
 
     @property
     def progressed_at(self) -> float:
-        """Monotonic seconds at which a step was last between two layers, without waiting for the step."""
-        return self._model.decoder.progressed_at
+        """Monotonic seconds at which a step was last between two layers, without waiting for the step; 0: closed."""
+        return self._model.decoder.progressed_at if self._is_open else 0.0
 
     @property
     def is_writing(self) -> bool:
