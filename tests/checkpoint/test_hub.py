@@ -135,7 +135,7 @@ PAGE = b"<!doctype html><title>Welcome to Hotel Wi-Fi</title>"
             "owner/model is gated: its owner must let you read it",
             "ask for access at http://{}/owner/model",
         ),
-        ((404, {}, b""), "the hub has no model owner/model: it answers 404", ""),
+        ((404, {}, b""), "the hub has no model owner/model: it answers 404", "`argosy search model`"),
         ((429, {}, b""), "{} answers 429: too many requests", "try again in a few minutes"),
         ((429, {"Retry-After": "30"}, b""), "{} answers 429: too many requests", "try again in 30 s"),
         ((429, {"Retry-After": "x" * 999}, b""), "{} answers 429: too many requests", "in a few minutes"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,9 @@ def test_headers_of_a_gguf_are_those_of_the_file() -> None:
             found, headers = fetched(server, part)
             assert sizes(found)[:3] == sizes(local)[:3]
             assert headers.file_bytes == (directory / "model.gguf").stat().st_size
-        with pytest.raises(CheckpointError, match="file with 'q9' in its name"):
+        with pytest.raises(CheckpointError, match="file with 'q9' in its name") as refused:
             fetched(server, "q9")
+        assert f"`argosy pull {REPOSITORY} --formats`" in str(refused.value)
         with fetch_headers(Source(f"{server.url}/storage/model.gguf")) as one:
             assert sizes(open_model(one.path))[:3] == sizes(local)[:3]
 
@@ -339,6 +342,38 @@ def test_a_server_that_sends_nothing_is_left_in_time(monkeypatch: pytest.MonkeyP
         pytest.raises(FetchFailed, match=r"no answer within|too slowly"),
     ):
         fetched(server)
+
+
+def test_a_server_that_sends_byte_by_byte_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read to its end, the list would be refused because it is not JSON."""
+    monkeypatch.setattr(hub, "_REQUEST_S", 0.3)
+    has_left = threading.Event()
+
+    class Dribbling(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+            for _ in range(100):
+                has_left.wait(0.05)
+                self.wfile.write(b" ")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """The client leaves on purpose."""
+
+    with Quiet(("127.0.0.1", 0), Dribbling) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        asked = hub.Hub(Source(f"http://127.0.0.1:{server.server_port}", REPOSITORY), most_bytes=1 << 20)
+        try:
+            with pytest.raises(FetchFailed, match=r"no answer within|too slowly"):
+                asked.list_files()
+        finally:
+            has_left.set()
+            server.shutdown()
 
 
 def test_redirects_end() -> None:

@@ -398,14 +398,15 @@ class Hub:
         return expected, file_bytes
 
     def _body(
-        self, response: IO[bytes], url: str, expected: int, deadline: float, *, may_end: bool = False
-    ) -> bytes:
+        self, response: http.client.HTTPResponse, url: str, expected: int, deadline: float, *, may_end: bool = False
+    ) -> bytes:  # fmt: skip
         parts: list[bytes] = []
         left = expected
         while left:
             if time.monotonic() > deadline:
                 raise self._failed(url, "its bytes come too slowly")
-            part = response.read(min(left, _READ_BYTES))
+            # The bytes at hand: a wait for more would outlast the deadline if they come one by one.
+            part = response.read1(min(left, _READ_BYTES))
             if not part and may_end:
                 break
             if not part:
@@ -443,7 +444,10 @@ class Hub:
             return self._page_instead()
         if status == http.HTTPStatus.NOT_FOUND and "/api/models/" in url:
             at = f" at revision {self.source.revision}" if self.source.revision else ""
-            return CheckpointError(f"the hub has no model {what}{at}: it answers 404", path=url)
+            hint = (
+                f"check the spelling; `argosy search {what.partition('/')[2]}` looks for others of that name"
+            )
+            return CheckpointError(f"the hub has no model {what}{at}: it answers 404", hint=hint, path=url)
         if status == http.HTTPStatus.NOT_FOUND:
             return CheckpointError(f"{what} has no {_name(url)}: the server answers 404", path=url)
         if status == http.HTTPStatus.TOO_MANY_REQUESTS:

@@ -381,6 +381,7 @@ def _chosen(names: Sequence[str], source: Source) -> list[str]:
     if not models:
         raise CheckpointError(
             f"{source.repository} has no {GGUF_SUFFIX} file with '{quote(source.part)}' in its name",
+            hint=f"`argosy pull {source.repository} --formats` lists what it has",
             path=source.url,
         )
     raise UsageError(
