@@ -34,6 +34,14 @@ def make(*options: str) -> int:
     return main(["preset", *options])
 
 
+def test_a_new_user_is_told_how_to_make_the_first_preset_or_alias(capsys: Captured) -> None:
+    assert make() == main(["alias"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "no presets yet: `argosy preset NAME -m MODEL` makes one",
+        "no aliases yet: `argosy alias NAME TARGET` makes one",
+    ]
+
+
 def test_a_preset_is_made_changed_shown_listed_and_forgotten(model: Path, capsys: Captured) -> None:
     assert (
         make("coder", "-m", str(model), "--system", "Be brief.", "-t", "0.5", "--stop", "a", "--stop", "b")

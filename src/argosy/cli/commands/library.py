@@ -240,8 +240,11 @@ def alias(name: str | None, target: str | None, removes: bool) -> None:
     from argosy.library import kept, names
 
     if name is None and not removes:
-        for one, stands_for in kept.read().aliases.items():
+        aliases = kept.read().aliases
+        for one, stands_for in aliases.items():
             print(f"{one} = {stands_for}")
+        if not aliases:
+            print("no aliases yet: `argosy alias NAME TARGET` makes one")
         return
     if name is None or (target is None) != removes:
         raise UsageError("alias needs NAME and TARGET, or NAME and --remove", hint="`argosy alias --help`")

@@ -71,6 +71,8 @@ def preset(
         found, faults = presets.find_all()
         for line in lines(found):
             print(line)
+        if not found:
+            print("no presets yet: `argosy preset NAME -m MODEL` makes one")
         for fault in faults:
             print(f"note: {fault}", file=sys.stderr)
     elif sum((changes, removes, modelfile is not None)) > 1:
