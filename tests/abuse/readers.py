@@ -490,7 +490,7 @@ def connection_rows() -> Iterator[Row]:
         lambda raw: gate._headers({"headers": raw, "http_version": "1.1"}),
         most,
     )
-    table = [(route.policy, gate._pattern(route.policy.path)) for route in ROUTES]
+    table = [(route.policy, gate._pattern(route.policy)) for route in ROUTES]
     yield from texts(
         "gate: path",
         lambda path: [policy for policy, pattern in table if pattern.fullmatch("/v1/responses/" + path)],

@@ -155,8 +155,8 @@ def test_no_text_from_a_client_is_logged(client: httpx.Client, caplog: pytest.Lo
 def test_the_state_has_the_facts_that_the_page_reads_and_metrics_name_no_expert(client: httpx.Client) -> None:
     state = client.get("/v1/engine/state").json()
     assert state.keys() == {
-        "models", "model", "memory", "speed", "experts", "recent", "time", "queue", "running", "kv", "heat", "privacy",
-        "workers",
+        "models", "model", "memory", "speed", "experts", "recent", "time", "queue", "running", "waiting", "kv", "heat",
+        "privacy", "workers",
     }  # fmt: skip
     assert state["time"]["wall_s"] == pytest.approx(sum(state["time"]["parts"].values()))
     experts = state["experts"]

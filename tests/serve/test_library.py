@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from argosy.budget.memory_plan import shared_bytes
 from argosy.cli.commands import served_library
@@ -102,6 +103,19 @@ def test_what_a_model_takes_is_listed_before_it_is_loaded_and_how_it_thinks_once
     assert shown() == (["text", "image", "audio", "video"], None, "unloaded")
     assert post(f"{server}/api/show", {"model": "Acme/Seeing"}).status_code == 200
     assert shown() == (["text", "image", "audio", "video"], "none", "unloaded")
+
+
+def test_a_model_is_described_under_its_name_with_its_owner(server: str) -> None:
+    for path in ("Acme/Two", "Acme%2FTwo"):
+        described = httpx.get(f"{server}/v1/models/{path}", timeout=60).json()
+        assert (described["id"], described["default_parameters"]["top_k"]) == ("Acme/Two", 20)
+    assert OpenAI(base_url=f"{server}/v1", api_key="none").models.retrieve("Acme/Two").id == "Acme/Two"
+    for path in ("Acme/Three", "Acme/Two/", "Acme/Two/../One-30B"):
+        answer = httpx.get(f"{server}/v1/models/{path.replace('..', '%2E%2E')}", timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), path
+    for path in ("/Acme/Two", "", f"Acme/{'x' * 252}"):
+        answer = httpx.get(f"{server}/v1/models/{path}", timeout=60)
+        assert answer.json()["error"]["message"].startswith("there is no such path"), path
 
 
 def test_a_model_is_planned_in_the_budget_that_is_given(hub: Path) -> None:

@@ -510,8 +510,10 @@ def _read_page() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def _get(path: str, handler: Callable[..., Any], scope: KeyScope | None, **described: Any) -> Route:
-    policy = Policy(method="GET", path=path, scope=scope, screens="nothing")
+def _get(
+    path: str, handler: Callable[..., Any], scope: KeyScope | None, *, ends_in_name: bool = False, **described: Any
+) -> Route:  # fmt: skip
+    policy = Policy(method="GET", path=path, scope=scope, screens="nothing", ends_in_name=ends_in_name)
     return Route(policy=policy, handler=handler, **described)
 
 
@@ -552,7 +554,7 @@ ROUTES = (
     _get("/favicon.ico", favicon, None, media=(_PAGE_TYPES["svg"],)),
     _get("/page/{name}", page_file, None, media=_FILES),
     _get("/v1/models", models, "infer", answer=ModelList),
-    _get("/v1/models/{id}", model, "infer", answer=Model),
+    _get("/v1/models/{id}", model, "infer", answer=Model, ends_in_name=True),
     _get("/metrics", metrics, "metrics", media=("text/plain",)),
     _get("/v1/engine/state", engine_state, "metrics", answer=EngineState),
     _get("/v1/engine/events", engine_events, "metrics", events=EngineState),
@@ -701,7 +703,10 @@ def make_app(
     for route in ROUTES:
         answer = answering_form if route.policy.takes_form else answering
         endpoint = answer(route.handler, route.body)
-        app.add_route(route.policy.path, endpoint, methods=[route.policy.method])
+        path = route.policy.path
+        if route.policy.ends_in_name:
+            path = path.removesuffix("}") + ":path}"
+        app.add_route(path, endpoint, methods=[route.policy.method])
     for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(

@@ -107,6 +107,9 @@ class Policy:
     takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
     takes_form: bool = False  # the body is a form with a file, not JSON
     max_body_bytes: int = MAX_BODY_BYTES
+    ends_in_name: bool = (
+        False  # the path ends with its one parameter, which may contain slashes: `OWNER/NAME`
+    )
 
 
 def dialect_of(path: str) -> Dialect:
@@ -430,7 +433,7 @@ class Gate:
         self._auditor = auditor
         self._guarding = guarding
         self.running = Running() if running is None else running
-        self._table = [(policy, _pattern(policy.path)) for policy in policies]
+        self._table = [(policy, _pattern(policy)) for policy in policies]
         self._ring = ring
         self._limits = limits
         self._hosts = {"localhost", *(name.lower() for name in hosts)}
@@ -789,9 +792,10 @@ class _Body:
         return message
 
 
-def _pattern(path: str) -> re.Pattern[str]:
-    parts = re.split(r"\{\w+\}", path)
-    return re.compile(r"[^/]{1,256}".join(map(re.escape, parts)))
+def _pattern(policy: Policy) -> re.Pattern[str]:
+    parts = re.split(r"\{\w+\}", policy.path)
+    given = "[^/](?s:.{0,255})" if policy.ends_in_name else "[^/]{1,256}"
+    return re.compile(given.join(map(re.escape, parts)))
 
 
 def _is_address(name: str) -> bool:
