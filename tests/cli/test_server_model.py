@@ -22,7 +22,7 @@ import pytest
 from argosy.cli.main import main
 from argosy.cli.shared import own_server
 from argosy.cli.shared.remote import Server
-from argosy.cli.shared.server_model import Followed, part_of
+from argosy.cli.shared.server_model import Followed, ServerModel, part_of
 from argosy.cli.shared.server_model import _sent as sent_messages
 from argosy.library import names
 from argosy.media.parts import Content, Kind
@@ -324,6 +324,7 @@ class Scripted(ThreadingHTTPServer):
 
     Attributes:
         asked: bodies of chat requests.
+        num_listed: how often its models were asked for.
         has_left: a client has closed its connection while its answer was not complete.
     """
 
@@ -331,6 +332,7 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answering)
         self.script = iter(script)
         self.asked: list[dict[str, Any]] = []
+        self.num_listed = 0
         self.has_left = threading.Event()
 
     @property
@@ -356,6 +358,7 @@ class Answering(BaseHTTPRequestHandler):
             "supported_parameters": ["enable_thinking"],
         }
         state = {"memory": {}, "experts": {}, "running": [request]}
+        self.server.num_listed += self.path == "/v1/models"
         self.reply({"data": [entry]} if self.path == "/v1/models" else state)
 
     def do_POST(self) -> None:
@@ -403,9 +406,11 @@ def scripted(*script: Callable[[Any], None]) -> Iterator[Scripted]:
     with Scripted(*script) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def says_whole(handler: Answering) -> None:
@@ -564,3 +569,51 @@ def test_a_server_may_tell_nothing_useful_and_the_chat_goes_on(chat: Typed) -> N
         out, err = chat("Hi", "/ledger", "/continue", options=("--url", server.url))
     assert out == "Yes\n"
     assert "the last answer ended by itself" in err
+
+
+def test_a_model_that_the_server_has_no_more_is_said_and_found_again(chat: Typed) -> None:
+    def has_another(handler: Answering) -> None:
+        told = 'there is no model "one"; the models of this server: two'
+        handler.reply({"error": {"message": told, "code": "model_not_found"}}, 404)
+
+    with scripted(has_another, says_whole) as server:
+        out, err = chat("Hi", "/retry", options=("-q", "--url", server.url))
+        listed = server.num_listed
+    assert 'answers 404: there is no model "one"; the models of this server: two' in err
+    assert "not an Argosy server" not in err
+    assert (out, listed) == ("Yes.\n", 2)
+
+
+def test_an_interrupt_ends_what_a_command_asks_the_server_and_not_the_chat(
+    chat: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the server loads a model, its tokens of a conversation may take minutes."""
+    ask, asked = Server.tokenize, []
+
+    def interrupted(server: Server, body: dict[str, Any], *more: Any) -> int:
+        asked.append(body)
+        if len(asked) < 3:
+            signal.raise_signal(signal.SIGINT)
+        return ask(server, body, *more)
+
+    monkeypatch.setattr(Server, "tokenize", interrupted)
+    with scripted(says_whole, says_whole) as server:
+        out, err = chat("Hi", "/tokens", "/trim", "/tokens", "And?", options=("-q", "--url", server.url))
+    assert err.count("(stopped)") == 2
+    assert "tokens   40 used" in err
+    assert out == "Yes.\nYes.\n"
+
+
+def test_an_interrupt_while_the_server_loads_another_model_keeps_the_first(
+    chat: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(model: ServerModel) -> ServerModel:
+        if model.name == "ONE":
+            signal.raise_signal(signal.SIGINT)
+        return model
+
+    monkeypatch.setattr(ServerModel, "loaded", interrupted)
+    with scripted(says_whole) as server:
+        out, err = chat("/model ONE", "Hi", options=("-q", "--url", server.url))
+    assert "error: ONE was not opened" in err
+    assert out == "Yes.\n"

@@ -26,7 +26,7 @@ from argosy.cli.commands import chat_files, chat_room, completion
 from argosy.cli.commands.chat_room import ContextPolicy, Message
 from argosy.cli.shared.chat_models import Models
 from argosy.cli.shared.help_all import Command
-from argosy.cli.shared.interrupts import Interrupts
+from argosy.cli.shared.interrupts import Interrupts, SecondInterrupt
 from argosy.cli.shared.options import (
     engine_options,
     sampling_options,
@@ -249,6 +249,10 @@ class Conversation:
                     raise
                 self._is_lost = self._is_lost or isinstance(error, ServerNotUsable)
                 _say(f"error: {error}")
+            except KeyboardInterrupt as error:  # while a model loads, or its server counts tokens
+                if self._model is None or isinstance(error, SecondInterrupt):
+                    raise
+                _say("(stopped)")
 
     def _find_again(self) -> None:
         """Find the model again, at its server or here, if the server did not answer."""
@@ -432,7 +436,7 @@ class Conversation:
             self._model, why = self._models.switch(name)
             if why is not None:
                 raise why
-            self._last = None
+            self._is_lost, self._last = False, None
             if self._begun is not None:
                 self._begun = _Begun(self._begun.message)  # another vocabulary
             self._note_unreadable()

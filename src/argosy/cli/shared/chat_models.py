@@ -251,23 +251,21 @@ class Models:
         before, settings = self._model, self.settings
         assert before is not None
         try:
-            if (found := self._at_server(name)) is not None:
-                self._opened.close()
-                self._model = found
-                return found, None
-            open_files(locate_model(name))
-        except ArgosyError as error:
-            return before, error
-        self._model = None
+            if (found := self._at_server(name)) is None:
+                open_files(locate_model(name))
+        except (ArgosyError, KeyboardInterrupt) as error:
+            return before, _why_not(name, error)
+        self._model = found
         self._opened.close()
+        if found is not None:
+            return found, None
         self.settings = replace(settings, mmproj=None)  # it belongs to the first model
         try:
             self._model = self._here(name)
             return self._model, None
         except (ArgosyError, KeyboardInterrupt) as error:
             self.settings = settings
-            why = error if isinstance(error, ArgosyError) else UsageError(f"{name} was not opened")
-            return self.open(before.name), why
+            return self.open(before.name), _why_not(name, error)
 
     def _at_server(self, name: str) -> ChatModel | None:
         found = find_model(name, self.url, no_server=self.no_server, is_quiet=self.is_quiet)
@@ -279,3 +277,7 @@ class Models:
         preset = preset_of(name)
         engine = self._opened.enter_context(open_engine(name, settings_of(preset, self.settings)))
         return LocalModel(engine, name, preset)
+
+
+def _why_not(name: str, error: ArgosyError | KeyboardInterrupt) -> ArgosyError:
+    return error if isinstance(error, ArgosyError) else UsageError(f"{name} was not opened")

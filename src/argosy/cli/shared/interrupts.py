@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from typing import Self
 
 
+class SecondInterrupt(KeyboardInterrupt):
+    """^C while an answer is being stopped."""
+
+
 class Interrupts:
-    """Remembers the first ^C instead of raising; the second ^C raises.
+    """Remembers the first ^C instead of raising; the second ^C raises SecondInterrupt.
 
     Attributes:
         on_first: called at the first one, in the signal's handler.
@@ -32,5 +36,5 @@ class Interrupts:
     def _remember(self, number: int, frame: object) -> None:
         self.count += 1
         if self.count > 1:
-            raise KeyboardInterrupt
+            raise SecondInterrupt
         self.on_first()

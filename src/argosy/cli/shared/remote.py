@@ -32,6 +32,7 @@ TIMEOUT_S = 10.0
 _COUNT_S = 600.0  # the tokens of a conversation, whose model may have to be loaded again
 ANSWER_S = 3600.0  # the next part of an answer; it is silent while its model is loaded
 _REFUSALS = {400, 404, 413, 422}  # what is asked for is wrong
+_NO_MODEL = "model_not_found"  # code of an error: the server had the model when it was chosen
 _MOST_LINES = 4  # of a server's error
 _MOST = 10**18  # an exabyte; a larger number measures nothing
 _LONGEST_BYTES = 16_000_000  # 256 layers of 1024 experts with seven digits each are 2 MB
@@ -394,7 +395,9 @@ class Server:
         except (JsonError, KeyError, TypeError):
             message = None
         # Other servers also send errors of this form for routes that only Argosy has.
-        is_unknown = status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/")
+        is_unknown = (
+            status == http.HTTPStatus.NOT_FOUND and not path.startswith("/api/") and code != _NO_MODEL
+        )
         if is_unknown or not isinstance(message, str):
             return self._stranger(f"it answers {status} to {path}", status)
         said, _, hint = message.partition("\nhint: ")  # as `str` of an ArgosyError writes it
@@ -424,7 +427,7 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except ServerNotUsable as error:
-        if error.facts.get("status") not in _REFUSALS:
+        if error.facts.get("status") not in _REFUSALS or error.facts.get("code") == _NO_MODEL:
             raise
         kind = PromptTooLong if error.facts.get("code") == "context_length_exceeded" else UsageError
         raise kind(str(error.facts.get("said") or error.message), hint=error.hint) from None
