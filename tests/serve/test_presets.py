@@ -118,6 +118,8 @@ def test_the_request_goes_before_the_preset_and_the_preset_before_the_rest(rig: 
     params = rig.params("brief")
     assert (params.temperature, params.seed, params.stop, params.max_tokens) == (0.5, 5, ("zzz",), 3)
     assert rig.params("brief", max_tokens=-1, stop=["e"]).max_tokens not in (None, 3)  # to the context's end
+    assert rig.params("brief", seed=-1).seed not in (None, 5)  # a random one
+    assert rig.params("brief", "ollama", options={"seed": -1}).seed not in (None, 5)
     assert "temperature" in rig.params("tiny", max_tokens=2).left_to_model
 
 

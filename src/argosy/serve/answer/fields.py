@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypeVar
@@ -512,7 +513,7 @@ class Sampling(Neutral):
             "repetition_penalty": self.one_of("repetition_penalty", "repeat_penalty", "rep_pen"),
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
-            "seed": None if seed == -1 else seed,
+            "seed": secrets.randbits(63) if seed == -1 else seed,  # -1 is given: it goes before a preset's
             "stop": tuple(stop) or None,
             "logit_bias": _biases(self.logit_bias if isinstance(self.logit_bias, dict) else {}) or None,
             "min_tokens": self.min_tokens,
