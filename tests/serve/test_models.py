@@ -666,6 +666,24 @@ def test_a_model_that_came_into_the_library_is_found_when_it_is_asked_for_and_on
     run_library(test)
 
 
+def test_a_model_that_is_not_in_memory_is_looked_up_before_it_is_loaded() -> None:
+    async def test(rig: LibraryRig) -> None:
+        await rig.models.look()
+        new = FakeSource(rig.meter, "a", 200, 42)
+        rig.shelf.sources["a"] = new  # its files were replaced
+        assert await rig.ask("a") == "a"
+        assert (rig.a.num_opened, new.num_opened) == (0, 1)
+        num_looks = rig.shelf.num_looks
+        await rig.ask("a")
+        assert rig.shelf.num_looks == num_looks
+        del rig.shelf.sources["b"]  # they are damaged
+        rig.shelf.faults["b"] = "a tensor ends beyond the file"
+        with pytest.raises(Refused, match="cannot run: a tensor ends beyond the file"):
+            await rig.ask("b")
+
+    run_library(test)
+
+
 def test_a_model_of_the_library_is_planned_in_the_present_budget() -> None:
     async def test(rig: LibraryRig) -> None:
         await rig.ask("a")

@@ -395,11 +395,12 @@ class Models:
     # ── a library ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def look(self, name: str | None = None) -> None:
-        """See which models the library has now; with a name, only if the server has no such model.
+        """See which models the library has now; with a name, only if no such model is in memory.
 
         Without a library, and within SHELF_S of the last look, nothing happens.
         """
-        if self._shelf is None or (name is not None and self._known(name) is not None):
+        known = None if name is None else self._known(name)
+        if self._shelf is None or (known is not None and known.is_here):
             return
         async with self._shelving:  # those who came meanwhile find it done
             if self._shelved_at is not None and self._clock() - self._shelved_at < SHELF_S:
