@@ -489,12 +489,12 @@ class Group:
             self._tell(f"waiting for workers: 0 of {num_wanted} ready")
             attempts = [pool.submit(attempt, member) for member in self._members.values()]
             for num_left, done in zip(reversed(range(num_wanted)), as_completed(attempts), strict=True):
-                error = done.result()
+                error = done.result(timeout=0)
                 num_ready += error is None
                 if num_left:
                     failed = "" if error is None else f"; {error.message}"
                     self._tell(f"waiting for workers: {num_ready} of {num_wanted} ready{failed}")
-        errors = [error for done in attempts if (error := done.result()) is not None]
+        errors = [error for done in attempts if (error := done.result(timeout=0)) is not None]
         for error in errors:
             if isinstance(error, PeerRefused) and (_is_lasting(error) or len(errors) == len(self._members)):
                 raise error
