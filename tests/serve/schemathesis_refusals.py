@@ -23,6 +23,7 @@ REASONS = (
     r"message \d+: reasoning_content and reasoning differ",
     r"an answer can have only one form",
     r"best_of must equal n",
+    r"max_tokens can be 0 only with echo and logprobs",
     r"min_tokens must be at most max_tokens",
     r"ignore_eos cannot be used with a grammar",
     r"[a-z_]+ and [a-z_]+ are two names for one setting, and their values differ",

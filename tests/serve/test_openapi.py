@@ -165,7 +165,6 @@ SAY = [{"role": "user", "content": "Hi"}]
         ("/v1/completions", {"prompt": "a", "structured_outputs": {}}),
         ("/v1/completions", {"prompt": "a", "structured_outputs": {"choice": ["a"], "regex": "a"}}),
         ("/v1/completions", {"prompt": "a", "guided_choice": ["a"], "guided_regex": "a"}),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 0, "echo": True}),
         ("/v1/completions", {"prompt": "a", "logit_bias": {"a": 1}}),
         ("/v1/chat/completions", {"messages": SAY, "top_logprobs": 1}),
         ("/v1/chat/completions", {"messages": SAY, "tools": [], "functions": []}),

@@ -47,7 +47,7 @@ from argosy.serve.answer.fields import (
 )
 from argosy.serve.answer.logprobs import finite
 from argosy.serve.answer.respond import respond
-from argosy.serve.answer.rules import any_of, at_most_one, given
+from argosy.serve.answer.rules import at_most_one
 from argosy.serve.answer.structured_outputs import Formed
 from argosy.serve.dialects.openai_chunks import ChunkExchange, join
 from argosy.serve.http.gate import Caller
@@ -61,13 +61,7 @@ Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]
 
 
 class CompletionBody(Formed, Thinking, OpenAISampling):
-    RULES = (
-        at_most_one(*Formed.model_fields),
-        any_of(
-            {"properties": {"max_tokens": {"not": {"const": 0}}}},
-            given("logprobs", echo={"const": True}),
-        ),
-    )
+    RULES = (at_most_one(*Formed.model_fields),)
 
     prompt: (
         Text
