@@ -157,6 +157,9 @@ def is_within_one(value: object, schema: dict[str, Any]) -> bool:
     )
 
 
+OTHER_LIMITS = ("max_new_tokens", "n_predict", "num_predict")  # other names of max_tokens
+
+
 @every_dialect
 def test_every_number_is_accepted_within_its_bounds_and_refused_beyond_them(
     client: httpx.Client, path: str
@@ -166,6 +169,8 @@ def test_every_number_is_accepted_within_its_bounds_and_refused_beyond_them(
     for name, schemas in found.items():
         for value in EDGES:
             body = DIALECTS[path] | {name: value}
+            if name in OTHER_LIMITS:
+                body.pop("max_tokens", None)
             if name == "top_logprobs" and "chat" in path:
                 body["logprobs"] = True
             if name == "best_of" and is_within(value, schemas):
@@ -175,7 +180,7 @@ def test_every_number_is_accepted_within_its_bounds_and_refused_beyond_them(
                 value is None and name in MODELS[path].model_json_schema()["required"]
             ):
                 assert refused(answer, path).startswith(f"{name}: expected "), (name, value)
-            elif not (name == "max_tokens" and value == 0):  # 0 is only for scoring a prompt
+            elif not (name in ("max_tokens", *OTHER_LIMITS) and value == 0):  # 0 is only for scoring a prompt
                 assert answer.status_code == 200, (name, value, answer.text)
 
 
