@@ -184,7 +184,7 @@ def test_a_model_is_loaded_when_it_is_first_used_and_once_for_all_who_wait() -> 
         assert rig.states() == {"a": "unloaded", "b": "unloaded", "big": "unloaded"}
         rig.b.can_open.clear()
         waiting = [asyncio.create_task(rig.ask("b")) for _ in range(5)]
-        await asyncio.sleep(0.02)
+        await asyncio.to_thread(rig.b.has_told.wait)
         assert rig.states()["b"] == "loading"
         rig.b.can_open.set()
         assert await asyncio.gather(*waiting) == ["b"] * 5
