@@ -170,7 +170,7 @@ def test_a_plan_that_takes_more_than_the_machine_has_is_refused(
 ) -> None:
     def require(total_bytes: int) -> None:
         limit = MemoryLimit(total_bytes, total_bytes, "a test")
-        monkeypatch.setattr("argosy.budget.memory_plan.machine.memory_limit", lambda: limit)
+        monkeypatch.setattr("argosy.budget.memory_plan.resources.memory_limit", lambda: limit)
         config = EngineConfig(budget=Budget(ram_bytes=64 * GIB), threads=2)
         require_memory(ModelFootprint(files, config), config)
 

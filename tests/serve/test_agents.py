@@ -131,9 +131,9 @@ def test_a_model_accepts_tools_even_if_its_template_has_none(client: httpx.Clien
 
 
 def test_models_report_how_tools_reach_them(client: httpx.Client, speaker: httpx.Client) -> None:
-    for who, tools in ((client, "generic"), (speaker, "native")):
+    for who, tools, thinking in ((client, "generic", "none"), (speaker, "native", "on-off")):
         (entry,) = who.get("/v1/models").json()["data"]
-        assert entry["capabilities"] == {"tools": tools, "sound": "none"}
+        assert entry["capabilities"] == {"tools": tools, "thinking": thinking, "sound": "none"}
         assert {"tools", "tool_choice", "max_tokens", "response_format"} <= set(entry["supported_parameters"])
         assert who.get(f"/v1/models/{entry['id']}").json() == entry
     assert json.dumps(entry)

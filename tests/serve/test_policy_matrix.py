@@ -227,6 +227,7 @@ HIDDEN = {
     ".stop": "is compared with the answer",
     ".stop[]": "is compared with the answer",
     ".stop_sequences[]": "is compared with the answer",
+    ".stopping_strings[]": "is compared with the answer",
     ".parsed.*": "a client's copy, which is dropped",
     ".parsed_arguments.*": "a client's copy, which is dropped",
     "<FunctionTurn>.name": "finds the call, whose own name is in the prompt",
