@@ -8,9 +8,9 @@ sampling, stop strings, parsing, scheduling and HTTP do not know about the scrip
 
     python -m tests.serve.speaking serve DIRECTORY --memory 1GiB --port 8080
 
-The variable SPEAKING_TOKENS_PER_S slows the model down and makes it tell the tokens of each step on stderr, and
-SPEAKING_SCRIPTS may name a JSON file with more scripts. A script that is a list holds one answer for each turn after
-its key: for example a call, and then the answer to its result.
+The variable SPEAKING_TOKENS_PER_S slows the model down and makes it tell the tokens of each step on stderr, unless that
+is a terminal. SPEAKING_SCRIPTS may name a JSON file with more scripts. A script that is a list holds one answer for
+each turn after its key: for example a call, and then the answer to its result.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _slowed(tokens_per_s: float) -> Any:
 
     def slowly(self: Model, step: Any, *arguments: Any, **options: Any) -> Any:
         time.sleep(step.num_tokens / tokens_per_s)
-        print(f"computed {step.num_tokens} tokens", file=sys.stderr, flush=True)
+        if not sys.stderr.isatty():
+            print(f"computed {step.num_tokens} tokens", file=sys.stderr, flush=True)
         return forward(self, step, *arguments, **options)
 
     return mock.patch.object(Model, "forward", slowly)
