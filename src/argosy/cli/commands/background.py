@@ -56,7 +56,7 @@ _OF_SERVICES = (
     "forwarded_from",
     "check",
 )  # our commands would have to know them
-_SAY_S = 2.0  # after which a wait says what it waits for
+_SAY_S = 1.0  # after which a wait says what it waits for
 _SAID_S = 10.0  # how often it says that it goes on
 
 

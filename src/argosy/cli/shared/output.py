@@ -28,7 +28,7 @@ Progress = Callable[[str, float], None]
 
 LINE_S = 60.0  # how often a wait is told of where there is no terminal
 _PATIENCE_S = 0.3  # a terminal shows nothing of what takes no longer
-_PROMPT_PATIENCE_S = 2.0  # and nothing of a prompt
+_PROMPT_PATIENCE_S = 1.0  # and nothing of a prompt
 _REDRAW_S = 0.25
 _CLEAR_S = 5.0  # longest wait for a bar to be cleared
 _LEAST_SHARE = 0.01  # that has to be done before a time to go is known
