@@ -336,6 +336,7 @@ class Grammar(_Strict):
 CHOOSING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
+EFFORTS = ("low", "medium", "high")  # of thinking, in the words of the command line and of presets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

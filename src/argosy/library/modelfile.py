@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from argosy.checkpoint.untrusted_file import quote
-from argosy.config import CHOOSING, Preset
+from argosy.config import CHOOSING, EFFORTS, Preset
 from argosy.errors import UsageError
 from argosy.library import presets
 
@@ -210,10 +210,10 @@ class _Reading:
 
 def _thinking(value: str) -> dict[str, Any]:
     """`PARAMETER think`, which Ollama lacks; its values are those of its requests."""
-    if value in presets.EFFORTS:
+    if value in EFFORTS:
         return {"thinks": None, "effort": value}
     if value not in ("true", "false"):
-        raise UsageError(f"think takes true, false, {', '.join(presets.EFFORTS)}, found '{quote(value)}'")
+        raise UsageError(f"think takes true, false, {', '.join(EFFORTS)}, found '{quote(value)}'")
     return {"thinks": value == "true", "effort": None}
 
 

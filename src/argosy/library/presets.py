@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from argosy.checkpoint.untrusted_file import quote
-from argosy.config import CHOOSING, Preset
+from argosy.config import CHOOSING, EFFORTS, Preset
 from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.library import kept
@@ -30,7 +30,6 @@ from argosy.user_directories import data_directory
 
 MOST_BYTES = 256 << 10  # per file
 MOST_PRESETS = 1000
-EFFORTS = ("low", "medium", "high")
 ROLES = ("system", "user", "assistant")
 _SUFFIX = ".toml"
 _MOST_STOPS, _MOST_STOP_CHARACTERS = 64, 1024  # as in a request

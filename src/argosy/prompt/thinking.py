@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from argosy.config import EFFORTS
+
 _SWITCHES = ("enable_thinking", "thinking")  # Qwen3, GLM and others; DeepSeek
 _EFFORT = "reasoning_effort"  # gpt-oss and others
 
@@ -70,6 +72,6 @@ class Thinking:
 WORDS = {
     "on": Thinking(thinks=True),
     "off": Thinking(thinks=False),
-    **{effort: Thinking(effort=effort) for effort in ("low", "medium", "high")},
+    **{effort: Thinking(effort=effort) for effort in EFFORTS},
 }
 """What may be asked for, in a word of the command line."""

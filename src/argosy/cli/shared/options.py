@@ -14,7 +14,7 @@ import click
 from argosy.cli.commands import completion
 from argosy.cli.shared.help_all import Command as CommandWithFurther
 from argosy.cli.shared.help_all import Further
-from argosy.config import CHOOSING, MIB, SamplingParams, format_bytes
+from argosy.config import CHOOSING, EFFORTS, MIB, SamplingParams, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ _THINKING = (
         "--think/--no-think", "thinks", default=None, help="Think first, or not; default: the model's."
     ),
     click.option(
-        "--effort", type=click.Choice(["low", "medium", "high"]), metavar="LEVEL", help="Think low, medium or high."
+        "--effort", type=click.Choice(EFFORTS), metavar="LEVEL", help="Think low, medium or high."
     ),
 )  # fmt: skip
 _ENDING = (
