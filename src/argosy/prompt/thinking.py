@@ -57,7 +57,7 @@ class Thinking:
         return found
 
     def shortfall(self, known: Collection[str]) -> str | None:
-        """Says what of it a template that knows these variables cannot pass on; None if it can pass on all."""
+        """The part that a template with these variables cannot pass on, in a sentence; None if it passes on all."""
         if not self.is_asked:
             return None
         if not self.variables(known):

@@ -414,7 +414,7 @@ def stop(model: str | None, now: bool, kill: bool) -> None:
 
 
 def _descriptor_of(process: Process) -> int | None:
-    """A descriptor that means this process and no later one with its id; None: it has just ended."""
+    """A descriptor of this very process, not of a later one with the same id; None if it has just ended."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:

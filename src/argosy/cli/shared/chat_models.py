@@ -1,4 +1,4 @@
-"""The models that a chat talks to: one that is loaded here, or one of a server.
+"""The model that a chat talks to: loaded in this process, or running on a server.
 
     Models.open, switch, again  ─>  ChatModel: LocalModel, or server_model.ServerModel  ─ answer ─>  AnswerWriter, Reply
 
@@ -70,7 +70,7 @@ class ChatModel(Protocol):
         ...
 
     def shortfall(self, thinking: Thinking) -> str | None:
-        """Says what of it the model cannot be asked for; None: all can be."""
+        """The part of `thinking` that the model cannot be asked for, in a sentence; None if it can be asked for all."""
         ...
 
     def count(self, messages: Sequence[dict[str, Any]], thinking: Thinking) -> int:

@@ -89,7 +89,10 @@ def noting(path: Path | None, address: str, *, stays: bool = False) -> Iterator[
 
 
 def note_end(state: Directory, process: Process) -> None:
-    """Note that a process is told to end: another signal would end its answers. A full drive keeps none from ending."""
+    """Note that a process has been told to end, because another signal would cut its answers off.
+
+    A note that cannot be written, as on a full drive, does not keep the process from ending.
+    """
     with suppress(OSError):
         _note(state, process._replace(is_ending=True))
 

@@ -524,7 +524,7 @@ class Service:
         return request
 
     def _within_context(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """The parameters of an answer that stays within the context of the preset.
+        """Sampling parameters that keep an answer within the preset's context.
 
         Raises:
             PromptTooLong: the prompt leaves no room for it.

@@ -3,7 +3,7 @@
     LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES  ->  passed_sockets  ->  the server listens on them
     the server is ready, or stops           ->  Notifier.tell   ->  NOTIFY_SOCKET
 
-Both are described by sd_listen_fds(3) and sd_notify(3). No child process gets the variables.
+The protocols are those of sd_listen_fds(3) and sd_notify(3). Child processes do not inherit the variables.
 
 Elsewhere: sockets that the server makes itself are `listen.py` and `run.py`.
 """
