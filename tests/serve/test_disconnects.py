@@ -9,6 +9,7 @@ engine nor the limits know of its tenant any more: at most a step or RELEASE_S a
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -100,6 +101,9 @@ class Server:
         return tenant in self.limits._running or any(
             one.tenant == tenant for one in list(self.engine._sequences)
         )
+
+    def num_connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def tasks(self) -> int:
         events = self._server.servers[0].get_loop()
@@ -210,6 +214,13 @@ def held(server: Server) -> dict[str, Any]:
     }
 
 
+def left_behind(server: Server, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is held now and was not held before; a socket of an earlier test may be closed in between."""
+    now = held(server)
+    now["descriptors"] = max(now["descriptors"], before["descriptors"])
+    return {name: (before[name], now[name]) for name in before if before[name] != now[name]}
+
+
 def is_socket(descriptor: str) -> bool:
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
@@ -248,7 +259,8 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
         return taken
 
     expected = answer()
-    wait_for(lambda: not server.limits._running)
+    gc.collect()  # sockets that tests before this one left in circles
+    wait_for(lambda: not server.limits._running and not server.num_connections())
     before = held(server)
     num_before = most_children = num_children()
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -257,7 +269,9 @@ def test_five_hundred_clients_that_vanish_leave_nothing_behind(
             most_children = max(most_children, num_children())
             time.sleep(0.05)
     taken = sorted(seconds for one in running for seconds in one.result())
-    wait_for(lambda: held(server) == before)
+    with suppress(AssertionError):
+        wait_for(lambda: not left_behind(server, before))
+    assert left_behind(server, before) == {}
     assert before["KV blocks"] == before["queued reads"] == before["leased slots"] == before["sequences"] == 0
     # The clients got real answers; how many tokens depends on the machine.
     assert server.engine.facts().totals.new_tokens > 2 * NUM_DISCONNECTS
