@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
@@ -176,6 +176,16 @@ def as_exception(error: BaseException) -> Exception:
     failure = RuntimeError(f"{type(error).__name__} in a library")
     failure.__cause__ = error
     return failure
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], *, most: int = 1, quote: str = "'", cutoff: float = 0.6
+) -> str:
+    """Return a question that names the known names nearest to an unknown one, at most `most`; empty if none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(quote + one + quote for one in near)}?" if near else ""
 
 
 def refused_by_system(error: BaseException) -> Overloaded | None:

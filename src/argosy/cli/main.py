@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -14,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from argosy.errors import ArgosyError, DiskFull, UsageError, as_exception, is_disk_full, refused_by_system
+from argosy.errors import (
+    ArgosyError,
+    DiskFull,
+    UsageError,
+    as_exception,
+    did_you_mean,
+    is_disk_full,
+    refused_by_system,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -169,9 +176,8 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
-            near = [f"'{name}'" for name in difflib.get_close_matches(args[0], _COMMANDS, n=2)]
-            said = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise click.UsageError(f"No such command '{args[0]}'{said}", ctx)
+            said = did_you_mean(args[0], _COMMANDS, most=2)
+            raise click.UsageError(f"No such command '{args[0]}'" + (f"; {said}" if said else ""), ctx)
         return super().resolve_command(ctx, args)
 
 

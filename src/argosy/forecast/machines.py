@@ -15,13 +15,12 @@ Elsewhere: `machine/rates.py` guesses speeds from the name of the processor.
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from argosy.config import GIB
-from argosy.errors import UsageError
+from argosy.errors import UsageError, did_you_mean
 from argosy.machine.rates import Rates, guess
 
 TABLE = Path(__file__).with_name("machines.csv")
@@ -80,10 +79,10 @@ def find_machine(text: str) -> Machine:
         names = ", ".join(row.name for row in rows[:12])
         raise UsageError(f"{path} has {len(chosen)} machines of that name, expected one; it has: {names}")
     names_of_table = [machine.name for machine in table]
-    near = difflib.get_close_matches(text, names_of_table, n=1, cutoff=0.6)
     raise UsageError(
         f"unknown machine '{text}'; known: here, {', '.join(names_of_table)}",
-        hint=f"did you mean {near[0]}?" if near else "or a CSV file: `argosy plan --help` names its columns",
+        hint=did_you_mean(text, names_of_table, quote="")
+        or "or a CSV file: `argosy plan --help` names its columns",
     )
 
 

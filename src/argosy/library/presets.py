@@ -13,7 +13,6 @@ Elsewhere: what a name means is `names.py`; Ollama's form is `modelfile.py`; `co
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import CHOOSING, EFFORTS, Preset
 from argosy.directory import Directory
-from argosy.errors import UsageError
+from argosy.errors import UsageError, did_you_mean
 from argosy.library import kept
 from argosy.user_directories import data_directory
 
@@ -195,8 +194,7 @@ def require_known(key: str, known: Sequence[str]) -> None:
         UsageError: it is unknown; the nearest known one is named.
     """
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        said = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+        said = did_you_mean(key, known) or f"known: {', '.join(known)}"
         raise UsageError(f"unknown setting '{quote(key)}'; {said}")
 
 

@@ -13,14 +13,13 @@ Elsewhere: the environment is `settings.py`.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from argosy.errors import UsageError
+from argosy.errors import UsageError, did_you_mean
 
 _MOST_BYTES = 64 << 10
 _NOT_IN_FILE = {"config", "check"}
@@ -50,9 +49,8 @@ def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in _parse(path).items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
-            raise UsageError(f"{path}: unknown setting {key[:64]!a}; {hint}")
+            said = did_you_mean(key, known) or f"known: {', '.join(sorted(known))}"
+            raise UsageError(f"{path}: unknown setting {key[:64]!a}; {said}")
         parameter = known[key]
         assert parameter.name is not None
         try:

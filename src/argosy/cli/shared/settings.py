@@ -12,7 +12,6 @@ server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspe
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from argosy.config import GIB, AskAhead, KvDtype, parse_size
-from argosy.errors import UsageError
+from argosy.errors import UsageError, did_you_mean
 
 KNOWN = (
     "ARGOSY_MEMORY",
@@ -88,10 +87,9 @@ class Settings:
 def refuse_misspelt(environment: Mapping[str, str]) -> None:
     """Raise UsageError for a variable that looks like a misspelt one of ours."""
     for name in environment:
-        if name.startswith("ARGOSY") and name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
-            if near:
-                raise UsageError(f"unknown environment variable {name}; did you mean {near[0]}?")
+        is_unknown = name.startswith("ARGOSY") and name not in KNOWN
+        if is_unknown and (said := did_you_mean(name, KNOWN, quote="", cutoff=0.8)):
+            raise UsageError(f"unknown environment variable {name}; {said}")
 
 
 def api_key(key_file: Path | None = None, environment: Mapping[str, str] | None = None) -> str | None:

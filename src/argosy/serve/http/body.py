@@ -18,14 +18,13 @@ import io
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from argosy.errors import UsageError
+from argosy.errors import UsageError, did_you_mean
 from argosy.prompt.json_text import count_values
 from argosy.serve.answer.core import Work
 from argosy.serve.answer.fields import Strict, names_with_effect
@@ -249,9 +248,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: object, model: type[BaseM
     first, where = here[0], ".".join(map(str, deepest))[:_LONGEST_PLACE]
     if first["type"] in ("extra_forbidden", "none_required"):
         known = names_with_effect(model) if len(deepest) == 1 else ()
-        near = [f"'{name}'" for name in get_close_matches(where, known, n=2)]
+        said = did_you_mean(where, known, most=2)
         return UsageError(
-            f"unknown field '{where}'" + (f"; did you mean {' or '.join(near)}?" if near else ""), param=where,
+            f"unknown field '{where}'" + (f"; {said}" if said else ""), param=where,
             hint="leave it out; /openapi.json lists the fields of every route",
         )  # fmt: skip
     needed = " or ".join(dict.fromkeys(_needed(error) for error in here))
