@@ -1,0 +1,170 @@
+"""How one engine runs: the settings that the command line, the environment and callers become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from argosy.config.sampling import CHOOSING, SamplingParams
+from argosy.config.strict import Strict
+from argosy.config.units import GIB
+from argosy.errors import UsageError
+
+KV_BLOCK_TOKENS = 16  # positions of a KV block
+# A server's defaults: sequences in one step, and others that may wait.
+SERVED_AT_ONCE, SERVED_WAITING = 16, 64
+# A watermark prefers tokens by the key and this many tokens before them, in a tournament of so many rounds.
+WATERMARK_CONTEXT, WATERMARK_DEPTH = 4, 30
+DRAFTED_AT_ONCE = 2  # while more sequences run, the engine's own drafters propose nothing
+DRAFT_TOKENS = 3  # default limit of proposals per sequence and step
+MOST_DRAFT_TOKENS = 64  # beyond this, a step that confirms proposals is a prompt
+DEMO = "demo"  # selects the embedded default model; a directory of that name is `./demo`
+
+# Formats of keys, values and latent vectors. q8: bytes, and a scale for 32 dimensions of a position (kernel_table.h).
+KvDtype = Literal["f32", "f16", "q8"]
+AskAhead = Literal["off", "one_level", "one_level_far", "two_levels"]
+Pooling = Literal["mean", "last"]  # how hidden states become the embedding of a text
+# The drafter (`engine/drafts/drafter.py`): n-grams of the text, or the checkpoint's layer for multi-token prediction.
+Speculate = Literal["off", "lookup", "mtp"]
+
+
+class Tuning(NamedTuple):
+    """How products with the weights of one format run; no result depends on it.
+
+    ask_ahead: how far ahead a product with one token prefetches weights.
+    few_ask_ahead: the same of one with a few tokens; off: it prefetches the next rows as a whole.
+    two_panels_from: with AVX-512, the tokens from which a tile takes two panels of 16 rows at once, from 2 to 9.
+    amx_from: with AMX, the tokens from which a product runs on its tiles; 0: never.
+    """
+
+    ask_ahead: AskAhead
+    few_ask_ahead: AskAhead
+    two_panels_from: int
+    amx_from: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(Strict):
+    """Memory that one process may use, interpreter included. The planner adds no hidden margin."""
+
+    ram_bytes: int
+    context_tokens: int | None = None  # None: the model's context length, or as much as the budget allows
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes <= 0:
+            raise UsageError(f"ram_bytes must be above zero, found {self.ram_bytes}")
+        if self.context_tokens is not None and self.context_tokens < 1:
+            raise UsageError(f"context_tokens must be at least 1, found {self.context_tokens}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvDir(Strict):
+    """Directory that keeps prompts' keys and values across restarts. They reveal the text: keep it private."""
+
+    path: Path
+    ttl_s: float = 7 * 86_400.0  # older files are removed
+    max_bytes: int = 16 * GIB  # total of all files; the least recently used are removed first
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        if not self.ttl_s > 0:
+            raise UsageError(f"ttl_s must be above zero, found {self.ttl_s}")
+        if self.max_bytes < 1:
+            raise UsageError(f"max_bytes must be at least 1, found {self.max_bytes}")
+
+
+FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
+FEWEST_VIDEO_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(Strict):
+    """How one engine runs. Only `kv_dtype`, `instruction_set` and `watermark` can change which tokens come out, and
+    `sampling` where a request leaves that to the model.
+    """
+
+    budget: Budget
+    threads: int
+    kv_dtype: KvDtype | None = None  # None: what suits the model (`ModelFootprint.kv_dtype`)
+    instruction_set: str | None = None  # the most capable one to use; None: the best this processor has
+    ask_ahead: AskAhead | None = None  # how products prefetch weights; None: as measured for each format
+    tune: bool = True  # run products as measured on this machine, once; False: as the defaults say
+    # Maximum prompt tokens in one step; None: the memory plan decides. It is raised for models whose pictures have to
+    # run in one step, to the largest picture.
+    chunk_tokens: int | None = None
+    expert_slots: int | None = None  # size of the expert cache; None: what the budget leaves
+    max_sequences: int = 8  # maximum sequences in one step
+    readers: int = 4  # threads that read experts
+    # Prefetch guesses of the next layer's experts while the drive is idle and the guesses are right.
+    look_ahead: bool = True
+    experts_off: bool = False  # leave routed experts out of every sum, only to compare with a dense base
+    # Take pictures, sounds and videos if the model has encoders for them. None: if the budget has room for that, too.
+    media: bool | None = None
+    # Maximum positions of a picture or a group of frames; larger ones are scaled down.
+    image_tokens: int = 1024
+    video_tokens: int = 4096  # maximum positions of a video, all frames together; larger ones are scaled down
+    ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
+    speculate: Speculate = "off"  # propose tokens, to confirm several in one step; no answer changes
+    draft_tokens: int = 0  # most tokens that are proposed per sequence and step
+    max_waiting: int | None = None  # maximum sequences waiting to run; None: no limit
+    pooling: Pooling | None = None  # for embeddings; None: as the checkpoint declares, or else the last token
+    prefix_reuse: bool = True  # reuse the keys and values of a prefix that was computed before
+    kv_dir: KvDir | None = None  # keep those keys and values here across restarts
+    watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: there is none
+    grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
+    replay_bytes: int = 0  # memory for answers kept until their conversation continues; 0: keep none
+    request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
+    record_bytes: int = 0  # memory for counts of routing; 0: nothing is recorded
+    group_bytes: int = 0  # memory for connections to workers that run experts; 0: there are none
+    # Fields of `CHOOSING`, for requests that leave them to the model: they replace what the checkpoint says.
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_waiting is not None and self.max_waiting < 0:
+            raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
+        for name in ("replay_bytes", "request_bytes", "record_bytes", "group_bytes", "draft_tokens"):
+            if (found := getattr(self, name)) < 0:
+                raise UsageError(f"{name} must be at least 0, found {found}")
+        for name in self.sampling:
+            if name not in CHOOSING:
+                raise UsageError(f"unknown sampling '{name}'; known: {', '.join(CHOOSING)}")
+        SamplingParams.asked(self.sampling)  # checks the values
+        if self.image_tokens < FEWEST_IMAGE_TOKENS:
+            raise UsageError(
+                f"image_tokens must be at least {FEWEST_IMAGE_TOKENS}, found {self.image_tokens}",
+                hint="media=False (`--no-media`) takes no pictures at all",
+            )
+        if self.video_tokens < FEWEST_VIDEO_TOKENS:
+            raise UsageError(
+                f"video_tokens must be at least {FEWEST_VIDEO_TOKENS}, found {self.video_tokens}"
+            )
+        if self.speculate not in get_args(Speculate):
+            known = ", ".join(get_args(Speculate))
+            raise UsageError(f"unknown speculate '{self.speculate}'; known: {known}")
+        if self.speculate != "off" and not self.draft_tokens:
+            raise UsageError("draft_tokens must be at least 1 to speculate, found 0")
+        if self.draft_tokens > MOST_DRAFT_TOKENS:
+            raise UsageError(f"draft_tokens must be at most {MOST_DRAFT_TOKENS}, found {self.draft_tokens}")
+        if self.pooling not in (None, *get_args(Pooling)):
+            raise UsageError(f"pooling must be mean or last, found '{self.pooling}'")
+        if self.kv_dir is not None and not self.prefix_reuse:
+            raise UsageError("kv_dir keeps prefixes for reuse, and prefix_reuse is off")
+        for name in ("threads", "chunk_tokens", "max_sequences", "readers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, found {value}")
+        if self.ask_ahead not in (None, *get_args(AskAhead)):
+            known = ", ".join(get_args(AskAhead))
+            raise UsageError(f"unknown ask_ahead '{self.ask_ahead}'; known: {known}")
+        if self.kv_dtype not in (None, *get_args(KvDtype)):
+            raise UsageError(f"kv_dtype must be f32, f16 or q8, found '{self.kv_dtype}'")
+
+    @property
+    def decode_tokens(self) -> int:
+        """Most tokens of decoding sequences in a step: one each, and the proposals after it."""
+        drafted = self.max_sequences
+        if self.speculate != "off":
+            drafted = min(drafted, DRAFTED_AT_ONCE)
+        return self.max_sequences + drafted * self.draft_tokens

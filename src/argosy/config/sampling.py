@@ -1,0 +1,255 @@
+"""How tokens are chosen, when an answer ends, and the form that it must have."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from argosy.config.strict import Strict
+from argosy.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """Where an unconstrained answer begins to follow its grammar. A word is a text or a token id.
+
+    words: the first one to appear in full is the trigger.
+    is_part: the grammar begins with the trigger word; otherwise it begins after the word.
+    pauses, resumes: from a word in `pauses` to one in `resumes`, trigger words have no effect.
+    is_paused: the answer begins paused.
+    """
+
+    words: tuple[str | int, ...]
+    is_part: bool = False
+    pauses: tuple[str | int, ...] = ()
+    resumes: tuple[str | int, ...] = ()
+    is_paused: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.words:
+            raise UsageError("a trigger needs a word")
+        if "" in self.all_words:
+            raise UsageError("a trigger must hold at least one character, found ''")
+
+    @property
+    def all_words(self) -> tuple[str | int, ...]:
+        return (*self.words, *self.pauses, *self.resumes)
+
+
+MAX_GRAMMAR_CHARACTERS = 1 << 17  # including the schemas of all tools
+# A schema with this key, inside a Lark grammar, is dropped when it cannot be enforced, as in a lenient grammar.
+LENIENT_SCHEMA = "x-argosy-lenient"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar(Strict):
+    """The form that an answer must have.
+
+    With a trigger, the answer is unconstrained until the trigger is complete and follows the grammar from there. A
+    special token matches only where a Lark grammar names it, as `<|call|>` or `<[128010]>`.
+
+    is_lenient: schema keywords that cannot be enforced are dropped, and a grammar that takes too much work stops
+    constraining its answer. Otherwise both are errors.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    text: str = ""  # the schema as JSON, the regular expression, or the Lark grammar with a rule `start`
+    trigger: Trigger | None = None
+    is_lenient: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("json_object", "json_schema", "regex", "lark"):
+            raise UsageError(
+                f"unknown kind of grammar '{self.kind}'; known: json_object, json_schema, regex, lark"
+            )
+        if (self.kind == "json_object") != (not self.text):
+            raise UsageError(f"a grammar of kind '{self.kind}' needs {'no' if self.text else 'a'} text")
+
+
+# The fields that choose a token: a checkpoint has defaults for them, an operator may set others, a request decides.
+CHOOSING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+EFFORTS = ("low", "medium", "high")  # of thinking, in the words of the command line and of presets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingDefaults:
+    """How a model's tokens are chosen where a request does not say.
+
+    source: where the values are from; those here are for checkpoints that say nothing.
+    notes: what the checkpoint asks for and does not get, a sentence each.
+    """
+
+    # llama.cpp's defaults, which suit most chat models (docs/decisions/0088).
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    source: str = "Argosy: the checkpoint says nothing"
+    notes: tuple[str, ...] = ()
+
+    def overridden(
+        self, given: Mapping[str, float], source: str = "this server's options"
+    ) -> SamplingDefaults:
+        """The defaults with the values of an operator or a preset."""
+        return replace(self, **given, source=source) if given else self  # type: ignore[arg-type]
+
+    def as_dict(self) -> dict[str, float]:
+        """The values, by the name of their field."""
+        return {name: getattr(self, name) for name in CHOOSING}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams(Strict):
+    """How the next token is chosen, and when to stop. Zero temperature is greedy: the lowest id wins a tie.
+
+    Built directly, it is complete, and the same for every model; `asked` leaves the rest to the model.
+    """
+
+    max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
+    min_tokens: int = 0  # until this many tokens, no end token, stop token or stop string ends the answer
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and answer (CTRL, arXiv:1909.05858)
+    presence_penalty: float = 0.0  # over the answer, as OpenAI defines it
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: a random seed, reported in the result
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: none; n: those of the chosen token and the n best
+    ignore_eos: bool = False
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
+    # Omit them from the text. The text never includes the token that ends the answer.
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None  # like logprobs, for every prompt token except the first
+    grammar: Grammar | None = None
+    watermark: bool = True  # mark what is sampled, if the engine has a key for that
+    left_to_model: frozenset[str] = (
+        frozenset()
+    )  # fields, of `CHOOSING`, that get the model's defaults (`fill_in`)
+
+    @classmethod
+    def asked(cls, given: Mapping[str, Any]) -> Self:
+        """Parameters with the given fields; `CHOOSING` is left to the model where they do not say, and the answer goes
+        on to the end of the context.
+
+        Raises:
+            UsageError: a field is unknown, or its value is out of bounds.
+        """
+        left = frozenset(CHOOSING) - given.keys()
+        return cls.from_mapping({"max_tokens": None, **given, "left_to_model": left})
+
+    def fill_in(self, defaults: SamplingDefaults) -> Self:
+        """The parameters with the model's defaults for what was left to it."""
+        if not self.left_to_model:
+            return self
+        chosen = {name: getattr(defaults, name) for name in self.left_to_model}
+        return replace(self, **chosen, left_to_model=frozenset())
+
+    def __post_init__(self) -> None:
+        least = 1 if self.prompt_logprobs is None else 0
+        checks = (
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= least, f"at least {least}"),
+            ("min_tokens", self.min_tokens >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature <= 100, "from 0 to 100"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "from 0 to 20",
+            ),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+        )
+        for name, holds, wanted in checks:
+            if not holds:
+                raise UsageError(f"{name} must be {wanted}, found {getattr(self, name)}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(
+                f"min_tokens must be at most max_tokens; {self.min_tokens} is more than {self.max_tokens}"
+            )
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if any(not stop for stop in self.stop):
+            raise UsageError("a stop string must hold at least one character, found ''")
+        if self.grammar is not None and self.ignore_eos:
+            raise UsageError(
+                "ignore_eos cannot be used with a grammar: the grammar decides when the answer ends"
+            )
+        for token_id, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise UsageError(f"logit_bias must be from -100 to 100, found {bias} for token {token_id}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A model under another name, with defaults for requests that do not say.
+
+    model: the whole name in the library, `demo` or an absolute path; for a server, the id of its model.
+    system: for conversations without a system message of their own.
+    messages: examples that come before every conversation, after its system message: `role` and `content`.
+    sampling: fields of `CHOOSING`.
+    context: most tokens of prompt and answer together; it makes no context larger.
+    """
+
+    name: str
+    model: str
+    system: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    context: int | None = None
+    thinks: bool | None = None
+    effort: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and self.context < 1:
+            raise UsageError(f"context must be at least 1, found {self.context}")
+        if self.thinks is False and self.effort is not None:
+            raise UsageError("an effort needs thinking, which is off")
+        self.fill_in(SamplingParams.asked({}))  # checks the values
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it does to requests."""
+        return hashlib.sha256(repr(self).encode(errors="surrogatepass")).hexdigest()
+
+    def fill_in(self, params: SamplingParams) -> SamplingParams:
+        """The parameters of a request, with the preset's for those that it does not name."""
+        chosen: dict[str, Any] = {
+            name: value for name, value in self.sampling.items() if name in params.left_to_model
+        }
+        left = params.left_to_model - chosen.keys()
+        for name in ("max_tokens", "seed", "stop"):
+            if getattr(params, name) in (None, ()) and (value := getattr(self, name)) not in (None, ()):
+                chosen[name] = value
+        return replace(params, **chosen, left_to_model=left) if chosen else params
+
+    def with_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """A conversation with the preset's system message, unless it has one, and examples."""
+        num_first = next(
+            (at for at, one in enumerate(messages) if one.get("role") not in _SYSTEM_ROLES), len(messages)
+        )
+        first = list(messages[:num_first])
+        has_own = any(one.get("role") in _SYSTEM_ROLES for one in messages)
+        if self.system and not has_own:
+            first = [{"role": "system", "content": self.system}]
+        return [*first, *self.messages, *messages[num_first:]]
+
+
+_SYSTEM_ROLES = ("system", "developer")
