@@ -1,16 +1,31 @@
 """Print the rooms of src/argosy: each module's lines of code and the first sentence of its docstring. `make map`.
 
-Lines of code have no blank lines, comments and docstrings.
+Lines of code have no blank lines, comments and docstrings. `python .ci/map.py --sizes` prints the figures of the whole house
+instead, and whatever is larger than the limits below.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
+import re
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src" / "argosy"
+ROOT = Path(__file__).parents[1]
+MOST_FILES_OF_FOLDER, MOST_LINES_OF_FILE, MOST_LINES_OF_FUNCTION, MOST_PARAMETERS = 25, 600, 80, 10
+# What the core runs without, below src/argosy; tests/test_core_alone.py deletes it from a copy.
+OPTIONAL = {
+    "several machines": ("cluster", "route", *(f"cli/commands/{one}.py" for one in ("worker", "cluster", "route"))),
+    "studies": (
+        "evaluate",
+        *(f"observe/{one}.py" for one in ("ablation", "heat_map", "report", "texts", "trace")),
+        *(f"cli/commands/{one}.py" for one in ("eval", "card", "routes")),
+    ),
+    "mixtures": ("demo", "checkpoint/upcycle.py", "cli/commands/upcycle.py"),
+}  # fmt: skip
 _NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -31,24 +46,142 @@ def lines_of_code(text: str) -> int:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node):
             first = node.body[0]
-            lines.difference_update(range(first.lineno, first.end_lineno + 1))
+            lines.difference_update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return len(lines)
 
 
-def main() -> None:
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Parameters without `self` and `cls`."""
+    named = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return sum(one.arg not in ("self", "cls") for one in named)
+
+
+def too_large(source: Path) -> dict[str, list[tuple[str, int]]]:
+    """What is larger than a limit, by limit: places below `source` and their sizes."""
+    found: dict[str, list[tuple[str, int]]] = {
+        "files in a folder": [],
+        "lines of a file": [],
+        "lines of a function": [],
+        "parameters": [],
+    }
+    for folder in sorted({path.parent for path in source.rglob("*.py")}):
+        if (count := len(list(folder.glob("*.py")))) > MOST_FILES_OF_FOLDER:
+            found["files in a folder"].append((str(folder.relative_to(source)), count))
+    for path in sorted(source.rglob("*.py")):
+        text, where = path.read_text(), str(path.relative_to(source))
+        if (count := text.count("\n")) > MOST_LINES_OF_FILE:
+            found["lines of a file"].append((where, count))
+        for function in functions(ast.parse(text)):
+            count = (function.end_lineno or function.lineno) - function.lineno + 1
+            if count > MOST_LINES_OF_FUNCTION:
+                found["lines of a function"].append((f"{where}:{function.name}", count))
+            if (count := num_parameters(function)) > MOST_PARAMETERS:
+                found["parameters"].append((f"{where}:{function.name}", count))
+    return found
+
+
+def attributes(source: Path, class_name: str) -> int:
+    """Names that methods of a class assign to `self`, or that its body declares, in whichever file it stands."""
+    for path in source.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                names = {
+                    one.attr
+                    for one in ast.walk(node)
+                    if isinstance(one, ast.Attribute)
+                    and isinstance(one.ctx, ast.Store)
+                    and isinstance(one.value, ast.Name)
+                    and one.value.id == "self"
+                }
+                return len(names | {one.target.id for one in node.body if _is_field(one)})
+    return 0
+
+
+def _is_field(node: ast.stmt) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+
+
+def words(paths: Iterator[Path] | list[Path]) -> int:
+    return sum(len(path.read_text().split()) for path in paths)
+
+
+def print_sizes(root: Path) -> None:
+    source = root / "src" / "argosy"
+    texts = {path: path.read_text() for path in sorted(source.rglob("*.py"))}
+    codes = {path: lines_of_code(text) for path, text in texts.items()}
+    optional = {
+        path
+        for parts in OPTIONAL.values()
+        for part in parts
+        for path in ((source / part).rglob("*.py") if (source / part).is_dir() else [source / part])
+        if path in texts
+    }
+    public = [
+        name
+        for text in texts.values()
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for name in [node.name]
+        if not name.startswith("_")
+    ]
+    slots = set(re.findall(r"\b[a-z_]*slots\b", "\n".join(texts.values())))
+    pages = [root / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "CONTRIBUTING.md")]
+    pages += sorted((root / "docs").rglob("*.md"))
+    figures = {
+        "Python files": len(texts),
+        "Python lines": sum(text.count("\n") for text in texts.values()),
+        "Python lines of code": sum(codes.values()),
+        f"  of them optional: {', '.join(OPTIONAL)}": sum(codes[path] for path in optional),
+        "public classes and functions": len(public),
+        "names that end in slots": len(slots),
+        "attributes of Engine": attributes(source, "Engine"),
+        "attributes of Sequence": attributes(source, "Sequence"),
+        "native lines": sum(
+            path.read_text().count("\n")
+            for path in (root / "native").rglob("*.*")
+            if path.suffix in (".h", ".cpp") and "tests" not in path.parts
+        ),
+        "words of prose": words(pages),
+        "benchmarks": len(list((root / "benchmarks").glob("*.py"))),
+    }
+    for name, figure in figures.items():
+        print(f"{name:<64}{figure:>7,}")
+    for limit, places in too_large(source).items():
+        print(f"\n{limit} over the limit: {len(places)}")
+        for where, count in sorted(places, key=lambda one: -one[1]):
+            print(f"  {where:<64}{count:>6,}")
+
+
+def print_map(source: Path) -> None:
     total = 0
-    for folder in sorted({path.parent for path in SOURCE.rglob("*.py")}):
+    for folder in sorted({path.parent for path in source.rglob("*.py")}):
         modules = sorted(folder.glob("*.py"), key=lambda path: (path.stem != "__init__", path.stem))
         counts = {path: lines_of_code(path.read_text()) for path in modules}
         total += sum(counts.values())
         print(
-            f"\n{folder.relative_to(SOURCE.parent)}/  {len(modules)} files, {sum(counts.values()):,} lines of code"
+            f"\n{folder.relative_to(source.parent)}/  {len(modules)} files, {sum(counts.values()):,} lines of code"
         )
         for path, count in counts.items():
             sentence = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
             if path.stem != "__init__" or sentence:
                 print(f"  {path.stem:<28}{count:>5}  {sentence}")
     print(f"\n{total:,} lines of code in all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--sizes", action="store_true", help="figures of the whole house, and what is too large"
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout")
+    asked = parser.parse_args()
+    print_sizes(asked.root) if asked.sizes else print_map(asked.root / "src" / "argosy")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -143,10 +144,10 @@ _COMMANDS = {name: row for rows in _SUBJECTS.values() for name, row in rows.item
 
 
 class _Commands(click.Group):
-    """Commands by name; each is imported when it is called."""
+    """Commands by name; each is imported when it is called. Commands of rooms that are not installed are not listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [name for name, (module, _, _) in _COMMANDS.items() if importlib.util.find_spec(module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
@@ -167,10 +168,12 @@ class _Commands(click.Group):
         ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(map(len, _COMMANDS))  # one column for every subject
+        installed = self.list_commands(ctx)
+        width = max(map(len, installed))  # one column for every subject
         for subject, rows in _SUBJECTS.items():
-            with formatter.section(subject):
-                formatter.write_dl([(name.ljust(width), line) for name, (_, _, line) in rows.items()])
+            if here := [(name.ljust(width), rows[name][2]) for name in rows if name in installed]:
+                with formatter.section(subject):
+                    formatter.write_dl(here)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -256,6 +259,12 @@ def _tell(error: Exception) -> int:
     if isinstance(error, ArgosyError):
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("argosy."):
+        print(
+            f"error: this installation is without `{error.name}`\nhint: install the whole of argosy",
+            file=sys.stderr,
+        )
+        return UsageError.exit_code
     if isinstance(error, OSError) and is_disk_full(error):
         _drop_output()  # the output itself may be the file that cannot be written
         print(
