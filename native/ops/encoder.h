@@ -55,7 +55,7 @@ struct RoundedKeys {
 void round_keys(Runtime& runtime, const RoundedKeys& keys, Rows<const float> key, Rows<const float> value,
                 uint8_t* rounded);
 
-// `attend` with queries, keys, weights and values rounded to bfloat16 (docs/decisions/0041). out may be
+// `attend` with queries, keys, weights and values rounded to bfloat16 (docs/decisions/0031). out may be
 // query.
 void attend_rounded(Runtime& runtime, Rows<const float> query, int64_t num_queries, int64_t num_heads,
                     const RoundedKeys& keys, const uint8_t* rounded, float scale, Rows<float> out);

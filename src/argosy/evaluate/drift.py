@@ -10,8 +10,7 @@ The score of a sentence about a group is log P(better end) - log P(worse end), i
 both ends share, cancel out. A gap is the difference of the scores of two groups in one template. Drift is the change of
 these numbers by compression: it says nothing about the bias that the reference has.
 
-The limits of the verdict are in `docs/decisions/0077-drift-against-the-models-own-reference.md`, with the packs that
-they were calibrated on.
+The limits of the verdict are in `docs/experiments.md`, under Drift, with the packs that they were calibrated on.
 """
 
 from __future__ import annotations
