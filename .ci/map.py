@@ -1,7 +1,7 @@
 """Print the rooms of src/argosy: each module's lines of code and the first sentence of its docstring. `make map`.
 
-Lines of code have no blank lines, comments and docstrings. `python .ci/map.py --sizes` prints the figures of the whole house
-instead, and whatever is larger than the limits below.
+Lines of code have no blank lines, comments and docstrings. `python .ci/map.py --sizes` prints the figures of the whole
+house instead, and whatever is larger than the limits below.
 """
 
 from __future__ import annotations
