@@ -33,7 +33,8 @@ from pathlib import Path
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
 from argosy.serve.guards.audited import Auditor
-from argosy.serve.http.gate import Caller, Policy
+from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller
 from common import Report, tidy_up_when_terminated
 
 TARGET = 0.01

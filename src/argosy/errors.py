@@ -62,7 +62,7 @@ class PromptTooLong(UsageError):
 
     Facts: `needed` and `available`, in tokens. `for_answer` says how many of the needed tokens are for the answer, if
     not one. With `is_at_least` the prompt was not counted to its end, and `needed` is a lower bound. The server
-    rewords the message for the clients of each dialect (`serve/http/gate.py`).
+    rewords the message for the clients of each dialect (`serve/http/failures.py`).
     """
 
     @classmethod

@@ -33,7 +33,7 @@ from argosy.serve.dialects import openai_chat, openai_chunks
 from argosy.serve.guards import check_over_http
 from argosy.serve.http import gate
 from argosy.serve.http.body import validated
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
 from argosy.serve.http.streams import SSE
 from argosy.strict_json import parse_json
@@ -355,8 +355,7 @@ def _asked_of(model: type[BaseModel]) -> Callable[[Any, Caller], object]:
 
 
 def body_rows() -> Iterator[Row]:
-    from argosy.serve.app import DetokenizeBody, TokenizeBody
-    from argosy.serve.dialects.anthropic_messages import MessagesBody
+    from argosy.serve.dialects.anthropic_messages_bodies import MessagesBody
     from argosy.serve.dialects.llama_infill import InfillBody
     from argosy.serve.dialects.ollama_bodies import EmbedBody, GenerateBody, OllamaChatBody
     from argosy.serve.dialects.openai_completions import CompletionBody
@@ -364,6 +363,7 @@ def body_rows() -> Iterator[Row]:
     from argosy.serve.dialects.openai_moderations import ModerationBody
     from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
     from argosy.serve.dialects.rerank import RerankBody
+    from argosy.serve.dialects.tokens import DetokenizeBody, TokenizeBody
 
     def rows_of(model: type[BaseModel], shapes: dict[str, Callable[[int], Any]]) -> Iterator[Row]:
         asked_of = _asked_of(model)

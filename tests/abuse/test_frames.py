@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from argosy.serve import run
-from argosy.serve.http import gate
+from argosy.serve.http import access, incoming
 
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 HIDDEN = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -110,7 +110,7 @@ REFUSED = {
 def test_a_refused_request_keeps_its_connection_open_only_if_its_whole_body_was_read(
     url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(gate, "_DISCARD_S", 0.2)
+    monkeypatch.setattr(incoming, "_DISCARD_S", 0.2)
     head, status = REFUSED[name]
     length = b"Content-Length: %d\r\n\r\n" % len(HIDDEN)
     whole = answers(url, head + length + HIDDEN + HIDDEN)  # the first is the body
@@ -135,14 +135,14 @@ def test_a_refused_client_gets_its_answer_even_after_a_large_body(url: str) -> N
 
 
 def test_a_client_with_too_large_a_body_gets_a_413(url: str) -> None:
-    size = gate.MAX_BODY_BYTES + (8 << 20)
+    size = access.MAX_BODY_BYTES + (8 << 20)
     with connect(url) as connection:
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b"a" * size)
         assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 def test_an_endless_body_is_abandoned(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_MOST_DISCARDED_BYTES", 100_000)
+    monkeypatch.setattr(incoming, "_MOST_DISCARDED_BYTES", 100_000)
     with connect(url) as connection:
         connection.sendall(REFUSED["no JSON"][0] + CHUNKED + b"\r\n")
         with suppress(ConnectionError):

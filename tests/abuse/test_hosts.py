@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from argosy.guard.keys import KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.serve.conftest import start
 

@@ -17,7 +17,7 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.serve.conftest import start
 

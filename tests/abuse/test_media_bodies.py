@@ -25,13 +25,16 @@ from argosy.budget.memory_plan import (
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.serve.answer import kept_items
-from argosy.serve.answer.core import Answers, Service
+from argosy.serve.answer.answers import Answers
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.media_parts import Intake
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.dialects.openai_chat import ChatBody, sent
+from argosy.serve.dialects.openai_chat_bodies import ChatBody, sent
+from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.body import validated
-from argosy.serve.http.gate import MAX_BODY_BYTES, Gate, Refused
+from argosy.serve.http.failures import Refused
+from argosy.serve.http.gate import Gate
 from argosy.serve.http.held import Pool
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS

@@ -27,7 +27,7 @@ from argosy.cli.shared.server_model import _sent as sent_messages
 from argosy.library import names
 from argosy.media.parts import Content, Kind
 from argosy.serve.answer.media_parts import media_in
-from argosy.serve.dialects.openai_chat import ChatBody
+from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from tests.cli.terminal import on_terminal
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub

@@ -17,7 +17,8 @@ from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
-from argosy.serve.answer.core import ModelFacts, Service
+from argosy.serve.answer.facts import ModelFacts
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.streams import EventStream
 from argosy.serve.run import bind, uvicorn_config

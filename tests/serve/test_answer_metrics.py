@@ -18,7 +18,7 @@ from argosy.engine.sequence import FinishReason, Result
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.admin.answer_metrics import MOST_KEYS, AnswerMetrics
 from argosy.serve.admin.state import Metrics
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.models.models import Models
 from tests.serve.conftest import start

@@ -16,7 +16,7 @@ import pytest
 from argosy import Engine
 from argosy.engine.loop import SILENT_S
 from argosy.guard.keys import KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start

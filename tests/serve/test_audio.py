@@ -23,7 +23,7 @@ from argosy.guard.limits import Limits
 from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects import openai_audio
 from argosy.serve.dialects.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES

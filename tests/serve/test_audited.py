@@ -19,7 +19,7 @@ from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.sealed import SealedContents
 from argosy.serve.admin.transparency import Practice
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards import audited
 from argosy.serve.guards.audited import Auditor, SaidOfRequest

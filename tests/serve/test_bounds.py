@@ -16,14 +16,17 @@ from pydantic import BaseModel, Field, ValidationError
 
 from argosy.errors import DiskFull, Overloaded, ReadFailed
 from argosy.prompt.builder import PromptBuilder
-from argosy.serve.answer.core import Answers, Said, Service
-from argosy.serve.answer.fields import MAX_FIELDS, Neutral
+from argosy.serve.answer.answers import Answers, Said
+from argosy.serve.answer.fields import MAX_FIELDS
 from argosy.serve.answer.media_parts import content_of, media_in
-from argosy.serve.app import ROUTES, DetokenizeBody
-from argosy.serve.dialects.anthropic_messages import MessagesBody
-from argosy.serve.dialects.openai_chat import ChatBody
+from argosy.serve.answer.sampling_fields import Neutral
+from argosy.serve.answer.service import Service
+from argosy.serve.app import ROUTES
+from argosy.serve.dialects.anthropic_messages_bodies import MessagesBody
+from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_completions import CompletionBody
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.dialects.tokens import DetokenizeBody
 from argosy.serve.http.body import refusal
 from tests.serve.fake_server import POLICY
 from tests.serve.record import read_events

@@ -19,7 +19,7 @@ import pytest
 
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyFile, KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.http.gate import Gate

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 
 ASK: dict[str, Any] = {
     "messages": [{"role": "user", "content": "How are you?"}],

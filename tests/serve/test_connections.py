@@ -14,7 +14,7 @@ import pytest
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.serve import run
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.serve.conftest import start
 from tests.serve.dialects import DIALECTS, PATHS, greedy

@@ -13,7 +13,8 @@ import pytest
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.prompt.prompt import Prompt
-from argosy.serve.answer.core import ModelFacts, Service
+from argosy.serve.answer.facts import ModelFacts
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.prompt.families import FAMILIES
 

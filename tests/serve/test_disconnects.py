@@ -37,7 +37,9 @@ from argosy.guard.limits import Limits
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.prompt import Prompt, Trace
 from argosy.prompt.replay import ReplayMemory
-from argosy.serve.answer.core import Answers, Ended, ModelFacts, Service
+from argosy.serve.answer.answers import Answers, Ended
+from argosy.serve.answer.facts import ModelFacts
+from argosy.serve.answer.service import Service
 from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.app import make_app
 from argosy.serve.run import bind, uvicorn_config
@@ -344,9 +346,10 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
             screening=None,
             work=lambda call: call(),
         )
-        service: Any = SimpleNamespace(loop=Loop(), prompts=Prompts(), model=SimpleNamespace(id="tiny"))
+        loop: Any = Loop()
+        prompts: Any = Prompts()
         prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))
-        answers = Answers(service, caller, events)
+        answers = Answers(loop, prompts, "tiny", caller, events)
         answers.add(prompt, SamplingParams(), ToolUse(), 1)
         num_wake_ups = len(wake_ups)
         steps = [step async for step in answers.steps()]
@@ -364,12 +367,11 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
 
 def test_an_answer_that_is_added_after_its_client_left_ends_at_once() -> None:
     cancelled: list[object] = []
-    loop = SimpleNamespace(submit=lambda *_, **__: "request", cancel=cancelled.append)
-    service: Any = SimpleNamespace(loop=loop, prompts=None, model=SimpleNamespace(id="tiny"))
+    loop: Any = SimpleNamespace(submit=lambda *_, **__: "request", cancel=cancelled.append)
     caller: Any = SimpleNamespace(
         tenant="", request_id="req", count=lambda **_: None, metrics=None, screening=None
     )
-    answers = Answers(service, caller, Any)  # type: ignore[arg-type]
+    answers = Answers(loop, Any, "tiny", caller, Any)  # type: ignore[arg-type]
     answers.cancel()
     answers.add(Prompt((1,), ""), SamplingParams(), ToolUse(), 1)
     assert cancelled == ["request"]

@@ -22,12 +22,13 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
 from argosy.prompt.tokenizer import Tokenizer
-from argosy.serve.answer.core import Service
 from argosy.serve.answer.embedding import MOST_TEXTS
 from argosy.serve.answer.embedding import embed as embed_texts
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Pool
 from tests.models.safetensors_file import Array
 from tests.models.tiny import qwen3_moe, write_model

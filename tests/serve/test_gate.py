@@ -19,9 +19,10 @@ from argosy import _native
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.limits import Limits
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
-from argosy.serve.http.gate import Gate, Policy, _Pace
+from argosy.serve.http.access import Policy
+from argosy.serve.http.gate import Gate, _Pace
 from argosy.serve.http.held import Pool
 from argosy.serve.run import require_keys
 from tests.serve.conftest import start
@@ -198,7 +199,7 @@ def raw(url: str, *parts: bytes) -> bytes:
 def test_too_large_a_body_is_refused_by_its_announced_length(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.http.gate._DISCARD_S", 0.1)
+    monkeypatch.setattr("argosy.serve.http.incoming._DISCARD_S", 0.1)
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 99999999\r\n\r\n").startswith(b"HTTP/1.1 413")
 
@@ -207,7 +208,7 @@ def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.3)
-    monkeypatch.setattr("argosy.serve.http.gate.BODY_STALL_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.incoming.BODY_STALL_S", 0.3)
     assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert raw(url, head + b"Content-Length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")

@@ -17,12 +17,13 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.builder import PromptBuilder
 from argosy.serve import run
 from argosy.serve.answer import kept_items
-from argosy.serve.answer.core import ModelFacts, Service
+from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.kept_items import KEPT_S, KeptItems
 from argosy.serve.answer.media_parts import Intake
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
-from argosy.serve.http.gate import Refused
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Pool, Share
 from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model

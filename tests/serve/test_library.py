@@ -16,8 +16,8 @@ from argosy.cli.commands.served_library import ServedLibrary
 from argosy.config import GIB
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names
-from argosy.serve.answer.core import Work
 from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.models.models import Memory, Models
 from argosy.serve.models.opened import Common, EngineSource, LibraryShelf

@@ -25,7 +25,7 @@ from argosy.directory import Directory
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.strangers import PER_MINUTE
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.listen import Certificate, Front, Listener, bind_file
 from argosy.serve.run import require_keys_behind_proxy

@@ -26,10 +26,10 @@ from argosy.errors import Overloaded, UsageError
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Image, MediaLimits
 from argosy.serve.answer import media_hosts
-from argosy.serve.answer.core import Service
-from argosy.serve.answer.media_hosts import MOST_FILES, Files, HttpsNetwork, MediaHosts, is_public
+from argosy.serve.answer.media_hosts import MOST_FILES, HttpsNetwork, MediaHosts, is_public
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.held import Files, Pool, Share
 from tests.media.samples import pattern, png
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS, TOOLS

@@ -21,7 +21,7 @@ from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
 from argosy.serve.admin import memory as memory_module
 from argosy.serve.admin.memory import MemoryWatch
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.serve.conftest import start
 

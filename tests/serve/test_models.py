@@ -17,10 +17,11 @@ import pytest
 from argosy.budget.shares import IN_USE_S
 from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
 from argosy.guard.stops import Stopped
-from argosy.serve.answer.core import ModelFacts
+from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.running import Running
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused
 from argosy.serve.models import models as models_module
 from argosy.serve.models.models import Abilities, Memory, Models, Progress, Shelved, use_model
 

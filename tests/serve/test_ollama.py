@@ -13,7 +13,7 @@ import pytest
 
 from argosy import Engine
 from argosy.guard.keys import KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects.ollama import HINTS
 from tests.media.samples import pattern, png

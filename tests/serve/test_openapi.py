@@ -31,11 +31,12 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.cluster import WorkerState
 from argosy.serve.admin.openapi import Route
-from argosy.serve.answer.core import Service
 from argosy.serve.answer.fields import MAX_ANSWERS
+from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import AnthropicError, OllamaError, OpenAIError, dialect_of
+from argosy.serve.http.access import dialect_of
+from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
 from argosy.serve.http.streams import DONE
 from tests.serve import record
 from tests.serve.conftest import start
@@ -313,7 +314,7 @@ def test_every_answer_to_schemathesis_is_in_the_document(
     All of its checks run, and one of ours: allowed data is refused only for reasons that the guide gives.
     """
     url, secret = keyed
-    monkeypatch.setattr("argosy.serve.app._STATE_S", 0.01)
+    monkeypatch.setattr("argosy.serve.admin.engine._STATE_S", 0.01)
     monkeypatch.setenv("SCHEMATHESIS_HOOKS", str(FOLDER / "schemathesis_refusals.py"))
     for seed in itertools.count(1):
         command = [

@@ -15,7 +15,7 @@ from argosy.config import SamplingParams
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.prompt.prompt import Prompt
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 
 MESSAGE: dict[str, Any] = {
     "model": "tiny", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "How are you?"}]

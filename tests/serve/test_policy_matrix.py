@@ -42,7 +42,7 @@ from argosy.prompt.formats.events import (
 from argosy.prompt.prompt import Prompt
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.openapi import Route
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.guards.screening import Guarding
 from tests.serve.conftest import serving, start

@@ -15,10 +15,10 @@ from argosy.cli.commands.served_library import ServedPresets
 from argosy.config import Preset, SamplingParams
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.library.names import Named
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 from argosy.serve.models.models import Models
 from tests.serve.conftest import start
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from tests.serve.dialects import DIALECTS, MAX_TOKENS, PATHS, TOOLS, greedy
 from tests.serve.speaking import ANSWER_SCHEMA, WEATHER
 

@@ -18,14 +18,18 @@ from argosy.guard.keys import KeyRing
 from argosy.serve import app
 from argosy.serve.admin.openapi import Route
 from argosy.serve.answer import respond as respond_module
-from argosy.serve.answer.core import ChatRequest, Read, Said, Service, Step
-from argosy.serve.answer.fields import Closed, NoEffect, Sampling, Text, Tokens
+from argosy.serve.answer.answers import Said, Step
+from argosy.serve.answer.fields import NoEffect, Text, Tokens
+from argosy.serve.answer.request import ChatRequest, Read
 from argosy.serve.answer.respond import Exchange, respond
-from argosy.serve.dialects.anthropic_messages import CountBody, MessagesBody
+from argosy.serve.answer.sampling_fields import Sampling
+from argosy.serve.answer.service import Service
+from argosy.serve.dialects.anthropic_messages_bodies import CountBody, MessagesBody
 from argosy.serve.dialects.ollama_bodies import GenerateBody, OllamaChatBody
-from argosy.serve.dialects.openai_chat import ChatBody
+from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_completions import CompletionBody
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http.closed import Closed
 from argosy.serve.http.streams import EventStream
 from tests.serve.conftest import start
 from tests.serve.record import read_events

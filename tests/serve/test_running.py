@@ -32,7 +32,7 @@ from argosy.guard.limits import Limits
 from argosy.guard.verdict import CheckFailed
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.key_watch import KeyWatch
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.guards.screening import Guarding

@@ -25,11 +25,12 @@ from argosy.guard.policy import HttpCheck
 from argosy.guard.screen import RequestScreen
 from argosy.guard.verdict import Blocked, CheckFailed, Verdict
 from argosy.guard.view import Shown
-from argosy.serve.answer.core import Service, TextRequest
+from argosy.serve.answer.request import TextRequest
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.guards import check_over_http
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 from tests.serve.conftest import start
 from tests.serve.dialects import TOOLS
 from tests.serve.record import read_events

@@ -24,15 +24,14 @@ from argosy.errors import BadMedia, Overloaded
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import Audio, Image, MediaLimits, Part, Text, Video
 from argosy.media.pictures import PictureProcessor
-from argosy.serve.answer.core import Service
-from argosy.serve.answer.media_hosts import Files
 from argosy.serve.answer.media_parts import Intake, MediaPart
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
-from argosy.serve.dialects.anthropic_messages import AddressSource, VideoBlock
-from argosy.serve.dialects.openai_chat import PictureAddress, PicturePart, VideoAddress, VideoPart
+from argosy.serve.dialects.anthropic_messages_bodies import AddressSource, VideoBlock
+from argosy.serve.dialects.openai_chat_bodies import PictureAddress, PicturePart, VideoAddress, VideoPart
 from argosy.serve.dialects.openai_responses_bodies import VideoInput
-from argosy.serve.http.gate import Caller
-from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.held import Files, Pool, Share
 from tests.media.samples import pattern, png, raw_png, wav, wave
 from tests.media.video_samples import clip_file
 from tests.serve.conftest import serving, start

@@ -21,8 +21,8 @@ from argosy.config import MIB
 from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.guard.keys import KeyRing
-from argosy.serve.answer.core import Work
 from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.models.models import Memory, Models
 from argosy.serve.models.opened import Common, EngineSource

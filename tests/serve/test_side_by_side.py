@@ -14,9 +14,9 @@ from argosy.engine.ledger import Ledger
 from argosy.engine.loop import AnswerEnd, Event
 from argosy.engine.sequence import Result
 from argosy.errors import ArgosyError, Overloaded, UsageError
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.answer.side_by_side import AT_ONCE, run_parts
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.run import TimedProtocol
 
 SAY = [{"role": "user", "content": "How are you?"}]
@@ -111,7 +111,7 @@ def test_a_client_that_does_not_read_a_stream_is_cut_off_and_delays_nobody(
 def test_events_queued_for_a_slow_reader_are_bounded_and_its_answer_ends(
     url: str, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("argosy.serve.answer.core.MOST_UNREAD", 20)
+    monkeypatch.setattr("argosy.serve.answer.answers.MOST_UNREAD", 20)
     monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
     with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
         time.sleep(0.3)  # the client reads nothing while the answer is generated
@@ -187,7 +187,7 @@ def test_a_trickling_head_has_a_total_time_limit(url: str, monkeypatch: pytest.M
 def test_a_trickling_body_has_a_total_time_limit(
     url: str, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("argosy.serve.http.gate.BODY_S", 0.4)
+    monkeypatch.setattr("argosy.serve.http.incoming.BODY_S", 0.4)
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

@@ -15,7 +15,7 @@ from argosy.engine.engine import Engine
 from argosy.engine.progress import RequestProgress, RequestWait
 from argosy.guard.keys import KeyRing
 from argosy.serve.admin.state import PROMPT_SAID_S, log_prompts
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.models.models import Models
 from argosy.serve.models.opened import _told

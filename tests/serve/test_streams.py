@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from argosy.errors import Revoked
 from argosy.serve.answer.running import GoneAway
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 from argosy.serve.http.streams import WHOLE_S, EventStream, answer_whole
 from tests.serve.conftest import start
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from argosy.guard.keys import SCOPES, KeyFile, KeyRing
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from tests.engine.test_grammar_bounds import BOMBS, REFUSED
 from tests.serve.conftest import start

@@ -21,16 +21,18 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.answer.core import Ended, Said, Step
+from argosy.serve.answer.answers import Ended, Said, Step
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.respond import Exchange, folded, streamed
 from argosy.serve.dialects.anthropic_messages import Event as MessagesEvent
-from argosy.serve.dialects.anthropic_messages import Message, MessagesBody, MessagesExchange
-from argosy.serve.dialects.openai_chat import ChatBody, ChatChunk, ChatCompletion, ChatExchange
+from argosy.serve.dialects.anthropic_messages import Message, MessagesExchange
+from argosy.serve.dialects.anthropic_messages_bodies import MessagesBody
+from argosy.serve.dialects.openai_chat import ChatChunk, ChatCompletion, ChatExchange
+from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_responses import Answer, ResponsesExchange
 from argosy.serve.dialects.openai_responses import Event as ResponsesEvent
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 
 EVENTS = (
     ReasoningDelta("Hm."),

@@ -11,10 +11,10 @@ import pytest
 from pydantic import BaseModel
 
 from argosy.errors import PromptTooLong
-from argosy.serve.answer.core import Service
-from argosy.serve.answer.fields import ForOpenAI, Neutral
+from argosy.serve.answer.sampling_fields import ForOpenAI, Neutral
+from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES
-from argosy.serve.http.gate import error_body
+from argosy.serve.http.failures import error_body
 from tests.serve.dialects import DIALECTS, MAX_TOKENS, PATHS, TOOLS, greedy
 from tests.serve.record import read_events
 from tests.serve.speaking import CONTEXT_TOKENS, END, WEATHER

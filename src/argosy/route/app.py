@@ -48,9 +48,12 @@ from argosy.route.everywhere import EVERYWHERE, ask_everywhere, used_everywhere
 from argosy.route.metrics import RouteMetrics
 from argosy.route.servers import Fleet, Load, Server
 from argosy.route.upstream import RawHeaders, Reply, ServerGone
-from argosy.serve.answer.core import Work
+from argosy.serve.answer.work import Work
 from argosy.serve.app import ROUTES
-from argosy.serve.http.gate import TOKENS_LEFT, Caller, Dialect, Gate, Policy, Refused, dialect_of, error_body
+from argosy.serve.http.access import Dialect, Policy, dialect_of
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused, error_body
+from argosy.serve.http.gate import TOKENS_LEFT, Gate
 from argosy.serve.http.held import Pool, Share
 from argosy.serve.http.origins import Origins
 from argosy.serve.http.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse

@@ -1,4 +1,4 @@
 """The engine over HTTP: one path for every request, and one file for each API dialect.
 
-http/gate.py  admission  ->  app.py  routes  ->  dialects/  ->  answer/core.py  ->  the engine's thread
+http/gate.py  admission  ->  app.py  routes  ->  dialects/  ->  answer/service.py  ->  the engine's thread
 """

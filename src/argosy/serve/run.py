@@ -56,10 +56,10 @@ from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.admin.memory import MemoryWatch
 from argosy.serve.admin.state import watch_prompts
 from argosy.serve.admin.transparency import Practice
-from argosy.serve.answer.core import Work
 from argosy.serve.answer.kept_items import KEPT_S, SWEEP_S, KeptItems
 from argosy.serve.answer.media_hosts import MediaHosts
 from argosy.serve.answer.running import Running
+from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.guards.screening import Guarding

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
-    from argosy.serve.answer.core import ModelFacts
+    from argosy.serve.answer.facts import ModelFacts
     from argosy.serve.models.opened import Offer, Offers
 
 
@@ -105,7 +105,7 @@ class ServedLibrary:
         return Offer(facts=self._facts_of(name, facts), key=key, make=partial(self._make, name, path))
 
     def _facts_of(self, name: str, facts: Mapping[str, Any]) -> ModelFacts:
-        from argosy.serve.answer.core import ModelFacts
+        from argosy.serve.answer.facts import ModelFacts
 
         kinds = () if self._given.get("media") is False else tuple(facts["media_kinds"])
         return ModelFacts(

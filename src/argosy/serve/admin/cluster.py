@@ -16,8 +16,9 @@ from pydantic import Field
 from starlette.requests import Request
 
 from argosy.errors import UsageError
-from argosy.serve.answer.fields import Closed, Strict
-from argosy.serve.http.gate import Refused
+from argosy.serve.answer.fields import Strict
+from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import Refused
 
 
 class WorkerState(Closed):

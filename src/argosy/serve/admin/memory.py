@@ -27,7 +27,7 @@ from argosy.config import format_bytes, parse_size
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded
 from argosy.serve.admin.state import MemoryState, memory_of
 from argosy.serve.answer.fields import WHOLE, Strict
-from argosy.serve.http.gate import Refused
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.log import where_it_failed
 from argosy.serve.http.work import give_memory_back
 from argosy.serve.models.models import Models, models_of

@@ -19,7 +19,8 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from argosy.serve.http.gate import FORM_TYPE, AnthropicError, OllamaError, OpenAIError, Policy, dialect_of
+from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
+from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
 from argosy.serve.http.streams import DONE, JSON_LINES, SSE, Encoding
 
 _REFUSALS = {

@@ -27,8 +27,9 @@ from argosy.engine.progress import RequestProgress, RequestWait, prompt_line, wa
 from argosy.engine.sequence import WaitReason
 from argosy.serve.admin.answer_metrics import AnswerMetrics
 from argosy.serve.admin.cluster import Workers, WorkerState, worker_metrics
-from argosy.serve.answer.core import ModelFacts, Service
-from argosy.serve.answer.fields import Closed
+from argosy.serve.answer.facts import ModelFacts
+from argosy.serve.answer.service import Service
+from argosy.serve.http.closed import Closed
 from argosy.serve.models.models import Memory, Models, Standing, State
 
 log = logging.getLogger("argosy.serve")

@@ -17,9 +17,10 @@ from starlette.requests import Request
 from argosy.errors import UsageError
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.stops import LONGEST_NAME, Kind, Stops
-from argosy.serve.answer.fields import Closed, Flag, Strict
+from argosy.serve.answer.fields import Flag, Strict
 from argosy.serve.answer.running import Running
-from argosy.serve.http.gate import Refused
+from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import Refused
 from argosy.serve.models.models import models_of
 
 

@@ -13,9 +13,9 @@ from typing import Literal
 from starlette.requests import Request
 
 from argosy.guard.audit import AuditSettings
-from argosy.serve.answer.fields import Closed
 from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 from argosy.serve.models.models import models_of
 
 NOTICE = "Answers of this server are written by AI models, not by people. They may be wrong."

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from argosy.engine.pooling import shortened
 from argosy.engine.sequence import Result
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
-from argosy.serve.answer.core import Service
+from argosy.serve.answer.service import Service
 from argosy.serve.answer.side_by_side import Deliver, run_parts
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused
 
 MOST_TEXTS = 2048  # per request, as with OpenAI
 _TEXT_BYTES = 512  # Python's objects for a text that runs, and for its vector

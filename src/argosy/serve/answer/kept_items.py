@@ -22,7 +22,7 @@ from typing import Any
 
 from argosy.prompt.replay import TenantMemory
 from argosy.serve.answer.fields import MAX_ITEMS
-from argosy.serve.http.gate import Refused
+from argosy.serve.http.failures import Refused
 
 KEPT_S = 86_400.0
 SWEEP_S = 1.0  # how often the server looks for what is too old

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.answer.fields import Closed
+from argosy.serve.http.closed import Closed
 
 if TYPE_CHECKING:
     from argosy.prompt.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ own network. So there is one form of address, which is matched as a whole and ne
 connected to comes from the operator's list. The name is resolved once, and the connection goes to the very address that
 was checked. Redirects, proxies of the environment and compressed answers are not followed, used or read.
 
-Elsewhere: `media_parts.py` asks for files; `core.py` fetches them before a request is read again.
+Elsewhere: `media_parts.py` asks for files; `service.py` fetches them before a request is read again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from argosy.errors import UsageError
 from argosy.media.parts import PROMPT_LIMITS, MediaLimits
-from argosy.serve.http.held import Share
+from argosy.serve.http.held import Files, Share
 from argosy.serve.http.timed_connection import TimedConnection
 from argosy.serve.http.work import WorkQueue
 
@@ -77,35 +76,6 @@ class HttpsNetwork:
         except BaseException:
             plain.close()
             raise
-
-
-@dataclass(slots=True)
-class Files:
-    """The files of one request at other hosts.
-
-    found: by address, the content, or why there is none.
-    wanted: addresses that have not been fetched yet.
-    """
-
-    found: dict[str, bytes | str] = field(default_factory=dict)
-    wanted: dict[str, None] = field(default_factory=dict)
-
-    def require_all(self) -> None:
-        """Check that nothing is missing.
-
-        Raises:
-            FilesWanted: some files have to be fetched before the request is read again.
-        """
-        if self.wanted:
-            raise FilesWanted
-
-    def clear(self) -> None:
-        self.found.clear()
-        self.wanted.clear()
-
-
-class FilesWanted(Exception):
-    """A request names files that have not been fetched yet."""
 
 
 class _Fault(Exception):

@@ -27,9 +27,8 @@ from pydantic import BaseModel
 from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import PROMPT_LIMITS, Audio, Image, Kind, MediaLimits, Video
 from argosy.serve.answer.fields import Lenient, Short
-from argosy.serve.answer.media_hosts import Files
 from argosy.serve.answer.replaced import Replaced
-from argosy.serve.http.held import Share
+from argosy.serve.http.held import Files, Share
 
 # Names that clients may give the data. The decoder goes by the content.
 _FORMS: Mapping[Kind, tuple[str, ...]] = {

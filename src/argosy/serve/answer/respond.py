@@ -8,8 +8,8 @@ of its events and its whole answer; an `Exchange`, which turns steps into events
 calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that nobody waits
 for any more. A whole answer is folded from the events of its own stream, so the two always agree.
 
-Elsewhere: prompts and steps are `core.py`; bytes on the connection are `serve/http/streams.py`; routes are `app.py`. A
-new dialect can start from the one in `tests/serve/test_respond.py`.
+Elsewhere: prompts are `service.py`; steps are `answers.py`; bytes on the connection are `serve/http/streams.py`; routes
+are `app.py`. A new dialect can start from the one in `tests/serve/test_respond.py`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from argosy.errors import PromptTooLong
-from argosy.serve.answer.core import Answers, Read, Service, Step, service_of
+from argosy.serve.answer.answers import Answers, Step
 from argosy.serve.answer.media_parts import media_in
-from argosy.serve.http.gate import Caller, Dialect
+from argosy.serve.answer.request import Read
+from argosy.serve.answer.service import Service, service_of
+from argosy.serve.http.access import Dialect
+from argosy.serve.http.caller import Caller
 from argosy.serve.http.streams import (
     COMMENT,
     DONE,

@@ -5,7 +5,7 @@
 The parts run beside the answers of others, under the same admission. If one fails or the client disconnects, the rest
 end before the next step.
 
-Elsewhere: answers that a client reads as they are made are `core.py` and `respond.py`.
+Elsewhere: answers that a client reads as they are made are `answers.py` and `respond.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from argosy.engine.loop import AnswerEnd, AnswerToken, Event
 from argosy.engine.sequence import Result
 from argosy.errors import ArgosyError, Overloaded, UsageError
-from argosy.serve.answer.core import Service
-from argosy.serve.http.gate import Caller
+from argosy.serve.answer.service import Service
+from argosy.serve.http.caller import Caller
 
 AT_ONCE = 8  # parts of a request that wait or run; the others are not read yet
 _LONG = 32 << 10  # characters or ids; longer parts have a thread of their own, one at a time

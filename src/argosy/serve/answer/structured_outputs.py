@@ -23,7 +23,7 @@ from argosy.errors import GrammarError, UsageError
 from argosy.prompt.json_text import read_json
 from argosy.serve.answer.fields import FreeObject, Strict, Text, few, schema_form
 from argosy.serve.answer.rules import exactly_one
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 
 _NAME = "structured_outputs"
 

@@ -23,24 +23,26 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.engine.ledger import Ledger
 from argosy.prompt.infill import Snippet
-from argosy.serve.answer.core import Ended, Read, Said, Service, Step, TextRequest
+from argosy.serve.answer.answers import Ended, Said, Step
 from argosy.serve.answer.fields import (
     MAX_TOKENS,
     WHOLE,
-    Closed,
     Flag,
     Lenient,
     Name,
     NoEffect,
     NumTokens,
-    Sampling,
     Stop,
     Text,
     few,
     strays,
 )
+from argosy.serve.answer.request import Read, TextRequest
 from argosy.serve.answer.respond import Exchange, respond
-from argosy.serve.http.gate import Caller
+from argosy.serve.answer.sampling_fields import Sampling
+from argosy.serve.answer.service import Service
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 
 _MOST_SNIPPETS = 256
 _ANSWER_TOKENS = 256  # room that snippets leave for an answer whose request names no limit

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from starlette.requests import Request
 
 from argosy.config import SamplingDefaults
-from argosy.serve.answer.fields import Closed
+from argosy.serve.http.closed import Closed
 from argosy.serve.models.models import models_of
 
 MODEL_QUERY = {"model": {"type": "string", "maxLength": 256}}

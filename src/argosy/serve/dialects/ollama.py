@@ -31,12 +31,14 @@ from argosy.prompt.formats.events import (
 )
 from argosy.prompt.json_text import read_object
 from argosy.prompt.messages import UNREADABLE
-from argosy.serve.answer.core import Ended, Read, Said, Service, Step, service_of
+from argosy.serve.answer.answers import Ended, Said, Step
 from argosy.serve.answer.embedding import Embedded, json_items, json_numbers
 from argosy.serve.answer.embedding import embed as embed_texts
-from argosy.serve.answer.fields import Closed, ignored_header, without_effect
+from argosy.serve.answer.fields import ignored_header, without_effect
 from argosy.serve.answer.logprobs import ScoredToken, Speller
+from argosy.serve.answer.request import Read
 from argosy.serve.answer.respond import Exchange, respond
+from argosy.serve.answer.service import Service, service_of
 from argosy.serve.dialects.ollama_bodies import (
     EmbedBody,
     GenerateBody,
@@ -45,7 +47,8 @@ from argosy.serve.dialects.ollama_bodies import (
     OllamaChatBody,
 )
 from argosy.serve.dialects.ollama_models import time_text
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 from argosy.serve.http.streams import JSON_LINES, answer_whole, json_line
 from argosy.serve.models.models import models_of
 

@@ -22,7 +22,6 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from argosy.config import Grammar, SamplingParams
 from argosy.errors import UsageError
-from argosy.serve.answer.core import ChatRequest, TextRequest
 from argosy.serve.answer.embedding import MOST_TEXTS
 from argosy.serve.answer.fields import (
     MAX_ITEMS,
@@ -44,7 +43,6 @@ from argosy.serve.answer.fields import (
     ObjectSchema,
     Penalty,
     Repetition,
-    Sampling,
     Seed,
     Share,
     Short,
@@ -65,7 +63,9 @@ from argosy.serve.answer.fields import (
 )
 from argosy.serve.answer.media_parts import Data, Intake, MediaPart, Piece, content_of
 from argosy.serve.answer.replaced import last_asked
+from argosy.serve.answer.request import ChatRequest, TextRequest
 from argosy.serve.answer.rules import any_of, given
+from argosy.serve.answer.sampling_fields import Sampling
 
 _ZERO_TIME = re.compile(r"0+(\.0*)?(ns|us|µs|ms|s|m|h)?")
 _MOST_PICTURES = 256  # in a message

@@ -15,9 +15,9 @@ from starlette.requests import Request
 
 from argosy.errors import UsageError
 from argosy.library import modelfile
-from argosy.serve.answer.core import ModelFacts
-from argosy.serve.answer.fields import Closed
+from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.dialects.ollama_bodies import ShowBody
+from argosy.serve.http.closed import Closed
 from argosy.serve.models.models import LATEST, Listing, Standing, models_of
 
 API_VERSION = "0.30.0"  # Ollama's version that these routes resemble; clients check whether it is new enough

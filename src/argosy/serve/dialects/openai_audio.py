@@ -26,9 +26,10 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import Content
 from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions, as_dict
-from argosy.serve.answer.core import service_of
-from argosy.serve.answer.fields import Closed, Flag, Short, Strict, few
-from argosy.serve.http.gate import Caller
+from argosy.serve.answer.fields import Flag, Short, Strict, few
+from argosy.serve.answer.service import service_of
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 from argosy.serve.http.streams import EventStream, answer_whole, sse
 
 MOST_FILE_BYTES = 25 << 20

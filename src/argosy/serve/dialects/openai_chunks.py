@@ -10,11 +10,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
-from argosy.serve.answer.core import Progress, Service
-from argosy.serve.answer.fields import OpenAISampling, Usage
+from argosy.serve.answer.answers import Progress
 from argosy.serve.answer.logprobs import Speller
 from argosy.serve.answer.respond import Event, Exchange
-from argosy.serve.http.gate import Caller
+from argosy.serve.answer.sampling_fields import OpenAISampling
+from argosy.serve.answer.service import Service
+from argosy.serve.answer.usage import Usage
+from argosy.serve.http.caller import Caller
 
 Body = TypeVar("Body", bound=OpenAISampling)
 

@@ -5,7 +5,7 @@ prompts run together; a stream sends their choices as they are made. With `suffi
 between the two texts, if it was trained to (`prompt/infill.py`).
 
 Elsewhere: the path of a request is `serve/answer/respond.py`; chunks are `openai_chunks.py`; answers are
-`serve/answer/core.py`.
+`serve/answer/answers.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from starlette.responses import Response
 from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
-from argosy.serve.answer.core import Ended, Progress, Read, Said, Service, Step, TextRequest
+from argosy.serve.answer.answers import Ended, Progress, Said, Step
 from argosy.serve.answer.fields import (
     MAX_TOKENS,
-    Closed,
     Effort,
     Flag,
     MinusOne,
@@ -32,25 +31,24 @@ from argosy.serve.answer.fields import (
     NumAnswers,
     NumBest,
     NumTokens,
-    OpenAISampling,
-    ReadOfPrompt,
     Stop,
     Text,
-    Thinking,
-    ThinkingSwitch,
-    Timings,
     TokenId,
     TokenLimit,
-    Usage,
     few,
     limit_of,
 )
 from argosy.serve.answer.logprobs import finite
+from argosy.serve.answer.request import Read, TextRequest
 from argosy.serve.answer.respond import respond
 from argosy.serve.answer.rules import at_most_one
+from argosy.serve.answer.sampling_fields import OpenAISampling, Thinking, ThinkingSwitch
+from argosy.serve.answer.service import Service
 from argosy.serve.answer.structured_outputs import Formed
+from argosy.serve.answer.usage import ReadOfPrompt, Timings, Usage
 from argosy.serve.dialects.openai_chunks import ChunkExchange, join
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 
 if TYPE_CHECKING:
     from argosy.prompt.prompt import Prompt

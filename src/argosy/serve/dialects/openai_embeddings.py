@@ -16,11 +16,9 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from argosy.serve.answer.core import service_of
 from argosy.serve.answer.embedding import MOST_TEXTS, Embedded, embed, json_items, json_numbers
 from argosy.serve.answer.fields import (
     MAX_TOKENS,
-    Closed,
     Dimensions,
     Name,
     NoEffect,
@@ -31,7 +29,9 @@ from argosy.serve.answer.fields import (
     ignored_header,
     without_effect,
 )
-from argosy.serve.http.gate import Caller
+from argosy.serve.answer.service import service_of
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
 from argosy.serve.http.streams import answer_whole
 
 Ids = Annotated[list[TokenId], few(MAX_TOKENS, at_least=1)]

@@ -16,8 +16,10 @@ from pydantic import Field
 from starlette.requests import Request
 
 from argosy.guard.verdict import CATEGORIES, Verdict
-from argosy.serve.answer.fields import Closed, Strict, Text, few
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.answer.fields import Strict, Text, few
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import Refused
 
 _MOST_INPUTS = 256
 _OPENAI_PREFIXES = ("omni-moderation-", "text-moderation-")  # the names that OpenAI's client sends

@@ -6,7 +6,7 @@ id. A stream numbers its events. Each piece of an answer is an output item that 
 The last event is `response.completed`, `response.incomplete` or `response.failed`.
 
 Elsewhere: what requests may say is `openai_responses_bodies.py`; the path of a request is `serve/answer/respond.py`;
-answers are `serve/answer/core.py`.
+answers are `serve/answer/answers.py`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,23 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.answer.core import ChatRequest, Ended, Read, Said, Service, Step, service_of
-from argosy.serve.answer.fields import Closed, PromptTokens, ThoughtTokens, limit_of
+from argosy.serve.answer.answers import Ended, Said, Step
+from argosy.serve.answer.fields import limit_of
 from argosy.serve.answer.logprobs import ScoredToken, Speller
 from argosy.serve.answer.media_parts import Data, media_in
+from argosy.serve.answer.request import ChatRequest, Read
 from argosy.serve.answer.respond import Exchange, respond
+from argosy.serve.answer.service import Service, service_of
+from argosy.serve.answer.usage import PromptTokens, ThoughtTokens
 from argosy.serve.dialects.openai_responses_bodies import (
     NamedItem,
     ReasoningOptions,
     ResponsesBody,
     TextOptions,
 )
-from argosy.serve.http.gate import Caller, OpenAIError, Refused, error_body
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import OpenAIError, Refused, error_body
 from argosy.serve.http.streams import sse
 from argosy.serve.models.models import models_of
 

@@ -18,12 +18,10 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter
 
 from argosy.config import Grammar, SamplingParams
 from argosy.errors import UsageError
-from argosy.serve.answer.core import ChatRequest
 from argosy.serve.answer.fields import (
     MAX_ITEMS,
     Effort,
     Flag,
-    ForOpenAI,
     FreeObject,
     Lenient,
     Many,
@@ -33,12 +31,10 @@ from argosy.serve.answer.fields import (
     NumBest,
     ObjectForm,
     ObjectSchema,
-    Sampling,
     Short,
     Strict,
     Text,
     TextForm,
-    Thinking,
     TokenLimit,
     ToolName,
     Tools,
@@ -62,9 +58,12 @@ from argosy.serve.answer.media_parts import (
     data_of_url,
 )
 from argosy.serve.answer.replaced import Replaced, UnreadPart, last_asked
+from argosy.serve.answer.request import ChatRequest
+from argosy.serve.answer.sampling_fields import ForOpenAI, Sampling, Thinking
 from argosy.serve.answer.tool_use import ToolChoice, ToolMode
+from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.body import charge_more
-from argosy.serve.http.gate import MAX_BODY_BYTES, Refused
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Share
 
 _LOGPROBS = "message.output_text.logprobs"  # in `include`

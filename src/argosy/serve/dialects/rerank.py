@@ -20,10 +20,12 @@ from starlette.responses import JSONResponse, Response
 from argosy.config import SamplingParams
 from argosy.engine.sequence import Result
 from argosy.prompt.reranking import Reranking
-from argosy.serve.answer.core import Service, service_of
-from argosy.serve.answer.fields import WHOLE, Closed, Flag, Strict, Text, few
+from argosy.serve.answer.fields import WHOLE, Flag, Strict, Text, few
+from argosy.serve.answer.service import Service, service_of
 from argosy.serve.answer.side_by_side import Deliver, run_parts
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.closed import Closed
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.streams import answer_whole
 
 _MOST_DOCUMENTS = 1024

@@ -16,8 +16,10 @@ import time
 from argosy.budget.memory_plan import AUDIT_BYTES
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
-from argosy.serve.http.gate import Caller, Heard, Policy
+from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.incoming import Heard
 
 MOST_SAID_BYTES = 1 << 20
 _MOST_TEXT = 128  # characters of a text in an envelope

@@ -19,10 +19,11 @@ from argosy.guard.keys import Key
 from argosy.guard.policy import ModelCheck
 from argosy.guard.verdict import Verdict
 from argosy.prompt.formats.events import TextDelta
-from argosy.serve.answer.core import ChatRequest, Said
+from argosy.serve.answer.answers import Said
+from argosy.serve.answer.request import ChatRequest
 from argosy.serve.answer.running import Running
 from argosy.serve.guards.screening import CountTokens
-from argosy.serve.http.gate import Caller
+from argosy.serve.http.caller import Caller
 from argosy.serve.models.models import Models
 
 

@@ -8,8 +8,8 @@ thread. Ambiguous JSON, which two parsers could
 read in two ways, is refused. A refusal names the place, the expected value and the value found; for a union, it
 describes the branch that matched furthest.
 
-Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are `gate.py`; threads are
-`work.py`.
+Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are `incoming.py`; threads
+are `serve/answer/work.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from starlette.responses import JSONResponse, Response
 
 from argosy.errors import UsageError, did_you_mean
 from argosy.prompt.json_text import count_values
-from argosy.serve.answer.core import Work
 from argosy.serve.answer.fields import Strict, names_with_effect
 from argosy.serve.answer.media_parts import media_in
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.answer.work import Work
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Share
 from argosy.serve.models.models import use_model
 from argosy.strict_json import parse_json

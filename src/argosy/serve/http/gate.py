@@ -1,4 +1,4 @@
-"""Checks that every request passes before its route runs, and the response to every failure.
+"""Checks that every request passes before its route runs.
 
     connection -> host, origin -> route, or 404 -> key, scope, limits -> content type -> size, time of the body -> route
                           └── a preflight of an allowed origin is answered here
@@ -9,8 +9,9 @@ method, the route's template, the status, times, token counts, the model and the
 exception becomes "internal error"; the log says where it was raised (`log.py`), and both have the id. A trace id that
 the client sends in `traceparent` goes into the JSON log and the audit, and nothing else of that header does.
 
-Elsewhere: the table is `app.py`; the audit is `serve/guards/audited.py`; allowed origins are `origins.py`; keys and
-limits are the room `guard`.
+Elsewhere: the table is `app.py`; the request's headers and body are `incoming.py`; the response to a failure is
+`failures.py`; the audit is `serve/guards/audited.py`; allowed origins are `origins.py`; keys and limits are the room
+`guard`.
 """
 
 from __future__ import annotations
@@ -18,66 +19,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import logging
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NotRequired, Protocol
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argosy.budget.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
-from argosy.errors import ArgosyError, Overloaded, PromptTooLong, refused_by_system
-from argosy.guard.audit import Content
+from argosy.errors import Overloaded
 from argosy.guard.keys import Key, KeyRing
-from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.guard.strangers import Stranger, Strangers
+from argosy.guard.strangers import Strangers
 from argosy.serve.admin.answer_metrics import AnswerMetrics
-from argosy.serve.answer.fields import Closed
-from argosy.serve.answer.media_hosts import Files
-from argosy.serve.answer.running import GoneAway, Run, Running
-from argosy.serve.guards.screening import Guarding, Screening
-from argosy.serve.http.held import Pool, Share
-from argosy.serve.http.log import where_it_failed
+from argosy.serve.answer.running import GoneAway, Running
+from argosy.serve.guards.screening import Guarding
+from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused, report, send_error
+from argosy.serve.http.held import Pool
+from argosy.serve.http.incoming import CHOSEN_POLICY, Heard, IncomingBody, read_headers, secret_of
 from argosy.serve.http.origins import Headers, Origins, granted
 
 log = logging.getLogger("argosy.serve")
 
-MAX_BODY_BYTES = 8 << 20
-FORM_TYPE = "multipart/form-data"
 NO_ROOM = "argosy.no_room"  # in a request's state: its connection exceeds the limit
-BODY_STALL_S = 15.0  # longest wait between two parts of a body
-BODY_S = 60.0
-# For the rest of the body of a refused request.
-_DISCARD_S = 5.0
-_MOST_DISCARDED_BYTES = 2 * MEDIA_BODY_BYTES
 _NAME = r"[A-Za-z0-9._-]{1,253}"  # a host's name; also an IPv4 address
 _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?::[0-9]{{0,5}})?")
-CHOSEN_POLICY = "x-argosy-policy"  # the header with which a request names its policy
 GENERATED = (b"x-ai-generated", b"1")  # header of answers that a model wrote
 # Headers of answers to a key with tokens per day: the limit, what is left of it, and when the day ends; OpenAI's names.
 TOKENS_LEFT = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
-_ONCE = (
-    CHOSEN_POLICY,
-    "host",
-    "content-length",
-    "authorization",
-    "x-api-key",
-    "origin",
-    "content-type",
-    "transfer-encoding",
-)
 _TRACE = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-Dialect = Literal["openai", "anthropic", "ollama"]
-Screens = Literal["answers", "texts", "nothing"]
 
 SECURITY_HEADERS = (
     # data: for previews of attached pictures and sounds, which cannot run anything.
@@ -89,259 +67,6 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """Access to a route: the scope that it needs, None for everyone, and the largest body that it takes.
-
-    screens: what the key's content policy is applied to: texts that a model gets, or its answers as well. Every route
-        says so; None fails a test.
-    """
-
-    method: str
-    path: str
-    scope: KeyScope | None
-    screens: Screens | None = None
-    is_counted: bool = False  # the key's limits apply
-    takes_media: bool = False  # a body may be as large as pictures and sounds need, if the model takes them
-    takes_form: bool = False  # the body is a form with a file, not JSON
-    max_body_bytes: int = MAX_BODY_BYTES
-    ends_in_name: bool = (
-        False  # the path ends with its one parameter, which may contain slashes: `OWNER/NAME`
-    )
-
-
-def dialect_of(path: str) -> Dialect:
-    """The dialect of errors at `path`."""
-    if path.startswith("/api/"):
-        return "ollama"
-    return "anthropic" if path.startswith("/v1/messages") else "openai"
-
-
-@dataclass(slots=True, eq=False)
-class Caller(Run):
-    """The client of a request and the tokens it used so far, even if the client leaves before the end.
-
-    began: when the request arrived, by the monotonic clock.
-    model: the id of the model that answers; empty until one does.
-    digests: SHA-256 of what decides its answers, by name, for the audit.
-    trace_id: the client's trace, 32 hexadecimal digits (W3C Trace Context).
-    finishes: why each answer ended.
-    is_recorded: the audit will have a line of the request.
-    verdicts: the guards' decisions, a word or two each, and never a word of the text.
-    screening: by the policy of the key; None: nothing is checked.
-    """
-
-    limits: Limits | None = None
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
-    num_marked_tokens: int = 0  # chosen with the watermark
-    request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
-    share: Share = field(default_factory=lambda: Pool().share())  # its part of the memory for request bodies
-    takes_long: bool = False  # the body is long, or has pictures or sounds to decode
-    takes_video: bool = False  # it has a video to decode
-    files: Files = field(default_factory=Files)  # at other hosts, named in the body
-    # Closed when the request has ended.
-    ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    metrics: AnswerMetrics | None = None
-    began: float = field(default_factory=time.monotonic)
-    model: str = ""
-    digests: Mapping[str, str] = field(default_factory=dict)
-    trace_id: str | None = None
-    finishes: list[str] = field(default_factory=list)
-    verdicts: list[str] = field(default_factory=list)
-    is_recorded: bool = False
-    screening: Screening | None = None
-
-    def require(self, scope: KeyScope, what: str = "") -> None:
-        """Require a key with `scope`, or with `admin`, which includes every scope.
-
-        Args:
-            what: the field that needs the scope, if the whole route does not.
-
-        Raises:
-            Refused: the caller has no key with that scope.
-        """
-        scopes = () if self.key is None else self.key.scopes
-        if scope not in scopes and "admin" not in scopes:
-            needed = f", which {what} needs" if what else ""
-            hint = (
-                f"`argosy keys add NAME --scope infer --scope {scope}` makes a key that has it"
-                if what
-                else None
-            )
-            raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
-
-    def answered_by(self, model: str, digests: Mapping[str, str] | None = None) -> None:
-        """Note the id of the model that answers the request, and the SHA-256 of what decides its answers."""
-        if self.metrics is not None and not self.model:
-            self.metrics.count_request(model, self.key_id)
-        self.model, self.digests = model, digests or {}
-
-    @property
-    def key_id(self) -> str:
-        return "none" if self.key is None else self.key.id
-
-    def count(self, *, prompt: int = 0, new: int = 0) -> None:
-        """Count more tokens. Any thread may call this, even after the request has ended."""
-        self.num_prompt_tokens += prompt
-        self.num_new_tokens += new
-        if self.limits is not None and self.key is not None:
-            self.limits.count(self.key, prompt + new)
-        if self.metrics is not None:
-            self.metrics.count_tokens(self.model, self.key_id, prompt=prompt, new=new)
-
-
-class Refused(ArgosyError):
-    """A request is refused."""
-
-    def __init__(self, status: int, message: str, *, hint: str | None = None, **facts: object) -> None:
-        super().__init__(message, hint=hint, **facts)
-        self.http_status = status
-
-
-class BadFrame(Refused):
-    """The end of a request is unknown, so nothing more is read from its connection."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(400, message)
-
-
-_TYPES = {
-    400: ("invalid_request_error", "invalid_request_error"),
-    401: ("authentication_error", "authentication_error"),
-    403: ("permission_error", "permission_error"),
-    404: ("not_found_error", "not_found_error"),
-    405: ("invalid_request_error", "invalid_request_error"),
-    413: ("invalid_request_error", "request_too_large"),
-    415: ("invalid_request_error", "invalid_request_error"),
-    429: ("rate_limit_error", "rate_limit_error"),
-    503: ("overloaded_error", "overloaded_error"),
-}
-
-
-class OpenAIFacts(Closed):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIError(Closed):
-    """An error."""
-
-    error: OpenAIFacts
-
-
-class AnthropicFacts(Closed):
-    type: str
-    message: str
-
-
-class AnthropicError(Closed):
-    """An error."""
-
-    type: Literal["error"]
-    error: AnthropicFacts
-    request_id: NotRequired[str]
-
-
-class OllamaError(Closed):
-    """An error."""
-
-    error: str
-
-
-def error_body(
-    error: BaseException, dialect: Dialect, request_id: str
-) -> tuple[int, OpenAIError | AnthropicError | OllamaError]:
-    """Status and body of a failure in the dialect's shape and words; our own faults have the id that is in the log."""
-    error = refused_by_system(error) or error
-    status = error.http_status if isinstance(error, ArgosyError) else 500
-    message, is_ours = str(error), status >= 500 and status != 503
-    if isinstance(error, PromptTooLong):
-        message = _overflow(error, dialect)
-    if is_ours:  # the full message, which may contain paths, is not sent
-        known = f"{type(error).__name__}: the answer could not be finished"
-        message = f"{known if isinstance(error, ArgosyError) else 'internal error'} (request {request_id})"
-    if dialect == "ollama":
-        return status, {"error": message}
-    unnamed = "invalid_request_error" if status < 500 else "api_error"
-    kind, anthropic = _TYPES.get(status, (unnamed.replace("api_error", "server_error"), unnamed))
-    if dialect == "anthropic":
-        body: AnthropicError = {"type": "error", "error": {"type": anthropic, "message": message}}
-        return status, {**body, "request_id": request_id} if is_ours else body
-    param, code = (_text_fact(error, name) for name in ("param", "code"))
-    if isinstance(error, PromptTooLong):
-        code = "context_length_exceeded"
-    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _text_fact(error: BaseException, name: str) -> str | None:
-    found = error.facts.get(name) if isinstance(error, ArgosyError) else None
-    return found if isinstance(found, str) else None
-
-
-def _overflow(error: PromptTooLong, dialect: Dialect) -> str:
-    """Word the error so that clients know that they must shorten the conversation, and find the numbers.
-
-    Claude Code looks for "prompt is too long: N tokens > M maximum", LiteLLM for "This model's maximum context length".
-    """
-    needed, available = error.facts.get("needed"), error.facts.get("available")
-    new = error.facts.get("for_answer", 1)
-    if not (isinstance(needed, int) and isinstance(available, int) and isinstance(new, int)):
-        return str(error)
-    prompt, least = needed - new, "at least " if error.facts.get("is_at_least") else ""
-    if dialect != "anthropic":
-        said = (
-            f"This model's maximum context length is {available} tokens. However, you requested {least}{needed} tokens"
-            f" ({prompt} in the messages, {new} in the completion)."
-            " Please reduce the length of the messages or completion."
-        )
-    elif prompt < available:
-        said = (
-            f"input length and `min_tokens` exceed context limit: {prompt} + {new} > {available}, "
-            "decrease input length or `min_tokens` and try again"
-        )
-    else:
-        said = f"prompt is too long: {prompt} tokens > {available - 1} maximum"
-    return f"{said}\nhint: {error.hint}" if error.hint else said
-
-
-def error_headers(error: BaseException, status: int) -> dict[str, str]:
-    """Headers of the response to a failure."""
-    headers = {}
-    error = refused_by_system(error) or error
-    retry = getattr(error, "retry_after_s", None)
-    if retry is not None:
-        headers["retry-after"] = str(int(retry))
-    for status_with, name in ((405, "allow"), (308, "location")):
-        if status == status_with and isinstance(error, ArgosyError):
-            headers[name] = str(error.facts[name])
-    if status in (401, 403):  # some clients would retry for minutes, and the key would still be refused
-        headers["x-should-retry"] = "false"
-    if status in (408, 413, 503) or isinstance(error, BadFrame | Stranger):
-        headers["connection"] = "close"
-    return headers
-
-
-def report(error: BaseException, caller: Caller) -> None:
-    """Log an unexpected exception."""
-    if not isinstance(error, ArgosyError):
-        where = where_it_failed(error)
-        facts = {"event": "internal_error", "request_id": caller.request_id, "where": where}
-        log.error("%s internal error: %s", caller.request_id, where, extra={"facts": facts})
-
-
-class Heard(Protocol):
-    """Takes what a request says and is answered."""
-
-    def ask(self, data: bytes) -> None: ...
-
-    def answer(self, data: bytes) -> None: ...
-
-    def content(self) -> Content: ...
 
 
 class Auditing(Protocol):
@@ -465,7 +190,7 @@ class Gate:
         dialect = dialect_of(scope["path"])
         named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
 
-        body = _Body(receive, caller.share.hold)
+        body = IncomingBody(receive, caller.share.hold)
         for_pages: Headers = []
 
         async def send_on(message: Message) -> None:
@@ -494,7 +219,7 @@ class Gate:
         try:
             if NO_ROOM in scope.get("state", ()):
                 raise Overloaded("the server has reached its limit on connections", retry_after_s=1)
-            headers = _headers(scope)
+            headers = read_headers(scope)
             body.is_awaited = "expect" in headers
             caller.trace_id = _trace_id(headers)
             self._check_host(headers)
@@ -513,7 +238,7 @@ class Gate:
         except GoneAway:
             count.status = count.status or 499
         except Exception as error:
-            report(error, caller)
+            report(error, caller.request_id)
             if not count.has_begun:
                 await send_error(error, dialect, send_on, caller.request_id)
         seconds = time.monotonic() - began
@@ -545,7 +270,13 @@ class Gate:
         return list(zip(TOKENS_LEFT, (limit, left, reset + b"s"), strict=True))
 
     async def _pass_on(
-        self, policy: Policy, headers: dict[str, str], caller: Caller, body: _Body, scope: Scope, send: Send
+        self,
+        policy: Policy,
+        headers: dict[str, str],
+        caller: Caller,
+        body: IncomingBody,
+        scope: Scope,
+        send: Send,
     ) -> None:
         """Let the route answer, if the request passes the checks of its policy.
 
@@ -614,7 +345,7 @@ class Gate:
     def _admit(self, policy: Policy, headers: dict[str, str], client: tuple[str, int] | None) -> Key | None:
         if policy.scope is None:
             return None
-        key = self._ring.find(_secret(headers) if self._ring.is_needed else None)
+        key = self._ring.find(secret_of(headers) if self._ring.is_needed else None)
         if key is None:
             self._strangers.count("" if client is None else client[0])
             raise Refused(
@@ -678,118 +409,6 @@ def _require_type(policy: Policy, headers: dict[str, str]) -> None:
             "the content type must be application/json",
             hint="with curl: -H 'content-type: application/json'",
         )
-
-
-async def send_error(error: BaseException, dialect: Dialect, send: Send, request_id: str) -> None:
-    status, body = error_body(error, dialect, request_id)
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-    headers += [(name.encode(), value.encode()) for name, value in error_headers(error, status).items()]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
-
-
-def _headers(scope: Scope) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        key = name.decode("latin-1").lower()
-        if key in found and key in _ONCE:
-            raise BadFrame(f"the {key} header appears twice")
-        found[key] = value.decode("latin-1")
-    if not found.get("content-length", "0").isdecimal():
-        raise BadFrame("content-length is not a number")
-    # If a proxy in front of this server obeys one of them and this server the other, a body can smuggle a request.
-    if "transfer-encoding" in found and ("content-length" in found or scope.get("http_version") == "1.0"):
-        raise BadFrame("transfer-encoding is not allowed with content-length or in HTTP/1.0")
-    return found
-
-
-def _secret(headers: dict[str, str]) -> str | None:
-    """The key from either header; if both headers hold a key, it must be the same."""
-    scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = headers.get("x-api-key")
-    if scheme.lower() != "bearer":  # for example, a user name and password for a proxy
-        return given
-    if given is not None and given.strip() != bearer.strip():
-        raise Refused(
-            401, "the authorization and x-api-key headers hold different keys", hint="send only one"
-        )
-    return bearer.strip()
-
-
-class _Body:
-    """The body of a request as it arrives: bounded in size and time, and charged to the memory for all bodies.
-
-    is_whole: all of the body has been read.
-    is_awaited: the client sends the body only after a 100 Continue.
-    max_bytes: the largest body that is read.
-    heard: takes the body, too; None: nobody else does.
-    when_whole: is called when all of the body has been read.
-    """
-
-    def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
-        """`hold` is called with the memory of each part, and raises if there is no room for it."""
-        self._receive, self._hold = receive, hold
-        self.heard: Heard | None = None
-        self.when_whole: Callable[[], None] = lambda: None
-        self._size, self._began = 0, time.monotonic()
-        self.is_whole = False
-        self.is_awaited = False
-        self.max_bytes = MAX_BODY_BYTES
-
-    async def receive(self) -> Message:
-        """Receive the next part of the body; after the last part, only the end of the connection.
-
-        Raises:
-            Refused: the body is too large or too slow.
-            GoneAway: the client has disconnected.
-        """
-        if self.is_whole:
-            return await self._receive()
-        left = min(BODY_STALL_S, BODY_S - (time.monotonic() - self._began))
-        try:
-            async with asyncio.timeout(max(0.01, left)):
-                message = await self._next()
-        except TimeoutError:
-            raise Refused(408, "the body took too long to arrive") from None
-        if message["type"] == "http.disconnect":
-            raise GoneAway
-        num_bytes = len(message.get("body", b""))
-        self._size += num_bytes
-        self.require_allowed(self._size)
-        self._hold(num_bytes + num_bytes // 8)  # a buffer that grows has some room to spare
-        if self.heard is not None:
-            self.heard.ask(message.get("body", b""))
-        return message
-
-    def require_allowed(self, num_bytes: int) -> None:
-        """Refuse a body of this size if it is too large.
-
-        Raises:
-            Refused: it is.
-        """
-        if num_bytes > self.max_bytes:
-            raise Refused(413, f"the body is larger than {self.max_bytes} bytes")
-
-    async def discard(self) -> bool:
-        """Read the rest of the body, within bounds; return whether all of it was read.
-
-        A client that has sent all of its body can read the response. A client that is still sending when the connection
-        closes gets a reset, and may drop the response unread.
-        """
-        size = 0
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DISCARD_S):
-                while not self.is_whole and not self.is_awaited and size <= _MOST_DISCARDED_BYTES:
-                    size += len((await self._next()).get("body", b""))
-        return self.is_whole
-
-    async def _next(self) -> Message:
-        message = await self._receive()
-        self.is_whole = not message.get("more_body", False)
-        if self.is_whole:
-            self.when_whole()
-        return message
 
 
 def _pattern(policy: Policy) -> re.Pattern[str]:

@@ -12,6 +12,7 @@ Elsewhere: the cost of parsing is `body.py`; the plan is `budget/memory_plan.py`
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 
 from argosy.budget.memory_plan import BODY_BYTES
 from argosy.errors import Overloaded
@@ -87,3 +88,32 @@ class Share:
         with self._lock:
             self._is_closed = True
         self.release()
+
+
+@dataclass(slots=True)
+class Files:
+    """The files of one request at other hosts.
+
+    found: by address, the content, or why there is none.
+    wanted: addresses that have not been fetched yet.
+    """
+
+    found: dict[str, bytes | str] = field(default_factory=dict)
+    wanted: dict[str, None] = field(default_factory=dict)
+
+    def require_all(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            FilesWanted: some files have to be fetched before the request is read again.
+        """
+        if self.wanted:
+            raise FilesWanted
+
+    def clear(self) -> None:
+        self.found.clear()
+        self.wanted.clear()
+
+
+class FilesWanted(Exception):
+    """A request names files that have not been fetched yet."""

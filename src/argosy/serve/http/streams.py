@@ -21,7 +21,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from argosy.serve.answer.running import GoneAway
-from argosy.serve.http.gate import Caller, Dialect, error_body, report
+from argosy.serve.http.access import Dialect
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import error_body, report
 
 KEEP_ALIVE_S = 10.0
 # Silence before an answer that is not streamed; until then its status may still be that of an error.
@@ -125,7 +127,7 @@ class EventStream(Response):
                 raise
             return ended
         except Exception as error:
-            report(error, self._caller)
+            report(error, self._caller.request_id)
             return error
         finally:
             keeping_alive.cancel()  # not awaited: the request may still be ended here, and would break off

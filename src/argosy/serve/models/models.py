@@ -21,8 +21,8 @@ waits for an engine or a drive runs in a thread. `_moving` is held while memory 
 read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
 one model, and is with the system, before another one may use it. So the sum never exceeds the budget.
 
-Elsewhere: `opened.py` opens an engine; `serve/answer/core.py` has the service of one model; `serve/http/body.py` calls
-`use_model`.
+Elsewhere: `opened.py` opens an engine; `serve/answer/service.py` has the service of one model; `serve/http/body.py`
+calls `use_model`.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ from argosy.engine.progress import MOST_WAITS, RequestWait
 from argosy.errors import ArgosyError, DoesNotFit, Overloaded, UsageError
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.thinking import ThinkingSwitch
-from argosy.serve.answer.core import ModelFacts, Service, Work
+from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.kept_items import KeptItems
-from argosy.serve.http.gate import Caller, Refused
+from argosy.serve.answer.service import Service
+from argosy.serve.answer.work import Work
+from argosy.serve.http.caller import Caller
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.log import where_it_failed
 from argosy.serve.http.work import Threads
 

@@ -30,9 +30,11 @@ from argosy.observe.recorder import Recorder
 from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
 from argosy.prompt.thinking import switch_of
-from argosy.serve.answer.core import ModelFacts, Service, Work
+from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.media_hosts import MediaHosts
+from argosy.serve.answer.service import Service
+from argosy.serve.answer.work import Work
 from argosy.serve.http.log import where_it_failed
 from argosy.serve.models.models import Abilities, Progress, Shelved
 

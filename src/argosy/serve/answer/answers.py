@@ -1,0 +1,373 @@
+"""The answers of one request as they are made: events of the engine become steps, and a dialect makes its own of those.
+
+    engine's thread  ─ Event ─>  Answers: parsed, as far as the policy lets it pass  ─ Progress, Said, Ended ─>  dialect
+
+No answer keeps the event loop for longer than a turn, however many of its tokens are ready. Answers are stored for
+replay in threads. Cancelling an `Answers` before its end makes the engine free its sequences before the next step.
+
+Elsewhere: prompts are made in `service.py`; the engine's thread is `engine/loop.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal, cast
+
+from argosy.config import SamplingParams
+from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event, PromptProgress, Request
+from argosy.engine.sequence import Result, TokenLogprob
+from argosy.errors import ArgosyError
+from argosy.prompt.formats.events import Event as SaidEvent
+from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
+from argosy.prompt.prompt import Prompt
+from argosy.serve.admin.answer_metrics import AnswerWatch, Operation
+from argosy.serve.answer.request import media_tokens
+from argosy.serve.answer.tool_use import ToolUse
+from argosy.serve.answer.usage import PromptTokens, ReadOfPrompt
+from argosy.serve.http.caller import Caller
+
+if TYPE_CHECKING:
+    from argosy.prompt.builder import PromptBuilder
+    from argosy.prompt.formats import Parser
+    from argosy.serve.guards.screening import ScreenedAnswer
+
+
+_TURN_S = 0.001  # after this time, an answer whose tokens are ready yields to others
+Finish = Literal["stop", "length", "tool_calls", "content_filter"]
+MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
+_SCREENED_AT_ONCE = 64  # steps, if so many have arrived
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Progress of the prefill: see `PromptProgress`."""
+
+    processed: int
+    total: int
+    cached: int
+    encoded: float | None
+
+    def as_dict(self) -> ReadOfPrompt:
+        """The form for OpenAI's dialects, with llama.cpp's field names."""
+        made: ReadOfPrompt = {"processed": self.processed, "total": self.total, "cache": self.cached}
+        return made if self.encoded is None else {**made, "encoded": round(self.encoded, 3)}
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The output of one token: events, sampled text and, if requested, its log-probability.
+
+    token_ids: the token, or those that the answer began with; empty where a policy may change the answer.
+    """
+
+    answer: int
+    events: tuple[SaidEvent, ...]
+    text: str
+    logprob: TokenLogprob | None
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one answer."""
+
+    answer: int
+    finish: Finish
+    result: Result
+
+
+Step = Progress | Said | Ended
+
+
+class ReadTooSlowly(ArgosyError):
+    """A client reads its answer too slowly to keep the rest for it."""
+
+    http_status = 408
+
+
+class Answers:
+    """The answers of one request, as they are made, numbered from 0 in the order of their prompts.
+
+    At most MOST_UNREAD events for each prompt may wait for the client; with more, the request ends.
+
+    Attributes:
+        results: for each answer, None until its end.
+    """
+
+    def __init__(
+        self, loop: EngineLoop, prompts: PromptBuilder, model: str, caller: Caller,
+        events: asyncio.AbstractEventLoop,
+    ) -> None:  # fmt: skip
+        self.prompts: list[Prompt] = []
+        self.results: list[Result | None] = []
+        self.num_prompt_tokens = 0  # over all prompts, as the following
+        self.num_new_tokens = 0
+        self.num_reasoning_tokens = 0
+        self._loop, self._prompts, self._model = loop, prompts, model
+        self._caller, self._events = caller, events
+        self._requests: list[Request] = []
+        self._num_cached: dict[int, int] = {}  # by first answer
+        self._parsers: list[Parser | None] = []
+        self._said: list[list[SaidEvent]] = []
+        self._num_open = 0
+        self._use = ToolUse()
+        self._arrived: deque[Event] = deque()
+        self._some = asyncio.Event()
+        self._is_woken = False  # the event loop will look, so it needs no second signal
+        self._is_behind = False
+        self._is_left = False  # what is still queued for it ends at once
+        self._screened: list[ScreenedAnswer] = []  # all answers, if there is a policy
+        self._begun_ids: tuple[int, ...] = ()  # that every answer began with
+        self._begun: list[Step] = []  # and what they said
+
+    @property
+    def tells_token_ids(self) -> bool:
+        """Whether the client may know the tokens: not if a policy may hold back or change what they say."""
+        screening = self._caller.screening
+        return screening is None or not screening.policy.changes_answers
+
+    def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
+        """Queue a prompt in the engine; only the one prompt of a conversation has tools.
+
+        Any thread may call this, before `steps` is called. Raises what `EngineLoop.submit` raises.
+        """
+        first, is_parsed = len(self.results), prompt.text and prompt.trace is not None
+        for _ in range(num_answers):
+            self._parsers.append(self._prompts.parser(prompt, use.callable) if is_parsed else None)
+            self._said.append([])
+            self.results.append(None)
+            if self._caller.screening is not None and self._caller.screening.policy.checks_answers:
+                self._screened.append(self._caller.screening.answer())
+        self.prompts.append(prompt)
+        self._num_cached[first] = 0
+        self._use = use
+        caller, model = self._caller, self._model
+        watches: list[AnswerWatch] = []
+        if caller.metrics is not None:
+            operation: Operation = "text_completion" if prompt.trace is None else "chat"
+            watches = [caller.metrics.watch(model, operation, caller.began) for _ in range(num_answers)]
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, AnswerToken):  # counted here, because the client may be gone
+                caller.count(new=1)
+                if watches:
+                    watches[event.answer].token()
+            elif isinstance(event, AnswerEnd):
+                caller.finishes.append(event.result.finish_reason)
+                caller.num_marked_tokens += event.result.num_marked
+                if watches:
+                    watches[event.answer].end(event.result)
+            if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
+                self._is_behind = True
+                self._events.call_soon_threadsafe(self.cancel)
+            if self._is_behind and not isinstance(event, AnswerEnd):
+                return
+            self._arrived.append(event if first == 0 else replace(event, answer=first + event.answer))
+            if not self._is_woken:
+                self._is_woken = True
+                self._events.call_soon_threadsafe(self._some.set)
+
+        request = self._loop.submit(
+            prompt, params, deliver, num_answers=num_answers, tenant=caller.tenant, name=caller.request_id
+        )
+        self._requests.append(request)
+        self._num_open += num_answers
+        if self._is_left:  # while a thread was queueing this prompt
+            self._loop.cancel(request)
+        if prompt.num_answered:
+            self._begun_ids = (prompt.token_ids or ())[-prompt.num_answered :]
+            keeps_special = not params.skip_special_tokens
+            for number in range(first, first + num_answers):
+                parser = self._parsers[number]
+                assert parser is not None
+                said = self._keep(number, self._prompts.begun(prompt, parser, keep_special=keeps_special))
+                told = self._begun_ids if self.tells_token_ids else ()
+                self._begun.append(Said(number, tuple(said), "", None, told))
+        num_tokens = len(prompt.token_ids or ())
+        self.num_prompt_tokens += num_tokens
+        self._caller.count(prompt=num_tokens)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(self._num_cached.values())
+
+    def prompt_tokens(self) -> PromptTokens:
+        """The parts of the prompt's tokens, as OpenAI's dialects tell them."""
+        return cast(PromptTokens, {"cached_tokens": self.num_cached_tokens, **media_tokens(self.prompts)})
+
+    def cancel(self) -> None:
+        """End the answers that have not ended, and those that a thread is still queueing."""
+        self._is_left = True
+        for request in self._requests if self._num_open else ():
+            self._loop.cancel(request)
+
+    async def steps(self) -> AsyncGenerator[Step, None]:
+        """Yield every step until the last answer has ended, as far as the key's policy lets it pass.
+
+        Raises:
+            ArgosyError: an answer cannot be finished.
+        """
+        screening = self._caller.screening
+        async with aclosing(self._own_steps()) as steps:
+            if not self._screened or screening is None:
+                async for step in steps:
+                    yield step
+                return
+            waiting: list[Step] = []
+            async for step in steps:
+                waiting.append(step)
+                if self._arrived and len(waiting) < _SCREENED_AT_ONCE and not isinstance(step, Ended):
+                    continue
+                passed = [made for one in _joined(waiting) for made in await self._screen(one)]
+                for made in passed if screening.policy.changes_answers else waiting:
+                    yield made
+                waiting = []
+
+    async def _screen(self, step: Step) -> list[Step]:
+        """Return the parts of a step that the checks let pass."""
+        if isinstance(step, Progress):
+            return [step]
+        screened, number = self._screened[step.answer], step.answer
+        made: list[Step] = []
+        events: list[SaidEvent] = []
+        is_end, text = isinstance(step, Ended), ""
+        if self._parsers[number] is None:
+            text = await screened.take_text("" if isinstance(step, Ended) else step.text, is_end=is_end)
+        elif isinstance(step, Ended):
+            events = await screened.finish()
+        else:
+            events = await screened.take(step.events)
+        if events or text:
+            made.append(Said(number, tuple(events), text, None))
+        if isinstance(step, Ended):
+            return [*made, replace(step, finish="content_filter") if screened.is_blocked else step]
+        if screened.is_blocked and all(
+            result is not None or other.is_blocked
+            for result, other in zip(self.results, self._screened, strict=True)
+        ):
+            self.cancel()
+        return made
+
+    async def _own_steps(self) -> AsyncGenerator[Step, None]:
+        for begun in self._begun:
+            yield begun
+        turn_began = time.monotonic()
+        while self._num_open:
+            if not self._arrived:
+                await self._wait()
+                turn_began = time.monotonic()
+            elif time.monotonic() - turn_began > _TURN_S:
+                await asyncio.sleep(0)
+                turn_began = time.monotonic()
+            event = self._arrived.popleft()
+            steps = self._step(event)
+            if isinstance(event, AnswerEnd):
+                await self._remember(event)
+            for step in steps:
+                yield step
+
+    async def _wait(self) -> None:
+        """Wait for the next event."""
+        while True:
+            self._some.clear()
+            self._is_woken = False
+            if self._arrived:  # checked last: an event after this check wakes us
+                return
+            await self._some.wait()
+
+    async def _remember(self, end: AnswerEnd) -> None:
+        """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
+        is_blocked = bool(self._screened) and self._screened[end.answer].is_blocked
+        if self._parsers[end.answer] is not None and not is_blocked:
+            tenant, token_ids, said = (
+                self._caller.tenant,
+                [*self._begun_ids, *end.result.token_ids],
+                collect(self._said[end.answer]),
+            )
+            remember = self._prompts.remember
+            await asyncio.to_thread(
+                self._caller.work, partial(remember, tenant, self.prompts[0], token_ids, said, self._use.told)
+            )
+
+    def _step(self, event: Event) -> list[Step]:
+        match event:
+            case PromptProgress():
+                if event.answer not in self._num_cached:
+                    return []
+                self._num_cached[event.answer] = event.cached
+                return [Progress(event.processed, event.total, event.cached, event.encoded)]
+            case AnswerToken(answer=answer, event=token):
+                if self.results[answer] is not None:
+                    return []
+                self.num_new_tokens += 1
+                said = self._parse(answer, token.token_id, token.text)
+                told = (token.token_id,) if self.tells_token_ids else ()
+                return [Said(answer, tuple(said), token.text, token.logprob, told)]
+            case AnswerEnd(answer=answer, result=result):
+                return self._end(answer, result)
+
+    def _parse(self, answer: int, token_id: int, text: str) -> list[SaidEvent]:
+        parser = self._parsers[answer]
+        if parser is None:
+            return []
+        was_reasoning = parser.is_reasoning
+        events = parser.push(token_id, text)
+        self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
+        return self._keep(answer, events)
+
+    def _keep(self, answer: int, events: list[SaidEvent]) -> list[SaidEvent]:
+        if not self._use.parallel:
+            # The grammar does not cover a call that began inside thoughts, or a call after it.
+            events = [event for event in events if not getattr(event, "index", 0)]
+        self._said[answer] += events
+        return events
+
+    def _end(self, answer: int, result: Result) -> list[Step]:
+        self._num_open -= 1
+        self.results[answer] = result
+        if result.error is not None:
+            raise result.error
+        if self._is_behind:
+            raise ReadTooSlowly(
+                f"the client read the answer too slowly: more than {MOST_UNREAD} events waited",
+                hint="read faster, or request fewer answers and no log-probabilities",
+            )
+        if self._screened and self._screened[answer].is_blocked:
+            return [Ended(answer, "content_filter", result)]
+        if result.finish_reason == "cancelled":
+            raise ArgosyError("the answer was cancelled")
+        steps: list[Step] = []
+        is_cut, parser = result.finish_reason == "length", self._parsers[answer]
+        if parser is not None and (last := self._keep(answer, parser.finish(is_cut=is_cut))):
+            steps.append(Said(answer, tuple(last), "", None))
+        finish: Finish = "length" if is_cut else "stop"
+        num_begun, num_whole = (
+            sum(isinstance(event, kind) for event in self._said[answer])
+            for kind in (ToolCallBegin, ToolCallEnd)
+        )
+        if num_whole == num_begun > 0:
+            finish = "tool_calls"
+        return [*steps, Ended(answer, finish, result)]
+
+
+def _joined(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, with what one answer said in steps that follow each other joined, so that it is checked at once."""
+    last: Said | None = None
+    for step in steps:
+        if isinstance(step, Said) and last is not None and last.answer == step.answer:
+            last = Said(step.answer, (*last.events, *step.events), last.text + step.text, None)
+            continue
+        if last is not None:
+            yield last
+        last = step if isinstance(step, Said) else None
+        if last is None:
+            yield step
+    if last is not None:
+        yield last

@@ -1,0 +1,40 @@
+"""Facts about a model that clients can see."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+from argosy.config import Preset, SamplingDefaults
+from argosy.media.parts import Hearing, Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Facts about the model that clients can see.
+
+    preset: names the model's id, and fills in what requests do not say; None: this is the model under its own name.
+    """
+
+    id: str
+    family: str
+    context_tokens: int
+    num_layers: int
+    num_experts: int
+    experts_per_token: int
+    vocab_size: int
+    num_parameters: int = 0
+    weight_bytes: int = 0
+    media_kinds: tuple[Kind, ...] = ()  # media that a prompt may contain
+    hears: Hearing = "none"  # how a sound in a prompt is treated
+    hidden_size: int = 0  # dimensions of an embedding
+    fingerprint: str = ""  # says which model it is, as `checkpoint/fingerprint.py` does
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)  # for requests that do not say
+    created: int = field(default_factory=lambda: int(time.time()))
+    preset: Preset | None = None
+
+    def under(self, preset: Preset) -> ModelFacts:
+        """The same model under the name of one of its presets."""
+        context_tokens = min(self.context_tokens, preset.context or self.context_tokens)
+        sampling = self.sampling.overridden(preset.sampling, f"the preset {preset.name}")
+        return replace(self, id=preset.name, context_tokens=context_tokens, sampling=sampling, preset=preset)
