@@ -53,19 +53,31 @@ def newest(since: str) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def markdown(found: dict[tuple[int, str], dict[str, Any]]) -> str:
-    lines = ["| # | what | case | reached | target | verdict |", "|---|---|---|---|---|---|"]
+    lines = ["| # | what | reached | target |", "|---|---|---|---|"]
     for number, question in QUESTIONS.items():
-        of_row = [(label, record) for (row, label), record in sorted(found.items()) if row == number]
-        if not of_row:
-            lines.append(f"| {number or '-'} | {question} | | not measured | | |")
-        for label, record in of_row:
-            facts = record["facts"]
-            value = float(record["median"])
-            shown = f"{value:.4f}" if abs(value) < 0.1 else f"{value:.2f}"
-            target, said = facts.get("target", ""), facts.get("verdict", "")
-            lines.append(f"| {number or '-'} | {question} | {label} | {shown} | {target} | {said} |")
+        of_row = {
+            label: record["facts"] | record for (row, label), record in sorted(found.items()) if row == number
+        }
+        targets = sorted({record.get("target", "") for record in of_row.values()} - {""})
+        metrics = {label.partition(": ")[2] for label in of_row}
+        names = {label: label.partition(": ")[0] if len(metrics) == 1 else label for label in of_row}
+        cases = [
+            f"{names[label]}: {_case(record, names_target=len(targets) > 1)}"
+            for label, record in of_row.items()
+        ]
+        target = targets[0] if len(targets) == 1 else ""
+        lines.append(f"| {number or '-'} | {question} | {'; '.join(cases) or 'not measured'} | {target} |")
     machines = sorted({record["machine"] for record in found.values()})
     return "\n".join([*lines, "", *(f"Measured on {machine}." for machine in machines)])
+
+
+def _case(record: dict[str, Any], *, names_target: bool) -> str:
+    """The value of a case, with its target if the others of its row have another one, and whether it was missed."""
+    value = float(record["median"])
+    shown = f"{value:.4f}" if abs(value) < 0.1 else f"{value:.2f}"
+    notes = [record["target"]] if names_target and record.get("target") else []
+    notes += ["missed"] if record.get("verdict") == "missed" else []
+    return f"{shown} ({', '.join(notes)})" if notes else shown
 
 
 def main() -> int:
