@@ -27,6 +27,7 @@ import numpy as np
 from argosy import Engine, SamplingParams
 from argosy.config import format_bytes
 from argosy.engine.loop import AnswerEnd, AnswerToken, EngineLoop, Event
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.engine.scheduler import MAKING_S
 from argosy.media.parts import Image
 from argosy.prompt.prompt import Prompt
@@ -77,8 +78,8 @@ class Looker:
         self._thread.start()
 
     def _run(self) -> None:
-        media = self._engine._media
-        assert media is not None
+        media = self._engine.media
+        assert isinstance(media, PromptMedia)
         while not self._is_stopping:
             picture = Image(self._rng.integers(0, 256, (1024, 1024, 3), np.uint8))
             prompt = Prompt.of([5, 6], *media.segments(media.read(picture), ""), [7, 8])
@@ -106,7 +107,7 @@ def measure(
         def note_gaps() -> None:
             gaps.extend(1e3 * (after - before) for before, after in pairwise(talker.times))
 
-        while len(talker.times) < 8 or (looker is not None and not engine._media._encoders._open):  # type: ignore[union-attr]
+        while len(talker.times) < 8 or (looker is not None and not engine.media._encoders._open):  # type: ignore[union-attr]
             time.sleep(0.01)
         for number in range(num_texts):
             if talker.done.is_set():

@@ -28,6 +28,7 @@ from PIL import Image as Pillow
 from argosy import Engine, SamplingParams
 from argosy.budget.media_memory import IDLE_S
 from argosy.config import format_bytes, parse_size
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import ArgosyError
 from argosy.machine import resources
 from argosy.media.parts import Audio, Image
@@ -71,8 +72,8 @@ class Run:
         self._talkers = [self._talk(), self._talk()]
         self.facts: list[dict[str, Any]] = []
         self.now = 0.0
-        assert engine._media is not None
-        engine._media.memory._clock = lambda: self.now
+        assert isinstance(engine.media, PromptMedia)
+        engine.media.memory._clock = lambda: self.now
 
     def _documents(self) -> Iterator[list[int]]:
         number = 0
@@ -95,7 +96,7 @@ class Run:
         answers: list[Any] = []
 
         def ask(part: Image | Audio) -> None:
-            media = self.engine._media
+            media = self.engine.media
             assert media is not None
             try:
                 segments = media.segments(media.read(part), "")

@@ -41,7 +41,7 @@ def raw_reads(engine: Any, path: Path) -> float:
 
     It takes a few MB, because this process may have no more than the engine's budget.
     """
-    stats = engine._store.stats()
+    stats = engine._started.store.stats()
     if not stats["reads"]:
         return float("nan")
     size = max(4096, int(stats["bytes_read"] / stats["reads"]) // 4096 * 4096)
@@ -128,7 +128,7 @@ def main() -> None:
             if (every := job.get("raw_reads_every")) and num_tokens % every == 0:
                 raw = {"raw_bytes_per_s": raw_reads(engine, Path(job["model"]))}
             num_tokens += 1
-            busy_s = engine._store.stats()["busy_seconds"] if every else 0.0
+            busy_s = engine._started.store.stats()["busy_seconds"] if every else 0.0
             before, begin = engine.ledger, time.perf_counter()
             (event,) = engine.step()
             seconds, after = time.perf_counter() - begin, engine.ledger
@@ -137,7 +137,7 @@ def main() -> None:
                 bytes_read=after.bytes_read - before.bytes_read,
                 hits=after.hits - before.hits, lookups=after.lookups - before.lookups,
                 parts={part: total - before.parts[part] for part, total in after.parts.items()},
-                busy_s=engine._store.stats()["busy_seconds"] - busy_s if every else 0.0, **raw,
+                busy_s=engine._started.store.stats()["busy_seconds"] - busy_s if every else 0.0, **raw,
             )  # fmt: skip
     tell("done", peak_bytes=peak_bytes())
 

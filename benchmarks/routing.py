@@ -126,7 +126,7 @@ def observed(
         steps[-1][layer] = chosen = expert_ids[0].tolist()
         if guess:
             num_right.append(len(set(guess) & set(chosen)) / len(chosen))
-        guess[:] = [expert for rank in engine._model.decoder._stack.look_ahead() for expert in rank]
+        guess[:] = [expert for rank in engine._started.model.decoder._stack.look_ahead() for expert in rank]
 
     with Engine.open(
         model, memory=memory, context=len(prompt) + num_tokens + 1, observe_routes=observe

@@ -335,15 +335,15 @@ def _reference(
     settings: Mapping[str, SamplingParams], ours: Mapping[str, Answered], num_keys: int,
 ) -> None:  # fmt: skip
     """The same sampler and score with the reference's hash and table of coins."""
-    own = engine._requests._watermark
+    own = engine.requests._watermark
     assert own is not None
     reference = ReferenceWatermark(b"reference".ljust(KEY_BYTES))
-    engine._requests._watermark = reference
+    engine.requests._watermark = reference
     name, params = next(iter(settings.items()))
     try:
         found = answers(engine, prompts, params, is_marked=True)
     finally:
-        engine._requests._watermark = own
+        engine.requests._watermark = own
     means = [
         statistics.fmean(judge(key.words(first_ngrams(one.token_ids))).score or 0.5 for one in results)
         for key, results in ((reference, found), (own, ours[name].marked))

@@ -233,7 +233,7 @@ def test_a_kv_cache_leaves_as_much_free_as_its_layout_says(family: str, window_b
 def test_answers_are_the_same_while_memory_is_lent_and_taken_back(
     tight: Engine, answers: list[list[int]]
 ) -> None:
-    plan, cache, buffers = tight.plan, tight._model.cache, tight._model.decoder._stack
+    plan, cache, buffers = tight.plan, tight._started.model.cache, tight._started.model.decoder._stack
     assert cache is not None
     most, fewest = (plan.idle_buffer_bytes // plan.slot_bytes, plan.num_slots)
     assert most > 4
@@ -255,7 +255,10 @@ def test_answers_are_the_same_while_memory_is_lent_and_taken_back(
 
 def test_logits_at_every_position_need_the_buffers_of_a_whole_chunk(tight: Engine) -> None:
     tight.generate(PROMPTS[1], GREEDY)
-    assert tight._model.decoder._stack.buffer_bytes < tight._model.decoder._stack.sizes.buffer_bytes(256)
+    assert (
+        tight._started.model.decoder._stack.buffer_bytes
+        < tight._started.model.decoder._stack.sizes.buffer_bytes(256)
+    )
     assert np.isfinite(tight.logits(list(range(3, 103)) * 3)).all()
 
 
@@ -291,7 +294,7 @@ def test_the_budget_may_change_in_the_middle_of_answers(
 def test_below_the_fewest_experts_kv_blocks_leave_that_no_answer_needs(
     tight: Engine, answers: list[list[int]]
 ) -> None:
-    opened, blocks = tight.plan, tight._cache.blocks
+    opened, blocks = tight.plan, tight._started.cache.blocks
     running = tight.submit(PROMPTS[0], GREEDY)
     waiting = [tight.submit(PROMPTS[2], GREEDY) for _ in range(6)]
     tight.step()
@@ -319,7 +322,7 @@ def test_below_the_fewest_experts_kv_blocks_leave_that_no_answer_needs(
 
 
 def test_a_request_that_was_made_for_a_longer_context_is_refused(tight: Engine) -> None:
-    sequences = tight.prepare([3] * 60_000)
+    sequences = tight.requests.prepare([3] * 60_000)
     with pytest.raises(DoesNotFit) as refused:
         tight.resize(1 * MIB)
     tight.resize(refused.value.facts["needed_bytes"])  # type: ignore[arg-type]
@@ -330,9 +333,9 @@ def test_a_request_that_was_made_for_a_longer_context_is_refused(tight: Engine) 
 def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_for(
     tight: Engine, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, opened = tight._model.cache, tight.plan
+    cache, opened = tight._started.model.cache, tight.plan
     assert cache is not None
-    runner = tight._model.experts
+    runner = tight._started.model.experts
     assert isinstance(runner, CachedRunner)
     run, seen, asked = runner.run, list[tuple[int, int]](), list[threading.Thread]()
     smaller = opened.total_bytes - 8 * opened.slot_bytes
@@ -342,7 +345,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
         if steps == 1 and layer == 1 and not asked:
             asked.append(threading.Thread(target=tight.resize, args=(smaller,)))
             asked[0].start()
-            while tight._model.decoder.between_layers is None:
+            while tight._started.model.decoder.between_layers is None:
                 time.sleep(0.001)
         seen.append((steps, cache.slots.num_slots))
         return run(layer, *arguments)
@@ -358,7 +361,7 @@ def test_experts_leave_in_the_middle_of_a_step_that_a_smaller_budget_would_wait_
     assert first[0] - first[-1] == opened.num_slots - tight.plan.num_slots > 0
     assert tight.plan.budget_bytes == smaller
     assert sequence.new_ids == answers[1]
-    assert tight._model.decoder.between_layers is None
+    assert tight._started.model.decoder.between_layers is None
 
 
 LONG = [1 + number % 7 for number in range(128)]
@@ -375,7 +378,7 @@ def resize_within_a_step(
     Returns:
         The token ids of the answer, how often the step stopped for experts, and the error of `resize` or None.
     """
-    decoder, stops, errors = engine._model.decoder, list[int](), list[BaseException]()
+    decoder, stops, errors = engine._started.model.decoder, list[int](), list[BaseException]()
     run_experts, use_experts = decoder._run_experts, decoder._use_experts
 
     def ask() -> None:
@@ -419,9 +422,9 @@ def test_experts_leave_in_the_middle_of_a_step_that_is_one_native_call(
         if are_in_slots:
             engine.resize(smaller)
             engine.resize(opened.budget_bytes)
-            while engine._model.experts.resident is None:  # type: ignore[union-attr]
+            while engine._started.model.experts.resident is None:  # type: ignore[union-attr]
                 engine.generate(LONG, TWO)
-        assert engine._model.is_packed == (not are_in_slots)
+        assert engine._started.model.is_packed == (not are_in_slots)
         new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
         assert num_stops > 0
         assert (new_ids, error) == (expected, None)
@@ -439,7 +442,7 @@ def test_what_keeps_experts_from_leaving_within_a_step_fails_no_answer(
         def refuse(*_: object, **__: object) -> None:
             raise MemoryError("no addresses")
 
-        monkeypatch.setattr(engine._model, "move_to_slots", refuse)
+        monkeypatch.setattr(engine._started.model, "move_to_slots", refuse)
         smaller = opened.total_bytes - MISSING * opened.slot_bytes
         new_ids, num_stops, error = resize_within_a_step(engine, smaller, monkeypatch)
         assert (new_ids, num_stops) == (expected, 0)
@@ -451,7 +454,7 @@ def test_experts_that_lie_end_to_end_move_into_slots_when_the_budget_is_too_smal
     model: Path, answers: list[list[int]]
 ) -> None:
     with Engine.open(model, memory="3GiB", **OPTIONS) as engine:
-        opened, model_ = engine.plan, engine._model
+        opened, model_ = engine.plan, engine._started.model
         assert opened.is_packed
         assert engine.resize(opened.total_bytes).is_packed
         sequences = [engine.submit(prompt, GREEDY) for prompt in PROMPTS]
@@ -489,7 +492,7 @@ def test_a_budget_that_is_too_small_even_for_slots_changes_nothing(model: Path) 
         with pytest.raises(DoesNotFit, match=r"needs .* of memory now, and the budget would be 1.0 MiB"):
             engine.resize(1 * MIB)
         assert engine.plan is opened
-        assert engine._model.is_packed
+        assert engine._started.model.is_packed
         assert engine.generate(PROMPTS[0], GREEDY).token_ids
         with pytest.raises(DoesNotFit, match=r"the budget is .*, and there are"):
             engine.resize(1 << 60)

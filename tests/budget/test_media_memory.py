@@ -19,6 +19,7 @@ from argosy.budget.media_memory import IDLE_S, MediaMemory
 from argosy.budget.memory_plan import MemoryPlan, lendable_bytes, plan_memory
 from argosy.config import MIB, Budget, EngineConfig
 from argosy.engine import start
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.engine.turns import Turns
 from argosy.errors import DoesNotFit, UsageError
 from argosy.machine.resources import page_table_bytes
@@ -187,21 +188,21 @@ def test_a_budget_without_room_for_media_runs_text_and_says_why_it_sees_nothing(
         open_with(model, 1 * MIB, media=True)
     floor, without = refused.value.facts["needed_bytes"], refused.value.facts["plan"]["encoder_bytes"]
     with open_with(model, floor) as engine:
-        assert engine.media_kinds[0] == "picture"
-        assert not engine.media_faults
+        assert engine.media.kinds[0] == "picture"
+        assert not engine.media.faults
     with pytest.raises(DoesNotFit, match=r"needs .* of memory, and the budget is"):
         open_with(model, floor - MIB, media=True)
     with open_with(model, floor - MIB) as engine:
         assert engine.plan.encoder_bytes == 0
-        assert engine.media_kinds == ()
-        fault = engine.media_faults["picture"]
+        assert engine.media.kinds == ()
+        fault = engine.media.faults["picture"]
         assert fault.message.startswith("the memory budget has no room for pictures and sound: with them")
         assert fault.facts["needed_bytes"] == floor
-        assert engine.media_faults["video"] is fault
+        assert engine.media.faults["video"] is fault
         assert engine.generate(TEXTS[0], GREEDY).token_ids
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(DoesNotFit, match="no room for pictures and sound"):
-            engine._media.read(Image(np.zeros((8, 8, 3), np.uint8)))
+            engine.media.read(Image(np.zeros((8, 8, 3), np.uint8)))
     with pytest.raises(DoesNotFit, match=r"needs .* of memory, and the budget is"):
         open_with(model, floor - without - 4 * MIB)  # text alone does not fit either
 
@@ -221,9 +222,9 @@ def tight_engine(model: Path, num_missing: int) -> Iterator[Engine]:
 
 
 def prompt_of(engine: Engine, seed: int) -> Prompt:
-    assert engine._media is not None
+    assert isinstance(engine.media, PromptMedia)
     pixels = np.random.default_rng(seed).integers(0, 256, (80, 60, 3), np.uint8)
-    segments = engine._media.segments(engine._media.read(Image(pixels)), "", RequestMedia())
+    segments = engine.media.segments(engine.media.read(Image(pixels)), "", RequestMedia())
     return Prompt.of([3, 5], *segments, [30, 31])
 
 
@@ -237,22 +238,22 @@ def test_answers_are_the_same_while_memory_is_lent_taken_back_and_lent_again(mod
         assert engine.plan.is_resident
         expected = [answers(engine, seed) for seed in range(3)]
     with tight_engine(model, num_missing=40) as engine:
-        assert engine._media is not None
-        memory, plan, cache = engine._media.memory, engine.plan, engine._model.experts.cache  # type: ignore[union-attr]
+        assert isinstance(engine.media, PromptMedia)
+        memory, plan, cache = engine.media.memory, engine.plan, engine._started.model.experts.cache  # type: ignore[union-attr]
         now = 0.0
         memory._clock = lambda: now
         for seed in range(3):
             assert engine.facts().expert_slots == plan.num_slots + plan.lent_slots
             assert answers(engine) == expected[seed][:-1]
             assert engine.facts().num_resident > plan.num_slots
-            assert not engine._media._encoders._open
+            assert not engine.media._encoders._open
             assert answers(engine, seed) == expected[seed]
             assert engine.facts().expert_slots == plan.num_slots >= engine.facts().num_resident
             assert cache._arena.nbytes == plan.num_slots * plan.slot_bytes
-            assert engine._media._encoders._open
+            assert engine.media._encoders._open
             now += IDLE_S
             engine.generate(TEXTS[0], GREEDY)
-            assert not engine._media._encoders._open
+            assert not engine.media._encoders._open
 
 
 def test_a_picture_that_comes_while_a_text_is_answered_changes_no_token(model: Path) -> None:
@@ -262,19 +263,19 @@ def test_a_picture_that_comes_while_a_text_is_answered_changes_no_token(model: P
         expected = engine.generate(TEXTS[0], long).token_ids
         seen = engine.generate(prompt_of(engine, 0), GREEDY).token_ids
     with tight_engine(model, num_missing=44) as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         now = 0.0
-        engine._media.memory._clock = lambda: now
+        engine.media.memory._clock = lambda: now
         talker = engine.submit(TEXTS[0], long)
         while len(talker.new_ids) < 10:
             engine.step()
         picture = engine.submit(prompt_of(engine, 0), GREEDY)
-        assert not engine._media.memory.is_lent
+        assert not engine.media.memory.is_lent
         while picture.result is None:
             engine.step()
         now += IDLE_S
         engine.step()
-        assert engine._media.memory.is_lent
+        assert engine.media.memory.is_lent
         while talker.result is None:
             engine.step()
         assert talker.result.token_ids == expected

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType, SimpleNamespace, TracebackType
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
 
 from argosy.config import MIB, Grammar, SamplingDefaults, SamplingParams
 from argosy.engine.ledger import Ledger
+from argosy.engine.media.text_only import TextOnly
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.formats import Event, Parser
@@ -79,11 +80,10 @@ class FakeEngine:
 
     answer: Sequence[str] = ("Paris", " is", " it.")
     family: str = "chatml"
-    hears: str = "none"
-    media_kinds: tuple[str, ...] = ()
+    media: Any = TextOnly()
+    watch: Any = SimpleNamespace(progress=lambda: None)  # nobody waits for a prompt of this engine
     num_parameters = 30_500_000_000
     sampling = SamplingDefaults()
-    media_faults: Mapping[str, Exception] = MappingProxyType({})
     ends: str = "stop"  # why it stops after `answer`
     before_open: Callable[[], None] = staticmethod(lambda: None)
     before_token: Callable[[int], None] = staticmethod(lambda at: None)
@@ -154,9 +154,6 @@ class FakeEngine:
         while sequence.result is None:
             self.step()
             yield sequence.events.popleft()
-
-    def progress(self) -> None:
-        """Nobody waits for a prompt of this engine."""
 
     def __enter__(self) -> FakeEngine:
         return self

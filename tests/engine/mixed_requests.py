@@ -103,7 +103,7 @@ def run(directory: Path, prompt: list[int], num_requests: int, **options: Any) -
             time.sleep(0.001)
         left = (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held)
         assert left == (0, 0, 0, 0), left
-        assert engine._store.pending() == 0
+        assert engine._started.store.pending() == 0
         assert engine.generate(prompt, short).token_ids == expected
     return num_cancelled
 

@@ -83,7 +83,7 @@ def compare(
     with Engine.open(model, drafter=drafter, draft_tokens=draft_tokens, **settings) as engine:
         results, steps = run(engine, requests)
         again, _ = run(engine, requests)
-        assert engine._cache.blocks.num_held == 0
+        assert engine._started.cache.blocks.num_held == 0
     assert drafter.num_proposed > 0
     assert [told(one) for one in results] == [told(one) for one in expected]
     assert [told(one) for one in again] == [told(one) for one in expected]
@@ -178,7 +178,7 @@ def test_answers_to_one_prompt_fork_with_a_drafter(text_model: Path) -> None:
     prompt, own = [7, 8, 9] * 6, SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True)
 
     def answers(engine: Engine) -> list[list[int]]:
-        sequences = engine.prepare(prompt, own, num_answers=4)
+        sequences = engine.requests.prepare(prompt, own, num_answers=4)
         engine.enqueue(sequences)
         while any(one.result is None for one in sequences):
             engine.step()
@@ -198,7 +198,7 @@ def test_a_rejected_token_is_never_published_as_a_prefix(text_model: Path) -> No
     drafter = RandomDrafter(4, VOCAB)  # it knows no answer: nearly all of its drafts are rejected
     with Engine.open(text_model, memory="2GiB", threads=1, drafter=drafter, draft_tokens=4) as engine:
         result = engine.generate(prompt, params(0, max_tokens=100))
-        kept = [content for content in engine._cache.blocks._contents if content is not None]
+        kept = [content for content in engine._started.cache.blocks._contents if content is not None]
         assert len(kept) == (len(prompt) + 100 - 1) // 16
         whole = [*prompt, *result.token_ids]
         for content in kept:

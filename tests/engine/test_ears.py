@@ -64,7 +64,7 @@ def transcribed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[object]
 
 
 def test_the_transcript_is_text_of_the_prompt_and_says_what_it_is(engine: Engine) -> None:
-    assert (engine.media_kinds, engine.hears) == (("sound",), "transcript")
+    assert (engine.media.kinds, engine.media.hears) == (("sound",), "transcript")
     assert engine.ears is not None
     text = engine.ears.transcribe(HEARD).text
     assert text
@@ -114,7 +114,7 @@ def test_what_ears_do_not_take_is_refused_by_name(engine: Engine, model: Path) -
     with pytest.raises(BadMedia, match="sound"):
         engine.prompts.build([Audio(b"this is no sound at all"), Text("?")])
     with Engine.open(model, memory="2GiB", threads=1) as deaf:
-        assert (deaf.hears, deaf.ears) == ("none", None)
+        assert (deaf.media.hears, deaf.ears) == ("none", None)
         with pytest.raises(UsageError, match=r"takes text only(.|\n)*--ears tiny.en"):
             deaf.prompts.build([HEARD, Text("?")])
 
@@ -178,14 +178,14 @@ def test_answers_go_on_while_a_sound_is_transcribed(engine: Engine, monkeypatch:
     ears = engine.ears
     assert ears is not None
     happened: list[str] = []
-    forward = engine._model.forward
+    forward = engine._started.model.forward
 
     def slow(step: Any) -> Any:
         happened.append("s")
         time.sleep(0.002)
         return forward(step)
 
-    monkeypatch.setattr(engine._model, "forward", slow)
+    monkeypatch.setattr(engine._started.model, "forward", slow)
     with EngineLoop(engine) as loop:
         endless = SamplingParams(max_tokens=1500, temperature=0, ignore_eos=True)
         request = loop.submit([1, 2, 3], endless, lambda event: None)

@@ -82,12 +82,12 @@ def test_a_vector_has_the_same_bits_after_prefix_hits_and_preemption(
         engine.generate_batch(prompts, SamplingParams(max_tokens=2, ignore_eos=True))
         for pooling in POOLINGS:
             np.testing.assert_array_equal(engine.embed(prompts, pooling=pooling), expected[pooling])
-        (again,) = engine.prepare_embedding(prompts[0], pooling="last")
+        again = engine.requests.prepare_embedding(prompts[0], pooling="last")
         engine.enqueue([again])
         while again.result is None:
             engine.step()
         assert again.result.usage["cached_tokens"] > 0
-        (mean,) = engine.prepare_embedding(prompts[-1], pooling="mean")
+        mean = engine.requests.prepare_embedding(prompts[-1], pooling="mean")
         engine.enqueue([mean])
         for _ in range(3):
             engine.step()
@@ -108,7 +108,7 @@ def test_texts_that_are_pooled_run_beside_answers_and_change_none(
         vector = engine.embed([prompts[4]], pooling="mean")[0]
         answer = engine.submit(prompts[0], params)
         engine.step()
-        pooled = engine.prepare_embedding(prompts[4], pooling="mean")
+        pooled = [engine.requests.prepare_embedding(prompts[4], pooling="mean")]
         engine.enqueue(pooled)
         while answer.result is None or pooled[0].result is None:
             engine.step()
@@ -174,12 +174,12 @@ def test_a_checkpoint_says_how_it_pools_and_an_option_overrules_it(
     if declared is not None:
         write_pooling(directory, declared)
     with open_engine(directory) as engine:
-        assert engine.pooling == ("last" if declared is None else "mean")
+        assert engine.requests.pooling == ("last" if declared is None else "mean")
         by_default = engine.embed([[5, 6, 7]])
-        np.testing.assert_array_equal(by_default, engine.embed([[5, 6, 7]], pooling=engine.pooling))
+        np.testing.assert_array_equal(by_default, engine.embed([[5, 6, 7]], pooling=engine.requests.pooling))
         assert (by_default != engine.embed([[5, 6, 7]], pooling="last")).any() == (declared is not None)
     with open_engine(directory, pooling="last") as engine:
-        assert engine.pooling == "last"
+        assert engine.requests.pooling == "last"
 
 
 def test_a_pooling_that_is_not_supported_keeps_no_answer_from_running(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def answer(engine: Engine, max_tokens: int = 8) -> list[int]:
 
 def num_free_blocks(engine: Engine) -> int:
     """Count the blocks that no sequence holds."""
-    return engine._cache.blocks.num_available
+    return engine._started.cache.blocks.num_available
 
 
 def test_streamed_tokens_equal_those_of_the_whole_answer(engine: Engine) -> None:
@@ -62,7 +62,7 @@ def test_a_step_that_fails_cancels_running_requests_and_the_engine_continues(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, before = answer(engine), num_free_blocks(engine)
-    forward = engine._model.forward
+    forward = engine._started.model.forward
     calls = 0
 
     def interrupted(batch: object) -> object:
@@ -72,7 +72,7 @@ def test_a_step_that_fails_cancels_running_requests_and_the_engine_continues(
             raise KeyboardInterrupt
         return forward(batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._model, "forward", interrupted)
+    monkeypatch.setattr(engine._started.model, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(engine)
 
@@ -117,7 +117,7 @@ def test_the_ledger_adds_up(engine: Engine) -> None:
 
 
 def test_building_a_prompt_does_not_count_as_decoding(engine: Engine) -> None:
-    (sequence,) = engine.prepare(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+    (sequence,) = engine.requests.prepare(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
     sequence.started_at -= 100.0  # as if its prompt had taken so long
     engine.enqueue([sequence])
     while sequence.result is None:
@@ -183,7 +183,7 @@ def test_a_misspelt_option_is_refused_with_the_known_ones() -> None:
 def test_a_closed_engine_releases_its_memory() -> None:
     engine = Engine.open(REFERENCE.directory, memory="2GiB", threads=1)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))
-    kv, weights = engine._cache._kv, engine._model.weights
+    kv, weights = engine._started.cache._kv, engine._started.model.weights
     assert min(sys.getrefcount(kv), sys.getrefcount(weights)) > 2
     engine.close()
     assert sys.getrefcount(kv) == sys.getrefcount(weights) == 2  # the local name and the argument
@@ -193,7 +193,7 @@ def test_a_closed_engine_releases_its_memory() -> None:
 def test_a_closed_engine_releases_the_memory_of_experts(expert_slots: int | None) -> None:
     engine = Engine.open(REFERENCE.directory, memory="2GiB", threads=1, expert_slots=expert_slots)
     engine.generate(PROMPT, SamplingParams(max_tokens=2))
-    runner: Any = engine._model.experts
+    runner: Any = engine._started.model.experts
     arena = runner._arena if expert_slots is None else runner.cache._arena
     experts = weakref.ref(runner)
     del runner
@@ -363,8 +363,8 @@ def test_every_token_of_a_prompt_has_its_log_probability(chunk_tokens: int, max_
         expected = expected_logprobs(engine, PROMPT)
         engine.generate(PROMPT, SamplingParams(max_tokens=1))  # leaves a prefix, which must not be used
         rows: list[int] = []
-        logits = engine._model.logits
-        engine._model.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
+        logits = engine._started.model.logits
+        engine._started.model.logits = lambda wanted: rows.append(len(wanted)) or logits(wanted)  # type: ignore[method-assign, func-returns-value]
         params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=2, ignore_eos=True)
         result = engine.generate(PROMPT, params)
         other = engine.generate_batch([PROMPT, PROMPT[:9], PROMPT], params)
@@ -399,7 +399,9 @@ def test_a_preempted_prompt_returns_its_log_probabilities_once() -> None:
 
 
 def test_all_answers_to_one_prompt_have_its_log_probabilities(engine: Engine) -> None:
-    sequences = engine.prepare(PROMPT, SamplingParams(max_tokens=3, prompt_logprobs=1), num_answers=3)
+    sequences = engine.requests.prepare(
+        PROMPT, SamplingParams(max_tokens=3, prompt_logprobs=1), num_answers=3
+    )
     engine.enqueue(sequences)
     while any(one.result is None for one in sequences):
         engine.step()
@@ -413,7 +415,7 @@ def test_all_answers_to_one_prompt_have_its_log_probabilities(engine: Engine) ->
 def test_an_answer_whose_logits_are_nan_ends_alone_with_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, max_tokens: int
 ) -> None:
-    expected, forward, score = answer(engine), engine._model.forward, engine._model.logits
+    expected, forward, score = answer(engine), engine._started.model.forward, engine._started.model.logits
 
     def broken(batch: Any) -> Any:
         logits = forward(batch)
@@ -423,9 +425,9 @@ def test_an_answer_whose_logits_are_nan_ends_alone_with_an_error(
     broken_one = SamplingParams(max_tokens=max_tokens, prompt_logprobs=None if max_tokens else 0)
     with monkeypatch.context() as patch:
         if max_tokens:
-            patch.setattr(engine._model, "forward", broken)
+            patch.setattr(engine._started.model, "forward", broken)
         else:
-            patch.setattr(engine._model, "logits", lambda rows: score(rows) * np.nan)
+            patch.setattr(engine._started.model, "logits", lambda rows: score(rows) * np.nan)
         good = engine.submit(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
         bad = engine.submit([1, 2, 3], broken_one)
         while bad.result is None:
@@ -462,10 +464,10 @@ def test_requests_beyond_max_waiting_are_refused_with_a_time_to_retry() -> None:
             engine.step()
         engine.generate(PROMPT, params)
         with pytest.raises(Overloaded):
-            engine.enqueue(engine.prepare(PROMPT, params, num_answers=4))
-        engine.enqueue(engine.prepare(PROMPT, params, num_answers=3))
+            engine.enqueue(engine.requests.prepare(PROMPT, params, num_answers=4))
+        engine.enqueue(engine.requests.prepare(PROMPT, params, num_answers=3))
         with pytest.raises(UsageError, match="num_answers must be at least 1, found 0"):
-            engine.prepare(PROMPT, params, num_answers=0)
+            engine.requests.prepare(PROMPT, params, num_answers=0)
 
 
 def test_older_windows_of_expert_uses_count_half() -> None:

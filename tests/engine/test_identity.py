@@ -273,7 +273,7 @@ def test_how_products_are_tuned_changes_nothing(case: Case, tuned: None) -> None
     if way == "random":
         keep(expected, threads, case.instruction_set)
     with case.engine(threads=threads, **options) as engine:
-        found = engine._runtime.tunings
+        found = engine._started.runtime.tunings
         assert way != "random" or found == expected
         assert way != "fixed" or {each for one, few, *_ in found.values() for each in (one, few)} == {
             options["ask_ahead"]

@@ -45,8 +45,8 @@ class Watched:
 
     def __init__(self, engine: Engine, meanwhile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(CachedRunner, "elsewhere", None)
-        self._core, self.meanwhile = engine._model.cache.core, meanwhile
-        monkeypatch.setattr(engine._model.cache, "core", self)
+        self._core, self.meanwhile = engine._started.model.cache.core, meanwhile
+        monkeypatch.setattr(engine._started.model.cache, "core", self)
 
     def collect(self) -> None:
         self.meanwhile()
@@ -90,11 +90,11 @@ def test_a_step_of_a_model_that_is_in_memory_keeps_the_cores(
 ) -> None:
     _, engine = engines
     lent: list[bool] = []
-    Watched(engine, lambda: lent.append(engine._turns._owner is None), monkeypatch)
+    Watched(engine, lambda: lent.append(engine._started.turns._owner is None), monkeypatch)
     sequence = engine.submit(PROMPT, PARAMS)
     engine.step()
     assert any(lent)
-    assert engine._model.cache.slots.is_full
+    assert engine._started.model.cache.slots.is_full
     lent.clear()
     while sequence.result is None:
         engine.step()
@@ -144,7 +144,7 @@ def test_calls_of_an_engine_do_not_wait_for_steps_of_others(engines: tuple[Engin
         busy.resize_experts(busy.plan.num_slots)
         busy.cancel(sequence)
 
-    with loading._lock, loading._turns:  # a step
+    with loading._lock, loading._started.turns:  # a step
         caller = threading.Thread(target=calls, daemon=True)
         caller.start()
         caller.join(30)

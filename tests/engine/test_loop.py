@@ -89,7 +89,7 @@ def is_idle(loop: EngineLoop) -> bool:
 def require_nothing_left(engine: Engine) -> None:
     facts = engine.facts()
     assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
-    assert engine._store.pending() == 0
+    assert engine._started.store.pending() == 0
 
 
 def test_the_facts_give_the_numbers_of_resident_experts_slots_and_experts(loop: EngineLoop) -> None:
@@ -149,14 +149,14 @@ def test_submitting_does_not_wait_for_a_step(
     loop: EngineLoop, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, entered = threading.Event(), threading.Event()
-    forward = engine._model.forward
+    forward = engine._started.model.forward
 
     def slow(batch: Any) -> Any:
         entered.set()
         assert go_on.wait(PATIENCE_S)
         return forward(batch)
 
-    monkeypatch.setattr(engine._model, "forward", slow)
+    monkeypatch.setattr(engine._started.model, "forward", slow)
     first, second, third = Heard(), Heard(), Heard()
     loop.submit(PROMPT, SHORT, first)
     assert entered.wait(PATIENCE_S)
@@ -240,15 +240,15 @@ def test_the_thread_beats_while_it_is_idle_and_between_layers_and_not_in_a_step_
     now = [time.monotonic()]
     monkeypatch.setattr("argosy.engine.loop.monotonic", lambda: now[0])
     monkeypatch.setattr("argosy.model.decoder.monotonic", lambda: now[0])
-    forward, hangs, may_go_on = engine._model.forward, threading.Event(), threading.Event()
+    forward, hangs, may_go_on = engine._started.model.forward, threading.Event(), threading.Event()
 
     def hang(step: Any) -> Any:
-        engine._model.decoder.progressed_at = 0.0
+        engine._started.model.decoder.progressed_at = 0.0
         hangs.set()
         assert may_go_on.wait(PATIENCE_S)
         return forward(step)
 
-    monkeypatch.setattr(engine._model, "forward", hang)
+    monkeypatch.setattr(engine._started.model, "forward", hang)
     with EngineLoop(engine) as loop:
         now[0] += 1000
         wait_until(lambda: loop.snapshot().silent_s == 0)
@@ -257,7 +257,7 @@ def test_the_thread_beats_while_it_is_idle_and_between_layers_and_not_in_a_step_
         assert hangs.wait(PATIENCE_S)
         now[0] += 1000
         assert loop.snapshot().silent_s == 1000
-        engine._model.decoder._pause()
+        engine._started.model.decoder._pause()
         assert loop.snapshot().silent_s == 0
         may_go_on.set()
         heard.wait()
@@ -277,8 +277,8 @@ def test_a_loop_tells_its_facts_while_its_engine_is_closed_and_after_that(
         loop.submit(PROMPT, SHORT, heard := Heard())
         heard.wait()
         wait_until(lambda: is_idle(loop))
-    free = engine._model.close
-    monkeypatch.setattr(engine._model, "close", lambda: (free(), seen.append(loop.snapshot())))
+    free = engine._started.model.close
+    monkeypatch.setattr(engine._started.model, "close", lambda: (free(), seen.append(loop.snapshot())))
     engine.close()
     seen.append(loop.snapshot())
     assert [(one.is_stopping, one.requests, one.engine.num_running) for one in seen] == [(True, (), 0)] * 2
@@ -294,7 +294,7 @@ def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_cont
 ) -> None:
     reported: list[BaseException] = []
     with EngineLoop(engine, report=reported.append) as loop:
-        forward = engine._model.forward
+        forward = engine._started.model.forward
         calls = 0
 
         def fails_once(batch: Any) -> Any:
@@ -304,7 +304,7 @@ def test_a_step_that_fails_ends_running_requests_with_an_error_and_the_loop_cont
                 raise kind("a word of the prompt")
             return forward(batch)
 
-        monkeypatch.setattr(engine._model, "forward", fails_once)
+        monkeypatch.setattr(engine._started.model, "forward", fails_once)
         heard = Heard()
         loop.submit(PROMPT, LONG, heard)
         result = heard.result()
@@ -381,7 +381,7 @@ def test_when_the_thread_ends_running_and_waiting_requests_end_with_an_error(
         raise SystemExit
 
     with EngineLoop(engine, report=reported.append) as loop:
-        monkeypatch.setattr(engine._model, "forward", ends)
+        monkeypatch.setattr(engine._started.model, "forward", ends)
         heard = [Heard() for _ in range(3)]
         loop.submit(PROMPT, SHORT, heard[0])
         assert entered.wait(PATIENCE_S)
@@ -455,8 +455,8 @@ def test_draining_finishes_running_requests_and_takes_no_more(loop: EngineLoop, 
 def test_a_drain_that_takes_too_long_returns_false_and_closing_cancels(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = engine._model.forward
-    monkeypatch.setattr(engine._model, "forward", lambda batch: time.sleep(0.02) or forward(batch))  # type: ignore[func-returns-value]
+    forward = engine._started.model.forward
+    monkeypatch.setattr(engine._started.model, "forward", lambda batch: time.sleep(0.02) or forward(batch))  # type: ignore[func-returns-value]
     loop = EngineLoop(engine)
     heard = Heard()
     loop.submit(PROMPT, LONG, heard)
@@ -510,14 +510,14 @@ class Clock:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.step_s = 1000.0, 1.0
         self.in_step: Callable[[], None] = lambda: None
-        forward = engine._model.forward
+        forward = engine._started.model.forward
 
         def step(batch: Any) -> Any:
             self.now += self.step_s
             self.in_step()
             return forward(batch)
 
-        monkeypatch.setattr(engine._model, "forward", step)
+        monkeypatch.setattr(engine._started.model, "forward", step)
 
     def __call__(self) -> float:
         return self.now
@@ -563,14 +563,14 @@ def test_rates_are_right_for_steps_of_any_length_and_zero_after_them(
 
 def test_requests_that_wait_are_told_in_order_with_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_engine(max_sequences=1) as engine, EngineLoop(engine) as loop:
-        forward, runs, may_go_on = engine._model.forward, threading.Event(), threading.Event()
+        forward, runs, may_go_on = engine._started.model.forward, threading.Event(), threading.Event()
 
         def hold(step: Any) -> Any:
             runs.set()
             assert may_go_on.wait(PATIENCE_S)
             return forward(step)
 
-        monkeypatch.setattr(engine._model, "forward", hold)
+        monkeypatch.setattr(engine._started.model, "forward", hold)
         heard = [Heard(2), Heard(), Heard()]
         loop.submit(PROMPT, SHORT, heard[0], name="req_1", num_answers=2)
         assert runs.wait(PATIENCE_S)

@@ -48,7 +48,7 @@ recording = recording.getvalue()
 greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 with Engine.open(path, memory=limit, threads=2, image_tokens=64, chunk_tokens=16, prefix_reuse=False) as engine:
-    media, now, answers, refused = engine._media, 0.0, [], []
+    media, now, answers, refused = engine.media, 0.0, [], []
     media.memory._clock = lambda: now
 
     def ask(part):

@@ -193,7 +193,7 @@ def test_answers_that_each_compute_the_same_picture_do_not_take_its_rows_from_on
     """Two answers run at once, so most of the five find no room to continue from the first, and start by themselves."""
     prompt = prompt_of(case.sequences[0])
     with Engine.open(case.directory, memory="2GiB", threads=1, max_sequences=2, **options) as engine:
-        answers = engine.prepare(prompt, PARAMS, num_answers=5)
+        answers = engine.requests.prepare(prompt, PARAMS, num_answers=5)
         engine.enqueue(answers)
         while any(one.result is None for one in answers):
             engine.step()

@@ -20,6 +20,8 @@ from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.manifest import verify_pack
 from argosy.checkpoint.pack import pack
 from argosy.cli.main import main
+from argosy.engine.media.prompt_media import PromptMedia
+from argosy.engine.media.text_only import TextOnly
 from argosy.engine.prefix import identify
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image
@@ -46,8 +48,8 @@ def gguf_of(family: str) -> Path:
 def with_reference_pictures(engine: Engine, family: str) -> Engine:
     """Prepare pictures as the checkpoint's own processor does, so that spans are those of the reference."""
     raw = json.loads((REFERENCE / family / "preprocessor_config.json").read_text())
-    assert engine._media is not None
-    engine._media._processors["picture"] = read_picture_processor(raw, most_tokens=IMAGE_TOKENS)
+    assert isinstance(engine.media, PromptMedia)
+    engine.media._processors["picture"] = read_picture_processor(raw, most_tokens=IMAGE_TOKENS)
     return engine
 
 
@@ -87,8 +89,8 @@ def test_a_pack_of_a_converted_model_sees(family: str, format: str, tmp_path: Pa
         with opened(directory) as engine:
             prompt = prompt_of(with_reference_pictures(engine, family), reference)
             answer = engine.generate(prompt, GREEDY).token_ids
-            assert engine._media is not None
-            rows += [one for kept in engine._media._kept._tenants.values() for one in kept.turns.values()]
+            assert isinstance(engine.media, PromptMedia)
+            rows += [one for kept in engine.media._kept._tenants.values() for one in kept.turns.values()]
     if format == "source":
         assert answer == reference["greedy"].tolist()
     half = len(rows) // 2
@@ -121,7 +123,7 @@ def test_a_picture_is_prepared_as_by_the_processor_of_the_released_models(family
 def test_pictures_are_taken_by_a_converted_model_from_end_to_end() -> None:
     reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
     with opened(gguf_of("qwen3_vl_moe")) as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media.kinds == ("picture",)
         one = {name: reference[name] for name in ("picture.0", "input_ids")}
         before = reference["input_ids"].tolist()
         last = before[: before.index(50) + 3]
@@ -147,11 +149,11 @@ def beside(directory: Path, *names: str, family: str = "qwen3_vl_moe") -> Path:
 def fault_of(model: Path) -> ArgosyError:
     """Why the model takes no pictures; its text runs."""
     with opened(model) as engine:
-        assert engine.media_kinds == ()
+        assert engine.media.kinds == ()
         assert len(engine.generate(Prompt.of([3, 5, 6]), GREEDY).token_ids) == 8
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(ArgosyError) as caught:
-            engine._media.read(Image(np.zeros((8, 8, 3), np.uint8)))
+            engine.media.read(Image(np.zeros((8, 8, 3), np.uint8)))
     return caught.value
 
 
@@ -161,15 +163,15 @@ def test_of_several_towers_none_is_taken_until_one_is_named(tmp_path: Path) -> N
     assert "holds 2 files that may have the vision tower" in fault.message
     assert f"--mmproj {tmp_path / 'mmproj-BF16.gguf'}" in (fault.hint or "")
     with opened(model, mmproj=tmp_path / "mmproj-F32.gguf") as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media.kinds == ("picture",)
 
 
 def test_a_model_alone_takes_text(tmp_path: Path) -> None:
     model = beside(tmp_path)
     with opened(model) as engine:
-        assert engine._media is None
+        assert isinstance(engine.media, TextOnly)
     with opened(model, mmproj=gguf_of("qwen3_vl_moe") / "mmproj-model.gguf") as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media.kinds == ("picture",)
 
 
 def test_a_model_in_a_directory_that_cannot_be_listed_takes_text(
@@ -369,10 +371,8 @@ def test_a_tower_in_blocks_sees_what_the_values_of_its_blocks_see(family: str, t
         with opened(path, **({} if mmproj is None else {"mmproj": mmproj})) as engine:
             prompt = prompt_of(with_reference_pictures(engine, family), reference)
             engine.generate(prompt, GREEDY)
-            assert engine._media is not None
-            rows.append(
-                [one for kept in engine._media._kept._tenants.values() for one in kept.turns.values()]
-            )
+            assert isinstance(engine.media, PromptMedia)
+            rows.append([one for kept in engine.media._kept._tenants.values() for one in kept.turns.values()])
             plans.append(engine.plan.encoder_bytes)
     for expected, *others in zip(*rows, strict=True):
         for found in others:
@@ -404,7 +404,7 @@ def test_a_rewritten_tower_is_whole(tmp_path: Path) -> None:
     model = beside(tmp_path)
     rewritten(model, {}, {})
     with opened(model) as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media.kinds == ("picture",)
 
 
 def test_a_tower_for_sound_that_is_not_supported_keeps_no_picture_from_being_seen(tmp_path: Path) -> None:
@@ -412,10 +412,10 @@ def test_a_tower_for_sound_that_is_not_supported_keeps_no_picture_from_being_see
     key = "clip.audio.projector_type"
     rewritten(model, {key: entry(key, STRING, "ultravox")}, {}, "qwen3_omni_moe")
     with opened(model) as engine:
-        assert engine.media_kinds == ("picture",)
-        assert engine._media is not None
+        assert engine.media.kinds == ("picture",)
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(UnsupportedModel, match=r"clip.audio.projector_type ultravox; supported: qwen3a"):
-            engine._media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
+            engine.media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
 
 
 def test_a_cut_tower_is_refused_at_every_length_and_text_runs(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def run(engine: Engine, prompts: list[list[int]], temperature: float) -> list[Se
 
 def propose_others(engine: Engine, others: RandomDrafter) -> MtpDrafter:
     """Have others propose, always; return the engine's own drafter, which goes on following its answers."""
-    mtp = engine._mtp
+    mtp = engine._drafts.mtp
     assert mtp is not None
     engine._scheduler._drafter = others
     others.forget = mtp.forget  # type: ignore[method-assign]
@@ -191,7 +191,7 @@ def test_text_is_the_same_when_experts_move_into_slots(model: Path) -> None:
         while sequence.result is None:
             engine.step()
         assert tuple(sequence.new_ids) == tuple(expected)
-        mtp, proposed = engine._mtp, engine.ledger.proposed_tokens
+        mtp, proposed = engine._drafts.mtp, engine.ledger.proposed_tokens
         assert engine.generate(prompt[::-1], params(0.0)).token_ids  # a new answer tries proposals
         assert engine.ledger.proposed_tokens > proposed
         assert mtp is not None
@@ -203,10 +203,10 @@ def test_the_plan_counts_the_layer(model: Path) -> None:
         assert engine.plan.dense_bytes > plain.plan.dense_bytes
         assert engine.plan.kv_bytes > plain.plan.kv_bytes
         more_bytes = engine.plan.working_bytes - plain.plan.working_bytes
-        assert engine._model.draft is not None
-        assert more_bytes >= engine._model.draft._decoder._stack.buffer_bytes
+        assert engine._started.model.draft is not None
+        assert more_bytes >= engine._started.model.draft._decoder._stack.buffer_bytes
         assert engine.plan.resident_bytes > plain.plan.resident_bytes
-        assert engine._model.weights.nbytes <= engine.plan.dense_bytes
+        assert engine._started.model.weights.nbytes <= engine.plan.dense_bytes
 
 
 def test_drafts_have_a_head_of_their_own_where_it_is_smaller(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_drafts_have_a_head_of_their_own_where_it_is_smaller(tmp_path: Path) -> 
     with Engine.open(
         write_mtp_model(tmp_path / "f32", config, seed=3), speculate="mtp", **SETTINGS
     ) as engine:
-        head, draft = engine._model.weights.matrices["head"], engine._model.draft
+        head, draft = engine._started.model.weights.matrices["head"], engine._started.model.draft
         assert draft is not None
-        copy, runtime, shape = draft._head, engine._model._runtime, (head.rows, head.cols)
+        copy, runtime, shape = draft._head, engine._started.model._runtime, (head.rows, head.cols)
         assert (copy.rows, copy.cols, copy.format) == (*shape, "q8")
         every = np.arange(head.rows, dtype=np.int32)
         values, copied = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -233,8 +233,8 @@ def test_drafts_have_a_head_of_their_own_where_it_is_smaller(tmp_path: Path) -> 
     write_gguf_model(quantised, config | {"num_nextn_predict_layers": 1}, one_type("Q8_0"), seed=3)
     files = open_model(quantised).with_draft_layer()
     with Engine.open(quantised, speculate="mtp", **SETTINGS) as engine:
-        assert engine._model.draft is not None
-        assert engine._model.draft._head is engine._model.weights.matrices["head"]
+        assert engine._started.model.draft is not None
+        assert engine._started.model.draft._head is engine._started.model.weights.matrices["head"]
         assert engine.plan.dense_bytes == dense_footprint(files.dense)
 
 
@@ -263,7 +263,7 @@ def test_answers_go_on_when_an_expert_of_the_layer_cannot_be_read(
     prompt = prompt_ids({"vocab_size": vocab_size(model)}, 1, 40)
     with Engine.open(model, speculate="mtp", **SETTINGS) as engine:
         expected = engine.generate(prompt, params(0.0)).token_ids
-        mtp = engine._mtp
+        mtp = engine._drafts.mtp
         assert mtp is not None
 
         def fail(*ignored: object) -> None:

@@ -174,7 +174,7 @@ def test_prompts_submitted_together_compute_their_shared_prefix_once(model: Mode
 def test_answers_to_one_prompt_compute_it_once_and_follow_their_seeds(model: Model) -> None:
     prompt = model.prompt(1, 83)
     with model.engine() as engine:
-        sequences = engine.prepare(prompt, SAMPLED, num_answers=3)
+        sequences = engine.requests.prepare(prompt, SAMPLED, num_answers=3)
         engine.enqueue(sequences)
         run(engine, *sequences)
         num_run = engine.facts().tokens_run
@@ -186,7 +186,7 @@ def test_answers_to_one_prompt_compute_it_once_and_follow_their_seeds(model: Mod
     assert [visible(one.result) for one in sequences] == [visible(result) for result in alone]
     assert len({tuple(result.token_ids) for result in alone}) == 3
     with model.engine() as engine:
-        again = engine.prepare(prompt, SAMPLED, num_answers=3)
+        again = engine.requests.prepare(prompt, SAMPLED, num_answers=3)
     assert [one.sampler_state.seed for one in again] == seeds
 
 
@@ -347,6 +347,8 @@ def test_a_file_that_cannot_be_read_costs_only_the_reuse(
 def test_buffers_for_states_and_blocks_in_files_are_in_the_memory_plan(model: Model, tmp_path: Path) -> None:
     # So many sequences that layers with a window have as many blocks as the others, as they do with files.
     with model.engine(max_sequences=32) as without, model.engine(max_sequences=32, kv_dir=tmp_path) as engine:
-        assert engine._cache._files is not None
-        held = len(engine._cache._files._reading) + 3 * len(engine._cache._files._writable.get())
+        assert engine._started.cache._files is not None
+        held = len(engine._started.cache._files._reading) + 3 * len(
+            engine._started.cache._files._writable.get()
+        )
         assert engine.plan.working_bytes - without.plan.working_bytes == held

@@ -97,7 +97,7 @@ def test_reads_that_keep_failing_end_answers_with_the_error_and_the_engine_conti
             engine.generate_batch(prompts_of(config), PARAMS)
         facts = engine.facts()
         assert (facts.num_running, facts.num_waiting, facts.kv_blocks_held, facts.states_held) == (0, 0, 0, 0)
-        assert engine._store.pending() == 0
+        assert engine._started.store.pending() == 0
         while faults[-1].num_reads < first + 230:  # until the drive recovers
             with suppress(ArgosyError):
                 engine.generate(prompts_of(config)[0], PARAMS)
@@ -179,7 +179,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_held_and_the_next_answers_the_s
     prompts = [prompt_ids(config, seed, 40) for seed in range(3)]
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     with Engine.open(directory, memory="2GiB", threads=1, max_sequences=2) as engine:
-        assert (engine._cache.windows is None) == (engine._cache.states is not None)
+        assert (engine._started.cache.windows is None) == (engine._started.cache.states is not None)
 
         def answers() -> list[list[int]]:
             return [one.token_ids for one in engine.generate_batch(prompts, params)]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from argosy import Engine, SamplingParams, _native
 from argosy.checkpoint.pack import pack
 from argosy.engine.media import prompt_media
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import CheckpointError, Overloaded, UnsupportedModel, UsageError
 from argosy.media.parts import Audio, Image, MediaLimits, RequestMedia
 from argosy.model.encoders.reading import find_encoders, tensor_names
@@ -48,17 +49,17 @@ def require_answer(engine: Engine, prompt: Prompt, logits: NDArray[Any], greedy:
 
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
     """The reference's prompt, with spans instead of placeholders."""
-    assert engine._media is not None
+    assert isinstance(engine.media, PromptMedia)
     parts: list[Image | Audio] = [
         Image(reference[name]) for name in sorted(reference) if name.startswith("picture")
     ]
     if "sound" in reference:
         parts.append(Audio(reference["sound"], rate=RATE))
-    contents = [engine._media.read(part) for part in parts]
+    contents = [engine.media.read(part) for part in parts]
     segments: list[Any] = []
     for token_id in reference["input_ids"].tolist():
-        if contents and token_id == engine._media.placeholder(contents[0]):
-            segments += engine._media.segments(contents.pop(0), tenant, RequestMedia())
+        if contents and token_id == engine.media.placeholder(contents[0]):
+            segments += engine.media.segments(contents.pop(0), tenant, RequestMedia())
         else:
             segments.append([token_id])
     assert not contents
@@ -112,10 +113,8 @@ def test_a_quantised_pack_sees_with_the_exact_encoders(family: str, tmp_path: Pa
         with opened(directory) as engine:
             prompt = prompt_of(engine, reference)
             assert len(engine.generate(prompt, GREEDY).token_ids) == 8
-            assert engine._media is not None
-            rows.append(
-                [one for kept in engine._media._kept._tenants.values() for one in kept.turns.values()]
-            )
+            assert isinstance(engine.media, PromptMedia)
+            rows.append([one for kept in engine.media._kept._tenants.values() for one in kept.turns.values()])
     assert len(rows[0]) == len([name for name in reference if name.startswith(("picture", "sound"))])
     for expected, found in zip(*rows, strict=True):
         np.testing.assert_array_equal(found.embeddings, expected.embeddings)
@@ -143,11 +142,11 @@ def test_a_model_whose_experts_are_transposed_sees_from_a_pack(tmp_path: Path) -
 def test_a_repeated_picture_is_encoded_once_for_each_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
     with opened(REFERENCE / "qwen3_vl_moe", prefix_reuse=False) as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         encoded = []
-        encode = engine._media._encode
+        encode = engine.media._encode
         monkeypatch.setattr(
-            engine._media, "_encode", lambda *given: encoded.append(given[3]) or encode(*given)
+            engine.media, "_encode", lambda *given: encoded.append(given[3]) or encode(*given)
         )
         for tenant in ("a", "a", "b"):
             engine.submit(prompt_of(engine, reference, tenant), GREEDY, tenant=tenant)
@@ -162,12 +161,12 @@ def test_a_repeated_picture_is_encoded_once_for_each_tenant(monkeypatch: pytest.
 def test_prepared_media_give_their_room_back() -> None:
     reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "ref.safetensors")
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         prompt = prompt_of(engine, reference)
-        assert engine._media._waiting.held_bytes > 0
+        assert engine.media._waiting.held_bytes > 0
         engine.generate(prompt, GREEDY)
         del prompt
-        assert engine._media._waiting.held_bytes == 0
+        assert engine.media._waiting.held_bytes == 0
 
 
 def test_media_that_are_collected_while_others_are_refused_give_their_room_back(
@@ -204,9 +203,9 @@ def test_media_that_are_collected_while_others_are_refused_give_their_room_back(
 
 def test_the_largest_picture_is_the_most_tokens_that_are_allowed() -> None:
     with opened(REFERENCE / "qwen3_vl_moe", image_tokens=16) as engine:
-        assert engine._media is not None
-        large = engine._media.read(Image(np.zeros((300, 400, 3), np.uint8)))
-        (span,) = engine._media.segments(large, "", RequestMedia())
+        assert isinstance(engine.media, PromptMedia)
+        large = engine.media.read(Image(np.zeros((300, 400, 3), np.uint8)))
+        (span,) = engine.media.segments(large, "", RequestMedia())
         assert not isinstance(span, list)
         assert span.num_positions <= 16  # type: ignore[union-attr]
 
@@ -215,9 +214,9 @@ def test_a_picture_whose_positions_see_one_another_fits_every_chunk() -> None:
     largest = json.loads((REFERENCE / "gemma4" / "preprocessor_config.json").read_text())["max_soft_tokens"]
     with opened(REFERENCE / "gemma4", chunk_tokens=16) as engine:
         assert engine.plan.chunk_tokens == largest
-        assert engine._media is not None
-        picture = engine._media.read(Image(np.zeros((8, 4 * largest, 3), np.uint8)))
-        before, span, after = engine._media.segments(picture, "", RequestMedia())
+        assert isinstance(engine.media, PromptMedia)
+        picture = engine.media.read(Image(np.zeros((8, 4 * largest, 3), np.uint8)))
+        before, span, after = engine.media.segments(picture, "", RequestMedia())
         assert isinstance(span, MediaSpan)
         assert 16 < span.num_positions <= largest
         prompt = Prompt.of([3, 5], before, span, after, [6])
@@ -235,18 +234,18 @@ def test_the_plan_counts_the_largest_picture_that_the_processor_makes() -> None:
 
 def test_a_cap_below_what_a_processor_can_make_is_told_for_the_first_picture() -> None:
     with opened(REFERENCE / "gemma4", image_tokens=69) as engine:
-        assert engine._media is not None
-        assert engine.media_kinds == ("video",)  # whose frames may be smaller
+        assert isinstance(engine.media, PromptMedia)
+        assert engine.media.kinds == ("video",)  # whose frames may be smaller
         with pytest.raises(UsageError, match="must be at least 70 for this model, found 69"):
-            engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))
+            engine.media.read(Image(np.zeros((4, 4, 3), np.uint8)))
 
 
 def test_media_cost_memory_only_where_the_model_takes_them() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine.media_kinds == ("picture", "video")
+        assert engine.media.kinds == ("picture", "video")
         assert engine.plan.encoder_bytes > MediaLimits().decode_bytes
     with opened(REFERENCE / "qwen3_vl_moe", media=False) as engine:
-        assert engine.media_kinds == ()
+        assert engine.media.kinds == ()
         assert engine.plan.encoder_bytes == 0
         with pytest.raises(UsageError, match="takes text only"):
             engine.prompts._with_media(_turn(), "", None, [], RequestMedia())
@@ -260,21 +259,21 @@ def _turn() -> Any:
 
 def test_a_kind_that_the_model_cannot_take_is_named() -> None:
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(
             UsageError, match="takes text, pictures and videos, and the conversation has a sound"
         ):
-            engine._media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
+            engine.media.read(Audio(np.zeros(1600, np.float32), rate=RATE))
 
 
 def test_a_checkpoint_without_its_processor_says_so_for_the_first_picture(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(REFERENCE / "qwen3_vl_moe" / name)
     with opened(tmp_path) as engine:
-        assert engine.media_kinds == ()
-        assert engine._media is not None
+        assert engine.media.kinds == ()
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
-            engine._media.read(Image(np.zeros((4, 4, 3), np.uint8)))
+            engine.media.read(Image(np.zeros((4, 4, 3), np.uint8)))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +300,6 @@ def test_a_processor_for_another_encoder_is_named(
         else Image(np.zeros((8, 8, 3), np.uint8))
     )
     with opened(tmp_path) as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(CheckpointError, match=message):
-            engine._media.read(part)
+            engine.media.read(part)

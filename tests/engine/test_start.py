@@ -111,9 +111,9 @@ def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
     settings: dict[str, Any] = {"memory": "2GiB", "threads": 1, "context": 64, "chunk_tokens": 16}
     with Engine.open(directory, **settings) as engine:
         plan, expected = engine.plan, engine.logits([1, 2, 3]).tolist()
-        assert engine._model.experts is not None
-        assert engine._model.experts.resident is not None
-        landed_bytes = engine._model.weights.nbytes + engine._model.experts.resident.nbytes
+        assert engine._started.model.experts is not None
+        assert engine._started.model.experts.resident is not None
+        landed_bytes = engine._started.model.weights.nbytes + engine._started.model.experts.resident.nbytes
     # This leaves room for one token's experts, but not for all experts.
     growth = growth_bytes(engine.settings, plan.context_tokens, has_media=False)
     others = plan.total_bytes - plan.expert_bytes - plan.process_bytes + growth
@@ -122,7 +122,7 @@ def test_experts_read_early_make_way_for_an_unexpectedly_large_tokenizer(
     order.clear()
     with Engine.open(directory, **settings) as engine:
         assert order == ["experts", "tokenizer"]
-        assert isinstance(engine._model.experts, CachedRunner)
+        assert isinstance(engine._started.model.experts, CachedRunner)
         assert engine.plan.num_slots == engine.config.experts_per_token
         assert engine.logits([1, 2, 3]).tolist() == expected
 

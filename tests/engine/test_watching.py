@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import argosy.engine.media.prompt_media
 from argosy import Engine, _native
 from argosy.checkpoint.pack import pack
+from argosy.engine.media.prompt_media import PromptMedia
 from argosy.errors import BadMedia, PromptTooLong, UnsupportedModel
 from argosy.media.frames import Frame, Frames, each_in_turn
 from argosy.media.parts import (
@@ -48,8 +49,8 @@ EXACT = _native.instruction_sets()[min(2, len(_native.instruction_sets())) - 1]
 def opened(directory: Path, **options: Any) -> Engine:
     defaults = {"memory": "3GiB", "threads": 2, "image_tokens": GROUP_TOKENS, "video_tokens": VIDEO_TOKENS}
     engine = Engine.open(directory, **defaults | options)
-    assert engine._media is not None
-    engine._media._encode_text = encode_text  # these models have no tokenizer
+    assert isinstance(engine.media, PromptMedia)
+    engine.media._encode_text = encode_text  # these models have no tokenizer
     return engine
 
 
@@ -69,7 +70,7 @@ def parts_of(reference: dict[str, NDArray[Any]]) -> list[Image | Audio | Video]:
 
 def prompt_of(engine: Engine, reference: dict[str, NDArray[Any]], tenant: str = "") -> Prompt:
     """The reference's prompt, with spans instead of placeholders."""
-    assert engine._media is not None
+    assert isinstance(engine.media, PromptMedia)
     media = list[Any]()
     turn = Turn("user", "", pieces=tuple(parts_of(reference)))
     engine.prompts._with_media(turn, tenant, None, media, RequestMedia())
@@ -140,11 +141,11 @@ def test_a_prefix_that_ends_within_a_video_is_found(monkeypatch: pytest.MonkeyPa
     other = dict(reference)
     other["video.1"] = 255 - reference["video.1"]
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         encoded: list[str] = []
-        encode = engine._media._encode
+        encode = engine.media._encode
         monkeypatch.setattr(
-            engine._media, "_encode", lambda *given: encoded.append(given[0]) or encode(*given)
+            engine.media, "_encode", lambda *given: encoded.append(given[0]) or encode(*given)
         )
         engine.generate(prompt_of(engine, reference), GREEDY)
         num_all = len(encoded)
@@ -165,8 +166,8 @@ def test_each_group_takes_at_most_the_tokens_of_a_picture_and_all_those_of_a_vid
 
     def counts(video: Video, **caps: int) -> list[int]:
         with opened(REFERENCE / "qwen3_vl_moe", **caps) as engine:
-            assert engine._media is not None
-            parts = engine._media.segments(engine._media.read(video), "", RequestMedia())
+            assert isinstance(engine.media, PromptMedia)
+            parts = engine.media.segments(engine.media.read(video), "", RequestMedia())
             return [part.num_positions for part in parts if isinstance(part, MediaSpan)]
 
     assert counts(wide, image_tokens=64, video_tokens=64) == [48]
@@ -175,22 +176,22 @@ def test_each_group_takes_at_most_the_tokens_of_a_picture_and_all_those_of_a_vid
     assert counts(many, image_tokens=16, video_tokens=16) == [1] * 10
     long = Video(np.zeros((200, 8, 8, 3), np.uint8), rate=2)
     with opened(REFERENCE / "qwen3_vl_moe", video_tokens=50) as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(
             BadMedia, match=r"may take at most 50 tokens, and 200 frames of 8 x 8 need at least 100"
         ):
-            engine._media.segments(engine._media.read(long), "", RequestMedia())
+            engine.media.segments(engine.media.read(long), "", RequestMedia())
 
 
 def test_frames_wait_in_bounded_memory_and_give_it_back() -> None:
     reference = read_safetensors(REFERENCE / "qwen3_vl_moe" / "video.safetensors")
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         prompt = prompt_of(engine, reference)
-        assert engine._media._waiting.held_bytes > 0
+        assert engine.media._waiting.held_bytes > 0
         engine.generate(prompt, GREEDY)
         del prompt
-        assert engine._media._waiting.held_bytes == 0
+        assert engine.media._waiting.held_bytes == 0
 
 
 def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +200,7 @@ def test_pictures_are_decoded_between_the_frames_of_a_video(monkeypatch: pytest.
     frame_of_film = weakref.ref(np.zeros(1))
 
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        media = engine._media
+        media = engine.media
         assert media is not None
         film, picture = (np.zeros((*count, 40, 40, 3), np.uint8) for count in ((8,), ()))
         asking = threading.Thread(
@@ -242,12 +243,12 @@ def test_a_video_that_cannot_fit_the_context_is_refused_after_its_first_frame(
 ) -> None:
     num_scaled = count_calls(monkeypatch, Resizer, "resize")
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
-        film = engine._media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
+        assert isinstance(engine.media, PromptMedia)
+        film = engine.media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
         with pytest.raises(PromptTooLong, match="at least 20 tokens, and the context holds 20"):
-            engine._media.segments(film, "", RequestMedia(most_tokens=19))
+            engine.media.segments(film, "", RequestMedia(most_tokens=19))
         assert num_scaled() == 0
-        segments = engine._media.segments(film, "", RequestMedia())
+        segments = engine.media.segments(film, "", RequestMedia())
         assert sum(part.num_positions for part in segments if isinstance(part, MediaSpan)) == 20
     assert num_scaled() == 20
 
@@ -262,10 +263,10 @@ def test_work_on_a_video_ends_between_two_frames_when_it_is_not_wanted_any_more(
             raise InterruptedError
 
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        assert engine._media is not None
-        film = engine._media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
+        assert isinstance(engine.media, PromptMedia)
+        film = engine.media.read(Video(np.zeros((40, 90, 120, 3), np.uint8), rate=4))
         with pytest.raises(InterruptedError):
-            engine._media.segments(film, "", RequestMedia(check=check))
+            engine.media.segments(film, "", RequestMedia(check=check))
     assert num_scaled() == 3
 
 
@@ -284,7 +285,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> Call
 def test_a_refused_video_gives_up_its_turn() -> None:
     pictures = [np.zeros((40, width, 3), np.uint8) for width in (40, 44)]
     with opened(REFERENCE / "qwen3_vl_moe") as engine:
-        media = engine._media
+        media = engine.media
         assert media is not None
         with pytest.raises(BadMedia, match="must all have the same size") as refusal:
             media.segments(media.read(Video(pictures, rate=1.0)), "", RequestMedia())
@@ -305,19 +306,19 @@ def test_a_video_costs_memory_only_where_the_model_takes_it(tmp_path: Path) -> N
     del config["video_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with opened(source) as engine:
-        assert engine.media_kinds == ("picture", "video")
+        assert engine.media.kinds == ("picture", "video")
         with_video = engine.plan.encoder_bytes
     with opened(tmp_path) as engine:
-        assert engine.media_kinds == ("picture",)
+        assert engine.media.kinds == ("picture",)
         limits = MediaLimits()  # of its file, and of a process beside the one that decodes pictures
         assert (
             with_video - engine.plan.encoder_bytes > limits.video_bytes + limits.decode_bytes + FFMPEG_BYTES
         )
-        assert engine._media is not None
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(
             UnsupportedModel, match=r"name no placeholder for videos in the vocabulary \(video_token_id\)"
         ):
-            engine._media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))
+            engine.media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))
 
 
 def test_the_settings_of_videos_are_asked_for_when_one_comes(tmp_path: Path) -> None:
@@ -325,9 +326,9 @@ def test_the_settings_of_videos_are_asked_for_when_one_comes(tmp_path: Path) -> 
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         (tmp_path / name).symlink_to(source / name)
     with opened(tmp_path) as engine:
-        assert engine.media_kinds == ("picture",)
-        assert engine._media is not None
+        assert engine.media.kinds == ("picture",)
+        assert isinstance(engine.media, PromptMedia)
         with pytest.raises(
             UnsupportedModel, match=r"preprocessor_config.json asks for video_processor_type None"
         ):
-            engine._media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))
+            engine.media.read(Video(np.zeros((2, 8, 8, 3), np.uint8), rate=2))

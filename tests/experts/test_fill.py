@@ -39,15 +39,15 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
         expected = [resident.generate(prompt, PARAMS).token_ids for prompt in prompts]
         lookups = resident.ledger.lookups
     engine = ready.open(ready.plan.most_slots)
-    assert engine._model.experts is not None
-    assert engine._model.experts.resident is None  # nothing was read yet
+    assert engine._started.model.experts is not None
+    assert engine._started.model.experts.resident is None  # nothing was read yet
     engine.generate(prompts[0], SamplingParams(max_tokens=4, ignore_eos=True))
-    stats, num_here = engine._model.experts.stats, engine.facts().num_resident
+    stats, num_here = engine._started.model.experts.stats, engine.facts().num_resident
     assert num_here > stats.lookups - stats.hits  # more than tokens asked for
     assert [engine.generate(prompt, PARAMS).token_ids for prompt in prompts] == expected
     facts = engine.facts()
     assert facts.num_resident == facts.num_experts == ready.plan.num_experts
-    assert engine._model.experts.resident is not None
+    assert engine._started.model.experts.resident is not None
     assert engine.ledger.lookups > lookups
     before = engine.ledger
     assert engine.generate(prompts[0], PARAMS).token_ids == expected[0]
@@ -55,7 +55,7 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
     assert after.lookups - before.lookups == after.hits - before.hits > 0
     # With one slot less, steps ask again.
     engine.resize_experts(ready.plan.most_slots - 1)
-    assert engine._model.experts.resident is None
+    assert engine._started.model.experts.resident is None
     assert [engine.generate(prompt, PARAMS).token_ids for prompt in prompts] == expected
-    assert engine._model.experts.resident is None
+    assert engine._started.model.experts.resident is None
     ready.close(engine)

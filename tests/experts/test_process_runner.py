@@ -89,7 +89,7 @@ def test_a_process_that_dies_in_the_middle_of_a_layer_changes_no_answer(
     for dies_in_run in (1, 2, 8):
         with engine_with(dies_in_run=dies_in_run) as engine:
             assert [visible(result) for result in engine.generate_batch(prompts, PARAMS)] == expected
-            runner = engine._model.experts
+            runner = engine._started.model.experts
             assert isinstance(runner, ProcessRunner)
             assert runner.num_started == 2
             assert engine.facts().kv_blocks_held == 0
@@ -105,8 +105,8 @@ def test_a_process_that_keeps_dying_ends_the_answer_with_an_error_without_hangin
             engine.generate(prompt_ids(CONFIG, 1, 9), PARAMS)
         assert engine.facts().kv_blocks_held == 0
         assert len(engine.generate(prompt_ids(CONFIG, 1, 9), PARAMS).token_ids) == PARAMS.max_tokens
-        assert engine._model.experts is not None
-        engine._model.experts.close()
+        assert engine._started.model.experts is not None
+        engine._started.model.experts.close()
     assert time.monotonic() - began < 60
 
 
@@ -125,8 +125,8 @@ def test_a_damaged_expert_is_named_across_processes(
             engine.generate(prompt_ids(CONFIG, 1, 9), PARAMS)
         assert raised.value.facts["layer"] == 1
         assert raised.value.facts["expert"] in range(CONFIG["num_experts"])
-        assert engine._model.experts is not None
-        engine._model.experts.close()
+        assert engine._started.model.experts is not None
+        engine._started.model.experts.close()
 
 
 def test_an_interrupted_run_leaves_the_next_one_intact(directory: Path) -> None:

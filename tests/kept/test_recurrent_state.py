@@ -35,13 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(model: Path) -> Iterator[Engine]:
     """Open an engine without prefix reuse: these tests choose where to resume."""
     with Engine.open(model, memory="4GiB", threads=1, chunk_tokens=8) as engine:
-        engine._cache._is_on = False
+        engine._started.cache._is_on = False
         yield engine
 
 
 def states_of(engine: Engine) -> StateSlots:
-    assert engine._cache.states is not None
-    return engine._cache.states
+    assert engine._started.cache.states is not None
+    return engine._started.cache.states
 
 
 def step_until(engine: Engine, one: Sequence, num_computed: int) -> None:
@@ -143,7 +143,7 @@ def test_a_step_that_fails_midway_leaves_an_invalid_slot(
         states = states_of(engine)
         with monkeypatch.context() as patch:
             patch.setattr(CachedRunner, "elsewhere", None)
-            patch.setattr(engine._model.experts, "run", interrupted)
+            patch.setattr(engine._started.model.experts, "run", interrupted)
             with pytest.raises(InterruptedError):
                 engine.step()
         assert states.state.position(slot) == -1
@@ -212,7 +212,7 @@ def test_a_small_budget_has_fewer_states_and_a_refusal_counts_one(tmp_path: Path
 
 def test_a_model_without_delta_nets_has_no_states(tmp_path: Path) -> None:
     with Engine.open(write_model(tmp_path, qwen3_moe(), seed=1), memory="4GiB", threads=1) as engine:
-        assert engine._cache.states is None
+        assert engine._started.cache.states is None
         assert engine.plan.state_bytes == engine.plan.num_states == 0
         assert "recurrent state" not in [what for what, _, _ in engine.plan.lines()]
 
@@ -225,7 +225,7 @@ def test_a_step_must_name_its_state_slots(engine: Engine) -> None:
         step.token_ids, step.sequence, step.slots, step.is_decode, step.block_table, step.order,
         step.wanted, logits,
     )  # fmt: skip
-    stack = engine._model.decoder._stack
+    stack = engine._started.model.decoder._stack
     with pytest.raises(ValueError, match="the step needs state_slots"):
         stack.begin(*arguments)
     with pytest.raises(ValueError, match=r"state_slots\[0\] is 24, expected 0 to 23"):

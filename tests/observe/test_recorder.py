@@ -218,7 +218,7 @@ def test_an_engine_answers_the_same_and_its_recorder_hears_every_choice(
         engine.tell_recorder()
         counts, recent = made[0].counts(), made[0].recent()
         parts = {part.key: part.nbytes for part in engine.plan.parts()}
-        stats = engine._model.experts.stats  # type: ignore[union-attr]
+        stats = engine._started.model.experts.stats  # type: ignore[union-attr]
     everything = np.stack([np.concatenate(heard[layer]) for layer in model.moe_layers])
     np.testing.assert_array_equal(counts.prompt_uses + counts.decode_uses, uses_of(model, everything))
     assert counts.prompt_tokens == sum(map(len, prompts))

@@ -15,7 +15,6 @@ import uvicorn
 from argosy.engine.engine import Engine
 from argosy.engine.loop import EngineLoop
 from argosy.guard.keys import KeyRing
-from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Service
@@ -51,12 +50,9 @@ def serving(engine: Engine) -> Iterator[Service]:
     facts = ModelFacts(
         id="tiny", family=config.family, context_tokens=engine.plan.context_tokens, num_layers=len(config.layers),
         num_experts=config.num_experts, experts_per_token=config.experts_per_token, vocab_size=config.vocab_size,
-        media_kinds=engine.media_kinds, hears=engine.hears, hidden_size=config.hidden_size,
+        media_kinds=engine.media.kinds, hears=engine.media.hears, hidden_size=config.hidden_size,
     )  # fmt: skip
-    prompts = PromptBuilder(
-        engine.tokenizer, vocab_size=config.vocab_size, memory=ReplayMemory(),
-        context_tokens=engine.plan.context_tokens, media=engine._media,
-    )  # fmt: skip
+    prompts = engine.prompts.remembering(ReplayMemory())
     with EngineLoop(engine) as loop:
         yield Service(loop, prompts, engine.tokenizer, facts, ears=engine.ears)
     prompts.close()

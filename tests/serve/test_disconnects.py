@@ -200,13 +200,13 @@ def leased_slots(experts: ExpertCache) -> set[tuple[int, int]]:
 
 def held(server: Server) -> dict[str, Any]:
     """All resources that requests hold, by name."""
-    facts, runner = server.engine.facts(), server.engine._model.experts
+    facts, runner = server.engine.facts(), server.engine._started.model.experts
     assert isinstance(runner, CachedRunner)
     experts = runner.cache
     return {
         "sequences": facts.num_running + facts.num_waiting,
         "KV blocks": facts.kv_blocks_held,
-        "queued reads": server.engine._store.pending(),
+        "queued reads": server.engine._started.store.pending(),
         "open lease": experts.core.is_open,
         "leased slots": len(leased_slots(experts)),
         "live requests": len(server.loop._live) + server.loop._num_live,

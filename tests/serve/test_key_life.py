@@ -212,17 +212,19 @@ def test_a_revoked_key_leaves_nothing_and_other_keys_lose_nothing(server: Server
     for own in (headers, others_headers):
         assert httpx.post(f"{server.url}/v1/chat/completions", json=chat, headers=own).status_code == 200
         assert httpx.post(f"{server.url}/v1/completions", json=ASK, headers=own).status_code == 200
-    files = server.engine._cache._files
+    files = server.engine._started.cache._files
     assert files is not None
     wait_for(lambda: not server.engine.is_writing)
 
     def held(tenant: str) -> dict[str, int]:
         return {
             "blocks": sum(
-                c is not None and c.tenant == tenant for c in server.engine._cache.blocks._contents
+                c is not None and c.tenant == tenant for c in server.engine._started.cache.blocks._contents
             ),
             "files": len(list((server.kv_dir / files._tenant(tenant)[1]).glob("*.kv"))),
-            "grammars": sum(key[0] == tenant for key in server.engine._requests._grammars._compiled),  # type: ignore[union-attr]
+            "grammars": sum(
+                key[0] == tenant for key in server.engine.requests._vocabulary.grammars._compiled
+            ),  # type: ignore[union-attr]
             "counts": int(tenant in server.limits._uses),
         }
 

@@ -32,7 +32,7 @@ def own_engine(tmp_path: Path) -> Iterator[Engine]:
 def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
     own_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, seen = own_engine._model.forward, list[Any]()
+    forward, seen = own_engine._started.model.forward, list[Any]()
 
     def look(step: Any) -> Any:  # a state is shown while the step runs
         state = httpx.get(f"{url}/v1/engine/state").json()
@@ -40,7 +40,7 @@ def test_the_state_shows_a_request_that_runs_by_the_id_that_its_client_has(
         assert state["waiting"] == []
         return forward(step)
 
-    monkeypatch.setattr(own_engine._model, "forward", look)
+    monkeypatch.setattr(own_engine._started.model, "forward", look)
     ask = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
     with serving(own_engine) as service:
         for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):

@@ -12,7 +12,7 @@ and `Accepted.end`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -29,6 +29,7 @@ from argosy.engine.sequence import FinishReason, Result, TokenEvent, TokenLogpro
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
 from argosy.machine import resources
+from argosy.machine.energy import EnergyMeter
 from argosy.model.clock import PartClock
 from argosy.model.model import Model
 
@@ -59,8 +60,8 @@ class Answers:
     Args:
         end_ids: tokens that end any answer, unless they are ignored.
         admission: is told when a sequence ends.
-        model: its expert runner, if it has one, counts look-ups and reads.
-        energy: has the joules of steps and answers.
+        model: gives rows of the last step, and its expert runner, if it has one, counts look-ups and reads.
+        rows_at_once: rows of logits that the memory plan has room for.
         governor: has the time that proposals won; None: nothing tells.
     """
 
@@ -71,20 +72,43 @@ class Answers:
         *,
         clock: PartClock,
         model: Model,
-        energy: EnergyShares,
+        rows_at_once: int,
         governor: Governor | None = None,
     ) -> None:
-        self._energy = energy
+        self._energy = EnergyShares(
+            EnergyMeter.find(), lambda: 0 if model.experts is None else model.experts.stats.bytes_read
+        )
         self._governor = governor
         self.sampler = Sampler(end_ids)
         self._admission = admission
         self._end_ids = end_ids
         self._clock = clock
         self._model = model
+        self._rows_at_once = rows_at_once
         self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._proposed_tokens = self._confirmed_tokens = 0
         clock.mark("other")
         self._seconds_at_start = dict(clock.seconds)
+
+    def start(self, sequence: EngineSequence, counters: Ledger) -> None:
+        """A sequence is queued; `counters` is the ledger at that time."""
+        sequence.counters_at_start = counters
+        self._energy.start(sequence)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._energy.begin()
+
+    def read_prompts(self, scheduled: Scheduled) -> list[Accepted]:
+        """Read what a step has computed of prompts beside the rows of `accept`: for log-probabilities and embeddings.
+
+        Returns:
+            The sequences that end: their embedding is complete, or what they want cannot be computed.
+        """
+        self._energy.note(scheduled)
+        if scheduled.counts is None:  # every sequence decodes
+            return []
+        return self._note_prompts(scheduled) + self._pool(scheduled)
 
     def accept(
         self, sequence: EngineSequence, rows: NDArray[np.float32], proposals: Sequence[int] = ()
@@ -126,15 +150,8 @@ class Answers:
             sequence.num_confirmed += accepted.num_confirmed
         return accepted
 
-    def note_prompts(self, scheduled: Scheduled, model: Model, *, at_once: int) -> list[Accepted]:
-        """Record log-probabilities of the prompt tokens that follow a step's tokens, where a request wants them.
-
-        Args:
-            at_once: rows of logits that the memory plan has room for.
-
-        Returns:
-            The sequences that end because theirs cannot be computed.
-        """
+    def _note_prompts(self, scheduled: Scheduled) -> list[Accepted]:
+        """Record log-probabilities of the prompt tokens that follow a step's tokens, where a request wants them."""
         ended = []
         for number, sequence in enumerate(scheduled.sequences):
             noted, prompt_ids = sequence.prompt_logprobs, sequence.prompt_ids
@@ -146,8 +163,8 @@ class Answers:
             count = sequence.params.prompt_logprobs
             assert count is not None
             try:
-                for start in range(0, len(rows), at_once):
-                    for logits in model.logits(rows[start : start + at_once]):
+                for part in self._in_parts(rows):
+                    for logits in self._model.logits(part):
                         found = with_logprobs(prompt_ids[len(noted)], logits, count)
                         assert found.logprob is not None
                         noted.append(TokenLogprob(found.token_id, found.logprob, found.top_logprobs))
@@ -155,27 +172,19 @@ class Answers:
                 ended.append(Accepted(sequence, reason="error", error=error))
         return ended
 
-    def pool(self, scheduled: Scheduled, model: Model, *, at_once: int) -> list[Accepted]:
-        """Collect the hidden states of a step that embeddings need.
+    def _pool(self, scheduled: Scheduled) -> list[Accepted]:
+        """Give pools the rows of a step that they need.
 
         A text that is pooled takes no row of logits, and its sum is smaller than one; so the memory plan counts it.
-
-        Args:
-            at_once: hidden states to copy at a time, as many as the plan has rows of logits.
-
-        Returns:
-            The sequences whose embedding is complete.
         """
         complete: list[Accepted] = []
-        if scheduled.counts is None:  # every sequence decodes
-            return complete
         for number, sequence in enumerate(scheduled.sequences):
             if (pool := sequence.pool) is None:
                 continue
             rows = np.flatnonzero(scheduled.step.sequence == number)
             rows = rows[scheduled.step.order[rows] >= pool.needed_from]
-            for start in range(0, len(rows), at_once):
-                pool.add(model.final_states(rows[start : start + at_once]))
+            for part in self._in_parts(rows):
+                pool.read(self._model, part)
             if not pool.is_complete:
                 continue
             self._note_first(sequence)
@@ -185,6 +194,10 @@ class Answers:
             except ArgosyError as error:  # concerns this sequence alone
                 complete.append(Accepted(sequence, reason="error", error=error))
         return complete
+
+    def _in_parts(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, len(rows), self._rows_at_once):
+            yield rows[start : start + self._rows_at_once]
 
     def _note_first(self, sequence: EngineSequence) -> None:
         """Count a prompt when it is computed for the first time."""
@@ -197,6 +210,7 @@ class Answers:
         self, sequence: EngineSequence, reason: FinishReason, error: ArgosyError | None = None
     ) -> Result:
         """End a sequence: set and return its result."""
+        self._energy.settle()
         self._admission.count_end(perf_counter())
         prompt, new = len(sequence.prompt_ids), len(sequence.new_ids)
         usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

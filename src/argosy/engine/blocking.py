@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import Pooling, SamplingParams
-from argosy.engine.pooling import shortened
-from argosy.engine.requests import PromptLike
+from argosy.config import ModelConfig, Pooling, SamplingParams
+from argosy.engine.pooling import LogitsReader, shortened
+from argosy.engine.requests import PromptLike, Requests
 from argosy.engine.sequence import Result, TokenEvent
 from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.errors import UsageError
 
 _EMBEDDED_AT_ONCE = 64  # texts that wait or run together
 
 
 class BlockingCalls(ABC):
-    """`stream`, `generate`, `generate_batch` and `embed`, on top of `prepare`, `enqueue`, `step` and `cancel`."""
+    """`stream`, `generate`, `generate_batch`, `embed` and `logits`, on top of `submit` and `step`."""
 
-    @abstractmethod
-    def prepare(self, prompt: PromptLike, params: SamplingParams | None = None) -> list[EngineSequence]: ...
+    config: ModelConfig
+    requests: Requests
 
+    @property
     @abstractmethod
-    def prepare_embedding(
-        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = ""
-    ) -> list[EngineSequence]: ...
+    def has_work(self) -> bool: ...
 
     @abstractmethod
     def enqueue(self, sequences: Sequence[EngineSequence], *, has_room: bool = False) -> None: ...
@@ -37,13 +37,30 @@ class BlockingCalls(ABC):
     @abstractmethod
     def cancel(self, sequence: EngineSequence) -> None: ...
 
+    def submit(
+        self, prompt: PromptLike, params: SamplingParams | None = None, *, tenant: str = ""
+    ) -> EngineSequence:
+        """Queue a prompt. Its events collect in `.events` as `step` is called.
+
+        Args:
+            tenant: the request's owner. Tenants get equal shares of the engine and never share prefixes.
+
+        Raises:
+            PromptTooLong: the prompt leaves no room for an answer.
+            Overloaded: too many sequences are already waiting.
+            UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
+        """
+        sequences = self.requests.prepare(prompt, params, tenant=tenant)
+        self.enqueue(sequences)
+        return sequences[0]
+
     def stream(self, prompt: PromptLike, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """Yield the events of one answer as they come; the last has the result. Closing the iterator cancels it.
 
         Raises:
             ArgosyError: the answer cannot be finished, because a read failed or its grammar cannot be followed.
         """
-        (sequence,) = self.prepare(prompt, params)
+        (sequence,) = self.requests.prepare(prompt, params)
         try:
             self.enqueue([sequence])
             while sequence.events or sequence.result is None:
@@ -66,17 +83,8 @@ class BlockingCalls(ABC):
     ) -> list[Result]:
         """Answer several prompts together, each as it would be alone. Raises what `stream` raises."""
         each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-        sequences: list[EngineSequence] = []
-        try:
-            for prompt, own in zip(prompts, each, strict=True):
-                sequences += self.prepare(prompt, own)
-            self.enqueue(sequences)
-            while any(sequence.result is None for sequence in sequences):
-                self.step()
-            return [one.result.require() for one in sequences if one.result is not None]
-        finally:
-            for sequence in sequences:
-                self.cancel(sequence)
+        prepared = [self.requests.prepare(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        return self._finish_all([one for sequences in prepared for one in sequences])
 
     def embed(
         self,
@@ -100,19 +108,51 @@ class BlockingCalls(ABC):
         """
         vectors = []
         for start in range(0, len(texts), _EMBEDDED_AT_ONCE):
-            sequences: list[EngineSequence] = []
-            try:
-                for text in texts[start : start + _EMBEDDED_AT_ONCE]:
-                    sequences += self.prepare_embedding(text, pooling=pooling)
-                self.enqueue(sequences)
-                while any(sequence.result is None for sequence in sequences):
-                    self.step()
-                for sequence in sequences:
-                    assert sequence.result is not None
-                    vector = sequence.result.require().embedding
-                    assert vector is not None
-                    vectors.append(vector if dimensions is None else shortened(vector, dimensions))
-            finally:
-                for sequence in sequences:
-                    self.cancel(sequence)
+            some = texts[start : start + _EMBEDDED_AT_ONCE]
+            prepared = [self.requests.prepare_embedding(text, pooling=pooling) for text in some]
+            for result in self._finish_all(prepared):
+                assert result.embedding is not None
+                vectors.append(
+                    result.embedding if dimensions is None else shortened(result.embedding, dimensions)
+                )
         return np.array(vectors, np.float32)
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token logits at every position: float32 [tokens, vocab_size]. Needs no tokenizer.
+
+        The array is not part of the memory plan; `read_logits` gives the same rows a few at a time, within it.
+        """
+        out = np.empty((len(token_ids), self.config.vocab_size), np.float32)
+
+        def keep(first: int, rows: NDArray[np.float32]) -> None:
+            out[first : first + len(rows)] = rows
+
+        self.read_logits(token_ids, keep)
+        return out
+
+    def read_logits(self, token_ids: Sequence[int], take: Callable[[int, NDArray[np.float32]], None]) -> None:
+        """Call `take` with the next-token logits of all positions, in order, a few at a time.
+
+        Args:
+            take: gets the position of the first row, and the rows: float32 [rows, vocab_size], at most
+                `settings.max_sequences` of them. The memory plan has room for these and two copies.
+
+        Raises:
+            UsageError: the engine has other sequences.
+        """
+        (sequence,) = self.requests.prepare(list(token_ids), SamplingParams(max_tokens=1))
+        sequence.pool = LogitsReader(len(token_ids), take)
+        if self.has_work:
+            raise UsageError("logits are read alone; finish or cancel the other sequences first")
+        self._finish_all([sequence])
+
+    def _finish_all(self, sequences: list[EngineSequence]) -> list[Result]:
+        """Queue sequences and step until each has its result."""
+        try:
+            self.enqueue(sequences)
+            while any(sequence.result is None for sequence in sequences):
+                self.step()
+            return [one.result.require() for one in sequences if one.result is not None]
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)

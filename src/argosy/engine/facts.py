@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.budget.memory_plan import MemoryPlan
-from argosy.engine.answers import Answers
 from argosy.engine.ledger import Ledger
-from argosy.engine.prefix import PrefixCache
 from argosy.engine.scheduler import Scheduler
-from argosy.model.model import Model
+from argosy.engine.start import Started
 
 WINDOW_TOKENS = 256  # the experts chosen by only a few tokens would reveal them
 
@@ -82,17 +80,9 @@ class ExpertUses:
             self._num_tokens = 0
 
 
-def collect(
-    scheduler: Scheduler,
-    cache: PrefixCache,
-    model: Model,
-    answers: Answers,
-    uses: ExpertUses,
-    plan: MemoryPlan,
-    num_slots: int,
-    runtime: _native.Runtime,
-) -> EngineFacts:
-    """The facts of an engine, between two steps; `num_slots` experts have room at the moment."""
+def collect(started: Started, scheduler: Scheduler, totals: Ledger, uses: ExpertUses) -> EngineFacts:
+    """The facts of an engine, between two steps."""
+    plan, model, cache = started.plan, started.model, started.cache
     blocks, states = cache.blocks, cache.states
     return EngineFacts(
         num_running=scheduler.num_running,
@@ -106,14 +96,14 @@ def collect(
         states_free=0 if states is None else states.num_free,
         snapshots=0 if states is None else states.num_snapshots,
         num_experts=plan.num_experts,
-        expert_slots=num_slots,
+        expert_slots=plan.num_slots if started.experts is None else started.experts.num_slots,
         num_resident=0 if model.experts is None else model.experts.num_resident,
         file_bytes=cache.file_bytes,
         tokens_run=uses.num_tokens_run,
-        totals=answers.ledger,
+        totals=totals,
         memory=tuple(plan.lines()),
         budget_bytes=plan.budget_bytes,
         expert_uses=uses.reported,
         expert_use_tokens=uses.reported_tokens,
-        operations=runtime.operations if _native.amx_formats() else None,
+        operations=started.runtime.operations if _native.amx_formats() else None,
     )

@@ -195,9 +195,9 @@ class EngineLoop:
         Raises:
             Overloaded: too many sequences are already waiting, or the loop is stopping or has failed.
             Revoked: the tenant was revoked.
-            ArgosyError: what `Engine.prepare` raises.
+            ArgosyError: what `Requests.prepare` raises.
         """
-        sequences = self._engine.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
+        sequences = self._engine.requests.prepare(prompt, params, num_answers=num_answers, tenant=tenant)
         return self._queue(Request(sequences, on_event, name), tenant)
 
     def submit_embedding(
@@ -210,10 +210,10 @@ class EngineLoop:
     ) -> Request:
         """Check a text and queue it for its embedding, which `AnswerEnd.result` has.
 
-        Raises what `submit` and `Engine.prepare_embedding` raise.
+        Raises what `submit` and `Requests.prepare_embedding` raise.
         """
-        sequences = self._engine.prepare_embedding(text, tenant=tenant)
-        return self._queue(Request(sequences, on_event, name), tenant)
+        sequence = self._engine.requests.prepare_embedding(text, tenant=tenant)
+        return self._queue(Request([sequence], on_event, name), tenant)
 
     def _queue(self, request: Request, tenant: str) -> Request:
         num_answers = len(request.seeds)
@@ -263,7 +263,7 @@ class EngineLoop:
         samples = list(self._samples)
         known_until = now if running is None else running
         window = _Window(samples, known_until)
-        prompt_rate, step = window.mean("prompt_tokens"), self._engine.running_step
+        prompt_rate, step = window.mean("prompt_tokens"), self._engine.watch.running_step
         if running is not None and step is not None and (num_done := step.prompt_tokens_done):
             share = min(1.0, RATE_SECONDS / (now - running)) if now > running else 1.0
             prompt_rate = _Window(samples, now, running).mean("prompt_tokens", share * num_done)
@@ -281,7 +281,7 @@ class EngineLoop:
             new_tok_per_s=window.mean("new_tokens"),
             prompt_tok_per_s=prompt_rate,
             bytes_read_per_s=window.mean("bytes_read"),
-            silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.progressed_at)),
+            silent_s=max(0.0, monotonic() - max(self._beat_at, self._engine.watch.progressed_at)),
             recent_parts=window.parts(),
             recent_decode=reduce(add, decodes) if decodes else None,
             requests=requests,
@@ -293,7 +293,7 @@ class EngineLoop:
         running: list[RequestProgress] = []
         waiting: list[RequestWait] = []
         for request in dict.fromkeys([*self._live, *self._inbox]):
-            progress = self._engine.progress(request._sequences, request.name)
+            progress = self._engine.watch.progress(request._sequences, request.name)
             if progress is not None:
                 running.append(progress)
             elif request._open and len(waiting) < MOST_WAITS:

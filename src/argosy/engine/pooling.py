@@ -5,18 +5,22 @@
 States are added one position after another, in float64. So a vector has the same bits whatever the chunks, the batch
 and the number of threads.
 
-Elsewhere: `answers.py` gives each pool the states of a step; `checkpoint/pooling.py` finds what a checkpoint declares.
+Who wants the logits of every position instead has a `LogitsReader` in the pool's place.
+
+Elsewhere: `answers.py` gives each pool the rows of a step; `checkpoint/pooling.py` finds what a checkpoint declares.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from argosy.config import Pooling
 from argosy.errors import ArgosyError, UsageError
+from argosy.model.model import Model
 
 Array = NDArray[np.float32]
 
@@ -39,6 +43,10 @@ class Pool:
     def is_complete(self) -> bool:
         return self.needed_from == self._num_tokens
 
+    def read(self, model: Model, rows: NDArray[np.int64]) -> None:
+        """Read the next positions that are needed, which are these rows of the last step."""
+        self.add(model.final_states(rows))
+
     def add(self, states: Array) -> None:
         """Add the hidden states [positions, hidden_size] of the next positions that are needed."""
         if self._sum is None:
@@ -56,6 +64,30 @@ class Pool:
         assert self.is_complete
         assert self._sum is not None
         return normalised(self._sum / self._num_pooled)
+
+
+class LogitsReader:
+    """Passes on the logits of every position of one sequence, instead of pooling its hidden states.
+
+    Args:
+        take: gets the position of the first row, and the rows: float32 [rows, vocab_size].
+    """
+
+    def __init__(self, num_tokens: int, take: Callable[[int, Array], None]) -> None:
+        self._num_tokens, self._take = num_tokens, take
+        self.needed_from = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.needed_from == self._num_tokens
+
+    def read(self, model: Model, rows: NDArray[np.int64]) -> None:
+        """See `Pool.read`."""
+        self._take(self.needed_from, model.logits(rows))
+        self.needed_from += len(rows)
+
+    def vector(self) -> None:
+        """There is none."""
 
 
 def normalised(vector: NDArray[np.floating]) -> Array:

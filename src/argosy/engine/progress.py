@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.engine.scheduler import Scheduled
     from argosy.engine.sequence import Sequence, WaitReason
+    from argosy.engine.start import Started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,40 @@ def progress_of(
         name=name, prompt_tokens=total, prompt_done=min(int(done), total), answer_tokens=0, tok_per_s=rate,
         seconds=now - began, seconds_left=left,
     )  # fmt: skip
+
+
+class Watch:
+    """How far the running step and the requests of one engine are. From any thread; nothing here waits for a step.
+
+    Attributes:
+        scheduled: the step whose layers run now; None: none runs. The engine sets it.
+    """
+
+    def __init__(self, started: Started, sequences: list[Sequence]) -> None:
+        self._started, self._sequences = started, sequences
+        self.scheduled: Scheduled | None = None
+
+    @property
+    def running_step(self) -> RunningStep | None:
+        """The step that runs now; None: none runs."""
+        scheduled = self.scheduled
+        return None if scheduled is None else RunningStep(scheduled, self._started.model.decoder.share_done)
+
+    @property
+    def progressed_at(self) -> float:
+        """Monotonic seconds at which a step was last between two layers; 0: the engine is closed."""
+        return self._started.model.decoder.progressed_at if self._started.is_open else 0.0
+
+    def progress(
+        self, sequences: SequenceOf[Sequence] | None = None, name: str = ""
+    ) -> RequestProgress | None:
+        """How far a request is; None: it has not run yet.
+
+        Args:
+            sequences: its answers; None: all sequences of the engine, if it has one request.
+        """
+        sequences = list(self._sequences) if sequences is None else sequences
+        return progress_of(name, sequences, lambda: self.running_step, now=perf_counter())
 
 
 def _rate(count: float, seconds: float) -> float | None:

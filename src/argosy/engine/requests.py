@@ -7,22 +7,23 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.pooling import declared_pooling
 from argosy.config import ModelConfig, Pooling, SamplingDefaults, SamplingParams
 from argosy.engine.media.spans import Spans
 from argosy.engine.pooling import Pool
-from argosy.engine.prefix import PrefixCache
 from argosy.engine.sampler import SamplerState, derived_seed
 from argosy.engine.sequence import Sequence as EngineSequence
+from argosy.engine.start import Started
 from argosy.engine.watermark import MarkedAnswer, Watermark
-from argosy.errors import PromptTooLong, UsageError
+from argosy.errors import ArgosyError, CheckpointError, PromptTooLong, UsageError
 from argosy.media.parts import Part
-from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.messages import Message
 from argosy.prompt.prompt import Prompt
-from argosy.prompt.tokenizer import StreamDecoder, Tokenizer
+from argosy.prompt.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
-    from argosy.engine.grammar.constraint import Constraint, GrammarCompiler
+    from argosy.engine.grammar.constraint import Constraint
 
 PromptLike = str | Sequence[int] | Sequence[Message] | Sequence[Part] | Prompt
 
@@ -34,38 +35,48 @@ class Requests:
         context_tokens: a prompt and its answer have to fit; it may change.
 
     Args:
-        grammars: the compiler, or the error to raise when a request has a grammar.
-        chunk_tokens: most prompt tokens in a step; a span whose positions see one another has to fit.
+        pooling: of embeddings, where a request does not say.
         watermark: marks sampled text; None: nothing does.
         defaults: for what a request leaves to the model.
     """
 
     def __init__(
         self,
-        prompts: PromptBuilder,
-        tokenizer: Tokenizer | None,
-        grammars: GrammarCompiler | UsageError,
-        cache: PrefixCache,
+        started: Started,
+        files: ModelFiles,
         *,
-        context_tokens: int,
-        chunk_tokens: int,
-        model: ModelConfig,
-        watermark: Watermark | None = None,
+        pooling: Pooling | None,
+        watermark: Watermark | None,
         defaults: SamplingDefaults,
     ) -> None:
-        self.prompts = prompts
-        self._tokenizer = tokenizer
-        self._grammars = grammars
-        self._cache = cache
-        self.context_tokens = context_tokens
-        self._chunk_tokens = chunk_tokens
-        self._model = model
+        self._started = started
+        self._vocabulary = started.vocabulary
+        self.context_tokens = started.plan.context_tokens
+        self._chunk_tokens = started.plan.chunk_tokens
+        self._model: ModelConfig = files.config
+        self._pooling = _find_pooling(files, pooling)
         self._watermark = watermark
         self._defaults = defaults
         self._numbers = itertools.count()
 
+    @property
+    def pooling(self) -> Pooling:
+        """How embeddings are made of hidden states, if a request does not say.
+
+        Raises:
+            UnsupportedModel: the checkpoint declares a pooling that is not supported.
+        """
+        if isinstance(self._pooling, ArgosyError):
+            raise self._pooling
+        return self._pooling
+
     def prepare(
-        self, prompt: PromptLike, params: SamplingParams | None, *, num_answers: int, tenant: str
+        self,
+        prompt: PromptLike,
+        params: SamplingParams | None = None,
+        *,
+        num_answers: int = 1,
+        tenant: str = "",
     ) -> list[EngineSequence]:
         """Check a request and make one sequence per answer.
 
@@ -76,11 +87,12 @@ class Requests:
             PromptTooLong: the prompt leaves no room for an answer.
             UsageError: `PromptBuilder.build` refuses the prompt, or this model cannot honour the parameters.
         """
+        self._started.require_open()
         params = (params or SamplingParams()).fill_in(self._defaults)
         started_at = perf_counter()
         if num_answers < 1:
             raise UsageError(f"num_answers must be at least 1, found {num_answers}")
-        built = self.prompts.build(prompt, tenant=tenant)
+        built = self._started.prompts.build(prompt, tenant=tenant)
         prompt_ids = list(built.token_ids or ())
         available, least = self.context_tokens, max(1, params.min_tokens)
         if len(prompt_ids) + least > available:
@@ -96,7 +108,7 @@ class Requests:
                 number=next(self._numbers),
                 max_new_tokens=left if params.max_tokens is None else min(params.max_tokens, left),
                 sampler_state=SamplerState(prompt_ids, seed, self._mark(params)),
-                chain=self._cache.chain(tenant),
+                chain=self._started.cache.chain(tenant),
                 decoder=self._decoder_of(built, params),
                 tenant=tenant,
                 constraint=self._constraint(params, tenant),
@@ -111,11 +123,23 @@ class Requests:
         return sequences
 
     def prepare_embedding(
-        self, text: str | Sequence[int], *, pooling: Pooling, tenant: str
+        self, text: str | Sequence[int], *, pooling: Pooling | None = None, tenant: str = ""
     ) -> EngineSequence:
-        """Check a text and make the sequence that computes its embedding. Raises what `prepare` raises."""
+        """Check a text and make the sequence that computes its embedding.
+
+        Args:
+            text: as it is, without a chat template, between the tokens that the tokenizer adds to a text; or token ids.
+            pooling: None: the engine's.
+
+        Raises:
+            PromptTooLong: the text is longer than the context.
+            UnsupportedModel: the checkpoint declares a pooling that is not supported.
+            UsageError: the text is empty, or the model cannot take it.
+        """
+        self._started.require_open()
+        pooling = pooling or self.pooling
         started_at = perf_counter()
-        prompt_ids = list(self.prompts.whole_text(text).token_ids or ())
+        prompt_ids = list(self._started.prompts.whole_text(text).token_ids or ())
         if len(prompt_ids) > self.context_tokens:
             raise PromptTooLong.of(len(prompt_ids), self.context_tokens, for_answer=0)
         sequence = EngineSequence(
@@ -124,7 +148,7 @@ class Requests:
             number=next(self._numbers),
             max_new_tokens=0,
             sampler_state=SamplerState(prompt_ids, seed=0),
-            chain=self._cache.chain(tenant),
+            chain=self._started.cache.chain(tenant),
             tenant=tenant,
             pool=Pool(pooling, len(prompt_ids)),
         )
@@ -152,8 +176,8 @@ class Requests:
 
     def forget(self, tenant: str) -> None:
         """Forget a tenant's compiled grammars."""
-        if not isinstance(self._grammars, UsageError):
-            self._grammars.forget(tenant)
+        if not isinstance(self._vocabulary.grammars, UsageError):
+            self._vocabulary.grammars.forget(tenant)
 
     def _mark(self, params: SamplingParams) -> MarkedAnswer | None:
         if self._watermark is None or not params.watermark or params.temperature == 0:
@@ -161,22 +185,23 @@ class Requests:
         return self._watermark.begin()
 
     def _decoder_of(self, prompt: Prompt, params: SamplingParams) -> StreamDecoder | None:
-        if self._tokenizer is None:
+        if self._vocabulary.tokenizer is None:
             return None
-        return self._tokenizer.stream(
+        return self._vocabulary.tokenizer.stream(
             keep_special=not params.skip_special_tokens, is_start=prompt.is_conversation
         )
 
     def _constraint(self, params: SamplingParams, tenant: str) -> Constraint | None:
         if params.grammar is None:
             return None
-        if isinstance(self._grammars, UsageError):
-            raise self._grammars
-        return self._grammars.compile(params.grammar, tenant)
+        grammars = self._vocabulary.grammars
+        if isinstance(grammars, UsageError):
+            raise grammars
+        return grammars.compile(params.grammar, tenant)
 
     def _require_possible(self, params: SamplingParams) -> None:
         """Refuse parameters that this model cannot honour."""
-        if params.stop and self._tokenizer is None:
+        if params.stop and self._vocabulary.tokenizer is None:
             raise UsageError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
         for name, token_ids in (
             ("logit_bias", params.logit_bias),
@@ -187,3 +212,11 @@ class Requests:
                     raise UsageError(
                         f"{name} names token {token_id}; the vocabulary has {self._model.vocab_size}"
                     )
+
+
+def _find_pooling(files: ModelFiles, given: Pooling | None) -> Pooling | ArgosyError:
+    """The pooling of embeddings, or the error to raise when one is wanted: other answers do not need it."""
+    try:
+        return given or declared_pooling(files) or "last"
+    except CheckpointError as error:
+        return error

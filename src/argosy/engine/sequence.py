@@ -16,7 +16,7 @@ from argosy.engine.chain import Chain
 from argosy.engine.energy import Metered
 from argosy.engine.ledger import Ledger
 from argosy.engine.media.spans import Spans
-from argosy.engine.pooling import Pool
+from argosy.engine.pooling import LogitsReader, Pool
 from argosy.engine.sampler import SamplerState
 from argosy.errors import ArgosyError
 from argosy.prompt.stop import StopStrings
@@ -95,7 +95,7 @@ class Sequence:
         chain: contents of its full KV blocks.
         constraint: the grammar that the answer must follow.
         spans: the media in the prompt, which has placeholders at their positions; None: text alone.
-        pool: collects hidden states of the prompt; then there is no answer, and `max_new_tokens` is 0.
+        pool: reads hidden states or logits of the prompt; then there is no answer, and `max_new_tokens` is 0.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Sequence:
         tenant: str = "",
         constraint: Constraint | None = None,
         spans: Spans | None = None,
-        pool: Pool | None = None,
+        pool: Pool | LogitsReader | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.params = params

@@ -36,6 +36,7 @@ from argosy.budget.memory_plan import (
 )
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, EngineConfig
+from argosy.engine.media.text_only import TextOnly
 from argosy.engine.options import choose_instruction_set
 from argosy.engine.prefix import PrefixCache, identify
 from argosy.engine.turns import Turns
@@ -103,9 +104,12 @@ class Share:
     foreground: _native.Foreground
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Started:
-    """The parts that an engine runs with; it closes all of them."""
+    """What an engine runs with, to close as one. What is small stays after that: plan, vocabulary, lock and ears.
+
+    plan, experts, idle: `resizing.py` sets them while the engine runs.
+    """
 
     clock: PartClock
     store: _native.Store
@@ -113,7 +117,7 @@ class Started:
     vocabulary: Vocabulary
     plan: MemoryPlan
     prompts: PromptBuilder
-    media: PromptMedia | None  # None: the model takes text only
+    media: PromptMedia | TextOnly
     ears: Transcriber | None
     lock: Turns  # guards the engine's state: held for each step, and for each call between two steps
     turns: Turns  # shares the cores: held for each step, and for each piece of other work
@@ -123,6 +127,35 @@ class Started:
     idle: IdleMemory | None  # None: what prompts and sequences do not need stays unused
     log: RouteLog | None  # None: nothing is recorded
     cache: PrefixCache
+    is_open: bool = True
+
+    def require_open(self) -> None:
+        if not self.is_open:
+            raise UsageError("the engine is closed")
+
+    def close(self) -> None:
+        """Free everything, even if a part of it fails to close. Call it with the lock, once."""
+        self.is_open = False
+        with (
+            ExitStack() as last_first
+        ):  # no read of the store may move bytes when the model frees their places
+            last_first.callback(self.model.close)
+            last_first.callback(self.runtime.close)
+            last_first.callback(self.store.close)
+            last_first.callback(self.cache.close)
+            for one in (self.experts, self.idle, self.media, self.prompts):
+                if one is not None:
+                    last_first.callback(one.close)
+            del (
+                self.prompts,
+                self.media,
+                self.idle,
+                self.experts,
+                self.cache,
+                self.store,
+                self.runtime,
+                self.model,
+            )
 
 
 def start(
@@ -249,7 +282,7 @@ def start(
         vocabulary=vocabulary,
         plan=plan,
         prompts=prompts,
-        media=media,
+        media=media or TextOnly(),
         ears=ears,
         lock=lock,
         turns=turns,

@@ -12,7 +12,7 @@ threads and the store, which models share.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from argosy import _native
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import KV_BLOCK_TOKENS, KvDtype
+from argosy.errors import UsageError
 from argosy.experts.cache import CachedRunner, ExpertCache
 from argosy.experts.files import ExpertFiles
 from argosy.experts.recording import RouteLog
@@ -288,9 +289,19 @@ class Model:
         """Hidden states after the final norm, of any rows of the last step: float32 [rows, hidden_size]."""
         return self.decoder.final_states(rows)
 
-    def forbid(self, layer: int, experts: Sequence[int]) -> None:
-        """Let no token choose these experts of a layer from the next step on (`Decoder.forbid`)."""
-        self.decoder.forbid(layer, experts)
+    def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
+        """Let no token choose these experts, given by layer, from the next step on; all others may be chosen again.
+
+        Raises:
+            UsageError: a layer has no such experts or would keep too few.
+        """
+        try:
+            for layer in self._files.own_config.moe_layers:
+                self.decoder.forbid(layer, ())
+            for layer, forbidden in experts.items():
+                self.decoder.forbid(layer, tuple(forbidden))
+        except ValueError as error:
+            raise UsageError(f"these experts cannot be forbidden: {error}") from None
 
     @property
     def is_packed(self) -> bool:

@@ -612,8 +612,8 @@ def serve(
         UsageError: another process has started to listen there in the meantime.
     """
     facts = facts_of(
-        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media_kinds,
-        hears=engine.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
+        name, engine.config, engine.plan, num_parameters=engine.num_parameters, media_kinds=engine.media.kinds,
+        hears=engine.media.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
     )  # fmt: skip
     # A quarter is for items that clients refer to; the rest is for tokens of answers.
     kept_bytes = engine.plan.replay_bytes // 4 if settings.store else 0

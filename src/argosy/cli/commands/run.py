@@ -165,7 +165,9 @@ def run(
                 result.usage,
                 result.ledger,
             )
-            print(_as_json(answer, reply, engine.hears, engine.plan, co2_grams_per_kwh, result.logprobs))
+            print(
+                _as_json(answer, reply, engine.media.hears, engine.plan, co2_grams_per_kwh, result.logprobs)
+            )
         elif not quiet:
             lines = ledger_lines(
                 result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh
@@ -271,7 +273,7 @@ def _ears_lines(engine: Engine) -> list[str]:
     from argosy.media.parts import Audio
 
     num_sounds = sum(isinstance(one, Audio) for one in media_of())
-    if not num_sounds or engine.hears != "transcript":
+    if not num_sounds or engine.media.hears != "transcript":
         return []
     return [
         f"ears     {counted(num_sounds, 'sound')} transcribed: the model read the text, and did not hear it"

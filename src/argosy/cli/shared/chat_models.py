@@ -120,11 +120,11 @@ class LocalModel:
 
     @property
     def media_kinds(self) -> Sequence[Kind]:
-        return self._engine.media_kinds
+        return self._engine.media.kinds
 
     @property
     def hears(self) -> Hearing:
-        return self._engine.hears
+        return self._engine.media.hears
 
     @property
     def takes_calls(self) -> bool:
@@ -148,7 +148,7 @@ class LocalModel:
         ]
 
     def media_fault(self, kind: Kind) -> str | None:
-        fault = self._engine.media_faults.get(kind)
+        fault = self._engine.media.faults.get(kind)
         return None if fault is None else fault.message
 
     def shortfall(self, thinking: Thinking) -> str | None:

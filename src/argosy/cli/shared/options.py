@@ -381,7 +381,7 @@ def open_engine(
         kept.note_use(name)
     try:
         with engine:
-            for fault in dict.fromkeys(engine.media_faults.values()):
+            for fault in dict.fromkeys(engine.media.faults.values()):
                 hint = f" ({fault.hint})" if fault.hint else ""
                 print(f"note: {fault.message}{hint}", file=sys.stderr)
             for note in engine.sampling.notes:

@@ -473,7 +473,7 @@ def prompt_shown(engine: Engine) -> Callable[[], Shown | None]:
     def read() -> Shown | None:
         from argosy.engine.progress import prompt_count
 
-        if (known := engine.progress()) is None:
+        if (known := engine.watch.progress()) is None:
             return None
         share = known.prompt_done / max(1, known.prompt_tokens)
         return Shown(prompt_count(known.prompt_done, known.prompt_tokens), share, known.seconds_left)

@@ -113,6 +113,10 @@ class PromptMedia:
             return "native"
         return "none" if self._ears is None else "transcript"
 
+    def settle(self) -> None:
+        """See `MediaMemory.settle`."""
+        self.memory.settle()
+
     def close(self) -> None:
         self.memory.close()
         self._clear()

@@ -1,0 +1,53 @@
+"""The drafter of one engine, and the governor that lets it propose while that pays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from time import perf_counter
+from typing import NamedTuple, Self
+
+from argosy import _native
+from argosy.config import KV_BLOCK_TOKENS, EngineConfig
+from argosy.engine.drafts.drafter import Drafter
+from argosy.engine.drafts.governor import Governor
+from argosy.engine.drafts.lookup import LookupDrafter
+from argosy.engine.drafts.mtp import MtpDrafter
+from argosy.engine.scheduler import Scheduled
+from argosy.engine.sequence import Sequence
+from argosy.errors import UsageError
+from argosy.model.model import Model
+
+
+class Drafts(NamedTuple):
+    """What proposes tokens, if anything does.
+
+    governor: None: the drafter proposes whether that pays or not.
+    mtp: the drafter, if it is the checkpoint's own layer.
+    """
+
+    drafter: Drafter | None
+    governor: Governor | None = None
+    mtp: MtpDrafter | None = None
+
+    @classmethod
+    def open(cls, config: EngineConfig, model: Model, store: _native.Store, given: Drafter | None) -> Self:
+        """Make the drafter that the settings choose, or take the one that the caller gives."""
+        if config.speculate == "off":
+            return cls(given)
+        governor = Governor(config.draft_tokens, lambda: store.stats()["busy_seconds"])
+        mtp = MtpDrafter(model, KV_BLOCK_TOKENS) if config.speculate == "mtp" else None
+        return cls(mtp or LookupDrafter(), governor, mtp)
+
+    def note(self, scheduled: Scheduled, ended: Collection[Sequence]) -> None:
+        """Show the draft layer, if there is one, what a step has committed."""
+        if self.mtp is None or self.governor is None:
+            return
+        began = perf_counter()
+        self.mtp.note(scheduled, ended)
+        self.governor.count_upkeep(scheduled.sequences, perf_counter() - began)
+
+
+def require_one_drafter(config: EngineConfig, given: Drafter | None) -> None:
+    """Raises UsageError if the caller gives a drafter and the settings choose another one."""
+    if given is not None and config.speculate != "off":
+        raise UsageError(f"a drafter is given, and speculate='{config.speculate}' chooses another one")

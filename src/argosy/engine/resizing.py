@@ -1,0 +1,229 @@
+"""Give an engine more memory or less while it runs; steps go on meanwhile, and what is resident decides no token.
+
+    another budget  ->  plan  ->  experts leave or come, KV blocks go or come back  ->  the plan that holds from now on
+
+Around each step, memory that the step needs is taken back from the experts that it was lent to, and a model that is
+loaded beside others lends them the cores.
+
+Elsewhere: `budget/memory_plan.py` plans; `budget/expert_memory.py` has the slots; `budget/idle_memory.py` lends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from time import perf_counter
+
+from argosy.budget.expert_memory import OWN, ExpertMemory
+from argosy.budget.footprint import kv_blocks
+from argosy.budget.idle_memory import KV
+from argosy.budget.memory_plan import MemoryPlan, in_slots, replan, require_budget
+from argosy.config import MIB, EngineConfig, format_bytes
+from argosy.engine.requests import Requests
+from argosy.engine.scheduler import Scheduler
+from argosy.engine.start import Share, Started, idle_memory, reserved_slots
+from argosy.errors import ArgosyError, DoesNotFit, UsageError
+from argosy.model.step import Step
+
+
+class Resizer:
+    """The memory of one engine over time.
+
+    Attributes:
+        foreground: held for each step.
+
+    Args:
+        share: the engine's part of a process that runs others, too; None: the budget is its own.
+        before_moving: called before experts move, with the lock.
+    """
+
+    def __init__(
+        self,
+        started: Started,
+        config: EngineConfig,
+        scheduler: Scheduler,
+        requests: Requests,
+        *,
+        share: Share | None,
+        before_moving: Callable[[], None],
+    ) -> None:
+        self._started, self._config = started, config
+        self._scheduler, self._requests = scheduler, requests
+        self._before_moving = before_moving
+        self._opened_with = started.plan
+        self._one_at_a_time = threading.Lock()
+        self._share = share
+        self._loading = share  # until no expert slot is free for the first time; None: it is over
+        self.foreground: AbstractContextManager[object] = nullcontext()
+
+    @contextmanager
+    def during(self, step: Step) -> Iterator[None]:
+        """Run the layers of a step within this."""
+        started = self._started
+        if started.idle is not None:
+            started.idle.before_step(step.num_tokens, has_prompts=not step.is_decode.all())
+        began = perf_counter()
+        try:
+            with nullcontext() if self._loading is None else self._giving_way(self._loading, step):
+                yield
+        finally:
+            if started.experts is not None:
+                started.experts.step_s = perf_counter() - began
+
+    @contextmanager
+    def _giving_way(self, loading: Share, step: Step) -> Iterator[None]:
+        """Lend the cores to others while prompts wait for reads.
+
+        The first prompts of a model that is loaded beside others read most of its experts. Once no slot is free, the
+        model is like any other, and others that are loaded give way to it.
+        """
+        if (cache := self._started.model.cache) is not None:
+            cache.lent = None if step.is_decode.all() else self._started.turns
+        yield
+        if cache is None or cache.slots.is_full:
+            if cache is not None:
+                cache.lent = None
+            self._loading, self.foreground = None, loading.foreground
+            self._started.store.leave_background()
+
+    def resize_experts(self, num_slots: int) -> None:
+        """Have so many expert slots from now on, of an engine with a `Share`.
+
+        The memory of slots that go is with the system when this returns. Steps go on meanwhile, a little slower.
+        """
+        started = self._started
+        started.require_open()
+        assert started.experts is not None
+        own_bytes = num_slots * started.plan.slot_bytes
+        started.experts.allow_between_steps(lambda: {OWN: own_bytes})
+        with started.lock:
+            started.plan = replace(started.plan, num_slots=num_slots)
+
+    def resize(self, budget_bytes: int) -> MemoryPlan:
+        """Have another memory budget from now on. From any thread; steps go on meanwhile.
+
+        Experts leave first, then KV blocks, with prefixes that are kept in them. A running answer may be computed again
+        because of that, and stays the same. With fewer blocks the context is shorter for new requests. Everything that
+        the plan no longer has is with the system when this returns. A larger budget brings back what left. If all
+        experts were in memory, end to end, the first budget that is too small for that makes all of them leave; they
+        are read again as tokens ask for them.
+
+        Returns:
+            The plan for the budget.
+
+        Raises:
+            DoesNotFit: it is less than the engine needs now, or more than the machine has; nothing has changed.
+            UsageError: the engine shares its budget with others, or has a fixed number of experts.
+        """
+        started = self._started
+        if self._share is not None:
+            raise UsageError("models share this budget: resize that of the server")
+        if self._config.expert_slots is not None:
+            raise UsageError("the number of experts in memory is fixed", hint="leave out `expert_slots`")
+        require_budget(budget_bytes)
+        with self._one_at_a_time, self._shrinking_early(budget_bytes):
+            with started.lock:
+                started.require_open()
+                try:
+                    plan = self._replan(budget_bytes)
+                except DoesNotFit:
+                    self._undo_shrinking()
+                    raise
+                self._move_to_slots(plan)
+                experts, idle = started.experts, started.idle
+                if experts is not None and idle is not None:
+                    self._requests.context_tokens = plan.context_tokens
+                    self._scheduler.resize_kv(kv_blocks(plan.context_tokens))
+                    idle.forget_blocks()
+                    experts.most_slots = max(plan.reachable_slots, experts.most_slots)
+            if experts is not None and idle is not None:
+                own_bytes = plan.num_slots * plan.slot_bytes
+                experts.allow_between_steps(lambda: {KV: idle.idle_kv_bytes(), OWN: own_bytes})
+                experts.most_slots = plan.reachable_slots
+            started.plan = plan
+            return plan
+
+    def _undo_shrinking(self) -> None:
+        """Give experts back what the plan has for them: within a step, some may have left or all moved to slots."""
+        started = self._started
+        if started.experts is not None:
+            if started.plan.is_packed:
+                started.plan = self._replan(started.plan.budget_bytes)
+            started.experts.allow(OWN, started.plan.num_slots * started.plan.slot_bytes)
+
+    @contextmanager
+    def _shrinking_early(self, budget_bytes: int) -> Iterator[None]:
+        """Within this context, a running step lets experts leave between two of its layers.
+
+        A prompt's step may take seconds, and a lowered limit does not wait for it.
+        """
+        started = self._started
+        started.require_open()
+        decoder = started.model.decoder
+
+        def shrink() -> None:
+            decoder.between_layers = None
+            with suppress(ArgosyError, MemoryError):  # `resize` raises it, and answers go on
+                plan = self._replan(budget_bytes)
+                self._move_to_slots(plan)
+                if started.experts is not None:
+                    started.experts.shrink(OWN, plan.num_slots * plan.slot_bytes)
+
+        decoder.between_layers = shrink
+        try:
+            yield
+        finally:
+            decoder.between_layers = None
+
+    def _replan(self, budget_bytes: int) -> MemoryPlan:
+        opened, model = self._opened_with, self._started.model
+        if model.cache is None:
+            if budget_bytes >= opened.total_bytes:
+                return replace(opened, budget_bytes=budget_bytes)
+            if not model.is_packed:
+                raise DoesNotFit(
+                    f"needs {format_bytes(opened.total_bytes)} of memory, and the budget would be "
+                    f"{format_bytes(budget_bytes)}: nothing of it can leave while it runs",
+                    hint=f"start again with `--memory {budget_bytes // MIB}MiB`",
+                    needed_bytes=opened.total_bytes,
+                    budget_bytes=budget_bytes,
+                )
+        if opened.is_packed:
+            opened = in_slots(self._started.footprint, self._config, opened)
+        return replan(
+            self._started.footprint,
+            opened,
+            budget_bytes,
+            kv_bytes=model.kv.held_bytes,
+            fewest_blocks=max(1, self._scheduler.num_blocks_needed),
+            most_slots=opened.num_experts if model.cache is None else model.cache.most_slots,
+        )
+
+    def _move_to_slots(self, plan: MemoryPlan) -> None:
+        """If the experts lie end to end and the plan has slots, move to slots. KV blocks stay as they are.
+
+        Call it with the lock, between two steps or layers.
+        """
+        started = self._started
+        model = started.model
+        if not model.is_packed or plan.is_packed:
+            return
+        self._before_moving()
+        cache = model.move_to_slots(
+            started.store,
+            plan.num_slots,
+            most_slots=reserved_slots(plan, plan.reachable_slots),
+            look_ahead=self._config.look_ahead,
+        )
+        started.experts = ExpertMemory(
+            cache,
+            num_slots=plan.num_slots,
+            slot_bytes=plan.slot_bytes,
+            most_slots=plan.reachable_slots,
+            lock=started.lock,
+        )
+        started.idle = idle_memory(
+            started.experts, model, started.cache, started.footprint, self._config, plan
+        )
