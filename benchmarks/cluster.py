@@ -322,7 +322,7 @@ def coordinate(model: Path, args: argparse.Namespace, *, is_capped: bool, has_li
             while any(one["state"] != "ready" for one in group.status()):
                 time.sleep(0.05)
             engine.generate(PROMPT, params(args.tokens))  # the returned worker has read its experts again
-        planned = engine.plan.group_bytes
+        planned = engine.plan.claimed["group_bytes"]
     found = {
         "pauses": pauses, "tokens": list(expected), "peak_bytes": peak_bytes(), "planned_bytes": planned,
         "workers": [[one.budget_bytes, one.peak_anonymous_bytes, one.num_oom_kills] for one in running],

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from argosy.budget.memory_plan import REQUEST_BYTES
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING
 from argosy.forecast import calibration
 from argosy.forecast.planning import HERE, find_place, forecaster, open_subject
@@ -33,6 +32,7 @@ from argosy.forecast.simulation import Server, Times, requests_per_s, simulate
 from argosy.forecast.step_probe import measured_servers
 from argosy.forecast.traffic import Request, parse_traffic, requests_of
 from argosy.machine import kept_rates
+from argosy.serve.claims import server_claims
 from common import RESULTS, Report, Sample, file_bytes, tidy_up_when_terminated
 from engines import ARGOSY, MODELS
 from load import FEWEST_RIGHT, Reply, Way, ask, running
@@ -66,7 +66,7 @@ def servers_of(model: Path, memory: int, threads: int) -> tuple[dict[str, Server
     """A server with the limits of `argosy serve`, by where the times of its steps come from; and the rates in words."""
     options: dict[str, Any] = {
         "max_sequences": SERVED_AT_ONCE, "max_waiting": SERVED_WAITING, "context": CONTEXT_TOKENS,
-        "threads": threads, "grammars": True, "request_bytes": REQUEST_BYTES,
+        "threads": threads, "grammars": True, "claims": server_claims(keeps_content=False),
     }  # fmt: skip
     with open_subject(str(model)) as subject:
         place = find_place(HERE, model, threads=threads)

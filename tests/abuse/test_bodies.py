@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from argosy.budget.memory_plan import BODY_BYTES
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.text_pieces import MAX_PIECE_CHARACTERS
 from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.app import make_app
 from argosy.serve.http.gate import Gate
+from argosy.serve.http.held import BODY_BYTES
 from tests.abuse.hostile_bodies import ATTACKS, CHAT, SPEAKING_OF_BRACES
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start

@@ -15,13 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from argosy.budget.memory_plan import (
-    BODY_BYTES,
-    MEDIA_BODIES_BYTES,
-    MEDIA_BODY_BYTES,
-    TEXT_BYTES,
-    media_bytes,
-)
+from argosy.budget.memory_plan import media_bytes
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.serve.answer import kept_items
@@ -30,12 +24,13 @@ from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.media_parts import Intake
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from argosy.serve.claims import TEXT_BYTES, server_claims
 from argosy.serve.dialects.openai_chat_bodies import ChatBody, sent
 from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.body import validated
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate
-from argosy.serve.http.held import Pool
+from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Pool
 from tests.serve.conftest import serving, start
 from tests.serve.dialects import MAX_TOKENS, PATHS
 from tests.serve.seeing_model import write_seeing_model
@@ -143,8 +138,10 @@ def test_pictures_that_do_not_fit_the_memory_for_items_are_not_written(
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gate, str, Service]]:
     model = write_seeing_model(tmp_path_factory.mktemp("bodies") / "model")
-    with Engine.open(model, memory="3GiB", threads=1, request_bytes=BODY_BYTES) as engine:
-        assert engine.plan.request_bytes == BODY_BYTES + MEDIA_BODIES_BYTES + TEXT_BYTES  # it takes videos
+    with Engine.open(model, memory="3GiB", threads=1, claims=server_claims(keeps_content=False)) as engine:
+        assert (
+            engine.plan.claimed["request_bytes"] == BODY_BYTES + TEXT_BYTES + MEDIA_BODIES_BYTES + TEXT_BYTES
+        )  # it takes videos
         assert engine.plan.encoder_bytes > media_bytes(takes_pictures=True, takes_video=False)
         with serving(engine) as service:
             gate = make_app(service, KeyRing(None), block_tokens=16, max_sequences=4)

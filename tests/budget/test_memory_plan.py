@@ -20,7 +20,7 @@ from argosy.budget.memory_plan import (
     require_memory,
 )
 from argosy.checkpoint.files import ModelFiles
-from argosy.config import GIB, MIB, Budget, EngineConfig, KvDir, KvDtype
+from argosy.config import GIB, MIB, Budget, Claim, EngineConfig, KvDir, KvDtype, claimed
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
 from argosy.experts.policy import CachePolicy
@@ -330,7 +330,9 @@ def test_answers_kept_for_replay_are_in_the_total_and_in_the_refusal(
     files: ModelFiles,
 ) -> None:
     def planned(ram_bytes: int, replay_bytes: int) -> MemoryPlan:
-        config = EngineConfig(budget=Budget(ram_bytes=ram_bytes), threads=2, replay_bytes=replay_bytes)
+        config = EngineConfig(
+            budget=Budget(ram_bytes=ram_bytes), threads=2, claims=(Claim("replay_bytes", replay_bytes),)
+        )
         return plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
 
     needed = smallest_budget(files)
@@ -351,7 +353,7 @@ def test_invalid_settings_are_refused_by_name(tmp_path: Path) -> None:
     budget, kv_dir = Budget(ram_bytes=MIB), KvDir(path=tmp_path)
     for values, sentence in (
         ({"max_waiting": -1}, "max_waiting must be at least 0, found -1"),
-        ({"replay_bytes": -1}, "replay_bytes must be at least 0, found -1"),
+        ({"draft_tokens": -1}, "draft_tokens must be at least 0, found -1"),
         (
             {"kv_dir": kv_dir, "prefix_reuse": False},
             "kv_dir keeps prefixes for reuse, and prefix_reuse is off",
@@ -366,3 +368,35 @@ def test_invalid_settings_are_refused_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=sentence):
             KvDir(path=tmp_path, **values)
+
+
+def test_claims_on_a_part_are_added_up_for_what_the_model_takes() -> None:
+    claims = (
+        Claim("request_bytes", 5),
+        Claim("request_bytes", 20, when="media"),
+        Claim("request_bytes", 300, when="video"),
+        Claim("group_bytes", 7000),
+    )
+    assert claimed(claims, "request_bytes") == 5
+    assert claimed(claims, "request_bytes", takes_media=True) == 25
+    assert claimed(claims, "request_bytes", takes_media=True, takes_video=True) == 325
+    assert [claimed(claims, part) for part in ("group_bytes", "routing_bytes")] == [7000, 0]
+
+
+def test_a_claim_names_a_part_of_the_budget_and_no_negative_size() -> None:
+    with pytest.raises(UsageError, match="replay_bytes must be at least 0, found -1"):
+        Claim("replay_bytes", -1)
+    with pytest.raises(
+        UsageError, match="no part of the budget is named requests; known: replay_bytes, request"
+    ):
+        Claim("requests", 1)
+
+
+def test_a_claim_of_the_process_is_part_of_the_process(
+    files: ModelFiles,
+) -> None:
+    def planned(*claims: Claim) -> MemoryPlan:
+        config = EngineConfig(budget=Budget(ram_bytes=GIB), threads=2, claims=claims)
+        return plan_memory(ModelFootprint(files, config), config, process_bytes=PROCESS_BYTES)
+
+    assert planned(Claim("process_bytes", MIB)).process_bytes == planned().process_bytes + MIB

@@ -35,11 +35,11 @@ def test_the_engine_plans_what_its_group_takes(model: Path) -> None:
         Group([address]) as group,
         open_engine(model, group, expert_slots=6) as engine,
     ):
-        assert engine.plan.group_bytes == group.nbytes(open_model(model)) > 0
+        assert engine.plan.claimed["group_bytes"] == group.nbytes(open_model(model)) > 0
         assert {label: nbytes for label, nbytes, _ in engine.plan.lines()}["group"] > 0
         engine.generate(PROMPT, GREEDY)
         assert group._exchange is not None
-        assert group._exchange.buffer_bytes < engine.plan.group_bytes
+        assert group._exchange.buffer_bytes < engine.plan.claimed["group_bytes"]
 
 
 def test_an_engine_that_runs_no_experts_keeps_no_cache_of_them(model: Path) -> None:

@@ -25,9 +25,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> list[ReadyModel]:
     path = write_chat_model(tmp_path_factory.mktemp("loading") / "model")
     files = open_files(path)
     config = configure(path, files, memory="2GiB", threads=1)
-    ready, _ = make_ready(
-        [Wanted(name, files, config) for name in ("one", "two")], kept_bytes=0, recorder=None
-    )
+    ready, _ = make_ready([Wanted(name, files, config) for name in ("one", "two")], claims=(), recorder=None)
     return ready
 
 

@@ -25,7 +25,7 @@ def ready(path: Path) -> ReadyModel:
     files = open_files(path)
     (ready,), _ = make_ready(
         [Wanted("model", files, configure(path, files, memory="2GiB", threads=1))],
-        kept_bytes=0,
+        claims=(),
         recorder=None,
     )
     return ready

@@ -181,7 +181,7 @@ def test_a_recorder_is_planned_if_there_is_one() -> None:
         found, budget_bytes = planning.forecaster(
             subject, planning.find_place(planning.HERE), memory="2GiB", recorder=recorder
         )
-        return found.plan(budget_bytes).routing_bytes
+        return found.plan(budget_bytes).claimed["routing_bytes"]
 
     assert routing_bytes(None) == 0
     assert routing_bytes(lambda files, config: Recorder(files.config, config)) > 1000

@@ -13,12 +13,13 @@ from openai import OpenAI
 from argosy.budget.memory_plan import shared_bytes
 from argosy.cli.commands import served_library
 from argosy.cli.commands.served_library import ServedLibrary
-from argosy.config import GIB
+from argosy.config import GIB, MIB, Claim
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
+from argosy.serve.claims import server_claims
 from argosy.serve.models.models import Memory, Models
 from argosy.serve.models.opened import Common, EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
@@ -49,7 +50,7 @@ def server(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr("argosy.serve.models.models.SHELF_S", 0.0)
     given = {"memory": 4 * GIB, "threads": 1, "grammars": True, "max_sequences": 4, "max_waiting": 8}
     given["sampling"] = {"top_p": 0.9}
-    process_bytes = shared_bytes(None, kept_bytes=1 << 20)
+    process_bytes = shared_bytes(None, SERVER)
     library = ServedLibrary(given, process_bytes, None)
     common = Common(ring=None, kept=KeptItems(), work=Work())
     models = Models.sharing(
@@ -66,6 +67,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
     return httpx.post(url, json=body, timeout=60)
 
 
+SERVER = (*server_claims(keeps_content=False), Claim("replay_bytes", MIB))
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
@@ -120,7 +122,7 @@ def test_a_model_is_described_under_its_name_with_its_owner(server: str) -> None
 
 def test_a_model_is_planned_in_the_budget_that_is_given(hub: Path) -> None:
     given = {"memory": 4 * GIB, "threads": 1, "max_sequences": 4, "max_waiting": 8}
-    library = ServedLibrary(given, shared_bytes(None, kept_bytes=1 << 20), None)
+    library = ServedLibrary(given, shared_bytes(None, SERVER), None)
     one, _ = library.look().offers
     budgets = [one.make(budget)[0].plan.budget_bytes for budget in (None, 1 * GIB)]
     assert budgets == [4 * GIB, 1 * GIB]

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argosy.budget.memory_plan import MEDIA_BODY_BYTES
 from argosy.cli.commands.chat_room import summary_question
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyRing
 from argosy.media.parts import PROMPT_LIMITS
 from argosy.media.parts import Image as Picture
 from argosy.serve.app import make_app
+from argosy.serve.http.held import MEDIA_BODY_BYTES
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import pattern, png, wav, wave
 from tests.serve.conftest import serving, start

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from argosy.budget.memory_plan import AUDIT_BYTES, REQUEST_BYTES
 from argosy.engine.engine import Engine
 from argosy.errors import UsageError
 from argosy.guard.chain import verify
@@ -32,6 +31,9 @@ from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve import run
 from argosy.serve.answer.running import Running
+from argosy.serve.claims import TEXT_BYTES
+from argosy.serve.guards.audited import AUDIT_BYTES
+from argosy.serve.http.held import BODY_BYTES
 from argosy.serve.http.listen import Front
 from argosy.serve.run import bind
 from tests.cli.tiny_chat_model import write_chat_model
@@ -247,7 +249,7 @@ def test_an_audit_survives_a_kill_and_a_running_server_erases_a_key(model: Path,
         assert "audit contents    3 erased" in erased.stdout
         state = httpx.get(f"{url}/v1/engine/state", headers={"Authorization": f"Bearer {admin}"}).json()
         requests = next(line["bytes"] for line in state["memory"]["lines"] if line["name"] == "requests")
-        assert requests == REQUEST_BYTES + AUDIT_BYTES
+        assert requests == BODY_BYTES + TEXT_BYTES + AUDIT_BYTES
         process.send_signal(signal.SIGTERM)
         log = [json.loads(line) for line in end(process).splitlines() if line.startswith("{")]
     anchors = [line["anchor"] for line in log if line["event"] == "audit_anchor"]

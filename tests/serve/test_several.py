@@ -17,13 +17,14 @@ import httpx
 import pytest
 
 from argosy import Engine, SamplingParams
-from argosy.config import MIB
+from argosy.config import MIB, Claim
 from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.guard.keys import KeyRing
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
+from argosy.serve.claims import server_claims
 from argosy.serve.models.models import Memory, Models
 from argosy.serve.models.opened import Common, EngineSource
 from tests.models.tiny import qwen3_moe, write_model
@@ -31,6 +32,7 @@ from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tok
 from tests.serve.conftest import start
 from tests.serve.test_run import end, served
 
+SERVER = (*server_claims(keeps_content=False), Claim("replay_bytes", MIB))
 NAMES = ("one", "two", "three")
 PROMPTS = ("The sea", "A short story about", "x", "Once upon a time there was a small ship")
 NUM_NEW = 12
@@ -263,13 +265,13 @@ def test_the_state_and_metrics_tell_models_apart(several: Several) -> None:
 
 def made_ready(paths: dict[str, Path]) -> tuple[list[ReadyModel], int]:
     options: dict[str, Any] = {
-        "memory": 1 << 32, "threads": 1, "grammars": True, "max_sequences": 4, "replay_bytes": MIB,
+        "memory": 1 << 32, "threads": 1, "grammars": True, "max_sequences": 4, "claims": (Claim("replay_bytes", MIB),),
     }  # fmt: skip
     wanted = []
     for name, path in paths.items():
         files = open_files(path)
         wanted.append(Wanted(name, files, configure(path, files, **options)))
-    return make_ready(wanted, kept_bytes=MIB, recorder=None)
+    return make_ready(wanted, claims=SERVER, recorder=None)
 
 
 def test_a_model_shrinks_and_grows_between_the_tokens_of_an_answer(

@@ -20,9 +20,9 @@ A running engine may get another budget: `replan` changes what can change then, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, get_args
 
@@ -30,13 +30,17 @@ from argosy import _native
 from argosy.budget.footprint import DEFAULT_CONTEXT, KvLayout, ModelFootprint, kv_blocks
 from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
+    CLAIMED,
     DRAFTED_AT_ONCE,
     KIB,
     KV_BLOCK_TOKENS,
     MIB,
+    PROCESS,
+    Claim,
     EngineConfig,
     KvDtype,
     ModelConfig,
+    claimed,
     format_bytes,
 )
 from argosy.errors import DoesNotFit
@@ -48,6 +52,7 @@ from argosy.machine.resources import PROCESS_GROWTH_BYTES, THREAD_BYTES, held_by
 from argosy.media.parts import FFMPEG_BYTES, PROMPT_LIMITS
 from argosy.model.draft_layer import MOST_BEHIND
 from argosy.model.model import ModelSizes
+from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _DECODED_PIXEL_BYTES = 3 + 4  # as it is, and while Pillow scales it
@@ -57,9 +62,6 @@ TRANSCRIPTS_KEPT_BYTES = 1 * MIB  # transcripts kept for prompts that repeat a s
 _DECODER_BYTES = 96 * MIB  # the process that decodes files, beyond what one file may take
 _HIGHEST_MEDIA_RATE = 48_000  # samples per second that a model wants
 # Growth of a process after the plan that no part of the plan covers: allowances, above the measured values.
-# A server's connections and threads, each with an allocator of its own: 18 MiB. A second process that renders chat
-# templates: 11 MiB that it does not share with the first.
-SERVER_GROWTH_BYTES = 30 * MIB
 MEDIA_GROWTH_BYTES = 18 * MIB  # libraries for media, which are imported when the model is opened
 TOKEN_OBJECT_BYTES = 160  # ids as Python objects, and an entry in the index of prefixes: about 100
 # Contexts of an answer with a watermark, as `watermark.MarkedAnswer` keeps them.
@@ -68,15 +70,6 @@ MARKED_ANSWER_BYTES = 12 * KIB
 LOOKUP_TOKEN_BYTES = 20
 KV_PARTS = 32  # idle memory of the KV cache is lent and returned in this many parts
 PROCESS_VARIES_BYTES = 2 * MIB  # process size differs by this much from one start to the next
-TEMPLATE_WORKER_BYTES = 24 * MIB  # the process that renders chat templates: 22 MiB measured
-BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them (`serve/http/held.py`)
-# The largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64.
-MEDIA_BODY_BYTES = 48 * MIB
-# Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
-MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
-TEXT_BYTES = 48 * MIB  # one long conversation, rendered and then encoded piece by piece
-REQUEST_BYTES = BODY_BYTES + TEXT_BYTES
-AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
 TOKENIZER_ROOM_BYTES = 256 * MIB  # kept free when experts are read before the tokenizer is built and measured
 _TOKENIZER_BYTES_PER_BYTE = 32  # per byte of tokenizer.json while it is read: 20 to 26 measured
 _OTHER_THREADS = 8  # threads of the interpreter, the engine and the server, beside compute and reader threads
@@ -112,10 +105,7 @@ class MemoryPlan:
     num_states: int = 0
     snapshot_bytes: int = 0  # recurrent states kept at the end of prefixes
     num_snapshots: int = 0
-    replay_bytes: int = 0  # answers whose tokens are kept until their conversation continues
-    request_bytes: int = 0  # request bodies and the data made from them before the engine
-    routing_bytes: int = 0  # counts of what routers choose
-    group_bytes: int = 0  # connections to workers that run experts
+    claimed: Mapping[str, int] = field(default_factory=dict)  # bytes by part of `CLAIMED`
     working_bytes: int
     staging_bytes: int  # buffers that readers transcode from
     bookkeeping_bytes: int  # where each expert lies, and when it was last used
@@ -209,15 +199,7 @@ class MemoryPlan:
             Part("kv_bytes", "KV cache", self.kv_bytes, context),
             Part("recurrent_state_bytes", "recurrent state", self.state_bytes, states),
             Part("snapshot_bytes", "state snapshots", self.snapshot_bytes, snapshots),
-            Part(
-                "replay_bytes",
-                "replay",
-                self.replay_bytes,
-                "answers, kept until their conversations continue",
-            ),
-            Part("request_bytes", "requests", self.request_bytes, "request bodies and long texts"),
-            Part("routing_bytes", "routing", self.routing_bytes, "counts of the experts that tokens choose"),
-            Part("group_bytes", "group", self.group_bytes, "connections to workers, and what they keep"),
+            *(Part(key, label, self.claimed.get(key, 0), note) for key, (label, note) in CLAIMED.items()),
             Part(
                 "working_bytes", "working buffers", self.working_bytes, f"{self.chunk_tokens} tokens a step"
             ),
@@ -271,8 +253,6 @@ def growth_bytes(config: EngineConfig, context_tokens: int, *, has_media: bool) 
     """Growth of a process after the plan that no part of the plan covers."""
     threads = config.threads + config.readers + _OTHER_THREADS
     nbytes = PROCESS_GROWTH_BYTES + threads * THREAD_BYTES + context_tokens * TOKEN_OBJECT_BYTES
-    if config.request_bytes:
-        nbytes += SERVER_GROWTH_BYTES
     if config.watermark is not None:
         nbytes += (config.max_sequences + (config.max_waiting or 0)) * MARKED_ANSWER_BYTES
     if config.speculate == "lookup":
@@ -333,18 +313,20 @@ def _search(
     # Modules for media are imported even if the towers are not used.
     has_media = bool(footprint.encoders or footprint.ears_bytes)
     fixed = process_bytes + (GRAMMAR_BYTES if config.grammars else 0)
-    request_bytes = config.request_bytes
-    if request_bytes and footprint.encoder_bytes:
-        request_bytes += MEDIA_BODIES_BYTES
-        if footprint.takes_video:
-            request_bytes += TEXT_BYTES  # a conversation with a video, beside another long one
+    claims = partial(
+        claimed,
+        config.claims,
+        takes_media=bool(footprint.encoder_bytes),
+        takes_video=bool(footprint.encoder_bytes) and footprint.takes_video,
+    )
+    fixed += claims(PROCESS)
 
     def plan(context: int, chunk: int, num_states: int, num_snapshots: int) -> MemoryPlan:
         working = footprint.working_bytes(chunk + config.decode_tokens)
         working += 3 * 4 * model.vocab_size * config.decode_tokens  # logits, and the sampler's copies of them
         if config.speculate == "mtp":  # hidden states that wait, and logits of a draft
             working += 4 * (2 * MOST_BEHIND * config.max_sequences * model.hidden_size + model.vocab_size)
-        if config.record_bytes:
+        if claims("routing_bytes"):
             working += footprint.choices_bytes(chunk + config.decode_tokens)
         windows = _windows(footprint, config, context, chunk)
         if windows is not None:  # native code lists the window blocks of each sequence in a step
@@ -366,10 +348,7 @@ def _search(
             num_states=num_states,
             snapshot_bytes=footprint.state_bytes(num_snapshots),
             num_snapshots=num_snapshots,
-            replay_bytes=config.replay_bytes,
-            request_bytes=request_bytes,
-            routing_bytes=config.record_bytes,
-            group_bytes=config.group_bytes,
+            claimed={part: claims(part) for part in CLAIMED},
             working_bytes=working,
             staging_bytes=footprint.staging_bytes,
             bookkeeping_bytes=0,
@@ -620,23 +599,27 @@ def plan_share(
     return footprint, with_most(most)
 
 
-def shared_bytes(footprints: Sequence[ModelFootprint] | None, *, kept_bytes: int) -> int:
+def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Claim, ...]) -> int:
     """The memory of a server with several models, without the models.
 
     Call it when tokenizers, grammars and headers of all of them are in memory, and before any weights are.
 
     Args:
         footprints: of the models; None: they are not known yet, and may take anything.
-        kept_bytes: memory that the server has for what it keeps for clients.
+        claims: of the server, and of what it keeps for all models together.
     """
     _native.trim_heap()
-    requests = REQUEST_BYTES
-    if footprints is None or any(footprint.encoder_bytes for footprint in footprints):
-        requests += MEDIA_BODIES_BYTES
-    if footprints is None or any(footprint.takes_video for footprint in footprints):
-        requests += TEXT_BYTES  # as in `plan_memory`
-    growth = PROCESS_GROWTH_BYTES + SERVER_GROWTH_BYTES + _OTHER_THREADS * THREAD_BYTES
-    return held_bytes() + growth + requests + kept_bytes
+    takes_media = footprints is None or any(footprint.encoder_bytes for footprint in footprints)
+    takes_video = footprints is None or any(footprint.takes_video for footprint in footprints)
+    growth = PROCESS_GROWTH_BYTES + _OTHER_THREADS * THREAD_BYTES
+    return (
+        held_bytes()
+        + growth
+        + sum(
+            claimed(claims, part, takes_media=takes_media, takes_video=takes_video)
+            for part in (PROCESS, *CLAIMED)
+        )
+    )
 
 
 def _windows(footprint: ModelFootprint, config: EngineConfig, context: int, chunk: int) -> WindowSizes | None:

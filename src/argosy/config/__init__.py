@@ -5,6 +5,7 @@ The command line and the environment are read in one place and become an `Engine
 `config.json` into a `ModelConfig`. Everything below receives these objects and reads no other configuration.
 """
 
+from argosy.config.claims import *
 from argosy.config.engine import *
 from argosy.config.model import *
 from argosy.config.sampling import *

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from argosy.config.claims import Claim
 from argosy.config.sampling import CHOOSING, SamplingParams
 from argosy.config.strict import Strict
 from argosy.config.units import GIB
@@ -114,19 +115,17 @@ class EngineConfig(Strict):
     kv_dir: KvDir | None = None  # keep those keys and values here across restarts
     watermark: Path | None = None  # the file with the key of a watermark in sampled text; None: there is none
     grammars: bool = False  # support grammar-constrained answers; takes memory for the vocabulary
-    replay_bytes: int = 0  # memory for answers kept until their conversation continues; 0: keep none
-    request_bytes: int = 0  # memory for requests that a server reads and renders; 0: there is no server
-    record_bytes: int = 0  # memory for counts of routing; 0: nothing is recorded
-    group_bytes: int = 0  # memory for connections to workers that run experts; 0: there are none
+    claims: tuple[
+        Claim, ...
+    ] = ()  # memory of others in the process: a server, a recorder of routing, a group
     # Fields of `CHOOSING`, for requests that leave them to the model: they replace what the checkpoint says.
     sampling: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_waiting is not None and self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, found {self.max_waiting}")
-        for name in ("replay_bytes", "request_bytes", "record_bytes", "group_bytes", "draft_tokens"):
-            if (found := getattr(self, name)) < 0:
-                raise UsageError(f"{name} must be at least 0, found {found}")
+        if self.draft_tokens < 0:
+            raise UsageError(f"draft_tokens must be at least 0, found {self.draft_tokens}")
         for name in self.sampling:
             if name not in CHOOSING:
                 raise UsageError(f"unknown sampling '{name}'; known: {', '.join(CHOOSING)}")

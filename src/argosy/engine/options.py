@@ -15,6 +15,7 @@ from argosy.config import (
     DRAFT_TOKENS,
     AskAhead,
     Budget,
+    Claim,
     EngineConfig,
     KvDir,
     KvDtype,
@@ -84,8 +85,7 @@ class EngineOptions(TypedDict, total=False):
     watermark: str | Path | None
     sampling: Mapping[str, float]
     grammars: bool
-    replay_bytes: int
-    request_bytes: int
+    claims: tuple[Claim, ...]
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:
@@ -178,7 +178,7 @@ def with_recorder(
     if recorder is None or not files.config.moe_layers or config.experts_off:
         return config, None
     opened = recorder(files, config)
-    return replace(config, record_bytes=opened.nbytes), opened
+    return replace(config, claims=(*config.claims, Claim("routing_bytes", opened.nbytes))), opened
 
 
 def with_group(config: EngineConfig, files: ModelFiles, group: ExpertGroup | None) -> EngineConfig:
@@ -205,7 +205,8 @@ def with_group(config: EngineConfig, files: ModelFiles, group: ExpertGroup | Non
             hint="fewer sequences at once (max_sequences) leave room for prompts",
         )
     chunk_tokens = min(config.chunk_tokens or RESIDENT_CHUNK, most_chunk)
-    config = replace(config, group_bytes=group.nbytes(files), chunk_tokens=chunk_tokens)
+    claims = (*config.claims, Claim("group_bytes", group.nbytes(files)))
+    config = replace(config, claims=claims, chunk_tokens=chunk_tokens)
     # Whoever runs no experts here needs no memory for them.
     return config if group.runs_here else replace(config, expert_slots=files.config.experts_per_token)
 

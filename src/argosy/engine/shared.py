@@ -19,7 +19,6 @@ from typing import NamedTuple
 from argosy import _native
 from argosy.budget.footprint import ModelFootprint
 from argosy.budget.memory_plan import (
-    TEMPLATE_WORKER_BYTES,
     MemoryPlan,
     plan_share,
     require_machine,
@@ -29,7 +28,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
-from argosy.config import KIB, MIB, EngineConfig, ModelConfig
+from argosy.config import KIB, MIB, Claim, EngineConfig, ModelConfig
 from argosy.engine.engine import Engine
 from argosy.engine.options import with_recorder
 from argosy.engine.start import Share, Vocabulary
@@ -41,6 +40,7 @@ from argosy.kept.prefix_files import forget_files
 from argosy.media.parts import Hearing, Kind
 from argosy.model.work import Work, work_of
 from argosy.prompt.builder import PromptBuilder
+from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.prompt import ToolCalling
 from argosy.prompt.tokenizer import Tokenizer
 
@@ -204,12 +204,12 @@ class Making:
 
 
 def make_ready(
-    wanted: Sequence[Wanted], *, kept_bytes: int, recorder: OpenRecorder | None
+    wanted: Sequence[Wanted], *, claims: tuple[Claim, ...], recorder: OpenRecorder | None
 ) -> tuple[list[ReadyModel], int]:
     """Make models ready that share one budget, and plan each of them.
 
     Args:
-        kept_bytes: memory that the server has for what it keeps for clients.
+        claims: of the server, and of what it keeps for all models together.
 
     Returns:
         The models, and the memory of the process without their floors.
@@ -220,7 +220,7 @@ def make_ready(
     """
     making = Making(recorder)
     models = [making.ready(one) for one in wanted]
-    process_bytes = shared_bytes([model.footprint for model in models], kept_bytes=kept_bytes)
+    process_bytes = shared_bytes([model.footprint for model in models], claims)
     require_machine(models[0].config.budget.ram_bytes)
     for model in models:
         model.fit(process_bytes)

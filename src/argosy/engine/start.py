@@ -172,7 +172,7 @@ def start(
 
     Args:
         share: None: the engine has the budget and the process for itself.
-        experts: other processes that run experts, too; `config.group_bytes` is what that takes here.
+        experts: other processes that run experts, too; `config.claims` has what that takes here.
 
     Raises:
         DoesNotFit: the budget or an `ulimit` is too small.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from argosy.budget.memory_plan import PROCESS_VARIES_BYTES, TEMPLATE_WORKER_BYTES, process_bytes
+from argosy.budget.memory_plan import PROCESS_VARIES_BYTES, process_bytes
 from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.hub import Source
@@ -43,6 +43,7 @@ from argosy.machine.rates import Rates
 from argosy.media.parts import Kind
 from argosy.model.families import CONFIG_FILE, config_alone, open_model
 from argosy.model.remote import RemoteHeaders, fetch_headers
+from argosy.prompt.chat import TEMPLATE_WORKER_BYTES
 from argosy.prompt.tokenizer import Tokenizer
 
 HERE = "here"

@@ -47,7 +47,8 @@ _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
 # An interpreter may need these to find its shared libraries, and templates read the local time. All other variables,
 # keys and tokens among them, are withheld from templates.
 _WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "TZ")
-_MOST_WORKERS = 2  # the memory plan counts the second one (`SERVER_GROWTH_BYTES`)
+_MOST_WORKERS = 2  # a server's claims count the second one (`SERVER_GROWTH_BYTES`)
+TEMPLATE_WORKER_BYTES = 24 << 20  # memory of such a process: 22 MiB measured
 _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 
 

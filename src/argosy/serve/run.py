@@ -616,11 +616,12 @@ def serve(
         hears=engine.media.hears, fingerprint=engine.fingerprint, sampling=engine.sampling,
     )  # fmt: skip
     # A quarter is for items that clients refer to; the rest is for tokens of answers.
-    kept_bytes = engine.plan.replay_bytes // 4 if settings.store else 0
+    replay_bytes = engine.plan.claimed["replay_bytes"]
+    kept_bytes = replay_bytes // 4 if settings.store else 0
     with _keyed(settings) as (ring, limits, auditor):
         service = service_for(
             engine, facts, settings.common(ring, kept_bytes=kept_bytes),
-            replay_bytes=engine.plan.replay_bytes - kept_bytes, recorder=recorder, speeds=speeds,
+            replay_bytes=replay_bytes - kept_bytes, recorder=recorder, speeds=speeds,
         )  # fmt: skip
         try:
             _run(

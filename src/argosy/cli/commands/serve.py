@@ -29,6 +29,7 @@ from argosy.config import (
     DEMO,
     SERVED_AT_ONCE,
     SERVED_WAITING,
+    Claim,
     KvDir,
     Pooling,
     counted,
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
     from argosy.serve.run import ServerSettings
 
 _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at the start
-_REPLAY_BYTES = 16 << 20  # answers of a thousand tokens take about 20 KB each
-_KEPT_BYTES = _REPLAY_BYTES // 4  # a part of those, for items that clients refer to; several models share it
 
 
 @click.command("serve", cls=Command)
@@ -282,14 +281,14 @@ def _serve_one(
     server: ServerSettings,
     wanted: WantedGroup,
 ) -> None:
-    from argosy.budget.memory_plan import AUDIT_BYTES, REQUEST_BYTES
     from argosy.engine.options import locate_model
     from argosy.forecast.forecast import Speeds
     from argosy.machine import kept_rates
+    from argosy.serve.claims import REPLAY_BYTES, server_claims
     from argosy.serve.run import serve as run
 
-    request_bytes = REQUEST_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
-    more = {**more, "replay_bytes": _REPLAY_BYTES, "request_bytes": request_bytes}
+    claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", REPLAY_BYTES))
+    more = {**more, "claims": claims}
     recording = Recording(keeps_recent=True)
     with (
         wanted.open(model.text) as group,
@@ -320,12 +319,13 @@ def _serve_several(
 ) -> None:
     from urllib.parse import quote
 
-    from argosy.budget.memory_plan import AUDIT_BYTES, require_machine, shared_bytes
+    from argosy.budget.memory_plan import require_machine, shared_bytes
     from argosy.cli.commands.served_library import ServedLibrary, speeds_of
     from argosy.cli.shared.output import progress_bar
     from argosy.engine.options import budget_of, configure, locate_model, open_files
     from argosy.engine.shared import Wanted, make_ready
     from argosy.library import kept
+    from argosy.serve.claims import KEPT_BYTES, REPLAY_BYTES, server_claims
     from argosy.serve.models.models import Memory
     from argosy.serve.run import serve_several
 
@@ -335,10 +335,12 @@ def _serve_several(
                 f"--{option} is for a server with one model",
                 hint="a vision tower beside its GGUF file is found" if option == "mmproj" else None,
             )
-    given = settings.for_engine() | dict(more) | {"replay_bytes": _REPLAY_BYTES - _KEPT_BYTES}
+    given = (
+        settings.for_engine() | dict(more) | {"claims": (Claim("replay_bytes", REPLAY_BYTES - KEPT_BYTES),)}
+    )
     given["memory"] = budget_of(settings.memory, None).ram_bytes
     recording = Recording(keeps_recent=True) if settings.record else None
-    kept_bytes = _KEPT_BYTES + (AUDIT_BYTES if server.keeps_content else 0)
+    claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", KEPT_BYTES))
     wanted, paths = [], {}
     ready: list[ReadyModel] = []
     with progress_bar() as progress:
@@ -351,10 +353,10 @@ def _serve_several(
                 given["kv_dir"] = replace(own, max_bytes=own.max_bytes // len(models))
             wanted.append(Wanted(name, files, configure(model, files, **given)))
         if wanted:
-            ready, process_bytes = make_ready(wanted, kept_bytes=kept_bytes, recorder=recording)
+            ready, process_bytes = make_ready(wanted, claims=claims, recorder=recording)
         else:
             require_machine(given["memory"])
-            process_bytes = shared_bytes(None, kept_bytes=kept_bytes)
+            process_bytes = shared_bytes(None, claims)
     library_names = {name: found.name for found, name in zip(models, ids, strict=True)}
 
     def note_use(name: str) -> None:
@@ -364,7 +366,7 @@ def _serve_several(
     speeds = {one.name: rates for one in ready if (rates := speeds_of(one, paths[one.name])) is not None}
     serve_several(
         ready if wanted else ServedLibrary(given, process_bytes, recording).look,
-        Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=_KEPT_BYTES,
+        Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=KEPT_BYTES,
         speeds=speeds, idle_unload_s=idle_unload_s, max_sequences=given["max_sequences"],
         record=(lambda: Recording(keeps_recent=True)) if settings.record else None, preload=preload,
         note_use=note_use,

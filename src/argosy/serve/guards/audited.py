@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 
-from argosy.budget.memory_plan import AUDIT_BYTES
+from argosy.config import MIB
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
 from argosy.serve.http.access import Policy
@@ -22,6 +22,7 @@ from argosy.serve.http.held import Pool, Share
 from argosy.serve.http.incoming import Heard
 
 MOST_SAID_BYTES = 1 << 20
+AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
 _MOST_TEXT = 128  # characters of a text in an envelope
 _MOST_TEXTS = 32
 

@@ -30,7 +30,6 @@ from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from argosy.budget.memory_plan import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES
 from argosy.errors import Overloaded
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.limits import Limits
@@ -41,7 +40,7 @@ from argosy.serve.guards.screening import Guarding
 from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused, report, send_error
-from argosy.serve.http.held import Pool
+from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Pool
 from argosy.serve.http.incoming import CHOSEN_POLICY, Heard, IncomingBody, read_headers, secret_of
 from argosy.serve.http.origins import Headers, Origins, granted
 

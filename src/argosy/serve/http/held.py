@@ -6,7 +6,7 @@
 A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
 a body is charged before it is parsed.
 
-Elsewhere: the cost of parsing is `body.py`; the plan is `budget/memory_plan.py`.
+Elsewhere: the cost of parsing is `body.py`; `serve/claims.py` asks the plan for the pool.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from argosy.budget.memory_plan import BODY_BYTES
+from argosy.config import MIB
 from argosy.errors import Overloaded
 
+BODY_BYTES = 48 * MIB  # request bodies, and the values parsed from them
+MEDIA_BODY_BYTES = (
+    48 * MIB
+)  # the largest body with pictures and sounds: a file of 32 MiB takes 43 MiB as base64
+# Added to BODY_BYTES if the model takes media: the largest body, and the text or the files made from it.
+MEDIA_BODIES_BYTES = 2 * MEDIA_BODY_BYTES
 _RETRY_S = 1
 
 

@@ -13,11 +13,11 @@ from typing import Protocol
 
 from starlette.types import Message, Receive, Scope
 
-from argosy.budget.memory_plan import MEDIA_BODY_BYTES
 from argosy.guard.audit import Content
 from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.failures import BadFrame, Refused
+from argosy.serve.http.held import MEDIA_BODY_BYTES
 
 BODY_STALL_S = 15.0  # longest wait between two parts of a body
 BODY_S = 60.0

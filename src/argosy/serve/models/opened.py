@@ -92,7 +92,7 @@ class OpenedModel:
         self._engine = ready.open(num_slots, progress=progress, recorder=recording)
         try:
             self.service = service_for(
-                self._engine, facts, common, replay_bytes=self._engine.plan.replay_bytes,
+                self._engine, facts, common, replay_bytes=self._engine.plan.claimed["replay_bytes"],
                 recorder=None if recording is None else recording.recorder, speeds=speeds,
             )  # fmt: skip
         except BaseException:
