@@ -31,7 +31,7 @@ QUESTIONS = {
     10: "8 sequences at once over what the union of their experts allows",
     11: "process start to first token: seconds, and over llama.cpp",
     12: "Python's share of a decode step",
-    13: "decode beside a busy process over decode on the quiet machine",
+    13: "decode next to a busy process over decode on the quiet machine",
     14: "peak memory of a resident model over its file",
     15: "first token of a prompt of 2040 tokens over the same prompt found computed",
     16: "serving clients at once over llama.cpp's llama-server: resident",
