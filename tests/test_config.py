@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
-from argosy.config import counted, disk_size, parse_size
+from argosy.config import (
+    RUNNING,
+    SAMPLING,
+    EngineConfig,
+    EngineOptions,
+    SamplingParams,
+    counted,
+    disk_size,
+    parse_size,
+)
+from argosy.config.option import declarations
 from argosy.errors import UsageError
 
 
@@ -38,3 +51,21 @@ def test_a_size_on_a_drive_is_never_nothing() -> None:
     assert [disk_size(size) for size in (0, 999, 4000, 280_000_000, 16_400_000_000)] == [
         "0 bytes", "999 bytes", "4 kB", "280 MB", "16.4 GB",
     ]  # fmt: skip
+
+
+def test_every_choice_of_a_caller_becomes_a_setting_of_the_engine() -> None:
+    choices = set(EngineOptions.__annotations__) - {"memory", "context", "mmproj"}
+    settings = {one.name for one in fields(EngineConfig)} - {"budget"}
+    assert choices == settings
+
+
+def test_a_declaration_has_the_type_words_and_variable_of_its_field() -> None:
+    declared = declarations(EngineOptions)
+    assert (declared["threads"].kind, declared["threads"].option.variable) == (int, "ARGOSY_THREADS")
+    assert declared["speculate"].words == ("off", "lookup", "mtp", "auto")
+    assert (declared["memory"].kind, declared["watermark"].kind) == (str, Path)
+    assert {*RUNNING, "watermark"} == {name for name, one in declared.items() if one.option.flags}
+    sampling = declarations(SamplingParams)
+    assert sampling["stop"].is_list
+    assert not sampling["seed"].is_list
+    assert set(SAMPLING) == set(sampling)

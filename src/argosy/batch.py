@@ -19,9 +19,8 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.config import DEMO, SamplingParams
+from argosy.config import DEMO, EngineOptions, SamplingParams
 from argosy.engine.engine import Engine
-from argosy.engine.options import EngineOptions
 from argosy.engine.sequence import Sequence as EngineSequence
 from argosy.errors import ArgosyError
 

@@ -11,6 +11,7 @@ import pytest
 from argosy.cli.commands.serve import serve
 from argosy.cli.main import main
 from argosy.cli.shared.config_file import read_config
+from argosy.config.option import declarations
 from argosy.errors import UsageError
 
 Captured = pytest.CaptureFixture[str]
@@ -67,7 +68,7 @@ def test_every_option_of_serve_may_be_in_the_file(tmp_path: Path) -> None:
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from argosy.cli.shared.settings import Settings
+    from argosy.cli.shared.settings import Settings, read_settings
 
     monkeypatch.setenv("ARGOSY_MEMORY", "1GiB")
     monkeypatch.setenv("ARGOSY_THREADS", "3")
@@ -75,8 +76,8 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_environment(
         tmp_path, 'memory = "2GiB"\nport = 1\nallow-host = ["a"]\nrecord = true\n', "--port", "2"
     )
     assert (found["port"], found["allow_host"]) == (2, ("a",))
-    taken = Settings.read(**{name: found.get(name) for name in Settings.__dataclass_fields__})
-    assert (taken.memory, taken.threads, taken.record) == ("2GiB", 3, True)
+    taken = read_settings(**{name: found.get(name) for name in declarations(Settings)})
+    assert (taken["memory"], taken["threads"], taken["record"]) == ("2GiB", 3, True)
     assert settings(tmp_path, 'allow-host = ["a"]', "--allow-host", "b")["allow_host"] == ("b",)
     assert settings(tmp_path, "media = true", "--no-media")["media"] is False
     assert settings(tmp_path, 'models = ["x"]', "y")["models"] == ("y",)

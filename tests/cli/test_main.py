@@ -20,7 +20,7 @@ from argosy.cli.commands.run import run
 from argosy.cli.commands.serve import serve
 from argosy.cli.main import _COMMANDS, _SUBJECTS, main
 from argosy.cli.shared.help_all import Further
-from argosy.cli.shared.settings import Settings, wants_traceback
+from argosy.cli.shared.settings import VARIABLES, for_engine, read_settings, wants_traceback
 from argosy.errors import UsageError
 from argosy.user_directories import data_directory
 from tests.cli.fake_engine import FakeEngine
@@ -404,9 +404,30 @@ def test_a_reader_that_closes_the_pipe_causes_no_error_message(engine: Engine) -
 
 def test_flags_override_the_environment_and_only_given_settings_reach_the_engine() -> None:
     environment = {"ARGOSY_MEMORY": "2GiB", "ARGOSY_THREADS": "3", "HOME": "/"}
-    settings = Settings.read(environment, memory="1GiB", kv_dtype="f16")
-    assert settings.for_engine() == {"memory": "1GiB", "threads": 3, "kv_dtype": "f16"}
-    assert Settings.read({}).for_engine() == {}
+    settings = read_settings(environment, memory="1GiB", kv_dtype="f16")
+    assert for_engine(settings) == {"memory": "1GiB", "threads": 3, "kv_dtype": "f16"}
+    assert for_engine(read_settings({})) == {}
+
+
+def test_the_environment_gives_values_of_the_options_types() -> None:
+    environment = {
+        "ARGOSY_ASK_AHEAD": "off",
+        "ARGOSY_INSTRUCTION_SET": "avx2",
+        "ARGOSY_RECORD": "off",
+        "ARGOSY_TUNE": "off",
+    }
+    # `machine/tuning.py` reads ARGOSY_TUNE itself.
+    wanted = {"ask_ahead": "off", "instruction_set": "avx2", "record": False}
+    assert read_settings(environment) == wanted
+
+
+def test_the_help_lists_every_variable_that_the_program_reads(capfd: pytest.CaptureFixture[str]) -> None:
+    sources = [path.read_text() for path in (Path(__file__).parents[2] / "src" / "argosy").rglob("*.py")]
+    read = {name for text in sources for name in re.findall(r"(?<!_)\bARGOSY_[A-Z_]*[A-Z]", text)}
+    assert read == set(VARIABLES)
+    assert main(["--help"]) == 0
+    shown = capfd.readouterr().out
+    assert re.findall(r"ARGOSY_[A-Z_]+|NO_COLOR", shown) == [*VARIABLES, "NO_COLOR"]
 
 
 @pytest.mark.parametrize(
@@ -419,11 +440,16 @@ def test_flags_override_the_environment_and_only_given_settings_reach_the_engine
             {"ARGOSY_MEMROY": "1GiB"},
             "unknown environment variable ARGOSY_MEMROY; did you mean ARGOSY_MEMORY?",
         ),
+        ({"ARGOSY_TUNE": "no"}, "ARGOSY_TUNE must be on or off, found 'no'"),
+        (
+            {"ARGOSY_ASK_AHEAD": "on"},
+            "ARGOSY_ASK_AHEAD must be off or one_level or one_level_far or two_levels, found 'on'",
+        ),
     ],
 )
 def test_an_invalid_environment_variable_is_named(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Settings.read(environment)
+        read_settings(environment)
     assert sentence in str(caught.value)
 
 

@@ -167,6 +167,14 @@ class _Commands(click.Group):
             if name.startswith(incomplete)
         ]
 
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from argosy.cli.shared.settings import VARIABLES
+
+        super().format_help_text(ctx, formatter)
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(f"Environment: {', '.join(VARIABLES)}, NO_COLOR.")
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         installed = self.list_commands(ctx)
         width = max(map(len, installed))  # one column for every subject
@@ -210,9 +218,6 @@ def cli() -> None:
     Examples:
       argosy run "Why is the sky blue?"
       argosy plan Qwen/Qwen3-30B-A3B --memory 16GiB
-
-    Environment: ARGOSY_MEMORY, ARGOSY_THREADS, ARGOSY_INSTRUCTION_SET, ARGOSY_RECORD, ARGOSY_CACHE, ARGOSY_API_KEY,
-    ARGOSY_TRACEBACK, NO_COLOR.
     """
 
 

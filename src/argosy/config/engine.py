@@ -1,13 +1,18 @@
-"""How one engine runs: the settings that the command line, the environment and callers become."""
+"""How one engine runs: what a caller may choose, and the complete settings that it becomes.
+
+Each choice is declared once, in `EngineOptions`: its type, what a person types for it, its help and its environment
+variable. Its default is that of `EngineConfig`, the complete settings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, TypedDict, get_args
 
 from argosy.config.claims import Claim
+from argosy.config.option import Option
 from argosy.config.sampling import CHOOSING, SamplingParams
 from argosy.config.strict import Strict
 from argosy.config.units import GIB
@@ -78,6 +83,138 @@ class KvDir(Strict):
 
 FEWEST_IMAGE_TOKENS = 16  # fewer would distort pictures
 FEWEST_VIDEO_TOKENS = 16
+IMAGE_TOKENS, VIDEO_TOKENS = 1024, 4096  # defaults
+
+
+class EngineOptions(TypedDict, total=False):
+    """Everything about an engine that a caller may choose; `EngineConfig` describes what is not described here.
+
+    memory: the budget of the whole process: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: free memory less a
+        margin (`machine.resources.default_budget`).
+    context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many as
+        the budget allows.
+    threads: compute threads; None: as many as `machine.tuning` finds fastest, at most the cores this process may use.
+    expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
+    ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once: what a model without a tower for sound
+        gets of a sound is its transcript.
+    kv_dir: a path, or a `KvDir` with its bounds.
+    watermark: the file with its key, from `argosy watermark key`.
+    sampling: `temperature` and others of `config.CHOOSING`, instead of what the checkpoint says.
+    mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
+    speculate: `auto` is `mtp` if the checkpoint has a layer for it, or else `lookup`.
+    """
+
+    memory: Annotated[
+        str | int | Budget | None,
+        Option(
+            "--memory",
+            "Budget of the whole process: 8GiB, 8GB, 75%.",
+            metavar="SIZE",
+            completes="memory_sizes",
+            variable="ARGOSY_MEMORY",
+        ),
+    ]
+    context: Annotated[
+        int | None,
+        Option("--context", "Context length in tokens.", metavar="N", least=1, completes="context_sizes"),
+    ]
+    threads: Annotated[
+        int | None,
+        Option(
+            "--threads",
+            "Compute threads; default: all cores.",
+            metavar="N",
+            least=1,
+            variable="ARGOSY_THREADS",
+        ),
+    ]
+    kv_dtype: Annotated[
+        KvDtype | None,
+        Option("--kv", "Format of the KV cache; default: f16 for most models.", is_further=True),
+    ]
+    instruction_set: Annotated[
+        str | None,
+        Option(
+            "--instruction-set",
+            "Use plain, avx2, avx512 or amx.",
+            metavar="NAME",
+            completes="instruction_sets",
+            is_further=True,
+            variable="ARGOSY_INSTRUCTION_SET",
+        ),
+    ]
+    ask_ahead: Annotated[AskAhead | None, Option(variable="ARGOSY_ASK_AHEAD")]
+    tune: Annotated[
+        bool,
+        Option(
+            "--no-tune", "Skip the start-up benchmark of kernels.", is_further=True, variable="ARGOSY_TUNE"
+        ),
+    ]
+    chunk_tokens: int | None
+    expert_slots: int | None
+    max_sequences: int
+    media: Annotated[bool | None, Option("--media/--no-media", "Media, or text only; default: if it fits.")]
+    image_tokens: Annotated[
+        int,
+        Option(
+            "--image-tokens",
+            f"Most positions of a picture; default {IMAGE_TOKENS}.",
+            metavar="N",
+            is_further=True,
+        ),
+    ]
+    video_tokens: Annotated[
+        int,
+        Option(
+            "--video-tokens",
+            f"Most positions of a video; default {VIDEO_TOKENS}.",
+            metavar="N",
+            is_further=True,
+        ),
+    ]
+    mmproj: Annotated[
+        str | Path | None,
+        Option(
+            "--mmproj",
+            "Vision tower of a GGUF; default: beside it.",
+            metavar="FILE",
+            completes="files",
+            is_further=True,
+        ),
+    ]
+    ears: Annotated[
+        str | Path | None,
+        Option("--ears", "Transcribe sound: Whisper model or tiny.en.", metavar="PATH"),
+    ]
+    speculate: Annotated[
+        Speculate | Literal["auto"],
+        Option("--speculate", "Propose tokens ahead while it pays; same text.", is_further=True),
+    ]
+    draft_tokens: int
+    readers: int
+    look_ahead: bool
+    experts_off: bool
+    max_waiting: int | None
+    pooling: Pooling | None
+    prefix_reuse: bool
+    kv_dir: str | Path | KvDir | None
+    watermark: Annotated[
+        Path | str | None,
+        Option(
+            "--watermark",
+            "Key of a watermark in sampled text: docs/guides/responsible-use.md.",
+            metavar="FILE",
+            is_further=True,
+        ),
+    ]
+    sampling: Mapping[str, float]
+    grammars: bool
+    claims: tuple[Claim, ...]
+
+
+# Where they apply. Commands that need fewer name them.
+SIZING = ("memory", "threads", "context", "kv_dtype", "instruction_set")  # any engine that answers text
+RUNNING = (*SIZING, "media", "image_tokens", "video_tokens", "mmproj", "ears", "speculate", "tune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +241,10 @@ class EngineConfig(Strict):
     # Take pictures, sounds and videos if the model has encoders for them. None: if the budget has room for that, too.
     media: bool | None = None
     # Maximum positions of a picture or a group of frames; larger ones are scaled down.
-    image_tokens: int = 1024
-    video_tokens: int = 4096  # maximum positions of a video, all frames together; larger ones are scaled down
+    image_tokens: int = IMAGE_TOKENS
+    video_tokens: int = (
+        VIDEO_TOKENS  # maximum positions of a video, all frames together; larger ones are scaled down
+    )
     ears: Path | None = None  # a Whisper checkpoint, which transcribes sound for a model that takes none
     speculate: Speculate = "off"  # propose tokens, to confirm several in one step; no answer changes
     draft_tokens: int = 0  # most tokens that are proposed per sequence and step

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
+from argosy.config.option import Option
 from argosy.config.strict import Strict
 from argosy.errors import UsageError
 
@@ -72,7 +73,13 @@ class Grammar(Strict):
 CHOOSING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
-EFFORTS = ("low", "medium", "high")  # of thinking, in the words of the command line and of presets
+Effort = Literal["low", "medium", "high"]  # of thinking, in the words of the command line and of presets
+EFFORTS = get_args(Effort)
+
+# Where the options of `SamplingParams` and `Preset` apply.
+ENDING = ("max_tokens", *CHOOSING, "seed", "stop")  # run, chat, preset
+SAMPLING = (*ENDING, "logit_bias", "logprobs", "ignore_eos")  # run, chat
+THINKING = ("thinks", "effort")  # run, chat, preset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,20 +119,58 @@ class SamplingParams(Strict):
     Built directly, it is complete, and the same for every model; `asked` leaves the rest to the model.
     """
 
-    max_tokens: int | None = 256  # None: to the end of the context; 0: only with prompt_logprobs
+    # None: to the end of the context; 0: only with prompt_logprobs
+    max_tokens: Annotated[
+        int | None, Option("-n --max-tokens", "Most tokens; default: to the context's end.", metavar="N")
+    ] = 256
     min_tokens: int = 0  # until this many tokens, no end token, stop token or stop string ends the answer
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and answer (CTRL, arXiv:1909.05858)
-    presence_penalty: float = 0.0  # over the answer, as OpenAI defines it
-    frequency_penalty: float = 0.0
-    seed: int | None = None  # None: a random seed, reported in the result
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None  # None: none; n: those of the chosen token and the n best
-    ignore_eos: bool = False
-    stop: Sequence[str] = ()
+    temperature: Annotated[
+        float, Option("-t --temperature", "0 is greedy; default: the model's own.", metavar="X")
+    ] = 0.0
+    # 0: all
+    top_k: Annotated[
+        int, Option("--top-k", "Sample from the likeliest tokens only.", title="--top-k, --top-p, --min-p N")
+    ] = 0
+    top_p: Annotated[float, Option("--top-p")] = 1.0
+    min_p: Annotated[float, Option("--min-p")] = 0.0
+    # Over prompt and answer (CTRL, arXiv:1909.05858).
+    repetition_penalty: Annotated[
+        float,
+        Option(
+            "--repetition-penalty",
+            "Above 1: repeat less of prompt and answer.",
+            metavar="X",
+            is_further=True,
+        ),
+    ] = 1.0
+    # Over the answer, as OpenAI defines them.
+    presence_penalty: Annotated[
+        float,
+        Option(
+            "--presence-penalty", "Lower logits of tokens in the answer by X.", metavar="X", is_further=True
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        Option("--frequency-penalty", "Lower them by X per occurrence.", metavar="X", is_further=True),
+    ] = 0.0
+    # None: a random seed, reported in the result.
+    seed: Annotated[int | None, Option("--seed", "Make sampling repeatable.", metavar="N")] = None
+    logit_bias: Annotated[
+        Mapping[int, float],
+        Option("--logit-bias", "Add X to the logit of a token.", metavar="ID=X", is_further=True),
+    ] = field(default_factory=dict)
+    # None: none; n: those of the chosen token and the n best.
+    logprobs: Annotated[
+        int | None,
+        Option("--logprobs", "With --json: N likeliest tokens each step.", metavar="N", is_further=True),
+    ] = None
+    ignore_eos: Annotated[bool, Option("--ignore-eos", "Continue after the end token.", is_further=True)] = (
+        False
+    )
+    stop: Annotated[
+        Sequence[str], Option("--stop", "Stop before TEXT; may be repeated.", metavar="TEXT")
+    ] = ()
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
     # Omit them from the text. The text never includes the token that ends the answer.
     skip_special_tokens: bool = True
@@ -213,9 +258,20 @@ class Preset:
     max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    context: int | None = None
-    thinks: bool | None = None
-    effort: str | None = None
+    context: Annotated[
+        int | None,
+        Option(
+            "--context",
+            "Most tokens of prompt and answer together.",
+            metavar="N",
+            least=1,
+            completes="context_sizes",
+        ),
+    ] = None
+    thinks: Annotated[
+        bool | None, Option("--think/--no-think", "Think first, or not; default: the model's.")
+    ] = None
+    effort: Annotated[Effort | None, Option("--effort", "Think low, medium or high.", metavar="LEVEL")] = None
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:

@@ -25,7 +25,7 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import fingerprint
 from argosy.checkpoint.geometry import count_parameters
 from argosy.checkpoint.sampling import declared_sampling
-from argosy.config import DEMO, EngineConfig, ModelConfig
+from argosy.config import DEMO, EngineConfig, EngineOptions, ModelConfig
 from argosy.engine import facts
 from argosy.engine.admission import Admission
 from argosy.engine.answers import Answers
@@ -35,7 +35,6 @@ from argosy.engine.drafts.drafts import Drafts, require_one_drafter
 from argosy.engine.facts import EngineFacts
 from argosy.engine.ledger import Ledger
 from argosy.engine.options import (
-    EngineOptions,
     configure,
     locate_ears,
     locate_model,

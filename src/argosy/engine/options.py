@@ -1,11 +1,10 @@
-"""The keywords of `Engine.open`, and the complete settings that they become for one model."""
+"""From the keywords of `Engine.open` to the complete settings for one model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Unpack
 
 from argosy import _native
 from argosy.budget.memory_plan import RESIDENT_CHUNK, SMALLEST_CHUNK, quarter_of_experts
@@ -13,15 +12,12 @@ from argosy.checkpoint.files import ModelFiles
 from argosy.config import (
     DEMO,
     DRAFT_TOKENS,
-    AskAhead,
     Budget,
     Claim,
     EngineConfig,
+    EngineOptions,
     KvDir,
-    KvDtype,
     ModelConfig,
-    Pooling,
-    Speculate,
     parse_size,
 )
 from argosy.errors import ArgosyError, UsageError
@@ -35,57 +31,6 @@ from argosy.model.families import open_model
 
 TINY_EN = "tiny.en"
 DEMO_CHUNK = 256  # default tokens of a step of the demo model
-
-
-SpeculateOption = Speculate | Literal["auto"]
-
-
-class EngineOptions(TypedDict, total=False):
-    """Everything about an engine that a caller may choose; `EngineConfig` describes what is not described here.
-
-    memory: the budget of the whole process: bytes, `8GiB`, `8GB`, `75%`, or a `Budget`. None: free memory less a
-        margin (`plan.machine.default_budget`).
-    context: positions of the KV cache, shared by all sequences, at most the model's context length; None: as many as
-        the budget allows.
-    threads: compute threads; None: as many as `plan.tuning` finds fastest, at most the cores this process may use.
-    expert_slots: None: what the budget leaves, or a quarter of the demo model's experts if `memory` is None, too.
-    ears: directory of a Whisper checkpoint, or `tiny.en`, which is fetched once: what a model without a tower for sound
-        gets of a sound is its transcript.
-    kv_dir: a path, or a `KvDir` with its bounds.
-    watermark: the file with its key, from `argosy watermark key`.
-    sampling: `temperature` and others of `config.CHOOSING`, instead of what the checkpoint says.
-    mmproj: the file with the vision tower of a GGUF model; None: the one beside it, if there is exactly one.
-    speculate: `auto` is `mtp` if the checkpoint has a layer for it, or else `lookup`.
-    """
-
-    memory: str | int | Budget | None
-    context: int | None
-    threads: int | None
-    kv_dtype: KvDtype | None
-    instruction_set: str | None
-    ask_ahead: AskAhead | None
-    tune: bool
-    chunk_tokens: int | None
-    expert_slots: int | None
-    max_sequences: int
-    media: bool | None
-    image_tokens: int
-    video_tokens: int
-    mmproj: str | Path | None
-    ears: str | Path | None
-    speculate: SpeculateOption
-    draft_tokens: int
-    readers: int
-    look_ahead: bool
-    experts_off: bool
-    max_waiting: int | None
-    pooling: Pooling | None
-    prefix_reuse: bool
-    kv_dir: str | Path | KvDir | None
-    watermark: str | Path | None
-    sampling: Mapping[str, float]
-    grammars: bool
-    claims: tuple[Claim, ...]
 
 
 def locate_model(model: str | Path, progress: Progress | None = None) -> Path:

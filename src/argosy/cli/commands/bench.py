@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.commands import completion
-from argosy.cli.shared.options import sizing_options
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.output import short_number
-from argosy.config import DEMO, MIB, format_bytes
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
+from argosy.config import DEMO, MIB, SIZING, format_bytes
 
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
-    from argosy.cli.shared.settings import Settings
 
 _SMALLEST_FILE_BYTES = 64 * MIB  # a file whose reads say how fast the drive is has at least this
 
 
 @click.command("bench")
 @click.argument("model", default=DEMO, shell_complete=completion.models)
-@sizing_options
+@choices(Settings, *SIZING, into="flags")
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def bench(model: str, as_json: bool, **options: Any) -> None:
+def bench(model: str, as_json: bool, flags: Settings) -> None:
     """Measure the speed of MODEL at the budget, and again with half as many experts in memory.
 
     Takes about a minute, and two on a slow machine. The lines say what else kept the machine busy meanwhile. Their
@@ -40,15 +40,14 @@ def bench(model: str, as_json: bool, **options: Any) -> None:
       argosy bench ./Qwen3-30B-A3B --memory 16GiB --json
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.engine.options import locate_model, open_files
     from argosy.forecast.bench import CONTEXT_TOKENS
     from argosy.machine.neighbours import Neighbours
 
     with progress_bar() as progress:
         files = open_files(locate_model(model, progress))
-    context = min(options.pop("context") or CONTEXT_TOKENS, files.config.context_tokens)
-    settings = Settings.read(**options, context=context, media=False, record=False)
+    context = min(flags.get("context") or CONTEXT_TOKENS, files.config.context_tokens)
+    settings: Settings = {**read_settings(**flags), "context": context, "media": False, "record": False}
     with Neighbours() as others:
         rates = _rates(files, settings)
         least_slots = max(1, files.config.experts_per_token)
@@ -77,7 +76,7 @@ def _speeds(model: str, settings: Settings, least_slots: int, drive: float | Non
 
     def measured(**more: int) -> dict[str, Any]:
         with progress_bar() as progress:
-            options = settings.for_engine() | more
+            options = {**for_engine(settings), **more}
             return measure_alone(model, options, drive_bytes_per_s=drive, progress=progress)
 
     speeds = [measured()]
@@ -97,8 +96,8 @@ def _machine_facts(settings: Settings) -> dict[str, Any]:
         "commit": _commit(),
         "cpu": resources.cpu_model(),
         "cores": resources.usable_cores(),
-        "threads": settings.threads or tuning.known_threads(settings.instruction_set),
-        "instruction_set": settings.instruction_set or _native.instruction_sets()[-1],
+        "threads": settings.get("threads") or tuning.known_threads(settings.get("instruction_set")),
+        "instruction_set": settings.get("instruction_set") or _native.instruction_sets()[-1],
         "total_bytes": resources.memory_limit().total_bytes,
     }
 
@@ -122,8 +121,8 @@ def _rates(files: ModelFiles, settings: Settings) -> dict[str, Any]:
 
     memory = None
     if resources.memory_limit().free_bytes > 2 * probes.MEMORY_BYTES:
-        known = tuning.known_threads(settings.instruction_set)
-        memory = probes.memory_rate(settings.threads or known)
+        known = tuning.known_threads(settings.get("instruction_set"))
+        memory = probes.memory_rate(settings.get("threads") or known)
     record_bytes = max((record.nbytes for record in files.experts.values()), default=MIB)
     paths = {ref.path for ref in files.dense.values()}
     paths |= {piece.path for record in files.experts.values() for piece in record.pieces}

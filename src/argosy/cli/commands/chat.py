@@ -28,17 +28,18 @@ from argosy.cli.shared.chat_models import Models
 from argosy.cli.shared.help_all import Command
 from argosy.cli.shared.interrupts import Interrupts, SecondInterrupt
 from argosy.cli.shared.options import (
+    asked_sampling,
+    asked_thinking,
     engine_options,
     sampling_options,
-    split_options,
-    take_thinking,
     thinking_options,
     watermark_option,
 )
 from argosy.cli.shared.output import AnswerWriter, ledger_lines, write_dim, write_text
 from argosy.cli.shared.server_model import server_model_options
+from argosy.cli.shared.settings import Settings, read_settings
 from argosy.cli.shared.texts import MOST_BYTES, text_or_file
-from argosy.config import DEMO, counted
+from argosy.config import DEMO, SamplingParams, counted
 from argosy.errors import ArgosyError, PromptTooLong, ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ def chat(
     thoughts: bool | None,
     url: str | None,
     no_server: bool,
-    **options: Any,
+    thinking: Any,
+    sampling: Any,
+    flags: Settings,
 ) -> None:
     """Chat with MODEL, a name or a path; the default is the demo model.
 
@@ -113,8 +116,8 @@ def chat(
       argosy chat
       argosy chat ./Qwen3-30B-A3B --memory 75% --temperature 0.7 --top-p 0.9
     """
-    thinking = take_thinking(options)
-    settings, params = split_options(options)
+    thinking, params = asked_thinking(**thinking), asked_sampling(sampling)
+    settings = read_settings(**flags)
     system = None if system is None else text_or_file(system)
     read = _reader(_open_history(history))
     if thoughts is None:

@@ -11,12 +11,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from argosy.cli.shared.settings import Settings, read_settings
 from argosy.config import GIB, KIB, MIB, counted, format_bytes
 from argosy.errors import DiskFull, UsageError, is_disk_full
 
 if TYPE_CHECKING:
     from argosy.cli.shared.output import Progress
-    from argosy.cli.shared.settings import Settings
 
 _RECORD_BYTES = (256 * KIB, MIB, 4 * MIB)
 _NUM_READERS = (1, 4)
@@ -74,12 +74,11 @@ def doctor(path: Path, size: str, products: bool, tune: bool, as_json: bool) -> 
 def machine_facts(path: Path, *, tune: bool = False) -> dict[str, Any]:
     """Facts about the machine that do not need measuring the drive; `tune` measures its choices again."""
     from argosy import _native
-    from argosy.cli.shared.settings import Settings
     from argosy.machine import resources
 
     known = _native.instruction_sets()
-    settings = Settings.read()
-    chosen = settings.instruction_set or known[-1]
+    settings = read_settings()
+    chosen = settings.get("instruction_set") or known[-1]
     if chosen not in known:
         raise UsageError(f"ARGOSY_INSTRUCTION_SET is '{chosen}', and this processor has: {', '.join(known)}")
     limit = resources.memory_limit()
@@ -114,7 +113,7 @@ def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[st
     """How products run: as measured when a model first ran here, or now."""
     from argosy.machine import tuning
 
-    threads = settings.threads or tuning.known_threads(instruction_set)
+    threads = settings.get("threads") or tuning.known_threads(instruction_set)
     choices = tuning.measure(threads, instruction_set) if tune else tuning.kept(threads, instruction_set)
     why_not = "nothing was measured yet; the first model that runs here does it, or `argosy doctor --tune`"
     number = tuning.kept_threads(instruction_set)
@@ -122,7 +121,7 @@ def _choices(settings: Settings, instruction_set: str, *, tune: bool) -> dict[st
         "is_used": tuning.is_on(),
         "threads": threads,
         "all_cores_gain": None if number is None else number.gain,
-        "fixed_ask_ahead": settings.ask_ahead,
+        "fixed_ask_ahead": settings.get("ask_ahead"),
         "file": str(tuning.kept_file(instruction_set)),
         "why_not_kept": why_not if choices is None else choices.why_not,
         "default": tuning.default_tuning()._asdict(),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.output import progress_bar, write_file
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 
 if TYPE_CHECKING:
     from argosy.evaluate.drift import Drift, GroupDrift, QuestionDrift, TextDrift
@@ -62,13 +64,10 @@ def eval_group() -> None:
     help="Also write the JSON here, for `argosy card`.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-@click.option("--memory", metavar="SIZE", help="Budget of the whole process: 8GiB, 8GB, 75%.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
-)
+@choices(Settings, "memory", "threads", into="flags")
 def drift(
     reference: str, candidate: str, languages: str | None, bbq: Path | None, bbq_questions: int,
-    candidate_kv: str | None, save: Path | None, as_json: bool, memory: str | None, threads: int | None,
+    candidate_kv: str | None, save: Path | None, as_json: bool, flags: Settings,
 ) -> None:  # fmt: skip
     """Measure how much CANDIDATE differs from REFERENCE: a pack from its checkpoint, or one format from another.
 
@@ -76,11 +75,10 @@ def drift(
     that differ only in the group they name, and the user's own questions. This measures what compression changes,
     not the bias of REFERENCE.
     """
-    from argosy.cli.shared.settings import Settings
     from argosy.evaluate.measure import measure_drift
     from argosy.evaluate.questions import read_questions
 
-    settings = Settings.read(memory=memory, threads=threads)
+    settings = read_settings(**flags)
     questions = [] if bbq is None else read_questions(bbq, most=bbq_questions)
     with progress_bar() as progress:
         report = measure_drift(
@@ -88,7 +86,7 @@ def drift(
             candidate,
             _material(languages),
             questions,
-            options=settings.for_engine(),
+            options=for_engine(settings),
             candidate_settings={} if candidate_kv is None else {"kv_dtype": candidate_kv},
             progress=progress,
         )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from argosy.cli.shared.declared import choices
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import counted, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
@@ -51,7 +53,7 @@ Progress = Callable[[str, float], None]
     help="Verify the BLAKE3 hashes of a pack.",
 )
 @click.option("--report", is_flag=True, help="Then compare both, as `argosy eval drift`, in DST/drift.json.")
-@click.option("--memory", metavar="SIZE", help="Budget of that comparison: 8GiB, 8GB, 75%.")
+@choices(Settings, "memory", into="flags", memory={"help": "Budget of that comparison: 8GiB, 8GB, 75%."})
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
 def pack(
     source: str | None,
@@ -61,8 +63,8 @@ def pack(
     mmproj: str | None,
     pack_directory: Path | None,
     report: bool,
-    memory: str | None,
     as_json: bool,
+    flags: Settings,
 ) -> None:
     """Write the model SRC, a name or a path, as a pack in DST, where each expert is one aligned read.
 
@@ -88,9 +90,9 @@ def pack(
         raise UsageError(
             "pack needs SRC, DST and --format", hint="argosy pack ./model ./model-q4 --format q4"
         )
-    if memory is not None and not report:
+    if flags and not report:
         raise UsageError("--memory is the budget of --report; packing itself needs little")
-    drift = partial(_drift, source, destination, memory) if report else None
+    drift = partial(_drift, source, destination, flags) if report else None
     _pack(source, destination, format_name, num_shares or 1, mmproj, as_json, drift)
 
 
@@ -145,20 +147,19 @@ def _pack(
         print("", *lines(compare()), sep="\n")
 
 
-def _drift(source: str, destination: Path, memory: str | None) -> Report:
+def _drift(source: str, destination: Path, flags: Settings) -> Report:
     """Compare the pack with its source, and keep the report in the pack, where `argosy card` finds it."""
     from argosy.cli.commands.eval import REPORT_FILE, write_report
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.evaluate.material import read_material
     from argosy.evaluate.measure import measure_drift
 
-    settings = Settings.read(memory=memory)
+    settings = read_settings(**flags)
     try:
         with progress_bar() as progress:
             report = measure_drift(
                 source, destination, read_material(),
-                options=settings.for_engine(), candidate_settings={}, progress=progress,
+                options=for_engine(settings), candidate_settings={}, progress=progress,
             )  # fmt: skip
     except ArgosyError:
         again = f"argosy eval drift {source} {destination} --save {destination / REPORT_FILE}"

@@ -14,6 +14,7 @@ from argosy.cli.commands.plan_traffic import Traffic, Wanted
 from argosy.cli.shared.help_all import Command, Further
 from argosy.cli.shared.options import engine_options, recorder_of, settings_of
 from argosy.cli.shared.output import FITS, print_facts, short_number, table_lines
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import SERVED_AT_ONCE, SERVED_WAITING, disk_size, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
@@ -86,7 +87,7 @@ def plan(
     model: str, machine: str, streams: str, pack_format: str | None, working_set: Path | None, api: str | None,
     api_price: str | None, price: float | None, watts: float | None, kwh: float, calibrate: bool, verify: bool,
     network: str | None, rate: float | None, traffic: str | None, target: str | None, plot: Path | None, as_json: bool,
-    **options: Any,
+    flags: Settings,
 ) -> None:  # fmt: skip
     """Estimate whether MODEL fits, how fast it will run and what it will cost. MODEL is a name or path, config.json,
     OWNER/NAME[:Q4_K_M] on the Hugging Face Hub, or an https address. Exit code 3: it does not fit.
@@ -97,7 +98,6 @@ def plan(
       argosy plan ./kimi-k2 --machine aws:i7i.8xlarge --rate 0.02 --traffic prompt=800~2,answer=200
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.engine.engine import Engine  # noqa: F401  all that a process which runs the model imports
     from argosy.machine.resources import held_bytes
 
@@ -117,7 +117,7 @@ def plan(
         raise UsageError("--network is between machines, and --machine names one", hint="--machine 4*NAME")
     between = parse_network(network or "10GbE")
     # This machine's environment says nothing about another machine.
-    settings = Settings.read(None if machine == HERE else {}, **options)
+    settings = read_settings(None if machine == HERE else {}, **flags)
     settings = settings_of(preset_of(model), settings)
     if machine != HERE and (calibrate or verify):
         raise UsageError(f"--calibrate and --verify run on this machine, and --machine is {machine}")
@@ -135,7 +135,7 @@ def plan(
         open_subject(
             model,
             format=pack_format or "q4",  # type: ignore[arg-type]
-            mmproj=settings.mmproj,
+            mmproj=for_engine(settings).get("mmproj"),
             planner_bytes=planner_bytes,
             progress=progress,
         ) as subject,
@@ -150,16 +150,16 @@ def plan(
             recorded = _saved(subject)
         at = subject.files.path if subject.place == "files" else Path.cwd()
         if calibrate:
-            rates = calibration.calibrate(subject.weights, threads=settings.threads, progress=progress)
+            rates = calibration.calibrate(subject.weights, threads=settings.get("threads"), progress=progress)
             kept_rates.save(rates, at)
-        place = find_place(machine, at, threads=settings.threads)
+        place = find_place(machine, at, threads=settings.get("threads"))
         found, budget_bytes = forecaster(
             subject,
             place,
             streams=counts,
             working_set=recorded,
             recorder=recorder_of(settings),
-            **settings.for_engine(),
+            **for_engine(settings),
             **served,
         )
         forecast = found.forecast(budget_bytes, streams=counts)
@@ -177,7 +177,7 @@ def plan(
         if wanted is not None and forecast.plan is not None:
             servers = found.servers(forecast.plan)
             if verify:
-                options = settings.for_engine() | served | found.engine_options(forecast.plan)
+                options = for_engine(settings) | served | found.engine_options(forecast.plan)
                 servers = measured_servers(model, forecast.plan, servers[1], options, progress=progress)
             simulated = wanted.simulate(servers, owner, are_measured=verify)
         facts = _Facts(subject, place, forecast, found, owner, api_of, group, working_set, simulated)
@@ -197,7 +197,7 @@ def plan(
                 subject.files,
                 found,
                 forecast.plan,
-                settings.for_engine(),
+                for_engine(settings),
                 recorder=recorder_of(settings),
             )
             print(json.dumps(result.as_dict()) if as_json else "\n".join(result.lines()))

@@ -8,18 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.help_all import Command
-from argosy.cli.shared.options import preset_options
 from argosy.cli.shared.texts import STDIN, text_or_file
+from argosy.config import ENDING, THINKING, Preset, SamplingParams
 from argosy.errors import UsageError
-
-if TYPE_CHECKING:
-    from argosy.config import Preset
 
 
 @click.command("preset", cls=Command)
@@ -28,14 +26,8 @@ if TYPE_CHECKING:
     "-m", "--model", metavar="MODEL", shell_complete=completion.models, help="Model: a name or path."
 )
 @click.option("--system", metavar="TEXT", help='System message; @FILE reads it, "" removes it.')
-@click.option(
-    "--context",
-    type=click.IntRange(min=1),
-    metavar="N",
-    shell_complete=completion.context_sizes,
-    help="Most tokens of prompt and answer together.",
-)
-@preset_options
+@choices(Preset, "context", *THINKING, into="given")
+@choices(SamplingParams, *ENDING, into="given")
 @click.option(
     "--modelfile",
     metavar="FILE",
@@ -49,7 +41,7 @@ def preset(
     system: str | None,
     modelfile: str | None,
     removes: bool,
-    **options: Any,
+    given: dict[str, Any],
 ) -> None:
     """Make or change the preset NAME: a model with defaults of its own, listed and used as a model.
 
@@ -63,7 +55,6 @@ def preset(
     """
     from argosy.library import presets
 
-    given = {option: value for option, value in options.items() if value is not None and value != ()}
     changes = bool(given) or model is not None or system is not None
     if name is None:
         if changes or removes or modelfile is not None:

@@ -14,7 +14,9 @@ import click
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.commands.library import ask
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.output import FITS, print_facts, short_number, table_lines
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import counted, disk_size, format_bytes
 from argosy.errors import DoesNotFit, UsageError
 
@@ -34,12 +36,17 @@ _RATES = ((12.5e6, "100 Mbit/s"), (125e6, "1 Gbit/s"))
 
 @click.command("pull")
 @click.argument("model", metavar="OWNER/NAME[:FORMAT]")
-@click.option("--memory", metavar="SIZE", help="Budget to plan with: 8GiB, 8GB, 75%; default: what is free.")
+@choices(
+    Settings,
+    "memory",
+    into="flags",
+    memory={"help": "Budget to plan with: 8GiB, 8GB, 75%; default: what is free."},
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit; default: the main branch.")
 @click.option("--formats", "lists", is_flag=True, help="List the repository's formats, and fetch nothing.")
 @click.option("--fit", is_flag=True, help="Fetch the format that fits this machine best.")
 @click.option("--yes", is_flag=True, help="Fetch without asking: you accept the licence.")
-def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit: bool, yes: bool) -> None:
+def pull(model: str, revision: str | None, lists: bool, fit: bool, yes: bool, flags: Settings) -> None:
     """Download a model into the hub's cache, where other programs also find it.
 
     First it shows whether the model fits, its speed, size and licence; then it asks, and records when you accepted the
@@ -56,16 +63,15 @@ def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit:
       argosy pull unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M --memory 16GiB --yes
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.forecast.planning import plan_remote
     from argosy.library.pull import ask_hub, fetch
 
     if lists and fit:
         raise UsageError("--formats lists and --fit fetches; give one of them")
-    settings = Settings.read(memory=memory)
+    memory = for_engine(read_settings(**flags)).get("memory")
     repository = ask_hub(model, revision)
     if lists or fit or repository.is_open:
-        best = _formats(repository, settings.memory, lists=lists, fit=fit)
+        best = _formats(repository, memory, lists=lists, fit=fit)
         if best is None:
             return
         repository = replace(repository, source=best.source)
@@ -74,7 +80,7 @@ def pull(model: str, memory: str | None, revision: str | None, lists: bool, fit:
     accepted_at = None
     if missing_bytes:
         with progress_bar() as progress:
-            _, forecast = plan_remote(download.source, memory=settings.memory, progress=progress)
+            _, forecast = plan_remote(download.source, memory=memory, progress=progress)
         print_facts(_lines(download, forecast, missing_bytes))
         sys.stdout.flush()
         if not yes:

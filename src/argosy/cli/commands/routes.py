@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.output import progress_bar, write_file
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,13 +60,10 @@ _WINDOWS_SHOWN = (1, 8, 64, 512, 4096)
     "--svg", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw a heat map."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print all facts as JSON.")
-@click.option("--memory", metavar="SIZE", help="Budget of the whole process: 8GiB, 8GB, 75%.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
-)
+@choices(Settings, "memory", "threads", into="flags")
 def routes(
     model: str, files: tuple[Path, ...], tokens: int, ablate: str | None, ablate_tokens: int, svg: Path | None,
-    as_json: bool, memory: str | None, threads: int | None,
+    as_json: bool, flags: Settings,
 ) -> None:  # fmt: skip
     """Show which experts of MODEL are used for given texts.
 
@@ -76,15 +75,14 @@ def routes(
       argosy routes demo news.txt code.txt --svg experts.svg
       argosy routes ./Qwen3-30B-A3B labelled.jsonl --memory 16GiB --ablate 3:5,3:17
     """
-    from argosy.cli.shared.settings import Settings
     from argosy.observe.ablation import parse_removals
     from argosy.observe.heat_map import draw
     from argosy.observe.report import report
     from argosy.observe.texts import read_texts
 
-    settings = Settings.read(memory=memory, threads=threads)
+    settings = read_settings(**flags)
     texts = read_texts(files, most_bytes=tokens * _BYTES_PER_TOKEN)
-    with _open(model, settings.for_engine(), len(texts), tokens) as reader, progress_bar() as progress:
+    with _open(model, for_engine(settings), len(texts), tokens) as reader, progress_bar() as progress:
         config = reader.engine.config
         removals: list[Removal] = []
         if ablate is not None:

@@ -18,22 +18,23 @@ from argosy.cli.commands import completion
 from argosy.cli.shared.group_options import group_options, take_group
 from argosy.cli.shared.options import (
     CommandWithMedia,
+    asked_sampling,
+    asked_thinking,
     co2_option,
     engine_options,
     media_of,
     open_engine,
     sampling_options,
     settings_of,
-    split_options,
-    take_thinking,
     thinking_of,
     thinking_options,
     watermark_option,
 )
 from argosy.cli.shared.output import AnswerWriter, ledger_lines, prompt_shown, write_text
 from argosy.cli.shared.server_model import Reply, ServerModel, find_model, server_model_options
+from argosy.cli.shared.settings import Settings, read_settings
 from argosy.cli.shared.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
-from argosy.config import DEMO, counted
+from argosy.config import DEMO, SamplingParams, counted
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def run(
     thoughts: bool | None,
     url: str | None,
     no_server: bool,
+    thinking: Any,
+    sampling: Any,
+    flags: Settings,
     **options: Any,
 ) -> None:
     """Answer one prompt. Files, pictures, sound and stdin can come with it; statistics go to stderr.
@@ -111,8 +115,8 @@ def run(
     from argosy.library.names import preset_of
 
     wanted = take_group(options)
-    thinking = take_thinking(options)
-    settings, params = split_options(options)
+    thinking, params = asked_thinking(**thinking), asked_sampling(sampling)
+    settings = read_settings(**flags)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
     if raw and thinking.is_asked:
@@ -139,9 +143,9 @@ def run(
         params, thinking = preset.fill_in(params), thinking_of(preset, thinking)
         settings = settings_of(preset, settings)
     request = _request(text, media_of(), system, raw, preset)
-    if settings.media is None and settings.ears is None:
+    if "media" not in settings and "ears" not in settings:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
-        settings = replace(settings, media=bool(media_of()))
+        settings = {**settings, "media": bool(media_of())}
     more: dict[str, Any] = {} if form is None else {"grammars": True}
     with wanted.open(model) as group, open_engine(model, settings, group=group, **more) as engine:
         parses = engine.prompts.takes_messages and not raw

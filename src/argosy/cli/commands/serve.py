@@ -13,25 +13,27 @@ import click
 from argosy.cli.commands import completion
 from argosy.cli.commands.auditing import keeping_options, take_keeping
 from argosy.cli.commands.listening import listening_options, take_listening
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.group_options import WantedGroup, group_options, take_group
 from argosy.cli.shared.help_all import Command, Further
 from argosy.cli.shared.options import (
     Recording,
-    choosing_options,
     co2_option,
     engine_options,
     open_engine,
-    take_choosing,
     watermark_option,
 )
 from argosy.cli.shared.output import short_number
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import (
+    CHOOSING,
     DEMO,
     SERVED_AT_ONCE,
     SERVED_WAITING,
     Claim,
     KvDir,
     Pooling,
+    SamplingParams,
     counted,
     parse_seconds,
     parse_size,
@@ -40,7 +42,6 @@ from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
-    from argosy.cli.shared.settings import Settings
     from argosy.engine.shared import ReadyModel
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
@@ -54,7 +55,7 @@ _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at 
 @click.command("serve", cls=Command)
 @click.argument("models", nargs=-1, metavar="[MODEL]...", shell_complete=completion.models)
 @engine_options
-@choosing_options
+@choices(SamplingParams, *CHOOSING, into="sampling")
 @group_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -151,7 +152,7 @@ def serve(
     library: bool, idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
     kv_dir: Path | None, pooling: Pooling | None, rerank: str | None, no_store: bool, policy: Path | None,
     keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
-    log_limit: str | None, **options: Any,
+    log_limit: str | None, flags: Settings, sampling: dict[str, float], **options: Any,
 ) -> None:  # fmt: skip
     """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, and a page.
 
@@ -162,7 +163,6 @@ def serve(
     """
     # Imported before the engine, because the memory plan counts the memory that the process already uses.
     from argosy.cli.commands.served_library import ServedPresets
-    from argosy.cli.shared.settings import Settings
     from argosy.guard.audit import check_audit
     from argosy.guard.keys import KeyFile
     from argosy.library.names import look_up, preset_of
@@ -173,12 +173,13 @@ def serve(
     from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
 
     listening = take_listening(options, host=host, port=port)
-    wanted, sampling = take_group(options), take_choosing(options)
+    wanted = take_group(options)
+    SamplingParams.asked(sampling)  # checks the values
     keeping = take_keeping(options, kv_dir=kv_dir, store=not no_store)
     require_keys(listening.host, keys)
     require_keys_behind_proxy(listening.front, keys)
     if library:
-        _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **options)
+        _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **flags)
     presets = {model for model in models if preset_of(model) is not None}
     found: list[Named] = []
     for model in [] if library else sorted(models or (DEMO,), key=presets.__contains__):
@@ -190,7 +191,7 @@ def serve(
     for name in preload:
         if name not in ids and not library:
             raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
-    settings = Settings.read(**{name: options.get(name) for name in Settings.__dataclass_fields__})
+    settings = read_settings(**flags)
     kept = None if kv_dir is None else _kv_dir(kv_dir, keeping.kv_s)
     server = ServerSettings(
         host=listening.host, keys=keys, hosts=allow_host, origins=Origins(allow_origin), front=listening.front,
@@ -201,17 +202,17 @@ def serve(
         co2_grams_per_kwh=co2_grams_per_kwh,
         store_s=keeping.store_s,
         guarding=None if policy is None else Guarding(policy),
-        has_watermark=settings.watermark is not None,
+        has_watermark="watermark" in settings,
         prefix_files_s=None if kept is None else kept.ttl_s,
         presets=ServedPresets(None if library else dict(zip(ids, found, strict=True))),
         default=next((model for model in models[:1] if model in presets), None),
     )  # fmt: skip
     if keys is not None:
         KeyFile(keys).read()
-    if settings.watermark is not None:
+    if (watermark := settings.get("watermark")) is not None:
         from argosy.engine.watermark import Watermark
 
-        Watermark.read(settings.watermark)
+        Watermark.read(Path(watermark))
     if check:
         print("the settings are valid")
         return
@@ -330,16 +331,16 @@ def _serve_several(
     from argosy.serve.run import serve_several
 
     for option in ("mmproj", "ears"):
-        if getattr(settings, option) is not None:
+        if option in settings:
             raise UsageError(
                 f"--{option} is for a server with one model",
                 hint="a vision tower beside its GGUF file is found" if option == "mmproj" else None,
             )
     given = (
-        settings.for_engine() | dict(more) | {"claims": (Claim("replay_bytes", REPLAY_BYTES - KEPT_BYTES),)}
+        for_engine(settings) | dict(more) | {"claims": (Claim("replay_bytes", REPLAY_BYTES - KEPT_BYTES),)}
     )
-    given["memory"] = budget_of(settings.memory, None).ram_bytes
-    recording = Recording(keeps_recent=True) if settings.record else None
+    given["memory"] = budget_of(settings.get("memory"), None).ram_bytes
+    recording = Recording(keeps_recent=True) if settings.get("record", True) else None
     claims = (*server_claims(keeps_content=server.keeps_content), Claim("replay_bytes", KEPT_BYTES))
     wanted, paths = [], {}
     ready: list[ReadyModel] = []
@@ -368,7 +369,7 @@ def _serve_several(
         ready if wanted else ServedLibrary(given, process_bytes, recording).look,
         Memory(budget_bytes=given["memory"], process_bytes=process_bytes), sockets, server, kept_bytes=KEPT_BYTES,
         speeds=speeds, idle_unload_s=idle_unload_s, max_sequences=given["max_sequences"],
-        record=(lambda: Recording(keeps_recent=True)) if settings.record else None, preload=preload,
+        record=(lambda: Recording(keeps_recent=True)) if settings.get("record", True) else None, preload=preload,
         note_use=note_use,
     )  # fmt: skip
 

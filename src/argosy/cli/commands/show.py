@@ -9,13 +9,13 @@ import click
 from argosy.cli.commands import completion
 from argosy.cli.shared.options import engine_options, settings_of
 from argosy.cli.shared.output import parameter_count, print_facts
+from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import DEMO, format_bytes
 from argosy.errors import DoesNotFit
 
 if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
     from argosy.checkpoint.files import ModelFiles
-    from argosy.cli.shared.settings import Settings
     from argosy.config import ModelConfig
 
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model", default=DEMO, shell_complete=completion.models)
 @engine_options
 @click.option("--json", "as_json", is_flag=True, help="Print the same facts as JSON.")
-def show(model: str, as_json: bool, **options: Any) -> None:
+def show(model: str, as_json: bool, flags: Settings) -> None:
     """Describe MODEL: family, geometry, memory plan. Reads headers, not weights.
 
     Exit code 3 means that it does not fit the budget. For a config.json without weights, sizes are calculated.
@@ -35,23 +35,22 @@ def show(model: str, as_json: bool, **options: Any) -> None:
     """
     from argosy.cli.commands.preset import lines as preset_lines
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.engine.options import locate_model, open_files, require_context
     from argosy.library import names, presets
     from argosy.model.families import config_alone
 
-    settings = Settings.read(**options)
+    settings = read_settings(**flags)
     with progress_bar() as progress:
         name, path, preset = names.name_of(model), locate_model(model, progress), names.preset_of(model)
     if (config := config_alone(path)) is not None:
-        require_context(config, settings.context)
+        require_context(config, settings.get("context"))
         facts = {"name": name, "path": str(path), **geometry_facts(config), **_hypothetical_sizes(config)}
         if as_json:
             _print_json(facts)
         else:
             print_facts(config_lines(facts))
         return
-    files = open_files(path, mmproj=settings.mmproj)
+    files = open_files(path, mmproj=settings.get("mmproj"))
     facts = {"name": name, **model_facts(files)}
     if preset is not None:
         facts["preset"] = {**presets.facts_of(preset), "messages": preset.messages}
@@ -269,7 +268,7 @@ def _plan(model: str, files: ModelFiles, settings: Settings) -> MemoryPlan:
     from argosy.engine.options import configure, with_recorder
     from argosy.prompt.tokenizer import Tokenizer
 
-    config = configure(model, files, **settings.for_engine())
+    config = configure(model, files, **for_engine(settings))
     config, _ = with_recorder(config, files, recorder_of(settings))
     footprint = ModelFootprint(files, config)
     # Kept open while the process is measured, as in the engine; ears have a tokenizer, too.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from argosy.cli.shared.declared import choices
 from argosy.cli.shared.output import progress_bar, write_text
-from argosy.cli.shared.settings import Settings
+from argosy.cli.shared.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from argosy.model.whisper.transcription import Transcription
@@ -43,9 +44,7 @@ if TYPE_CHECKING:
     default="text",
     help="Format of the output; default: text.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
-)
+@choices(Settings, "threads", into="flags")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def transcribe(
     files: tuple[str, ...],
@@ -55,8 +54,8 @@ def transcribe(
     prompt: str,
     temperature: float,
     form: str,
-    threads: int | None,
     quiet: bool,
+    flags: Settings,
 ) -> None:
     """Transcribe each FILE (WAV, MP3, FLAC or OGG, at most ten minutes) with Whisper.
 
@@ -75,9 +74,9 @@ def transcribe(
         prompt=prompt,
         temperature=temperature,
     )
-    settings = Settings.read(threads=threads)
+    settings = read_settings(**flags)
     with progress_bar() as progress:
-        transcriber = Transcriber.open(model, threads=settings.threads, progress=progress)
+        transcriber = Transcriber.open(model, threads=settings.get("threads"), progress=progress)
     with transcriber:
         for path in files:
             with nullcontext() if quiet else progress_bar() as tell:

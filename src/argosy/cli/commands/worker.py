@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.declared import choices
+from argosy.cli.shared.settings import Settings, read_settings
 from argosy.config import format_bytes
 from argosy.errors import UsageError
 
@@ -27,12 +29,7 @@ _FILE = click.Path(path_type=Path)
 @click.command("worker")
 @click.argument("model", shell_complete=completion.models)
 @click.option("--bind", required=True, metavar="HOST:PORT", help="Address of one interface; port 0: any.")
-@click.option(
-    "--memory",
-    metavar="SIZE",
-    shell_complete=completion.memory_sizes,
-    help="Budget of the whole process: 56GiB, 75%.",
-)
+@choices(Settings, "memory", into="flags", memory={"help": "Budget of the whole process: 56GiB, 75%."})
 @click.option("--key-file", type=_FILE, metavar="FILE", help="Key that coordinators must have.")
 @click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate, to speak TLS.")
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Key of the certificate.")
@@ -49,15 +46,7 @@ _FILE = click.Path(path_type=Path)
     is_flag=True,
     help="MODEL is a directory: fill it with the experts to run, from the coordinator.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
-)
-@click.option(
-    "--instruction-set",
-    metavar="NAME",
-    shell_complete=completion.instruction_sets,
-    help="Use plain, avx2, avx512 or amx.",
-)
+@choices(Settings, "threads", "instruction_set", into="flags")
 @click.option(
     "--coordinators",
     "most_coordinators",
@@ -80,9 +69,9 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option("--disk-limit", metavar="SIZE", hidden=True, help="Limit of reads, in bytes per second.")
 def worker(
-    model: str, bind: str, memory: str | None, key_file: Path | None, tls_cert: Path | None, tls_key: Path | None,
-    shares: tuple[str, ...], is_copy: bool, threads: int | None, instruction_set: str | None, most_coordinators: int,
-    num_slots: int | None, disk_rate: str | None, disk_limit: str | None,
+    model: str, bind: str, key_file: Path | None, tls_cert: Path | None, tls_key: Path | None,
+    shares: tuple[str, ...], is_copy: bool, most_coordinators: int,
+    num_slots: int | None, disk_rate: str | None, disk_limit: str | None, flags: Settings,
 ) -> None:  # fmt: skip
     """Run experts of MODEL for engines on other machines, until SIGTERM.
 
@@ -95,7 +84,6 @@ def worker(
       argosy worker /data/copy --copy --bind 10.0.0.3:7070 --memory 56GiB --key-file key
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cli.shared.settings import Settings
     from argosy.cluster.group import parse_host
     from argosy.cluster.hello import read_key
     from argosy.cluster.secure import server_context
@@ -109,14 +97,14 @@ def worker(
         raise UsageError(
             "--tls-cert and --tls-key belong together", hint="TLS takes a certificate and its key"
         )
-    settings = Settings.read(memory=memory, threads=threads, instruction_set=instruction_set)
+    settings = read_settings(**flags)
     host, port = parse_host(bind, lowest_port=0)
     key = b"" if key_file is None else read_key(key_file)
     wanted = WorkerSettings(
-        budget_bytes=budget_of(settings.memory, None).ram_bytes,
-        threads=settings.threads,
-        instruction_set=choose_instruction_set(settings.instruction_set),
-        ask_ahead=settings.ask_ahead,
+        budget_bytes=budget_of(settings.get("memory"), None).ram_bytes,
+        threads=settings.get("threads"),
+        instruction_set=choose_instruction_set(settings.get("instruction_set")),
+        ask_ahead=settings.get("ask_ahead"),
         shards=shards_of(shares),
         num_slots=num_slots,
         most_coordinators=most_coordinators,

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from argosy.cli.shared.interrupts import Interrupts
 from argosy.cli.shared.options import open_engine, settings_of, thinking_of
 from argosy.cli.shared.output import AnswerWriter, ledger_lines, parameter_count, prompt_shown
 from argosy.cli.shared.server_model import Reply, find_model
-from argosy.config import format_bytes
+from argosy.cli.shared.settings import Settings
+from argosy.config import SamplingParams, format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:
-    from argosy.cli.shared.settings import Settings
     from argosy.config import Preset, SamplingDefaults, SamplingParams
     from argosy.engine.engine import Engine
     from argosy.media.parts import Hearing, Kind
@@ -259,7 +259,7 @@ class Models:
         self._opened.close()
         if found is not None:
             return found, None
-        self.settings = replace(settings, mmproj=None)  # it belongs to the first model
+        self.settings = {**settings, "mmproj": None}  # it belongs to the first model
         try:
             self._model = self._here(name)
             return self._model, None

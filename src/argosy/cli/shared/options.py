@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from argosy.cli.commands import completion
+from argosy.cli.shared.declared import SharedLine, choices
 from argosy.cli.shared.help_all import Command as CommandWithFurther
 from argosy.cli.shared.help_all import Further
-from argosy.config import CHOOSING, EFFORTS, MIB, SamplingParams, format_bytes
+from argosy.cli.shared.settings import Settings, for_engine
+from argosy.config import MIB, RUNNING, SAMPLING, THINKING, Preset, SamplingParams, format_bytes
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.checkpoint.files import ModelFiles
-    from argosy.cli.shared.settings import Settings
-    from argosy.config import EngineConfig, Preset
+    from argosy.config import EngineConfig
     from argosy.engine.engine import Engine
     from argosy.experts.hit_rate import WorkingSet
     from argosy.experts.recording import OpenRecorder
@@ -33,146 +34,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class SharedLine(click.Option):
-    """An option that shares a line of help with others: `line` of the first one, and None of the others."""
-
-    def __init__(self, *args: Any, line: tuple[str, str] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._line = line
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        return self._line
-
-
-_SIZING = (
-    click.option(
-        "--memory",
-        metavar="SIZE",
-        shell_complete=completion.memory_sizes,
-        help="Budget of the whole process: 8GiB, 8GB, 75%.",
-    ),
-    click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="Compute threads; default: all cores."
-    ),
-    click.option(
-        "--context",
-        type=click.IntRange(min=1),
-        metavar="N",
-        shell_complete=completion.context_sizes,
-        help="Context length in tokens.",
-    ),
-    click.option(
-        "--kv",
-        "kv_dtype",
-        cls=Further,
-        type=click.Choice(["f32", "f16", "q8"]),
-        help="Format of the KV cache; default: f16 for most models.",
-    ),
-    click.option(
-        "--instruction-set",
-        cls=Further,
-        metavar="NAME",
-        shell_complete=completion.instruction_sets,
-        help="Use plain, avx2, avx512 or amx.",
-    ),
-)
-_ENGINE = (
-    *_SIZING,
-    click.option("--media/--no-media", default=None, help="Media, or text only; default: if it fits."),
-    click.option(
-        "--image-tokens",
-        cls=Further,
-        type=int,
-        metavar="N",
-        help="Most positions of a picture; default 1024.",
-    ),
-    click.option(
-        "--video-tokens", cls=Further, type=int, metavar="N", help="Most positions of a video; default 4096."
-    ),
-    click.option(
-        "--mmproj",
-        cls=Further,
-        metavar="FILE",
-        shell_complete=completion.files,
-        help="Vision tower of a GGUF; default: beside it.",
-    ),
-    click.option("--ears", metavar="PATH", help="Transcribe sound: Whisper model or tiny.en."),
-    click.option(
-        "--speculate",
-        cls=Further,
-        type=click.Choice(["off", "lookup", "mtp", "auto"]),
-        help="Propose tokens ahead while it pays; same text.",
-    ),
-    click.option(
-        "--no-tune",
-        "tune",
-        cls=Further,
-        flag_value=False,
-        default=None,
-        type=bool,
-        help="Skip the start-up benchmark of kernels.",
-    ),
-    click.option(
-        "--no-record",
-        "record",
-        cls=Further,
-        flag_value=False,
-        default=None,
-        type=bool,
-        help="Keep no counts of routing.",
-    ),
-)
 _MEDIA = ("image", "audio", "video")
-
-_CHOOSING = (
-    click.option(
-        "-t", "--temperature", type=float, metavar="X", help="0 is greedy; default: the model's own."
-    ),
-    click.option(
-        "--top-k",
-        cls=SharedLine,
-        line=("--top-k, --top-p, --min-p N", "Sample from the likeliest tokens only."),
-        type=int,
-    ),
-    click.option("--top-p", cls=SharedLine, type=float),
-    click.option("--min-p", cls=SharedLine, type=float),
-    click.option(
-        "--repetition-penalty", cls=Further, type=float, metavar="X", help="Above 1: repeat less of prompt and answer."
-    ),
-    click.option(
-        "--presence-penalty", cls=Further, type=float, metavar="X", help="Lower logits of tokens in the answer by X."
-    ),
-    click.option(
-        "--frequency-penalty", cls=Further, type=float, metavar="X", help="Lower them by X per occurrence."
-    ),
-)  # fmt: skip
-_THINKING = (
-    click.option(
-        "--think/--no-think", "thinks", default=None, help="Think first, or not; default: the model's."
-    ),
-    click.option(
-        "--effort", type=click.Choice(EFFORTS), metavar="LEVEL", help="Think low, medium or high."
-    ),
-)  # fmt: skip
-_ENDING = (
-    click.option(
-        "-n", "--max-tokens", type=int, metavar="N", help="Most tokens; default: to the context's end."
-    ),
-    *_CHOOSING,
-    click.option("--seed", type=int, metavar="N", help="Make sampling repeatable."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be repeated."),
-)  # fmt: skip
-_SAMPLING = (
-    *_ENDING,
-    click.option(
-        "--logit-bias", cls=Further, multiple=True, metavar="ID=X", help="Add X to the logit of a token."
-    ),
-    click.option(
-        "--logprobs", cls=Further, type=int, metavar="N", help="With --json: N likeliest tokens each step."
-    ),
-    click.option("--ignore-eos", cls=Further, is_flag=True, help="Continue after the end token."),
-)  # fmt: skip
-
 
 co2_option = click.option(
     "--co2-grams-per-kwh", type=click.FloatRange(0, 10_000), metavar="G", cls=Further,
@@ -180,54 +42,9 @@ co2_option = click.option(
 )  # fmt: skip
 
 
-watermark_option = click.option(
-    "--watermark", type=click.Path(path_type=Path), metavar="FILE", cls=Further,
-    help="Key of a watermark in sampled text: docs/guides/responsible-use.md.",
-)  # fmt: skip
-
-
-def sizing_options(command: Command) -> Command:
-    """The options that decide how fast an engine answers text."""
-    for option in reversed(_SIZING):
-        command = option(command)
-    return command
-
-
-def engine_options(command: Command) -> Command:
-    for option in reversed(_ENGINE):
-        command = option(command)
-    return command
-
-
-def choosing_options(command: Command) -> Command:
-    """The options that choose a token, for requests that do not say."""
-    for option in reversed(_CHOOSING):
-        command = option(command)
-    return command
-
-
-def take_choosing(options: dict[str, Any]) -> dict[str, float]:
-    """Take the given values of `choosing_options` out of a command's options.
-
-    Raises:
-        UsageError: a value is out of bounds.
-    """
-    chosen = {name: value for name in CHOOSING if (value := options.pop(name, None)) is not None}
-    SamplingParams.asked(chosen)
-    return chosen
-
-
-def preset_options(command: Command) -> Command:
-    """The options of requests that a preset can set."""
-    for option in reversed((*_THINKING, *_ENDING)):
-        command = option(command)
-    return command
-
-
-def sampling_options(command: Command) -> Command:
-    for option in reversed(_SAMPLING):
-        command = option(command)
-    return command
+watermark_option = choices(Settings, "watermark", into="flags")
+engine_options = choices(Settings, *RUNNING, "record", into="flags")
+sampling_options = choices(SamplingParams, *SAMPLING, into="sampling")
 
 
 class CommandWithMedia(CommandWithFurther):
@@ -268,41 +85,34 @@ def thinking_options(command: Command) -> Command:
     command = click.option(
         "--thoughts/--no-thoughts", "thoughts", default=None, help="Show or hide thoughts; default: on a tty."
     )(command)
-    for option in reversed(_THINKING):
-        command = option(command)
-    return command
+    return choices(Preset, *THINKING, into="thinking")(command)
 
 
-def take_thinking(options: dict[str, Any]) -> Thinking:
-    """Take what `thinking_options` ask of the model out of a command's options.
+def asked_thinking(thinks: bool | None = None, effort: str | None = None) -> Thinking:
+    """What `thinking_options` ask of the model.
 
     Raises:
         UsageError: they contradict each other.
     """
     from argosy.prompt.thinking import Thinking
 
-    thinks, effort = options.pop("thinks", None), options.pop("effort", None)
     if thinks is False and effort is not None:
         raise UsageError("--no-think and --effort exclude each other")
     return Thinking(thinks=thinks if effort is None else None, effort=effort)
 
 
-def split_options(options: dict[str, Any]) -> tuple[Settings, SamplingParams]:
-    """Convert the options of a command to settings and sampling parameters.
+def asked_sampling(given: Mapping[str, Any]) -> SamplingParams:
+    """Convert `sampling_options` to the parameters of a request.
 
     Raises:
-        UsageError: a value is out of bounds, or an environment variable is invalid.
+        UsageError: a value is out of bounds.
     """
-    from argosy.cli.shared.settings import Settings
-
-    engine = {name: options.pop(name, None) for name in Settings.__dataclass_fields__}
-    bias = _logit_bias(options.pop("logit_bias", ()))
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    given = dict(given)
     if given.get("max_tokens") == -1:
         given["max_tokens"] = None
-    if bias:
-        given["logit_bias"] = bias
-    return Settings.read(**engine), SamplingParams.asked(given)
+    if "logit_bias" in given:
+        given["logit_bias"] = _logit_bias(given["logit_bias"])
+    return SamplingParams.asked(given)
 
 
 def settings_of(preset: Preset | None, settings: Settings) -> Settings:
@@ -313,10 +123,10 @@ def settings_of(preset: Preset | None, settings: Settings) -> Settings:
     """
     from argosy.engine.options import locate_model, open_files
 
-    if preset is None or preset.context is None or settings.context is not None:
+    if preset is None or preset.context is None or "context" in settings:
         return settings
     longest = open_files(locate_model(preset.model)).config.context_tokens
-    return replace(settings, context=min(preset.context, longest))
+    return {**settings, "context": min(preset.context, longest)}
 
 
 def thinking_of(preset: Preset | None, thinking: Thinking) -> Thinking:
@@ -365,7 +175,7 @@ def open_engine(
     text, path, name = names.look_up(model) if isinstance(model, str) else model
     if name is not None and name.lower() != text.lower():
         print(f"note: {text} is {name}", file=sys.stderr)
-    if not settings.record:
+    if not settings.get("record", True):
         recording = None
     elif recording is None:
         recording = Recording()
@@ -374,7 +184,7 @@ def open_engine(
             path if path is not None and name is not None else text,
             progress=progress,
             recorder=recording,
-            **settings.for_engine(),
+            **for_engine(settings),
             **more,
         )
     if name is not None:
@@ -410,7 +220,7 @@ def _shortage(engine: Engine) -> str | None:
 
 def recorder_of(settings: Settings) -> OpenRecorder | None:
     """Opens the recorder that a command would have, for plans: nothing is saved."""
-    if not settings.record:
+    if not settings.get("record", True):
         return None
     from argosy.observe.recorder import Recorder
 

@@ -27,7 +27,7 @@ from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.shared import own_server
 from argosy.cli.shared.help_all import Further
 from argosy.cli.shared.interrupts import Interrupts
-from argosy.config import CHOOSING, DEMO, SamplingDefaults
+from argosy.config import CHOOSING, DEMO, SamplingDefaults, SamplingParams
 from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:

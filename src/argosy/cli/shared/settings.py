@@ -2,93 +2,72 @@
 
     flags, environment -> Settings -> keyword arguments of Engine
 
-ARGOSY_MEMORY, ARGOSY_THREADS and ARGOSY_INSTRUCTION_SET are the defaults of the flags with the same names.
-ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`).
-ARGOSY_TUNE (on, off) says whether products run as measured on this machine (read by `machine/tuning.py`), and
-ARGOSY_ASK_AHEAD fixes how they prefetch weights.
-ARGOSY_CACHE is the directory of the demo model (read by `demo/locate.py`), ARGOSY_API_KEY is the key for a running
-server, ARGOSY_TRACEBACK=1 shows tracebacks, and rich honours NO_COLOR. A misspelt ARGOSY_ variable is an error.
+`EngineOptions` and `Settings` declare which option has which variable, and `argosy --help` lists `VARIABLES`.
+ARGOSY_RECORD (on, off) says whether a run adds to what is known of the model's routing (`observe/saved.py`), and
+ARGOSY_TUNE (on, off) whether products run as measured on this machine. A misspelt ARGOSY_ variable is an error.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Literal, Unpack, cast
 
-from argosy.config import GIB, AskAhead, KvDtype, parse_size
+from argosy.config import GIB, EngineOptions, parse_size
+from argosy.config.option import Declaration, Option, declarations
 from argosy.errors import UsageError, did_you_mean
 
-KNOWN = (
-    "ARGOSY_MEMORY",
-    "ARGOSY_THREADS",
-    "ARGOSY_INSTRUCTION_SET",
-    "ARGOSY_ASK_AHEAD",
-    "ARGOSY_TUNE",
-    "ARGOSY_RECORD",
-    "ARGOSY_CACHE",
-    "ARGOSY_API_KEY",
-    "ARGOSY_TRACEBACK",
+
+class Settings(EngineOptions, total=False):
+    """How a command runs an engine; what is missing is left to the engine.
+
+    record: count what routers choose; missing: it does.
+    """
+
+    record: Annotated[
+        bool, Option("--no-record", "Keep no counts of routing.", is_further=True, variable="ARGOSY_RECORD")
+    ]
+
+
+VARIABLES = (
+    *(one.option.variable for one in declarations(Settings).values() if one.option.variable is not None),
+    "ARGOSY_CACHE",  # the directory of the demo model; read by `user_directories.py`
+    "ARGOSY_API_KEY",  # the key for a running server
+    "ARGOSY_TRACEBACK",  # 1 shows tracebacks
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How to run an engine; None leaves the choice to the engine."""
+def read_settings(environment: Mapping[str, str] | None = None, **flags: Unpack[Settings]) -> Settings:
+    """Take given flags, and the environment for the rest.
 
-    memory: str | None = None
-    threads: int | None = None
-    context: int | None = None
-    kv_dtype: KvDtype | None = None
-    instruction_set: str | None = None
-    media: bool | None = None
-    image_tokens: int | None = None
-    video_tokens: int | None = None
-    mmproj: str | None = None
-    ears: str | None = None
-    watermark: Path | None = None
-    ask_ahead: AskAhead | None = None
-    speculate: str | None = None
-    tune: bool | None = None
-    record: bool = True  # count what routers choose
+    Raises:
+        UsageError: a variable is misspelt or has an invalid value, or the memory is not a size with a unit.
+    """
+    environment = os.environ if environment is None else environment
+    refuse_misspelt(environment)
+    found = {
+        name: value
+        for name, one in declarations(Settings).items()
+        if one.option.variable is not None and (value := _value(environment, one)) is not None
+    }
+    found.pop("tune", None)  # only checked: `machine/tuning.py` reads it, for every process of ours
+    found |= {name: value for name, value in flags.items() if value is not None}
+    if "memory" in found:
+        parse_size(found["memory"], total_bytes=GIB)  # only its form: the total is read when an engine opens
+    return cast(Settings, found)
 
-    @classmethod
-    def read(cls, environment: Mapping[str, str] | None = None, **flags: Any) -> Self:
-        """Take given flags, and the environment for the rest.
 
-        Raises:
-            UsageError: a variable is misspelt or has an invalid value, or the memory is not a size with a unit.
-        """
-        environment = os.environ if environment is None else environment
-        refuse_misspelt(environment)
-        _one_of(environment, "ARGOSY_TUNE", ("on", "off"))
-        values: dict[str, Any] = {
-            "memory": environment.get("ARGOSY_MEMORY") or None,
-            "threads": _whole_number(environment, "ARGOSY_THREADS"),
-            "instruction_set": environment.get("ARGOSY_INSTRUCTION_SET") or None,
-            "ask_ahead": _one_of(environment, "ARGOSY_ASK_AHEAD", get_args(AskAhead)),
-            "record": _one_of(environment, "ARGOSY_RECORD", ("on", "off")) != "off",
-        }
-        settings = cls(**{**values, **{name: value for name, value in flags.items() if value is not None}})
-        if settings.memory is not None:
-            parse_size(
-                settings.memory, total_bytes=GIB
-            )  # only its form: the total is read when an engine opens
-        return settings
-
-    def for_engine(self) -> dict[str, Any]:
-        """Keyword arguments for `Engine`, only those that are set."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "record"}
-        return {name: value for name, value in values.items() if value is not None}
+def for_engine(settings: Settings) -> dict[str, Any]:
+    """The settings that are keyword arguments of `Engine`."""
+    return {name: value for name, value in settings.items() if name != "record"}
 
 
 def refuse_misspelt(environment: Mapping[str, str]) -> None:
     """Raise UsageError for a variable that looks like a misspelt one of ours."""
     for name in environment:
-        is_unknown = name.startswith("ARGOSY") and name not in KNOWN
-        if is_unknown and (said := did_you_mean(name, KNOWN, quote="", cutoff=0.8)):
+        is_unknown = name.startswith("ARGOSY") and name not in VARIABLES
+        if is_unknown and (said := did_you_mean(name, VARIABLES, quote="", cutoff=0.8)):
             raise UsageError(f"unknown environment variable {name}; {said}")
 
 
@@ -121,19 +100,17 @@ def wants_traceback(environment: Mapping[str, str] | None = None) -> bool:
     return value not in ("", "0")
 
 
-def _whole_number(environment: Mapping[str, str], name: str) -> int | None:
+def _value(environment: Mapping[str, str], one: Declaration) -> Any:
+    """The value of an option's variable, of the option's type; None if it is not set."""
+    name = one.option.variable or ""
     text = environment.get(name)
-    if not text:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{name} must be a whole number of at least 1, found '{text}'")
-    return int(text)
-
-
-def _one_of(environment: Mapping[str, str], name: str, known: tuple[str, ...]) -> str | None:
-    text = environment.get(name)
-    if not text:
-        return None
+    if not text or one.kind is str:
+        return text or None
+    if one.kind is int:
+        if not text.isdecimal() or int(text) < (one.option.least or 0):
+            raise UsageError(f"{name} must be a whole number of at least {one.option.least}, found '{text}'")
+        return int(text)
+    known = one.words if one.kind is Literal else ("on", "off")
     if text not in known:
         raise UsageError(f"{name} must be {' or '.join(known)}, found '{text}'")
-    return text
+    return text if one.kind is Literal else text == "on"

@@ -1,0 +1,83 @@
+"""How a setting is declared, once: a field gives its name, type and default, and an `Option` all that is said of it.
+
+    threads: Annotated[int | None, Option("--threads", "Compute threads.", least=1, variable="ARGOSY_THREADS")]
+
+Elsewhere: `cli/shared/declared.py` makes the command line of them, `cli/shared/settings.py` reads the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting on the command line and in the environment.
+
+    flags: as they are typed, such as `-m --model` or `--media/--no-media`; `--no-NAME` alone sets the field NAME to
+        False. Empty: the environment alone gives it.
+    help: None: the line of another option describes it.
+    title: of that line, if it is for other options too.
+    least, most: bounds of a number.
+    completes: the function of `cli/commands/completion.py` that proposes values.
+    is_further: only `--help-all` shows it.
+    variable: the environment variable that gives a value where the command line does not.
+    """
+
+    flags: str = ""
+    help: str | None = None
+    _: KW_ONLY
+    metavar: str | None = None
+    title: str | None = None
+    least: float | None = None
+    most: float | None = None
+    completes: str | None = None
+    is_further: bool = False
+    is_hidden: bool = False
+    shows_default: bool = False
+    variable: str | None = None
+
+
+class Declaration(NamedTuple):
+    """A field with its option.
+
+    kind: the first type of its annotation, which a person types; `Literal` if there are only certain words.
+    words: these words.
+    is_list: it may be given several times.
+    default: MISSING: the field has none.
+    """
+
+    name: str
+    option: Option
+    kind: Any
+    words: tuple[str, ...]
+    is_list: bool
+    default: Any
+
+
+@cache
+def declarations(owner: type) -> dict[str, Declaration]:
+    """The fields of a dataclass or typed dictionary that are options, by name, in their order."""
+    defaults = {one.name: one.default for one in fields(owner)} if is_dataclass(owner) else {}
+    found = {}
+    for name, annotation in get_type_hints(owner, include_extras=True).items():
+        if get_origin(annotation) is Annotated:
+            kind, option = get_args(annotation)
+            found[name] = Declaration(name, option, *_kind(kind), defaults.get(name, MISSING))
+    return found
+
+
+def _kind(annotation: Any) -> tuple[Any, tuple[str, ...], bool]:
+    if get_origin(annotation) is Mapping:  # a text for each item
+        return str, (), True
+    if get_origin(annotation) in (tuple, Sequence):
+        return *_kind(get_args(annotation)[0])[:2], True
+    if get_origin(annotation) is Literal:
+        return Literal, get_args(annotation), False
+    members = [one for one in get_args(annotation) if one is not NoneType] or [annotation]
+    words = tuple(word for one in members if get_origin(one) is Literal for word in get_args(one))
+    return (Literal, words, False) if words else (members[0], (), False)
