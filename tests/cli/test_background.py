@@ -434,10 +434,12 @@ def test_a_server_listens_on_a_file_and_a_port_if_both_are_named(tmp_path: Path)
         (["--listen", "unix:s", "--port", "1"], (Path("s"), 1)),
         (["--port", "1"], (None, 1)),
     ):
-        from argosy.cli.commands.listening import take_listening
+        from argosy.cli.commands.listening import ListeningOptions, listening_of
+        from argosy.config.option import declarations
 
         with ExitStack() as entered:
             context = entered.enter_context(serve.make_context("serve", list(options)))
             assert isinstance(context, click.Context)
-            found = take_listening(dict(context.params), host="127.0.0.1", port=context.params["port"])
+            given = {name: context.params[name] for name in declarations(ListeningOptions)}
+            found = listening_of(ListeningOptions(**given))
         assert (found.path, found.port) == expected

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypedDict, get_args
 
 from argosy.config.claims import Claim
-from argosy.config.option import Option
+from argosy.config.option import Further, Option
 from argosy.config.sampling import CHOOSING, SamplingParams
 from argosy.config.strict import Strict
 from argosy.config.units import GIB
@@ -107,88 +107,52 @@ class EngineOptions(TypedDict, total=False):
     memory: Annotated[
         str | int | Budget | None,
         Option(
-            "--memory",
+            "--memory SIZE",
             "Budget of the whole process: 8GiB, 8GB, 75%.",
-            metavar="SIZE",
             completes="memory_sizes",
             variable="ARGOSY_MEMORY",
         ),
     ]
     context: Annotated[
-        int | None,
-        Option("--context", "Context length in tokens.", metavar="N", least=1, completes="context_sizes"),
+        int | None, Option("--context N", "Context length in tokens.", least=1, completes="context_sizes")
     ]
     threads: Annotated[
         int | None,
-        Option(
-            "--threads",
-            "Compute threads; default: all cores.",
-            metavar="N",
-            least=1,
-            variable="ARGOSY_THREADS",
-        ),
+        Option("--threads N", "Compute threads; default: all cores.", least=1, variable="ARGOSY_THREADS"),
     ]
     kv_dtype: Annotated[
-        KvDtype | None,
-        Option("--kv", "Format of the KV cache; default: f16 for most models.", is_further=True),
+        KvDtype | None, Further("--kv", "Format of the KV cache; default: f16 for most models.")
     ]
     instruction_set: Annotated[
         str | None,
-        Option(
-            "--instruction-set",
+        Further(
+            "--instruction-set NAME",
             "Use plain, avx2, avx512 or amx.",
-            metavar="NAME",
             completes="instruction_sets",
-            is_further=True,
             variable="ARGOSY_INSTRUCTION_SET",
         ),
     ]
     ask_ahead: Annotated[AskAhead | None, Option(variable="ARGOSY_ASK_AHEAD")]
     tune: Annotated[
-        bool,
-        Option(
-            "--no-tune", "Skip the start-up benchmark of kernels.", is_further=True, variable="ARGOSY_TUNE"
-        ),
+        bool, Further("--no-tune", "Skip the start-up benchmark of kernels.", variable="ARGOSY_TUNE")
     ]
     chunk_tokens: int | None
     expert_slots: int | None
     max_sequences: int
     media: Annotated[bool | None, Option("--media/--no-media", "Media, or text only; default: if it fits.")]
     image_tokens: Annotated[
-        int,
-        Option(
-            "--image-tokens",
-            f"Most positions of a picture; default {IMAGE_TOKENS}.",
-            metavar="N",
-            is_further=True,
-        ),
+        int, Further("--image-tokens N", f"Most positions of a picture; default {IMAGE_TOKENS}.")
     ]
     video_tokens: Annotated[
-        int,
-        Option(
-            "--video-tokens",
-            f"Most positions of a video; default {VIDEO_TOKENS}.",
-            metavar="N",
-            is_further=True,
-        ),
+        int, Further("--video-tokens N", f"Most positions of a video; default {VIDEO_TOKENS}.")
     ]
     mmproj: Annotated[
         str | Path | None,
-        Option(
-            "--mmproj",
-            "Vision tower of a GGUF; default: beside it.",
-            metavar="FILE",
-            completes="files",
-            is_further=True,
-        ),
+        Further("--mmproj FILE", "Vision tower of a GGUF; default: beside it.", completes="files"),
     ]
-    ears: Annotated[
-        str | Path | None,
-        Option("--ears", "Transcribe sound: Whisper model or tiny.en.", metavar="PATH"),
-    ]
+    ears: Annotated[str | Path | None, Option("--ears PATH", "Transcribe sound: Whisper model or tiny.en.")]
     speculate: Annotated[
-        Speculate | Literal["auto"],
-        Option("--speculate", "Propose tokens ahead while it pays; same text.", is_further=True),
+        Speculate | Literal["auto"], Further("--speculate", "Propose tokens ahead while it pays; same text.")
     ]
     draft_tokens: int
     readers: int
@@ -200,12 +164,7 @@ class EngineOptions(TypedDict, total=False):
     kv_dir: str | Path | KvDir | None
     watermark: Annotated[
         Path | str | None,
-        Option(
-            "--watermark",
-            "Key of a watermark in sampled text: docs/guides/responsible-use.md.",
-            metavar="FILE",
-            is_further=True,
-        ),
+        Further("--watermark FILE", "Key of a watermark in sampled text: docs/guides/responsible-use.md."),
     ]
     sampling: Mapping[str, float]
     grammars: bool

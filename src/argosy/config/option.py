@@ -1,6 +1,6 @@
 """How a setting is declared, once: a field gives its name, type and default, and an `Option` all that is said of it.
 
-    threads: Annotated[int | None, Option("--threads", "Compute threads.", least=1, variable="ARGOSY_THREADS")]
+    threads: Annotated[int | None, Option("--threads N", "Compute threads.", least=1, variable="ARGOSY_THREADS")]
 
 Elsewhere: `cli/shared/declared.py` makes the command line of them, `cli/shared/settings.py` reads the environment.
 """
@@ -18,28 +18,37 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 class Option:
     """A setting on the command line and in the environment.
 
-    flags: as they are typed, such as `-m --model` or `--media/--no-media`; `--no-NAME` alone sets the field NAME to
-        False. Empty: the environment alone gives it.
+    usage: its flags, and a word for its value: `-m --model MODEL`, `--media/--no-media`. `--no-NAME` alone sets the
+        field NAME to False. Empty: the environment alone gives it.
     help: None: the line of another option describes it.
     title: of that line, if it is for other options too.
     least, most: bounds of a number.
     completes: the function of `cli/commands/completion.py` that proposes values.
-    is_further: only `--help-all` shows it.
     variable: the environment variable that gives a value where the command line does not.
     """
 
-    flags: str = ""
+    usage: str = ""
     help: str | None = None
     _: KW_ONLY
-    metavar: str | None = None
     title: str | None = None
     least: float | None = None
     most: float | None = None
     completes: str | None = None
-    is_further: bool = False
     is_hidden: bool = False
     shows_default: bool = False
     variable: str | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        return [word for word in self.usage.split() if word.startswith("-")]
+
+    @property
+    def metavar(self) -> str | None:
+        return " ".join(word for word in self.usage.split() if not word.startswith("-")) or None
+
+
+class Further(Option):
+    """An option that only `--help-all` shows."""
 
 
 class Declaration(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self, get_args
 
-from argosy.config.option import Option
+from argosy.config.option import Further, Option
 from argosy.config.strict import Strict
 from argosy.errors import UsageError
 
@@ -121,12 +121,12 @@ class SamplingParams(Strict):
 
     # None: to the end of the context; 0: only with prompt_logprobs
     max_tokens: Annotated[
-        int | None, Option("-n --max-tokens", "Most tokens; default: to the context's end.", metavar="N")
+        int | None, Option("-n --max-tokens N", "Most tokens; default: to the context's end.")
     ] = 256
     min_tokens: int = 0  # until this many tokens, no end token, stop token or stop string ends the answer
-    temperature: Annotated[
-        float, Option("-t --temperature", "0 is greedy; default: the model's own.", metavar="X")
-    ] = 0.0
+    temperature: Annotated[float, Option("-t --temperature X", "0 is greedy; default: the model's own.")] = (
+        0.0
+    )
     # 0: all
     top_k: Annotated[
         int, Option("--top-k", "Sample from the likeliest tokens only.", title="--top-k, --top-p, --min-p N")
@@ -135,42 +135,26 @@ class SamplingParams(Strict):
     min_p: Annotated[float, Option("--min-p")] = 0.0
     # Over prompt and answer (CTRL, arXiv:1909.05858).
     repetition_penalty: Annotated[
-        float,
-        Option(
-            "--repetition-penalty",
-            "Above 1: repeat less of prompt and answer.",
-            metavar="X",
-            is_further=True,
-        ),
+        float, Further("--repetition-penalty X", "Above 1: repeat less of prompt and answer.")
     ] = 1.0
     # Over the answer, as OpenAI defines them.
     presence_penalty: Annotated[
-        float,
-        Option(
-            "--presence-penalty", "Lower logits of tokens in the answer by X.", metavar="X", is_further=True
-        ),
+        float, Further("--presence-penalty X", "Lower logits of tokens in the answer by X.")
     ] = 0.0
     frequency_penalty: Annotated[
-        float,
-        Option("--frequency-penalty", "Lower them by X per occurrence.", metavar="X", is_further=True),
+        float, Further("--frequency-penalty X", "Lower them by X per occurrence.")
     ] = 0.0
     # None: a random seed, reported in the result.
-    seed: Annotated[int | None, Option("--seed", "Make sampling repeatable.", metavar="N")] = None
+    seed: Annotated[int | None, Option("--seed N", "Make sampling repeatable.")] = None
     logit_bias: Annotated[
-        Mapping[int, float],
-        Option("--logit-bias", "Add X to the logit of a token.", metavar="ID=X", is_further=True),
+        Mapping[int, float], Further("--logit-bias ID=X", "Add X to the logit of a token.")
     ] = field(default_factory=dict)
     # None: none; n: those of the chosen token and the n best.
-    logprobs: Annotated[
-        int | None,
-        Option("--logprobs", "With --json: N likeliest tokens each step.", metavar="N", is_further=True),
-    ] = None
-    ignore_eos: Annotated[bool, Option("--ignore-eos", "Continue after the end token.", is_further=True)] = (
-        False
+    logprobs: Annotated[int | None, Further("--logprobs N", "With --json: N likeliest tokens each step.")] = (
+        None
     )
-    stop: Annotated[
-        Sequence[str], Option("--stop", "Stop before TEXT; may be repeated.", metavar="TEXT")
-    ] = ()
+    ignore_eos: Annotated[bool, Further("--ignore-eos", "Continue after the end token.")] = False
+    stop: Annotated[Sequence[str], Option("--stop TEXT", "Stop before TEXT; may be repeated.")] = ()
     stop_token_ids: Sequence[int] = ()  # end the answer as an end token does, even with ignore_eos
     # Omit them from the text. The text never includes the token that ends the answer.
     skip_special_tokens: bool = True
@@ -261,17 +245,13 @@ class Preset:
     context: Annotated[
         int | None,
         Option(
-            "--context",
-            "Most tokens of prompt and answer together.",
-            metavar="N",
-            least=1,
-            completes="context_sizes",
+            "--context N", "Most tokens of prompt and answer together.", least=1, completes="context_sizes"
         ),
     ] = None
     thinks: Annotated[
         bool | None, Option("--think/--no-think", "Think first, or not; default: the model's.")
     ] = None
-    effort: Annotated[Effort | None, Option("--effort", "Think low, medium or high.", metavar="LEVEL")] = None
+    effort: Annotated[Effort | None, Option("--effort LEVEL", "Think low, medium or high.")] = None
 
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 1:

@@ -7,47 +7,52 @@ Elsewhere: the audit is `guard/audit.py`; commands that read one are `audit.py`;
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
-
-from argosy.cli.shared.help_all import Further
+from argosy.cli.shared.declared import options
 from argosy.config import parse_seconds
+from argosy.config.option import Further
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.guard.audit import AuditSettings
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_DIRECTORY = click.Path(path_type=Path)
 _NEVER = "never"
-# docs/guides/privacy.md explains them.
-_OPTIONS = (
-    click.option("--audit", type=_DIRECTORY, metavar="DIR", cls=Further, help="Record requests here."),
-    click.option(
-        "--audit-key-file", type=click.Path(path_type=Path), metavar="FILE", cls=Further,
-        help="Key of the audit; default: in its directory.",
-    ),
-    click.option(
-        "--audit-full", type=click.Choice(["stop", "degrade"]), cls=Further,
-        help="If the audit cannot be written: refuse requests (the default), or go on and count them.",
-    ),
-    click.option("--audit-keep", metavar="TIME", cls=Further, help="How long: 365d, the default, or never to end."),
-    click.option("--audit-content", is_flag=True, cls=Further, help="Also keep the texts, encrypted."),
-    click.option("--audit-content-keep", metavar="TIME", cls=Further, help="How long; default 30d."),
-    click.option("--kv-keep", metavar="TIME", cls=Further, help="How long files of --kv-dir stay; default 7d."),
-    click.option("--store-keep", metavar="TIME", cls=Further, help="How long responses stay unused; default 24h."),
-)  # fmt: skip
 
 
-def keeping_options(command: Command) -> Command:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepingOptions:
+    """What `serve` keeps of requests; docs/guides/privacy.md explains them."""
+
+    audit: Annotated[Path | None, Further("--audit DIR", "Record requests here.")] = None
+    audit_key_file: Annotated[
+        Path | None, Further("--audit-key-file FILE", "Key of the audit; default: in its directory.")
+    ] = None
+    audit_full: Annotated[
+        Literal["stop", "degrade"] | None,
+        Further(
+            "--audit-full",
+            "If the audit cannot be written: refuse requests (the default), or go on and count them.",
+        ),
+    ] = None
+    audit_keep: Annotated[
+        str | None, Further("--audit-keep TIME", "How long: 365d, the default, or never to end.")
+    ] = None
+    audit_content: Annotated[bool, Further("--audit-content", "Also keep the texts, encrypted.")] = False
+    audit_content_keep: Annotated[
+        str | None, Further("--audit-content-keep TIME", "How long; default 30d.")
+    ] = None
+    kv_keep: Annotated[
+        str | None, Further("--kv-keep TIME", "How long files of --kv-dir stay; default 7d.")
+    ] = None
+    store_keep: Annotated[
+        str | None, Further("--store-keep TIME", "How long responses stay unused; default 24h.")
+    ] = None
+
+
+keeping_options = options(KeepingOptions, into="keeps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,41 +64,38 @@ class Keeping:
     store_s: float
 
 
-def take_keeping(options: dict[str, Any], *, kv_dir: Path | None, store: bool) -> Keeping:
-    """Take the options of this module out of those of a command, and check them.
+def keeping_of(given: KeepingOptions, *, kv_dir: Path | None, store: bool) -> Keeping:
+    """Check options.
 
     Raises:
         UsageError: one of them is invalid or needs another.
     """
     from argosy.serve.answer.kept_items import KEPT_S
 
-    names = ("audit", "audit_key_file", "audit_full", "audit_keep", "audit_content", "audit_content_keep")
-    given = {name: options.pop(name) for name in names}
-    kv_keep, store_keep = options.pop("kv_keep"), options.pop("store_keep")
-    for name in names[1:]:
-        if given[name] and given["audit"] is None:
+    for name in ("audit_key_file", "audit_full", "audit_keep", "audit_content", "audit_content_keep"):
+        if getattr(given, name) and given.audit is None:
             raise UsageError(f"--{name.replace('_', '-')} needs --audit DIR")
-    if given["audit_content_keep"] and not given["audit_content"]:
+    if given.audit_content_keep and not given.audit_content:
         raise UsageError("--audit-content-keep needs --audit-content")
-    if kv_keep and kv_dir is None:
+    if given.kv_keep and kv_dir is None:
         raise UsageError("--kv-keep needs --kv-dir DIR")
-    if store_keep and not store:
+    if given.store_keep and not store:
         raise UsageError("--store-keep and --no-store exclude each other")
     return Keeping(
-        audit=None if given["audit"] is None else _audit(given),
-        kv_s=None if kv_keep is None else parse_seconds(kv_keep),
-        store_s=KEPT_S if store_keep is None else parse_seconds(store_keep),
+        audit=None if given.audit is None else _audit(given.audit, given),
+        kv_s=None if given.kv_keep is None else parse_seconds(given.kv_keep),
+        store_s=KEPT_S if given.store_keep is None else parse_seconds(given.store_keep),
     )
 
 
-def _audit(given: dict[str, Any]) -> AuditSettings:
+def _audit(directory: Path, given: KeepingOptions) -> AuditSettings:
     from argosy.guard.audit import AuditSettings
 
-    chosen: dict[str, Any] = {"when_full": given["audit_full"]} if given["audit_full"] else {}
-    if (keep := given["audit_keep"]) is not None:
-        chosen["keep_s"] = None if keep == _NEVER else parse_seconds(keep)
-    if given["audit_content_keep"] is not None:
-        chosen["content_keep_s"] = parse_seconds(given["audit_content_keep"])
+    chosen: dict[str, Any] = {"when_full": given.audit_full} if given.audit_full else {}
+    if given.audit_keep is not None:
+        chosen["keep_s"] = None if given.audit_keep == _NEVER else parse_seconds(given.audit_keep)
+    if given.audit_content_keep is not None:
+        chosen["content_keep_s"] = parse_seconds(given.audit_content_keep)
     return AuditSettings(
-        directory=given["audit"], key_file=given["audit_key_file"], with_content=given["audit_content"], **chosen
-    )  # fmt: skip
+        directory=directory, key_file=given.audit_key_file, with_content=given.audit_content, **chosen
+    )

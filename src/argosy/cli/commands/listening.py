@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from argosy.cli.shared import own_server
 from argosy.cli.shared.config_file import use_config
-from argosy.cli.shared.help_all import Further
+from argosy.cli.shared.declared import options
+from argosy.config.option import Further, Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,44 +32,77 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_FILE = click.Path(path_type=Path)
-# docs/guides/deploying.md explains them.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListeningOptions:
+    """Where and to whom `serve` and `route` answer; docs/guides/deploying.md explains the further ones."""
+
+    host: Annotated[str, Option("--host", "Address to listen on.", shows_default=True)] = "127.0.0.1"
+    port: Annotated[int, Option("--port", "Port, or 0 for any.", least=0, most=65535, shows_default=True)] = (
+        8080
+    )
+    keys: Annotated[Path | None, Option("--keys FILE", "API keys of clients; see `argosy keys`.")] = None
+    allow_host: Annotated[
+        tuple[str, ...], Option("--allow-host NAME", "Also accept requests for this host name.")
+    ] = ()
+    allow_origin: Annotated[
+        tuple[str, ...], Option("--allow-origin ORIGIN", "Let pages of this origin use the server.")
+    ] = ()
+    drain: Annotated[
+        float,
+        Further(
+            "--drain S",
+            "Seconds for running answers to finish at the end.",
+            least=0,
+            most=3600,
+            shows_default=True,
+        ),
+    ] = 30.0
+    max_connections: Annotated[
+        int, Further("--max-connections N", "Open connections.", least=1, most=65535, shows_default=True)
+    ] = 512
+    check: Annotated[bool, Further("--check", "Check the settings and their files, and stop.")] = False
+    listen: Annotated[
+        str | None,
+        Further(
+            "--listen unix:PATH", "Listen on a socket file, and also on a port if --host or --port is given."
+        ),
+    ] = None
+    socket_mode: Annotated[str, Further("--socket-mode MODE", "Mode of the socket file: 0660.")] = "0600"
+    tls_cert: Annotated[Path | None, Further("--tls-cert FILE", "Certificate, to speak TLS.")] = None
+    tls_key: Annotated[Path | None, Further("--tls-key FILE", "Key of the certificate.")] = None
+    forwarded_from: Annotated[
+        tuple[str, ...],
+        Further(
+            "--forwarded-from CIDR",
+            "Trust the X-Forwarded headers of this proxy; `unix`: of the socket file's clients.",
+        ),
+    ] = ()
+    base_path: Annotated[str, Further("--base-path /PATH", "Prefix of all paths.")] = ""
+    log_format: Annotated[Literal["text", "json"], Further("--log-format", "Format of log lines.")] = "text"
+    log_limit: Annotated[
+        str | None,
+        Further("--log-limit SIZE", "Keep the newest part of a log of this size, if stderr is a file: 8MiB."),
+    ] = None
+
+
+ADDRESS = ("host", "port", "keys", "allow_host", "allow_origin")
 _FURTHER = (
-    click.option(
-        "--listen", metavar="unix:PATH", cls=Further,
-        help="Listen on a socket file, and also on a port if --host or --port is given.",
-    ),
-    click.option(
-        "--socket-mode", default="0600", metavar="MODE", cls=Further, help="Mode of the socket file: 0660."
-    ),
-    click.option("--tls-cert", type=_FILE, metavar="FILE", cls=Further, help="Certificate, to speak TLS."),
-    click.option("--tls-key", type=_FILE, metavar="FILE", cls=Further, help="Key of the certificate."),
-    click.option(
-        "--forwarded-from", multiple=True, metavar="CIDR", cls=Further,
-        help="Trust the X-Forwarded headers of this proxy; `unix`: of the socket file's clients.",
-    ),
-    click.option("--base-path", default="", metavar="/PATH", cls=Further, help="Prefix of all paths."),
-    click.option(
-        "--log-format", type=click.Choice(["text", "json"]), default="text", cls=Further, help="Format of log lines."
-    ),
-    click.option(
-        "--log-limit", metavar="SIZE", cls=Further,
-        help="Keep the newest part of a log of this size, if stderr is a file: 8MiB.",
-    ),
-)  # fmt: skip
-_CONFIG = (
-    click.option(
-        "--config", type=_FILE, metavar="FILE", is_eager=True, expose_value=False, callback=use_config,
-        help="Settings as TOML; with --check, check them and stop.",
-    ),
-    click.option("--check", is_flag=True, cls=Further, help="Check the settings and their files, and stop."),
+    "check", "listen", "socket_mode", "tls_cert", "tls_key", "forwarded_from", "base_path", "log_format", "log_limit",
 )  # fmt: skip
 
 
-def listening_options(command: Command) -> Command:
-    for option in reversed((*_CONFIG, *_FURTHER)):
-        command = option(command)
-    return command
+def listening_options(owner: type[ListeningOptions]) -> Callable[[Command], Command]:
+    """Add --config and the options for operators, which every such command has, in the same order."""
+
+    def add(command: Command) -> Command:
+        add_config = click.option(
+            "--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True, expose_value=False,
+            callback=use_config, help="Settings as TOML; with --check, check them and stop.",
+        )  # fmt: skip
+        return add_config(options(owner, *_FURTHER, into="given")(command))
+
+    return add
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +141,8 @@ class Listening:
                 yield sockets
 
 
-def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listening:
-    """Take the options of this module out of those of a command, and check them and their files.
+def listening_of(given: ListeningOptions) -> Listening:
+    """Check options and their files.
 
     Raises:
         UsageError: one of them is invalid, or they contradict each other.
@@ -116,30 +150,27 @@ def take_listening(options: dict[str, Any], *, host: str, port: int) -> Listenin
     from argosy.serve.http.listen import Certificate, Front
     from argosy.serve.http.systemd import passed_sockets
 
-    listen, mode = options.pop("listen"), options.pop("socket_mode")
-    certificate, key = options.pop("tls_cert"), options.pop("tls_key")
+    certificate, key, mode = given.tls_cert, given.tls_key, given.socket_mode
     if (certificate is None) != (key is None):
-        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
-        raise UsageError(f"{given} needs {missing}", hint="TLS takes a certificate and its key")
+        wrong, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        raise UsageError(f"{wrong} needs {missing}", hint="TLS takes a certificate and its key")
     front = Front(
-        certificate=None if certificate is None else Certificate(certificate, key),
-        proxies=tuple(options.pop("forwarded_from")),
-        base_path=options.pop("base_path"),
+        certificate=None if certificate is None or key is None else Certificate(certificate, key),
+        proxies=given.forwarded_from,
+        base_path=given.base_path,
     )
     if not re.fullmatch(r"0?[0-7]{3}", mode):
         raise UsageError(f"--socket-mode must be three octal digits, found '{mode}'", hint="for example 0660")
     if passed := passed_sockets():
-        return _of_passed(passed, front, host=host, port=port, listen=listen, mode=int(mode, 8))
-    path, has_port = _addresses(listen)
+        return _of_passed(passed, front, given)
+    path, has_port = _addresses(given.listen)
     return Listening(
-        host=host if has_port else "localhost", port=port if has_port else None, path=path, mode=int(mode, 8),
-        front=front,
+        host=given.host if has_port else "localhost", port=given.port if has_port else None, path=path,
+        mode=int(mode, 8), front=front,
     )  # fmt: skip
 
 
-def _of_passed(
-    passed: Sequence[Listener], front: Front, *, host: str, port: int, listen: str | None, mode: int
-) -> Listening:
+def _of_passed(passed: Sequence[Listener], front: Front, given: ListeningOptions) -> Listening:
     """Listen on sockets that systemd passed. Options may say the same, or nothing.
 
     Raises:
@@ -147,6 +178,7 @@ def _of_passed(
     """
     from argosy.serve.http.systemd import shown
 
+    host, port, listen, mode = given.host, given.port, given.listen, int(given.socket_mode, 8)
     paths = [one.getsockname() for one in passed if one.family == socket.AF_UNIX]
     ports = [one.getsockname()[:2] for one in passed if one.family != socket.AF_UNIX]
     source = click.get_current_context().get_parameter_source

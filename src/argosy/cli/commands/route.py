@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import click
 
-from argosy.cli.commands.listening import listening_options, take_listening
-from argosy.cli.shared.help_all import Command, Further
-
-if TYPE_CHECKING:
-    from argosy.serve.http.log import LogFormat
+from argosy.cli.commands.listening import ADDRESS, ListeningOptions, listening_of, listening_options
+from argosy.cli.shared.declared import options
+from argosy.cli.shared.help_all import Command
 
 
 @click.command("route", cls=Command)
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port, or 0 for any."
-)
-@click.option(
-    "--keys",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="API keys of clients: the same file as the servers', which also check them.",
-)
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
-@click.option(
-    "--allow-origin", multiple=True, metavar="ORIGIN", help="Let pages of this origin use the router."
-)
-@click.option(
-    "--drain",
-    default=30.0,
-    show_default=True,
-    type=click.FloatRange(0, 3600),
-    metavar="S",
-    help="Seconds to shut down.",
-    cls=Further,
-)
-@click.option(
-    "--max-connections",
-    default=512,
-    show_default=True,
-    type=click.IntRange(1, 65535),
-    metavar="N",
-    help="Open connections of clients.",
-    cls=Further,
-)
-@listening_options
-def route(
-    urls: tuple[str, ...], host: str, port: int, keys: Path | None, allow_host: tuple[str, ...],
-    allow_origin: tuple[str, ...], drain: float, max_connections: int, check: bool, log_format: LogFormat,
-    **options: Any,
-) -> None:  # fmt: skip
+@options(
+    ListeningOptions, *ADDRESS, "drain", "max_connections", into="given", port={"default": 8000},
+    keys={"help": "API keys of clients: the same file as the servers', which also check them."},
+    allow_origin={"help": "Let pages of this origin use the router."}, drain={"help": "Seconds to shut down."},
+    max_connections={"help": "Open connections of clients."},
+)  # fmt: skip
+@listening_options(ListeningOptions)
+def route(urls: tuple[str, ...], given: ListeningOptions) -> None:
     """Distribute requests over several servers; an answer survives the loss of its server.
 
     A request goes to the server with the fewest tokens to do, and where its prompt's beginning is known. If a server
@@ -76,16 +41,17 @@ def route(
     for address in addresses:
         if addresses.count(address) > 1:
             raise UsageError(f"{address} is given twice", hint="give each server once")
-    listening = take_listening(options, host=host, port=port)
-    require_keys(listening.host, keys)
-    require_keys_behind_proxy(listening.front, keys)
-    if keys is not None:
-        KeyFile(keys).read()
+    listening = listening_of(given)
+    require_keys(listening.host, given.keys)
+    require_keys_behind_proxy(listening.front, given.keys)
+    if given.keys is not None:
+        KeyFile(given.keys).read()
     settings = RouterSettings(
-        addresses=addresses, host=listening.host, keys=keys, hosts=allow_host, origins=Origins(allow_origin),
-        drain_s=drain, max_connections=max_connections, front=listening.front, log_format=log_format,
+        addresses=addresses, host=listening.host, keys=given.keys, hosts=given.allow_host,
+        origins=Origins(given.allow_origin), drain_s=given.drain, max_connections=given.max_connections,
+        front=listening.front, log_format=given.log_format,
     )  # fmt: skip
-    if check:
+    if given.check:
         print("the settings are valid")
         return
     with listening.bind() as sockets:

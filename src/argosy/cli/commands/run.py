@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from argosy.cli.commands import completion
-from argosy.cli.shared.group_options import group_options, take_group
+from argosy.cli.shared.group_options import WantedGroup, group_options
 from argosy.cli.shared.options import (
     CommandWithMedia,
     asked_sampling,
@@ -103,7 +103,7 @@ def run(
     thinking: Any,
     sampling: Any,
     flags: Settings,
-    **options: Any,
+    group: WantedGroup,
 ) -> None:
     """Answer one prompt. Files, pictures, sound and stdin can come with it; statistics go to stderr.
 
@@ -114,7 +114,6 @@ def run(
     """
     from argosy.library.names import preset_of
 
-    wanted = take_group(options)
     thinking, params = asked_thinking(**thinking), asked_sampling(sampling)
     settings = read_settings(**flags)
     if raw and system is not None:
@@ -147,7 +146,7 @@ def run(
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
         settings = {**settings, "media": bool(media_of())}
     more: dict[str, Any] = {} if form is None else {"grammars": True}
-    with wanted.open(model) as group, open_engine(model, settings, group=group, **more) as engine:
+    with group.open(model) as opened, open_engine(model, settings, group=opened, **more) as engine:
         parses = engine.prompts.takes_messages and not raw
         if (shortfall := thinking.shortfall(engine.prompts.variables)) is not None:
             print(f"note: {shortfall}", file=sys.stderr)

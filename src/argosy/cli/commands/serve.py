@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
 from argosy.cli.commands import completion
-from argosy.cli.commands.auditing import keeping_options, take_keeping
-from argosy.cli.commands.listening import listening_options, take_listening
-from argosy.cli.shared.declared import choices
-from argosy.cli.shared.group_options import WantedGroup, group_options, take_group
-from argosy.cli.shared.help_all import Command, Further
-from argosy.cli.shared.options import (
-    Recording,
-    co2_option,
-    engine_options,
-    open_engine,
-    watermark_option,
-)
+from argosy.cli.commands.auditing import KeepingOptions, keeping_of, keeping_options
+from argosy.cli.commands.listening import ADDRESS, ListeningOptions, listening_of, listening_options
+from argosy.cli.shared.declared import choices, options
+from argosy.cli.shared.group_options import WantedGroup, group_options
+from argosy.cli.shared.help_all import Command
+from argosy.cli.shared.options import Recording, co2_option, engine_options, open_engine, watermark_option
 from argosy.cli.shared.output import short_number
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import (
@@ -38,6 +32,7 @@ from argosy.config import (
     parse_seconds,
     parse_size,
 )
+from argosy.config.option import Further, Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,10 +41,49 @@ if TYPE_CHECKING:
     from argosy.forecast.forecast import Speeds
     from argosy.library.names import Named
     from argosy.serve.http.listen import Listener
-    from argosy.serve.http.log import LogFormat
     from argosy.serve.run import ServerSettings
 
 _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at the start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions(ListeningOptions):
+    """Options of `serve` alone."""
+
+    media_host: Annotated[
+        tuple[str, ...], Further("--media-host NAME", "Fetch media from this host if requests name it.")
+    ] = ()
+    names: Annotated[
+        tuple[str, ...], Option("--name ID", "Model name for clients; default: the file name.")
+    ] = ()
+    preload: Annotated[tuple[str, ...], Further("--preload ID", "Load this model at the start.")] = ()
+    library: Annotated[bool, Option("--library", "Serve all local models, each when it is asked for.")] = (
+        False
+    )
+    idle_unload: Annotated[
+        str | None, Option("--idle-unload TIME", "Unload a model after 10m (90s, 1h) of no use.")
+    ] = None
+    any_model: Annotated[bool, Further("--any-model", "Accept every model name that clients send.")] = False
+    max_sequences: Annotated[
+        int, Option("--max-sequences N", "Answers at once.", least=1, most=1024, shows_default=True)
+    ] = SERVED_AT_ONCE
+    max_waiting: Annotated[
+        int, Further("--max-waiting N", "Requests that may wait.", least=0, shows_default=True)
+    ] = SERVED_WAITING
+    kv_dir: Annotated[Path | None, Option("--kv-dir DIR", "Keep the KV cache of prompts in DIR.")] = None
+    pooling: Annotated[
+        Pooling | None, Further("--pooling", "Pooling of embeddings; default: the checkpoint's.")
+    ] = None
+    rerank: Annotated[
+        Literal["qwen3"] | None, Further("--rerank", "Rank documents with prompts of this form.")
+    ] = None
+    no_store: Annotated[bool, Option("--no-store", "Keep no responses for later requests.")] = False
+    policy: Annotated[
+        Path | None, Further("--policy FILE", "Policy for texts: docs/guides/responsible-use.md.")
+    ] = None
+    keep_billing_line: Annotated[
+        bool, Further("--keep-billing-line", "Keep the billing line of Claude Code.")
+    ] = False
 
 
 @click.command("serve", cls=Command)
@@ -57,102 +91,18 @@ _PROMPT_TOKENS = 1024  # length of the prompt whose first token is predicted at 
 @engine_options
 @choices(SamplingParams, *CHOOSING, into="sampling")
 @group_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    default=8080,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="Port, or 0 for any.",
-)
-@click.option(
-    "--keys", type=click.Path(path_type=Path), metavar="FILE", help="API keys of clients; see `argosy keys`."
-)
-@click.option("--allow-host", multiple=True, metavar="NAME", help="Also accept requests for this host name.")
-@click.option(
-    "--allow-origin", multiple=True, metavar="ORIGIN", help="Let pages of this origin use the server."
-)
-@click.option(
-    "--media-host",
-    cls=Further,
-    multiple=True,
-    metavar="NAME",
-    help="Fetch media from this host if requests name it.",
-)
-@click.option(
-    "--name", "names", multiple=True, metavar="ID", help="Model name for clients; default: the file name."
-)
-@click.option("--preload", cls=Further, multiple=True, metavar="ID", help="Load this model at the start.")
-@click.option("--library", is_flag=True, help="Serve all local models, each when it is asked for.")
-@click.option("--idle-unload", metavar="TIME", help="Unload a model after 10m (90s, 1h) of no use.")
-@click.option("--any-model", cls=Further, is_flag=True, help="Accept every model name that clients send.")
-@click.option(
-    "--drain",
-    cls=Further,
-    default=30.0,
-    show_default=True,
-    type=click.FloatRange(0, 3600),
-    metavar="S",
-    help="Seconds for running answers to finish at the end.",
-)
-@click.option(
-    "--max-sequences",
-    default=SERVED_AT_ONCE,
-    show_default=True,
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Answers at once.",
-)
-@click.option(
-    "--max-waiting",
-    cls=Further,
-    default=SERVED_WAITING,
-    show_default=True,
-    type=click.IntRange(0),
-    metavar="N",
-    help="Requests that may wait.",
-)
-@click.option(
-    "--max-connections",
-    cls=Further,
-    default=512,
-    show_default=True,
-    type=click.IntRange(1, 65535),
-    metavar="N",
-    help="Open connections.",
-)
-@click.option(
-    "--kv-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep the KV cache of prompts in DIR."
-)
-@click.option(
-    "--pooling",
-    cls=Further,
-    type=click.Choice(["mean", "last"]),
-    help="Pooling of embeddings; default: the checkpoint's.",
-)
-@click.option(
-    "--rerank", cls=Further, type=click.Choice(["qwen3"]), help="Rank documents with prompts of this form."
-)
-@click.option("--no-store", is_flag=True, help="Keep no responses for later requests.")
-@click.option(
-    "--policy",
-    cls=Further,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Policy for texts: docs/guides/responsible-use.md.",
-)
-@click.option("--keep-billing-line", is_flag=True, cls=Further, help="Keep the billing line of Claude Code.")
+@options(
+    ServeOptions, *ADDRESS, "media_host", "names", "preload", "library", "idle_unload", "any_model", "drain",
+    "max_sequences", "max_waiting", "max_connections", "kv_dir", "pooling", "rerank", "no_store", "policy",
+    "keep_billing_line", into="given",
+)  # fmt: skip
 @watermark_option
 @co2_option
 @keeping_options
-@listening_options
+@listening_options(ServeOptions)
 def serve(
-    models: tuple[str, ...], host: str, port: int, keys: Path | None, allow_host: tuple[str, ...],
-    allow_origin: tuple[str, ...], media_host: tuple[str, ...], names: tuple[str, ...], preload: tuple[str, ...],
-    library: bool, idle_unload: str | None, drain: float, max_sequences: int, max_waiting: int, max_connections: int,
-    kv_dir: Path | None, pooling: Pooling | None, rerank: str | None, no_store: bool, policy: Path | None,
-    keep_billing_line: bool, any_model: bool, check: bool, log_format: LogFormat, co2_grams_per_kwh: float | None,
-    log_limit: str | None, flags: Settings, sampling: dict[str, float], **options: Any,
+    models: tuple[str, ...], given: ServeOptions, keeps: KeepingOptions, flags: Settings, sampling: dict[str, float],
+    group: WantedGroup, co2_grams_per_kwh: float | None,
 ) -> None:  # fmt: skip
     """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, and a page.
 
@@ -172,68 +122,70 @@ def serve(
     from argosy.serve.http.work import share_one_heap
     from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
 
-    listening = take_listening(options, host=host, port=port)
-    wanted = take_group(options)
+    listening = listening_of(given)
     SamplingParams.asked(sampling)  # checks the values
-    keeping = take_keeping(options, kv_dir=kv_dir, store=not no_store)
-    require_keys(listening.host, keys)
-    require_keys_behind_proxy(listening.front, keys)
-    if library:
-        _refuse_beside_library(models=models, name=names, kv_dir=kv_dir, policy=policy, **flags)
+    keeping = keeping_of(keeps, kv_dir=given.kv_dir, store=not given.no_store)
+    require_keys(listening.host, given.keys)
+    require_keys_behind_proxy(listening.front, given.keys)
+    if given.library:
+        _refuse_beside_library(
+            models=models, name=given.names, kv_dir=given.kv_dir, policy=given.policy, **flags
+        )
     presets = {model for model in models if preset_of(model) is not None}
     found: list[Named] = []
-    for model in [] if library else sorted(models or (DEMO,), key=presets.__contains__):
+    for model in [] if given.library else sorted(models or (DEMO,), key=presets.__contains__):
         named = look_up(model)
         if model not in presets or named.path not in [one.path for one in found]:
             found.append(named)
-    ids = _ids(found, names)
-    idle_unload_s = None if idle_unload is None else parse_seconds(idle_unload)
-    for name in preload:
-        if name not in ids and not library:
+    ids = _ids(found, given.names)
+    idle_unload_s = None if given.idle_unload is None else parse_seconds(given.idle_unload)
+    for name in given.preload:
+        if name not in ids and not given.library:
             raise UsageError(f"--preload {name}: this server has: {', '.join(ids)}")
     settings = read_settings(**flags)
-    kept = None if kv_dir is None else _kv_dir(kv_dir, keeping.kv_s)
+    kept = None if given.kv_dir is None else _kv_dir(given.kv_dir, keeping.kv_s)
     server = ServerSettings(
-        host=listening.host, keys=keys, hosts=allow_host, origins=Origins(allow_origin), front=listening.front,
-        log_format=log_format, log_bytes=None if log_limit is None else parse_size(log_limit),
-        drain_s=drain, max_connections=max_connections, keep_billing_line=keep_billing_line,
-        any_model=any_model, store=not no_store, rerank=rerank,
-        media_hosts=MediaHosts(media_host) if media_host else None, audit=keeping.audit,
+        host=listening.host, keys=given.keys, hosts=given.allow_host, origins=Origins(given.allow_origin),
+        front=listening.front, log_format=given.log_format,
+        log_bytes=None if given.log_limit is None else parse_size(given.log_limit),
+        drain_s=given.drain, max_connections=given.max_connections, keep_billing_line=given.keep_billing_line,
+        any_model=given.any_model, store=not given.no_store, rerank=given.rerank,
+        media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
         co2_grams_per_kwh=co2_grams_per_kwh,
         store_s=keeping.store_s,
-        guarding=None if policy is None else Guarding(policy),
+        guarding=None if given.policy is None else Guarding(given.policy),
         has_watermark="watermark" in settings,
         prefix_files_s=None if kept is None else kept.ttl_s,
-        presets=ServedPresets(None if library else dict(zip(ids, found, strict=True))),
+        presets=ServedPresets(None if given.library else dict(zip(ids, found, strict=True))),
         default=next((model for model in models[:1] if model in presets), None),
     )  # fmt: skip
-    if keys is not None:
-        KeyFile(keys).read()
+    if given.keys is not None:
+        KeyFile(given.keys).read()
     if (watermark := settings.get("watermark")) is not None:
         from argosy.engine.watermark import Watermark
 
         Watermark.read(Path(watermark))
-    if check:
+    if given.check:
         print("the settings are valid")
         return
     if keeping.audit is not None:
         check_audit(keeping.audit)
     more = {
-        "grammars": True, "max_sequences": max_sequences, "max_waiting": max_waiting, "pooling": pooling,
-        "kv_dir": kept, "sampling": sampling,
+        "grammars": True, "max_sequences": given.max_sequences, "max_waiting": given.max_waiting,
+        "pooling": given.pooling, "kv_dir": kept, "sampling": sampling,
     }  # fmt: skip
     share_one_heap()
-    make_room_for_files(max_connections)
+    make_room_for_files(given.max_connections)
     with listening.bind() as sockets:
-        if len(found) != 1 or idle_unload is not None:
-            if wanted.hosts:
+        if len(found) != 1 or given.idle_unload is not None:
+            if group.hosts:
                 raise UsageError(
                     "--cluster is for a server with one model that stays loaded",
                     hint="start a server for each model, each with workers of its own",
                 )
-            _serve_several(found, ids, settings, more, sockets, server, preload, idle_unload_s)
+            _serve_several(found, ids, settings, more, sockets, server, given.preload, idle_unload_s)
         else:
-            _serve_one(found[0], ids[0], settings, more, sockets, server, wanted)
+            _serve_one(found[0], ids[0], settings, more, sockets, server, group)
 
 
 def _refuse_beside_library(**options: Any) -> None:

@@ -9,7 +9,8 @@ Elsewhere: `config/option.py` declares settings; `settings.py` adds the environm
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ import click
 
 from argosy.cli.commands import completion
 from argosy.cli.shared.help_all import Further
+from argosy.config import option as config_option
 from argosy.config.option import Declaration, declarations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,20 +35,39 @@ class SharedLine(click.Option):
         return self._line
 
 
-def choices(
+def options(
     owner: type, *names: str, into: str, **changes: Mapping[str, Any]
 ) -> Callable[[Command], Command]:
-    """Add options for fields of `owner` to a command, which gets those that are given in a dictionary.
+    """Add options for fields of a dataclass to a command, which gets the object made of them.
 
-    Several of these may fill one dictionary.
+    Several of these may fill one object, which is made when all its fields are there.
 
     Args:
         owner: a class with declarations.
-        names: its fields, in the order of the help.
+        names: its fields, in the order of the help; none: all of them.
         into: the command's argument.
         changes: by name, what click gets otherwise, such as another `help`.
     """
     declared = declarations(owner)
+    chosen = names or tuple(declared)
+
+    def add(command: Command) -> Command:
+        @functools.wraps(command)
+        def take(**given: Any) -> Any:
+            taken = given.pop(into, {}) | {name: given.pop(name) for name in chosen}
+            given[into] = owner(**taken) if taken.keys() == declared.keys() else taken
+            return command(**given)
+
+        _add(take, owner, chosen, changes, has_defaults=True)
+        return take  # type: ignore[return-value]
+
+    return add
+
+
+def choices(
+    owner: type, *names: str, into: str, **changes: Mapping[str, Any]
+) -> Callable[[Command], Command]:
+    """As `options`, but the command gets a dictionary of those that are given: something else has the defaults."""
 
     def add(command: Command) -> Command:
         @functools.wraps(command)
@@ -55,20 +76,38 @@ def choices(
             given[into] = given.get(into, {}) | taken
             return command(**given)
 
-        for name in reversed(names):
-            one = declared[name]
-            keywords = _keywords(one) | dict(changes.get(name, {}))
-            click.option(*one.option.flags.split(), name, **keywords)(take)
+        _add(take, owner, names, changes, has_defaults=False)
         return take  # type: ignore[return-value]
 
     return add
+
+
+def _add(
+    command: Callable[..., Any],
+    owner: type,
+    names: Sequence[str],
+    changes: Mapping[str, Mapping[str, Any]],
+    *,
+    has_defaults: bool,
+) -> None:
+    declared = declarations(owner)
+    for name in reversed(names):
+        one = declared[name]
+        keywords = _keywords(one)
+        if has_defaults and one.default is MISSING:
+            keywords["required"] = True
+        elif has_defaults and one.kind is not bool and one.default not in (None, ()):
+            keywords |= {"default": one.default} | (
+                {"show_default": True} if one.option.shows_default else {}
+            )
+        click.option(*one.option.flags, name, **(keywords | dict(changes.get(name, {}))))(command)
 
 
 def _keywords(one: Declaration) -> dict[str, Any]:
     """What click's `option` takes for a declaration."""
     option = one.option
     found: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "hidden": option.is_hidden}
-    if option.is_further:
+    if isinstance(option, config_option.Further):
         found["cls"] = Further
     if option.help is None or option.title is not None:
         found |= {"cls": SharedLine, "help": None}
@@ -84,9 +123,9 @@ def _keywords(one: Declaration) -> dict[str, Any]:
 def _type(one: Declaration) -> dict[str, Any]:
     option = one.option
     if one.kind is bool:
-        if "/" in option.flags:
+        if "/" in option.usage:
             return {"default": None}
-        if option.flags == f"--no-{one.name}":
+        if option.flags == [f"--no-{one.name}"]:
             return {"flag_value": False, "default": None, "type": bool}
         return {"is_flag": True}
     if one.kind is Literal:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Unpack, cast
 
 from argosy.config import GIB, EngineOptions, parse_size
-from argosy.config.option import Declaration, Option, declarations
+from argosy.config.option import Declaration, Further, declarations
 from argosy.errors import UsageError, did_you_mean
 
 
@@ -25,9 +25,7 @@ class Settings(EngineOptions, total=False):
     record: count what routers choose; missing: it does.
     """
 
-    record: Annotated[
-        bool, Option("--no-record", "Keep no counts of routing.", is_further=True, variable="ARGOSY_RECORD")
-    ]
+    record: Annotated[bool, Further("--no-record", "Keep no counts of routing.", variable="ARGOSY_RECORD")]
 
 
 VARIABLES = (
