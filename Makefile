@@ -1,6 +1,6 @@
 # Commands for a new checkout. Each sets up .venv by itself; they need only Python, a C++ compiler and make.
 .DEFAULT_GOAL := help
-.PHONY: FORCE help demo test build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
+.PHONY: FORCE help demo test test-full build-native-tests test-native test-emulated test-sanitize test-sanitize-module soak test-oracle test-clients test-cluster test-page first-hour wheel test-wheel sbom lint stubs format map bench peer clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -51,8 +51,13 @@ demo: $(VENV)/.installed  ## build the demo model once, then ask it a question
 	$(SAY) "asking it about a picture that is drawn now, and aloud, in a voice it never heard"
 	$(BIN)/python examples/look_and_listen.py
 
-test: $(VENV)/.installed test-native  ## all tests that need no torch
-	$(PYTEST) $(SIDE_BY_SIDE) tests --ignore=tests/oracle --ignore=tests/clients --ignore=tests/on_ray --ignore=tests/wheel
+WITHOUT_TORCH := tests --ignore=tests/oracle --ignore=tests/clients --ignore=tests/on_ray --ignore=tests/wheel
+
+test: $(VENV)/.installed test-native  ## every test that needs no torch, with the cases that a person waits for
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not full" $(WITHOUT_TORCH)
+
+test-full: $(VENV)/.installed  ## the cases that `make test` leaves out: whole crosses of parameters, long runs
+	$(PYTEST) $(SIDE_BY_SIDE) -m full $(WITHOUT_TORCH)
 
 # There only if somebody removed build/ after the installation, which makes it otherwise.
 build/module/build.ninja: | $(VENV)/.installed

@@ -1,6 +1,10 @@
 """Keep a developer's `argosy` settings, and the way the tests were started, from affecting the tests.
 
 The longest files come first, so that processes that run files side by side end together.
+
+`make test` leaves out what has the marker `full`, which is what `make test-full` runs. A cross of parameters has the
+marker `covering(strength)`: `make test` runs enough of its cases for each `strength` values of different parameters to
+meet, and the others are `full`.
 """
 
 from __future__ import annotations
@@ -9,7 +13,10 @@ import ctypes
 import gc
 import os
 import signal
-from collections.abc import Iterator
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -42,9 +49,52 @@ LONGEST = (
 )
 
 
+# Collecting makes a million objects that live as long as the tests do; looking through them again and again for garbage
+# took 40 % of the time, and after collecting they are left out of every search.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks for markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    crosses = defaultdict(list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("covering"):
+            crosses[item.path, item.originalname].append(item)
+    for cases in crosses.values():
+        for case in _not_needed(cases):
+            case.add_marker("full")
+
+
+def _not_needed(cases: Sequence[pytest.Function]) -> Iterator[pytest.Function]:
+    """Yield the cases without which each few values of different parameters still meet.
+
+    Cases come in an order that mixes all values, and those that bring the most that is new are chosen first.
+    """
+    marker = cases[0].get_closest_marker("covering")
+    assert marker is not None
+    (strength,) = marker.args
+
+    def meetings(case: pytest.Function) -> set[tuple[tuple[str, int], ...]]:
+        return set(combinations(sorted(case.callspec.indices.items()), strength))
+
+    left = {case: meetings(case) for case in sorted(cases, key=lambda case: zlib.crc32(case.nodeid.encode()))}
+    met: set[tuple[tuple[str, int], ...]] = set()
+    for least in range(len(next(iter(left.values()))), 0, -1):
+        for case, own in list(left.items()):
+            if len(own - met) >= least:
+                met |= left.pop(case)
+    yield from left
 
 
 @pytest.fixture(autouse=True, scope="module")

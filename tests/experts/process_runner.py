@@ -1,7 +1,5 @@
 """An expert runner whose experts are in another process: a socket carries rows and outputs, but no weights.
 
-    python -m tests.experts.process_runner DIRECTORY RESIDENCY INSTRUCTION_SET SOCKET DIES_IN_RUN   # the other process
-
 A request holds the layer, the tokens' choices and their rows. An answer has a frame for every few experts, in any
 order: their ids, then a row for each of their assignments. A frame of 0 experts ends it; one of -1 experts is an error.
 """
@@ -13,10 +11,9 @@ import os
 import random
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,8 @@ from numpy.typing import NDArray
 from argosy import _native, errors
 from argosy.errors import ArgosyError, RunnerFailed
 from argosy.experts.runner import Rows, RunnerStats
+from tests.helpers.forks import FORKS
 
-ROOT = Path(__file__).parents[2]
 REQUEST = struct.Struct("<5i")  # layer, tokens, experts per token, experts of a layer, hidden
 COUNT = struct.Struct("<i")
 TIMEOUT_S = 120.0  # for the other process to answer, which reads the model first
@@ -93,7 +90,7 @@ class ProcessRunner:
         self._arguments = [str(directory), residency, instruction_set or _native.instruction_sets()[-1]]
         self._num_experts = num_experts
         self._dies_in_run, self._deaths = dies_in_run, deaths
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BaseProcess | None = None
         self.connection: Connection | None = None
 
     def _connected(self) -> Connection:
@@ -103,14 +100,8 @@ class ProcessRunner:
         ours.settimeout(TIMEOUT_S)
         dies_in_run = self._dies_in_run if self.num_started < self._deaths else 0
         with theirs:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "tests.experts.process_runner", *self._arguments, str(theirs.fileno()),
-                    str(dies_in_run),
-                ],
-                cwd=ROOT,
-                pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+            self._process = FORKS.Process(target=run_experts, args=(theirs, dies_in_run, *self._arguments))
+            self._process.start()
         self.num_started += 1
         self.connection = Connection(ours)
         return self.connection
@@ -168,7 +159,7 @@ class ProcessRunner:
             self.connection = None
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
             self._process = None
 
 
@@ -204,17 +195,15 @@ def serve(connection: Connection, runner: Any, dies_in_run: int) -> None:
             connection.send(COUNT.pack(-1), COUNT.pack(len(message)), message)
 
 
-def main() -> None:
+def run_experts(
+    to: socket.socket, dies_in_run: int, directory: str, residency: Any, instruction_set: str
+) -> None:
+    """What the other process does."""
     from tests.model.open_parts import open_parts  # imported here because it can also open this runner
 
-    directory, residency, instruction_set, descriptor, dies_in_run = sys.argv[1:]
     with (
-        socket.socket(fileno=int(descriptor)) as to,
-        open_parts(Path(directory), residency, instruction_set=instruction_set) as parts,  # type: ignore[arg-type]
+        to,
+        open_parts(Path(directory), residency, instruction_set=instruction_set) as parts,
         suppress(EOFError, ConnectionError),
     ):
-        serve(Connection(to), parts.experts, int(dies_in_run))
-
-
-if __name__ == "__main__":
-    main()
+        serve(Connection(to), parts.experts, dies_in_run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,10 +23,7 @@ from argosy.route.servers import Fleet, Health
 from argosy.route.upstream import parse_address
 from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
-
-# Forks of a process that has imported everything, so that a server starts in a fraction of a second.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.route.serving"])
+from tests.helpers.forks import FORKS
 
 
 def free_port() -> int:
@@ -58,7 +54,7 @@ class RealServer:
             "serve", str(self.model), "--memory", "1GiB", "--port", str(self.port), "--name", "tiny", "--threads",
             "1", *self.options,
         ]  # fmt: skip
-        self.process = _FORKS.Process(target=main, args=(args,), daemon=True)
+        self.process = FORKS.Process(target=main, args=(args,), daemon=True)
         self.process.start()
         for _ in range(1200):
             with suppress(httpx.TransportError):
