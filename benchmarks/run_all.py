@@ -30,15 +30,9 @@ SCRIPTS = (
     "start",
     "python_share",
     "cluster",
-    "cluster_copy",
-    "cluster_exchange",
     "cluster_freeze",
-    "cluster_peer",
     "speculation",
-    "recording_cost",
     "responsible",
-    "guard_cost",
-    "watermark",
     "busy",
     "footprint",
     "replay",
@@ -50,18 +44,12 @@ SCRIPTS = (
     "idle_memory",
     "moving_budget",
     "media_memory",
-    "beside_encode",
     "attack",
-    "kv_formats",
     "long_context",
-    "quantisation",
-    "drift",
-    "demo",
-    "bench_command",
 )
 
 
-SLOW = ("watermark", "media_memory", "drift")
+SLOW = ("media_memory",)
 OUTPUT = Path(__file__).parents[1] / "build" / "bench"
 _JUDGED = re.compile(r"^(?P<label>.*?)   target (?P<target>[<>]=.*): (?P<verdict>met|missed)$", re.MULTILINE)
 _LAST_LINES = 3  # of a script that failed

@@ -6,8 +6,7 @@
 Each budget has a fresh process, because the memory plan counts what a process already holds.
 
 One sequence at a time, greedy, and nothing is reused. Each kind of prompt runs once before it is timed. A step is timed
-from its call to the id of the token. This is the method of `benchmarks/`, and `benchmarks/bench_command.py` compares
-the two.
+from its call to the id of the token. This is the method of `benchmarks/`.
 
 Elsewhere: `verification.py` compares with a forecast; `machine/probes.py` measures the machine.
 """
