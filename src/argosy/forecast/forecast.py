@@ -3,7 +3,7 @@
     ModelFiles + EngineConfig  ->  memory plan at any budget   (budget/memory_plan.py)
     memory plan + WorkingSet + Rates  ->  decode, prompts, the knee   (forecast/speed.py)
 
-Elsewhere: `cli/commands/plan.py` prints it; `forecast/money.py` prices it.
+Elsewhere: `cli/commands/plan_facts.py` prints it; `forecast/money.py` prices it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     config.json                 ->  a pack that it would be ├─>  Subject  ->  forecaster  ->  Forecast
     OWNER/NAME, https://...     ->  its headers             ┘
 
-Elsewhere: `forecast.py` computes; `cli/commands/plan.py` prints.
+Elsewhere: `forecast.py` computes; `cli/commands/plan_facts.py` prints.
 """
 
 from __future__ import annotations

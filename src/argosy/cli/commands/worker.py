@@ -7,72 +7,98 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
 from argosy.cli.commands import completion
-from argosy.cli.shared.declared import choices
+from argosy.cli.shared.declared import choices, options
 from argosy.cli.shared.settings import Settings, read_settings
 from argosy.config import format_bytes
+from argosy.config.option import Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
     from argosy.cluster.worker import Worker, WorkerSettings
 
-_FILE = click.Path(path_type=Path)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """Options of `worker` alone."""
+
+    bind: Annotated[str, Option("--bind HOST:PORT", "Address of one interface; port 0: any.")]
+    key_file: Annotated[Path | None, Option("--key-file FILE", "Key that coordinators must have.")] = None
+    tls_cert: Annotated[Path | None, Option("--tls-cert FILE", "Certificate, to speak TLS.")] = None
+    tls_key: Annotated[Path | None, Option("--tls-key FILE", "Key of the certificate.")] = None
+    shares: Annotated[
+        tuple[str, ...], Option("--share K/N", "Run only part K of N of the experts; may be repeated.")
+    ] = ()
+    is_copy: Annotated[
+        bool,
+        Option("--copy", "MODEL is a directory: fill it with the experts to run, from the coordinator."),
+    ] = False
+    most_coordinators: Annotated[
+        int,
+        Option(
+            "--coordinators N", "Engines that may be connected at once.", least=1, most=64, shows_default=True
+        ),
+    ] = 2
+    num_slots: Annotated[
+        int | None, Option("--expert-slots N", "Size of the expert cache.", least=1, is_hidden=True)
+    ] = None
+    disk_rate: Annotated[
+        str | None,
+        Option("--disk-rate SIZE", "Bytes per second of the drive; default: measured.", is_hidden=True),
+    ] = None
+    disk_limit: Annotated[
+        str | None, Option("--disk-limit SIZE", "Limit of reads, in bytes per second.", is_hidden=True)
+    ] = None
+
+    def settings(self, flags: Settings) -> WorkerSettings:
+        """The checked settings of a worker.
+
+        Raises:
+            UsageError: an option, its file or a variable of the environment is invalid.
+        """
+        from argosy.cluster.hello import read_key
+        from argosy.cluster.secure import server_context
+        from argosy.cluster.worker import WorkerSettings
+        from argosy.config import parse_size
+        from argosy.engine.options import budget_of, choose_instruction_set
+
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError(
+                "--tls-cert and --tls-key belong together", hint="TLS takes a certificate and its key"
+            )
+        settings = read_settings(**flags)
+        return WorkerSettings(
+            budget_bytes=budget_of(settings.get("memory"), None).ram_bytes,
+            threads=settings.get("threads"),
+            instruction_set=choose_instruction_set(settings.get("instruction_set")),
+            ask_ahead=settings.get("ask_ahead"),
+            shards=shards_of(self.shares),
+            num_slots=self.num_slots,
+            most_coordinators=self.most_coordinators,
+            disk_bytes_per_s=None if self.disk_rate is None else float(parse_size(self.disk_rate)),
+            most_disk_bytes_per_s=None if self.disk_limit is None else float(parse_size(self.disk_limit)),
+            key=b"" if self.key_file is None else read_key(self.key_file),
+            tls=None
+            if self.tls_cert is None or self.tls_key is None
+            else server_context(self.tls_cert, self.tls_key),
+        )
 
 
 @click.command("worker")
 @click.argument("model", shell_complete=completion.models)
-@click.option("--bind", required=True, metavar="HOST:PORT", help="Address of one interface; port 0: any.")
+@options(WorkerOptions, "bind", into="given")
 @choices(Settings, "memory", into="flags", memory={"help": "Budget of the whole process: 56GiB, 75%."})
-@click.option("--key-file", type=_FILE, metavar="FILE", help="Key that coordinators must have.")
-@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate, to speak TLS.")
-@click.option("--tls-key", type=_FILE, metavar="FILE", help="Key of the certificate.")
-@click.option(
-    "--share",
-    "shares",
-    multiple=True,
-    metavar="K/N",
-    help="Run only part K of N of the experts; may be repeated.",
-)
-@click.option(
-    "--copy",
-    "is_copy",
-    is_flag=True,
-    help="MODEL is a directory: fill it with the experts to run, from the coordinator.",
-)
+@options(WorkerOptions, "key_file", "tls_cert", "tls_key", "shares", "is_copy", into="given")
 @choices(Settings, "threads", "instruction_set", into="flags")
-@click.option(
-    "--coordinators",
-    "most_coordinators",
-    default=2,
-    show_default=True,
-    type=click.IntRange(1, 64),
-    metavar="N",
-    help="Engines that may be connected at once.",
-)
-@click.option(
-    "--expert-slots",
-    "num_slots",
-    type=click.IntRange(min=1),
-    hidden=True,
-    metavar="N",
-    help="Size of the expert cache.",
-)
-@click.option(
-    "--disk-rate", metavar="SIZE", hidden=True, help="Bytes per second of the drive; default: measured."
-)
-@click.option("--disk-limit", metavar="SIZE", hidden=True, help="Limit of reads, in bytes per second.")
-def worker(
-    model: str, bind: str, key_file: Path | None, tls_cert: Path | None, tls_key: Path | None,
-    shares: tuple[str, ...], is_copy: bool, most_coordinators: int,
-    num_slots: int | None, disk_rate: str | None, disk_limit: str | None, flags: Settings,
-) -> None:  # fmt: skip
+@options(WorkerOptions, "most_coordinators", "num_slots", "disk_rate", "disk_limit", into="given")
+def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
     """Run experts of MODEL for engines on other machines, until SIGTERM.
 
     The worker needs the same model files as the engine. With --copy it needs only a directory, which it fills with
@@ -85,51 +111,30 @@ def worker(
     """
     from argosy.cli.shared.output import progress_bar
     from argosy.cluster.group import parse_host
-    from argosy.cluster.hello import read_key
-    from argosy.cluster.secure import server_context
-    from argosy.cluster.worker import Worker, WorkerSettings
+    from argosy.cluster.worker import Worker
     from argosy.cluster.worker import bind as bind_socket
-    from argosy.config import parse_size
-    from argosy.engine.options import budget_of, choose_instruction_set, locate_model
+    from argosy.engine.options import locate_model
     from argosy.model.families import open_model
 
-    if (tls_cert is None) != (tls_key is None):
-        raise UsageError(
-            "--tls-cert and --tls-key belong together", hint="TLS takes a certificate and its key"
-        )
-    settings = read_settings(**flags)
-    host, port = parse_host(bind, lowest_port=0)
-    key = b"" if key_file is None else read_key(key_file)
-    wanted = WorkerSettings(
-        budget_bytes=budget_of(settings.get("memory"), None).ram_bytes,
-        threads=settings.get("threads"),
-        instruction_set=choose_instruction_set(settings.get("instruction_set")),
-        ask_ahead=settings.get("ask_ahead"),
-        shards=shards_of(shares),
-        num_slots=num_slots,
-        most_coordinators=most_coordinators,
-        disk_bytes_per_s=None if disk_rate is None else float(parse_size(disk_rate)),
-        most_disk_bytes_per_s=None if disk_limit is None else float(parse_size(disk_limit)),
-        key=key,
-        tls=None if tls_cert is None or tls_key is None else server_context(tls_cert, tls_key),
-    )
+    wanted = given.settings(flags)
+    host, port = parse_host(given.bind, lowest_port=0)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     # Bound first, so that a port in use is reported before experts are read.
-    listener = bind_socket(host, port, has_key=bool(key))
-    if is_copy:
+    listener = bind_socket(host, port, has_key=bool(wanted.key))
+    if given.is_copy:
         port = listener.getsockname()[1]
         found = _copied(
-            Path(model), listener, f"{host}:{port}", wanted if shares else replace(wanted, shards=0)
+            Path(model), listener, f"{host}:{port}", wanted if given.shares else replace(wanted, shards=0)
         )
         if found is None:
             return
         path, wanted = found
-        listener = bind_socket(host, port, has_key=bool(key))
+        listener = bind_socket(host, port, has_key=bool(wanted.key))
     with listener:
         with progress_bar() as progress:
-            if not is_copy:
+            if not given.is_copy:
                 path = locate_model(model, progress)
-            files = open_model(path, shards=wanted.shards, is_copy=is_copy)
+            files = open_model(path, shards=wanted.shards, is_copy=given.is_copy)
             running = Worker(files, wanted, progress=progress)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: running.drain())
