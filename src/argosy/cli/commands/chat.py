@@ -18,28 +18,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from argosy.cli.commands import chat_files, chat_room, completion
 from argosy.cli.commands.chat_room import ContextPolicy, Message
 from argosy.cli.shared.chat_models import Models
+from argosy.cli.shared.declared import options
 from argosy.cli.shared.help_all import Command
 from argosy.cli.shared.interrupts import Interrupts, SecondInterrupt
 from argosy.cli.shared.options import (
+    AskingOptions,
     asked_sampling,
     asked_thinking,
-    engine_options,
+    asking_options,
     sampling_options,
-    thinking_options,
-    watermark_option,
 )
 from argosy.cli.shared.output import AnswerWriter, ledger_lines, write_dim, write_text
-from argosy.cli.shared.server_model import server_model_options
 from argosy.cli.shared.settings import Settings, read_settings
 from argosy.cli.shared.texts import MOST_BYTES, text_or_file
 from argosy.config import DEMO, SamplingParams, counted
+from argosy.config.option import Option
 from argosy.errors import ArgosyError, PromptTooLong, ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
@@ -73,9 +73,26 @@ _SUMMARY_SHARE = 8  # a summary takes at most an eighth of the context
 _LEAST_SUMMARY = 16  # tokens
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions(AskingOptions):
+    """Options of `chat` alone."""
+
+    system: Annotated[
+        str | None, Option("--system TEXT", "System message of the conversation; @FILE reads it.")
+    ] = None
+    context_policy: Annotated[
+        ContextPolicy,
+        Option(
+            "--context-policy",
+            "Full context: stop and ask (default), drop the oldest turns, or let the model summarise them.",
+        ),
+    ] = "stop"
+    quiet: Annotated[bool, Option("-q --quiet", "Print no facts about the model and its speed.")] = False
+
+
 @click.command("chat", cls=Command)
 @click.argument("model", default=DEMO, shell_complete=completion.models)
-@click.option("--system", metavar="TEXT", help="System message of the conversation; @FILE reads it.")
+@options(ChatOptions, "system", into="given")
 @click.option(
     "--history",
     is_flag=False,
@@ -84,31 +101,13 @@ _LEAST_SUMMARY = 16  # tokens
     shell_complete=completion.files,
     help="Keep the lines you type, for later chats.",
 )
-@click.option(
-    "--context-policy",
-    type=click.Choice(get_args(ContextPolicy)),
-    default="stop",
-    help="Full context: stop and ask (default), drop the oldest turns, or let the model summarise them.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="Print no facts about the model and its speed.")
-@server_model_options
-@watermark_option
-@thinking_options
-@engine_options
+@options(ChatOptions, "context_policy", "quiet", into="given")
+@asking_options(ChatOptions)
 @sampling_options
 def chat(
-    model: str,
-    system: str | None,
-    history: str | None,
-    context_policy: ContextPolicy,
-    quiet: bool,
-    thoughts: bool | None,
-    url: str | None,
-    no_server: bool,
-    thinking: Any,
-    sampling: Any,
+    model: str, history: str | None, given: ChatOptions, thinking: dict[str, Any], sampling: dict[str, Any],
     flags: Settings,
-) -> None:
+) -> None:  # fmt: skip
     """Chat with MODEL, a name or a path; the default is the demo model.
 
     \b
@@ -116,24 +115,22 @@ def chat(
       argosy chat
       argosy chat ./Qwen3-30B-A3B --memory 75% --temperature 0.7 --top-p 0.9
     """
-    thinking, params = asked_thinking(**thinking), asked_sampling(sampling)
+    asked, params = asked_thinking(**thinking), asked_sampling(sampling)
     settings = read_settings(**flags)
-    system = None if system is None else text_or_file(system)
+    system = None if given.system is None else text_or_file(given.system)
     read = _reader(_open_history(history))
-    if thoughts is None:
-        thoughts = sys.stderr.isatty()
     with (
         _keys_held(),
-        Models.opening(settings, url, no_server=no_server, is_quiet=quiet) as models,
+        Models.opening(settings, given.url, no_server=given.no_server, is_quiet=given.quiet) as models,
     ):
         Conversation(
             models.open(model),
             params,
             system,
-            policy=context_policy,
-            is_quiet=quiet,
-            thinking=thinking,
-            shows_thoughts=thoughts,
+            policy=given.context_policy,
+            is_quiet=given.quiet,
+            thinking=asked,
+            shows_thoughts=sys.stderr.isatty() if given.thoughts is None else given.thoughts,
             models=models,
         ).talk(read)
 

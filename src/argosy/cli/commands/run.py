@@ -8,33 +8,33 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from argosy.cli.commands import completion
+from argosy.cli.shared.declared import options
 from argosy.cli.shared.group_options import WantedGroup, group_options
 from argosy.cli.shared.options import (
+    CO2,
+    AskingOptions,
     CommandWithMedia,
     asked_sampling,
     asked_thinking,
-    co2_option,
-    engine_options,
+    asking_options,
     media_of,
     open_engine,
     sampling_options,
     settings_of,
     thinking_of,
-    thinking_options,
-    watermark_option,
 )
 from argosy.cli.shared.output import AnswerWriter, ledger_lines, prompt_shown, write_text
-from argosy.cli.shared.server_model import Reply, ServerModel, find_model, server_model_options
+from argosy.cli.shared.server_model import Reply, ServerModel, find_model
 from argosy.cli.shared.settings import Settings, read_settings
 from argosy.cli.shared.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
 from argosy.config import DEMO, SamplingParams, counted
+from argosy.config.option import Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,60 +51,56 @@ if TYPE_CHECKING:
 _SCHEMA_BYTES = 1 << 20  # per file; its schema, without annotations, may have 128 Ki characters
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(AskingOptions):
+    """Options of `run` alone."""
+
+    model: Annotated[
+        str, Option("-m --model MODEL", "Model: a name or path; default: the demo.", completes="models")
+    ] = DEMO
+    files: Annotated[
+        tuple[str, ...],
+        Option("-f --file FILE", "Text before the prompt; may be repeated.", completes="files"),
+    ] = ()
+    system: Annotated[str | None, Option("--system TEXT", "System message; @FILE reads it from a file.")] = (
+        None
+    )
+    json_schema: Annotated[
+        str | None,
+        Option("--json-schema FILE", "The answer is JSON that follows this schema.", completes="files"),
+    ] = None
+    raw: Annotated[bool, Option("--raw", "Continue the text without a chat template.")] = False
+    as_json: Annotated[bool, Option("--json", "Print the answer and its ledger as JSON.")] = False
+    quiet: Annotated[bool, Option("-q --quiet", "Print no ledger.")] = False
+    co2_grams_per_kwh: CO2 = None
+
+    @property
+    def shows_thoughts(self) -> bool:
+        return sys.stderr.isatty() and not self.as_json if self.thoughts is None else self.thoughts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """One prompt, read and checked; `form` is what its answer must follow."""
+
+    text: str
+    system: str | None
+    form: Grammar | None
+    params: SamplingParams
+    thinking: Thinking
+    given: RunOptions
+
+
 @click.command("run", cls=CommandWithMedia)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT]...")
-@click.option(
-    "-m",
-    "--model",
-    default=DEMO,
-    metavar="MODEL",
-    shell_complete=completion.models,
-    help="Model: a name or path; default: the demo.",
-)
-@click.option(
-    "-f",
-    "--file",
-    "files",
-    multiple=True,
-    metavar="FILE",
-    shell_complete=completion.files,
-    help="Text before the prompt; may be repeated.",
-)
-@click.option("--system", metavar="TEXT", help="System message; @FILE reads it from a file.")
-@click.option(
-    "--json-schema",
-    metavar="FILE",
-    shell_complete=completion.files,
-    help="The answer is JSON that follows this schema.",
-)
-@click.option("--raw", is_flag=True, help="Continue the text without a chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print the answer and its ledger as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Print no ledger.")
-@server_model_options
-@co2_option
-@watermark_option
-@thinking_options
-@engine_options
+@options(RunOptions, "model", "files", "system", "json_schema", "raw", "as_json", "quiet", into="given")
+@asking_options(RunOptions, "co2_grams_per_kwh")
 @group_options
 @sampling_options
 def run(
-    prompt: tuple[str, ...],
-    model: str,
-    files: tuple[str, ...],
-    system: str | None,
-    json_schema: str | None,
-    raw: bool,
-    as_json: bool,
-    quiet: bool,
-    co2_grams_per_kwh: float | None,
-    thoughts: bool | None,
-    url: str | None,
-    no_server: bool,
-    thinking: Any,
-    sampling: Any,
-    flags: Settings,
+    prompt: tuple[str, ...], given: RunOptions, thinking: dict[str, Any], sampling: dict[str, Any], flags: Settings,
     group: WantedGroup,
-) -> None:
+) -> None:  # fmt: skip
     """Answer one prompt. Files, pictures, sound and stdin can come with it; statistics go to stderr.
 
     \b
@@ -112,73 +108,75 @@ def run(
       argosy run -f notes.txt "Summarise this."
       argosy run -m ./Qwen3.6-35B-A3B --memory 16GiB "What is this?" --image cat.jpg
     """
-    from argosy.library.names import preset_of
-
-    thinking, params = asked_thinking(**thinking), asked_sampling(sampling)
+    asked, params = asked_thinking(**thinking), asked_sampling(sampling)
     settings = read_settings(**flags)
-    if raw and system is not None:
+    question = _read(prompt, given, params, asked)
+    if (
+        at := find_model(given.model, given.url, no_server=given.no_server, is_quiet=given.quiet)
+    ) is not None:
+        _ask_server(at, question)
+    else:
+        _ask_here(question, settings, group)
+
+
+def _read(
+    prompt: tuple[str, ...], given: RunOptions, params: SamplingParams, thinking: Thinking
+) -> _Question:
+    """Read the files of a question.
+
+    Raises:
+        UsageError: options exclude each other, or a file cannot be read.
+    """
+    if given.raw and given.system is not None:
         raise UsageError("--raw and --system exclude each other: raw text has no system message")
-    if raw and thinking.is_asked:
+    if given.raw and thinking.is_asked:
         raise UsageError("--raw excludes --think, --no-think and --effort: raw text has no chat template")
-    if json_schema == STDIN and STDIN in (*prompt, *files):
+    if given.json_schema == STDIN and STDIN in (*prompt, *given.files):
         raise UsageError("stdin can be read only once, and --json-schema - reads it")
-    form = None if json_schema is None else _read_schema(json_schema)
-    system = None if system is None else text_or_file(system)
+    form = None if given.json_schema is None else _read_schema(given.json_schema)
+    system = None if given.system is None else text_or_file(given.system)
     text = prompt_text(
         prompt_of(prompt, may_name_model=not _is_given("model")),
-        files,
+        given.files,
         has_media=bool(media_of()),
-        is_raw=raw,
+        is_raw=given.raw,
     )
-    if thoughts is None:
-        thoughts = sys.stderr.isatty() and not as_json
-    if (at := find_model(model, url, no_server=no_server, is_quiet=quiet)) is not None:
-        _ask(
-            at, text, system, form, params, thinking,
-            raw=raw, quiet=quiet, shows_thoughts=thoughts, as_json=as_json, co2_grams_per_kwh=co2_grams_per_kwh,
-        )  # fmt: skip
-        return
-    if (preset := preset_of(model)) is not None:
-        params, thinking = preset.fill_in(params), thinking_of(preset, thinking)
+    return _Question(text=text, system=system, form=form, params=params, thinking=thinking, given=given)
+
+
+def _ask_here(question: _Question, settings: Settings, group: WantedGroup) -> None:
+    """Load the model, and let it answer."""
+    from argosy.library.names import preset_of
+    from argosy.prompt.thinking import Thinking
+
+    given, form = question.given, question.form
+    if (preset := preset_of(given.model)) is not None:
+        question = replace(
+            question,
+            params=preset.fill_in(question.params),
+            thinking=thinking_of(preset, question.thinking),
+        )
         settings = settings_of(preset, settings)
-    request = _request(text, media_of(), system, raw, preset)
+    request = _request(question.text, media_of(), question.system, given.raw, preset)
     if "media" not in settings and "ears" not in settings:
         # Without media, experts make better use of their memory; with them, too little memory is said at once.
         settings = {**settings, "media": bool(media_of())}
     more: dict[str, Any] = {} if form is None else {"grammars": True}
-    with group.open(model) as opened, open_engine(model, settings, group=opened, **more) as engine:
-        parses = engine.prompts.takes_messages and not raw
-        if (shortfall := thinking.shortfall(engine.prompts.variables)) is not None:
+    with (
+        group.open(given.model) as opened,
+        open_engine(given.model, settings, group=opened, **more) as engine,
+    ):
+        if (shortfall := question.thinking.shortfall(engine.prompts.variables)) is not None:
             print(f"note: {shortfall}", file=sys.stderr)
-        result, answer = _answer(
-            engine,
-            request,
-            params,
-            form,
-            thinking,
-            parses=parses,
-            shows_text=not as_json,
-            shows_thoughts=thoughts,
-        )
-        if as_json:
-            reply = Reply(
-                result.finish_reason,
-                result.token_ids,
-                result.seed,
-                result.usage,
-                result.ledger,
-            )
-            print(
-                _as_json(answer, reply, engine.media.hears, engine.plan, co2_grams_per_kwh, result.logprobs)
-            )
-        elif not quiet:
-            lines = ledger_lines(
-                result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh
-            )
+        result, answer = _answer(engine, request, question)
+        co2 = given.co2_grams_per_kwh
+        if given.as_json:
+            reply = Reply(result.finish_reason, result.token_ids, result.seed, result.usage, result.ledger)
+            print(_as_json(answer, reply, engine.media.hears, engine.plan, co2, result.logprobs))
+        elif not given.quiet:
+            lines = ledger_lines(result.ledger, engine.plan, result.finish_reason, co2_grams_per_kwh=co2)
             print(*lines, *_ears_lines(engine), sep="\n", file=sys.stderr)
         if result.finish_reason == "length":
-            from argosy.prompt.thinking import Thinking
-
             context = engine.plan.context_tokens
             _say_cut(
                 answer,
@@ -215,46 +213,35 @@ def _say_cut(
     print(f"note: the answer was cut off after {num_tokens:,} tokens; {more}", file=sys.stderr)
 
 
-def _ask(
-    at: ServerModel,
-    text: str,
-    system: str | None,
-    form: Grammar | None,
-    params: SamplingParams,
-    thinking: Thinking,
-    *,
-    raw: bool,
-    quiet: bool,
-    shows_thoughts: bool,
-    as_json: bool,
-    co2_grams_per_kwh: float | None,
-) -> None:
+def _ask_server(at: ServerModel, question: _Question) -> None:
     """Let a server answer."""
     from argosy.cli.shared.server_model import part_of
     from argosy.media.parts import PROMPT_LIMITS
 
-    _request(text, media_of(), system, raw)  # checks that they go together
+    given, text, form = question.given, question.text, question.form
+    _request(text, media_of(), question.system, given.raw)  # checks that they go together
     parts = [part_of(one.read(PROMPT_LIMITS), one.source) for one in media_of()]
     content: object = [*parts, *([{"type": "text", "text": text}] if text else [])] if parts else text
     messages = [{"role": "user", "content": content}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    writer = AnswerWriter(shows_text=not as_json, shows_thoughts=shows_thoughts)
+    if question.system is not None:
+        messages.insert(0, {"role": "system", "content": question.system})
+    writer = AnswerWriter(shows_text=not given.as_json, shows_thoughts=given.shows_thoughts)
     reply = at.answer(
-        text if raw else messages,
-        params,
+        text if given.raw else messages,
+        question.params,
         writer,
         form=None if form is None else json.loads(form.text),
-        thinking=thinking,
+        thinking=question.thinking,
     )
-    ledger = reply.ledger
-    if as_json:
-        print(_as_json(writer.answer, reply, at.hears, None, co2_grams_per_kwh))
+    ledger, co2 = reply.ledger, given.co2_grams_per_kwh
+    if given.as_json:
+        print(_as_json(writer.answer, reply, at.hears, None, co2))
     elif not writer.answer.text.endswith("\n"):
         write_text("\n")
-    if not quiet and not as_json:
-        lines = ledger_lines(ledger, None, reply.finish_reason, co2_grams_per_kwh=co2_grams_per_kwh)
-        print(*lines, sep="\n", file=sys.stderr)
+    if not given.quiet and not given.as_json:
+        print(
+            *ledger_lines(ledger, None, reply.finish_reason, co2_grams_per_kwh=co2), sep="\n", file=sys.stderr
+        )
     if reply.finish_reason == "length":
         is_full = reply.total_tokens >= at.context_tokens
         _say_cut(
@@ -336,31 +323,26 @@ def _request(
     return messages if preset is None else preset.with_messages(messages)
 
 
-def _answer(
-    engine: Engine,
-    request: PromptLike,
-    params: SamplingParams,
-    form: Grammar | None,
-    thinking: Thinking,
-    *,
-    parses: bool,
-    shows_text: bool,
-    shows_thoughts: bool,
-) -> tuple[Result, Answer]:
-    prompt = engine.prompts.build(request, variables=thinking.variables(engine.prompts.variables))
+def _answer(engine: Engine, request: PromptLike, question: _Question) -> tuple[Result, Answer]:
+    given, params, form = question.given, question.params, question.form
+    parses = engine.prompts.takes_messages and not given.raw
+    prompt = engine.prompts.build(request, variables=question.thinking.variables(engine.prompts.variables))
     if form is not None:
         params = replace(params, grammar=engine.prompts.grammar(prompt, form=form) if parses else form)
     parser = engine.prompts.parser(prompt) if parses else None
     result = None
     with AnswerWriter(
-        parser, shows_text=shows_text, shows_thoughts=shows_thoughts, progress=prompt_shown(engine)
+        parser,
+        shows_text=not given.as_json,
+        shows_thoughts=given.shows_thoughts,
+        progress=prompt_shown(engine),
     ) as writer:
         for event in engine.stream(prompt, params):
             writer.push(event)
             result = event.result
     assert result is not None  # the last event carries it
     answer = writer.answer
-    if shows_text and not answer.text.endswith("\n"):
+    if not given.as_json and not answer.text.endswith("\n"):
         write_text("\n")
     return result, answer
 

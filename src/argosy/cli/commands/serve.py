@@ -16,7 +16,7 @@ from argosy.cli.commands.listening import ADDRESS, ListeningOptions, listening_o
 from argosy.cli.shared.declared import choices, options
 from argosy.cli.shared.group_options import WantedGroup, group_options
 from argosy.cli.shared.help_all import Command
-from argosy.cli.shared.options import Recording, co2_option, engine_options, open_engine, watermark_option
+from argosy.cli.shared.options import CO2, Recording, engine_options, open_engine, watermark_option
 from argosy.cli.shared.output import short_number
 from argosy.cli.shared.settings import Settings, for_engine, read_settings
 from argosy.config import (
@@ -84,6 +84,7 @@ class ServeOptions(ListeningOptions):
     keep_billing_line: Annotated[
         bool, Further("--keep-billing-line", "Keep the billing line of Claude Code.")
     ] = False
+    co2_grams_per_kwh: CO2 = None
 
 
 @click.command("serve", cls=Command)
@@ -97,12 +98,12 @@ class ServeOptions(ListeningOptions):
     "keep_billing_line", into="given",
 )  # fmt: skip
 @watermark_option
-@co2_option
+@options(ServeOptions, "co2_grams_per_kwh", into="given")
 @keeping_options
 @listening_options(ServeOptions)
 def serve(
     models: tuple[str, ...], given: ServeOptions, keeps: KeepingOptions, flags: Settings, sampling: dict[str, float],
-    group: WantedGroup, co2_grams_per_kwh: float | None,
+    group: WantedGroup,
 ) -> None:  # fmt: skip
     """Serve models over HTTP: APIs of OpenAI, Anthropic and Ollama, and a page.
 
@@ -151,7 +152,7 @@ def serve(
         drain_s=given.drain, max_connections=given.max_connections, keep_billing_line=given.keep_billing_line,
         any_model=given.any_model, store=not given.no_store, rerank=given.rerank,
         media_hosts=MediaHosts(given.media_host) if given.media_host else None, audit=keeping.audit,
-        co2_grams_per_kwh=co2_grams_per_kwh,
+        co2_grams_per_kwh=given.co2_grams_per_kwh,
         store_s=keeping.store_s,
         guarding=None if given.policy is None else Guarding(given.policy),
         has_watermark="watermark" in settings,

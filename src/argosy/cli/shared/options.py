@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import click
 
 from argosy.cli.commands import completion
-from argosy.cli.shared.declared import SharedLine, choices
+from argosy.cli.shared.declared import SharedLine, choices, options
 from argosy.cli.shared.help_all import Command as CommandWithFurther
-from argosy.cli.shared.help_all import Further
 from argosy.cli.shared.settings import Settings, for_engine
 from argosy.config import MIB, RUNNING, SAMPLING, THINKING, Preset, SamplingParams, format_bytes
+from argosy.config.option import Further, Option
 from argosy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,12 +36,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MEDIA = ("image", "audio", "video")
 
-co2_option = click.option(
-    "--co2-grams-per-kwh", type=click.FloatRange(0, 10_000), metavar="G", cls=Further,
-    help="CO2 of the electricity here, shown where energy is measured.",
-)  # fmt: skip
-
-
+CO2 = Annotated[
+    float | None,
+    Further(
+        "--co2-grams-per-kwh G",
+        "CO2 of the electricity here, shown where energy is measured.",
+        least=0,
+        most=10_000,
+    ),
+]
 watermark_option = choices(Settings, "watermark", into="flags")
 engine_options = choices(Settings, *RUNNING, "record", into="flags")
 sampling_options = choices(SamplingParams, *SAMPLING, into="sampling")
@@ -80,12 +83,41 @@ def media_of() -> list[Image | Audio | Video]:
     return [kinds[kind](path) for kind, path in click.get_current_context().meta[__name__]]
 
 
-def thinking_options(command: Command) -> Command:
-    """Whether the model thinks, how much, and whether its thoughts are shown."""
-    command = click.option(
-        "--thoughts/--no-thoughts", "thoughts", default=None, help="Show or hide thoughts; default: on a tty."
-    )(command)
-    return choices(Preset, *THINKING, into="thinking")(command)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskingOptions:
+    """What `run` and `chat` have in common: who answers, and what is shown."""
+
+    url: Annotated[
+        str | None, Further("--url URL", "Let this server answer; default: that of `argosy up`.")
+    ] = None
+    no_server: Annotated[
+        bool, Further("--no-server", "Load the model here, also if the server of `argosy up` has it.")
+    ] = False
+    thoughts: Annotated[
+        bool | None, Option("--thoughts/--no-thoughts", "Show or hide thoughts; default: on a tty.")
+    ] = None
+
+
+def asking_options(owner: type[AskingOptions], *more: str) -> Callable[[Command], Command]:
+    """Add the options of a command that asks a model, which gets `owner` as its argument `given`.
+
+    Args:
+        more: other fields of `owner`.
+    """
+    added = (
+        options(owner, "url", "no_server", *more, into="given"),
+        choices(Settings, "watermark", into="flags"),
+        choices(Preset, *THINKING, into="thinking"),
+        options(owner, "thoughts", into="given"),
+        engine_options,
+    )
+
+    def add(command: Command) -> Command:
+        for one in reversed(added):
+            command = one(command)
+        return command
+
+    return add
 
 
 def asked_thinking(thinks: bool | None = None, effort: str | None = None) -> Thinking:

@@ -25,7 +25,6 @@ from click.core import ParameterSource
 
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.shared import own_server
-from argosy.cli.shared.help_all import Further
 from argosy.cli.shared.interrupts import Interrupts
 from argosy.config import CHOOSING, DEMO, SamplingDefaults, SamplingParams
 from argosy.errors import ServerNotUsable, UsageError
@@ -66,19 +65,6 @@ _STATE_S = 2.0  # the longest that the first token may wait for a state
 _LONGEST_WAIT_S = 60  # that a busy server may ask for
 _LOOK_S = 0.1  # how often a wait looks for ^C
 _USUAL_TYPES = {"picture": "image/png", "sound": "wav", "video": "video/mp4"}
-
-
-def server_model_options(command: Command) -> Command:
-    """--url and --no-server."""
-    command = click.option(
-        "--no-server",
-        is_flag=True,
-        cls=Further,
-        help="Load the model here, also if the server of `argosy up` has it.",
-    )(command)
-    return click.option(
-        "--url", metavar="URL", cls=Further, help="Let this server answer; default: that of `argosy up`."
-    )(command)
 
 
 @dataclass(frozen=True, slots=True)
