@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "_native",
     },
     "observe": {"machine", "checkpoint", "experts", "_native"},
-    "serve": {"media", "guard", "prompt", "budget", "library", "engine", "forecast", "observe"},
+    "serve": {"media", "guard", "experts", "prompt", "budget", "library", "engine", "forecast", "observe"},
     "route": {"guard", "serve"},
     "batch": {"engine"},
     "evaluate": {"machine", "checkpoint", "prompt", "model", "library", "engine", "forecast"},

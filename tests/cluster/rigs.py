@@ -17,8 +17,9 @@ import pytest
 
 from argosy import Engine, SamplingParams
 from argosy.checkpoint.shards import COPY_FILE
-from argosy.cluster.group import Group, HostStatus
+from argosy.cluster.group import Group
 from argosy.cluster.worker import Worker, WorkerSettings, bind
+from argosy.experts.workers import WorkerStatus
 from argosy.model.families import open_model
 from tests.models.tiny import gpt_oss, prompt_ids, qwen3_moe
 
@@ -146,7 +147,7 @@ def answers(engine: Engine, prompt: list[int] = PROMPT) -> list[tuple[Any, ...]]
     return [visible(engine.generate(prompt, params)) for params in (GREEDY, SEEDED)]
 
 
-def status_of(group: Group, address: str) -> HostStatus:
+def status_of(group: Group, address: str) -> WorkerStatus:
     (found,) = (one for one in group.status() if one["host"] == address)
     return found
 

@@ -14,11 +14,11 @@ import pytest
 
 from argosy import _native
 from argosy.checkpoint.pack import pack
-from argosy.cluster import group as group_module
 from argosy.cluster import runner as runner_module
 from argosy.cluster import secure
 from argosy.cluster import worker as worker_module
 from argosy.cluster.group import Group
+from argosy.cluster.member import parse_host
 from argosy.cluster.worker import Worker, bind
 from argosy.engine.engine import Engine
 from argosy.errors import PeerNotUsable, PeerRefused, RunnerFailed, UsageError
@@ -378,7 +378,7 @@ def test_a_group_without_an_engine_has_nothing_to_change() -> None:
 
 
 def test_addresses_may_be_ipv6() -> None:
-    assert group_module.parse_host("[::1]:7070") == ("::1", 7070)
+    assert parse_host("[::1]:7070") == ("::1", 7070)
 
 
 # ── verification ────────────────────────────────────────────────────────────────────────────────────────────────

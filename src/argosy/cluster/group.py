@@ -10,8 +10,8 @@ notices silent ones, and plans owners anew when a worker is added, drained, or a
 whole, between two steps. A worker without files copies them from here, in a thread of its own, and is an owner after
 that.
 
-Elsewhere: `runner.py` sends rows and handles failures within a layer; `placement.py` decides; `worker.py` is the other
-side.
+Elsewhere: `runner.py` sends rows and handles failures within a layer; `member.py` is a worker; `owners.py` plans;
+`worker.py` is the other side.
 """
 
 from __future__ import annotations
@@ -21,33 +21,32 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict
-
-import numpy as np
+from typing import Self
 
 from argosy import _native
 from argosy._native import Owner, Owners
 from argosy.checkpoint.files import ModelFiles
-from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS
+from argosy.checkpoint.shards import NUM_SHARDS
 from argosy.cluster import hello, secure
 from argosy.cluster.copy_link import CopyEnd
 from argosy.cluster.copy_source import COPY_BYTES, CopySource, Pace, serve_copy
 from argosy.cluster.hello import MOST_ROWS, Facts, Offer, Refusal
 from argosy.cluster.identity import fingerprint
-from argosy.cluster.placement import Host, allot, place
+from argosy.cluster.member import LOOK_S, Member, parse_host
+from argosy.cluster.owners import AWAY_S, Here, plan_owners, shards_to_copy
+from argosy.cluster.placement import Host
 from argosy.cluster.runner import ClusterRunner, most_verification_bytes
 from argosy.cluster.worker_plan import num_experts_by_layer
 from argosy.config import format_bytes
 from argosy.errors import ArgosyError, PeerNotUsable, PeerRefused, UsageError
 from argosy.experts.runner import ExpertRunner
+from argosy.experts.workers import WorkerStatus
 from argosy.machine import probes
-from argosy.strict_json import JsonError, parse_json
 
 log = logging.getLogger("argosy.cluster")
 
@@ -55,99 +54,14 @@ MOST_HOSTS = 64
 _MORE_HOSTS = 4  # may be added while the group runs, within the planned memory
 LOCAL = "here"  # the name of this machine among the owners
 _CONNECT_S = 2.0
-_LOOK_S = 0.25  # how often the connections are looked after
 _SILENCE_S = 3.0  # a worker that owes something and sends nothing for so long is taken for dead
 _MOST_PAUSE_S = 5.0  # between two attempts to connect
-_AWAY_S = 30.0  # a worker that is away for so long owns nothing any more
 _MOST_COPIES = 2  # at once; further workers wait
 _COPY_BYTES_PER_S = 50e6  # all copies together, while the engine answers a request
 _BUSY_S = 5.0  # the engine counts as answering for so long after the begin of a step
 _MEMBER_BYTES = 64 << 10  # Python objects of one member
 _OWNER_BYTES = 16  # for each owner of an expert: in the table in use, in the next one, and while that is made
 _REMEMBERED_BYTES = 8  # for each expert and each host that may have it in memory
-
-State = Literal["ready", "slow", "copying", "away", "refused", "set aside", "draining"]
-
-
-class HostStatus(TypedDict):
-    """A worker of the group, for people and metrics. Counters are since the group was opened."""
-
-    host: str
-    state: State
-    why: str
-    experts_owned: int
-    slots: int
-    resident: int
-    hit_rate: float | None
-    bytes_read: int
-    peak_bytes: int
-    budget_bytes: int
-    disk_bytes_per_s: float
-    p50_us: float
-    p99_us: float
-    bytes_out: int
-    bytes_in: int
-    experts_run: int
-    experts_rerouted: int
-    late_answers: int
-    verified: int
-    mismatches: int
-    connections: int
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """A worker by its address, and what is known of it."""
-
-    name: str
-    address: tuple[str, int]
-    owner: Owner
-    offer: Offer | None = None
-    why: str = "not connected yet"
-    refusal: bool = False  # it refused: no owner, and rarely tried again
-    drained: bool = False
-    away_since: float = 0.0
-    tried_at: float = 0.0
-    is_trying: bool = False  # a thread connects to it
-    pause_s: float = _LOOK_S
-    num_connections: int = 0
-    num_owned: int = 0
-    # Of ended connections: bytes sent, bytes received, and those of late answers.
-    ended_bytes: list[int] = field(default_factory=lambda: [0, 0, 0])
-    copy_offer: Offer | None = None  # the last one, while it had no files
-    copied_shards: int = 0  # mask of the shards that it was told to copy
-    copied_bytes: int = 0
-    copy_connection: socket.socket | None = None  # while it copies
-
-    @property
-    def state(self) -> State:
-        if self.drained:
-            return "draining"
-        if self.owner.is_set_aside:
-            return "set aside"
-        if self.refusal:
-            return "refused"
-        if self.copy_connection is not None:
-            return "copying"
-        if self.owner.peer is None:
-            return "away"
-        return "slow" if self.owner.is_slow else "ready"
-
-
-def parse_host(text: str, *, lowest_port: int = 1) -> tuple[str, int]:
-    """The address in `HOST:PORT`, or `[IPV6]:PORT`.
-
-    Raises:
-        UsageError: it has another form.
-    """
-    host, _, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not host or not port.isascii() or not port.isdecimal() or not lowest_port <= int(port) < 65536:
-        raise UsageError(f"'{text}' is not the address of a worker", hint="write HOST:PORT, as 10.0.0.2:7070")
-    return host, int(port)
 
 
 class Group:
@@ -196,15 +110,14 @@ class Group:
         self._verify, self._runs_here = verify, local
         self._disk_bytes_per_s = disk_bytes_per_s
         self._tell = tell
-        self._members: dict[str, _Member] = {}  # in the order in which they were named
+        self._members: dict[str, Member] = {}  # in the order in which they were named
         self._changes = threading.RLock()  # guards members, and everything that plans owners
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
         self._exchange: _native.Exchange | None = None
         self._facts: Facts | None = None
         self._layout: Owners | None = None
-        self._here: Owner | None = None
-        self._local_host: Host | None = None
+        self._here: Here | None = None
         self._model: ModelFiles | None = None
         self._runner: ClusterRunner | None = None
         self._pace = Pace(copy_bytes_per_s, self._is_busy)
@@ -216,11 +129,11 @@ class Group:
             self._new_member(name)
         self._most_members = min(MOST_HOSTS, len(self._members) + _MORE_HOSTS)
 
-    def _new_member(self, name: str) -> _Member:
+    def _new_member(self, name: str) -> Member:
         address = parse_host(name)
         if name in self._members:
             raise UsageError(f"{name} is in the group already")
-        member = _Member(name, address, Owner(name))
+        member = Member(name, address, Owner(name))
         self._members[name] = member
         return member
 
@@ -311,11 +224,11 @@ class Group:
                 with suppress(OSError, RuntimeError, ValueError):
                     some = next(iter(files.experts.values()))
                     rate = probes.drive_rate(some.pieces[0].path, some.nbytes)
-            self._here = Owner(LOCAL)
-            self._here.set_rates(record_bytes, rate)
-            self._remember(self._here, cache_bytes // max(1, record_bytes))
-            self._here.is_resident = local.resident is not None
-            self._local_host = Host(name=LOCAL, cache_bytes=cache_bytes, disk_bytes_per_s=rate)
+            owner = Owner(LOCAL)
+            owner.set_rates(record_bytes, rate)
+            self._remember(owner, cache_bytes // max(1, record_bytes))
+            owner.is_resident = local.resident is not None
+            self._here = Here(owner, Host(name=LOCAL, cache_bytes=cache_bytes, disk_bytes_per_s=rate))
         self._record_bytes = record_bytes
         try:
             self._connect_all()
@@ -326,7 +239,8 @@ class Group:
             raise
         self._keeper = threading.Thread(target=self._keep, name="argosy-group", daemon=True)
         self._keeper.start()
-        self._runner = ClusterRunner(self, exchange, local, here=self._here, verify=self._verify)
+        here = None if self._here is None else self._here.owner
+        self._runner = ClusterRunner(self, exchange, local, here=here, verify=self._verify)
         return self._runner
 
     def _remember(self, owner: Owner, num_slots: int) -> None:
@@ -357,7 +271,7 @@ class Group:
             owner.peer = None
             owner.forget()
             member.why, member.away_since = why, time.monotonic()
-            member.pause_s, member.tried_at = _LOOK_S, 0.0
+            member.pause_s, member.tried_at = LOOK_S, 0.0
         if not self._stop.is_set() and not member.drained:
             log.warning("cluster: %s is away: %s", owner.name, why)
 
@@ -430,7 +344,7 @@ class Group:
                     f"{host} is not in the group", hint=f"its workers are {', '.join(self._members)}"
                 )
             member.drained, member.why = True, "drained"
-            _end(member.copy_connection)
+            member.end_copy()
         self._plan_owners()
         log.info("cluster: %s is drained", host)
 
@@ -440,33 +354,10 @@ class Group:
                 "this group has no engine yet", hint="open one with Engine.open(..., experts=group)"
             )
 
-    def status(self) -> list[HostStatus]:
+    def status(self) -> list[WorkerStatus]:
         """Every worker, in the order in which they were named."""
         with self._changes:
-            return [self._status_of(member) for member in self._members.values()]
-
-    def _status_of(self, member: _Member) -> HostStatus:
-        owner, offer, exchange = member.owner, member.offer, self._exchange
-        out, received, late = member.ended_bytes
-        p50 = p99 = 0.0
-        told: Mapping[str, Any] = {}
-        if owner.peer is not None and exchange is not None:
-            stats = exchange.stats(owner.peer)
-            out, received, late = out + stats.bytes_out, received + stats.bytes_in, late + stats.num_late
-            p50, p99 = stats.few_rows.p50_us, stats.few_rows.p99_us
-            told = _numbers(exchange.status(owner.peer))
-        lookups = told.get("lookups", 0)
-        return {
-            "host": member.name, "state": member.state, "why": "" if member.state == "ready" else member.why,
-            "experts_owned": member.num_owned, "slots": offer.num_slots if offer else 0,
-            "resident": told.get("resident", 0), "hit_rate": told.get("hits", 0) / lookups if lookups else None,
-            "bytes_read": told.get("bytes_read", 0), "peak_bytes": told.get("peak_bytes", 0),
-            "budget_bytes": told.get("budget_bytes", 0),
-            "disk_bytes_per_s": offer.disk_bytes_per_s if offer else 0.0, "p50_us": p50, "p99_us": p99,
-            "bytes_out": out, "bytes_in": received, "experts_run": owner.num_run,
-            "experts_rerouted": owner.num_rerouted, "late_answers": late, "verified": owner.num_verified,
-            "mismatches": owner.num_mismatches, "connections": member.num_connections,
-        }  # fmt: skip
+            return [member.status(self._exchange) for member in self._members.values()]
 
     # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -477,7 +368,7 @@ class Group:
             PeerRefused: one refuses for good.   PeerNotUsable: none can be used now.
         """
 
-        def attempt(member: _Member) -> PeerNotUsable | None:
+        def attempt(member: Member) -> PeerNotUsable | None:
             try:
                 self._connect(member)
             except PeerNotUsable as error:
@@ -507,7 +398,7 @@ class Group:
         for error in errors:
             log.warning("cluster: %s", error.message)
 
-    def _connect(self, member: _Member) -> None:
+    def _connect(self, member: Member) -> None:
         """Connect to a worker and make it an owner.
 
         Raises:
@@ -557,7 +448,7 @@ class Group:
             owner.peer = self._exchange.add(descriptor)
 
     @staticmethod
-    def _unanswered(member: _Member, error: OSError) -> PeerNotUsable:
+    def _unanswered(member: Member, error: OSError) -> PeerNotUsable:
         if isinstance(error, ssl.SSLCertVerificationError):
             why = f"its certificate is not trusted: {error.verify_message}"
         else:
@@ -567,7 +458,7 @@ class Group:
 
     def _keep(self) -> None:
         """Look after connections until the group is closed."""
-        while not self._stop.wait(_LOOK_S):
+        while not self._stop.wait(LOOK_S):
             try:
                 self._look_after()
             except Exception:  # the engine must not lose its keeper; the next round tries again
@@ -604,12 +495,12 @@ class Group:
                     ).start()
                 except RuntimeError:  # the system starts no further thread; the next look tries again
                     member.is_trying = False
-            if member.offer is not None and now - member.away_since > _AWAY_S:
+            if member.offer is not None and now - member.away_since > AWAY_S:
                 is_changed |= member.num_owned > 0
         if is_changed:
             self._plan_owners()
 
-    def _try_again(self, member: _Member) -> None:
+    def _try_again(self, member: Member) -> None:
         """Connect again; plan owners anew if the worker brings something else than before."""
         was_owner, offer = member.num_owned > 0, member.offer
         try:
@@ -637,7 +528,7 @@ class Group:
         runner = self._runner
         return runner is not None and time.monotonic() - runner.last_run_at < _BUSY_S
 
-    def _begin_copy(self, member: _Member, connection: socket.socket, offer: Offer, key: bytes) -> None:
+    def _begin_copy(self, member: Member, connection: socket.socket, offer: Offer, key: bytes) -> None:
         """Let a worker copy files, in a thread that closes the connection."""
         with self._changes:
             if self._stop.is_set() or member.copy_connection is not None:
@@ -649,10 +540,10 @@ class Group:
             target=self._copy, args=(member, connection, key), name="argosy-copy", daemon=True
         ).start()
 
-    def _copy(self, member: _Member, connection: socket.socket, key: bytes) -> None:
-        pause_s = _LOOK_S
+    def _copy(self, member: Member, connection: socket.socket, key: bytes) -> None:
+        pause_s = LOOK_S
         try:
-            while not self._all_met.wait(_LOOK_S):
+            while not self._all_met.wait(LOOK_S):
                 if self._stop.is_set():
                     return
             if not self._copies.acquire(blocking=False):
@@ -663,10 +554,13 @@ class Group:
                 return
             try:
                 with self._changes:
+                    assert self._model is not None
                     if self._source is None:
-                        assert self._model is not None
                         self._source = CopySource(self._model)
-                    shards = member.copied_shards = self._shards_to_copy(member)
+                    members = list(self._members.values())
+                    shards = member.copied_shards = shards_to_copy(
+                        member, members, self._here, self._model, replicas=self._replicas
+                    )
                 log.info("cluster: %s copies %d of %d shards", member.name, shards.bit_count(), NUM_SHARDS)
 
                 def sent(nbytes: int) -> None:
@@ -688,80 +582,19 @@ class Group:
             member.pause_s, member.tried_at = pause_s, time.monotonic()
             member.copy_connection = None
 
-    def _shards_to_copy(self, member: _Member) -> int:
-        """Mask of the shards for a worker without files: those that it names, or else its allotment."""
-        assert self._model is not None
-        assert member.copy_offer is not None
-        if member.copy_offer.shards:
-            return member.copy_offer.shards
-        members = [one for one in self._members.values() if not (one.drained or one.refusal)]
-        offers = [one.offer or one.copy_offer for one in members]
-        known = [offer.cache_bytes for offer in offers if offer is not None]
-        hosts = [
-            Host(
-                name=one.name,
-                cache_bytes=sum(known) // len(known) if offer is None else offer.cache_bytes,
-                disk_bytes_per_s=0.0 if offer is None else offer.disk_bytes_per_s,
-                shards=(offer.shards if offer is not None else 0) or one.copied_shards or ALL_SHARDS,
-            )
-            for one, offer in zip(members, offers, strict=True)
-        ]
-        place_of = members.index(member)
-        if self._local_host is not None:
-            hosts.append(self._local_host)
-        masks = allot(hosts, expert_bytes=self._model.expert_bytes, replicas=self._replicas)
-        return masks[place_of] or 1  # a worker without any shard would have nothing to start with
-
     def _plan_owners(self) -> None:
         """Plan the owners of all experts, and replace the plan in use."""
         assert self._model is not None
         with self._changes:
-            now = time.monotonic()
-            members = [
-                (member, member.offer)
-                for member in self._members.values()
-                if member.offer is not None
-                and not (member.drained or member.refusal or member.owner.is_set_aside)
-                and (member.owner.peer is not None or now - member.away_since <= _AWAY_S)
-            ]
-            hosts = [
-                Host(
-                    name=member.name,
-                    cache_bytes=offer.cache_bytes,
-                    disk_bytes_per_s=offer.disk_bytes_per_s,
-                    shards=offer.shards & ALL_SHARDS,
-                )
-                for member, offer in members
-            ]
-            owners = [member.owner for member, _ in members]
-            if self._local_host is not None and self._here is not None:
-                hosts.append(self._local_host)
-                owners.append(self._here)
-            config = self._model.config
-            table = np.full((config.num_layers, config.num_experts, self._replicas), -1, np.int16)
-            if hosts:
-                placed = place(
-                    hosts,
-                    config.moe_layers,
-                    num_experts=config.num_experts,
-                    expert_bytes=self._model.expert_bytes,
-                    replicas=self._replicas,
-                )
-                for layer, of_layer in placed.items():
-                    table[layer] = of_layer
-            counts = np.bincount(table[table >= 0], minlength=len(owners)).tolist()
-            for member in self._members.values():
-                member.num_owned = 0
-            for (member, _), count in zip(members, counts, strict=False):
-                member.num_owned = count
-            self._layout = Owners(owners, table, here=self._here)
+            members = list(self._members.values())
+            self._layout = plan_owners(members, self._here, self._model, replicas=self._replicas)
 
     def close(self) -> None:
         """End all connections. The engine should be closed first. Closing twice is harmless."""
         self._stop.set()
         with self._changes:
             for member in self._members.values():
-                _end(member.copy_connection)
+                member.end_copy()
         if self._keeper is not None:
             self._keeper.join()
             self._keeper = None
@@ -780,22 +613,6 @@ class Group:
         self.close()
 
 
-def _end(connection: socket.socket | None) -> None:
-    """End a connection that another thread uses, and closes."""
-    if connection is not None:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-
-
 def _is_lasting(error: PeerRefused) -> bool:
     """Whether a worker would refuse again: it is neither full nor about to end."""
     return error.facts.get("reason") not in (Refusal.busy.name, Refusal.draining.name)
-
-
-def _numbers(data: bytes) -> dict[str, int]:
-    """The numbers that a worker tells of itself; nothing if it does not tell any."""
-    with suppress(JsonError):
-        told = parse_json(data)
-        if isinstance(told, dict):
-            return {key: value for key, value in told.items() if type(value) is int and value >= 0}
-    return {}

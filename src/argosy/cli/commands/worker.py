@@ -110,7 +110,7 @@ def worker(model: str, given: WorkerOptions, flags: Settings) -> None:
       argosy worker /data/copy --copy --bind 10.0.0.3:7070 --memory 56GiB --key-file key
     """
     from argosy.cli.shared.output import progress_bar
-    from argosy.cluster.group import parse_host
+    from argosy.cluster.member import parse_host
     from argosy.cluster.worker import Worker
     from argosy.cluster.worker import bind as bind_socket
     from argosy.engine.options import locate_model

@@ -9,42 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import Field
 from starlette.requests import Request
 
 from argosy.errors import UsageError
+from argosy.experts.workers import WorkerStanding, WorkerStatus
 from argosy.serve.answer.fields import Strict
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
 
 
-class WorkerState(Closed):
+class WorkerState(WorkerStatus, Closed):
     """A worker. Counters are since the server started; those of reads and hits since the worker did."""
-
-    host: str
-    state: Literal["ready", "slow", "copying", "away", "refused", "set aside", "draining"]
-    why: str
-    experts_owned: int
-    slots: int
-    resident: int
-    hit_rate: float | None
-    bytes_read: int
-    peak_bytes: int
-    budget_bytes: int
-    disk_bytes_per_s: float
-    p50_us: float
-    p99_us: float
-    bytes_out: int
-    bytes_in: int
-    experts_run: int
-    experts_rerouted: int
-    late_answers: int
-    verified: int
-    mismatches: int
-    connections: int
 
 
 class WorkerList(Closed):
@@ -62,7 +41,7 @@ class WorkerBody(Strict):
 class Workers(Protocol):
     """The methods of a group that a server needs."""
 
-    def status(self) -> Sequence[WorkerState]: ...
+    def status(self) -> Sequence[WorkerStatus]: ...
 
     def add(self, host: str) -> None:
         """Raises `UsageError` for an address that cannot be a worker's, and `PeerNotUsable`."""
@@ -76,7 +55,7 @@ class Workers(Protocol):
 async def list_workers(request: Request) -> WorkerList:
     """Show the workers that run experts for this server; none if it runs alone."""
     found: Workers | None = request.app.state.workers
-    return {"workers": [] if found is None else list(found.status())}
+    return {"workers": [] if found is None else cast("list[WorkerState]", list(found.status()))}
 
 
 async def add_worker(body: WorkerBody, request: Request) -> WorkerList:
@@ -98,9 +77,6 @@ async def _change(request: Request, what: Literal["add", "drain"], host: str) ->
     except UsageError as error:
         raise Refused(409, error.message, hint=error.hint) from None
     return await list_workers(request)
-
-
-_STATES = ("ready", "slow", "copying", "away", "refused", "set aside", "draining")
 
 
 def worker_metrics(found: Workers) -> Iterator[Metric]:
@@ -125,7 +101,7 @@ def worker_metrics(found: Workers) -> Iterator[Metric]:
         )
     ]
     for worker in found.status():
-        for state in _STATES:
+        for state in get_args(WorkerStanding):
             states.add_metric([worker["host"], state], float(worker["state"] == state))
         for family, key in families:
             family.add_metric([worker["host"]], worker[key])  # type: ignore[literal-required]
