@@ -32,6 +32,7 @@ from pathlib import Path
 
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.chain import verify
+from argosy.guard.keys import KeyRing
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.http.access import Policy
 from argosy.serve.http.caller import Caller
@@ -116,7 +117,8 @@ def ask(url: str, number: int, num_new: int) -> Answer:
 
 def record_s(content: bool, num_new: int) -> float:
     """Processor seconds of all threads for one record, of a request with so many events."""
-    policy = Policy(method="POST", path="/v1/completions", scope="infer", screens="answers")
+    policy = Policy(method="POST", path="/v1/completions", scope="infer", screens="answers", is_counted=True)
+    key = KeyRing(None).find(None)
     digests = {"model_sha256": "a" * 64, "template_sha256": "b" * 64}
     num_records = 200 if content else 2000
     with tempfile.TemporaryDirectory(prefix="argosy-responsible-") as scratch:
@@ -124,12 +126,17 @@ def record_s(content: bool, num_new: int) -> float:
         auditor = Auditor(audit, policy="c" * 64)
         began = time.process_time()
         for number in range(num_records):
-            caller = Caller(model="demo", digests=digests, num_new_tokens=num_new, finishes=["length"])
-            if (heard := auditor.listen()) is not None:
-                heard.ask(b"a" * 1000)
-                for _ in range(num_new):
-                    heard.answer(b"b" * 200)  # about the size of an event
-            auditor.note(caller, policy, status=200, seconds=1.0, heard=heard)
+            caller = Caller(key=key)
+            watch = auditor.arrive(caller, policy, {})
+            assert watch is not None
+            watch.answered_by("demo", digests)
+            watch.begin()
+            watch.asked(b"a" * 1000)
+            for _ in range(num_new):
+                watch.token(0)
+                watch.sent(b"b" * 200)  # about the size of an event
+            watch.found("policy a")
+            watch.after(200, 1.0)
             if number % 50 == 0:
                 time.sleep(0.02)  # the queue has a bound
         audit.close()

@@ -73,6 +73,8 @@ MAY_IMPORT = {
     "strict_json": set(),
     "user_directories": {"errors"},
 }
+# The folders of serve/ and its files, from the ground floor up: each imports only those before it.
+SERVE = ("http", "answer", "models", "guards", "claims", "dialects", "admin", "app", "run")
 ANY_ROOM = {"cli", "__init__", "__main__"}  # the command line, and the package's public names
 
 NEVER_AT_RUN_TIME = {"torch", "transformers", "pickle", "_pickle", "marshal", "shelve", "dill", "safetensors"}
@@ -114,6 +116,21 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_folders_of_serve_import_only_those_below_them() -> None:
+    def floor(name: str) -> int:
+        return SERVE.index(name.removeprefix("argosy.serve.").partition(".")[0])
+
+    names = {module_name(path): path for path in modules() if room_of(path) == "serve"}
+    found = [
+        f"{name} imports {imported}"
+        for name, path in names.items()
+        if name != "argosy.serve"
+        for _, imported in imports(path)
+        if imported.startswith("argosy.serve.") and floor(imported) > floor(name)
+    ]
+    assert found == []
 
 
 def test_no_dialect_imports_another() -> None:

@@ -30,11 +30,11 @@ from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.media_parts import Intake, content_of, media_in
 from argosy.serve.app import ROUTES
 from argosy.serve.dialects import openai_chat, openai_chunks
+from argosy.serve.dialects.body import validated
 from argosy.serve.guards import check_over_http
 from argosy.serve.http import gate
-from argosy.serve.http.body import validated
 from argosy.serve.http.caller import Caller
-from argosy.serve.http.held import Pool
+from argosy.serve.http.held import Held, Pool
 from argosy.serve.http.streams import SSE
 from argosy.strict_json import parse_json
 from tests.abuse.growth import Row
@@ -344,13 +344,13 @@ def _asked_of(model: type[BaseModel]) -> Callable[[Any, Caller], object]:
 
     match model.__name__:
         case "ResponsesBody":
-            return lambda body, caller: body.request(_kept(), "t", Intake((), caller.share))
+            return lambda body, caller: body.request(_kept(), "t", Intake((), caller.held.share))
         case "MessagesBody":
-            return lambda body, caller: body.request(Intake((), caller.share), keep_billing_line=False)
+            return lambda body, caller: body.request(Intake((), caller.held.share), keep_billing_line=False)
         case "OllamaChatBody":
-            return lambda body, caller: body.request(Intake((), caller.share))
+            return lambda body, caller: body.request(Intake((), caller.held.share))
         case "ChatBody":
-            return lambda body, caller: body.request(caller, Intake((), caller.share))
+            return lambda body, caller: body.request(caller, Intake((), caller.held.share))
     return lambda body, caller: list(media_in(body))
 
 
@@ -369,8 +369,8 @@ def body_rows() -> Iterator[Row]:
         asked_of = _asked_of(model)
 
         def read(data: bytes) -> object:
-            caller = Caller(share=Pool(1 << 30).share())
-            body = validated(data, model, caller.share)
+            caller = Caller(held=Held(share=Pool(1 << 30).share()))
+            body = validated(data, model, caller.held.share)
             list(media_in(body))
             made = asked_of(body, caller)
             if hasattr(made, "messages"):

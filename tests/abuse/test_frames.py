@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from argosy.serve import run
 from argosy.serve.http import access, incoming
+from argosy.serve.http import server as http_server
 
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 HIDDEN = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -94,7 +94,7 @@ def test_an_endless_head_is_refused_long_before_the_timeout(url: str) -> None:
         began = time.monotonic()
         connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * (40 << 10))
         assert connection.recv(12) == b"HTTP/1.1 400"
-        assert time.monotonic() - began < run.HEADER_S / 2
+        assert time.monotonic() - began < http_server.HEADER_S / 2
 
 
 REFUSED = {

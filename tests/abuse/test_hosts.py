@@ -12,6 +12,7 @@ import pytest
 from argosy.guard.keys import KeyRing
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from argosy.serve.http.origins import Site
 from tests.serve.conftest import start
 
 OURS = [
@@ -35,7 +36,9 @@ MALFORMED = [
 
 @pytest.fixture(scope="module")
 def address(service: Service) -> Iterator[tuple[str, int]]:
-    app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, hosts=["Models.Example"])
+    app = make_app(
+        service, KeyRing(None), block_tokens=16, max_sequences=8, site=Site(hosts=["Models.Example"])
+    )
     for url in start(app):
         parts = urlsplit(url)
         assert parts.hostname

@@ -25,9 +25,9 @@ from argosy.serve.answer.media_parts import Intake
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.claims import TEXT_BYTES, server_claims
+from argosy.serve.dialects.body import validated
 from argosy.serve.dialects.openai_chat_bodies import ChatBody, sent
 from argosy.serve.http.access import MAX_BODY_BYTES
-from argosy.serve.http.body import validated
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Pool
@@ -103,7 +103,7 @@ def test_no_more_memory_is_taken_than_was_charged(name: str) -> None:
 def test_a_body_that_would_take_more_than_all_memory_is_refused_before_it_is_parsed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("argosy.serve.http.body.parse_json", lambda text: pytest.fail("parsed"))
+    monkeypatch.setattr("argosy.serve.dialects.body.parse_json", lambda text: pytest.fail("parsed"))
     data = chat("A" * (40 * MILLION), "\U0001f600", ensure_ascii=False)
     share = Pool(ROOM).share()
     share.hold(len(data))

@@ -21,7 +21,8 @@ from argosy.guard.keys import KeyRing
 from argosy.route.app import make_router
 from argosy.route.servers import Fleet, Health
 from argosy.route.upstream import parse_address
-from argosy.serve.run import bind, uvicorn_config
+from argosy.serve.http.listen import bind
+from argosy.serve.http.server import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.helpers.forks import FORKS
 

@@ -19,8 +19,9 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from argosy.serve.http.listen import bind
+from argosy.serve.http.server import uvicorn_config
 from argosy.serve.http.streams import EventStream
-from argosy.serve.run import bind, uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.fake_server import fake_server
 from tests.serve.speaking import speaking, write_speaking_model

@@ -16,7 +16,7 @@ import pytest
 from argosy import Engine
 from argosy.engine.loop import SILENT_S
 from argosy.guard.keys import KeyRing
-from argosy.serve.answer.service import Service
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import ROUTES, make_app
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
@@ -72,7 +72,9 @@ def test_an_unknown_model_is_not_found_and_the_served_model_or_no_name_is_accept
 
 @pytest.fixture(scope="module")
 def lenient(service: Service) -> Iterator[str]:
-    any_model = Service(service.loop, service.prompts, service.tokenizer, service.model, any_model=True)
+    any_model = Service(
+        service.loop, service.prompts, service.tokenizer, service.model, Common(any_model=True)
+    )
     yield from start(make_app(any_model, KeyRing(None), block_tokens=16, max_sequences=8))
 
 

@@ -24,10 +24,10 @@ from argosy.guard.word_list import digest_of
 from argosy.media.parts import PROMPT_LIMITS, Audio
 from argosy.media.transcript import LANGUAGE_NAMES, Transcript, TranscriptOptions, as_srt, as_vtt
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
+from argosy.serve.app import Governance, make_app
 from argosy.serve.dialects import openai_audio
 from argosy.serve.dialects.openai_audio import MOST_BODY_BYTES, MOST_FILE_BYTES
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.media.samples import RATE, wav
 from tests.models.tiny_whisper import TINY, sound, write_transformers
@@ -159,7 +159,13 @@ def test_a_transcript_in_a_prompt_is_judged_like_a_text(
     body = {"messages": [{"role": "user", "content": [sound]}], "max_tokens": 1}
     for words, status in (("another", 200), (said, 400)):
         path.with_name("words.txt").write_text(f"{digest_of(words)}\n")
-        app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+        app = make_app(
+            service,
+            KeyRing(None),
+            block_tokens=16,
+            max_sequences=8,
+            governance=Governance(guarding=Guarding(path)),
+        )
         for url in start(app):
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
             assert answer.status_code == status, answer.text

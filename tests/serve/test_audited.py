@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,9 +21,11 @@ from argosy.guard.keys import KeyFile, KeyRing
 from argosy.guard.sealed import SealedContents
 from argosy.serve.admin.transparency import Practice
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
+from argosy.serve.app import Governance, make_app
 from argosy.serve.guards import audited
 from argosy.serve.guards.audited import Auditor, SaidOfRequest
+from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller
 from argosy.serve.http.held import Pool
 from tests.serve.conftest import start
 
@@ -74,7 +77,9 @@ def server(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     _, admin = keys.add("admin", scopes=("admin",))
     audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
     auditor = Auditor(audit, policy="p" * 64)
-    app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8, auditor=auditor)
+    app = make_app(
+        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(auditor=auditor)
+    )
     for url in start(app):
         yield Server(
             url, {"Authorization": f"Bearer {secret}"}, {"Authorization": f"Bearer {admin}"}, key.id, audit,
@@ -146,7 +151,11 @@ def test_requests_without_a_valid_key_are_counted_in_one_line(service: Service, 
     _, secret = keys.add("one")
     audit = Audit(AuditSettings(directory=tmp_path / "audit"), facts={})
     auditor = Auditor(audit, policy="")
-    for url in start(make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8, auditor=auditor)):
+    for url in start(
+        make_app(
+            service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(auditor=auditor)
+        )
+    ):
         with httpx.Client(base_url=url) as client:
             for _ in range(8):
                 assert client.post("/tokenize", json={"content": "a"}).status_code == 401
@@ -262,7 +271,9 @@ def test_a_text_that_is_not_a_key_does_not_get_into_the_audit(server: Server) ->
 def test_the_state_says_whether_prompts_and_answers_are_kept(service: Service, tmp_path: Path) -> None:
     for with_content in (False, True):
         practice = Practice(audit=AuditSettings(directory=tmp_path, with_content=with_content))
-        app = make_app(service, KeyRing(None), block_tokens=16, max_sequences=8, practice=practice)
+        app = make_app(
+            service, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governance(practice=practice)
+        )
         for url in start(app):
             assert httpx.get(f"{url}/v1/engine/state").json()["privacy"]["logging"] is with_content
 
@@ -284,3 +295,24 @@ def test_erasing_a_key_ends_its_running_requests(server: Server) -> None:
 
 def test_a_content_has_no_more_than_its_part_of_the_plan() -> None:
     assert 2 * audited.MOST_SAID_BYTES * 2 <= audited.AUDIT_BYTES
+
+
+def test_a_verdict_is_in_a_line_once_and_the_first_decision_is_first() -> None:
+    lines: list[dict[str, Any]] = []
+    audit: Any = SimpleNamespace(
+        require_room=lambda: None, settings=AuditSettings(directory=Path("audit")),
+        record=lambda facts, content: lines.append(facts),
+    )  # fmt: skip
+    policy = Policy(method="POST", path="/a", scope="infer", is_counted=True)
+    caller = Caller(key=KeyRing(None).find(None))
+    watch = Auditor(audit, policy="p").arrive(caller, policy, {})
+    assert watch is not None
+    for verdict in ("policy a", "input pii:email", "output words", "input pii:email"):
+        watch.found(verdict)
+    watch.after(200, 0.5)
+    (line,) = lines
+    assert line["verdicts"] == ["policy a", "input pii:email", "output words"]
+    assert list(line) == [
+        "key", "request_id", "trace_id", "method", "route", "status", "seconds", "model", "policy",
+        "prompt_tokens", "new_tokens", "marked_tokens", "finish", "verdicts",
+    ]  # fmt: skip

@@ -23,11 +23,11 @@ from argosy.serve.answer.sampling_fields import Neutral
 from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES
 from argosy.serve.dialects.anthropic_messages_bodies import MessagesBody
+from argosy.serve.dialects.body import refusal
 from argosy.serve.dialects.openai_chat_bodies import ChatBody
 from argosy.serve.dialects.openai_completions import CompletionBody
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
 from argosy.serve.dialects.tokens import DetokenizeBody
-from argosy.serve.http.body import refusal
 from tests.serve.fake_server import POLICY
 from tests.serve.record import read_events
 

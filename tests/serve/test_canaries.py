@@ -20,7 +20,7 @@ import pytest
 from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
+from argosy.serve.app import Governance, make_app
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.log import LogWriter
@@ -87,8 +87,12 @@ async def _send_all(
     service: Service, keys: KeyFile, secret: str, audit: Audit, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[str], Counter[str], bytes]:
     app = make_app(
-        service, KeyRing(keys), block_tokens=16, max_sequences=8, auditor=Auditor(audit, policy="")
-    )  # fmt: skip
+        service,
+        KeyRing(keys),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(auditor=Auditor(audit, policy="")),
+    )
     build = service.prompts.build
 
     def failing(messages: Any, *args: Any, **named: Any) -> Any:

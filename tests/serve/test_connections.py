@@ -13,9 +13,9 @@ import pytest
 
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
-from argosy.serve import run
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from argosy.serve.http import server as http_server
 from tests.serve.conftest import start
 from tests.serve.dialects import DIALECTS, PATHS, greedy
 
@@ -66,7 +66,7 @@ def test_one_connection_too_many_gets_a_503_in_its_dialect_and_is_closed(
 def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_TOLD_CONNECTIONS", 2)
+    monkeypatch.setattr(http_server, "_TOLD_CONNECTIONS", 2)
     with ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(MOST + 2)]
         assert idle
@@ -76,14 +76,14 @@ def test_connections_far_beyond_the_limit_are_closed_without_an_answer(
 
 
 def test_an_idle_connection_is_closed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "KEEP_ALIVE_S", 1)
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 1)
     for url in start(make_app(service, KeyRing(None), block_tokens=16, max_sequences=8)):
         host, _, port = url.removeprefix("http://").partition(":")
         with ExitStack() as stack:
             connection = connect((host, int(port)), stack)
             began = time.monotonic()
             assert connection.recv(1) == b""
-            assert time.monotonic() - began < 10 < run.HEADER_S
+            assert time.monotonic() - began < 10 < http_server.HEADER_S
 
 
 def test_more_connections_than_open_files_allow_are_refused_at_start(
@@ -92,14 +92,14 @@ def test_more_connections_than_open_files_allow_are_refused_at_start(
     raised: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
-    monkeypatch.setattr(run, "_num_open_files", lambda: 40)
+    monkeypatch.setattr(http_server, "_num_open_files", lambda: 40)
     with pytest.raises(
         UsageError, match="5000 connections need 5360 open files, and the limit is 1024"
     ) as refused:
-        run.make_room_for_files(5000)
+        http_server.make_room_for_files(5000)
     assert "--max-connections 664" in str(refused.value)
-    run.make_room_for_files(512)
+    http_server.make_room_for_files(512)
     assert set(raised) == {(1024, 1024)}
-    monkeypatch.setattr(run, "_num_open_files", lambda: 40 + 2 * 163)  # a model in 163 parts
+    monkeypatch.setattr(http_server, "_num_open_files", lambda: 40 + 2 * 163)  # a model in 163 parts
     with pytest.raises(UsageError, match="512 connections need 1198 open files"):
-        run.make_room_for_files(512)
+        http_server.make_room_for_files(512)

@@ -14,7 +14,7 @@ from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.prompt.prompt import Prompt
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.service import Service
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import make_app
 from tests.prompt.families import FAMILIES
 
@@ -121,7 +121,7 @@ def heard(family: Any, service: Service, path: str, bodies: list[dict[str, Any]]
         vocab_size=family.tokenizer.vocab_size,
     )  # fmt: skip
     app = make_app(
-        Service(loop, builder, family.tokenizer, model, any_model=True),
+        Service(loop, builder, family.tokenizer, model, Common(any_model=True)),
         KeyRing(None), block_tokens=16, max_sequences=8,
     )  # fmt: skip
 

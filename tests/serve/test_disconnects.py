@@ -42,7 +42,8 @@ from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.service import Service
 from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.app import make_app
-from argosy.serve.run import bind, uvicorn_config
+from argosy.serve.http.listen import bind
+from argosy.serve.http.server import uvicorn_config
 from tests.cli.tiny_chat_model import write_chat_model
 
 NUM_DISCONNECTS, NUM_CLIENTS = 500, 5
@@ -340,16 +341,13 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
             tenant="",
             request_id="req",
             count=lambda **_: None,
-            metrics=None,
-            finishes=[],
-            num_marked_tokens=0,
-            screening=None,
+            watches=[],
             work=lambda call: call(),
         )
         loop: Any = Loop()
         prompts: Any = Prompts()
         prompt = Prompt((1,), "x", trace=Trace(1, b"", b"", b""))
-        answers = Answers(loop, prompts, "tiny", caller, events)
+        answers = Answers(loop, prompts, caller, events)
         answers.add(prompt, SamplingParams(), ToolUse(), 1)
         num_wake_ups = len(wake_ups)
         steps = [step async for step in answers.steps()]
@@ -368,10 +366,8 @@ def test_reading_a_finished_answer_and_remembering_it_do_not_block_other_tasks()
 def test_an_answer_that_is_added_after_its_client_left_ends_at_once() -> None:
     cancelled: list[object] = []
     loop: Any = SimpleNamespace(submit=lambda *_, **__: "request", cancel=cancelled.append)
-    caller: Any = SimpleNamespace(
-        tenant="", request_id="req", count=lambda **_: None, metrics=None, screening=None
-    )
-    answers = Answers(loop, Any, "tiny", caller, Any)  # type: ignore[arg-type]
+    caller: Any = SimpleNamespace(tenant="", request_id="req", count=lambda **_: None, watches=[])
+    answers = Answers(loop, Any, caller, Any)  # type: ignore[arg-type]
     answers.cancel()
     answers.add(Prompt((1,), ""), SamplingParams(), ToolUse(), 1)
     assert cancelled == ["request"]

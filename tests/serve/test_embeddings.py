@@ -25,11 +25,11 @@ from argosy.prompt.tokenizer import Tokenizer
 from argosy.serve.answer.embedding import MOST_TEXTS
 from argosy.serve.answer.embedding import embed as embed_texts
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.app import Governance, make_app
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
-from argosy.serve.http.held import Pool
+from argosy.serve.http.held import Held, Pool
 from tests.models.safetensors_file import Array
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, FIM, byte_level_json, filling_json, write_tokenizer
@@ -249,7 +249,7 @@ def test_a_client_that_leaves_ends_its_texts(client: httpx.Client, own_engine: E
 
 def test_vectors_are_charged_to_the_memory_of_requests(own_service: Service) -> None:
     pool = Pool(60_000)
-    caller = Caller(share=pool.share())
+    caller = Caller(held=Held(share=pool.share()))
     with pytest.raises(
         Refused, match="these embeddings take 64000 bytes of memory, and there are 60000"
     ) as error:
@@ -258,7 +258,7 @@ def test_vectors_are_charged_to_the_memory_of_requests(own_service: Service) -> 
     asyncio.run(embed_texts(own_service, caller, ["a"] * 10))
     assert pool.num_bytes == 6_400
     with pytest.raises(Overloaded):
-        asyncio.run(embed_texts(own_service, Caller(share=pool.share()), ["a"] * 90))
+        asyncio.run(embed_texts(own_service, Caller(held=Held(share=pool.share())), ["a"] * 90))
 
 
 def test_a_model_whose_pooling_is_not_supported_says_so(
@@ -601,7 +601,13 @@ def test_infill_gives_the_model_placeholders_and_refuses_listed_phrases(
         return submit(prompt, *more, **named)
 
     monkeypatch.setattr(own_service.loop, "submit", submitted)
-    app = make_app(own_service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+    app = make_app(
+        own_service,
+        KeyRing(None),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=Guarding(path)),
+    )
     body = {
         **GAP,
         "n_predict": 1,

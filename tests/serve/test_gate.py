@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from argosy.guard.limits import Limits
 from argosy.serve.answer.service import Service
 from argosy.serve.app import ROUTES, make_app
 from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller, Hook, Watch
+from argosy.serve.http.failures import Refused
 from argosy.serve.http.gate import Gate, _Pace
 from argosy.serve.http.held import Pool
 from argosy.serve.run import require_keys
@@ -207,7 +209,7 @@ def test_too_large_a_body_is_refused_by_its_announced_length(
 def test_a_client_that_does_not_finish_its_head_or_body_is_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.server.HEADER_S", 0.3)
     monkeypatch.setattr("argosy.serve.http.incoming.BODY_STALL_S", 0.3)
     assert raw(url, b"GET /health HTTP/1.1\r\nHo") == b""
     head = b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -306,3 +308,62 @@ def test_a_request_that_ends_while_the_rest_of_its_body_is_read_is_told_why() ->
         assert b"the server is stopping" in sent[1]["body"]
 
     asyncio.run(asyncio.wait_for(test(), 20))
+
+
+class Noting(Hook, Watch):
+    """Notes what a hook and its watch hear of one request; refuses it in the phase `refuses`."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self.heard: list[str] = []
+        self._refuses = refuses
+
+    def _note(self, phase: str) -> None:
+        self.heard.append(phase)
+        if phase == self._refuses:
+            raise Refused(409, f"not in {phase}")
+
+    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        self._note("arrive" if caller.key is None else "arrive, with a key")
+        return self
+
+    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        self._note("admit" if caller.key is not None else "admit, without a key")
+        return None
+
+    def begin(self) -> None:
+        self._note("begin")
+
+    def asked(self, data: bytes) -> None:
+        self._note(f"asked {data.decode()}")
+
+    def sent(self, data: bytes) -> None:
+        self.heard.append("sent")
+
+    def after(self, status: int, seconds: float) -> None:
+        self.heard.append(f"after {status}")
+
+
+@pytest.mark.parametrize("refuses", ["", "arrive", "admit", "begin"])
+def test_a_hook_hears_the_phases_of_a_request_in_order_and_may_refuse_it(refuses: str) -> None:
+    hook = Noting(refuses)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await Response("{}")(scope, receive, send)
+
+    async def test() -> None:
+        gate = Gate(
+            app, [Policy(method="POST", path="/a", scope="infer")], KeyRing(None), Limits(), hooks=[hook]
+        )
+        transport = httpx.ASGITransport(gate)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answer = await client.post("/a", content=b"[]", headers=JSON)
+        assert answer.status_code == (409 if refuses else 200)
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+    phases = ["arrive", "admit", "begin", "asked []", "sent", "after 200"]
+    if refuses:
+        phases = [*phases[: phases.index(refuses) + 1], "sent", "after 409"]
+    if refuses == "arrive":  # its watch was never made
+        phases = ["arrive"]
+    assert hook.heard == phases

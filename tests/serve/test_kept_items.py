@@ -15,16 +15,17 @@ import pytest
 from argosy.engine.engine import Engine
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.prompt.builder import PromptBuilder
-from argosy.serve import run
 from argosy.serve.answer import kept_items
 from argosy.serve.answer.facts import ModelFacts
 from argosy.serve.answer.kept_items import KEPT_S, KeptItems
 from argosy.serve.answer.media_parts import Intake
-from argosy.serve.answer.service import Service
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.app import make_app
 from argosy.serve.dialects.openai_responses_bodies import ResponsesBody
+from argosy.serve.http import server as http_server
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Pool, Share
+from argosy.serve.http.listen import bind
 from argosy.serve.models.models import Models
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
@@ -210,12 +211,14 @@ def test_a_server_frees_what_is_too_old_though_no_request_comes(monkeypatch: pyt
     )  # fmt: skip
     snapshot = SimpleNamespace(engine=SimpleNamespace(budget_bytes=1 << 30))
     loop: Any = SimpleNamespace(close=lambda: None, snapshot=lambda: snapshot)
-    models = Models.of(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, kept=kept))
-    monkeypatch.setattr(run, "SWEEP_S", 0.01)
+    models = Models.of(Service(loop, PromptBuilder(None, vocab_size=8), None, facts, Common(kept=kept)))
+    monkeypatch.setattr(http_server, "SWEEP_S", 0.01)
     app = make_app(models, KeyRing(None), block_tokens=16, max_sequences=8)
     listens = threading.Event()
-    server = run._Server(run.uvicorn_config(app, grace_s=5), models, app.running, 1.0, listens.set, [])
-    with run.bind("127.0.0.1", 0) as sockets:
+    server = http_server.Server(
+        http_server.uvicorn_config(app, grace_s=5), models, app.running, 1.0, listens.set, []
+    )
+    with bind("127.0.0.1", 0) as sockets:
         thread = threading.Thread(target=server.run, args=[sockets])
         thread.start()
         try:

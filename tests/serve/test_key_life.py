@@ -23,9 +23,9 @@ from argosy.prompt.builder import PromptBuilder
 from argosy.prompt.replay import ReplayMemory
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.running import Run, Running
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
+from argosy.serve.http.running import Run, Running
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start
 

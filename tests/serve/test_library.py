@@ -17,11 +17,12 @@ from argosy.config import GIB, MIB, Claim
 from argosy.guard.keys import KeyRing
 from argosy.library import names as library_names
 from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
 from argosy.serve.models.models import Memory, Models
-from argosy.serve.models.opened import Common, EngineSource, LibraryShelf
+from argosy.serve.models.opened import EngineSource, LibraryShelf
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.library.caches import add_to_hub
 from tests.serve.conftest import start

@@ -28,6 +28,7 @@ from argosy.guard.strangers import PER_MINUTE
 from argosy.serve.answer.service import Service
 from argosy.serve.app import make_app
 from argosy.serve.http.listen import Certificate, Front, Listener, bind_file
+from argosy.serve.http.origins import Site
 from argosy.serve.run import require_keys_behind_proxy
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import start
@@ -231,7 +232,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyFile, str]:
 def proxied(service: Service, keys: tuple[KeyFile, str]) -> Iterator[httpx.Client]:
     """A server that believes 127.0.0.1, where its client is."""
     front = Front(proxies=("127.0.0.1", "10.0.0.0/8"), base_path="/argosy")
-    app = make_app(service, KeyRing(keys[0]), block_tokens=16, max_sequences=8, base_path=front.base_path)
+    app = make_app(
+        service, KeyRing(keys[0]), block_tokens=16, max_sequences=8, site=Site(base_path=front.base_path)
+    )
     for url in start(app, front=front):
         with httpx.Client(base_url=url) as client:
             yield client

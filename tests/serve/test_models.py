@@ -18,10 +18,10 @@ from argosy.budget.shares import IN_USE_S
 from argosy.errors import ArgosyError, CheckpointError, DoesNotFit, Overloaded
 from argosy.guard.stops import Stopped
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.running import Running
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
+from argosy.serve.http.running import Running
 from argosy.serve.models import models as models_module
 from argosy.serve.models.models import Abilities, Memory, Models, Progress, Shelved, use_model
 
@@ -223,7 +223,7 @@ def test_a_model_that_is_stopped_or_that_nobody_waits_for_any_more_is_not_loaded
         guarding.stops.set("model", "big", is_stopped=True)
         await rig.ask("a")
         await rig.ask("b")
-        caller = Caller(running=Running(guarding))
+        caller = Caller(running=Running(guarding.why_not))
         app = SimpleNamespace(state=SimpleNamespace(models=rig.models))
         request: Any = SimpleNamespace(state=SimpleNamespace(caller=caller), app=app)
         with pytest.raises(Stopped), caller.ending:

@@ -33,8 +33,8 @@ from argosy.serve.admin.cluster import WorkerState
 from argosy.serve.admin.openapi import Route
 from argosy.serve.answer.fields import MAX_ANSWERS
 from argosy.serve.answer.service import Service
-from argosy.serve.app import ROUTES, make_app
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.app import ROUTES, Governance, make_app
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.access import dialect_of
 from argosy.serve.http.failures import AnthropicError, OllamaError, OpenAIError
 from argosy.serve.http.streams import DONE
@@ -125,8 +125,13 @@ def keyed(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         reranking=Reranking(form, service.tokenizer, context_tokens=service.model.context_tokens),
     )  # fmt: skip
     app = make_app(
-        short, KeyRing(keys), block_tokens=16, max_sequences=8, guarding=Guarding(policy), workers=OneWorker()
-    )  # fmt: skip
+        short,
+        KeyRing(keys),
+        block_tokens=16,
+        max_sequences=8,
+        workers=OneWorker(),
+        governance=Governance(guarding=Guarding(policy)),
+    )
     for url in start(app):
         yield url, secret
 

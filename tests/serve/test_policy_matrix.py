@@ -43,8 +43,8 @@ from argosy.prompt.prompt import Prompt
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.openapi import Route
 from argosy.serve.answer.service import Service
-from argosy.serve.app import ROUTES, make_app
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.app import ROUTES, Governance, make_app
+from argosy.serve.guards.guarding import Guarding
 from tests.serve.conftest import serving, start
 from tests.serve.speaking import write_speaking_model
 
@@ -105,7 +105,9 @@ def matrix(
     path.write_text('default = "a"\n[policies.a]\ninput = ["w"]\n[checks.w]\nwords = "words.txt"\n')
     guarding = Guarding(path)
     guarding.stops.set("key", "stopped", is_stopped=True)
-    app = make_app(service, KeyRing(keys), block_tokens=16, max_sequences=8, guarding=guarding)
+    app = make_app(
+        service, KeyRing(keys), block_tokens=16, max_sequences=8, governance=Governance(guarding=guarding)
+    )
     for url in start(app):
         with httpx.Client(base_url=url, timeout=60) as client:
             yield client
@@ -208,7 +210,13 @@ def test_rerank_screens_query_and_documents(service: Service, tmp_path: Path) ->
         service.loop, service.prompts, service.tokenizer, service.model,
         reranking=Reranking(form, service.tokenizer, context_tokens=service.model.context_tokens),
     )  # fmt: skip
-    app = make_app(ranking, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+    app = make_app(
+        ranking,
+        KeyRing(None),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=Guarding(path)),
+    )
     for url in start(app):
         for query, document, status in (("q", "d", 200), (NOT_ALLOWED, "d", 400), ("q", NOT_ALLOWED, 400)):
             body = {"query": query, "documents": ["x", document]}
@@ -423,7 +431,9 @@ def shown_words(service: Service, path: Path) -> Iterator[tuple[httpx.Client, li
     own = Service(
         service.loop, service.prompts, service.tokenizer, service.model, reranking=reranking, ears=ears
     )
-    app = make_app(own, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+    app = make_app(
+        own, KeyRing(None), block_tokens=16, max_sequences=8, governance=Governance(guarding=Guarding(path))
+    )
     with (
         mock.patch.multiple(service.loop, submit=submit, submit_embedding=submit),
         mock.patch.object(service.prompts, "infill", infill),
@@ -529,14 +539,14 @@ def test_every_text_of_an_answer_is_judged(tmp_path: Path, said: str, rule: str)
         return Verdict(WORD in question.text)
 
     async def answered() -> tuple[list[Event], bool]:
-        screening = guarding.screening(None, None, [])
+        screening = guarding.screening(None, None, mock.Mock())
         assert screening is not None
         answer = screening.answer()
         sent = [event for event in ANSWERED[said] for event in await answer.take([event])]
         sent += await answer.finish()
         return sent, answer.is_blocked
 
-    with mock.patch.object(guarding, "verdict", verdict):
+    with mock.patch.object(guarding.checks, "verdict", verdict):
         assert asyncio.run(answered()) == ([], True)
 
 

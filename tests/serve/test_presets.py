@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -16,9 +17,9 @@ from argosy.config import Preset, SamplingParams
 from argosy.guard.keys import KeyFile, KeyRing
 from argosy.library.names import Named
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
-from argosy.serve.guards.screening import Guarding
-from argosy.serve.http.caller import Caller
+from argosy.serve.app import Governance, make_app
+from argosy.serve.guards.guarding import Guarding
+from argosy.serve.http.caller import Caller, Watch
 from argosy.serve.models.models import Models
 from tests.serve.conftest import start
 
@@ -92,9 +93,12 @@ def rig(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     presets = ServedPresets({"tiny": Named("tiny", Path("/models/tiny"), "tiny")})
     presets.__dict__["_own_ids"] = {"/models/tiny": "tiny"}
     app = make_app(
-        Models.of(service, presets=presets), KeyRing(keys), block_tokens=16, max_sequences=8,
-        guarding=Guarding(tmp_path / "policy.toml"),
-    )  # fmt: skip
+        Models.of(service, presets=presets),
+        KeyRing(keys),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=Guarding(tmp_path / "policy.toml")),
+    )
     admin = {"authorization": f"Bearer {secret}"}
     for url in start(app):
         with httpx.Client(base_url=url, timeout=60) as client:
@@ -230,10 +234,12 @@ def test_a_stopped_model_and_a_policy_hold_for_its_presets(rig: Rig) -> None:
 def test_the_record_of_a_request_names_the_preset_and_its_digest(service: Service) -> None:
     digests = set()
     for context in (64, 65):
-        caller = Caller()
+        watch = mock.Mock(spec=Watch)
+        caller = Caller(watches=[watch])
         under = service.under(Preset(name="brief", model="tiny", context=context))
-        caller.answered_by(under.model.id, under._digests)
-        assert caller.model == "brief"
-        digests.add(caller.digests["preset_sha256"])
+        caller.answered_by(under.model.id, under.digests)
+        ((model, made), _) = watch.answered_by.call_args
+        assert model == "brief"
+        digests.add(made["preset_sha256"])
     assert len(digests) == 2
     assert service.model.id == "tiny"

@@ -29,13 +29,13 @@ from argosy.guard.chain import verify
 from argosy.guard.keys import KeyFile
 from argosy.model.clock import PARTS
 from argosy.prompt.replay import ReplayMemory
-from argosy.serve import run
-from argosy.serve.answer.running import Running
 from argosy.serve.claims import TEXT_BYTES
 from argosy.serve.guards.audited import AUDIT_BYTES
+from argosy.serve.http import server as http_server
 from argosy.serve.http.held import BODY_BYTES
-from argosy.serve.http.listen import Front
-from argosy.serve.run import bind
+from argosy.serve.http.listen import Front, bind
+from argosy.serve.http.running import Running
+from argosy.serve.http.server import Endpoint
 from tests.cli.tiny_chat_model import write_chat_model
 
 
@@ -306,16 +306,13 @@ def test_an_address_that_is_not_this_machines_is_an_error(host: str, fault: str)
 
 def test_what_was_here_before_a_server_is_collected_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     num_frozen: list[int] = []
-    monkeypatch.setattr(run._Server, "run", lambda *_: num_frozen.append(gc.get_freeze_count()))
+    monkeypatch.setattr(http_server.Server, "run", lambda *_: num_frozen.append(gc.get_freeze_count()))
     with bind("localhost", 0) as sockets:
-        run.run_app(
+        http_server.run_app(
             SimpleNamespace(running=Running()),  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
-            sockets,
+            Endpoint(sockets=sockets, host="localhost", front=Front(), drain_s=0.0),
             lambda address: None,
-            host="localhost",
-            front=Front(),
-            drain_s=0.0,
         )
     assert num_frozen[0] > 0 == gc.get_freeze_count()
 

@@ -33,10 +33,10 @@ from argosy.guard.verdict import CheckFailed
 from argosy.prompt.reranking import RerankForm, Reranking
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
+from argosy.serve.app import Governance, make_app
+from argosy.serve.dialects import body
 from argosy.serve.guards.audited import Auditor
-from argosy.serve.guards.screening import Guarding
-from argosy.serve.http import body
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.gate import Gate
 from argosy.serve.http.work import WorkQueue
 from tests.cli.tiny_chat_model import write_chat_model
@@ -287,9 +287,13 @@ def serve(root: Path) -> Iterator[Server]:
         audit = Audit(AuditSettings(directory=root / "audit", with_content=True), facts={})
         entered.callback(audit.close)
         app = make_app(
-            service, ring, block_tokens=16, max_sequences=16, limits=limits, guarding=guarding,
-            auditor=Auditor(audit, policy="none"),
-        )  # fmt: skip
+            service,
+            ring,
+            block_tokens=16,
+            max_sequences=16,
+            limits=limits,
+            governance=Governance(guarding=guarding, auditor=Auditor(audit, policy="none")),
+        )
         admin = {"authorization": f"Bearer {secret}"}
         with KeyWatch(ring, limits, app.running, service.revoke):
             for url in start(app):

@@ -25,11 +25,12 @@ from argosy.guard.policy import HttpCheck
 from argosy.guard.screen import RequestScreen
 from argosy.guard.verdict import Blocked, CheckFailed, Verdict
 from argosy.guard.view import Shown
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import TextRequest
 from argosy.serve.answer.service import Service
-from argosy.serve.app import make_app
+from argosy.serve.app import Governance, make_app
 from argosy.serve.guards import check_over_http
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from tests.serve.conftest import start
 from tests.serve.dialects import TOOLS
@@ -182,7 +183,13 @@ def guarding(policy_file: Path) -> Guarding:
 
 @pytest.fixture(scope="module")
 def screened_url(speaking_service: Service, guarding: Guarding) -> Iterator[str]:
-    app = make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=guarding)
+    app = make_app(
+        speaking_service,
+        KeyRing(None),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=guarding),
+    )
     yield from start(app)
 
 
@@ -394,7 +401,13 @@ def test_a_check_that_nobody_answers_counts_as_the_policy_says(
     path.write_text(
         'default = "a"\n[policies.a]\ninput = ["x"]\n[checks.x]\nurl = "http://127.0.0.1:9/v1/moderations"\n'
     )
-    app = make_app(speaking_service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(path))
+    app = make_app(
+        speaking_service,
+        KeyRing(None),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=Guarding(path)),
+    )
     for url in start(app):
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "#plain"}, timeout=30)
         assert answer.status_code == 503
@@ -453,12 +466,12 @@ def judged_by(path: Path, verdict: Callable[[HttpCheck, Question], Verdict]) -> 
     async def answered(check: Any, question: Question, *_: Any) -> Verdict:
         return verdict(check, question)
 
-    guarding.verdict = answered  # type: ignore[method-assign]
+    guarding.checks.verdict = answered  # type: ignore[method-assign]
     return guarding
 
 
 def require_allowed(guarding: Guarding, *texts: str) -> None:
-    screening = guarding.screening(None, None, [])
+    screening = guarding.screening(None, None, lambda verdict: None)
     assert screening is not None
     asyncio.run(screening.require_allowed(texts))
 
@@ -528,7 +541,7 @@ def test_a_question_whose_time_is_over_leaves_no_answer_running(
         return TextRequest(prompt="#long", params=SamplingParams(max_tokens=400))
 
     async def ask() -> None:
-        opening = asyncio.ensure_future(speaking_service.open([read], Caller()))
+        opening = asyncio.ensure_future(Opening(speaking_service, Caller()).answers([read]))
         await asyncio.to_thread(has_begun.wait, 30)
         opening.cancel()
         await asyncio.wait([opening])
@@ -550,7 +563,11 @@ def test_moderations_cut_long_texts_and_count_the_tokens_of_a_model(
     keys = KeyFile(tmp_path / "keys.json")
     secret = keys.add("a", scopes=("infer",), tokens_per_day=10)[1]
     app = make_app(
-        speaking_service, KeyRing(keys), block_tokens=16, max_sequences=8, guarding=Guarding(policy_file)
+        speaking_service,
+        KeyRing(keys),
+        block_tokens=16,
+        max_sequences=8,
+        governance=Governance(guarding=Guarding(policy_file)),
     )
     moderator.mode = "works"
     moderator.texts.clear()
@@ -742,18 +759,19 @@ def test_what_is_found_is_counted_and_never_shown(
 def test_what_was_decided_is_noted_for_a_record_of_the_request(
     ask: Ask, guarding: Guarding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, of = list[list[str]](), guarding.screening
+    kept, of = list[dict[str, None]](), guarding.screening
 
-    def screening(key: Any, chosen: str | None, verdicts: list[str]) -> Any:
+    def screening(key: Any, chosen: str | None, found: Callable[[str], None]) -> Any:
+        verdicts: dict[str, None] = {}
         kept.append(verdicts)
-        return of(key, chosen, verdicts)
+        return of(key, chosen, lambda verdict: verdicts.update({verdict: None}))
 
     monkeypatch.setattr(guarding, "screening", screening)
     path = "/v1/chat/completions"
     ask("redact-own", path, body_of(path, "#own joe@example.com"))
     ask("words-in", path, body_of(path, "a blue moon"))
     digest = f"policy_sha256 {guarding.digest}"
-    assert kept == [
+    assert [list(verdicts) for verdicts in kept] == [
         ["policy redact-own", digest, "input pii:email", "output pii:email"],
         ["policy words-in", digest, "input words"],
     ]
@@ -771,7 +789,7 @@ def test_the_key_of_a_check_comes_from_the_environment(
     with pytest.raises(UsageError, match=r"checks.x.key-env: the variable THE_KEY is not set"):
         Guarding(path)
     monkeypatch.setenv("THE_KEY", "s3cret")
-    screening = Guarding(path).screening(None, None, [])
+    screening = Guarding(path).screening(None, None, lambda verdict: None)
     assert screening is not None
     (check,) = screening.screen.asked_checks
     assert isinstance(check, HttpCheck)
@@ -800,7 +818,7 @@ def test_policies_are_read_again_and_a_mistake_changes_nothing(tmp_path: Path) -
     guarding.reload()
     assert guarding.digest != digest
     verdicts: list[str] = []
-    screening = guarding.screening(None, None, verdicts)
+    screening = guarding.screening(None, None, verdicts.append)
     assert screening is not None
     assert verdicts == ["policy b", f"policy_sha256 {guarding.digest}"]
     assert screening.policy.name == "b"

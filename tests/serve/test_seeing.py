@@ -747,7 +747,7 @@ def test_decoded_bytes_are_given_back_once_the_prompt_is_built(
     make, build = seeing.service.intake, seeing.service.prompts.build
 
     def intake(caller: Any) -> Intake:
-        shares.append((caller.share, caller.share.num_bytes))
+        shares.append((caller.held.share, caller.held.share.num_bytes))
         return make(caller)
 
     def built(*given: Any, **more: Any) -> Any:

@@ -22,11 +22,12 @@ from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from argosy.guard.keys import KeyRing
 from argosy.serve.answer.kept_items import KeptItems
+from argosy.serve.answer.service import Common
 from argosy.serve.answer.work import Work
 from argosy.serve.app import make_app
 from argosy.serve.claims import server_claims
 from argosy.serve.models.models import Memory, Models
-from argosy.serve.models.opened import Common, EngineSource
+from argosy.serve.models.opened import EngineSource
 from tests.models.tiny import qwen3_moe, write_model
 from tests.prompt.tokenizers_for_tests import CHATML, byte_level_json, write_tokenizer
 from tests.serve.conftest import start

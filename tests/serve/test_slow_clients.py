@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from argosy.serve.answer.service import Service
-from argosy.serve.run import TimedProtocol
+from argosy.serve.http.server import TimedProtocol
 
 SAY = [{"role": "user", "content": "How are you?"}]
 # Every dialect's longest stream: eight answers, or as many tokens as fit the context.
@@ -83,8 +83,8 @@ def wait_until_free(service: Service) -> None:
 def test_a_client_that_does_not_read_a_stream_is_cut_off_and_delays_nobody(
     url: str, client: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.5)
-    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.5)
+    monkeypatch.setattr("argosy.serve.http.server._SEND_BUFFER_BYTES", 4096)
     lost, lose = list[int](), TimedProtocol.connection_lost
 
     def noticed(protocol: TimedProtocol, error: Exception | None) -> None:
@@ -112,7 +112,7 @@ def test_events_queued_for_a_slow_reader_are_bounded_and_its_answer_ends(
     url: str, service: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr("argosy.serve.answer.answers.MOST_UNREAD", 20)
-    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    monkeypatch.setattr("argosy.serve.http.server._SEND_BUFFER_BYTES", 4096)
     with asked(url, path, STREAMS[path] | {"stream": True}) as connection:
         time.sleep(0.3)  # the client reads nothing while the answer is generated
         wait_until_free(service)
@@ -132,7 +132,7 @@ def rest_of_stream(connection: socket.socket) -> str:
 def test_a_client_that_does_not_read_a_whole_answer_is_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.3)
     with asked(url, "/detokenize", {"tokens": [40] * 400_000}) as connection:
         found = connection.recv(1)  # waits for the answer, however long it takes
         time.sleep(1.5)
@@ -146,8 +146,8 @@ def test_a_client_that_does_not_read_a_whole_answer_is_cut_off(
 def test_a_client_that_reads_slowly_but_steadily_is_not_cut_off(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.2)
-    monkeypatch.setattr("argosy.serve.run._SEND_BUFFER_BYTES", 4096)
+    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.2)
+    monkeypatch.setattr("argosy.serve.http.server._SEND_BUFFER_BYTES", 4096)
     with asked(url, "/detokenize", {"tokens": [40] * 200_000}) as connection:
         found = b""
         length = None
@@ -179,7 +179,7 @@ def trickle(url: str, data: bytes, seconds: float) -> bytes:
 
 
 def test_a_trickling_head_has_a_total_time_limit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.serve.run.HEADER_S", 0.4)
+    monkeypatch.setattr("argosy.serve.http.server.HEADER_S", 0.4)
     assert trickle(url, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * 1000, 5) == b""
 
 

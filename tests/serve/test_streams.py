@@ -14,8 +14,8 @@ import pytest
 from starlette.responses import Response
 
 from argosy.errors import Revoked
-from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.caller import Caller
+from argosy.serve.http.running import GoneAway
 from argosy.serve.http.streams import WHOLE_S, EventStream, answer_whole
 from tests.serve.conftest import start
 
@@ -102,7 +102,7 @@ def test_a_whole_answer_begins_at_once_if_its_client_has_waited_long_enough_befo
 
 
 def test_a_client_that_reads_nothing_of_its_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("argosy.serve.run.STUCK_S", 0.3)
+    monkeypatch.setattr("argosy.serve.http.server.STUCK_S", 0.3)
     size, heard, has_heard = 64 << 20, list[str](), threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -16,9 +16,9 @@ from argosy.guard.audit import Audit, AuditSettings
 from argosy.guard.keys import KeyRing
 from argosy.guard.watermark import first_ngrams, judge
 from argosy.serve.admin.transparency import Practice
-from argosy.serve.app import ROUTES, make_app
+from argosy.serve.app import ROUTES, Governance, make_app
 from argosy.serve.guards.audited import Auditor
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from tests.cli.tiny_chat_model import write_chat_model
 from tests.serve.conftest import serving, start
 from tests.serve.test_audited import Server
@@ -53,9 +53,14 @@ def server(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
         serving(engine) as service,
     ):
         app = make_app(
-            service, KeyRing(None), block_tokens=16, max_sequences=8, guarding=Guarding(policy), practice=practice,
-            auditor=Auditor(audit, policy="p" * 64),
-        )  # fmt: skip
+            service,
+            KeyRing(None),
+            block_tokens=16,
+            max_sequences=8,
+            governance=Governance(
+                guarding=Guarding(policy), auditor=Auditor(audit, policy="p" * 64), practice=practice
+            ),
+        )
         for url in start(app):
             yield Server(url, {}, {}, "none", audit, root / "audit")
     audit.close()

@@ -138,7 +138,7 @@ STORES = (
         option="--policy",
         by_default=False,
         erased="none",
-        module="serve/guards/screening.py",
+        module="serve/guards/checks.py",
     ),
     Store(
         name="limits of users",

@@ -55,7 +55,7 @@ from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused, error_body
 from argosy.serve.http.gate import TOKENS_LEFT, Gate
 from argosy.serve.http.held import Pool, Share
-from argosy.serve.http.origins import Origins
+from argosy.serve.http.origins import Site
 from argosy.serve.http.streams import JSON_LINES, SSE, Encoding, EventStream, answer_whole, error_event, sse
 from argosy.strict_json import JsonError, parse_json
 
@@ -185,13 +185,13 @@ class Router:
         kept.hold(2 * len(asked.body))  # the connection to a server copies it
         if not request.headers.get("content-type", "").startswith("multipart/"):
             tenant = (request.headers.get("authorization") or request.headers.get("x-api-key") or "").encode()
-            args = asked, caller.share, kept.hold, self.fleet.prefixes, tenant
+            args = asked, caller.held.share, kept.hold, self.fleet.prefixes, tenant
             if len(asked.body) < _READ_AT_ONCE_BYTES:
                 read_asked(*args)
             else:
-                caller.takes_long = True
+                caller.held.takes_long = True
                 await self._work.run(caller, read_asked, *args)
-        caller.share.release()
+        caller.held.share.release()
         return asked
 
     def owner(self, asked: Asked) -> tuple[Server | None, dict[str, str]]:
@@ -523,23 +523,19 @@ def make_router(
     fleet: Fleet,
     ring: KeyRing,
     *,
-    hosts: Collection[str] = (),
-    origins: Origins | None = None,
+    site: Site | None = None,
     limits: Limits | None = None,
-    base_path: str = "",
 ) -> Gate:
     """Build the router as an ASGI application.
 
     Args:
         ring: keys that the router asks for; without a file it asks for none, and passes on what it gets.
-        base_path: the beginning of all paths, or nothing.
     """
     limits = limits or Limits()
     router = Router(fleet, limits)
     gate = Gate(
         router, [*(route.policy for route in ROUTES), Policy(method="GET", path="/healthz", scope=None)], ring,
-        limits, hosts=hosts, origins=origins, takes_media=True, observe=router.metrics.observe,
-        base_path=base_path,
+        limits, site=site, takes_media=True, observe=router.metrics.observe,
     )  # fmt: skip
     router.pool = gate.bodies
     router.pool.max_bytes = BODIES_BYTES

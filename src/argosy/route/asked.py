@@ -6,7 +6,7 @@ An answer can be repeated by another server if it follows from its request: gree
 a seed. A request without one gets a random seed here, which changes nothing for its client: the server would have
 drawn one. A request that refers to kept responses goes to the server that keeps them, and no other can repeat it.
 
-Elsewhere: servers check bodies (`serve/http/body.py`), so only what is needed here is read, and nothing is refused
+Elsewhere: servers check bodies (`serve/dialects/body.py`), so only what is needed here is read, and nothing is refused
 that a server would accept.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 from pydantic import RootModel
 
 from argosy.route.prefixes import Mark, Prefixes, parts_of
+from argosy.serve.dialects.body import validated
 from argosy.serve.dialects.openai_responses_bodies import kind_of
-from argosy.serve.http.body import validated
 from argosy.serve.http.held import Share
 
 # Routes whose answers are generated, and where their bodies have the seed: in `options`, or at the top.

@@ -18,8 +18,9 @@ from argosy.route.upstream import Address
 from argosy.serve.admin.key_watch import KeyWatch
 from argosy.serve.http.listen import Front, Listener
 from argosy.serve.http.log import LogFormat
-from argosy.serve.http.origins import Origins
-from argosy.serve.run import MAX_CONNECTIONS, logging_to_stderr, make_room_for_files, run_app
+from argosy.serve.http.origins import Origins, Site
+from argosy.serve.http.server import MAX_CONNECTIONS, Endpoint, make_room_for_files, run_app
+from argosy.serve.run import logging_to_stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
     """Pass requests to the servers until a signal.
 
     Args:
-        sockets: from `serve.run.bind` or `serve.listen.bind_file`.
+        sockets: from `bind` or `bind_file`.
 
     Raises:
         UsageError: another process has started to listen there in the meantime.
@@ -58,8 +59,10 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
     limits = Limits(known=ring.ids)
     fleet = Fleet(settings.addresses, settings.health)
     app = make_router(
-        fleet, ring, hosts=settings.hosts, origins=settings.origins, limits=limits,
-        base_path=settings.front.base_path,
+        fleet, ring, limits=limits,
+        site=Site(
+            hosts=settings.hosts, origins=settings.origins or Origins(), base_path=settings.front.base_path
+        ),
     )  # fmt: skip
 
     def started(address: str) -> None:
@@ -67,7 +70,8 @@ def route(sockets: Sequence[Listener], settings: RouterSettings) -> None:
         sys.stderr.write(f"routing {address} to {', '.join(map(str, settings.addresses))}\n")
 
     with logging_to_stderr(settings.log_format), KeyWatch(ring, limits, app.running):
-        run_app(
-            app, fleet, sockets, started, host=settings.host, front=settings.front, drain_s=settings.drain_s,
+        endpoint = Endpoint(
+            sockets=sockets, host=settings.host, front=settings.front, drain_s=settings.drain_s,
             max_connections=settings.max_connections,
         )  # fmt: skip
+        run_app(app, fleet, endpoint, started)

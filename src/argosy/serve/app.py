@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -29,7 +30,6 @@ from argosy.serve.admin.health import Health, Ready, health, ready
 from argosy.serve.admin.openapi import Route, document
 from argosy.serve.admin.state import EngineState, MemoryState, Metrics
 from argosy.serve.admin.transparency import Practice, Transparency, transparency
-from argosy.serve.answer.running import GoneAway, Running
 from argosy.serve.answer.service import Service
 from argosy.serve.dialects import (
     anthropic_messages,
@@ -45,6 +45,8 @@ from argosy.serve.dialects import (
     openai_responses,
     rerank,
 )
+from argosy.serve.dialects.body import answering
+from argosy.serve.dialects.form import answering_form
 from argosy.serve.dialects.openai_models import Model, ModelList, model, models
 from argosy.serve.dialects.tokens import (
     Detokenized,
@@ -58,9 +60,8 @@ from argosy.serve.dialects.tokens import (
 )
 from argosy.serve.guards.audited import Auditor
 from argosy.serve.guards.check_by_model import ModelJudge
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.access import Policy, Screens, dialect_of
-from argosy.serve.http.body import answering
 from argosy.serve.http.failures import (
     AnthropicError,
     OllamaError,
@@ -69,10 +70,10 @@ from argosy.serve.http.failures import (
     error_body,
     error_headers,
 )
-from argosy.serve.http.form import answering_form
 from argosy.serve.http.gate import Gate
-from argosy.serve.http.origins import Origins
+from argosy.serve.http.origins import Site
 from argosy.serve.http.page import PAGE_TYPES, docs, favicon, page, page_file, read_page
+from argosy.serve.http.running import GoneAway, Running
 from argosy.serve.http.streams import JSON_LINES
 from argosy.serve.models.models import Models
 
@@ -226,48 +227,57 @@ def _document(base_path: str) -> str:
     return json.dumps(document(ROUTES, version("argosy"), base_path=base_path))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Governance:
+    """What an operator does about requests besides answering them.
+
+    guarding: policies, and what is stopped; None: there are none.
+    auditor: records requests; None: nobody does.
+    practice: how the server treats texts, for `/v1/engine/transparency`.
+    """
+
+    guarding: Guarding | None = None
+    auditor: Auditor | None = None
+    practice: Practice = field(default_factory=Practice)
+
+
 def make_app(
     served: Models | Service,
     ring: KeyRing,
     *,
     block_tokens: int,
     max_sequences: int,
-    hosts: Collection[str] = (),
-    origins: Origins | None = None,
+    site: Site | None = None,
     limits: Limits | None = None,
-    base_path: str = "",
+    governance: Governance | None = None,
     workers: Workers | None = None,
-    auditor: Auditor | None = None,
     co2_grams_per_kwh: float | None = None,
-    guarding: Guarding | None = None,
-    practice: Practice | None = None,
     memory_watch: memory.MemoryWatch | None = None,
 ) -> Gate:
     """Build the whole server as an ASGI application.
 
     Args:
         served: the models, or the service of the only one.
-        base_path: the beginning of all paths, or nothing.
+        governance: policies, the audit, and what users are told; None: nothing is checked, recorded or kept.
         workers: run experts for the model; None: it runs alone.
-        auditor: records requests; None: nobody does.
         co2_grams_per_kwh: emissions of the electricity here; None: unknown.
-        guarding: policies, and what is stopped; None: there are none.
-        practice: how the server treats texts, for `/v1/engine/transparency`; None: it keeps nothing.
         memory_watch: keeps the budget within limits; None: only who asks for another budget changes it.
 
     Raises:
         UsageError: a policy asks a model that the server does not have.
     """
     models = served if isinstance(served, Models) else Models.of(served)
-    guarding = Guarding() if guarding is None else guarding
+    site = Site() if site is None else site
+    governance = Governance() if governance is None else governance
+    guarding, auditor = governance.guarding or Guarding(), governance.auditor
     guarding.require_models(models.names)
-    running = Running(guarding)
-    guarding.ask_model = ModelJudge(models, running)
+    running = Running(guarding.why_not)
+    guarding.changed, guarding.checks.ask_model = running.look_soon, ModelJudge(models, running)
     app = Starlette()
-    app.state.guarding, app.state.practice = guarding, Practice() if practice is None else practice
+    app.state.guarding, app.state.practice = guarding, governance.practice
     app.state.models, app.state.page = models, read_page()
     app.state.block_tokens, app.state.max_sequences = block_tokens, max_sequences
-    app.state.base_path = base_path
+    app.state.base_path = site.base_path
     app.state.metrics = Metrics(models, workers, co2_grams_per_kwh=co2_grams_per_kwh)
     app.state.memory_watch = memory.MemoryWatch(models) if memory_watch is None else memory_watch
     app.state.workers, app.state.ring, app.state.auditor = workers, ring, auditor
@@ -283,11 +293,9 @@ def make_app(
     for kind in (ArgosyError, HTTPException, GoneAway, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Gate(
-        app, [route.policy for route in ROUTES], ring, limits or Limits(), hosts=hosts,
-        origins=origins, hints=ollama.HINTS,
-        takes_media=models.takes_media, observe=app.state.metrics.observe,
-        metrics=app.state.metrics.answers, base_path=base_path, auditor=auditor, guarding=guarding,
-        running=running,
+        app, [route.policy for route in ROUTES], ring, limits or Limits(), site=site, hints=ollama.HINTS,
+        takes_media=models.takes_media, observe=app.state.metrics.observe, running=running,
+        hooks=[*(() if auditor is None else (auditor,)), guarding, app.state.metrics.answers],
     )  # fmt: skip
 
 

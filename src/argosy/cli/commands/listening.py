@@ -2,7 +2,7 @@
 
     options  ->  Listening: checked, before anything is opened  ->  sockets, Front
 
-Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py` and `serve/run.py`; the file is
+Elsewhere: sockets and TLS are `serve/http/listen.py`, `serve/http/systemd.py`; the file is
 `cli/shared/config_file.py`.
 """
 
@@ -123,9 +123,8 @@ class Listening:
 
     @contextmanager
     def bind(self) -> Iterator[list[Listener]]:
-        """Bind sockets, without listening yet. Raises what `bind_file` and `serve.run.bind` raise."""
-        from argosy.serve.http.listen import bind_file
-        from argosy.serve.run import address_of, bind
+        """Bind sockets, without listening yet. Raises what `bind_file` and `bind` raise."""
+        from argosy.serve.http.listen import address_of, bind, bind_file
 
         with ExitStack() as bound:
             if self.passed:

@@ -118,10 +118,11 @@ def serve(
     from argosy.guard.keys import KeyFile
     from argosy.library.names import look_up, preset_of
     from argosy.serve.answer.media_hosts import MediaHosts
-    from argosy.serve.guards.screening import Guarding
+    from argosy.serve.guards.guarding import Guarding
     from argosy.serve.http.origins import Origins
+    from argosy.serve.http.server import make_room_for_files
     from argosy.serve.http.work import share_one_heap
-    from argosy.serve.run import ServerSettings, make_room_for_files, require_keys, require_keys_behind_proxy
+    from argosy.serve.run import ServerSettings, require_keys, require_keys_behind_proxy
 
     listening = listening_of(given)
     SamplingParams.asked(sampling)  # checks the values

@@ -12,13 +12,16 @@ Elsewhere: `state.py` has the engine's own metrics, and counts requests by route
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import Metric
 
 from argosy.engine.sequence import Result
+from argosy.serve.http.access import Policy
+from argosy.serve.http.caller import Caller, Hook, Watch
 
 Operation = Literal["chat", "text_completion"]  # OpenTelemetry's words
 
@@ -33,7 +36,7 @@ _LABELS = ("model", "operation")
 _OPENTELEMETRY = {"model": "gen_ai_response_model", "operation": "gen_ai_operation_name"}
 
 
-class AnswerMetrics:
+class AnswerMetrics(Hook):
     """The metrics of all answers. Any thread may call it.
 
     Args:
@@ -81,6 +84,9 @@ class AnswerMetrics:
         self._keys: set[str] = set()
         registry.register(self)
 
+    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        return RequestWatch(self, caller)
+
     def watch(self, model: str, operation: Operation, began: float) -> AnswerWatch:
         """Begin an answer of a request that arrived at `began`."""
         return AnswerWatch(self, model, operation, began)
@@ -120,6 +126,35 @@ class AnswerMetrics:
                         sample.value,
                     )
                 yield alias
+
+
+class RequestWatch(Watch):
+    """The answers and tokens of one request."""
+
+    def __init__(self, metrics: AnswerMetrics, caller: Caller) -> None:
+        self._metrics, self._caller = metrics, caller
+        self._model = ""
+        self._answers: list[AnswerWatch] = []
+
+    def answered_by(self, model: str, digests: Mapping[str, str]) -> None:
+        if not self._model:
+            self._metrics.count_request(model, self._caller.key_id)
+        self._model = model
+
+    def count(self, *, prompt: int, new: int) -> None:
+        self._metrics.count_tokens(self._model, self._caller.key_id, prompt=prompt, new=new)
+
+    def queued(self, num_answers: int, *, is_chat: bool) -> None:
+        operation: Operation = "chat" if is_chat else "text_completion"
+        watch = partial(self._metrics.watch, self._model, operation, self._caller.began)
+        self._answers += [watch() for _ in range(num_answers)]
+
+    def token(self, answer: int) -> None:
+        super().token(answer)
+        self._answers[answer].token()
+
+    def ended(self, answer: int, result: Result) -> None:
+        self._answers[answer].end(result)
 
 
 class AnswerWatch:

@@ -5,7 +5,7 @@
 
 They are deleted again until no thread works for the key any more, and until deleting them succeeds.
 
-Elsewhere: requests end in `serve/answer/running.py`; keys and limits are the room `guard`; a tenant's blocks and files
+Elsewhere: requests end in `serve/http/running.py`; keys and limits are the room `guard`; a tenant's blocks and files
 are `engine/prefix.py`.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from argosy.errors import UsageError
 from argosy.guard.keys import KeyRing
 from argosy.guard.limits import Limits
-from argosy.serve.answer.running import Running
 from argosy.serve.http.log import where_it_failed
+from argosy.serve.http.running import Running
 
 log = logging.getLogger("argosy.serve")
 

@@ -371,6 +371,9 @@ class RequestMetrics:
         self._seconds.labels(route).observe(seconds)
 
 
+_Row = tuple[type[CounterMetricFamily | GaugeMetricFamily], str, str, float | None]
+
+
 class Metrics:
     """Prometheus metrics in their own registry; labels are routes, statuses, and parts of the engine's time.
 
@@ -393,74 +396,14 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        is_one = self._models.memory is None
-        of_model = [] if is_one else ["model"]
+        of_model = [] if self._models.memory is None else ["model"]
         known = [
-            ([] if is_one else [one.model.id], one, one.loop.snapshot()) for one in self._models.services()
+            ([one.model.id] if of_model else [], one, one.loop.snapshot()) for one in self._models.services()
         ]
         counter, gauge = CounterMetricFamily, GaugeMetricFamily
         found: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for labels, _, facts in known:
-            engine, totals, decode_rate = facts.engine, facts.engine.totals, facts.new_tok_per_s
-            for family, name, what, value in (
-                (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
-                (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),
-                (
-                    counter,
-                    "argosy_proposed_tokens",
-                    "Tokens proposed ahead of the model",
-                    totals.proposed_tokens,
-                ),
-                (
-                    counter,
-                    "argosy_confirmed_tokens",
-                    "Proposed tokens that the model chose",
-                    totals.confirmed_tokens,
-                ),
-                (
-                    gauge,
-                    "argosy_speculation_won_seconds",
-                    "Seconds that proposals saved, estimated",
-                    totals.won_s,
-                ),
-                (counter, "argosy_expert_lookups", "Expert lookups", totals.lookups),
-                (
-                    counter,
-                    "argosy_expert_hits",
-                    "Expert lookups that found the expert in memory",
-                    totals.hits,
-                ),
-                (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
-                (counter, "argosy_steps", "Engine steps", facts.num_steps),
-                (
-                    counter,
-                    "argosy_product_operations",
-                    "Operations of products that can run on the tiles of AMX, where there is AMX",
-                    None if engine.operations is None else engine.operations[1],
-                ),
-                (
-                    counter,
-                    "argosy_amx_operations",
-                    "Those of them on the tiles of AMX",
-                    None if engine.operations is None else engine.operations[0],
-                ),
-                (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
-                (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
-                (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
-                (gauge, "argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
-                (gauge, "argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
-                (gauge, "argosy_experts", "Experts in all layers", engine.num_experts),
-                (gauge, "argosy_expert_slots", "Experts that have room in memory", engine.expert_slots),
-                (gauge, "argosy_experts_resident", "Experts in memory", engine.num_resident),
-                (gauge, "argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
-                (
-                    gauge,
-                    "argosy_budget_bytes",
-                    "Memory budget",
-                    engine.budget_bytes if is_one else self._models.budget_bytes,
-                ),
-                (gauge, "argosy_decode_tokens_per_second", "Recent generated tokens per second", decode_rate),
-            ):
+            for family, name, what, value in self._of_engine(facts):
                 metric = found.setdefault(name, family(name, what, labels=of_model))
                 if value is not None:
                     metric.add_metric(labels, value)
@@ -488,6 +431,43 @@ class Metrics:
             yield from worker_metrics(self._workers)
         if any(service.compare is not None for _, service, _ in known):
             yield from self._comparison(of_model, known)
+
+    def _of_engine(self, facts: LoopFacts) -> Sequence[_Row]:
+        """The metrics of one engine."""
+        engine, totals = facts.engine, facts.engine.totals
+        counter, gauge = CounterMetricFamily, GaugeMetricFamily
+        on_tiles, products = engine.operations or (None, None)
+        budget_bytes = engine.budget_bytes if self._models.memory is None else self._models.budget_bytes
+        return (
+            (counter, "argosy_prompt_tokens", "Prompt tokens", totals.prompt_tokens),
+            (counter, "argosy_new_tokens", "Generated tokens", totals.new_tokens),
+            (counter, "argosy_proposed_tokens", "Tokens proposed ahead of the model", totals.proposed_tokens),
+            (counter, "argosy_confirmed_tokens", "Proposed tokens that the model chose", totals.confirmed_tokens),
+            (gauge, "argosy_speculation_won_seconds", "Seconds that proposals saved, estimated", totals.won_s),
+            (counter, "argosy_expert_lookups", "Expert lookups", totals.lookups),
+            (counter, "argosy_expert_hits", "Expert lookups that found the expert in memory", totals.hits),
+            (counter, "argosy_read_bytes", "Bytes read from the drive", totals.bytes_read),
+            (counter, "argosy_steps", "Engine steps", facts.num_steps),
+            (
+                counter, "argosy_product_operations",
+                "Operations of products that can run on the tiles of AMX, where there is AMX", products,
+            ),
+            (counter, "argosy_amx_operations", "Those of them on the tiles of AMX", on_tiles),
+            (gauge, "argosy_sequences_running", "Running sequences", engine.num_running),
+            (gauge, "argosy_sequences_waiting", "Waiting sequences", engine.num_waiting),
+            (gauge, "argosy_kv_blocks_held", "KV blocks of running sequences", engine.kv_blocks_held),
+            (gauge, "argosy_kv_blocks_kept", "KV blocks in the prefix cache", engine.kv_blocks_kept),
+            (gauge, "argosy_kv_blocks", "All KV blocks", engine.kv_blocks),
+            (gauge, "argosy_experts", "Experts in all layers", engine.num_experts),
+            (gauge, "argosy_expert_slots", "Experts that have room in memory", engine.expert_slots),
+            (gauge, "argosy_experts_resident", "Experts in memory", engine.num_resident),
+            (gauge, "argosy_peak_bytes", "Peak memory of the process", totals.peak_bytes),
+            (gauge, "argosy_budget_bytes", "Memory budget", budget_bytes),
+            (
+                gauge, "argosy_decode_tokens_per_second", "Recent generated tokens per second",
+                facts.new_tok_per_s,
+            ),
+        )  # fmt: skip
 
     def _energy(
         self, of_model: list[str], known: Sequence[tuple[list[str], Service, LoopFacts]]

@@ -2,7 +2,7 @@
 
 Requests are refused, and those that run end with an error before their next token or event. Nothing is deleted.
 
-Elsewhere: what is stopped is kept by `guard/stops.py`; `serve/answer/running.py` ends requests.
+Elsewhere: what is stopped is kept by `guard/stops.py`; `serve/http/running.py` ends requests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from argosy.errors import UsageError
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.stops import LONGEST_NAME, Kind, Stops
 from argosy.serve.answer.fields import Flag, Strict
-from argosy.serve.answer.running import Running
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
+from argosy.serve.http.running import Running
 from argosy.serve.models.models import models_of
 
 

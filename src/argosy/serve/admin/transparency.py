@@ -13,7 +13,7 @@ from typing import Literal
 from starlette.requests import Request
 
 from argosy.guard.audit import AuditSettings
-from argosy.serve.guards.screening import Guarding
+from argosy.serve.guards.guarding import Guarding
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 from argosy.serve.models.models import models_of

@@ -5,7 +5,7 @@
 No answer keeps the event loop for longer than a turn, however many of its tokens are ready. Answers are stored for
 replay in threads. Cancelling an `Answers` before its end makes the engine free its sequences before the next step.
 
-Elsewhere: prompts are made in `service.py`; the engine's thread is `engine/loop.py`.
+Elsewhere: prompts are made in `opening.py`; the engine's thread is `engine/loop.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
@@ -26,7 +25,6 @@ from argosy.errors import ArgosyError
 from argosy.prompt.formats.events import Event as SaidEvent
 from argosy.prompt.formats.events import ToolCallBegin, ToolCallEnd, collect
 from argosy.prompt.prompt import Prompt
-from argosy.serve.admin.answer_metrics import AnswerWatch, Operation
 from argosy.serve.answer.request import media_tokens
 from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.answer.usage import PromptTokens, ReadOfPrompt
@@ -35,13 +33,10 @@ from argosy.serve.http.caller import Caller
 if TYPE_CHECKING:
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.formats import Parser
-    from argosy.serve.guards.screening import ScreenedAnswer
-
 
 _TURN_S = 0.001  # after this time, an answer whose tokens are ready yields to others
 Finish = Literal["stop", "length", "tool_calls", "content_filter"]
 MOST_UNREAD = 4096  # events waiting for the client, per request; some MB with log-probabilities
-_SCREENED_AT_ONCE = 64  # steps, if so many have arrived
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +78,7 @@ class Ended:
 
 
 Step = Progress | Said | Ended
+During = Callable[["Answers"], AsyncGenerator[Step, None]]
 
 
 class ReadTooSlowly(ArgosyError):
@@ -96,21 +92,26 @@ class Answers:
 
     At most MOST_UNREAD events for each prompt may wait for the client; with more, the request ends.
 
+    Args:
+        during: the steps that pass, of those that `own_steps` yields.
+
     Attributes:
         results: for each answer, None until its end.
+        tells_token_ids: the client may know the tokens: nothing holds back or changes what they say.
     """
 
     def __init__(
-        self, loop: EngineLoop, prompts: PromptBuilder, model: str, caller: Caller,
-        events: asyncio.AbstractEventLoop,
+        self, loop: EngineLoop, prompts: PromptBuilder, caller: Caller, events: asyncio.AbstractEventLoop,
+        *, during: During = lambda answers: answers.own_steps(), tells_token_ids: bool = True,
     ) -> None:  # fmt: skip
         self.prompts: list[Prompt] = []
         self.results: list[Result | None] = []
         self.num_prompt_tokens = 0  # over all prompts, as the following
         self.num_new_tokens = 0
         self.num_reasoning_tokens = 0
-        self._loop, self._prompts, self._model = loop, prompts, model
-        self._caller, self._events = caller, events
+        self.tells_token_ids = tells_token_ids
+        self._loop, self._prompts, self._caller, self._events = loop, prompts, caller, events
+        self._during = during
         self._requests: list[Request] = []
         self._num_cached: dict[int, int] = {}  # by first answer
         self._parsers: list[Parser | None] = []
@@ -122,15 +123,9 @@ class Answers:
         self._is_woken = False  # the event loop will look, so it needs no second signal
         self._is_behind = False
         self._is_left = False  # what is still queued for it ends at once
-        self._screened: list[ScreenedAnswer] = []  # all answers, if there is a policy
+        self._blocked: set[int] = set()
         self._begun_ids: tuple[int, ...] = ()  # that every answer began with
         self._begun: list[Step] = []  # and what they said
-
-    @property
-    def tells_token_ids(self) -> bool:
-        """Whether the client may know the tokens: not if a policy may hold back or change what they say."""
-        screening = self._caller.screening
-        return screening is None or not screening.policy.changes_answers
 
     def add(self, prompt: Prompt, params: SamplingParams, use: ToolUse, num_answers: int) -> None:
         """Queue a prompt in the engine; only the one prompt of a conversation has tools.
@@ -142,27 +137,19 @@ class Answers:
             self._parsers.append(self._prompts.parser(prompt, use.callable) if is_parsed else None)
             self._said.append([])
             self.results.append(None)
-            if self._caller.screening is not None and self._caller.screening.policy.checks_answers:
-                self._screened.append(self._caller.screening.answer())
         self.prompts.append(prompt)
         self._num_cached[first] = 0
         self._use = use
-        caller, model = self._caller, self._model
-        watches: list[AnswerWatch] = []
-        if caller.metrics is not None:
-            operation: Operation = "text_completion" if prompt.trace is None else "chat"
-            watches = [caller.metrics.watch(model, operation, caller.began) for _ in range(num_answers)]
+        caller = self._caller
+        for watch in caller.watches:
+            watch.queued(num_answers, is_chat=prompt.trace is not None)
 
         def deliver(event: Event) -> None:
-            if isinstance(event, AnswerToken):  # counted here, because the client may be gone
-                caller.count(new=1)
-                if watches:
-                    watches[event.answer].token()
-            elif isinstance(event, AnswerEnd):
-                caller.finishes.append(event.result.finish_reason)
-                caller.num_marked_tokens += event.result.num_marked
-                if watches:
-                    watches[event.answer].end(event.result)
+            for watch in caller.watches:  # here, because the client may be gone
+                if isinstance(event, AnswerToken):
+                    watch.token(first + event.answer)
+                elif isinstance(event, AnswerEnd):
+                    watch.ended(first + event.answer, event.result)
             if not self._is_behind and len(self._arrived) >= MOST_UNREAD * len(self.prompts):
                 self._is_behind = True
                 self._events.call_soon_threadsafe(self.cancel)
@@ -208,54 +195,31 @@ class Answers:
         for request in self._requests if self._num_open else ():
             self._loop.cancel(request)
 
-    async def steps(self) -> AsyncGenerator[Step, None]:
-        """Yield every step until the last answer has ended, as far as the key's policy lets it pass.
+    @property
+    def has_more(self) -> bool:
+        """Whether the next step is ready."""
+        return bool(self._arrived)
+
+    def is_parsed(self, answer: int) -> bool:
+        """Whether the steps of an answer have events, or nothing but text."""
+        return self._parsers[answer] is not None
+
+    def block(self, answer: int) -> None:
+        """End an answer as filtered, and what the engine does for it once no other one is open."""
+        self._blocked.add(answer)
+        if all(result is not None or at in self._blocked for at, result in enumerate(self.results)):
+            self.cancel()
+
+    def steps(self) -> AsyncGenerator[Step, None]:
+        """Yield every step until the last answer has ended, as far as the check lets it pass.
 
         Raises:
             ArgosyError: an answer cannot be finished.
         """
-        screening = self._caller.screening
-        async with aclosing(self._own_steps()) as steps:
-            if not self._screened or screening is None:
-                async for step in steps:
-                    yield step
-                return
-            waiting: list[Step] = []
-            async for step in steps:
-                waiting.append(step)
-                if self._arrived and len(waiting) < _SCREENED_AT_ONCE and not isinstance(step, Ended):
-                    continue
-                passed = [made for one in _joined(waiting) for made in await self._screen(one)]
-                for made in passed if screening.policy.changes_answers else waiting:
-                    yield made
-                waiting = []
+        return self._during(self)
 
-    async def _screen(self, step: Step) -> list[Step]:
-        """Return the parts of a step that the checks let pass."""
-        if isinstance(step, Progress):
-            return [step]
-        screened, number = self._screened[step.answer], step.answer
-        made: list[Step] = []
-        events: list[SaidEvent] = []
-        is_end, text = isinstance(step, Ended), ""
-        if self._parsers[number] is None:
-            text = await screened.take_text("" if isinstance(step, Ended) else step.text, is_end=is_end)
-        elif isinstance(step, Ended):
-            events = await screened.finish()
-        else:
-            events = await screened.take(step.events)
-        if events or text:
-            made.append(Said(number, tuple(events), text, None))
-        if isinstance(step, Ended):
-            return [*made, replace(step, finish="content_filter") if screened.is_blocked else step]
-        if screened.is_blocked and all(
-            result is not None or other.is_blocked
-            for result, other in zip(self.results, self._screened, strict=True)
-        ):
-            self.cancel()
-        return made
-
-    async def _own_steps(self) -> AsyncGenerator[Step, None]:
+    async def own_steps(self) -> AsyncGenerator[Step, None]:
+        """Yield every step, whatever the check says. Raises what `steps` raises."""
         for begun in self._begun:
             yield begun
         turn_began = time.monotonic()
@@ -284,8 +248,7 @@ class Answers:
 
     async def _remember(self, end: AnswerEnd) -> None:
         """Store the answer before its end is sent, so the next turn finds it; in a thread, as all of it is read."""
-        is_blocked = bool(self._screened) and self._screened[end.answer].is_blocked
-        if self._parsers[end.answer] is not None and not is_blocked:
+        if self._parsers[end.answer] is not None and end.answer not in self._blocked:
             tenant, token_ids, said = (
                 self._caller.tenant,
                 [*self._begun_ids, *end.result.token_ids],
@@ -339,7 +302,7 @@ class Answers:
                 f"the client read the answer too slowly: more than {MOST_UNREAD} events waited",
                 hint="read faster, or request fewer answers and no log-probabilities",
             )
-        if self._screened and self._screened[answer].is_blocked:
+        if answer in self._blocked:
             return [Ended(answer, "content_filter", result)]
         if result.finish_reason == "cancelled":
             raise ArgosyError("the answer was cancelled")
@@ -355,19 +318,3 @@ class Answers:
         if num_whole == num_begun > 0:
             finish = "tool_calls"
         return [*steps, Ended(answer, finish, result)]
-
-
-def _joined(steps: Sequence[Step]) -> Iterator[Step]:
-    """The steps, with what one answer said in steps that follow each other joined, so that it is checked at once."""
-    last: Said | None = None
-    for step in steps:
-        if isinstance(step, Said) and last is not None and last.answer == step.answer:
-            last = Said(step.answer, (*last.events, *step.events), last.text + step.text, None)
-            continue
-        if last is not None:
-            yield last
-        last = step if isinstance(step, Said) else None
-        if last is None:
-            yield step
-    if last is not None:
-        yield last

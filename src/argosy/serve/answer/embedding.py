@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from argosy.engine.pooling import shortened
 from argosy.engine.sequence import Result
 from argosy.errors import CheckpointError, PromptTooLong, UsageError
+from argosy.serve.answer.check import check_of
 from argosy.serve.answer.service import Service
 from argosy.serve.answer.side_by_side import Deliver, run_parts
 from argosy.serve.http.caller import Caller
@@ -74,15 +75,15 @@ async def embed(
         raise UsageError(
             f"dimensions must be from 1 to {most} with this model, found {size}", param="dimensions"
         )
-    num_bytes = len(texts) * (size * 4 + _TEXT_BYTES)
-    if num_bytes > caller.share.max_bytes:
+    num_bytes, share = len(texts) * (size * 4 + _TEXT_BYTES), caller.held.share
+    if num_bytes > share.max_bytes:
         raise Refused(
             413,
-            f"these embeddings take {num_bytes} bytes of memory, and there are {caller.share.max_bytes} for requests",
+            f"these embeddings take {num_bytes} bytes of memory, and there are {share.max_bytes} for requests",
             hint="send fewer texts in a request",
         )
-    caller.share.hold(num_bytes)
-    texts = await service.screened_texts(texts, caller, cuts=cuts)
+    share.hold(num_bytes)
+    texts = await check_of(caller).passed(texts, service, caller, cuts=cuts)
     made = Embedded(np.empty((len(texts), size), np.float32))
 
     def submit(number: int, deliver: Deliver) -> Any:

@@ -4,8 +4,8 @@
                                                  GET /v1/responses/{id}                ->  the response again
 
 All of it is kept only in memory, within a budget; the least recently used is dropped first, and what was not used for
-`kept_s` is dropped anyway: the server calls `drop_expired` every SWEEP_S (`run.py`). Another tenant never finds it, a
-restart or the revocation of the key drops it, and a request with `store: false` keeps nothing.
+`kept_s` is dropped anyway: the server calls `drop_expired` every second (`serve/http/server.py`). Another tenant never
+finds it, a restart or the revocation of the key drops it, and a request with `store: false` keeps nothing.
 
 Elsewhere: input items are `serve/dialects/openai_responses_bodies.py`, output items
 `serve/dialects/openai_responses.py`; their budget is part of the replay memory (`run.py`).
@@ -25,7 +25,6 @@ from argosy.serve.answer.fields import MAX_ITEMS
 from argosy.serve.http.failures import Refused
 
 KEPT_S = 86_400.0
-SWEEP_S = 1.0  # how often the server looks for what is too old
 _MOST_DROPPED = 1024  # in a sweep, because the event loop waits for it
 _ENTRY_BYTES = 512  # Python's own overhead
 _REMEDY = (

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from argosy.config import Grammar, SamplingParams
-from argosy.errors import UsageError
-from argosy.guard.view import Shown
 from argosy.media.parts import Kind
 from argosy.prompt.infill import Snippet
 from argosy.prompt.prompt import Prompt
@@ -25,7 +23,6 @@ _MEDIA_TOKENS: Mapping[Kind, MediaTokens] = {
     "video": "image_tokens",
     "sound": "audio_tokens",
 }
-USER_FIELDS = ("safety_identifier", "user")  # name the person behind a request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,36 +45,6 @@ class TextRequest:
     num_left_out: int = 0
     num_answers: int = 1
     ignored: Sequence[str] = ()
-
-    def shown(self, decode: Callable[[Sequence[int]], str]) -> Shown:
-        """What the model gets from it."""
-        prompt = self.prompt if isinstance(self.prompt, str) else decode(self.prompt)
-        after = () if self.suffix is None else (self.suffix,)
-        others = (text for one in self.snippets or () for text in (one.file or "", one.text))
-        return Shown(texts=[prompt, *after, *others], grammar=self.params.grammar)
-
-    def with_shown(self, given: Shown, made: Shown) -> TextRequest:
-        """The request as the policy made it from `given`.
-
-        Raises:
-            UsageError: its prompt has values to replace, and is token ids.
-        """
-        prompt, *others = made.texts
-        if not isinstance(self.prompt, str):
-            if prompt != given.texts[0]:
-                raise UsageError(
-                    "the policy of this server replaces values in the prompt, and this one is token ids",
-                    param="prompt", hint="send the prompt as text",
-                )  # fmt: skip
-            return replace(self, params=replace(self.params, grammar=made.grammar))
-        suffix = None if self.suffix is None else others.pop(0)
-        snippets = None
-        if self.snippets is not None:
-            snippets = [
-                Snippet(text, file or None) for file, text in zip(others[::2], others[1::2], strict=True)
-            ]
-        params = replace(self.params, grammar=made.grammar)
-        return replace(self, prompt=prompt, suffix=suffix, snippets=snippets, params=params)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,18 +79,9 @@ class ChatRequest:
     replaced: Replaced = field(default_factory=Replaced)
     ignored: Sequence[str] = ()
 
-    def shown(self) -> Shown:
-        """What the model gets from it. The names in `tool_choice` are names of its tools."""
-        return Shown(messages=self.messages, tools=self.tools, variables=self.variables, grammar=self.form)
 
-    def with_shown(self, made: Shown) -> ChatRequest:
-        """The request as the policy made it."""
-        return replace(
-            self, messages=made.messages, tools=made.tools, variables=made.variables, form=made.grammar
-        )
-
-
-Read = Callable[[], ChatRequest | TextRequest]
+ModelRequest = ChatRequest | TextRequest
+Read = Callable[[], ModelRequest]
 
 
 def media_tokens(prompts: Iterable[Prompt]) -> dict[MediaTokens, int]:

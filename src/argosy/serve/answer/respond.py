@@ -1,6 +1,6 @@
 """Answer a request in its dialect: one path for every dialect, streamed or whole.
 
-    handler  ->  respond  ->  Service.open: reads, in a thread  ->  Answers.steps  ->  begin, take, end: events
+    handler  ->  respond  ->  Opening: reads, in a thread  ->  Answers.steps  ->  begin, take, end: events
                                                     stream: each event is sent        whole: fold, then whole
 
 A dialect is one file, or two if its bodies are large: the model of its body, which becomes a `ChatRequest`; the types
@@ -8,7 +8,7 @@ of its events and its whole answer; an `Exchange`, which turns steps into events
 calls `respond`. The rest happens here: work in threads, headers, errors, and cancelling an answer that nobody waits
 for any more. A whole answer is folded from the events of its own stream, so the two always agree.
 
-Elsewhere: prompts are `service.py`; steps are `answers.py`; bytes on the connection are `serve/http/streams.py`; routes
+Elsewhere: prompts are `opening.py`; steps are `answers.py`; bytes on the connection are `serve/http/streams.py`; routes
 are `app.py`. A new dialect can start from the one in `tests/serve/test_respond.py`.
 """
 
@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import PromptTooLong
 from argosy.serve.answer.answers import Answers, Step
 from argosy.serve.answer.media_parts import media_in
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import Read
 from argosy.serve.answer.service import Service, service_of
 from argosy.serve.http.access import Dialect
@@ -85,7 +86,7 @@ class Exchange(ABC, Generic[Body, Event]):
     def drop_media(self) -> None:
         """Forget the data of pictures and sounds; the prompt is built, and an answer may take minutes."""
         num_bytes = sum(part.drop() for part in media_in(self.body))
-        self.caller.share.shrink(self.caller.share.num_bytes - num_bytes)
+        self.caller.held.share.shrink(self.caller.held.share.num_bytes - num_bytes)
 
     def begin(self) -> Iterable[Event]:
         """The events before the first step."""
@@ -126,7 +127,7 @@ async def respond(kind: type[Exchange[Body, Event]], body: Body, request: Reques
     caller: Caller = request.state.caller
     exchange = kind(body, service, caller)
     try:
-        exchange.answers, headers = await service.open(exchange.reads(), caller)
+        exchange.answers, headers = await Opening(service, caller).answers(exchange.reads())
     except PromptTooLong as error:
         if not (body.stream and kind.streams_overflow):
             raise

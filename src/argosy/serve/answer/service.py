@@ -1,46 +1,32 @@
-"""One model for all dialects: requests become prompts, and prompts are queued in its engine.
+"""One model for all dialects: its engine, its prompts, what it hears with, and what is kept of its clients.
 
-    dialect  ->  ChatRequest or TextRequest  ->  Service.open  ->  Answers: Progress, Said, Ended  ->  dialect
-
-Prompts are rendered and requests checked in threads that all callers share fairly (`work.py`), and steps run in the
-engine's own thread, so the event loop never waits.
-
-Elsewhere: the path from a dialect's handler to here is `respond.py`; requests are `request.py`; answers are
-`answers.py`; the engine's thread is `engine/loop.py`.
+Elsewhere: a request becomes a prompt in its engine by `opening.py`; the engine's thread is `engine/loop.py`; the models
+of a server are `serve/models/models.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-from argosy.config import Preset, SamplingParams
+from argosy.config import Preset
 from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
-from argosy.errors import PromptTooLong, UsageError
 from argosy.forecast.verification import Verification
+from argosy.guard.keys import KeyRing
 from argosy.media.parts import Content
 from argosy.media.transcript import Transcript, TranscriptOptions
 from argosy.observe.live import LiveCache
-from argosy.prompt.messages import require_few_values
-from argosy.prompt.prompt import Prompt
-from argosy.prompt.thinking import Thinking, ThinkingSwitch, switch_of
-from argosy.serve.answer.answers import Answers
+from argosy.prompt.thinking import ThinkingSwitch, switch_of
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.fields import ignored_header
 from argosy.serve.answer.kept_items import KeptItems
 from argosy.serve.answer.media_hosts import MediaHosts
 from argosy.serve.answer.media_parts import Intake
-from argosy.serve.answer.request import USER_FIELDS, ChatRequest, MediaTokens, Read, TextRequest, media_tokens
-from argosy.serve.answer.tool_use import ToolUse
 from argosy.serve.answer.work import Work
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import Refused
@@ -54,15 +40,11 @@ if TYPE_CHECKING:
     from argosy.prompt.builder import PromptBuilder
     from argosy.prompt.reranking import Reranking
     from argosy.prompt.tokenizer import Tokenizer
-    from argosy.serve.guards.screening import Screening
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
 ANY_EARS = "whisper-1"  # the name that clients of OpenAI send
-
-
 Compare = Callable[[DecodeSteps], Verification]  # puts predictions beside recent decode steps
 
 
@@ -76,11 +58,29 @@ def service_of(request: Request) -> Service:
     return service
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The parts that all models of a server share.
+
+    ring: prefix files of tenants without a key are deleted when a model is opened; None: the server has no keys.
+    kept: items of earlier responses.
+    work: threads for the work before the engine.
+    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
+    """
+
+    ring: KeyRing | None = None
+    kept: KeptItems = field(default_factory=KeptItems)
+    work: Work = field(default_factory=Work)
+    keep_billing_line: bool = False
+    any_model: bool = False
+    media_hosts: MediaHosts | None = None
+    rerank: str | None = None
+
+
 class Service:
     """One model, for all dialects, or one of its presets.
 
     Args:
-        work: threads for the work before the engine; None: its own.
         recent_cache: tells the hit rate of the last minutes; None: nothing is recorded, or every expert is resident.
         compare: None: nothing is predicted.
     """
@@ -91,12 +91,8 @@ class Service:
         prompts: PromptBuilder,
         tokenizer: Tokenizer | None,
         model: ModelFacts,
+        common: Common | None = None,
         *,
-        keep_billing_line: bool = False,
-        kept: KeptItems | None = None,
-        any_model: bool = False,
-        work: Work | None = None,
-        media_hosts: MediaHosts | None = None,
         ears: Transcriber | None = None,
         reranking: Reranking | None = None,
         recent_cache: LiveCache | None = None,
@@ -104,23 +100,21 @@ class Service:
     ) -> None:
         self.loop = loop
         self.recent_cache, self.compare = recent_cache, compare
-        self.kept = KeptItems() if kept is None else kept
+        common = Common() if common is None else common
+        self.kept, self.work, self._media_hosts = common.kept, common.work, common.media_hosts
+        self.keep_billing_line, self.any_model = common.keep_billing_line, common.any_model
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.model = model
-        self.keep_billing_line = keep_billing_line
         self.ears = ears
         self.reranking = reranking
-        self.any_model = any_model
-        self._media_hosts = media_hosts
-        self.work = Work() if work is None else work
-        self._digests = _digests(model, tokenizer)
+        self.digests = _digests(model, tokenizer)
 
     def under(self, preset: Preset) -> Self:
         """The service for a request that names a preset: it shares everything with this one except its facts."""
         made = copy.copy(self)
         made.model = self.model.under(preset)
-        made._digests = {**self._digests, "preset_sha256": preset.digest}
+        made.digests = {**self.digests, "preset_sha256": preset.digest}
         return made
 
     @property
@@ -187,8 +181,8 @@ class Service:
 
     def intake(self, caller: Caller) -> Intake:
         """Create the intake for the pictures and sounds of a caller's request."""
-        files = None if self._media_hosts is None else caller.files
-        return Intake(self.model.media_kinds, caller.share, files=files)
+        files = None if self._media_hosts is None else caller.held.files
+        return Intake(self.model.media_kinds, caller.held.share, files=files)
 
     async def run(self, caller: Caller, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Run the work before the engine in a thread. Raises what `call` raises.
@@ -203,211 +197,17 @@ class Service:
 
         Raises what `call` and `MediaHosts.fetch` raise.
         """
-        held_before = caller.share.num_bytes
+        held_before = caller.held.share.num_bytes
         try:
             while True:
                 try:
                     return await self.run(caller, call)
                 except FilesWanted:
                     assert self._media_hosts is not None
-                    await self._media_hosts.fetch(caller.files, caller.share, caller.tenant)
+                    await self._media_hosts.fetch(caller.held.files, caller.held.share, caller.tenant)
         finally:
-            caller.files.clear()
-            caller.share.shrink(held_before)
-
-    async def open(self, reads: Sequence[Read], caller: Caller) -> tuple[Answers, dict[str, str]]:
-        """Read, render, check and queue the prompts of a request.
-
-        All of this is one job for each prompt, because each job waits for a thread behind jobs of other keys.
-
-        Returns:
-            The answers, and headers that tell how the first prompt was read.
-
-        Raises:
-            ArgosyError: what `run`, `reads`, `PromptBuilder.build` or `EngineLoop.submit` raised. Nothing of the
-                request is left running.
-        """
-        caller.answered_by(self.model.id, self._digests)
-        answers = Answers(self.loop, self.prompts, self.model.id, caller, asyncio.get_running_loop())
-        screening = caller.screening
-
-        def begin(read: Read) -> dict[str, str]:
-            with _holding_media(caller):
-                request = self._filled_in(read())
-                caller.files.require_all()
-                if screening is not None:
-                    request, _ = self._screened(request, screening, caller)
-                    if not screening.policy.watermark:
-                        request = replace(request, params=replace(request.params, watermark=False))
-                prompt, params, use, num_left_out = self._prepared(request, caller)
-                params = self._within_context(prompt, params)
-                caller.go_on()  # it may have ended while its prompt was made
-                answers.add(prompt, params, use, request.num_answers)
-                return self._headers(request, num_left_out)
-
-        try:
-            if screening is not None and screening.asks_about_input:
-                for read in reads:  # read twice: what is asked takes long, and a prompt may have pictures
-                    asked = partial(self._asked_texts, read, caller, screening)
-                    await screening.require_allowed(await self.run_reading(caller, asked))
-            found = [await self.run_reading(caller, partial(begin, read)) for read in reads]
-        except BaseException:
-            answers.cancel()
-            raise
-        return answers, found[0]
-
-    def _asked_texts(self, read: Read, caller: Caller, screening: Screening) -> list[str]:
-        with _holding_media(caller):
-            request = self._filled_in(read())
-            caller.files.require_all()
-            return self._screened(request, screening, caller, counts=False)[1]
-
-    def _filled_in(self, request: ChatRequest | TextRequest) -> ChatRequest | TextRequest:
-        """The request with the preset's values where it does not say; a policy checks those as well."""
-        preset = self.model.preset
-        if preset is None:
-            return request
-        params = preset.fill_in(request.params)
-        if isinstance(request, TextRequest):
-            return replace(request, params=params)
-        request = replace(request, params=params, messages=preset.with_messages(request.messages))
-        thinking = Thinking(thinks=preset.thinks, effort=preset.effort)
-        is_silent = request.thinks is None and request.effort is None
-        if is_silent and thinking.variables(self.prompts.variables):
-            return replace(request, thinks=thinking.thinks, effort=thinking.effort)
-        return request
-
-    def _within_context(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
-        """Sampling parameters that keep an answer within the preset's context.
-
-        Raises:
-            PromptTooLong: the prompt leaves no room for it.
-        """
-        if self.model.preset is None or self.model.preset.context is None:
-            return params
-        num_tokens, available = len(prompt.token_ids or ()), self.model.context_tokens
-        least = max(1, params.min_tokens)
-        if num_tokens + least > available:
-            refusal = PromptTooLong.of(num_tokens, available, for_answer=least)
-            refusal.hint = "shorten the prompt, or use the model under its own name"
-            raise refusal
-        left = available - num_tokens
-        return replace(params, max_tokens=left if params.max_tokens is None else min(left, params.max_tokens))
-
-    def _screened(
-        self, request: ChatRequest | TextRequest, screening: Screening, caller: Caller, *, counts: bool = True
-    ) -> tuple[ChatRequest | TextRequest, list[str]]:
-        """Check a request; return what the model gets, and the texts of it for checks that ask somebody.
-
-        Raises:
-            Blocked: the policy does not allow a text.
-            UsageError: the request cannot be checked: it asks for log-probabilities of what may be held back, or its
-                prompt has values to replace and is token ids.
-        """
-        screen, params = screening.screen, request.params
-        if screening.policy.changes_answers and (
-            params.logprobs is not None or params.prompt_logprobs is not None
-        ):
-            raise UsageError(
-                "log-probabilities would show text before it is checked, which the policy of this server does",
-                param="logprobs", hint="leave them out",
-            )  # fmt: skip
-        # They are counted and may be blocked, so they are not without effect.
-        ignored = [name for name in request.ignored if name not in USER_FIELDS]
-        if screening.policy.checks_requests:
-            if isinstance(request, ChatRequest):
-                require_few_values(request.messages)  # the view parses the arguments of calls
-            request = self._near(self._heard(request, caller))
-        if isinstance(request, ChatRequest):
-            shown = request.shown()
-            if request.begun_ids:
-                shown = replace(shown, texts=[self._decode(request.begun_ids)])
-            made, texts = screen.check(shown, counts=counts)
-            if list(made.texts) != list(shown.texts):
-                raise UsageError(
-                    "the policy of this server replaces values in the beginning of the answer, which is token ids",
-                    param="continue_token_ids", hint="send it as a last message of the assistant",
-                )  # fmt: skip
-            caller.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
-            return replace(request.with_shown(made), ignored=ignored), texts
-        given = request.shown(self._decode)
-        made, texts = screen.check(given, counts=counts)
-        return replace(request.with_shown(given, made), ignored=ignored), texts
-
-    def _heard(self, request: ChatRequest | TextRequest, caller: Caller) -> ChatRequest | TextRequest:
-        """The request with the transcripts of sounds that the model gets as text."""
-        if not isinstance(request, ChatRequest) or self.model.hears != "transcript":
-            return request
-        heard = self.prompts.with_transcripts(request.messages, tenant=caller.tenant, check=caller.go_on)
-        return replace(request, messages=heard)
-
-    def _near(self, request: ChatRequest | TextRequest) -> ChatRequest | TextRequest:
-        """The request without snippets that cannot fit: its texts are searched, which takes longer than counting them.
-
-        Raises:
-            PromptTooLong: the rest cannot fit.
-        """
-        if isinstance(request, ChatRequest):
-            self.prompts.require_near(request.shown().all_texts())
-            return request
-        texts = request.prompt if isinstance(request.prompt, str) else "", request.suffix or ""
-        self.prompts.require_near(texts)
-        if request.snippets is None:
-            return request
-        kept = self.prompts.near_snippets(request.snippets)
-        return replace(request, snippets=kept, num_left_out=len(request.snippets) - len(kept))
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, keep_special=True)
-
-    async def screened_texts(
-        self, texts: Sequence[str | Sequence[int]], caller: Caller, *, cuts: bool = False
-    ) -> list[str | Sequence[int]]:
-        """Check texts that a model gets and does not answer; return what it gets. Raises what `open` raises.
-
-        Args:
-            cuts: of a text that is too long, the model gets the beginning.
-        """
-        screening = caller.screening
-        if screening is None:
-            return list(texts)
-
-        def check() -> list[tuple[ChatRequest | TextRequest, list[str]]]:
-            given = (self.prompts.near_start(one) if cuts and isinstance(one, str) else one for one in texts)
-            made = (TextRequest(prompt=one, params=SamplingParams()) for one in given)
-            return [self._screened(one, screening, caller) for one in made]
-
-        checked = await self.run(caller, check)
-        if screening.asks_about_input:
-            await screening.require_allowed([text for _, asked in checked for text in asked])
-        return [request.prompt for request, _ in checked if isinstance(request, TextRequest)]
-
-    async def count_tokens(
-        self, read: Callable[[], ChatRequest], caller: Caller
-    ) -> tuple[int, dict[MediaTokens, int]]:
-        """Count the prompt tokens of a conversation, and those of pictures and sounds. Raises what `open` raises."""
-        token_ids, of_media = await self.tokenize(read, caller)
-        return len(token_ids), of_media
-
-    async def tokenize(
-        self, read: Callable[[], ChatRequest], caller: Caller, *, opens_answer: bool = True
-    ) -> tuple[Sequence[int], dict[MediaTokens, int]]:
-        """The prompt tokens of a conversation, and how many pictures and sounds have. Raises what `open` raises.
-
-        Args:
-            opens_answer: with the opening of an answer.
-        """
-
-        def count() -> tuple[Sequence[int], dict[MediaTokens, int]]:
-            with _holding_media(caller):
-                request = self._filled_in(read())
-                assert isinstance(request, ChatRequest)
-                caller.files.require_all()
-                use = _tool_use(request)
-                prompt = self._build(request, use, caller, is_counted=True, opens_answer=opens_answer)
-                return prompt.token_ids or (), media_tokens([prompt])
-
-        return await self.run_reading(caller, count)
+            caller.held.files.clear()
+            caller.held.share.shrink(held_before)
 
     def revoke(self, tenant: str) -> None:
         """End all requests of a revoked tenant and delete all of its data."""
@@ -423,64 +223,6 @@ class Service:
         """
         self.loop.erase(tenant)
         return self.prompts.forget(tenant)
-
-    def _build(
-        self,
-        request: ChatRequest,
-        use: ToolUse,
-        caller: Caller,
-        *,
-        is_counted: bool = False,
-        opens_answer: bool = True,
-    ) -> Prompt:
-        return self.prompts.build(
-            request.messages, tools=use.told, variables=self._variables(request), tenant=caller.tenant,
-            add_generation_prompt=opens_answer, continues=request.continues, is_counted=is_counted,
-            replace_damaged=request.replaced.replace_damaged, check=caller.go_on,
-        )  # fmt: skip
-
-    def _prepared(
-        self, request: ChatRequest | TextRequest, caller: Caller
-    ) -> tuple[Prompt, SamplingParams, ToolUse, int]:
-        """The prompt, its parameters and tools, and the number of snippets that were left out."""
-        params = request.params
-        if isinstance(request, TextRequest):
-            text, suffix, snippets = request.prompt, request.suffix, request.snippets
-            # Editors send an empty suffix at the end of a file, whatever the model.
-            fills = suffix or (suffix is not None and (snippets is not None or self.prompts.can_infill))
-            if isinstance(text, str) and suffix is not None and fills:
-                filling = self.prompts.infill(
-                    text, suffix, snippets=snippets or (), reserved_tokens=request.reserved_tokens
-                )
-                stops = (*params.stop_token_ids, *filling.end_ids)
-                num_left_out = request.num_left_out + filling.num_left_out
-                return filling.prompt, replace(params, stop_token_ids=stops), ToolUse(), num_left_out
-            prompt = self.prompts.build(Prompt.raw(text) if isinstance(text, str) else list(text))
-            return prompt, params, ToolUse(), 0
-        use = _tool_use(request)
-        prompt = self._build(request, use, caller)
-        grammar = self.prompts.grammar(
-            prompt, use.callable, must_call=use.must_call, parallel=use.parallel, form=request.form
-        )
-        if request.begun_ids:
-            prompt = self.prompts.build(prompt.answered_by(request.begun_ids))  # checks the ids
-        return prompt, params if grammar is None else replace(params, grammar=grammar), use, 0
-
-    def _headers(self, request: ChatRequest | TextRequest, num_left_out: int) -> dict[str, str]:
-        """Headers that name the fields without effect and count the replaced blocks of a request."""
-        if isinstance(request, TextRequest):
-            return ignored_header([*request.ignored, *(f"input_extra.{at}" for at in range(num_left_out))])
-        ignored = list(request.ignored)
-        known = self.prompts.variables
-        if request.effort is not None and not Thinking(effort=request.effort).variables(known):
-            ignored.append(request.effort_field)
-        if request.thinks is not None and not Thinking(thinks=request.thinks).variables(known):
-            ignored += request.thinks_fields
-        return ignored_header(ignored) | request.replaced.header()
-
-    def _variables(self, request: ChatRequest) -> dict[str, Any]:
-        asked = Thinking(thinks=request.thinks, effort=request.effort)
-        return asked.variables(self.prompts.variables) | dict(request.variables)
 
 
 def _digests(model: ModelFacts, tokenizer: Tokenizer | None) -> dict[str, str]:
@@ -498,17 +240,3 @@ def no_ears() -> Refused:
         "this server does not transcribe sounds",
         hint="start it with ears: `argosy serve --ears tiny.en`",
     )
-
-
-@contextmanager
-def _holding_media(caller: Caller) -> Iterator[None]:
-    """Give back what decoded pictures and sounds are charged; the prompt that is built inside keeps none of them."""
-    held_before = caller.share.num_bytes
-    try:
-        yield
-    finally:
-        caller.share.shrink(held_before)
-
-
-def _tool_use(request: ChatRequest) -> ToolUse:
-    return ToolUse.of(request.tools, request.tool_choice, parallel=request.parallel)

@@ -36,7 +36,7 @@ class Work:
         Raises:
             TooMany: too much work of this caller is already waiting.
         """
-        queue = self._large if caller.takes_long else self._small
-        if caller.takes_video:
+        queue = self._large if caller.held.takes_long else self._small
+        if caller.held.takes_video:
             queue = self._video
         return await queue.run(caller.tenant, caller.work, partial(call, *args, **named))

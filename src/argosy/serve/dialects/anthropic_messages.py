@@ -25,6 +25,7 @@ from argosy.prompt.formats.events import (
     ToolCallEnd,
 )
 from argosy.serve.answer.answers import Ended, Said, Step
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import ChatRequest, Read
 from argosy.serve.answer.respond import Exchange, respond
 from argosy.serve.answer.service import Service, service_of
@@ -144,8 +145,8 @@ async def count_tokens(body: CountBody, request: Request) -> Counted:
     """Count the tokens of a conversation."""
     service = service_of(request)
     caller: Caller = request.state.caller
-    num_tokens, _ = await service.count_tokens(_reading(body, service, caller), caller)
-    return {"input_tokens": num_tokens}
+    tokens, _ = await Opening(service, caller).tokens(_reading(body, service, caller))
+    return {"input_tokens": len(tokens)}
 
 
 async def messages(body: MessagesBody, request: Request) -> Response:

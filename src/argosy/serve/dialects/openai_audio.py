@@ -6,7 +6,7 @@
 They are offered by a server with ears (`argosy serve --ears`). A transcription takes turns with the steps of the model,
 and ends when its client leaves.
 
-Elsewhere: `serve/http/form.py` reads the body; `engine/media/ears.py` transcribes; `media/transcript.py` writes
+Elsewhere: `serve/dialects/form.py` reads the body; `engine/media/ears.py` transcribes; `media/transcript.py` writes
 subtitles.
 """
 
@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.errors import BadMedia, UsageError
 from argosy.media.parts import Content
 from argosy.media.transcript import WRITERS, Task, Transcript, TranscriptOptions, as_dict
+from argosy.serve.answer.check import check_of
 from argosy.serve.answer.fields import Flag, Short, Strict, few
 from argosy.serve.answer.service import service_of
 from argosy.serve.http.caller import Caller
@@ -163,8 +164,9 @@ async def translations(body: TranslationBody, request: Request) -> Response:
 async def _options(
     body: TranslationBody, request: Request, task: Task, language: str | None
 ) -> TranscriptOptions:
-    """What the request asks for. Raises what `Service.screened_texts` raises."""
-    (prompt,) = await service_of(request).screened_texts([body.prompt], request.state.caller)
+    """What the request asks for. Raises what `Check.passed` raises."""
+    caller: Caller = request.state.caller
+    (prompt,) = await check_of(caller).passed([body.prompt], service_of(request), caller)
     return TranscriptOptions(
         task=task,
         language=None if language is None else language.lower(),

@@ -22,6 +22,7 @@ from argosy.config import SamplingParams
 from argosy.engine.sequence import TokenLogprob
 from argosy.errors import UsageError
 from argosy.serve.answer.answers import Ended, Progress, Said, Step
+from argosy.serve.answer.check import check_of
 from argosy.serve.answer.fields import (
     MAX_TOKENS,
     Effort,
@@ -227,8 +228,7 @@ class CompletionExchange(ChunkExchange[CompletionBody, Completion]):
         if not self.body.echo:
             return ""
         if prompt.text or tokenizer is None:
-            screening = self.caller.screening
-            return prompt.text if screening is None else screening.screen.restore(prompt.text)
+            return check_of(self.caller).restored(prompt.text)
         return tokenizer.decode(prompt.token_ids or (), keep_special=self.keeps_special)
 
     def _prompt(self, number: int) -> Prompt:

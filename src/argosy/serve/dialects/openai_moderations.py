@@ -4,7 +4,7 @@ The checks are those that the policy applies to what a client sends; tokens of a
 categories are OpenAI's where they fit; a check with categories of its own adds them. A category that no check knows is
 not flagged, and its score is 0: that says nothing about the text.
 
-Elsewhere: checks run in `serve/guards/screening.py`; docs/guides/responsible-use.md says what they find.
+Elsewhere: checks run in `serve/guards/checks.py`; docs/guides/responsible-use.md says what they find.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from argosy.guard.verdict import CATEGORIES, Verdict
 from argosy.serve.answer.fields import Strict, Text, few
+from argosy.serve.guards.screening import screening_of
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.closed import Closed
 from argosy.serve.http.failures import Refused
@@ -70,7 +71,7 @@ class Moderated(Closed):
 async def moderations(body: ModerationBody, request: Request) -> Moderated:
     """Judge texts by the checks of the server's policy."""
     caller: Caller = request.state.caller
-    screening = caller.screening
+    screening = screening_of(caller)
     names = [] if screening is None else [check.name for check in screening.policy.input]
     if screening is None or not names:
         raise Refused(

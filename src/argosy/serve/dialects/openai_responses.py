@@ -34,6 +34,7 @@ from argosy.serve.answer.answers import Ended, Said, Step
 from argosy.serve.answer.fields import limit_of
 from argosy.serve.answer.logprobs import ScoredToken, Speller
 from argosy.serve.answer.media_parts import Data, media_in
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import ChatRequest, Read
 from argosy.serve.answer.respond import Exchange, respond
 from argosy.serve.answer.service import Service, service_of
@@ -225,10 +226,10 @@ async def input_tokens(body: ResponsesBody, request: Request) -> InputTokens:
     """Count the tokens of a conversation."""
     service = service_of(request)
     caller: Caller = request.state.caller
-    num_tokens, of_media = await service.count_tokens(_reading(body, service, caller), caller)
+    tokens, of_media = await Opening(service, caller).tokens(_reading(body, service, caller))
     return {
         "object": "response.input_tokens",
-        "input_tokens": num_tokens,
+        "input_tokens": len(tokens),
         "input_tokens_details": cast(MediaTokens, of_media),
     }
 
@@ -237,9 +238,9 @@ def _reading(body: ResponsesBody, service: Service, caller: Caller) -> Callable[
     if service.model.media_kinds and (
         body.previous_response_id is not None or any(isinstance(item, NamedItem) for item in body.items)
     ):
-        caller.takes_long = True  # earlier items may have pictures
+        caller.held.takes_long = True  # earlier items may have pictures
     if (earlier := body.previous_response_id) is not None and "video" in service.model.media_kinds:
-        caller.takes_video |= service.kept.has_video(caller.tenant, earlier)
+        caller.held.takes_video |= service.kept.has_video(caller.tenant, earlier)
     return lambda: body.request(service.kept, caller.tenant, service.intake(caller))
 
 

@@ -61,8 +61,8 @@ from argosy.serve.answer.replaced import Replaced, UnreadPart, last_asked
 from argosy.serve.answer.request import ChatRequest
 from argosy.serve.answer.sampling_fields import ForOpenAI, Sampling, Thinking
 from argosy.serve.answer.tool_use import ToolChoice, ToolMode
+from argosy.serve.dialects.body import charge_more
 from argosy.serve.http.access import MAX_BODY_BYTES
-from argosy.serve.http.body import charge_more
 from argosy.serve.http.failures import Refused
 from argosy.serve.http.held import Share
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from argosy.config import SamplingParams
 from argosy.engine.sequence import Result
 from argosy.prompt.reranking import Reranking
+from argosy.serve.answer.check import check_of
 from argosy.serve.answer.fields import WHOLE, Flag, Strict, Text, few
 from argosy.serve.answer.service import Service, service_of
 from argosy.serve.answer.side_by_side import Deliver, run_parts
@@ -102,7 +103,7 @@ async def _scores(
 ) -> tuple[list[float], int]:
     """The probability of yes for each document, and the tokens of all prompts."""
     reranking = _require(service.reranking)
-    query, *documents = map(str, await service.screened_texts([query, *documents], caller))
+    query, *documents = map(str, await check_of(caller).passed([query, *documents], service, caller))
     # For each document, the log-probabilities of yes and of no.
     found = [[0.0, 0.0] for _ in documents]
     words = (reranking.yes_id, reranking.no_id)

@@ -14,6 +14,7 @@ from argosy.config import SamplingParams
 from argosy.errors import UsageError
 from argosy.serve.answer.fields import MAX_TOKENS, Effort, Flag, Messages, Strict, Text, TokenId, Tools, few
 from argosy.serve.answer.media_parts import Intake
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import ChatRequest
 from argosy.serve.answer.rules import exactly_one
 from argosy.serve.answer.service import service_of
@@ -97,8 +98,8 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     has_prefix = body.add_special or body.add_special_tokens
     caller: Caller = request.state.caller
     if (text := body.text) is None:
-        found, _ = await service.tokenize(
-            lambda: body.request(service.intake(caller)), caller, opens_answer=body.add_generation_prompt
+        found, _ = await Opening(service, caller).tokens(
+            lambda: body.request(service.intake(caller)), opens_answer=body.add_generation_prompt
         )
         tokens = list(found)
     else:
@@ -135,7 +136,7 @@ async def apply_template(body: TemplateBody, request: Request) -> Rendered:
         said = sent(body.messages, intake)
         if (preset := service.model.preset) is not None:
             said = [dict(one) for one in preset.with_messages(said)]
-        caller.files.require_all()
+        caller.held.files.require_all()
         tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()]
         return service.prompts.apply_template(
             said, tools=tools, replace_damaged=intake.replaced.replace_damaged, check=caller.go_on

@@ -1,6 +1,6 @@
 """The audit of requests: an envelope each and, only if the operator wants it, the texts.
 
-    gate: a request begins -> Heard, as bytes go by      a request has ended -> Auditor.note -> Audit.record
+    a request arrives -> AuditedRequest, SaidOfRequest as bytes go by      it has ended -> Auditor.record -> Audit
 
 The envelope has no field for content. Contents are what was on the wire, whatever the dialect, up to MOST_SAID_BYTES
 each way; their memory is a line of the plan, and where it has no room, the envelope says that the content is missing.
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 
 from argosy.config import MIB
+from argosy.engine.sequence import Result
 from argosy.errors import Overloaded
 from argosy.guard.audit import Audit, Content
 from argosy.serve.http.access import Policy
-from argosy.serve.http.caller import Caller
+from argosy.serve.http.caller import Caller, Hook, Tally, Watch
 from argosy.serve.http.held import Pool, Share
-from argosy.serve.http.incoming import Heard
+from argosy.serve.http.incoming import trace_of
 
 MOST_SAID_BYTES = 1 << 20
 AUDIT_BYTES = 16 * MIB  # contents of requests until an audit that keeps them has written them
@@ -68,51 +70,40 @@ class SaidOfRequest:
         return Content((json.dumps(sizes).encode(), b"\n", self._asked, self._answered), self._share.release)
 
 
-class Auditor:
-    """Reports requests from a server's gate to the audit.
+class Auditor(Hook):
+    """Reports requests to the audit.
 
     Args:
         policy: SHA-256 of the policies that hold for all requests.
     """
 
     def __init__(self, audit: Audit, *, policy: str) -> None:
-        self._audit, self._policy = audit, policy
+        self._audit, self.policy = audit, policy
         self._erased_at: dict[str, float] = {}  # key -> by the monotonic clock
         self._pool = Pool(AUDIT_BYTES)
 
-    def require_room(self) -> None:
-        """Refuse a request that could not be recorded, whoever asks. Raises what `Audit.require_room` raises."""
-        self._audit.require_room()
+    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        """Watch a request that does work or changes something.
 
-    def listen(self) -> Heard | None:
+        One that could not be recorded is refused without a line, whoever asks: refusals of all kinds must not take the
+        room of requests that are running. Raises what `Audit.require_room` raises.
+        """
+        if not policy.is_recorded:
+            return None
+        self._audit.require_room()
+        return AuditedRequest(self, caller, policy, trace_of(headers))
+
+    def listen(self) -> SaidOfRequest | None:
         """Create the recorder of a request's bytes; None if contents are not kept."""
         return SaidOfRequest(self._pool.share()) if self._audit.settings.with_content else None
 
-    def note(
-        self, caller: Caller, policy: Policy, *, status: int, seconds: float, heard: Heard | None
+    def record(
+        self, caller: Caller, status: int, facts: Mapping[str, object], content: Content | None
     ) -> None:
         """Record a request that has ended; one without a valid key is only counted."""
         if caller.key is None:
             self._audit.count_refused(status)
             return
-        facts = {
-            "key": caller.key_id,
-            "request_id": caller.request_id,
-            "trace_id": caller.trace_id,
-            "method": policy.method,
-            "route": policy.path,
-            "status": status,
-            "seconds": round(seconds, 3),
-            "model": caller.model[:_MOST_TEXT] or None,
-            **caller.digests,
-            "policy": self._policy,
-            "prompt_tokens": caller.num_prompt_tokens,
-            "new_tokens": caller.num_new_tokens,
-            "marked_tokens": caller.num_marked_tokens,
-            "finish": [reason[:_MOST_TEXT] for reason in caller.finishes[:_MOST_TEXTS]],
-            "verdicts": [verdict[:_MOST_TEXT] for verdict in caller.verdicts[:_MOST_TEXTS]],
-        }
-        content = None if heard is None else heard.content()
         if content is not None and caller.began <= self._erased_at.get(caller.key_id, 0.0):
             content.release()  # erased before it was written
             content = None
@@ -125,3 +116,60 @@ class Auditor:
         """
         self._erased_at[key_id] = time.monotonic()
         return self._audit.erase(key_id)
+
+
+class AuditedRequest(Tally):
+    """What the audit says of one request."""
+
+    def __init__(self, auditor: Auditor, caller: Caller, policy: Policy, trace_id: str | None) -> None:
+        super().__init__()
+        self._auditor, self._caller, self._policy, self._trace_id = auditor, caller, policy, trace_id
+        self._digests: Mapping[str, str] = {}
+        self._num_marked_tokens = 0
+        self._finishes: list[str] = []
+        self._verdicts: dict[str, None] = {}
+        self._said: SaidOfRequest | None = None
+
+    def begin(self) -> None:
+        if self._policy.is_counted:
+            self._said = self._auditor.listen()
+
+    def asked(self, data: bytes) -> None:
+        if self._said is not None:
+            self._said.ask(data)
+
+    def sent(self, data: bytes) -> None:
+        if self._said is not None:
+            self._said.answer(data)
+
+    def answered_by(self, model: str, digests: Mapping[str, str]) -> None:
+        super().answered_by(model, digests)
+        self._digests = digests
+
+    def ended(self, answer: int, result: Result) -> None:
+        self._finishes.append(result.finish_reason)
+        self._num_marked_tokens += result.num_marked
+
+    def found(self, verdict: str) -> None:
+        self._verdicts[verdict] = None
+
+    def after(self, status: int, seconds: float) -> None:
+        caller = self._caller
+        facts = {
+            "key": caller.key_id,
+            "request_id": caller.request_id,
+            "trace_id": self._trace_id,
+            "method": self._policy.method,
+            "route": self._policy.path,
+            "status": status,
+            "seconds": round(seconds, 3),
+            "model": self.model[:_MOST_TEXT] or None,
+            **self._digests,
+            "policy": self._auditor.policy,
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": self.num_new_tokens,
+            "marked_tokens": self._num_marked_tokens,
+            "finish": [reason[:_MOST_TEXT] for reason in self._finishes[:_MOST_TEXTS]],
+            "verdicts": [verdict[:_MOST_TEXT] for verdict in list(self._verdicts)[:_MOST_TEXTS]],
+        }
+        self._auditor.record(caller, status, facts, None if self._said is None else self._said.content())

@@ -6,7 +6,7 @@ The question runs like any request of the same key, so nothing is shared between
 unless the key asks for the verdict itself (`serve/dialects/openai_moderations.py`). The model is loaded if it is not in
 memory, like any model of the server.
 
-Elsewhere: `screening.py` calls this, within the time of the check.
+Elsewhere: `checks.py` calls this, within the time of the check.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from argosy.guard.policy import ModelCheck
 from argosy.guard.verdict import Verdict
 from argosy.prompt.formats.events import TextDelta
 from argosy.serve.answer.answers import Said
+from argosy.serve.answer.opening import Opening
 from argosy.serve.answer.request import ChatRequest
-from argosy.serve.answer.running import Running
-from argosy.serve.guards.screening import CountTokens
+from argosy.serve.guards.checks import CountTokens
 from argosy.serve.http.caller import Caller
+from argosy.serve.http.running import Running
 from argosy.serve.models.models import Models
 
 
@@ -55,7 +56,7 @@ class ModelJudge:
             caller = Caller(key=key, uses=(self._models.id_of(check.model),), running=self._running)
             caller.go_on()
             service = await self._models.use(check.model, until)
-            answers, _ = await service.open([lambda: request], caller)
+            answers, _ = await Opening(service, caller).answers([lambda: request])
             said: list[str] = []
             try:
                 async with aclosing(answers.steps()) as steps:

@@ -6,7 +6,7 @@ Any server with such an endpoint can answer, another Argosy among them. No redir
 environment is used, and the answer is bounded in size and time. Whatever goes wrong is a failed check, and the policy
 says what that means.
 
-Elsewhere: `screening.py` calls this; the settings are `guard/policy.py`.
+Elsewhere: `checks.py` calls this; the settings are `guard/policy.py`.
 """
 
 from __future__ import annotations

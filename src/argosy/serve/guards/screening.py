@@ -1,41 +1,30 @@
-"""Run the checks of a policy around requests: off the event loop, and off the engine's thread.
+"""A policy around one request: before the prompt is made, and during its answers.
 
-    Guarding: the server's policies, stops and users     Screening: one request     ScreenedAnswer: one of its answers
-    gate: policy of the key  ->  core: the prompt  ─ patterns, lists ─ asked checks ─>  engine
-    core: steps  ─ as many as have arrived together ─>  patterns and lists, in a thread; asked checks  ->  dialect
+    before: transcripts -> texts of a possible length -> patterns, lists -> what the model gets; asked checks
+    during: steps, as many as have arrived together -> patterns, lists, in a thread -> asked checks -> what may be sent
 
-A check that asks another server or a model is asked only about what is new in a conversation, which is sent again with
-every turn. Only keyed digests of conversations that passed are kept: a text passed where it stood, and nowhere else. A
-check that fails counts as the policy says, and nothing is kept of it.
+A check that fails counts as the policy says.
 
-Elsewhere: what a policy does to a text is the room `guard`; asking is `check_over_http.py` and `check_by_model.py`.
+Elsewhere: what a policy does to a text is the room `guard`; checks run in `checks.py`; the server's policies are
+`guarding.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import logging
-import os
-import secrets
-import threading
-import time
-from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+import sys
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from prometheus_client.core import CounterMetricFamily, Metric
-
-from argosy.errors import ArgosyError, Overloaded, UsageError
+from argosy.config import SamplingParams
+from argosy.errors import Overloaded, UsageError
 from argosy.guard.guard_models import Question
 from argosy.guard.keys import Key
-from argosy.guard.policy import ContentPolicy, HttpCheck, ListCheck, ModelCheck, Policies, read_policies
-from argosy.guard.screen import Note, RequestScreen, Side, TextScreen
-from argosy.guard.stops import Stops, stopped
-from argosy.guard.users import UserBlocked, Users
+from argosy.guard.policy import HttpCheck, ListCheck, ModelCheck
+from argosy.guard.screen import Note, RequestScreen, TextScreen
+from argosy.guard.users import Users
 from argosy.guard.verdict import Blocked, CheckFailed, Verdict, together
 from argosy.prompt.formats.events import (
     Event,
@@ -45,243 +34,120 @@ from argosy.prompt.formats.events import (
     ToolCallBegin,
     ToolCallEnd,
 )
-from argosy.serve.guards import check_over_http
-from argosy.serve.http.work import WorkQueue
+from argosy.prompt.messages import require_few_values
+from argosy.serve.answer.answers import Answers, Ended, Progress, Said, Step
+from argosy.serve.answer.check import Check, Checked, Text
+from argosy.serve.answer.request import ChatRequest, ModelRequest, TextRequest
+from argosy.serve.answer.service import Service
+from argosy.serve.guards.checks import Checks, CountTokens
+from argosy.serve.guards.shown import shown_of, with_shown
+from argosy.serve.http.caller import Caller
 
-log = logging.getLogger("argosy.serve")
-
-_MOST_PASSED = 8192  # conversations that a check let pass
-_ASKED_AT_ONCE = 8
-_MOST_WAITING = 4096  # texts of one key: each of its answers waits for one at most
+_SCREENED_AT_ONCE = 64  # steps, if so many have arrived
 _PIECE = 20_000  # characters of one question about a text
 _PIECE_OVERLAP = 500
 _ASKED = 4000  # characters of the user's turn that a question about an answer shows
 _RETRY_S = 5
-_SAID_EVERY_S = 60.0  # how often to log that a check fails
+_USER_FIELDS = ("safety_identifier", "user")  # name the person behind a request
 
 T = TypeVar("T")
-CountTokens = Callable[[str, int, int], None]
-"""Counts tokens: (model, tokens of the question, tokens of its answer)."""
-AskModel = Callable[[ModelCheck, Question, Key | None, CountTokens | None], Awaitable[Verdict]]
-"""Asks a model for a key. Raises CheckFailed or ArgosyError."""
 
 
-class InForce(NamedTuple):
-    """A policy, and the digest of the file that it is from."""
-
-    policy: ContentPolicy
-    digest: str
-
-
-class Guarding:
-    """A server's checks and stops.
-
-    Args:
-        path: the policy file; what is stopped is kept beside it. None: nothing is checked, and stops end with the
-            process.
-
-    Raises:
-        UsageError: a file cannot be read, or is invalid.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-        self._policies: Policies | None = None if path is None else _read(path)
-        self.stops = Stops(None if path is None else path.with_name(path.name + ".stops"))
-        self.users = Users()
-        self.changed: Callable[[], None] = lambda: None  # called when the files have been read again
-        self._models: Sequence[str] = ()
-        self.ask_model: AskModel | None = None
-        self._computing = WorkQueue(max_waiting=_MOST_WAITING)
-        self._asking = WorkQueue(num_threads=_ASKED_AT_ONCE, max_waiting=_MOST_WAITING)
-        self._passed: OrderedDict[bytes, None] = OrderedDict()
-        self._secret = secrets.token_bytes(32)
-        self._lock = threading.Lock()
-        self._counts: Counter[tuple[Side, str]] = Counter()
-        self._said_at: dict[str, float] = {}
-
-    @property
-    def digest(self) -> str | None:
-        """The digest of the policies in force; None: there are none."""
-        return None if self._policies is None else self._policies.digest
-
-    def require_models(self, names: Sequence[str]) -> None:
-        """Check that the server has the models that checks ask, now and when the policies are read again.
-
-        Raises:
-            UsageError: it has not.
-        """
-        self._models = names
-        if self._policies is not None:
-            _require_models(self._policies, names)
-
-    def reload(self) -> None:
-        """Read the files again; running requests keep their policy. Raises UsageError, and then nothing changes."""
-        if self._path is None:
-            return
-        policies = _read(self._path)
-        _require_models(policies, self._models)
-        self.stops.reload()
-        with self._lock:
-            self._policies = policies
-            self._passed.clear()
-        self.changed()
-
-    def why_not(
-        self, key: Key | None, models: Collection[str], persons: Collection[str]
-    ) -> ArgosyError | None:
-        """Why a request may not run now, by what is stopped and who is blocked; None: it may.
-
-        Args:
-            models: the id of the model that it uses and the name of the preset, if it uses one.
-            persons: all names by which its client means a person.
-        """
-        if key is not None and self.stops.has("key", key.id, key.name):
-            return stopped("key")
-        if self.stops.has("model", *models):
-            return stopped("model")
-        blocked = () if self._policies is None else self._policies.blocked_users
-        if self.stops.has("user", *persons) or any(person in blocked for person in persons):
-            return UserBlocked(
-                "the operator of this server does not accept requests of this user", code="user_blocked"
-            )
-        return None
-
-    def in_force(self, key: Key | None) -> InForce | None:
-        """The policy of a key that chooses none; None: nothing is checked for it."""
-        policies = self._policies
-        policy = None if policies is None else policies.of(key)
-        return None if policies is None or policy is None else InForce(policy, policies.digest)
-
-    def screening(self, key: Key | None, chosen: str | None, verdicts: list[str]) -> Screening | None:
-        """The screening of a request; None: nothing is checked.
-
-        Args:
-            chosen: the policy that the request names.
-            verdicts: gets the policy, its digest, and what is found, for a record of the request.
-
-        Raises:
-            UsageError: it may not choose that policy.
-        """
-        if self._policies is None:
-            if chosen is not None:
-                raise UsageError("x-argosy-policy: this server has no policies", param="x-argosy-policy")
-            return None
-        policy = self._policies.of(key, chosen)
-        if policy is None:
-            return None
-        verdicts += [f"policy {policy.name}", f"policy_sha256 {self._policies.digest}"]
-
-        def note(side: Side, what: str, number: int) -> None:
-            self.note(side, what, number)
-            if (verdict := f"{side} {what}") not in verdicts:
-                verdicts.append(verdict)
-
-        return Screening(self, RequestScreen(policy, note), key, self._policies, note)
-
-    def note(self, side: Side, what: str, number: int) -> None:
-        """Count what was found. Any thread may call it."""
-        with self._lock:
-            self._counts[side, what] += number
-
-    def collect(self) -> Iterator[Metric]:
-        """For Prometheus: how often each entity, list and check was found, by side."""
-        metric = CounterMetricFamily("argosy_guard_found", "What checks found", labels=["side", "found"])
-        with self._lock:
-            counts = dict(self._counts)
-        for (side, what), number in counts.items():
-            metric.add_metric([side, what], number)
-        yield metric
-
-    @property
-    def has_stopped(self) -> bool:
-        """Whether checks wait for a thread that does not come."""
-        return self._computing.has_stopped or self._asking.has_stopped
-
-    async def compute(self, tenant: str, call: Callable[[], T]) -> T:
-        """Run a check that only computes."""
-        return await self._computing.run(tenant, call)
-
-    async def verdict(
-        self,
-        check: HttpCheck | ModelCheck,
-        question: Question,
-        key: Key | None,
-        count: CountTokens | None = None,
-    ) -> Verdict:
-        """Ask about a text. Raises CheckFailed."""
-        tenant = "" if key is None else key.id
-        try:
-            async with asyncio.timeout(check.timeout_s):
-                if isinstance(check, HttpCheck):
-                    return await self._asking.run(tenant, check_over_http.judge, check, question.text)
-                if self.ask_model is None:
-                    raise CheckFailed("there is no such model")
-                return await self.ask_model(check, question, key, count)
-        except TimeoutError:
-            raise self._failed(check.name, f"there was no answer within {check.timeout_s:g} s") from None
-        except (CheckFailed, ArgosyError) as error:
-            why = str(error) if isinstance(error, CheckFailed) else type(error).__name__
-            raise self._failed(check.name, why) from None
-
-    def num_passed(self, names: Sequence[bytes]) -> int:
-        """How many texts at a conversation's beginning have passed, by the names of its beginnings (`_names`)."""
-        with self._lock:
-            return next((at for at in range(len(names), 0, -1) if names[at - 1] in self._passed), 0)
-
-    def passed(self, name: bytes) -> None:
-        """Remember that a check lets a conversation pass."""
-        with self._lock:
-            self._passed[name] = None
-            self._passed.move_to_end(name)
-            while len(self._passed) > _MOST_PASSED:
-                self._passed.popitem(last=False)
-
-    def names(self, check: HttpCheck | ModelCheck, digest: str, texts: Sequence[str]) -> list[bytes]:
-        """Names of the beginnings of a conversation, under a check of the policies with this digest."""
-        found, before = [], f"{digest}\0{check.name}".encode()
-        for text in texts:
-            said = hashlib.blake2b(before, key=self._secret, digest_size=32)
-            said.update(text.encode("utf-8", "surrogatepass"))
-            before = said.digest()
-            found.append(before)
-        return found
-
-    def _failed(self, name: str, why: str) -> CheckFailed:
-        now = time.monotonic()
-        if now - self._said_at.get(name, -_SAID_EVERY_S) >= _SAID_EVERY_S:
-            self._said_at[name] = now
-            log.error("policy: the check %s failed: %s", name, why)
-        return CheckFailed(why)
-
-
-class Screening:
-    """The checks of one request."""
+class Screening(Check):
+    """The policy of one request."""
 
     def __init__(
-        self, guarding: Guarding, screen: RequestScreen, key: Key | None, policies: Policies, note: Note
+        self, screen: RequestScreen, key: Key | None, *, digest: str, checks: Checks, users: Users, note: Note
     ) -> None:
-        self._guarding, self._key, self._policies, self._note = guarding, key, policies, note
-        self.screen = screen
-        self.policy = screen.policy
-        self.digest = policies.digest
+        """`digest` is that of the policies; `users` counts the requests of persons; `note` counts what is found."""
+        self._key, self._checks, self._users, self._note = key, checks, users, note
+        self.screen, self.policy, self.digest = screen, screen.policy, digest
+        self.changes_answers = self.policy.changes_answers
+        self.asks = bool(screen.asked_checks)
 
     @property
     def tenant(self) -> str:
         return "" if self._key is None else self._key.id
 
-    @property
-    def asks_about_input(self) -> bool:
-        """Whether a check of the input asks somebody."""
-        return bool(self.screen.asked_checks)
-
-    def admit(self, user: str) -> None:
+    def named(self, person: str) -> None:
         """Count a request of the person that the client names.
 
         Raises:
             TooMany: they have used up their requests.
         """
-        self._guarding.users.admit(self.tenant, user, self.policy.requests_per_minute_per_user)
+        self._users.admit(self.tenant, person, self.policy.requests_per_minute_per_user)
+
+    def before(
+        self, request: ModelRequest, service: Service, caller: Caller, *, counts: bool = True
+    ) -> Checked:
+        """Check a request.
+
+        Raises:
+            Blocked: the policy does not allow a text.
+            UsageError: the request cannot be checked: it asks for log-probabilities of what may be held back, or its
+                prompt has values to replace and is token ids.
+        """
+        params = request.params
+        if self.changes_answers and (params.logprobs is not None or params.prompt_logprobs is not None):
+            raise UsageError(
+                "log-probabilities would show text before it is checked, which the policy of this server does",
+                param="logprobs", hint="leave them out",
+            )  # fmt: skip
+        if self.policy.checks_requests:
+            if isinstance(request, ChatRequest):
+                require_few_values(request.messages)  # the view parses the arguments of calls
+            request = _near(_heard(request, service, caller), service)
+        shown = shown_of(request, partial(_decoded, service))
+        made, texts = self.screen.check(shown, counts=counts)
+        if isinstance(request, ChatRequest):
+            if list(made.texts) != list(shown.texts):
+                raise UsageError(
+                    "the policy of this server replaces values in the beginning of the answer, which is token ids",
+                    param="continue_token_ids", hint="send it as a last message of the assistant",
+                )  # fmt: skip
+            caller.held.share.hold(sum(map(sys.getsizeof, texts)))  # the copy that the prompt is built of
+        request = with_shown(request, shown, made)
+        if not self.policy.watermark:
+            request = replace(request, params=replace(request.params, watermark=False))
+        # Persons are counted and may be blocked, so their fields are not without effect.
+        return Checked(
+            replace(request, ignored=[name for name in request.ignored if name not in _USER_FIELDS]), texts
+        )
+
+    async def passed(
+        self, texts: Sequence[Text], service: Service, caller: Caller, *, cuts: bool = False
+    ) -> Sequence[Text]:
+        def check() -> list[Checked]:
+            near = service.prompts.near_start
+            given = (near(one) if cuts and isinstance(one, str) else one for one in texts)
+            made = (TextRequest(prompt=one, params=SamplingParams()) for one in given)
+            return [self.before(one, service, caller) for one in made]
+
+        checked = await service.run(caller, check)
+        if self.asks:
+            await self.require_allowed([text for one in checked for text in one.texts])
+        return [one.request.prompt for one in checked if isinstance(one.request, TextRequest)]
+
+    def restored(self, text: str) -> str:
+        return self.screen.restore(text)
+
+    async def during(self, answers: Answers) -> AsyncGenerator[Step, None]:
+        screened = [self.answer() for _ in answers.results] if self.policy.checks_answers else []
+        waiting: list[Step] = []
+        async with aclosing(answers.own_steps()) as steps:
+            async for step in steps:
+                if not screened:
+                    yield step
+                    continue
+                waiting.append(step)
+                if answers.has_more and len(waiting) < _SCREENED_AT_ONCE and not isinstance(step, Ended):
+                    continue
+                passed = [
+                    made for one in _joined(waiting) for made in await _screened(one, answers, screened)
+                ]
+                for made in passed if self.changes_answers else waiting:
+                    yield made
+                waiting = []
 
     async def require_allowed(self, texts: Sequence[str]) -> None:
         """Ask about the texts of a request.
@@ -291,8 +157,8 @@ class Screening:
             Overloaded: a check failed, and the policy allows nothing without it.
         """
         for check in self.screen.asked_checks:
-            names = await self.compute(partial(self._guarding.names, check, self.digest, texts))
-            new = dict.fromkeys(texts[self._guarding.num_passed(names) :])
+            names = await self.compute(partial(self._checks.names, check, self.digest, texts))
+            new = dict.fromkeys(texts[self._checks.num_passed(names) :])
             try:
                 verdict = await self._ask(check, Question("user", "\n\n".join(new)))
             except CheckFailed:
@@ -307,7 +173,7 @@ class Screening:
                 self._note("input", check.name, 1)
                 raise Blocked("the request", check.name)
             if names:
-                self._guarding.passed(names[-1])
+                self._checks.passed(names[-1])
 
     async def refusal_of(self, text: str) -> str:
         """The check that does not allow a part of an answer; empty: all of them allow it."""
@@ -333,7 +199,7 @@ class Screening:
         if text.strip():
             for start in range(0, max(1, len(text) - _PIECE_OVERLAP), _PIECE - _PIECE_OVERLAP):
                 piece = replace(question, text=text[start : start + _PIECE])
-                found.append(await self._guarding.verdict(check, piece, self._key, count))
+                found.append(await self._checks.verdict(check, piece, self._key, count))
                 if found[-1].is_flagged:
                     break
         return together(found)
@@ -353,7 +219,7 @@ class Screening:
             if name not in (None, check.name):
                 continue
             if isinstance(check, ListCheck):
-                found.append(await self._guarding.compute(self.tenant, partial(check.words.judge, text)))
+                found.append(await self._checks.compute(self.tenant, partial(check.words.judge, text)))
                 continue
             try:
                 found.append(await self._ask(check, Question("user", text), count))
@@ -367,7 +233,12 @@ class Screening:
 
     async def compute(self, call: Callable[[], T]) -> T:
         """Run a check that only computes, in a thread."""
-        return await self._guarding.compute(self.tenant, call)
+        return await self._checks.compute(self.tenant, call)
+
+
+def screening_of(caller: Caller) -> Screening | None:
+    """The screening of a request; None: nothing is checked."""
+    return next((watch for watch in caller.watches if isinstance(watch, Screening)), None)
 
 
 class ScreenedAnswer:
@@ -451,24 +322,6 @@ class ScreenedAnswer:
         return made if end is None else [*made, end]
 
 
-def _read(path: Path) -> Policies:
-    policies = read_policies(path)
-    for check in policies.checks:
-        if isinstance(check, HttpCheck) and check.key_env is not None and not os.environ.get(check.key_env):
-            raise UsageError(f"{path}: checks.{check.name}.key-env: the variable {check.key_env} is not set")
-    return policies
-
-
-def _require_models(policies: Policies, names: Sequence[str]) -> None:
-    for check in policies.checks:
-        if isinstance(check, ModelCheck) and check.model not in names:
-            raise UsageError(
-                f"the policy's check {check.name} asks the model {check.model}, "
-                f"and this server has: {', '.join(names)}",
-                hint="serve it beside the others: `argosy serve MODEL GUARD --policy FILE`",
-            )
-
-
 def _merged(events: Sequence[Event]) -> Iterator[Event]:
     """The events, with deltas of one kind that follow each other joined."""
     last: TextDelta | ReasoningDelta | None = None
@@ -487,3 +340,71 @@ def _merged(events: Sequence[Event]) -> Iterator[Event]:
         yield event
     if last is not None:
         yield last
+
+
+def _joined(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, with what one answer said in steps that follow each other joined, so that it is checked at once."""
+    last: Said | None = None
+    for step in steps:
+        if isinstance(step, Said) and last is not None and last.answer == step.answer:
+            last = Said(step.answer, (*last.events, *step.events), last.text + step.text, None)
+            continue
+        if last is not None:
+            yield last
+        last = step if isinstance(step, Said) else None
+        if last is None:
+            yield step
+    if last is not None:
+        yield last
+
+
+async def _screened(step: Step, answers: Answers, screened: Sequence[ScreenedAnswer]) -> list[Step]:
+    """The parts of a step that the checks let pass."""
+    if isinstance(step, Progress):
+        return [step]
+    number, answer = step.answer, screened[step.answer]
+    made: list[Step] = []
+    events: list[Event] = []
+    is_end, text = isinstance(step, Ended), ""
+    if not answers.is_parsed(number):
+        text = await answer.take_text("" if isinstance(step, Ended) else step.text, is_end=is_end)
+    elif isinstance(step, Ended):
+        events = await answer.finish()
+    else:
+        events = await answer.take(step.events)
+    if events or text:
+        made.append(Said(number, tuple(events), text, None))
+    if isinstance(step, Ended):
+        return [*made, replace(step, finish="content_filter") if answer.is_blocked else step]
+    if answer.is_blocked:
+        answers.block(number)
+    return made
+
+
+def _decoded(service: Service, token_ids: Sequence[int]) -> str:
+    return "" if service.tokenizer is None else service.tokenizer.decode(token_ids, keep_special=True)
+
+
+def _heard(request: ModelRequest, service: Service, caller: Caller) -> ModelRequest:
+    """The request with the transcripts of sounds that the model gets as text."""
+    if not isinstance(request, ChatRequest) or service.model.hears != "transcript":
+        return request
+    heard = service.prompts.with_transcripts(request.messages, tenant=caller.tenant, check=caller.go_on)
+    return replace(request, messages=heard)
+
+
+def _near(request: ModelRequest, service: Service) -> ModelRequest:
+    """The request without snippets that cannot fit: its texts are searched, which takes longer than counting them.
+
+    Raises:
+        PromptTooLong: the rest cannot fit.
+    """
+    prompts = service.prompts
+    if isinstance(request, ChatRequest):
+        prompts.require_near(shown_of(replace(request, begun_ids=()), partial(_decoded, service)).all_texts())
+        return request
+    prompts.require_near((request.prompt if isinstance(request.prompt, str) else "", request.suffix or ""))
+    if request.snippets is None:
+        return request
+    kept = prompts.near_snippets(request.snippets)
+    return replace(request, snippets=kept, num_left_out=len(request.snippets) - len(kept))

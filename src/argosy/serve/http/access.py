@@ -11,14 +11,8 @@ from typing import Literal
 from argosy.guard.keys import Scope as KeyScope
 
 MAX_BODY_BYTES = 8 << 20
-
-
 FORM_TYPE = "multipart/form-data"
-
-
 Dialect = Literal["openai", "anthropic", "ollama"]
-
-
 Screens = Literal["answers", "texts", "nothing"]
 
 
@@ -41,6 +35,11 @@ class Policy:
     ends_in_name: bool = (
         False  # the path ends with its one parameter, which may contain slashes: `OWNER/NAME`
     )
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the audit has a line for each request: those that do work or change something."""
+        return self.scope is not None and self.method != "GET"
 
 
 def dialect_of(path: str) -> Dialect:

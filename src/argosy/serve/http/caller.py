@@ -1,4 +1,14 @@
-"""The client of a request, while the request runs."""
+"""The client of a request, and what the hooks of a server hear about the request.
+
+    gate: Hook.arrive -> key, scope -> Hook.admit -> type, size -> Watch.begin -> route -> Watch.after
+    route: named, asked, answered_by, count, token, ended, sent, found  ->  every Watch of the request
+
+A hook is one thing that a server does around every request: limits, metrics, the audit, a policy. It knows nothing of
+the others, and what it keeps of a request is its own `Watch`. A hook or watch that raises ArgosyError in `arrive`,
+`admit`, `begin` or `named` refuses the request.
+
+Elsewhere: `gate.py` calls the hooks; a hook that sees texts is a `Check` of `serve/answer/check.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +18,86 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from argosy.engine.sequence import Result
 from argosy.guard.keys import Scope as KeyScope
 from argosy.guard.limits import Limits
-from argosy.serve.admin.answer_metrics import AnswerMetrics
-from argosy.serve.answer.running import Run
-from argosy.serve.guards.screening import Screening
+from argosy.serve.http.access import Policy
 from argosy.serve.http.failures import Refused
-from argosy.serve.http.held import Files, Pool, Share
+from argosy.serve.http.held import Held
+from argosy.serve.http.running import Run
+
+
+class Watch:
+    """What a hook keeps of one request; this one keeps nothing.
+
+    Any thread may call `count`, `token`, `ended` and `found`, even after the request has ended.
+    """
+
+    def begin(self) -> None:
+        """The request has passed every check of the gate, and its route runs next."""
+
+    def asked(self, data: bytes) -> None:
+        """A part of the body has arrived."""
+
+    def named(self, person: str) -> None:
+        """The client names the person behind the request."""
+
+    def answered_by(self, model: str, digests: Mapping[str, str]) -> None:
+        """The model with this id answers; `digests` are the SHA-256 of what decides its answers, by name."""
+
+    def count(self, *, prompt: int, new: int) -> None:
+        """The request has used more tokens."""
+
+    def queued(self, num_answers: int, *, is_chat: bool) -> None:
+        """So many more answers are queued."""
+
+    def token(self, answer: int) -> None:
+        """The answer with this number has a new token."""
+        self.count(prompt=0, new=1)
+
+    def ended(self, answer: int, result: Result) -> None:
+        """The answer with this number has ended."""
+
+    def found(self, verdict: str) -> None:
+        """A check has decided something; `verdict` is a word or two, and never a word of the text."""
+
+    def sent(self, data: bytes) -> None:
+        """A part of the response's body is sent."""
+
+    def after(self, status: int, seconds: float) -> None:
+        """The response was sent, or its client has left."""
+
+
+class Hook:
+    """One thing that a server does around every request; this one does nothing."""
+
+    def arrive(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        """A request for a route arrives, and nothing is known of its client."""
+        return None
+
+    def admit(self, caller: Caller, policy: Policy, headers: Mapping[str, str]) -> Watch | None:
+        """The key of a request is valid and has the scope that the route needs."""
+        return None
 
 
 @dataclass(slots=True, eq=False)
 class Caller(Run):
-    """The client of a request and the tokens it used so far, even if the client leaves before the end.
+    """The client of a request.
 
     began: when the request arrived, by the monotonic clock.
-    model: the id of the model that answers; empty until one does.
-    digests: SHA-256 of what decides its answers, by name, for the audit.
-    trace_id: the client's trace, 32 hexadecimal digits (W3C Trace Context).
-    finishes: why each answer ended.
-    is_recorded: the audit will have a line of the request.
-    verdicts: the guards' decisions, a word or two each, and never a word of the text.
-    screening: by the policy of the key; None: nothing is checked.
+    ending: closed when the request has ended.
+    watches: what hooks keep of the request.
     """
 
-    limits: Limits | None = None
-    num_prompt_tokens: int = 0
-    num_new_tokens: int = 0
-    num_marked_tokens: int = 0  # chosen with the watermark
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
-    share: Share = field(default_factory=lambda: Pool().share())  # its part of the memory for request bodies
-    takes_long: bool = False  # the body is long, or has pictures or sounds to decode
-    takes_video: bool = False  # it has a video to decode
-    files: Files = field(default_factory=Files)  # at other hosts, named in the body
-    # Closed when the request has ended.
-    ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    metrics: AnswerMetrics | None = None
     began: float = field(default_factory=time.monotonic)
-    model: str = ""
-    digests: Mapping[str, str] = field(default_factory=dict)
-    trace_id: str | None = None
-    finishes: list[str] = field(default_factory=list)
-    verdicts: list[str] = field(default_factory=list)
-    is_recorded: bool = False
-    screening: Screening | None = None
+    held: Held = field(default_factory=Held)
+    ending: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    watches: list[Watch] = field(default_factory=list)
+
+    @property
+    def key_id(self) -> str:
+        return "none" if self.key is None else self.key.id
 
     def require(self, scope: KeyScope, what: str = "") -> None:
         """Require a key with `scope`, or with `admin`, which includes every scope.
@@ -71,21 +118,57 @@ class Caller(Run):
             )
             raise Refused(403, f"the key lacks scope '{scope}'{needed}", hint=hint, param=what or None)
 
-    def answered_by(self, model: str, digests: Mapping[str, str] | None = None) -> None:
-        """Note the id of the model that answers the request, and the SHA-256 of what decides its answers."""
-        if self.metrics is not None and not self.model:
-            self.metrics.count_request(model, self.key_id)
-        self.model, self.digests = model, digests or {}
+    def asked(self, data: bytes) -> None:
+        """Tell the watches of a part of the body."""
+        for watch in self.watches:
+            watch.asked(data)
 
-    @property
-    def key_id(self) -> str:
-        return "none" if self.key is None else self.key.id
+    def answered_by(self, model: str, digests: Mapping[str, str] | None = None) -> None:
+        """Tell the watches which model answers the request (`Watch.answered_by`)."""
+        for watch in self.watches:
+            watch.answered_by(model, digests or {})
 
     def count(self, *, prompt: int = 0, new: int = 0) -> None:
         """Count more tokens. Any thread may call this, even after the request has ended."""
+        for watch in self.watches:
+            watch.count(prompt=prompt, new=new)
+
+    def found(self, verdict: str) -> None:
+        """Tell the watches what a check has decided. Any thread may call this."""
+        for watch in self.watches:
+            watch.found(verdict)
+
+
+class Tally(Watch):
+    """The model that answers a request, and the tokens so far, even if the client leaves before the end.
+
+    model: empty until one answers.
+    """
+
+    def __init__(self) -> None:
+        self.model = ""
+        self.num_prompt_tokens = self.num_new_tokens = 0
+
+    def answered_by(self, model: str, digests: Mapping[str, str]) -> None:
+        self.model = model
+
+    def count(self, *, prompt: int, new: int) -> None:
         self.num_prompt_tokens += prompt
         self.num_new_tokens += new
-        if self.limits is not None and self.key is not None:
-            self.limits.count(self.key, prompt + new)
-        if self.metrics is not None:
-            self.metrics.count_tokens(self.model, self.key_id, prompt=prompt, new=new)
+
+
+class Limited(Watch):
+    """Applies the limits of a key to a request of it."""
+
+    def __init__(self, limits: Limits, caller: Caller, policy: Policy) -> None:
+        self._limits, self._caller, self._policy = limits, caller, policy
+
+    def begin(self) -> None:
+        key = self._caller.key
+        if self._policy.is_counted and key is not None:
+            self._limits.begin(key)
+            self._caller.ending.callback(self._limits.end, key)
+
+    def count(self, *, prompt: int, new: int) -> None:
+        if self._caller.key is not None:
+            self._limits.count(self._caller.key, prompt + new)

@@ -23,10 +23,8 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,15 +32,13 @@ from argosy.errors import Overloaded
 from argosy.guard.keys import Key, KeyRing
 from argosy.guard.limits import Limits
 from argosy.guard.strangers import Strangers
-from argosy.serve.admin.answer_metrics import AnswerMetrics
-from argosy.serve.answer.running import GoneAway, Running
-from argosy.serve.guards.screening import Guarding
 from argosy.serve.http.access import FORM_TYPE, Policy, dialect_of
-from argosy.serve.http.caller import Caller
+from argosy.serve.http.caller import Caller, Hook, Limited, Tally
 from argosy.serve.http.failures import Refused, report, send_error
-from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Pool
-from argosy.serve.http.incoming import CHOSEN_POLICY, Heard, IncomingBody, read_headers, secret_of
-from argosy.serve.http.origins import Headers, Origins, granted
+from argosy.serve.http.held import BODY_BYTES, MEDIA_BODIES_BYTES, MEDIA_BODY_BYTES, Held, Pool
+from argosy.serve.http.incoming import IncomingBody, read_headers, secret_of, trace_of
+from argosy.serve.http.origins import Headers, Site, granted
+from argosy.serve.http.running import GoneAway, Running
 
 log = logging.getLogger("argosy.serve")
 
@@ -52,10 +48,6 @@ _AUTHORITY = re.compile(rf"(?P<name>{_NAME}|\[(?P<v6>[0-9A-Fa-f:.]{{2,45}})\])(?
 GENERATED = (b"x-ai-generated", b"1")  # header of answers that a model wrote
 # Headers of answers to a key with tokens per day: the limit, what is left of it, and when the day ends; OpenAI's names.
 TOKENS_LEFT = (b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens")
-_TRACE = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
-)
-
 SECURITY_HEADERS = (
     # data: for previews of attached pictures and sounds, which cannot run anything.
     (
@@ -66,26 +58,6 @@ SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
-
-
-class Auditing(Protocol):
-    """The part of `Auditor` that the gate uses."""
-
-    def require_room(self) -> None: ...
-
-    def listen(self) -> Heard | None: ...
-
-    def note(
-        self, caller: Caller, policy: Policy, *, status: int, seconds: float, heard: Heard | None
-    ) -> None: ...
-
-
-@dataclass(slots=True)
-class _Count:
-    status: int = 0
-    has_begun: bool = False
-    first_s: float | None = None
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
 class _Pace:
@@ -119,19 +91,61 @@ class _Pace:
                 turn.set_result(None)
 
 
+class _Response:
+    """Sends the response to a request, with the headers that every response has.
+
+    policy: None until the route is known.
+    headers: more of them.
+    status: 0 until the response begins.
+    has_begun: its head has been sent.
+    """
+
+    def __init__(
+        self, send: Send, scope: Scope, caller: Caller, body: IncomingBody,
+        tokens_left: Callable[[Key | None], Headers],
+    ) -> None:  # fmt: skip
+        self._send, self._caller, self._body, self._tokens_left = send, caller, body, tokens_left
+        self._is_head = scope["method"] == "HEAD"
+        name = b"request-id" if dialect_of(scope["path"]) == "anthropic" else b"x-request-id"
+        self.headers: Headers = [*SECURITY_HEADERS, (name, caller.request_id.encode())]
+        self.policy: Policy | None = None
+        self.status, self.has_begun = 0, False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif not self._is_head:
+            for watch in self._caller.watches:
+                watch.sent(message.get("body", b""))
+            await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        status = self.status = message["status"]
+        own = {name for name, _ in message.get("headers", ())}
+        told = list(self.headers)
+        if self.policy is not None and self.policy.screens == "answers" and status == 200:
+            told.append(GENERATED)
+        told += self._tokens_left(self._caller.key)
+        extra = [pair for pair in told if pair[0] not in own]
+        # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
+        if status >= 400 and (b"connection" not in own or status in (413, 503)):
+            is_read = await self._body.discard()
+            if not is_read and b"connection" not in own:
+                extra.append((b"connection", b"close"))
+        await self._send({**message, "headers": [*message.get("headers", ()), *extra]})
+        self.has_begun = True  # not before: the request may end while the rest of its body is read
+        if self._is_head:  # complete, even where GET would stream
+            await self._send({"type": "http.response.body"})
+
+
 class Gate:
     """An ASGI application in front of `app`.
 
     Args:
-        hosts: host names that the server answers to, besides addresses and `localhost`.
-        origins: origins whose pages may use the server.
         hints: for a path that is not in the table, what to do instead, by the beginning of the path.
         takes_media: the model takes pictures or sounds.
         observe: is called with (route, status, seconds) for every request.
-        metrics: takes the times and tokens of answers; None: nobody asks for them.
-        base_path: the beginning of all paths, or nothing.
-        auditor: records the requests that do work or change something; None: nobody does.
-        guarding: policies, and what is stopped; None: another server behind this one has them.
+        hooks: what else happens around every request, in this order.
         running: the requests that run; None: it is the gate's own.
     """
 
@@ -142,29 +156,24 @@ class Gate:
         ring: KeyRing,
         limits: Limits,
         *,
-        hosts: Collection[str] = (),
-        origins: Origins | None = None,
+        site: Site | None = None,
         hints: Mapping[str, str] | None = None,
         takes_media: bool = False,
         observe: Callable[[str, int, float], None] = lambda route, status, seconds: None,
-        metrics: AnswerMetrics | None = None,
-        base_path: str = "",
-        auditor: Auditing | None = None,
-        guarding: Guarding | None = None,
+        hooks: Sequence[Hook] = (),
         running: Running | None = None,
     ) -> None:
         self._app = app
-        self._auditor = auditor
-        self._guarding = guarding
+        self._hooks = hooks
         self.running = Running() if running is None else running
         self._table = [(policy, _pattern(policy)) for policy in policies]
         self._ring = ring
         self._limits = limits
-        self._hosts = {"localhost", *(name.lower() for name in hosts)}
-        self._origins = Origins() if origins is None else origins
+        site = Site() if site is None else site
+        self._hosts = {"localhost", *(name.lower() for name in site.hosts)}
+        self._origins, self._base_path = site.origins, site.base_path
         self._hints = {} if hints is None else hints
-        self._observe, self._metrics = observe, metrics
-        self._base_path = base_path
+        self._observe = observe
         self._strangers = Strangers()
         self._pace = _Pace()
         self._takes_media = takes_media
@@ -176,83 +185,57 @@ class Gate:
             return
         if scope["type"] != "http":
             return
-        began, count = time.monotonic(), _Count()
+        began, tally = time.monotonic(), Tally()
         if scope["method"] == "POST":
             await self._pace.begin()
-        policy: Policy | None = None
         is_within = scope["path"].startswith(f"{self._base_path}/")
         if is_within:
             scope = {**scope, "path": scope["path"][len(self._base_path) :]}
-        caller = Caller(
-            limits=self._limits, share=self.bodies.share(), metrics=self._metrics, began=began, running=self.running
-        )  # fmt: skip
+        held = Held(share=self.bodies.share())
+        caller = Caller(began=began, held=held, watches=[tally], running=self.running)
         dialect = dialect_of(scope["path"])
-        named = (b"request-id" if dialect == "anthropic" else b"x-request-id", caller.request_id.encode())
-
-        body = IncomingBody(receive, caller.share.hold)
-        for_pages: Headers = []
-
-        async def send_on(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                count.status = message["status"]
-                own = {name for name, _ in message.get("headers", ())}
-                told = [*SECURITY_HEADERS, named, *for_pages]
-                if policy is not None and policy.screens == "answers" and message["status"] == 200:
-                    told.append(GENERATED)
-                told += self._tokens_left(caller.key)
-                extra = [pair for pair in told if pair[0] not in own]
-                # The others that close the connection: 408 has waited long enough, and BadFrame has no known end.
-                if message["status"] >= 400 and (b"connection" not in own or message["status"] in (413, 503)):
-                    is_read = await body.discard()
-                    if not is_read and b"connection" not in own:
-                        extra.append((b"connection", b"close"))
-                await send({**message, "headers": [*message.get("headers", ()), *extra]})
-                count.has_begun = True  # not before: the request may end while the rest of its body is read
-                if scope["method"] == "HEAD":  # complete, even where GET would stream
-                    await send({"type": "http.response.body"})
-            elif scope["method"] != "HEAD":
-                if body.heard is not None:
-                    body.heard.answer(message.get("body", b""))
-                await send(message)
-
+        body = IncomingBody(receive, held.share.hold)
+        response = _Response(send, scope, caller, body, self._tokens_left)
+        policy: Policy | None = None
+        trace_id: str | None = None
         try:
             if NO_ROOM in scope.get("state", ()):
                 raise Overloaded("the server has reached its limit on connections", retry_after_s=1)
             headers = read_headers(scope)
             body.is_awaited = "expect" in headers
-            caller.trace_id = _trace_id(headers)
+            trace_id = trace_of(headers)
             self._check_host(headers)
             if not is_within:
                 raise self._elsewhere(scope)
-            for_pages += self._origins.headers(headers)
+            response.headers += self._origins.headers(headers)
             asked = self._origins.asked_method(scope["method"], headers)
-            policy = self._route(asked or scope["method"], scope["path"])
+            policy = response.policy = self._route(asked or scope["method"], scope["path"])
             if asked is not None:  # without a key: browsers send none with a preflight
-                await send_on(
+                await response.send(
                     {"type": "http.response.start", "status": 204, "headers": granted(asked, headers)}
                 )
-                await send_on({"type": "http.response.body"})
+                await response.send({"type": "http.response.body"})
             else:
-                await self._pass_on(policy, headers, caller, body, scope, send_on)
+                await self._pass_on(policy, headers, caller, body, scope, response.send)
         except GoneAway:
-            count.status = count.status or 499
+            response.status = response.status or 499
         except Exception as error:
             report(error, caller.request_id)
-            if not count.has_begun:
-                await send_error(error, dialect, send_on, caller.request_id)
+            if not response.has_begun:
+                await send_error(error, dialect, response.send, caller.request_id)
         seconds = time.monotonic() - began
         route = policy.path if policy is not None else "none"
-        self._observe(route, count.status, seconds)
+        self._observe(route, response.status, seconds)
+        for watch in caller.watches:
+            watch.after(response.status, seconds)
         facts = {
             "event": "request", "request_id": caller.request_id,
-            "method": scope["method"] if policy is not None else "-", "route": route, "status": count.status,
+            "method": scope["method"] if policy is not None else "-", "route": route, "status": response.status,
             "seconds": round(seconds, 3),
-            "prompt_tokens": caller.num_prompt_tokens, "new_tokens": caller.num_new_tokens,
-            "model": caller.model or None, "key": None if caller.key is None else caller.key.id,
-            **({} if caller.trace_id is None else {"trace_id": caller.trace_id}),
+            "prompt_tokens": tally.num_prompt_tokens, "new_tokens": tally.num_new_tokens,
+            "model": tally.model or None, "key": None if caller.key is None else caller.key.id,
+            **({} if trace_id is None else {"trace_id": trace_id}),
         }  # fmt: skip
-        if self._auditor is not None and policy is not None and caller.is_recorded:
-            self._auditor.note(caller, policy, status=count.status, seconds=seconds, heard=body.heard)
         log.info(
             "%(request_id)s %(method)s %(route)s %(status)d %(seconds).3f s,"
             " %(prompt_tokens)d prompt, %(new_tokens)d new",
@@ -282,18 +265,14 @@ class Gate:
         Raises:
             Refused: it does not.
         """
-        if self._auditor is not None and _is_recorded(policy):
-            # First, and without a line: refusals of all kinds must not take the room of requests that are running.
-            self._auditor.require_room()
-            caller.is_recorded = True
+        caller.watches += filter(None, (hook.arrive(caller, policy, headers) for hook in self._hooks))
+        caller.watches.append(Limited(self._limits, caller, policy))
         self._check_origin(scope, headers)
         caller.key = self._admit(policy, headers, scope.get("client"))
         if policy.scope is not None:
             caller.require(policy.scope)
             caller.go_on()
-        if self._guarding is not None and policy.screens in ("answers", "texts"):
-            chosen = headers.get(CHOSEN_POLICY)
-            caller.screening = self._guarding.screening(caller.key, chosen, caller.verdicts)
+        caller.watches += filter(None, (hook.admit(caller, policy, headers) for hook in self._hooks))
         if scope["method"] == "POST":
             _require_type(policy, headers)
         body.max_bytes = policy.max_body_bytes
@@ -301,11 +280,10 @@ class Gate:
             body.max_bytes = MEDIA_BODY_BYTES
         body.require_allowed(int(headers.get("content-length", "0") or 0))
         scope.setdefault("state", {}).update(caller=caller, policy=policy)
-        if self._auditor is not None and policy.is_counted:
-            body.heard = self._auditor.listen()
-        if policy.is_counted and caller.key is not None:
-            self._limits.begin(caller.key)
+        body.asked = caller.asked
         try:
+            for watch in caller.watches:
+                watch.begin()
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             # What an operator's command has begun is finished.
             can_end = policy.scope not in (None, "admin")
@@ -316,9 +294,7 @@ class Gate:
                 await self._app({**scope, "method": method}, body.receive, send)
         finally:
             caller.ending.close()
-            caller.share.close()
-            if policy.is_counted and caller.key is not None:
-                self._limits.end(caller.key)
+            caller.held.share.close()
 
     def _elsewhere(self, scope: Scope) -> Refused:
         """The answer to a path outside the base path; a browser is led from the base path to the page."""
@@ -375,17 +351,6 @@ class Gate:
             or headers.get("origin", own[0]).lower() not in own
         ):
             raise Refused(403, "requests from pages of other sites are refused")
-
-
-def _is_recorded(policy: Policy) -> bool:
-    """Whether the audit has a line for each request of a route: those that do work or change something."""
-    return policy.scope is not None and policy.method != "GET"
-
-
-def _trace_id(headers: Mapping[str, str]) -> str | None:
-    """The client's trace id, if the request is part of a trace."""
-    found = _TRACE.fullmatch(headers.get("traceparent", ""))
-    return None if found is None else found["trace_id"]
 
 
 def _require_type(policy: Policy, headers: dict[str, str]) -> None:

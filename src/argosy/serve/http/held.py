@@ -1,4 +1,4 @@
-"""A pool of memory for the bodies of all requests: one line of the memory plan.
+"""What requests hold until they have ended: memory of a pool for all bodies, a line of the memory plan, and files.
 
     part of a body, cost of parsing it  ->  Share.hold  ->  within the pool, or refused
     end of the request, however it ends ->  Share.close
@@ -6,7 +6,7 @@
 A body needs more memory than its bytes: JSON as Python objects takes up to forty times as much. So the cost of parsing
 a body is charged before it is parsed.
 
-Elsewhere: the cost of parsing is `body.py`; `serve/claims.py` asks the plan for the pool.
+Elsewhere: the cost of parsing is `serve/dialects/body.py`; `serve/claims.py` asks the plan for the pool.
 """
 
 from __future__ import annotations
@@ -123,3 +123,18 @@ class Files:
 
 class FilesWanted(Exception):
     """A request names files that have not been fetched yet."""
+
+
+@dataclass(slots=True)
+class Held:
+    """What one request holds, and how heavy its work is.
+
+    takes_long: the body is long, or has pictures or sounds to decode.
+    takes_video: it has a video to decode.
+    files: at other hosts, named in the body.
+    """
+
+    share: Share = field(default_factory=lambda: Pool().share())
+    files: Files = field(default_factory=Files)
+    takes_long: bool = False
+    takes_video: bool = False

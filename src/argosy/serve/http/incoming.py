@@ -1,23 +1,22 @@
 """A request as it arrives: its headers, none of them ambiguous, and its body, bounded in size and time.
 
-Elsewhere: what a body says is read by `body.py`; `gate.py` decides how large it may be.
+Elsewhere: what a body says is read by `serve/dialects/body.py`; `gate.py` decides how large it may be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 from starlette.types import Message, Receive, Scope
 
-from argosy.guard.audit import Content
-from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.access import MAX_BODY_BYTES
 from argosy.serve.http.failures import BadFrame, Refused
 from argosy.serve.http.held import MEDIA_BODY_BYTES
+from argosy.serve.http.running import GoneAway
 
 BODY_STALL_S = 15.0  # longest wait between two parts of a body
 BODY_S = 60.0
@@ -35,16 +34,9 @@ _ONCE = (
     "content-type",
     "transfer-encoding",
 )
-
-
-class Heard(Protocol):
-    """Takes what a request says and is answered."""
-
-    def ask(self, data: bytes) -> None: ...
-
-    def answer(self, data: bytes) -> None: ...
-
-    def content(self) -> Content: ...
+_TRACE = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 
 
 def read_headers(scope: Scope) -> dict[str, str]:
@@ -60,6 +52,12 @@ def read_headers(scope: Scope) -> dict[str, str]:
     if "transfer-encoding" in found and ("content-length" in found or scope.get("http_version") == "1.0"):
         raise BadFrame("transfer-encoding is not allowed with content-length or in HTTP/1.0")
     return found
+
+
+def trace_of(headers: Mapping[str, str]) -> str | None:
+    """The client's trace, 32 hexadecimal digits (W3C Trace Context), if the request is part of one."""
+    found = _TRACE.fullmatch(headers.get("traceparent", ""))
+    return None if found is None else found["trace_id"]
 
 
 def secret_of(headers: dict[str, str]) -> str | None:
@@ -81,14 +79,14 @@ class IncomingBody:
     is_whole: all of the body has been read.
     is_awaited: the client sends the body only after a 100 Continue.
     max_bytes: the largest body that is read.
-    heard: takes the body, too; None: nobody else does.
+    asked: is called with each part of the body.
     when_whole: is called when all of the body has been read.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
         """`hold` is called with the memory of each part, and raises if there is no room for it."""
         self._receive, self._hold = receive, hold
-        self.heard: Heard | None = None
+        self.asked: Callable[[bytes], None] = lambda data: None
         self.when_whole: Callable[[], None] = lambda: None
         self._size, self._began = 0, time.monotonic()
         self.is_whole = False
@@ -116,8 +114,7 @@ class IncomingBody:
         self._size += num_bytes
         self.require_allowed(self._size)
         self._hold(num_bytes + num_bytes // 8)  # a buffer that grows has some room to spare
-        if self.heard is not None:
-            self.heard.ask(message.get("body", b""))
+        self.asked(message.get("body", b""))
         return message
 
     def require_allowed(self, num_bytes: int) -> None:

@@ -1,8 +1,8 @@
-"""Where a server listens besides TCP addresses: a socket file, TLS; and which proxies it believes.
+"""Where a server listens: TCP addresses, a socket file, TLS; and which proxies it believes.
 
-    options  ->  Front  ->  bind_file, Certificate  ->  run.py
+    options  ->  Front  ->  bind, bind_file, Certificate  ->  server.py
 
-Elsewhere: TCP addresses are `run.py`; options are `cli/commands/listening.py`.
+Elsewhere: options are `cli/commands/listening.py`.
 """
 
 from __future__ import annotations
@@ -240,3 +240,65 @@ def _require_network(text: str) -> None:
         raise UsageError(
             f"--forwarded-from {text} would trust every client", hint="name the proxy's own address"
         )
+
+
+def address_of(listener: Listener, host: str, front: Front) -> str:
+    """The address of a server, for people."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}{front.base_path}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{front.scheme}://{shown}:{listener.getsockname()[1]}{front.base_path}"
+
+
+@contextmanager
+def bind(host: str, port: int) -> Iterator[list[Listener]]:
+    """Bind sockets to all addresses of `host`, without listening yet.
+
+    They are bound before the model is loaded, so that a port in use is reported at once. They listen only after it is
+    loaded. Until then connections are refused, so that no client waits for minutes, or for an answer that never comes.
+
+    Raises:
+        UsageError: the address is in use, or does not belong to this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} is not an address: {error.strerror}",
+            hint="use --host 127.0.0.1, or 0.0.0.0 for all addresses",
+        ) from None
+    with ExitStack() as stack:
+        sockets: list[Listener] = []
+        fault: OSError | None = None
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                one = stack.enter_context(Listener(family, kind, protocol))
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind((address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:]))
+            except OSError as error:  # `localhost` has an IPv6 address even if IPv6 is disabled
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise cannot_listen(error, host, port) from None
+                fault = error
+            else:
+                sockets.append(one)
+        if not sockets:
+            assert fault is not None
+            raise cannot_listen(fault, host, port) from None
+        yield sockets
+
+
+def cannot_listen(error: OSError, host: str, port: int) -> UsageError:
+    match error.errno:
+        case errno.EADDRINUSE:
+            told, hint = (
+                f"port {port} of {host} is in use",
+                f"use --port {port % 65535 + 1}, or --port 0 for any free port",
+            )
+        case errno.EACCES:
+            told, hint = f"this user may not listen on port {port}", "use --port 8080, or another above 1023"
+        case _:
+            told = f"{host} is not an address of this machine: {error.strerror}"
+            hint = "use --host 127.0.0.1"
+    return UsageError(told, hint=hint)

@@ -12,7 +12,8 @@ Elsewhere: requests of other pages are refused in `gate.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from argosy.errors import UsageError
 
@@ -94,3 +95,17 @@ def granted(method: str, headers: Mapping[str, str]) -> Headers:
     if headers.get("access-control-request-private-network") == "true":
         made.append((b"access-control-allow-private-network", b"true"))
     return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Under which names and paths a server is reached.
+
+    hosts: host names that it answers to, besides addresses and `localhost`.
+    origins: origins whose pages may use it.
+    base_path: the beginning of all paths, or nothing.
+    """
+
+    hosts: Collection[str] = ()
+    origins: Origins = field(default_factory=Origins)
+    base_path: str = ""

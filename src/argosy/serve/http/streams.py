@@ -20,10 +20,10 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from argosy.serve.answer.running import GoneAway
 from argosy.serve.http.access import Dialect
 from argosy.serve.http.caller import Caller
 from argosy.serve.http.failures import error_body, report
+from argosy.serve.http.running import GoneAway
 
 KEEP_ALIVE_S = 10.0
 # Silence before an answer that is not streamed; until then its status may still be that of an error.
@@ -70,10 +70,10 @@ def error_event(error: Exception, dialect: Dialect, caller: Caller) -> bytes:
 class EventStream(Response):
     """Sends events as they are made, `idle` every KEEP_ALIVE_S of silence, and a failure as the last event.
 
-    What ends the request (`answer/running.py`) is such a failure, unless the client has left. `failed` encodes a
+    What ends the request (`running.py`) is such a failure, unless the client has left. `failed` encodes a
     failure, if the dialect has its own event for it. `close` is always called, even if no event was requested, and
     before the last event is sent: a client that does not read must not hold up the end. The next event is requested
-    once the last has been sent. The connection drops a client that reads nothing (`run.TimedProtocol`).
+    once the last has been sent. The connection drops a client that reads nothing (`TimedProtocol`).
     """
 
     def __init__(

@@ -5,7 +5,7 @@
 
 The protocols are those of sd_listen_fds(3) and sd_notify(3). Child processes do not inherit the variables.
 
-Elsewhere: sockets that the server makes itself are `listen.py` and `run.py`.
+Elsewhere: sockets that the server makes itself are `listen.py`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ waits for an engine or a drive runs in a thread. `_moving` is held while memory 
 read. The order of locks is `_moving`, then those of the engines; nothing here runs inside a turn. Memory is taken from
 one model, and is with the system, before another one may use it. So the sum never exceeds the budget.
 
-Elsewhere: `opened.py` opens an engine; `serve/answer/service.py` has the service of one model; `serve/http/body.py`
+Elsewhere: `opened.py` opens an engine; `serve/answer/service.py` has the service of one model; `serve/dialects/body.py`
 calls `use_model`.
 """
 

@@ -23,7 +23,6 @@ from argosy.engine.ledger import DecodeSteps
 from argosy.engine.loop import EngineLoop
 from argosy.engine.shared import ReadyModel
 from argosy.forecast.verification import Verification, compare_decode
-from argosy.guard.keys import KeyRing
 from argosy.media.parts import Hearing, Kind
 from argosy.observe.live import LiveCache
 from argosy.observe.recorder import Recorder
@@ -31,10 +30,7 @@ from argosy.prompt.replay import ReplayMemory
 from argosy.prompt.reranking import RERANK_FORMS, Reranking
 from argosy.prompt.thinking import switch_of
 from argosy.serve.answer.facts import ModelFacts
-from argosy.serve.answer.kept_items import KeptItems
-from argosy.serve.answer.media_hosts import MediaHosts
-from argosy.serve.answer.service import Service
-from argosy.serve.answer.work import Work
+from argosy.serve.answer.service import Common, Service
 from argosy.serve.http.log import where_it_failed
 from argosy.serve.models.models import Abilities, Progress, Shelved
 
@@ -44,24 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("argosy.serve")
 
 LOADING_SAID_S = 10.0  # how often the log tells of a model that is loaded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Common:
-    """The parts that all models of a server share.
-
-    ring: prefix files of tenants without a key are deleted when a model is opened; None: the server has no keys.
-    kept: items of earlier responses.
-    rerank: the form of a reranker's prompt, by its name in `RERANK_FORMS`; None: the models rank no documents.
-    """
-
-    ring: KeyRing | None
-    kept: KeptItems
-    work: Work
-    keep_billing_line: bool = False
-    any_model: bool = False
-    media_hosts: MediaHosts | None = None
-    rerank: str | None = None
 
 
 class Recording(Protocol):
@@ -149,11 +127,7 @@ def service_for(
         engine.prompts.remembering(ReplayMemory(max_bytes=replay_bytes)),
         engine.tokenizer,
         facts,
-        keep_billing_line=common.keep_billing_line,
-        any_model=common.any_model,
-        kept=common.kept,
-        work=common.work,
-        media_hosts=common.media_hosts,
+        common,
         ears=engine.ears,
         reranking=reranking,
         recent_cache=recent_cache,

@@ -10,7 +10,7 @@ and ends those that may not go on before their next token or event. The error th
 status or as the last event of its stream. Commands of operators do not end: what they began is finished.
 
 Elsewhere: what an operator has stopped is `guard/stops.py`; revoked keys are found by `serve/admin/key_watch.py`;
-`serve/http/gate.py` enters requests, and `serve/http/streams.py` writes the last event.
+`gate.py` enters requests, and `streams.py` writes the last event.
 """
 
 from __future__ import annotations
@@ -22,21 +22,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from starlette.types import Receive
 
 from argosy.errors import ArgosyError, Overloaded, Revoked
 from argosy.guard.keys import Key
 
-if TYPE_CHECKING:
-    from argosy.serve.guards.screening import Guarding
-
 _ERASE_S = 30.0  # how long an erasure waits for threads that work for the key
 _LOOK_S = 0.01
 _RETRY_STOPPING_S = 30
 
 T = TypeVar("T")
+WhyNot = Callable[[Key | None, Collection[str], Collection[str]], ArgosyError | None]
 
 
 class GoneAway(Exception):
@@ -47,13 +45,12 @@ class Running:
     """The requests of a server that run.
 
     Args:
-        guarding: says what is stopped and who is blocked; None: nothing is stopped and nobody is blocked.
+        stopped: says why a request may not run, given its key and the `uses` and `persons` of its `Run`; None: it
+            may.
     """
 
-    def __init__(self, guarding: Guarding | None = None) -> None:
-        self._guarding = guarding
-        if guarding is not None:
-            guarding.changed = self.look_soon
+    def __init__(self, stopped: WhyNot = lambda key, uses, persons: None) -> None:
+        self._stopped = stopped
         self._runs: set[Run] = set()  # used by the event loop alone
         self._events: asyncio.AbstractEventLoop | None = None
         self._is_over = False
@@ -73,7 +70,7 @@ class Running:
             return Revoked("the key was revoked")
         if self._erasing[run.tenant]:
             return Overloaded("the data of this key was erased, and with it this request", retry_after_s=1)
-        return None if self._guarding is None else self._guarding.why_not(run.key, run.uses, run.persons)
+        return self._stopped(run.key, run.uses, run.persons)
 
     @contextmanager
     def entered(self, run: Run) -> Iterator[None]:

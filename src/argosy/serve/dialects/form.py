@@ -2,8 +2,8 @@
 
     parts of the body  ->  one part after another, in memory  ->  {name: text, texts or a file}  ->  the route's model
 
-The bytes are charged to the memory for all bodies as they arrive (`incoming.py`), and a file's are kept once. Nothing
-is written to a drive. A name that the model has no field for is refused as in JSON.
+The bytes are charged to the memory for all bodies as they arrive (`serve/http/incoming.py`), and a file's are kept
+once. Nothing is written to a drive. A name that the model has no field for is refused as in JSON.
 
 Elsewhere: bodies in JSON are `body.py`; the formats of forms are the library python-multipart.
 """
@@ -22,8 +22,8 @@ from starlette.responses import Response
 
 from argosy.errors import UsageError
 from argosy.serve.answer.service import no_ears
+from argosy.serve.dialects.body import refusal
 from argosy.serve.http.access import FORM_TYPE
-from argosy.serve.http.body import refusal
 from argosy.serve.http.caller import Caller
 from argosy.serve.models.models import models_of
 

@@ -3,13 +3,12 @@
     bytes  ->  counted, charged  ->  UTF-8, no key twice, no NaN, no half character, few levels  ->  the route's model
 
 The values of a body are counted before any of them is created, and the memory they need is charged to the pool of all
-requests (`held.py`); what only parsing needs is given back after it. A long body is counted, parsed and validated in a
-thread. Ambiguous JSON, which two parsers could
-read in two ways, is refused. A refusal names the place, the expected value and the value found; for a union, it
-describes the branch that matched furthest.
+requests (`serve/http/held.py`); what only parsing needs is given back after it. A long body is counted, parsed and
+validated in a thread. Ambiguous JSON, which two parsers could read in two ways, is refused. A refusal names the place,
+the expected value and the value found; for a union, it describes the branch that matched furthest.
 
-Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are `incoming.py`; threads
-are `serve/answer/work.py`.
+Elsewhere: bounds of fields are `serve/answer/fields.py`; limits on size and time of a body are
+`serve/http/incoming.py`; threads are `serve/answer/work.py`.
 """
 
 from __future__ import annotations
@@ -68,13 +67,14 @@ def answering(
             caller: Caller = request.state.caller
             caller.persons = body.persons
             caller.go_on()
-            if caller.screening is not None and body.person is not None:
-                caller.screening.admit(body.person)
+            if (person := body.person) is not None:
+                for watch in caller.watches:
+                    watch.named(person)
             if body.needs_model:
                 service = await use_model(request, getattr(body, "model", None))
                 kinds = {part.KIND for part in media_in(body)}
-                caller.takes_long = caller.takes_long or bool(kinds and service.model.media_kinds)
-                caller.takes_video = "video" in kinds and "video" in service.model.media_kinds
+                caller.held.takes_long = caller.held.takes_long or bool(kinds and service.model.media_kinds)
+                caller.held.takes_video = "video" in kinds and "video" in service.model.media_kinds
             made = await handler(body, request)
         return made if isinstance(made, Response) else JSONResponse(made)
 
@@ -93,14 +93,14 @@ async def read_model(request: Request, model: type[Model]) -> Model:
     try:
         data = await _received(request)
         if len(data) < _READ_AT_ONCE_BYTES:
-            return validated(data, model, caller.share)
-        caller.takes_long = True
+            return validated(data, model, caller.held.share)
+        caller.held.takes_long = True
         parts = [data]
         del data  # the thread frees the bytes as soon as it has decoded them
         work: Work = request.app.state.models.work
-        return await work.run(caller, lambda: validated(parts.pop(), model, caller.share))
+        return await work.run(caller, lambda: validated(parts.pop(), model, caller.held.share))
     except BaseException:
-        caller.share.release()  # at once: what is left of a refused body is still read and dropped
+        caller.held.share.release()  # at once: what is left of a refused body is still read and dropped
         raise
 
 
