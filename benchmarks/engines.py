@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.files import ModelFiles, is_quantised
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import is_quantised
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from cgroup import CappedRun, run_capped
 from common import REPOSITORY

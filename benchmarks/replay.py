@@ -33,7 +33,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
+from argosy.checkpoint.landing import Piece
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import ExpertFiles, Key
 from argosy.experts.policy import CachePolicy

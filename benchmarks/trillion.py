@@ -30,15 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.files import (
-    PANEL_ROWS,
-    ExpertMatrix,
-    ExpertRecord,
-    MatrixRef,
-    ModelFiles,
-    Piece,
-    matrix_bytes,
-)
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.formats import PANEL_ROWS, matrix_bytes, round_up
 from argosy.checkpoint.geometry import (
     count_parameters,
     dense_shapes,
@@ -46,7 +39,8 @@ from argosy.checkpoint.geometry import (
     packed_config,
     packed_format,
 )
-from argosy.checkpoint.manifest import MATRIX_ALIGNMENT, round_up
+from argosy.checkpoint.landing import MatrixRef, Piece
+from argosy.checkpoint.manifest import MATRIX_ALIGNMENT
 from argosy.config import Format, ModelConfig, format_bytes, parse_size
 from argosy.engine import engine as engine_module
 from argosy.model.families import FAMILIES

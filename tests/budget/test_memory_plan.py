@@ -20,6 +20,7 @@ from argosy.budget.memory_plan import (
     require_memory,
 )
 from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.landing import Transcoded
 from argosy.config import GIB, MIB, Budget, Claim, EngineConfig, KvDir, KvDtype, claimed
 from argosy.errors import DoesNotFit, UsageError
 from argosy.experts.files import bookkeeping_bytes, resident_bookkeeping_bytes, resident_bytes
@@ -188,7 +189,7 @@ def test_a_requested_context_is_kept_or_refused_never_shrunk(files: ModelFiles) 
 def test_buffers_for_transcoding_are_planned_when_a_file_has_blocks(files: ModelFiles) -> None:
     name, ref = next((name, ref) for name, ref in files.dense.items() if name.endswith(".q"))
     shape = {"rows": 32, "cols": 64}
-    blocks = replace(ref, format="q4", block_type="Q4_0", nbytes=32 * 36, **shape)
+    blocks = replace(ref, format="q4", landing=Transcoded("Q4_0"), nbytes=32 * 36, **shape)
     with_blocks = replace(files, dense={**files.dense, name: blocks})
     roomy = Budget(ram_bytes=1024 * MIB)
     for readers in (1, 4):

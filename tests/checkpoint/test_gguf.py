@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 import pytest
 
-from argosy.checkpoint.files import in_halves
 from argosy.checkpoint.gguf import (
     BLOCK_SIZES,
     SLOT_FORMATS,
@@ -21,6 +20,7 @@ from argosy.checkpoint.gguf import (
     read_gguf,
     read_values,
 )
+from argosy.checkpoint.landing import in_halves
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.errors import CheckpointError, UnsupportedModel
 from tests.checkpoint.raw_gguf import ARRAY, STRING, RawGguf, entry, tensor, text

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from argosy.checkpoint import pack as pack_module
-from argosy.checkpoint.files import MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import matrix_bytes
+from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.manifest import expert_file
 from argosy.checkpoint.pack import PACK_FORMATS, PackReport, open_pack, pack, round_to_bf16, verify_pack
 from argosy.checkpoint.shards import ALL_SHARDS, shard_of, shards_of_share

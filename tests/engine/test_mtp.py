@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from argosy import Engine, SamplingParams, _native
-from argosy.checkpoint.files import matrix_bytes
+from argosy.checkpoint.formats import matrix_bytes
 from argosy.engine.drafts.mtp import MtpDrafter
 from argosy.engine.sequence import Sequence
 from argosy.errors import CheckpointError, ReadFailed, UnsupportedModel, UsageError

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
+from argosy.checkpoint.landing import Piece
 from argosy.experts.files import Key
 
 WIDTH, HIDDEN = 3, 5

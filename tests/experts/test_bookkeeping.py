@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
+from argosy.checkpoint.landing import Piece
 from argosy.experts import slots
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import (

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, Piece
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
+from argosy.checkpoint.landing import Piece
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import ExpertFiles, Key, memory_of, resident_bytes
 from argosy.experts.slots import SlotLayout, Slots, lay_out_slots

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from argosy import _native
-from argosy.checkpoint.files import (
-    ExpertMatrix,
-    ExpertRecord,
-    Piece,
-    Transcode,
-    matrix_bytes,
-)
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord
+from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.gguf import SLOT_FORMATS
+from argosy.checkpoint.landing import Piece, Transcode
 from argosy.config import Format
 from argosy.experts.cache import ExpertCache
 from argosy.experts.files import ExpertFiles, Key, memory_of, resident_bytes

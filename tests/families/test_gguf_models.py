@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter, RopeScalingType
 
-from argosy.checkpoint.files import Transcode
+from argosy.checkpoint.landing import AS_STORED, PairedRows, Transcode, Transcoded
 from argosy.config import ModelConfig, RopeConfig, RouterConfig
 from argosy.errors import CheckpointError, UnsupportedModel
 from argosy.model.families import open_model
@@ -115,17 +115,19 @@ def test_experts_are_slices_of_the_stacked_tensors(tmp_path: Path) -> None:
     assert [b.offset - a.offset for a, b in zip(first.pieces, second.pieces, strict=True)] == [
         256 * 144, 256 * 144, 256 * 210
     ]  # fmt: skip
-    assert files.dense["layers.0.v"].block_type == "Q6_K"
-    assert files.dense["final_norm"].block_type is None
+    assert files.dense["layers.0.v"].landing == Transcoded("Q6_K")
+    assert files.dense["final_norm"].landing is AS_STORED
 
 
 def test_only_llama_has_paired_rows(write: Write) -> None:
     for architecture in CONFIGS:
         files = open_model(write(architecture))
         config = files.config
-        paired = (files.dense["layers.0.q"].paired_heads, files.dense["layers.0.k"].paired_heads)
-        assert paired == ((config.num_heads, config.num_kv_heads) if architecture == "llama" else (0, 0))
-        assert files.dense["layers.0.v"].paired_heads == 0
+        for name, num_heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+            landing = files.dense[f"layers.0.{name}"].landing
+            assert isinstance(landing, PairedRows) == (architecture == "llama")
+            assert not isinstance(landing, PairedRows) or landing.num_heads == num_heads
+        assert not isinstance(files.dense["layers.0.v"].landing, PairedRows)
         files.path.unlink()
         _remove(files.path.with_name(files.path.name + ".f32"))
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.checkpoint.files import ModelFiles, check_vector
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.landing import check_vector
 from argosy.checkpoint.safetensors import open_tensors
 from argosy.config import ModelConfig
 from argosy.errors import CheckpointError, UnsupportedModel

@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.geometry import dense_shapes
+from argosy.checkpoint.landing import MatrixRef
 from argosy.config import Format, LatentConfig, LayerConfig, ModelConfig, RopeConfig, RouterConfig
 from argosy.model.rope import inverse_frequency
 from argosy.model.weights import is_vector

@@ -12,8 +12,11 @@ import pytest
 
 from argosy import _native
 from argosy.budget.footprint import kv_bytes
-from argosy.checkpoint.files import KeyValueRows, MatrixRef, ModelFiles, matrix_bytes
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import matrix_bytes
 from argosy.checkpoint.gguf import SLOT_FORMATS
+from argosy.checkpoint.landing import AS_STORED, Halves, MatrixRef, Transcoded
+from argosy.checkpoint.latent_up import KeyValueRows
 from argosy.config import Format, KvDtype, LatentConfig
 from argosy.errors import UnsupportedModel
 from argosy.model.clock import PartClock
@@ -163,9 +166,7 @@ def test_each_weight_lands_once_and_float_formats_keep_their_bits(
     (tmp_path / "dense.bin").write_bytes(b"\xff" * 192 + data.tobytes())
     checksum = _native.crc32c_wide(data.tobytes())
     path = tmp_path / "dense.bin"
-    ref = MatrixRef(
-        "kv_b", path, 192, data.nbytes, format, num_rows, cols, checksum=checksum, key_value_rows=rows
-    )
+    ref = MatrixRef("kv_b", path, 192, data.nbytes, format, num_rows, cols, checksum, Halves(AS_STORED, rows))
     keys, values = halves_of(_native.dequantize(format, data, num_rows, cols), rows)
 
     key_up, value_up = load_one(ref)
@@ -189,7 +190,7 @@ def test_heads_that_end_inside_a_panel_are_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(UnsupportedModel, match=r"attn_k_b.weight is q8 with 40 rows per head; .* of 16"):
         ModelFiles(tmp_path, config, {"layers.0.k_up": ref}, {})
     whole = ModelFiles(tmp_path, config, {"layers.0.k_up": replace(ref, rows=5 * 48)}, {})
-    assert whole.dense["layers.0.k_up"].key_value_rows is None
+    assert whole.dense["layers.0.k_up"].landing is AS_STORED
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_blocks_of_f8_are_transposed_with_their_scales(
     keys, values = halves_of(_native.dequantize("f8", np.frombuffer(data, np.uint8), num_rows, cols), rows)
 
     key_up, value_up = load_one(
-        MatrixRef("kv_b", path, 0, len(data), "f8", num_rows, cols, key_value_rows=rows)
+        MatrixRef("kv_b", path, 0, len(data), "f8", num_rows, cols, landing=Halves(AS_STORED, rows))
     )
 
     assert key_up.format == value_up.format == format
@@ -244,8 +245,7 @@ def test_blocks_of_a_gguf_are_split_too(block_type: str, tmp_path: Path) -> None
             format,
             num_rows,
             cols,
-            block_type=block_type,
-            key_value_rows=rows,
+            landing=Halves(Transcoded(block_type), rows),
         )
     )
     assert (key_up.format, value_up.format) == ("f16", format)

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef
 from argosy.checkpoint.gguf import SLOT_FORMATS
+from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.errors import CheckpointError, CorruptRecord, ReadFailed
 from argosy.model.weights import DenseWeights, dense_footprint, load_dense
 from tests.native.gguf_blocks import dequantized, random_blocks
@@ -48,6 +48,9 @@ class Dense:
         paired: int = 0,
     ) -> None:
         rows, cols = values.shape
+        landing: Landing = AS_STORED if block_type is None else Transcoded(block_type)
+        if paired:
+            landing = PairedRows(paired, block_type)
         ref = MatrixRef(
             name,
             self.path,
@@ -56,9 +59,8 @@ class Dense:
             SLOT_FORMATS[block_type] if block_type else "f32",
             rows,
             cols,
-            block_type=block_type,
-            paired_heads=paired,
             checksum=None if block_type or paired else _native.crc32c_wide(content),
+            landing=landing,
         )
         self.refs[name] = ref
         self.content += content + b"\xff" * (-len(content) % 32)
@@ -108,7 +110,7 @@ def test_an_offset_is_added_only_to_norms_of_the_hidden_state(dense: Dense) -> N
 def test_the_footprint_covers_the_memory_used(dense: Dense) -> None:
     weights = dense.load()
     vectors = sum(vector.nbytes for vector in weights.vectors.values())
-    in_halves = max(ref.nbytes for ref in dense.refs.values() if ref.paired_heads)
+    in_halves = max(ref.nbytes for ref in dense.refs.values() if isinstance(ref.landing, PairedRows))
     footprint = dense_footprint(dense.refs)
     assert weights.arena.nbytes + vectors + in_halves <= footprint
     landed = sum(ref.landed_bytes for ref in dense.refs.values())

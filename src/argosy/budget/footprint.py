@@ -272,10 +272,9 @@ class ModelFootprint:
     @cached_property
     def staging_bytes(self) -> int:
         """Buffers that readers transcode from; 0 if every weight lands as it is stored."""
-        pieces = (piece for record in self.files.experts.values() for piece in record.pieces)
-        is_transcoded = any(ref.block_type for ref in self.files.dense.values()) or any(
-            piece.transcode for piece in pieces
-        )
+        is_transcoded = any(
+            piece.transcode for one in self.files.dense.values() for piece in one.pieces
+        ) or any(piece.transcode for record in self.files.experts.values() for piece in record.pieces)
         return self._readers * _native.STAGING_BYTES if is_transcoded else 0
 
     @cached_property

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from argosy.checkpoint.files import in_halves
 from argosy.checkpoint.gguf import GgufFile, read_gguf, read_values
+from argosy.checkpoint.landing import in_halves
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
 from argosy.checkpoint.untrusted_file import open_regular, quote, read_at, read_object
 from argosy.errors import CheckpointError, UnsupportedModel

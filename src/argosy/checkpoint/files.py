@@ -8,171 +8,28 @@ Everything here is a place in a file (path, offset, length), proved to lie insid
 expert is one piece in a pack, three pieces in a checkpoint with one tensor per matrix and in the stacked tensors
 of a GGUF, and two pieces where gate and up are fused.
 
-A matrix stored as GGUF blocks is transcoded without loss while it lands; its `format` is the format in memory.
 All experts of a layer have the same formats of gate, up and down; these three may differ from each other and from
 layer to layer, as in Q4_K_M files.
 
-Elsewhere: `native/store/` reads and transcodes; `experts/` decides which experts are resident.
+Elsewhere: `landing.py` turns bytes into matrices; `native/store/` reads and transcodes; `experts/` decides which
+experts are resident.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from argosy import _native
-from argosy.checkpoint.gguf import SLOT_FORMATS, GgufFile
+from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes, rows_together
+from argosy.checkpoint.gguf import GgufFile
+from argosy.checkpoint.landing import AS_STORED, Halves, Landing, MatrixRef, Piece, Strided, Transcoded
+from argosy.checkpoint.latent_up import KeyValueRows
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, LayerConfig, ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
-
-_Value = TypeVar("_Value", bound=np.generic)
-
-BYTES_PER_VALUE = {"f32": 4, "f16": 2, "bf16": 2}
-
-# Layout numbers of native/kernels/formats.h.
-PANEL_ROWS = _native.PANEL_ROWS  # quantised: rows that are interleaved
-F8_BLOCK = _native.F8_BLOCK  # f8: rows and columns of a block; its weights share a scale
-
-# Safetensors tensors with the quants or the scales of a matrix -> the slot format they are part of.
-PART_FORMATS: Mapping[str, Format] = {
-    "int4_quants": "int4",
-    "int4_scales": "int4",
-    "mxfp4_quants": "mxfp4",
-    "mxfp4_scales": "mxfp4",
-    "f8_codes": "f8",
-    "f8_scales": "f8",
-    "f8_scales_bf16": "f8",
-}
-
-
-def is_quantised(format: Format) -> bool:
-    """Whether converting weights to this format loses precision for good."""
-    return format not in BYTES_PER_VALUE
-
-
-@cache
-def matrix_bytes(format: Format, rows: int, cols: int) -> int:
-    """Bytes of a matrix in a format.
-
-    Raises:
-        UnsupportedModel: it has more rows or columns than a kernel can have.
-    """
-    if max(rows, cols) > _native.LARGEST_SIZE:
-        raise UnsupportedModel(
-            f"a matrix of {rows} x {cols} is too large; supported: at most {_native.LARGEST_SIZE} rows and columns"
-        )
-    return _native.matrix_bytes(format, rows, cols)
-
-
-def rows_together(format: Format) -> int:
-    """How many rows are stored as a unit: a matrix may be split after any multiple of this."""
-    if format in BYTES_PER_VALUE:
-        return 1
-    return F8_BLOCK if format == "f8" else PANEL_ROWS
-
-
-class KeyValueRows(NamedTuple):
-    """Row order of the matrix that turns latent vectors into keys and values: head by head, key first."""
-
-    num_heads: int
-    key_rows: int
-    value_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixRef:
-    """One dense matrix or vector (rows = 1) in a file; `name` is its name in the file.
-
-    `format` is its format in memory. If `block_type` is set, the file holds `nbytes` of blocks instead, row after row,
-    and the reader transcodes them, or computes their values if `format` is f32; if these are codes alone, `scales` is
-    the piece with the scales.
-    If `paired_heads` is set, the rows of that many heads are in the order of a rotary kernel that rotates adjacent
-    pairs, and the reader puts them in halves (`in_halves`).
-    If `turn` is set, the values of two tensors alternate in the file's `nbytes`; this one has the first, third ... (0)
-    or the second, fourth ... (1).
-    If `taps` is set, it is a convolution's weight with so many values of a channel side by side, and the reader puts
-    the channels of each tap side by side (`taps_first`).
-    If `key_value_rows` is set, the reader splits the matrix in two (`checkpoint/latent_up.py`).
-    """
-
-    name: str
-    path: Path
-    offset: int
-    nbytes: int
-    format: Format
-    rows: int
-    cols: int
-    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
-    block_type: str | None = None
-    paired_heads: int = 0
-    turn: int | None = None
-    taps: int = 0
-    key_value_rows: KeyValueRows | None = None
-    scales: Piece | None = None
-
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that are read."""
-        return self.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
-    @property
-    def is_widened(self) -> bool:
-        """Whether the reader computes the values of blocks."""
-        return self.block_type is not None and self.format == "f32"
-
-    @property
-    def landed_bytes(self) -> int:
-        """Bytes in memory, before it is split."""
-        return matrix_bytes(self.format, self.rows, self.cols)
-
-
-@dataclass(frozen=True, slots=True)
-class Transcode:
-    """Blocks that become a slot format while they land: [rows, cols] of a type such as "Q4_0" or "mxfp4_scales".
-
-    A type in `PART_FORMATS` writes its part of the panels and leaves the rest unchanged. If the rows of `interleaved`
-    matrices alternate in the file, each matrix has `rows` rows, and the matrices land one after another.
-    """
-
-    block_type: str
-    rows: int
-    cols: int
-    interleaved: int = 1
-
-    @property
-    def format(self) -> Format:
-        """The resulting slot format."""
-        return PART_FORMATS.get(self.block_type) or SLOT_FORMATS[self.block_type]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The bytes of one read. A transcoded piece has whole matrices, or all of their quants or scales.
-
-    If quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
-    """
-
-    path: Path
-    offset: int
-    nbytes: int
-    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
-    transcode: Transcode | None = None
-    completes: int | None = None  # an earlier piece of the record
-
-    @property
-    def landed_bytes(self) -> int:
-        """Bytes in memory."""
-        if (blocks := self.transcode) is None:
-            return self.nbytes
-        return blocks.interleaved * matrix_bytes(blocks.format, blocks.rows, blocks.cols)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +57,19 @@ class ExpertRecord:
     up: ExpertMatrix
     down: ExpertMatrix
 
+    @classmethod
+    def of(cls, *matrices: MatrixRef) -> ExpertRecord:
+        """The record of gate, up and down that are tensors of their own."""
+        pieces: list[Piece] = []
+        places = []
+        for ref in matrices:
+            first = len(pieces)
+            places.append(ExpertMatrix(first, 0, ref.format, ref.rows, ref.cols))
+            pieces += (
+                piece if piece.completes is None else replace(piece, completes=first) for piece in ref.pieces
+            )
+        return cls(tuple(pieces), *places)
+
     @property
     def nbytes(self) -> int:
         """Bytes that are read."""
@@ -209,6 +79,28 @@ class ExpertRecord:
     def formats(self) -> tuple[Format, Format, Format]:
         """Formats of gate, up and down."""
         return self.gate.format, self.up.format, self.down.format
+
+    def matrix(self, name: str, label: str) -> MatrixRef:
+        """Its gate, up or down as a matrix of its own, called `label`."""
+        matrix: ExpertMatrix = getattr(self, name)
+        piece = self.pieces[matrix.piece]
+        nbytes = matrix_bytes(matrix.format, matrix.rows, matrix.cols)
+        offset = piece.offset + matrix.offset
+        landing: Landing = AS_STORED
+        if (blocks := piece.transcode) is not None:
+            others = tuple(other for other in self.pieces if other.completes == matrix.piece)
+            landing = Transcoded(blocks.block_type, others, blocks.interleaved, matrix.offset // nbytes)
+            offset, nbytes = piece.offset, piece.nbytes
+        elif matrix.strides is not None:
+            landing = Strided(matrix.strides)
+            last = sum(
+                stride * (count - 1)
+                for stride, count in zip(matrix.strides, (matrix.rows, matrix.cols), strict=True)
+            )
+            nbytes = (last + 1) * BYTES_PER_VALUE[matrix.format]
+        return MatrixRef(
+            label, piece.path, offset, nbytes, matrix.format, matrix.rows, matrix.cols, landing=landing
+        )
 
 
 @dataclass(frozen=True)
@@ -250,8 +142,8 @@ class ModelFiles:
         rows = KeyValueRows(num_heads, latent.nope_dim, latent.value_dim)
         dense = dict(self.dense)
         for name, ref in self.dense.items():
-            if name.endswith(".kv_up"):
-                dense[name] = replace(ref, key_value_rows=rows)
+            if name.endswith(".kv_up") and not isinstance(ref.landing, Halves):
+                dense[name] = replace(ref, landing=Halves(ref.landing, rows))
             elif name.endswith((".k_up", ".v_up")) and ref.rows // num_heads % rows_together(ref.format):
                 raise UnsupportedModel(
                     f"{self.path.name}: {quote(ref.name)} is {ref.format} with {ref.rows // num_heads} rows per "
@@ -296,15 +188,15 @@ class ModelFiles:
     @cached_property
     def weight_paths(self) -> list[Path]:
         """The files that hold its tensors."""
-        pieces = [piece for record in self.experts.values() for piece in record.pieces]
-        paths = {str(ref.path) for ref in self.dense.values()} | {str(piece.path) for piece in pieces}
+        stored: list[MatrixRef | ExpertRecord] = [*self.dense.values(), *self.experts.values()]
+        paths = {str(piece.path) for one in stored for piece in one.pieces}
         paths |= {str(ref.path) for ref in self.others.values()}
         return [Path(path) for path in sorted(paths)]
 
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of all tensors that every token needs."""
-        return sum(ref.read_bytes if ref.turn is None else ref.nbytes // 2 for ref in self.dense.values())
+        return sum(ref.landing.own_bytes(ref) for ref in self.dense.values())
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -345,39 +237,3 @@ def require_one_format_a_layer(experts: Mapping[tuple[int, int], ExpertRecord], 
                     layer=layer,
                     expert=expert,
                 )
-
-
-def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
-    """Reorder rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. per head.
-
-    GGUF files of the llama architecture store them paired; a row may be values, or the bytes of its blocks.
-    """
-    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def taps_first(rows: npt.NDArray[_Value], num_taps: int) -> npt.NDArray[_Value]:
-    """Reorder the columns of a convolution's weight [rows, channels * taps] to [rows, taps * channels].
-
-    Frames and pixels have their channels side by side, so what lies under a kernel is then copied in long runs.
-    """
-    return np.ascontiguousarray(rows.reshape(len(rows), -1, num_taps).swapaxes(1, 2)).reshape(rows.shape)
-
-
-def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None = None) -> None:
-    """Refuse weights that would turn every token into NaN.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite; gives the tensor, the position and the value.
-    """
-    flat = values.reshape(-1)
-    wrong = np.flatnonzero(~np.isfinite(flat))
-    if wrong.size:
-        where = f"{path.name}: " if path is not None else ""
-        raise CheckpointError(
-            f"{where}{quote(name)} holds {flat[wrong[0]]} at position {wrong[0]} of {flat.size}; "
-            "expected finite numbers",
-            hint="the file is damaged, or the model was already broken when it was saved",
-            path=path,
-            tensor=name,
-        )

@@ -17,7 +17,7 @@ from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
-from argosy.checkpoint.files import rows_together
+from argosy.checkpoint.formats import rows_together
 from argosy.config import Format, MixerKind, ModelConfig
 from argosy.errors import UnsupportedModel
 

@@ -15,7 +15,7 @@ each weight is stored once, and both products read rows in order.
 
 Packs store the two halves; for all other sources the split happens while the matrix lands.
 
-Elsewhere: `model/weights.py` and `pack.py` call this; the arithmetic is native/ops/latent_attention.h.
+Elsewhere: `landing.py` calls this; the arithmetic is native/ops/latent_attention.h.
 """
 
 from __future__ import annotations
@@ -26,25 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import (
-    F8_BLOCK,
-    KeyValueRows,
-    MatrixRef,
-    is_quantised,
-    matrix_bytes,
-    rows_together,
-)
+from argosy.checkpoint.formats import F8_BLOCK, MatrixShape, is_quantised, matrix_bytes, rows_together
 from argosy.config import Format
 
 Bytes = NDArray[np.uint8]
 
 
-class MatrixShape(NamedTuple):
-    """A matrix in memory."""
+class KeyValueRows(NamedTuple):
+    """Row order of the matrix that turns latent vectors into keys and values: head by head, key first."""
 
-    format: Format
-    rows: int
-    cols: int
+    num_heads: int
+    key_rows: int
+    value_rows: int
 
 
 class KeyValueMatrix(NamedTuple):
@@ -57,12 +50,6 @@ class KeyValueMatrix(NamedTuple):
     @property
     def num_rows(self) -> int:
         return self.head.num_heads * (self.head.key_rows + self.head.value_rows)
-
-
-def key_value_matrix(ref: MatrixRef) -> KeyValueMatrix:
-    """Describe a matrix with `key_value_rows` after it has landed."""
-    assert ref.key_value_rows is not None
-    return KeyValueMatrix(ref.format, ref.key_value_rows, ref.cols)
 
 
 def split_shapes(kv_up: KeyValueMatrix) -> tuple[MatrixShape, MatrixShape]:

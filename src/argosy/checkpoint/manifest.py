@@ -34,15 +34,10 @@ import blake3
 import numpy as np
 
 from argosy import _native
-from argosy.checkpoint.files import (
-    ExpertMatrix,
-    ExpertRecord,
-    MatrixRef,
-    ModelFiles,
-    Piece,
-    matrix_bytes,
-)
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.landing import MatrixRef, Piece
 from argosy.checkpoint.safetensors import TensorRef, read_header
 from argosy.checkpoint.shards import ALL_SHARDS, NUM_SHARDS, shard_of, shards_of_share
 from argosy.checkpoint.untrusted_file import kind_of, open_regular, quote, read_object
@@ -61,11 +56,6 @@ MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT
 STORED_FORMATS: tuple[Format, ...] = get_args(Format)
 
 Progress = Callable[[str, float], None]  # the current task, and the share of it that is done
-
-
-def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `count`."""
-    return -(-count // multiple) * multiple
 
 
 def expert_file(share: int, num_shares: int) -> str:

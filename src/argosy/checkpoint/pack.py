@@ -39,27 +39,15 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import blake3
 import numpy as np
 import numpy.typing as npt
 
 from argosy import _native
-from argosy.checkpoint.files import (
-    BYTES_PER_VALUE,
-    F8_BLOCK,
-    PANEL_ROWS,
-    ExpertRecord,
-    KeyValueRows,
-    MatrixRef,
-    ModelFiles,
-    Piece,
-    Transcode,
-    in_halves,
-    is_quantised,
-    matrix_bytes,
-)
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import is_quantised, matrix_bytes, round_up
 from argosy.checkpoint.geometry import packed_config, packed_format
 from argosy.checkpoint.gguf import (
     GGUF_METADATA_FILE,
@@ -68,13 +56,7 @@ from argosy.checkpoint.gguf import (
     metadata_only,
     read_gguf,
 )
-from argosy.checkpoint.latent_up import (
-    KeyValueMatrix,
-    keeps_its_format,
-    key_value_matrix,
-    split,
-    split_shapes,
-)
+from argosy.checkpoint.landing import Bytes, Float32, Halves, MatrixRef, Piece, read_landed
 from argosy.checkpoint.manifest import (
     DENSE_FILE,
     ENCODERS_FILE,
@@ -90,7 +72,6 @@ from argosy.checkpoint.manifest import (
     lay_out_dense,
     lay_out_experts,
     open_pack,
-    round_up,
     verify_pack,
 )
 from argosy.checkpoint.pooling import MODULES_FILE, POOLING_FILE, pooling_config
@@ -118,9 +99,6 @@ _COPIED_NAMES = (
     "video_preprocessor_config.json", MODULES_FILE, GGUF_METADATA_FILE, MMPROJ_METADATA_FILE,
 )  # fmt: skip
 _COPIED_PREFIXES = ("LICENSE", "LICENCE", "NOTICE")
-
-Bytes = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,32 +194,11 @@ def quantised_formats(files: ModelFiles) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _SourceMatrix:
-    """The source of a matrix, and how it is converted.
+class _Source(NamedTuple):
+    """One of the matrices that a tensor becomes."""
 
-    Blocks are transcoded, and paired rows are put into halves. Values that lie `strides` apart, (from one row to the
-    next, from one column to the next), are stored row after row.
-    """
-
-    name: str
-    path: Path
-    offset: int
-    format: Format
-    rows: int
-    cols: int
-    nbytes: int
-    block_type: str | None = None
-    paired_heads: int = 0
-    strides: tuple[int, int] | None = None
-    # Separate quants and scales: they land in the same memory, with the matrix at `offset`.
-    pieces: tuple[Piece, ...] = ()
-    half: tuple[KeyValueRows, bool] | None = None  # head rows of kv_up, and whether this is k_up or v_up
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row in the file; panels of a slot format have no separate rows."""
-        return self.nbytes // self.rows if self.block_type else self.cols * BYTES_PER_VALUE[self.format]
+    ref: MatrixRef
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +211,7 @@ class _Unit:
     offset: int
     nbytes: int
     end: int  # end of the unit, padding included
-    parts: tuple[tuple[_SourceMatrix, Format, int], ...] = ()  # source, format to write, offset inside
+    parts: tuple[tuple[_Source, Format, int], ...] = ()  # source, format to write, offset inside
     copied: TensorRef | bytes = b""  # written unchanged if there are no parts
 
     @property
@@ -262,17 +219,17 @@ class _Unit:
         """The source files that it is read from."""
         if isinstance(self.copied, TensorRef):
             return {self.copied.path}
-        sources = [source for source, _, _ in self.parts]
-        pieces = [piece for source in sources for piece in source.pieces]
-        return {source.path for source in sources} | {piece.path for piece in pieces}
+        return {piece.path for source, _, _ in self.parts for piece in source.ref.pieces}
 
 
 def _config_of_pack(files: ModelFiles, format: str) -> ModelConfig:
     """The config that describes the pack's tensors: the source's, except where kv_up is written in two halves."""
     if format != "source":
         return packed_config(files.config)
-    whole = [ref for ref in files.dense.values() if ref.key_value_rows is not None]
-    keeps_bits = all(keeps_its_format(key_value_matrix(ref)) for ref in whole)
+    stored = [ref for name, ref in files.dense.items() if name.endswith(".kv_up")]
+    keeps_bits = all(
+        shape.format == ref.format for ref in stored for shape in ref.landing.shapes("", ref).values()
+    )
     return packed_config(files.config) if keeps_bits else files.config
 
 
@@ -284,7 +241,9 @@ def _plan(
 
     def dense_format(name: str) -> Format:
         return (
-            _dense_source(files, name).format if format == "source" else packed_format(name, format, config)
+            _dense_source(files, name).ref.format
+            if format == "source"
+            else packed_format(name, format, config)
         )
 
     dense = lay_out_dense(config, dense_format, Path(DENSE_FILE))
@@ -302,7 +261,11 @@ def _plan(
     for (layer, expert), file, start, layout in lay_out_experts(config, formats_of, num_shares=num_shares):
         record = files.experts[layer, expert]
         parts = tuple(
-            (_expert_source(record, name, layer, expert), matrix.format, matrix.offset)
+            (
+                _Source(record.matrix(name, f"{name} of expert {expert} in layer {layer}")),
+                matrix.format,
+                matrix.offset,
+            )
             for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down))
         )
         units.append(_Unit(file, start, layout.nbytes, start + layout.stride, parts))
@@ -329,51 +292,13 @@ def _in_safetensors(ref: TensorRef) -> tuple[str, tuple[int, ...]]:
     return "U8", (*rows, ref.nbytes // math.prod(rows))
 
 
-def _dense_source(files: ModelFiles, name: str) -> _SourceMatrix:
+def _dense_source(files: ModelFiles, name: str) -> _Source:
     """The source of a dense tensor. k_up and v_up come from kv_up if the source does not have them."""
     if (ref := files.dense.get(name)) is None:
         layer, _, last = name.rpartition(".")
         ref = files.dense[f"{layer}.kv_up"]
-        assert ref.key_value_rows is not None
-        whole = _dense_source(files, f"{layer}.kv_up")
-        return replace(whole, half=(ref.key_value_rows, last == "k_up"))
-    if ref.scales is not None:
-        assert ref.block_type is not None
-        codes = Piece(
-            ref.path, ref.offset, ref.nbytes, transcode=Transcode(ref.block_type, ref.rows, ref.cols)
-        )
-        return _completed_source(ref.name, (codes, ref.scales), 0, ref.format, ref.rows, ref.cols)
-    offset = ref.offset + (ref.turn or 0) * BYTES_PER_VALUE.get(ref.format, 0)
-    strides = None if ref.turn is None else (2 * ref.cols, 2)
-    return _SourceMatrix(
-        ref.name, ref.path, offset, ref.format, ref.rows, ref.cols, ref.nbytes, ref.block_type,
-        ref.paired_heads, strides,
-    )  # fmt: skip
-
-
-def _expert_source(record: ExpertRecord, name: str, layer: int, expert: int) -> _SourceMatrix:
-    matrix = getattr(record, name)
-    piece = record.pieces[matrix.piece]
-    label = f"{name} of expert {expert} in layer {layer}"
-    if others := tuple(other for other in record.pieces if other.completes == matrix.piece):
-        return _completed_source(
-            label, (piece, *others), matrix.offset, matrix.format, matrix.rows, matrix.cols
-        )
-    # A transcoded piece is one matrix; any other piece holds its matrices unchanged.
-    nbytes = piece.nbytes if piece.transcode else matrix_bytes(matrix.format, matrix.rows, matrix.cols)
-    return _SourceMatrix(
-        label, piece.path, piece.offset + (0 if piece.transcode else matrix.offset), matrix.format,
-        matrix.rows, matrix.cols, nbytes, piece.transcode.block_type if piece.transcode else None,
-        strides=matrix.strides,
-    )  # fmt: skip
-
-
-def _completed_source(
-    label: str, pieces: tuple[Piece, ...], offset: int, format: Format, rows: int, cols: int
-) -> _SourceMatrix:
-    """A matrix at `offset` in the memory where its codes and scales land."""
-    nbytes = matrix_bytes(format, rows, cols)
-    return _SourceMatrix(label, pieces[0].path, offset, format, rows, cols, nbytes, pieces=pieces)
+        return _Source(ref, list(ref.landing.shapes("kv_up", ref)).index(last))
+    return _Source(replace(ref, landing=ref.landing.whole) if isinstance(ref.landing, Halves) else ref)
 
 
 class _Writer:
@@ -532,56 +457,21 @@ class _Writer:
             raw = read_at(self._open_source(path), nbytes, unit.copied.offset + start, path)
             yield start, np.frombuffer(raw, np.uint8)
 
-    def _converted(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
+    def _converted(self, source: _Source, format: Format) -> Iterator[tuple[int, Bytes]]:
         """Slices of a matrix in another format, each with its offset in the result."""
-        if source.half is not None:
-            yield from self._half(source, *source.half, format)
-            return
-        if is_quantised(source.format) and format != source.format:
-            yield from self._requantised(source, format)
-            return
-        step = max(PANEL_ROWS, _SLICE_VALUES // max(1, source.cols) // PANEL_ROWS * PANEL_ROWS)
-        are_panels = is_quantised(source.format) and source.block_type is None
-        if source.paired_heads or source.strides or are_panels:
-            step = max(1, source.rows)  # rows change places, or panels cannot be split here
-        for row in range(0, source.rows, step):
-            num_rows = min(step, source.rows - row)
-            raw = self._read_rows(source, row, num_rows)
-            # Whole panels only, so that concatenated slices equal the matrix quantised in one piece.
-            start = matrix_bytes(format, row, source.cols)
-            yield start, raw if format == source.format else self._convert(source, raw, num_rows, format)
+        for first, ref in source.ref.landing.slices(source.ref, _SLICE_VALUES):
+            landed = read_landed(ref, self._read)
+            if format == ref.format:
+                yield (
+                    matrix_bytes(format, first, ref.cols),
+                    ref.landing.matrices(ref, landed)[source.number],
+                )
+                continue
+            for row, values in ref.landing.values(ref, landed, source.number, _SLICE_VALUES):
+                start = matrix_bytes(format, first + row, values.shape[1])
+                yield start, self._convert_values(ref, values, format)
 
-    def _requantised(self, source: _SourceMatrix, format: Format) -> Iterator[tuple[int, Bytes]]:
-        """The same for a quantised matrix, starting from the exact values of its weights."""
-        whole = self._read_rows(source, 0, source.rows)
-        step = max(F8_BLOCK, _SLICE_VALUES // max(1, source.cols) // F8_BLOCK * F8_BLOCK)
-        for row in range(0, source.rows, step):
-            num_rows = min(step, source.rows - row)
-            start, end = (matrix_bytes(source.format, count, source.cols) for count in (row, row + num_rows))
-            values = _native.dequantize(source.format, whole[start:end], num_rows, source.cols)
-            yield matrix_bytes(format, row, source.cols), self._convert_values(source, values, format)
-
-    def _half(
-        self, source: _SourceMatrix, head: KeyValueRows, is_key: bool, format: Format
-    ) -> Iterator[tuple[int, Bytes]]:
-        """k_up or v_up from the whole kv_up: with its bits, or converted head by head to another format."""
-        whole = self._read_rows(source, 0, source.rows)
-        if format == source.format:
-            kv_up = KeyValueMatrix(format, head, source.cols)
-            halves = [np.empty(matrix_bytes(*shape), np.uint8) for shape in split_shapes(kv_up)]
-            split(kv_up, whole, *halves)
-            yield 0, halves[0 if is_key else 1]
-            return
-        values = _native.dequantize(source.format, whole, source.rows, source.cols)
-        for number, one in enumerate(values.reshape(head.num_heads, -1, source.cols)):
-            half = np.ascontiguousarray(one[: head.key_rows].T if is_key else one[head.key_rows :])
-            start = matrix_bytes(format, number * half.shape[0], half.shape[1])
-            yield start, self._convert_values(source, half, format)
-
-    def _convert(self, source: _SourceMatrix, raw: Bytes, rows: int, format: Format) -> Bytes:
-        return self._convert_values(source, _widen(source.format, raw).reshape(rows, source.cols), format)
-
-    def _convert_values(self, source: _SourceMatrix, values: Float32, format: Format) -> Bytes:
+    def _convert_values(self, ref: MatrixRef, values: Float32, format: Format) -> Bytes:
         """Rows of a matrix [rows, cols] in another format.
 
         Raises:
@@ -589,9 +479,9 @@ class _Writer:
         """
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{source.path.name}: {source.name} holds a value that is not a finite number",
-                path=source.path,
-                tensor=source.name,
+                f"{ref.path.name}: {ref.name} holds a value that is not a finite number",
+                path=ref.path,
+                tensor=ref.name,
             )
         if format == "f32":
             return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -599,30 +489,17 @@ class _Writer:
             rounded = round_to_bf16(values)
             if ((rounded & 0x7F80) == 0x7F80).any():
                 raise CheckpointError(
-                    f"{source.path.name}: {source.name} holds {np.abs(values).max():.9g}, too large for bf16",
-                    path=source.path,
-                    tensor=source.name,
+                    f"{ref.path.name}: {ref.name} holds {np.abs(values).max():.9g}, too large for bf16",
+                    path=ref.path,
+                    tensor=ref.name,
                 )
             return rounded.reshape(-1).view(np.uint8)
         out = np.zeros(matrix_bytes(format, *values.shape), np.uint8)
         _native.quantize(format, np.ascontiguousarray(values), out, self._runtime)
         return out
 
-    def _read_rows(self, source: _SourceMatrix, row: int, num_rows: int) -> Bytes:
-        if source.pieces:
-            return self._read_completed(source)
-        descriptor = self._open_source(source.path)
-        if is_quantised(source.format) and source.block_type is None:
-            return np.frombuffer(read_at(descriptor, source.nbytes, source.offset, source.path), np.uint8)
-        if source.strides is not None:
-            return self._read_strided(source, descriptor)
-        nbytes, offset = num_rows * source.row_bytes, source.offset + row * source.row_bytes
-        raw = np.frombuffer(read_at(descriptor, nbytes, offset, source.path), np.uint8)
-        if source.paired_heads:
-            raw = in_halves(raw.reshape(num_rows, -1), source.paired_heads).reshape(-1)
-        if source.block_type is None:
-            return raw
-        return _native.transcode(source.block_type, raw, num_rows, source.cols)
+    def _read(self, piece: Piece) -> bytes:
+        return read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
 
     def _open_source(self, path: Path) -> int:
         descriptor = self._sources.get(path)
@@ -630,41 +507,6 @@ class _Writer:
             descriptor = self._open_files.enter_context(open_regular(path))[0]
             self._sources[path] = descriptor
         return descriptor
-
-    def _read_completed(self, source: _SourceMatrix) -> Bytes:
-        """Read a matrix whose quants and scales are separate pieces."""
-        landed = np.zeros(source.pieces[0].landed_bytes, np.uint8)
-        for piece in source.pieces:
-            assert piece.transcode is not None
-            raw = read_at(self._open_source(piece.path), piece.nbytes, piece.offset, piece.path)
-            blocks = piece.transcode
-            data = np.frombuffer(raw, np.uint8)
-            try:
-                _native.transcode(
-                    blocks.block_type, data, blocks.rows, blocks.cols, blocks.interleaved, landed
-                )
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{piece.path.name}: {source.name}: {error}", path=piece.path, tensor=source.name
-                ) from error
-        return landed[source.offset : source.offset + source.nbytes]
-
-    def _read_strided(self, source: _SourceMatrix, descriptor: int) -> Bytes:
-        """Read a strided matrix, and return it row after row."""
-        assert source.strides is not None
-        size = BYTES_PER_VALUE[source.format]
-        last = sum(
-            stride * (count - 1)
-            for stride, count in zip(source.strides, (source.rows, source.cols), strict=True)
-        )
-        raw = read_at(descriptor, (last + 1) * size, source.offset, source.path)
-        apart = np.lib.stride_tricks.as_strided(
-            np.frombuffer(raw, f"u{size}"),
-            (source.rows, source.cols),
-            tuple(stride * size for stride in source.strides),
-            writeable=False,
-        )
-        return np.ascontiguousarray(apart).reshape(-1).view(np.uint8)
 
     def _write(self, name: str, data: Bytes, offset: int) -> None:
         self._hashers[name].update(data.data)
@@ -926,15 +768,6 @@ def _pooling_file(directory: Path) -> dict[str, bytes]:
             with open_regular(path) as (descriptor, size):
                 return {POOLING_FILE: read_at(descriptor, min(size, JSON_LIMIT_BYTES), 0, path)}
     return {}
-
-
-def _widen(format: Format, raw: Bytes) -> Float32:
-    """float32 values of f32, f16 or bf16 bytes; exact."""
-    if format == "f32":
-        return raw.view(np.float32)
-    if format == "f16":
-        return raw.view(np.float16).astype(np.float32)
-    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def round_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:

@@ -381,9 +381,8 @@ def _ranges(files: ModelFiles, part: str) -> Iterator[Range]:
     """The bytes of a part: the experts of a shard, or the biases and samples that each worker needs."""
     if part == _SHARED:
         for ref in biases_of(files).values():
-            yield ref.path, ref.offset, ref.nbytes
-            if ref.scales is not None:
-                yield ref.scales.path, ref.scales.offset, ref.scales.nbytes
+            for piece in ref.pieces:
+                yield piece.path, piece.offset, piece.nbytes
         yield from samples(files)
         return
     shard = int(part)

@@ -16,8 +16,9 @@ from itertools import islice
 
 from blake3 import blake3
 
-from argosy.checkpoint.files import MatrixRef, ModelFiles
+from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.fingerprint import SAMPLE_BYTES, Place, middle_of, read_samples
+from argosy.checkpoint.landing import MatrixRef
 
 _SAMPLES = 256
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from argosy import _native
-from argosy.checkpoint.files import ExpertRecord, MatrixRef, ModelFiles
+from argosy.checkpoint.files import ExpertRecord, ModelFiles
+from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.shards import shard_of
 from argosy.cluster.secure import BUFFER_BYTES
 from argosy.config import ModelConfig, format_bytes

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from argosy.checkpoint.files import MatrixRef
+from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.safetensors_write import TensorToWrite, encode
 from argosy.demo.experts import TrainedExperts
 from argosy.demo.parts import token_id

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from argosy import _native
 from argosy.checkpoint.files import ExpertRecord
-from argosy.checkpoint.manifest import round_up
+from argosy.checkpoint.formats import round_up
 from argosy.errors import ArgosyError, CheckpointError, CorruptRecord, ReadFailed
 
 Key = tuple[int, int]  # (layer, expert)
@@ -43,20 +43,16 @@ MATRIX_ALIGNMENT = _native.MATRIX_ALIGNMENT  # where a transcoded matrix may beg
 def _lay_out(record: ExpertRecord, alignment: int) -> tuple[list[int], int]:
     """The place of each piece in an expert's memory, and the size of that memory.
 
-    A plain piece is rounded outwards to whole blocks of `alignment` bytes, which O_DIRECT requires, so its data begin
-    up to a block after its place. A transcoded piece takes exactly its matrices, or nothing if it completes another.
+    A piece that completes another takes nothing; for the others see `Piece.place_bytes`.
     """
     places: list[int] = []
     end = 0
     for piece in record.pieces:
         if piece.completes is not None:
             place = places[piece.completes]
-        elif piece.transcode is not None:
-            place = round_up(end, MATRIX_ALIGNMENT)
-            end = place + piece.landed_bytes
         else:
-            place = round_up(end, alignment)
-            end = place + round_up(piece.offset % alignment + piece.nbytes, alignment)
+            place = round_up(end, MATRIX_ALIGNMENT if piece.transcode else alignment)
+            end = place + piece.place_bytes(alignment)
         places.append(place)
     return places, end
 
@@ -160,8 +156,7 @@ class ExpertFiles:
         record = self._all_records[key]
         places, _ = _lay_out(record, self.alignment)
         starts = [
-            place if piece.transcode else place + piece.offset % self.alignment
-            for piece, place in zip(record.pieces, places, strict=True)
+            place + piece.inset(self.alignment) for piece, place in zip(record.pieces, places, strict=True)
         ]
         return [starts[matrix.piece] + matrix.offset for matrix in (record.gate, record.up, record.down)]
 
@@ -189,16 +184,11 @@ class ExpertFiles:
             return known
         record = self.records[key]
         places, _ = _lay_out(record, self.alignment)
-        pieces: list[_native.Piece] = []
-        checksums = []
-        for piece, at in zip(record.pieces, places, strict=True):
-            where = (self._file_ids[str(piece.path)], piece.offset, piece.nbytes, at)
-            if (blocks := piece.transcode) is not None:
-                pieces.append((*where, blocks.block_type, blocks.rows, blocks.cols, blocks.interleaved))
-            else:
-                pieces.append(where)
-            if piece.checksum is not None:
-                checksums.append(piece.checksum)
+        pieces = [
+            piece.read_into(place, self._file_ids[str(piece.path)])
+            for piece, place in zip(record.pieces, places, strict=True)
+        ]
+        checksums = [piece.checksum for piece in record.pieces if piece.checksum is not None]
         self._reads[key] = made = _native.Record(pieces, checksums or None)
         return made
 

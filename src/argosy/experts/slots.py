@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy.checkpoint.files import ExpertRecord
-from argosy.checkpoint.manifest import round_up
+from argosy.checkpoint.formats import round_up
 from argosy.experts.files import LARGEST_ALIGNMENT, Key, memory_of
 from argosy.experts.policy import CachePolicy
 

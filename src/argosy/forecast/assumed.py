@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, MatrixRef, ModelFiles, Piece, matrix_bytes
+from argosy.checkpoint.files import ExpertMatrix, ExpertRecord, ModelFiles
+from argosy.checkpoint.formats import matrix_bytes, round_up
 from argosy.checkpoint.geometry import (
     count_parameters,
     dense_shapes,
@@ -20,7 +21,8 @@ from argosy.checkpoint.geometry import (
     packed_format,
     require_countable,
 )
-from argosy.checkpoint.manifest import MATRIX_ALIGNMENT, round_up
+from argosy.checkpoint.landing import MatrixRef, Piece
+from argosy.checkpoint.manifest import MATRIX_ALIGNMENT
 from argosy.config import Format, ModelConfig
 
 PACK_FORMATS: tuple[Format, ...] = ("q4", "q8", "bf16")

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles, is_quantised, matrix_bytes
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import is_quantised, matrix_bytes
 from argosy.config import Format, ModelConfig
 from argosy.experts.runner import ExpertRunner
 from argosy.model.clock import PartClock

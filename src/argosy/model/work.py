@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from argosy import _native
-from argosy.checkpoint.files import ModelFiles, matrix_bytes
+from argosy.checkpoint.files import ModelFiles
+from argosy.checkpoint.formats import matrix_bytes
 from argosy.config import KV_BLOCK_TOKENS, KvDtype, ModelConfig
 
 

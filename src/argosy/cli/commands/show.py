@@ -159,7 +159,7 @@ def _encoder_facts(files: ModelFiles) -> list[dict[str, Any]]:
 def _hypothetical_sizes(config: ModelConfig) -> dict[str, Any]:
     """Bytes of a model as a checkpoint and as packs, and of its KV cache."""
     from argosy.budget.footprint import kv_bytes
-    from argosy.checkpoint.files import matrix_bytes
+    from argosy.checkpoint.formats import matrix_bytes
     from argosy.checkpoint.geometry import dense_shapes, expert_shapes, packed_config, packed_format
     from argosy.config import Format, KvDtype
 

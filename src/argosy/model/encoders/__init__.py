@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from argosy.checkpoint.landing import AS_STORED, Landing, TapsFirst
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderTensor:
@@ -40,6 +42,11 @@ class EncoderTensor:
     @property
     def cols(self) -> int:
         return math.prod(self.shape) // self.rows
+
+    @property
+    def landing(self) -> Landing:
+        """How its values become those in memory."""
+        return TapsFirst(self.taps) if self.taps else AS_STORED
 
 
 def with_bias(

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from argosy import _native
-from argosy.checkpoint.files import MatrixRef, ModelFiles
+from argosy.checkpoint.files import ModelFiles
 from argosy.checkpoint.gguf import GGUF_METADATA_FILE, GgufFile, read_gguf
+from argosy.checkpoint.landing import MatrixRef, Widened
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
@@ -325,8 +326,7 @@ def _take_tensors(
             tensor.rows,
             tensor.cols,
             ref.checksum,
-            block_type,
-            taps=tensor.taps,
+            Widened(block_type) if block_type is not None else tensor.landing,
         )
     return tensors
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from argosy.checkpoint.files import DraftFiles, ExpertRecord, MatrixRef, require_one_format_a_layer
+from argosy.checkpoint.files import DraftFiles, ExpertRecord, require_one_format_a_layer
 from argosy.checkpoint.geometry import draft_shapes
+from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.checkpoint.untrusted_file import quote
 from argosy.config import Format, ModelConfig

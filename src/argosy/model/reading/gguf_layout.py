@@ -19,16 +19,13 @@ from functools import partial
 
 from argosy.checkpoint.files import (
     DraftFiles,
-    ExpertMatrix,
     ExpertRecord,
-    MatrixRef,
     ModelFiles,
-    Piece,
-    Transcode,
     require_one_format_a_layer,
 )
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
 from argosy.checkpoint.gguf import SLOT_FORMATS, TYPE_HINT, GgufFile
+from argosy.checkpoint.landing import AS_STORED, Landing, MatrixRef, PairedRows, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
 from argosy.config import Format, ModelConfig
 from argosy.errors import ArgosyError
@@ -166,12 +163,8 @@ class _Accounts(TensorAccounts):
             shapes = ((stacked, rows // stacked, cols),)
         elif len(shape) == 2 and rows == 1:
             shapes = (shape, (cols,))  # GGUF stores the single row that scores the shared expert as a vector
-        ref, format = self.take(name, *shapes)
-        return MatrixRef(
-            name, ref.path, ref.offset, ref.nbytes, format, rows, cols,
-            block_type=ref.dtype if ref.dtype in SLOT_FORMATS else None,
-            paired_heads=paired_heads,
-        )  # fmt: skip
+        ref, _ = self.take(name, *shapes)
+        return _matrix(ref, rows, cols, paired_heads)
 
     def experts(self, config: ModelConfig, layer: int) -> dict[tuple[int, int], ExpertRecord]:
         """The routed experts of a layer."""
@@ -190,7 +183,10 @@ class _Accounts(TensorAccounts):
                 for name, shape in zip(_EXPERT_NAMES, shapes, strict=True)
             ]
             slices = [[_slice(ref, expert) for ref in stacked] for expert in range(config.num_experts)]
-        return {(layer, expert): _record(refs) for expert, refs in enumerate(slices)}
+        return {
+            (layer, expert): ExpertRecord.of(*(_matrix(ref, *ref.shape) for ref in refs))
+            for expert, refs in enumerate(slices)
+        }
 
 
 def _slice(stacked: TensorRef, expert: int) -> TensorRef:
@@ -200,11 +196,10 @@ def _slice(stacked: TensorRef, expert: int) -> TensorRef:
     return TensorRef(stacked.name, stacked.path, offset, nbytes, stacked.dtype, stacked.shape[1:])
 
 
-def _record(refs: list[TensorRef]) -> ExpertRecord:
-    pieces, matrices = [], []
-    for index, ref in enumerate(refs):
-        rows, cols = ref.shape
-        transcode = Transcode(ref.dtype, rows, cols) if ref.dtype in SLOT_FORMATS else None
-        pieces.append(Piece(ref.path, ref.offset, ref.nbytes, transcode=transcode))
-        matrices.append(ExpertMatrix(index, 0, FORMAT_OF_TYPE[ref.dtype], rows, cols))
-    return ExpertRecord(tuple(pieces), *matrices)
+def _matrix(ref: TensorRef, rows: int, cols: int, paired_heads: int = 0) -> MatrixRef:
+    block_type = ref.dtype if ref.dtype in SLOT_FORMATS else None
+    landing: Landing = AS_STORED if block_type is None else Transcoded(block_type)
+    if paired_heads:
+        landing = PairedRows(paired_heads, block_type)
+    format = FORMAT_OF_TYPE[ref.dtype]
+    return MatrixRef(ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols, landing=landing)

@@ -22,26 +22,24 @@ Elsewhere: `checkpoint/geometry.py` has shapes; `checkpoint/safetensors.py` find
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from argosy.checkpoint.files import (
-    BYTES_PER_VALUE,
     DraftFiles,
     ExpertMatrix,
     ExpertRecord,
-    MatrixRef,
     ModelFiles,
-    Piece,
-    Transcode,
-    matrix_bytes,
     require_one_format_a_layer,
 )
+from argosy.checkpoint.formats import BYTES_PER_VALUE, matrix_bytes, slot_format
 from argosy.checkpoint.geometry import dense_shapes, expert_shapes
+from argosy.checkpoint.landing import MatrixRef, Piece, Strided, Transcode, Transcoded
 from argosy.checkpoint.safetensors import TensorRef
-from argosy.config import Format, ModelConfig
+from argosy.config import ModelConfig
 from argosy.errors import ArgosyError, CheckpointError, UnsupportedModel
 from argosy.model.reading.accounts import FLOAT_FORMATS, TensorAccounts, read_draft
 from argosy.model.reading.quantization import FP8_BLOCK, INT4_GROUP, MXFP4_GROUP, Quantization
@@ -242,14 +240,18 @@ def _is_there(name: str, tensors: Mapping[str, TensorRef] | TensorAccounts) -> b
     return name in tensors or _packed(name) in tensors
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A matrix as stored: one tensor, or codes and scales, each with its block type."""
-
-    format: Format
-    ref: TensorRef
-    block_type: str | None = None
-    scales: tuple[TensorRef, str] | None = None
+def _in_parts(shape: tuple[int, ...], *parts: tuple[TensorRef, str]) -> MatrixRef:
+    """A matrix whose codes, scales and the like are tensors of their own, each with its block type."""
+    rows, cols = shape
+    pieces = [
+        Piece(ref.path, ref.offset, ref.nbytes, transcode=Transcode(block_type, rows, cols), completes=0)
+        for ref, block_type in parts
+    ]
+    (ref, block_type), others = parts[0], tuple(pieces[1:])
+    format = slot_format(block_type)
+    return MatrixRef(
+        ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols, landing=Transcoded(block_type, others)
+    )
 
 
 class _Accounts(TensorAccounts):
@@ -261,7 +263,7 @@ class _Accounts(TensorAccounts):
         super().__init__(directory, tensors, FLOAT_FORMATS)
         self._quantization = quantization
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> _Stored:
+    def weight(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         """The tensor or tensors of a weight; which of them exist tells how it is stored.
 
         Raises:
@@ -274,16 +276,17 @@ class _Accounts(TensorAccounts):
         if ref is not None and ref.dtype == "F8_E4M3" and len(shape) == 2:
             return self._f8(name, shape)
         ref, format = self.take(name, shape)
-        return _Stored(format, ref)
+        rows, cols = shape if len(shape) == 2 else (1, math.prod(shape))
+        return MatrixRef(ref.name, ref.path, ref.offset, ref.nbytes, format, rows, cols)
 
-    def _f8(self, name: str, shape: tuple[int, ...]) -> _Stored:
+    def _f8(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         self._require_said("fp8", name, name)
-        codes, block_type = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
+        codes = self.take_part(name, {"F8_E4M3": "f8_codes"}, shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
         scales = self.take_part(name + "_scale_inv", {"F32": "f8_scales", "BF16": "f8_scales_bf16"}, blocks)
-        return _Stored("f8", codes, block_type, scales)
+        return _in_parts(shape, codes, scales)
 
-    def _int4(self, name: str, shape: tuple[int, ...]) -> _Stored:
+    def _int4(self, name: str, shape: tuple[int, ...]) -> MatrixRef:
         packed, base = _packed(name), name.removesuffix("weight")
         self._require_said("int4", name, packed)
         rows, cols = shape
@@ -294,10 +297,10 @@ class _Accounts(TensorAccounts):
                 path=self._tensors[packed].path,
                 tensor=packed,
             )
-        codes, block_type = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
+        codes = self.take_part(packed, {"I32": "int4_quants"}, (rows, cols // 8))
         scales = self.take_part(base + "weight_scale", {"BF16": "int4_scales"}, (rows, cols // INT4_GROUP))
         self.take_part(base + "weight_shape", {"I32": "", "I64": ""}, (2,))
-        return _Stored("int4", codes, block_type, scales)
+        return _in_parts(shape, codes, scales)
 
     def _require_said(self, method: str, name: str, tensor: str) -> None:
         """Prove that the config describes a quantised weight."""
@@ -323,17 +326,10 @@ class _Accounts(TensorAccounts):
         in_file = shape if turn is None else (*shape[:-1], 2 * shape[-1])
         if last.endswith("conv"):  # each has one input channel
             in_file = (in_file[0], 1, *in_file[1:])
-        stored = self.weight(name, in_file)
-        ref = stored.ref
+        ref = self.weight(name, in_file)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        scales = None
-        if stored.scales is not None:
-            part, block_type = stored.scales
-            scales = Piece(part.path, part.offset, part.nbytes, transcode=Transcode(block_type, rows, cols))
-        return MatrixRef(
-            ref.name, ref.path, ref.offset, ref.nbytes, stored.format, rows, cols,
-            block_type=stored.block_type, turn=turn, scales=scales,
-        )  # fmt: skip
+        landing = ref.landing if turn is None else Strided((2 * cols, 2), turn)
+        return replace(ref, rows=rows, cols=cols, landing=landing)
 
     def experts(self, config: ModelConfig, layout: Layout) -> dict[tuple[int, int], ExpertRecord]:
         read = self._single_expert
@@ -352,26 +348,8 @@ class _Accounts(TensorAccounts):
     def _single_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]
     ) -> ExpertRecord:
-        pieces: list[Piece] = []
-        matrices = []
-        for name, shape in zip(names, expert_shapes(config), strict=True):
-            stored, first = self.weight(name, shape), len(pieces)
-            matrices.append(ExpertMatrix(first, 0, stored.format, *shape))
-            ref, block_type = stored.ref, stored.block_type
-            transcode = Transcode(block_type, *shape) if block_type is not None else None
-            pieces.append(Piece(ref.path, ref.offset, ref.nbytes, transcode=transcode))
-            if stored.scales is not None:
-                ref, block_type = stored.scales
-                pieces.append(
-                    Piece(
-                        ref.path,
-                        ref.offset,
-                        ref.nbytes,
-                        transcode=Transcode(block_type, *shape),
-                        completes=first,
-                    )
-                )
-        return ExpertRecord(tuple(pieces), *matrices)
+        gate, up, down = map(self.weight, names, expert_shapes(config))
+        return ExpertRecord.of(gate, up, down)
 
     def _fused_expert(
         self, config: ModelConfig, layout: Layout, expert: int, names: tuple[str, ...]

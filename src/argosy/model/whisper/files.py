@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from argosy.checkpoint.ctranslate2 import ModelBin, read_model_bin
-from argosy.checkpoint.files import BYTES_PER_VALUE, MatrixRef
+from argosy.checkpoint.formats import BYTES_PER_VALUE
+from argosy.checkpoint.landing import MatrixRef
 from argosy.checkpoint.safetensors import TensorRef, open_tensors
 from argosy.checkpoint.untrusted_file import read_object
 from argosy.errors import CheckpointError, UnsupportedModel
@@ -175,7 +176,7 @@ def _ref(tensor: EncoderTensor, place: TensorRef) -> MatrixRef:
         tensor.rows,
         tensor.cols,
         place.checksum,
-        taps=tensor.taps,
+        tensor.landing,
     )
 
 

@@ -1,0 +1,440 @@
+"""How the bytes of a file become matrices: for loading, for packing, for one tensor or for an expert.
+
+    MatrixRef  ->  pieces  ->  readers, which transcode while bytes arrive  ->  Landing.land  ->  matrices
+
+A `Landing` is a way in which a tensor is stored, one class for each: it knows the pieces to be read, the matrices that
+they become, the memory that this takes, and how to do it. Nobody else knows the ways apart.
+
+    Landing         floats row after row, or a slot format: the bytes of the file are the matrix
+    Transcoded      blocks of a GGUF; or codes, scales and whatever else safetensors has as separate tensors
+    PairedRows      rows of q and k in the order of adjacent rotary pairs
+    Widened         blocks whose values are wanted, for encoders
+    TapsFirst       weights of a convolution
+    Strided         values that are not contiguous
+    Halves          keys and values in one matrix (`latent_up.py`)
+
+Loading lets asynchronous readers read, into the matrix's own memory wherever possible. Packing reads with
+`read_landed`, a few rows at a time where the file has rows.
+
+Elsewhere: `native/kernels/transcode.h` has the arithmetic of blocks; `formats.py` has the formats in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from argosy import _native
+from argosy.checkpoint.formats import (
+    BYTES_PER_VALUE,
+    F8_BLOCK,
+    PANEL_ROWS,
+    MatrixShape,
+    matrix_bytes,
+    round_up,
+    slot_format,
+)
+from argosy.checkpoint.latent_up import KeyValueMatrix, KeyValueRows, passing_bytes, split, split_shapes
+from argosy.checkpoint.untrusted_file import quote
+from argosy.config import Format
+from argosy.errors import CheckpointError
+
+Bytes = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+_Value = TypeVar("_Value", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcode:
+    """Blocks that become a slot format while they land: [rows, cols] of a type such as "Q4_0" or "mxfp4_scales".
+
+    A type in `PART_FORMATS` writes its part of the panels and leaves the rest unchanged. If the rows of `interleaved`
+    matrices alternate in the file, each matrix has `rows` rows, and the matrices land one after another.
+    """
+
+    block_type: str
+    rows: int
+    cols: int
+    interleaved: int = 1
+
+    @property
+    def format(self) -> Format:
+        """The resulting slot format."""
+        return slot_format(self.block_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The bytes of one read. A transcoded piece has whole matrices, or all of their quants or scales.
+
+    If quants and scales are two pieces, the second `completes` the first: it lands in the same memory.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
+    transcode: Transcode | None = None
+    completes: int | None = None  # an earlier piece of the record
+
+    @property
+    def landed_bytes(self) -> int:
+        """Bytes in memory."""
+        if (blocks := self.transcode) is None:
+            return self.nbytes
+        return blocks.interleaved * matrix_bytes(blocks.format, blocks.rows, blocks.cols)
+
+    def inset(self, alignment: int) -> int:
+        """Bytes from its place to its first byte: plain reads are rounded outwards to what O_DIRECT requires."""
+        return 0 if self.transcode is not None else self.offset % alignment
+
+    def place_bytes(self, alignment: int) -> int:
+        """Bytes of its place, which begins at a multiple of `alignment` unless it is transcoded."""
+        if self.transcode is not None:
+            return self.landed_bytes
+        return round_up(self.inset(alignment) + self.nbytes, alignment)
+
+    def read_into(self, place: int, file_id: int) -> _native.Piece:
+        """How a `_native.Store` reads it."""
+        where = (file_id, self.offset, self.nbytes, place)
+        if (blocks := self.transcode) is None:
+            return where
+        return (*where, blocks.block_type, blocks.rows, blocks.cols, blocks.interleaved)
+
+
+class Landing:
+    """Bytes that are the matrix; the base of all other ways.
+
+    `land` gets what the first piece, and those that complete it, have become in memory. Its places begin where that
+    begins, unless it `needs_scratch`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether pieces must not land in the memory of the matrices, because `land` needs both."""
+        return False
+
+    def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
+        """What is read; the pieces after the first complete it."""
+        return (Piece(ref.path, ref.offset, ref.nbytes, ref.checksum),)
+
+    def own_bytes(self, ref: MatrixRef) -> int:
+        """Bytes of the pieces that belong to this matrix alone."""
+        return ref.read_bytes
+
+    def shapes(self, name: str, ref: MatrixRef) -> dict[str, MatrixShape]:
+        """The matrices that the tensor with a canonical name becomes, by theirs."""
+        return {name: MatrixShape(ref.format, ref.rows, ref.cols)}
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        """Bytes of memory that `land` takes in addition to what has landed and to the matrices."""
+        return 0
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        """Write the matrices.
+
+        Raises:
+            CheckpointError: they hold values that are not finite numbers.
+        """
+
+    def matrices(self, ref: MatrixRef, landed: Bytes) -> list[Bytes]:
+        """Return the matrices in memory of their own, or what has landed if that is one.
+
+        Raises:
+            CheckpointError: as `land`.
+        """
+        return [landed]
+
+    def slices(self, ref: MatrixRef, most_values: int) -> Iterator[tuple[int, MatrixRef]]:
+        """Rows that can be read apart from others, about `most_values` at a time, each with the number of its first."""
+        row_bytes = self._row_bytes(ref)
+        if not row_bytes:
+            yield 0, ref
+            return
+        for row, num_rows in _steps(ref, most_values):
+            offset, nbytes = ref.offset + row * row_bytes, num_rows * row_bytes
+            yield row, replace(ref, offset=offset, nbytes=nbytes, rows=num_rows, checksum=None)
+
+    def _row_bytes(self, ref: MatrixRef) -> int:
+        """Bytes of a row in the file; 0: it has no separate rows, as in the panels of a slot format."""
+        return ref.cols * BYTES_PER_VALUE.get(ref.format, 0)
+
+    def values(
+        self, ref: MatrixRef, landed: Bytes, number: int, most_values: int
+    ) -> Iterator[tuple[int, Float32]]:
+        """The exact weights of the matrix with this number: some rows, and the number of the first of them."""
+        matrix = self.matrices(ref, landed)[number]
+        for row, num_rows in _steps(ref, most_values):
+            start, end = (matrix_bytes(ref.format, count, ref.cols) for count in (row, row + num_rows))
+            yield row, _native.dequantize(ref.format, matrix[start:end], num_rows, ref.cols)
+
+
+AS_STORED = Landing()
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRef:
+    """One matrix or vector (rows = 1) in a file; `name` is its name in the file, and `format` its format in memory.
+
+    Path, offset, nbytes and checksum are those of the first piece.
+    """
+
+    name: str
+    path: Path
+    offset: int
+    nbytes: int
+    format: Format
+    rows: int
+    cols: int
+    checksum: int | None = None  # crc32c_wide of the bytes; packs have one
+    landing: Landing = AS_STORED
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is read."""
+        return self.landing.pieces(self)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def landed_bytes(self) -> int:
+        """Bytes in memory, before it is split."""
+        return matrix_bytes(self.format, self.rows, self.cols)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcoded(Landing):
+    """Blocks that readers transcode. If they are codes alone, `others` are the pieces with scales and the like.
+
+    If the rows of `interleaved` matrices alternate in the file, this is the one with a `number` among them.
+    """
+
+    block_type: str
+    others: tuple[Piece, ...] = ()
+    interleaved: int = 1
+    number: int = 0
+
+    def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
+        blocks = Transcode(self.block_type, ref.rows, ref.cols, self.interleaved)
+        return (Piece(ref.path, ref.offset, ref.nbytes, transcode=blocks), *self.others)
+
+    def matrices(self, ref: MatrixRef, landed: Bytes) -> list[Bytes]:
+        return [landed[self.number * ref.landed_bytes :][: ref.landed_bytes]]
+
+    def _row_bytes(self, ref: MatrixRef) -> int:
+        return 0 if self.others or self.interleaved > 1 else ref.nbytes // ref.rows
+
+
+class Moved(Landing):
+    """The base of ways in which `land` has something to do."""
+
+    __slots__ = ()
+
+    def matrices(self, ref: MatrixRef, landed: Bytes) -> list[Bytes]:
+        places = [np.empty(shape.nbytes, np.uint8) for shape in self.shapes("", ref).values()]
+        self.land(ref, landed, places)
+        return places
+
+    def _row_bytes(self, ref: MatrixRef) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class PairedRows(Moved):
+    """Rows of this many heads in the order of a rotary kernel that rotates adjacent pairs; they are put in halves.
+
+    Panels interleave rows, so blocks are reordered before they are transcoded, which readers cannot do.
+    """
+
+    num_heads: int
+    block_type: str | None = None
+
+    @property
+    def needs_scratch(self) -> bool:
+        return self.block_type is not None
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return ref.nbytes + (ref.landed_bytes if self.block_type is not None else 0)
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        rows = in_halves(landed.reshape(ref.rows, -1), self.num_heads).reshape(-1)
+        if self.block_type is not None:
+            rows = _native.transcode(self.block_type, rows, ref.rows, ref.cols)
+        places[0][:] = rows
+
+
+@dataclass(frozen=True, slots=True)
+class Widened(Moved):
+    """Blocks whose values become float32. They pass scratch memory as they are, so that readers need no staging."""
+
+    block_type: str
+
+    @property
+    def needs_scratch(self) -> bool:
+        return True
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return matrix_bytes(slot_format(self.block_type), ref.rows, ref.cols) + ref.landed_bytes
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        panels = _native.transcode(self.block_type, landed, ref.rows, ref.cols)
+        values = _native.dequantize(slot_format(self.block_type), panels, ref.rows, ref.cols)
+        check_vector(ref.name, values)
+        places[0][:] = values.reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class TapsFirst(Moved):
+    """A convolution's weight with this many values of a channel side by side; the channels of a tap are put there."""
+
+    num_taps: int
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return ref.nbytes
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        values = landed.view(f"V{BYTES_PER_VALUE[ref.format]}").reshape(ref.rows, -1)
+        places[0][:] = taps_first(values, self.num_taps).reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Strided(Moved):
+    """Values from the `first` on that are not contiguous: `strides` from one row and from one column to the next.
+
+    Kernels cannot use the matrices of experts that are stored so; `pack` puts them in order.
+    """
+
+    strides: tuple[int, int]
+    first: int = 0
+
+    def own_bytes(self, ref: MatrixRef) -> int:
+        return ref.landed_bytes
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        size = BYTES_PER_VALUE[ref.format]
+        apart = np.lib.stride_tricks.as_strided(
+            landed.view(f"V{size}")[self.first :],
+            (ref.rows, ref.cols),
+            tuple(stride * size for stride in self.strides),
+            writeable=False,
+        )
+        places[0][:] = np.ascontiguousarray(apart).reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Halves(Moved):
+    """The matrix that turns latent vectors into keys and values, stored in any of these ways and split in two."""
+
+    whole: Landing
+    head: KeyValueRows
+
+    @property
+    def needs_scratch(self) -> bool:
+        return True
+
+    def pieces(self, ref: MatrixRef) -> tuple[Piece, ...]:
+        return self.whole.pieces(ref)
+
+    def shapes(self, name: str, ref: MatrixRef) -> dict[str, MatrixShape]:
+        layer = name.removesuffix("kv_up")
+        key, value = split_shapes(self._matrix(ref))
+        return {f"{layer}k_up": key, f"{layer}v_up": value}
+
+    def working_bytes(self, ref: MatrixRef) -> int:
+        return passing_bytes(self._matrix(ref))
+
+    def land(self, ref: MatrixRef, landed: Bytes, places: Sequence[Bytes]) -> None:
+        (whole,) = self.whole.matrices(ref, landed)
+        split(self._matrix(ref), whole, *places)
+
+    def values(
+        self, ref: MatrixRef, landed: Bytes, number: int, most_values: int
+    ) -> Iterator[tuple[int, Float32]]:
+        (whole,) = self.whole.matrices(ref, landed)
+        heads = _native.dequantize(ref.format, whole, ref.rows, ref.cols)
+        for index, head in enumerate(heads.reshape(self.head.num_heads, -1, ref.cols)):
+            half = head[self.head.key_rows :] if number else head[: self.head.key_rows].T
+            yield index * len(half), np.ascontiguousarray(half)
+
+    def _matrix(self, ref: MatrixRef) -> KeyValueMatrix:
+        return KeyValueMatrix(ref.format, self.head, ref.cols)
+
+
+def read_landed(ref: MatrixRef, read: Callable[[Piece], bytes]) -> Bytes:
+    """Read a tensor's pieces at once, and return what they become in memory, for `Landing.matrices`.
+
+    Raises:
+        CheckpointError: a code or a scale is refused.
+    """
+    landed: Bytes | None = None
+    for piece in ref.pieces:
+        data = np.frombuffer(read(piece), np.uint8)
+        if (blocks := piece.transcode) is None:
+            return data
+        if landed is None:
+            landed = np.zeros(piece.landed_bytes, np.uint8)
+        try:
+            _native.transcode(blocks.block_type, data, blocks.rows, blocks.cols, blocks.interleaved, landed)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{piece.path.name}: {ref.name}: {error}", path=piece.path, tensor=ref.name
+            ) from error
+    assert landed is not None
+    return landed
+
+
+def _steps(ref: MatrixRef, most_values: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix, about `most_values` at a time: the first, and how many.
+
+    Only the last step has part of a panel, so that concatenated slices equal the matrix converted in one piece.
+    """
+    together = F8_BLOCK if ref.format == "f8" else PANEL_ROWS
+    step = max(together, most_values // max(1, ref.cols) // together * together)
+    for row in range(0, ref.rows, step):
+        yield row, min(step, ref.rows - row)
+
+
+def in_halves(rows: npt.NDArray[_Value], num_heads: int) -> npt.NDArray[_Value]:
+    """Reorder rows [heads * head_dim, ...] of q or k from adjacent rotary pairs to halves: 0 2 4 .. 1 3 5 .. per head.
+
+    GGUF files of the llama architecture store them paired; a row may be values, or the bytes of its blocks.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def taps_first(rows: npt.NDArray[_Value], num_taps: int) -> npt.NDArray[_Value]:
+    """Reorder the columns of a convolution's weight [rows, channels * taps] to [rows, taps * channels].
+
+    Frames and pixels have their channels side by side, so what lies under a kernel is then copied in long runs.
+    """
+    return np.ascontiguousarray(rows.reshape(len(rows), -1, num_taps).swapaxes(1, 2)).reshape(rows.shape)
+
+
+def check_vector(name: str, values: npt.NDArray[np.floating], path: Path | None = None) -> None:
+    """Refuse weights that would turn every token into NaN.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite; gives the tensor, the position and the value.
+    """
+    flat = values.reshape(-1)
+    wrong = np.flatnonzero(~np.isfinite(flat))
+    if wrong.size:
+        where = f"{path.name}: " if path is not None else ""
+        raise CheckpointError(
+            f"{where}{quote(name)} holds {flat[wrong[0]]} at position {wrong[0]} of {flat.size}; "
+            "expected finite numbers",
+            hint="the file is damaged, or the model was already broken when it was saved",
+            path=path,
+            tensor=name,
+        )
