@@ -8,38 +8,17 @@ RoPE, RMSNorm, SwiGLU. A prompt has a video as separate frames with times betwee
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from argosy.model.encoders import EncoderTensor, with_bias
-from argosy.model.encoders.blocks import (
-    FLOAT_BYTES,
-    OVERHEAD_BYTES,
-    Rows,
-    Steps,
-    Tower,
-    block_floats,
-    in_blocks,
-)
-from argosy.model.encoders.grid import (
-    Grid,
-    PatchKernel,
-    Places,
-    PositionTable,
-    Rotation,
-    cubic_taps,
-    frame_patches,
-    frames,
-    patch_places,
-    read_theta,
-    rotation_bytes,
-    span_angles,
-)
-from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
+from argosy.model.encoders.blocks import Rows, Steps, block_floats, in_blocks
+from argosy.model.encoders.grid import Grid, frame_patches, read_theta, span_angles
+from argosy.model.encoders.patch_tower import PatchConfig, PatchTower, num_positions, tower_bytes
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import Making, SpanRows
 
 __all__ = [
     "GlmVisionConfig", "GlmVisionTower", "num_positions", "peak_bytes", "read_config", "span_angles", "tensors",
@@ -49,42 +28,12 @@ _MERGER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GlmVisionConfig:
+class GlmVisionConfig(PatchConfig):
     """Sizes of the tower. The SwiGLU of a layer is as wide as a row that leaves the tower."""
 
-    num_layers: int
-    hidden_size: int
-    num_heads: int
     has_qkv_bias: bool
-    channels: int
-    patch_size: int
-    patch_frames: int
-    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
-    merge: int
-    out_size: int
     merger_width: int
-    position_side: int
     norm_eps: float
-    theta: float
-
-    @property
-    def patch_values(self) -> int:
-        return self.channels * self.patch_frames * self.patch_size**2
-
-    @property
-    def patch_kernel(self) -> PatchKernel:
-        return PatchKernel(
-            self.hidden_size, self.channels, self.patch_frames, self.patch_size, self.are_frames_apart
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def cell_size(self) -> int:
-        """The size of the patches of a cell together."""
-        return self.hidden_size * self.merge**2
 
 
 def read_config(reader: ConfigReader) -> GlmVisionConfig:
@@ -114,10 +63,7 @@ def read_config(reader: ConfigReader) -> GlmVisionConfig:
     )
     if not config.position_side:
         raise reader.unsupported("image_size", f"{patch_size} or more, the size of a patch")
-    if config.hidden_size % (4 * config.num_heads):
-        raise reader.unsupported(
-            "hidden_size", f"a multiple of {4 * config.num_heads}, 4 times the number of heads"
-        )
+    config.require_heads(reader)
     reader.finish()
     return config
 
@@ -150,22 +96,15 @@ def tensors(config: GlmVisionConfig) -> dict[str, EncoderTensor]:
     return found
 
 
-def num_positions(config: GlmVisionConfig, grid: Grid) -> int:
-    """Positions that a picture or video of `grid` patches fills: one for each cell of each frame."""
-    return grid[0] * frame_patches(grid) // config.merge**2
-
-
 def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
     """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
     hidden, out, cell = config.hidden_size, config.out_size, config.cell_size
-    in_frame, positions = frame_patches(grid), num_positions(config, grid)
-    patches = grid[0] * in_frame
-    floats = patches * hidden + positions * out
-    floats += max(
+    positions = num_positions(config, grid)
+    patches = grid[0] * frame_patches(grid)
+    stages = (
         block_floats(
             patches, 2 * hidden * config.patch_values, 4 * hidden + config.patch_kernel.floats_per_row + 32
         ),
-        patch_attention_floats(patches, in_frame, hidden, config.num_heads),
         block_floats(patches, 6 * hidden * out, 2 * hidden + 2 * out),
         block_floats(
             positions,
@@ -173,65 +112,35 @@ def peak_bytes(config: GlmVisionConfig, grid: Grid) -> int:
             2 * cell + 3 * out + 2 * config.merger_width,
         ),
     )
-    return FLOAT_BYTES * floats + rotation_bytes(in_frame, config.head_dim) + OVERHEAD_BYTES
+    return tower_bytes(config, grid, frame_patches(grid), positions * out, stages)
 
 
-class GlmVisionTower(Tower[GlmVisionConfig]):
-    """The tower with its weights; `encode` may be run for several pictures at the same time."""
+class GlmVisionTower(PatchTower[GlmVisionConfig]):
+    """The tower with its weights."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Making:
-        """Make the rows of a picture or video.
+    def _norm(self, name: str, x: Rows) -> Rows:
+        return self._operations.rms_norm(name, x, self._config.norm_eps)
 
-        Args:
-            patches: [patches of all frames, channels * patch_frames * patch_size^2], in the order of `patch_places`.
-            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
-        """
-        config, ops = self._config, self._operations
-        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
-        places = patch_places(grid, config.merge)
-        rotation = Rotation(places, config.head_dim, config.theta)
-        hidden = np.empty((len(patches), config.hidden_size), np.float32)
-        yield from self._embed(patches, grid, places, hidden)
-        for layer in range(config.num_layers):
-            yield layer / config.num_layers
-            name = f"layers.{layer}"
-            norm = partial(ops.rms_norm, f"{name}.attn_norm", eps=config.norm_eps)
-            yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)
-            yield from self._feed_forward(name, hidden)
-        embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
-        yield from self._merge(hidden, embeddings)
-        return SpanRows(embeddings)
-
-    def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
-        ops, side = self._operations, self._config.position_side
-        taps = [cubic_taps(size, side) for size in grid[1:]]
-        positions = PositionTable("position", side, places, *taps)
-        kernel = self._config.patch_kernel
-
-        def work(rows: slice) -> None:
-            embedded = kernel.apply(ops, patches[rows])
-            hidden[rows] = ops.rms_norm("patch_norm", embedded, self._config.norm_eps)
-            positions.add(ops, hidden[rows], rows)
-
-        return in_blocks(work, range(len(hidden)), ops.flop_per_row(*kernel.names))
+    def _embed_patches(self, patches: Rows, hidden: Rows) -> None:
+        hidden[:] = self._norm("patch_norm", self._config.patch_kernel.apply(self._operations, patches))
 
     def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
         ops = self._operations
 
         def work(rows: slice) -> None:
-            normed = ops.rms_norm(f"{layer}.mlp_norm", hidden[rows], self._config.norm_eps)
-            ops.gated_mlp(layer, normed, hidden[rows], finish="add")
+            ops.gated_mlp(layer, self._norm(f"{layer}.mlp_norm", hidden[rows]), hidden[rows], finish="add")
 
         flop = ops.flop_per_row(*(f"{layer}.{name}" for name in ("gate", "up", "down")))
         return in_blocks(work, range(len(hidden)), flop)
 
-    def _merge(self, hidden: Rows, embeddings: Rows) -> Steps:
+    def _merge(self, hidden: Rows, grid: Grid) -> Generator[None, None, Rows]:
         """Join the patches of each cell: a convolution over the cell, then the merger."""
         ops, config = self._operations, self._config
+        embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
 
         def work(rows: slice) -> None:
             patches = slice(rows.start * config.merge**2, rows.stop * config.merge**2)
-            normed = ops.rms_norm("final_norm", hidden[patches], config.norm_eps)
+            normed = self._norm("final_norm", hidden[patches])
             # The weight of the convolution has the channel first, then the place in the cell.
             cells = (
                 normed.reshape(-1, config.merge**2, config.hidden_size)
@@ -243,4 +152,5 @@ class GlmVisionTower(Tower[GlmVisionConfig]):
             ops.gated_mlp("merger", merged, embeddings[rows])
 
         names = ("join", *(f"merger.{name}" for name in ("in", "gate", "up", "down")))
-        return in_blocks(work, range(len(embeddings)), ops.flop_per_row(*names))
+        yield from in_blocks(work, range(len(embeddings)), ops.flop_per_row(*names))
+        return embeddings

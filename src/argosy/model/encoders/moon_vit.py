@@ -9,71 +9,36 @@ picture. Positions in the decoder are those of text.
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from argosy.errors import UsageError
 from argosy.model.encoders import EncoderTensor, with_bias
-from argosy.model.encoders.blocks import (
-    FLOAT_BYTES,
-    OVERHEAD_BYTES,
-    Rows,
-    Steps,
-    Tower,
-    block_floats,
-    gelu_mlp_floats,
-    in_blocks,
-    sinusoids,
-)
+from argosy.model.encoders.blocks import Rows, Steps, block_floats, gelu_mlp_floats, in_blocks, sinusoids
 from argosy.model.encoders.grid import (
     Grid,
     PairOrder,
+    Places,
     PositionTable,
-    Rotation,
-    cubic_taps,
     frame_patches,
     patch_places,
     read_theta,
-    rotation_bytes,
 )
-from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
+from argosy.model.encoders.patch_tower import PatchConfig, PatchTower, layer_tensors, tower_bytes
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import Making, SpanRows
-
-_NORM_EPS = 1e-5
+from argosy.prompt.media_span import Making
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MoonViTConfig:
-    """Sizes of the tower and its projector, which makes rows of `out_size` values."""
+class MoonViTConfig(PatchConfig):
+    """Sizes of the tower and its projector."""
 
-    num_layers: int
-    hidden_size: int
     mlp_width: int
-    num_heads: int
-    patch_size: int
-    merge: int
-    out_size: int
-    position_side: int
     most_frames: int
-    theta: float
     projector_eps: float
-    pair_order: PairOrder = "alternating"  # how dimensions of queries and keys lie in their matrices
-
-    @property
-    def patch_values(self) -> int:
-        return 3 * self.patch_size**2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def cell_size(self) -> int:
-        """The size of the patches of a cell together."""
-        return self.hidden_size * self.merge**2
+    pair_order: PairOrder = "alternating"
 
 
 def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int) -> MoonViTConfig:
@@ -111,11 +76,7 @@ def read_config(reader: ConfigReader, wrapper: ConfigReader, *, hidden_size: int
     table = ("init_pos_emb_width", "pos_emb_width")
     if reader.integer(*table, default=64) != config.position_side:
         raise reader.unsupported(_given(reader, *table), f"the height of the table, {config.position_side}")
-    if config.hidden_size % (4 * config.num_heads):
-        raise reader.unsupported(
-            _given(reader, "vt_hidden_size", "hidden_size"),
-            f"a multiple of {4 * config.num_heads}, 4 times the number of heads",
-        )
+    config.require_heads(reader, _given(reader, "vt_hidden_size", "hidden_size"))
     reader.neutral("mm_hidden_size", config.hidden_size)
     if wrapper.integer("projection_hidden_size", default=config.hidden_size) != config.hidden_size:
         raise wrapper.unsupported("projection_hidden_size", f"the size of the tower, {config.hidden_size}")
@@ -130,18 +91,12 @@ def _given(reader: ConfigReader, *names: str) -> str:
 
 def tensors(config: MoonViTConfig) -> dict[str, EncoderTensor]:
     """The tensors of tower and projector by canonical name; they have no prefix."""
-    hidden, wide, cell, side = config.hidden_size, config.mlp_width, config.cell_size, config.position_side
+    hidden, cell, side = config.hidden_size, config.cell_size, config.position_side
     tower = "vision_tower"
     found = with_bias("patch", f"{tower}.patch_embed.proj", (hidden, 3, config.patch_size, config.patch_size))
     found["position"] = EncoderTensor(f"{tower}.patch_embed.pos_emb.weight", (side, side, hidden), row_axes=2)
-    for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"{tower}.encoder.blocks.{layer}"
-        found |= with_bias(f"{ours}.attn_norm", f"{theirs}.norm0", (hidden,))
-        found |= with_bias(f"{ours}.qkv", f"{theirs}.wqkv", (3 * hidden, hidden))
-        found |= with_bias(f"{ours}.o", f"{theirs}.wo", (hidden, hidden))
-        found |= with_bias(f"{ours}.mlp_norm", f"{theirs}.norm1", (hidden,))
-        found |= with_bias(f"{ours}.up", f"{theirs}.mlp.fc0", (wide, hidden))
-        found |= with_bias(f"{ours}.down", f"{theirs}.mlp.fc1", (hidden, wide))
+    names = ("norm0", "wqkv", "wo", "norm1", "mlp.fc0", "mlp.fc1")
+    found |= layer_tensors(config, config.mlp_width, f"{tower}.encoder.blocks", names)
     found |= with_bias("final_norm", f"{tower}.encoder.final_layernorm", (hidden,))
     found |= with_bias("projector.norm", "mm_projector.pre_norm", (hidden,))
     found |= with_bias("projector.up", "mm_projector.proj.0", (cell, cell))
@@ -157,56 +112,45 @@ def num_positions(config: MoonViTConfig, grid: Grid) -> int:
 def peak_bytes(config: MoonViTConfig, grid: Grid) -> int:
     """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
     hidden, cell = config.hidden_size, config.cell_size
-    in_frame, positions = frame_patches(grid), num_positions(config, grid)
-    patches = grid[0] * in_frame
-    floats = patches * hidden + max(
+    positions = num_positions(config, grid)
+    patches = grid[0] * frame_patches(grid)
+    stages = (
         block_floats(patches, 2 * hidden * config.patch_values, 5 * hidden + 32),
-        patch_attention_floats(patches, patches, hidden, config.num_heads),
         gelu_mlp_floats(patches, hidden, config.mlp_width),
         positions * config.out_size
         + block_floats(positions, 2 * cell * (cell + config.out_size), (2 * grid[0] + 4) * cell),
     )
-    return FLOAT_BYTES * floats + rotation_bytes(in_frame, config.head_dim) + OVERHEAD_BYTES
+    return tower_bytes(config, grid, patches, 0, stages)
 
 
-class MoonViT(Tower[MoonViTConfig]):
-    """The tower with its projector and weights; `encode` may be run for several pictures at the same time."""
+class MoonViT(PatchTower[MoonViTConfig]):
+    """The tower with its projector and weights."""
+
+    _norm_eps = 1e-5
 
     def encode(self, patches: Rows, grid: Grid) -> Making:
-        """Make the rows of a picture or a piece of video.
-
-        Args:
-            patches: [patches of all frames, 3 * patch_size^2], row by row.
-            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
+        """As `PatchTower.encode`, for a piece of video; patches lie row by row.
 
         Raises:
             UsageError: more frames than the tower knows times.
         """
-        config, ops = self._config, self._operations
-        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
-        if grid[0] > config.most_frames:
+        if grid[0] > self._config.most_frames:
             raise UsageError(
-                f"a piece of video has {grid[0]} frames, and the vision tower takes at most {config.most_frames}",
+                f"a piece of video has {grid[0]} frames, and the vision tower takes at most "
+                f"{self._config.most_frames}",
                 hint="split the video into shorter pieces",
             )
-        rotation = Rotation(patch_places(grid, 1), config.head_dim, config.theta, order=config.pair_order)
-        hidden = np.empty((len(patches), config.hidden_size), np.float32)
-        yield from self._embed(patches, grid, hidden)
-        for layer in range(config.num_layers):
-            yield layer / config.num_layers
-            name = f"layers.{layer}"
-            norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
-            segments = [range(len(hidden))]
-            yield from patch_attention(ops, name, hidden, norm, rotation, segments, config.num_heads)
-            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_tanh")
-        embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
-        yield from self._project(hidden, grid, embeddings)
-        return SpanRows(embeddings)
+        return (yield from super().encode(patches, grid))
 
-    def _embed(self, patches: Rows, grid: Grid, hidden: Rows) -> Steps:
+    def _places(self, grid: Grid) -> Places:
+        return patch_places(grid, 1)
+
+    def _segments(self, grid: Grid) -> Sequence[range]:
+        return [range(grid[0] * frame_patches(grid))]
+
+    def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
         ops, side = self._operations, self._config.position_side
-        taps = [cubic_taps(size, side) for size in grid[1:]]
-        positions = PositionTable("position", side, patch_places(grid, 1), *taps)
+        positions = PositionTable("position", side, places, *(self._taps(size, side) for size in grid[1:]))
         times = sinusoids(
             np.arange(grid[0]), 10_000.0 ** -(np.arange(0, hidden.shape[1], 2) / hidden.shape[1])
         )
@@ -219,8 +163,10 @@ class MoonViT(Tower[MoonViTConfig]):
 
         return in_blocks(work, range(len(hidden)), ops.flop_per_row("patch"))
 
-    def _project(self, hidden: Rows, grid: Grid, embeddings: Rows) -> Steps:
+    def _merge(self, hidden: Rows, grid: Grid) -> Generator[None, None, Rows]:
+        """The mean over frames, and the projector."""
         ops, config = self._operations, self._config
+        embeddings = np.empty((num_positions(config, grid), config.out_size), np.float32)
         num_frames, height, width = grid
         merge = config.merge
         # [frames, cell rows, rows in a cell, cell columns, columns in a cell, hidden], the cells before what is in them
@@ -230,10 +176,11 @@ class MoonViT(Tower[MoonViTConfig]):
         def work(rows: slice) -> None:
             index = np.arange(rows.start, rows.stop)
             patches = cells[:, index // columns, index % columns]  # [frames, rows, merge, merge, hidden]
-            normed = ops.layer_norm("final_norm", patches.reshape(-1, config.hidden_size), _NORM_EPS)
+            normed = self._norm("final_norm", patches.reshape(-1, config.hidden_size))
             mean = normed.reshape(num_frames, -1, config.hidden_size).mean(axis=0)
             x = ops.layer_norm("projector.norm", mean, config.projector_eps).reshape(-1, config.cell_size)
             x = ops.linear("projector.up", x, finish="gelu_erf")
             ops.linear("projector.down", x, embeddings[rows])
 
-        return in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))
+        yield from in_blocks(work, range(len(embeddings)), ops.flop_per_row("projector.up", "projector.down"))
+        return embeddings

@@ -15,85 +15,35 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from math import isqrt
 
 import numpy as np
 
 from argosy.model.encoders import EncoderTensor, with_bias
-from argosy.model.encoders.blocks import (
-    FLOAT_BYTES,
-    OVERHEAD_BYTES,
-    Rows,
-    Steps,
-    Tower,
-    block_floats,
-    gelu_mlp_floats,
-    in_blocks,
+from argosy.model.encoders.blocks import Rows, Steps, block_floats, gelu_mlp_floats, in_blocks
+from argosy.model.encoders.grid import Grid, Taps, frame_patches, linear_taps, read_theta, span_angles
+from argosy.model.encoders.patch_tower import (
+    PatchConfig,
+    PatchTower,
+    layer_tensors,
+    num_positions,
+    tower_bytes,
 )
-from argosy.model.encoders.grid import (
-    Grid,
-    PatchKernel,
-    Places,
-    PositionTable,
-    Rotation,
-    frame_patches,
-    frames,
-    linear_taps,
-    patch_places,
-    read_theta,
-    rotation_bytes,
-    span_angles,
-)
-from argosy.model.encoders.patch_attention import patch_attention, patch_attention_floats
 from argosy.model.reading.config_reader import MOST_LAYERS, ConfigReader
-from argosy.prompt.media_span import Making, SpanRows
 
 __all__ = [
     "QwenVisionConfig", "QwenVisionTower", "num_positions", "omni_angles", "peak_bytes", "read_config", "span_angles",
     "tensors",
 ]  # fmt: skip
 
-_NORM_EPS = 1e-6
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QwenVisionConfig:
+class QwenVisionConfig(PatchConfig):
     """Sizes of the tower; `deepstack_layers` are the layers whose outputs are merged for the decoder, ascending."""
 
-    num_layers: int
-    hidden_size: int
     mlp_width: int
-    num_heads: int
-    channels: int
-    patch_size: int
-    patch_frames: int
-    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
-    merge: int
-    out_size: int
-    position_side: int
-    theta: float
     deepstack_layers: tuple[int, ...]
-
-    @property
-    def patch_values(self) -> int:
-        return self.channels * self.patch_frames * self.patch_size**2
-
-    @property
-    def patch_kernel(self) -> PatchKernel:
-        return PatchKernel(
-            self.hidden_size, self.channels, self.patch_frames, self.patch_size, self.are_frames_apart
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def cell_size(self) -> int:
-        """The size of the patches of a cell together."""
-        return self.hidden_size * self.merge**2
 
 
 def read_config(reader: ConfigReader, *, has_deepstack: bool = True) -> QwenVisionConfig:
@@ -134,10 +84,7 @@ def read_config(reader: ConfigReader, *, has_deepstack: bool = True) -> QwenVisi
     )
     if config.position_side**2 != num_entries:
         raise reader.unsupported("num_position_embeddings", "the square of a whole number")
-    if config.hidden_size % (4 * config.num_heads):
-        raise reader.unsupported(
-            "hidden_size", f"a multiple of {4 * config.num_heads}, 4 times the number of heads"
-        )
+    config.require_heads(reader)
     if any(first >= second for first, second in pairwise(deepstack_layers)):
         raise reader.unsupported("deepstack_visual_indexes", "layers in ascending order")
     reader.finish()
@@ -149,17 +96,11 @@ def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, Enc
 
     The prefix is `model.visual.`, in Qwen3-Omni `thinker.visual.`.
     """
-    hidden, wide, cell = config.hidden_size, config.mlp_width, config.cell_size
+    hidden, cell = config.hidden_size, config.cell_size
     found = config.patch_kernel.tensors("patch_embed.proj")
     found["position"] = EncoderTensor("pos_embed.weight", (config.position_side**2, hidden))
-    for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"blocks.{layer}"
-        found |= with_bias(f"{ours}.attn_norm", f"{theirs}.norm1", (hidden,))
-        found |= with_bias(f"{ours}.qkv", f"{theirs}.attn.qkv", (3 * hidden, hidden))
-        found |= with_bias(f"{ours}.o", f"{theirs}.attn.proj", (hidden, hidden))
-        found |= with_bias(f"{ours}.mlp_norm", f"{theirs}.norm2", (hidden,))
-        found |= with_bias(f"{ours}.up", f"{theirs}.mlp.linear_fc1", (wide, hidden))
-        found |= with_bias(f"{ours}.down", f"{theirs}.mlp.linear_fc2", (hidden, wide))
+    names = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.linear_fc1", "mlp.linear_fc2")
+    found |= layer_tensors(config, config.mlp_width, "blocks", names)
     norm, up, down = ("ln_q", "mlp.0", "mlp.2") if is_omni else ("norm", "linear_fc1", "linear_fc2")
     deepstack = "merger_list" if is_omni else "deepstack_merger_list"
     mergers = {"merger": ("merger", hidden)}
@@ -169,11 +110,6 @@ def tensors(config: QwenVisionConfig, *, is_omni: bool = False) -> dict[str, Enc
         found |= with_bias(f"{ours}.up", f"{theirs}.{up}", (cell, cell))
         found |= with_bias(f"{ours}.down", f"{theirs}.{down}", (config.out_size, cell))
     return found
-
-
-def num_positions(config: QwenVisionConfig, grid: Grid) -> int:
-    """Positions that a picture or video of `grid` patches fills: one for each cell of each frame."""
-    return grid[0] * frame_patches(grid) // config.merge**2
 
 
 def omni_angles(
@@ -193,64 +129,36 @@ def omni_angles(
 def peak_bytes(config: QwenVisionConfig, grid: Grid) -> int:
     """Most bytes that `encode` allocates, its result included; native scratch memory is not counted."""
     hidden, cell = config.hidden_size, config.cell_size
-    in_frame, positions = frame_patches(grid), num_positions(config, grid)
-    patches = grid[0] * in_frame
-
-    floats = patches * hidden + positions * config.out_size * (1 + len(config.deepstack_layers))
-    floats += max(
+    positions = num_positions(config, grid)
+    patches = grid[0] * frame_patches(grid)
+    stages = (
         block_floats(
             patches, 2 * hidden * config.patch_values, 3 * hidden + config.patch_kernel.floats_per_row + 32
         ),
-        patch_attention_floats(patches, in_frame, hidden, config.num_heads),
         gelu_mlp_floats(patches, hidden, config.mlp_width),
         block_floats(positions, 2 * cell * (cell + config.out_size), 3 * cell),
     )
-    tables = rotation_bytes(in_frame, config.head_dim)
-    return FLOAT_BYTES * floats + tables + OVERHEAD_BYTES
+    results = positions * config.out_size * (1 + len(config.deepstack_layers))
+    return tower_bytes(config, grid, frame_patches(grid), results, stages)
 
 
-class QwenVisionTower(Tower[QwenVisionConfig]):
-    """The tower with its weights; `encode` may be run for several pictures at the same time."""
+class QwenVisionTower(PatchTower[QwenVisionConfig]):
+    """The tower with its weights."""
 
-    def encode(self, patches: Rows, grid: Grid) -> Making:
-        """Make the rows of a picture or video.
+    _norm_eps = 1e-6
 
-        Args:
-            patches: [patches of all frames, channels * patch_frames * patch_size^2], in the order of `patch_places`.
-            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
-        """
-        config, ops = self._config, self._operations
-        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
-        places = patch_places(grid, config.merge)
-        rotation = Rotation(places, config.head_dim, config.theta)
-        hidden = np.empty((len(patches), config.hidden_size), np.float32)
-        yield from self._embed(patches, grid, places, hidden)
-        additions = {}
-        for layer in range(config.num_layers):
-            yield layer / config.num_layers
-            name = f"layers.{layer}"
-            norm = partial(ops.layer_norm, f"{name}.attn_norm", eps=_NORM_EPS)
-            yield from patch_attention(ops, name, hidden, norm, rotation, frames(grid), config.num_heads)
-            yield from ops.gelu_mlp(name, hidden, _NORM_EPS, "gelu_tanh")
-            if layer in config.deepstack_layers:
-                addition = config.deepstack_layers.index(layer)
-                additions[addition] = yield from self._merge(f"deepstack.{addition}", hidden)
-        embeddings = yield from self._merge("merger", hidden)
-        return SpanRows(embeddings, additions)
+    def _taps(self, size: int, side: int) -> Taps:
+        return linear_taps(size, side)
 
-    def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
-        ops, side = self._operations, self._config.position_side
-        taps = [linear_taps(size, side) for size in grid[1:]]
-        positions = PositionTable("position", side, places, *taps)
-        kernel = self._config.patch_kernel
+    def _add(self, layer: int, hidden: Rows, additions: dict[int, Rows]) -> Steps:
+        if layer in self._config.deepstack_layers:
+            addition = self._config.deepstack_layers.index(layer)
+            additions[addition] = yield from self._merge_by(f"deepstack.{addition}", hidden)
 
-        def work(rows: slice) -> None:
-            hidden[rows] = kernel.apply(ops, patches[rows])
-            positions.add(ops, hidden[rows], rows)
+    def _merge(self, hidden: Rows, grid: Grid) -> Generator[None, None, Rows]:
+        return self._merge_by("merger", hidden)
 
-        yield from in_blocks(work, range(len(hidden)), ops.flop_per_row(*kernel.names))
-
-    def _merge(self, name: str, hidden: Rows) -> Generator[None, None, Rows]:
+    def _merge_by(self, name: str, hidden: Rows) -> Generator[None, None, Rows]:
         """Join the patches of each cell; deepstack mergers normalise the cell, the last one each patch."""
         ops = self._operations
         cells = hidden.reshape(-1, self._config.cell_size)
@@ -258,7 +166,7 @@ class QwenVisionTower(Tower[QwenVisionConfig]):
 
         def work(rows: slice) -> None:
             x = cells[rows] if name != "merger" else cells[rows].reshape(-1, self._config.hidden_size)
-            normed = ops.layer_norm(f"{name}.norm", x, _NORM_EPS).reshape(-1, self._config.cell_size)
+            normed = self._norm(f"{name}.norm", x).reshape(-1, self._config.cell_size)
             ops.linear(f"{name}.down", ops.linear(f"{name}.up", normed, finish="gelu_erf"), merged[rows])
 
         yield from in_blocks(work, range(len(cells)), ops.flop_per_row(f"{name}.up", f"{name}.down"))

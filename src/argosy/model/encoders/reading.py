@@ -132,7 +132,7 @@ class EncoderFiles:
         processor = read_video_processor(
             raw, most_tokens=video_tokens, most_group_tokens=image_tokens, where=where
         )
-        frames = getattr(self.config, "patch_frames", None) or self.encoder.video.most_frames(self.config)
+        frames = max(getattr(self.config, "patch_frames", 1), self.encoder.video.most_frames(self.config))
         sizes = {
             "patch_size": (processor.patch_size, self.config.patch_size),
             "merge_size": (processor.merge_size, self.config.merge),

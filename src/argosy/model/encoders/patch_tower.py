@@ -1,0 +1,224 @@
+"""What the vision towers of GLM, Qwen and Kimi share: sizes, tensors and memory of layers, and the way through them.
+
+    patches -> product + learned positions -> layers -> merge -> embeddings
+
+A layer is a norm, attention in which patches see those of their segment and are rotated on two axes, a norm, and an
+MLP. Each tower says where it differs: the norms, the MLP, what patches see, and how they are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from argosy.model.encoders import EncoderTensor, with_bias
+from argosy.model.encoders.blocks import (
+    FLOAT_BYTES,
+    OVERHEAD_BYTES,
+    Rows,
+    Steps,
+    Tower,
+    attention_floats,
+    block_floats,
+    in_blocks,
+)
+from argosy.model.encoders.grid import (
+    Grid,
+    PairOrder,
+    PatchKernel,
+    Places,
+    PositionTable,
+    Rotation,
+    Taps,
+    cubic_taps,
+    frame_patches,
+    frames,
+    patch_places,
+    rotation_bytes,
+)
+from argosy.model.reading.config_reader import ConfigReader
+from argosy.prompt.media_span import Making, SpanRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchConfig:
+    """Sizes of a tower, which makes rows of `out_size` values from cells of `merge` x `merge` patches."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    channels: int = 3
+    patch_size: int
+    patch_frames: int = 1
+    are_frames_apart: bool = False  # each frame of a patch has a matrix of its own
+    merge: int
+    out_size: int
+    position_side: int
+    theta: float
+    pair_order: PairOrder = "rows first"  # how dimensions of queries and keys lie in their matrices
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch_frames * self.patch_size**2
+
+    @property
+    def patch_kernel(self) -> PatchKernel:
+        return PatchKernel(
+            self.hidden_size, self.channels, self.patch_frames, self.patch_size, self.are_frames_apart
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def cell_size(self) -> int:
+        """The size of the patches of a cell together."""
+        return self.hidden_size * self.merge**2
+
+    def require_heads(self, reader: ConfigReader, key: str = "hidden_size") -> None:
+        """Refuse heads that cannot be rotated on two axes.
+
+        Raises:
+            UnsupportedModel: they are not whole, or have no whole pairs on each axis.
+        """
+        if self.hidden_size % (4 * self.num_heads):
+            raise reader.unsupported(key, f"a multiple of {4 * self.num_heads}, 4 times the number of heads")
+
+
+Sizes = TypeVar("Sizes", bound=PatchConfig)
+
+
+def layer_tensors(
+    config: PatchConfig, mlp_width: int, prefix: str, names: tuple[str, str, str, str, str, str]
+) -> dict[str, EncoderTensor]:
+    """The tensors of layers whose MLP has two matrices; `names` are those below `{prefix}.{layer}.`, in their order."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (hidden,),
+        "qkv": (3 * hidden, hidden),
+        "o": (hidden, hidden),
+        "mlp_norm": (hidden,),
+        "up": (mlp_width, hidden),
+        "down": (hidden, mlp_width),
+    }
+    found: dict[str, EncoderTensor] = {}
+    for layer in range(config.num_layers):
+        for (ours, shape), theirs in zip(shapes.items(), names, strict=True):
+            found |= with_bias(f"layers.{layer}.{ours}", f"{prefix}.{layer}.{theirs}", shape)
+    return found
+
+
+def num_positions(config: PatchConfig, grid: Grid) -> int:
+    """Positions that a picture or video of `grid` patches fills: one for each cell of each frame."""
+    return grid[0] * frame_patches(grid) // config.merge**2
+
+
+def tower_bytes(config: PatchConfig, grid: Grid, segment: int, results: int, stages: Sequence[int]) -> int:
+    """Most bytes that `encode` allocates, its result included; native scratch memory is not counted.
+
+    Args:
+        segment: patches that see one another.
+        results: float32 values that stay from the beginning to the end, except the hidden state.
+        stages: most float32 values of each stage except attention.
+    """
+    hidden, patches = config.hidden_size, grid[0] * frame_patches(grid)
+    project = block_floats(patches, 6 * hidden**2, hidden + config.head_dim + 4)
+    attend = attention_floats(segment, hidden, hidden, 2 * hidden**2)
+    floats = patches * hidden + results + max(3 * patches * hidden + max(project, attend), *stages)
+    return FLOAT_BYTES * floats + rotation_bytes(frame_patches(grid), config.head_dim) + OVERHEAD_BYTES
+
+
+class PatchTower(Tower[Sizes]):
+    """A tower with its weights; `encode` may be run for several pictures at the same time."""
+
+    _norm_eps: float
+
+    def encode(self, patches: Rows, grid: Grid) -> Making:
+        """Make the rows of a picture or video.
+
+        Args:
+            patches: [patches of all frames, `patch_values`], in the order of `_places`.
+            grid: frames, rows and columns of patches; rows and columns are multiples of `merge`.
+        """
+        config = self._config
+        assert len(patches) == grid[0] * frame_patches(grid), (len(patches), grid)
+        places = self._places(grid)
+        rotation = Rotation(places, config.head_dim, config.theta, order=config.pair_order)
+        hidden = np.empty((len(patches), config.hidden_size), np.float32)
+        additions: dict[int, Rows] = {}
+        yield from self._embed(patches, grid, places, hidden)
+        for layer in range(config.num_layers):
+            yield layer / config.num_layers
+            yield from self._attend(f"layers.{layer}", hidden, rotation, self._segments(grid))
+            yield from self._feed_forward(f"layers.{layer}", hidden)
+            yield from self._add(layer, hidden, additions)
+        embeddings = yield from self._merge(hidden, grid)
+        return SpanRows(embeddings, additions)
+
+    def _places(self, grid: Grid) -> Places:
+        return patch_places(grid, self._config.merge)
+
+    def _segments(self, grid: Grid) -> Sequence[range]:
+        """The patches that see one another."""
+        return frames(grid)
+
+    def _taps(self, size: int, side: int) -> Taps:
+        """How the table of positions is resampled."""
+        return cubic_taps(size, side)
+
+    def _norm(self, name: str, x: Rows) -> Rows:
+        return self._operations.layer_norm(name, x, self._norm_eps)
+
+    def _embed(self, patches: Rows, grid: Grid, places: Places, hidden: Rows) -> Steps:
+        ops, side = self._operations, self._config.position_side
+        positions = PositionTable("position", side, places, *(self._taps(size, side) for size in grid[1:]))
+
+        def work(rows: slice) -> None:
+            self._embed_patches(patches[rows], hidden[rows])
+            positions.add(ops, hidden[rows], rows)
+
+        return in_blocks(work, range(len(hidden)), ops.flop_per_row(*self._config.patch_kernel.names))
+
+    def _embed_patches(self, patches: Rows, hidden: Rows) -> None:
+        hidden[:] = self._config.patch_kernel.apply(self._operations, patches)
+
+    def _attend(self, layer: str, hidden: Rows, rotation: Rotation, segments: Sequence[range]) -> Steps:
+        """Add the attention of a layer, with the matrices `{layer}.qkv` and `{layer}.o`, to `hidden`."""
+        ops, width, head_dim = self._operations, self._config.hidden_size, self._config.head_dim
+        qkv = np.empty((len(hidden), 3 * width), np.float32)
+        query, key, value = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
+
+        def project(rows: slice) -> None:
+            ops.linear(f"{layer}.qkv", self._norm(f"{layer}.attn_norm", hidden[rows]), qkv[rows])
+            query_key = qkv[rows, : 2 * width]
+            rotation.apply(ops, query_key.reshape(len(query_key), -1, head_dim), rows)
+
+        def add(rows: slice, heads: Rows) -> None:
+            ops.linear(f"{layer}.o", heads, hidden[rows], finish="add")
+
+        yield from in_blocks(project, range(len(hidden)), ops.flop_per_row(f"{layer}.qkv"))
+        yield from ops.attend(
+            query,
+            key,
+            value,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            segments=segments,
+            output=f"{layer}.o",
+            project=add,
+        )
+
+    def _feed_forward(self, layer: str, hidden: Rows) -> Steps:
+        return self._operations.gelu_mlp(layer, hidden, self._norm_eps, "gelu_tanh")
+
+    def _add(self, layer: int, hidden: Rows, additions: dict[int, Rows]) -> Steps:
+        """Make what the decoder adds after one of its layers from the hidden state after this one."""
+        yield from ()
+
+    def _merge(self, hidden: Rows, grid: Grid) -> Generator[None, None, Rows]:
+        """Join the patches of each cell."""
+        raise NotImplementedError
