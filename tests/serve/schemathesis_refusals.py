@@ -1,6 +1,7 @@
-"""A check for schemathesis: if data that the document allows is refused, then for a reason that the guide gives.
+"""A check for schemathesis: if data that the document allows is refused, then with a message of the list below.
 
-`docs/guides/serving.md`, "What the document cannot say", gives these reasons in words.
+JSON Schema cannot compare two places of a body, and knows neither the model nor the state of the server.
+`docs/guides/serving.md`, "Fields of other servers", sums up these reasons.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ REASONS = (
 
 
 class UnexplainedRefusal(Failure):
-    """Allowed data was refused for a reason that the guide does not give."""
+    """Allowed data was refused with a message that the list does not have."""
 
 
 @schemathesis.check
-def allowed_data_is_refused_for_a_reason_of_the_guide(
+def allowed_data_is_refused_with_a_listed_message(
     ctx: CheckContext, response: schemathesis.Response, case: schemathesis.Case
 ) -> None:
     meta = case.meta
