@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cli.commands.chat import Conversation
+from argosy.cli.commands.conversation import Conversation
 from argosy.cli.main import main
 from argosy.cli.shared.chat_models import LocalModel
 from argosy.config import SamplingParams

@@ -15,7 +15,7 @@ import pytest
 
 from argosy import Engine
 from argosy.cli.commands import chat_room
-from argosy.cli.commands.chat import Conversation
+from argosy.cli.commands.conversation import Conversation
 from argosy.cli.main import main
 from argosy.cli.shared.chat_models import LocalModel
 from argosy.config import SamplingParams

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image as Pictures
 
 from argosy import Audio, Engine, Image, SamplingParams, Text, Video
-from argosy.cli.commands.chat import Conversation
+from argosy.cli.commands.conversation import Conversation
 from argosy.cli.main import main
 from argosy.cli.shared.chat_models import LocalModel
 from argosy.errors import UsageError

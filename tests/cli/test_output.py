@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from argosy.cli.shared import output
+from argosy.cli.shared.answer_writer import AnswerWriter
 from argosy.cli.shared.output import (
-    AnswerWriter,
     Shown,
     Wait,
     print_facts,
@@ -133,7 +133,7 @@ def test_the_progress_of_a_prompt_ends_with_its_first_token(
             was_read.set()
         return READING
 
-    engine: Any = SimpleNamespace(progress=progress)
+    engine: Any = SimpleNamespace(watch=SimpleNamespace(progress=progress))
     with AnswerWriter(None, shows_thoughts=False, progress=prompt_shown(engine)) as writer:
         assert was_read.wait(PATIENCE_S)
         writer.push(TokenEvent(1, "Paris", None, None, None))

@@ -684,7 +684,7 @@ def test_interrupting_the_real_process_exits_130(chat_model: Path) -> None:
     command = [sys.executable, "-m", "argosy", "run", "-m", str(chat_model), "--threads", "1"]
     # The pause after each write keeps the answer from ending before the signal arrives.
     code = (
-        "import sys, argosy.cli.shared.output as output\n"
+        "import sys, argosy.cli.shared.answer_writer as output\n"
         "real = output.write_text\n"
         "output.write_text = lambda *a, **k: (real(*a, **k), __import__('time').sleep(0.2))\n"
         "from argosy.cli.main import main\n"

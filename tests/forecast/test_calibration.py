@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from argosy import _native
-from argosy.forecast import calibration
+from argosy.forecast import calibration, drive_rates, product_rates
 from argosy.machine.rates import Rates, guess
 
 
@@ -19,12 +19,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_SAMPLE_S", 0.01)
-    monkeypatch.setattr(calibration, "_ROUNDS", 2)
-    monkeypatch.setattr(calibration, "_DRIVE_S", 0.02)
+    monkeypatch.setattr(product_rates, "_SAMPLE_S", 0.01)
+    monkeypatch.setattr(calibration, "ROUNDS", 2)
+    monkeypatch.setattr(drive_rates, "_DRIVE_S", 0.02)
     monkeypatch.setattr(calibration, "_STEPS", 6)
-    monkeypatch.setattr(calibration, "_ARENA_BYTES", 32 << 20)
-    monkeypatch.setattr(calibration, "_KEYS_BYTES", 4 << 20)
+    monkeypatch.setattr(product_rates, "_ARENA_BYTES", 32 << 20)
+    monkeypatch.setattr(product_rates, "_KEYS_BYTES", 4 << 20)
     big = tmp_path / "model.safetensors"
     big.write_bytes(bytes(96 << 20))
     told: list[str] = []
@@ -43,18 +43,20 @@ def test_everything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_rate_is_the_median_of_its_rounds_beside_the_probes_and_their_variation_widens_the_ranges(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "_ARENA_BYTES", 16 << 20)
-    monkeypatch.setattr(calibration, "_KEYS_BYTES", 1 << 20)
+    monkeypatch.setattr(product_rates, "_ARENA_BYTES", 16 << 20)
+    monkeypatch.setattr(product_rates, "_KEYS_BYTES", 1 << 20)
     runtime = _native.Runtime(1)
-    kernels = calibration._Kernels(runtime, 1)
-    monkeypatch.setattr(calibration._native, "memory_probe", lambda threads, nbytes: 1e6)
+    kernels = product_rates.Kernels(runtime, 1)
+    monkeypatch.setattr(product_rates._native, "memory_probe", lambda threads, nbytes: 1e6)
     cold = {id(one.call) for one in kernels._calls if one.name.startswith("cold ")}
     # In the second round a neighbour takes half of the core.
     for seconds, int8 in ((1.0, 9e9), (4.0, 4.5e9), (2.2, 9e9)):
-        monkeypatch.setattr(calibration._native, "int8_probe", lambda threads, int8=int8: int8)
+        monkeypatch.setattr(product_rates._native, "int8_probe", lambda threads, int8=int8: int8)
         # A call with cold weights has 12 MiB of them, which is more matrices than a call with cached ones.
         monkeypatch.setattr(
-            calibration, "_median_s", lambda call, seconds=seconds: seconds * (20 if id(call) in cold else 1)
+            product_rates,
+            "_median_s",
+            lambda call, seconds=seconds: seconds * (20 if id(call) in cold else 1),
         )
         kernels.measure()
     rates, varied, wait = kernels.rates, kernels.varied, kernels.wait("q4", 8)
@@ -99,4 +101,4 @@ def test_the_first_miss_of_a_layer_and_further_ones_have_costs_of_their_own(
 def test_overlap_is_the_share_of_the_shorter_that_is_hidden(
     reading_s: float, computing_s: float, together_s: float, overlap: float
 ) -> None:
-    assert calibration._overlap(reading_s, computing_s, together_s) == overlap
+    assert drive_rates._overlap(reading_s, computing_s, together_s) == overlap

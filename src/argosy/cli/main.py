@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from inspect import getdoc
 from typing import TYPE_CHECKING
 
 import click
@@ -167,13 +168,11 @@ class _Commands(click.Group):
             if name.startswith(incomplete)
         ]
 
-    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def get_help(self, ctx: click.Context) -> str:
         from argosy.cli.shared.settings import VARIABLES
 
-        super().format_help_text(ctx, formatter)
-        formatter.write_paragraph()
-        with formatter.indentation():
-            formatter.write_text(f"Environment: {', '.join(VARIABLES)}, NO_COLOR.")
+        self.help = f"{getdoc(self.callback)}\n\nEnvironment: {', '.join(VARIABLES)}, NO_COLOR."
+        return super().get_help(ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         installed = self.list_commands(ctx)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
+from argosy.cli.shared.answer_writer import AnswerWriter
 from argosy.cli.shared.declared import options
 from argosy.cli.shared.group_options import WantedGroup, group_options
 from argosy.cli.shared.options import (
@@ -29,11 +30,11 @@ from argosy.cli.shared.options import (
     settings_of,
     thinking_of,
 )
-from argosy.cli.shared.output import AnswerWriter, ledger_lines, prompt_shown, write_text
+from argosy.cli.shared.output import ledger_lines, prompt_shown, write_text
 from argosy.cli.shared.server_model import Reply, ServerModel, find_model
 from argosy.cli.shared.settings import Settings, read_settings
 from argosy.cli.shared.texts import STDIN, prompt_of, prompt_text, read_file, read_stdin, text_or_file
-from argosy.config import DEMO, SamplingParams, counted
+from argosy.config import DEMO, counted
 from argosy.config.option import Option
 from argosy.errors import UsageError
 

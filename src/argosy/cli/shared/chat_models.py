@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from argosy.cli.shared.answer_writer import AnswerWriter
 from argosy.cli.shared.interrupts import Interrupts
 from argosy.cli.shared.options import open_engine, settings_of, thinking_of
-from argosy.cli.shared.output import AnswerWriter, ledger_lines, parameter_count, prompt_shown
+from argosy.cli.shared.output import ledger_lines, parameter_count, prompt_shown
 from argosy.cli.shared.server_model import Reply, find_model
 from argosy.cli.shared.settings import Settings
-from argosy.config import SamplingParams, format_bytes
+from argosy.config import format_bytes
 from argosy.errors import ArgosyError, UsageError
 
 if TYPE_CHECKING:

@@ -21,14 +21,11 @@ if TYPE_CHECKING:
     from argosy.budget.memory_plan import MemoryPlan
     from argosy.engine.engine import Engine
     from argosy.engine.ledger import Ledger
-    from argosy.engine.sequence import TokenEvent
-    from argosy.prompt.formats import Answer, Event, Parser
 
 Progress = Callable[[str, float], None]
 
 LINE_S = 60.0  # how often a wait is told of where there is no terminal
 _PATIENCE_S = 0.3  # a terminal shows nothing of what takes no longer
-_PROMPT_PATIENCE_S = 1.0  # and nothing of a prompt
 _REDRAW_S = 0.25
 _CLEAR_S = 5.0  # longest wait for a bar to be cleared
 _LEAST_SHARE = 0.01  # that has to be done before a time to go is known
@@ -50,8 +47,7 @@ _CONTROLS = {
 _GAP = re.compile(r"(?<=\S) {2,}+")  # between a label and its value, or two values
 _LAST_COLUMN = 12  # of a table: the narrowest in which words are still readable
 
-_STOPPING = "stopping after this step …"
-_DIM, _NOT_DIM = "\x1b[2m", "\x1b[22m"
+DIM, NOT_DIM = "\x1b[2m", "\x1b[22m"
 _CODE, _NOT_CODE = "\x1b[36m", "\x1b[39m"
 
 
@@ -111,10 +107,10 @@ class FencedCode:
         mark, rest = found.groups()
         if not self._mark:
             self._mark = mark
-            return f"{_DIM}{line}{_NOT_DIM}{_CODE}"
+            return f"{DIM}{line}{NOT_DIM}{_CODE}"
         if mark.startswith(self._mark) and not rest.strip():
             self._mark = ""
-            return f"{_NOT_CODE}{_DIM}{line}{_NOT_DIM}"
+            return f"{_NOT_CODE}{DIM}{line}{NOT_DIM}"
         return line
 
 
@@ -130,162 +126,16 @@ def write_file(path: Path, text: str) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
-class AnswerWriter:
-    """Shows an answer while it is generated: the text on stdout, the model's thoughts on stderr.
-
-    Push every token inside a `with` block; after the block, `answer` is the whole answer.
-    """
-
-    def __init__(
-        self,
-        parser: Parser | None = None,
-        *,
-        shows_text: bool = True,
-        shows_thoughts: bool,
-        progress: Callable[[], Shown | None] | None = None,
-        most_tokens: int | None = None,
-    ) -> None:
-        """Make a writer.
-
-        Args:
-            parser: separates thoughts from text; None treats every token as text.
-            progress: of the prompt (`prompt_shown`), which is shown until the first token comes; None: it is not shown.
-            most_tokens: of an answer that is not shown, whose progress is shown instead.
-        """
-        self._parser = parser
-        self._most_tokens = most_tokens
-        self._num_tokens = 0
-        self._is_stopping = False
-        self._is_inside_line = False
-        self._shows_text = shows_text
-        self._shows_thoughts = shows_thoughts
-        self._is_dim = _has_colour(sys.stderr)
-        self._code = FencedCode() if _has_colour(sys.stdout) else None
-        self._is_thinking = False  # the last thing shown was a thought
-        self._events: list[Event] = []
-        self._progress = progress
-        self._wait: Wait | None = None  # for the first token
-
-    def __enter__(self) -> Self:
-        if self._progress is not None:
-            self._wait = Wait(self._read_progress, patience_s=_PROMPT_PATIENCE_S).__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._end_wait()
-        if kind is None and self._parser is not None:
-            self._take(self._parser.finish())
-        self._end_thoughts()
-        if self._code is not None:
-            sys.stdout.write(self._code.finish())
-            sys.stdout.flush()
-
-    def begin(
-        self,
-        parser: Parser | None,
-        progress: Callable[[], Shown | None],
-        *,
-        said: Sequence[Event] = (),
-    ) -> None:
-        """Set what depends on the model, before the `with` block; `said` is what the answer began with."""
-        self._parser, self._progress = parser, progress
-        self.replay(said)
-
-    def replay(self, events: Sequence[Event]) -> None:
-        """Take the parts of an answer that were shown before, and show nothing."""
-        from argosy.prompt.formats import TextDelta
-
-        self._events += events
-        if self._code is not None:
-            for event in events:
-                self._code.push(event.text if isinstance(event, TextDelta) else "")
-
-    def say_stopping(self) -> None:
-        """Say that the answer ends after this step, which may take minutes. A signal's handler may call this."""
-        self._is_stopping = True
-        if self._wait is not None and self._wait.is_drawn:
-            return  # its bar says it
-        lead = "\n" if self._is_inside_line else ""
-        with suppress(RuntimeError):  # the signal came within another write
-            sys.stderr.write(f"{lead}{_STOPPING}\n")
-            sys.stderr.flush()
-        self._is_inside_line = False
-
-    def _read_progress(self) -> Shown | None:
-        assert self._progress is not None
-        if self._num_tokens and self._most_tokens:
-            share = min(1.0, self._num_tokens / self._most_tokens)
-            text = f"answer {self._num_tokens:,} of at most {self._most_tokens:,} tokens"
-            return Shown(_STOPPING if self._is_stopping else text, share)
-        shown = self._progress()
-        return Shown(_STOPPING, shown.share) if shown is not None and self._is_stopping else shown
-
-    def _end_wait(self) -> None:
-        if self._wait is not None:
-            self._wait.end()
-            self._wait = None
-
-    def push(self, token: TokenEvent) -> None:
-        from argosy.prompt.formats import TextDelta
-
-        self.note_token()
-        if self._parser is not None:
-            self._take(self._parser.push(token.token_id, token.text))
-        elif token.text:
-            self._take([TextDelta(token.text)])
-
-    def show(self, event: Event) -> None:
-        """Take a part of an answer that another program parsed."""
-        self._take([event])
-
-    def note_token(self) -> None:
-        """Note that a token has come: the prompt is done."""
-        self._num_tokens += 1
-        if self._most_tokens is None:
-            self._end_wait()
-
-    @property
-    def answer(self) -> Answer:
-        from argosy.prompt.formats import collect
-
-        return collect(self._events)
-
-    def _take(self, events: list[Event]) -> None:
-        from argosy.prompt.formats import ReasoningDelta, TextDelta
-
-        self._events += events
-        for event in events:
-            if isinstance(event, TextDelta) and self._shows_text:
-                self._end_thoughts()
-                write_text(event.text, code=self._code)
-                self._is_inside_line = not event.text.endswith("\n")
-            elif isinstance(event, ReasoningDelta) and self._shows_thoughts:
-                self._begin_thoughts()
-                write_text(event.text, sys.stderr)
-                self._is_inside_line = not event.text.endswith("\n")
-
-    def _begin_thoughts(self) -> None:
-        if not self._is_thinking:
-            self._is_thinking = True
-            sys.stderr.write(f"{_DIM if self._is_dim else ''}thinking: ")
-
-    def _end_thoughts(self) -> None:
-        if self._is_thinking:
-            self._is_thinking = False
-            sys.stderr.write(f"{_NOT_DIM if self._is_dim else ''}\n\n")
-            sys.stderr.flush()
-
-
 def write_dim(text: str) -> None:
     """Show a line on stderr that steps back, if that is a terminal with colours."""
-    marks = (_DIM, _NOT_DIM) if _has_colour(sys.stderr) else ("", "")
+    marks = (DIM, NOT_DIM) if has_colour(sys.stderr) else ("", "")
     sys.stderr.write(marks[0])
     write_text(text, sys.stderr)
     sys.stderr.write(f"{marks[1]}\n")
     sys.stderr.flush()
 
 
-def _has_colour(stream: TextIO) -> bool:
+def has_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 

@@ -26,11 +26,12 @@ from click.core import ParameterSource
 from argosy.checkpoint.untrusted_file import quote
 from argosy.cli.shared import own_server
 from argosy.cli.shared.interrupts import Interrupts
-from argosy.config import CHOOSING, DEMO, SamplingDefaults, SamplingParams
+from argosy.config import CHOOSING, DEMO, SamplingDefaults
 from argosy.errors import ServerNotUsable, UsageError
 
 if TYPE_CHECKING:
-    from argosy.cli.shared.output import AnswerWriter, Shown
+    from argosy.cli.shared.answer_writer import AnswerWriter
+    from argosy.cli.shared.output import Shown
     from argosy.cli.shared.own_server import Process
     from argosy.cli.shared.remote import Call, Server
     from argosy.config import SamplingParams
