@@ -32,7 +32,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> list[ReadyModel]:
 @pytest.fixture
 def engines(ready: list[ReadyModel]) -> Iterator[tuple[Engine, Engine]]:
     """Two engines that share the cores; none has experts in memory."""
-    opened = [one.open(one.plan.num_slots) for one in ready]
+    opened = [one.open(0) for one in ready]
     yield opened[0], opened[1]
     for one, engine in zip(ready, opened, strict=True):
         one.close(engine)
@@ -128,7 +128,7 @@ def test_steps_are_in_the_foreground_once_no_slot_is_free(
 
 def test_nothing_commits_memory_after_an_engine_is_closed(ready: list[ReadyModel]) -> None:
     with ready[0]._foreground:  # threads that give way take long
-        engine = ready[0].open(ready[0].plan.most_slots)
+        engine = ready[0].open(ready[0].most_bytes)
         ready[0].close(engine)
         assert "argosy-populate" not in [thread.name for thread in threading.enumerate()]
 
@@ -139,7 +139,7 @@ def test_calls_of_an_engine_do_not_wait_for_steps_of_others(engines: tuple[Engin
     def calls() -> None:
         sequence = busy.submit(PROMPT, PARAMS)
         busy.facts()
-        busy.resize_experts(busy.plan.num_slots)
+        busy.resize(busy.plan.total_bytes, is_share=True)
         busy.cancel(sequence)
 
     with loading._lock, loading._started.turns:  # a step

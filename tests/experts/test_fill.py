@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from argosy.engine.options import configure, open_files
 from argosy.engine.shared import ReadyModel, Wanted, make_ready
 from tests.cli.tiny_chat_model import write_chat_model
 
+# A short context and short steps, so that little of their memory can be lent to experts.
+OPTIONS: dict[str, Any] = {
+    "memory": "2GiB", "threads": 1, "context": 64, "chunk_tokens": 16, "max_sequences": 1,
+}  # fmt: skip
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
@@ -24,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ready(path: Path) -> ReadyModel:
     files = open_files(path)
     (ready,), _ = make_ready(
-        [Wanted("model", files, configure(path, files, memory="2GiB", threads=1))],
+        [Wanted("model", files, configure(path, files, **OPTIONS))],
         claims=(),
         recorder=None,
     )
@@ -38,7 +43,7 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
     with Engine.open(path, memory="2GiB", threads=1) as resident:
         expected = [resident.generate(prompt, PARAMS).token_ids for prompt in prompts]
         lookups = resident.ledger.lookups
-    engine = ready.open(ready.plan.most_slots)
+    engine = ready.open(ready.most_bytes)
     assert engine._started.model.experts is not None
     assert engine._started.model.experts.resident is None  # nothing was read yet
     engine.generate(prompts[0], SamplingParams(max_tokens=4, ignore_eos=True))
@@ -54,7 +59,10 @@ def test_a_cache_with_all_experts_runs_like_a_resident_model_and_counts_the_same
     after = engine.ledger
     assert after.lookups - before.lookups == after.hits - before.hits > 0
     # With one slot less, steps ask again.
-    engine.resize_experts(ready.plan.most_slots - 1)
+    slot_bytes, lent_slots = ready.plan.slot_bytes, ready.plan.lent_slots + ready.plan.idle_slots
+    own_slots = ready.plan.num_experts - ready.plan.num_slots - lent_slots - 1
+    plan = engine.resize(ready.budget_bytes(own_slots * slot_bytes + slot_bytes // 2), is_share=True)
+    assert plan.reachable_slots == ready.plan.num_experts - 1
     assert engine._started.model.experts.resident is None
     assert [engine.generate(prompt, PARAMS).token_ids for prompt in prompts] == expected
     assert engine._started.model.experts.resident is None

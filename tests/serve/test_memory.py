@@ -242,7 +242,7 @@ def test_clients_see_the_context_that_a_smaller_budget_leaves(
     monkeypatch.setattr(service, "recent_cache", recent)
     assert seen_contexts(server) == {opened.context_tokens}
     for plan in (smaller, opened):
-        monkeypatch.setattr(engine, "resize", lambda budget_bytes, plan=plan: plan)
+        monkeypatch.setattr(engine, "resize", lambda budget_bytes, plan=plan, **_: plan)
         assert httpx.post(f"{server}/v1/engine/memory", json={"memory": "1GiB"}).status_code == 200
         assert seen_contexts(server) == {plan.context_tokens}
         assert recent.num_slots == plan.usual_slots

@@ -62,33 +62,34 @@ class FakeService:
 
 
 class FakeModel:
-    """Open: takes its floor and its slots, of 10 bytes each."""
+    """Open: takes its floor, with two slots, and its share of the memory for experts, of 10 bytes each."""
 
-    def __init__(self, source: FakeSource, num_slots: int) -> None:
+    def __init__(self, source: FakeSource, share_bytes: int) -> None:
         self._source = source
         self.service: Any = FakeService(source.facts)
-        self.num_slots = num_slots
-        source.meter.add(source.floor_bytes + 10 * (num_slots - source.fewest_slots))
+        self.share_bytes = share_bytes
+        source.meter.add(source.floor_bytes + share_bytes)
 
-    def resize(self, num_slots: int) -> None:
+    @property
+    def num_slots(self) -> int:
+        return 2 + self.share_bytes // 10
+
+    def resize(self, share_bytes: int) -> None:
         time.sleep(self._source.resize_s)
-        self._source.meter.add(10 * (num_slots - self.num_slots))
-        self.num_slots = num_slots
-        self._source.resizes.append(num_slots)
+        self._source.meter.add(share_bytes - self.share_bytes)
+        self.share_bytes = share_bytes
+        self._source.resizes.append(self.num_slots)
 
     def close(self) -> None:
         source = self._source
-        source.meter.add(-source.floor_bytes - 10 * (self.num_slots - source.fewest_slots))
+        source.meter.add(-source.floor_bytes - self.share_bytes)
         source.num_closed += 1
         source.opened = None
 
 
 class FakeSource:
-    slot_bytes = 10
-    fewest_slots = 2
-
     def __init__(self, meter: Meter, name: str, floor_bytes: int, most_slots: int) -> None:
-        self.meter, self.floor_bytes, self.most_slots = meter, floor_bytes, most_slots
+        self.meter, self.floor_bytes, self.most_bytes = meter, floor_bytes, 10 * (most_slots - 2)
         self.facts = ModelFacts(
             id=name, family="fake", context_tokens=16, num_layers=1, num_experts=most_slots, experts_per_token=2,
             vocab_size=8,
@@ -122,14 +123,14 @@ class FakeSource:
     def num_slots(self) -> int:
         return 0 if self.opened is None else self.opened.num_slots
 
-    def open(self, num_slots: int, progress: Progress) -> FakeModel:
+    def open(self, share_bytes: int, progress: Progress) -> FakeModel:
         while not self.can_open.wait(0.005):
             progress("reading experts", 0.5)
             self.has_told.set()
         if self.error is not None:
             raise self.error
         self.num_opened += 1
-        self.opened = FakeModel(self, num_slots)
+        self.opened = FakeModel(self, share_bytes)
         return self.opened
 
     def forget(self, tenant: str) -> None:

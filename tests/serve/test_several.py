@@ -279,21 +279,23 @@ def test_a_model_shrinks_and_grows_between_the_tokens_of_an_answer(
     paths: dict[str, Path], alone: dict[tuple[str, str], str]
 ) -> None:
     (ready, *_), _ = made_ready({"one": paths["one"]})
-    fewest, most = ready.plan.num_slots, ready.plan.most_slots
+    plan = ready.plan
+    fewest, most = plan.num_slots, plan.num_experts
     assert fewest == ready.model.experts_per_token
-    assert most == ready.plan.num_experts
+    shares = {fewest: 0, fewest + 3: 7 * plan.slot_bytes // 2, most: ready.most_bytes}
     params = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True)
     for _ in range(2):  # it opens again after it was closed
-        engine = ready.open(most)
+        engine = ready.open(ready.most_bytes)
         for prompt in PROMPTS:
             sequence = engine.submit(engine.prompts.tokenize(prompt), params)
             for num_slots in (fewest, fewest + 3, most) * NUM_NEW:
                 engine.step()
                 if sequence.result is not None:
                     break
-                engine.resize_experts(num_slots)
-                assert engine.facts().expert_slots == num_slots
-                assert engine.facts().num_resident <= num_slots
+                plan = engine.resize(ready.budget_bytes(shares[num_slots]), is_share=True)
+                facts = engine.facts()
+                assert plan.num_slots == num_slots <= facts.expert_slots <= plan.reachable_slots
+                assert facts.num_resident <= facts.expert_slots
             assert sequence.result is not None
             assert sequence.result.text == alone["one", prompt]
         ready.close(engine)

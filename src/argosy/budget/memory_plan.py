@@ -172,7 +172,7 @@ class MemoryPlan:
             step_tokens=self.chunk_tokens + config.decode_tokens,
             num_states=self.num_states * _slots_per_state(config) + self.num_snapshots,
             window_blocks=None if self.windows is None else self.windows.num_window_blocks,
-            expert_slots=None if self.is_packed else self.most_slots or self.reachable_slots,
+            expert_slots=None if self.is_packed else self.reachable_slots,
             first_slots=self.num_slots,
             reads_all=bool(self.most_slots),
         )
@@ -452,16 +452,22 @@ def _idle_buffer_bytes(
     return footprint.buffer_bytes(chunk + decode) - footprint.buffer_bytes(decode)
 
 
-def in_slots(footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan) -> MemoryPlan:
-    """A plan with all experts end to end, changed to slots for the fewest; what is idle then can be lent.
+def in_slots(
+    footprint: ModelFootprint, config: EngineConfig, plan: MemoryPlan, *, lends_media: bool = False
+) -> MemoryPlan:
+    """A plan changed to slots for the fewest experts; what is idle then can be lent.
 
-    The memory for pictures and sounds stays with them.
+    Args:
+        lends_media: so is the memory for pictures and sounds, which otherwise stays with them.
     """
     has_media = bool(footprint.encoders or footprint.ears_bytes)
     idle_bytes = _idle_buffer_bytes(footprint, config, plan.chunk_tokens, has_media=has_media)
     fewest = min(footprint.num_experts, footprint.config.experts_per_token)
     some = replace(plan, most_slots=footprint.num_experts)
-    return _with_slots(footprint, some, fewest, idle_buffer_bytes=idle_bytes)
+    lent = lendable_bytes(plan.encoder_bytes) // max(1, plan.slot_bytes) if lends_media else 0
+    lending = _with_slots(footprint, some, fewest, lent, idle_bytes)
+    # Without room even for the records of lent slots, nothing is lent.
+    return lending if lending.left_bytes >= 0 else _with_slots(footprint, some, fewest)
 
 
 def replan(
@@ -560,11 +566,9 @@ def plan_with_media(
 def plan_share(
     footprint: ModelFootprint, config: EngineConfig, *, process_bytes: int
 ) -> tuple[ModelFootprint, MemoryPlan]:
-    """Plan a model that shares the budget with others of its process: its floor, and how far it can grow.
+    """Plan a model that shares the budget with others of its process: its floor, with the fewest experts that run.
 
-    Media, context and chunk are those of the model alone in the budget, so they do not depend on other models. The plan
-    has the fewest expert slots that run; `most_slots` is what the budget would leave without other models. Records and
-    page tables are for the most.
+    Media, context and chunk are those of the model alone in the budget, so they do not depend on other models.
 
     Args:
         process_bytes: size of the process with everything that its models share.
@@ -576,27 +580,24 @@ def plan_share(
         DoesNotFit: as `plan_memory`.
     """
     footprint, alone = plan_with_media(footprint, config, process_bytes=process_bytes)
-    fewest = min(footprint.num_experts, footprint.config.experts_per_token)
+    return footprint, in_slots(footprint, config, alone, lends_media=True)
 
-    def with_most(most_slots: int) -> MemoryPlan:
-        some = replace(
-            alone,
-            num_slots=fewest,
-            lent_slots=0,
-            idle_slots=0,
-            idle_buffer_bytes=0,
-            most_slots=most_slots,
-            bookkeeping_bytes=footprint.cache_record_bytes(most_slots),
-            page_table_bytes=0,
-        )
-        mapped = some.total_bytes - process_bytes + (most_slots - fewest) * some.slot_bytes
-        return replace(some, page_table_bytes=page_table_bytes(mapped))
 
-    # Start too high, because a slot also needs records and page tables.
-    most = min(footprint.num_experts, fewest + max(0, with_most(fewest).left_bytes) // alone.slot_bytes)
-    while most > fewest and (beyond := (most - fewest) * alone.slot_bytes - with_most(most).left_bytes) > 0:
-        most = max(fewest, most - -(-beyond // alone.slot_bytes))
-    return footprint, with_most(most)
+def grown(footprint: ModelFootprint, floor: MemoryPlan, budget_bytes: int) -> MemoryPlan:
+    """The plan of a model that gets more than its floor from `plan_share`, before it is opened."""
+    return replan(
+        footprint,
+        floor,
+        budget_bytes,
+        kv_bytes=lambda num_blocks: floor.kv_bytes,
+        fewest_blocks=kv_blocks(floor.context_tokens),
+        most_slots=floor.num_experts,
+    )
+
+
+def most_bytes(footprint: ModelFootprint, floor: MemoryPlan) -> int:
+    """What a model with this floor could use beyond it: with all experts in memory."""
+    return _with_slots(footprint, floor, floor.num_experts).total_bytes - floor.total_bytes
 
 
 def shared_bytes(footprints: Sequence[ModelFootprint] | None, claims: tuple[Claim, ...]) -> int:

@@ -23,33 +23,27 @@ IN_USE_S = 60.0  # a model is in use while it answers, and for so long afterward
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A model's use for more expert memory; slots count from its floor."""
+    """A model's use for memory beyond its floor."""
 
-    slot_bytes: int
-    most_slots: int
-    num_slots: int  # at present
+    most_bytes: int
+    held_bytes: int  # at present
     used_at: float
     is_in_use: bool
 
-    @property
-    def most_bytes(self) -> int:
-        return self.most_slots * self.slot_bytes
-
 
 def divide(free_bytes: int, claims: Sequence[Claim]) -> list[int]:
-    """The slots of each model; together they take at most `free_bytes`, which is not negative."""
+    """The bytes of each model beyond its floor, together at most `free_bytes`, which is not negative."""
     assert free_bytes >= 0
-    slots = [0] * len(claims)
+    shares = [0] * len(claims)
     in_use = [number for number, claim in enumerate(claims) if claim.is_in_use]
     # Those that can use least come first, so that the others share what they leave.
     in_use.sort(key=lambda number: claims[number].most_bytes)
     for place, number in enumerate(in_use):
-        share_bytes = free_bytes // (len(in_use) - place)
-        slots[number] = min(claims[number].most_slots, share_bytes // claims[number].slot_bytes)
-        free_bytes -= slots[number] * claims[number].slot_bytes
+        shares[number] = min(claims[number].most_bytes, free_bytes // (len(in_use) - place))
+        free_bytes -= shares[number]
     others = [number for number, claim in enumerate(claims) if not claim.is_in_use]
     others.sort(key=lambda number: claims[number].used_at, reverse=True)
     for number in others:
-        slots[number] = min(claims[number].num_slots, free_bytes // claims[number].slot_bytes)
-        free_bytes -= slots[number] * claims[number].slot_bytes
-    return slots
+        shares[number] = min(claims[number].held_bytes, free_bytes)
+        free_bytes -= shares[number]
+    return shares

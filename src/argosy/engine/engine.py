@@ -140,7 +140,7 @@ class Engine(BlockingCalls):
         )
         self._log = StepLog(started.model, started.store, started.log)
         self._resizer = Resizer(
-            started, config, self._scheduler, self.requests, share=share, before_moving=self._log.flush
+            started, config, self._scheduler, self.requests, before_moving=self._log.flush
         )
         self._sequences: list[EngineSequence] = []
         self.watch = Watch(started, self._sequences)
@@ -319,15 +319,10 @@ class Engine(BlockingCalls):
         """What the memory budget is for now."""
         return self._started.plan
 
-    def resize(self, budget_bytes: int) -> MemoryPlan:
+    def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Have another memory budget from now on; see `Resizer.resize`."""
         self._started.require_open()
-        return self._resizer.resize(budget_bytes)
-
-    def resize_experts(self, num_slots: int) -> None:
-        """Have so many expert slots from now on; see `Resizer.resize_experts`."""
-        self._started.require_open()
-        self._resizer.resize_experts(num_slots)
+        return self._resizer.resize(budget_bytes, is_share=is_share)
 
     def forbid_experts(self, experts: Mapping[int, Collection[int]]) -> None:
         """From the next step on, let no token choose these experts, given by layer. Replaces what was forbidden before.

@@ -251,9 +251,9 @@ class EngineLoop:
             self._to_forget.append((tenant, _erased()))
             self._changed.notify_all()
 
-    def resize(self, budget_bytes: int) -> MemoryPlan:
+    def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Give the engine another memory budget, while requests go on (`Engine.resize`, whose errors it raises)."""
-        plan = self._engine.resize(budget_bytes)
+        plan = self._engine.resize(budget_bytes, is_share=is_share)
         self._facts = self._facts.with_plan(plan)  # `Engine.facts` would wait for the running step
         return plan
 

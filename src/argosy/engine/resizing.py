@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from time import perf_counter
 
+from argosy import _native
 from argosy.budget.expert_memory import OWN, ExpertMemory
 from argosy.budget.footprint import kv_blocks
 from argosy.budget.idle_memory import KV
@@ -23,7 +24,7 @@ from argosy.budget.memory_plan import MemoryPlan, in_slots, replan, require_budg
 from argosy.config import MIB, EngineConfig, format_bytes
 from argosy.engine.requests import Requests
 from argosy.engine.scheduler import Scheduler
-from argosy.engine.start import Share, Started, idle_memory, reserved_slots
+from argosy.engine.start import Started, idle_memory, reserved_slots
 from argosy.errors import ArgosyError, DoesNotFit, UsageError
 from argosy.model.step import Step
 
@@ -35,7 +36,6 @@ class Resizer:
         foreground: held for each step.
 
     Args:
-        share: the engine's part of a process that runs others, too; None: the budget is its own.
         before_moving: called before experts move, with the lock.
     """
 
@@ -46,16 +46,15 @@ class Resizer:
         scheduler: Scheduler,
         requests: Requests,
         *,
-        share: Share | None,
         before_moving: Callable[[], None],
     ) -> None:
         self._started, self._config = started, config
         self._scheduler, self._requests = scheduler, requests
         self._before_moving = before_moving
-        self._opened_with = started.plan
+        self._opened_with = started.first_plan
         self._one_at_a_time = threading.Lock()
-        self._share = share
-        self._loading = share  # until no expert slot is free for the first time; None: it is over
+        # Until no expert slot is free for the first time; None: it is over, or there are no other engines.
+        self._loading = started.foreground
         self.foreground: AbstractContextManager[object] = nullcontext()
 
     @contextmanager
@@ -73,7 +72,7 @@ class Resizer:
                 started.experts.step_s = perf_counter() - began
 
     @contextmanager
-    def _giving_way(self, loading: Share, step: Step) -> Iterator[None]:
+    def _giving_way(self, loading: _native.Foreground, step: Step) -> Iterator[None]:
         """Lend the cores to others while prompts wait for reads.
 
         The first prompts of a model that is loaded beside others read most of its experts. Once no slot is free, the
@@ -85,23 +84,10 @@ class Resizer:
         if cache is None or cache.slots.is_full:
             if cache is not None:
                 cache.lent = None
-            self._loading, self.foreground = None, loading.foreground
+            self._loading, self.foreground = None, loading
             self._started.store.leave_background()
 
-    def resize_experts(self, num_slots: int) -> None:
-        """Have so many expert slots from now on, of an engine with a `Share`.
-
-        The memory of slots that go is with the system when this returns. Steps go on meanwhile, a little slower.
-        """
-        started = self._started
-        started.require_open()
-        assert started.experts is not None
-        own_bytes = num_slots * started.plan.slot_bytes
-        started.experts.allow_between_steps(lambda: {OWN: own_bytes})
-        with started.lock:
-            started.plan = replace(started.plan, num_slots=num_slots)
-
-    def resize(self, budget_bytes: int) -> MemoryPlan:
+    def resize(self, budget_bytes: int, *, is_share: bool = False) -> MemoryPlan:
         """Have another memory budget from now on. From any thread; steps go on meanwhile.
 
         Experts leave first, then KV blocks, with prefixes that are kept in them. A running answer may be computed again
@@ -110,20 +96,23 @@ class Resizer:
         experts were in memory, end to end, the first budget that is too small for that makes all of them leave; they
         are read again as tokens ask for them.
 
+        Args:
+            is_share: it is a part of a budget that somebody else divides and compares with the machine's memory.
+                A running step does not hurry then: experts leave after it, a few between two steps.
+
         Returns:
             The plan for the budget.
 
         Raises:
             DoesNotFit: it is less than the engine needs now, or more than the machine has; nothing has changed.
-            UsageError: the engine shares its budget with others, or has a fixed number of experts.
+            UsageError: the engine has a fixed number of experts.
         """
         started = self._started
-        if self._share is not None:
-            raise UsageError("models share this budget: resize that of the server")
         if self._config.expert_slots is not None:
             raise UsageError("the number of experts in memory is fixed", hint="leave out `expert_slots`")
-        require_budget(budget_bytes)
-        with self._one_at_a_time, self._shrinking_early(budget_bytes):
+        if not is_share:
+            require_budget(budget_bytes)
+        with self._one_at_a_time, nullcontext() if is_share else self._shrinking_early(budget_bytes):
             with started.lock:
                 started.require_open()
                 try:

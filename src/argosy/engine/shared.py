@@ -20,6 +20,7 @@ from argosy import _native
 from argosy.budget.footprint import ModelFootprint
 from argosy.budget.memory_plan import (
     MemoryPlan,
+    most_bytes,
     plan_share,
     require_machine,
     shared_bytes,
@@ -80,7 +81,8 @@ class ReadyModel:
         recorder: OpenRecorder | None,
     ) -> None:
         self.name, self.files = wanted.name, wanted.files
-        self.config, _ = with_recorder(wanted.config, wanted.files, recorder)
+        config = replace(wanted.config, expert_slots=None)  # the others decide how many there are
+        self.config, _ = with_recorder(config, wanted.files, recorder)
         self.footprint = ModelFootprint(self.files, self.config)
         self.sampling = declared_sampling(self.files).overridden(self.config.sampling)
         self.work: Work = work_of(self.files, self.footprint.kv_dtype)
@@ -142,6 +144,15 @@ class ReadyModel:
         """The memory of the model with the fewest expert slots, without that of the process."""
         return self.plan.total_bytes - self._process_bytes
 
+    @cached_property
+    def most_bytes(self) -> int:
+        """What the model can use beyond its floor."""
+        return most_bytes(self.footprint, self.plan)
+
+    def budget_bytes(self, share_bytes: int) -> int:
+        """The budget of an engine with so much beyond the floor, as its plan counts it: with all of the process."""
+        return self.plan.total_bytes + share_bytes
+
     @property
     def media_kinds(self) -> tuple[Kind, ...]:
         """The media that a prompt may contain."""
@@ -153,19 +164,20 @@ class ReadyModel:
         return "native" if "sound" in self.media_kinds else "none"
 
     def open(
-        self, num_slots: int, *, progress: Progress | None = None, recorder: OpenRecorder | None = None
+        self, share_bytes: int, *, progress: Progress | None = None, recorder: OpenRecorder | None = None
     ) -> Engine:
-        """Read the weights; `num_slots` experts have room to begin with.
+        """Read the weights; the engine begins with `share_bytes` beyond its floor.
 
         Raises:
             CheckpointError and related errors: a file is damaged, or is no longer there.
         """
         share = Share(
-            vocabulary=self._vocabulary,
             footprint=self.footprint,
-            plan=replace(self.plan, num_slots=num_slots),
             turns=self._turns,
             foreground=self._foreground,
+            vocabulary=self._vocabulary,
+            floor=self.plan,
+            budget_bytes=self.budget_bytes(share_bytes),
         )
         return Engine(self.files, self.config, progress=progress, recorder=recorder, share=share)
 

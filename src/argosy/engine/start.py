@@ -6,7 +6,7 @@ The tokenizer is built while weights are read. What it takes is known only then,
 anything is read, to refuse early, and with the memory that the process then holds. Experts are read early, too, if all
 of them fit beside any tokenizer of reasonable size.
 
-An engine that shares its process with others gets tokenizer and plan in a `Share`: what it takes cannot be measured
+An engine that shares its process with others gets tokenizer and plan in its `Share`: what it takes cannot be measured
 while others run. It reads its experts when they are needed, into slots whose number changes. It begins in the
 background: its reads give way to steps of others, and to theirs.
 """
@@ -28,6 +28,7 @@ from argosy.budget.idle_memory import IdleMemory
 from argosy.budget.memory_plan import (
     TOKENIZER_ROOM_BYTES,
     MemoryPlan,
+    grown,
     lendable_bytes,
     plan_with_media,
     process_bytes,
@@ -90,18 +91,32 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """The part of a process that an engine has which runs beside others.
+    """What an engine has of its process: a part of it beside others, or all of it.
 
-    footprint, plan: from `plan_share`, with the number of expert slots to begin with.
     turns: for the cores, of all engines of the process, so that their steps do not compete.
-    foreground: steps of all engines that are not being loaded.
+    foreground: steps of all engines that are not being loaded; None: there are no others.
+    vocabulary, floor: from `plan_share`; None: the engine is alone, and both are made while its weights are read.
+    budget_bytes: what it gets to begin with, at least the total of its floor.
     """
 
-    vocabulary: Vocabulary
     footprint: ModelFootprint
-    plan: MemoryPlan
     turns: Turns
-    foreground: _native.Foreground
+    foreground: _native.Foreground | None = None
+    vocabulary: Vocabulary | None = None
+    floor: MemoryPlan | None = None
+    budget_bytes: int = 0
+
+    @classmethod
+    def alone(cls, files: ModelFiles, config: EngineConfig) -> Self:
+        """All of a process.
+
+        Raises:
+            DoesNotFit: the machine has less memory than the budget, or an `ulimit` is too small.
+        """
+        footprint = ModelFootprint(files, config)
+        require_mappable(footprint, config)
+        require_memory(footprint, config)
+        return cls(footprint=footprint, turns=Turns())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,11 +131,13 @@ class Started:
     runtime: _native.Runtime
     vocabulary: Vocabulary
     plan: MemoryPlan
+    first_plan: MemoryPlan  # plans for other budgets are made from this one
     prompts: PromptBuilder
     media: PromptMedia | TextOnly
     ears: Transcriber | None
     lock: Turns  # guards the engine's state: held for each step, and for each call between two steps
     turns: Turns  # shares the cores: held for each step, and for each piece of other work
+    foreground: _native.Foreground | None  # steps of engines beside this one that are not being loaded
     model: Model
     footprint: ModelFootprint
     experts: ExpertMemory | None  # None: the number of experts in memory never changes
@@ -171,7 +188,7 @@ def start(
     """Open everything that an engine needs.
 
     Args:
-        share: None: the engine has the budget and the process for itself.
+        share: None: the engine has the budget and the process for itself (`Share.alone`).
         experts: other processes that run experts, too; `config.claims` has what that takes here.
 
     Raises:
@@ -181,15 +198,13 @@ def start(
     files = files_to_run(files, config)
     _require_readable(files)
     instruction_set = choose_instruction_set(config.instruction_set)
-    footprint = ModelFootprint(files, config) if share is None else share.footprint
-    ears_files = footprint.ears  # read before memory is measured
-    if share is None:
-        require_mappable(footprint, config)
-        require_memory(footprint, config)
+    share = Share.alone(files, config) if share is None else share
+    turns, foreground = share.turns, share.foreground
+    ears_files = share.footprint.ears  # read before memory is measured
     clock = PartClock()
     with _no_collections(), ExitStack() as undo:
         with _thread_limits():
-            store = _native.Store(config.readers, foreground=None if share is None else share.foreground)
+            store = _native.Store(config.readers, foreground=foreground)
             undo.callback(store.close)
             # Measured before anything is loaded: the plan counts more for the process than this takes.
             choices = tuning.choose(
@@ -200,29 +215,18 @@ def start(
             )
             runtime = _native.Runtime(config.threads, choices.tunings(config.ask_ahead), instruction_set)
             undo.callback(runtime.close)
-        prefix_files = _open_prefix_files(footprint, config, runtime)
+        prefix_files = _open_prefix_files(share.footprint, config, runtime)
         if prefix_files is not None:
             undo.callback(prefix_files.close)
-        worker: Worker | None = None
-        if share is not None:
-            vocabulary, plan = share.vocabulary, share.plan
-            reading = ModelReading(files, store, experts_off=config.experts_off, progress=progress)
-            undo.callback(reading.cancel)
-            reading.wait()
-        else:
-            if has_chat_template(files.path):
-                worker = _start_worker(undo)
-            vocabulary, footprint, plan, reading = _read_and_plan(
-                files, config, footprint, store, progress, undo
-            )
+        worker = _start_worker(undo) if has_chat_template(files.path) else None
+        vocabulary, footprint, first_plan, plan, reading = _read(files, config, share, store, progress, undo)
         tokenizer = vocabulary.tokenizer
         if worker is None and tokenizer is not None and tokenizer.chat_template is not None:
             worker = _start_worker(undo)  # a GGUF's template is known only now
         log = None if recorder is None else _open_log(recorder, files, plan, config)
         sizes = plan.model_sizes(config)
-        most_slots = sizes.expert_slots
-        if share is None and most_slots is not None:
-            sizes = replace(sizes, expert_slots=reserved_slots(plan, most_slots))
+        if sizes.expert_slots is not None:
+            sizes = replace(sizes, expert_slots=_reserved_slots(footprint, plan, share.floor))
         model = reading.finish(
             sizes,
             runtime,
@@ -231,16 +235,16 @@ def start(
             observe=observe_routes,
             log=log,
             group=experts,
-            foreground=None if share is None else share.foreground,
+            foreground=foreground,
         )
-        lock, turns = Turns(), Turns() if share is None else share.turns
+        lock = Turns()
         memory = None
-        if model.cache is not None and most_slots is not None:
+        if model.cache is not None:
             memory = ExpertMemory(
                 model.cache,
                 num_slots=plan.num_slots,
                 slot_bytes=plan.slot_bytes,
-                most_slots=most_slots,
+                most_slots=plan.reachable_slots,
                 lock=lock,
             )
         ears = None
@@ -257,9 +261,9 @@ def start(
             decoder,
             ears,
             tokenizer,
-            plan,
+            first_plan,
             lock,
-            lends_to=memory if share is None else None,
+            lends_to=memory,
         )
         if media is not None:
             undo.callback(media.close)
@@ -271,9 +275,7 @@ def start(
             media=media,
         )
         cache = _open_cache(model, plan, config, prefix_files)
-        idle = None
-        if memory is not None and share is None:
-            idle = idle_memory(memory, model, cache, footprint, config, plan)
+        idle = None if memory is None else idle_memory(memory, model, cache, footprint, config, plan)
         undo.pop_all()
     return Started(
         clock=clock,
@@ -281,11 +283,13 @@ def start(
         runtime=runtime,
         vocabulary=vocabulary,
         plan=plan,
+        first_plan=first_plan,
         prompts=prompts,
         media=media or TextOnly(),
         ears=ears,
         lock=lock,
         turns=turns,
+        foreground=foreground,
         model=model,
         footprint=footprint,
         experts=memory,
@@ -295,34 +299,42 @@ def start(
     )
 
 
-def _read_and_plan(
+def _read(
     files: ModelFiles,
     config: EngineConfig,
-    footprint: ModelFootprint,
+    share: Share,
     store: _native.Store,
     progress: Progress | None,
     undo: ExitStack,
-) -> tuple[Vocabulary, ModelFootprint, MemoryPlan, ModelReading]:
-    """Read weights and tokenizer at once, and divide the budget."""
-    held = held_bytes()
+) -> tuple[Vocabulary, ModelFootprint, MemoryPlan, MemoryPlan, ModelReading]:
+    """Read weights, and the tokenizer at the same time unless it is there; divide the budget.
+
+    Returns:
+        The first plan, and the one to begin with, which differ if the engine may get more than its floor.
+    """
+    footprint, vocabulary = share.footprint, share.vocabulary
+    with_experts, held = False, held_bytes()
     reading = None
     with suppress(DoesNotFit):  # then nothing is read, and the plan below raises the error
-        _, plan = plan_with_media(footprint, config, process_bytes=held)
+        if share.floor is None:
+            _, plan = plan_with_media(footprint, config, process_bytes=held)
+            with_experts = plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES
         reading = ModelReading(
-            files,
-            store,
-            with_experts=plan.is_resident and plan.left_bytes >= TOKENIZER_ROOM_BYTES,
-            experts_off=config.experts_off,
-            progress=progress,
+            files, store, with_experts=with_experts, experts_off=config.experts_off, progress=progress
         )
         undo.callback(reading.cancel)
-    vocabulary = Vocabulary.open(files, config)
+    if vocabulary is None:
+        vocabulary = Vocabulary.open(files, config)
     landed = 0 if reading is None else reading.wait()  # the plan counts these bytes separately
-    landed += page_table_bytes(landed, num_mappings=0)
-    measured = max(held, process_bytes(vocabulary.tokenizer) - landed)
-    footprint, plan = plan_with_media(footprint, config, process_bytes=measured)
+    if share.floor is None:
+        landed += page_table_bytes(landed, num_mappings=0)
+        measured = max(held, process_bytes(vocabulary.tokenizer) - landed)
+        footprint, first_plan = plan_with_media(footprint, config, process_bytes=measured)
+        plan = first_plan
+    else:
+        first_plan, plan = share.floor, grown(footprint, share.floor, share.budget_bytes)
     assert reading is not None
-    return vocabulary, footprint, plan, reading
+    return vocabulary, footprint, first_plan, plan, reading
 
 
 @contextmanager
@@ -381,6 +393,12 @@ def reserved_slots(plan: MemoryPlan, most_slots: int) -> int:
     if not may_reserve():
         return most_slots
     return max(most_slots, min(plan.num_experts, memory_limit().total_bytes // max(1, plan.slot_bytes)))
+
+
+def _reserved_slots(footprint: ModelFootprint, plan: MemoryPlan, floor: MemoryPlan | None) -> int:
+    if floor is not None:  # other engines may leave it the whole budget
+        plan = grown(footprint, floor, floor.budget_bytes)
+    return reserved_slots(plan, plan.reachable_slots)
 
 
 def idle_memory(

@@ -123,9 +123,9 @@ class Service:
         hosts = self._media_hosts
         return self.work.has_stopped or (hosts is not None and hosts.has_stopped)
 
-    def resize(self, budget_bytes: int) -> None:
+    def resize(self, budget_bytes: int, *, is_share: bool = False) -> None:
         """Give the engine another memory budget (`Engine.resize`); clients see the context that is left."""
-        plan = self.loop.resize(budget_bytes)
+        plan = self.loop.resize(budget_bytes, is_share=is_share)
         self.model = replace(self.model, context_tokens=plan.context_tokens)
         if self.reranking is not None:
             self.reranking.context_tokens = plan.context_tokens

@@ -102,8 +102,8 @@ class Served(Protocol):
     @property
     def service(self) -> Service: ...
 
-    def resize(self, num_slots: int) -> None:
-        """Have this many expert slots; the memory of others is with the system when this returns."""
+    def resize(self, share_bytes: int) -> None:
+        """Have this much beyond the floor; the memory of others is with the system when this returns."""
         ...
 
     def close(self) -> None:
@@ -123,17 +123,13 @@ class Source(Protocol):
 
     @property
     def floor_bytes(self) -> int:
-        """Memory of the model with `fewest_slots` experts, without what models share."""
+        """Memory of the model with the fewest experts, without what models share."""
         ...
 
     @property
-    def slot_bytes(self) -> int: ...
-
-    @property
-    def fewest_slots(self) -> int: ...
-
-    @property
-    def most_slots(self) -> int: ...
+    def most_bytes(self) -> int:
+        """What it can use beyond that."""
+        ...
 
     def prepare(self, budget_bytes: int) -> None:
         """Have what is needed before it is opened, such as its floor in the server's budget.
@@ -146,8 +142,8 @@ class Source(Protocol):
         """Free what `prepare` made; it is not open."""
         ...
 
-    def open(self, num_slots: int, progress: Progress) -> Served:
-        """Bring the model into memory, with `num_slots` expert slots; `progress` raises if it is no longer wanted."""
+    def open(self, share_bytes: int, progress: Progress) -> Served:
+        """Bring the model into memory; `progress` raises if it is no longer wanted."""
         ...
 
     def forget(self, tenant: str) -> None:
@@ -250,7 +246,7 @@ class _Entry:
         self.failed_at = 0.0
         self.num_uses = 0  # requests that use it, or wait for it
         self.used_at = 0.0
-        self.num_slots = 0  # expert slots beyond its floor
+        self.expert_bytes = 0  # the memory for experts beyond its floor
         self.opening: asyncio.Task[None] | None = None
 
     @property
@@ -294,11 +290,6 @@ class _Entry:
             return 0
         return self.source.floor_bytes + self.expert_bytes
 
-    @property
-    def expert_bytes(self) -> int:
-        """The bytes for experts beyond its floor."""
-        return 0 if self.source is None or not self.num_slots else self.num_slots * self.source.slot_bytes
-
 
 class _Lasting:
     """The only model of a server: whoever opened it closes it."""
@@ -306,7 +297,7 @@ class _Lasting:
     def __init__(self, service: Service) -> None:
         self.service = service
 
-    def resize(self, num_slots: int) -> None:
+    def resize(self, share_bytes: int) -> None:
         """Nobody else needs its memory."""
 
     def close(self) -> None:
@@ -672,13 +663,13 @@ class Models:
             for service in self.services():
                 await self._in_thread(service.resize, budget_bytes)
             return
-        await self._in_thread(require_budget, budget_bytes)
         # Whoever asks may leave, and what has begun is finished.
         await asyncio.shield(asyncio.create_task(self._resize(budget_bytes)))
 
     async def _resize(self, budget_bytes: int) -> None:
         async with self._moving:
             assert self.memory is not None
+            await self._in_thread(require_budget, budget_bytes)
             here = [one for one in self._entries if one.is_here and one.source is not None]
             if any(one.is_loading for one in here):
                 raise Overloaded(
@@ -828,7 +819,7 @@ class Models:
             entry.share_read = share
 
         entry.share_read = None
-        served = await self._attempt(entry, source.open, source.fewest_slots + entry.num_slots, tell)
+        served = await self._attempt(entry, source.open, entry.expert_bytes, tell)
         entry.served, entry.is_loading, entry.fault = served, False, None
         entry.used_at = self._clock()
         if self._looking is None and not self._is_stopped:  # also if all who waited have gone
@@ -841,7 +832,7 @@ class Models:
         try:
             return await self._in_thread(call, *args, **named)
         except Exception as error:
-            entry.is_loading, entry.num_slots = False, 0
+            entry.is_loading, entry.expert_bytes = False, 0
             if self._is_stopped:
                 raise _stopping() from None
             log.error("models: %s cannot be opened: %s", entry.name, where_it_failed(error))
@@ -928,18 +919,20 @@ class Models:
             if entry.source is not None and (entry is joining or entry.state == "ready")
         ]
         now = self._clock()
-        slots = divide(free_bytes, [self._claim(*one, now, is_joining=one[0] is joining) for one in sharing])
-        shares = list(zip(sharing, slots, strict=True))
-        for (entry, source), num_slots in shares:
-            if num_slots < entry.num_slots and entry.served is not None:
-                await self._in_thread(entry.served.resize, source.fewest_slots + num_slots)
-                entry.num_slots = num_slots
-        for (entry, source), num_slots in shares:
-            if num_slots > entry.num_slots and entry.served is not None:
-                entry.num_slots = num_slots  # first: what is allowed counts as used
-                await self._in_thread(entry.served.resize, source.fewest_slots + num_slots)
+        claims = [self._claim(*one, now, is_joining=one[0] is joining) for one in sharing]
+        shares = [
+            (entry, share) for (entry, _), share in zip(sharing, divide(free_bytes, claims), strict=True)
+        ]
+        for entry, share_bytes in shares:
+            if share_bytes < entry.expert_bytes and entry.served is not None:
+                await self._in_thread(entry.served.resize, share_bytes)
+                entry.expert_bytes = share_bytes
+        for entry, share_bytes in shares:
+            if share_bytes > entry.expert_bytes and entry.served is not None:
+                entry.expert_bytes = share_bytes  # first: what is allowed counts as used
+                await self._in_thread(entry.served.resize, share_bytes)
         if joining is not None:
-            (joining.num_slots,) = (num_slots for (entry, _), num_slots in shares if entry is joining)
+            (joining.expert_bytes,) = (share_bytes for entry, share_bytes in shares if entry is joining)
             joining.is_loading = True
         assert self.memory is not None
         assert self.held_bytes <= self.memory.budget_bytes
@@ -947,9 +940,8 @@ class Models:
     @staticmethod
     def _claim(entry: _Entry, source: Source, now: float, *, is_joining: bool) -> Claim:
         return Claim(
-            slot_bytes=max(1, source.slot_bytes),
-            most_slots=source.most_slots - source.fewest_slots,
-            num_slots=entry.num_slots,
+            most_bytes=source.most_bytes,
+            held_bytes=entry.expert_bytes,
             used_at=entry.used_at,
             is_in_use=is_joining or entry.num_uses > 0 or now - entry.used_at < IN_USE_S,
         )
@@ -968,7 +960,7 @@ class Models:
     async def _unload(self, entry: _Entry) -> None:
         """Free a model's memory; `_moving` is held."""
         assert entry.served is not None
-        entry.is_leaving = True
+        entry.is_leaving, is_told = True, not self._is_stopped
         try:
             await self._in_thread(entry.served.close)
         except Overloaded:  # no thread for it: the model stays as it is
@@ -976,9 +968,9 @@ class Models:
             raise
         except Exception as error:
             log.error("models: %s did not end well: %s", entry.name, where_it_failed(error))
-        entry.served, entry.is_leaving, entry.num_slots = None, False, 0
+        entry.served, entry.is_leaving, entry.expert_bytes = None, False, 0
         self._forget_unused(entry)
-        if entry.source is not None and not self._is_stopped:
+        if entry.source is not None and is_told:
             log.info("models: %s is unloaded", entry.name)
 
     async def _look(self) -> None:
@@ -1012,7 +1004,7 @@ class Models:
         source = entry.source
         if source is None or entry.state != "ready" or not entry.num_uses:
             return False
-        return entry.num_slots < source.most_slots - source.fewest_slots
+        return entry.expert_bytes < source.most_bytes
 
     def _in_thread(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, partial(call, *args, **named))

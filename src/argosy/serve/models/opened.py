@@ -60,14 +60,14 @@ class OpenedModel:
         ready: ReadyModel,
         facts: ModelFacts,
         common: Common,
-        num_slots: int,
+        share_bytes: int,
         *,
         progress: Progress,
         recording: Recording | None,
         speeds: Speeds | None,
     ) -> None:
         self._ready, self._recording = ready, recording
-        self._engine = ready.open(num_slots, progress=progress, recorder=recording)
+        self._engine = ready.open(share_bytes, progress=progress, recorder=recording)
         try:
             self.service = service_for(
                 self._engine, facts, common, replay_bytes=self._engine.plan.claimed["replay_bytes"],
@@ -77,11 +77,9 @@ class OpenedModel:
             ready.close(self._engine)
             raise
 
-    def resize(self, num_slots: int) -> None:
+    def resize(self, share_bytes: int) -> None:
         """See `models.Served`."""
-        self._engine.resize_experts(num_slots)
-        if self.service.recent_cache is not None:
-            self.service.recent_cache.num_slots = num_slots
+        self.service.resize(self._ready.budget_bytes(share_bytes), is_share=True)
 
     def close(self) -> None:
         """See `models.Served`."""
@@ -186,21 +184,13 @@ class EngineSource:
         return self._ready.floor_bytes
 
     @property
-    def slot_bytes(self) -> int:
-        return self._ready.plan.slot_bytes
+    def most_bytes(self) -> int:
+        return self._ready.most_bytes
 
-    @property
-    def fewest_slots(self) -> int:
-        return self._ready.plan.num_slots
-
-    @property
-    def most_slots(self) -> int:
-        return self._ready.plan.most_slots
-
-    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
+    def open(self, share_bytes: int, progress: Progress) -> OpenedModel:
         """See `models.Source`."""
         opened = OpenedModel(
-            self._ready, self.facts, self._common, num_slots, progress=_told(self._ready.name, progress),
+            self._ready, self.facts, self._common, share_bytes, progress=_told(self._ready.name, progress),
             recording=None if self._record is None else self._record(), speeds=self._speeds,
         )  # fmt: skip
         if self._note_use is not None:
@@ -294,20 +284,12 @@ class LazySource:
         return self._ready.floor_bytes
 
     @property
-    def slot_bytes(self) -> int:
-        return self._ready.slot_bytes
+    def most_bytes(self) -> int:
+        return self._ready.most_bytes
 
-    @property
-    def fewest_slots(self) -> int:
-        return self._ready.fewest_slots
-
-    @property
-    def most_slots(self) -> int:
-        return self._ready.most_slots
-
-    def open(self, num_slots: int, progress: Progress) -> OpenedModel:
+    def open(self, share_bytes: int, progress: Progress) -> OpenedModel:
         """See `models.Source`."""
-        return self._ready.open(num_slots, progress)
+        return self._ready.open(share_bytes, progress)
 
     def forget(self, tenant: str) -> None:
         """A library's models keep nothing in files."""
