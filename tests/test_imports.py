@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "argosy"
 EVERYONE = {
     "config",
     "confine",
+    "confined_process",
     "directory",
     "errors",
     "installed",
@@ -66,6 +67,7 @@ MAY_IMPORT = {
     "cluster": {"machine", "checkpoint", "experts", "model", "_native"},
     "config": {"errors"},
     "confine": set(),
+    "confined_process": {"errors"},
     "directory": set(),
     "errors": set(),
     "installed": set(),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
+from argosy import confined_process
 from argosy.errors import ArgosyError, BadMedia
 from argosy.media import decoder as decoder_module
 from argosy.media.decoder import Decoder
@@ -75,9 +76,9 @@ def test_a_picture_that_its_header_rules_out_is_not_decoded_and_the_process_stay
 
 def test_the_bytes_of_a_picture_are_sent_once(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    write = decoder_module._Worker.write
+    write = decoder_module.ConfinedProcess.write
     monkeypatch.setattr(
-        decoder_module._Worker,
+        decoder_module.ConfinedProcess,
         "write",
         lambda worker, data, deadline: sent.append(len(data)) or write(worker, data, deadline),
     )
@@ -318,12 +319,12 @@ def test_an_answer_that_breaks_the_protocol_is_a_bad_file(
 ) -> None:
     """A file may take over its decoder, and then the answer is a stranger's too."""
     code = f"import sys, os; os.write(1, b'ready\\n'); os.read(0, 1 << 20); os.write(1, {answer!r})"
-    real = decoder_module.subprocess.Popen
+    real = confined_process.subprocess.Popen
 
     def start(arguments: list[str], **options: Any) -> Any:
         return real([*arguments[:-1], code], **options)
 
-    monkeypatch.setattr(decoder_module.subprocess, "Popen", start)
+    monkeypatch.setattr(confined_process.subprocess, "Popen", start)
     decoder = Decoder(MediaLimits(wall_s=3))
     with pytest.raises((BadMedia, ArgosyError)) as refused:
         decoder.picture(content_of(b"\x89PNG\r\n\x1a\n"))
@@ -337,7 +338,7 @@ def test_what_a_worker_needs_is_reported_if_it_is_missing(monkeypatch: pytest.Mo
     with pytest.raises(ArgosyError, match="need the package no_such_package"):
         Decoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))
     monkeypatch.setattr(decoder_module, "_PACKAGES", ("PIL",))
-    monkeypatch.setattr(decoder_module, "_WORKER_ENVIRONMENT", ())
-    monkeypatch.setattr(decoder_module, "_paths", lambda: ["/"])
+    monkeypatch.setattr(confined_process, "_PASSED", ())
+    monkeypatch.setattr(confined_process, "_paths", lambda *_: ["/"])
     with pytest.raises(ArgosyError, match="did not start"):
         Decoder().picture(content_of((FILES / "rgb.jpg").read_bytes()))

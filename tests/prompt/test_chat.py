@@ -209,7 +209,7 @@ def test_one_process_is_reused_and_replaced_when_it_dies(chatml: ChatTemplate) -
     (worker,) = chatml._idle
     assert chatml.segments(HI_TURNS) == first
     assert chatml._idle == [worker]
-    process = worker._process
+    process = worker._process._process
     process.kill()
     process.wait()
     assert chatml.segments(HI_TURNS) == first
@@ -225,7 +225,7 @@ def test_a_process_that_takes_no_request_is_not_waited_for() -> None:
 
     try:
         worker.ask(b'{"read": ""}', 30)
-        worker._process.send_signal(signal.SIGSTOP)
+        worker._process._process.send_signal(signal.SIGSTOP)
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(20)
@@ -279,7 +279,7 @@ def test_the_process_inherits_what_the_loader_needs_and_no_secret(
     worker = Worker()
     try:
         worker.ask(json.dumps({"read": ""}).encode(), 5)
-        found = Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
+        found = Path(f"/proc/{worker._process._process.pid}/environ").read_bytes().split(b"\0")
     finally:
         worker.stop()
     names = {entry.partition(b"=")[0].decode() for entry in found if entry}
@@ -290,7 +290,7 @@ def test_the_process_inherits_what_the_loader_needs_and_no_secret(
 def test_an_idle_process_exits_by_itself(chatml: ChatTemplate) -> None:
     chatml.segments(HI_TURNS)
     (worker,) = chatml._idle
-    assert worker._process.wait(timeout=20) == 0
+    assert worker._process._process.wait(timeout=20) == 0
     assert chatml.segments(HI_TURNS)
 
 
@@ -486,8 +486,8 @@ def test_a_template_is_rendered_while_a_thousand_files_are_open(chatml: ChatTemp
                 stack.enter_context(Path(os.devnull).open("rb"))
             late = ChatTemplate(chatml.source, chatml._special_tokens, worker=Worker())
             stack.callback(late.close)
-            assert late._idle[0]._process.stdout is not None
-            assert late._idle[0]._process.stdout.fileno() > 1023
+            assert late._idle[0]._process._process.stdout is not None
+            assert late._idle[0]._process._process.stdout.fileno() > 1023
             assert late.segments(HI_TURNS) == chatml.segments(HI_TURNS)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -10,26 +10,19 @@ Elsewhere: `parts.py` reads the content; `pictures.py` and `sounds.py` prepare p
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import math
-import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from argosy.confined_process import ConfinedProcess, Gone
 from argosy.errors import ArgosyError, BadMedia
 from argosy.media.parts import (
     HIGHEST_RATE,
@@ -42,12 +35,7 @@ from argosy.media.parts import (
     require_seconds,
 )
 
-_EXIT_SECONDS = 5.0  # until a process that was killed is gone
-_START_SECONDS = 30.0  # starting an interpreter with numpy and Pillow takes 0.3 s on an idle machine
 _PACKAGES = ("PIL", "numpy", "miniaudio", "_cffi_backend", "soxr")
-# An interpreter may need these to find its shared libraries. All other variables, keys and tokens among them, are
-# withheld from decoders.
-_WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH")
 # More threads would only reserve memory; and glibc must give freed memory back, so that the next picture can have it.
 _LESS_MEMORY = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 _MOST_HEADER_BYTES = 1 << 10
@@ -60,7 +48,7 @@ class Decoder:
 
     def __init__(self, limits: MediaLimits | None = None) -> None:
         self.limits = limits or MediaLimits()
-        self._worker: _Worker | None = None
+        self._worker: ConfinedProcess | None = None
         self._lock = threading.Lock()
 
     def picture(
@@ -116,15 +104,13 @@ class Decoder:
         line = json.dumps({**request, "nbytes": len(data), "limits": limits}).encode("ascii") + b"\n"
         with self._lock:
             for _ in range(2):  # an idle first process may have just ended
-                if self._worker is None or not self._worker.is_alive:
-                    self._stop()
-                    self._worker = _Worker()
+                worker = self._started()
                 try:
-                    self._worker.await_ready()
-                    answer = self._exchange(kind, self._worker, line, data, check)
-                except _Gone as gone:
+                    answer = self._exchange(kind, worker, line, data, check)
+                except Gone as gone:
                     self._stop()
-                    if not gone.is_before_decoding:
+                    # A process that ended by itself, or before it had the whole file, had decoded nothing.
+                    if not gone.is_early and gone.returncode != 0:
                         raise self._ended(kind, gone) from None
                     continue
                 except BaseException:
@@ -135,8 +121,22 @@ class Decoder:
                 return answer
         raise ArgosyError("the process that decodes pictures and sounds ended without an answer")
 
+    def _started(self) -> ConfinedProcess:
+        """The process of before, or a new one."""
+        if self._worker is None or not self._worker.is_alive:
+            self._stop()
+            self._worker = ConfinedProcess(
+                "argosy.media.worker", _PACKAGES, purpose="pictures and sounds", environment=_LESS_MEMORY
+            )
+        try:
+            self._worker.await_ready()
+        except Gone:
+            self._stop()
+            raise ArgosyError("the process that decodes pictures and sounds did not start") from None
+        return self._worker
+
     def _exchange(
-        self, kind: Kind, worker: _Worker, line: bytes, data: bytes, check: _Check | None
+        self, kind: Kind, worker: ConfinedProcess, line: bytes, data: bytes, check: _Check | None
     ) -> tuple[tuple[int, ...], bytearray] | ArgosyError:
         """Send one request and read its answer; an answer that breaks the protocol is like a process that ended."""
         deadline = time.monotonic() + self.limits.wall_s
@@ -150,7 +150,7 @@ class Decoder:
                 check(shape[0], shape[1])
             except ArgosyError as refusal:
                 worker.write(b"false\n", deadline)
-                worker.read_line(deadline)
+                worker.read_line(_MOST_HEADER_BYTES, deadline)
                 return refusal
             worker.write(b"true\n", deadline)
         shape, payload = self._header(kind, worker, deadline, num_axes=1 if check is None else 3)
@@ -159,10 +159,10 @@ class Decoder:
         return shape, worker.read(_payload_bytes(kind, shape), payload, deadline)
 
     def _header(
-        self, kind: Kind, worker: _Worker, deadline: float, *, num_axes: int
+        self, kind: Kind, worker: ConfinedProcess, deadline: float, *, num_axes: int
     ) -> tuple[tuple[int, ...] | BadMedia, bytes]:
         """Read the line that says a shape, within the limits, or why there is none; and what came with it."""
-        header, payload = worker.read_line(deadline)
+        header, payload = worker.read_line(_MOST_HEADER_BYTES, deadline)
         try:
             answer = json.loads(header)
             if "refused" in answer:
@@ -172,7 +172,7 @@ class Decoder:
                 raise ValueError
             self._require_allowed(kind, shape)
         except (ValueError, KeyError, TypeError):
-            raise _Gone from None
+            raise Gone from None
         return shape, payload
 
     def _require_allowed(self, kind: Kind, shape: tuple[int, ...]) -> None:
@@ -226,7 +226,7 @@ class Decoder:
             return BadMedia(f"decoding the {kind} takes more than {most >> 20} MiB", kind=kind, needed=most)
         raise ValueError(reason)
 
-    def _ended(self, kind: Kind, gone: _Gone) -> BadMedia:
+    def _ended(self, kind: Kind, gone: Gone) -> BadMedia:
         if gone.is_late:
             return BadMedia(
                 f"decoding the {kind} takes more than {self.limits.wall_s:g} seconds",
@@ -242,136 +242,3 @@ class Decoder:
 
 def _payload_bytes(kind: Kind, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (4 if kind == "sound" else 1)
-
-
-class _Gone(Exception):
-    """The process ended, or must be ended."""
-
-    def __init__(
-        self, returncode: int | None = None, *, is_late: bool = False, is_before_decoding: bool = False
-    ) -> None:
-        super().__init__(returncode)
-        self.returncode = returncode
-        self.is_late = is_late
-        # It ended by itself, or before it had the whole file: it decodes nothing before that.
-        self.is_before_decoding = is_before_decoding or returncode == 0
-
-
-class _Worker:
-    """One process of `worker.py`: it reports that it is ready, then answers one request after another."""
-
-    def __init__(self) -> None:
-        code = f"import sys; sys.path[:0] = {_paths()!r}; from argosy.media.worker import main; main()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_LESS_MEMORY | {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ},
-            cwd="/",
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._sink, self._source = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._sink, False)
-        self._is_ready = False
-        self._stop = weakref.finalize(self, _end, self._process)
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def stop(self) -> None:
-        self._stop()
-
-    def await_ready(self) -> None:
-        if self._is_ready:
-            return
-        try:
-            line, _ = self.read_line(time.monotonic() + _START_SECONDS)
-        except _Gone:
-            line = b""
-        if line != b"ready\n":
-            raise ArgosyError("the process that decodes pictures and sounds did not start")
-        self._is_ready = True
-
-    def write(self, data: bytes, deadline: float) -> None:
-        view = memoryview(data)
-        while view:
-            self._wait(self._sink, select.POLLOUT, deadline)
-            try:
-                view = view[os.write(self._sink, view) :]
-            except BlockingIOError:
-                continue
-            except OSError:
-                raise _Gone(is_before_decoding=True) from None
-
-    def read_line(self, deadline: float) -> tuple[bytes, bytes]:
-        """Read a line and whatever came with it."""
-        read = b""
-        while b"\n" not in read:
-            if len(read) > _MOST_HEADER_BYTES:
-                raise _Gone
-            self._wait(self._source, select.POLLIN, deadline)
-            piece = os.read(self._source, 1 << 16)
-            if not piece:
-                raise self._gone()
-            read += piece
-        end = read.index(b"\n") + 1
-        return read[:end], read[end:]
-
-    def read(self, nbytes: int, first: bytes, deadline: float) -> bytearray:
-        """Read exactly `nbytes`, of which `first` were read before."""
-        if len(first) > nbytes:
-            raise _Gone
-        payload = bytearray(nbytes)
-        payload[: len(first)] = first
-        view = memoryview(payload)[len(first) :]
-        while view:
-            self._wait(self._source, select.POLLIN, deadline)
-            count = os.readv(self._source, [view])
-            if not count:
-                raise self._gone()
-            view = view[count:]
-        return payload
-
-    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
-        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
-        ready.register(descriptor, event)
-        left = deadline - time.monotonic()
-        if left <= 0 or not ready.poll(1000 * left):
-            raise _Gone(is_late=True)
-
-    def _gone(self) -> _Gone:
-        """Say how the process ended, now that its pipe is closed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
-        return _Gone(self._process.returncode)
-
-
-def _paths() -> list[str]:
-    """The directories that the worker imports from."""
-    if not sys.executable:
-        raise ArgosyError("pictures and sounds need a Python interpreter to start")
-    paths = [str(Path(__file__).resolve().parents[2])]
-    for package in _PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ArgosyError(f"pictures and sounds need the package {package}")
-        path = Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]
-        if str(path) not in paths:
-            paths.append(str(path))
-    return paths
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and close its pipes."""
-    with contextlib.suppress(OSError):
-        process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
-        process.wait(_EXIT_SECONDS)
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()

@@ -13,20 +13,14 @@ Elsewhere: `messages.py` and `tools.py` check what a client sends; `template_sha
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
 import os
-import select
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from argosy.confined_process import START_SECONDS, ConfinedProcess, Gone
 from argosy.errors import ArgosyError, CheckpointError, UsageError
 from argosy.prompt.generic_tools import with_generic_tools
 from argosy.prompt.json_text import plain_json
@@ -40,15 +34,11 @@ if TYPE_CHECKING:
 Variables = Mapping[str, str | float | bool | None]
 
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-_START_SECONDS = 30.0  # starting an interpreter with jinja2 takes 0.1 s on an idle machine
-_EXIT_SECONDS = 5.0  # until a process that was killed is gone
 _RENDER_SECONDS = 5.0
 _RENDER_SECONDS_PER_MILLION = 4.0  # per million characters of input
-# An interpreter may need these to find its shared libraries, and templates read the local time. All other variables,
-# keys and tokens among them, are withheld from templates.
-_WORKER_ENVIRONMENT = ("LD_LIBRARY_PATH", "NIX_LD", "NIX_LD_LIBRARY_PATH", "TZ")
 _MOST_WORKERS = 2  # a server's claims count the second one (`SERVER_GROWTH_BYTES`)
 TEMPLATE_WORKER_BYTES = 24 << 20  # memory of such a process: 22 MiB measured
+_INSTEAD = "give the model text to continue instead: `--raw`"
 _TEMPLATE_CHARACTERS = 1 << 20  # a template may write this much beyond twice its input
 
 
@@ -185,7 +175,7 @@ class ChatTemplate:
                 worker = take()
                 try:
                     answer = worker.ask(line, seconds)
-                except _Gone:
+                except Gone:
                     worker.stop()
                 except BaseException:
                     worker.stop()
@@ -228,113 +218,56 @@ def _failure(kind: str, message: str) -> ArgosyError:
         )
     return CheckpointError(
         f"the model's chat template fails: {message}",
-        hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",
+        hint=f"{_INSTEAD}, or Prompt.raw(text)",
     )
 
 
-class _Gone(Exception):
-    """The process ended, or was about to end."""
-
-
 class Worker:
-    """One process of `template_worker.py`: it reports that it is ready, then answers line by line.
-
-    Any worker can render any template, so one may start before the template is known.
-    """
+    """One process of `template_worker.py`; it renders any template, so it may start before the template is known."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("jinja2")
-        if spec is None or spec.origin is None or not sys.executable:
-            missing = "a Python interpreter to start" if not sys.executable else "the package jinja2"
-            raise ArgosyError(
-                f"chat templates need {missing}", hint="give the model text to continue instead: `--raw`"
-            )
-        paths = [str(Path(__file__).resolve().parents[2]), str(Path(spec.origin).parents[1])]
-        code = f"import sys; sys.path[:0] = {paths!r}; from argosy.prompt.template_worker import main; main()"
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ},
-            cwd="/",
-            bufsize=0,
+        zone = {
+            name: os.environ[name] for name in ("TZ",) if name in os.environ
+        }  # templates read the local time
+        self._process = ConfinedProcess(
+            "argosy.prompt.template_worker",
+            ("jinja2",),
+            purpose="chat templates",
+            hint=_INSTEAD,
+            environment=zone,
         )
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-        self._is_ready = False
-        self._stop = weakref.finalize(self, _end, self._process)
 
     @property
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        return self._process.is_alive
 
     def stop(self) -> None:
-        self._stop()
+        self._process.stop()
 
     def ask(self, request: bytes, seconds: float) -> dict[str, Any]:
         """Ask for one answer, within `seconds`.
 
         Raises:
-            _Gone: the process ended before it answered.
-            CheckpointError: no answer came in time, or it is longer than possible.
+            Gone: the process ended before it answered, or broke the protocol.
+            CheckpointError: no answer came in time.
         """
-        if not self._is_ready:
-            self._read_line(64, _START_SECONDS)
-            self._is_ready = True
-        assert self._process.stdin is not None
-        sink, view, deadline = (
-            self._process.stdin.fileno(),
-            memoryview(request + b"\n"),
-            time.monotonic() + seconds,
-        )
-        while view:
-            self._wait(sink, select.POLLOUT, deadline, seconds)
-            try:
-                view = view[os.write(sink, view) :]
-            except BlockingIOError:
-                continue
-            except OSError:
-                raise _Gone from None
         # A character takes at most 12 bytes, as in "\ud83d\ude00".
         longest = 12 * (2 * len(request) + _TEMPLATE_CHARACTERS)
-        answer = json.loads(self._read_line(longest, seconds))
+        allowed = START_SECONDS
+        try:
+            self._process.await_ready()
+            allowed = seconds
+            self._process.write(request + b"\n", time.monotonic() + seconds)
+            line, rest = self._process.read_line(longest, time.monotonic() + seconds)
+        except Gone as gone:
+            if gone.is_late:
+                raise CheckpointError(
+                    f"the model's chat template fails: it did not finish within {allowed:.1f} seconds",
+                    hint=f"{_INSTEAD}, or Prompt.raw(text)",
+                ) from None
+            raise
+        if rest:
+            raise Gone
+        answer = json.loads(line)
         assert isinstance(answer, dict)
         return answer
-
-    def _read_line(self, longest: int, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        source, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
-        parts: list[bytes] = []
-        length = 0
-        while not parts or not parts[-1].endswith(b"\n"):
-            self._wait(source, select.POLLIN, deadline, seconds)
-            part = os.read(source, 1 << 16)
-            length += len(part)
-            if not part or length > longest:
-                raise _Gone
-            parts.append(part)
-        return b"".join(parts)
-
-    @staticmethod
-    def _wait(descriptor: int, event: int, deadline: float, seconds: float) -> None:
-        ready = select.poll()  # select() cannot wait for descriptors above 1023, which a server can reach
-        ready.register(descriptor, event)
-        left = deadline - time.monotonic()
-        if left <= 0 or not ready.poll(1000 * left):
-            raise CheckpointError(
-                f"the model's chat template fails: it did not finish within {seconds:.1f} seconds",
-                hint="give the model text to continue instead: `--raw`, or Prompt.raw(text)",
-            )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and close its pipes."""
-    with contextlib.suppress(OSError):
-        process.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a device may hold it: then it is reaped later
-        process.wait(_EXIT_SECONDS)
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
